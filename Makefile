@@ -1,0 +1,83 @@
+# `make demo` and `make test` need nothing but git, make and Python on Debian 12 or 13: what is missing is
+# installed by tools/install-system (apt) and into a virtual environment. See CONTRIBUTING.md.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
+export PATH := $(CURDIR)/.cache/tools:$(PATH)
+
+.PHONY: help demo test lint quick soak bench lowest format clean
+
+help:
+	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
+	@echo 'make test    lint, then all tests but the soaks'
+	@echo 'make lint    ruff, mypy, import directions'
+	@echo 'make quick   the tests that boot no guest'
+	@echo 'make soak    the slow tests'
+	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
+	@echo 'make lowest  the quick tests with the oldest versions that pyproject.toml allows'
+	@echo 'make format  what ruff can mend by itself'
+	@echo 'make clean   removes all that these made'
+
+demo: $(VENV)/.run
+	@$(BIN)/kvmsupervisor demo --cache .cache/guest
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not soak'
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+quick: $(VENV)/.dev
+	$(BIN)/pytest -n $(WORKERS) -m 'not soak and not guest'
+
+soak: $(VENV)/.dev
+	$(BIN)/pytest -m soak --timeout 3600
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench
+
+lowest: .venv-lowest/.dev
+	.venv-lowest/bin/pytest -n $(WORKERS) -m 'not soak and not guest'
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-lowest .cache build *.egg-info .coverage .hypothesis
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# System packages are looked at each time: it takes a moment, and they can be removed behind a stamp's back.
+.PHONY: system-run system-dev
+system-run:
+	@tools/install-system run
+system-dev:
+	@tools/install-system dev
+
+$(VENV)/.run: pyproject.toml | system-run
+	@echo 'Python packages: installing into $(VENV)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | system-dev
+	@echo 'Python packages: installing into $(VENV), with those for development'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.run $@
+
+.venv-lowest/.dev: pyproject.toml tools/lowest-constraints | system-dev
+	@echo 'Python packages: installing the oldest that are allowed into .venv-lowest'
+	@test -x .venv-lowest/bin/pip || $(PYTHON) -m venv .venv-lowest
+	@$(PYTHON) tools/lowest-constraints >.venv-lowest/constraints.txt
+	@.venv-lowest/bin/pip install --quiet --editable '.[dev]' --constraint .venv-lowest/constraints.txt
+	@touch $@

@@ -1,0 +1,51 @@
+"""The adapter for etcd v3: the only place that knows etcd3 and gRPC."""
+
+from kvmsupervisor.adapters.etcd.api import (
+    Ambiguous,
+    Batch,
+    Compacted,
+    Compare,
+    Delete,
+    Denied,
+    EtcdError,
+    Event,
+    Get,
+    KeyValue,
+    LeaseGone,
+    Listing,
+    Op,
+    Put,
+    Rejected,
+    Store,
+    Target,
+    TxnResult,
+    Unavailable,
+    Watch,
+)
+from kvmsupervisor.adapters.etcd.client import Etcd
+from kvmsupervisor.adapters.etcd.config import EtcdConfig
+
+__all__ = [
+    "Ambiguous",
+    "Batch",
+    "Compacted",
+    "Compare",
+    "Delete",
+    "Denied",
+    "Etcd",
+    "EtcdConfig",
+    "EtcdError",
+    "Event",
+    "Get",
+    "KeyValue",
+    "LeaseGone",
+    "Listing",
+    "Op",
+    "Put",
+    "Rejected",
+    "Store",
+    "Target",
+    "TxnResult",
+    "Unavailable",
+    "Watch",
+]

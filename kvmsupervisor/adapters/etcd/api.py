@@ -1,0 +1,229 @@
+"""What the rest of the program knows of etcd: values, errors and one interface.
+
+Errors are classes by what the caller does next, see `EtcdError`. Source of the semantics: the etcd v3 API
+reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class EtcdError(Exception):
+    """Anything that etcd, or the way to it, did not do. Its subclasses say what to do next."""
+
+
+class Unavailable(EtcdError):
+    """No answer in time from any endpoint, or no quorum: wait and try again. Nothing was written."""
+
+
+class Ambiguous(Unavailable):
+    """The request left, the reply was lost: a write may have happened. Read before judging."""
+
+
+class Compacted(EtcdError):
+    """The revision asked for is gone: list again, then watch from there.
+
+    Attributes:
+        revision: the oldest revision that still exists (0 when unknown).
+    """
+
+    def __init__(self, revision: int) -> None:
+        super().__init__(f"etcd has compacted its history up to revision {revision}")
+        self.revision = revision
+
+
+class Denied(EtcdError):
+    """Wrong user, password, certificate or role: tell the operator. Trying again will not help."""
+
+
+class Rejected(EtcdError):
+    """etcd refuses this very request (too large, no space, malformed): change it or tell the operator."""
+
+
+class LeaseGone(Rejected):
+    """The lease that the request names does not exist, or no longer: get a new one. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """One key as etcd holds it. `lease` is 0 for a key without one."""
+
+    key: bytes
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All keys below a prefix at one `revision`, in key order."""
+
+    kvs: Sequence[KeyValue]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change. For a deletion `kv.value` is empty and `kv.mod_revision` the revision of the deletion."""
+
+    kv: KeyValue
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Events in revision order, never half of a revision. `revision` is that of the last event."""
+
+    events: Sequence[Event]
+    revision: int
+
+
+class Target(Enum):
+    """What of a key a `Compare` looks at."""
+
+    MOD_REVISION = "mod"
+    CREATE_REVISION = "create"
+    VALUE = "value"
+    LEASE = "lease"
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """True when the key's `target` equals `value`. An absent key has revision and lease 0, and no value."""
+
+    key: str
+    target: Target
+    value: int | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Write a key, attached to `lease` unless that is 0."""
+
+    key: str
+    value: bytes
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete one key, or with `prefix` every key that begins with it."""
+
+    key: str
+    prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """Read one key, or with `prefix` every key that begins with it (for small prefixes: not paged)."""
+
+    key: str
+    prefix: bool = False
+
+
+Op = Put | Delete | Get
+
+
+@dataclass(frozen=True, slots=True)
+class TxnResult:
+    """What a transaction did.
+
+    Attributes:
+        succeeded: whether every compare held.
+        revision: the store's revision after it; that of the writes, when it wrote.
+        reads: for each `Get` of the branch that ran, in order, what it found.
+    """
+
+    succeeded: bool
+    revision: int
+    reads: Sequence[Sequence[KeyValue]]
+
+
+class Watch(Protocol):
+    """A running watch: iterate over it for batches.
+
+    Iterating raises `Compacted` when history is gone and `Denied` when the user may not read; it
+    never ends by itself otherwise.
+    """
+
+    @property
+    def connected(self) -> bool:
+        """Whether a member answered on this watch lately (within the liveness probe's limit)."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        """Yield batches, for ever."""
+        ...
+
+
+class Store(Protocol):
+    """etcd as this program uses it. Implemented by `client.Etcd`, and by a fake for tests.
+
+    Every call ends by its deadline (`timeout_s`, default: the adapter's) with a result or an `EtcdError`.
+    Cancelling a call is clean; a cancelled write may have happened.
+    """
+
+    @property
+    def up(self) -> bool:
+        """Whether etcd answered when it was last asked, by a call or by a watch (false before the first)."""
+        ...
+
+    async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:
+        """Read one key, linearizably."""
+        ...
+
+    async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
+        """Read all keys below `prefix` at one revision, page by page.
+
+        Raises:
+            Compacted: the revision went away between two pages: begin again.
+        """
+        ...
+
+    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+        """Follow all changes below `prefix` from `start_revision` on, none lost, none repeated.
+
+        Reconnects by itself, for ever, to any endpoint, and says so in its `connected` meanwhile.
+        """
+        ...
+
+    async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
+        """Write one key without a condition; return the revision."""
+        ...
+
+    async def txn(
+        self,
+        compare: Sequence[Compare],
+        success: Sequence[Op],
+        failure: Sequence[Op] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> TxnResult:
+        """Run one transaction, never retried after it may have been sent (`Ambiguous`)."""
+        ...
+
+    async def grant(self, ttl_s: int) -> int:
+        """Make a lease; return its id."""
+        ...
+
+    async def keep_alive(self, lease: int, *, timeout_s: float | None = None) -> int:
+        """Renew a lease once; return its TTL in seconds, 0 when it no longer exists."""
+        ...
+
+    async def time_to_live(self, lease: int) -> int:
+        """Seconds that the lease still has without renewal; 0 or less when it no longer exists."""
+        ...
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease and its keys; one that does not exist is not an error."""
+        ...
+
+    async def close(self) -> None:
+        """Close every channel. Watches end."""
+        ...

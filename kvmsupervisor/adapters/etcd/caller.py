@@ -1,0 +1,189 @@
+"""How one call is carried through several endpoints, a deadline, and a token that expires."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import grpc
+
+from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable
+from kvmsupervisor.adapters.etcd.auth import Auth, Metadata
+from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints
+from kvmsupervisor.adapters.etcd.config import EtcdConfig
+from kvmsupervisor.adapters.etcd.errors import AttemptFailed, TokenRefused, judge
+from kvmsupervisor.adapters.etcd.protocol import rpc
+
+Reply = TypeVar("Reply")
+
+Request = Callable[[Endpoint, Metadata, float], Awaitable[Reply]]
+"""Sends one request to an endpoint, with metadata and a time limit in seconds."""
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.4
+"""Pauses after every endpoint has failed once: short beside an election (1 s), long beside a request."""
+
+_CLOSED = "the etcd client is closed"
+
+
+class Caller:
+    """Carries calls out; shared by everything that talks to one etcd.
+
+    Attributes:
+        endpoints: the members.
+        auth: the token.
+        closed: whether `close` was called.
+        up: whether the last request, of a call or a watch, was answered (a refusal is an answer).
+    """
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._config = config
+        self.closed = False
+        self.endpoints = Endpoints(config)
+        self.auth = Auth(config)
+        self.up = False
+
+    async def call(
+        self, what: str, request: Request[Reply], *, timeout_s: float | None = None, repeatable: bool
+    ) -> Reply:
+        """Ask one endpoint after the other until one answers.
+
+        Args:
+            what: names the request in messages, such as `put /kvm/1/host`.
+            request: sends it.
+            timeout_s: deadline of the whole; None for the configured one.
+            repeatable: whether it does no harm when it is carried out twice.
+
+        Raises:
+            Ambiguous: it is not repeatable, and an endpoint left open whether it was carried out.
+            Unavailable: nobody answered by the deadline; the message says what each endpoint said.
+            EtcdError: any other final answer.
+            ReplyTooLarge: the answer is larger than this client takes.
+        """
+        timeout_s = self._config.call_timeout_s if timeout_s is None else timeout_s
+        progress = _Progress(what, asyncio.get_running_loop().time() + timeout_s, _FIRST_PAUSE_S)
+        while (left_s := progress.left_s()) > 0 and not self.closed:
+            endpoint = self.endpoints.current
+            try:
+                reply = await self._attempt(endpoint, what, request, min(left_s, self._config.attempt_timeout_s))
+            except AttemptFailed as failure:
+                self.up = False
+                if failure.done_maybe and not repeatable:
+                    self.endpoints.leave(endpoint)
+                    raise Ambiguous(
+                        f"{what}: it is unknown whether etcd did it: {endpoint.url}: {failure.reason}"
+                    ) from failure
+                progress.failed[endpoint.url] = failure
+                await self._try_elsewhere(endpoint, progress)
+            except TokenRefused as refusal:
+                # With a fresh token the same endpoint is right; when it refuses that as well, it lags.
+                if progress.relogged_in:
+                    progress.failed[endpoint.url] = AttemptFailed(str(refusal), done_maybe=False)
+                    await self._try_elsewhere(endpoint, progress)
+                progress.relogged_in = True
+            except EtcdError:
+                self.up = True
+                raise
+            else:
+                self.up = True
+                return reply
+        self.up = False
+        raise Unavailable(_CLOSED if self.closed else progress.gave_up(timeout_s))
+
+    async def open(self, endpoint: Endpoint, timeout_s: float | None = None) -> Metadata:
+        """Connect to an endpoint and have a token; nothing is sent beside the log-in.
+
+        Raises:
+            AttemptFailed: no connection, or no token, within `timeout_s` (None: the configured limit).
+            Denied: wrong user or password.
+        """
+        timeout_s = self._config.attempt_timeout_s if timeout_s is None else timeout_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        try:
+            with self._closing_is_not_cancelling(done_maybe=False):
+                async with asyncio.timeout_at(deadline):
+                    await endpoint.connect()
+                    return await self.auth.metadata(endpoint, timeout_s=deadline - loop.time())
+        except TimeoutError as error:
+            raise AttemptFailed("no connection in time", done_maybe=False) from error
+
+    async def revision(self) -> int:
+        """Return the store's revision, as a quorum knows it.
+
+        Raises:
+            Unavailable: no quorum within the configured deadline.
+        """
+
+        async def ask(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
+            # The cheapest linearizable read there is: a count of nothing.
+            request = rpc.RangeRequest(key=b"\0", count_only=True)
+            reply = await endpoint.kv.Range(request, metadata=metadata, timeout=timeout_s)
+            return int(reply.header.revision)
+
+        return await self.call("read the revision", ask, repeatable=True)
+
+    async def close(self) -> None:
+        """Close all channels; calls in flight end with `Unavailable`."""
+        self.closed = True
+        await self.endpoints.close()
+
+    async def _attempt(self, endpoint: Endpoint, what: str, request: Request[Reply], timeout_s: float) -> Reply:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        metadata = await self.open(endpoint, timeout_s)
+        if self.closed:
+            raise AttemptFailed(_CLOSED, done_maybe=False)
+        try:
+            with self._closing_is_not_cancelling(done_maybe=True):
+                return await request(endpoint, metadata, deadline - loop.time())
+        except grpc.aio.AioRpcError as error:
+            failure = judge(error, what)
+            if isinstance(failure, TokenRefused):
+                self.auth.forget(metadata)
+            raise failure from error
+
+    @contextmanager
+    def _closing_is_not_cancelling(self, *, done_maybe: bool) -> Iterator[None]:
+        """Translate a cancellation that nobody asked for: gRPC's way to say that the channel was closed."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self.closed and task is not None and not task.cancelling():
+                raise AttemptFailed(_CLOSED, done_maybe=done_maybe) from None
+            raise
+
+    async def _try_elsewhere(self, endpoint: Endpoint, progress: _Progress) -> None:
+        self.endpoints.leave(endpoint)
+        progress.attempts += 1
+        if len(progress.failed) == len(self.endpoints) and all(
+            failure.permanent for failure in progress.failed.values()
+        ):
+            raise Denied(f"{progress.what}: {progress.said()}")
+        if progress.attempts % len(self.endpoints) == 0:
+            await asyncio.sleep(min(progress.pause_s, max(progress.left_s(), 0)))
+            progress.pause_s = min(2 * progress.pause_s, _LONGEST_PAUSE_S)
+
+
+class _Progress:
+    """How far one call has come."""
+
+    def __init__(self, what: str, deadline: float, pause_s: float) -> None:
+        self.what = what
+        self.deadline = deadline
+        self.pause_s = pause_s
+        self.attempts = 0
+        self.relogged_in = False
+        self.failed: dict[str, AttemptFailed] = {}
+
+    def left_s(self) -> float:
+        return self.deadline - asyncio.get_running_loop().time()
+
+    def said(self) -> str:
+        return "; ".join(f"{url}: {failure.reason}" for url, failure in self.failed.items())
+
+    def gave_up(self, timeout_s: float) -> str:
+        return f"{self.what}: etcd did not answer within {timeout_s:g} s: {self.said() or 'nothing was tried'}"

@@ -1,0 +1,135 @@
+"""Channels to the members, and which of them is in use.
+
+One gRPC channel per endpoint, so that each is checked against its own name under TLS, and so that a member
+that answers pings but not calls can be left: gRPC itself never leaves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from kvmsupervisor.adapters.etcd.config import EtcdConfig, read_secret, split_endpoint
+from kvmsupervisor.adapters.etcd.errors import AttemptFailed, no_connection
+from kvmsupervisor.adapters.etcd.protocol import rpc, stubs
+
+_OPTIONS = (
+    # A dead connection is noticed after 14 s by pings alone (calls and watches have their own, shorter ways).
+    # etcd closes connections that ping more often than every 5 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    # This, not the one above, bounds the wait for a ping's answer, and is a minute by default.
+    ("grpc.http2.ping_timeout_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A member that is back should be used soon; there are few clients, so no herd needs taming.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # 10,000 keys may come in one reply; the default of 4 MiB is for chattier protocols.
+    ("grpc.max_receive_message_length", 64 << 20),
+    # What is sent twice is decided here.
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    # Two clients in one process must not share a connection, or one's timeouts would be the other's.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class Endpoint:
+    """One member as this client knows it: its channel and its stubs."""
+
+    def __init__(self, url: str, channel: Any) -> None:
+        self.url = url
+        self.kv = stubs.KVStub(channel)
+        self.lease = stubs.LeaseStub(channel)
+        self.watch = stubs.WatchStub(channel)
+        self.auth = stubs.AuthStub(channel)
+        self._maintenance = stubs.MaintenanceStub(channel)
+        self._channel = channel
+
+    async def connect(self) -> None:
+        """Wait until the channel is connected; without a time limit of its own.
+
+        So a request that is sent after this, and only then, may have been carried out.
+
+        Raises:
+            AttemptFailed: connecting failed; nothing was sent.
+        """
+        while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                raise no_connection(await self._why_not())
+            if state is grpc.ChannelConnectivity.SHUTDOWN:
+                raise AttemptFailed("the etcd client is closed", done_maybe=False)
+            await self._channel.wait_for_state_change(state)
+
+    async def close(self) -> None:
+        """Close the channel; what is in flight on it is cancelled."""
+        await self._channel.close()
+
+    async def _why_not(self) -> str:
+        # gRPC tells the cause only to a request, so one that harms nobody is made; it fails at once.
+        try:
+            await self._maintenance.Status(rpc.StatusRequest(), timeout=0.5)
+        except grpc.aio.AioRpcError as error:
+            said = str(error.details() or error.code().name)
+            return said.removeprefix("failed to connect to all addresses; last error: ")
+        return "the connection was lost"
+
+
+class Endpoints:
+    """All members, one of them in use by every call and watch.
+
+    Invariant: `current` moves on only by `leave`, and whoever uses an endpoint that was left (see `on_left`)
+    is told, so that no watch stays with a member that calls have given up.
+    """
+
+    def __init__(self, config: EtcdConfig) -> None:
+        credentials = _credentials(config)
+        self._all = [Endpoint(url, _channel(url, credentials)) for url in dict.fromkeys(config.endpoints)]
+        self._index = 0
+        self._users: dict[Endpoint, set[Callable[[], object]]] = {endpoint: set() for endpoint in self._all}
+
+    @property
+    def current(self) -> Endpoint:
+        """The endpoint to ask."""
+        return self._all[self._index]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """Ask the next endpoint from now on, unless that has happened already; tell those who use this one."""
+        if self.current is endpoint:
+            self._index = (self._index + 1) % len(self._all)
+            for tell in list(self._users[endpoint]):
+                tell()
+
+    def on_left(self, endpoint: Endpoint, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have `tell` called when `endpoint` is left; return what ends that."""
+        self._users[endpoint].add(tell)
+        return lambda: self._users[endpoint].discard(tell)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        await asyncio.gather(*(endpoint.close() for endpoint in self._all))
+
+
+def _channel(url: str, credentials: Any) -> Any:
+    target, secure = split_endpoint(url)
+    if secure:
+        return grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
+    return grpc.aio.insecure_channel(target, options=_OPTIONS)
+
+
+def _credentials(config: EtcdConfig) -> Any:
+    """Read the certificates, where any endpoint needs them (else None)."""
+    if not any(split_endpoint(url)[1] for url in config.endpoints):
+        return None
+    cacert = read_secret(config.cacert, "CA certificate") if config.cacert else None
+    cert = read_secret(config.cert, "client certificate") if config.cert else None
+    key = read_secret(config.key, "client key") if config.key else None
+    return grpc.ssl_channel_credentials(cacert, key, cert)

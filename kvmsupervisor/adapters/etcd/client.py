@@ -1,0 +1,210 @@
+"""The etcd v3 client: `Etcd` implements `Store`. Each method builds a request; `Caller` carries it out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Any
+
+from kvmsupervisor.adapters.etcd.api import (
+    Compare,
+    Get,
+    KeyValue,
+    LeaseGone,
+    Listing,
+    Op,
+    Rejected,
+    TxnResult,
+    Watch,
+)
+from kvmsupervisor.adapters.etcd.auth import Metadata
+from kvmsupervisor.adapters.etcd.caller import Caller
+from kvmsupervisor.adapters.etcd.channel import Endpoint
+from kvmsupervisor.adapters.etcd.config import EtcdConfig
+from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, ReplyTooLarge
+from kvmsupervisor.adapters.etcd.messages import compare_message, key_value, op_message, range_of
+from kvmsupervisor.adapters.etcd.protocol import rpc
+from kvmsupervisor.adapters.etcd.watch import EtcdWatch
+
+_SHRINK = 8
+"""A page that is too large for one reply is asked for again with so many times fewer keys."""
+
+
+class Etcd:
+    """An etcd v3 store, reached through any of its members.
+
+    Construct it while no loop runs or inside the loop that uses it; nothing is sent before the first call.
+
+    Raises:
+        Denied: a certificate or key file cannot be read.
+    """
+
+    def __init__(self, config: EtcdConfig) -> None:
+        self._caller = Caller(config)
+
+    @property
+    def up(self) -> bool:
+        """Whether etcd answered when it was last asked, by a call or by a watch (false before the first)."""
+        return self._caller.up
+
+    @property
+    def endpoint(self) -> str:
+        """URL of the member that is asked now."""
+        return self._caller.endpoints.current.url
+
+    async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:
+        """Read one key, linearizably; None when it does not exist."""
+        request = rpc.RangeRequest(**range_of(key, prefix=False))
+        reply = await self._range(f"get {key}", request, timeout_s)
+        return key_value(reply.kvs[0]) if reply.kvs else None
+
+    async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
+        """Read all keys below `prefix` at one revision; the deadline is that of each page.
+
+        Raises:
+            Compacted: the revision went away between two pages: begin again.
+        """
+        bounds = range_of(prefix, prefix=True)
+        kvs: list[KeyValue] = []
+        revision = 0
+        more = True
+        while more:
+            request = rpc.RangeRequest(**bounds, limit=page, revision=revision)
+            try:
+                reply = await self._range(f"list {prefix}", request, None)
+            except ReplyTooLarge as error:
+                if page == 1:
+                    raise Rejected(f"a value below {prefix} is larger than this client receives") from error
+                page = max(page // _SHRINK, 1)
+                continue
+            kvs += map(key_value, reply.kvs)
+            revision = revision or reply.header.revision
+            more = reply.more
+            if more:
+                bounds["key"] = kvs[-1].key + b"\0"
+        return Listing(kvs, revision)
+
+    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+        """Follow all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
+        return EtcdWatch(self._caller, prefix, start_revision)
+
+    async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
+        """Write one key without a condition; return the revision.
+
+        Raises:
+            LeaseGone: `lease` does not exist.
+        """
+        message = rpc.PutRequest(key=key.encode(), value=value, lease=lease)
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> Any:
+            return await endpoint.kv.Put(message, metadata=metadata, timeout=timeout_s)
+
+        reply = await self._caller.call(f"put {key}", send, repeatable=False)
+        return int(reply.header.revision)
+
+    async def txn(
+        self,
+        compare: Sequence[Compare],
+        success: Sequence[Op],
+        failure: Sequence[Op] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> TxnResult:
+        """Run one transaction, confirmed by a quorum also when it only compares or reads.
+
+        One that cannot write is a read, so it is repeated like one. Any other is never repeated once it may
+        have been sent.
+
+        Raises:
+            Ambiguous: it may have been carried out.
+            LeaseGone: a `Put` names a lease that does not exist.
+        """
+        message = rpc.TxnRequest(
+            compare=map(compare_message, compare),
+            success=map(op_message, success),
+            failure=map(op_message, failure),
+        )
+        if not (success or failure):
+            # etcd answers a transaction without any operation from one member's memory, without asking a
+            # quorum (isTxnSerializable in its v3_server.go). One read makes it ask.
+            message.success.append(op_message(Get(compare[0].key if compare else "\0")))
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> Any:
+            return await endpoint.kv.Txn(message, metadata=metadata, timeout=timeout_s)
+
+        what = f"transaction on {', '.join(dict.fromkeys(one.key for one in (*compare, *success, *failure)))}"
+        reads_only = all(isinstance(op, Get) for op in (*success, *failure))
+        try:
+            reply = await self._caller.call(what, send, timeout_s=timeout_s, repeatable=reads_only)
+        except ReplyTooLarge as error:
+            raise Rejected(f"{what}: it reads more than this client receives at once") from error
+        reads = [
+            [key_value(kv) for kv in response.response_range.kvs]
+            for response in reply.responses
+            if response.HasField("response_range")
+        ]
+        return TxnResult(reply.succeeded, reply.header.revision, reads if success or failure else [])
+
+    async def grant(self, ttl_s: int) -> int:
+        """Make a lease; return its id.
+
+        The id is chosen here, so that a request whose reply was lost can be repeated: at worst the lease
+        exists already, since a moment after it was first asked for.
+        """
+        message = rpc.LeaseGrantRequest(TTL=ttl_s, ID=secrets.randbelow(2**63 - 1) + 1)
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
+            await endpoint.lease.LeaseGrant(message, metadata=metadata, timeout=timeout_s)
+
+        # One that exists is ours, by an attempt whose reply was lost: 63 random bits meet nobody else's.
+        with suppress(LeaseExists):
+            await self._caller.call("grant a lease", send, repeatable=True)
+        return int(message.ID)
+
+    async def keep_alive(self, lease: int, *, timeout_s: float | None = None) -> int:
+        """Renew a lease once; return its TTL in seconds, 0 when it no longer exists.
+
+        The leader answers alone, without a quorum: what must be certain needs a transaction beside it.
+        """
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
+            # etcd has this as a stream only; one request, one reply.
+            requests = iter((rpc.LeaseKeepAliveRequest(ID=lease),))
+            stream = endpoint.lease.LeaseKeepAlive(requests, metadata=metadata, timeout=timeout_s)
+            replies = [reply async for reply in stream]
+            if not replies:
+                raise AttemptFailed("the stream ended without a reply", done_maybe=True)
+            return int(replies[0].TTL)
+
+        return await self._caller.call(f"renew lease {lease:x}", send, timeout_s=timeout_s, repeatable=True)
+
+    async def time_to_live(self, lease: int) -> int:
+        """Seconds that the lease still has without renewal; 0 or less when it no longer exists."""
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
+            message = rpc.LeaseTimeToLiveRequest(ID=lease)
+            reply = await endpoint.lease.LeaseTimeToLive(message, metadata=metadata, timeout=timeout_s)
+            return int(reply.TTL)
+
+        return await self._caller.call(f"ask for lease {lease:x}", send, repeatable=True)
+
+    async def revoke(self, lease: int) -> None:
+        """End a lease and its keys; one that does not exist is not an error."""
+
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
+            message = rpc.LeaseRevokeRequest(ID=lease)
+            await endpoint.lease.LeaseRevoke(message, metadata=metadata, timeout=timeout_s)
+
+        with suppress(LeaseGone):
+            await self._caller.call(f"revoke lease {lease:x}", send, repeatable=True)
+
+    async def close(self) -> None:
+        """Close every channel. Watches end; calls in flight raise `Unavailable`."""
+        await self._caller.close()
+
+    async def _range(self, what: str, message: Any, timeout_s: float | None) -> Any:
+        async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> Any:
+            return await endpoint.kv.Range(message, metadata=metadata, timeout=timeout_s)
+
+        return await self._caller.call(what, send, timeout_s=timeout_s, repeatable=True)

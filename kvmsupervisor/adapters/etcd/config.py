@@ -1,0 +1,76 @@
+"""How to reach etcd and as whom: what the client is constructed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvmsupervisor.adapters.etcd.api import Denied
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EtcdConfig:
+    """Where etcd is.
+
+    Attributes:
+        endpoints: URLs of the members, `http://host:port` or `https://host:port`; IPv6 in brackets.
+        cacert: PEM file of the CA of the members' certificates (default: the system's).
+        cert: PEM file of this client's certificate, together with `key`.
+        key: PEM file of its private key.
+        username: etcd user, together with `password_file`.
+        password_file: file whose first line is the password; read again for each token.
+        call_timeout_s: deadline of a call that names none.
+        attempt_timeout_s: how long one endpoint may take, connecting included, before the next one is
+            asked. 2 s is far above any healthy answer, so three members get their turn within 5 s.
+    """
+
+    endpoints: tuple[str, ...]
+    cacert: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    username: str | None = None
+    password_file: Path | None = None
+    call_timeout_s: float = 5.0
+    attempt_timeout_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: naming the endpoint or the half that is missing.
+        """
+        if not self.endpoints:
+            raise ValueError("no etcd endpoint is given: at least one URL is needed")
+        for url in self.endpoints:
+            split_endpoint(url)
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("a client certificate needs both its file and its key's file")
+        if (self.username is None) != (self.password_file is None):
+            raise ValueError("an etcd user needs both a name and a password file")
+
+
+def split_endpoint(url: str) -> tuple[str, bool]:
+    """Split an endpoint into gRPC's target (`host:port`) and whether TLS is spoken.
+
+    Raises:
+        ValueError: it is not `http://host:port` or `https://host:port`.
+    """
+    parts = urlsplit(url.strip())
+    plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username)
+    # `parts.port` raises ValueError itself for a port that is none.
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port is None or not plain:
+        raise ValueError(f"the etcd endpoint {url!r} should look like http://host:2379 or https://host:2379")
+    return parts.netloc, parts.scheme == "https"
+
+
+def read_secret(path: Path, what: str) -> bytes:
+    """Read one of the files.
+
+    Raises:
+        Denied: it cannot be read; the message names it.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Denied(f"the {what} {path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,137 @@
+"""What an error of gRPC or etcd means for the request that got it.
+
+The first question is whether a write may have happened. Where nobody vouches for the opposite, it may: an
+unknown text or code never counts as "not done". Sources of the texts, and of where in the server they arise:
+https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/api/v3rpc/rpctypes/error.go and
+https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/v3_server.go (what is returned before a proposal).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from kvmsupervisor.adapters.etcd.api import Compacted, Denied, LeaseGone, Rejected
+
+
+class AttemptFailed(Exception):
+    """One endpoint did not do it: try another one.
+
+    Attributes:
+        reason: for people.
+        done_maybe: whether the request may have been carried out all the same.
+        permanent: whether this endpoint will say the same until somebody changes certificates.
+    """
+
+    def __init__(self, reason: str, *, done_maybe: bool, permanent: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.done_maybe = done_maybe
+        self.permanent = permanent
+
+
+class TokenRefused(Exception):
+    """The token is unknown, expired or older than the users' last change. Nothing was done."""
+
+
+class ReplyTooLarge(Exception):
+    """The reply exceeds what this client receives: ask for less."""
+
+
+class LeaseExists(Rejected):
+    """There is a lease of that id: an earlier attempt to grant it was carried out."""
+
+
+_NOT_DONE = frozenset(
+    {
+        # Said before anything was proposed.
+        "etcdserver: no leader",
+        "etcdserver: too many requests",
+        "etcdserver: not capable",
+        "etcdserver: rpc not supported for learner",
+        "raft proposal dropped",
+    }
+)
+
+_TOKEN = frozenset(
+    {
+        "etcdserver: invalid auth token",
+        "etcdserver: revision of auth store is old",
+        # What a request without a token gets, as when authentication was switched on just now.
+        "etcdserver: user name is empty",
+    }
+)
+
+_DENIED = frozenset(
+    {
+        "etcdserver: permission denied",
+        "etcdserver: authentication failed, invalid user ID or password",
+        "etcdserver: user name not found",
+    }
+)
+
+_REFUSING_CODES = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+"""With these, etcd's own words are about the request, not about the cluster."""
+
+_CERTIFICATES = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate was not issued by the CA in use",
+    "Hostname Verification": "the server's certificate is for another name",
+    "Failed to create security handshaker": "the CA, certificate or key in use is no valid PEM",
+    # A server ends a TLS 1.3 handshake that it dislikes after its own side is complete, with an alert that
+    # gRPC shows as this.
+    "TSI_DATA_CORRUPTED": "the server refuses the client certificate, or wants one",
+}
+"""What gRPC 1.76 to 1.85 say of a handshake that cannot succeed. Other words count as a mere failure."""
+
+
+def judge(error: Any, what: str) -> Exception:
+    """Translate an `AioRpcError` that ended the request `what`.
+
+    Returns:
+        `EtcdError` when it is final, else `AttemptFailed`, `TokenRefused` or `ReplyTooLarge`.
+    """
+    code, text = error.code(), error.details() or ""
+    if (known := judge_text(text, what)) is not None:
+        return known
+    if text.startswith("etcdserver: ") and code in _REFUSING_CODES:
+        return Rejected(f"{what}: {text}")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ReplyTooLarge(f"{what}: {text}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return AttemptFailed("no answer in time", done_maybe=True)
+    return AttemptFailed(text or code.name, done_maybe=True)
+
+
+def judge_text(text: str, what: str) -> Exception | None:
+    """Translate what etcd says, where that decides alone (a canceled watch has no code)."""
+    if text in _TOKEN:
+        return TokenRefused(text)
+    if text in _DENIED:
+        return Denied(f"{what}: {text}")
+    if text in _NOT_DONE:
+        return AttemptFailed(text, done_maybe=False)
+    match text:
+        case "etcdserver: mvcc: required revision has been compacted":
+            return Compacted(0)
+        case "etcdserver: requested lease not found":
+            return LeaseGone(f"{what}: {text}")
+        case "etcdserver: lease already exists":
+            return LeaseExists(f"{what}: {text}")
+    return None
+
+
+def no_connection(text: str) -> AttemptFailed:
+    """Say why a connection could not be made, from gRPC's words."""
+    for mark, meaning in _CERTIFICATES.items():
+        if mark in text:
+            return AttemptFailed(f"{meaning} ({text})", done_maybe=False, permanent=True)
+    return AttemptFailed(text, done_maybe=False)

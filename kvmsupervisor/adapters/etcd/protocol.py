@@ -1,0 +1,139 @@
+"""etcd's messages and stubs, taken out of the `etcd3` package and put on protobuf's fast runtime.
+
+`etcd3` 0.12.0 brings generated code of 2019, which protobuf refuses since 4.0 unless it runs on the slow pure
+Python implementation. The descriptors inside that code are as good as ever. So they are read as data, without
+importing the package, loaded into a descriptor pool of their own (file names such as `rpc.proto` are too
+common for the global one), and the generated stubs are executed on top of them. Nothing else of `etcd3` is
+imported, neither its client nor what that needs.
+
+What etcd 3.4 added to the protocol since, and this program uses, is added to the descriptors here. Source of
+the field numbers: https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/etcdserverpb/rpc.proto
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# gRPC reads these once, when it is imported. Its fork handlers print warnings whenever a program with open
+# channels starts another one; child processes here are always made with exec, so none is needed.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# It would print every failed handshake to stderr, twice a second. The errors raised say the same.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.internal import api_implementation
+
+_PACKAGE = "etcd3.etcdrpc"
+_FILES = ("kv", "auth", "rpc")
+"""In the order in which they need each other."""
+
+_Field = descriptor_pb2.FieldDescriptorProto
+
+
+def _folder() -> Path:
+    """Where the generated code lies."""
+    found = importlib.util.find_spec("etcd3")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("the package etcd3 (0.12.0) is not installed: its protocol definitions are needed")
+    return Path(found.submodule_search_locations[0]) / "etcdrpc"
+
+
+def _read_descriptor(source: Path) -> descriptor_pb2.FileDescriptorProto:
+    """Find the serialized descriptor in generated code: `serialized_pb=_b('…')`, bytes written as latin-1."""
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"), source)):
+        match node:
+            case ast.keyword(arg="serialized_pb", value=ast.Call(args=[ast.Constant(value=str(text))])):
+                return descriptor_pb2.FileDescriptorProto.FromString(text.encode("latin-1"))
+    raise ImportError(f"{source} holds no protocol descriptor: is this etcd3 0.12.0?")
+
+
+def _modernize(rpc: descriptor_pb2.FileDescriptorProto) -> None:
+    """Add what etcd 3.4 has and the descriptors of `etcd3` lack."""
+    rpc.message_type.add(name="WatchProgressRequest")
+    messages = {message.name: message for message in rpc.message_type}
+    messages["WatchRequest"].field.add(
+        name="progress_request",
+        number=3,
+        label=_Field.LABEL_OPTIONAL,
+        type=_Field.TYPE_MESSAGE,
+        type_name=f".{rpc.package}.WatchProgressRequest",
+        oneof_index=0,
+    )
+    for name, number in (("WatchCreateRequest", 8), ("WatchResponse", 7)):
+        messages[name].field.add(name="fragment", number=number, label=_Field.LABEL_OPTIONAL, type=_Field.TYPE_BOOL)
+
+
+def _load_messages(folder: Path) -> dict[str, ModuleType]:
+    """Make one module per file, with the message classes in it."""
+    pool = descriptor_pool.DescriptorPool()
+    modules = {}
+    for name in _FILES:
+        descriptor = _read_descriptor(folder / f"{name}_pb2.py")
+        if name == "rpc":
+            _modernize(descriptor)
+        pool.AddSerializedFile(descriptor.SerializeToString())
+        module = ModuleType(f"{_PACKAGE}.{name}_pb2")
+        for message_name, message in pool.FindFileByName(descriptor.name).message_types_by_name.items():
+            setattr(module, message_name, message_factory.GetMessageClass(message))
+        modules[name] = module
+    return modules
+
+
+@contextmanager
+def _standing_in(modules: dict[str, ModuleType]) -> Iterator[None]:
+    """Let imports below `etcd3` find `modules`, and forget them afterwards.
+
+    A later `import etcd3` by anybody else finds the real package, as if this had never been.
+    """
+    stand_ins = {"etcd3": ModuleType("etcd3"), _PACKAGE: ModuleType(_PACKAGE)}
+    stand_ins |= {module.__name__: module for module in modules.values()}
+    for name, module in stand_ins.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stand_ins[parent], child, module)
+    kept = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def _load_stubs(folder: Path, modules: dict[str, ModuleType]) -> ModuleType:
+    """Execute the generated stubs on `modules`."""
+    name = f"{_PACKAGE}.rpc_pb2_grpc"
+    found = importlib.util.spec_from_file_location(name, folder / "rpc_pb2_grpc.py")
+    if found is None or found.loader is None:
+        raise ImportError(f"{folder} holds no rpc_pb2_grpc.py: is this etcd3 0.12.0?")
+    module = importlib.util.module_from_spec(found)
+    with _standing_in(modules):
+        found.loader.exec_module(module)
+    return module
+
+
+if api_implementation.Type() != "upb":
+    raise ImportError(
+        f"protobuf runs on its {api_implementation.Type()!r} implementation, which is tens of times slower: "
+        "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION, or install a protobuf wheel that holds 'upb'"
+    )
+
+_modules = _load_messages(_folder())
+
+rpc: Any = _modules["rpc"]
+"""The messages of rpc.proto: `rpc.RangeRequest` and the others."""
+
+mvcc: Any = _modules["kv"]
+"""The messages of kv.proto: `mvcc.KeyValue`, `mvcc.Event`."""
+
+stubs: Any = _load_stubs(_folder(), _modules)
+"""The stubs: `stubs.KVStub(channel)` and the others, for a `grpc.aio.Channel`."""

@@ -1,0 +1,275 @@
+"""What Prometheus scrapes: every `kvmsupervisor_` metric, with a registry of its own.
+
+Gauges are read from a `Snapshot` while Prometheus waits; counters are methods that the supervisor calls. No
+metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
+people.
+
+Sources: https://prometheus.io/docs/practices/naming/ and
+https://prometheus.io/docs/instrumenting/writing_clientlibs/.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.status import Phase
+
+PREFIX = "kvmsupervisor_"
+
+START_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Upper bounds of `start_seconds`: narrow around what a bare QEMU takes, wide up to a takeover's waits."""
+
+
+class MigrationResult(StrEnum):
+    """How a live migration ended; the label `result` of `kvmsupervisor_migrations_total`."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSample:
+    """One instance at the moment of a scrape.
+
+    Attributes:
+        id: the instance.
+        phase: where it is in its life.
+        up: whether its QEMU process runs the guest.
+        epoch: of its lock, 0 before the first.
+        pending: how many keys take effect at the next restart.
+        invalid: whether any of its keys has a problem, also while it runs on as it was.
+        cpu_s: CPU seconds that its QEMU has used, None without a process.
+        memory_bytes: resident memory of its QEMU, None without a process.
+    """
+
+    id: InstanceId
+    phase: Phase
+    up: bool = False
+    epoch: int = 0
+    pending: int = 0
+    invalid: bool = False
+    cpu_s: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The whole supervisor at the moment of a scrape.
+
+    Attributes:
+        etcd_up: whether etcd's quorum answered the last thing that was asked.
+        session_remaining_s: seconds that the session holds without another renewal; 0 without a session.
+        watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
+        removals_held: instances whose removal waits for an operator's confirmation.
+        instances: those that this host is responsible for, the invalid ones too.
+    """
+
+    etcd_up: bool
+    session_remaining_s: float
+    watch_revision: int
+    removals_held: int = 0
+    instances: Sequence[InstanceSample] = ()
+
+
+@dataclass(slots=True)
+class _InstanceCounts:
+    """What has been counted of one instance since the supervisor started."""
+
+    starts: int = 0
+    internal_errors: int = 0
+    exits: Counter[ExitClass] = field(default_factory=Counter)
+
+
+class Metrics:
+    """All metrics of one supervisor. Used from the event loop only; nothing here waits."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str) -> None:
+        """Make the registry.
+
+        Args:
+            snapshot: called once per scrape.
+            version: of the supervisor, for `build_info`.
+        """
+        self._snapshot = snapshot
+        self._version = version
+        self._instances: dict[InstanceId, _InstanceCounts] = {}
+        self._adopted = 0
+        self._fences = 0
+        self._takeovers = 0
+        self._migrations: Counter[MigrationResult] = Counter()
+        self._starts_per_bucket = [0] * (len(START_BUCKETS_S) + 1)
+        self._starts_sum_s = 0.0
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        # The supervisor's own CPU, memory and descriptors under the names that every exporter uses
+        # (process_…).
+        ProcessCollector(registry=self._registry)
+
+    def started(self, instance: InstanceId) -> None:
+        """Count a QEMU process that began to run its guest."""
+        self._counts(instance).starts += 1
+
+    def exited(self, instance: InstanceId, reason: ExitClass) -> None:
+        """Count a QEMU process that ended."""
+        self._counts(instance).exits[reason] += 1
+
+    def observed_start(self, seconds: float) -> None:
+        """Count one start: `seconds` from seeing the wish to a running guest."""
+        self._starts_per_bucket[bisect_left(START_BUCKETS_S, seconds)] += 1
+        self._starts_sum_s += seconds
+
+    def internal_error(self, instance: InstanceId) -> None:
+        """Count an error of ours that was contained in one instance."""
+        self._counts(instance).internal_errors += 1
+
+    def adopted(self) -> None:
+        """Count a running QEMU process taken over from a former supervisor."""
+        self._adopted += 1
+
+    def fenced(self) -> None:
+        """Count an address that storage was told to refuse."""
+        self._fences += 1
+
+    def took_over(self) -> None:
+        """Count a lock taken from a host whose session is gone."""
+        self._takeovers += 1
+
+    def migrated(self, result: MigrationResult) -> None:
+        """Count a live migration that ended."""
+        self._migrations[result] += 1
+
+    def forget(self, instance: InstanceId) -> None:
+        """Drop an instance that left this host, so that labels stay bounded by those that are here."""
+        self._instances.pop(instance, None)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the body of `/metrics` and its content type.
+
+        Args:
+            accept: the request's Accept header; OpenMetrics for those who ask for it, else Prometheus' text
+                format.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+    def describe(self) -> Iterable[Metric]:
+        """Name no metric in advance: the registry would otherwise take a snapshot when it is made."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every metric; called by the registry at each scrape."""
+        now = self._snapshot()
+        for sample in now.instances:
+            self._counts(
+                sample.id
+            )  # a counter that is seen at 0 first is one whose first step alerts can see
+        yield from self._host_metrics(now)
+        yield from self._instance_gauges(now.instances)
+        yield from self._instance_counters()
+
+    def _counts(self, instance: InstanceId) -> _InstanceCounts:
+        return self._instances.setdefault(instance, _InstanceCounts())
+
+    def _host_metrics(self, now: Snapshot) -> Iterator[Metric]:
+        build = _gauge("build_info", "Always 1; the label says which release runs.", "version")
+        build.add_metric([self._version], 1)
+        yield build
+        for name, documentation, value in (
+            ("etcd_up", "Whether etcd's quorum answered last.", now.etcd_up),
+            (
+                "session_remaining_seconds",
+                "Seconds that this host's session holds without another renewal, 0 without a session.",
+                max(0.0, now.session_remaining_s),
+            ),
+            ("watch_revision", "etcd revision up to which the wishes are known here.", now.watch_revision),
+            ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
+        ):
+            gauge = _gauge(name, documentation)
+            gauge.add_metric([], value)
+            yield gauge
+        for name, documentation, value in (
+            ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
+            ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
+            ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+        ):
+            counter = _counter(name, documentation)
+            counter.add_metric([], value)
+            yield counter
+        migrations = _counter("migrations_total", "Live migrations that ended, by how.", "result")
+        for result in MigrationResult:
+            migrations.add_metric([result], self._migrations[result])
+        yield migrations
+        yield self._start_histogram()
+
+    def _start_histogram(self) -> Metric:
+        histogram = HistogramMetricFamily(
+            PREFIX + "start_seconds", "Seconds from seeing a wish to a running guest.", labels=()
+        )
+        bounds = [*map(str, START_BUCKETS_S), "+Inf"]
+        # Prometheus' buckets are cumulative.
+        buckets = list(zip(bounds, accumulate(self._starts_per_bucket), strict=True))
+        histogram.add_metric([], buckets, self._starts_sum_s)
+        return histogram
+
+    def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
+        phase = _gauge(
+            "instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase"
+        )
+        up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
+        epoch = _gauge(
+            "instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance"
+        )
+        pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
+        invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
+        cpu = _counter(
+            "instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance"
+        )
+        memory = _gauge(
+            "instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance"
+        )
+        for sample in samples:
+            label = [sample.id]
+            for each in Phase:
+                phase.add_metric([sample.id, each], sample.phase is each)
+            up.add_metric(label, sample.up)
+            epoch.add_metric(label, sample.epoch)
+            pending.add_metric(label, sample.pending)
+            invalid.add_metric(label, sample.invalid)
+            if sample.cpu_s is not None:
+                cpu.add_metric(label, sample.cpu_s)
+            if sample.memory_bytes is not None:
+                memory.add_metric(label, sample.memory_bytes)
+        yield from (phase, up, epoch, pending, invalid, cpu, memory)
+
+    def _instance_counters(self) -> Iterator[Metric]:
+        starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
+        exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
+        errors = _counter(
+            "internal_errors_total", "Errors of the supervisor itself, by instance.", "instance"
+        )
+        for instance, counts in self._instances.items():
+            starts.add_metric([instance], counts.starts)
+            for reason in ExitClass:
+                exits.add_metric([instance, reason], counts.exits[reason])
+            errors.add_metric([instance], counts.internal_errors)
+        yield from (starts, exits, errors)
+
+
+def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, documentation, labels=labels)
+
+
+def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(PREFIX + name, documentation, labels=labels)

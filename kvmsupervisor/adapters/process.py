@@ -1,0 +1,210 @@
+"""QEMU processes as the kernel sees them: spawned, found again, watched and signalled through pidfds.
+
+A pid may be recycled, a pidfd may not (pidfd_open(2)), so a process is judged after its pidfd was opened, and signals
+go through that alone. Its end is noticed by the pidfd becoming readable, zombies included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import struct
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from kvmsupervisor.domain.exits import WaitStatus
+
+PROC = Path("/proc")
+
+PIDFD_GET_INFO = 0xC040FF0B
+"""ioctl of Linux ≥ 6.13, `_IOWR(0xFF, 11, struct pidfd_info)` with the 64 bytes of its first version
+(include/uapi/linux/pidfd.h). Older kernels answer ENOTTY."""
+
+PIDFD_INFO_EXIT = 1 << 3
+"""Ask for, and (Linux ≥ 6.15) tell that there is, an exit code."""
+
+
+class SpawnFailed(Exception):
+    """The program could not be started at all; the message names it and says why."""
+
+
+class Process:
+    """A living process that is certainly the one meant, or its end.
+
+    Attributes:
+        pid: its process id.
+        starttime: clock ticks since boot (field 22 of /proc/<pid>/stat).
+        ended: set once it has ended.
+        status: how it ended, once it has; both fields None when nobody could tell.
+    """
+
+    def __init__(self, pid: int, pidfd: int, starttime: int, *, is_child: bool, on_end: Callable[[], None]) -> None:
+        self.pid = pid
+        self.starttime = starttime
+        self.ended = asyncio.Event()
+        self.status = WaitStatus()
+        self._pidfd = pidfd
+        self._is_child = is_child
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._end)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; one that has ended already is no error."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Stop watching it. The process goes on."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _end(self) -> None:
+        self.status = self._reap() if self._is_child else _status_of_foreigner(self.pid, self._pidfd, self.starttime)
+        self.close()
+        self.ended.set()
+        self._on_end()
+
+    def _reap(self) -> WaitStatus:
+        try:
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return WaitStatus()
+        if result is None:
+            return WaitStatus()
+        if result.si_code == os.CLD_EXITED:
+            return WaitStatus(code=result.si_status)
+        return WaitStatus(signal=result.si_status)
+
+
+def spawn(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log_fd: int,
+    pass_fds: Sequence[int],
+    on_end: Callable[[], None],
+) -> Process:
+    """Start a program in a session of its own, its output on `log_fd`, only `pass_fds` inherited.
+
+    It outlives this process, and it is reaped through its pidfd when it ends earlier. Blocks for the time of a vfork
+    and exec (about 1 ms); a thread would not help, because the interpreter's lock is held meanwhile.
+
+    Raises:
+        SpawnFailed: no such program, not executable, no memory.
+    """
+    try:
+        child = subprocess.Popen(
+            argv,
+            env=dict(environment),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise SpawnFailed(f"cannot start {argv[0]}: {error.strerror or error}") from error
+    # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
+    child.returncode = 0
+    pidfd = os.pidfd_open(child.pid)
+    # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
+    return Process(child.pid, pidfd, _starttime(child.pid) or 0, is_child=True, on_end=on_end)
+
+
+def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]) -> Process | None:
+    """Find a process that an earlier supervisor spawned; None when it is gone or the pid is another process's.
+
+    Args:
+        pid: where it was.
+        starttime: its start time, None when that was never recorded.
+        marks: environment variables that it certainly has.
+        on_end: called once when it ends.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    # Whatever is read from /proc now belongs to the process that the pidfd holds, or to nobody if that has ended.
+    found = _starttime(pid)
+    if found is None or (starttime is not None and found != starttime) or not _has_marks(pid, marks) or _is_over(pidfd):
+        os.close(pidfd)
+        return None
+    return Process(pid, pidfd, found, is_child=False, on_end=on_end)
+
+
+def find(marks: Mapping[str, str]) -> Iterator[int]:
+    """The pids of all processes whose environment holds `marks`."""
+    for entry in PROC.iterdir():
+        if entry.name.isdigit() and _has_marks(int(entry.name), marks):
+            yield int(entry.name)
+
+
+def is_alive(pid: int, starttime: int) -> bool:
+    """Whether the process that had this pid and start time lives."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        return _starttime(pid) == starttime and not _is_over(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _is_over(pidfd: int) -> bool:
+    """Whether the process has ended; a zombie has."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold anything."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()
+
+
+def _starttime(pid: int) -> int | None:
+    fields = _stat_fields(pid)
+    return int(fields[22 - 3]) if fields and len(fields) > 22 - 3 else None
+
+
+def _has_marks(pid: int, marks: Mapping[str, str]) -> bool:
+    try:
+        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return all(f"{name}={value}".encode() in environment for name, value in marks.items())
+
+
+def _status_of_foreigner(pid: int, pidfd: int, starttime: int) -> WaitStatus:
+    """How a process that is not our child ended: from its zombie, or from the pidfd once it was reaped."""
+    fields = _stat_fields(pid)
+    if fields and len(fields) > 52 - 3 and int(fields[22 - 3]) == starttime and fields[0] == "Z":
+        return _from_wait(int(fields[52 - 3]))
+    buffer = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(64, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, buffer)
+    except OSError:
+        return WaitStatus()
+    mask, code = struct.unpack_from("=Q", buffer)[0], struct.unpack_from("=i", buffer, 60)[0]
+    return _from_wait(code) if mask & PIDFD_INFO_EXIT else WaitStatus()
+
+
+def _from_wait(status: int) -> WaitStatus:
+    if os.WIFSIGNALED(status):
+        return WaitStatus(signal=os.WTERMSIG(status))
+    return WaitStatus(code=os.WEXITSTATUS(status))

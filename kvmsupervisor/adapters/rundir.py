@@ -1,0 +1,217 @@
+"""The run directory: what a successor needs to adopt, and the lock that keeps a second supervisor out.
+
+    <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
+    <run>/_session.json            the session that a successor resumes
+    <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
+    <run>/<id>/memory.json         what outlives a process: backoff, last exit
+    <run>/<id>/qmp.sock            QMP for the supervisor
+    <run>/<id>/qmp-spare.sock      QMP for people and for a successor
+    <run>/<id>/console.sock, .log  serial console
+    <run>/<id>/agent.sock          guest agent channel
+    <run>/<id>/qemu.log            what QEMU itself says
+
+The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
+they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced
+whole (write aside, rename), so a reader sees the old or the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.keys import InstanceId, parse_id
+
+BACKLOG = 4
+"""Of the QMP sockets. One client is served, the next waits: the successor may come before we are gone."""
+
+
+class AlreadyRunning(Exception):
+    """Another supervisor has this run directory. The message says which."""
+
+
+class InstanceDir:
+    """One instance's folder and the names in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.qmp_socket = path / "qmp.sock"
+        self.spare_socket = path / "qmp-spare.sock"
+        self.qemu_log = path / "qemu.log"
+        self.console_log = path / "console.log"
+        self._incarnation = path / "incarnation.json"
+        self._memory = path / "memory.json"
+
+    def create(self) -> None:
+        """Make the folder; it may be there already."""
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def read_incarnation(self) -> Incarnation | None:
+        """The record of the QEMU process; None when there is none.
+
+        Raises:
+            Unreadable: there is one that this release cannot read; the message names the file.
+        """
+        data = _read(self._incarnation)
+        if data is None:
+            return None
+        try:
+            return Incarnation.from_json(data)
+        except Unreadable as error:
+            raise Unreadable(f"{self._incarnation}: {error}") from error
+
+    def write_incarnation(self, record: Incarnation) -> None:
+        """Put the QEMU process on record."""
+        write_whole(self._incarnation, record.to_json())
+
+    def drop_incarnation(self) -> None:
+        """Delete the record: the process is proven gone."""
+        self._incarnation.unlink(missing_ok=True)
+
+    def read_memory(self, boot_id: str) -> Memory:
+        """What outlived the last process; a fresh memory when there is none, or one of an earlier boot.
+
+        Raises:
+            Unreadable: there is one that this release cannot read; the message names the file.
+        """
+        data = _read(self._memory)
+        if data is None:
+            return Memory(boot_id=boot_id)
+        try:
+            memory = Memory.from_json(data)
+        except Unreadable as error:
+            raise Unreadable(f"{self._memory}: {error}") from error
+        return memory if memory.boot_id == boot_id else Memory(boot_id=boot_id)
+
+    def write_memory(self, memory: Memory) -> None:
+        """Keep what outlives a process."""
+        write_whole(self._memory, memory.to_json())
+
+    def drop_memory(self) -> None:
+        """Forget: the instance starts from nothing when it comes back."""
+        self._memory.unlink(missing_ok=True)
+
+    def listen(self, path: Path) -> socket.socket:
+        """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+
+    def open_log(self) -> int:
+        """QEMU's log, opened for appending, so that truncating it does not leave a hole; the caller closes it."""
+        return os.open(self.qemu_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def log_size(self) -> int:
+        """Bytes in QEMU's log."""
+        return self.qemu_log.stat().st_size if self.qemu_log.exists() else 0
+
+    def log_tail(self, offset: int, *, limit: int = 8192) -> list[str]:
+        """The last lines that were written behind `offset`, from at most `limit` bytes."""
+        try:
+            with self.qemu_log.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                # A log that was rotated meanwhile is shorter than the offset: all of it is newer then.
+                begin = offset if offset <= end else 0
+                log.seek(max(begin, end - limit))
+                return log.read(limit).decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+
+    async def rotate_logs(self, *, max_bytes: int, keep: int) -> list[Path]:
+        """Cut logs that have grown beyond `max_bytes`; return those that were.
+
+        The writers go on with the file that they have open, so it is copied and truncated; what is written between
+        the two is lost, which is why only long logs are touched.
+        """
+        long = [log for log in (self.qemu_log, self.console_log) if log.exists() and log.stat().st_size > max_bytes]
+        for log in long:
+            await asyncio.to_thread(_rotate, log, keep)
+        return long
+
+
+class RunDir:
+    """`KVM_RUN_DIR`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_fd = -1
+
+    def acquire(self) -> None:
+        """Become the one supervisor of this run directory, until the process ends.
+
+        Raises:
+            AlreadyRunning: another one is.
+        """
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = self.path / "_supervisor.lock"
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise AlreadyRunning(
+                f"{lock} is held by process {holder}: a supervisor runs here already; "
+                "stop it first, or give this one another KVM_RUN_DIR and KVM_HOSTNAME"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        self._lock_fd = descriptor
+
+    def release(self) -> None:
+        """Let the next supervisor in."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def instance(self, instance: InstanceId) -> InstanceDir:
+        """The folder of one instance, made or not."""
+        return InstanceDir(self.path / instance)
+
+    def instances(self) -> Iterator[InstanceId]:
+        """All ids that have a folder."""
+        if not self.path.is_dir():
+            return
+        for entry in sorted(self.path.iterdir()):
+            if entry.is_dir() and (instance := parse_id(entry.name)) is not None:
+                yield instance
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _rotate(log: Path, keep: int) -> None:
+    for number in range(keep - 1, 0, -1):
+        older = log.with_name(f"{log.name}.{number}")
+        if older.exists():
+            older.replace(log.with_name(f"{log.name}.{number + 1}"))
+    if keep > 0:
+        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+    os.truncate(log, 0)

@@ -1,0 +1,63 @@
+"""What a process costs, read from `/proc` when asked: CPU seconds and memory.
+
+One short file per process and no memory map is walked, so that 100 processes cost a few milliseconds. Source:
+proc(5), `/proc/[pid]/stat` (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+# Positions among the fields that follow the command's name; proc(5) counts from 1 and calls the first of them
+# 3.
+_STATE, _UTIME, _STIME, _STARTTIME, _RSS = (field - 3 for field in (3, 14, 15, 22, 24))
+_GONE_STATES = (b"Z", b"X", b"x")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a process has used and holds now.
+
+    Attributes:
+        cpu_s: user and system time of all its threads since it started, seconds. For QEMU this is the guest's
+            work too: time in KVM guest mode counts as user time of the vCPU's thread.
+        memory_bytes: resident set (RSS). The kernel keeps it in per-CPU counters, so it may be wrong by some
+            hundred KiB; memory from hugetlbfs is not in it. PSS would split shared pages, but costs a walk of
+            all page tables at every scrape.
+    """
+
+    cpu_s: float
+    memory_bytes: int
+
+
+def usage_of(pid: int, *, starttime: int | None = None, proc: Path = PROC) -> Usage | None:
+    """Return what process `pid` uses, or None when it is gone.
+
+    Does not block: the kernel answers from counters in memory.
+
+    Args:
+        pid: of the process.
+        starttime: clock ticks since boot at which it must have started; another one is another process, that
+            got the same pid, and gives None. None: not compared.
+        proc: where procfs is mounted.
+    """
+    try:
+        stat = (proc / str(pid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name, in parentheses, may itself hold spaces and parentheses: only the last one closes it.
+    fields = stat.rpartition(b")")[2].split()
+    if fields[_STATE] in _GONE_STATES:
+        return None
+    if starttime is not None and int(fields[_STARTTIME]) != starttime:
+        return None
+    return Usage(
+        cpu_s=(int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS_PER_S,
+        memory_bytes=int(fields[_RSS]) * _PAGE_BYTES,
+    )

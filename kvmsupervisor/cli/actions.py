@@ -1,0 +1,323 @@
+"""What the writing commands do to etcd: each is one transaction that compares what it read.
+
+Only wishes are written here, never a lock, a status or a session: those belong to the supervisors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
+from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance, read_status
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.spec import WISH_KEYS, Power, Problem, RawValue, Wish, parse_wish
+from kvmsupervisor.domain.status import Status
+
+CONFLICT_ATTEMPTS = 5
+"""How often a change is made anew after somebody else was faster. Arbitrary: people do not type faster."""
+
+TXN_LIMIT = 100
+"""Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 unless it was changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A wish that was written.
+
+    Attributes:
+        instance: whose.
+        revision: of the write: a status that has acted on it has this revision or a newer one.
+        wish: as it stands now.
+        before: the status key before the write.
+        notes: what the person should know, one sentence each.
+    """
+
+    instance: InstanceId
+    revision: int
+    wish: Wish
+    before: Status | None = None
+    notes: tuple[str, ...] = ()
+
+
+async def create(
+    store: Store, layout: Layout, instance: InstanceId, values: Mapping[str, str], *, force: bool = False
+) -> Written:
+    """Write the keys of a new instance, all or none.
+
+    Args:
+        store: etcd.
+        layout: where the keys lie.
+        instance: its id.
+        values: key name → value.
+        force: write although a value has a problem.
+
+    Raises:
+        Refused: it has a key already, or a value has a problem.
+    """
+    _only_wishes(layout, instance, values)
+    found, cluster = await read_instance(store, layout, instance)
+    if found.keys:
+        names = ", ".join(sorted(name.decode("utf-8", "backslashreplace") for name in found.keys))
+        raise Refused(f"{instance} exists already, with the keys {names}: change it with `set`")
+    keys = {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
+    wish = parse_wish(instance, keys)
+    if wish.problems and not force:
+        raise Refused(_problems_message(f"{instance} was not created", wish.problems))
+    result = await store.txn(
+        [
+            Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
+            for name in dict.fromkeys((*values, *WISH_KEYS))
+        ],
+        [Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()],
+    )
+    if not result.succeeded:
+        raise Refused(f"{instance} was created by somebody else at this moment: look with `show {instance}`")
+    notes = [*_problem_notes(wish.problems), *_host_notes(wish, cluster)]
+    if found.lock is not None:
+        notes.append(f"there is a lock from before, {found.held_by}: it starts when that is released")
+    return Written(instance=instance, revision=result.revision, wish=wish, before=found.status, notes=tuple(notes))
+
+
+async def change(
+    store: Store,
+    layout: Layout,
+    instance: InstanceId,
+    values: Mapping[str, str],
+    *,
+    unset: Sequence[str] = (),
+    force: bool = False,
+) -> Written:
+    """Change keys of an instance that exists, all or none.
+
+    A problem that was there before, in a key that is not touched, is told but does not stand in the way:
+    a machine with two bad keys is mended one key at a time.
+
+    Args:
+        store: etcd.
+        layout: where the keys lie.
+        instance: its id.
+        values: key name → new value.
+        unset: keys to delete; one that is not there is not an error.
+        force: write although a value has a problem.
+
+    Raises:
+        Refused: there is no such instance, or the change brings a problem.
+    """
+    _only_wishes(layout, instance, [*values, *unset])
+
+    def plan(found: Instance) -> Sequence[Op]:
+        merged = dict(found.keys)
+        for name in unset:
+            merged.pop(name.encode(), None)
+        if not merged and not values:
+            raise Refused(f"this would leave {instance} without keys: remove it with `delete`")
+        merged |= {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
+        new = _new_problems(found, merged, values)
+        if new and not force:
+            raise Refused(_problems_message(f"{instance} was not changed", new))
+        return [
+            *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
+            *(Delete(layout.wish_key(instance, name)) for name in unset),
+        ]
+
+    return await _rewrite(store, layout, instance, plan, [*values, *unset])
+
+
+async def switch(store: Store, layout: Layout, instance: InstanceId, power: Power) -> Written:
+    """Write `power`, also when it holds that value already: a new write is a fresh order.
+
+    That is how a machine that ended by itself, with `restart=never`, starts again.
+
+    Raises:
+        Refused: there is no such instance.
+    """
+    return await _rewrite(
+        store,
+        layout,
+        instance,
+        lambda _: [Put(layout.wish_key(instance, "power"), power.value.encode())],
+        ["power"],
+    )
+
+
+async def restart(store: Store, layout: Layout, instance: InstanceId, request: str) -> Written:
+    """Ask for one graceful restart by a `restart_request` that was never used before.
+
+    Raises:
+        Refused: there is no such instance, or it is switched off.
+    """
+
+    def plan(found: Instance) -> Sequence[Op]:
+        if found.wish.power is Power.OFF:
+            raise Refused(f"{instance} is switched off (power=off): start it with `start {instance}`")
+        return [Put(layout.wish_key(instance, "restart_request"), request.encode())]
+
+    return await _rewrite(store, layout, instance, plan, ["restart_request", "power"])
+
+
+async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
+    """Delete every wish of an instance, and not its lock: its host does that when QEMU is proven gone.
+
+    One transaction, unless it has more than a hundred keys: then `host` goes in the first one.
+
+    Raises:
+        Refused: it has no keys.
+    """
+    found, cluster = await read_instance(store, layout, instance)
+    listing = await list_all(store, layout.instance_prefix(instance))
+    lock = layout.lock_key(instance)
+    host = layout.wish_key(instance, "host")
+    doomed = sorted((kv.key for kv in listing.kvs if kv.key != lock.encode()), key=lambda key: key != host.encode())
+    if not doomed:
+        raise Refused(_no_such(instance, found))
+    if lock.startswith(layout.instance_prefix(instance)):
+        readable = [key for key in doomed if _is_text(key)]
+        if len(readable) < len(doomed):
+            raise Refused(
+                f"{instance} has {len(doomed) - len(readable)} keys whose names are not UTF-8: "
+                "delete them with etcdctl first"
+            )
+        ops: list[Op] = [Delete(key.decode()) for key in readable]
+    else:
+        ops = [Delete(layout.instance_prefix(instance), prefix=True)]
+    revision = 0
+    for start in range(0, len(ops), TXN_LIMIT):
+        revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
+    notes: list[str] = []
+    holder = found.status.host if found.status is not None else None
+    if holder is not None and not cluster.alive(holder):
+        notes.append(
+            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is back"
+        )
+    return Written(
+        instance=instance,
+        revision=revision,
+        wish=parse_wish(instance, {}),
+        before=found.status,
+        notes=tuple(notes),
+    )
+
+
+async def held_removals(store: Store, layout: Layout, host: HostName) -> tuple[InstanceId, ...]:
+    """The instances whose removal `host` holds back until a person confirms it, in key order."""
+    listing = await list_all(store, layout.statuses_prefix)
+    statuses = (read_status(kv.value) for kv in listing.kvs)
+    ids = (parse_id(status.id) for status in statuses if status is not None and status.host == host and status.held)
+    return tuple(instance for instance in ids if instance is not None)
+
+
+async def confirm_removal(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
+    """Confirm the removal of exactly these instances; return the revision of the word.
+
+    The host acts on it and deletes the key.
+    """
+    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
+
+
+async def _rewrite(
+    store: Store,
+    layout: Layout,
+    instance: InstanceId,
+    plan: Callable[[Instance], Sequence[Op]],
+    touched: Sequence[str],
+) -> Written:
+    """Read an instance, plan, and write if nothing changed meanwhile; again when something did.
+
+    Args:
+        store: etcd.
+        layout: where the keys lie.
+        instance: its id.
+        plan: what to write, from what was read; it may refuse.
+        touched: names of the keys that the plan writes or depends on, there or not.
+
+    Raises:
+        Refused: there is no such instance, the plan refuses, or others change it all the time.
+    """
+    for _ in range(CONFLICT_ATTEMPTS):
+        found, cluster = await read_instance(store, layout, instance)
+        if not found.keys:
+            raise Refused(_no_such(instance, found))
+        ops = plan(found)
+        result = await store.txn(_unchanged(layout, found, touched), ops)
+        if result.succeeded:
+            after, cluster = await read_instance(store, layout, instance)
+            return Written(
+                instance=instance,
+                revision=result.revision,
+                wish=after.wish,
+                before=found.status,
+                notes=(*_problem_notes(after.wish.problems), *_host_notes(after.wish, cluster)),
+            )
+    raise Refused(f"{instance} was changed by others {CONFLICT_ATTEMPTS} times meanwhile; nothing was written")
+
+
+def _unchanged(layout: Layout, found: Instance, touched: Sequence[str]) -> list[Compare]:
+    """Compare every key that was read, and that the other wishes are still not there.
+
+    An instance with more keys than one transaction compares is invalid anyway: of those, only as many as
+    fit are compared, the touched ones first. Names that are not UTF-8 cannot be compared.
+    """
+    revisions = dict.fromkeys((*touched, *WISH_KEYS), 0)
+    revisions |= {name.decode(): value.mod_revision for name, value in found.keys.items() if _is_text(name)}
+    return [
+        Compare(layout.wish_key(found.id, name), Target.MOD_REVISION, revision)
+        for name, revision in list(revisions.items())[:TXN_LIMIT]
+    ]
+
+
+def _is_text(key: bytes) -> bool:
+    """Whether a key can be named in a request (they are `str` here)."""
+    return key.decode("utf-8", "replace").encode() == key
+
+
+def _new_problems(found: Instance, merged: Mapping[bytes, RawValue], values: Mapping[str, str]) -> list[Problem]:
+    """Those problems of the merged keys that the change brings: in a key it sets, or in one that was sound."""
+    before = {_subject(problem) for problem in found.wish.problems}
+    touched = set(values)
+    for name, text in values.items():
+        # Unknown keys share one problem, so each is also judged by itself (where only `ram` is missing).
+        alone = parse_wish(found.id, {name.encode(): RawValue(text.encode(), 0)})
+        touched |= {_subject(problem) for problem in alone.problems if problem.key != "ram"}
+    problems = parse_wish(found.id, merged).problems
+    return [p for p in problems if _subject(p) in touched or _subject(p) not in before]
+
+
+def _subject(problem: Problem) -> str:
+    """What a problem is about: one key, or all those that nobody knows."""
+    return "unknown keys" if problem.key.startswith("unknown key") else problem.key
+
+
+def _only_wishes(layout: Layout, instance: InstanceId, names: Sequence[str] | Mapping[str, str]) -> None:
+    """Refuse to touch the lock as if it were a wish."""
+    for name in names:
+        if layout.wish_key(instance, name) == layout.lock_key(instance):
+            raise Refused(f"`{name}` is the lock of {instance}: it belongs to the host that holds it")
+
+
+def _no_such(instance: InstanceId, found: Instance) -> str:
+    """The message for an instance without keys, which may still be on its way out."""
+    if found.status is not None:
+        return f"{instance} has no keys any more; host {found.status.host} says {found.status.phase.value}"
+    return f"there is no instance {instance}"
+
+
+def _problems_message(what: str, problems: Sequence[Problem]) -> str:
+    """Several problems under one heading, one line each."""
+    return "\n".join([f"{what} (--force does it all the same):", *(f"  {problem}" for problem in problems)])
+
+
+def _problem_notes(problems: Sequence[Problem]) -> list[str]:
+    """What is wrong with keys that were written."""
+    return [f"problem: {problem}" for problem in problems]
+
+
+def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """What a person should know when nobody will act on a wish."""
+    if wish.host is None:
+        return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
+    if not cluster.alive(wish.host):
+        return [f"`host` names {wish.host}, which has no session ({cluster.who_has_sessions()})"]
+    return []

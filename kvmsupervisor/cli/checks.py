@@ -1,0 +1,196 @@
+"""`check`: everything that is wrong with the keys, found by reading them all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
+from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout
+from kvmsupervisor.domain.spec import Spec
+
+SETTLE_S = 2.0
+"""Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts say something
+within milliseconds of a write, and a person who has just written does not want an alarm."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        instances: whom it concerns; none for keys that belong to no instance.
+        key: where: the name of a wish, or a whole key.
+        found: what stands there.
+        wanted: what would be right.
+        late: whether it may only be a matter of moments.
+    """
+
+    instances: tuple[InstanceId, ...]
+    key: str
+    found: str
+    wanted: str
+    late: bool = False
+
+    def to_object(self) -> dict[str, Any]:
+        """As `check -o json` prints it."""
+        found = asdict(self)
+        del found["late"]
+        return found | {"instances": list(self.instances)}
+
+
+async def check_all(store: Store, layout: Layout, *, settle_s: float) -> tuple[Cluster, list[Finding]]:
+    """Read everything and return what is wrong, in the order of the instances.
+
+    What may be a matter of moments is looked at twice, `settle_s` apart, and only told when it stays.
+    """
+    cluster = await read_cluster(store, layout)
+    findings = find_all(cluster, layout)
+    early = {finding.instances for finding in findings if finding.late}
+    if early:
+        await asyncio.sleep(settle_s)
+        cluster = await read_cluster(store, layout)
+        findings = [f for f in find_all(cluster, layout) if not f.late or f.instances in early]
+    return cluster, findings
+
+
+def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
+    """Everything that is wrong, in the order of the instances; what belongs to none comes last."""
+    findings: list[Finding] = []
+    for instance in cluster.instances.values():
+        findings += _of_wish(instance, cluster)
+        findings += _of_status(instance, cluster, layout)
+        findings += _of_lock(instance, cluster, layout)
+    findings += _used_twice(cluster)
+    findings += _of_nobody(cluster, layout)
+    return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
+
+
+def _of_wish(instance: Instance, cluster: Cluster) -> Iterator[Finding]:
+    """Problems of the keys that people write."""
+    for problem in instance.wish.problems:
+        yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
+    host = instance.wish.host
+    if host is not None and not cluster.alive(host):
+        yield Finding(
+            instances=(instance.id,),
+            key="host",
+            found=f"{host!r}, which has no session",
+            wanted=f"a host {cluster.who_has_sessions()}"
+            if cluster.sessions
+            else "a running supervisor: no host has one",
+        )
+
+
+def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """What its host should have said by now, and facts that nobody keeps true."""
+    status, wish = instance.status, instance.wish
+    key = layout.status_key(instance.id)
+    if wish.keys == 0:
+        if status is not None and not cluster.alive(status.host):
+            yield Finding(
+                instances=(instance.id,),
+                key=key,
+                found=f"the status of an instance without keys, by {status.host}, which has no session",
+                wanted=f"nothing: {status.host} deletes it when it is back",
+            )
+        return
+    if wish.host is None or not cluster.alive(wish.host):
+        return
+    if status is None:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found="nothing",
+            wanted=f"a status from host {wish.host}",
+            late=True,
+        )
+    elif status.revision < wish.revision:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"revision {status.revision}, by {status.host}: {status.phase.value}, {status.reason}",
+            wanted=f"revision {wish.revision}, the newest of its keys",
+            late=True,
+        )
+
+
+def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """Locks that nobody can read, or whose holder has no session."""
+    if instance.lock is None:
+        return
+    key, lock = layout.lock_key(instance.id), instance.lock.lock
+    if lock is None:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=printable_bytes(instance.lock.kv.value, limit=80),
+            wanted="a lock as supervisors write it: JSON with host, boot_id, epoch, state",
+        )
+    elif not cluster.alive(lock.host):
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"held by {lock.host} (epoch {lock.epoch}, {lock.state.value}), which has no session",
+            wanted=f"a holder {cluster.who_has_sessions()}" if cluster.sessions else "a holder with a session",
+        )
+
+
+def _used_twice(cluster: Cluster) -> Iterator[Finding]:
+    """MACs and images that two instances use, and SPICE ports that two use on one host."""
+    yield from _duplicates(cluster, "mac", lambda host, spec: spec.mac, "one MAC for each NIC")
+    yield from _duplicates(
+        cluster,
+        "rbd",
+        lambda host, spec: str(spec.rbd) if spec.rbd is not None else None,
+        "one image for each instance: two writers destroy it",
+    )
+    yield from _duplicates(
+        cluster,
+        "spice_port",
+        lambda host, spec: (spec.spice_port, host) if spec.spice_port is not None and host is not None else None,
+        "one port for each instance of a host",
+    )
+
+
+def _duplicates(
+    cluster: Cluster, key: str, value_of: Callable[[str | None, Spec], Hashable | None], wanted: str
+) -> Iterator[Finding]:
+    """One finding for each value that several instances have."""
+    users: dict[Hashable, list[InstanceId]] = defaultdict(list)
+    for instance in cluster.instances.values():
+        value = value_of(instance.wish.host, instance.wish.spec) if instance.wish.spec is not None else None
+        if value is not None:
+            users[value].append(instance.id)
+    for value, ids in users.items():
+        if len(ids) > 1:
+            text = f"{value[0]} on host {value[1]}" if isinstance(value, tuple) else str(value)
+            yield Finding(instances=tuple(ids), key=key, found=f"{text}, used by {', '.join(ids)}", wanted=wanted)
+
+
+def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """Keys that belong to no instance, and facts that cannot be read."""
+    for kv in cluster.strays:
+        yield Finding(
+            instances=(),
+            key=printable_bytes(kv.key),
+            found="a key that belongs to no instance",
+            wanted=f"{layout.prefix}/<id>/<key>, an id being {ID_RULE}",
+        )
+    for kv in cluster.unreadable:
+        yield Finding(
+            instances=(),
+            key=printable_bytes(kv.key),
+            found=printable_bytes(kv.value, limit=80),
+            wanted="what a supervisor of this release writes; its host writes it anew when it starts",
+        )
+
+
+def concerning(findings: Iterable[Finding], instance: InstanceId) -> list[Finding]:
+    """Those findings that concern one instance."""
+    return [finding for finding in findings if instance in finding.instances]

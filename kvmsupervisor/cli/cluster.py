@@ -1,0 +1,259 @@
+"""The cluster as its keys show it: wishes, status keys, sessions and locks, read and put together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
+from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue, Wish, parse_wish
+from kvmsupervisor.domain.status import Phase, Status
+
+UNKNOWN = "unknown"
+"""Shown instead of a phase whose host has no session: nobody knows."""
+
+LIST_ATTEMPTS = 3
+"""How often a listing begins again after a compaction between two pages; twice in a row is unheard of."""
+
+
+@dataclass(frozen=True, slots=True)
+class LockFact:
+    """A lock key, and its value when that is one."""
+
+    kv: KeyValue
+    lock: Lock | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One instance as its keys show it.
+
+    Attributes:
+        id: its id.
+        keys: its wishes: key name → value, without the lock.
+        wish: what they mean (`wish.keys` is 0 when there are none).
+        status: what its host observed, None when no status key is there.
+        lock: its lock, None when it is free.
+    """
+
+    id: InstanceId
+    keys: Mapping[bytes, RawValue]
+    wish: Wish
+    status: Status | None = None
+    lock: LockFact | None = None
+
+    @property
+    def held_by(self) -> str:
+        """Who holds its lock, as a clause; for an instance that has one."""
+        lock = self.lock.lock if self.lock is not None else None
+        return f"held by {lock.host}" if lock is not None else "which cannot be read"
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with it: by its host, when that has seen the newest keys, otherwise by the keys."""
+        if self.status is not None and self.status.revision >= self.wish.revision:
+            return self.status.problems
+        return tuple(str(problem) for problem in self.wish.problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """All that etcd holds, at about one time.
+
+    Attributes:
+        instances: everything that has a wish, a status or a lock, in the order people count.
+        sessions: the hosts that have one; None where the value is unreadable (the key is what counts).
+        strays: keys below the wishes' prefix that belong to no valid id.
+        unreadable: status and session keys whose value is not one.
+    """
+
+    instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
+    sessions: Mapping[str, HostSession | None] = field(default_factory=dict)
+    strays: tuple[KeyValue, ...] = ()
+    unreadable: tuple[KeyValue, ...] = ()
+
+    def alive(self, host: str | None) -> bool:
+        """Whether `host` has a session."""
+        return host in self.sessions
+
+    def who_has_sessions(self) -> str:
+        """A clause that names the hosts that have a session."""
+        hosts = sorted(self.sessions)
+        return f"with a session: {', '.join(hosts)}" if hosts else "no host has a session"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How an instance is shown: `phase` is a `Phase` or `UNKNOWN`; `reason` is one sentence."""
+
+    host: str | None
+    phase: str
+    reason: str
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts vm9 before vm10, as people count."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    return tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
+
+
+def shown(instance: Instance, cluster: Cluster) -> Shown:
+    """Say how an instance is, from all that is known.
+
+    A status whose host has no session says nothing about now: it is `unknown`. A wish without a status is
+    `waiting` for the host that it names.
+    """
+    status, wish = instance.status, instance.wish
+    if status is None:
+        return Shown(wish.host, Phase.WAITING.value, _why_no_status(instance, cluster))
+    if not cluster.alive(status.host):
+        sessions = cluster.who_has_sessions()
+        reason = f"host {status.host} has no session ({sessions}); last seen: {status.phase.value}"
+        if wish.keys and wish.host != status.host:
+            reason += f"; the `host` key now says {wish.host}"
+        return Shown(status.host, UNKNOWN, reason)
+    reason = status.reason
+    if wish.keys and wish.host is not None and wish.host != status.host:
+        away = "" if cluster.alive(wish.host) else f", which has no session ({cluster.who_has_sessions()})"
+        reason += f"; the `host` key now says {wish.host}{away}"
+    return Shown(status.host, status.phase.value, reason)
+
+
+def _why_no_status(instance: Instance, cluster: Cluster) -> str:
+    """Why an instance has no status key, and what would end that."""
+    wish = instance.wish
+    if wish.keys == 0:
+        return f"no keys; a lock is left, {instance.held_by}"
+    if wish.host is None:
+        return f"no host: nothing runs it until `host` is set ({cluster.who_has_sessions()})"
+    if not cluster.alive(wish.host):
+        return f"`host` names {wish.host}, which has no session ({cluster.who_has_sessions()})"
+    return f"host {wish.host} has not said anything yet"
+
+
+def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
+    """The JSON object of an instance: that of DESIGN §7, with what only a reader of all keys can know.
+
+    `last_phase` is there when the phase is `unknown`.
+    """
+    view = shown(instance, cluster)
+    if instance.status is None:
+        status = Status(id=instance.id, host=view.host or "", phase=Phase(view.phase), reason=view.reason, since="")
+        return replace(status, problems=instance.problems).to_object() | {"host": view.host, "since": None}
+    found = instance.status.to_object()
+    last = {"last_phase": found["phase"]} if view.phase == UNKNOWN else {}
+    return found | {"phase": view.phase, "reason": view.reason, "problems": list(instance.problems)} | last
+
+
+def read_status(data: bytes) -> Status | None:
+    """Read a status key, which anybody may have written: None unless every field has its type."""
+    status = Status.from_json(data)
+    if status is None:
+        return None
+    texts = (status.id, status.host, status.reason, status.since, *status.pending, *status.problems)
+    numbers = (status.epoch, status.restarts, status.revision)
+    well_typed = all(isinstance(text, str) for text in texts) and all(isinstance(n, int) for n in numbers)
+    return status if well_typed else None
+
+
+async def list_all(store: Store, prefix: str) -> Listing:
+    """List a prefix, again from the beginning when etcd compacts between two pages."""
+    for _ in range(LIST_ATTEMPTS):
+        try:
+            return await store.list(prefix)
+        except Compacted:
+            continue
+    raise Unavailable(f"etcd compacted its history {LIST_ATTEMPTS} times while {prefix} was being listed")
+
+
+async def read_cluster(store: Store, layout: Layout) -> Cluster:
+    """Read everything.
+
+    The prefixes are read one after the other, sessions last: a host that wrote a status which is seen here
+    has its session seen, too, unless it just lost it.
+    """
+    wishes = await list_all(store, layout.wishes_prefix)
+    locks_prefix = layout.locks_prefix()
+    locks = () if locks_prefix is None else (await list_all(store, locks_prefix)).kvs
+    statuses = await list_all(store, layout.statuses_prefix)
+    sessions = await list_all(store, layout.hosts_prefix)
+    return assemble(layout, wishes=[*wishes.kvs, *locks], statuses=statuses.kvs, sessions=sessions.kvs)
+
+
+async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> tuple[Instance, Cluster]:
+    """Read what concerns one instance, and who has a session; an instance that is not there has nothing."""
+    wishes = await list_all(store, layout.instance_prefix(instance))
+    lock = await store.get(layout.lock_key(instance))
+    status = await store.get(layout.status_key(instance))
+    sessions = await list_all(store, layout.hosts_prefix)
+    cluster = assemble(
+        layout,
+        wishes=[*wishes.kvs, *([lock] if lock is not None else [])],
+        statuses=[status] if status is not None else [],
+        sessions=sessions.kvs,
+    )
+    return cluster.instances.get(instance, absent(instance)), cluster
+
+
+def absent(instance: InstanceId) -> Instance:
+    """An instance of which etcd holds nothing."""
+    return Instance(id=instance, keys={}, wish=parse_wish(instance, {}))
+
+
+def assemble(
+    layout: Layout, *, wishes: Iterable[KeyValue], statuses: Iterable[KeyValue], sessions: Iterable[KeyValue]
+) -> Cluster:
+    """Put keys together. `wishes` are those below the wishes' prefix and the locks, wherever they lie."""
+    keys: dict[InstanceId, dict[bytes, RawValue]] = {}
+    locks: dict[InstanceId, LockFact] = {}
+    strays: list[KeyValue] = []
+    for kv in wishes:
+        lock_of = layout.id_of_lock(kv.key.decode("utf-8", "replace"))
+        if lock_of is not None:
+            locks[lock_of] = LockFact(kv, Lock.from_json(kv.value))
+            continue
+        named, slash, name = kv.key.removeprefix(layout.wishes_prefix.encode()).partition(b"/")
+        instance = parse_id(named.decode("utf-8", "replace")) if slash else None
+        if instance is None:
+            strays.append(kv)
+        else:
+            keys.setdefault(instance, {})[name] = RawValue(kv.value[: VALUE_LIMIT + 1], kv.mod_revision)
+
+    found, unreadable = _read_statuses(layout, statuses)
+    hosts: dict[str, HostSession | None] = {}
+    for kv in sessions:
+        host = kv.key.decode("utf-8", "backslashreplace").removeprefix(layout.hosts_prefix)
+        hosts[host] = HostSession.from_json(kv.value)
+        if hosts[host] is None:
+            unreadable.append(kv)
+
+    instances = {
+        instance: Instance(
+            id=instance,
+            keys=keys.get(instance, {}),
+            wish=parse_wish(instance, keys.get(instance, {})),
+            status=found.get(instance),
+            lock=locks.get(instance),
+        )
+        for instance in sorted(keys.keys() | locks.keys() | found.keys(), key=natural)
+    }
+    return Cluster(instances=instances, sessions=hosts, strays=tuple(strays), unreadable=tuple(unreadable))
+
+
+def _read_statuses(layout: Layout, statuses: Iterable[KeyValue]) -> tuple[dict[InstanceId, Status], list[KeyValue]]:
+    """Read the status keys; the second part are those that are none."""
+    found: dict[InstanceId, Status] = {}
+    unreadable: list[KeyValue] = []
+    for kv in statuses:
+        instance = parse_id(kv.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
+        status = read_status(kv.value)
+        if instance is None or status is None:
+            unreadable.append(kv)
+        else:
+            found[instance] = status
+    return found, unreadable

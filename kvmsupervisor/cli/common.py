@@ -1,0 +1,263 @@
+"""What the commands share: their tools, the way to etcd and its errors, types of arguments, options."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import wraps
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Store, Unavailable
+from kvmsupervisor.cli.checks import SETTLE_S
+from kvmsupervisor.cli.cluster import list_all, natural
+from kvmsupervisor.cli.errors import EtcdAway, Refused
+from kvmsupervisor.cli.output import printable
+from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
+from kvmsupervisor.domain.spec import FREE_KEY, WISH_KEYS
+from kvmsupervisor.settings import Settings, SettingsError, load_settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Work = Callable[[Store, Settings], Awaitable[T]]
+"""What a command does once it has etcd and the settings."""
+
+COMPLETION_DEADLINE_S = 1.0
+"""Seconds that a shell may wait for names from etcd. Arbitrary: longer, and people think that it hangs."""
+
+WAIT_TIMEOUT_S = 300.0
+"""Default of `--timeout`: more than twice the default `shutdown_timeout`, so a deaf guest is waited for."""
+
+
+def connect(settings: Settings) -> Store:
+    """A client of the real etcd. gRPC takes a fifth of a second to import, so only what needs it does."""
+    from kvmsupervisor.adapters.etcd.client import Etcd  # noqa: PLC0415
+    from kvmsupervisor.adapters.etcd.config import EtcdConfig  # noqa: PLC0415
+
+    return Etcd(
+        EtcdConfig(
+            endpoints=settings.etcd_endpoints,
+            cacert=settings.etcd_cacert,
+            cert=settings.etcd_cert,
+            key=settings.etcd_key,
+            username=settings.etcd_username,
+            password_file=settings.etcd_password_file,
+        )
+    )
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """What the commands take from the world; tests give them their own."""
+
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    connect: Callable[[Settings], Store] = connect
+    now: Callable[[], datetime] = _utc_now
+    settle_s: float = SETTLE_S
+
+    def settings(self) -> Settings:
+        """Load this host's settings.
+
+        Raises:
+            Refused: they have problems; all are named.
+        """
+        try:
+            return load_settings(self.environ)
+        except SettingsError as error:
+            lines = (f"  {printable(problem)}" for problem in error.problems)
+            raise Refused("\n".join(["the settings have problems:", *lines])) from error
+
+
+def tools_of(ctx: click.Context) -> Tools:
+    """The tools of this call: those of a test, or the real ones."""
+    return ctx.find_object(Tools) or Tools()
+
+
+def pass_tools(command: Callable[Concatenate[Tools, P], T]) -> Callable[P, T]:
+    """Give a command its `Tools` as its first argument."""
+
+    @wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        return command(tools_of(click.get_current_context()), *args, **kwargs)
+
+    return wrapper
+
+
+def with_store(tools: Tools, work: Work[T]) -> T:
+    """Connect to etcd, do `work` and close.
+
+    Raises:
+        EtcdAway: no endpoint answers, or the answer to a write was lost.
+        Refused: etcd refuses it.
+    """
+    settings = tools.settings()
+
+    async def connected() -> T:
+        store = tools.connect(settings)
+        try:
+            return await work(store, settings)
+        finally:
+            await store.close()
+
+    try:
+        return asyncio.run(connected())
+    except EtcdError as error:
+        _translate(error, settings)
+
+
+def _translate(error: EtcdError, settings: Settings) -> NoReturn:
+    """Raise the command's error for etcd's."""
+    endpoints = ", ".join(settings.etcd_endpoints)
+    match error:
+        case Ambiguous():
+            raise EtcdAway(
+                f"etcd ({endpoints}) did not answer in time: the change may have been made or not; "
+                "look with `show` before you repeat it"
+            ) from error
+        case Unavailable():
+            raise EtcdAway(f"etcd is unreachable ({endpoints}): {printable(error)}") from error
+        case Denied():
+            raise Refused(f"etcd ({endpoints}) does not allow this: {printable(error)}") from error
+        case _:
+            raise Refused(f"etcd ({endpoints}) refuses this: {printable(error)}") from error
+
+
+# `ParamType` became generic in click 8.5: with an argument, older ones could not be used.
+
+
+class InstanceType(click.ParamType):  # type: ignore[type-arg]
+    """An instance's id; completed from etcd."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> InstanceId:
+        """Check that it is an id."""
+        instance = parse_id(value)
+        if instance is None:
+            self.fail(f"{value!r} is no id: {ID_RULE}", param, ctx)
+        return instance
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Name the instances that have keys and are not on the line yet."""
+
+        async def work(store: Store, settings: Settings) -> set[str]:
+            prefix = settings.layout.wishes_prefix
+            keys = (kv.key.decode("utf-8", "replace") for kv in (await list_all(store, prefix)).kvs)
+            return {key.removeprefix(prefix).partition("/")[0] for key in keys}
+
+        given = ctx.params.get(param.name or "") or ()
+        names = (name for name in _complete(ctx, work) if parse_id(name) and name not in given)
+        return [CompletionItem(name) for name in sorted(names, key=natural) if name.startswith(incomplete)]
+
+
+class HostType(click.ParamType):  # type: ignore[type-arg]
+    """A host's name; completed from the sessions."""
+
+    name = "host"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Name the hosts that have a session."""
+        return [CompletionItem(name) for name in host_names(ctx) if name.startswith(incomplete)]
+
+
+class KeyType(click.ParamType):  # type: ignore[type-arg]
+    """The name of a wish."""
+
+    name = "key"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check that it can be the end of a key. Whether it is known is told with the other problems."""
+        if not isinstance(value, str) or not value or "/" in value or " " in value or not value.isprintable():
+            self.fail(f"{value!r} cannot be the name of a key", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Name the known keys."""
+        return [CompletionItem(name) for name in (*WISH_KEYS, FREE_KEY) if name.startswith(incomplete)]
+
+
+class AssignmentType(click.ParamType):  # type: ignore[type-arg]
+    """`KEY=VALUE`, as a pair."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Split at the first `=`."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not equals:
+            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+        return KEY_NAME.convert(name, param, ctx), text
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Name the known keys, each with its `=`; and the hosts after `host=`."""
+        if incomplete.startswith("host="):
+            names = (f"host={name}" for name in host_names(ctx))
+        else:
+            names = (f"{name}=" for name in (*WISH_KEYS, FREE_KEY))
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def host_names(ctx: click.Context) -> list[str]:
+    """The hosts that have a session, for completion."""
+
+    async def work(store: Store, settings: Settings) -> list[str]:
+        prefix = settings.layout.hosts_prefix
+        keys = (kv.key.decode("utf-8", "replace") for kv in (await list_all(store, prefix)).kvs)
+        # A shell splits words at spaces and expands some characters: such a name is typed by hand.
+        return [key.removeprefix(prefix) for key in keys if parse_id(key.removeprefix(prefix))]
+
+    return sorted(_complete(ctx, work))
+
+
+def _complete(ctx: click.Context, work: Work[Any]) -> Any:
+    """Ask etcd for names, briefly. Whatever is in the way: no names, and nothing said into a shell's line."""
+
+    async def briefly(store: Store, settings: Settings) -> Any:
+        async with asyncio.timeout(COMPLETION_DEADLINE_S):
+            return await work(store, settings)
+
+    try:
+        return with_store(tools_of(ctx), briefly)
+    except (click.ClickException, TimeoutError):
+        return []
+
+
+INSTANCE = InstanceType()
+HOST = HostType()
+KEY_NAME = KeyType()
+ASSIGNMENT = AssignmentType()
+
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "json"]),
+    default="table",
+    show_default=True,
+    help="How to print it; json is for programs.",
+)
+
+
+def wait_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Add `--wait` and `--timeout` to a command."""
+    command = click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=WAIT_TIMEOUT_S,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long --wait waits.",
+    )(command)
+    return click.option("--wait", is_flag=True, help="Wait until it is a fact, and show the progress.")(command)

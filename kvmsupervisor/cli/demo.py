@@ -1,0 +1,129 @@
+"""`kvmsupervisor demo`: etcd, a supervisor and a guest that boots, all on this machine; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import EtcdError
+from kvmsupervisor.cli.demo_play import Play, say
+from kvmsupervisor.cli.demo_stage import DemoError, clear_away, make_folder
+
+
+@click.command()
+@click.option(
+    "--once", is_flag=True, envvar="KVM_DEMO_ONCE", help="Do not wait for Ctrl-C: end once the guest said hello."
+)
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("~/.cache/kvmsupervisor/guest"),
+    show_default=True,
+    help="Where the guest is kept for the next time.",
+)
+def demo(once: bool, cache: Path) -> None:
+    """Show it all on this machine: etcd, a supervisor, a guest that boots.
+
+    Ctrl-C shuts the guest down and takes everything away; a second Ctrl-C does so by force. Exit code 0 says
+    that the guest booted and was shut down gracefully.
+    """
+    sys.exit(asyncio.run(run_demo(once=once, cache=cache.expanduser().absolute())))
+
+
+async def run_demo(
+    *,
+    once: bool,
+    cache: Path,
+    environ: Mapping[str, str] = os.environ,
+    supervisor: Sequence[str] = (sys.executable, "-m", "kvmsupervisor", "run"),
+) -> int:
+    """Run the demo to its end and take everything away; return the exit code.
+
+    Args:
+        once: end as soon as the guest has said hello, instead of waiting for a signal.
+        cache: folder where the guest is kept; absolute.
+        environ: the environment; what is meant for other supervisors in it is left out.
+        supervisor: the command that runs the supervisor.
+    """
+    problems: list[str] = []
+    with _interrupts() as interrupts:
+        folder = make_folder()
+        try:
+            play = Play(folder=folder, environ=environ, supervisor=supervisor)
+            try:
+                with _told(problems):
+                    await _unless(interrupts.end, play.begin(cache, stay=not once))
+                with _told(problems):
+                    await _unless(interrupts.force, play.end())
+                if not play.said_hello and not problems:
+                    problems.append("ended before the guest said hello")
+                await _unless(interrupts.force, play.stop())
+            finally:
+                await play.kill()
+        finally:
+            killed = clear_away(folder)
+    if killed:
+        problems.append(f"had to be killed: {', '.join(killed)}")
+    for problem in problems:
+        click.secho(f"demo: {problem}", fg="red", err=True)
+    if not problems:
+        say("gone", "guest, supervisor, etcd and their files; nothing is left")
+    return 1 if problems else 0
+
+
+class Interrupts:
+    """What Ctrl-C asks for: the first time the end, the second time an end by force."""
+
+    def __init__(self) -> None:
+        self.end = asyncio.Event()
+        self.force = asyncio.Event()
+
+    def count(self) -> None:
+        """Note one more."""
+        (self.force if self.end.is_set() else self.end).set()
+
+
+@contextmanager
+def _interrupts() -> Iterator[Interrupts]:
+    """Turn signals into events while the body runs, to its very end: cleaning up is not cut short."""
+    interrupts = Interrupts()
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, interrupts.count)
+    try:
+        yield interrupts
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def _told(problems: list[str]) -> Iterator[None]:
+    """Note what fails in the body, for people, and go on behind it."""
+    try:
+        yield
+    except (DemoError, EtcdError) as error:
+        problems.append(str(error))
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[None]) -> None:
+    """Do `work` until it is done or `event` is set; then it is cancelled."""
+    task = asyncio.ensure_future(work)
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        finished = task.done()
+        waiter.cancel()
+        task.cancel()
+        await asyncio.gather(task, waiter, return_exceptions=True)
+    if finished:
+        task.result()

@@ -1,0 +1,109 @@
+"""The entry point: `kvmsupervisor COMMAND …`.
+
+Commands are imported when they are used, so that `--version`, `--help`, `run` and shell completion pay for
+nothing that they do not need.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import click
+
+from kvmsupervisor import __version__
+from kvmsupervisor.cli.errors import INTERRUPTED
+
+PROGRAM = "kvmsupervisor"
+
+
+@dataclass(frozen=True, slots=True)
+class LazyCommand:
+    """Where a command is defined, and what `--help` says of it without importing it."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS: Mapping[str, LazyCommand] = {
+    "run": LazyCommand("run", "run", "Run this host's supervisor."),
+    "demo": LazyCommand("demo", "demo", "Show it all on this machine: etcd, a supervisor, a guest that boots."),
+    "list": LazyCommand("read_commands", "list_command", "List the instances: who runs them, and how they are."),
+    "show": LazyCommand("read_commands", "show", "Show everything about one instance."),
+    "create": LazyCommand("write_commands", "create", "Create an instance from its keys."),
+    "set": LazyCommand("write_commands", "set_command", "Change keys of an instance."),
+    "delete": LazyCommand("write_commands", "delete", "Remove an instance: its guest is shut down."),
+    "start": LazyCommand("write_commands", "start", "Start instances."),
+    "stop": LazyCommand("write_commands", "stop", "Shut instances down, and leave them off."),
+    "restart": LazyCommand("write_commands", "restart", "Restart instances gracefully, once."),
+    "check": LazyCommand("read_commands", "check", "Look for everything that is wrong with the keys."),
+    "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line that an instance's keys give."),
+    "check-config": LazyCommand("config_command", "check_config", "Check this host's settings and print them."),
+    "confirm-removal": LazyCommand(
+        "write_commands", "confirm_removal", "Confirm a mass removal that a host holds back."
+    ),
+    "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, in the order of the table: the daily ones first."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command, or None for a name that is none."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = getattr(import_module(f"kvmsupervisor.cli.{entry.module}"), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Complete a command's name from the table, importing none."""
+        # Imported here: click loads it only while a shell asks.
+        from click.shell_completion import CompletionItem  # noqa: PLC0415
+
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [
+            CompletionItem(name, help=entry.help) for name, entry in COMMANDS.items() if name.startswith(incomplete)
+        ]
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Settings come from the environment over /etc/kvmsupervisor/kvmsupervisor.toml: see check-config. "
+    "Exit codes: 0 done, 1 refused or not so, 2 usage, 3 etcd unreachable, 4 timed out waiting.",
+)
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """Run virtual machines from etcd keys: QEMU/KVM, one supervisor per host, no control plane."""
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    try:
+        result = cli.main(prog_name=PROGRAM, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as error:
+        # Ctrl-C, or the end of input at a question. click has ended the line, except at a question.
+        if error.__cause__ is None:
+            click.echo(err=True)
+        sys.exit(INTERRUPTED)
+    sys.exit(result if isinstance(result, int) else 0)

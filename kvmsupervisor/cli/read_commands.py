@@ -1,0 +1,191 @@
+"""The commands that only read: `list`, `show`, `check`, `argv`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.cli import checks, views
+from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, read_cluster, read_instance
+from kvmsupervisor.cli.common import INSTANCE, Tools, output_option, pass_tools, with_store
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import (
+    OutputFormat,
+    echo_blocks,
+    echo_json,
+    echo_table,
+    note,
+    on_terminal,
+)
+from kvmsupervisor.domain.argv import HostSide, Identity, Unbuildable, build_argv, instance_uuid
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.settings import Accel, Settings
+
+
+@click.command("list")
+@output_option
+@pass_tools
+def list_command(tools: Tools, output: OutputFormat) -> None:
+    """List the instances: who runs them, and how they are.
+
+    AGE is how long the phase has lasted. A status whose host has no session is shown as `unknown`: nobody
+    knows. `-o wide` adds RAM, the etcd revision acted on, the incarnation, the last exit and every problem.
+    """
+
+    async def work(store: Store, settings: Settings) -> Cluster:
+        return await read_cluster(store, settings.layout)
+
+    cluster = with_store(tools, work)
+    instances = cluster.instances.values()
+    if output == "json":
+        echo_json([as_object(instance, cluster) for instance in instances])
+        return
+    wide = output == "wide"
+    now = tools.now()
+    rows = [views.list_row(instance, cluster, now, wide=wide) for instance in instances]
+    if rows or not on_terminal(sys.stdout):
+        echo_table(views.WIDE_COLUMNS if wide else views.LIST_COLUMNS, rows)
+    else:
+        note(f"no instances ({cluster.who_has_sessions()}); make one with `create`")
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@output_option
+@pass_tools
+def show(tools: Tools, instance: InstanceId, output: OutputFormat) -> None:
+    """Show everything about one instance: keys, status, lock, its host's session, problems."""
+    found, cluster, settings = _existing(tools, instance)
+    if output == "json":
+        echo_json(views.show_object(found, cluster))
+    else:
+        echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now()))
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="[ID]", required=False)
+@output_option
+@pass_tools
+def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> None:
+    """Look for everything that is wrong with the keys of ID, or of all instances.
+
+    Named are: every bad value and unknown key; keys that belong to no valid id; a `host` that has no session,
+    and who has one; wishes that their host has not acted on; locks whose holder has no session, or that
+    cannot be read; MACs, RBD images and SPICE ports that two instances use. Exit code 1 if anything is found.
+    """
+
+    async def work(store: Store, settings: Settings) -> tuple[Cluster, list[checks.Finding]]:
+        return await checks.check_all(store, settings.layout, settle_s=tools.settle_s)
+
+    cluster, findings = with_store(tools, work)
+    if instance is not None:
+        if instance not in cluster.instances:
+            raise Refused(f"there is no instance {instance}")
+        findings = checks.concerning(findings, instance)
+    if output == "json":
+        echo_json([finding.to_object() for finding in findings])
+    elif findings:
+        echo_table(views.FINDING_COLUMNS, [views.finding_row(finding) for finding in findings])
+    else:
+        count = 1 if instance is not None else len(cluster.instances)
+        note(f"{count} instance{'' if count == 1 else 's'} checked, nothing wrong")
+    click.get_current_context().exit(1 if findings else 0)
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["lines", "json"]),
+    default="lines",
+    show_default=True,
+    help="How to print it.",
+)
+@click.option("--shell", is_flag=True, help="Print one line, quoted for a shell.")
+@pass_tools
+def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
+    """Print the QEMU command line that the keys of ID give on this host, one option on each line.
+
+    The descriptors of the two QMP sockets (fd=3, fd=4) are handed over by the supervisor.
+    """
+    found, _, settings = _existing(tools, instance)
+    words = command_line(found, settings)
+    if shell:
+        click.echo(shlex.join(words))
+    elif output == "json":
+        echo_json(words)
+    else:
+        for line in option_lines(words):
+            click.echo(shlex.join(line))
+
+
+def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
+    """The QEMU command line that the keys give with this host's settings.
+
+    Raises:
+        Refused: the keys have problems, or this host lacks something.
+    """
+    spec = instance.wish.spec
+    if spec is None:
+        problems = instance.wish.problems
+        if not problems:
+            raise Refused(f"{instance.id} has no keys any more")
+        raise Refused("\n".join([f"{instance.id} has problems:", *(f"  {problem}" for problem in problems)]))
+    host = HostSide(
+        qemu=settings.qemu,
+        accel=_accelerator(settings.accel),
+        run_dir=f"{settings.run_dir}/{instance.id}",
+        qmp_fds=(3, 4),
+        bridge_if=settings.bridge_if,
+        spice_addr=settings.spice_addr,
+    )
+    identity = Identity(instance=instance.id, uuid=instance_uuid(settings.layout.prefix, instance.id))
+    try:
+        return build_argv(spec, identity=identity, host=host)
+    except Unbuildable as error:
+        raise Refused(f"{instance.id}: {error}") from error
+
+
+def _accelerator(accel: Accel) -> Literal["kvm", "tcg"]:
+    """The accelerator of this host; `auto` is KVM where its device can be used."""
+    match accel:
+        case Accel.KVM:
+            return "kvm"
+        case Accel.TCG:
+            return "tcg"
+        case Accel.AUTO:
+            return "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
+
+
+def option_lines(words: Sequence[str]) -> list[list[str]]:
+    """Group a command line: the program, then each option with what follows it."""
+    lines: list[list[str]] = []
+    for word in words:
+        if not lines or word.startswith("-"):
+            lines.append([word])
+        else:
+            lines[-1].append(word)
+    return lines
+
+
+def _existing(tools: Tools, instance: InstanceId) -> tuple[Instance, Cluster, Settings]:
+    """Read an instance of which etcd holds anything at all.
+
+    Raises:
+        Refused: there is none.
+    """
+
+    async def work(store: Store, settings: Settings) -> tuple[Instance, Cluster, Settings]:
+        return *await read_instance(store, settings.layout, instance), settings
+
+    found, cluster, settings = with_store(tools, work)
+    if instance not in cluster.instances:
+        raise Refused(f"there is no instance {instance}")
+    return found, cluster, settings

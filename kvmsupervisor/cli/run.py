@@ -1,0 +1,91 @@
+"""`kvmsupervisor run`: the long-running daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from kvmsupervisor.settings import Settings, SettingsError, load_settings
+
+
+@click.command()
+@click.option("--daemon", is_flag=True, help="Detach from the terminal; return once it has started.")
+@click.option(
+    "--pid-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --daemon: where its pid is written. Default: _supervisor.pid in KVM_RUN_DIR.",
+)
+def run(daemon: bool, pid_file: Path | None) -> int:
+    """Run this host's supervisor until SIGTERM or Ctrl-C. Machines run on without it."""
+    try:
+        settings = load_settings(os.environ)
+    except SettingsError as error:
+        raise click.ClickException("the settings cannot be used:\n" + str(error)) from error
+    if not daemon:
+        return serve(settings, lambda: None)
+    # Imported here: only a daemon pays for it.
+    from kvmsupervisor.cli.daemon import AlreadyRunningError, run_daemon  # noqa: PLC0415
+
+    settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    log_file = settings.run_dir / "_supervisor.log"
+    try:
+        return run_daemon(
+            lambda ready: serve(settings, ready, log_file=log_file),
+            pid_file=pid_file or settings.run_dir / "_supervisor.pid",
+            log_file=log_file,
+        )
+    except (AlreadyRunningError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | None = None) -> int:
+    """Supervise in this process until it is told to stop; return the exit code.
+
+    Args:
+        settings: of this host.
+        started: called once it has started.
+        log_file: where standard error goes, when that is a file of ours: it is kept short then.
+    """
+    # Imported here, behind the forks of a daemon: gRPC and event loops survive none.
+    import asyncio  # noqa: PLC0415
+
+    from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
+    from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
+    from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
+    from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
+    from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
+
+    async def supervise() -> None:
+        supervisor = Supervisor(settings)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, supervisor.stop)
+        await supervisor.run(started)
+
+    log = configure(
+        level=settings.log_level,
+        format=settings.log_format,
+        rotation=None if log_file is None else Rotation(path=log_file),
+    )
+    refused: list[BaseException] = []
+    try:
+        asyncio.run(supervise())
+    except* (AlreadyRunning, ListenError, HostnameTaken, ValueError, OSError) as group:
+        refused = _leaves(group)
+    finally:
+        log.close()
+    for error in refused:
+        click.echo(f"kvmsupervisor: {error}", err=True)
+    return 1 if refused else 0
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group of groups."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found

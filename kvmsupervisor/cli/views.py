@@ -1,0 +1,184 @@
+"""How `list`, `show` and `check` look: rows and blocks, made from what was read, printed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from kvmsupervisor.cli.checks import Finding
+from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
+from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
+from kvmsupervisor.domain.keys import Layout
+
+LIST_COLUMNS = (
+    Column(title="ID"),
+    Column(title="HOST"),
+    Column(title="PHASE"),
+    Column(title="AGE", right=True),
+    Column(title="PID", right=True),
+    Column(title="EPOCH", right=True, spare=True),
+    Column(title="RESTARTS", right=True, spare=True),
+    Column(title="PENDING"),
+    Column(title="REASON", long=True),
+)
+
+WIDE_COLUMNS = (
+    *LIST_COLUMNS[:-1],
+    Column(title="RAM", right=True),
+    Column(title="REVISION", right=True),
+    Column(title="INCARNATION"),
+    Column(title="LAST EXIT"),
+    Column(title="REASON", long=True),
+    Column(title="PROBLEMS", long=True, label="problems: "),
+)
+
+FINDING_COLUMNS = (
+    Column(title="INSTANCE"),
+    Column(title="KEY"),
+    Column(title="FOUND", long=True, label="found   "),
+    Column(title="WANTED", long=True, label="wanted  "),
+)
+
+
+def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool) -> list[Cell]:
+    """The row of one instance, for `LIST_COLUMNS` or `WIDE_COLUMNS`."""
+    view, status = shown(instance, cluster), instance.status
+    reason = view.reason
+    count = len(instance.problems)
+    if count and not wide:
+        reason += f" ({count} problem{'s' if count > 1 else ''}: see check {instance.id})"
+    cells = [
+        Cell(instance.id, "bold"),
+        _or_nothing(view.host),
+        phase_cell(view.phase),
+        Cell(age(status.since, now) if status is not None else NOTHING),
+        _or_nothing(status.pid if status is not None else None),
+        _or_nothing(status.epoch if status is not None else None),
+        _or_nothing(status.restarts if status is not None else None),
+        _or_nothing(",".join(status.pending) if status is not None else None, "yellow"),
+    ]
+    if wide:
+        spec = instance.wish.spec
+        cells += [
+            _or_nothing(f"{spec.ram_mib}M" if spec is not None else None),
+            _or_nothing(status.revision if status is not None else None),
+            _or_nothing(status.incarnation if status is not None else None),
+            _or_nothing(status.last_exit if status is not None else None),
+        ]
+    cells.append(Cell(reason))
+    return [*cells, _or_nothing("; ".join(instance.problems), "red")] if wide else cells
+
+
+def show_blocks(instance: Instance, cluster: Cluster, layout: Layout, now: datetime) -> list[Block]:
+    """Everything about one instance."""
+    view, status = shown(instance, cluster), instance.status
+    since = f" for {age(status.since, now)}" if status is not None else ""
+    where = f" on {view.host}" if view.host is not None else ""
+    blocks: list[Block] = [
+        (
+            f"{instance.id}{where}: {view.phase}{since}",
+            [("", Cell(view.reason)), *(("problem", Cell(text, "red")) for text in instance.problems)],
+        ),
+        (
+            f"Wishes ({layout.instance_prefix(instance.id)})",
+            [
+                (printable_bytes(name), Cell(printable_bytes(raw.value.strip())))
+                for name, raw in sorted(instance.keys.items())
+            ]
+            or [("", Cell("none"))],
+        ),
+    ]
+    if status is not None:
+        fields = {**status.to_object(), "phase": view.phase}
+        hidden = ("id", "reason", "problems")
+        blocks.append(
+            (
+                f"Status ({layout.status_key(instance.id)})",
+                [(name, _field(name, value)) for name, value in fields.items() if name not in hidden],
+            )
+        )
+    blocks.append((f"Lock ({layout.lock_key(instance.id)})", _lock_lines(instance)))
+    host = instance.wish.host or (status.host if status is not None else None)
+    if host is not None:
+        blocks.append((f"Session of host {host}", _session_lines(host, cluster)))
+    return blocks
+
+
+def show_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
+    """Everything about one instance, for `show -o json`."""
+    host = instance.wish.host or (instance.status.host if instance.status is not None else None)
+    session = cluster.sessions.get(host) if host is not None else None
+    return {
+        "id": instance.id,
+        "keys": {
+            name.decode("utf-8", "backslashreplace"): {
+                "value": raw.value.strip().decode("utf-8", "backslashreplace"),
+                "mod_revision": raw.mod_revision,
+            }
+            for name, raw in sorted(instance.keys.items())
+        },
+        "revision": instance.wish.revision,
+        "problems": list(instance.problems),
+        "status": as_object(instance, cluster),
+        "lock": _lock_object(instance),
+        "session": session.to_object() if session is not None else None,
+    }
+
+
+def finding_row(finding: Finding) -> list[Cell]:
+    """The row of one finding, for `FINDING_COLUMNS`."""
+    return [
+        Cell(",".join(finding.instances) or NOTHING, "bold"),
+        Cell(finding.key),
+        Cell(finding.found, "red"),
+        Cell(finding.wanted),
+    ]
+
+
+def _or_nothing(value: object | None, style: str = "") -> Cell:
+    """A cell that shows `-` for what is not there."""
+    return Cell(NOTHING, "dim") if value is None or value == "" else Cell(str(value), style)
+
+
+def _field(name: str, value: object) -> Cell:
+    """A field of the status in `show`."""
+    if name == "phase":
+        return phase_cell(str(value))
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no")
+    return _or_nothing(", ".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def _lock_object(instance: Instance) -> dict[str, Any] | None:
+    """The lock for JSON; an unreadable one as text."""
+    if instance.lock is None:
+        return None
+    if instance.lock.lock is None:
+        return {"unreadable": instance.lock.kv.value.decode("utf-8", "backslashreplace")}
+    return asdict(instance.lock.lock)
+
+
+def _lock_lines(instance: Instance) -> Sequence[tuple[str, Cell]]:
+    """The lock's fields, in the order in which people ask for them."""
+    if instance.lock is None:
+        return [("", Cell("free"))]
+    if instance.lock.lock is None:
+        return [("unreadable", Cell(printable_bytes(instance.lock.kv.value), "red"))]
+    fields: Iterable[tuple[str, Any]] = asdict(instance.lock.lock).items()
+    return [
+        (name, _or_nothing(", ".join(map(str, value)) if isinstance(value, list | tuple) else value))
+        for name, value in fields
+        if name != "version"
+    ]
+
+
+def _session_lines(host: str, cluster: Cluster) -> Sequence[tuple[str, Cell]]:
+    """What a host says of itself."""
+    if not cluster.alive(host):
+        return [("", Cell(f"none ({cluster.who_has_sessions()})", "magenta"))]
+    session = cluster.sessions[host]
+    if session is None:
+        return [("", Cell("there, but this release cannot read it", "yellow"))]
+    return [(name, _or_nothing(value)) for name, value in session.to_object().items() if name != "host"]

@@ -1,0 +1,250 @@
+"""`--wait`: follow an instance until the wish is a fact.
+
+Level-triggered: a watch only says *when* to look; what counts is read anew each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
+from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli.cluster import UNKNOWN, list_all, read_status
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.spec import Power
+from kvmsupervisor.domain.status import Phase, Status
+
+LOOK_AGAIN_S = 5.0
+"""Seconds after which a wait looks without having been told to: for what no watch of it covers (a host's
+session). Arbitrary: a person does not notice less, etcd does not notice more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What is observed of an instance at one moment. `host_alive` is None when no host is known."""
+
+    status: Status | None
+    locked: bool
+    host_alive: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a wait ended: `ok` when the wish is a fact; otherwise `text` says what stands in the way.
+
+    `timed_out` tells "not yet" from "never".
+    """
+
+    instance: InstanceId
+    ok: bool
+    text: str
+    timed_out: bool = False
+
+
+Verdict = tuple[bool, str] | None
+"""(reached, why), or None as long as neither is certain."""
+
+Goal = Callable[[Sighting], Verdict]
+
+Report = Callable[[InstanceId, str, str], None]
+"""Told (instance, phase, reason) whenever one of them changes."""
+
+
+def until_running(written: Written) -> Goal:
+    """Until it runs by the wish that was written; a machine that has ended again will not get there."""
+    epoch_before = written.before.epoch if written.before is not None else 0
+
+    def judge(sighting: Sighting) -> Verdict:
+        status = sighting.status
+        if status is None or status.revision < written.revision:
+            return None
+        if status.phase is Phase.RUNNING and not status.problems:
+            return True, _running(status)
+        if status.phase is Phase.INVALID or (status.phase is Phase.RUNNING and status.problems):
+            return False, f"its keys have problems: {'; '.join(status.problems)}"
+        if status.phase is Phase.STOPPED and status.epoch > epoch_before:
+            return False, f"it started and ended: {status.reason}"
+        return None
+
+    return judge
+
+
+def until_stopped(written: Written) -> Goal:
+    """Until nothing of it runs."""
+
+    def judge(sighting: Sighting) -> Verdict:
+        status = sighting.status
+        if status is None:
+            return None if sighting.locked else (True, "nothing runs")
+        if status.revision < written.revision:
+            return None
+        if status.phase is Phase.STOPPED or (status.phase is Phase.INVALID and status.pid is None):
+            return True, f"{status.phase.value}: {status.reason}"
+        return None
+
+    return judge
+
+
+def until_restarted(written: Written) -> Goal:
+    """Until another QEMU process than before runs."""
+    running = until_running(written)
+    before = written.before.incarnation if written.before is not None else None
+
+    def judge(sighting: Sighting) -> Verdict:
+        status = sighting.status
+        same_as_before = status is not None and before is not None and status.incarnation == before
+        return None if same_as_before else running(sighting)
+
+    return judge
+
+
+def until_gone(sighting: Sighting) -> Verdict:
+    """Until neither a status nor a lock is left."""
+    return (True, "gone") if sighting.status is None and not sighting.locked else None
+
+
+def until_as_written(written: Written) -> Goal:
+    """Until what the keys say now is a fact: running, or stopped with power=off."""
+    return until_stopped(written) if written.wish.power is Power.OFF else until_running(written)
+
+
+def _running(status: Status) -> str:
+    """What a person wants to know of a machine that runs."""
+    pending = f"; pending until its next restart: {', '.join(status.pending)}" if status.pending else ""
+    return f"running on {status.host}, pid {status.pid}{pending}"
+
+
+async def wait_for_all(
+    store: Store,
+    layout: Layout,
+    goals: Sequence[tuple[Written, Goal]],
+    *,
+    timeout_s: float,
+    report: Report,
+) -> list[Outcome]:
+    """Wait for several goals at once; none keeps the others from being waited for.
+
+    Raises:
+        Denied: the user may not read the keys.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(_wait(store, layout, written, goal, timeout_s=timeout_s, report=report))
+                for written, goal in goals
+            ]
+    except ExceptionGroup as errors:
+        raise _first(errors) from errors
+    return [task.result() for task in tasks]
+
+
+async def _wait(
+    store: Store, layout: Layout, written: Written, goal: Goal, *, timeout_s: float, report: Report
+) -> Outcome:
+    """Wait for one goal."""
+    instance = written.instance
+    said: tuple[str, str] | None = None
+    keys = (layout.status_key(instance), layout.lock_key(instance))
+    try:
+        async with asyncio.timeout(timeout_s), doorbell(store, keys, written.revision) as bell:
+            while True:
+                bell.clear()
+                try:
+                    sighting = await _look(store, layout, instance, written.wish.host)
+                    verdict, saying = goal(sighting), _saying(sighting, written.wish.host)
+                except Unavailable as error:
+                    verdict, saying = None, ("waiting", f"etcd does not answer: {error}")
+                if verdict is not None:
+                    return Outcome(instance, *verdict)
+                if saying != said:
+                    said = saying
+                    report(instance, *saying)
+                await _rung(bell)
+    except TimeoutError:
+        last = ": ".join(said) if said is not None else "nothing was seen"
+        return Outcome(instance, False, f"not so within {timeout_s:g} s; last seen {last}", timed_out=True)
+
+
+async def wait_until_deleted(store: Store, key: str, revision: int, *, timeout_s: float) -> bool:
+    """Wait until `key` is gone; False when the time ran out first."""
+    try:
+        async with asyncio.timeout(timeout_s), doorbell(store, (key,), revision) as bell:
+            while True:
+                bell.clear()
+                if await store.get(key) is None:
+                    return True
+                await _rung(bell)
+    except TimeoutError:
+        return False
+
+
+async def _rung(bell: asyncio.Event) -> None:
+    """Wait for the bell, `LOOK_AGAIN_S` at most."""
+    try:
+        async with asyncio.timeout(LOOK_AGAIN_S):
+            await bell.wait()
+    except TimeoutError:
+        return
+
+
+@asynccontextmanager
+async def doorbell(store: Store, keys: Sequence[str], revision: int) -> AsyncIterator[asyncio.Event]:
+    """An event that is set whenever one of `keys` (or a key that begins with one) changes after `revision`.
+
+    Raises:
+        Denied: the user may not read one of them.
+    """
+    bell = asyncio.Event()
+    try:
+        async with asyncio.TaskGroup() as group:
+            watchers = [group.create_task(_ring(store, key, revision, bell)) for key in keys]
+            yield bell
+            for watcher in watchers:
+                watcher.cancel()
+    except ExceptionGroup as errors:
+        raise _first(errors) from errors
+
+
+async def _ring(store: Store, key: str, revision: int, bell: asyncio.Event) -> None:
+    """Ring at every change of one key, for ever."""
+    while True:
+        try:
+            async with store.watch(key, revision + 1) as watch:
+                async for batch in watch:
+                    revision = batch.revision
+                    bell.set()
+        except Compacted:
+            revision = (await list_all(store, key)).revision
+            bell.set()
+
+
+def _first(errors: ExceptionGroup[Exception]) -> Exception:
+    """The first error of a task group, however deep: a command ends by one."""
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error
+
+
+async def _look(store: Store, layout: Layout, instance: InstanceId, host: str | None) -> Sighting:
+    """Read what is observed of one instance."""
+    status_kv = await store.get(layout.status_key(instance))
+    lock = await store.get(layout.lock_key(instance))
+    status = read_status(status_kv.value) if status_kv is not None else None
+    actor = status.host if status is not None else host
+    session = await store.get(layout.session_key(HostName(actor))) if actor else None
+    return Sighting(status=status, locked=lock is not None, host_alive=session is not None if actor else None)
+
+
+def _saying(sighting: Sighting, host: str | None) -> tuple[str, str]:
+    """Phase and reason as they are told while waiting."""
+    status = sighting.status
+    if status is None:
+        if host is None:
+            return Phase.WAITING.value, "its lock is still held" if sighting.locked else "no host is set"
+        alive = "has not said anything yet" if sighting.host_alive else "has no session"
+        return Phase.WAITING.value, f"host {host} {alive}"
+    if sighting.host_alive is False:
+        return UNKNOWN, f"host {status.host} has no session; last seen: {status.phase.value}"
+    return status.phase.value, status.reason

@@ -1,0 +1,278 @@
+"""The commands that write: `create`, `set`, `delete`, `start`, `stop`, `restart`, `confirm-removal`."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.cli import actions, waiting
+from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli.common import (
+    ASSIGNMENT,
+    HOST,
+    INSTANCE,
+    KEY_NAME,
+    Tools,
+    pass_tools,
+    wait_options,
+    with_store,
+)
+from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
+from kvmsupervisor.cli.output import note, on_terminal, printable
+from kvmsupervisor.cli.progress import progress
+from kvmsupervisor.cli.waiting import Goal
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.spec import Power
+from kvmsupervisor.settings import Settings
+
+Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
+
+force_option = click.option("--force", is_flag=True, help="Write although a value has a problem.")
+yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+ids_argument = click.argument("instances", type=INSTANCE, metavar="ID...", nargs=-1, required=True)
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.argument("assignments", type=ASSIGNMENT, metavar="KEY=VALUE...", nargs=-1, required=True)
+@force_option
+@wait_options
+@pass_tools
+def create(
+    tools: Tools,
+    *,
+    instance: InstanceId,
+    assignments: Sequence[tuple[str, str]],
+    force: bool,
+    wait: bool,
+    timeout_s: float,
+) -> None:
+    """Create an instance from its keys, all at once or not at all.
+
+    Every value is checked before anything is written. Nothing runs it until its `host` is set.
+
+    Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=52:54:00:00:00:01
+    """
+    values = _unique(assignments)
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.create(store, settings.layout, instance, values, force=force)
+
+    _act(tools, [instance], action, "created", waiting.until_as_written, wait=wait, timeout_s=timeout_s)
+
+
+@click.command("set")
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.argument("assignments", type=ASSIGNMENT, metavar="KEY=VALUE...", nargs=-1)
+@click.option("--unset", type=KEY_NAME, multiple=True, metavar="KEY", help="Delete this key; may be repeated.")
+@force_option
+@wait_options
+@pass_tools
+def set_command(
+    tools: Tools,
+    *,
+    instance: InstanceId,
+    assignments: Sequence[tuple[str, str]],
+    unset: Sequence[str],
+    force: bool,
+    wait: bool,
+    timeout_s: float,
+) -> None:
+    """Change keys of an instance, all at once or not at all.
+
+    The result is checked before anything is written. A change that needs a restart is shown as pending
+    until the instance restarts.
+
+    Example: kvmsupervisor set web1 ram=4G --unset mac
+    """
+    values = _unique(assignments)
+    if not values and not unset:
+        raise click.UsageError("Nothing to change: give KEY=VALUE or --unset KEY.")
+    both = sorted(values.keys() & set(unset))
+    if both:
+        raise click.UsageError(f"{', '.join(both)}: both set and unset.")
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.change(store, settings.layout, instance, values, unset=unset, force=force)
+
+    _act(tools, [instance], action, "changed", waiting.until_as_written, wait=wait, timeout_s=timeout_s)
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@yes_option
+@wait_options
+@pass_tools
+def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s: float) -> None:
+    """Remove an instance: all its keys. Its host shuts the guest down and then releases the lock.
+
+    Disks are not touched. Asks first; without a terminal, --yes is needed.
+    """
+    _confirm(f"Remove instance {instance} and shut its guest down?", yes=yes)
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.delete(store, settings.layout, instance)
+
+    _act(tools, [instance], action, "removed", lambda _: waiting.until_gone, wait=wait, timeout_s=timeout_s)
+
+
+@click.command()
+@ids_argument
+@wait_options
+@pass_tools
+def start(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
+    """Start instances (power=on), also those that ended by themselves."""
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.switch(store, settings.layout, instance, Power.ON)
+
+    _act(tools, instances, action, "to be started", waiting.until_running, wait=wait, timeout_s=timeout_s)
+
+
+@click.command()
+@ids_argument
+@wait_options
+@pass_tools
+def stop(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
+    """Shut instances down gracefully, and leave them off (power=off)."""
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.switch(store, settings.layout, instance, Power.OFF)
+
+    _act(tools, instances, action, "to be stopped", waiting.until_stopped, wait=wait, timeout_s=timeout_s)
+
+
+@click.command()
+@ids_argument
+@wait_options
+@pass_tools
+def restart(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
+    """Restart instances gracefully, once: shut down, then start with all pending changes."""
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        # Unique even when two people ask in the same second.
+        request = f"{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
+        return await actions.restart(store, settings.layout, instance, request)
+
+    _act(
+        tools,
+        instances,
+        action,
+        "to be restarted",
+        waiting.until_restarted,
+        wait=wait,
+        timeout_s=timeout_s,
+    )
+
+
+@click.command("confirm-removal")
+@click.argument("host", type=HOST, metavar="[HOST]", required=False)
+@yes_option
+@wait_options
+@pass_tools
+def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeout_s: float) -> None:
+    """Confirm a mass removal that HOST (by default this host) holds back.
+
+    A host that loses more than half of its instances at once keeps them running until a person says that
+    this was meant. Names the instances and asks; without a terminal, --yes is needed.
+    """
+
+    async def ask(store: Store, settings: Settings) -> tuple[HostName, tuple[InstanceId, ...]]:
+        name = HostName(host if host is not None else settings.hostname)
+        return name, await actions.held_removals(store, settings.layout, name)
+
+    name, held = with_store(tools, ask)
+    if not held:
+        raise Refused(f"host {printable(name)} holds no removal back")
+    click.echo(f"host {printable(name)} holds back the removal of {len(held)} instances: {', '.join(held)}")
+    _confirm(f"Shut down and remove these {len(held)} instances?", yes=yes)
+
+    async def work(store: Store, settings: Settings) -> bool:
+        revision = await actions.confirm_removal(store, settings.layout, name, held)
+        key = settings.layout.confirmation_key(name)
+        if not wait:
+            return True
+        with progress() as report:
+            report(InstanceId(name), "waiting", "for the host to take the confirmation")
+            return await waiting.wait_until_deleted(store, key, revision, timeout_s=timeout_s)
+
+    if not with_store(tools, work):
+        raise TimedOut(f"host {printable(name)} has not taken the confirmation within {timeout_s:g} s")
+    click.echo("confirmed" if not wait else "confirmed, and taken by the host")
+
+
+def _act(
+    tools: Tools,
+    instances: Sequence[InstanceId],
+    action: Action,
+    done: str,
+    goal_of: Callable[[Written], Goal],
+    *,
+    wait: bool,
+    timeout_s: float,
+) -> None:
+    """Do `action` to each instance, say what was done, and wait when that is asked for.
+
+    One that is refused does not keep the others from it; the exit code is that of the worst.
+    """
+
+    async def work(store: Store, settings: Settings) -> list[CommandError]:
+        failures: list[CommandError] = []
+        goals: list[tuple[Written, Goal]] = []
+        for instance in dict.fromkeys(instances):
+            try:
+                written = await action(store, settings, instance)
+            except Refused as error:
+                failures.append(error)
+                continue
+            for sentence in written.notes:
+                note(f"{instance}: {sentence}")
+            if not wait:
+                click.echo(f"{instance} {done}")
+            goals.append((written, goal_of(written)))
+        return failures + (await _wait(store, settings, goals, timeout_s=timeout_s) if wait else [])
+
+    failures = with_store(tools, work)
+    for failure in failures[:-1]:
+        failure.show()
+    if failures:
+        raise max(reversed(failures), key=lambda failure: failure.exit_code)
+
+
+async def _wait(
+    store: Store, settings: Settings, goals: Sequence[tuple[Written, Goal]], *, timeout_s: float
+) -> list[CommandError]:
+    """Wait for every goal, say which are reached, and return what went wrong with the others."""
+    with progress() as report:
+        outcomes = await waiting.wait_for_all(store, settings.layout, goals, timeout_s=timeout_s, report=report)
+    failures: list[CommandError] = []
+    for outcome in outcomes:
+        if outcome.ok:
+            click.echo(printable(f"{outcome.instance}: {outcome.text}"))
+        else:
+            failures.append((TimedOut if outcome.timed_out else Refused)(f"{outcome.instance}: {outcome.text}"))
+    return failures
+
+
+def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The assignments as a mapping; a key that is given twice is a mistake."""
+    values = dict(assignments)
+    if len(values) < len(assignments):
+        names = [name for name, _ in assignments]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise click.UsageError(f"Given twice: {', '.join(twice)}.")
+    return values
+
+
+def _confirm(question: str, *, yes: bool) -> None:
+    """Ask a person, who must be there unless `--yes` was given."""
+    if yes:
+        return
+    if not on_terminal(sys.stdin):
+        raise click.UsageError("Nobody can be asked without a terminal: give --yes.")
+    if not click.confirm(question):
+        raise Refused("nothing was done")

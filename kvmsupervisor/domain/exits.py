@@ -1,0 +1,100 @@
+"""Why a QEMU process ended: told from QMP's SHUTDOWN reason, the wait status and its log's last lines.
+
+Sources: QMP `SHUTDOWN` event and `ShutdownCause` (QEMU QMP reference manual, "run-state"), waitid(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class ExitClass(StrEnum):
+    """The kinds of end; the label `reason` of `kvmsupervisor_instance_exits_total`, so it stays bounded."""
+
+    GUEST_SHUTDOWN = "guest-shutdown"
+    GUEST_RESET = "guest-reset"
+    GUEST_PANIC = "guest-panic"
+    HOST_SIGNAL = "host-signal"
+    HOST_QUIT = "host-quit"
+    CRASHED = "crashed"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+SHUTDOWN_REASONS = {
+    "guest-shutdown": ExitClass.GUEST_SHUTDOWN,
+    "guest-reset": ExitClass.GUEST_RESET,
+    "subsystem-reset": ExitClass.GUEST_RESET,
+    "guest-panic": ExitClass.GUEST_PANIC,
+    "host-signal": ExitClass.HOST_SIGNAL,
+    "host-ui": ExitClass.HOST_SIGNAL,
+    "host-qmp-quit": ExitClass.HOST_QUIT,
+    "host-qmp-system-reset": ExitClass.GUEST_RESET,
+    "host-error": ExitClass.FAILED,
+}
+"""QMP's `ShutdownCause` → ours. A cause that a newer QEMU invents counts as unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitStatus:
+    """How the kernel says that a process ended. Both None: nobody could tell (see `adapters.process`).
+
+    Attributes:
+        code: exit code, when it exited.
+        signal: number of the signal that killed it.
+    """
+
+    code: int | None = None
+    signal: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Why a QEMU process ended: its kind, and the words for people, such as `crashed (signal 9)`."""
+
+    kind: ExitClass
+    text: str
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the guest meant it: `restart=on-failure` restarts anything else."""
+        return self.kind is ExitClass.GUEST_SHUTDOWN
+
+
+def classify(*, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str]) -> Exit:
+    """Name the end of a QEMU process.
+
+    Args:
+        shutdown: `reason` of the last QMP SHUTDOWN event seen, or None.
+        status: how it ended, as far as the kernel tells.
+        log_tail: the last lines that this process wrote on its standard error.
+    """
+    if status.signal is not None:
+        # Whatever it announced before, it was killed while at it.
+        return Exit(ExitClass.CRASHED, f"crashed (signal {status.signal})")
+    if shutdown is not None and (kind := SHUTDOWN_REASONS.get(shutdown)) is not None:
+        return Exit(kind, kind.value)
+    last = last_error(log_tail)
+    if status.code:
+        return Exit(ExitClass.FAILED, f"failed: {last or f'exit status {status.code}, and no word in its log'}")
+    if status.code == 0:
+        return Exit(
+            ExitClass.UNKNOWN,
+            f"ended with status 0 and did not say why ({shutdown or 'no SHUTDOWN event seen'})",
+        )
+    return Exit(ExitClass.UNKNOWN, "ended while no supervisor watched" + (f"; last words: {last}" if last else ""))
+
+
+def last_error(log_tail: Sequence[str]) -> str | None:
+    """The line that tells most: the last that is not a warning, else the last.
+
+    QEMU prefixes what it says with its program's name; that part is left out for people.
+    """
+    lines = [line.strip() for line in log_tail if line.strip()]
+    telling = [line for line in lines if "warning:" not in line.lower()] or lines
+    if not telling:
+        return None
+    head, separator, rest = telling[-1].partition(": ")
+    return rest if separator and head.rpartition("/")[2].startswith("qemu-system") else telling[-1]

@@ -1,0 +1,269 @@
+"""Keys below a watched prefix, kept so that a change costs what it touches, however many others there are.
+
+A table is changed by stages: one is begun, filled (in as many steps as its filler likes) and committed.
+Until the commit readers see nothing of it; the commit itself is short. What was handed out before stays as
+it was: groups are replaced, never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Set
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Protocol, TypeVar
+
+from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue
+
+LabelT_co = TypeVar("LabelT_co", bound=Hashable, covariant=True)
+
+NAMES_SHARED = 256
+"""Key names that are kept once for all instances; above this they are nobody's wishes. Arbitrary."""
+
+_NOTHING: Mapping[bytes, RawValue] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One key as etcd held it at `mod_revision`; the value is cut to `VALUE_LIMIT` + 1 bytes."""
+
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    lease: int
+
+
+class Stage(Protocol[LabelT_co]):
+    """A change of a table in the making."""
+
+    def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
+        """Note a key that was written."""
+        ...
+
+    def delete(self, key: bytes) -> None:
+        """Note a key that was deleted."""
+        ...
+
+    def commit(self) -> Set[LabelT_co]:
+        """Make it so, at once; return the labels of what differs now."""
+        ...
+
+
+class Table(Protocol[LabelT_co]):
+    """What a `mirror.Mirror` fills."""
+
+    def begin(self, *, fresh: bool) -> Stage[LabelT_co]:
+        """Begin a stage: on top of what is here, or `fresh`, which drops all that is not put again."""
+        ...
+
+
+def _same(old: Entry | RawValue | None, value: bytes, mod_revision: int) -> bool:
+    # The value is compared too: a store that was restored from a backup counts its revisions again.
+    return old is not None and old.mod_revision == mod_revision and old.value == value
+
+
+class Flat:
+    """A table of keys by themselves; the label of a change is the key."""
+
+    def __init__(self) -> None:
+        self._entries: dict[bytes, Entry] = {}
+
+    @property
+    def entries(self) -> Mapping[bytes, Entry]:
+        """All keys, as of now: it changes with the next commit."""
+        return MappingProxyType(self._entries)
+
+    def get(self, key: bytes) -> Entry | None:
+        """One key, None when it is absent."""
+        return self._entries.get(key)
+
+    def begin(self, *, fresh: bool) -> Stage[bytes]:
+        """See `Table.begin`."""
+        return _FlatStage(self._entries, self._replace if fresh else None)
+
+    def _replace(self, entries: dict[bytes, Entry]) -> None:
+        self._entries = entries
+
+
+class _FlatStage:
+    def __init__(self, old: dict[bytes, Entry], replace: Callable[[dict[bytes, Entry]], None] | None) -> None:
+        self._old = old
+        self._replace = replace
+        self._new: dict[bytes, Entry] = {}
+        self._gone: set[bytes] = set()
+        self._changed: set[bytes] = set()
+
+    def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
+        value = value[: VALUE_LIMIT + 1]
+        old = self._old.get(key)
+        self._gone.discard(key)
+        if old is not None and _same(old, value, mod_revision):
+            self._new[key] = old
+        else:
+            self._new[key] = Entry(value, mod_revision, create_revision, lease)
+            self._changed.add(key)
+
+    def delete(self, key: bytes) -> None:
+        self._new.pop(key, None)
+        self._gone.add(key)
+        self._changed.add(key)
+
+    def commit(self) -> Set[bytes]:
+        if self._replace is not None:
+            self._changed |= self._old.keys() - self._new.keys()
+            self._replace(self._new)
+        else:
+            self._old.update(self._new)
+            for key in self._gone:
+                self._old.pop(key, None)
+        return self._changed
+
+
+@dataclass(slots=True)
+class _Group:
+    """The keys of one instance. Changed only while it is being staged."""
+
+    keys: dict[bytes, RawValue] = field(default_factory=dict)
+    lock: Entry | None = None
+
+
+class Groups:
+    """A table of wishes and locks by instance; the label of a change is the instance's id.
+
+    Keys that belong to no instance are set aside with the reason, see `foreign`.
+
+    Args:
+        layout: of the keys.
+        locks_only: take the locks alone and look at nothing else, for a prefix that is watched for them.
+    """
+
+    def __init__(self, layout: Layout, *, locks_only: bool = False) -> None:
+        # Under None: the foreign keys, whole, with no value kept.
+        self._groups: dict[InstanceId | None, _Group] = {}
+        self._layout = layout
+        self._locks_only = locks_only
+        self._prefix = layout.wishes_prefix.encode()
+        before, _, after = layout.lock.partition(LOCK_PLACEHOLDER)
+        self._lock_before, self._lock_after = before.encode(), after.encode()
+        self._names: dict[bytes, bytes] = {}
+
+    def ids(self) -> Set[InstanceId]:
+        """Every instance that has a wish key or a lock."""
+        return {instance for instance in self._groups if instance is not None}
+
+    def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
+        """The wish keys of one instance by what follows `/kvm/<id>/`, as of now; it stays as it is."""
+        group = self._groups.get(instance)
+        return _NOTHING if group is None else MappingProxyType(group.keys)
+
+    def lock_of(self, instance: InstanceId) -> Entry | None:
+        """The lock of one instance, None when it is absent."""
+        group = self._groups.get(instance)
+        return None if group is None else group.lock
+
+    def foreign(self) -> Mapping[bytes, str]:
+        """Keys below the prefix that belong to no instance, with the reason."""
+        group = self._groups.get(None)
+        return {} if group is None else {key: self._why_foreign(key) for key in group.keys}
+
+    def begin(self, *, fresh: bool) -> Stage[InstanceId]:
+        """See `Table.begin`."""
+        return _GroupStage(self, self._groups, self._replace if fresh else None)
+
+    def place(self, key: bytes) -> tuple[InstanceId | None, bytes | None] | None:
+        """Tell whose `key` is: (id, name), (id, None) for a lock, (None, key) for a foreign one.
+
+        None means that it is none of this table's business.
+        """
+        if key.endswith(self._lock_after) and key.startswith(self._lock_before):
+            owner = self._layout.id_of_lock(key.decode(errors="replace"))
+            if owner is not None:
+                return owner, None
+        if self._locks_only or not key.startswith(self._prefix):
+            return None
+        head, slash, name = key[len(self._prefix) :].partition(b"/")
+        instance = parse_id(head.decode(errors="replace")) if slash else None
+        if instance is None:
+            return None, key
+        if len(self._names) < NAMES_SHARED:
+            return instance, self._names.setdefault(name, name)
+        return instance, self._names.get(name, name)
+
+    def _why_foreign(self, key: bytes) -> str:
+        head, slash, _ = key[len(self._prefix) :].partition(b"/")
+        if not slash:
+            return f"no key of an instance: those begin with {self._prefix.decode()}<id>/"
+        if not head:
+            return "the instance's id is empty"
+        return f"{head[:80].decode(errors='backslashreplace')!r} is no instance's id: {ID_RULE}"
+
+    def _replace(self, groups: dict[InstanceId | None, _Group]) -> None:
+        self._groups = groups
+
+
+class _GroupStage:
+    def __init__(
+        self,
+        table: Groups,
+        old: dict[InstanceId | None, _Group],
+        replace: Callable[[dict[InstanceId | None, _Group]], None] | None,
+    ) -> None:
+        self._place = table.place
+        self._old = old
+        self._replace = replace
+        self._new: dict[InstanceId | None, _Group] = {}
+        self._changed: set[InstanceId | None] = set()
+
+    def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
+        if (place := self._place(key)) is None:
+            return
+        instance, name = place
+        value = b"" if instance is None else value[: VALUE_LIMIT + 1]
+        group = self._staged(instance)
+        before = self._old.get(instance)
+        if name is None:
+            lock = None if before is None else before.lock
+            same = _same(lock, value, mod_revision)
+            group.lock = lock if same else Entry(value, mod_revision, create_revision, lease)
+        else:
+            wish = None if before is None else before.keys.get(name)
+            same = _same(wish, value, mod_revision)
+            group.keys[name] = wish if wish is not None and same else RawValue(value, mod_revision)
+        if not same:
+            self._changed.add(instance)
+
+    def delete(self, key: bytes) -> None:
+        if (place := self._place(key)) is None:
+            return
+        instance, name = place
+        group = self._staged(instance)
+        if name is None:
+            group.lock = None
+        else:
+            group.keys.pop(name, None)
+        self._changed.add(instance)
+
+    def commit(self) -> Set[InstanceId]:
+        if self._replace is not None:
+            # What changed or is new was noted by `put`; what is left to find has lost keys.
+            for instance, before in self._old.items():
+                now = self._new.get(instance)
+                if now is None or len(now.keys) < len(before.keys) or (before.lock and not now.lock):
+                    self._changed.add(instance)
+            self._replace(self._new)
+        else:
+            for instance, group in self._new.items():
+                if group.keys or group.lock:
+                    self._old[instance] = group
+                else:
+                    self._old.pop(instance, None)
+        return {instance for instance in self._changed if instance is not None}
+
+    def _staged(self, instance: InstanceId | None) -> _Group:
+        """The group that this stage may change: a copy of the published one, or an empty one."""
+        group = self._new.get(instance)
+        if group is None:
+            before = None if self._replace is not None else self._old.get(instance)
+            group = _Group() if before is None else _Group(dict(before.keys), before.lock)
+            self._new[instance] = group
+        return group

@@ -1,0 +1,50 @@
+"""A host's session: the object in `/kvmsupervisor/hosts/<host>` and in `/api/v1/hosts`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostSession:
+    """What a host says of itself in its session key.
+
+    Attributes:
+        host: its name (`KVM_HOSTNAME`).
+        version: of the supervisor.
+        url: where its HTTP server answers.
+        boot_id: of the kernel's present boot.
+        machine: what names the machine across boots (DMI product UUID or machine id); empty when unknown.
+        started: when the supervisor started, RFC 3339 in UTC, for people.
+        cpus: of the host.
+        memory_mib: of the host.
+    """
+
+    host: str
+    version: str
+    url: str
+    boot_id: str
+    machine: str = ""
+    started: str = ""
+    cpus: int = 0
+    memory_mib: int = 0
+
+    def to_object(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def to_json(self) -> bytes:
+        """As the session key holds it."""
+        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> HostSession | None:
+        """Read a session key; None when it is not one (fields of a newer release are left out)."""
+        try:
+            found = json.loads(data)
+            known = {field.name for field in fields(cls)}
+            return cls(**{name: value for name, value in found.items() if name in known})
+        except (ValueError, TypeError, AttributeError):
+            return None

@@ -1,0 +1,95 @@
+"""Where things lie in etcd: the names of DESIGN §2, built and taken apart in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NewType
+
+InstanceId = NewType("InstanceId", str)
+HostName = NewType("HostName", str)
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""What an instance id looks like. It becomes a folder name and part of a socket path, so it stays short."""
+
+ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 63 characters"
+
+LOCK_PLACEHOLDER = "%i"
+
+
+def parse_id(text: str) -> InstanceId | None:
+    """Return `text` as an id, or None when it is not one (see `ID_RULE`)."""
+    return InstanceId(text) if ID_PATTERN.fullmatch(text) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The prefixes in use: `prefix` for wishes, `facts` for what supervisors write, `lock` for locks.
+
+    Attributes:
+        prefix: `KVM_PREFIX`, without a slash at its end.
+        facts: `KVM_FACTS_PREFIX`, without a slash at its end.
+        lock: `LOCK`, a key with `%i` where the id goes.
+    """
+
+    prefix: str = "/kvm"
+    facts: str = "/kvmsupervisor"
+    lock: str = "/kvm/%i/lock"
+
+    @property
+    def wishes_prefix(self) -> str:
+        """The prefix that is listed and watched."""
+        return f"{self.prefix}/"
+
+    @property
+    def hosts_prefix(self) -> str:
+        """The prefix of the hosts' sessions."""
+        return f"{self.facts}/hosts/"
+
+    @property
+    def statuses_prefix(self) -> str:
+        """The prefix of the instances' status keys."""
+        return f"{self.facts}/instances/"
+
+    @property
+    def confirmations_prefix(self) -> str:
+        """The prefix of the operators' words on removals that are held."""
+        return f"{self.facts}/confirm-removal/"
+
+    def wish_key(self, instance: InstanceId, name: str) -> str:
+        """Key of one wish, such as `/kvm/1/ram`."""
+        return f"{self.prefix}/{instance}/{name}"
+
+    def instance_prefix(self, instance: InstanceId) -> str:
+        """Prefix of all wishes of one instance."""
+        return f"{self.prefix}/{instance}/"
+
+    def lock_key(self, instance: InstanceId) -> str:
+        """Key of the instance's lock."""
+        return self.lock.replace(LOCK_PLACEHOLDER, instance)
+
+    def status_key(self, instance: InstanceId) -> str:
+        """Key of the instance's status."""
+        return self.statuses_prefix + instance
+
+    def session_key(self, host: HostName) -> str:
+        """Key of a host's session."""
+        return self.hosts_prefix + host
+
+    def confirmation_key(self, host: HostName) -> str:
+        """Key by which an operator confirms a held mass removal on `host`."""
+        return self.confirmations_prefix + host
+
+    def locks_prefix(self) -> str | None:
+        """What else must be watched to see every lock: None where the wishes' prefix covers them."""
+        static = self.lock.partition(LOCK_PLACEHOLDER)[0]
+        return None if static.startswith(self.wishes_prefix) else static
+
+    def id_of_lock(self, key: str) -> InstanceId | None:
+        """The instance whose lock `key` is, or None."""
+        before, _, after = self.lock.partition(LOCK_PLACEHOLDER)
+        if not (key.startswith(before) and key.endswith(after) and len(key) > len(before) + len(after)):
+            return None
+        instance = parse_id(key[len(before) : len(key) - len(after)])
+        # A template may hold the placeholder twice; only the whole key decides.
+        return instance if instance is not None and self.lock_key(instance) == key else None

@@ -1,0 +1,499 @@
+"""The life of an instance as one pure decision: what is observed → what to do next.
+
+`decide` looks at a `View` and names the phase, the reason for people, and at most one `Action`. The instance's loop
+(`instance.py`) acts, observes again and decides again, so nothing is remembered between two decisions that cannot be
+observed: a supervisor may be cut off between any two steps, or in the middle of one, and its successor goes on.
+
+The table, first match wins (`claim` is what the lock means to us, see `lock.Claim`):
+
+    process   lock        goal        further                      action
+    --------  ----------  ----------  ---------------------------  --------------------------
+    ended     any         any                                      Bury
+    alive     stranger    any                                      Kill         (law 6)
+              absent      any         session held                 Reassert
+              any         any         QMP not answering            Connect, or go down the ladder
+              any         not run     guest never ran              Kill         (nothing to lose)
+              mine        run         never ran, keys changed      Kill         (start again)
+              mine        run         never ran, not on record     Record       (law 3)
+              mine        run         never ran, keys still moving wait until they are quiet
+              mine        run         never ran, on record         Continue
+              any         run         never answered in time       GiveUp
+              any         stop        ran                          Powerdown … Quit … Kill
+              any         run, keep   ran                          none, or Probe
+    none      mine/left   not run                                  Release      (law 9)
+              any         stop                                     Forget (not ours), or none
+              any         keep, rest                               none
+              any         run         too early                    none: backoff
+              stranger    run         no session, nothing to lose  Take         (law 7)
+              stranger    run                                      none: wait
+              absent      run         another host says it runs it Look
+              free/left   run         no start slot yet            Queue
+              free/left   run                                      Take
+              mine        run         fence not done               Fence        (law 3)
+              mine        run                                      Spawn
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import assert_never
+
+from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Claim, LockState, LockView, Storage
+from kvmsupervisor.domain.restart import rests
+from kvmsupervisor.domain.spec import Power, Problem, Spec, Wish
+from kvmsupervisor.domain.status import Phase
+
+POWERDOWN_EVERY_S = 5.0
+"""A guest that has not yet loaded its power button's driver loses the press in silence: repeat it."""
+
+QUIT_WAIT_S = 10.0
+"""How long QEMU gets for its own `quit` (flushing disks) before SIGKILL. Arbitrary; ten times what was seen."""
+
+PROBE_EVERY_S = 30.0
+"""How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it."""
+
+LOCK_POLL_S = 5.0
+"""How often a wait that no watch ends is looked at again."""
+
+NEVER_RAN = "prelaunch"
+"""QMP run state of a QEMU started with -S whose guest has not run."""
+
+
+class Action(Enum):
+    """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
+
+    LOOK = "read lock and status again, because no watch would tell"
+    TAKE = "write the lock for a new incarnation"
+    REASSERT = "write the lock again that somebody deleted under a living QEMU"
+    FENCE = "fence every address of earlier incarnations"
+    QUEUE = "stand in line for a start slot"
+    SPAWN = "put the incarnation on record and start QEMU, paused"
+    CONNECT = "connect to QMP, ask for the run state"
+    RECORD = "write pid and addresses into the lock"
+    CONTINUE = "let the guest run"
+    PROBE = "ask QEMU for its run state"
+    POWERDOWN = "press the power button"
+    QUIT = "tell QEMU to end"
+    KILL = "SIGKILL through the pidfd, on purpose"
+    GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
+    BURY = "take the process's end to the books, delete its record"
+    RELEASE = "delete the lock of a process that is proven gone"
+    FORGET = "nothing of it is ours any more"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
+
+    since: float
+    pressed_at: float | None = None
+    quit_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A QEMU process as observed.
+
+    Attributes:
+        incarnation: its record.
+        spec: the machine it was started as; None when a newer release wrote a spec that cannot be read.
+        exit: why it ended, None while it lives.
+        connected: whether QMP answered on the present connection.
+        run_state: QMP's, as last told; None when never told to this supervisor.
+        connect_at: when the next attempt to connect is due.
+        probe_at: when the next probe is due.
+        silent_since: since when it owes an answer, None when it answers.
+        stopping: how far a stop has come, None when none was begun.
+        asked: whether this supervisor has asked it to end; its end is no failure then.
+    """
+
+    incarnation: Incarnation
+    spec: Spec | None
+    exit: Exit | None = None
+    connected: bool = False
+    run_state: str | None = None
+    connect_at: float = 0.0
+    probe_at: float = 0.0
+    silent_since: float | None = None
+    stopping: Stopping | None = None
+    asked: bool = False
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
+        return self.run_state == NEVER_RAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that a decision may depend on.
+
+    Attributes:
+        now: CLOCK_BOOTTIME, seconds.
+        me: this host.
+        boot_id: of this boot.
+        wish: the keys; None until they were read for the first time.
+        problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
+        held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        session_held: whether this host's session holds now.
+        etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
+        etcd_trouble: what the last attempt said, None when it went well.
+        lock: as last seen.
+        planned: incarnation that the lock was taken for and that has no process yet.
+        holder_has_session: of the lock's host; None when not known.
+        holdover: pid of a QEMU of ours that lives without a record in the run directory.
+        claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
+        process: None when there is none.
+        memory: what outlives a process.
+        slot: whether a start slot is held (True), asked for (False), or neither (None).
+        quiet_at: when the wish will have been quiet for long enough to let a new guest run.
+        start_timeout_s: within which a new QEMU must answer.
+        shutdown_timeout_s: between the power button and force.
+    """
+
+    now: float
+    me: HostName
+    boot_id: str
+    wish: Wish | None
+    problems: tuple[Problem, ...] = ()
+    held: bool = False
+    session_held: bool = True
+    etcd_at: float = 0.0
+    etcd_trouble: str | None = None
+    lock: LockView = field(default_factory=LockView)
+    planned: str | None = None
+    holder_has_session: bool | None = None
+    holdover: int | None = None
+    claimed_by: HostName | None = None
+    process: Process | None = None
+    memory: Memory
+    slot: bool | None = None
+    quiet_at: float = 0.0
+    start_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 120.0
+
+    @property
+    def claim(self) -> Claim:
+        """What the lock means to us: to the process's incarnation, or to the one that is planned."""
+        known = self.planned if self.process is None else self.process.incarnation.incarnation
+        return self.lock.claim(host=self.me, incarnation=known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to say and to do.
+
+    Attributes:
+        phase: for status, metrics and people.
+        reason: one sentence: the cause, and what would end it.
+        action: the next step, None to wait.
+        wake_at: when to decide again although nothing was heard, CLOCK_BOOTTIME; None: only when heard.
+        slot: whether a start slot, or a place in the line for one, is to be kept.
+    """
+
+    phase: Phase
+    reason: str
+    action: Action | None = None
+    wake_at: float | None = None
+    slot: bool = False
+
+
+class Goal(Enum):
+    """What the wish comes to on this host."""
+
+    RUN = "run"
+    STOP = "stop"
+    REST = "leave as it ended"
+    KEEP = "leave as it is"
+
+
+def goal(view: View) -> tuple[Goal, str]:
+    """What the wish comes to, and why, as a clause for people."""
+    wish = view.wish
+    if wish is None:
+        return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
+    if view.held:
+        return (
+            Goal.KEEP,
+            "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on",
+        )
+    if wish.keys == 0:
+        return Goal.STOP, "its keys were removed"
+    if wish.host is None:
+        if any(problem.key == "host" for problem in wish.problems):
+            return Goal.KEEP, _first(view.problems)
+        return Goal.STOP, "it has no `host`"
+    if wish.host != view.me:
+        return Goal.STOP, f"its `host` is {wish.host}"
+    if wish.power is None:
+        return Goal.KEEP, _first(view.problems)
+    if wish.power is Power.OFF:
+        return Goal.STOP, "`power` is off"
+    if view.problems:
+        return Goal.KEEP, _first(view.problems)
+    ended = view.memory.ended
+    if ended is not None and view.process is None and rests(ended, wish):
+        return (
+            Goal.REST,
+            f"it ended by itself ({ended.reason}) and `restart` is {wish.restart}; `start` runs it again",
+        )
+    return Goal.RUN, "its keys ask for it"
+
+
+def decide(view: View) -> Decision:
+    """Decide what is next. Pure, total; the table is above."""
+    if view.process is None:
+        return _without_process(view)
+    if view.process.exit is not None:
+        return Decision(phase=Phase.STOPPING, reason=f"QEMU {view.process.exit.text}", action=Action.BURY)
+    return _with_process(view, view.process)
+
+
+def _with_process(view: View, process: Process) -> Decision:
+    match view.claim:
+        case Claim.STRANGER | Claim.LEFTOVER:
+            lock = view.lock.lock
+            assert lock is not None
+            return Decision(
+                phase=Phase.STOPPING,
+                reason=f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed",
+                action=Action.KILL,
+                wake_at=view.now + LOCK_POLL_S,
+            )
+        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at:
+            return Decision(
+                phase=_phase(process),
+                reason="its lock was deleted: it is written again",
+                action=Action.REASSERT,
+            )
+        case _:
+            pass
+    if process.never_ran:
+        return _before_it_runs(view, process)
+    return _while_it_runs(view, process)
+
+
+def _before_it_runs(view: View, process: Process) -> Decision:
+    """QEMU lives, its guest has never run: killing it costs nothing."""
+    aim, why = goal(view)
+    if view.wish is None:
+        return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
+    if aim is not Goal.RUN:
+        return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
+    if process.spec != view.wish.spec or process.incarnation.restart_request != view.wish.restart_request:
+        return Decision(
+            phase=Phase.STARTING,
+            reason="its keys changed before its guest ran: QEMU is started anew",
+            action=Action.KILL,
+        )
+    give_up_at = process.incarnation.spawned_at + view.start_timeout_s
+    if not process.connected:
+        if view.now >= give_up_at:
+            return Decision(
+                phase=Phase.STARTING,
+                reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
+                action=Action.GIVE_UP,
+            )
+        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=give_up_at)
+        return replace(due, slot=True)
+    lock = view.lock.lock
+    if view.claim is not Claim.MINE or lock is None:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"QEMU is ready and paused; its lock {view.claim.value}: {_etcd_trouble(view)}",
+            wake_at=view.now + LOCK_POLL_S,
+        )
+    if not (lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid):
+        return _with_etcd(view, Action.RECORD, Phase.STARTING, "QEMU is ready and paused until it is on record")
+    if view.now < view.quiet_at:
+        return Decision(
+            phase=Phase.STARTING,
+            reason="QEMU is ready; its keys may still be changing",
+            wake_at=view.quiet_at,
+        )
+    return Decision(phase=Phase.STARTING, reason="its guest is let run", action=Action.CONTINUE)
+
+
+def _while_it_runs(view: View, process: Process) -> Decision:
+    """The guest runs, or may have run."""
+    aim, why = goal(view)
+    wish = view.wish
+    restart = (
+        aim is Goal.RUN
+        and wish is not None
+        and wish.restart_request is not None
+        and (wish.restart_request != process.incarnation.restart_request)
+    )
+    if aim is Goal.STOP or restart:
+        return _stop(view, process, "a restart was asked for" if restart else why)
+    if not process.connected:
+        reason = "runs, but QEMU does not answer on QMP" if process.silent_since else "runs; QMP is being connected"
+        return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
+    if view.now >= process.probe_at:
+        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+    return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=process.probe_at)
+
+
+def _running(view: View, process: Process, aim: Goal, why: str) -> str:
+    """The sentence for a machine that runs and shall."""
+    said = []
+    if process.run_state not in {"running", None}:
+        said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
+    if aim is Goal.KEEP:
+        said.append(f"it runs on as it was: {why}")
+    if view.claim is Claim.UNREADABLE:
+        said.append("its lock holds what this release cannot read; delete that key and it is written anew")
+    if not view.session_held:
+        said.append("etcd is away; it runs on")
+    return "; ".join(said) or "runs"
+
+
+def _stop(view: View, process: Process, why: str) -> Decision:
+    """The ladder: power button, repeated; QEMU's own quit; SIGKILL. Each rung has its time."""
+    stopping = process.stopping or Stopping(since=view.now)
+    force_at = stopping.since + view.shutdown_timeout_s
+    phase = Phase.STOPPING
+    if stopping.quit_at is not None:
+        kill_at = stopping.quit_at + QUIT_WAIT_S
+        return _when(view, kill_at, Action.KILL, phase, f"{why}: QEMU was told to end")
+    if view.now >= force_at:
+        reason = f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
+        return Decision(phase=phase, reason=reason, action=Action.QUIT)
+    left = f"{why}: its guest is asked to shut down, by force {view.shutdown_timeout_s:g} s after the first time"
+    if not process.connected:
+        return _when(view, process.connect_at, Action.CONNECT, phase, left, or_at=force_at)
+    press_at = view.now if stopping.pressed_at is None else stopping.pressed_at + POWERDOWN_EVERY_S
+    return _when(view, press_at, Action.POWERDOWN, phase, left, or_at=force_at)
+
+
+def _without_process(view: View) -> Decision:
+    aim, why = goal(view)
+    claim = view.claim
+    if claim is Claim.LEFTOVER and view.holdover is not None:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
+            "adopted; end that process and the instance goes on",
+            wake_at=view.now + LOCK_POLL_S,
+        )
+    if aim is not Goal.RUN:
+        return _at_rest(view, aim, why, claim)
+    if view.now < view.memory.not_before:
+        return Decision(
+            phase=Phase.BACKOFF,
+            reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
+            wake_at=view.memory.not_before,
+        )
+    match claim:
+        case Claim.UNKNOWN:
+            return Decision(phase=Phase.WAITING, reason=f"its lock has not been read yet: {_etcd_trouble(view)}")
+        case Claim.UNREADABLE:
+            return Decision(
+                phase=Phase.WAITING,
+                reason="its lock holds what this release cannot read, so it counts as held; "
+                "once no host runs it, delete that key",
+            )
+        case Claim.STRANGER:
+            return _held_elsewhere(view)
+        case Claim.ABSENT if view.claimed_by is not None:
+            return Decision(
+                phase=Phase.WAITING,
+                reason=f"its lock was deleted, but the status of {view.claimed_by} says that it runs there; "
+                f"waits for {view.claimed_by} to say otherwise",
+                action=Action.LOOK if view.now >= view.etcd_at and view.session_held else None,
+                wake_at=max(view.etcd_at, view.now + LOCK_POLL_S),
+            )
+        case Claim.ABSENT | Claim.LEFTOVER:
+            return _take(view, Phase.STARTING, "its lock is being taken")
+        case Claim.MINE:
+            lock = view.lock.lock
+            assert lock is not None
+            if lock.state is LockState.FENCING:
+                return _with_etcd(view, Action.FENCE, Phase.WAITING, "earlier incarnations are being fenced")
+            return Decision(phase=Phase.STARTING, reason="QEMU is being started", action=Action.SPAWN, slot=True)
+        case _:
+            assert_never(claim)
+
+
+def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
+    """No process, and none wanted."""
+    if view.wish is None:
+        return Decision(phase=Phase.WAITING, reason=why)
+    phase = Phase.INVALID if aim is Goal.KEEP and view.problems else Phase.STOPPED
+    if claim is Claim.UNKNOWN:
+        return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
+    if claim in {Claim.MINE, Claim.LEFTOVER}:
+        return _with_etcd(view, Action.RELEASE, phase, f"{why}; its lock is being released")
+    if aim is Goal.STOP and (view.wish.keys == 0 or view.wish.host != view.me):
+        return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
+    return Decision(phase=phase, reason=why)
+
+
+def _held_elsewhere(view: View) -> Decision:
+    """Another host's lock. Only what has nothing to protect is taken from a host without session (law 7)."""
+    lock = view.lock.lock
+    assert lock is not None
+    if view.holder_has_session is not False:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"{lock.host} holds its lock (epoch {lock.epoch}); waits until {lock.host} has stopped it",
+        )
+    if lock.storage is Storage.NONE:
+        return _take(view, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
+    return Decision(
+        phase=Phase.WAITING,
+        reason=f"{lock.host} holds its lock (epoch {lock.epoch}) and has no session; its disks ({lock.storage}) "
+        f"cannot be fenced by this release, so it waits until {lock.host} is back",
+    )
+
+
+def _take(view: View, phase: Phase, reason: str) -> Decision:
+    """Take the lock, once etcd is worth an attempt and this instance's turn has come."""
+    ready = _with_etcd(view, Action.TAKE, phase, reason)
+    if ready.action is None:
+        return ready
+    if view.slot is None:
+        return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)
+    if not view.slot:
+        return Decision(phase=Phase.WAITING, reason="waits for its turn: others are starting on this host", slot=True)
+    return replace(ready, slot=True)
+
+
+def _with_etcd(view: View, action: Action, phase: Phase, reason: str) -> Decision:
+    """`action` needs etcd: do it when that is worth an attempt."""
+    if not view.session_held:
+        return Decision(
+            phase=Phase.WAITING, reason=f"{reason}, but {_etcd_trouble(view)}", wake_at=view.now + LOCK_POLL_S
+        )
+    if view.now < view.etcd_at:
+        said = reason if view.etcd_trouble is None else f"{reason}, but {_etcd_trouble(view)}"
+        return Decision(phase=Phase.WAITING, reason=said, wake_at=view.etcd_at)
+    return Decision(phase=phase, reason=reason, action=action)
+
+
+def _when(
+    view: View, due_at: float, action: Action, phase: Phase, reason: str, *, or_at: float | None = None
+) -> Decision:
+    """`action` once `due_at` has come; until then look again at `due_at` or `or_at`, whichever is first."""
+    if view.now >= due_at:
+        return Decision(phase=phase, reason=reason, action=action)
+    return Decision(phase=phase, reason=reason, wake_at=due_at if or_at is None else min(due_at, or_at))
+
+
+def _etcd_trouble(view: View) -> str:
+    if view.etcd_trouble is not None:
+        return view.etcd_trouble
+    return "etcd is being asked" if view.session_held else "this host has no session with etcd"
+
+
+def _phase(process: Process) -> Phase:
+    return Phase.STARTING if process.never_ran else Phase.RUNNING
+
+
+def _first(problems: tuple[Problem, ...]) -> str:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}"

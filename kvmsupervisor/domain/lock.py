@@ -1,0 +1,173 @@
+"""The lock: its value, and what a value found in etcd means to one host (laws 2, 3, 8 and 9).
+
+The lock has no lease: it never vanishes by itself. Every change of it is a compare-and-swap, done in
+`instance.py`; this module says which value to write and how to read one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum, StrEnum
+from typing import Any
+
+from kvmsupervisor.domain.keys import HostName
+
+VERSION = 1
+"""Version of the lock's value. A reader leaves a newer one alone, as a stranger's."""
+
+
+class LockState(StrEnum):
+    """How far the holder has come."""
+
+    FENCING = "fencing"
+    """Taken from a dead holder; the addresses in `fence` are not yet all proven fenced."""
+    STARTING = "starting"
+    """Taken; no QEMU of this incarnation has run its guest."""
+    RUNNING = "running"
+    """QEMU's addresses are on record: its guest may run."""
+
+
+class Storage(StrEnum):
+    """What an incarnation may write to, which decides what a takeover needs (law 7)."""
+
+    NONE = "none"
+    RBD = "rbd"
+    UNFENCEABLE = "unfenceable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """The value of `/kvm/<id>/lock`.
+
+    Attributes:
+        host: the holder.
+        boot_id: of the holder's kernel when it took the lock.
+        epoch: grows by one with each incarnation.
+        state: how far the holder has come.
+        incarnation: names one QEMU process, before it exists.
+        pid: of that process, once it is on record.
+        starttime: of that process, in clock ticks since boot (field 22 of /proc/<pid>/stat, proc(5)).
+        clients: its Ceph client addresses, all on record before the guest runs.
+        fence: addresses of earlier incarnations that are not proven dead.
+        storage: what it may write to.
+    """
+
+    host: HostName
+    boot_id: str
+    epoch: int
+    state: LockState
+    incarnation: str
+    pid: int | None = None
+    starttime: int | None = None
+    clients: tuple[str, ...] = ()
+    fence: tuple[str, ...] = ()
+    storage: Storage = Storage.NONE
+    version: int = VERSION
+
+    def to_json(self) -> bytes:
+        """As the lock's key holds it."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Lock | None:
+        """Read a lock's value; None when it is not one that this release understands."""
+        try:
+            found: dict[str, Any] = json.loads(data)
+            if found.get("version") != VERSION or not isinstance(found["epoch"], int):
+                return None
+            known = {field.name for field in fields(cls)}
+            values = {name: value for name, value in found.items() if name in known}
+            return cls(
+                **{
+                    **values,
+                    "state": LockState(values["state"]),
+                    "storage": Storage(values.get("storage", Storage.UNFENCEABLE)),
+                    "clients": tuple(values.get("clients", ())),
+                    "fence": tuple(values.get("fence", ())),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def recorded(self, *, pid: int, starttime: int, clients: tuple[str, ...]) -> Lock:
+        """The value that says "this process may run its guest"."""
+        return replace(self, state=LockState.RUNNING, pid=pid, starttime=starttime, clients=clients)
+
+
+def take(
+    previous: Lock | None,
+    *,
+    host: HostName,
+    boot_id: str,
+    incarnation: str,
+    storage: Storage,
+    epoch_floor: int = 0,
+) -> Lock:
+    """The value with which `host` takes a lock that is free, or left over from its own dead incarnation.
+
+    Args:
+        previous: the value that is replaced, None for an absent key.
+        host: who takes it.
+        boot_id: of its kernel.
+        incarnation: name of the QEMU process to come.
+        storage: what that process may write to.
+        epoch_floor: the last epoch known from elsewhere (the status key), for a lock that was deleted.
+    """
+    unproven = () if previous is None else tuple(dict.fromkeys((*previous.fence, *previous.clients)))
+    last = epoch_floor if previous is None else max(previous.epoch, epoch_floor)
+    return Lock(
+        host=host,
+        boot_id=boot_id,
+        epoch=last + 1,
+        state=LockState.FENCING if unproven else LockState.STARTING,
+        incarnation=incarnation,
+        fence=unproven,
+        storage=storage,
+    )
+
+
+class Claim(Enum):
+    """What a lock's value means to one host and the incarnation that it knows of."""
+
+    UNKNOWN = "not read yet"
+    ABSENT = "free"
+    MINE = "names my incarnation"
+    LEFTOVER = "names an earlier incarnation of this host"
+    STRANGER = "names another host"
+    UNREADABLE = "is no lock that this release understands"
+
+
+@dataclass(frozen=True, slots=True)
+class LockView:
+    """A lock as last seen.
+
+    Attributes:
+        known: False until it was read for the first time.
+        data: the raw value, None when the key is absent.
+        mod_revision: of the key, 0 when it is absent: what the next compare-and-swap compares with.
+        as_of: the store revision at which this was true; the greater one of two views is the newer.
+    """
+
+    known: bool = False
+    data: bytes | None = None
+    mod_revision: int = 0
+    as_of: int = 0
+
+    @property
+    def lock(self) -> Lock | None:
+        """The value read, None when absent or unreadable."""
+        return None if self.data is None else Lock.from_json(self.data)
+
+    def claim(self, *, host: HostName, incarnation: str | None) -> Claim:
+        """What this lock means to `host`, which knows of `incarnation` (None: of none)."""
+        if not self.known:
+            return Claim.UNKNOWN
+        if self.data is None:
+            return Claim.ABSENT
+        lock = self.lock
+        if lock is None:
+            return Claim.UNREADABLE
+        if lock.host != host:
+            return Claim.STRANGER
+        return Claim.MINE if incarnation is not None and lock.incarnation == incarnation else Claim.LEFTOVER

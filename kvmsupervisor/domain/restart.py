@@ -1,0 +1,81 @@
+"""What follows when a QEMU process has ended: the policy, the pause before the next start, and what to remember."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.incarnation import Ended, Memory
+from kvmsupervisor.domain.spec import RestartPolicy, Wish
+from kvmsupervisor.domain.timing import RESET_AFTER_S, restart_delay
+
+
+def after(
+    memory: Memory,
+    end: Exit,
+    wish: Wish | None,
+    *,
+    asked: bool,
+    ran: bool,
+    spawned_at: float,
+    now: float,
+    jitter: float,
+) -> Memory:
+    """What to remember once a process has ended.
+
+    Args:
+        memory: what was remembered before.
+        end: why it ended.
+        wish: as it stands now; None when it has not been read: the default policy then.
+        asked: whether this supervisor asked it to end; that is no failure, and the wish says what follows.
+        ran: whether its guest may have run; the end of one that was discarded before is not worth telling.
+        spawned_at: when it began, CLOCK_BOOTTIME.
+        now: CLOCK_BOOTTIME.
+        jitter: a random number, 0 ≤ x < 1.
+    """
+    if asked:
+        told = end.text if ran else memory.last_exit
+        return replace(memory, last_exit=told, attempt=0, not_before=0.0, pause_s=0.0, ended=None)
+    if wish is not None and _stays_down(wish.restart, clean=end.is_clean):
+        ended = Ended(
+            reason=end.text,
+            clean=end.is_clean,
+            host_revision=wish.host_revision,
+            power_revision=wish.power_revision,
+            restart_request=wish.restart_request,
+        )
+        return replace(memory, last_exit=end.text, attempt=0, not_before=0.0, pause_s=0.0, ended=ended)
+    attempt = 0 if now - spawned_at >= RESET_AFTER_S else memory.attempt
+    pause_s = restart_delay(attempt, jitter)
+    return replace(
+        memory,
+        last_exit=end.text,
+        attempt=attempt + 1,
+        not_before=now + pause_s,
+        pause_s=pause_s,
+        restarts=memory.restarts + 1,
+        ended=None,
+    )
+
+
+def rests(ended: Ended, wish: Wish) -> bool:
+    """Whether a machine that ended by itself is left so: nobody has asked again, and the policy still says it."""
+    fresh_order = (
+        wish.host_revision != ended.host_revision
+        or wish.power_revision != ended.power_revision
+        or (wish.restart_request is not None and wish.restart_request != ended.restart_request)
+    )
+    return not fresh_order and _stays_down(wish.restart, clean=ended.clean)
+
+
+def _stays_down(policy: RestartPolicy, *, clean: bool) -> bool:
+    match policy:
+        case RestartPolicy.ALWAYS:
+            return False
+        case RestartPolicy.ON_FAILURE:
+            return clean
+        case RestartPolicy.NEVER:
+            return True
+        case _:
+            assert_never(policy)

@@ -1,0 +1,89 @@
+"""What is observed of an instance: the object in the status key, in `/api/v1/instances` and in `list`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+
+class Phase(StrEnum):
+    """Where an instance is in its life (DESIGN §4)."""
+
+    INVALID = "invalid"
+    WAITING = "waiting"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    STOPPED = "stopped"
+    MIGRATING = "migrating"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """One instance as its host sees it.
+
+    Attributes:
+        id: the instance.
+        host: the host that reports.
+        phase: where it is in its life.
+        reason: one sentence: the cause, and what would end it.
+        since: when the phase began, RFC 3339 in UTC, for people (no decision uses it).
+        pid: of QEMU, on that host, or None.
+        epoch: of the lock; grows with each incarnation. 0 before the first.
+        restarts: QEMU processes started after the first, without an operator's asking, since it came here.
+        pending: names of the keys that take effect at the next restart.
+        problems: every problem of its keys.
+        revision: the etcd revision of the wish that was acted on.
+        incarnation: name of the running QEMU process's incarnation, or None.
+        last_exit: why the last QEMU process ended, or None.
+        held: whether the removal of its keys waits for `confirm-removal`.
+    """
+
+    id: str
+    host: str
+    phase: Phase
+    reason: str
+    since: str
+    pid: int | None = None
+    epoch: int = 0
+    restarts: int = 0
+    pending: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    revision: int = 0
+    incarnation: str | None = None
+    last_exit: str | None = None
+    held: bool = False
+
+    def to_object(self) -> dict[str, Any]:
+        """As a JSON object; the contract of DESIGN §7."""
+        return asdict(self) | {
+            "phase": self.phase.value,
+            "pending": list(self.pending),
+            "problems": list(self.problems),
+        }
+
+    def to_json(self) -> bytes:
+        """As the status key holds it."""
+        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Status | None:
+        """Read a status key; None when it is not one (fields of a newer release are left out)."""
+        try:
+            found = json.loads(data)
+            known = {field.name for field in fields(cls)}
+            values: Mapping[str, Any] = {name: value for name, value in found.items() if name in known}
+            return cls(
+                **{
+                    **values,
+                    "phase": Phase(values["phase"]),
+                    "pending": tuple(values.get("pending", ())),
+                    "problems": tuple(values.get("problems", ())),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None

@@ -1,0 +1,114 @@
+"""What a machine may write to, read off its wishes (law 7).
+
+The answer decides what a takeover needs, so it errs on one side: whatever is not known to be harmless cannot
+be fenced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.spec import Spec
+
+
+def storage_of(spec: Spec) -> Storage:
+    """What QEMU may write to when it runs `spec`.
+
+    `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written.
+    """
+    if not _all_harmless(spec.extra_flags):
+        return Storage.UNFENCEABLE
+    return Storage.NONE if spec.rbd is None else Storage.RBD
+
+
+def _all_harmless(words: Sequence[str]) -> bool:
+    rest = iter(words)
+    for word in rest:
+        # QEMU takes `--option` for `-option`, and a word without a hyphen for a disk image.
+        option = word[1:].removeprefix("-") if word.startswith("-") else ""
+        if option in _BARE:
+            continue
+        judge = _WITH_ARGUMENT.get(option)
+        argument = next(rest, None)
+        if judge is None or argument is None or not judge(argument):
+            return False
+    return True
+
+
+def _always(_argument: str) -> bool:
+    return True
+
+
+def _one_of(*names: str) -> Callable[[str], bool]:
+    """Judge `NAME[,property=value…]` by its name. A second `driver=` would win over the first: refused."""
+
+    def judge(argument: str) -> bool:
+        name, *properties = argument.split(",")
+        return name in names and not any(p.startswith(("driver=", "type=", "qom-type=")) for p in properties)
+
+    return judge
+
+
+def _network(argument: str) -> bool:
+    """A NIC's other end, unless it shares a folder (`smb`) or runs a program of the operator's."""
+    first, *properties = argument.split(",")
+    risky = {"smb", "guestfwd", "script", "downscript", "helper", "type"}
+    return first in {"user", "tap", "bridge", "none", "nic"} and not any(
+        p.partition("=")[0] in risky and p not in {"script=no", "downscript=no"} for p in properties
+    )
+
+
+def _plain_path(argument: str) -> bool:
+    """A path or a URL of a file that is only read: none of the protocols (`fat:`, `json:`, `nbd:` …)."""
+    return argument.startswith(("http://", "https://")) or ":" not in argument
+
+
+_BARE = frozenset({"S", "enable-kvm", "no-acpi", "no-hpet", "no-reboot", "no-shutdown", "usb"})
+
+_HARMLESS_DEVICES = (
+    *("virtio-net-pci", "virtio-net", "e1000", "e1000e", "rtl8139", "vmxnet3"),
+    *("virtio-rng-pci", "virtio-balloon-pci", "virtio-serial-pci", "virtserialport", "virtconsole"),
+    *("VGA", "qxl", "qxl-vga", "virtio-vga", "virtio-gpu-pci", "bochs-display", "ramfb"),
+    *("virtio-keyboard-pci", "virtio-mouse-pci", "virtio-tablet-pci"),
+    *("qemu-xhci", "nec-usb-xhci", "usb-ehci", "usb-tablet", "usb-mouse", "usb-kbd"),
+    *("intel-hda", "ich9-intel-hda", "hda-duplex", "hda-output", "AC97"),
+    *("pvpanic", "pvpanic-pci", "i6300esb", "isa-debug-exit", "vmgenid", "vmcoreinfo"),
+    *("pcie-root-port", "pci-bridge", "pcie-pci-bridge", "intel-iommu"),
+)
+
+_WITH_ARGUMENT: dict[str, Callable[[str], bool]] = {
+    "M": _always,
+    "accel": _always,
+    "action": _always,
+    "append": _always,
+    "boot": _always,
+    "cpu": _always,
+    "initrd": _plain_path,
+    "k": _always,
+    "kernel": _plain_path,
+    "m": _always,
+    "machine": _always,
+    "msg": _always,
+    "name": _always,
+    "overcommit": _always,
+    "rtc": _always,
+    "smp": _always,
+    "vga": _always,
+    "watchdog-action": _always,
+    "bios": _plain_path,
+    "cdrom": _plain_path,
+    "device": _one_of(*_HARMLESS_DEVICES),
+    "display": _one_of("none"),
+    "net": _network,
+    "netdev": _network,
+    "nic": _network,
+    "object": _one_of("rng-random", "rng-builtin", "iothread", "memory-backend-ram", "memory-backend-memfd"),
+    "serial": _one_of("none", "null"),
+    "parallel": _one_of("none", "null"),
+    "monitor": _one_of("none", "null"),
+}
+"""Options of qemu-system-x86_64(1) with one argument, and which arguments open nothing that can be written.
+
+A CD-ROM (`-cdrom`) is opened for reading only; kernel, initrd and BIOS are read into memory.
+"""

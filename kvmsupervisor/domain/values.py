@@ -1,0 +1,180 @@
+"""Text that people write, turned into values: the parsers that the wishes and the settings share.
+
+Each parser takes text without surrounding white space and returns the value, or raises `Unfit`, whose text
+says what would be right. None of them looks at the world.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import TypeVar
+
+SHOWN_LENGTH = 80
+"""Characters of a value that a message repeats. Arbitrary: enough to recognise it, short for a table."""
+
+MIB_PER_UNIT = {"": 1, "m": 1, "g": 1024, "t": 1024 * 1024}
+RAM_MAX_MIB = 16 * 1024 * 1024
+"""16 TiB: more than any host has, and far below where QEMU's sizes overflow."""
+
+SHUTDOWN_TIMEOUT_MAX_S = 86_400.0
+"""A day. Arbitrary: whoever waits longer for a guest wants `power`, not a time limit."""
+
+SUGGESTION_CUTOFF = 0.75
+"""How alike two names must be (`difflib`'s ratio). Arbitrary: `sipce_port` passes, `tag` does not."""
+
+_E = TypeVar("_E", bound=StrEnum)
+
+_USERINFO = re.compile(r"//[^/\s]*@")
+_RAM = re.compile(r"([0-9]{1,15}) *([mgt]?)(?:ib)?", re.IGNORECASE)
+_MAC = re.compile(r"[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5}|(?:-[0-9a-f]{2}){5})", re.IGNORECASE)
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_INTEGER = re.compile(r"[0-9]{1,18}")
+_SECONDS = re.compile(r"[0-9]{1,15}(?:\.[0-9]{1,15})?")
+
+
+class Unfit(ValueError):
+    """A value that cannot be used. Its text says what would be right."""
+
+
+def show(text: str) -> str:
+    """`text` in quotes for a message: control characters visible, cut at about `SHOWN_LENGTH` characters."""
+    shown = repr(text[:SHOWN_LENGTH])
+    if len(text) <= SHOWN_LENGTH and len(shown) <= SHOWN_LENGTH + 2:
+        return shown
+    return f"{shown[: SHOWN_LENGTH + 1].rstrip(shown[0])}…{shown[0]} ({len(text)} characters)"
+
+
+def show_bytes(data: bytes) -> str:
+    """Like `show`, for what should be UTF-8 and may be anything."""
+    try:
+        return show(data.decode())
+    except UnicodeDecodeError as error:
+        shown = repr(data[:SHOWN_LENGTH])[: SHOWN_LENGTH + 2]
+        return f"{shown} (not UTF-8 at byte {error.start})"
+
+
+def without_userinfo(text: str) -> str:
+    """`text` with the user and password of a URL in it left out, for messages that others may read."""
+    return _USERINFO.sub("//…@", text)
+
+
+def plain(name: str) -> str:
+    """`name` without what people mix up: case, and `_` for `-`."""
+    return name.lower().replace("_", "-")
+
+
+def nearest(name: str, candidates: Mapping[str, str], cutoff: float = SUGGESTION_CUTOFF) -> str | None:
+    """The one of `candidates` (`plain` name → name) that was probably meant by `name`."""
+    # Longer names resemble none, and comparing takes the square of the length.
+    near = difflib.get_close_matches(plain(name[:40]), candidates, n=1, cutoff=cutoff)
+    return candidates[near[0]] if near else None
+
+
+def choice(kind: type[_E], what: str) -> Callable[[str], _E]:
+    """Return a parser of the values of an enumeration."""
+
+    def parse(text: str) -> _E:
+        try:
+            return kind(text)
+        except ValueError:
+            *others, last = kind
+            raise Unfit(f"{what} is {', '.join(others)} or {last}") from None
+
+    return parse
+
+
+def matching(pattern: str, wanted: str) -> Callable[[str], str]:
+    """Return a parser of texts that match `pattern` as a whole."""
+    compiled = re.compile(pattern)
+
+    def parse(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise Unfit(wanted)
+        return text
+
+    return parse
+
+
+def integer(low: int, high: int, what: str) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` to `high`, in decimal digits."""
+
+    def parse(text: str) -> int:
+        if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
+            raise Unfit(f"{what} is a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def seconds(low: float, high: float, what: str) -> Callable[[str], float]:
+    """Return a parser of seconds from `low` to `high`, with or without a fraction."""
+
+    def parse(text: str) -> float:
+        if not _SECONDS.fullmatch(text) or not low <= float(text) <= high:
+            raise Unfit(f"{what} is a number of seconds from {low:g} to {high:g}, such as 30 or 0.5")
+        return float(text)
+
+    return parse
+
+
+def ram_mib(text: str) -> int:
+    """Memory in MiB from `2048` (MiB), `512M`, `2G`, `2GiB`, `1T`.
+
+    Bare `MB` and `GB` are refused: some people mean powers of ten by them.
+    """
+    match = _RAM.fullmatch(text)
+    if match is None or (text[-1] in "bB" and not match[2]):
+        raise Unfit("memory is a whole number of MiB, or one with a unit M, G or T, such as 2048, 512M or 2G")
+    mib = int(match[1]) * MIB_PER_UNIT[match[2].lower()]
+    if not 1 <= mib <= RAM_MAX_MIB:
+        raise Unfit("memory is at least 1M and at most 16T")
+    return mib
+
+
+def mac_address(text: str) -> str:
+    """Return a unicast MAC address in lower case with colons, from one with colons or hyphens."""
+    if not _MAC.fullmatch(text):
+        raise Unfit("a MAC address is six pairs of hexadecimal digits, such as 52:54:00:12:34:56")
+    address = text.lower().replace("-", ":")
+    if int(address[:2], 16) & 1:
+        raise Unfit("a NIC's MAC address is unicast: its first pair is an even number, such as 52")
+    if address == "00:00:00:00:00:00":
+        raise Unfit("a NIC's MAC address is not all zeros")
+    return address
+
+
+def interface_name(text: str) -> str:
+    """Return the name of a network interface.
+
+    The rule is Linux's own (`dev_valid_name` in net/core/dev.c); control characters, which it would let
+    through, have no place in QEMU's bridge.conf.
+    """
+    unfit = not 1 <= len(text.encode()) <= 15 or text in {".", ".."}
+    if unfit or any(c in "/:" or c.isspace() or not c.isprintable() for c in text):
+        raise Unfit("the name of a network interface has 1 to 15 bytes, no white space, no '/' and no ':'")
+    return text
+
+
+def host_name(text: str) -> str:
+    """Return a host's name. It is compared exactly, so it is not changed."""
+    if not _HOST.fullmatch(text):
+        raise Unfit(
+            "a host's name is letters, digits, '.', '_' and '-', beginning with a letter or digit, "
+            "at most 253 characters"
+        )
+    return text
+
+
+def shell_words(text: str) -> tuple[str, ...]:
+    """Split `text` as a POSIX shell splits words: quotes and backslashes count, nothing is expanded."""
+    if "\0" in text:
+        raise Unfit("a NUL character cannot be passed to a program: leave it out")
+    try:
+        return tuple(shlex.split(text, comments=False, posix=True))
+    except ValueError as error:
+        # shlex says "No closing quotation" or "No escaped character".
+        raise Unfit(f"every quote is closed and nothing follows a backslash but a character ({error})") from error

@@ -1,0 +1,95 @@
+"""One instance's lock in etcd: read, compared and swapped. What to write is decided in `domain.lock` and above.
+
+Every change is one transaction that compares the lock's `mod_revision` with what was last seen (law 2). A reply that
+was lost is settled by reading: each value names an incarnation, so our own is recognised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
+from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.lock import Lock, LockView
+from kvmsupervisor.domain.status import Status
+
+
+class SwapFailed(Exception):
+    """A compare did not hold: somebody was first, or our session or the wish changed. Look again, decide again."""
+
+
+class InstanceLock:
+    """The lock of one instance, as last seen."""
+
+    def __init__(self, *, store: Store, layout: Layout, instance: InstanceId, session: Callable[[], Compare]) -> None:
+        self.view = LockView()
+        self._store = store
+        self._key = layout.lock_key(instance)
+        self._status_key = layout.status_key(instance)
+        self._host_key = layout.wish_key(instance, "host")
+        self._session = session
+
+    def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
+        """Take note of what a watch or listing says; older news than what is known is left out."""
+        if not self.view.known or as_of > self.view.as_of:
+            self.view = LockView(known=True, data=data, mod_revision=mod_revision, as_of=as_of)
+
+    async def look(self) -> Status | None:
+        """Read lock and status in one linearizable step; return the status, whoever wrote it."""
+        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
+        self._read(result.reads[0], result.revision)
+        found = result.reads[1]
+        return Status.from_json(found[0].value) if found else None
+
+    async def write(self, lock: Lock, host_revision: int) -> None:
+        """Take the lock, or write its next state on the way to `cont`.
+
+        Only if our session holds and the key `host` is still the one of `host_revision`.
+        """
+        unchanged = Compare(self._host_key, Target.MOD_REVISION, host_revision)
+        await self._swap(lock.to_json(), [self._session(), unchanged])
+
+    async def reassert(self, lock: Lock) -> None:
+        """Write our own lock again after it was deleted, if our session holds and nobody took it meanwhile."""
+        await self._swap(lock.to_json(), [self._session()])
+
+    async def release(self, status: Status | None) -> int:
+        """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).
+
+        So whoever takes the lock next finds in the status up to which epoch this host came. Returns the revision.
+        """
+        last: Op = Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())
+        await self._swap(None, [], [last])
+        return self.view.as_of
+
+    async def _swap(self, data: bytes | None, compares: Sequence[Compare], also: Sequence[Op] = ()) -> None:
+        """Replace the lock as last seen by `data` (None: delete it).
+
+        Raises:
+            SwapFailed: a compare did not hold; `view` is fresh.
+            EtcdError: nothing is known but what the next watch event will say.
+        """
+        expected = Compare(self._key, Target.MOD_REVISION, self.view.mod_revision)
+        change: Op = Delete(self._key) if data is None else Put(self._key, data)
+        before = self.view.data
+        try:
+            result = await self._store.txn([expected, *compares], [change, *also], [Get(self._key)])
+        except Ambiguous:
+            await self.look()
+            if self.view.data == data and data != before:
+                return
+            raise SwapFailed("a reply was lost, and the change was not made") from None
+        if result.succeeded:
+            revision = 0 if data is None else result.revision
+            self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision)
+            return
+        self._read(result.reads[0], result.revision)
+        if self.view.data == before:
+            raise SwapFailed("this host's session or the key `host` changed meanwhile")
+        raise SwapFailed("the lock changed meanwhile")
+
+    def _read(self, found: Sequence[KeyValue], revision: int) -> None:
+        if found:
+            self.seen(data=found[0].value, mod_revision=found[0].mod_revision, as_of=revision)
+        else:
+            self.seen(data=None, mod_revision=0, as_of=revision)

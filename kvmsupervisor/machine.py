@@ -1,0 +1,398 @@
+"""One QEMU process of one instance, from its record to its burial: what `instance.py` observes and acts through.
+
+It joins three adapters (process, QMP, run directory) and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from structlog.typing import FilteringBoundLogger
+
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.process import SpawnFailed
+from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.domain import lifecycle
+from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.lifecycle import NEVER_RAN, PROBE_EVERY_S, Stopping
+from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.spec import Spec, spec_from_object
+
+ANSWER_S = 5.0
+"""How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
+
+RECONNECT_S = 0.5
+"""Pause between attempts to connect to a QEMU that lives and does not listen."""
+
+DRAIN_S = 1.0
+"""How long the last QMP events may take to arrive after the process has ended."""
+
+KILL_S = 5.0
+"""How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
+
+KEPT_ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "CEPH_CONF",
+    "CEPH_ARGS",
+)
+"""What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marks:
+    """The environment variables by which a QEMU process is known to be one certain incarnation (law 8)."""
+
+    prefix: str
+    instance: str
+    incarnation: str
+
+    def environment(self) -> dict[str, str]:
+        """As variables."""
+        return {
+            "KVMSUPERVISOR_PREFIX": self.prefix,
+            "KVMSUPERVISOR_INSTANCE": self.instance,
+            "KVMSUPERVISOR_INCARNATION": self.incarnation,
+        }
+
+
+class Machine:
+    """The instance's QEMU: none, living, or ended and not yet buried.
+
+    `notify` is called, in the event loop, whenever something changed that a decision may depend on.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix: str,
+        directory: InstanceDir,
+        clock: Clock,
+        notify: Callable[[], None],
+        on_reset: Callable[[], None],
+        log: FilteringBoundLogger,
+    ) -> None:
+        self.directory = directory
+        self.record: Incarnation | None = None
+        self._prefix = prefix
+        self._clock = clock
+        self._notify = notify
+        self._on_reset = on_reset
+        self._log = log
+        self._spec: Spec | None = None
+        self._process: kernel.Process | None = None
+        self._monitor: Monitor | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._exit: Exit | None = None
+        self._verdict: Exit | None = None
+        self._shutdown: str | None = None
+        self._run_state: str | None = None
+        self._connect_at = 0.0
+        self._probe_at = 0.0
+        self._silent_since: float | None = None
+        self._stopping: Stopping | None = None
+        self._asked = False
+
+    # --- what is observed -------------------------------------------------------------------------------------
+
+    def view(self) -> lifecycle.Process | None:
+        """The process as the decision sees it; None when there is none."""
+        if self.record is None:
+            return None
+        return lifecycle.Process(
+            incarnation=self.record,
+            spec=self._spec,
+            exit=self._exit,
+            connected=self._monitor is not None,
+            run_state=self._run_state,
+            connect_at=self._connect_at,
+            probe_at=self._probe_at,
+            silent_since=self._silent_since,
+            stopping=self._stopping,
+            asked=self._asked,
+        )
+
+    @property
+    def pid(self) -> int | None:
+        """Of the living process."""
+        return self._process.pid if self._process is not None and self._exit is None else None
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the guest certainly never ran."""
+        return self._run_state == NEVER_RAN
+
+    def holdover(self, lock: Lock) -> int | None:
+        """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
+        if lock.pid is not None and lock.starttime is not None:
+            return lock.pid if kernel.is_alive(lock.pid, lock.starttime) else None
+        marks = Marks(prefix=self._prefix, instance=self.directory.path.name, incarnation=lock.incarnation)
+        return next(kernel.find(marks.environment()), None)
+
+    # --- beginnings -------------------------------------------------------------------------------------------
+
+    def spawn(self, record: Incarnation, build: Callable[[int, int], Sequence[str]]) -> None:
+        """Put the incarnation on record, then start QEMU, then put its pid on record.
+
+        Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
+        process by its environment. That the process cannot be started at all is its end, told like any other.
+
+        Args:
+            record: of the process to come, without pid, argv and log offset.
+            build: makes the command line from the descriptors of the two listening QMP sockets.
+        """
+        directory = self.directory
+        directory.create()
+        self._clear()
+        with (
+            directory.listen(directory.qmp_socket) as main,
+            directory.listen(directory.spare_socket) as spare,
+        ):
+            descriptors = (main.fileno(), spare.fileno())
+            argv = tuple(build(*descriptors))
+            self.record = replace(record, argv=argv, log_offset=directory.log_size())
+            self._spec = spec_from_object(self.record.spec)
+            directory.write_incarnation(self.record)
+            log_fd = directory.open_log()
+            try:
+                self._process = kernel.spawn(
+                    argv,
+                    environment=self._environment(record),
+                    log_fd=log_fd,
+                    pass_fds=descriptors,
+                    on_end=self._on_end,
+                )
+            except SpawnFailed as error:
+                self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
+                return
+            finally:
+                os.close(log_fd)
+        self.record = replace(self.record, pid=self._process.pid, starttime=self._process.starttime)
+        directory.write_incarnation(self.record)
+        self._run_state = NEVER_RAN
+
+    def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
+        """Take over what an earlier supervisor spawned; False when that process is gone.
+
+        Its pid may be another process's by now: only one of this boot, with the recorded start time and the
+        incarnation's name in its environment is it (law 8). QMP and the lock are asked afterwards, by the loop.
+        """
+        self._clear()
+        self.record = record
+        self._spec = spec_from_object(record.spec)
+        marks = self._marks(record).environment()
+        if record.boot_id == boot_id:
+            candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
+            for pid in candidates:
+                found = kernel.reopen(pid, starttime=record.starttime, marks=marks, on_end=self._on_end)
+                if found is not None:
+                    self._process = found
+                    if record.pid is None:
+                        self.record = replace(record, pid=found.pid, starttime=found.starttime)
+                        self.directory.write_incarnation(self.record)
+                    return True
+            if record.pid is None:
+                self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
+                self._asked = True
+            else:
+                self._exit = self._classify(WaitStatus())
+        else:
+            self._exit = Exit(ExitClass.UNKNOWN, "ended with the host's last boot")
+            self._asked = True
+        return False
+
+    async def connect(self) -> None:
+        """Connect to QMP and learn the run state. Failing is observed: when to try again, since when it is silent."""
+        try:
+            if self._monitor is None:
+                self._monitor = await Monitor.connect(
+                    str(self.directory.qmp_socket),
+                    on_event=self._on_event,
+                    on_lost=self._on_monitor_lost,
+                    timeout_s=ANSWER_S,
+                )
+            await self.probe()
+        except MonitorLost as error:
+            self._connect_at = self._clock.now() + RECONNECT_S
+            self._log.debug("qmp.lost", error=str(error))
+        except MonitorError as error:
+            self._fell_silent(error)
+            self._connect_at = self._clock.now() + RECONNECT_S
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def probe(self) -> None:
+        """Ask for the run state."""
+        answer = await self._command("query-status")
+        if answer is not None:
+            self._run_state = str(answer["status"])
+            self._probe_at = self._clock.now() + PROBE_EVERY_S
+
+    async def resume(self) -> bool:
+        """Let the guest run; True when QEMU says that it does."""
+        if await self._command("cont") is None:
+            return False
+        self._run_state = "running"
+        return True
+
+    async def press_power_button(self) -> None:
+        """ACPI power button. Whether the guest hears it is seen by its end only."""
+        now = self._clock.now()
+        begun = self._stopping or Stopping(since=now)
+        self._stopping = replace(begun, pressed_at=now)
+        self._asked = True
+        await self._command("system_powerdown")
+
+    async def quit(self) -> None:
+        """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
+        now = self._clock.now()
+        self._stopping = replace(self._stopping or Stopping(since=now), quit_at=now)
+        self._asked = True
+        if await self._command("quit") is None and self._process is not None:
+            self._process.signal(signal.SIGTERM)
+
+    async def kill(self, why: str) -> None:
+        """SIGKILL, on purpose; returns when it has ended, or after `KILL_S`."""
+        self._asked = True
+        await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
+
+    async def give_up(self, why: str) -> None:
+        """SIGKILL a QEMU that never answered; it counts as failed."""
+        await self._kill(Exit(ExitClass.FAILED, f"failed: {why}"))
+
+    def stop_begins(self) -> None:
+        """Note when the stop began, for its deadline. Does nothing when it has begun."""
+        if self._stopping is None:
+            self._stopping = Stopping(since=self._clock.now())
+
+    def stop_is_off(self) -> None:
+        """The wish is to run again: a later stop begins from its start."""
+        self._stopping = None
+
+    def note_clients(self, clients: tuple[str, ...]) -> None:
+        """Keep the Ceph client addresses with the record, as they stand in the lock."""
+        assert self.record is not None
+        if clients != self.record.clients:
+            self.record = replace(self.record, clients=clients)
+            self.directory.write_incarnation(self.record)
+
+    async def bury(self) -> None:
+        """Delete what is left of an ended process. The caller has taken its end to the books."""
+        assert self._exit is not None
+        await self.detach()
+        self.directory.drop_incarnation()
+        self.record = None
+        self._spec = None
+        self._clear()
+
+    async def detach(self) -> None:
+        """Let go of the process without touching it: the next supervisor adopts it."""
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.gather(self._settling, return_exceptions=True)
+            self._settling = None
+        if self._monitor is not None:
+            monitor, self._monitor = self._monitor, None
+            await monitor.close()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _marks(self, record: Incarnation) -> Marks:
+        return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
+
+    def _environment(self, record: Incarnation) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+        return kept | self._marks(record).environment()
+
+    async def _command(self, command: str) -> Any:
+        """Run a QMP command; None when it was not done, which is on record then."""
+        if self._monitor is None:
+            return None
+        try:
+            answer = await self._monitor.execute(command, timeout_s=ANSWER_S)
+        except MonitorSilent as error:
+            self._fell_silent(error)
+            return None
+        except MonitorLost:
+            return None
+        except MonitorRefused as error:
+            self._log.warning("qmp.refused", command=command, error=str(error))
+            return None
+        self._silent_since = None
+        return answer
+
+    def _fell_silent(self, error: MonitorError) -> None:
+        now = self._clock.now()
+        self._probe_at = now + PROBE_EVERY_S
+        if self._silent_since is None:
+            self._silent_since = now - ANSWER_S
+            self._log.warning("qmp.silent", error=str(error))
+
+    async def _kill(self, verdict: Exit) -> None:
+        if self._process is None:
+            return
+        self._verdict = verdict
+        self._process.signal(signal.SIGKILL)
+        try:
+            async with asyncio.timeout(KILL_S):
+                await self._process.ended.wait()
+                if self._settling is not None:
+                    await asyncio.shield(self._settling)
+        except TimeoutError:
+            self._log.error("instance.unkillable", pid=self._process.pid)
+
+    def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        match name:
+            case "SHUTDOWN":
+                self._shutdown = str(data.get("reason"))
+            case "RESUME":
+                self._run_state = "running"
+            case "RESET" if data.get("guest"):
+                self._on_reset()
+                return
+            case "STOP" | "GUEST_PANICKED" | "SUSPEND" | "WAKEUP":
+                self._probe_at = 0.0
+            case _:
+                return
+        self._notify()
+
+    def _on_monitor_lost(self) -> None:
+        self._monitor = None
+        self._connect_at = self._clock.now()
+        self._notify()
+
+    def _on_end(self) -> None:
+        self._settling = asyncio.get_running_loop().create_task(self._settle())
+
+    async def _settle(self) -> None:
+        """Name the end, once the last QMP events were heard."""
+        assert self._process is not None
+        if self._monitor is not None:
+            await self._monitor.drained(DRAIN_S)
+        self._exit = self._verdict or self._classify(self._process.status)
+        self._notify()
+
+    def _classify(self, status: WaitStatus) -> Exit:
+        assert self.record is not None
+        return classify(
+            shutdown=self._shutdown, status=status, log_tail=self.directory.log_tail(self.record.log_offset)
+        )

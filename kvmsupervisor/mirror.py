@@ -1,0 +1,254 @@
+"""The keys below a prefix, kept in step with etcd: list once, then watch; list again when history is gone.
+
+No change is lost and none is applied twice: the watch begins right behind the list, and after a compaction
+the new list is compared with what is here, which yields exactly the changes that the watch could not tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
+from typing import Generic, Never, TypeVar
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd.api import (
+    Compacted,
+    Denied,
+    EtcdError,
+    Event,
+    KeyValue,
+    Store,
+    Unavailable,
+    Watch,
+)
+from kvmsupervisor.domain.grouping import Entry, Groups, Stage, Table
+from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.spec import RawValue
+from kvmsupervisor.domain.timing import RETRY_CAP_S, retry_delay
+
+log = structlog.get_logger(__name__)
+
+LabelT = TypeVar("LabelT", bound=Hashable)
+
+SLICE = 1000
+"""Keys that are applied before others get their turn: about 2 ms of work."""
+
+
+class Mirror(Generic[LabelT]):
+    """Keeps `table` in step with the keys below `prefix`.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        prefix: of the keys.
+        table: what holds them; its labels are what changes are told by (`grouping.Flat`: the keys).
+        on_change: called with the labels that differ and the revision, once per batch that changed
+            anything, after the whole of it is in the table. It runs in the mirror's own task: it must
+            neither block nor raise.
+        rand: random numbers, 0 ≤ x < 1.
+
+    Attributes:
+        synced: set once the first list is in the table and `on_change` was told of it.
+        revision: of etcd, up to which everything below the prefix is in the table; 0 before the first list.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        prefix: str,
+        table: Table[LabelT],
+        on_change: Callable[[Set[LabelT], int], None],
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.synced = asyncio.Event()
+        self.revision = 0
+        self._store = store
+        self._clock = clock
+        self._prefix = prefix
+        self._table = table
+        self._on_change = on_change
+        self._rand = rand
+        self._listed = False
+        self._watch: Watch | None = None
+        self._trouble: tuple[type[EtcdError], str] | None = None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the table holds what etcd holds: listed, and the watch is connected."""
+        return self._listed and self._watch is not None and self._watch.connected
+
+    @property
+    def problem(self) -> str:
+        """What keeps the table from being in step, for people; empty while it is in step."""
+        if self.in_step:
+            return ""
+        if self._trouble is not None:
+            return self._trouble[1]
+        step = "the watch on" if self._listed else "the first list of"
+        return f"{step} {self._prefix} is not answered yet"
+
+    async def run(self) -> Never:
+        """Follow the keys, for ever."""
+        failures = 0
+        while True:
+            began = self._clock.now()
+            try:
+                if not self._listed:
+                    await self._list()
+                await self._follow()
+            except EtcdError as error:
+                # One that went well for a while is no part of the row that lets the delay grow.
+                failures = 1 if self._clock.now() - began > RETRY_CAP_S else failures + 1
+                self._note(error)
+                if not isinstance(error, Compacted) or failures > 1:
+                    await self._clock.sleep(retry_delay(failures, self._rand()))
+
+    async def _list(self) -> None:
+        listing = await self._store.list(self._prefix)
+        stage = self._table.begin(fresh=True)
+        await _fill(stage, listing.kvs)
+        self._listed = True
+        self._well()
+        self._commit(stage, listing.revision)
+        self.synced.set()
+
+    async def _follow(self) -> Never:
+        async with self._store.watch(self._prefix, self.revision + 1) as watch:
+            self._watch = watch
+            try:
+                async for batch in watch:
+                    stage = self._table.begin(fresh=False)
+                    await _fill(stage, batch.events)
+                    self._well()
+                    self._commit(stage, batch.revision)
+            finally:
+                self._watch = None
+        raise Unavailable(f"the watch on {self._prefix} has ended")
+
+    def _commit(self, stage: Stage[LabelT], revision: int) -> None:
+        changed = stage.commit()
+        self.revision = revision
+        if changed:
+            self._on_change(changed, revision)
+
+    def _note(self, error: EtcdError) -> None:
+        """Remember what is wrong; log it when it is something else than before."""
+        before, self._trouble = self._trouble, (type(error), f"{self._prefix} cannot be read: {error}")
+        match error:
+            case Compacted():
+                self._listed = False
+                log.info("mirror.compacted", prefix=self._prefix, since=self.revision, oldest=error.revision)
+            case _ if before is not None and before[0] is type(error):
+                pass
+            case Denied():
+                log.error("mirror.denied", prefix=self._prefix, error=str(error))
+            case _:
+                log.warning("mirror.away", prefix=self._prefix, error=str(error))
+
+    def _well(self) -> None:
+        if self._trouble is not None:
+            log.info("mirror.back", prefix=self._prefix)
+            self._trouble = None
+
+
+async def _fill(stage: Stage[LabelT], changes: Iterable[KeyValue | Event]) -> None:
+    """Fill a stage slice by slice, so that a large one keeps nobody waiting."""
+    for index, change in enumerate(changes, start=1):
+        kv, deleted = (change.kv, change.deleted) if isinstance(change, Event) else (change, False)
+        if deleted:
+            stage.delete(kv.key)
+        else:
+            stage.put(kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)
+        if index % SLICE == 0:
+            await asyncio.sleep(0)
+
+
+class Wishes:
+    """Every instance's wish keys and lock, in step with etcd.
+
+    Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        layout: of the keys.
+        on_change: called with the ids whose keys or lock differ, and the revision; see `Mirror`.
+        rand: random numbers, 0 ≤ x < 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        layout: Layout,
+        on_change: Callable[[Set[InstanceId], int], None],
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        def follow(prefix: str, table: Groups) -> Mirror[InstanceId]:
+            return Mirror(store=store, clock=clock, prefix=prefix, table=table, on_change=on_change, rand=rand)
+
+        self._keys = Groups(layout)
+        self._mirrors = [follow(layout.wishes_prefix, self._keys)]
+        self._locks = self._keys
+        locks_prefix = layout.locks_prefix()
+        if locks_prefix is not None:
+            self._locks = Groups(layout, locks_only=True)
+            self._mirrors.append(follow(locks_prefix, self._locks))
+
+    async def run(self) -> None:
+        """Follow the keys, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            for mirror in self._mirrors:
+                tasks.create_task(mirror.run())
+
+    async def wait_synced(self) -> None:
+        """Return once everything was listed for the first time."""
+        for mirror in self._mirrors:
+            await mirror.synced.wait()
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything was listed for the first time: before, an absent key means nothing."""
+        return all(mirror.synced.is_set() for mirror in self._mirrors)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether wishes and locks are what etcd holds."""
+        return all(mirror.in_step for mirror in self._mirrors)
+
+    @property
+    def problem(self) -> str:
+        """What keeps them from being in step, for people; empty while they are."""
+        return "; ".join(mirror.problem for mirror in self._mirrors if mirror.problem)
+
+    @property
+    def revision(self) -> int:
+        """Of etcd, up to which all wishes are known."""
+        return self._mirrors[0].revision
+
+    @property
+    def locks_revision(self) -> int:
+        """Of etcd, up to which all locks are known."""
+        return self._mirrors[-1].revision
+
+    def ids(self) -> Set[InstanceId]:
+        """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
+        return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
+
+    def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
+        """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""
+        return self._keys.keys_of(instance)
+
+    def lock_of(self, instance: InstanceId) -> Entry | None:
+        """The lock of one instance, None when it is absent."""
+        return self._locks.lock_of(instance)
+
+    def foreign(self) -> Mapping[bytes, str]:
+        """Keys below the wishes' prefix that belong to no instance, with the reason."""
+        return self._keys.foreign()

@@ -1,0 +1,347 @@
+"""Writes what is observed of each instance into its status key, and nothing while nothing changes.
+
+Level-triggered: for every instance it knows the value wanted and the value that the key holds, and writes
+where they differ, the latest value only. Every write holds only while this host's session exists, so a
+supervisor that was frozen cannot overwrite what the next owner has written meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Never, Protocol
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd.api import (
+    Ambiguous,
+    Compare,
+    Delete,
+    Denied,
+    EtcdError,
+    Get,
+    KeyValue,
+    Put,
+    Rejected,
+    Store,
+    Target,
+)
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.status import Status
+from kvmsupervisor.domain.timing import retry_delay
+
+log = structlog.get_logger(__name__)
+
+OPS_PER_TXN = 64
+"""Half of what etcd allows by default (--max-txn-ops=128, https://etcd.io/docs/v3.5/op-guide/configuration/)."""
+
+BYTES_PER_TXN = 512 * 1024
+"""A third of what etcd allows by default (--max-request-bytes=1.5 MiB, same page)."""
+
+VALUE_BYTES = 64 * 1024
+"""A status is cut to about this: an instance with 10,000 bad keys shall not fill the store. Arbitrary."""
+
+
+class SessionView(Protocol):
+    """What the publisher needs of `session.Session`."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the session is held now."""
+        ...
+
+    def compare(self) -> Compare:
+        """The condition "my session exists"."""
+        ...
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have `listener` called when the session was won or lost; return what ends that."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What a status key held at `revision`; `value` is None when a write got no reply since."""
+
+    value: bytes | None
+    revision: int
+
+
+class Publisher:
+    """Keeps the status keys of this host's instances as they are wanted.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        layout: of the keys.
+        host: this host: only its own statuses are ever deleted.
+        session: without which nothing is written.
+        rand: random numbers, 0 ≤ x < 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        layout: Layout,
+        host: HostName,
+        session: SessionView,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._layout = layout
+        self._host = host
+        self._session = session
+        self._rand = rand
+        # None: the key shall go.
+        self._wanted: dict[InstanceId, bytes | None] = {}
+        self._known: dict[InstanceId, _Known] = {}
+        # In the order in which they became so. Invariant: holds every id whose key may differ from what is
+        # wanted; `_clean` is set exactly while it is empty.
+        self._dirty: dict[InstanceId, None] = {}
+        self._clean = asyncio.Event()
+        self._clean.set()
+        self._wake = asyncio.Event()
+        self._ops_per_txn = OPS_PER_TXN
+        self._trouble: type[EtcdError] | None = None
+
+    def prime(self, kvs: Iterable[KeyValue]) -> None:
+        """Tell what the status keys hold at the start. Those of other hosts are passed over."""
+        mark = json.dumps(self._host, ensure_ascii=False).encode()
+        prefix = self._layout.statuses_prefix.encode()
+        for kv in kvs:
+            # Reading JSON costs more than looking for the name in it, and most are other hosts'.
+            if mark in kv.value and self._is_ours(kv.value) and kv.key.startswith(prefix):
+                instance = parse_id(kv.key[len(prefix) :].decode(errors="replace"))
+                if instance is not None:
+                    self._learn(instance, kv.value, kv.mod_revision)
+
+    def ids(self) -> Set[InstanceId]:
+        """The instances whose status keys are ours, as far as known: written here, or primed."""
+        return self._known.keys() | {i for i, value in self._wanted.items() if value is not None}
+
+    def set(self, instance: InstanceId, status: Status) -> None:
+        """Have the status key hold `status`. The last call counts."""
+        self._want(instance, _encode(status))
+
+    def forget(self, instance: InstanceId) -> None:
+        """Have the status key deleted, if it holds a status of this host. The last call counts."""
+        self._want(instance, None)
+
+    def abandon(self, instance: InstanceId) -> None:
+        """Leave the status key to the host that has the instance now, whatever it holds."""
+        for known in (self._wanted, self._known, self._dirty):
+            known.pop(instance, None)
+        if not self._dirty:
+            self._clean.set()
+
+    def wrote(self, instance: InstanceId, value: bytes, revision: int) -> None:
+        """Tell of a value that another transaction of this host has put into the key.
+
+        It becomes what is wanted.
+
+        Args:
+            instance: whose status it is.
+            value: what was written.
+            revision: of that transaction (`TxnResult.revision`), which orders it among those made here.
+        """
+        self._learn(instance, value, revision)
+        self._want(instance, value)
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Return True once every key is as wanted, or False after `timeout_s`. `run` must be running."""
+        return await self._clock.wait(self._clean, self._clock.now() + timeout_s)
+
+    async def run(self) -> Never:
+        """Write what differs, for ever. Cancelling leaves the rest unwritten (see `flush`)."""
+        end_listening = self._session.listen(self._wake.set)
+        try:
+            failures = 0
+            while True:
+                self._wake.clear()
+                if not self._dirty or not self._session.held:
+                    await self._wake.wait()
+                    continue
+                if await self._write_some():
+                    failures = 0
+                else:
+                    failures += 1
+                    await self._clock.sleep(retry_delay(failures, self._rand()))
+        finally:
+            end_listening()
+
+    # Bookkeeping.
+
+    def _want(self, instance: InstanceId, value: bytes | None) -> None:
+        self._wanted[instance] = value
+        self._judge(instance)
+
+    def _learn(self, instance: InstanceId, value: bytes, revision: int) -> None:
+        known = self._known.get(instance)
+        if known is None or revision > known.revision:
+            self._known[instance] = _Known(value, revision)
+
+    def _doubt(self, instances: Iterable[InstanceId]) -> None:
+        """Note that the keys may hold what was just sent, or not."""
+        for instance in self._wanted.keys() & instances:
+            known = self._known.get(instance)
+            self._known[instance] = _Known(None, 0 if known is None else known.revision)
+
+    def _judge(self, instance: InstanceId) -> None:
+        """Put the instance among the dirty ones, or take it from there."""
+        if instance not in self._wanted:
+            # Abandoned while it was being written.
+            self._known.pop(instance, None)
+            return
+        wanted, known = self._wanted[instance], self._known.get(instance)
+        if known is not None and wanted is not None and known.value == wanted:
+            self._dirty.pop(instance, None)
+        else:
+            # A key that shall go is dirty even if it is not known: it may be being written right now.
+            self._dirty.setdefault(instance)
+        if self._dirty:
+            self._clean.clear()
+            self._wake.set()
+        else:
+            self._clean.set()
+
+    def _gone(self, instance: InstanceId) -> None:
+        """Note that the key is not, or no longer, ours to delete."""
+        self._known.pop(instance, None)
+        if self._wanted.get(instance) is None:
+            self._wanted.pop(instance, None)
+            self._dirty.pop(instance, None)
+        else:
+            self._judge(instance)
+        if not self._dirty:
+            self._clean.set()
+
+    def _is_ours(self, value: bytes) -> bool:
+        status = Status.from_json(value)
+        return status is not None and status.host == self._host
+
+    # Writing.
+
+    async def _write_some(self) -> bool:
+        """Write the dirty keys that come first, at most one transaction of them; False when it failed."""
+        puts, deletes = self._next()
+        try:
+            done = await (self._put(puts) if puts else self._delete(deletes))
+        except EtcdError as error:
+            if isinstance(error, Ambiguous):
+                self._doubt(puts)
+            self._note(error, [*puts, *deletes])
+            return False
+        if self._trouble is not None:
+            log.info("publisher.back")
+            self._trouble = None
+        if done:
+            self._ops_per_txn = min(self._ops_per_txn * 2, OPS_PER_TXN)
+        # Otherwise etcd says that the session is gone: the session will find out, and say so.
+        return done
+
+    def _next(self) -> tuple[dict[InstanceId, bytes], list[InstanceId]]:
+        """Take from the front of the dirty ones either values to be put or keys to be deleted."""
+        puts: dict[InstanceId, bytes] = {}
+        deletes: list[InstanceId] = []
+        size = 0
+        for instance in self._dirty:
+            value = self._wanted[instance]
+            size += 0 if value is None else len(value)
+            if len(puts) + len(deletes) == self._ops_per_txn or (size > BYTES_PER_TXN and puts):
+                break
+            if value is None:
+                if puts:
+                    break
+                deletes.append(instance)
+            else:
+                if deletes:
+                    break
+                puts[instance] = value
+        return puts, deletes
+
+    async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
+        ops = [Put(self._layout.status_key(instance), value) for instance, value in puts.items()]
+        done = await self._store.txn([self._session.compare()], ops)
+        if done.succeeded:
+            for instance, value in puts.items():
+                self._learn(instance, value, done.revision)
+                self._judge(instance)
+        return done.succeeded
+
+    async def _delete(self, instances: Sequence[InstanceId]) -> bool:
+        """Delete those keys that hold a status of this host: another host may have written its own."""
+        known = [instance for instance in instances if instance in self._known]
+        for instance in instances:
+            if instance not in self._known:
+                self._gone(instance)
+        if not known:
+            return True
+        looks = [Get(self._layout.status_key(instance)) for instance in known]
+        seen = await self._store.txn([self._session.compare()], looks)
+        if not seen.succeeded:
+            return False
+        ours: dict[InstanceId, KeyValue] = {}
+        for instance, found in zip(known, seen.reads, strict=True):
+            if found and self._is_ours(found[0].value):
+                ours[instance] = found[0]
+            else:
+                self._gone(instance)
+        if not ours:
+            return True
+        unchanged = [
+            Compare(self._layout.status_key(instance), Target.MOD_REVISION, kv.mod_revision)
+            for instance, kv in ours.items()
+        ]
+        done = await self._store.txn(
+            [self._session.compare(), *unchanged],
+            [Delete(self._layout.status_key(instance)) for instance in ours],
+        )
+        if done.succeeded:
+            for instance in ours:
+                self._gone(instance)
+        return done.succeeded
+
+    def _note(self, error: EtcdError, instances: Sequence[InstanceId]) -> None:
+        """Log what is wrong when it is something else than before; find out which value etcd refuses."""
+        if isinstance(error, Rejected):
+            if len(instances) > 1:
+                # Next time fewer at once, until the refused one stands alone.
+                self._ops_per_txn = max(1, len(instances) // 2)
+            else:
+                # The others first; this one is tried again after them, for ever: etcd may get space again.
+                for instance in self._dirty.keys() & instances:
+                    del self._dirty[instance]
+                    self._dirty[instance] = None
+        if self._trouble is type(error):
+            return
+        self._trouble = type(error)
+        match error:
+            case Rejected():
+                log.error("publisher.rejected", instances=list(instances)[:10], error=str(error))
+            case Denied():
+                log.error("publisher.denied", prefix=self._layout.statuses_prefix, error=str(error))
+            case _:
+                log.warning("publisher.away", error=str(error))
+
+
+def _encode(status: Status) -> bytes:
+    """The value for the key, with as many problems as fit."""
+    value = status.to_json()
+    if len(value) <= VALUE_BYTES:
+        return value
+    kept: list[str] = []
+    size = 0
+    for problem in status.problems:
+        size += len(problem.encode()) + 3
+        if size > VALUE_BYTES // 2:
+            break
+        kept.append(problem)
+    left_out = len(status.problems) - len(kept)
+    return replace(status, problems=(*kept, f"and {left_out} more problems, see `kvmsupervisor check`")).to_json()

@@ -1,0 +1,422 @@
+"""The host's session in etcd (law 1): one leased key that says "this host is alive".
+
+What the session is worth is judged by this host's own clock, from before each renewal was sent, so it is
+never believed longer than etcd keeps it. Losing it kills nothing: machines run on, only changes of locks
+wait until it is back.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Never
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd.api import (
+    Compare,
+    Delete,
+    Denied,
+    EtcdError,
+    Get,
+    KeyValue,
+    Put,
+    Rejected,
+    Store,
+    Target,
+)
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.timing import RENEWALS_PER_TTL, Reminder, Rival, SessionTimer, retry_delay
+
+log = structlog.get_logger(__name__)
+
+FILE_NAME = "session.json"
+FILE_VERSION = 1
+
+RIVAL_POLL_S = 1.0
+"""How often a session key that is not ours is looked at: etcd tells a lease's rest in whole seconds."""
+
+SHORTEST_TIMEOUT_S = 0.1
+"""Calls end by the session's deadline, but none is given less than this. Arbitrary: a round trip fits."""
+
+NO_SESSION = -1
+"""A create revision that no key ever has: compared with, it is always false."""
+
+
+class HostnameTaken(Exception):
+    """Another supervisor lives under this host's name: give up, the operator must rename one of them."""
+
+
+class Session:
+    """Gets the host's session, keeps it, and gets it again.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        layout: of the keys.
+        value: what the session key says; `host`, `boot_id` and `machine` decide whose an old key is.
+        run_dir: where the lease's id is kept for a successor on the same boot; it exists.
+        ttl_s: of the lease (`KVM_SESSION_TTL`).
+        rand: random numbers, 0 ≤ x < 1.
+
+    Attributes:
+        key: of the session in etcd.
+        lost_count: how often a session that was held was lost.
+        problem: what keeps it from being won or renewed, for people; empty when nothing does.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        layout: Layout,
+        value: HostSession,
+        run_dir: Path,
+        ttl_s: int = 15,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.key = layout.session_key(HostName(value.host))
+        self.lost_count = 0
+        self.problem = ""
+        self._store = store
+        self._clock = clock
+        self.value = value
+        self._ttl_s = ttl_s
+        self._rand = rand
+        self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
+        self._lease = 0
+        # Every lease that this host is known to have asked for on this boot. A key that has one of them is
+        # ours, also when it hangs on an older one because the reply to its move got lost.
+        self._own_leases: set[int] = set()
+        # Invariant: 0 unless the key with this create revision was ours when etcd last told of it.
+        self._create_revision = 0
+        self._timer = SessionTimer(ttl_s=ttl_s)
+        self._announced = False
+        self._won_on_this_boot = False
+        self._won_by_this_process = False
+        self._rival: Rival | None = None
+        self._reminder = Reminder()
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def held(self) -> bool:
+        """Whether the session is certainly held, by the clock, at this instant."""
+        return self._create_revision != 0 and self._timer.held(self._clock.now())
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds for which it is still held without another renewal; 0 when it is not held."""
+        return self._timer.remaining(self._clock.now()) if self._create_revision else 0.0
+
+    @property
+    def create_revision(self) -> int:
+        """What names this session among all sessions of this host; 0 when it is not held."""
+        return self._create_revision if self.held else 0
+
+    def compare(self) -> Compare:
+        """The condition "my session exists" for a transaction.
+
+        etcd judges it when the transaction happens, so it stays true to its word however late that is.
+        Without a session it never holds.
+        """
+        return Compare(self.key, Target.CREATE_REVISION, self._create_revision or NO_SESSION)
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever the session was won or lost; return what ends that.
+
+        It runs in the session's own task: it must neither block nor raise. `asyncio.Event.set` is meant.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    async def run(self) -> Never:
+        """Keep the session, for ever. Cancelling leaves it in etcd for the successor to resume.
+
+        Raises:
+            HostnameTaken: another supervisor holds it, and this one never did.
+        """
+        self._lease = self._file.load()
+        self._won_on_this_boot = self._lease != 0
+        self._own_leases = {self._lease} - {0}
+        failures = 0
+        while True:
+            try:
+                if self._create_revision:
+                    await self._renew()
+                else:
+                    await self._acquire()
+            except EtcdError as error:
+                failures += 1
+                self._tell(error)
+                pause = retry_delay(failures, self._rand(), self._ttl_s / RENEWALS_PER_TTL)
+                wake = self._clock.now() + pause
+                # The deadline may have passed during the call, or comes before the next one.
+                self._announce()
+                await self._clock.sleep_until(min(wake, self._timer.deadline) if self.held else wake)
+            else:
+                failures = 0
+                await self._clock.sleep_until(self._timer.next_renewal(self._clock.now()))
+            # After a suspend, or a freeze, it may have passed in the sleep.
+            self._announce()
+
+    # Renewing.
+
+    async def _renew(self) -> None:
+        """Renew once. Law 1: only what a quorum confirmed counts, dated from before it was asked."""
+        sent = self._clock.now()
+        ttl_s = await self._store.keep_alive(self._lease, timeout_s=self._timeout())
+        if ttl_s <= 0:
+            self._lose("its lease has run out in etcd")
+            return
+        if await self._confirmed():
+            self._confirm(self._create_revision, sent, ttl_s)
+        else:
+            self._lose(f"{self.key} was deleted or replaced")
+
+    async def _confirmed(self) -> bool:
+        """Ask a quorum whether our key exists, writing nothing.
+
+        The `Get` is what makes etcd ask: a transaction without any operation is answered by one member
+        from what it has (etcd, server/etcdserver/v3_server.go: a transaction counts as serializable
+        when every operation in it is, and so does an empty one).
+        """
+        look = Get(self.key)
+        return (await self._store.txn([self.compare()], [look], [look], timeout_s=self._timeout())).succeeded
+
+    def _timeout(self) -> float:
+        # While the session is held no call outlasts it, so that its loss is announced in time.
+        usual = self._ttl_s / RENEWALS_PER_TTL
+        return max(SHORTEST_TIMEOUT_S, min(usual, self.remaining_s)) if self.held else usual
+
+    # Acquiring.
+
+    async def _acquire(self) -> None:
+        """Make one attempt; without success and without an error it is simply made again."""
+        sent = self._clock.now()
+        ttl_s = await self._store.keep_alive(self._lease, timeout_s=self._timeout()) if self._lease else 0
+        found = await self._store.get(self.key, timeout_s=self._timeout())
+        if found is None:
+            await self._create(sent, ttl_s)
+        elif found.lease in self._own_leases:
+            await self._resume(found, sent, ttl_s)
+        elif self._is_leftover(found):
+            await self._remove(found)
+        else:
+            await self._stand_off(found)
+
+    async def _create(self, sent: float, ttl_s: int) -> None:
+        """Write the absent key, with our lease if it lives and has the right TTL, else with a new one."""
+        if ttl_s != self._ttl_s:
+            sent, ttl_s = await self._grant()
+        absent = Compare(self.key, Target.CREATE_REVISION, 0)
+        put = Put(self.key, self.value.to_json(), self._lease)
+        done = await self._store.txn([absent], [put], timeout_s=self._timeout())
+        if done.succeeded:
+            log.info("session.created", key=self.key, lease=f"{self._lease:x}", revision=done.revision)
+            self._confirm(done.revision, sent, ttl_s)
+
+    async def _grant(self) -> tuple[float, int]:
+        """Get a new lease; return when it was asked for, and what it is worth.
+
+        Its id is on file before any key has it: whenever this process dies, its successor knows the
+        lease of every session key that this host ever wrote.
+        """
+        sent = self._clock.now()
+        self._lease = await self._store.grant(self._ttl_s)
+        self._own_leases.add(self._lease)
+        self._file.save(self._lease)
+        return sent, self._ttl_s
+
+    async def _resume(self, found: KeyValue, sent: float, ttl_s: int) -> None:
+        """Go on with a session that is ours: a predecessor's, or one whose making got no reply."""
+        if ttl_s != self._ttl_s:
+            # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
+            sent, ttl_s = await self._grant()
+        value = self.value.to_json()
+        if (found.value, found.lease) != (value, self._lease):
+            mine = [
+                Compare(self.key, Target.CREATE_REVISION, found.create_revision),
+                Compare(self.key, Target.LEASE, found.lease),
+            ]
+            done = await self._store.txn(mine, [Put(self.key, value, self._lease)], timeout_s=self._timeout())
+            if not done.succeeded:
+                return
+        log.info("session.resumed", key=self.key, lease=f"{self._lease:x}", revision=found.create_revision)
+        self._confirm(found.create_revision, sent, ttl_s)
+
+    def _is_leftover(self, found: KeyValue) -> bool:
+        """Whether nobody can be alive behind a session key that is not ours.
+
+        The same machine under another boot id has rebooted, unless it won a session on the present boot
+        already: then the two are clones that share a machine id, and the other one may well live.
+        """
+        if found.lease == 0:
+            return True
+        other = HostSession.from_json(found.value)
+        return (
+            other is not None
+            and other.machine == self.value.machine != ""
+            and other.boot_id != self.value.boot_id
+            and not self._won_on_this_boot
+        )
+
+    async def _remove(self, found: KeyValue) -> None:
+        """Delete a leftover. Creating the key anew is another step: its create revision must change."""
+        unchanged = Compare(self.key, Target.MOD_REVISION, found.mod_revision)
+        done = await self._store.txn([unchanged], [Delete(self.key)], timeout_s=self._timeout())
+        if done.succeeded:
+            log.warning(
+                "session.leftover_removed",
+                key=self.key,
+                found=found.value[:500].decode(errors="replace"),
+                reason="it has no lease" if found.lease == 0 else "this machine has rebooted since",
+            )
+
+    async def _stand_off(self, found: KeyValue) -> None:
+        """Look whether another supervisor renews the key, or its lease runs out."""
+        ttl_s = await self._store.time_to_live(found.lease)
+        self._rival = Rival.seen(
+            self._rival,
+            lease=found.lease,
+            mod_revision=found.mod_revision,
+            ttl_s=ttl_s,
+            now=self._clock.now(),
+        )
+        if self._rival.alive:
+            message = self._taken(found)
+            if not self._won_by_this_process:
+                raise HostnameTaken(message)
+            self._tell_of("taken", message)
+        else:
+            self._tell_of(
+                "old_session",
+                f"{self.key} holds an earlier session of this host; it is replaced when its lease runs out,"
+                f" in {max(ttl_s, 0)} s, unless another supervisor renews it",
+            )
+        await self._clock.sleep(RIVAL_POLL_S)
+
+    def _taken(self, found: KeyValue) -> str:
+        other = HostSession.from_json(found.value)
+        who = (
+            f"at {other.url or 'an unknown address'}, boot id {other.boot_id}, started {other.started or '?'}"
+            if other is not None
+            else f"whose session key reads {found.value[:200].decode(errors='replace')!r}"
+        )
+        return (
+            f"another supervisor, {who}, is alive under the host name {self.value.host!r}"
+            f" (it renews {self.key}): give one of the two another KVM_HOSTNAME, or stop the other one"
+        )
+
+    # What has become of it.
+
+    def _confirm(self, create_revision: int, sent: float, ttl_s: int) -> None:
+        # First, should the old deadline have passed while the reply was on its way: nobody may see the
+        # session come back without having been told that it was gone.
+        self._announce()
+        self._create_revision = create_revision
+        self._timer = SessionTimer(ttl_s=min(ttl_s, self._ttl_s), confirmed_at=sent)
+        self._rival = None
+        self._won_on_this_boot = self._won_by_this_process = True
+        if self._reminder.kind:
+            log.info("session.back", key=self.key)
+        self._reminder = Reminder()
+        self.problem = ""
+        self._announce()
+
+    def _lose(self, reason: str) -> None:
+        self._create_revision = 0
+        self._timer = SessionTimer(ttl_s=self._ttl_s)
+        self._announce(reason)
+
+    def _announce(self, reason: str = "no quorum confirmed it in time") -> None:
+        """Tell the listeners when `held` is no longer what they were last told."""
+        held = self.held
+        if held == self._announced:
+            return
+        self._announced = held
+        if held:
+            log.info("session.won", key=self.key, create_revision=self._create_revision)
+        else:
+            self.lost_count += 1
+            log.error("session.lost", key=self.key, reason=reason, lost_count=self.lost_count)
+        for listener in tuple(self._listeners):
+            listener()
+
+    def _tell(self, error: EtcdError) -> None:
+        match error:
+            case Denied():
+                self._tell_of("denied", f"etcd does not let this host write {self.key}: {error}")
+            case Rejected():
+                self._tell_of("rejected", f"etcd refuses to write {self.key}: {error}")
+            case _:
+                self._tell_of("away", f"etcd does not answer: {error}")
+
+    def _tell_of(self, kind: str, problem: str) -> None:
+        self.problem = problem
+        reminder = self._reminder.tell(kind, self._clock.now())
+        if reminder is not None:
+            self._reminder = reminder
+            tell = log.error if kind in ("denied", "rejected", "taken") else log.warning
+            tell(f"session.{kind}", problem=problem, remaining_s=round(self.remaining_s, 1))
+
+
+class LeaseFile:
+    """The lease's id in the run directory, for a successor on the same boot.
+
+    Args:
+        path: of the file.
+        key: of the session; a lease noted for another key is not used.
+        boot_id: of the present boot; a lease noted on another one is not used.
+    """
+
+    def __init__(self, path: Path, *, key: str, boot_id: str) -> None:
+        self._path = path
+        self._key = key
+        self._boot_id = boot_id
+        self._leave_alone = False
+
+    def load(self) -> int:
+        """Return the lease noted, or 0. Never raises: without the file the session is made anew."""
+        try:
+            found = json.loads(self._path.read_bytes())
+            # The version first: nothing else of a newer file has a known shape.
+            if (version := int(found["version"])) > FILE_VERSION:
+                self._leave_alone = True
+                log.warning(
+                    "session.file_newer",
+                    path=str(self._path),
+                    version=version,
+                    known=FILE_VERSION,
+                    problem="left as it is, so sessions are not resumed across restarts; remove it to mend that",
+                )
+                return 0
+            same = (found["key"], found["boot_id"]) == (self._key, self._boot_id)
+            return int(found["lease"]) if same else 0
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            log.warning("session.file_unreadable", path=str(self._path), error=str(error))
+        except (ValueError, TypeError, KeyError) as error:
+            log.warning("session.file_invalid", path=str(self._path), error=repr(error))
+        return 0
+
+    def save(self, lease: int) -> None:
+        """Note the lease, whole or not at all. Never raises: a session without the file is still one.
+
+        The directory is in memory (/run), so this does not keep the loop waiting, and needs no fsync:
+        after a power loss it is another boot.
+        """
+        if self._leave_alone:
+            return
+        noted = {"version": FILE_VERSION, "key": self._key, "boot_id": self._boot_id, "lease": lease}
+        fresh = self._path.with_name(f".{self._path.name}.new")
+        try:
+            fresh.write_text(json.dumps(noted) + "\n", encoding="utf-8")
+            fresh.replace(self._path)
+        except OSError as error:
+            log.warning("session.file_unwritable", path=str(self._path), error=str(error))

@@ -1,0 +1,487 @@
+"""One host's supervisor: joins session, mirrors, publisher, HTTP and one task per instance.
+
+It runs until it is told to stop, and leaves every QEMU running then, for its successor to adopt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+
+import psutil
+import structlog
+
+from kvmsupervisor import __version__
+from kvmsupervisor.adapters import accelerator
+from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
+from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdConfig, EtcdError
+from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
+from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.adapters.usage import usage_of
+from kvmsupervisor.adapters.web import Routes, Web
+from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.incarnation import Unreadable
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.domain.slots import Slots
+from kvmsupervisor.domain.spec import Wish, parse_wish
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.instance import Instance
+from kvmsupervisor.mirror import Mirror, Wishes
+from kvmsupervisor.publisher import Publisher
+from kvmsupervisor.session import Session
+from kvmsupervisor.settings import Settings
+from kvmsupervisor.surroundings import Diskless, Surroundings
+
+log = structlog.get_logger(__name__)
+
+ROTATE_EVERY_S = 60.0
+"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
+
+CONFIRMATION_POLL_S = 2.0
+"""How often the operator's word is looked for while removals are held; never otherwise."""
+
+FLUSH_S = 2.0
+"""How long a stopping supervisor tries to write its last statuses."""
+
+ERROR_PAUSE_S = (1.0, 60.0)
+"""First and longest pause of one instance after an error of our own, doubled each time."""
+
+
+class Supervisor:
+    """Everything of one host.
+
+    Made outside of any event loop; `run` does the rest.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._layout = settings.layout
+        self._me = settings.hostname
+        self._clock = Clock()
+        self._boot_id = boot_id()
+        self._run_dir = RunDir(settings.run_dir)
+        self._instances: dict[InstanceId, Instance] = {}
+        self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._hosts_table = Flat()
+        self._slots = Slots(settings.start_parallel)
+        self._metrics = Metrics(self._snapshot, version=__version__)
+        self._unreadable: dict[InstanceId, str] = {}
+        # Invariant: every instance has a task exactly while `_tasks` is set.
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: dict[InstanceId, asyncio.Task[None]] = {}
+        self._stop = asyncio.Event()
+        self._hold_begun = asyncio.Event()
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Have `run` return soon. Machines run on."""
+        self._stop.set()
+
+    async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
+        """Supervise until `stop`.
+
+        Args:
+            on_started: called once the run directory is ours, what ran is adopted and HTTP is served.
+
+        Raises:
+            AlreadyRunning: another supervisor has the run directory.
+            ListenError: `KVM_LISTEN` cannot be listened on.
+            ValueError: KVM is demanded and cannot be used.
+            HostnameTaken: another supervisor lives under this host's name.
+        """
+        settings = self._settings
+        accel = accelerator.choose(settings.accel.value)
+        self._run_dir.acquire()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._run_dir.release)
+            self._etcd = Etcd(etcd_config(settings))
+            stack.push_async_callback(self._etcd.close)
+            self._wire(accel)
+            self._adopt()
+            url = ""
+            if settings.listen is not None:
+                web = Web(settings.listen.host, settings.listen.port, Routes(self, host=self._me, version=__version__))
+                await web.start()
+                stack.push_async_callback(web.close)
+                url = f"http://{self._reachable_host()}:{web.port}"
+            self._session.value = replace(self._session.value, url=url)
+            log.info(
+                "supervisor.started",
+                version=__version__,
+                host=self._me,
+                etcd=list(settings.etcd_endpoints),
+                prefix=self._layout.prefix,
+                run_dir=str(settings.run_dir),
+                accelerator=accel,
+                url=url,
+                adopting=len(self._instances),
+            )
+            on_started()
+            await self._supervise()
+        log.info("supervisor.stopped")
+
+    def _wire(self, accel: str) -> None:
+        """Make the parts that need etcd, none of which does anything yet."""
+        settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
+        memory_mib = psutil.virtual_memory().total >> 20
+        me = HostSession(
+            host=self._me,
+            version=__version__,
+            url="",
+            boot_id=self._boot_id,
+            machine=machine_id(),
+            started=clock.wall(),
+            cpus=os.cpu_count() or 0,
+            memory_mib=memory_mib,
+        )
+        self._session = Session(
+            store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
+        )
+        self._publisher = Publisher(store=store, clock=clock, layout=layout, host=self._me, session=self._session)
+        self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
+        self._hosts = Mirror(
+            store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
+        )
+        self._around = Surroundings(
+            me=self._me,
+            boot_id=self._boot_id,
+            layout=layout,
+            store=store,
+            session=self._session,
+            publisher=self._publisher,
+            slots=self._slots,
+            clock=clock,
+            jitter=random.random,
+            metrics=self._metrics,
+            fencing=Diskless(),
+            host_has_session=self._host_has_session,
+            host_side=HostSide(
+                qemu=settings.qemu,
+                accel="kvm" if accel == "kvm" else "tcg",
+                run_dir="",
+                qmp_fds=(0, 0),
+                bridge_if=settings.bridge_if,
+                spice_addr=settings.spice_addr,
+            ),
+            shutdown_timeout_s=settings.shutdown_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            settle_s=settings.settle_s,
+        )
+
+    async def _supervise(self) -> None:
+        """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
+        end_listening = self._session.listen(self._notify_all)
+        try:
+            async with asyncio.TaskGroup() as parts:
+                serving = [
+                    parts.create_task(part)
+                    for part in (
+                        self._session.run(),
+                        self._publish(),
+                        self._hosts.run(),
+                        self._wishes.run(),
+                        self._heed_confirmations(),
+                        self._rotate_logs(),
+                    )
+                ]
+                await self._run_instances()
+                if self._session.held:
+                    await self._publisher.flush(FLUSH_S)
+                for task in serving:
+                    task.cancel()
+        finally:
+            end_listening()
+
+    async def _run_instances(self) -> None:
+        """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for instance in self._instances.values():
+                self._start(instance)
+            await self._stop.wait()
+            log.info("supervisor.stopping", running=sum(one.pid is not None for one in self._instances.values()))
+            self._tasks = None
+            for task in self._running.values():
+                task.cancel()
+        for instance in self._instances.values():
+            await instance.detach()
+
+    # --- instances --------------------------------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Find what an earlier supervisor left running. Needs no etcd; what it means is decided once etcd is read."""
+        for name in self._run_dir.instances():
+            directory = self._run_dir.instance(name)
+            try:
+                record = directory.read_incarnation()
+                if record is not None:
+                    self._instance(name).adopt(record)
+            except Unreadable as error:
+                # Left alone with whatever it belongs to: only the release that wrote it can tell.
+                self._unreadable[name] = str(error)
+                log.error("instance.unreadable", instance=name, reason=str(error))  # noqa: TRY400 - no bug of ours
+
+    def _instance(self, name: InstanceId) -> Instance:
+        """The instance of that name, made if there is none yet."""
+        if name not in self._instances:
+            directory = self._run_dir.instance(name)
+            self._instances[name] = Instance(
+                name, around=self._around, directory=directory, memory=directory.read_memory(self._boot_id), log=log
+            )
+        return self._instances[name]
+
+    def _start(self, instance: Instance) -> None:
+        if self._tasks is not None:
+            self._running[instance.id] = self._tasks.create_task(self._keep_going(instance), name=instance.id)
+
+    async def _keep_going(self, instance: Instance) -> None:
+        """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
+        pause_s = ERROR_PAUSE_S[0]
+        while True:
+            try:
+                await instance.run()
+                break
+            except Exception:  # the one broad except of the program: a bug in one instance must not stop the others
+                self._metrics.internal_error(instance.id)
+                log.exception("instance.error", instance=instance.id, pause_s=pause_s)
+                await self._clock.sleep(pause_s)
+                pause_s = min(2 * pause_s, ERROR_PAUSE_S[1])
+        self._forget(instance)
+
+    def _forget(self, instance: Instance) -> None:
+        """Nothing of it is ours any more: let go of all that was kept of it here."""
+        name = instance.id
+        del self._instances[name]
+        del self._running[name]
+        self._metrics.forget(name)
+        self._slots.release(name)
+        if instance.wish is not None and instance.wish.keys == 0:
+            self._publisher.forget(name)
+            self._run_dir.instance(name).remove()
+        else:
+            self._publisher.abandon(name)
+            self._run_dir.instance(name).drop_memory()
+        log.info("instance.forgotten", instance=name, reason=instance.status.reason)
+        # Its keys may have come back between its last decision and now.
+        self._on_keys({name}, self._wishes.revision)
+
+    # --- wishes and locks -------------------------------------------------------------------------------------
+
+    def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
+        """Tell each instance that is, or was, this host's what its keys and its lock are now."""
+        if not self._wishes.synced:
+            changed = self._first_look(changed)
+        ours = {name for name in changed if name in self._instances or self._is_ours(name)}
+        wishes = {name: parse_wish(name, self._wishes.keys_of(name)) for name in ours}
+        held = self._judge_removals(wishes)
+        for name, wish in wishes.items():
+            if name in self._unreadable:
+                continue
+            known = name in self._instances
+            instance = self._instance(name)
+            lock = self._wishes.lock_of(name)
+            instance.saw_lock(
+                data=None if lock is None else lock.value,
+                mod_revision=0 if lock is None else lock.mod_revision,
+                as_of=self._wishes.locks_revision,
+            )
+            instance.update(wish, held=name in held, fresh=self._wishes.synced)
+            if not known:
+                self._start(instance)
+
+    def _first_look(self, listed: Set[InstanceId]) -> Set[InstanceId]:
+        """The first list also tells of what it does not hold: instances that are running here without keys."""
+        return listed | self._instances.keys()
+
+    def _is_ours(self, name: InstanceId) -> bool:
+        """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
+        host = self._wishes.keys_of(name).get(b"host")
+        if host is not None and host.value.strip() == self._me.encode():
+            return True
+        lock = self._wishes.lock_of(name)
+        return lock is not None and self._me.encode() in lock.value
+
+    def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
+        """Which of these instances are held as they were, because too many lost their keys at once."""
+        guard = self._guard
+        removed = {name for name, wish in wishes.items() if self._is_removal(name, wish)}
+        guard.release(wishes.keys() - removed)
+        remaining = len(self._instances.keys() - removed - guard.held)
+        fresh = removed - guard.held
+        held = guard.judge(fresh, remaining, self._clock.now()) if fresh else set()
+        if held:
+            log.error(
+                "removal.held",
+                instances=sorted(held),
+                reason="more than half of this host's instances lost their keys at once; they run on until "
+                f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
+            )
+            self._hold_begun.set()
+        return guard.held & removed
+
+    def _is_removal(self, name: InstanceId, wish: Wish) -> bool:
+        """Whether the keys that made it ours are gone. Another host, or `power=off`, is an order, not a removal."""
+        instance = self._instances.get(name)
+        if instance is None or wish.host is not None or any(problem.key == "host" for problem in wish.problems):
+            return False
+        return instance.pid is not None or (instance.wish is not None and instance.wish.host == self._me)
+
+    async def _heed_confirmations(self) -> None:
+        """While removals are held, look for the operator's word; it names the instances that it is about."""
+        key = self._layout.confirmation_key(self._me)
+        while True:
+            await self._hold_begun.wait()
+            # A word that was said before is not about this.
+            stale = True
+            while self._guard.held:
+                try:
+                    found = await self._etcd.get(key)
+                    if found is not None and not stale:
+                        self._confirm(found.value)
+                    if found is not None:
+                        await self._etcd.txn([], [Delete(key)])
+                    stale = False
+                except EtcdError as error:
+                    log.warning("removal.unreadable", key=key, reason=str(error))
+                await self._clock.sleep(CONFIRMATION_POLL_S)
+            self._hold_begun.clear()
+
+    def _confirm(self, word: bytes) -> None:
+        try:
+            named = {InstanceId(str(name)) for name in json.loads(word)}
+        except (ValueError, TypeError):
+            log.warning("removal.unreadable", reason=f"{word[:80]!r} is no JSON list of instance ids")
+            return
+        freed = self._guard.release(named)
+        log.info("removal.confirmed", instances=sorted(freed))
+        for name in freed:
+            self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
+
+    # --- around -----------------------------------------------------------------------------------------------
+
+    def _on_hosts(self, changed: Set[bytes], revision: int) -> None:
+        """A host came or went: whoever waits for its lock looks again."""
+        self._notify_all()
+
+    def _notify_all(self) -> None:
+        for instance in self._instances.values():
+            instance.notify()
+
+    def _host_has_session(self, host: HostName) -> bool | None:
+        if not self._hosts.synced.is_set():
+            return None
+        return self._hosts_table.get(self._layout.session_key(host).encode()) is not None
+
+    async def _publish(self) -> None:
+        """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""
+        failures = 0
+        while True:
+            try:
+                listing = await self._etcd.list(self._layout.statuses_prefix)
+                break
+            except EtcdError as error:
+                failures += 1
+                log.warning("statuses.unread", reason=str(error))
+                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
+        self._publisher.prime(listing.kvs)
+        for kv in listing.kvs:
+            instance = self._instances.get(InstanceId(kv.key.decode(errors="replace").rpartition("/")[2]))
+            written = None if instance is None else Status.from_json(kv.value)
+            if instance is not None and written is not None and written.host == self._me:
+                instance.recall(written)
+        await self._wishes.wait_synced()
+        for name in self._publisher.ids() - self._instances.keys():
+            if not self._wishes.keys_of(name):
+                self._publisher.forget(name)
+        await self._publisher.run()
+
+    async def _rotate_logs(self) -> None:
+        settings = self._settings
+        while True:
+            await self._clock.sleep(ROTATE_EVERY_S)
+            for name in list(self._instances):
+                cut = await self._run_dir.instance(name).rotate_logs(
+                    max_bytes=settings.log_max_bytes, keep=settings.log_keep
+                )
+                for path in cut:
+                    log.info("log.rotated", instance=name, file=str(path))
+
+    # --- what HTTP sees (adapters.web.View) -------------------------------------------------------------------
+
+    def instances(self) -> Sequence[Status]:
+        """Those that this host is responsible for, by id."""
+        return [self._instances[name].status for name in sorted(self._instances)]
+
+    def hosts(self) -> Sequence[HostSession]:
+        """The hosts that have a session, by name."""
+        entries = sorted(self._hosts_table.entries.items())
+        return [host for _, entry in entries if (host := HostSession.from_json(entry.value)) is not None]
+
+    def healthy(self) -> bool:
+        """Whether the supervisor's own parts turn: that it answers is the evidence."""
+        return True
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the session is held and the watch in step."""
+        if not self._session.held:
+            return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
+        if not self._wishes.in_step:
+            return False, f"not in step: {self._wishes.problem}"
+        return True, f"session held, in step with revision {self._wishes.revision}"
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """The body of `/metrics`, and its content type."""
+        return self._metrics.render(accept)
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            etcd_up=self._session.held and self._wishes.in_step,
+            session_remaining_s=self._session.remaining_s,
+            watch_revision=self._wishes.revision,
+            removals_held=len(self._guard.held),
+            instances=[self._sample(instance) for instance in self._instances.values()],
+        )
+
+    def _sample(self, instance: Instance) -> InstanceSample:
+        status = instance.status
+        usage = None if instance.pid is None else usage_of(instance.pid)
+        return InstanceSample(
+            id=instance.id,
+            phase=status.phase,
+            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
+            epoch=status.epoch,
+            pending=len(status.pending),
+            invalid=bool(status.problems),
+            cpu_s=None if usage is None else usage.cpu_s,
+            memory_bytes=None if usage is None else usage.memory_bytes,
+        )
+
+    def _reachable_host(self) -> str:
+        """The name under which others reach what listens on every address."""
+        assert self._settings.listen is not None
+        host = self._settings.listen.host
+        if host in {"0.0.0.0", "::"}:
+            return self._me
+        return f"[{host}]" if ":" in host else host
+
+
+def etcd_config(settings: Settings) -> EtcdConfig:
+    """What the settings say of etcd, as its client takes it."""
+    return EtcdConfig(
+        endpoints=settings.etcd_endpoints,
+        cacert=settings.etcd_cacert,
+        cert=settings.etcd_cert,
+        key=settings.etcd_key,
+        username=settings.etcd_username,
+        password_file=settings.etcd_password_file,
+    )

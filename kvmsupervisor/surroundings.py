@@ -1,0 +1,91 @@
+"""What all instances of a host share, and the interface to what fences storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.metrics import Metrics
+from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.slots import Slots
+from kvmsupervisor.publisher import Publisher
+from kvmsupervisor.session import Session
+
+
+class NotFenced(Exception):
+    """An address could not be proven fenced: no start. The message says why, and what would help."""
+
+
+class Fencing(Protocol):
+    """What storage offers to law 3 and 4: which clients a QEMU has, and to shut some out for good."""
+
+    async def clients(self, record: Incarnation) -> tuple[str, ...]:
+        """The addresses of the (paused) QEMU's own storage clients."""
+        ...
+
+    async def fence(self, addresses: tuple[str, ...]) -> None:
+        """Shut out each address, and verify it.
+
+        Raises:
+            NotFenced: one of them could not be.
+        """
+        ...
+
+
+class Diskless:
+    """The storage of machines without a fenceable disk: no clients, nothing to fence."""
+
+    async def clients(self, record: Incarnation) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    async def fence(self, addresses: tuple[str, ...]) -> None:
+        """Nothing to do without addresses; with some it cannot be done here."""
+        if addresses:
+            raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What all instances of a host share.
+
+    Attributes:
+        me: this host.
+        boot_id: of this boot.
+        layout: of the keys.
+        store: etcd.
+        session: of this host.
+        publisher: of statuses.
+        slots: for starting.
+        clock: the machine's.
+        jitter: random numbers, 0 ≤ x < 1.
+        metrics: where starts and ends are counted.
+        fencing: of the storage.
+        host_has_session: whether a host has a session; None when not known.
+        host_side: what the host chooses for every QEMU; its `run_dir` and descriptors are filled in here.
+        shutdown_timeout_s: default between power button and force.
+        start_timeout_s: within which a new QEMU must answer.
+        settle_s: how long changed keys must be quiet before a new guest runs.
+    """
+
+    me: HostName
+    boot_id: str
+    layout: Layout
+    store: Store
+    session: Session
+    publisher: Publisher
+    slots: Slots
+    clock: Clock
+    jitter: Callable[[], float]
+    metrics: Metrics
+    fencing: Fencing
+    host_has_session: Callable[[HostName], bool | None]
+    host_side: HostSide
+    shutdown_timeout_s: float
+    start_timeout_s: float
+    settle_s: float

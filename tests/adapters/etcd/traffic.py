@@ -1,0 +1,120 @@
+"""Writes and a watch that go on while a test does harm, and the truth to hold them against."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from kvmsupervisor.adapters.etcd import Batch, Etcd, EtcdConfig, Store, Unavailable
+
+PREFIX = "/t/"
+
+SOON_S = 40.0
+"""Nothing here takes so long on any machine that is of use; a fault that never ends does."""
+
+Change = tuple[bytes, bytes, bool, int]
+
+
+def changes(batches: Sequence[Batch]) -> list[Change]:
+    """Flatten batches: key, value, deleted, revision."""
+    return [
+        (event.kv.key, event.kv.value, event.deleted, event.kv.mod_revision)
+        for batch in batches
+        for event in batch.events
+    ]
+
+
+@asynccontextmanager
+async def client(endpoints: Sequence[str], *, call_timeout_s: float = 10.0) -> AsyncIterator[Etcd]:
+    """A client without TLS or user, closed at the end of the block."""
+    etcd = Etcd(EtcdConfig(endpoints=tuple(endpoints), call_timeout_s=call_timeout_s))
+    try:
+        yield etcd
+    finally:
+        await etcd.close()
+
+
+async def follow(store: Store, start: int, last: int, prefix: str = PREFIX) -> list[Change]:
+    """Watch from revision `start` on, until revision `last` has been seen."""
+    seen: list[Batch] = []
+    async with asyncio.timeout(SOON_S), store.watch(prefix, start) as watch:
+        async for batch in watch:
+            seen.append(batch)
+            if batch.revision >= last:
+                break
+    return changes(seen)
+
+
+async def history(endpoints: Sequence[str], last: int) -> list[Change]:
+    """Replay what really happened below the prefix, up to revision `last`, with a client of its own."""
+    async with client(endpoints) as replayer:
+        return await follow(replayer, 1, last)
+
+
+class Traffic:
+    """One client that puts numbered values, one after the other, and watches them."""
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._etcd = etcd
+        self._begun = 0
+        self._answered = 0
+        self._batches: list[Batch] = []
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Traffic]:
+        """Write and watch until the end of the block."""
+        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._watch())]
+        try:
+            await self.flows()
+            yield self
+        finally:
+            await self._stop()
+
+    async def flows(self) -> None:
+        """Wait until a put that begins from now on is answered, and an event of such a put has come."""
+        begun = self._begun
+        async with asyncio.timeout(SOON_S), self._changed:
+            await self._changed.wait_for(lambda: min(self._answered, self._seen()) > begun)
+
+    async def verify(self, endpoints: Sequence[str]) -> None:
+        """End the writing, wait for its last event, and compare all events with the truth."""
+        writer, _ = self._tasks
+        writer.cancel()
+        await asyncio.wait((writer,))
+        last = await self._etcd.put(f"{PREFIX}last", b"0")
+        async with asyncio.timeout(SOON_S), self._changed:
+            await self._changed.wait_for(lambda: self._batches[-1].revision >= last)
+        assert changes(self._batches) == await history(endpoints, last)
+
+    def _seen(self) -> int:
+        return int(self._batches[-1].events[-1].kv.value) if self._batches else 0
+
+    async def _write(self) -> None:
+        while True:
+            self._begun += 1
+            try:
+                await self._etcd.put(f"{PREFIX}{self._begun % 10}", str(self._begun).encode())
+            except Unavailable:
+                continue
+            async with self._changed:
+                self._answered = self._begun
+                self._changed.notify_all()
+            await asyncio.sleep(0.005)  # a pace, not a wait
+
+    async def _watch(self) -> None:
+        async with self._etcd.watch(PREFIX, 1) as watch:
+            async for batch in watch:
+                async with self._changed:
+                    self._batches.append(batch)
+                    self._changed.notify_all()
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            if not task.cancelled():
+                task.result()

@@ -1,0 +1,255 @@
+"""Metrics: the names of the contract, in a form that Prometheus' own tool accepts."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvmsupervisor.adapters.metrics import (
+    START_BUCKETS_S,
+    InstanceSample,
+    Metrics,
+    MigrationResult,
+    Snapshot,
+)
+from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.status import Phase
+
+ONE, TWO = InstanceId("1"), InstanceId("web.two-2_x")
+
+CONTRACT = {
+    "build_info": "gauge",
+    "etcd_up": "gauge",
+    "session_remaining_seconds": "gauge",
+    "watch_revision": "gauge",
+    "removals_held": "gauge",
+    "instance_phase": "gauge",
+    "instance_up": "gauge",
+    "instance_lock_epoch": "gauge",
+    "instance_pending_changes": "gauge",
+    "instance_invalid": "gauge",
+    "instance_memory_bytes": "gauge",
+    "instance_cpu_seconds_total": "counter",
+    "instance_starts_total": "counter",
+    "instance_exits_total": "counter",
+    "internal_errors_total": "counter",
+    "adopted_total": "counter",
+    "fences_total": "counter",
+    "takeovers_total": "counter",
+    "migrations_total": "counter",
+    "start_seconds": "histogram",
+}
+
+
+class Supervisor:
+    """A stand-in that is scraped: assign `now`."""
+
+    def __init__(self) -> None:
+        self.now = Snapshot(etcd_up=False, session_remaining_s=0.0, watch_revision=0)
+        self.metrics = Metrics(lambda: self.now, version="1.2.3")
+
+    def show(self, *instances: InstanceSample) -> None:
+        self.now = Snapshot(
+            etcd_up=True, session_remaining_s=12.5, watch_revision=4711, removals_held=3, instances=instances
+        )
+
+    def text(self) -> str:
+        return self.metrics.render()[0].decode()
+
+    def value(self, name: str, **labels: str) -> float | None:
+        """The value of one sample, or None without it."""
+        for family in text_string_to_metric_families(self.text()):
+            for sample in family.samples:
+                if sample.name == f"kvmsupervisor_{name}" and sample.labels == labels:
+                    return sample.value
+        return None
+
+    def labels(self, label: str) -> set[str]:
+        """Every value of a label in all metrics."""
+        families = text_string_to_metric_families(self.text())
+        return {s.labels[label] for family in families for s in family.samples if label in s.labels}
+
+
+@pytest.fixture
+def supervisor() -> Supervisor:
+    return Supervisor()
+
+
+def busy(supervisor: Supervisor) -> None:
+    """Let everything that can be counted happen."""
+    supervisor.show(
+        InstanceSample(id=ONE, phase=Phase.RUNNING, up=True, epoch=7, pending=2, cpu_s=1.5, memory_bytes=123_456_789),
+        InstanceSample(id=TWO, phase=Phase.INVALID, invalid=True),
+    )
+    metrics = supervisor.metrics
+    metrics.started(ONE)
+    metrics.observed_start(0.07)
+    for reason in ExitClass:
+        metrics.exited(ONE, reason)
+    metrics.internal_error(TWO)
+    metrics.adopted()
+    metrics.fenced()
+    metrics.took_over()
+    metrics.migrated(MigrationResult.COMPLETED)
+
+
+def promtool(body: bytes) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("is_busy", [False, True], ids=["fresh", "busy"])
+def test_promtool_has_nothing_to_say(supervisor: Supervisor, is_busy: bool) -> None:
+    """`promtool check metrics` passes without a warning, with and without instances."""
+    if is_busy:
+        busy(supervisor)
+    checked = promtool(supervisor.metrics.render()[0])
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_promtool_would_say_something() -> None:
+    """The check above can fail: a counter without its suffix is named."""
+    assert promtool(b"# HELP x y\n# TYPE x counter\nx 1\n").returncode != 0
+
+
+def test_every_name_of_the_contract_has_its_type(supervisor: Supervisor) -> None:
+    """Names and types are what dashboards are written against: none missing, none more, none renamed."""
+    found = dict(re.findall(r"^# TYPE kvmsupervisor_(\S+) (\S+)$", supervisor.text(), re.MULTILINE))
+    assert found == CONTRACT
+
+
+def test_every_metric_is_explained() -> None:
+    """docs/metrics.md has a line for each name of the contract."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [name for name in CONTRACT if f"`kvmsupervisor_{name}" not in text] == []
+
+
+def test_the_alerts_of_the_page_are_rules(tmp_path: Path) -> None:
+    """What docs/metrics.md offers for copying is accepted by Prometheus' tool, and uses names of the contract."""
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rules = text.partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "rules.yaml").write_text(rules)
+    checked = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, timeout=30, check=False
+    )
+    assert checked.returncode == 0, checked
+    used = set(re.findall(r"kvmsupervisor_(\w+)", rules))
+    assert used
+    assert used <= set(CONTRACT)
+
+
+def test_gauges_follow_the_snapshot(supervisor: Supervisor) -> None:
+    """Gauges tell what is so at the scrape, not what was so at some call before."""
+    assert supervisor.value("etcd_up") == 0
+    busy(supervisor)
+    assert supervisor.value("build_info", version="1.2.3") == 1
+    assert supervisor.value("etcd_up") == 1
+    assert supervisor.value("session_remaining_seconds") == 12.5
+    assert supervisor.value("watch_revision") == 4711
+    assert supervisor.value("removals_held") == 3
+    assert supervisor.value("instance_up", instance=ONE) == 1
+    assert supervisor.value("instance_lock_epoch", instance=ONE) == 7
+    assert supervisor.value("instance_pending_changes", instance=ONE) == 2
+    assert supervisor.value("instance_invalid", instance=ONE) == 0
+    assert supervisor.value("instance_invalid", instance=TWO) == 1
+    assert supervisor.value("instance_cpu_seconds_total", instance=ONE) == 1.5
+    assert supervisor.value("instance_memory_bytes", instance=ONE) == 123_456_789
+    supervisor.show(InstanceSample(id=ONE, phase=Phase.STOPPED))
+    assert supervisor.value("instance_up", instance=ONE) == 0
+
+
+def test_a_session_that_is_over_has_nothing_left(supervisor: Supervisor) -> None:
+    """Remaining time is never negative."""
+    supervisor.now = Snapshot(etcd_up=False, session_remaining_s=-3.0, watch_revision=1)
+    assert supervisor.value("session_remaining_seconds") == 0
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_exactly_one_phase_is_1(supervisor: Supervisor, phase: Phase) -> None:
+    """Every phase has its sample; only the present one is 1."""
+    supervisor.show(InstanceSample(id=ONE, phase=phase))
+    found = {each: supervisor.value("instance_phase", instance=ONE, phase=each) for each in Phase}
+    assert found == {each: float(each is phase) for each in Phase}
+
+
+def test_without_a_process_there_is_no_usage(supervisor: Supervisor) -> None:
+    """A stopped instance uses no 0 bytes: it has no sample."""
+    supervisor.show(InstanceSample(id=ONE, phase=Phase.STOPPED))
+    assert supervisor.value("instance_cpu_seconds_total", instance=ONE) is None
+    assert supervisor.value("instance_memory_bytes", instance=ONE) is None
+
+
+def test_counters_begin_at_0_and_count(supervisor: Supervisor) -> None:
+    """An instance's counters are there before the first event, so that an alert sees the first step."""
+    supervisor.show(InstanceSample(id=ONE, phase=Phase.WAITING))
+    assert supervisor.value("instance_starts_total", instance=ONE) == 0
+    assert [supervisor.value("instance_exits_total", instance=ONE, reason=each) for each in ExitClass] == [
+        0.0 for _ in ExitClass
+    ]
+    assert supervisor.value("internal_errors_total", instance=ONE) == 0
+    busy(supervisor)
+    busy(supervisor)
+    assert supervisor.value("instance_starts_total", instance=ONE) == 2
+    assert supervisor.value("instance_exits_total", instance=ONE, reason="crashed") == 2
+    assert supervisor.value("internal_errors_total", instance=TWO) == 2
+    for name in ("adopted_total", "fences_total", "takeovers_total"):
+        assert supervisor.value(name) == 2
+    assert supervisor.value("migrations_total", result="completed") == 2
+    assert supervisor.value("migrations_total", result="failed") == 0
+
+
+def test_labels_are_bounded_by_what_is_here(supervisor: Supervisor) -> None:
+    """A forgotten instance leaves no label behind; the others keep their counts."""
+    busy(supervisor)
+    assert supervisor.labels("instance") == {ONE, TWO}
+    supervisor.show(InstanceSample(id=ONE, phase=Phase.RUNNING))
+    supervisor.metrics.forget(TWO)
+    supervisor.metrics.forget(InstanceId("never-seen"))
+    assert supervisor.labels("instance") == {ONE}
+    assert supervisor.value("instance_starts_total", instance=ONE) == 1
+
+
+def test_start_times_fall_into_cumulative_buckets(supervisor: Supervisor) -> None:
+    """A start counts in its own bucket (bounds included) and in every wider one; a longer one in +Inf only."""
+    for seconds in (0.01, START_BUCKETS_S[0], 0.3, 1e9):
+        supervisor.metrics.observed_start(seconds)
+    assert supervisor.value("start_seconds_bucket", le="0.05") == 2
+    assert supervisor.value("start_seconds_bucket", le="0.2") == 2
+    assert supervisor.value("start_seconds_bucket", le="0.3") == 3
+    assert supervisor.value("start_seconds_bucket", le="300.0") == 3
+    assert supervisor.value("start_seconds_bucket", le="+Inf") == 4
+    assert supervisor.value("start_seconds_count") == 4
+    assert supervisor.value("start_seconds_sum") == pytest.approx(1e9 + 0.36)
+
+
+def test_openmetrics_for_those_who_ask(supervisor: Supervisor) -> None:
+    """The Accept header decides; both forms hold the same names, and OpenMetrics parses as such."""
+    busy(supervisor)
+    body, content_type = supervisor.metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    names = {family.name for family in parse_openmetrics(body.decode())}  # type: ignore[no-untyped-call]
+    assert {f"kvmsupervisor_{name.removesuffix('_total')}" for name in CONTRACT} <= names
+    assert supervisor.metrics.render("text/html")[1].startswith("text/plain; version=0.0.4")
+
+
+def test_one_registry_each(supervisor: Supervisor) -> None:
+    """Nothing is registered process-wide: two supervisors in one process do not meet."""
+    other = Supervisor()
+    busy(other)
+    assert supervisor.labels("instance") == set()
+    assert not [family.name for family in REGISTRY.collect() if family.name.startswith("kvmsupervisor")]
+
+
+def test_making_metrics_asks_for_nothing() -> None:
+    """The first snapshot is taken at the first scrape: the supervisor is not yet complete before."""
+
+    def premature() -> Snapshot:
+        raise AssertionError("asked before anybody scraped")
+
+    Metrics(premature, version="1")

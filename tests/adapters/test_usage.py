@@ -1,0 +1,64 @@
+"""Usage of processes: from procfs, and never somebody else's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvmsupervisor.adapters.usage import Usage, usage_of
+
+
+def stat_line(
+    name: str, *, state: str = "S", utime: int = 0, stime: int = 0, starttime: int = 0, rss: int = 0
+) -> bytes:
+    """A `/proc/<pid>/stat` line as proc(5) describes it, other fields 0."""
+    fields = ["0"] * 50
+    fields[0], fields[11], fields[12], fields[19], fields[21] = state, *map(str, (utime, stime, starttime, rss))
+    return f"42 ({name}) {' '.join(fields)}\n".encode()
+
+
+def write_stat(proc: Path, line: bytes) -> None:
+    (proc / "42").mkdir()
+    (proc / "42" / "stat").write_bytes(line)
+
+
+def test_reads_cpu_time_and_resident_memory(tmp_path: Path) -> None:
+    """User and system ticks add up to seconds, pages become bytes."""
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    write_stat(tmp_path, stat_line("qemu", utime=3 * ticks, stime=ticks, rss=7))
+    assert usage_of(42, proc=tmp_path) == Usage(cpu_s=4.0, memory_bytes=7 * page)
+
+
+def test_a_hostile_process_name_changes_nothing(tmp_path: Path) -> None:
+    """A name may hold spaces and parentheses: the last one ends it."""
+    write_stat(tmp_path, stat_line("x) Z 1 (y", rss=1))
+    assert usage_of(42, proc=tmp_path) == Usage(cpu_s=0.0, memory_bytes=os.sysconf("SC_PAGE_SIZE"))
+
+
+def test_a_recycled_pid_gives_nothing(tmp_path: Path) -> None:
+    """The pid of a process that started at another time is another process."""
+    write_stat(tmp_path, stat_line("qemu", starttime=1000))
+    assert usage_of(42, starttime=1000, proc=tmp_path) is not None
+    assert usage_of(42, starttime=999, proc=tmp_path) is None
+
+
+def test_a_vanished_process_gives_nothing(tmp_path: Path) -> None:
+    """No entry in procfs, no usage."""
+    assert usage_of(42, proc=tmp_path) is None
+
+
+def test_a_real_process() -> None:
+    """The kernel's own file reads the same way: this interpreter has used time and memory."""
+    found = usage_of(os.getpid())
+    assert found is not None
+    assert found.cpu_s > 0
+    assert 1 << 20 < found.memory_bytes < 1 << 40
+
+
+def test_a_zombie_gives_nothing() -> None:
+    """An ended process that nobody waited for holds nothing any more."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert usage_of(process.pid) is None

@@ -1,0 +1,321 @@
+"""The writing commands: what they write, when they refuse, and that they never write half of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from kvmsupervisor.domain.status import Phase
+from tests.cli.conftest import World
+
+Acting = Callable[[Callable[[str], None]], None]
+
+
+def wishes(world: World) -> dict[str, str]:
+    """All wishes and locks in etcd."""
+    return {key: value.decode() for key, value in world.etcd.data.items() if key.startswith("/kvm/")}
+
+
+def before_a_write(world: World, *, times: int = 99, **values: str) -> Callable[[str], None]:
+    """Somebody who writes keys of instance 1 just before this command does."""
+    left = iter(range(times))
+
+    def act(call: str) -> None:
+        if call == "txn" and next(left, None) is not None:
+            world.keys("1", **values)
+
+    return act
+
+
+# --- create ----------------------------------------------------------------------------------------------------
+
+
+def test_create_writes_all_keys_in_one_revision(world: World) -> None:
+    """One transaction: a supervisor never sees half an instance."""
+    world.host("alpha")
+    before = world.etcd.revision
+    result = world.run("create", "web1", "host=alpha", "ram=2G", "extra_flags=-append a=b")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "web1 created\n", "")
+    assert wishes(world) == {
+        "/kvm/web1/host": "alpha",
+        "/kvm/web1/ram": "2G",
+        "/kvm/web1/extra_flags": "-append a=b",
+    }
+    assert world.etcd.revision == before + 1
+
+
+def test_create_refuses_an_id_that_has_any_key(world: World) -> None:
+    """Even one key that means nothing: exit code 1, and nothing is written."""
+    world.keys("1", description="mine")
+    result = world.run("create", "1", "ram=1G")
+    assert result.exit_code == 1
+    assert "exists already, with the keys description" in result.stderr
+    assert wishes(world) == {"/kvm/1/description": "mine"}
+
+
+def test_create_that_races_another_is_refused(world: World, acting: Acting) -> None:
+    """A key that appears between reading and writing: refused, nothing written."""
+    acting(before_a_write(world, cpus="2"))
+    assert world.run("create", "1", "ram=1G").exit_code == 1
+    assert wishes(world) == {"/kvm/1/cpus": "2"}
+
+
+def test_create_names_every_problem_and_writes_nothing(world: World) -> None:
+    """All problems at once; `--force` writes all the same and says what is wrong."""
+    result = world.run("create", "1", "mac=zz", "memory=1G")
+    assert result.exit_code == 1
+    assert "mac: found 'zz'" in result.stderr
+    assert "did you mean ram?" in result.stderr
+    assert "ram: found nothing" in result.stderr
+    assert wishes(world) == {}
+    forced = world.run("create", "1", "mac=zz", "ram=1G", "--force")
+    assert forced.exit_code == 0
+    assert "1: problem: mac: found 'zz'" in forced.stderr
+    assert world.value("1", "mac") == "zz"
+
+
+def test_create_says_when_nothing_will_run_it(world: World) -> None:
+    """Without `host`, or with one that has no session."""
+    world.host("alpha")
+    assert "nothing runs 1 until `host` is set (with a session: alpha)" in world.run("create", "1", "ram=1G").stderr
+    assert "which has no session" in world.run("create", "2", "ram=1G", "host=beta").stderr
+
+
+def test_create_says_when_an_old_lock_is_there(world: World) -> None:
+    """The lock of a predecessor is no reason to refuse, but to say so."""
+    world.host("alpha")
+    world.lock("1", "alpha")
+    result = world.run("create", "1", "ram=1G", "host=alpha")
+    assert result.exit_code == 0
+    assert "there is a lock from before, held by alpha" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["1"],
+        ["1", "ram"],
+        ["1", "=1G"],
+        ["1", "a/b=1"],
+        ["1", "ram=1G", "ram=2G"],
+        ["../1", "ram=1G"],
+    ],
+)
+def test_create_usage_errors(world: World, args: list[str]) -> None:
+    """What cannot be a key or an id is exit code 2."""
+    assert world.run("create", *args).exit_code == 2
+    assert wishes(world) == {}
+
+
+@pytest.mark.parametrize("command", [["create", "1", "ram=1G", "lock=x"], ["set", "1", "lock=x"]])
+def test_the_lock_is_no_wish(world: World, command: list[str]) -> None:
+    """A lock belongs to its holder; no command of these writes one."""
+    if command[0] == "set":
+        world.running("1")
+    before = wishes(world)
+    assert world.run(*command).exit_code == 1
+    assert wishes(world) == before
+
+
+# --- set -------------------------------------------------------------------------------------------------------
+
+
+def test_set_changes_and_unsets_in_one_revision(world: World) -> None:
+    """Several keys at once, deletions among them."""
+    world.host("alpha")
+    world.running("1", mac="52:54:00:00:00:01")
+    before = world.etcd.revision
+    result = world.run("set", "1", "ram=4G", "cpus=2", "--unset", "mac")
+    assert (result.exit_code, result.stdout) == (0, "1 changed\n")
+    assert (world.value("1", "ram"), world.value("1", "cpus"), world.value("1", "mac")) == ("4G", "2", None)
+    assert world.etcd.revision == before + 1
+
+
+def test_set_refuses_a_new_problem(world: World) -> None:
+    """A value that is bad, a required key that goes, a name that nobody knows."""
+    world.running("1")
+    before = wishes(world)
+    for args in (["ram=much"], ["--unset", "ram"], ["sipce_port=1"], ["ram="]):
+        result = world.run("set", "1", *args)
+        assert result.exit_code == 1, args
+        assert "1 was not changed" in result.stderr
+    assert wishes(world) == before
+    assert world.run("set", "1", "ram=much", "--force").exit_code == 0
+
+
+def test_set_mends_one_problem_at_a_time(world: World) -> None:
+    """An old problem elsewhere does not stand in the way; it is told."""
+    world.host("alpha")
+    world.running("1", ram="much", mac="zz", foo="1", bar="2")
+    for args in (["ram=1G"], ["--unset", "foo"]):
+        result = world.run("set", "1", *args)
+        assert result.exit_code == 0, result.stderr
+        assert "problem: mac: found 'zz'" in result.stderr
+    assert world.run("set", "1", "baz=1").exit_code == 1
+
+
+def test_set_plans_anew_when_somebody_else_was_faster(world: World, acting: Acting) -> None:
+    """A change between reading and writing: read again, judge again, write."""
+    world.host("alpha")
+    world.running("1")
+    acting(before_a_write(world, times=1, cpus="3"))
+    assert world.run("set", "1", "ram=2G").exit_code == 0
+    assert (world.value("1", "ram"), world.value("1", "cpus")) == ("2G", "3")
+
+
+def test_set_gives_up_when_others_never_stop(world: World, acting: Acting) -> None:
+    """Somebody who writes all the time: refused, nothing written."""
+    world.running("1")
+    acting(before_a_write(world, cpus="3"))
+    result = world.run("set", "1", "ram=2G")
+    assert result.exit_code == 1
+    assert world.value("1", "ram") == "1G"
+
+
+def test_set_of_nothing_or_nobody(world: World) -> None:
+    """No instance: exit code 1. Nothing to change, or both ways at once: 2. Nothing left: 1."""
+    assert world.run("set", "1", "ram=1G").exit_code == 1
+    world.keys("1", ram="1G")
+    assert world.run("set", "1").exit_code == 2
+    assert world.run("set", "1", "ram=1G", "--unset", "ram").exit_code == 2
+    assert world.run("set", "1", "--unset", "ram", "--force").exit_code == 1
+
+
+def test_set_on_an_instance_with_very_many_keys(world: World) -> None:
+    """More keys than one transaction compares are no reason to fail."""
+    world.host("alpha")
+    world.running("1", **{f"junk{number}": "x" for number in range(300)})
+    assert world.run("set", "1", "ram=2G").exit_code == 0
+    assert world.run("delete", "1", "--yes").exit_code == 0
+    assert list(wishes(world)) == ["/kvm/1/lock"]
+
+
+# --- start, stop, restart --------------------------------------------------------------------------------------
+
+
+def test_start_and_stop_write_power(world: World) -> None:
+    """`power` on and off; a start writes it anew even when it stands there: a fresh order."""
+    world.host("alpha")
+    world.running("1")
+    assert world.run("stop", "1").stdout == "1 to be stopped\n"
+    assert world.value("1", "power") == "off"
+    world.run("start", "1")
+    before = world.etcd.revision
+    assert world.run("start", "1").exit_code == 0
+    assert world.value("1", "power") == "on"
+    assert world.etcd.revision == before + 1
+
+
+def test_restart_asks_with_a_value_never_used_before(world: World) -> None:
+    """Each request differs from the last, even in the same second."""
+    world.running("1")
+    world.run("restart", "1")
+    first = world.value("1", "restart_request")
+    world.run("restart", "1")
+    assert first is not None
+    assert first.startswith("2026-03-01T12:00:00Z-")
+    assert world.value("1", "restart_request") != first
+
+
+def test_restart_of_a_machine_that_is_off_is_refused(world: World) -> None:
+    """power=off wins: exit code 1, and the way out is named."""
+    world.running("1", power="off")
+    result = world.run("restart", "1")
+    assert result.exit_code == 1
+    assert "start it with `start 1`" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["start", "stop", "restart"])
+def test_one_refusal_does_not_keep_the_others_from_it(world: World, command: str) -> None:
+    """Several ids: those that exist are acted on; exit code 1 for the one that does not; nothing is revived."""
+    world.host("alpha")
+    world.running("1")
+    world.running("3")
+    result = world.run(command, "1", "2", "3")
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 2
+    assert result.stderr == "Error: there is no instance 2\n"
+    assert not [key for key in wishes(world) if key.startswith("/kvm/2/")]
+
+
+# --- delete ----------------------------------------------------------------------------------------------------
+
+
+def test_delete_removes_the_wishes_and_not_the_lock(world: World) -> None:
+    """The lock belongs to its holder, who deletes it when QEMU is proven gone. One revision."""
+    world.host("alpha")
+    world.running("1")
+    world.running("10")
+    before = world.etcd.revision
+    assert world.run("delete", "1", "--yes").stdout == "1 removed\n"
+    assert [key for key in wishes(world) if key.startswith("/kvm/1/")] == ["/kvm/1/lock"]
+    assert world.value("10", "host") == "alpha"
+    assert world.etcd.revision == before + 1
+
+
+def test_delete_with_locks_elsewhere(world: World) -> None:
+    """With `LOCK` outside the prefix every key below the id goes, whatever its name."""
+    world.environ["LOCK"] = "/locks/%i"
+    world.keys("1", ram="1G", lock="mine")
+    world.etcd.write(b"/kvm/1/\xff", "x")
+    world.etcd.write("/locks/1", "l")
+    assert world.run("delete", "1", "--yes").exit_code == 0
+    assert wishes(world) == {}
+    assert world.etcd.data["/locks/1"] == b"l"
+
+
+def test_delete_needs_a_person_or_yes(world: World) -> None:
+    """In a pipe nobody can be asked: exit code 2 without --yes, and nothing happens."""
+    world.running("1")
+    before = wishes(world)
+    assert world.run("delete", "1", input_text="y\n").exit_code == 2
+    assert wishes(world) == before
+
+
+def test_delete_of_nobody(world: World) -> None:
+    """No such instance: exit code 1; one on its way out is said to be."""
+    assert world.run("delete", "1", "--yes").exit_code == 1
+    world.status("1", "alpha", Phase.STOPPING)
+    assert "host alpha says stopping" in world.run("delete", "1", "--yes").stderr
+
+
+# --- confirm-removal -------------------------------------------------------------------------------------------
+
+
+def test_confirm_removal_names_and_writes_exactly_what_is_held(world: World) -> None:
+    """The word holds the ids that the person saw, of this host by default, of another when named."""
+    for instance, host, held in (
+        ("1", "alpha", True),
+        ("2", "alpha", True),
+        ("3", "alpha", False),
+        ("4", "beta", True),
+    ):
+        world.status(instance, host, Phase.RUNNING, held=held)
+    result = world.run("confirm-removal", "--yes")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "host alpha holds back the removal of 2 instances: 1, 2\nconfirmed\n",
+    )
+    assert json.loads(world.etcd.data["/kvmsupervisor/confirm-removal/alpha"]) == ["1", "2"]
+    assert world.run("confirm-removal", "beta", "--yes").exit_code == 0
+    assert json.loads(world.etcd.data["/kvmsupervisor/confirm-removal/beta"]) == ["4"]
+
+
+def test_confirm_removal_of_nothing(world: World) -> None:
+    """Nothing is held: it says so, exit code 1, and writes nothing."""
+    world.running("1")
+    result = world.run("confirm-removal", "--yes")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: host alpha holds no removal back\n"
+    assert not [key for key in world.etcd.data if "confirm" in key]
+
+
+def test_confirm_removal_waits_until_the_host_took_it(world: World, acting: Acting) -> None:
+    """`--wait` ends when the host deletes the word; without a host it times out with exit code 4."""
+    world.status("1", "alpha", Phase.RUNNING, held=True)
+    key = "/kvmsupervisor/confirm-removal/alpha"
+    assert world.run("confirm-removal", "--yes", "--wait", "--timeout", "0.05").exit_code == 4
+    acting(lambda call: world.etcd.erase(key) if call == "get" else None)
+    assert world.run("confirm-removal", "--yes", "--wait").exit_code == 0

@@ -1,0 +1,82 @@
+"""What a machine may write to: anything not known to be harmless cannot be fenced."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.spec import RbdImage, Spec
+from kvmsupervisor.domain.storage import storage_of
+
+RBD = RbdImage(pool="rbd", image="vm1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "-no-reboot",
+        "--no-reboot -S",
+        "-kernel /boot/vmlinuz -initrd /boot/initrd -append 'console=ttyS0 root=/dev/vda'",
+        "-cdrom /iso/debian.iso -boot d",
+        "-cdrom https://example.org/debian.iso",
+        "-netdev user,id=n1,hostfwd=tcp::2222-:22 -device e1000,netdev=n1",
+        "-nic tap,ifname=tap0,script=no,downscript=no",
+        "-object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r",
+        "-display none -vga std -serial null -monitor none",
+    ],
+)
+def test_harmless_flags(flags: str) -> None:
+    """Law: options that open nothing for writing leave a diskless machine without storage, and RBD fenceable."""
+    words = tuple(shlex.split(flags))
+    assert storage_of(Spec(ram_mib=64, extra_flags=words)) is Storage.NONE
+    assert storage_of(Spec(ram_mib=64, rbd=RBD, extra_flags=words)) is Storage.RBD
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "disk.img",
+        "''",
+        "-",
+        "--",
+        "-hda disk.img",
+        "-drive file=x,if=virtio",
+        "-blockdev driver=file,filename=x,node-name=n",
+        "-virtfs local,path=/srv,mount_tag=t,security_model=none",
+        "-fsdev local,id=f,path=/srv",
+        "-pflash vars.fd",
+        "-device vfio-pci,host=01:00.0",
+        "-device usb-host,vendorid=1",
+        "-device usb-mtp,rootdir=/srv",
+        "-device e1000,driver=vfio-pci,host=01:00.0",
+        '-device {"driver":"e1000"}',
+        "-device driver=e1000",
+        "-object memory-backend-file,id=m,mem-path=/x,size=1M,share=on",
+        "-object iothread,id=x,qom-type=memory-backend-file",
+        "-nic user,smb=/srv",
+        "-netdev tap,id=n,script=/x",
+        "-netdev user,id=n,guestfwd=tcp:10.0.2.1:1-cmd:sh",
+        "-netdev user,type=vde",
+        "-serial file:/srv/log",
+        "-monitor unix:/x,server",
+        "-qmp unix:/x,server",
+        "-cdrom fat:rw:/srv",
+        "-cdrom json:{}",
+        "-set drive.disk0.file=/x",
+        "-global x.y=z",
+        "-readconfig /x",
+        "-mem-path /x",
+        "-no-such-option",
+        "-m",
+        "-no-reboot disk.img",
+        "-m 64 disk.img",
+    ],
+)
+def test_anything_else_cannot_be_fenced(flags: str) -> None:
+    """Law: what may write, what is unknown and what is incomplete count as storage that cannot be fenced."""
+    words = tuple(shlex.split(flags, posix=True)) if "{" not in flags else tuple(flags.split(" "))
+    assert storage_of(Spec(ram_mib=64, extra_flags=words)) is Storage.UNFENCEABLE
+    assert storage_of(Spec(ram_mib=64, rbd=RBD, extra_flags=words)) is Storage.UNFENCEABLE

@@ -1,0 +1,478 @@
+"""Status keys: what is wanted gets there, once, and never over another owner's head."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.publisher import BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
+from tests.fakes.clock import FakeClock, settle
+from tests.fakes.etcd import FakeEtcd
+
+SESSION_KEY = "/kvmsupervisor/hosts/a"
+ONE, TWO = InstanceId("1"), InstanceId("2")
+
+
+class FakeSession:
+    """Held or not, by the test's word; the key in etcd is another matter."""
+
+    def __init__(self, etcd: FakeEtcd) -> None:
+        etcd.write(SESSION_KEY, "{}")
+        self._revision = etcd.revision
+        self.held = True
+        self.listeners: list[Callable[[], None]] = []
+
+    def compare(self) -> Compare:
+        return Compare(SESSION_KEY, Target.CREATE_REVISION, self._revision)
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def turn(self, held: bool) -> None:
+        self.held = held
+        for listener in self.listeners:
+            listener()
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.etcd = FakeEtcd(self.clock.now)
+        self.session = FakeSession(self.etcd)
+        self.publisher = self.make()
+
+    def make(self) -> Publisher:
+        return Publisher(
+            store=self.etcd,
+            clock=self.clock,
+            layout=Layout(),
+            host=HostName("a"),
+            session=self.session,
+            rand=lambda: 0.5,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Publisher]:
+        task = asyncio.create_task(self.publisher.run())
+        await settle()
+        try:
+            yield self.publisher
+        finally:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    def value(self, instance: InstanceId) -> bytes | None:
+        return self.etcd.data.get(Layout().status_key(instance))
+
+    def listed(self) -> list[KeyValue]:
+        return self.etcd._server.select(Layout().statuses_prefix, prefix=True)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def status(instance: InstanceId, reason: str = "", *, host: str = "a", problems: tuple[str, ...] = ()) -> Status:
+    return Status(id=instance, host=host, phase=Phase.RUNNING, reason=reason, since="now", problems=problems)
+
+
+async def test_a_status_is_written_once(bench: Bench) -> None:
+    """And not again while it is the same."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await settle()
+        assert bench.value(ONE) == status(ONE).to_json()
+        publisher.set(ONE, status(ONE))
+        await bench.clock.advance(600)
+        assert len(bench.etcd.writes) == 1
+        assert bench.etcd.calls == {"txn": 1}
+        assert publisher.ids() == {ONE}
+
+
+async def test_what_the_key_held_at_the_start_is_not_written_again(bench: Bench) -> None:
+    """A new supervisor that finds everything as it was writes nothing."""
+    bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
+    bench.etcd.write(Layout().status_key(TWO), status(TWO, host="b").to_json())
+    bench.etcd.write("/kvmsupervisor/instances/..", status(TWO).to_json())
+    bench.etcd.write("/kvmsupervisor/instances/x", b'\xff"a"')
+    bench.publisher.prime(bench.listed())
+    assert bench.publisher.ids() == {ONE}
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await settle()
+        assert bench.etcd.calls.total() == 0
+        publisher.set(TWO, status(TWO))
+        await settle()
+        assert bench.value(TWO) == status(TWO).to_json()
+
+
+async def test_a_burst_becomes_few_transactions_with_the_latest_values(bench: Bench) -> None:
+    """Coalesced per instance; at most 64 in a transaction."""
+    ids = [InstanceId(str(index)) for index in range(130)]
+    async with bench.running() as publisher:
+        for turn in range(5):
+            for instance in ids:
+                publisher.set(instance, status(instance, str(turn)))
+        await settle()
+        assert [bench.value(i) for i in ids] == [status(i, "4").to_json() for i in ids]
+        assert len(bench.etcd.writes) == 130
+        assert bench.etcd.calls["txn"] == -(-130 // OPS_PER_TXN)
+
+
+async def test_large_values_make_smaller_transactions(bench: Bench) -> None:
+    """A request stays far below what etcd accepts."""
+    sizes: list[int] = []
+    real = bench.etcd.txn
+
+    async def txn(compare: object, ops: list[Put], *args: object, **kwargs: object) -> object:
+        sizes.append(sum(len(op.value) for op in ops))
+        return await real(compare, ops)  # type: ignore[arg-type]
+
+    bench.etcd.txn = txn  # type: ignore[method-assign,assignment]
+    async with bench.running() as publisher:
+        for index in range(40):
+            publisher.set(InstanceId(str(index)), status(InstanceId(str(index)), "x" * 60_000))
+        await settle()
+        assert len(bench.listed()) == 40
+        assert max(sizes) <= BYTES_PER_TXN
+
+
+async def test_ten_thousand_problems_are_cut_to_what_fits(bench: Bench) -> None:
+    """The first ones and how many there are besides."""
+    problems = tuple(f"key{index}: found 'é'; unknown key" for index in range(10_000))
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE, problems=problems))
+        await settle()
+        value = bench.value(ONE)
+        assert value is not None
+        assert len(value) <= VALUE_BYTES
+        kept = Status.from_json(value)
+        assert kept is not None
+        assert kept.problems[:3] == problems[:3]
+        left = 10_000 - (len(kept.problems) - 1)
+        assert kept.problems[-1] == f"and {left} more problems, see `kvmsupervisor check`"
+
+
+async def test_values_set_during_a_write_follow_it(bench: Bench) -> None:
+    """The latest value wins, in the end."""
+    async with bench.running() as publisher:
+
+        async def meanwhile(call: str) -> None:
+            bench.etcd.hook = None
+            publisher.set(ONE, status(ONE, "second"))
+
+        bench.etcd.hook = meanwhile
+        publisher.set(ONE, status(ONE, "first"))
+        await settle()
+        assert bench.value(ONE) == status(ONE, "second").to_json()
+
+
+async def test_without_a_session_nothing_is_asked(bench: Bench) -> None:
+    """It waits, and goes on when the session is won."""
+    bench.session.turn(held=False)
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await bench.clock.advance(60)
+        assert bench.etcd.calls.total() == 0
+        bench.session.turn(held=True)
+        await settle()
+        assert bench.value(ONE) == status(ONE).to_json()
+    assert bench.session.listeners == []
+
+
+async def test_a_frozen_hosts_late_write_changes_nothing(bench: Bench) -> None:
+    """Its session is gone in etcd, though it does not know yet; neither does it ask in a hurry."""
+    theirs = status(ONE, host="b").to_json()
+    async with bench.running() as publisher:
+        publisher.set(TWO, status(TWO))
+        await settle()
+        bench.etcd.erase(SESSION_KEY)
+        bench.etcd.write(Layout().status_key(ONE), theirs)
+        publisher.set(ONE, status(ONE))
+        publisher.forget(TWO)
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == theirs
+        assert bench.value(TWO) == status(TWO).to_json()
+        assert bench.etcd.calls["txn"] < 30
+
+
+async def test_etcd_away_is_waited_out(bench: Bench) -> None:
+    """One line in the log, growing pauses, and then the latest value."""
+    with capture_logs() as logs:
+        async with bench.running() as publisher:
+            bench.etcd.away()
+            publisher.set(ONE, status(ONE, "first"))
+            await bench.clock.advance(60)
+            publisher.set(ONE, status(ONE, "second"))
+            await bench.clock.advance(60)
+            assert bench.etcd.calls["txn"] < 60
+            bench.etcd.back()
+            await bench.clock.advance(6)
+            assert bench.value(ONE) == status(ONE, "second").to_json()
+            assert len(bench.etcd.writes) == 1
+    assert [line["event"] for line in logs] == ["publisher.away", "publisher.back"]
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_after_a_lost_reply_the_key_is_written_again(bench: Bench, applied: bool) -> None:
+    """Also when the value is back at what was known before: the key may hold the other one."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE, "old"))
+        await settle()
+        bench.etcd.lose_next_reply() if applied else bench.etcd.lose_next_request()
+        publisher.set(ONE, status(ONE, "new"))
+        await settle()
+        publisher.set(ONE, status(ONE, "old"))
+        await bench.clock.advance(1)
+        assert bench.value(ONE) == status(ONE, "old").to_json()
+        assert await publisher.flush(0)
+
+
+async def test_forgetting_deletes_what_is_ours(bench: Bench) -> None:
+    """One of this host's statuses, written by this process or an earlier one; once."""
+    bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
+    bench.publisher.prime(bench.listed())
+    async with bench.running() as publisher:
+        publisher.set(TWO, status(TWO))
+        await settle()
+        publisher.forget(ONE)
+        publisher.forget(TWO)
+        await settle()
+        assert bench.listed() == []
+        assert publisher.ids() == set()
+        bench.etcd.calls.clear()
+        publisher.forget(ONE)
+        await settle()
+        assert await publisher.flush(0)
+        assert bench.etcd.calls.total() == 0
+
+
+@pytest.mark.parametrize("theirs", [status(ONE, host="b").to_json(), b"written by hand", None])
+async def test_forgetting_leaves_anothers_value(bench: Bench, theirs: bytes | None) -> None:
+    """The next owner's status stays; a key that is gone already is no trouble."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        publisher.set(TWO, status(TWO))
+        await settle()
+        if theirs is None:
+            bench.etcd.erase(Layout().status_key(ONE))
+        else:
+            bench.etcd.write(Layout().status_key(ONE), theirs)
+        publisher.forget(ONE)
+        publisher.forget(TWO)
+        await settle()
+        assert bench.value(ONE) == theirs
+        assert bench.value(TWO) is None
+        assert await publisher.flush(0)
+
+
+async def test_a_value_written_between_look_and_deletion_stays(bench: Bench) -> None:
+    """The deletion compares what was looked at."""
+    theirs = status(ONE, host="b").to_json()
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await settle()
+        calls = 0
+
+        async def between(call: str) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                bench.etcd.write(Layout().status_key(ONE), theirs)
+
+        bench.etcd.hook = between
+        publisher.forget(ONE)
+        await bench.clock.advance(5)
+        assert bench.value(ONE) == theirs
+        assert await publisher.flush(0)
+
+
+async def test_forgotten_and_wanted_again(bench: Bench) -> None:
+    """The last word counts, at whatever moment it comes."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        publisher.forget(ONE)
+        await settle()
+        assert bench.etcd.writes == []
+        for steps in range(6):
+            publisher.set(ONE, status(ONE))
+            await settle()
+            publisher.forget(ONE)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            publisher.set(ONE, status(ONE))
+            await settle()
+            assert bench.value(ONE) == status(ONE).to_json()
+            publisher.set(ONE, status(ONE, "other"))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            publisher.forget(ONE)
+            await settle()
+            assert bench.value(ONE) is None
+
+
+@pytest.mark.parametrize("fault", ["none", "reply", "request", "rejected"])
+async def test_an_abandoned_key_is_left_to_its_next_owner(bench: Bench, fault: str) -> None:
+    """Neither written nor deleted any more, at whatever moment it is abandoned."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await settle()
+        publisher.abandon(ONE)
+        assert publisher.ids() == set()
+        publisher.forget(ONE)
+        await settle()
+        assert bench.value(ONE) == status(ONE).to_json()
+
+        async def meanwhile(call: str) -> None:
+            bench.etcd.hook = None
+            publisher.abandon(TWO)
+
+        bench.etcd.hook = meanwhile
+        match fault:
+            case "reply":
+                bench.etcd.lose_next_reply()
+            case "request":
+                bench.etcd.lose_next_request()
+            case "rejected":
+                bench.etcd.fail_next(Rejected("too large"))
+        publisher.set(TWO, status(TWO))
+        assert not await publisher.flush(0)
+        await settle()
+        assert publisher.ids() == set()
+        assert await publisher.flush(0)
+        bench.etcd.calls.clear()
+        await bench.clock.advance(60)
+        assert bench.etcd.calls.total() == 0
+        publisher.set(TWO, status(TWO, "again"))
+        await bench.clock.advance(6)
+        assert bench.value(TWO) == status(TWO, "again").to_json()
+
+
+async def test_a_value_written_by_another_transaction_is_known(bench: Bench) -> None:
+    """It replaces what waited to be written, and is not written again."""
+    bench.session.turn(held=False)
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE, "older"))
+        value = status(ONE, "newer").to_json()
+        revision = await bench.etcd.put(Layout().status_key(ONE), value)
+        publisher.wrote(ONE, value, revision)
+        bench.etcd.writes.clear()
+        bench.session.turn(held=True)
+        await settle()
+        assert bench.etcd.writes == []
+        publisher.set(ONE, status(ONE, "newer"))
+        await settle()
+        assert bench.etcd.writes == []
+        publisher.forget(ONE)
+        await settle()
+        assert [type(op) for op in bench.etcd.writes] == [Delete]
+
+
+async def test_a_write_on_its_way_does_not_undo_what_another_transaction_wrote(bench: Bench) -> None:
+    """Whichever of the two etcd took last, the key ends with the newer status."""
+    async with bench.running() as publisher:
+        value = status(ONE, "newer").to_json()
+
+        async def overtaken(call: str) -> None:
+            bench.etcd.hook = None
+            bench.etcd.write(Layout().status_key(ONE), value)
+            publisher.wrote(ONE, value, bench.etcd.revision)
+
+        bench.etcd.hook = overtaken
+        publisher.set(ONE, status(ONE, "older"))
+        await settle()
+        assert bench.value(ONE) == value
+
+
+async def test_a_late_reply_does_not_hide_what_was_written_after(bench: Bench) -> None:
+    """The revisions say which value the key holds, not the order in which replies come in."""
+    async with bench.running() as publisher:
+        value = status(ONE, "newer").to_json()
+        real = bench.etcd.txn
+
+        async def late(*args: object, **kwargs: object) -> object:
+            result = await real(*args, **kwargs)  # type: ignore[arg-type]
+            bench.etcd.txn = real  # type: ignore[method-assign]
+            bench.etcd.write(Layout().status_key(ONE), value)
+            publisher.wrote(ONE, value, bench.etcd.revision)
+            return result
+
+        bench.etcd.txn = late  # type: ignore[method-assign,assignment]
+        publisher.set(ONE, status(ONE, "older"))
+        await settle()
+        assert bench.value(ONE) == value
+        assert len(bench.etcd.writes) == 1
+        assert await publisher.flush(0)
+
+
+async def test_one_refused_value_does_not_stop_the_others(bench: Bench) -> None:
+    """It is found by halving, told once, and tried again for ever without haste."""
+    ids = [InstanceId(str(index)) for index in range(100)]
+    real = bench.etcd.txn
+    mended = False
+
+    async def picky(compare: object, ops: list[Put], *args: object, **kwargs: object) -> object:
+        if not mended and any(op.key.endswith("/13") for op in ops):
+            bench.etcd.calls["refused"] += 1
+            raise Rejected("etcdserver: request is too large")
+        return await real(compare, ops)  # type: ignore[arg-type]
+
+    bench.etcd.txn = picky  # type: ignore[method-assign,assignment]
+    with capture_logs() as logs:
+        async with bench.running() as publisher:
+            for instance in ids:
+                publisher.set(instance, status(instance))
+            await bench.clock.advance(60)
+            assert {kv.key.decode().rpartition("/")[2] for kv in bench.listed()} == set(ids) - {"13"}
+            assert bench.etcd.calls["refused"] < 40
+            assert not await publisher.flush(0)
+            assert any(line["event"] == "publisher.rejected" for line in logs)
+            mended = True
+            await bench.clock.advance(6)
+            assert len(bench.listed()) == 100
+            assert await publisher.flush(0)
+            # Large transactions again, once all is well.
+            bench.etcd.calls.clear()
+            for instance in ids:
+                publisher.set(instance, status(instance, "later"))
+            await settle()
+            assert bench.etcd.calls["txn"] < 10
+
+
+async def test_flush_waits_until_all_is_written_or_the_time_is_up(bench: Bench) -> None:
+    """For an orderly stop."""
+    async with bench.running() as publisher:
+        assert await publisher.flush(0)
+        bench.etcd.fail_next(Unavailable("for a moment"))
+        publisher.set(ONE, status(ONE))
+        flushed = asyncio.create_task(publisher.flush(5))
+        await bench.clock.advance(4)
+        assert flushed.result() is True
+        assert bench.value(ONE) is not None
+        bench.etcd.away()
+        publisher.set(ONE, status(ONE, "x"))
+        flushed = asyncio.create_task(publisher.flush(5))
+        await bench.clock.advance(4)
+        assert not flushed.done()
+        await bench.clock.advance(1)
+        assert flushed.result() is False
+
+
+def test_the_host_is_told_from_its_namesakes() -> None:
+    """Only the status's own `host` says whose it is, not a reason that mentions the name."""
+    bench = Bench()
+    theirs = status(ONE, 'lock is held by "a"', host="b").to_json()
+    assert json.loads(theirs)["host"] == "b"
+    bench.publisher.prime([KeyValue(Layout().status_key(ONE).encode(), theirs, 2, 2)])
+    assert bench.publisher.ids() == set()
