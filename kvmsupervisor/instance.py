@@ -90,6 +90,7 @@ class Instance:
         )
         self._around = around
         self._held = False
+        self._shutdown_timeout_s: float | None = None
         self._memory = memory
         self._log = log.bind(instance=instance)
         self._wake = asyncio.Event()
@@ -124,6 +125,9 @@ class Instance:
         """
         if fresh and (self.wish is None or wish.spec != self.wish.spec):
             self._quiet_at = self._around.clock.now() + self._around.settle_s
+        if wish.keys > 0:
+            # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
+            self._shutdown_timeout_s = wish.shutdown_timeout_s
         self.wish = wish
         self._held = held
         self._wake.set()
@@ -220,9 +224,7 @@ class Instance:
             quiet_at=self._quiet_at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
-                around.shutdown_timeout_s
-                if self.wish is None or self.wish.shutdown_timeout_s is None
-                else self.wish.shutdown_timeout_s
+                around.shutdown_timeout_s if self._shutdown_timeout_s is None else self._shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:

@@ -223,7 +223,7 @@ def configure(
         renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
     structlog.configure(
         processors=[*shared, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level.value),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.value.upper()]),
         # A file to it is what has write and flush.
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", logs)),
         cache_logger_on_first_use=False,

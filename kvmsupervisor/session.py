@@ -28,13 +28,14 @@ from kvmsupervisor.adapters.etcd.api import (
     Store,
     Target,
 )
+from kvmsupervisor.adapters.rundir import write_whole
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.timing import RENEWALS_PER_TTL, Reminder, Rival, SessionTimer, retry_delay
 
 log = structlog.get_logger(__name__)
 
-FILE_NAME = "session.json"
+FILE_NAME = "_session.json"
 FILE_VERSION = 1
 
 RIVAL_POLL_S = 1.0
@@ -65,6 +66,7 @@ class Session:
 
     Attributes:
         key: of the session in etcd.
+        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started.
         lost_count: how often a session that was held was lost.
         problem: what keeps it from being won or renewed, for people; empty when nothing does.
     """
@@ -81,11 +83,11 @@ class Session:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.key = layout.session_key(HostName(value.host))
+        self.value = value
         self.lost_count = 0
         self.problem = ""
         self._store = store
         self._clock = clock
-        self.value = value
         self._ttl_s = ttl_s
         self._rand = rand
         self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
@@ -182,8 +184,8 @@ class Session:
         """Ask a quorum whether our key exists, writing nothing.
 
         The `Get` is what makes etcd ask: a transaction without any operation is answered by one member
-        from what it has (etcd, server/etcdserver/v3_server.go: a transaction counts as serializable
-        when every operation in it is, and so does an empty one).
+        from what it has, also when that member is cut off (etcd, server/etcdserver/v3_server.go: a
+        transaction counts as serializable when every operation in it is, and so does an empty one).
         """
         look = Get(self.key)
         return (await self._store.txn([self.compare()], [look], [look], timeout_s=self._timeout())).succeeded
@@ -414,9 +416,7 @@ class LeaseFile:
         if self._leave_alone:
             return
         noted = {"version": FILE_VERSION, "key": self._key, "boot_id": self._boot_id, "lease": lease}
-        fresh = self._path.with_name(f".{self._path.name}.new")
         try:
-            fresh.write_text(json.dumps(noted) + "\n", encoding="utf-8")
-            fresh.replace(self._path)
+            write_whole(self._path, json.dumps(noted).encode())
         except OSError as error:
             log.warning("session.file_unwritable", path=str(self._path), error=str(error))

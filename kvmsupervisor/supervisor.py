@@ -314,10 +314,10 @@ class Supervisor:
     def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
         """Which of these instances are held as they were, because too many lost their keys at once."""
         guard = self._guard
-        removed = {name for name, wish in wishes.items() if self._is_removal(name, wish)}
-        guard.release(wishes.keys() - removed)
-        remaining = len(self._instances.keys() - removed - guard.held)
-        fresh = removed - guard.held
+        without = {name for name, wish in wishes.items() if _names_no_host(wish)}
+        guard.release(wishes.keys() - without)
+        fresh = {name for name in without - guard.held if self._was_ours(name)}
+        remaining = len(self._instances.keys() - without - guard.held)
         held = guard.judge(fresh, remaining, self._clock.now()) if fresh else set()
         if held:
             log.error(
@@ -327,14 +327,14 @@ class Supervisor:
                 f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
             )
             self._hold_begun.set()
-        return guard.held & removed
+        return guard.held & without
 
-    def _is_removal(self, name: InstanceId, wish: Wish) -> bool:
-        """Whether the keys that made it ours are gone. Another host, or `power=off`, is an order, not a removal."""
+    def _was_ours(self, name: InstanceId) -> bool:
+        """Whether the last that was known of an instance made it this host's: its keys, or a process found here."""
         instance = self._instances.get(name)
-        if instance is None or wish.host is not None or any(problem.key == "host" for problem in wish.problems):
+        if instance is None:
             return False
-        return instance.pid is not None or (instance.wish is not None and instance.wish.host == self._me)
+        return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
 
     async def _heed_confirmations(self) -> None:
         """While removals are held, look for the operator's word; it names the instances that it is about."""
@@ -473,6 +473,11 @@ class Supervisor:
         if host in {"0.0.0.0", "::"}:
             return self._me
         return f"[{host}]" if ":" in host else host
+
+
+def _names_no_host(wish: Wish) -> bool:
+    """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
+    return wish.host is None and not any(problem.key == "host" for problem in wish.problems)
 
 
 def etcd_config(settings: Settings) -> EtcdConfig:

@@ -22,7 +22,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import HostnameTaken, Session
-from tests.support.etcd import EtcdServer
+from tests.support.etcd import EtcdCluster, EtcdServer
 
 ME = HostSession(host="a", version="1", url="http://a:9746", boot_id="boot-1", machine="machine-a")
 ONE = InstanceId("1")
@@ -90,6 +90,23 @@ async def test_an_idle_session_outlives_its_ttl_and_proposes_nothing(
         assert session.lost_count == 0
 
 
+async def test_a_member_without_a_quorum_confirms_nothing(tmp_path: Path) -> None:
+    """The session is lost though one member still listens; with the others it is back."""
+    with EtcdCluster(3) as cluster:
+        lonely, *others = [*cluster.followers(), cluster.leader()]
+        etcd = Etcd(EtcdConfig(endpoints=(lonely.endpoint,)))
+        session = make_session(etcd, tmp_path, ttl_s=2)
+        async with running(session.run()):
+            await until(session, held=True)
+            for member in others:
+                member.freeze()
+            await until(session, held=False)
+            for member in others:
+                member.thaw()
+            await until(session, held=True)
+        await etcd.close()
+
+
 async def test_resuming_and_rebooting(etcd: Etcd, tmp_path: Path) -> None:
     """The same boot goes on with the session, another boot of the machine replaces it; neither waits for a TTL."""
     session = make_session(etcd, tmp_path, ttl_s=60)
@@ -127,7 +144,7 @@ async def test_a_frozen_etcd_loses_the_session_and_gives_it_back(
 
 async def test_a_living_namesake_is_found_and_a_dead_one_waited_out(etcd: Etcd, tmp_path: Path) -> None:
     """What etcd tells of a lease's rest is enough to tell the two apart."""
-    first = make_session(etcd, tmp_path / "first")
+    first = make_session(etcd, tmp_path / "first", ttl_s=2)
     async with running(first.run()):
         await until(first, held=True)
         second = make_session(etcd, tmp_path / "second", replace(ME, machine="machine-b"))

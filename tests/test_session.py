@@ -261,6 +261,28 @@ async def test_a_frozen_supervisor_knows_at_once(bench: Bench) -> None:
         assert told == [False, True]
 
 
+@pytest.mark.parametrize(("slept", "told", "limit"), [(20, [False], 3), (14.95, [], 0.1)])
+async def test_after_a_freeze_the_loss_is_told_before_etcd_is_asked(
+    bench: Bench, slept: float, told: list[bool], limit: float
+) -> None:
+    """Listeners do not wait for a call that may hang; one that is sent in the last moment gets a moment."""
+    async with bench.running() as session:
+        heard: list[bool] = []
+        limits: list[float | None] = []
+        session.listen(lambda: heard.append(session.held))
+
+        async def hang(lease: int, *, timeout_s: float | None = None) -> int:
+            limits.append(timeout_s)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        bench.etcd.keep_alive = hang  # type: ignore[method-assign]
+        bench.clock.jump(slept)
+        await bench.clock.advance(0)
+        assert heard == told
+        assert limits == [limit]
+
+
 async def test_a_reply_after_the_deadline_tells_of_the_loss_first(bench: Bench) -> None:
     """Whoever saw `held` false by the clock is woken when it is true again."""
     async with bench.running() as session:

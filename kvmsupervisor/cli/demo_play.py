@@ -69,7 +69,7 @@ MARGIN = 12
 """Columns for the words on the left, and a space."""
 
 TO_TRY = (
-    ("etcdctl put {key}power off", "shuts it down; on starts it again"),
+    ("etcdctl put {key}power off", 'shuts it down; "on" starts it'),
     ("etcdctl put {key}restart_request 1", "one graceful restart"),
     ("etcdctl put {key}ram 128", "pending until it restarts"),
     ("etcdctl get --prefix {facts}/", "what is observed"),
@@ -77,8 +77,8 @@ TO_TRY = (
     ("{program} show {id}", ""),
     ("curl http://{http}/metrics", "what Prometheus scrapes"),
     ("socat - UNIX:{console}", "its console; type help"),
-    ("kill -9 {pid}", "its QEMU; the next one starts at once"),
-    ("kill -9 {supervisor}", "the supervisor; the next one adopts the guest"),
+    ("kill -9 {pid}", "its QEMU; another starts at once"),
+    ("kill -9 {supervisor}", "the supervisor; a new one adopts it"),
 )
 """Commands, and what they do."""
 
@@ -163,9 +163,10 @@ class Play:
         )
         # What the guest said last may not have been shown yet.
         await asyncio.sleep(2 * LOOK_S)
-        say("stopped", *(f"{instance}: {status.last_exit}" for instance, status in last.items()))
-        if INSTANCE in last and last[INSTANCE].last_exit != "guest-shutdown":
-            raise DemoError(f"the guest was not shut down gracefully: {last[INSTANCE].last_exit}")
+        say("stopped", *(f"{instance}: {status.last_exit or 'never ran'}" for instance, status in last.items()))
+        how = last[INSTANCE].last_exit if INSTANCE in last else None
+        if how != "guest-shutdown" and (self.said_hello or how is not None):
+            raise DemoError(f"the guest was not shut down gracefully: {how}")
 
     async def stop(self) -> None:
         """Stop the programs, the last first."""
@@ -313,7 +314,8 @@ class Play:
             "supervisor": str(self._supervisor.pid),
         }
         click.secho("\nIt runs. To try in another terminal:\n", bold=True)
-        click.echo(f"  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={self._endpoint} ETCD_ENDPOINTS={self._endpoint}\n")
+        click.echo(f"  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={self._endpoint}")
+        click.echo(f"  export ETCD_ENDPOINTS={self._endpoint}\n")
         commands = [(template.format(**words), meaning) for template, meaning in TO_TRY]
         width = max(len(command) for command, _ in commands)
         for command, meaning in commands:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 from kvmsupervisor.cli.output import PHASE_STYLES, note, on_terminal, printable, terminal_console
 from kvmsupervisor.cli.waiting import Report
-from kvmsupervisor.domain.keys import InstanceId
 
 
 @contextmanager
@@ -21,7 +20,7 @@ def progress() -> Iterator[Report]:
         yield _line
 
 
-def _line(instance: InstanceId, phase: str, reason: str) -> None:
+def _line(instance: str, phase: str, reason: str) -> None:
     """One change, one line."""
     note(f"{instance}: {phase}: {reason}")
 
@@ -37,7 +36,7 @@ def _live() -> Iterator[Report]:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    said: dict[InstanceId, tuple[str, str]] = {}
+    said: dict[str, tuple[str, str]] = {}
     spinner = Spinner("dots")
 
     def block() -> Table:
@@ -53,7 +52,7 @@ def _live() -> Iterator[Report]:
 
     with Live(console=terminal_console(stderr=True), transient=True, get_renderable=block) as live:
 
-        def report(instance: InstanceId, phase: str, reason: str) -> None:
+        def report(instance: str, phase: str, reason: str) -> None:
             said[instance] = (phase, reason)
             live.refresh()
 

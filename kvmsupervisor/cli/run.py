@@ -12,6 +12,10 @@ import click
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
 
+GC_THRESHOLDS = (20_000, 20, 10)
+"""Collections when reading 80,000 keys stopped the loop for 55 ms with Python's own thresholds, for 13 ms with these."""
+
+
 @click.command()
 @click.option("--daemon", is_flag=True, help="Detach from the terminal; return once it has started.")
 @click.option(
@@ -52,6 +56,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     """
     # Imported here, behind the forks of a daemon: gRPC and event loops survive none.
     import asyncio  # noqa: PLC0415
+    import gc  # noqa: PLC0415
 
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
@@ -71,6 +76,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         format=settings.log_format,
         rotation=None if log_file is None else Rotation(path=log_file),
     )
+    gc.set_threshold(*GC_THRESHOLDS)
     refused: list[BaseException] = []
     try:
         asyncio.run(supervise())

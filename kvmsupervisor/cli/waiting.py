@@ -14,6 +14,7 @@ from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.cluster import UNKNOWN, list_all, read_status
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Power
 from kvmsupervisor.domain.status import Phase, Status
 
@@ -24,10 +25,18 @@ session). Arbitrary: a person does not notice less, etcd does not notice more.""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sighting:
-    """What is observed of an instance at one moment. `host_alive` is None when no host is known."""
+    """What is observed of an instance at one moment.
+
+    Attributes:
+        status: what its host says.
+        locked: whether its lock is held, or at least there.
+        holder: who holds it, None when that cannot be read.
+        host_alive: whether the host in question has a session; None when no host is known.
+    """
 
     status: Status | None
     locked: bool
+    holder: str | None = None
     host_alive: bool | None = None
 
 
@@ -49,7 +58,7 @@ Verdict = tuple[bool, str] | None
 
 Goal = Callable[[Sighting], Verdict]
 
-Report = Callable[[InstanceId, str, str], None]
+Report = Callable[[str, str, str], None]
 """Told (instance, phase, reason) whenever one of them changes."""
 
 
@@ -73,7 +82,7 @@ def until_running(written: Written) -> Goal:
 
 
 def until_stopped(written: Written) -> Goal:
-    """Until nothing of it runs."""
+    """Until nothing of it runs, and its host has released the lock (a stranger's is not waited for)."""
 
     def judge(sighting: Sighting) -> Verdict:
         status = sighting.status
@@ -81,7 +90,8 @@ def until_stopped(written: Written) -> Goal:
             return None if sighting.locked else (True, "nothing runs")
         if status.revision < written.revision:
             return None
-        if status.phase is Phase.STOPPED or (status.phase is Phase.INVALID and status.pid is None):
+        idle = status.phase is Phase.STOPPED or (status.phase is Phase.INVALID and status.pid is None)
+        if idle and not (sighting.locked and sighting.holder == status.host):
             return True, f"{status.phase.value}: {status.reason}"
         return None
 
@@ -230,11 +240,17 @@ def _first(errors: ExceptionGroup[Exception]) -> Exception:
 async def _look(store: Store, layout: Layout, instance: InstanceId, host: str | None) -> Sighting:
     """Read what is observed of one instance."""
     status_kv = await store.get(layout.status_key(instance))
-    lock = await store.get(layout.lock_key(instance))
+    lock_kv = await store.get(layout.lock_key(instance))
+    lock = Lock.from_json(lock_kv.value) if lock_kv is not None else None
     status = read_status(status_kv.value) if status_kv is not None else None
     actor = status.host if status is not None else host
     session = await store.get(layout.session_key(HostName(actor))) if actor else None
-    return Sighting(status=status, locked=lock is not None, host_alive=session is not None if actor else None)
+    return Sighting(
+        status=status,
+        locked=lock_kv is not None,
+        holder=lock.host if lock is not None else None,
+        host_alive=session is not None if actor else None,
+    )
 
 
 def _saying(sighting: Sighting, host: str | None) -> tuple[str, str]:

@@ -197,7 +197,7 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
         if not wait:
             return True
         with progress() as report:
-            report(InstanceId(name), "waiting", "for the host to take the confirmation")
+            report(name, "waiting", "for the host to take the confirmation")
             return await waiting.wait_until_deleted(store, key, revision, timeout_s=timeout_s)
 
     if not with_store(tools, work):

@@ -146,6 +146,9 @@ class Groups:
         before, _, after = layout.lock.partition(LOCK_PLACEHOLDER)
         self._lock_before, self._lock_after = before.encode(), after.encode()
         self._names: dict[bytes, bytes] = {}
+        # Invariant: the id that `_last_head` is, None when it is none. (The empty one is none.)
+        self._last_head = b""
+        self._last_id: InstanceId | None = None
 
     def ids(self) -> Set[InstanceId]:
         """Every instance that has a wish key or a lock."""
@@ -182,7 +185,12 @@ class Groups:
         if self._locks_only or not key.startswith(self._prefix):
             return None
         head, slash, name = key[len(self._prefix) :].partition(b"/")
-        instance = parse_id(head.decode(errors="replace")) if slash else None
+        if not slash:
+            return None, key
+        if head != self._last_head:
+            # A list comes in key order: all keys of an instance in a row.
+            self._last_head, self._last_id = head, parse_id(head.decode(errors="replace"))
+        instance = self._last_id
         if instance is None:
             return None, key
         if len(self._names) < NAMES_SHARED:

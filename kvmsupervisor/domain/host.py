@@ -37,7 +37,8 @@ class HostSession:
 
     def to_json(self) -> bytes:
         """As the session key holds it."""
-        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode()
+        # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
+        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
     @classmethod
     def from_json(cls, data: bytes) -> HostSession | None:

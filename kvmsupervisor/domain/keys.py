@@ -29,7 +29,7 @@ class Layout:
     Attributes:
         prefix: `KVM_PREFIX`, without a slash at its end.
         facts: `KVM_FACTS_PREFIX`, without a slash at its end.
-        lock: `LOCK`, a key with `%i` where the id goes.
+        lock: `LOCK`, a key with `%i` once, where the id goes (the settings see to it).
     """
 
     prefix: str = "/kvm"
@@ -90,6 +90,4 @@ class Layout:
         before, _, after = self.lock.partition(LOCK_PLACEHOLDER)
         if not (key.startswith(before) and key.endswith(after) and len(key) > len(before) + len(after)):
             return None
-        instance = parse_id(key[len(before) : len(key) - len(after)])
-        # A template may hold the placeholder twice; only the whole key decides.
-        return instance if instance is not None and self.lock_key(instance) == key else None
+        return parse_id(key[len(before) : len(key) - len(after)])

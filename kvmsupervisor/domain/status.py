@@ -68,7 +68,8 @@ class Status:
 
     def to_json(self) -> bytes:
         """As the status key holds it."""
-        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode()
+        # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
+        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
     @classmethod
     def from_json(cls, data: bytes) -> Status | None:

@@ -141,9 +141,7 @@ class Rival:
     @classmethod
     def seen(cls, last: Rival | None, *, lease: int, mod_revision: int, ttl_s: int, now: float) -> Rival:
         """Add one observation, made at `now`, to what was seen before."""
-        fresh = cls(
-            lease=lease, mod_revision=mod_revision, ttl_s=ttl_s, due=now + max(ttl_s, 0) + cls.GRACE_S
-        )
+        fresh = cls(lease=lease, mod_revision=mod_revision, ttl_s=ttl_s, due=now + max(ttl_s, 0) + cls.GRACE_S)
         if last is None:
             return fresh
         same = (lease, mod_revision) == (last.lease, last.mod_revision)

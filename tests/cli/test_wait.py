@@ -25,10 +25,10 @@ BEFORE = Status(
 WRITTEN = Written(instance=ONE, revision=7, wish=Wish(instance=ONE, host="alpha"), before=BEFORE)
 
 
-def seen(phase: Phase, revision: int = 7, *, locked: bool = True, **fields: object) -> Sighting:
+def seen(phase: Phase, revision: int = 7, *, locked: bool = True, holder: str = "beta", **fields: object) -> Sighting:
     """A sighting of a status that differs from `BEFORE` in these fields."""
     status = replace(BEFORE, phase=phase, revision=revision, **fields)  # type: ignore[arg-type]
-    return Sighting(status=status, locked=locked, host_alive=True)
+    return Sighting(status=status, locked=locked, holder=holder, host_alive=True)
 
 
 NOTHING = Sighting(status=None, locked=False)
@@ -51,7 +51,9 @@ ONLY_LOCKED = Sighting(status=None, locked=True)
         (waiting.until_stopped, seen(Phase.STOPPING), None),
         (waiting.until_stopped, seen(Phase.INVALID, pid=4), None),
         (waiting.until_stopped, seen(Phase.INVALID), True),
+        (waiting.until_stopped, seen(Phase.STOPPED, holder="alpha"), None),
         (waiting.until_stopped, seen(Phase.STOPPED), True),
+        (waiting.until_stopped, seen(Phase.STOPPED, locked=False), True),
         (waiting.until_stopped, ONLY_LOCKED, None),
         (waiting.until_stopped, NOTHING, True),
         (waiting.until_restarted, seen(Phase.RUNNING), None),
@@ -152,7 +154,7 @@ async def test_an_etcd_that_goes_away_is_waited_for(world: World, monkeypatch: p
     client.away()
     told: list[str] = []
 
-    def report(instance: InstanceId, phase: str, reason: str) -> None:
+    def report(instance: str, phase: str, reason: str) -> None:
         told.append(reason)
         world.status("1", "alpha", Phase.RUNNING, pid=5)
         client.back()

@@ -79,7 +79,7 @@ class EtcdMember:
         self._args = tuple(args)
         self._initial_cluster = ""
         self._process: subprocess.Popen[bytes] | None = None
-        self._frozen = False
+        self.frozen = False
 
     @property
     def endpoint(self) -> str:
@@ -136,7 +136,7 @@ class EtcdMember:
                 env=environment,
                 start_new_session=True,
             )
-        self._frozen = False
+        self.frozen = False
         _running.add(self)
 
     def wait_ready(self, timeout_s: float = READY_S) -> None:
@@ -167,12 +167,12 @@ class EtcdMember:
     def freeze(self) -> None:
         """SIGSTOP: the process stays, its sockets too, and nothing answers."""
         os.kill(self.pid, signal.SIGSTOP)
-        self._frozen = True
+        self.frozen = True
 
     def thaw(self) -> None:
         """End `freeze`."""
         os.kill(self.pid, signal.SIGCONT)
-        self._frozen = False
+        self.frozen = False
 
     def restart(self) -> None:
         """Kill it if need be and start it again; does not wait for it to serve."""
@@ -193,7 +193,7 @@ class EtcdMember:
             return
         if self._process.poll() is None:
             self._process.send_signal(signum)
-            if self._frozen and signum != signal.SIGKILL:
+            if self.frozen and signum != signal.SIGKILL:
                 self.thaw()
             try:
                 self._process.wait(timeout=10)
@@ -201,6 +201,7 @@ class EtcdMember:
                 self._process.kill()
                 self._process.wait(timeout=10)
         self._process = None
+        self.frozen = False
 
 
 class EtcdCluster:
@@ -226,7 +227,7 @@ class EtcdCluster:
         timing = ("--heartbeat-interval", str(heartbeat_ms), "--election-timeout", str(10 * heartbeat_ms))
         self._size = size
         self._args = (*timing, *args)
-        self._tls = tls
+        self.tls = tls
         self._prepare = prepare
         self._folder = Path()
         self.members: list[EtcdMember] = []
@@ -235,7 +236,7 @@ class EtcdCluster:
         for attempts_left in (2, 1, 0):
             self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
             self.members = [
-                EtcdMember(f"m{number}", self._folder, self._args, self._tls) for number in range(self._size)
+                EtcdMember(f"m{number}", self._folder, self._args, self.tls) for number in range(self._size)
             ]
             try:
                 if self._prepare is not None:
@@ -286,6 +287,14 @@ class EtcdCluster:
         for member in self.members:
             member.kill()
 
+    def repair(self) -> None:
+        """Undo what a test did to the members: all run, none is frozen, all serve."""
+        for member in self.members:
+            if member.frozen:
+                member.thaw()
+        self.start()
+        self.wait_ready()
+
     def leader(self) -> EtcdMember:
         """The member that leads now."""
         for member in self.members:
@@ -303,9 +312,9 @@ class EtcdCluster:
     def ctl(self, *args: str, endpoint: str | None = None, user: str | None = None) -> str:
         """Run `etcdctl` (API 3) and return what it printed; `user` is `name:password`."""
         argv = ["etcdctl", "--endpoints", endpoint or ",".join(self.endpoints)]
-        if self._tls is not None:
-            argv += ["--cacert", str(self._tls.ca)]
-            argv += ["--cert", str(self._tls.client_cert), "--key", str(self._tls.client_key)]
+        if self.tls is not None:
+            argv += ["--cacert", str(self.tls.ca)]
+            argv += ["--cert", str(self.tls.client_cert), "--key", str(self.tls.client_key)]
         if user is not None:
             argv += ["--user", user]
         environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}

@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from kvmsupervisor.adapters.etcd import Compare, Etcd, Get, Put, Target, Unavailable
-from tests.adapters.etcd.traffic import PREFIX, SOON_S, Traffic, client, follow, history
+from tests.adapters.etcd.traffic import SOON_S, Traffic, client, follow, history
 from tests.support.etcd import EtcdCluster, EtcdMember
 from tests.support.proxy import PeerNetwork, Proxy
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[EtcdCluster]:
+    """Three members for all tests of this module; starting them takes longer than most of these."""
+    with EtcdCluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared_cluster: EtcdCluster) -> Iterator[EtcdCluster]:
+    """The three members, in health; what a test does to them is undone."""
+    yield shared_cluster
+    shared_cluster.repair()
 
 
 def from_member(cluster: EtcdCluster, first: EtcdMember) -> tuple[str, ...]:
@@ -29,62 +43,62 @@ async def roles(cluster: EtcdCluster) -> tuple[EtcdMember, list[EtcdMember]]:
 
 
 @pytest.mark.parametrize("victim", ["connected leader", "connected follower", "leader"])
-async def test_a_member_is_killed(victim: str, etcd_cluster: EtcdCluster) -> None:
+async def test_a_member_is_killed(victim: str, cluster: EtcdCluster, etcd_prefix: str) -> None:
     """With one member dead, calls and the watch go on through the others; with it back, too."""
-    leader, (follower, _) = await roles(etcd_cluster)
+    leader, (follower, _) = await roles(cluster)
     killed = follower if victim == "connected follower" else leader
     connected = follower if victim == "leader" else killed
-    async with client(from_member(etcd_cluster, connected)) as etcd, Traffic(etcd).running() as traffic:
+    async with client(from_member(cluster, connected)) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
         assert etcd.endpoint == connected.endpoint
         await asyncio.to_thread(killed.kill)
         await traffic.flows()
         killed.start()
         await asyncio.to_thread(killed.wait_ready)
         await traffic.flows()
-        await traffic.verify(etcd_cluster.endpoints)
+        await traffic.verify(cluster.endpoints)
 
 
-async def test_the_connected_leader_freezes(etcd_cluster: EtcdCluster) -> None:
+async def test_the_connected_leader_freezes(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """A frozen member, whose sockets live, is left; when it thaws, nothing is repeated."""
-    leader, _ = await roles(etcd_cluster)
-    async with client(from_member(etcd_cluster, leader)) as etcd, Traffic(etcd).running() as traffic:
+    leader, _ = await roles(cluster)
+    async with client(from_member(cluster, leader)) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
         leader.freeze()
         await traffic.flows()
         assert etcd.endpoint != leader.endpoint
         leader.thaw()
         await traffic.flows()
-        await traffic.verify(etcd_cluster.endpoints)
+        await traffic.verify(cluster.endpoints)
 
 
-async def test_a_quiet_watch_leaves_a_frozen_member(etcd_cluster: EtcdCluster) -> None:
+async def test_a_quiet_watch_leaves_a_frozen_member(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """Without any call that would time out, a watch finds out by itself that its member is frozen."""
-    _, (frozen, other) = await roles(etcd_cluster)
-    async with client(from_member(etcd_cluster, frozen)) as etcd, client([other.endpoint]) as writer:
-        last = await writer.put(f"{PREFIX}a", b"1")
-        async with etcd.watch(PREFIX, last) as watch, asyncio.timeout(SOON_S):
+    _, (frozen, other) = await roles(cluster)
+    async with client(from_member(cluster, frozen)) as etcd, client([other.endpoint]) as writer:
+        last = await writer.put(f"{etcd_prefix}/a", b"1")
+        async with etcd.watch(etcd_prefix, last) as watch, asyncio.timeout(SOON_S):
             batches = aiter(watch)
             assert (await anext(batches)).revision == last
             frozen.freeze()
-            last = await writer.put(f"{PREFIX}a", b"2")
+            last = await writer.put(f"{etcd_prefix}/a", b"2")
             assert (await anext(batches)).revision == last
             assert watch.connected
         assert etcd.endpoint != frozen.endpoint
 
 
-async def test_all_members_restart(etcd_cluster: EtcdCluster) -> None:
+async def test_all_members_restart(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """While all are down the watch says that it is not connected; when they are back it resumes."""
-    async with client(etcd_cluster.endpoints) as etcd, Traffic(etcd).running() as traffic:
-        async with etcd.watch(PREFIX, 1) as watch:
-            await asyncio.to_thread(etcd_cluster.kill)
+    async with client(cluster.endpoints) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
+        async with etcd.watch(etcd_prefix, 1) as watch:
+            await asyncio.to_thread(cluster.kill)
             with pytest.raises(Unavailable):
                 await etcd.get("/a", timeout_s=0.5)
             assert not watch.connected
             assert not etcd.up
-            etcd_cluster.start()
-            await asyncio.to_thread(etcd_cluster.wait_ready)
+            cluster.start()
+            await asyncio.to_thread(cluster.wait_ready)
             await traffic.flows()
             assert etcd.up
-        await traffic.verify(etcd_cluster.endpoints)
+        await traffic.verify(cluster.endpoints)
 
 
 CALLS: dict[str, Callable[[Etcd], Awaitable[object]]] = {
@@ -101,12 +115,12 @@ CALLS: dict[str, Callable[[Etcd], Awaitable[object]]] = {
 }
 
 
-async def test_without_quorum_every_call_ends(etcd_cluster: EtcdCluster) -> None:
+async def test_without_quorum_every_call_ends(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """With one of three members left, every call ends as `Unavailable`, the ones that only read included."""
-    _, (left, gone) = await roles(etcd_cluster)
-    async with client(from_member(etcd_cluster, left), call_timeout_s=1.0) as etcd:
+    _, (left, gone) = await roles(cluster)
+    async with client(from_member(cluster, left), call_timeout_s=1.0) as etcd:
         await etcd.put("/a", b"1")
-        for member in etcd_cluster.members:
+        for member in cluster.members:
             if member is not left:
                 await asyncio.to_thread(member.kill)
 
@@ -125,9 +139,9 @@ async def test_without_quorum_every_call_ends(etcd_cluster: EtcdCluster) -> None
         assert found is not None
 
 
-async def test_the_leader_moves(etcd_cluster: EtcdCluster) -> None:
+async def test_the_leader_moves(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """Three changes of the leader, without a member being lost, are no error for reads and the watch."""
-    async with client(etcd_cluster.endpoints) as etcd, Traffic(etcd).running() as traffic:
+    async with client(cluster.endpoints) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
 
         async def read_on() -> None:
             while True:
@@ -135,26 +149,28 @@ async def test_the_leader_moves(etcd_cluster: EtcdCluster) -> None:
 
         reading = asyncio.create_task(read_on())
         for _ in range(3):
-            leader, (follower, _) = await roles(etcd_cluster)
-            target = (await member_ids(etcd_cluster))[follower.name]
-            await asyncio.to_thread(etcd_cluster.ctl, "move-leader", target, endpoint=leader.endpoint)
+            leader, (follower, _) = await roles(cluster)
+            target = (await member_ids(cluster))[follower.name]
+            await asyncio.to_thread(cluster.ctl, "move-leader", target, endpoint=leader.endpoint)
             await traffic.flows()
         assert not reading.done()
         reading.cancel()
-        await traffic.verify(etcd_cluster.endpoints)
+        await traffic.verify(cluster.endpoints)
 
 
-async def test_a_burst_arrives_whole(etcd_cluster: EtcdCluster) -> None:
+async def test_a_burst_arrives_whole(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """20,000 puts, a hundred in flight, arrive once each and in the order of their revisions."""
-    async with client(etcd_cluster.endpoints) as etcd, client(etcd_cluster.endpoints) as writer:
+    async with client(cluster.endpoints) as etcd, client(cluster.endpoints) as writer:
         numbers = iter(range(20_000))
         revisions: list[int] = []
 
         async def write() -> None:
             for number in numbers:
-                revisions.append(await writer.put(f"{PREFIX}{number % 1000}", str(number).encode()))
+                revision = await writer.put(f"{etcd_prefix}/{number % 1000}", str(number).encode())
+                revisions.append(revision)
 
-        watching = asyncio.create_task(follow(etcd, 1, 20_001))
+        first = await writer.put("/before", b"")
+        watching = asyncio.create_task(follow(etcd, etcd_prefix, first, first + 20_000))
         await asyncio.gather(*(write() for _ in range(100)))
         seen = await watching
     assert [revision for *_, revision in seen] == sorted(revisions)
@@ -184,12 +200,12 @@ def urls(proxies: Sequence[Proxy]) -> tuple[str, ...]:
     return tuple(f"http://127.0.0.1:{proxy.port}" for proxy in proxies)
 
 
-async def test_packets_to_a_member_are_dropped(etcd_cluster: EtcdCluster) -> None:
+async def test_packets_to_a_member_are_dropped(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """A member from which nothing comes back is left, and its late words are not taken for news."""
     async with (
-        before(etcd_cluster) as proxies,
+        before(cluster) as proxies,
         client(urls(proxies)) as etcd,
-        Traffic(etcd).running() as traffic,
+        Traffic(etcd, etcd_prefix).running() as traffic,
     ):
         proxies[0].hole()
         await traffic.flows()
@@ -200,10 +216,10 @@ async def test_packets_to_a_member_are_dropped(etcd_cluster: EtcdCluster) -> Non
         await traffic.flows()
         proxies[1].heal()
         proxies[2].heal()
-        await traffic.verify(etcd_cluster.endpoints)
+        await traffic.verify(cluster.endpoints)
 
 
-async def test_the_connected_member_is_cut_off_from_its_peers() -> None:
+async def test_the_connected_member_is_cut_off_from_its_peers(etcd_prefix: str) -> None:
     """A member that lives and answers, but knows no leader, is left."""
     async with PeerNetwork(3).running() as network:
 
@@ -218,7 +234,7 @@ async def test_the_connected_member_is_cut_off_from_its_peers() -> None:
             ids = await member_ids(cluster)
             network.name({ids[member.name]: index for index, member in enumerate(cluster.members)})
             leader, _ = await roles(cluster)
-            async with client(from_member(cluster, leader)) as etcd, Traffic(etcd).running() as traffic:
+            async with client(from_member(cluster, leader)) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
                 network.cut_off(cluster.members.index(leader))
                 await traffic.flows()
                 assert etcd.endpoint != leader.endpoint
@@ -229,9 +245,9 @@ async def test_the_connected_member_is_cut_off_from_its_peers() -> None:
             await asyncio.to_thread(cluster.close)
 
 
-async def test_a_lease_is_kept_through_the_members_that_answer(etcd_cluster: EtcdCluster) -> None:
+async def test_a_lease_is_kept_through_the_members_that_answer(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """With one endpoint holed a renewal succeeds by another; with all holed it fails in time to know."""
-    async with before(etcd_cluster) as proxies, client(urls(proxies)) as etcd:
+    async with before(cluster) as proxies, client(urls(proxies)) as etcd:
         lease = await etcd.grant(60)
         proxies[0].hole()
         assert await etcd.keep_alive(lease) == 60
@@ -239,12 +255,12 @@ async def test_a_lease_is_kept_through_the_members_that_answer(etcd_cluster: Etc
             proxy.hole()
         with pytest.raises(Unavailable):
             await etcd.keep_alive(lease, timeout_s=0.5)
-        async with client(etcd_cluster.endpoints) as other:
+        async with client(cluster.endpoints) as other:
             assert await other.time_to_live(lease) > 0
 
 
-async def test_history_is_compared_with_itself(etcd_cluster: EtcdCluster) -> None:
+async def test_history_is_compared_with_itself(cluster: EtcdCluster, etcd_prefix: str) -> None:
     """The replay that these tests trust shows every put, in order."""
-    async with client(etcd_cluster.endpoints) as etcd:
-        revisions = [await etcd.put(f"{PREFIX}a", str(number).encode()) for number in range(5)]
-    assert [revision for *_, revision in await history(etcd_cluster.endpoints, revisions[-1])] == revisions
+    async with client(cluster.endpoints) as etcd:
+        revisions = [await etcd.put(f"{etcd_prefix}/a", str(number).encode()) for number in range(5)]
+    assert [revision for *_, revision in await history(cluster.endpoints, etcd_prefix, revisions[-1])] == revisions

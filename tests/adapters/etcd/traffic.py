@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 
 from kvmsupervisor.adapters.etcd import Batch, Etcd, EtcdConfig, Store, Unavailable
 
-PREFIX = "/t/"
-
 SOON_S = 40.0
 """Nothing here takes so long on any machine that is of use; a fault that never ends does."""
 
@@ -35,8 +33,8 @@ async def client(endpoints: Sequence[str], *, call_timeout_s: float = 10.0) -> A
         await etcd.close()
 
 
-async def follow(store: Store, start: int, last: int, prefix: str = PREFIX) -> list[Change]:
-    """Watch from revision `start` on, until revision `last` has been seen."""
+async def follow(store: Store, prefix: str, start: int, last: int) -> list[Change]:
+    """Watch `prefix` from revision `start` on, until revision `last` has been seen."""
     seen: list[Batch] = []
     async with asyncio.timeout(SOON_S), store.watch(prefix, start) as watch:
         async for batch in watch:
@@ -46,17 +44,18 @@ async def follow(store: Store, start: int, last: int, prefix: str = PREFIX) -> l
     return changes(seen)
 
 
-async def history(endpoints: Sequence[str], last: int) -> list[Change]:
-    """Replay what really happened below the prefix, up to revision `last`, with a client of its own."""
+async def history(endpoints: Sequence[str], prefix: str, last: int) -> list[Change]:
+    """Replay what really happened below `prefix`, up to revision `last`, with a client of its own."""
     async with client(endpoints) as replayer:
-        return await follow(replayer, 1, last)
+        return await follow(replayer, prefix, 1, last)
 
 
 class Traffic:
-    """One client that puts numbered values, one after the other, and watches them."""
+    """One client that puts numbered values below a prefix, one after the other, and watches them."""
 
-    def __init__(self, etcd: Etcd) -> None:
+    def __init__(self, etcd: Etcd, prefix: str) -> None:
         self._etcd = etcd
+        self._prefix = prefix
         self._begun = 0
         self._answered = 0
         self._batches: list[Batch] = []
@@ -84,10 +83,10 @@ class Traffic:
         writer, _ = self._tasks
         writer.cancel()
         await asyncio.wait((writer,))
-        last = await self._etcd.put(f"{PREFIX}last", b"0")
+        last = await self._etcd.put(f"{self._prefix}/last", b"0")
         async with asyncio.timeout(SOON_S), self._changed:
             await self._changed.wait_for(lambda: self._batches[-1].revision >= last)
-        assert changes(self._batches) == await history(endpoints, last)
+        assert changes(self._batches) == await history(endpoints, self._prefix, last)
 
     def _seen(self) -> int:
         return int(self._batches[-1].events[-1].kv.value) if self._batches else 0
@@ -96,7 +95,7 @@ class Traffic:
         while True:
             self._begun += 1
             try:
-                await self._etcd.put(f"{PREFIX}{self._begun % 10}", str(self._begun).encode())
+                await self._etcd.put(f"{self._prefix}/{self._begun % 10}", str(self._begun).encode())
             except Unavailable:
                 continue
             async with self._changed:
@@ -105,7 +104,7 @@ class Traffic:
             await asyncio.sleep(0.005)  # a pace, not a wait
 
     async def _watch(self) -> None:
-        async with self._etcd.watch(PREFIX, 1) as watch:
+        async with self._etcd.watch(self._prefix, 1) as watch:
             async for batch in watch:
                 async with self._changed:
                     self._batches.append(batch)

@@ -1,0 +1,96 @@
+"""The same QEMUs without a supervisor: spawned one by one, and from a shell loop."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.qmp import Answer, await_answers
+from bench.rig import PATIENCE_S, kill
+
+_FD = re.compile(r"\bfd=(\d+)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """How long one spawn took, in seconds."""
+
+    greeted_s: float
+    answered_s: float
+
+
+def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
+    """Spawn the QEMU of an incarnation again, ask it over QMP, end it.
+
+    Args:
+        record: of the incarnation, which names the command line.
+        run_dir: of its instance, as the command line names it.
+        folder: to be used in its stead.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / "qmp.sock"
+    path.unlink(missing_ok=True)
+    (folder / "qmp2.sock").unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+        for listener, at in ((second, path), (first, folder / "qmp2.sock")):
+            listener.bind(str(at))
+            listener.listen(4)
+        numbers = iter((first.fileno(), second.fileno()))
+        argv = [
+            _FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder))
+            for word in record["argv"]
+        ]
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            argv,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(first.fileno(), second.fileno()),
+            start_new_session=True,
+        )
+    try:
+        answer: Answer = await_answers([path], timeout_s=PATIENCE_S)[path]
+    finally:
+        process.kill()
+        process.wait()
+    return Bare(answer.greeted_at - begun, answer.answered_at - begun)
+
+
+def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, width: int) -> float:
+    """Spawn all of them with `xargs -P width`, ask each over QMP, end them; return the seconds until all answered.
+
+    QEMU's own `-daemonize` tells the shell that it is up.
+    """
+    folder.mkdir()
+    lines, sockets, pid_files = [], [], []
+    for record, run_dir in records:
+        place = folder / run_dir.name
+        place.mkdir()
+        names = iter((place / "qmp.sock", place / "qmp2.sock"))
+        argv = [_FD.sub(lambda _, n=names: f"path={next(n)}", word) for word in record["argv"]]
+        argv = [word.replace(str(run_dir), str(place)) for word in argv]
+        lines.append(shlex.join(["exec", *argv, "-daemonize", "-pidfile", str(place / "pid")]))
+        sockets.append(place / "qmp2.sock")
+        pid_files.append(place / "pid")
+    commands = folder / "commands"
+    commands.write_text("\n".join(lines) + "\n")
+    try:
+        begun = time.monotonic()
+        with commands.open() as text:
+            subprocess.run(
+                ["xargs", "-P", str(width), "-d", "\\n", "-I", "LINE", "sh", "-c", "LINE"], stdin=text, check=True
+            )
+        answers = await_answers(sockets, timeout_s=PATIENCE_S)
+        return max(answer.answered_at for answer in answers.values()) - begun
+    finally:
+        for file in pid_files:
+            if file.exists():
+                kill(int(file.read_text()))

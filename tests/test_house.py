@@ -1,0 +1,128 @@
+"""Rules of the house that no other tool checks, or that must not be forgotten when the tools' settings change."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "kvmsupervisor"
+LINE_LIMIT = 500
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Every text file of the project that is not ignored by git: its name, and what it holds."""
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file():
+            data = path.read_bytes()
+            if b"\0" not in data:
+                yield name, data.decode()
+
+
+def broad_excepts(tree: ast.AST) -> Iterator[int]:
+    """Lines of handlers that catch everything."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {item.id for item in caught if isinstance(item, ast.Name)}
+            if node.type is None or names & {"Exception", "BaseException"}:
+                yield node.lineno
+
+
+def test_imports_point_one_way() -> None:
+    """From cli to supervisor to instance to adapters to domain; adapters do not know each other, the domain is pure."""
+    checked = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+    assert "0 broken" in checked.stdout
+
+
+def test_there_is_exactly_one_broad_except() -> None:
+    """The one that contains a bug in one instance; any other would hide bugs."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}" for path in modules() for line in broad_excepts(ast.parse(path.read_text()))
+    ]
+    assert len(found) == 1, found
+
+
+def test_a_broad_except_is_found_in_every_shape() -> None:
+    """The check above can fail."""
+    shapes = ("except:", "except Exception:", "except BaseException as e:", "except (OSError, Exception):")
+    for shape in shapes:
+        assert list(broad_excepts(ast.parse(f"try: pass\n{shape} pass"))) == [2], shape
+    assert list(broad_excepts(ast.parse("try: pass\nexcept (OSError, ValueError): pass"))) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_reads_in_one_sitting(path: Path) -> None:
+    """Longer than 500 lines means: two modules."""
+    assert len(path.read_text().splitlines()) <= LINE_LIMIT
+
+
+def test_no_file_knows_where_it_was_written() -> None:
+    """The path of this checkout, or of somebody's home, works on one machine only."""
+    # Put together here, so that this file does not hold what it looks for.
+    homes = re.compile("/ho" + r"me/(?!someone\b)\w+")
+    place = str(ROOT) + "/"
+    for name, text in texts():
+        assert place not in text, name
+        assert not homes.search(text), name
+
+
+def test_links_between_the_projects_own_pages_lead_somewhere() -> None:
+    """Relative links of every Markdown page."""
+    for name, text in texts():
+        if name.endswith(".md"):
+            for target in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text):
+                assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
+
+
+def test_what_the_pages_say_about_make_is_so() -> None:
+    """Every `make` target that a page names is there."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for name, text in texts():
+        if name.endswith(".md"):
+            for target in re.findall(r"`(?:KVM_DEMO_ONCE=1 )?make ([a-z]+)`", text):
+                assert target in targets, f"{name}: make {target}"
+
+
+def test_ci_runs_what_people_run() -> None:
+    """`.ci/run` can be executed, and calls `make test`."""
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().rstrip().endswith("make test")
+
+
+def test_every_dependency_has_a_lower_bound_and_a_reason() -> None:
+    """`make lowest` tries the bounds; the decision record says why each package is there."""
+    reasons = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text()
+    for requirement in PROJECT["dependencies"]:
+        found = re.match(r"([\w.-]+)(>=|==)[\d.]+", requirement)
+        assert found is not None, requirement
+        assert f"`{found[1]}`" in reasons, found[1]
