@@ -44,8 +44,7 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
             listener.listen(4)
         numbers = iter((first.fileno(), second.fileno()))
         argv = [
-            _FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder))
-            for word in record["argv"]
+            _FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder)) for word in record["argv"]
         ]
         begun = time.monotonic()
         process = subprocess.Popen(
@@ -74,9 +73,8 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
     for record, run_dir in records:
         place = folder / run_dir.name
         place.mkdir()
-        names = iter((place / "qmp.sock", place / "qmp2.sock"))
-        argv = [_FD.sub(lambda _, n=names: f"path={next(n)}", word) for word in record["argv"]]
-        argv = [word.replace(str(run_dir), str(place)) for word in argv]
+        sockets_of = [f"path={place / name}" for name in ("qmp.sock", "qmp2.sock")]
+        argv = _moved(record["argv"], sockets_of, run_dir, place)
         lines.append(shlex.join(["exec", *argv, "-daemonize", "-pidfile", str(place / "pid")]))
         sockets.append(place / "qmp2.sock")
         pid_files.append(place / "pid")
@@ -94,3 +92,9 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
         for file in pid_files:
             if file.exists():
                 kill(int(file.read_text()))
+
+
+def _moved(argv: Sequence[str], monitors: Sequence[str], run_dir: Path, folder: Path) -> list[str]:
+    """The command line with other sockets for its monitors, in their order, and another folder."""
+    left = iter(monitors)
+    return [_FD.sub(lambda _: next(left), word).replace(str(run_dir), str(folder)) for word in argv]

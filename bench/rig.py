@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import psutil
 
+from bench.qmp import Answer, NotAnswered, await_answers
 from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET
 from tests.support.etcd import EtcdServer, free_port
 
@@ -95,12 +96,16 @@ class Rig:
             self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
             self._rom = self.folder / "halt.rom"
             self._rom.write_bytes(halting_rom())
-            self._stack.callback(lambda: [host.clear() for host in self._hosts])
+            self._stack.callback(self._clear)
             self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _clear(self) -> None:
+        for host in self._hosts:
+            host.clear()
 
     def host(self) -> Host:
         """A new host, with a prefix of its own in etcd: nothing of an earlier one is in its way."""
@@ -189,6 +194,10 @@ class Host:
 
         self.wait(f"for {number} instances to be {phase}", there, 0.1)
 
+    def wait_gone(self, name: str) -> None:
+        """Wait until there is no QEMU of the instance on record."""
+        self.wait(f"for {name} to be gone", lambda: name not in self.pids(), 0.02)
+
     def wait_logged(self, event: str, number: int) -> float:
         """Wait until the supervisor has logged so many events of that name; return when."""
         mark = f'"{event}"'.encode()
@@ -207,6 +216,15 @@ class Host:
     def spare(self, name: str) -> Path:
         """The instance's QMP socket for others."""
         return self.run_dir / name / QMP_SPARE_SOCKET
+
+    def answers(self, names: Sequence[str], *, poll_s: float = 0.0005) -> dict[str, Answer]:
+        """Wait until the QEMUs of all these instances answer QMP."""
+        paths = {self.spare(name): name for name in names}
+        try:
+            found = await_answers(paths, timeout_s=PATIENCE_S, poll_s=poll_s)
+        except NotAnswered as error:
+            raise NotAnswered(f"{error}; the supervisor's last words:\n{self._log_end()}") from error
+        return {paths[path]: answer for path, answer in found.items()}
 
     def record(self, name: str) -> dict[str, Any]:
         """The instance's incarnation, as the supervisor wrote it down."""
@@ -248,7 +266,7 @@ class Host:
 
     def _is_ours(self, pid: int) -> bool:
         with contextlib.suppress(psutil.Error):
-            return psutil.Process(pid).environ().get("KVMSUPERVISOR_PREFIX") == self._prefix
+            return self._prefix == psutil.Process(pid).environ().get("KVMSUPERVISOR_PREFIX")
         return False
 
     def _log_end(self) -> str:

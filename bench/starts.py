@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 from bench import bare
 from bench.figures import Figure, Sample, milliseconds, within
-from bench.qmp import await_answers
-from bench.rig import PATIENCE_S, Host, Rig, kill
+from bench.rig import Host, Rig, kill
 
 BUDGET = "≤ 1.15 × + 10 ms"
 
@@ -32,12 +31,15 @@ def measure(rig: Rig, *, pairs: int) -> Iterator[Figure]:
         bares.append(bare.spawn(host.record("warm-up"), host.run_dir / "warm-up", rig.folder / "bare"))
         restarts.append(_restart(host, name))
         rig.keys.put({key: "nobody" for key in host.wish([name]) if key.endswith("/host")})
-        host.wait(f"for {name} to be gone", lambda gone=name: gone not in host.pids(), 0.02)
+        host.wait_gone(name)
     host.clear()
     reference = Sample.of(one.answered_s for one in bares)
     greeting = Sample.of(one.greeted_s for one in bares)
     note = f"the bare QEMU greets after {milliseconds(greeting.median)} already, before it has made its devices"
-    for what, measured in (("key written → QEMU answers QMP", starts), ("QEMU killed → the next answers QMP", restarts)):
+    for what, measured in (
+        ("key written → QEMU answers QMP", starts),
+        ("QEMU killed → the next answers QMP", restarts),
+    ):
         sample = Sample.of(measured)
         yield Figure(
             what=what,
@@ -53,33 +55,27 @@ def measure(rig: Rig, *, pairs: int) -> Iterator[Figure]:
 
 def _start(rig: Rig, host: Host, name: str) -> float:
     """Seconds from before the keys are sent to the answer. Returns when the guest runs."""
-    spare = host.spare(name)
     keys = host.wish([name])
     begun = time.monotonic()
     rig.keys.put(keys)
-    taken = await_answers([spare], timeout_s=PATIENCE_S)[spare].answered_at - begun
+    taken = host.answers([name])[name].answered_at - begun
     _wait_running(host, name)
     return taken
 
 
 def _restart(host: Host, name: str) -> float:
     """Seconds from before the signal to the answer of the next QEMU."""
-    spare, pid = host.spare(name), host.pids()[name]
+    pid = host.pids()[name]
     begun = time.monotonic()
     kill(pid)
-    taken = await_answers([spare], timeout_s=PATIENCE_S)[spare].answered_at - begun
+    taken = host.answers([name])[name].answered_at - begun
     _wait_running(host, name)
     return taken
 
 
 def _wait_running(host: Host, name: str) -> None:
     """Wait until the guest runs: what follows a QEMU whose guest never ran is another story."""
-    spare = host.spare(name)
-    host.wait(
-        f"for the guest of {name} to run",
-        lambda: await_answers([spare], timeout_s=PATIENCE_S)[spare].run_state == "running",
-        0.05,
-    )
+    host.wait(f"for the guest of {name} to run", lambda: host.answers([name])[name].run_state == "running", 0.05)
 
 
 def cpus() -> int:

@@ -99,7 +99,7 @@ class Instance:
             directory=directory,
             clock=around.clock,
             notify=self._wake.set,
-            on_reset=lambda: self._tell("instance.guest_reset"),
+            on_reset=lambda: self.tell("instance.guest_reset"),
             log=self._log,
         )
         self._lock = InstanceLock(
@@ -130,6 +130,8 @@ class Instance:
             self._shutdown_timeout_s = wish.shutdown_timeout_s
         self.wish = wish
         self._held = held
+        if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
+            self._remember(replace(self._memory, shutdown_timeout_s=wish.shutdown_timeout_s))
         self._wake.set()
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
@@ -156,6 +158,11 @@ class Instance:
     def pid(self) -> int | None:
         """Of the living QEMU."""
         return self._machine.pid
+
+    @property
+    def starttime(self) -> int | None:
+        """Of the QEMU on record, clock ticks since boot."""
+        return None if self._machine.record is None else self._machine.record.starttime
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
@@ -195,7 +202,7 @@ class Instance:
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._around.clock.now() + seconds
         if self._etcd_trouble != why:
-            self._tell("instance.etcd_trouble", reason=why)
+            self.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
 
     def _observe(self) -> View:
@@ -230,7 +237,7 @@ class Instance:
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
             self._adopting = False
             around.metrics.adopted()
-            self._tell("instance.adopted", pid=self._machine.pid)
+            self.tell("instance.adopted", pid=self._machine.pid)
         return view
 
     def _problems(self) -> tuple[Problem, ...]:
@@ -328,7 +335,7 @@ class Instance:
         await self._lock.write(lock, wish.host_revision)
         if previous is not None and previous.host != around.me:
             around.metrics.took_over()
-        self._tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=previous and previous.host)
+        self.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=previous and previous.host)
 
     async def _fence(self, wish: _Wanted) -> None:
         lock = self._lock.view.lock
@@ -356,9 +363,10 @@ class Instance:
             spawned_at=around.clock.now(),
         )
         self._machine.spawn(record, lambda *qmp: self._argv(wish.spec, qmp))
+        self._machine.directory.write_memory(self._memory)
         self._planned = None
         around.metrics.started(self.id)
-        self._tell("instance.spawned", pid=self._machine.pid)
+        self.tell("instance.spawned", pid=self._machine.pid)
 
     def _argv(self, spec: Spec, qmp_fds: tuple[int, int]) -> tuple[str, ...]:
         identity = Identity(instance=self.id, uuid=instance_uuid(self._around.layout.prefix, self.id))
@@ -382,7 +390,7 @@ class Instance:
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
-            self._tell("instance.started", pid=self._machine.pid)
+            self.tell("instance.started", pid=self._machine.pid)
 
     async def _reassert(self) -> None:
         record = self._machine.record
@@ -399,33 +407,41 @@ class Instance:
             storage=record.storage,
         )
         await self._lock.reassert(lock)
-        self._tell("lock.reasserted", level="warning", epoch=record.epoch)
+        self.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def _bury(self) -> None:
         process = self._machine.view()
         assert process is not None
         assert process.exit is not None
         now = self._around.clock.now()
-        self._memory = after(
-            self._memory,
-            process.exit,
-            self.wish,
-            asked=process.asked,
-            ran=not process.never_ran,
-            spawned_at=process.incarnation.spawned_at,
-            now=now,
-            jitter=self._around.jitter(),
-        )
         # Remembered before the record goes: cut off between the two, the end is taken to the books again.
-        self._machine.directory.write_memory(self._memory)
+        self._remember(
+            after(
+                self._memory,
+                process.exit,
+                self.wish,
+                asked=process.asked,
+                ran=not process.never_ran,
+                spawned_at=process.incarnation.spawned_at,
+                now=now,
+                jitter=self._around.jitter(),
+            )
+        )
         self._around.metrics.exited(self.id, process.exit.kind)
-        self._tell(
+        self.tell(
             "instance.ended",
             level="info" if process.asked else "warning",
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
         await self._machine.bury()
+
+    def _remember(self, memory: Memory) -> None:
+        """Keep what outlives a process, also for a successor while there is a process to adopt."""
+        if memory != self._memory:
+            self._memory = memory
+            if self._machine.record is not None:
+                self._machine.directory.write_memory(memory)
 
     async def _release(self) -> None:
         publisher = self._around.publisher
@@ -436,7 +452,7 @@ class Instance:
             await self._lock.release(None)
             publisher.forget(self.id)
         self._planned = None
-        self._tell("lock.released")
+        self.tell("lock.released")
 
     # --- telling ----------------------------------------------------------------------------------------------
 
@@ -469,7 +485,8 @@ class Instance:
             last_exit=self._memory.last_exit,
             held=self._held,
         )
-        if decision.action is Action.FORGET:
+        if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
+            # Nobody's status any more, or the next host's.
             self.status = status
             return
         if status != before:
@@ -487,9 +504,10 @@ class Instance:
             return
         lists = {"problems": list(now.problems), "pending": list(now.pending)}
         said = {name: values for name, values in lists.items() if values}
-        self._tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
+        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
 
-    def _tell(self, event: str, *, level: str = "info", **details: Any) -> None:
+    def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
+        """Log an event of this instance; every such line names its present epoch and incarnation."""
         record = self._machine.record
         known = {} if record is None else {"epoch": record.epoch, "incarnation": record.incarnation}
         getattr(self._log, level)(event, **{**known, **details})

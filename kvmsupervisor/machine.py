@@ -325,14 +325,17 @@ class Machine:
 
     async def _command(self, command: str) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
-        if self._monitor is None:
+        monitor = self._monitor
+        if monitor is None:
             return None
         try:
-            answer = await self._monitor.execute(command, timeout_s=ANSWER_S)
+            answer = await monitor.execute(command, timeout_s=ANSWER_S)
         except MonitorSilent as error:
             self._fell_silent(error)
             return None
         except MonitorLost:
+            # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
+            await monitor.drained(DRAIN_S)
             return None
         except MonitorRefused as error:
             self._log.warning("qmp.refused", command=command, error=str(error))

@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 
-import psutil
 import structlog
 
 from kvmsupervisor import __version__
@@ -29,6 +28,7 @@ from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.domain.slots import Slots
 from kvmsupervisor.domain.spec import Wish, parse_wish
@@ -75,6 +75,8 @@ class Supervisor:
         self._slots = Slots(settings.start_parallel)
         self._metrics = Metrics(self._snapshot, version=__version__)
         self._unreadable: dict[InstanceId, str] = {}
+        # Before keys and locks were all listed, an absent one means nothing.
+        self._listed = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -133,7 +135,7 @@ class Supervisor:
     def _wire(self, accel: str) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
         settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
-        memory_mib = psutil.virtual_memory().total >> 20
+        memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         me = HostSession(
             host=self._me,
             version=__version__,
@@ -190,6 +192,7 @@ class Supervisor:
                         self._publish(),
                         self._hosts.run(),
                         self._wishes.run(),
+                        self._look_first(),
                         self._heed_confirmations(),
                         self._rotate_logs(),
                     )
@@ -221,24 +224,30 @@ class Supervisor:
     def _adopt(self) -> None:
         """Find what an earlier supervisor left running. Needs no etcd; what it means is decided once etcd is read."""
         for name in self._run_dir.instances():
+            try:
+                record = self._run_dir.instance(name).read_incarnation()
+            except Unreadable as error:
+                self._leave_alone(name, error)
+            else:
+                if record is not None and (instance := self._instance(name)) is not None:
+                    instance.adopt(record)
+
+    def _instance(self, name: InstanceId) -> Instance | None:
+        """The instance of that name, made if there is none yet; None when what is kept of it cannot be read."""
+        if name not in self._instances and name not in self._unreadable:
             directory = self._run_dir.instance(name)
             try:
-                record = directory.read_incarnation()
-                if record is not None:
-                    self._instance(name).adopt(record)
+                memory = directory.read_memory(self._boot_id)
             except Unreadable as error:
-                # Left alone with whatever it belongs to: only the release that wrote it can tell.
-                self._unreadable[name] = str(error)
-                log.error("instance.unreadable", instance=name, reason=str(error))  # noqa: TRY400 - no bug of ours
+                self._leave_alone(name, error)
+            else:
+                self._instances[name] = Instance(name, around=self._around, directory=directory, memory=memory, log=log)
+        return self._instances.get(name)
 
-    def _instance(self, name: InstanceId) -> Instance:
-        """The instance of that name, made if there is none yet."""
-        if name not in self._instances:
-            directory = self._run_dir.instance(name)
-            self._instances[name] = Instance(
-                name, around=self._around, directory=directory, memory=directory.read_memory(self._boot_id), log=log
-            )
-        return self._instances[name]
+    def _leave_alone(self, name: InstanceId, error: Unreadable) -> None:
+        """Touch nothing of an instance, nor what may run of it: only the release that wrote the file can tell."""
+        self._unreadable[name] = str(error)
+        log.error("instance.unreadable", instance=name, reason=str(error))
 
     def _start(self, instance: Instance) -> None:
         if self._tasks is not None:
@@ -251,9 +260,9 @@ class Supervisor:
             try:
                 await instance.run()
                 break
-            except Exception:  # the one broad except of the program: a bug in one instance must not stop the others
+            except Exception:  # noqa: BLE001 - the only one: a bug in one instance must not stop the others
                 self._metrics.internal_error(instance.id)
-                log.exception("instance.error", instance=instance.id, pause_s=pause_s)
+                instance.tell("instance.error", level="exception", pause_s=pause_s)
                 await self._clock.sleep(pause_s)
                 pause_s = min(2 * pause_s, ERROR_PAUSE_S[1])
         self._forget(instance)
@@ -269,47 +278,57 @@ class Supervisor:
             self._publisher.forget(name)
             self._run_dir.instance(name).remove()
         else:
-            self._publisher.abandon(name)
+            if instance.wish is None or instance.wish.host is not None:
+                self._publisher.abandon(name)
             self._run_dir.instance(name).drop_memory()
-        log.info("instance.forgotten", instance=name, reason=instance.status.reason)
+        instance.tell("instance.forgotten", reason=instance.status.reason)
         # Its keys may have come back between its last decision and now.
         self._on_keys({name}, self._wishes.revision)
 
     # --- wishes and locks -------------------------------------------------------------------------------------
 
-    def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
+    async def _look_first(self) -> None:
+        """Once all is listed, look at all of it, and at what runs here although it has neither keys nor a lock."""
+        await self._wishes.wait_synced()
+        self._listed = True
+        self._on_keys(self._wishes.ids() | self._instances.keys(), self._wishes.revision, fresh=False)
+
+    def _on_keys(self, changed: Set[InstanceId], revision: int, *, fresh: bool = True) -> None:
         """Tell each instance that is, or was, this host's what its keys and its lock are now."""
-        if not self._wishes.synced:
-            changed = self._first_look(changed)
+        if not self._listed:
+            return
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
         wishes = {name: parse_wish(name, self._wishes.keys_of(name)) for name in ours}
         held = self._judge_removals(wishes)
         for name, wish in wishes.items():
-            if name in self._unreadable:
-                continue
             known = name in self._instances
+            if not known and self._wishes.synced:
+                # Another host may have written its status meanwhile.
+                self._publisher.abandon(name)
             instance = self._instance(name)
+            if instance is None:
+                continue
             lock = self._wishes.lock_of(name)
             instance.saw_lock(
                 data=None if lock is None else lock.value,
                 mod_revision=0 if lock is None else lock.mod_revision,
                 as_of=self._wishes.locks_revision,
             )
-            instance.update(wish, held=name in held, fresh=self._wishes.synced)
+            instance.update(wish, held=name in held, fresh=fresh)
             if not known:
                 self._start(instance)
-
-    def _first_look(self, listed: Set[InstanceId]) -> Set[InstanceId]:
-        """The first list also tells of what it does not hold: instances that are running here without keys."""
-        return listed | self._instances.keys()
 
     def _is_ours(self, name: InstanceId) -> bool:
         """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
         host = self._wishes.keys_of(name).get(b"host")
         if host is not None and host.value.strip() == self._me.encode():
             return True
-        lock = self._wishes.lock_of(name)
-        return lock is not None and self._me.encode() in lock.value
+        entry = self._wishes.lock_of(name)
+        # Looking for the name costs less than reading JSON, but it may also be part of another host's.
+        if entry is None or self._me.encode() not in entry.value:
+            return False
+        lock = Lock.from_json(entry.value)
+        return lock is not None and lock.host == self._me
 
     def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
         """Which of these instances are held as they were, because too many lost their keys at once."""
@@ -317,8 +336,7 @@ class Supervisor:
         without = {name for name, wish in wishes.items() if _names_no_host(wish)}
         guard.release(wishes.keys() - without)
         fresh = {name for name in without - guard.held if self._was_ours(name)}
-        remaining = len(self._instances.keys() - without - guard.held)
-        held = guard.judge(fresh, remaining, self._clock.now()) if fresh else set()
+        held = guard.judge(fresh, self._instances.keys(), self._clock.now()) if fresh else set()
         if held:
             log.error(
                 "removal.held",
@@ -359,7 +377,7 @@ class Supervisor:
     def _confirm(self, word: bytes) -> None:
         try:
             named = {InstanceId(str(name)) for name in json.loads(word)}
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             log.warning("removal.unreadable", reason=f"{word[:80]!r} is no JSON list of instance ids")
             return
         freed = self._guard.release(named)
@@ -409,12 +427,10 @@ class Supervisor:
         settings = self._settings
         while True:
             await self._clock.sleep(ROTATE_EVERY_S)
-            for name in list(self._instances):
-                cut = await self._run_dir.instance(name).rotate_logs(
-                    max_bytes=settings.log_max_bytes, keep=settings.log_keep
-                )
-                for path in cut:
-                    log.info("log.rotated", instance=name, file=str(path))
+            for instance in list(self._instances.values()):
+                directory = self._run_dir.instance(instance.id)
+                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
+                    instance.tell("log.rotated", file=str(path))
 
     # --- what HTTP sees (adapters.web.View) -------------------------------------------------------------------
 
@@ -454,7 +470,7 @@ class Supervisor:
 
     def _sample(self, instance: Instance) -> InstanceSample:
         status = instance.status
-        usage = None if instance.pid is None else usage_of(instance.pid)
+        usage = None if instance.pid is None else usage_of(instance.pid, starttime=instance.starttime)
         return InstanceSample(
             id=instance.id,
             phase=status.phase,

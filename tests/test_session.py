@@ -585,7 +585,7 @@ async def test_a_lease_noted_for_another_name_is_not_used(bench: Bench) -> None:
 
 async def test_an_unwritable_run_directory_costs_only_the_resumption(bench: Bench) -> None:
     """The session is won without its file."""
-    (bench.run_dir / f".{FILE_NAME}.new").mkdir()
+    (bench.run_dir / f"{FILE_NAME}.new").mkdir()
     with capture_logs() as logs:
         async with bench.running() as session:
             assert session.held

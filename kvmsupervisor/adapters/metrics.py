@@ -172,9 +172,7 @@ class Metrics:
         """Yield every metric; called by the registry at each scrape."""
         now = self._snapshot()
         for sample in now.instances:
-            self._counts(
-                sample.id
-            )  # a counter that is seen at 0 first is one whose first step alerts can see
+            self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
         yield from self._host_metrics(now)
         yield from self._instance_gauges(now.instances)
         yield from self._instance_counters()
@@ -224,21 +222,13 @@ class Metrics:
         return histogram
 
     def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
-        phase = _gauge(
-            "instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase"
-        )
+        phase = _gauge("instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase")
         up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
-        epoch = _gauge(
-            "instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance"
-        )
+        epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
-        cpu = _counter(
-            "instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance"
-        )
-        memory = _gauge(
-            "instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance"
-        )
+        cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
+        memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
         for sample in samples:
             label = [sample.id]
             for each in Phase:
@@ -256,9 +246,7 @@ class Metrics:
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
-        errors = _counter(
-            "internal_errors_total", "Errors of the supervisor itself, by instance.", "instance"
-        )
+        errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
-from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance, read_status
+from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.spec import WISH_KEYS, Power, Problem, RawValue, Wish, parse_wish
@@ -204,7 +204,7 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
 async def held_removals(store: Store, layout: Layout, host: HostName) -> tuple[InstanceId, ...]:
     """The instances whose removal `host` holds back until a person confirms it, in key order."""
     listing = await list_all(store, layout.statuses_prefix)
-    statuses = (read_status(kv.value) for kv in listing.kvs)
+    statuses = (Status.from_json(kv.value) for kv in listing.kvs)
     ids = (parse_id(status.id) for status in statuses if status is not None and status.host == host and status.held)
     return tuple(instance for instance in ids if instance is not None)
 

@@ -150,17 +150,6 @@ def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
     return found | {"phase": view.phase, "reason": view.reason, "problems": list(instance.problems)} | last
 
 
-def read_status(data: bytes) -> Status | None:
-    """Read a status key, which anybody may have written: None unless every field has its type."""
-    status = Status.from_json(data)
-    if status is None:
-        return None
-    texts = (status.id, status.host, status.reason, status.since, *status.pending, *status.problems)
-    numbers = (status.epoch, status.restarts, status.revision)
-    well_typed = all(isinstance(text, str) for text in texts) and all(isinstance(n, int) for n in numbers)
-    return status if well_typed else None
-
-
 async def list_all(store: Store, prefix: str) -> Listing:
     """List a prefix, again from the beginning when etcd compacts between two pages."""
     for _ in range(LIST_ATTEMPTS):
@@ -251,7 +240,7 @@ def _read_statuses(layout: Layout, statuses: Iterable[KeyValue]) -> tuple[dict[I
     unreadable: list[KeyValue] = []
     for kv in statuses:
         instance = parse_id(kv.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
-        status = read_status(kv.value)
+        status = Status.from_json(kv.value)
         if instance is None or status is None:
             unreadable.append(kv)
         else:

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import read_status
 from kvmsupervisor.cli.demo_stage import DemoError
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.status import Phase, Status
@@ -26,7 +25,7 @@ async def read_statuses(store: Store, layout: Layout) -> dict[InstanceId, Status
     found = {}
     for kv in (await store.list(layout.statuses_prefix)).kvs:
         instance = parse_id(kv.key.decode(errors="replace").removeprefix(layout.statuses_prefix))
-        status = read_status(kv.value)
+        status = Status.from_json(kv.value)
         if instance is not None and status is not None:
             found[instance] = status
     return found

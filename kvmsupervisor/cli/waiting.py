@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli.actions import Written
-from kvmsupervisor.cli.cluster import UNKNOWN, list_all, read_status
+from kvmsupervisor.cli.cluster import UNKNOWN, list_all
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Power
@@ -242,7 +242,7 @@ async def _look(store: Store, layout: Layout, instance: InstanceId, host: str | 
     status_kv = await store.get(layout.status_key(instance))
     lock_kv = await store.get(layout.lock_key(instance))
     lock = Lock.from_json(lock_kv.value) if lock_kv is not None else None
-    status = read_status(status_kv.value) if status_kv is not None else None
+    status = Status.from_json(status_kv.value) if status_kv is not None else None
     actor = status.host if status is not None else host
     session = await store.get(layout.session_key(HostName(actor))) if actor else None
     return Sighting(

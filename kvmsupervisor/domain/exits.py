@@ -5,6 +5,7 @@ Sources: QMP `SHUTDOWN` event and `ShutdownCause` (QEMU QMP reference manual, "r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -35,6 +36,10 @@ SHUTDOWN_REASONS = {
     "host-error": ExitClass.FAILED,
 }
 """QMP's `ShutdownCause` → ours. A cause that a newer QEMU invents counts as unknown."""
+
+
+_SPICE_WARNING = re.compile(r"warning: Spice: \S+: (.+)")
+"""What the SPICE server says through QEMU: a place in its source, then the words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +95,14 @@ def classify(*, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str
 def last_error(log_tail: Sequence[str]) -> str | None:
     """The line that tells most: the last that is not a warning, else the last.
 
-    QEMU prefixes what it says with its program's name; that part is left out for people.
+    QEMU prefixes what it says with its program's name; that part is left out for people. The SPICE server tells its
+    cause (a port that is taken) in a warning, before QEMU says no more than that SPICE failed: both are told then.
     """
     lines = [line.strip() for line in log_tail if line.strip()]
     telling = [line for line in lines if "warning:" not in line.lower()] or lines
     if not telling:
         return None
     head, separator, rest = telling[-1].partition(": ")
-    return rest if separator and head.rpartition("/")[2].startswith("qemu-system") else telling[-1]
+    said = rest if separator and head.rpartition("/")[2].startswith("qemu-system") else telling[-1]
+    causes = [found[1] for line in lines if (found := _SPICE_WARNING.search(line))]
+    return f"{said}: {causes[0]}" if causes and "spice" in said else said

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from kvmsupervisor.domain.records import Unfit, parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,8 @@ class HostSession:
 
     @classmethod
     def from_json(cls, data: bytes) -> HostSession | None:
-        """Read a session key; None when it is not one (fields of a newer release are left out)."""
+        """Read a session key, which anybody may have written; None when it is not one."""
         try:
-            found = json.loads(data)
-            known = {field.name for field in fields(cls)}
-            return cls(**{name: value for name, value in found.items() if name in known})
-        except (ValueError, TypeError, AttributeError):
+            return parse(cls, data)
+        except Unfit:
             return None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.records import Unfit, parse
 
 VERSION = 1
 
@@ -64,24 +65,13 @@ class Incarnation:
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Self:
+    def from_json(cls, data: bytes) -> Incarnation:
         """Read `incarnation.json`.
 
         Raises:
             Unreadable: it is damaged or written by a newer release.
         """
-        values = _read(cls, data)
-        try:
-            return cls(
-                **{
-                    **values,
-                    "argv": tuple(values["argv"]),
-                    "clients": tuple(values.get("clients", ())),
-                    "storage": Storage(values["storage"]),
-                }
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            raise Unreadable(f"fields are missing or wrong ({error})") from error
+        return _read(cls, data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +99,8 @@ class Memory:
         pause_s: how long the pause before `not_before` was drawn, seconds.
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
+        shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
+            gone and the machine is to be shut down for it.
         ended: set while the policy says to leave it.
     """
 
@@ -118,6 +110,7 @@ class Memory:
     pause_s: float = 0.0
     restarts: int = 0
     last_exit: str | None = None
+    shutdown_timeout_s: float | None = None
     ended: Ended | None = None
     version: int = VERSION
 
@@ -126,29 +119,29 @@ class Memory:
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> Self:
+    def from_json(cls, data: bytes) -> Memory:
         """Read `memory.json`.
 
         Raises:
             Unreadable: it is damaged or written by a newer release.
         """
-        values = _read(cls, data)
-        try:
-            ended = values.get("ended")
-            return cls(**{**values, "ended": None if ended is None else Ended(**ended)})
-        except TypeError as error:
-            raise Unreadable(f"fields are missing or wrong ({error})") from error
+        return _read(cls, data)
 
 
-def _read(cls: type[Incarnation] | type[Memory], data: bytes) -> dict[str, Any]:
-    """Parse a record and judge its version."""
+RecordT = TypeVar("RecordT", Incarnation, Memory)
+
+
+def _read(cls: type[RecordT], data: bytes) -> RecordT:
+    """Parse a record; its version is judged first, because a newer one may have other fields."""
     try:
-        found = json.loads(data)
-    except ValueError as error:
-        raise Unreadable(f"it is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise Unreadable("it is not a JSON object")
-    if found.get("version") != VERSION:
-        raise Unreadable(f"its version is {found.get('version')!r}, this release reads {VERSION}")
-    known = {field.name for field in fields(cls)}
-    return {name: value for name, value in found.items() if name in known}
+        version = parse(_Versioned, data).version
+        if version != VERSION:
+            raise Unreadable(f"its version is {version}, this release reads {VERSION}")
+        return parse(cls, data)
+    except Unfit as error:
+        raise Unreadable(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Versioned:
+    version: int

@@ -7,11 +7,11 @@ The lock has no lease: it never vanishes by itself. Every change of it is a comp
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum, StrEnum
-from typing import Any
 
 from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.records import Unfit, parse
 
 VERSION = 1
 """Version of the lock's value. A reader leaves a newer one alone, as a stranger's."""
@@ -50,7 +50,7 @@ class Lock:
         starttime: of that process, in clock ticks since boot (field 22 of /proc/<pid>/stat, proc(5)).
         clients: its Ceph client addresses, all on record before the guest runs.
         fence: addresses of earlier incarnations that are not proven dead.
-        storage: what it may write to.
+        storage: what it may write to; a value that does not say may write to anything.
     """
 
     host: HostName
@@ -62,7 +62,7 @@ class Lock:
     starttime: int | None = None
     clients: tuple[str, ...] = ()
     fence: tuple[str, ...] = ()
-    storage: Storage = Storage.NONE
+    storage: Storage = Storage.UNFENCEABLE
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -73,22 +73,10 @@ class Lock:
     def from_json(cls, data: bytes) -> Lock | None:
         """Read a lock's value; None when it is not one that this release understands."""
         try:
-            found: dict[str, Any] = json.loads(data)
-            if found.get("version") != VERSION or not isinstance(found["epoch"], int):
-                return None
-            known = {field.name for field in fields(cls)}
-            values = {name: value for name, value in found.items() if name in known}
-            return cls(
-                **{
-                    **values,
-                    "state": LockState(values["state"]),
-                    "storage": Storage(values.get("storage", Storage.UNFENCEABLE)),
-                    "clients": tuple(values.get("clients", ())),
-                    "fence": tuple(values.get("fence", ())),
-                }
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
+            lock = parse(cls, data)
+        except Unfit:
             return None
+        return lock if lock.version == VERSION else None
 
     def recorded(self, *, pid: int, starttime: int, clients: tuple[str, ...]) -> Lock:
         """The value that says "this process may run its guest"."""

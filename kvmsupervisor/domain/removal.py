@@ -26,7 +26,7 @@ class RemovalGuard:
         self._window_s = window_s
         self._recent: deque[tuple[float, InstanceId]] = deque()
 
-    def judge(self, removed: Set[InstanceId], remaining: int, now: float) -> Set[InstanceId]:
+    def judge(self, removed: Set[InstanceId], present: Set[InstanceId], now: float) -> Set[InstanceId]:
         """Tell which of the instances that were just `removed` are to be held.
 
         Held are all of this batch, when it and what the window has seen before it make more than half of what the
@@ -34,14 +34,14 @@ class RemovalGuard:
 
         Args:
             removed: those whose `host` or all keys went in one batch.
-            remaining: how many instances of this host are left without them.
+            present: all instances of this host, those that are being shut down included.
             now: CLOCK_BOOTTIME.
         """
         while self._recent and self._recent[0][0] <= now - self._window_s:
             self._recent.popleft()
         self._recent.extend((now, instance) for instance in removed)
         gone = {instance for _, instance in self._recent}
-        if len(gone) > ALWAYS_ALLOWED and 2 * len(gone) > len(gone) + remaining:
+        if len(gone) > ALWAYS_ALLOWED and 2 * len(gone) > len(gone | present):
             self.held |= removed
         return self.held & removed
 

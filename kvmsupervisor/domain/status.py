@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
+
+from kvmsupervisor.domain.records import Unfit, parse
 
 
 class Phase(StrEnum):
@@ -73,18 +74,8 @@ class Status:
 
     @classmethod
     def from_json(cls, data: bytes) -> Status | None:
-        """Read a status key; None when it is not one (fields of a newer release are left out)."""
+        """Read a status key, which anybody may have written; None when it is not one."""
         try:
-            found = json.loads(data)
-            known = {field.name for field in fields(cls)}
-            values: Mapping[str, Any] = {name: value for name, value in found.items() if name in known}
-            return cls(
-                **{
-                    **values,
-                    "phase": Phase(values["phase"]),
-                    "pending": tuple(values.get("pending", ())),
-                    "problems": tuple(values.get("problems", ())),
-                }
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return parse(cls, data)
+        except Unfit:
             return None

@@ -61,7 +61,8 @@ def record(*, name: str = "x", epoch: int = 1, spec: Spec = SPEC, request: str |
 
 
 def locked(*, host: HostName = ME, name: str = "x", state: LockState = LockState.RUNNING, pid: int | None = 42) -> Lock:
-    return Lock(host=host, boot_id=BOOT, epoch=1, state=state, incarnation=name, pid=pid, starttime=pid and 9)
+    return Lock(host=host, boot_id=BOOT, epoch=1, state=state, incarnation=name, pid=pid, starttime=pid and 9,
+                storage=Storage.NONE)  # fmt: skip
 
 
 def seen(lock: Lock | None) -> LockView:
@@ -150,6 +151,8 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("keys that change before it ran start it anew", view(process=paused(), lock=seen(locked()),
      wish=replace(WISH, spec=Spec(ram_mib=128))), Phase.STARTING, Action.KILL),
     ("a stop before it ran kills", view(process=paused(), lock=seen(locked()), wish=OFF), Phase.STOPPING, Action.KILL),
+    ("a held removal keeps it paused", view(process=paused(), lock=seen(locked()), wish=GONE, held=True),
+     Phase.STARTING, None),
     ("a QEMU that never answers is given up", view(process=paused(connected=False, connect_at=1e9),
      lock=seen(locked(state=LockState.STARTING, pid=None)), now=160.0), Phase.STARTING, Action.GIVE_UP),
     ("a free lock needs a slot", view(), Phase.WAITING, Action.QUEUE),

@@ -16,9 +16,9 @@ import base64
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -476,16 +476,15 @@ class Host:
     def console(self, instance: str) -> str:
         """What the guest has written on its serial console."""
         path = self.run_dir / instance / "console.log"
-        return path.read_text(errors="replace") if path.exists() else ""
+        return path.read_bytes().decode(errors="replace") if path.exists() else ""
 
     def say(self, instance: str, word: str) -> None:
-        """Type a line on the guest's serial console."""
-        subprocess.run(
-            ["socat", "-u", "-", f"UNIX-CONNECT:{self.run_dir / instance / 'console.sock'}"],
-            input=f"{word}\n".encode(),
-            check=True,
-            timeout=DEADLINE_S,
-        )
+        """Type a line on the guest's serial console; returns when the terminal has echoed it."""
+        before = self.console(instance).count(f"{word}\r")
+        with socket.socket(socket.AF_UNIX) as console:
+            console.connect(str(self.run_dir / instance / "console.sock"))
+            console.sendall(f"{word}\n".encode())
+            eventually(f"the echo of {word!r}", lambda: self.console(instance).count(f"{word}\r") > before)
 
     def hears(self, instance: str, text: str, times: int = 1) -> None:
         """Wait until the guest has written `text` so many times."""

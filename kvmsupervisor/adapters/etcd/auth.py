@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import grpc
 
 from kvmsupervisor.adapters.etcd.api import Denied
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import EtcdConfig, read_secret
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, judge
-from kvmsupervisor.adapters.etcd.protocol import rpc
+from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 Metadata = tuple[tuple[str, str], ...]
 

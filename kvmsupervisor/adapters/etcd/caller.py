@@ -7,14 +7,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import grpc
 
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable
 from kvmsupervisor.adapters.etcd.auth import Auth, Metadata
 from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, TokenRefused, judge
-from kvmsupervisor.adapters.etcd.protocol import rpc
+from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 Reply = TypeVar("Reply")
 

@@ -10,11 +10,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 
 from kvmsupervisor.adapters.etcd.config import EtcdConfig, read_secret, split_endpoint
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, no_connection
-from kvmsupervisor.adapters.etcd.protocol import rpc, stubs
+from kvmsupervisor.adapters.etcd.protocol import grpc, rpc, stubs
 
 _OPTIONS = (
     # A dead connection is noticed after 14 s by pings alone (calls and watches have their own, shorter ways).

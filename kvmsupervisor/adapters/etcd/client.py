@@ -34,7 +34,7 @@ _SHRINK = 8
 class Etcd:
     """An etcd v3 store, reached through any of its members.
 
-    Construct it while no loop runs or inside the loop that uses it; nothing is sent before the first call.
+    Construct it inside the event loop that uses it (gRPC binds to it); nothing is sent before the first call.
 
     Raises:
         Denied: a certificate or key file cannot be read.

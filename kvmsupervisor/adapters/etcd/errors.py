@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Denied, LeaseGone, Rejected
+from kvmsupervisor.adapters.etcd.protocol import grpc
 
 
 class AttemptFailed(Exception):
@@ -104,6 +104,9 @@ def judge(error: Any, what: str) -> Exception:
         return known
     if text.startswith("etcdserver: ") and code in _REFUSING_CODES:
         return Rejected(f"{what}: {text}")
+    if text.startswith("grpc: received message larger than max"):
+        # Said by the server's gRPC, in Go, of the request; etcd's own limit is for those a little smaller.
+        return Rejected(f"{what}: the request is too large for etcd ({text})")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ReplyTooLarge(f"{what}: {text}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -112,7 +115,11 @@ def judge(error: Any, what: str) -> Exception:
 
 
 def judge_text(text: str, what: str) -> Exception | None:
-    """Translate what etcd says, where that decides alone (a canceled watch has no code)."""
+    """Translate what etcd says, where that decides alone.
+
+    A canceled watch has no code but the whole of Go's phrase: `rpc error: code = … desc = etcdserver: …`.
+    """
+    text = text.rpartition(" desc = ")[2]
     if text in _TOKEN:
         return TokenRefused(text)
     if text in _DENIED:

@@ -28,8 +28,12 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # It would print every failed handshake to stderr, twice a second. The errors raised say the same.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.internal import api_implementation
+
+# The other modules take gRPC from here, so that it is never imported before the lines above have run.
+__all__ = ["grpc", "mvcc", "rpc", "stubs"]
 
 _PACKAGE = "etcd3.etcdrpc"
 _FILES = ("kv", "auth", "rpc")

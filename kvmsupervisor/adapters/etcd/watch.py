@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 
 from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, Rejected
 from kvmsupervisor.adapters.etcd.auth import Metadata
@@ -30,7 +29,7 @@ from kvmsupervisor.adapters.etcd.caller import Caller
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge, judge_text
 from kvmsupervisor.adapters.etcd.messages import event, range_of
-from kvmsupervisor.adapters.etcd.protocol import rpc
+from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 _SILENCE_S = 5.0
 """After so much silence the member is asked for a sign of life …"""

@@ -56,9 +56,9 @@ class TestUsers:
             server.enable_auth(ROOT)
             yield server
 
-    def config(self, server: EtcdServer, folder: Path, password: str = "secret\n") -> EtcdConfig:
+    def config(self, server: EtcdServer, folder: Path, secret: str = "secret\n") -> EtcdConfig:
         file = folder / "password"
-        file.write_text(password)
+        file.write_text(secret)
         tls = server.tls
         return EtcdConfig(
             endpoints=server.endpoints,

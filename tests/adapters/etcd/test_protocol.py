@@ -37,14 +37,27 @@ def test_a_slow_protobuf_is_refused() -> None:
 
 
 def test_the_import_is_clean_and_leaves_no_trace() -> None:
-    """No warning, nothing printed, no etcd3 in `sys.modules`, none of what its client needs, no fork support."""
+    """No warning, nothing printed, no etcd3 in `sys.modules`, none of what its client needs."""
     done = python(
-        "import kvmsupervisor.adapters.etcd, sys, os\n"
+        "import kvmsupervisor.adapters.etcd, sys\n"
         "assert not {'tenacity', 'six'} & set(sys.modules)\n"
         "assert not [name for name in sys.modules if name.startswith('etcd3')]\n"
-        "assert os.environ['GRPC_ENABLE_FORK_SUPPORT'] == '0'\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_fork_support_is_off_before_grpc_comes() -> None:
+    """Fork support of gRPC is off when it is imported, by whichever module of the adapter."""
+    for module in ("", ".errors", ".auth", ".protocol"):
+        done = python(
+            "import os, sys\n"
+            "class Guard:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'grpc': print(os.environ.get('GRPC_ENABLE_FORK_SUPPORT'))\n"
+            "sys.meta_path.insert(0, Guard())\n"
+            f"import kvmsupervisor.adapters.etcd{module}\n"
+        )
+        assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_the_added_fields_are_those_of_etcd() -> None:
@@ -65,5 +78,5 @@ def test_a_prefix_ends_where_the_next_one_begins(prefix: bytes, end: bytes) -> N
 
 
 def test_the_empty_prefix_is_everything() -> None:
-    r"""etcd refuses an empty key; everything is the range from `\0` to `\0`."""
+    r"""An empty key is refused by etcd; everything is the range from `\0` to `\0`."""
     assert range_of("", prefix=True) == {"key": b"\0", "range_end": b"\0"}

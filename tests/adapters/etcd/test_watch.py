@@ -14,6 +14,9 @@ from kvmsupervisor.adapters.etcd.protocol import rpc
 from tests.adapters.etcd.scripted import Script, ScriptedEtcd, Stream
 from tests.adapters.etcd.traffic import SOON_S, client
 
+PERMISSION_DENIED = "rpc error: code = PermissionDenied desc = etcdserver: permission denied"
+"""As etcd 3.4.23 phrases it."""
+
 
 @asynccontextmanager
 async def watching(*scripts: Script, start: int = 10) -> AsyncIterator[tuple[Watch, ScriptedEtcd]]:
@@ -97,7 +100,7 @@ async def test_a_refused_watch_is_refused_though_it_says_created() -> None:
 
     async def refusing(stream: Stream) -> None:
         await stream.take()
-        await stream.send(created=True, canceled=True, watch_id=-1, cancel_reason="etcdserver: permission denied")
+        await stream.send(created=True, canceled=True, watch_id=-1, cancel_reason=PERMISSION_DENIED)
 
     async with watching(refusing) as (watch, _):
         with pytest.raises(Denied, match="permission denied"):

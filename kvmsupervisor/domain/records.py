@@ -1,0 +1,86 @@
+"""JSON objects that other processes wrote, read into frozen dataclasses, or refused: locks, statuses, records.
+
+A field that this release does not know is left out, one that is missing takes its default, one of another type than the
+dataclass says makes the whole unfit: nothing half-read is ever decided upon.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class Unfit(Exception):
+    """The data is no such object. The message says why."""
+
+
+def parse(cls: type[T], data: bytes) -> T:
+    """Read one JSON object as a `cls`.
+
+    Raises:
+        Unfit: it is not JSON, not an object, or a field is missing or of another type.
+    """
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Unfit(f"it is not JSON ({error})") from error
+    return build(cls, found)
+
+
+def build(cls: type[T], found: object) -> T:
+    """Make a `cls` of a JSON object that was parsed already; see `parse`."""
+    if not isinstance(found, dict):
+        raise Unfit("it is not a JSON object")
+    values: dict[str, Any] = {}
+    for name, (hint, required) in _schema(cls).items():
+        if name in found:
+            try:
+                values[name] = _fit(hint, found[name])
+            except (TypeError, ValueError) as error:
+                raise Unfit(f"its field {name} is {found[name]!r:.80}") from error
+        elif required:
+            raise Unfit(f"its field {name} is missing")
+    return cls(**values)
+
+
+@cache
+def _schema(cls: type[Any]) -> Mapping[str, tuple[Any, bool]]:
+    """Each field's type, and whether it has no default."""
+    hints = get_type_hints(cls)
+    return {
+        field.name: (hints[field.name], field.default is MISSING and field.default_factory is MISSING)
+        for field in fields(cls)
+    }
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """`value` as the type that `hint` names; TypeError or ValueError when it is none."""
+    if isinstance(hint, NewType):
+        hint = hint.__supertype__
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in {UnionType, Union}:
+        if value is None and NoneType in arguments:
+            return None
+        (one,) = (argument for argument in arguments if argument is not NoneType)
+        return _fit(one, value)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_fit(arguments[0], item) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        return value
+    if is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint(value)
+    if hint is float and type(value) in {int, float}:
+        return float(value)
+    # Exactly: JSON's true is no number.
+    if type(value) is hint:
+        return value
+    raise TypeError

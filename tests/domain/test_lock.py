@@ -1,0 +1,150 @@
+"""The lock's value: read back as it was written, never misread, its epoch growing by one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import VERSION, Claim, Lock, LockState, LockView, Storage, take
+
+ME, OTHER = HostName("a"), HostName("b")
+LOCK = Lock(host=ME, boot_id="boot-1", epoch=3, state=LockState.RUNNING, incarnation="x", pid=42, starttime=9)
+
+_texts = st.text(max_size=20)
+_addresses = st.lists(_texts, max_size=4).map(tuple)
+_numbers = st.none() | st.integers(1, 2**31 - 1)
+locks = st.builds(
+    Lock,
+    host=_texts.map(HostName),
+    boot_id=_texts,
+    epoch=st.integers(1, 2**63 - 1),
+    state=st.sampled_from(LockState),
+    incarnation=_texts,
+    pid=_numbers,
+    starttime=_numbers,
+    clients=_addresses,
+    fence=_addresses,
+    storage=st.sampled_from(Storage),
+)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(locks)
+def test_a_lock_is_read_as_it_was_written(lock: Lock) -> None:
+    """Law: the value survives etcd."""
+    assert Lock.from_json(lock.to_json()) == lock
+
+
+@given(st.binary(max_size=200) | _json.map(lambda value: json.dumps(value).encode()))
+def test_whatever_is_no_lock_is_none(data: bytes) -> None:
+    """Law: any bytes are read without an error; what is no lock is not taken for one."""
+    assert Lock.from_json(data) is None
+
+
+@given(locks, st.sampled_from(sorted(asdict(LOCK))), _json)
+def test_a_field_of_another_type_spoils_the_lock(lock: Lock, name: str, value: object) -> None:
+    """Law: a lock that is read has every field in its own type, so that nobody stumbles over it later."""
+    found = Lock.from_json(json.dumps({**json.loads(lock.to_json()), name: value}).encode())
+    if found is not None:
+        assert Lock.from_json(found.to_json()) == found
+        assert [type(each) for each in (found.host, found.boot_id, found.incarnation)] == [str] * 3
+        assert type(found.epoch) is int
+        assert all(each is None or type(each) is int for each in (found.pid, found.starttime))
+        assert all(type(each) is str for each in (*found.clients, *found.fence))
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000])
+def test_deep_and_long_values_are_none(data: bytes) -> None:
+    """Law: no value hurts its reader, however it was made up."""
+    assert Lock.from_json(data) is None
+
+
+@pytest.mark.parametrize("name", ["host", "boot_id", "epoch", "state", "incarnation", "version"])
+def test_a_lock_without_a_needed_field_is_none(name: str) -> None:
+    """Law: half a lock is none, and counts as held."""
+    value = json.loads(LOCK.to_json())
+    del value[name]
+    assert Lock.from_json(json.dumps(value).encode()) is None
+
+
+def test_a_newer_lock_is_left_alone_and_new_fields_are_passed_over() -> None:
+    """Law: another version is a stranger's; a field that this release does not know changes nothing."""
+    value = json.loads(LOCK.to_json())
+    assert Lock.from_json(json.dumps({**value, "version": VERSION + 1}).encode()) is None
+    assert Lock.from_json(json.dumps({**value, "mood": "good"}).encode()) == LOCK
+
+
+def test_a_lock_without_storage_counts_as_unfenceable() -> None:
+    """Law: what is not known to be harmless needs an operator's word."""
+    value = json.loads(LOCK.to_json())
+    del value["storage"]
+    found = Lock.from_json(json.dumps(value).encode())
+    assert found is not None
+    assert found.storage is Storage.UNFENCEABLE
+
+
+def taken(previous: Lock | None, floor: int = 0) -> Lock:
+    return take(
+        previous, host=ME, boot_id="boot-2", incarnation="y", storage=Storage.RBD, epoch_floor=floor
+    )
+
+
+@given(st.none() | locks, st.integers(0, 2**40))
+def test_taking_grows_the_epoch_by_one(previous: Lock | None, floor: int) -> None:
+    """Law 2: the epoch grows by one with each incarnation, also over a lock that was deleted by hand."""
+    last = max(previous.epoch if previous else 0, floor)
+    assert taken(previous, floor).epoch == last + 1
+
+
+@given(locks)
+def test_no_address_is_forgotten_before_it_is_fenced(previous: Lock) -> None:
+    """Law 4: every address that was ever recorded and not proven dead is to be fenced, each once."""
+    lock = taken(previous)
+    assert set(lock.fence) == {*previous.fence, *previous.clients}
+    assert len(lock.fence) == len(set(lock.fence))
+    assert lock.state is (LockState.FENCING if lock.fence else LockState.STARTING)
+    assert (lock.pid, lock.starttime, lock.clients) == (None, None, ())
+
+
+@given(st.lists(st.sampled_from([(), ("a",), ("b", "c")]), max_size=6))
+def test_a_row_of_incarnations_keeps_all_addresses(clients: list[tuple[str, ...]]) -> None:
+    """Law 4: taking again before the fencing was done loses no address; epochs have no gap."""
+    lock: Lock | None = None
+    for number, addresses in enumerate(clients, start=1):
+        lock = replace(taken(lock), clients=addresses)
+        assert lock.epoch == number
+    assert set(taken(lock).fence) == {address for addresses in clients for address in addresses}
+
+
+def test_recorded_is_what_lets_a_guest_run() -> None:
+    """Law 3: pid and addresses in one value, with the state that says so."""
+    lock = taken(LOCK).recorded(pid=7, starttime=8, clients=("c",))
+    assert (lock.state, lock.pid, lock.starttime, lock.clients) == (LockState.RUNNING, 7, 8, ("c",))
+    assert (lock.epoch, lock.incarnation) == (4, "y")
+
+
+@pytest.mark.parametrize(
+    ("view", "incarnation", "claim"),
+    [
+        (LockView(), "x", Claim.UNKNOWN),
+        (LockView(known=True), "x", Claim.ABSENT),
+        (LockView(known=True, data=LOCK.to_json()), "x", Claim.MINE),
+        (LockView(known=True, data=LOCK.to_json()), "y", Claim.LEFTOVER),
+        (LockView(known=True, data=LOCK.to_json()), None, Claim.LEFTOVER),
+        (LockView(known=True, data=replace(LOCK, host=OTHER).to_json()), "x", Claim.STRANGER),
+        (LockView(known=True, data=b"?"), "x", Claim.UNREADABLE),
+        (LockView(known=True, data=b""), "x", Claim.UNREADABLE),
+    ],
+)
+def test_what_a_value_means_to_one_host(view: LockView, incarnation: str | None, claim: Claim) -> None:
+    """Law 2: only a value with our host and our incarnation is ours; what cannot be read is nobody's."""
+    assert view.claim(host=ME, incarnation=incarnation) is claim

@@ -1,0 +1,136 @@
+"""Why a QEMU ended, told apart with real QEMUs and real guests, and what follows by its restart policy."""
+
+from __future__ import annotations
+
+import signal
+import socket
+
+import pytest
+
+from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.domain.status import Phase
+from tests.support.etcd import free_port
+from tests.support.host import Hosts, Keys, eventually
+
+HELLO = "HELLO from"
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_a_guest_powers_off(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+    """`guest-shutdown`; `always` runs it again, the other policies leave it, and give its lock back."""
+    host = hosts().start()
+    for policy in ("always", "on-failure", "never"):
+        keys.put(policy, host=host.name, ram=MINIMUM_RAM_MIB, restart=policy, extra_flags=guest.extra_flags())
+    for one, qemu in host.wait_running("always", "on-failure", "never").items():
+        host.hears(one, HELLO)
+        assert host.qemu(one) == qemu
+        host.say(one, "poweroff")
+
+    for one in ("on-failure", "never"):
+        status = host.wait_for(one, Phase.STOPPED)
+        assert status.last_exit == "guest-shutdown"
+        assert "guest-shutdown" in status.reason
+        assert status.restarts == 0
+        eventually(f"the lock of {one} to go", lambda one=one: keys.lock(one) is None)  # type: ignore[misc]
+    status = host.wait_for("always", lambda s: s.phase is Phase.RUNNING and s.restarts == 1)
+    assert status.last_exit == "guest-shutdown"
+    host.hears("always", HELLO, 2)
+    assert host.metric("instance_exits_total", instance="always", reason="guest-shutdown") == 1
+
+    # Whoever asks for it gets it back.
+    assert host.cli("restart", "never").returncode == 0
+    host.wait_for("never", Phase.RUNNING)
+    assert host.status("on-failure") is not None
+    assert [qemu.instance for qemu in host.qemus() if qemu.instance == "on-failure"] == []
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+    """A reboot is the guest's own affair: its QEMU lives on. A panic ends it, as `guest-panic`: a failure."""
+    host = hosts().start()
+    for one in ("reboots", "panics"):
+        keys.put(one, host=host.name, ram=MINIMUM_RAM_MIB, restart="on-failure", extra_flags=guest.extra_flags())
+    qemus = host.wait_running("reboots", "panics")
+    host.hears("reboots", "HB 1 ")
+    host.say("reboots", "reboot")
+    host.hears("panics", HELLO)
+    host.say("panics", "panic")
+
+    status = host.wait_for("panics", lambda s: s.phase is Phase.RUNNING and s.restarts == 1)
+    assert status.last_exit == "guest-panic"
+    assert host.metric("instance_exits_total", instance="panics", reason="guest-panic") == 1
+    host.hears("panics", HELLO, 2)
+
+    host.hears("reboots", "HB 1 ", 2)
+    assert host.qemu("reboots") == qemus["reboots"]
+    assert host.events("instance.guest_reset", instance="reboots")
+    assert host.metric("instance_exits_total", instance="reboots", reason="guest-reset") == 0
+
+
+def test_a_qemu_is_killed(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """`crashed (signal N)` for SIGKILL and SIGSEGV, `host-signal` for a SIGTERM that QEMU ends by itself on."""
+    host = hosts().start()
+    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    for number, said in (
+        (signal.SIGKILL, "crashed (signal 9)"),
+        (signal.SIGSEGV, "crashed (signal 11)"),
+        (signal.SIGTERM, "host-signal"),
+    ):
+        before = host.wait_running("1")["1"]
+        before.signal(number)
+        status = host.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.pid not in {None, before.pid})  # noqa: B023
+        assert status.last_exit == said
+    assert status.epoch == 4
+    assert status.restarts == 3
+
+
+def test_the_end_that_nobody_watched(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """A QEMU that ended while no supervisor ran is noticed by the next one, and started again."""
+    host = hosts().start()
+    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    before = host.wait_running("1")["1"]
+    host.kill9()
+    before.kill()
+    host.start()
+    status = host.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.pid not in {None, before.pid})
+    assert status.epoch == 2
+    assert status.last_exit is not None
+    assert host.metric("adopted_total") == 0
+
+
+def test_qemu_refuses(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """`failed:` and QEMU's own words, then longer and longer pauses; the mended keys run. Others are not touched."""
+    host = hosts().start()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        port = taken.getsockname()[1]
+        keys.put("option", host=host.name, ram=16, extra_flags="-nonsense")
+        keys.put("device", host=host.name, ram=16, extra_flags="-device nosuch")
+        keys.put("port", host=host.name, ram=16, extra_flags=tiny, spice_port=port)
+        keys.put("good", host=host.name, ram=16, extra_flags=tiny)
+        for one, words in (
+            ("option", "failed: -nonsense: invalid option"),
+            ("device", "failed: -device nosuch: 'nosuch' is not a valid device model name"),
+            ("port", f"binding socket to 127.0.0.1:{port} failed"),
+        ):
+            status = host.wait_for(one, lambda s: s.phase is Phase.BACKOFF and s.restarts > 1)
+            assert words in str(status.last_exit)
+            assert words in status.reason
+            assert str(status.last_exit).startswith("failed: ")
+            assert host.metric("instance_exits_total", instance=one, reason="failed") > 1
+    good = host.wait_running("good")["good"]
+    keys.put("option", extra_flags=tiny)
+    host.wait_running("option", "port")
+    assert host.qemu("good") == good
+
+
+def test_no_qemu(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """A missing program is told by its name, and looked for again and again."""
+    host = hosts(KVM_QEMU="/nonexistent/qemu").start()
+    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    status = host.wait_for("1", lambda s: s.phase is Phase.BACKOFF and s.restarts > 1)
+    assert status.last_exit == "failed: cannot start /nonexistent/qemu: No such file or directory"
+    assert status.pid is None
