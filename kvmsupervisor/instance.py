@@ -107,6 +107,8 @@ class Instance:
         )
         self._planned: str | None = None
         self._claimed_by: HostName | None = None
+        self._looked = False
+        self._published: Status | None = None
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
@@ -255,7 +257,10 @@ class Instance:
 
     def _holdover(self, lock: Lock | None) -> int | None:
         """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or lock.host != self._around.me or lock.boot_id != self._around.boot_id:
+        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
+            return None
+        if lock.incarnation == self._planned:
+            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
         return self._machine.holdover(lock)
 
@@ -311,6 +316,7 @@ class Instance:
             status is not None and status.host != around.me and status.pid is not None and status.phase in LIVE_PHASES
         )
         self._claimed_by = HostName(status.host) if status is not None and claims else None
+        self._looked = True
         return status.epoch if status is not None else 0
 
     async def _take(self, wish: _Wanted) -> None:
@@ -355,7 +361,7 @@ class Instance:
             boot_id=around.boot_id,
             argv=(),
             spec=spec_to_object(wish.spec),
-            storage=lock.storage,
+            storage=storage_of(wish.spec),
             accelerator=around.host_side.accel,
             restart_request=wish.restart_request,
             revision=wish.revision,
@@ -382,7 +388,8 @@ class Instance:
         clients = await self._around.fencing.clients(record)
         self._machine.note_clients(clients)
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
-        await self._lock.write(recorded, wish.host_revision)
+        # The keys may have changed since the lock was taken: what counts is the machine that was started.
+        await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
 
     async def _continue(self) -> None:
         if await self._machine.resume():
@@ -476,7 +483,7 @@ class Instance:
             reason=decision.reason,
             since=before.since if before.phase is decision.phase else around.clock.wall(),
             pid=self._machine.pid,
-            epoch=record.epoch if record else (lock.epoch if lock and lock.host == around.me else before.epoch),
+            epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=self._memory.restarts,
             pending=pending(running, wish.spec) if running and wish and wish.spec else (),
             problems=tuple(str(problem) for problem in view.problems),
@@ -491,8 +498,29 @@ class Instance:
             return
         if status != before:
             self.status = status
-            around.publisher.set(self.id, status)
             self._tell_change(before, status)
+        if status != self._published and self._may_publish(view, decision):
+            self._published = status
+            around.publisher.set(self.id, status)
+
+    def _may_publish(self, view: View, decision: Decision) -> bool:
+        """Whether the status key is ours to write.
+
+        What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
+        the epoch up to which it came. It is not written over before it was read.
+        """
+        if view.process is not None:
+            return True
+        match view.claim:
+            case Claim.UNKNOWN:
+                return False
+            case Claim.STRANGER:
+                self._looked = False
+                return view.holder_has_session is False
+            case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
+                return self._looked and self._claimed_by is None
+            case _:
+                return True
 
     def _tell_change(self, before: Status, now: Status) -> None:
         """Log what a person would want to know: phases, and why it is in one; the steps of a start are details."""

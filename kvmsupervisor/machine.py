@@ -108,6 +108,8 @@ class Machine:
         self._silent_since: float | None = None
         self._stopping: Stopping | None = None
         self._asked = False
+        self._pressed = False
+        self._answered = False
 
     # --- what is observed -------------------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class Machine:
             incarnation=self.record,
             spec=self._spec,
             exit=self._exit,
-            connected=self._monitor is not None,
+            connected=self._monitor is not None and self._answered,
             run_state=self._run_state,
             connect_at=self._connect_at,
             probe_at=self._probe_at,
@@ -166,11 +168,13 @@ class Machine:
         ):
             descriptors = (main.fileno(), spare.fileno())
             argv = tuple(build(*descriptors))
-            self.record = replace(record, argv=argv, log_offset=directory.log_size())
-            self._spec = spec_from_object(self.record.spec)
-            directory.write_incarnation(self.record)
+            record = replace(record, argv=argv, log_offset=directory.log_size())
             log_fd = directory.open_log()
             try:
+                directory.write_incarnation(record)
+                # Not before: what cannot be put on record (no space) was not begun.
+                self.record = record
+                self._spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     argv,
                     environment=self._environment(record),
@@ -183,9 +187,9 @@ class Machine:
                 return
             finally:
                 os.close(log_fd)
-        self.record = replace(self.record, pid=self._process.pid, starttime=self._process.starttime)
-        directory.write_incarnation(self.record)
         self._run_state = NEVER_RAN
+        self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
+        directory.write_incarnation(self.record)
 
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
@@ -221,13 +225,17 @@ class Machine:
         """Connect to QMP and learn the run state. Failing is observed: when to try again, since when it is silent."""
         try:
             if self._monitor is None:
+                self._answered = False
                 self._monitor = await Monitor.connect(
                     str(self.directory.qmp_socket),
                     on_event=self._on_event,
                     on_lost=self._on_monitor_lost,
                     timeout_s=ANSWER_S,
                 )
+            # QEMU greets before its devices are there: only an answered command means that it is up.
             await self.probe()
+            if not self._answered:
+                self._connect_at = self._clock.now() + RECONNECT_S
         except MonitorLost as error:
             self._connect_at = self._clock.now() + RECONNECT_S
             self._log.debug("qmp.lost", error=str(error))
@@ -245,8 +253,19 @@ class Machine:
             self._probe_at = self._clock.now() + PROBE_EVERY_S
 
     async def resume(self) -> bool:
-        """Let the guest run; True when QEMU says that it does."""
-        if await self._command("cont") is None:
+        """Let the guest run; True when QEMU says that it does.
+
+        Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
+        """
+        self._run_state = None
+        try:
+            answer = await self._ask("cont")
+        except MonitorRefused as error:
+            self._run_state = NEVER_RAN
+            await self.give_up(str(error))
+            return False
+        if answer is None:
+            self._probe_at = 0.0
             return False
         self._run_state = "running"
         return True
@@ -256,7 +275,7 @@ class Machine:
         now = self._clock.now()
         begun = self._stopping or Stopping(since=now)
         self._stopping = replace(begun, pressed_at=now)
-        self._asked = True
+        self._asked = self._pressed = True
         await self._command("system_powerdown")
 
     async def quit(self) -> None:
@@ -282,8 +301,13 @@ class Machine:
             self._stopping = Stopping(since=self._clock.now())
 
     def stop_is_off(self) -> None:
-        """The wish is to run again: a later stop begins from its start."""
-        self._stopping = None
+        """The wish is to run again: a later stop begins from its start, and an end before it is no longer asked for.
+
+        But for one: its guest may still heed a button that was pressed.
+        """
+        if self._stopping is not None:
+            self._stopping = None
+            self._asked = self._verdict is not None
 
     def note_clients(self, clients: tuple[str, ...]) -> None:
         """Keep the Ceph client addresses with the record, as they stand in the lock."""
@@ -325,6 +349,18 @@ class Machine:
 
     async def _command(self, command: str) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
+        try:
+            return await self._ask(command)
+        except MonitorRefused as error:
+            self._log.warning("qmp.refused", command=command, error=str(error))
+            return None
+
+    async def _ask(self, command: str) -> Any:
+        """Run a QMP command; None when there was no answer, which is on record then.
+
+        Raises:
+            MonitorRefused: QEMU's answer is no.
+        """
         monitor = self._monitor
         if monitor is None:
             return None
@@ -337,11 +373,15 @@ class Machine:
             # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
             await monitor.drained(DRAIN_S)
             return None
-        except MonitorRefused as error:
-            self._log.warning("qmp.refused", command=command, error=str(error))
-            return None
-        self._silent_since = None
+        except MonitorRefused:
+            self._heard()
+            raise
+        self._heard()
         return answer
+
+    def _heard(self) -> None:
+        self._answered = True
+        self._silent_since = None
 
     def _fell_silent(self, error: MonitorError) -> None:
         now = self._clock.now()
@@ -392,6 +432,7 @@ class Machine:
         if self._monitor is not None:
             await self._monitor.drained(DRAIN_S)
         self._exit = self._verdict or self._classify(self._process.status)
+        self._asked |= self._pressed and self._exit.is_clean
         self._notify()
 
     def _classify(self, status: WaitStatus) -> Exit:

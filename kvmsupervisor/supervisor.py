@@ -36,7 +36,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
-from kvmsupervisor.publisher import Publisher
+from kvmsupervisor.publisher import GATHER_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.surroundings import Diskless, Surroundings
@@ -149,7 +149,9 @@ class Supervisor:
         self._session = Session(
             store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
         )
-        self._publisher = Publisher(store=store, clock=clock, layout=layout, host=self._me, session=self._session)
+        self._publisher = Publisher(
+            store=store, clock=clock, layout=layout, host=self._me, session=self._session, gather_s=GATHER_S
+        )
         self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
         self._hosts = Mirror(
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts

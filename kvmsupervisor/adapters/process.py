@@ -114,9 +114,15 @@ def spawn(
         )
     except OSError as error:
         raise SpawnFailed(f"cannot start {argv[0]}: {error.strerror or error}") from error
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError as error:
+        # No descriptor left: what cannot be watched is not kept.
+        child.kill()
+        child.wait()
+        raise SpawnFailed(f"cannot watch {argv[0]}: {error.strerror or error}") from error
     # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
     child.returncode = 0
-    pidfd = os.pidfd_open(child.pid)
     # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
     return Process(child.pid, pidfd, _starttime(child.pid) or 0, is_child=True, on_end=on_end)
 
@@ -132,7 +138,7 @@ def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end:
     """
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):
         return None
     # Whatever is read from /proc now belongs to the process that the pidfd holds, or to nobody if that has ended.
     found = _starttime(pid)
@@ -153,7 +159,7 @@ def is_alive(pid: int, starttime: int) -> bool:
     """Whether the process that had this pid and start time lives."""
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except (OSError, OverflowError):
         return False
     try:
         return _starttime(pid) == starttime and not _is_over(pidfd)

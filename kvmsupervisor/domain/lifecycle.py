@@ -8,7 +8,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
     process   lock        goal        further                      action
     --------  ----------  ----------  ---------------------------  --------------------------
-    ended     any         any                                      Bury
+    ended     any         any         keys not read yet            none
+              any         any                                      Bury
     alive     stranger    any                                      Kill         (law 6)
               absent      any         session held                 Reassert
               any         any         QMP not answering            Connect, or go down the ladder
@@ -248,6 +249,10 @@ def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
     if view.process is None:
         return _without_process(view)
+    if view.process.exit is not None and view.wish is None:
+        # What follows an end is the policy's to say, which is in the keys.
+        reason = f"QEMU {view.process.exit.text}; its keys have not been read yet, since this supervisor started"
+        return Decision(phase=Phase.WAITING, reason=reason)
     if view.process.exit is not None:
         return Decision(phase=Phase.STOPPING, reason=f"QEMU {view.process.exit.text}", action=Action.BURY)
     return _with_process(view, view.process)
@@ -335,7 +340,9 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
-    return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=process.probe_at)
+    again_at = min(process.probe_at, view.etcd_at) if view.claim is Claim.ABSENT else process.probe_at
+    wake_at = again_at if again_at > view.now else process.probe_at
+    return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
 
 
 def _running(view: View, process: Process, aim: Goal, why: str) -> str:
@@ -343,6 +350,8 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     said = []
     if process.run_state not in {"running", None}:
         said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
+    if process.silent_since is not None:
+        said.append("QEMU does not answer on QMP")
     if aim is Goal.KEEP:
         said.append(f"it runs on as it was: {why}")
     if view.claim is Claim.UNREADABLE:

@@ -7,7 +7,7 @@ The lock has no lease: it never vanishes by itself. Every change of it is a comp
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum, StrEnum
 
 from kvmsupervisor.domain.keys import HostName
@@ -135,17 +135,19 @@ class LockView:
         data: the raw value, None when the key is absent.
         mod_revision: of the key, 0 when it is absent: what the next compare-and-swap compares with.
         as_of: the store revision at which this was true; the greater one of two views is the newer.
+        lock: `data` as read, None when absent or unreadable.
     """
 
     known: bool = False
     data: bytes | None = None
     mod_revision: int = 0
     as_of: int = 0
+    lock: Lock | None = field(init=False)
 
-    @property
-    def lock(self) -> Lock | None:
-        """The value read, None when absent or unreadable."""
-        return None if self.data is None else Lock.from_json(self.data)
+    def __post_init__(self) -> None:
+        """Read the value once: a view is asked for it in every decision."""
+        lock = None if self.data is None else Lock.from_json(self.data)
+        object.__setattr__(self, "lock", lock)
 
     def claim(self, *, host: HostName, incarnation: str | None) -> Claim:
         """What this lock means to `host`, which knows of `incarnation` (None: of none)."""

@@ -85,14 +85,14 @@ def test_a_record_without_a_needed_field_is_unreadable(name: str) -> None:
     """Law: half a record adopts nothing."""
     value = json.loads(RECORD.to_json())
     del value[name]
-    with pytest.raises(Unreadable, match="fields are missing or wrong"):
+    with pytest.raises(Unreadable, match=f"field {name} is missing"):
         Incarnation.from_json(json.dumps(value).encode())
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("storage", "paper"), ("pid", "42"), ("pid", -1), ("pid", 1.5), ("starttime", "9"), ("argv", 5),
+        ("storage", "paper"), ("pid", "42"), ("pid", 1.5), ("starttime", "9"), ("argv", 5),
         ("epoch", None), ("log_offset", "11"), ("spawned_at", "now"), ("clients", [1]), ("instance", 1),
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.etcd import free_port
-from tests.support.host import Hosts, Keys, eventually
+from tests.support.cluster import Hosts, Keys, eventually
 
 HELLO = "HELLO from"
 
@@ -72,7 +72,7 @@ def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, guest: Guest) -> No
 def test_a_qemu_is_killed(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """`crashed (signal N)` for SIGKILL and SIGSEGV, `host-signal` for a SIGTERM that QEMU ends by itself on."""
     host = hosts().start()
-    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    keys.put("1", ram=16, extra_flags=tiny, host=host.name)
     for number, said in (
         (signal.SIGKILL, "crashed (signal 9)"),
         (signal.SIGSEGV, "crashed (signal 11)"),
@@ -89,7 +89,7 @@ def test_a_qemu_is_killed(keys: Keys, hosts: Hosts, tiny: str) -> None:
 def test_the_end_that_nobody_watched(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """A QEMU that ended while no supervisor ran is noticed by the next one, and started again."""
     host = hosts().start()
-    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    keys.put("1", ram=16, extra_flags=tiny, host=host.name)
     before = host.wait_running("1")["1"]
     host.kill9()
     before.kill()
@@ -130,7 +130,7 @@ def test_qemu_refuses(keys: Keys, hosts: Hosts, tiny: str) -> None:
 def test_no_qemu(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """A missing program is told by its name, and looked for again and again."""
     host = hosts(KVM_QEMU="/nonexistent/qemu").start()
-    keys.put("1", host=host.name, ram=16, extra_flags=tiny)
+    keys.put("1", ram=16, extra_flags=tiny, host=host.name)
     status = host.wait_for("1", lambda s: s.phase is Phase.BACKOFF and s.restarts > 1)
     assert status.last_exit == "failed: cannot start /nonexistent/qemu: No such file or directory"
     assert status.pid is None

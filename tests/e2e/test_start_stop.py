@@ -7,7 +7,7 @@ import shlex
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
-from tests.support.host import Hosts, Keys, eventually
+from tests.support.cluster import Hosts, Keys, eventually
 
 TWENTY = [str(number) for number in range(1, 21)]
 

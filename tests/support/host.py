@@ -1,580 +1,278 @@
-"""One host of a cluster: a real supervisor in a process of its own, and the QEMUs that it starts.
-
-Everything here blocks; a wait polls until its deadline, which is generous: it only ends what would never end. Fixtures,
-to be imported by a conftest:
-
-- `keys`: the keys of a cluster of its own, on the etcd that all tests of a worker share.
-- `hosts`: makes hosts of that cluster, and ends them and their QEMUs with the test.
-- `tiny`: `extra_flags` of a machine that needs no guest and no CPU time.
-"""
+"""One host's instance loop in virtual time: real loop, real machine, lock, mirror and publisher; fake etcd and QEMU."""
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import base64
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, cast
 
-import pytest
-from prometheus_client.parser import text_string_to_metric_families
+import structlog
 
-from kvmsupervisor.adapters.etcd import Batch, Delete, Etcd, EtcdConfig, Put
-from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.metrics import Metrics, Snapshot
+from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.slots import Slots
+from kvmsupervisor.domain.spec import parse_wish
 from kvmsupervisor.domain.status import Phase, Status
-from tests.support.etcd import EtcdCluster, EtcdServer
+from kvmsupervisor.instance import Instance
+from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.publisher import Publisher
+from kvmsupervisor.session import Session
+from kvmsupervisor.surroundings import Diskless, Surroundings
+from tests.fakes.clock import FakeClock, settle
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemu, FakeQemus
 
-ROOT = Path(__file__).resolve().parents[2]
-
-DEADLINE_S = 90.0
-"""For one wait. What goes well takes a second; a machine that does other things too may need twenty."""
-
-POLL_S = 0.05
-
-PROC = Path("/proc")
-
-T = TypeVar("T")
-
-
-def eventually(what: str, look: Callable[[], T | None], deadline_s: float = DEADLINE_S) -> T:
-    """Call `look` until it returns something that counts as true; return that."""
-    deadline = time.monotonic() + deadline_s
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"{what}: not so within {deadline_s:g} s, last seen: {found!r}"
-        time.sleep(POLL_S)
+ONE = InstanceId("1")
+LAYOUT = Layout()
+SETTLE_S = 0.25
 
 
-# --- keys -----------------------------------------------------------------------------------------------------
+class FakeSession:
+    """Held or not, by the test's word; its key in etcd is another matter."""
+
+    def __init__(self, etcd: FakeEtcd, host: str) -> None:
+        self.key = LAYOUT.session_key(HostName(host))
+        etcd.write(self.key, "{}")
+        self._revision = etcd.revision
+        self.held = True
+        self._listeners: list[Callable[[], None]] = []
+
+    def compare(self) -> Compare:
+        return Compare(self.key, Target.CREATE_REVISION, self._revision)
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def turn(self, held: bool) -> None:
+        self.held = held
+        for listener in tuple(self._listeners):
+            listener()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One change of one key, from etcd's history; `value` is None for a deletion."""
+class LockStore(FakeEtcd):
+    """A client whose transactions on locks can be made to fail.
 
-    key: str
-    value: bytes | None
-    revision: int
-
-
-class Keys:
-    """The keys of one cluster, written and read by etcdctl as people do it.
-
-    Args:
-        etcd: the servers.
-        prefix: `KVM_PREFIX`.
+    Attributes:
+        before: called before each transaction that writes, with its number (from 0); may interfere.
+        faults: by that number: `lost reply`, `lost request` or an error.
+        writes_begun: how many such transactions there were.
     """
 
-    def __init__(self, etcd: EtcdCluster, prefix: str = "/kvm") -> None:
-        self.etcd = etcd
-        self.layout = Layout(prefix=prefix, facts=f"{prefix}supervisor", lock=f"{prefix}/%i/lock")
+    def __init__(self, server: FakeEtcd) -> None:
+        super().__init__(server=server._server)
+        self.before: Callable[[int], None] = lambda number: None
+        self.faults: dict[int, str | EtcdError] = {}
+        self.writes_begun = 0
 
-    def put(self, instance: str, **wishes: object) -> None:
-        """Write wishes, one after the other, in their order."""
-        for name, value in wishes.items():
-            self.write(self.layout.wish_key(InstanceId(instance), name), str(value))
-
-    def write(self, key: str, value: str) -> None:
-        """Write any key."""
-        self.etcd.ctl("put", "--", key, value)
-
-    def delete(self, instance: str, *names: str) -> None:
-        """Delete some wishes; without names whatever lies below `<prefix>/<instance>/`, its lock too."""
-        if not names:
-            self.etcd.ctl("del", "--prefix", self.layout.instance_prefix(InstanceId(instance)))
-        for name in names:
-            self.etcd.ctl("del", self.layout.wish_key(InstanceId(instance), name))
-
-    def together(self, wishes: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
-        """Write and delete many keys, a hundred in one transaction."""
-        ops = [*(Put(key, value) for key, value in wishes.items()), *(Delete(key) for key in delete)]
-
-        async def write() -> None:
-            etcd = Etcd(EtcdConfig(endpoints=self.etcd.endpoints))
-            try:
-                for begin in range(0, len(ops), 100):
-                    await etcd.txn([], ops[begin : begin + 100])
-            finally:
-                await etcd.close()
-
-        asyncio.run(write())
-
-    def get(self, key: str) -> bytes | None:
-        """Read any key."""
-        found = self._get(key)
-        return base64.b64decode(found["kvs"][0].get("value", "")) if found.get("kvs") else None
-
-    def names(self, prefix: str) -> list[str]:
-        """All keys that begin with `prefix`."""
-        listed = self._get(prefix, "--prefix", "--keys-only").get("kvs", [])
-        return [base64.b64decode(kv["key"]).decode(errors="replace") for kv in listed]
-
-    @property
-    def revision(self) -> int:
-        """Of the store."""
-        return int(self._get("-")["header"]["revision"])
-
-    def lock(self, instance: str) -> Lock | None:
-        """The instance's lock."""
-        found = self.get(self.layout.lock_key(InstanceId(instance)))
-        return None if found is None else Lock.from_json(found)
-
-    def status(self, instance: str) -> Status | None:
-        """The instance's status key."""
-        found = self.get(self.layout.status_key(InstanceId(instance)))
-        return None if found is None else Status.from_json(found)
-
-    def session(self, host: str) -> HostSession | None:
-        """A host's session key."""
-        found = self.get(self.layout.session_key(HostName(host)))
-        return None if found is None else HostSession.from_json(found)
-
-    def wait_status(self, instance: str, wanted: Callable[[Status], bool]) -> Status:
-        """Wait for a status in etcd that is as wanted."""
-
-        def look() -> Status | None:
-            status = self.status(instance)
-            return status if status is not None and wanted(status) else None
-
-        return eventually(f"the status key of {instance}", look)
-
-    def history(self, prefix: str, since: int = 1) -> list[Change]:
-        """Everything that has happened to the keys below `prefix`, from revision `since` on, replayed by etcd."""
-        end = f"{self.layout.facts}/end-of-history"
-        self.write(end, "")
-        last = self.revision
-
-        async def replay() -> list[Batch]:
-            etcd, seen = Etcd(EtcdConfig(endpoints=self.etcd.endpoints)), list[Batch]()
-            try:
-                # Of the whole cluster, so that the watch comes to the mark at its end.
-                async with asyncio.timeout(DEADLINE_S), etcd.watch(self.layout.prefix, since) as watch:
-                    async for batch in watch:
-                        seen.append(batch)
-                        if batch.revision >= last:
-                            break
-            finally:
-                await etcd.close()
-            return seen
-
-        return [
-            Change(
-                key=event.kv.key.decode(errors="replace"),
-                value=None if event.deleted else event.kv.value,
-                revision=event.kv.mod_revision,
-            )
-            for batch in asyncio.run(replay())
-            for event in batch.events
-            if event.kv.key.startswith(prefix.encode())
-        ]
-
-    def _get(self, *args: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.etcd.ctl("get", "-w", "json", *args))
-        return found
-
-
-# --- processes ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qemu:
-    """A QEMU process, told from any later one with its pid by its start time."""
-
-    instance: str
-    incarnation: str
-    pid: int
-    starttime: int
-    argv: tuple[str, ...]
-
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended; a zombie has."""
-        fields = _stat(self.pid)
-        return fields is not None and int(fields[19]) == self.starttime and fields[0] not in {"Z", "X"}
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it, never to another process that has its pid by now."""
-        with contextlib.suppress(ProcessLookupError):
-            pidfd = os.pidfd_open(self.pid)
-            try:
-                if self.alive:
-                    signal.pidfd_send_signal(pidfd, number)
-            finally:
-                os.close(pidfd)
-
-    def kill(self) -> None:
-        """SIGKILL; returns when it has ended."""
-        self.signal(signal.SIGKILL)
-        eventually(f"the end of QEMU {self.pid}", lambda: not self.alive)
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/<pid>/stat from the third on, proc_pid_stat(5)."""
-    try:
-        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def find_qemus(prefix: str, run_dir: Path) -> list[Qemu]:
-    """All living QEMUs of one host: told by their environment, and by the folder of their sockets."""
-    found = []
-    mark = f"KVMSUPERVISOR_PREFIX={prefix}".encode()
-    for entry in PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            if mark not in environment:
-                continue
-            argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            fields = _stat(int(entry.name))
-        except OSError:
-            continue  # it has ended meanwhile, or is none of ours
-        said = dict(word.decode().partition("=")[::2] for word in environment if word.startswith(b"KVMSUPERVISOR_"))
-        instance = said["KVMSUPERVISOR_INSTANCE"]
-        if fields is None or fields[0] in {"Z", "X"} or not any(f"={run_dir}/{instance}/" in word for word in argv):
-            continue
-        found.append(
-            Qemu(
-                instance=instance,
-                incarnation=said["KVMSUPERVISOR_INCARNATION"],
-                pid=int(entry.name),
-                starttime=int(fields[19]),
-                argv=tuple(argv),
-            )
-        )
-    return sorted(found, key=lambda qemu: qemu.pid)
-
-
-# --- hosts ----------------------------------------------------------------------------------------------------
+    async def txn(
+        self,
+        compare: Sequence[Compare],
+        success: Sequence[Op],
+        failure: Sequence[Op] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> TxnResult:
+        if compare:
+            number, self.writes_begun = self.writes_begun, self.writes_begun + 1
+            self.before(number)
+            match self.faults.pop(number, None):
+                case "lost reply":
+                    self.lose_next_reply()
+                case "lost request":
+                    self.lose_next_request()
+                case EtcdError() as error:
+                    self.fail_next(error, "txn")
+        return await super().txn(compare, success, failure, timeout_s=timeout_s)
 
 
 class Host:
-    """A supervisor and its run directory, which outlives it.
+    """A host with one instance's loop, which `begin` starts and `die` ends as SIGKILL would.
 
-    Args:
-        keys: of its cluster.
-        name: `KVM_HOSTNAME`.
-        run_dir: that of another host, to be in its way; None for one of its own.
-        settings: further environment variables.
+    Several hosts share `etcd`, `clock` and `qemus`.
     """
 
-    def __init__(self, keys: Keys, name: str = "alpha", *, run_dir: Path | None = None, **settings: str) -> None:
-        # Short: sockets of instances lie below it, and their paths have at most 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="kvs", dir="/tmp"))
-        self.keys = keys
-        self.name = name
-        self.run_dir = run_dir or self.folder / "run"
-        self.settings = {
-            "KVM_HOSTNAME": name,
-            "KVM_PREFIX": keys.layout.prefix,
-            "KVM_RUN_DIR": str(self.run_dir),
-            "KVM_ACCEL": "tcg",
-            "KVM_LISTEN": "127.0.0.1:0",
-            "KVM_LOG_FORMAT": "json",
-            "KVM_CONFIG": "/dev/null",
-            "ETCD_ENDPOINTS": ",".join(keys.etcd.endpoints),
-            **settings,
-        }
-        self.url = ""
-        self._log = self.folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-        _open.add(self)
+    def __init__(self, etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus, *, name: str = "a") -> None:
+        self.me = HostName(name)
+        self.etcd, self.clock, self.qemus = etcd, clock, qemus
+        self.boot_id = f"boot-{name}"
+        self.path = Path(tempfile.mkdtemp(prefix="kvs"))
+        self.run_dir = RunDir(self.path)
+        self.store = LockStore(etcd)
+        self.session = FakeSession(etcd, name)
+        self.jitters: list[float] = []
+        self.sessions: set[str] | None = {name}
+        self.side: dict[str, Any] = {}
+        self.phases: list[Phase] = []
+        self.errors: list[BaseException] = []
+        self._tasks: list[asyncio.Task[Any]] = []
 
-    def __enter__(self) -> Self:
-        return self
+    # What people do.
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def put(self, **keys: str | bytes) -> None:
+        for name, value in keys.items():
+            self.etcd.write(LAYOUT.wish_key(ONE, name), value)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of the supervisor, and of commands: nothing of this process's own settings."""
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        return kept | self.settings
+    def drop(self, *names: str) -> None:
+        self.etcd.erase(*(LAYOUT.wish_key(ONE, name) for name in names))
 
-    # The supervisor.
+    def wish(self, **more: str) -> None:
+        """A small machine on this host."""
+        self.put(host=self.me, ram="64", **more)
 
-    @property
-    def pid(self) -> int:
-        """Of the supervisor."""
-        assert self._process is not None
-        return self._process.pid
+    # The supervisor's life.
 
-    @property
-    def running(self) -> bool:
-        """Whether the supervisor lives."""
-        return self._process is not None and self._process.poll() is None
+    def begin(self) -> None:
+        """Start a supervisor of this one instance; it adopts what is there."""
+        self.around = self._surroundings()
+        directory = self.run_dir.instance(ONE)
+        record = directory.read_incarnation()
+        self.instance = Instance(
+            ONE,
+            around=self.around,
+            directory=directory,
+            memory=directory.read_memory(self.boot_id),
+            log=structlog.get_logger(),
+        )
+        if record is not None:
+            self.instance.adopt(record)
+        self.wishes = Wishes(
+            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, on_change=self._on_change, rand=lambda: 0.5
+        )
+        self.end_listening = self.session.listen(self.instance.notify)
+        self.loop = asyncio.create_task(self._run())
+        self._tasks = [
+            self.loop,
+            asyncio.create_task(self.wishes.run()),
+            asyncio.create_task(self.around.publisher.run()),
+            asyncio.create_task(self._first_look()),
+        ]
 
-    def launch(self) -> None:
-        """Start the supervisor; does not wait for anything."""
-        assert not self.running
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvmsupervisor", "run"],
-                cwd=ROOT,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+    async def _run(self) -> None:
+        await self.instance.run()
 
-    def start(self, *, ready: bool = True) -> Self:
-        """Start the supervisor and wait until it serves, and with `ready` until it is in step with etcd."""
-        before = len(self.events("supervisor.started"))
-        self.launch()
+    async def _first_look(self) -> None:
+        await self.wishes.wait_synced()
+        self._tell(fresh=False)
 
-        def started() -> dict[str, Any] | None:
-            assert self.running, f"the supervisor of {self.name} ended by itself:\n{self.log}"
-            lines = self.events("supervisor.started")
-            return lines[-1] if len(lines) > before else None
+    def _on_change(self, changed: object, revision: int) -> None:
+        if self.wishes.synced:
+            self._tell(fresh=True)
 
-        self.url = str(eventually(f"the start of {self.name}", started)["url"])
-        if ready:
-            self.wait_ready()
-        return self
+    def _tell(self, *, fresh: bool) -> None:
+        lock = self.wishes.lock_of(ONE)
+        self.instance.saw_lock(
+            data=None if lock is None else lock.value,
+            mod_revision=0 if lock is None else lock.mod_revision,
+            as_of=self.wishes.locks_revision,
+        )
+        self.instance.update(parse_wish(ONE, self.wishes.keys_of(ONE)), held=False, fresh=fresh)
 
-    def wait_ready(self) -> None:
-        """Wait until `/readyz` says so."""
-        eventually(f"{self.name} to be ready", lambda: self._fetch("/readyz")[0] == 200)
+    async def die(self) -> None:
+        """End the supervisor between two steps; its QEMU goes on."""
+        self.end_listening()
+        for task in self._tasks:
+            task.cancel()
+        results = await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        await self.instance.detach()
+        failed = [one for one in results if isinstance(one, Exception)]
+        if failed:
+            raise failed[0]
 
-    def kill9(self) -> None:
-        """SIGKILL for the supervisor; returns when it is gone."""
-        self._end(signal.SIGKILL)
+    async def close(self) -> None:
+        if self._tasks:
+            await self.die()
+        shutil.rmtree(self.path)
 
-    def stop(self) -> int:
-        """SIGTERM for the supervisor; returns its exit status."""
-        return self._end(signal.SIGTERM)
-
-    def freeze(self) -> None:
-        """SIGSTOP for the supervisor."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """End `freeze`."""
-        os.kill(self.pid, signal.SIGCONT)
-
-    def wait_ended(self) -> int:
-        """Wait until the supervisor ends by itself; return its exit status."""
-        assert self._process is not None
-        return self._process.wait(DEADLINE_S)
-
-    def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of `kvmsupervisor` on this host."""
-        return subprocess.run(
-            [sys.executable, "-m", "kvmsupervisor", *args],
-            cwd=ROOT,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
+    def _surroundings(self) -> Surroundings:
+        session = cast("Session", self.session)
+        return Surroundings(
+            me=self.me,
+            boot_id=self.boot_id,
+            layout=LAYOUT,
+            store=self.store,
+            session=session,
+            publisher=Publisher(
+                store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
+            ),
+            slots=Slots(4),
+            clock=self.clock,
+            jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
+            metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
+            fencing=Diskless(),
+            host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_side=HostSide(qemu="qemu", accel="tcg", run_dir="", qmp_fds=(0, 0), **self.side),
+            shutdown_timeout_s=120.0,
+            start_timeout_s=60.0,
+            settle_s=SETTLE_S,
         )
 
-    # What it says.
+    # What is seen.
 
     @property
-    def log(self) -> str:
-        """All that supervisors of this host have written."""
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
+    def lock(self) -> Lock | None:
+        data = self.etcd.data.get(LAYOUT.lock_key(ONE))
+        return None if data is None else Lock.from_json(data)
 
-    def events(self, event: str = "", **match: object) -> list[dict[str, Any]]:
-        """The lines of the log with this event's name and these fields; without a name, all."""
-        found = []
-        for line in self.log.splitlines():
-            with contextlib.suppress(ValueError):
-                said = json.loads(line)
-                if (not event or said["event"] == event) and match.items() <= said.items():
-                    found.append(said)
-        return found
+    @property
+    def status(self) -> Status:
+        """As this supervisor has it."""
+        return self.instance.status
 
-    def instances(self) -> dict[str, Status]:
-        """What `/api/v1/instances` tells, by id."""
-        return {found["id"]: _status(found) for found in json.loads(self._fetch("/api/v1/instances")[1])}
+    @property
+    def published(self) -> Status | None:
+        """As the key has it."""
+        data = self.etcd.data.get(LAYOUT.status_key(ONE))
+        return None if data is None else Status.from_json(data)
 
-    def status(self, instance: str) -> Status | None:
-        """What `/api/v1/instances/<id>` tells; None when the host does not know it."""
-        code, body = self._fetch(f"/api/v1/instances/{instance}")
-        return _status(json.loads(body)) if code == 200 else None
+    @property
+    def gone(self) -> bool:
+        """Whether the loop has ended: nothing of the instance is this host's any more."""
+        return self.loop.done() and self.loop.exception() is None
 
-    def wait_for(
-        self, instance: str, wanted: Callable[[Status], bool] | Phase, deadline_s: float = DEADLINE_S
-    ) -> Status:
-        """Wait until the instance is in a phase, or otherwise as wanted; return its status."""
-        last: Status | None = None
+    @property
+    def running(self) -> FakeQemu | None:
+        """The QEMU whose guest runs, if this supervisor says so too."""
+        running = [qemu for qemu in self.qemus.running if qemu.pid == self.instance.pid]
+        return running[0] if running and self.status.phase is Phase.RUNNING else None
 
-        def look() -> Status | None:
-            nonlocal last
-            last = self.status(instance)
-            if last is None:
-                return None
-            right = last.phase is wanted if isinstance(wanted, Phase) else wanted(last)
-            return last if right else None
+    async def until(self, true: Callable[[], object], limit_s: float = 30.0) -> None:
+        """Let virtual time pass until it is so."""
+        await self.clock.advance_until(true, limit_s)
 
-        try:
-            return eventually(f"{instance} on {self.name}", look, deadline_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\nits status is {last}") from None
+    async def told(self) -> None:
+        """Let the publisher write what there is to tell."""
+        await self.clock.advance(1.0)
 
-    def wait_running(self, *instances: str) -> dict[str, Qemu]:
-        """Wait until these run; return their QEMUs."""
-        for instance in instances:
-            self.wait_for(instance, lambda status: status.phase is Phase.RUNNING and status.pid is not None)
-        return {instance: self.qemu(instance) for instance in instances}
+    async def runs(self, limit_s: float = 30.0) -> FakeQemu:
+        """Let virtual time pass until the guest runs."""
+        await self.until(lambda: self.running, limit_s)
+        assert self.running is not None
+        return self.running
 
-    def wait_forgotten(self, instance: str) -> None:
-        """Wait until the host has nothing to do with the instance any more."""
-        eventually(f"{instance} to be forgotten by {self.name}", lambda: self.status(instance) is None)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """One sample of `/metrics`; `name` comes without its `kvmsupervisor_`."""
-        name = f"kvmsupervisor_{name}"
-        for family in text_string_to_metric_families(self.metrics()):
-            for sample in family.samples:
-                if sample.name == name and sample.labels == labels:
-                    return sample.value
-        raise AssertionError(f"no {name} with {labels} in:\n{self.metrics()}")
-
-    def metrics(self) -> str:
-        """The body of `/metrics`."""
-        code, body = self._fetch("/metrics")
-        assert code == 200
-        return body
-
-    # Its QEMUs.
-
-    def qemus(self) -> list[Qemu]:
-        """All QEMUs that live on this host."""
-        return find_qemus(self.keys.layout.prefix, self.run_dir)
-
-    def qemu(self, instance: str) -> Qemu:
-        """The one QEMU of this instance."""
-        (found,) = [qemu for qemu in self.qemus() if qemu.instance == instance]
-        return found
-
-    def console(self, instance: str) -> str:
-        """What the guest has written on its serial console."""
-        path = self.run_dir / instance / "console.log"
-        return path.read_bytes().decode(errors="replace") if path.exists() else ""
-
-    def say(self, instance: str, word: str) -> None:
-        """Type a line on the guest's serial console; returns when the terminal has echoed it."""
-        before = self.console(instance).count(f"{word}\r")
-        with socket.socket(socket.AF_UNIX) as console:
-            console.connect(str(self.run_dir / instance / "console.sock"))
-            console.sendall(f"{word}\n".encode())
-            eventually(f"the echo of {word!r}", lambda: self.console(instance).count(f"{word}\r") > before)
-
-    def hears(self, instance: str, text: str, times: int = 1) -> None:
-        """Wait until the guest has written `text` so many times."""
-        try:
-            eventually(f"{text!r} of {instance}", lambda: self.console(instance).count(text) >= times)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\nits console:\n{self.console(instance)[-2000:]}") from None
-
-    # The end.
-
-    def close(self) -> None:
-        """End the supervisor and every QEMU of this host, delete its folder."""
-        _open.discard(self)
-        if self.running:
-            with contextlib.suppress(ProcessLookupError):
-                self.thaw()
-            self.kill9()
-        for qemu in self.qemus():
-            qemu.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _end(self, number: signal.Signals) -> int:
-        assert self._process is not None
-        self._process.send_signal(number)
-        return self._process.wait(DEADLINE_S)
-
-    def _fetch(self, path: str) -> tuple[int, str]:
-        try:
-            with urllib.request.urlopen(self.url + path, timeout=DEADLINE_S) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
+    def is_on_record(self, qemu: FakeQemu) -> bool:
+        """Law 3: whether the lock names this very process, and says that its guest may run."""
+        lock = self.lock
+        return lock is not None and (lock.incarnation, lock.pid, lock.starttime, lock.state.value) == (
+            qemu.environment["KVMSUPERVISOR_INCARNATION"],
+            qemu.pid,
+            qemu.starttime,
+            "running",
+        )
 
 
-def _status(found: dict[str, Any]) -> Status:
-    status = Status.from_json(json.dumps(found).encode())
-    assert status is not None
-    return status
+def as_written(etcd: FakeEtcd, key: str) -> list[dict[str, Any]]:
+    """Every JSON value that a client wrote into `key`, in order."""
+    return [json.loads(op.value) for op in etcd.writes if isinstance(op, Put) and op.key == key]
 
 
-_open: set[Host] = set()
-
-
-@atexit.register
-def _close_leftovers() -> None:
-    # A test run that ends in the middle of a fixture must leave nothing running.
-    for host in list(_open):
-        host.close()
-
-
-class Hosts:
-    """Makes the hosts of one test."""
-
-    def __init__(self, keys: Keys) -> None:
-        self.keys = keys
-        self.made: list[Host] = []
-
-    def __call__(self, name: str = "alpha", *, keys: Keys | None = None, **settings: Any) -> Host:
-        """A host, not started."""
-        host = Host(keys or self.keys, name, **settings)
-        self.made.append(host)
-        return host
-
-    def close(self) -> None:
-        """End all; print what they have logged, which pytest shows when the test has failed."""
-        for host in self.made:
-            print(f"--- log of {host.name} ---\n{host.log}")  # noqa: T201
-            host.close()
-
-
-@pytest.fixture
-def keys(etcd_server: EtcdServer, etcd_prefix: str) -> Keys:
-    """The keys of a cluster of its own, on an etcd that others use too."""
-    return Keys(etcd_server, etcd_prefix)
-
-
-@pytest.fixture
-def hosts(keys: Keys) -> Iterator[Hosts]:
-    """Makes hosts: `hosts("alpha").start()`."""
-    hosts = Hosts(keys)
-    try:
-        yield hosts
-    finally:
-        hosts.close()
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """`extra_flags` of a machine whose firmware is one HLT after the other: it runs, and uses no CPU."""
-    firmware = tmp_path_factory.mktemp("tiny") / "hlt.bin"
-    firmware.write_bytes(b"\xf4" * 65536)
-    return f"-bios {firmware}"
+__all__ = ["LAYOUT", "ONE", "SETTLE_S", "Host", "LockStore", "Unavailable", "as_written", "settle"]

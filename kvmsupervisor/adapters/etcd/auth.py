@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-
 from kvmsupervisor.adapters.etcd.api import Denied
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import EtcdConfig, read_secret

@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable
 from kvmsupervisor.adapters.etcd.auth import Auth, Metadata
 from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
-from kvmsupervisor.adapters.etcd.errors import AttemptFailed, TokenRefused, judge
+from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 Reply = TypeVar("Reply")
@@ -82,7 +81,7 @@ class Caller:
                     progress.failed[endpoint.url] = AttemptFailed(str(refusal), done_maybe=False)
                     await self._try_elsewhere(endpoint, progress)
                 progress.relogged_in = True
-            except EtcdError:
+            except (EtcdError, ReplyTooLarge):
                 self.up = True
                 raise
             else:

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-
 from kvmsupervisor.adapters.etcd.config import EtcdConfig, read_secret, split_endpoint
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, no_connection
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc, stubs

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from kvmsupervisor.adapters.etcd.api import Compacted, Denied, LeaseGone, Rejected
 from kvmsupervisor.adapters.etcd.protocol import grpc
 

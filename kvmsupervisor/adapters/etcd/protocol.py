@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,11 +52,14 @@ def _folder() -> Path:
 
 
 def _read_descriptor(source: Path) -> descriptor_pb2.FileDescriptorProto:
-    """Find the serialized descriptor in generated code: `serialized_pb=_b('…')`, bytes written as latin-1."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"), source)):
-        match node:
-            case ast.keyword(arg="serialized_pb", value=ast.Call(args=[ast.Constant(value=str(text))])):
-                return descriptor_pb2.FileDescriptorProto.FromString(text.encode("latin-1"))
+    """Find the serialized descriptor in generated code: `serialized_pb=_b('…')`, bytes written as latin-1.
+
+    It is one line of it. To parse the whole file would take a tenth of the time in which this program starts.
+    """
+    found = re.search(r"^ *serialized_pb=_b\((.*)\),?$", source.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is not None:
+        text: str = ast.literal_eval(found[1])
+        return descriptor_pb2.FileDescriptorProto.FromString(text.encode("latin-1"))
     raise ImportError(f"{source} holds no protocol descriptor: is this etcd3 0.12.0?")
 
 

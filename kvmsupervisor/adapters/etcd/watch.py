@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-
 from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, Rejected
 from kvmsupervisor.adapters.etcd.auth import Metadata
 from kvmsupervisor.adapters.etcd.caller import Caller
@@ -116,7 +115,7 @@ class EtcdWatch:
                     # A fresh token was refused as well: this member lags.
                     self._caller.endpoints.leave(endpoint)
             except Denied:
-                # etcd 3.4 says "permission denied" to a watch whose token has expired, too.
+                # To a watch whose token has expired, older members (3.4.0 is one) say "permission denied" too.
                 if denied_before or not self._caller.auth.renewable(metadata):
                     raise
                 denied_before = True

@@ -62,13 +62,17 @@ class ScriptedEtcd:
     Attributes:
         url: for clients.
         revision: what a linearizable read shows.
+        mute: whether reads get no answer.
         served: how many watches there were.
+        logins: how many tokens were given out.
     """
 
     def __init__(self, *scripts: Script) -> None:
         self.url = ""
         self.revision = 1
+        self.mute = False
         self.served = 0
+        self.logins = 0
         self._scripts = iter(scripts)
 
     @asynccontextmanager
@@ -77,7 +81,8 @@ class ScriptedEtcd:
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
         stubs.add_WatchServicer_to_server(self, server)
-        stubs.add_KVServicer_to_server(_Kv(self), server)
+        stubs.add_KVServicer_to_server(_Calls(self), server)
+        stubs.add_AuthServicer_to_server(_Calls(self), server)
         self.url = f"http://127.0.0.1:{port}"
         await server.start()
         try:
@@ -91,18 +96,24 @@ class ScriptedEtcd:
         await script(Stream(requests, context))
 
 
-class _Kv:
-    """The part of the KV service that is asked."""
+class _Calls:
+    """The calls of the KV and Auth services that are made."""
 
     def __init__(self, etcd: ScriptedEtcd) -> None:
         self._etcd = etcd
 
     def __getattr__(self, name: str) -> Any:
-        # gRPC wants a handler for every method of the service.
+        # gRPC wants a handler for every method of a service.
         return self._refuse
 
     async def Range(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        if self._etcd.mute:
+            await asyncio.Event().wait()
         return rpc.RangeResponse(header=rpc.ResponseHeader(revision=self._etcd.revision))
+
+    async def Authenticate(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        self._etcd.logins += 1
+        return rpc.AuthenticateResponse(token=f"token {self._etcd.logins}")
 
     async def _refuse(self, request: Any, context: Any) -> None:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not scripted")

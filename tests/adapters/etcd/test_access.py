@@ -17,6 +17,7 @@ from tests.support.certificates import Authority
 from tests.support.etcd import EtcdServer, Tls
 
 ROOT = "root:rootpw"
+SECRET = "secret"  # noqa: S105 - of a server that lives for one test
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +52,14 @@ class TestUsers:
         with made as server:
             server.ctl("role", "add", "kvm")
             server.ctl("role", "grant-permission", "kvm", "--prefix=true", "readwrite", "/kvm/")
-            server.ctl("user", "add", "worker:secret")
+            server.ctl("user", "add", f"worker:{SECRET}")
             server.ctl("user", "grant-role", "worker", "kvm")
             server.enable_auth(ROOT)
             yield server
 
-    def config(self, server: EtcdServer, folder: Path, secret: str = "secret\n") -> EtcdConfig:
+    def config(self, server: EtcdServer, folder: Path, content: str = f"{SECRET}\n") -> EtcdConfig:
         file = folder / "password"
-        file.write_text(secret)
+        file.write_text(content)
         tls = server.tls
         return EtcdConfig(
             endpoints=server.endpoints,
@@ -115,7 +116,7 @@ class TestUsers:
         async with connected(self.config(server, tmp_path, "wrong")) as etcd:
             with pytest.raises(Denied, match="invalid user ID or password"):
                 await etcd.get("/kvm/1")
-            (tmp_path / "password").write_text("secret")
+            (tmp_path / "password").write_text(SECRET)
             assert await etcd.get("/kvm/1") is None
             (tmp_path / "password").unlink()
         async with connected(self.config(server, tmp_path)) as etcd:

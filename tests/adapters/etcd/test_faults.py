@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -233,11 +234,21 @@ async def test_the_connected_member_is_cut_off_from_its_peers(etcd_prefix: str) 
         try:
             ids = await member_ids(cluster)
             network.name({ids[member.name]: index for index, member in enumerate(cluster.members)})
-            leader, _ = await roles(cluster)
-            async with client(from_member(cluster, leader)) as etcd, Traffic(etcd, etcd_prefix).running() as traffic:
+            leader, (other, _) = await roles(cluster)
+            async with (
+                client(from_member(cluster, leader)) as etcd,
+                Traffic(etcd, etcd_prefix).running() as traffic,
+                client(from_member(cluster, leader)) as quiet,
+                client([other.endpoint]) as writer,
+                quiet.watch(f"{etcd_prefix}-quiet", await writer.put("/now", b"")) as watch,
+            ):
                 network.cut_off(cluster.members.index(leader))
                 await traffic.flows()
                 assert etcd.endpoint != leader.endpoint
+                # A client that only watches is told by the member itself, which answers its pings.
+                last = await writer.put(f"{etcd_prefix}-quiet", b"1")
+                async with asyncio.timeout(SOON_S):
+                    assert (await anext(aiter(watch))).revision == last
                 network.heal()
                 await traffic.flows()
                 await traffic.verify(cluster.endpoints)
@@ -257,6 +268,38 @@ async def test_a_lease_is_kept_through_the_members_that_answer(cluster: EtcdClus
             await etcd.keep_alive(lease, timeout_s=0.5)
         async with client(cluster.endpoints) as other:
             assert await other.time_to_live(lease) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+async def test_many_faults_in_a_row(cluster: EtcdCluster, etcd_prefix: str) -> None:
+    """Fifty random faults, a long freeze among them, and the events are still those of the history."""
+    choice = random.Random(2)
+    async with (
+        before(cluster) as proxies,
+        client(urls(proxies)) as etcd,
+        Traffic(etcd, etcd_prefix).running() as traffic,
+    ):
+        for number in range(50):
+            index = choice.randrange(len(cluster.members))
+            member, proxy = cluster.members[index], proxies[index]
+            match choice.choice(("kill", "freeze", "hole", "cut")):
+                case "kill":
+                    await asyncio.to_thread(member.kill)
+                case "freeze":
+                    member.freeze()
+                case "hole":
+                    proxy.hole()
+                case "cut":
+                    proxy.cut()
+            await traffic.flows()
+            if number == 25:
+                await asyncio.sleep(45)  # longer than any time-out of etcd, gRPC or TCP's first ones
+                await traffic.flows()
+            proxy.heal()
+            await asyncio.to_thread(cluster.repair)
+            await traffic.flows()
+        await traffic.verify(cluster.endpoints)
 
 
 async def test_history_is_compared_with_itself(cluster: EtcdCluster, etcd_prefix: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.etcd import Compacted, Denied, Event, KeyValue, Rejected, Watch
+from kvmsupervisor.adapters.etcd import Compacted, Denied, Etcd, EtcdConfig, Event, KeyValue, Rejected, Watch
 from kvmsupervisor.adapters.etcd import watch as watch_module
+from kvmsupervisor.adapters.etcd.messages import event
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from tests.adapters.etcd.scripted import Script, ScriptedEtcd, Stream
 from tests.adapters.etcd.traffic import SOON_S, client
@@ -106,6 +108,57 @@ async def test_a_refused_watch_is_refused_though_it_says_created() -> None:
         with pytest.raises(Denied, match="permission denied"):
             await anext(aiter(watch))
         assert not watch.connected
+
+
+async def test_a_denial_is_believed_with_a_fresh_token_only(tmp_path: Path) -> None:
+    """A watch that is denied logs in anew and tries once more: some members say so of an expired token."""
+
+    async def refusing(stream: Stream) -> None:
+        await stream.take()
+        await stream.send(created=True, canceled=True, watch_id=-1, cancel_reason=PERMISSION_DENIED)
+
+    async def serving(stream: Stream) -> None:
+        await stream.accept(revision=20)
+        await stream.send_puts(10)
+
+    file = tmp_path / "password"
+    file.write_text("x")
+    async with ScriptedEtcd(refusing, serving, refusing, refusing).running() as server:
+        etcd = Etcd(EtcdConfig(endpoints=(server.url,), username="me", password_file=file))
+        async with asyncio.timeout(SOON_S), etcd.watch("/", 10) as watch:
+            assert await revisions(watch, 1) == [[10]]
+            assert server.logins == 2
+            with pytest.raises(Denied):
+                await anext(aiter(watch))
+            assert server.logins == 3
+        await etcd.close()
+
+
+async def test_a_member_that_calls_have_given_up_is_left_by_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that gets no answer takes the watch along to the next endpoint, however lively it seems."""
+    monkeypatch.setattr(watch_module, "_SILENCE_S", 10 * SOON_S)
+
+    async def quiet(stream: Stream) -> None:
+        await stream.accept(revision=20)
+        await stream.send_puts(10)
+        await stream.silence()
+
+    async def serving(stream: Stream) -> None:
+        await stream.accept(revision=20)
+        await stream.send_puts(11)
+        await stream.silence()
+
+    async with (
+        ScriptedEtcd(quiet).running() as one,
+        ScriptedEtcd(serving).running() as two,
+        client([one.url, two.url]) as etcd,
+        etcd.watch("/", 10) as watch,
+        asyncio.timeout(SOON_S),
+    ):
+        assert await revisions(watch, 1) == [[10]]
+        one.mute = True
+        await etcd.get("/a")
+        assert await revisions(watch, 1) == [[11]]
 
 
 async def test_an_unexplained_cancellation_is_tried_again() -> None:
@@ -235,14 +288,27 @@ def test_what_waits_for_the_consumer_is_bounded() -> None:
 async def test_a_slow_consumer_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events that wait at the server, because the reader stopped, all come when the consumer reads."""
     monkeypatch.setattr(watch_module, "_BUFFER_BYTES", 1)
+    sent = asyncio.Event()
+    read = 0
 
     async def flooding(stream: Stream) -> None:
         await stream.accept(revision=20)
         for revision in range(10, 510):
             await stream.send_puts(revision)
+        sent.set()
         await stream.silence()
 
+    def count(message: object) -> Event:
+        nonlocal read
+        read += 1
+        return event(message)
+
+    monkeypatch.setattr(watch_module, "event", count)
     async with watching(flooding) as (watch, _):
+        await sent.wait()
+        # Time for a reader that does not stop to be found out; one that stops needs none.
+        await asyncio.sleep(0.1)
+        assert read == 1
         assert await revisions(watch, 500) == [[revision] for revision in range(10, 510)]
 
 

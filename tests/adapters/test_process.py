@@ -1,0 +1,364 @@
+"""Processes through pidfds: spawned, found again, told apart, and how they ended, with real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.process import Process, SpawnFailed, find, is_alive, reopen, spawn
+from kvmsupervisor.domain.exits import WaitStatus
+
+LIMIT_S = 10.0
+MARKS = {"KVMSUPERVISOR_INSTANCE": "1", "KVMSUPERVISOR_INCARNATION": "x y=z"}
+Spawn = Callable[..., Process]
+
+
+def nothing() -> None:
+    """Nobody needs to be told."""
+
+
+async def ended(process: Process) -> WaitStatus:
+    async with asyncio.timeout(LIMIT_S):
+        await process.ended.wait()
+    return process.status
+
+
+async def until(true: Callable[[], object]) -> None:
+    """Poll what only the kernel knows."""
+    async with asyncio.timeout(LIMIT_S):
+        while not true():  # noqa: ASYNC110 - /proc has no events
+            await asyncio.sleep(0.005)
+
+
+def state_of(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Spawn]:
+    """`spawn` with defaults; what still runs at the end is killed and reaped."""
+    made: list[Process] = []
+
+    def go(
+        *argv: str,
+        environment: dict[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        on_end: Callable[[], None] = nothing,
+        log: Path = tmp_path / "log",
+    ) -> Process:
+        log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            process = spawn(
+                argv, environment=environment or dict(MARKS), log_fd=log_fd, pass_fds=pass_fds, on_end=on_end
+            )
+        finally:
+            os.close(log_fd)
+        made.append(process)
+        return process
+
+    yield go
+    for process in made:
+        process.signal(signal.SIGKILL)
+        if process._pidfd >= 0:
+            await ended(process)
+
+
+# --- its end --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 7, 255])
+async def test_an_exit_status_is_told(start: Spawn, code: int) -> None:
+    """Law: the exit status reaches whoever spawned it."""
+    assert await ended(start("/bin/sh", "-c", f"exit {code}")) == WaitStatus(code=code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+async def test_a_deadly_signal_is_told(start: Spawn, number: signal.Signals) -> None:
+    """Law: killed is not exited; signals go through the pidfd."""
+    process = start("/bin/sleep", "60")
+    process.signal(number)
+    assert await ended(process) == WaitStatus(signal=number)
+
+
+async def test_one_that_ended_before_anybody_looked_is_told_too(start: Spawn) -> None:
+    """Law: there is no instant too early to end."""
+    process = start("/bin/true")
+    await until(lambda: state_of(process.pid) == "Z")
+    assert await ended(process) == WaitStatus(code=0)
+
+
+async def test_its_end_is_told_once_and_after_the_facts(start: Spawn) -> None:
+    """Law: when `on_end` is called, the status is there; it is called once."""
+    seen: list[WaitStatus] = []
+    process = start("/bin/sh", "-c", "exit 3", on_end=lambda: seen.append(process.status))
+    await ended(process)
+    await asyncio.sleep(0)
+    assert seen == [WaitStatus(code=3)]
+
+
+async def test_nothing_is_left_of_it(start: Spawn) -> None:
+    """Law: no zombie and no descriptor stay behind, and signalling it now harms nobody."""
+    before = set(os.listdir("/proc/self/fd"))
+    process = start("/bin/true")
+    await ended(process)
+    assert state_of(process.pid) is None
+    assert set(os.listdir("/proc/self/fd")) == before
+    process.signal(signal.SIGKILL)
+    process.close()
+
+
+async def test_closing_lets_it_go_on(start: Spawn) -> None:
+    """Law: a supervisor that lets go touches nothing, and is told nothing any more."""
+    told: list[str] = []
+    process = start("/bin/sleep", "60", on_end=lambda: told.append("end"))
+    process.close()
+    process.close()
+    assert is_alive(process.pid, process.starttime)
+    again = reopen(process.pid, starttime=process.starttime, marks=MARKS, on_end=nothing)
+    assert again is not None
+    again.signal(signal.SIGKILL)
+    await ended(again)
+    os.waitpid(process.pid, 0)
+    assert told == []
+
+
+# --- its surroundings -----------------------------------------------------------------------------------------
+
+
+async def test_a_session_of_its_own_and_nothing_inherited(start: Spawn, tmp_path: Path) -> None:
+    """Law: it outlives us: own session, standard input from nowhere, only what was passed, only its environment."""
+    read, write = os.pipe()
+    leaked = os.open("/dev/null", os.O_RDONLY)
+    os.set_inheritable(leaked, True)
+    try:
+        process = start("/bin/sleep", "60", pass_fds=[write])
+        await until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
+        fds = {
+            int(name): os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")
+        }
+        assert os.getsid(process.pid) == process.pid
+        assert fds.keys() == {0, 1, 2, write}
+        assert (fds[0], fds[1], fds[2]) == ("/dev/null", str(tmp_path / "log"), str(tmp_path / "log"))
+        assert fds[write].startswith("pipe:")
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert sorted(environment.rstrip(b"\0").split(b"\0")) == sorted(f"{k}={v}".encode() for k, v in MARKS.items())
+        assert os.readlink(f"/proc/{process.pid}/cwd") == "/"
+    finally:
+        for descriptor in (read, write, leaked):
+            os.close(descriptor)
+
+
+async def test_what_it_says_is_in_the_log(start: Spawn, tmp_path: Path) -> None:
+    """Law: both outputs, in order, appended."""
+    (tmp_path / "log").write_text("before\n")
+    await ended(start("/bin/sh", "-c", "echo out; echo err >&2"))
+    assert (tmp_path / "log").read_text() == "before\nout\nerr\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [("/nonexistent/qemu", "No such file or directory"), ("/etc/hostname", "Permission denied"),
+     ("qemu-that-is-nowhere", "No such file or directory"), ("/", "Permission denied")],
+)  # fmt: skip
+async def test_what_cannot_be_started_is_named(start: Spawn, program: str, why: str) -> None:
+    """Law: the message names the program and says why."""
+    with pytest.raises(SpawnFailed, match=rf"^cannot start {program}: .*{why}"):
+        start(program)
+
+
+async def test_what_cannot_be_watched_is_not_kept(start: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: without a pidfd there is no process: it is killed and reaped, not left to itself."""
+
+    def refused(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    with pytest.raises(SpawnFailed, match="cannot watch /bin/sleep: Too many open files"):
+        start("/bin/sleep", "61.25", environment={"KVS_UNWATCHED": "1"})
+    assert list(find({"KVS_UNWATCHED": "1"})) == []
+
+
+# --- found again (law 8) --------------------------------------------------------------------------------------
+
+
+async def test_the_same_process_is_found_again(start: Spawn) -> None:
+    """Law 8: pid, start time and environment agree; also when the start time was never recorded."""
+    process = start("/bin/sleep", "60")
+    for starttime in (process.starttime, None):
+        again = reopen(process.pid, starttime=starttime, marks=MARKS, on_end=nothing)
+        assert again is not None
+        assert (again.pid, again.starttime) == (process.pid, process.starttime)
+        again.close()
+
+
+async def test_a_recycled_pid_is_not_it(start: Spawn) -> None:
+    """Law 8: the same pid with another start time is another process; nothing stays open."""
+    process = start("/bin/sleep", "60")
+    before = len(os.listdir("/proc/self/fd"))
+    assert reopen(process.pid, starttime=process.starttime + 1, marks=MARKS, on_end=nothing) is None
+    assert not is_alive(process.pid, process.starttime - 1)
+    assert is_alive(process.pid, process.starttime)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [{"KVMSUPERVISOR_INSTANCE": "2"}, {**MARKS, "MORE": "1"}, {"KVMSUPERVISOR_INSTANCE": ""}, {"INSTANCE": "1"}],
+)
+async def test_a_foreign_process_is_not_it(start: Spawn, marks: dict[str, str]) -> None:
+    """Law 8: every mark must be there, whole."""
+    process = start("/bin/sleep", "60")
+    assert reopen(process.pid, starttime=process.starttime, marks=marks, on_end=nothing) is None
+    assert process.pid not in find(marks)
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**22 + 1, 2**31, 2**80])
+def test_a_pid_that_cannot_be_is_nobody(pid: int) -> None:
+    """Law: whatever a record or a lock says, nobody is hurt."""
+    assert reopen(pid, starttime=1, marks={}, on_end=nothing) is None
+    assert not is_alive(pid, 1)
+
+
+async def test_the_dead_are_not_found(start: Spawn) -> None:
+    """Law 8: neither a zombie nor a pid that is gone."""
+    gone = start("/bin/true")
+    await ended(gone)
+    assert reopen(gone.pid, starttime=gone.starttime, marks=MARKS, on_end=nothing) is None
+    assert not is_alive(gone.pid, gone.starttime)
+    zombie = start("/bin/true")
+    await until(lambda: state_of(zombie.pid) == "Z")
+    assert reopen(zombie.pid, starttime=zombie.starttime, marks={}, on_end=nothing) is None
+    assert not is_alive(zombie.pid, zombie.starttime)
+
+
+async def test_it_is_found_by_its_environment(start: Spawn) -> None:
+    """Law 8: a process whose pid was never recorded is found by its marks."""
+    process = start("/bin/sleep", "60", environment={**MARKS, "KVS_TEST": str(os.getpid())})
+    start("/bin/sleep", "60")
+    await until(lambda: list(find({**MARKS, "KVS_TEST": str(os.getpid())})) == [process.pid])
+
+
+# --- orphans: the end of a process that is not our child ------------------------------------------------------
+
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+print(child.pid, flush=True)
+if sys.argv[1] == "stay":
+    sys.stdin.readline()
+    child.wait()
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def parents() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """Start a parent with a child: it dies at once, or stays and reaps when it is written to."""
+    made = []
+
+    def go(fate: str, *argv: str) -> tuple[subprocess.Popen[str], int]:
+        parent = subprocess.Popen(
+            [sys.executable, "-S", "-c", PARENT, fate, *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=MARKS,
+        )
+        made.append(parent)
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        if fate == "die":
+            parent.wait()
+        return parent, pid
+
+    yield go
+    for parent in made:
+        parent.kill()
+        parent.communicate()
+
+
+ENDS = [
+    (("/bin/sleep", "60"), signal.SIGKILL, WaitStatus(signal=9)),
+    (("/bin/sh", "-c", "trap 'exit 5' TERM; echo; while :; do sleep 0.02; done"), signal.SIGTERM, WaitStatus(code=5)),
+]
+
+
+@pytest.mark.parametrize(("argv", "number", "status"), ENDS)
+async def test_how_an_orphan_ended_is_told(
+    parents: Callable[..., tuple[subprocess.Popen[str], int]],
+    argv: Sequence[str],
+    number: signal.Signals,
+    status: WaitStatus,
+) -> None:
+    """Law: a QEMU whose supervisor died ends in sight of the next, whoever reaps it, at once."""
+    _, pid = parents("die", *argv)
+    process = reopen(pid, starttime=None, marks=MARKS, on_end=nothing)
+    assert process is not None
+    if number is signal.SIGTERM:
+        # Until its trap is set, it would die of the signal.
+        await until(lambda: find_children(pid))
+    process.signal(number)
+    assert await ended(process) == status
+
+
+def find_children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+
+
+async def test_a_zombie_tells_how_it_ended(parents: Callable[..., tuple[subprocess.Popen[str], int]]) -> None:
+    """Law: while its parent has not reaped it, /proc tells."""
+    _, pid = parents("stay", "/bin/sleep", "60")
+    process = reopen(pid, starttime=None, marks=MARKS, on_end=nothing)
+    assert process is not None
+    process.signal(signal.SIGKILL)
+    assert await ended(process) == WaitStatus(signal=9)
+    assert state_of(pid) == "Z"
+
+
+async def test_one_that_was_reaped_first_is_told_by_the_kernel(
+    parents: Callable[..., tuple[subprocess.Popen[str], int]],
+) -> None:
+    """Law: once it is reaped, the pidfd tells (PIDFD_GET_INFO, Linux 6.15), or nobody does: never a wrong status."""
+    parent, pid = parents("stay", "/bin/sleep", "60")
+    process = reopen(pid, starttime=None, marks=MARKS, on_end=nothing)
+    assert process is not None
+    assert parent.stdin is not None
+    # This turn of the loop is kept until it has ended and was reaped.
+    os.kill(pid, signal.SIGKILL)
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    while state_of(pid) is not None:
+        select.select([], [], [], 0.002)
+    told = await ended(process)
+    release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    assert told == (WaitStatus(signal=9) if release >= (6, 15) else WaitStatus())
+
+
+async def test_a_kernel_that_cannot_tell_is_believed(
+    parents: Callable[..., tuple[subprocess.Popen[str], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: on an older kernel (ENOTTY) the end of a reaped orphan is unknown, and nothing else."""
+    monkeypatch.setattr(kernel, "PIDFD_GET_INFO", 0xC040FF7F)
+    parent, pid = parents("stay", "/bin/sleep", "60")
+    process = reopen(pid, starttime=None, marks=MARKS, on_end=nothing)
+    assert process is not None
+    assert parent.stdin is not None
+    os.kill(pid, signal.SIGKILL)
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    while state_of(pid) is not None:
+        select.select([], [], [], 0.002)
+    assert await ended(process) == WaitStatus()

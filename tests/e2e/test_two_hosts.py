@@ -1,0 +1,239 @@
+"""Two supervisors on one etcd: a machine moves, and never runs on both."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.status import Phase
+from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
+
+
+@contextmanager
+def watched(*hosts: Host) -> Iterator[None]:
+    """Look all the time at which guests run; fail if there ever were two of one instance."""
+    twice: list[tuple[Qemu, Qemu]] = []
+    done = threading.Event()
+
+    def look() -> None:
+        living = [(host, qemu) for host in hosts for qemu in host.qemus()]
+        for index, (host, one) in enumerate(living):
+            for other_host, other in living[index + 1 :]:
+                if one.instance == other.instance and _runs(host, one) and _runs(other_host, other) and one.alive:
+                    # The first was asked, then the second, and the first still lives: they overlapped.
+                    twice.append((one, other))
+
+    def keep_looking() -> None:
+        while not done.wait(0.02):
+            look()
+
+    thread = threading.Thread(target=keep_looking)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert not twice, twice
+
+
+def _runs(host: Host, qemu: Qemu) -> bool:
+    """Whether the guest may have run: anything but the state in which QEMU waits for its first `cont`."""
+    return host.run_state(qemu) not in {None, "prelaunch", "inmigrate"}
+
+
+def check_lock_history(keys: Keys, instance: str, *, takeovers: Sequence[str] = ()) -> list[Lock]:
+    """Replay all that ever was written into the lock, and hold it against the laws; return it.
+
+    Args:
+        keys: of the cluster.
+        instance: whose lock.
+        takeovers: hosts that died, so that others may take their locks.
+    """
+    history = keys.history(keys.layout.lock_key(InstanceId(instance)))
+    locks: list[Lock | None] = []
+    for change in history:
+        lock = None if change.value is None else Lock.from_json(change.value)
+        assert (lock is None) == (change.value is None), change
+        locks.append(lock)
+    epoch = 0
+    for before, after in pairwise([None, *locks]):
+        if after is None:
+            assert before is not None
+            continue
+        if before is not None and before.incarnation == after.incarnation:
+            assert (before.host, before.epoch) == (after.host, after.epoch)
+            assert after.state is LockState.RUNNING, "only forward"
+            assert after.pid is not None
+        else:
+            # A new incarnation: the epoch grows, and it has not run yet.
+            assert after.epoch > epoch, (before, after)
+            assert after.state is not LockState.RUNNING
+            assert before is None or before.host == after.host or before.host in takeovers, (before, after)
+        epoch = after.epoch
+    return [lock for lock in locks if lock is not None]
+
+
+def test_moving(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """A new `host` moves the machine: stopped there, started here, its identity kept, its lock released between."""
+    alpha = hosts("alpha", KVM_SHUTDOWN_TIMEOUT="1").start()
+    beta = hosts("beta", KVM_SHUTDOWN_TIMEOUT="1").start()
+    with watched(alpha, beta):
+        keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+        before = alpha.wait_running("1")["1"]
+        keys.put("1", host="beta")
+        after = beta.wait_running("1")["1"]
+        assert not before.alive
+        assert after.argv[after.argv.index("-uuid") + 1] == before.argv[before.argv.index("-uuid") + 1]
+        alpha.wait_forgotten("1")
+        assert not alpha.record("1").exists()
+        status = keys.wait_status("1", lambda s: s.phase is Phase.RUNNING)
+        assert (status.host, status.pid) == ("beta", after.pid)
+        keys.put("1", host="alpha")
+        alpha.wait_running("1")
+        # To a host that does not exist: stopped, and nobody runs it.
+        keys.put("1", host="nowhere")
+        alpha.wait_forgotten("1")
+        eventually("the release", lambda: keys.lock("1") is None)
+        assert alpha.qemus() == beta.qemus() == []
+    locks = check_lock_history(keys, "1")
+    assert [lock.host for lock in locks if lock.state is LockState.RUNNING] == ["alpha", "beta", "alpha"]
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rounds", [10, pytest.param(300, marks=pytest.mark.soak)])
+def test_moving_while_supervisors_die(keys: Keys, hosts: Hosts, tiny: str, rounds: int) -> None:
+    """Moves back and forth, either supervisor killed, frozen or stopped at any instant: never two that run."""
+    chance = random.Random(30)
+    pair = {name: hosts(name, KVM_SHUTDOWN_TIMEOUT="0", KVM_SESSION_TTL="2").start() for name in ("alpha", "beta")}
+    ids = ["1", "2", "3"]
+    keys.machines("alpha", *ids, ram=16, extra_flags=tiny)
+    with watched(*pair.values()):
+        for _ in range(rounds):
+            for one in ids:
+                if chance.random() < 0.7:
+                    keys.put(one, host=chance.choice(list(pair)))
+            victim = pair[chance.choice(list(pair))]
+            time.sleep(chance.random() / 2)
+            match chance.choice(["kill", "freeze", "stop", "qemu"]):
+                case "kill":
+                    victim.kill9()
+                case "freeze":
+                    victim.freeze()
+                    # Beyond its session's TTL in some rounds, so that it wakes up as one that counts as dead.
+                    time.sleep(chance.choice([0.2, 3]))
+                    victim.thaw()
+                case "stop":
+                    victim.stop()
+                case _:
+                    for qemu in victim.qemus():
+                        qemu.kill()
+            if not victim.running:
+                time.sleep(chance.choice([0, 0, 3]))
+                victim.start(ready=False)
+        for one in ids:
+            keys.put(one, host="beta")
+        pair["beta"].wait_running(*ids)
+        eventually("alpha to be left", lambda: not pair["alpha"].qemus())
+    for one in ids:
+        # A supervisor that was away for longer than its TTL counts as dead, and these machines have no disks.
+        check_lock_history(keys, one, takeovers=["alpha", "beta"])
+
+
+def test_a_dead_host(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """What a dead host held: a machine without disks is taken over; one that writes to a disk waits, and says why."""
+    brief = {"KVM_SESSION_TTL": "2", "KVM_SHUTDOWN_TIMEOUT": "1"}
+    alpha, beta = hosts("alpha", **brief), hosts("beta", **brief)
+    alpha.start()
+    beta.start()
+    keys.machines("beta", "diskless", ram=16, extra_flags=tiny)
+    keys.machines("beta", "disk", ram=16, extra_flags=tiny, rbd="pool/image")
+    beta.wait_running("diskless")
+    # No Ceph here: it does not run, but it holds its lock while it tries.
+    beta.wait_for("disk", lambda s: s.epoch > 0 and s.phase is Phase.BACKOFF)
+    keys.machines("alpha", "diskless", "disk", ram=16)
+    # While beta lives, it has to let go first: it does.
+    alpha.wait_running("diskless")
+    keys.machines("beta", "diskless", "disk", ram=16)
+    beta.wait_running("diskless")
+    beta.wait_for("disk", lambda s: s.epoch > 0 and s.phase is Phase.BACKOFF)
+
+    beta.kill9()
+    for qemu in beta.qemus():
+        qemu.kill()
+    epoch = _lock(keys, "diskless").epoch
+    keys.machines("alpha", "diskless", "disk", ram=16)
+    alpha.wait_running("diskless")
+    assert _lock(keys, "diskless").host == "alpha"
+    assert _lock(keys, "diskless").epoch == epoch + 1
+    assert alpha.metric("takeovers_total") == 1
+    status = alpha.wait_for("disk", lambda s: "no session" in s.reason)
+    assert status.phase is Phase.WAITING
+    assert "beta holds its lock" in status.reason
+    assert _lock(keys, "disk").host == "beta"
+    found = alpha.cli("check", "disk")
+    assert found.returncode == 1
+    assert "beta" in found.stdout
+
+    # When it is back it gives way at once, by itself.
+    beta.start()
+    eventually("alpha to get the lock", lambda: _lock(keys, "disk").host == "alpha")
+    check_lock_history(keys, "diskless", takeovers=["beta"])
+    check_lock_history(keys, "disk")
+
+
+def _lock(keys: Keys, instance: str) -> Lock:
+    lock = eventually(f"a lock of {instance}", lambda: keys.lock(instance))
+    assert isinstance(lock, Lock)
+    return lock
+
+
+def test_a_frozen_host_wakes_up(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """A machine without disks was taken over meanwhile: the old QEMU is killed when its supervisor reads the lock."""
+    alpha, beta = hosts("alpha", KVM_SESSION_TTL="2").start(), hosts("beta", KVM_SESSION_TTL="2").start()
+    keys.machines("beta", "1", ram=16, extra_flags=tiny)
+    old = beta.wait_running("1")["1"]
+    beta.freeze()
+    keys.put("1", host="alpha")
+    new = alpha.wait_running("1")["1"]
+    beta.thaw()
+    eventually("the old one to be killed", lambda: not old.alive)
+    beta.wait_forgotten("1")
+    assert alpha.wait_running("1") == {"1": new}
+    assert _lock(keys, "1").incarnation == new.incarnation
+    check_lock_history(keys, "1", takeovers=["beta"])
+
+
+def test_one_supervisor_per_run_directory(hosts: Hosts) -> None:
+    """A second one is refused, and told who has it."""
+    first = hosts("alpha").start()
+    second = hosts("beta", run_dir=first.run_dir)
+    second.launch()
+    assert second.wait_ended() == 1
+    assert f"held by process {first.pid}" in second.log
+    assert "Traceback" not in second.log
+    assert first.running
+
+
+def test_one_supervisor_per_host_name(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """A second one, elsewhere, under the same name is refused, and told who has it; the first loses nothing."""
+    first = hosts("alpha", KVM_SESSION_TTL="2").start()
+    keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+    before = first.wait_running("1")
+    second = hosts("alpha", KVM_SESSION_TTL="2")
+    second.launch()
+    assert second.wait_ended() == 1
+    assert first.url in second.log
+    assert "KVM_HOSTNAME" in second.log
+    assert "Traceback" not in second.log
+    assert second.qemus() == []
+    assert first.wait_running("1") == before
+    assert not first.events("session.lost")

@@ -1,0 +1,992 @@
+"""The instance loop over a fake etcd and fake QEMUs, in virtual time: the laws of docs/architecture.md."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.adapters.etcd import Denied, EtcdError, Unavailable
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Phase, Status
+from tests.fakes.clock import FakeClock, settle
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.support.host import LAYOUT, ONE, SETTLE_S, Host
+
+HOUR_S = 3600.0
+LOCK_KEY, STATUS_KEY = LAYOUT.lock_key(ONE), LAYOUT.status_key(ONE)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def etcd(clock: FakeClock) -> FakeEtcd:
+    return FakeEtcd(clock.now)
+
+
+@pytest.fixture
+def qemus(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> FakeQemus:
+    made = FakeQemus(clock)
+    made.install(monkeypatch)
+    return made
+
+
+@pytest.fixture
+async def host(etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus) -> AsyncIterator[Host]:
+    """Host `a`, its supervisor not begun. At the end no guest may ever have run off the record (law 3)."""
+    made = Host(etcd, clock, qemus)
+    qemus.on_record = made.is_on_record
+    yield made
+    await made.close()
+    assert qemus.ran_off_the_record == [], "law 3"
+
+
+@pytest.fixture
+async def other(host: Host) -> AsyncIterator[Host]:
+    """Host `b` beside it."""
+    made = Host(host.etcd, host.clock, host.qemus, name="b")
+    host.sessions = made.sessions = {"a", "b"}
+    yield made
+    await made.close()
+
+
+def theirs(**changes: object) -> Lock:
+    lock = Lock(
+        host=HostName("b"), boot_id="boot-b", epoch=7, state=LockState.RUNNING, incarnation="theirs",
+        pid=5, starttime=6, storage=Storage.UNFENCEABLE,
+    )  # fmt: skip
+    return replace(lock, **changes)  # type: ignore[arg-type]
+
+
+# --- start (laws 2 and 3) -------------------------------------------------------------------------------------
+
+
+async def test_a_wish_becomes_a_running_guest(host: Host) -> None:
+    """Law 3: lock, paused QEMU, pid on record, and only then the guest runs."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    assert host.lock is not None
+    assert (host.lock.host, host.lock.epoch, host.lock.state) == ("a", 1, LockState.RUNNING)
+    assert (host.lock.pid, host.lock.starttime) == (qemu.pid, qemu.starttime)
+    assert qemu.ram == "size=64M"
+    await host.told()
+    assert host.published == host.status
+    assert (host.status.phase, host.status.pid, host.status.epoch) == (Phase.RUNNING, qemu.pid, 1)
+
+
+async def test_nothing_is_written_or_asked_while_nothing_changes(host: Host) -> None:
+    """§2: at rest, a running instance costs etcd nothing."""
+    host.wish()
+    host.begin()
+    await host.runs()
+    await host.told()
+    before = (host.etcd.revision, host.store.calls.total())
+    await host.clock.advance(HOUR_S)
+    assert (host.etcd.revision, host.store.calls.total()) == before
+
+
+# The swaps of a start: taking the lock, and putting pid and addresses on record.
+STEPS = {"take": 0, "record": 1}
+ERRORS: list[str | EtcdError] = ["lost reply", "lost request", Unavailable("away"), Denied("no")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=str)
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_start_survives_a_fault_at_each_transaction(host: Host, step: str, error: str | EtcdError) -> None:
+    """Law 3: whatever becomes of a transaction, no guest runs without its pid in the lock; in the end one runs."""
+    host.wish()
+    host.store.faults[STEPS[step]] = error
+    host.begin()
+    await host.runs()
+    assert len(host.qemus.alive) == 1
+    assert host.store.writes_begun >= 2
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_without_the_session_nothing_goes_on(host: Host, step: str) -> None:
+    """Law 2: the session vanished between two steps: QEMU, if there is one, stays paused, and never continues."""
+
+    def lose_the_session(number: int) -> None:
+        if number == STEPS[step]:
+            host.etcd.erase(host.session.key)
+
+    host.wish()
+    host.store.before = lose_the_session
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert host.qemus.running == []
+    assert len(host.qemus.all) == (0 if step == "take" else 1)
+    assert host.status.phase is Phase.WAITING
+    host.session.turn(held=False)
+    await host.clock.advance(HOUR_S)
+    assert host.qemus.running == []
+
+
+async def test_a_paused_qemu_continues_once_the_session_is_back(host: Host) -> None:
+    """Law 2: what was interrupted goes on, with the same process, when the session is won again."""
+    host.wish()
+    host.store.before = lambda number: host.session.turn(held=False) if number == STEPS["record"] else None
+    host.store.faults[STEPS["record"]] = Unavailable("away")
+    host.begin()
+    await host.clock.advance(60.0)
+    (qemu,) = host.qemus.alive
+    assert qemu.run_state == "prelaunch"
+    host.store.before = lambda number: None
+    host.session.turn(held=True)
+    assert await host.runs() is qemu
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, step: str) -> None:
+    """Law 2: `host` changed between two steps: what was started is killed, the lock released, no guest ran."""
+
+    def move_away(number: int) -> None:
+        if number == STEPS[step]:
+            host.put(host="b")
+
+    host.wish()
+    host.store.before = move_away
+    host.begin()
+    await host.until(lambda: host.gone, HOUR_S)
+    assert host.qemus.alive == []
+    assert all("cont" not in qemu.commands for qemu in host.qemus.all)
+    assert host.lock is None
+
+
+async def test_a_lock_taken_by_somebody_else_meanwhile_kills_the_paused_qemu(host: Host) -> None:
+    """Laws 2 and 6: between spawn and record another epoch appears: killed, not continued."""
+
+    def steal(number: int) -> None:
+        if number == STEPS["record"]:
+            host.etcd.write(LOCK_KEY, theirs().to_json())
+
+    host.wish()
+    host.sessions = {"a", "b"}
+    host.store.before = steal
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert host.qemus.alive == []
+    assert "cont" not in host.qemus.all[0].commands
+    assert host.lock == theirs()
+    assert host.status.phase is Phase.WAITING
+    assert "b holds its lock (epoch 7)" in host.status.reason
+
+
+async def test_keys_that_change_before_the_guest_runs_are_what_it_runs_with(host: Host) -> None:
+    """A guest never runs with keys that were replaced before it ran: QEMU is started anew."""
+
+    def freeze(qemu: FakeQemu) -> None:
+        qemu.frozen = not host.qemus.all[:-1]
+
+    host.wish()
+    host.qemus.prepare = freeze
+    host.begin()
+    await host.until(lambda: host.qemus.alive)
+    host.put(ram="128")
+    qemu = await host.runs()
+    assert qemu.ram == "size=128M"
+    assert [one.ram for one in host.qemus.all if "cont" in one.commands] == ["size=128M"]
+    assert host.status.restarts == 0
+    assert host.lock is not None
+    assert host.lock.epoch == len(host.qemus.all)
+
+
+async def test_a_guest_waits_until_its_keys_are_quiet(host: Host) -> None:
+    """Keys are written one by one: a guest runs when no change came for the settling time."""
+    host.put(host="a")
+    host.begin()
+    await settle()
+    host.put(ram="64")
+    await settle()
+    changed = host.clock.now()
+    for cpus in ("2", "3", "4"):
+        await host.clock.advance(SETTLE_S * 0.9)
+        host.put(cpus=cpus)
+        await settle()
+        changed = host.clock.now()
+        assert host.qemus.running == []
+    qemu = await host.runs()
+    assert host.clock.now() >= changed + SETTLE_S
+    assert "cpus=4" in qemu.argv
+
+
+async def test_what_may_be_written_to_is_told_of_the_machine_that_runs(host: Host) -> None:
+    """Law 7: keys may change between taking the lock and starting QEMU; the lock tells of what was started."""
+
+    def add_a_disk(number: int) -> None:
+        if number == STEPS["take"]:
+            host.put(rbd="/rbd/vm")
+
+    host.wish()
+    host.store.before = add_a_disk
+    host.begin()
+    qemu = await host.runs()
+    assert any("rbd:rbd/vm" in word for word in qemu.argv)
+    assert host.lock is not None
+    assert host.lock.storage is Storage.RBD
+
+
+async def test_an_answer_to_cont_that_was_lost_does_not_make_a_running_guest_worthless(host: Host) -> None:
+    """A QEMU whose guest may have run is asked, never thrown away as one that did not."""
+    host.wish()
+    host.qemus.lose_answer_to = "cont"
+    host.begin()
+    await host.until(lambda: host.qemus.running)
+    host.put(ram="128")
+    qemu = await host.runs()
+    await host.clock.advance(60.0)
+    assert host.qemus.all == [qemu]
+    assert host.status.pending == ("ram",)
+    assert qemu.commands.count("cont") == 1
+
+
+async def test_a_qemu_that_refuses_to_continue_has_failed(host: Host) -> None:
+    """A refusal is not repeated unchanged: QEMU is started anew, after the usual pause, and its words are told."""
+
+    def refuse(qemu: FakeQemu) -> None:
+        qemu.refuses["cont"] = "Resetting the Virtual Machine is required"
+
+    host.wish()
+    host.qemus.prepare = refuse
+    host.begin()
+    await host.until(lambda: host.status.phase is Phase.BACKOFF)
+    assert "Resetting the Virtual Machine is required" in host.status.reason
+    host.qemus.prepare = lambda qemu: None
+    await host.runs()
+
+
+# --- etcd and the lock while it runs (law 6) ------------------------------------------------------------------
+
+
+async def test_etcd_away_for_an_hour_kills_nothing(host: Host) -> None:
+    """Law 6: a machine runs on without etcd and without a session; all is well when they are back."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.store.away()
+    host.session.turn(held=False)
+    await host.clock.advance(HOUR_S)
+    assert host.running is qemu
+    assert "etcd is away; it runs on" in host.status.reason
+    host.store.back()
+    host.session.turn(held=True)
+    await settle()
+    assert (host.running, host.status.reason) == (qemu, "runs")
+
+
+@pytest.mark.parametrize("change", [theirs(), theirs(host=HostName("a"))], ids=["another host", "another incarnation"])
+async def test_reading_another_epoch_kills(host: Host, change: Lock) -> None:
+    """Law 6: killed is only whoever *reads* that the lock is not his any more, and then at once."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    before = host.clock.now()
+    host.sessions = {"a", "b"}
+    host.etcd.write(LOCK_KEY, change.to_json())
+    await settle()
+    assert not qemu.alive
+    assert host.clock.now() == before
+    assert qemu.status is not None
+    assert qemu.status.signal == 9
+
+
+async def test_an_unreadable_lock_kills_nothing(host: Host) -> None:
+    """Law 6: what cannot be understood is no evidence; deleting the key mends it."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.etcd.write(LOCK_KEY, b"[" * 70_000)
+    await host.clock.advance(HOUR_S)
+    assert host.running is qemu
+    assert "its lock holds what this release cannot read" in host.status.reason
+    host.etcd.erase(LOCK_KEY)
+    await settle()
+    assert host.is_on_record(qemu)
+
+
+async def test_a_deleted_lock_is_written_again(host: Host) -> None:
+    """A lock that somebody deleted under a living QEMU is asserted again, as it was."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    before = host.lock
+    host.etcd.erase(LOCK_KEY)
+    await settle()
+    assert host.lock == before
+    assert host.running is qemu
+
+
+async def test_a_reassertion_that_failed_is_tried_again_soon(host: Host) -> None:
+    """A lock is not left off for half a minute because etcd stumbled once."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.store.faults[host.store.writes_begun] = Unavailable("away")
+    host.etcd.erase(LOCK_KEY)
+    await host.until(lambda: host.is_on_record(qemu), 2.0)
+
+
+# --- stop (laws 9 and §4) -------------------------------------------------------------------------------------
+
+
+def keys_removed(host: Host) -> None:
+    host.etcd.erase(*(key for key in host.etcd.data if key.startswith("/kvm/1/")))
+
+
+STOPS: dict[str, Callable[[Host], None]] = {
+    "power off": lambda host: host.put(power="off"),
+    "no host": lambda host: host.drop("host"),
+    "another host": lambda host: host.put(host="b"),
+    "wishes removed": lambda host: host.drop("host", "ram"),
+    "all keys removed": keys_removed,
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) -> None:
+    """Law 9: the power button first; the lock is deleted only when the process is gone."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+
+    def check(number: int) -> None:
+        # A lock that was deleted by hand is written again first: that is no release.
+        assert not qemu.alive or host.lock is None, "law 9"
+
+    host.store.before = check
+    STOPS[stop](host)
+    await host.until(lambda: not qemu.alive)
+    assert len(qemu.presses) == 1
+    assert qemu.status is not None
+    assert qemu.status.code == 0
+    await settle()
+    assert host.lock is None
+    assert host.gone == (stop != "power off")
+
+
+async def test_all_keys_removed_leave_nothing_behind(host: Host) -> None:
+    """`etcdctl del --prefix` takes the lock too: it is reasserted, the guest shut down, then lock and status go."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    keys_removed(host)
+    await settle()
+    assert host.is_on_record(qemu)
+    await host.clock.advance(10.0)
+    qemu.shut_down()
+    await host.until(lambda: host.gone)
+    await host.told()
+    assert host.etcd.data.keys() == {host.session.key}
+
+
+async def test_the_last_status_of_a_stopped_machine_stays(host: Host) -> None:
+    """Evidence: with the lock released, the status says that it stopped, why, and under which epoch it ran last."""
+    host.wish()
+    host.begin()
+    await host.runs()
+    host.put(power="off")
+    await host.until(lambda: host.lock is None)
+    await host.told()
+    assert host.published is not None
+    assert (host.published.phase, host.published.pid, host.published.epoch) == (Phase.STOPPED, None, 1)
+    assert "`power` is off" in host.published.reason
+    assert host.published.last_exit == "guest-shutdown"
+
+
+async def test_a_deaf_guest_is_asked_again_then_forced(host: Host) -> None:
+    """§4: the button every 5 s until the timeout, then QEMU's own quit, SIGKILL ten seconds later: never earlier."""
+    host.wish(shutdown_timeout="30")
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = qemu.stubborn = True
+    begun = host.clock.now()
+    host.put(power="off")
+    await host.clock.advance(29.9)
+    assert qemu.alive
+    assert [at - begun for at in qemu.presses] == [n * POWERDOWN_EVERY_S for n in range(6)]
+    assert "quit" not in qemu.commands
+    await host.clock.advance(0.1)
+    assert qemu.commands[-1] == "quit"
+    await host.clock.advance(QUIT_WAIT_S - 0.1)
+    assert qemu.alive
+    await host.clock.advance(0.1)
+    assert not qemu.alive
+    await settle()
+    assert host.lock is None
+    assert host.status.last_exit is not None
+    assert "killed by its supervisor" in host.status.last_exit
+
+
+async def test_a_guest_that_is_deaf_to_the_button_ends_by_quit(host: Host) -> None:
+    """§4: a QEMU that listens needs no SIGKILL, its disks are flushed."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    host.put(power="off")
+    await host.until(lambda: not qemu.alive, 121.0)
+    assert qemu.status is not None
+    assert qemu.status.code == 0
+    await settle()
+    assert host.status.last_exit == "host-quit"
+
+
+async def test_a_frozen_qemu_goes_down_the_ladder_too(host: Host) -> None:
+    """§4: QMP that answers nothing delays no rung by more than one answer's time."""
+    host.wish(shutdown_timeout="30")
+    host.begin()
+    qemu = await host.runs()
+    qemu.frozen = True
+    host.put(power="off")
+    await host.clock.advance(30.0)
+    assert qemu.alive
+    await host.clock.advance(QUIT_WAIT_S + 15.0)
+    assert not qemu.alive
+
+
+async def test_a_stop_taken_back_lets_it_run_and_a_later_one_begins_anew(host: Host) -> None:
+    """§4: time that an earlier stop has used up is not held against the guest."""
+    host.wish(shutdown_timeout="30")
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    host.put(power="off")
+    await host.clock.advance(25.0)
+    host.put(power="on")
+    await host.clock.advance(HOUR_S)
+    assert host.running is qemu
+    begun = host.clock.now()
+    host.put(power="off")
+    await host.clock.advance(29.9)
+    assert qemu.alive
+    assert "quit" not in qemu.commands
+    assert next(at - begun for at in qemu.presses if at >= begun) == 0
+
+
+async def test_a_crash_long_after_a_stop_was_taken_back_is_a_crash(host: Host) -> None:
+    """A button that was pressed once does not make every later end one that was asked for."""
+    host.wish(restart="never")
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    host.put(power="off")
+    await host.clock.advance(1.0)
+    host.put(power="on")
+    await host.clock.advance(HOUR_S)
+    qemu.crash()
+    await host.clock.advance(60.0)
+    assert host.qemus.alive == []
+    assert "it ended by itself (crashed (signal 9))" in host.status.reason
+
+
+async def test_a_guest_that_heeds_a_button_late_is_started_again(host: Host) -> None:
+    """A stop was taken back, the guest shuts down all the same: that was asked for, and is no end by itself."""
+    host.wish(restart="never")
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    host.put(power="off")
+    await host.clock.advance(1.0)
+    host.put(power="on")
+    await host.clock.advance(1.0)
+    qemu.shut_down()
+    assert await host.runs() is not qemu
+
+
+# --- ends and restarts (§4) -----------------------------------------------------------------------------------
+
+
+async def crash_and_wait(host: Host, qemu: FakeQemu) -> tuple[FakeQemu, float]:
+    """Crash it; return its successor and how long that took."""
+    at = host.clock.now()
+    qemu.crash()
+    await host.until(lambda: host.qemus.all[-1] is not qemu, 400.0)
+    spawned = host.clock.now()
+    return await host.runs(), spawned - at
+
+
+async def test_a_crash_loop_backs_off_and_recovers(host: Host) -> None:
+    """§4: at once, then below 1, 2, 4 … 300 s with full jitter, and from the start after 600 s of running."""
+    host.wish()
+    host.begin()
+    host.jitters = [0.5, 0.5, 0.25, 1 - 1e-9, *[0.5] * 8]
+    qemu = await host.runs()
+    pauses = []
+    for _ in range(11):
+        qemu, pause_s = await crash_and_wait(host, qemu)
+        pauses.append(round(pause_s, 3))
+    assert pauses == [0.0, 0.5, 0.5, 4.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 150.0]
+    assert host.status.restarts == 11
+    await host.clock.advance(600.0)
+    qemu, pause_s = await crash_and_wait(host, qemu)
+    assert pause_s == 0.0
+
+
+async def test_a_pause_is_told(host: Host) -> None:
+    """§4: `backoff`, with what happened and when it ends."""
+    host.wish()
+    host.begin()
+    qemu, _ = await crash_and_wait(host, await host.runs())
+    qemu.crash()
+    await settle()
+    assert host.status.phase is Phase.BACKOFF
+    assert host.status.reason == "QEMU crashed (signal 9); it is started again after a pause of 0.5 s"
+
+
+@pytest.mark.parametrize(
+    ("policy", "clean", "restarted"),
+    [("always", True, True), ("always", False, True), ("on-failure", True, False), ("on-failure", False, True),
+     ("never", True, False), ("never", False, False)],
+)  # fmt: skip
+async def test_the_restart_policy(host: Host, policy: str, clean: bool, restarted: bool) -> None:
+    """§2: `restart` says what follows an end by itself; what rests has released its lock, and starts when asked."""
+    host.wish(restart=policy)
+    host.begin()
+    first = await host.runs()
+    if clean:
+        first.shut_down()
+    else:
+        first.crash()
+    await host.clock.advance(60.0)
+    assert (host.running is not None) == restarted
+    if not restarted:
+        assert host.lock is None
+        assert host.status.phase is Phase.STOPPED
+        host.put(power="on")
+        await host.runs()
+
+
+@pytest.mark.parametrize("policy", ["never", "always"])
+async def test_the_policy_counts_for_an_end_that_nobody_watched(host: Host, policy: str) -> None:
+    """§2 and law 8: a machine that ended between two supervisors is judged by its keys, once they are read."""
+    host.wish(restart=policy)
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    qemu.crash()
+    host.begin()
+    await host.clock.advance(60.0)
+    assert (host.running is not None) == (policy == "always")
+
+
+async def test_a_restart_request_restarts_once_and_gracefully(host: Host) -> None:
+    """§2: any new value asks for one graceful restart, with the keys as they are."""
+    host.wish()
+    host.begin()
+    first = await host.runs()
+    host.put(ram="128")
+    await host.clock.advance(60.0)
+    host.put(restart_request="2026-01-01")
+    await host.until(lambda: not first.alive)
+    assert len(first.presses) == 1
+    second = await host.runs()
+    assert second.ram == "size=128M"
+    await host.clock.advance(HOUR_S)
+    assert host.running is second
+    assert (host.status.restarts, host.status.pending) == (0, ())
+
+
+async def test_changed_keys_are_pending_by_name(host: Host) -> None:
+    """§2: a change that needs a restart is shown as the names of its keys, and never applied by surprise."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.put(ram="128", cpus="2", description="web")
+    await host.clock.advance(HOUR_S)
+    assert set(host.status.pending) == {"ram", "cpus"}
+    assert host.running is qemu
+    host.put(ram="64", cpus="1")
+    await settle()
+    assert host.status.pending == ()
+
+
+async def test_keys_that_turn_invalid_do_not_touch_a_running_machine(host: Host) -> None:
+    """§2: it keeps running as it was, its phase stays `running`, `problems` lists what is wrong."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.put(ram=b"\xff", mood="good")
+    await host.clock.advance(HOUR_S)
+    assert host.running is qemu
+    assert len(host.status.problems) == 2
+    assert "it runs on as it was" in host.status.reason
+    qemu.crash()
+    await host.clock.advance(60.0)
+    assert host.status.phase is Phase.INVALID
+    assert host.qemus.alive == []
+    host.put(ram="64")
+    host.drop("mood")
+    await host.runs()
+
+
+async def test_a_host_without_a_bridge_says_so(host: Host) -> None:
+    """§2: what this host lacks for a wish is a problem of that wish, by key."""
+    host.wish(mac="52:54:00:00:00:01")
+    host.begin()
+    await settle()
+    assert host.status.phase is Phase.INVALID
+    assert "bridge" in host.status.problems[0]
+    assert host.qemus.all == []
+
+
+async def test_qemus_own_last_words_are_the_reason(host: Host) -> None:
+    """§4: `failed: <QEMU's own last error line>`."""
+
+    def refuse(qemu: FakeQemu) -> None:
+        qemu.words = "qemu-system-x86_64: warning: odd\nqemu-system-x86_64: -m 64: no\n"
+
+    host.wish()
+    host.qemus.prepare = refuse
+    host.begin()
+    await host.until(lambda: host.status.phase is Phase.BACKOFF)
+    assert host.status.last_exit == "failed: -m 64: no"
+
+
+async def test_a_program_that_is_not_there_is_a_failure_like_others(host: Host) -> None:
+    """A QEMU that cannot be started at all backs off, and says what was missing."""
+    host.wish()
+    host.qemus.no_program = "cannot start qemu: No such file or directory"
+    host.begin()
+    await host.until(lambda: host.status.phase is Phase.BACKOFF)
+    assert host.status.last_exit == "failed: cannot start qemu: No such file or directory"
+    host.qemus.no_program = None
+    await host.runs()
+
+
+async def test_a_qemu_that_never_answers_is_given_up(host: Host) -> None:
+    """A start has its time (`KVM_START_TIMEOUT`); after it QEMU is killed, and that is a failure."""
+
+    def freeze(qemu: FakeQemu) -> None:
+        qemu.frozen = True
+
+    host.wish()
+    host.qemus.prepare = freeze
+    host.begin()
+    await host.clock.advance(60.0 - 1.0)
+    (qemu,) = host.qemus.all
+    assert qemu.alive
+    await host.until(lambda: not qemu.alive, 10.0)
+    await settle()
+    assert host.status.last_exit == "failed: QEMU has not answered on QMP for 60 s: it is killed"
+    assert host.status.restarts == 1
+
+
+async def test_a_qemu_that_greets_and_then_freezes_is_given_up_too(host: Host) -> None:
+    """Only an answered command means up: a greeting alone starts nothing."""
+
+    def mute(qemu: FakeQemu) -> None:
+        qemu.mute = True
+
+    host.wish()
+    host.qemus.prepare = mute
+    host.begin()
+    await host.until(lambda: host.qemus.all and not host.qemus.all[0].alive, 80.0)
+    assert host.lock is not None
+    assert host.lock.state is LockState.STARTING
+
+
+async def test_a_frozen_qemu_is_reported_and_left_alone(host: Host) -> None:
+    """A QEMU that stops answering is never killed for it; people read of it, also when it recovers."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.frozen = True
+    await host.clock.advance(HOUR_S)
+    assert qemu.alive
+    assert host.status.phase is Phase.RUNNING
+    assert "does not answer on QMP" in host.status.reason
+    qemu.frozen = False
+    await host.clock.advance(60.0)
+    assert host.status.reason == "runs"
+
+
+async def test_a_guest_that_is_paused_is_told(host: Host) -> None:
+    """A person, or an I/O error, may stop the guest: QEMU lives, its guest does not run, and that is said."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.run_state = "io-error"
+    qemu.event("STOP")
+    await settle()
+    assert host.status.phase is Phase.RUNNING
+    assert "QMP says io-error" in host.status.reason
+    qemu.run_state = "running"
+    qemu.event("RESUME")
+    await settle()
+    assert host.status.reason == "runs"
+
+
+# --- one supervisor after the other (law 8) -------------------------------------------------------------------
+
+
+async def test_a_successor_adopts(host: Host) -> None:
+    """Law 8: same process, same lock, no restart; what people read does not change."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    lock = host.lock
+    await host.die()
+    host.begin()
+    assert await host.runs() is qemu
+    assert (host.lock, len(host.qemus.all)) == (lock, 1)
+    assert host.status.restarts == 0
+    assert b"kvmsupervisor_adopted_total 1.0" in host.around.metrics.render("")[0]
+
+
+async def test_a_successor_that_finds_the_lock_lost_kills(host: Host) -> None:
+    """Law 8: a process that fails the lock test is killed."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    host.sessions = {"a", "b"}
+    host.etcd.write(LOCK_KEY, theirs().to_json())
+    host.begin()
+    await host.until(lambda: not qemu.alive)
+    assert len(host.qemus.all) == 1
+
+
+async def test_a_successor_without_etcd_leaves_all_as_it_is(host: Host) -> None:
+    """Laws 6 and 8: keys and lock unread are no reason for anything."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    host.session.held = False
+    client = host.etcd.peer
+
+    def away() -> FakeEtcd:
+        peer = client()
+        peer.away()
+        return peer
+
+    host.etcd.peer = away  # type: ignore[method-assign]
+    host.store.away()
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert host.running is qemu
+    assert "its keys have not been read yet" in host.status.reason
+
+
+@pytest.mark.parametrize("cut", range(6))
+async def test_a_supervisor_cut_off_during_a_start(host: Host, cut: int) -> None:
+    """Laws 3 and 8: whenever it dies, its successor brings the start to its end, with one QEMU and no gap in law 3."""
+    host.wish()
+    host.begin()
+    for _ in range(cut * 3):
+        await settle_once()
+    await host.die()
+    host.begin()
+    await host.runs()
+    assert len(host.qemus.alive) == 1
+
+
+async def settle_once() -> None:
+    """One turn of the loop."""
+    await asyncio.sleep(0)
+
+
+async def test_an_unwished_qemu_is_shut_down_by_the_successor(host: Host) -> None:
+    """Keys that were removed while no supervisor looked are as gone as others."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    keys_removed(host)
+    host.begin()
+    await host.until(lambda: host.gone)
+    assert len(qemu.presses) == 1
+    assert host.lock is None
+
+
+async def test_a_qemu_whose_run_directory_is_gone_is_not_doubled(host: Host) -> None:
+    """A living QEMU of ours without a record is told of by pid; nothing is started beside it."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    host.run_dir.instance(ONE).drop_incarnation()
+    host.begin()
+    await host.clock.advance(60.0)
+    assert host.qemus.alive == [qemu]
+    assert f"QEMU {qemu.pid} of this instance lives" in host.status.reason
+    qemu.crash()
+    await host.runs()
+
+
+async def test_the_environment_is_searched_only_for_a_lock_that_is_left_over(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading every process of the host costs milliseconds: an ordinary start does not."""
+    searches = []
+    find = host.qemus.find
+
+    def counted(marks: Mapping[str, str]) -> Iterator[int]:
+        searches.append(marks)
+        return find(marks)
+
+    monkeypatch.setattr(host.qemus, "find", counted)
+    host.wish()
+    host.begin()
+    await host.runs()
+    assert searches == []
+
+
+# --- two hosts ------------------------------------------------------------------------------------------------
+
+
+async def test_a_move_stops_here_and_starts_there(host: Host, other: Host) -> None:
+    """§6, cold: at no instant do two guests run; the epoch goes on."""
+
+    def one_runs(qemu: FakeQemu) -> bool:
+        assert host.qemus.running == []
+        return host.is_on_record(qemu)
+
+    host.qemus.on_record = one_runs
+    host.wish()
+    host.begin()
+    other.begin()
+    await host.runs()
+    assert other.gone
+    await other.die()
+    other.begin()
+    host.put(host="b")
+    await other.runs()
+    assert host.gone
+    assert host.lock is not None
+    assert (host.lock.host, host.lock.epoch) == ("b", 2)
+    await other.told()
+    assert host.published is not None
+    assert host.published.host == "b"
+
+
+async def test_a_deleted_lock_does_not_let_two_hosts_run(host: Host, other: Host) -> None:
+    """A lock deleted by hand while its host cannot write it again: the status still tells that the guest runs there."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    await host.told()
+    host.session.turn(held=False)
+    host.store.away()
+    host.etcd.erase(LOCK_KEY)
+    host.put(host="b")
+    # Host `a` reads that it shall stop; its guest is deaf.
+    qemu.deaf = True
+    other.begin()
+    await host.clock.advance(60.0)
+    assert host.qemus.alive == [qemu]
+    assert other.status.phase is Phase.WAITING
+    assert "the status of a says that it runs there" in other.status.reason
+    qemu.shut_down()
+    host.store.back()
+    host.session.turn(held=True)
+    await other.runs()
+    assert other.lock is not None
+    assert other.lock.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("storage", "session", "taken"),
+    [
+        (Storage.NONE, True, False),
+        (Storage.NONE, None, False),
+        (Storage.NONE, False, True),
+        (Storage.RBD, False, False),
+        (Storage.UNFENCEABLE, False, False),
+    ],
+)
+async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool | None, taken: bool) -> None:
+    """Laws 4 and 7: only what has nothing to protect is taken, and only from a host known to have no session."""
+    host.sessions = None if session is None else {"a", "b"} if session else {"a"}
+    host.etcd.write(LOCK_KEY, theirs(storage=storage).to_json())
+    host.wish()
+    host.begin()
+    await host.clock.advance(60.0)
+    assert (host.running is not None) == taken
+    if taken:
+        assert host.lock is not None
+        assert host.lock.epoch == 8
+        assert b"kvmsupervisor_takeovers_total 1.0" in host.around.metrics.render("")[0]
+    else:
+        assert host.lock == theirs(storage=storage)
+        assert "b" in host.status.reason
+
+
+async def test_a_lock_with_addresses_to_fence_starts_nothing_here(host: Host) -> None:
+    """Law 4: what cannot be fenced is not started over: the lock is taken, its addresses kept, and the reason told."""
+    left = theirs(host=HostName("a"), boot_id="an earlier one", clients=("10.0.0.1:0/1",), pid=None, starttime=None)
+    host.etcd.write(LOCK_KEY, left.to_json())
+    host.wish()
+    host.begin()
+    await host.clock.advance(60.0)
+    assert host.qemus.all == []
+    assert host.lock is not None
+    assert (host.lock.state, host.lock.fence) == (LockState.FENCING, ("10.0.0.1:0/1",))
+    assert "10.0.0.1:0/1" in host.status.reason
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xff", b"[" * 70_000, b'{"version":1,"epoch":"x"}', b'{"version":2}'])
+async def test_a_lock_that_cannot_be_read_counts_as_held(host: Host, garbage: bytes) -> None:
+    """Law 2: nothing is started over what this release does not understand, and nothing breaks over it."""
+    host.etcd.write(LOCK_KEY, garbage)
+    host.wish()
+    host.begin()
+    await host.clock.advance(60.0)
+    assert host.qemus.all == []
+    assert host.etcd.data[LOCK_KEY] == garbage
+    assert "cannot read" in host.status.reason
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"\xff", b"[" * 70_000, b'{"id":"1","host":"b","phase":"running","reason":"","since":"","epoch":"x"}'],
+)
+async def test_a_status_that_cannot_be_read_hinders_nothing(host: Host, garbage: bytes) -> None:
+    """Facts are for people: garbage in the status key starts the machine all the same."""
+    host.etcd.write(STATUS_KEY, garbage)
+    host.wish()
+    host.begin()
+    await host.runs()
+
+
+async def test_the_epoch_goes_on_after_a_lock_was_released(host: Host) -> None:
+    """Law 2: the status remembers the last epoch of a lock that is gone."""
+    host.wish()
+    host.begin()
+    await host.runs()
+    for epoch in (2, 3):
+        host.put(power="off")
+        await host.until(lambda: host.lock is None)
+        host.put(power="on")
+        await host.runs()
+        assert host.lock is not None
+        assert host.lock.epoch == epoch
+
+
+async def test_since_survives_a_new_supervisor(host: Host) -> None:
+    """§7: `since` is when the phase began, whoever supervised then."""
+    host.wish()
+    host.begin()
+    await host.runs()
+    since = host.status.since
+    await host.told()
+    await host.die()
+    await host.clock.advance(HOUR_S)
+    host.begin()
+    await host.runs()
+    written = host.published
+    assert written is not None
+    host.instance.recall(replace(written, since=since))
+    assert host.status.since == since
+    host.instance.recall(Status(id="1", host="a", phase=Phase.STOPPED, reason="", since="long ago"))
+    assert host.status.since == since

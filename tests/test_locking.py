@@ -1,0 +1,250 @@
+"""The lock in etcd: every compare guards, a lost reply is settled by reading, old news changes nothing (law 2)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.locking import InstanceLock, SwapFailed
+from tests.fakes.etcd import FakeEtcd
+
+ONE = InstanceId("1")
+LOCK_KEY, HOST_KEY, STATUS_KEY = "/kvm/1/lock", "/kvm/1/host", "/kvmsupervisor/instances/1"
+SESSION_KEY = "/kvmsupervisor/hosts/a"
+MINE = Lock(host=HostName("a"), boot_id="boot-1", epoch=1, state=LockState.STARTING, incarnation="x")
+NEXT = MINE.recorded(pid=7, starttime=8, clients=())
+THEIRS = replace(MINE, host=HostName("b"), epoch=2, incarnation="y")
+LAST = Status(id="1", host="a", phase=Phase.STOPPED, reason="it has no `host`", since="now", epoch=1)
+
+
+class Bench:
+    """One lock over a fake etcd in which the session exists and `host` is ours."""
+
+    def __init__(self) -> None:
+        self.etcd = FakeEtcd()
+        self.etcd.write(SESSION_KEY, "{}")
+        session = Compare(SESSION_KEY, Target.CREATE_REVISION, self.etcd.revision)
+        self.etcd.write(HOST_KEY, "a")
+        self.host_revision = self.etcd.revision
+        self.lock = InstanceLock(store=self.etcd, layout=Layout(), instance=ONE, session=lambda: session)
+
+    @property
+    def stored(self) -> Lock | None:
+        data = self.etcd.data.get(LOCK_KEY)
+        return None if data is None else Lock.from_json(data)
+
+    async def write(self, lock: Lock = MINE) -> None:
+        await self.lock.write(lock, self.host_revision)
+
+
+@pytest.fixture
+async def bench() -> Bench:
+    """A lock that was read and is absent."""
+    made = Bench()
+    await made.lock.look()
+    return made
+
+
+async def test_a_free_lock_is_taken_and_changed_and_released(bench: Bench) -> None:
+    """Law 2: every change is a compare-and-swap on what was seen last, and what was written is what is seen."""
+    await bench.write(MINE)
+    assert bench.stored == bench.lock.view.lock == MINE
+    await bench.write(NEXT)
+    assert bench.stored == bench.lock.view.lock == NEXT
+    await bench.lock.release(LAST)
+    assert bench.stored is None
+    assert (bench.lock.view.known, bench.lock.view.data, bench.lock.view.mod_revision) == (True, None, 0)
+
+
+async def test_nothing_is_written_without_the_session(bench: Bench) -> None:
+    """Law 2: "my session exists" is compared, by etcd and in the same transaction."""
+    bench.etcd.erase(SESSION_KEY)
+    with pytest.raises(SwapFailed, match="session or the key `host` changed"):
+        await bench.write()
+    assert bench.stored is None
+
+
+async def test_a_session_that_came_back_is_another_one(bench: Bench) -> None:
+    """Law 1: a key of the same name, made anew, is not the session that was held."""
+    bench.etcd.erase(SESSION_KEY)
+    bench.etcd.write(SESSION_KEY, "{}")
+    with pytest.raises(SwapFailed):
+        await bench.write()
+
+
+@pytest.mark.parametrize("change", ["b", "a", None])
+async def test_nothing_is_written_once_the_host_key_changed(bench: Bench, change: str | None) -> None:
+    """Law 2: "`host` is still me" is compared by revision: also a key that was rewritten is looked at again first."""
+    if change is None:
+        bench.etcd.erase(HOST_KEY)
+    else:
+        bench.etcd.write(HOST_KEY, change)
+    with pytest.raises(SwapFailed, match="session or the key `host` changed"):
+        await bench.write()
+    assert bench.stored is None
+
+
+async def test_a_strangers_lock_is_never_overwritten(bench: Bench) -> None:
+    """Law 2: who was first has it, and the loser knows who."""
+    bench.etcd.write(LOCK_KEY, THEIRS.to_json())
+    with pytest.raises(SwapFailed, match="the lock changed meanwhile"):
+        await bench.write()
+    assert bench.stored == bench.lock.view.lock == THEIRS
+
+
+async def test_a_lock_that_was_deleted_is_not_written_as_if_it_stood(bench: Bench) -> None:
+    """Law 2: between two steps somebody deleted it: look again first."""
+    await bench.write(MINE)
+    bench.etcd.erase(LOCK_KEY)
+    with pytest.raises(SwapFailed, match="the lock changed meanwhile"):
+        await bench.write(NEXT)
+    assert bench.stored is None
+    assert bench.lock.view.data is None
+
+
+async def test_the_same_value_written_by_somebody_else_is_a_change(bench: Bench) -> None:
+    """Law 2: revisions are compared, not values."""
+    await bench.write(MINE)
+    bench.etcd.write(LOCK_KEY, MINE.to_json())
+    with pytest.raises(SwapFailed):
+        await bench.write(NEXT)
+    assert bench.stored == MINE
+
+
+async def test_a_reassertion_needs_an_absent_lock_and_the_session(bench: Bench) -> None:
+    """A deleted lock is written again by its living QEMU's host only, and never over somebody who was faster."""
+    bench.etcd.write(HOST_KEY, "b")
+    await bench.lock.reassert(NEXT)
+    assert bench.stored == NEXT
+    bench.etcd.write(LOCK_KEY, THEIRS.to_json())
+    with pytest.raises(SwapFailed):
+        await bench.lock.reassert(NEXT)
+    assert bench.stored == THEIRS
+    bench.etcd.erase(LOCK_KEY, SESSION_KEY)
+    await bench.lock.look()
+    with pytest.raises(SwapFailed):
+        await bench.lock.reassert(NEXT)
+    assert bench.stored is None
+
+
+async def test_a_lost_reply_to_a_write_that_was_done_is_a_success(bench: Bench) -> None:
+    """A compare-and-swap whose reply was lost recognises its own value."""
+    bench.etcd.lose_next_reply()
+    await bench.write(MINE)
+    assert bench.stored == bench.lock.view.lock == MINE
+    await bench.write(NEXT)
+    assert bench.stored == NEXT
+
+
+async def test_a_lost_request_is_a_failed_swap(bench: Bench) -> None:
+    """One that never arrived is told as such: decide again."""
+    bench.etcd.lose_next_request()
+    with pytest.raises(SwapFailed, match="a reply was lost, and the change was not made"):
+        await bench.write(MINE)
+    assert bench.stored is None
+
+
+async def test_a_lost_reply_to_a_refused_swap_is_no_success(bench: Bench) -> None:
+    """Law 2: what stands there after a lost reply is looked at, not hoped for."""
+    bench.etcd.write(LOCK_KEY, THEIRS.to_json())
+    bench.etcd.lose_next_reply()
+    with pytest.raises(SwapFailed):
+        await bench.write(MINE)
+    assert bench.stored == bench.lock.view.lock == THEIRS
+
+
+async def test_a_lost_reply_to_a_release_is_settled_too(bench: Bench) -> None:
+    """Law 9: a delete that was done is done, whoever lost the reply."""
+    await bench.write(MINE)
+    bench.etcd.lose_next_reply()
+    await bench.lock.release(LAST)
+    assert bench.lock.view.data is None
+    assert STATUS_KEY in bench.etcd.data
+
+
+async def test_an_etcd_that_is_away_changes_nothing(bench: Bench) -> None:
+    """Law 6: no error is a failed compare; the view stays."""
+    await bench.write(MINE)
+    before = bench.lock.view
+    bench.etcd.away()
+    with pytest.raises(Unavailable):
+        await bench.write(NEXT)
+    assert bench.lock.view == before
+
+
+async def test_a_lost_reply_whose_reading_fails_stays_open(bench: Bench) -> None:
+    """When neither reply nor reading came, nothing is claimed; the next look tells."""
+
+    async def away_afterwards(call: str) -> None:
+        if bench.etcd.calls["txn"] > done + 1:
+            bench.etcd.away()
+
+    done = bench.etcd.calls["txn"]
+    bench.etcd.hook = away_afterwards
+    bench.etcd.lose_next_reply()
+    with pytest.raises(Unavailable) as raised:
+        await bench.write(MINE)
+    assert not isinstance(raised.value, Ambiguous)
+    assert bench.lock.view.data is None
+    bench.etcd.back()
+    bench.etcd.hook = None
+    await bench.lock.look()
+    assert bench.lock.view.lock == MINE
+
+
+def test_older_news_changes_nothing() -> None:
+    """A watch that lags behind what a transaction has shown does not bring the old lock back."""
+    lock = Bench().lock
+    lock.seen(data=NEXT.to_json(), mod_revision=9, as_of=9)
+    lock.seen(data=MINE.to_json(), mod_revision=5, as_of=8)
+    lock.seen(data=None, mod_revision=0, as_of=9)
+    assert lock.view.lock == NEXT
+    lock.seen(data=None, mod_revision=0, as_of=10)
+    assert lock.view.data is None
+
+
+def test_the_first_news_counts_whatever_its_revision() -> None:
+    """Before the first look nothing is known, and "absent" is an answer."""
+    lock = Bench().lock
+    assert not lock.view.known
+    lock.seen(data=None, mod_revision=0, as_of=0)
+    assert lock.view.known
+
+
+async def test_releasing_writes_the_last_status_in_the_same_step(bench: Bench) -> None:
+    """Who takes a free lock finds in the status up to which epoch it came: there is no instant between the two."""
+    await bench.write(MINE)
+    revision = await bench.lock.release(LAST)
+    assert bench.etcd.data[STATUS_KEY] == LAST.to_json()
+    assert revision == bench.etcd.revision
+    assert await bench.lock.look() == LAST
+
+
+async def test_releasing_for_good_deletes_the_status(bench: Bench) -> None:
+    """With the keys gone, nothing of an instance stays."""
+    bench.etcd.write(STATUS_KEY, LAST.to_json())
+    await bench.write(MINE)
+    await bench.lock.release(None)
+    assert bench.etcd.data.keys() == {HOST_KEY, SESSION_KEY}
+
+
+async def test_a_lock_that_is_not_ours_any_more_is_not_released(bench: Bench) -> None:
+    """Law 9: the delete compares too; the status is not overwritten either."""
+    await bench.write(MINE)
+    bench.etcd.write(LOCK_KEY, THEIRS.to_json())
+    with pytest.raises(SwapFailed):
+        await bench.lock.release(LAST)
+    assert bench.stored == THEIRS
+    assert STATUS_KEY not in bench.etcd.data
+
+
+@pytest.mark.parametrize("garbage", [b"", b"?", b"[" * 100_000, b"\xff", b'{"epoch":"x"}'])
+async def test_a_status_that_is_none_tells_nothing(bench: Bench, garbage: bytes) -> None:
+    """Whatever stands in the status key hurts nobody who takes the lock."""
+    bench.etcd.write(STATUS_KEY, garbage)
+    assert await bench.lock.look() is None
