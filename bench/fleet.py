@@ -24,7 +24,7 @@ MEMORY_BUDGET = 80e6
 IDLE_BUDGET = 0.005
 ADOPTION_BUDGET_S = 1.0
 
-IMPORTS = "import kvmsupervisor.cli.main, kvmsupervisor.cli.run, kvmsupervisor.logs, kvmsupervisor.supervisor"
+IMPORTS = "import kvmsupervisor.cli.main, kvmsupervisor.logs, kvmsupervisor.cli.run, kvmsupervisor.supervisor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +42,12 @@ def measure(rig: Rig, *, machines: int, rounds: int, idle_s: float, adoptions: i
     """All that needs the same hundred machines, which take a while to be there."""
     names = [f"vm{number}" for number in range(machines)]
     alone = _rest_of_one(rig, idle_s)
-    colds, loops = [], []
+    colds, warms, loops = [], [], []
     for number in range(rounds + 1):
+        rig.tell(f"{machines} at once, {number + 1} of {rounds + 1}")
+        host = rig.host()
+        warms.append(_warm(rig, host, names))
+        host.clear()
         rig.tell(f"{machines} from cold, {number + 1} of {rounds + 1}")
         host = rig.host()
         rig.keys.put(host.wish(names))
@@ -54,13 +58,24 @@ def measure(rig: Rig, *, machines: int, rounds: int, idle_s: float, adoptions: i
         records = [(host.record(name), host.run_dir / name) for name in names]
         host.clear()
         loops.append(_loop(rig, records, number))
-    yield _from_cold(colds, loops, machines)
+    yield _beside_loop(
+        f"{machines} instances from cold → all answer QMP",
+        colds,
+        loops,
+        "begins with the start of the supervisor's interpreter; ends with the last answer to query-status",
+    )
+    yield _beside_loop(
+        f"{machines} instances at once → all answer QMP",
+        warms,
+        loops,
+        "the same with a supervisor that runs already; begins before the keys are sent",
+    )
     host.wait_phase("running", machines)
     time.sleep(SETTLED_S)
     rig.tell(f"{machines} at rest, {idle_s:g} s")
     crowd = _rest(rig, host, idle_s)
     yield _memory(host, machines)
-    yield _idle_cpu(crowd, machines)
+    yield _idle_cpu(alone, crowd, machines)
     yield _idle_requests(alone, crowd, machines)
     yield _adoption(rig, host, names, adoptions)
     host.clear()
@@ -72,22 +87,31 @@ def _cold(host: Host, names: Sequence[str]) -> float:
     return max(answer.answered_at for answer in host.answers(names, poll_s=0.01).values()) - begun
 
 
+def _warm(rig: Rig, host: Host, names: Sequence[str]) -> float:
+    """Seconds from before the keys are sent to a supervisor in step, until all answer."""
+    host.start()
+    host.wait_ready()
+    begun = time.monotonic()
+    rig.keys.put(host.wish(names))
+    return max(answer.answered_at for answer in host.answers(names, poll_s=0.01).values()) - begun
+
+
 def _loop(rig: Rig, records: Sequence[tuple[dict[str, Any], Any]], number: int) -> float:
     rig.tell("the same from a shell loop")
     return bare.shell_loop(records, rig.folder / f"loop{number}", 2 * cpus())
 
 
-def _from_cold(colds: Sequence[float], loops: Sequence[float], machines: int) -> Figure:
-    measured, reference = Sample.of(colds), Sample.of(loops)
+def _beside_loop(what: str, times: Sequence[float], loops: Sequence[float], note: str) -> Figure:
+    measured, reference = Sample.of(times), Sample.of(loops)
     return Figure(
-        what=f"{machines} instances from cold → all answer QMP",
+        what=what,
         measured=measured,
         unit=seconds,
         reference=reference,
         reference_is=f"xargs -P {2 * cpus()}",
         budget="≤ 1.15 ×",
         met=within(measured, reference, 1.15),
-        notes=("begins with the start of the supervisor's interpreter; ends with the last answer to query-status",),
+        notes=(note,),
     )
 
 
@@ -158,7 +182,7 @@ def _memory(host: Host, machines: int) -> Figure:
     )
 
 
-def _idle_cpu(rest: Rest, machines: int) -> Figure:
+def _idle_cpu(alone: Rest, rest: Rest, machines: int) -> Figure:
     used = Sample.of([rest.cpu_s / rest.seconds])
     return Figure(
         what=f"idle CPU with {machines} instances, {rest.seconds:.0f} s",
@@ -168,6 +192,7 @@ def _idle_cpu(rest: Rest, machines: int) -> Figure:
         reference_is="of a core, idle Python with asyncio",
         budget="≤ 0.5 % of a core",
         met=used.median <= IDLE_BUDGET,
+        notes=(f"with one instance {percent(alone.cpu_s / alone.seconds)}",),
     )
 
 
@@ -187,6 +212,7 @@ def _idle_requests(alone: Rest, crowd: Rest, machines: int) -> Figure:
         met=here.median == 0 and crowd.revisions == alone.revisions == 0 and _alike(alone, crowd),
         notes=(
             f"by method: {_listed(crowd.requests)} with {machines}, {_listed(alone.requests)} with one",
+            "Watch: a watch that has heard nothing for 5 s asks whether it is alive, by a message on its stream",
             f"revisions made meanwhile: {crowd.revisions} with {machines}, {alone.revisions} with one",
         ),
     )

@@ -89,6 +89,7 @@ class Instance:
             since=around.clock.wall(),
         )
         self._around = around
+        self._problems: tuple[Problem, ...] = ()
         self._held = False
         self._shutdown_timeout_s: float | None = None
         self._memory = memory
@@ -131,6 +132,7 @@ class Instance:
             # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
             self._shutdown_timeout_s = wish.shutdown_timeout_s
         self.wish = wish
+        self._problems = self._problems_of(wish)
         self._held = held
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             self._remember(replace(self._memory, shutdown_timeout_s=wish.shutdown_timeout_s))
@@ -217,7 +219,7 @@ class Instance:
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems(),
+            problems=self._problems,
             held=self._held,
             session_held=around.session.held,
             etcd_at=self._etcd_at,
@@ -242,11 +244,8 @@ class Instance:
             self.tell("instance.adopted", pid=self._machine.pid)
         return view
 
-    def _problems(self) -> tuple[Problem, ...]:
+    def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
-        wish = self.wish
-        if wish is None:
-            return ()
         if wish.spec is None or wish.host != self._around.me:
             return wish.problems
         try:

@@ -304,7 +304,7 @@ class Supervisor:
         held = self._judge_removals(wishes)
         for name, wish in wishes.items():
             known = name in self._instances
-            if not known and self._wishes.synced:
+            if not known and fresh:
                 # Another host may have written its status meanwhile.
                 self._publisher.abandon(name)
             instance = self._instance(name)

@@ -50,13 +50,14 @@ class Bench:
         self.session = FakeSession(self.etcd)
         self.publisher = self.make()
 
-    def make(self) -> Publisher:
+    def make(self, gather_s: float = 0.0) -> Publisher:
         return Publisher(
             store=self.etcd,
             clock=self.clock,
             layout=Layout(),
             host=HostName("a"),
             session=self.session,
+            gather_s=gather_s,
             rand=lambda: 0.5,
         )
 
@@ -115,6 +116,19 @@ async def test_what_the_key_held_at_the_start_is_not_written_again(bench: Bench)
         publisher.set(TWO, status(TWO))
         await settle()
         assert bench.value(TWO) == status(TWO).to_json()
+
+
+async def test_changes_wait_for_each_other(bench: Bench) -> None:
+    """What changes shortly after another change is written with it, once: a start has five statuses in a moment."""
+    bench.publisher = bench.make(gather_s=0.05)
+    async with bench.running() as publisher:
+        for turn in range(3):
+            publisher.set(ONE, status(ONE, str(turn)))
+            publisher.set(TWO, status(TWO, str(turn)))
+            await bench.clock.advance(0.02)
+        assert bench.value(ONE) == status(ONE, "2").to_json()
+        assert bench.value(TWO) == status(TWO, "2").to_json()
+        assert bench.etcd.calls == {"txn": 1}
 
 
 async def test_a_burst_becomes_few_transactions_with_the_latest_values(bench: Bench) -> None:

@@ -18,6 +18,10 @@ CLOSE_S = 2.0
 """How long a disconnect may take. A frozen QEMU reads nothing; the socket is dropped all the same."""
 
 
+ENDS = (QMPError, OSError, EOFError, ValueError, TypeError, RecursionError)
+"""What a connection ends with: that of the socket, or what reading nonsense (no UTF-8, too long, too deep) raised."""
+
+
 class MonitorError(Exception):
     """A command was not done. The subclasses say what to do next."""
 
@@ -117,8 +121,8 @@ class Monitor:
         """End the connection; `on_lost` is not called. QEMU goes on and takes the next client."""
         self._on_lost = lambda: None
         self._keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeper
+        # Not awaited itself: its cancellation is not ours.
+        await asyncio.wait([self._keeper])
         await self._disconnect()
 
     async def _keep(self) -> None:
@@ -132,6 +136,6 @@ class Monitor:
         if self._client.runstate is Runstate.IDLE:
             return
         # How it ended does not matter here: the caller learns what matters from the process.
-        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+        with contextlib.suppress(*ENDS):
             async with asyncio.timeout(CLOSE_S):
                 await self._client.disconnect()

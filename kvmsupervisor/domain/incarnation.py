@@ -97,6 +97,8 @@ class Memory:
         attempt: how many restarts in a row came too soon; 0 when the next one may be at once.
         not_before: CLOCK_BOOTTIME before which it is not started again.
         pause_s: how long the pause before `not_before` was drawn, seconds.
+        revision: of the wish under which the last process ended by itself; 0 when it was not known.
+        keys: how many keys that wish had. With any other wish the pause is over: people have changed something.
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
         shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
@@ -108,6 +110,8 @@ class Memory:
     attempt: int = 0
     not_before: float = 0.0
     pause_s: float = 0.0
+    revision: int = 0
+    keys: int = 0
     restarts: int = 0
     last_exit: str | None = None
     shutdown_timeout_s: float | None = None

@@ -54,9 +54,17 @@ def after(
         attempt=attempt + 1,
         not_before=now + pause_s,
         pause_s=pause_s,
+        revision=0 if wish is None else wish.revision,
+        keys=0 if wish is None else wish.keys,
         restarts=memory.restarts + 1,
         ended=None,
     )
+
+
+def pauses(memory: Memory, wish: Wish, now: float) -> bool:
+    """Whether it is too early for the next start. A change of its keys, such as one that mends them, ends the pause."""
+    same = not memory.keys or (memory.revision, memory.keys) == (wish.revision, wish.keys)
+    return same and now < memory.not_before
 
 
 def rests(ended: Ended, wish: Wish) -> bool:

@@ -18,10 +18,6 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.etcd import FakeEtcd
-from tests.support.etcd import etcd_prefix, etcd_server
-from tests.support.guest import guest
-
-__all__ = ["etcd_prefix", "etcd_server", "guest"]
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SINCE = "2026-03-01T11:57:00Z"

@@ -13,7 +13,7 @@ INVALID = b"\xff\xfe\x80".decode(errors="surrogateescape")
 
 
 def test_hostile_keys(keys: Keys, hosts: Hosts, tiny: str) -> None:
-    """Invalid UTF-8, huge values, ids that are no ids, nested keys and 10,000 unknown ones hurt nobody; all are told."""
+    """Invalid UTF-8, huge values, ids that are no ids, nested keys and 10,000 unknown ones hurt nobody and are told."""
     host = hosts(KVM_SHUTDOWN_TIMEOUT="1").start()
     keys.machines(host.name, "good", ram=16, extra_flags=tiny)
     good = host.wait_running("good")
@@ -23,7 +23,8 @@ def test_hostile_keys(keys: Keys, hosts: Hosts, tiny: str) -> None:
         keys.write(f"{prefix}/{key}/host", host.name)
     for key in (f"{prefix}/", f"{prefix}//", f"{prefix}/plain", f"{prefix}/bad/{INVALID}", f"{prefix}/bad/a/b/c"):
         keys.write(key, "x")
-    keys.together({f"{prefix}/bad/huge": b"x" * (1 << 20), f"{prefix}/bad/ram": b"y" * (1 << 20)})
+    keys.together({f"{prefix}/bad/huge": b"x" * (1 << 20)})
+    keys.together({f"{prefix}/bad/ram": b"y" * (1 << 20)})
     keys.together({f"{prefix}/bad/extra_flags": b"'\x00\xff", f"{prefix}/bad/lock": b"\xff" * 1000})
     keys.together({f"{prefix}/many/unknown-{number}": b"?" for number in range(10_000)})
     keys.put("many", ram=16, host=host.name)

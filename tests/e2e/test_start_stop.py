@@ -22,8 +22,8 @@ def test_twenty_machines(keys: Keys, hosts: Hosts, tiny: str) -> None:
     qemus = host.wait_running(*TWENTY)
     assert len(host.qemus()) == 20
     for one, qemu in qemus.items():
-        flags = shlex.split(f"-msg timestamp=on -rtc base=utc,driftfix=slew -name 'the guest no. {one}' {tiny}")
-        assert list(qemu.argv[-len(flags) :]) == flags
+        words = shlex.split(f"-msg timestamp=on -rtc base=utc,driftfix=slew -name 'the guest no. {one}' {tiny}")
+        assert list(qemu.argv[-len(words) :]) == words
         lock = keys.lock(one)
         assert lock is not None
         assert (lock.host, lock.pid, lock.starttime) == (host.name, qemu.pid, qemu.starttime)

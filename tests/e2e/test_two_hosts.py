@@ -109,13 +109,16 @@ def test_moving(keys: Keys, hosts: Hosts, tiny: str) -> None:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("rounds", [10, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rounds", [10, pytest.param(150, marks=pytest.mark.soak)])
 def test_moving_while_supervisors_die(keys: Keys, hosts: Hosts, tiny: str, rounds: int) -> None:
-    """Moves back and forth, either supervisor killed, frozen or stopped at any instant: never two that run."""
+    """Moves back and forth, either supervisor killed, frozen or stopped at any instant: never two that run.
+
+    The machines have a disk that cannot be fenced, so nobody may take them from a host that seems to be gone.
+    """
     chance = random.Random(30)
     pair = {name: hosts(name, KVM_SHUTDOWN_TIMEOUT="0", KVM_SESSION_TTL="2").start() for name in ("alpha", "beta")}
     ids = ["1", "2", "3"]
-    keys.machines("alpha", *ids, ram=16, extra_flags=tiny)
+    keys.machines("alpha", *ids, ram=16, extra_flags=f"{tiny} -blockdev driver=null-co,node-name=disk")
     with watched(*pair.values()):
         for _ in range(rounds):
             for one in ids:
@@ -144,14 +147,12 @@ def test_moving_while_supervisors_die(keys: Keys, hosts: Hosts, tiny: str, round
         pair["beta"].wait_running(*ids)
         eventually("alpha to be left", lambda: not pair["alpha"].qemus())
     for one in ids:
-        # A supervisor that was away for longer than its TTL counts as dead, and these machines have no disks.
-        check_lock_history(keys, one, takeovers=["alpha", "beta"])
+        assert {lock.host for lock in check_lock_history(keys, one)} == {"alpha", "beta"}
 
 
 def test_a_dead_host(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """What a dead host held: a machine without disks is taken over; one that writes to a disk waits, and says why."""
-    brief = {"KVM_SESSION_TTL": "2", "KVM_SHUTDOWN_TIMEOUT": "1"}
-    alpha, beta = hosts("alpha", **brief), hosts("beta", **brief)
+    alpha, beta = (hosts(name, KVM_SESSION_TTL="2", KVM_SHUTDOWN_TIMEOUT="1") for name in ("alpha", "beta"))
     alpha.start()
     beta.start()
     keys.machines("beta", "diskless", ram=16, extra_flags=tiny)

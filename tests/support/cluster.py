@@ -108,12 +108,19 @@ class Keys:
         """Wish for several equal machines in one transaction, so that each is started once."""
         told = {"host": host, **wishes}
         self.together(
-            {self.layout.wish_key(InstanceId(one), name): str(told[name]).encode() for one in instances for name in told}
+            {
+                self.layout.wish_key(InstanceId(one), name): str(told[name]).encode()
+                for one in instances
+                for name in told
+            }
         )
 
     def together(self, wishes: Mapping[str, bytes], *, delete: Sequence[str] = ()) -> None:
         """Write and delete many keys, a hundred in one transaction."""
-        ops = [*(Put(key, value) for key, value in wishes.items()), *(Delete(key) for key in delete)]
+        ops: list[Put | Delete] = [
+            *(Put(key, value) for key, value in wishes.items()),
+            *(Delete(key) for key in delete),
+        ]
 
         async def write() -> None:
             etcd = Etcd(EtcdConfig(endpoints=self.etcd.endpoints))
@@ -547,7 +554,7 @@ class Host:
 
     def _fetch(self, path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=DEADLINE_S) as reply:
+            with urllib.request.urlopen(self.url + path, timeout=DEADLINE_S) as reply:  # noqa: S310 - our own
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             with error:

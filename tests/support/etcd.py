@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -63,6 +65,48 @@ class Tls:
     client_cert_auth: bool = True
     client_cert: Path
     client_key: Path
+
+
+class _Reaper:
+    """A process that kills what is left when this one ends, however it ends (SIGKILL runs no `finally`).
+
+    The kernel's own way, PR_SET_PDEATHSIG, acts when the *thread* ends that started the child, which for
+    `asyncio.to_thread` is too early.
+    """
+
+    _PROGRAM = """
+import os, signal, sys
+pids = set()
+for line in sys.stdin:
+    (pids.add if line[0] == "+" else pids.discard)(int(line[1:]))
+for pid in pids:
+    os.kill(pid, signal.SIGKILL)
+"""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", self._PROGRAM], stdin=subprocess.PIPE, start_new_session=True, text=True
+        )
+        atexit.register(self._end)
+
+    def watch(self, pid: int) -> None:
+        """Kill `pid` at the end."""
+        self._tell(f"+{pid}")
+
+    def forget(self, pid: int) -> None:
+        """`pid` is gone already."""
+        self._tell(f"-{pid}")
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def _end(self) -> None:
+        self._process.communicate(timeout=10)
+
+
+_reaper = functools.cache(_Reaper)
 
 
 class EtcdMember:
@@ -137,7 +181,7 @@ class EtcdMember:
                 start_new_session=True,
             )
         self.frozen = False
-        _running.add(self)
+        _reaper().watch(self._process.pid)
 
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Wait until the member serves, which takes a leader and a quorum."""
@@ -188,7 +232,6 @@ class EtcdMember:
         return self._folder / f"{self.name}.log"
 
     def _end(self, signum: int) -> None:
-        _running.discard(self)
         if self._process is None:
             return
         if self._process.poll() is None:
@@ -200,6 +243,7 @@ class EtcdMember:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait(timeout=10)
+        _reaper().forget(self._process.pid)
         self._process = None
         self.frozen = False
 
@@ -346,16 +390,6 @@ class EtcdServer(EtcdCluster):
     def endpoint(self) -> str:
         """Its URL for clients."""
         return self.member.endpoint
-
-
-_running: set[EtcdMember] = set()
-
-
-@atexit.register
-def _kill_leftovers() -> None:
-    # A test run that ends in the middle of a fixture must leave nothing running.
-    for member in list(_running):
-        member.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """etcd's messages and stubs, taken out of the `etcd3` package and put on protobuf's fast runtime.
 
-`etcd3` 0.12.0 brings generated code of 2019, which protobuf refuses since 4.0 unless it runs on the slow pure
-Python implementation. The descriptors inside that code are as good as ever. So they are read as data, without
+`etcd3` 0.12.0 brings generated code that protobuf refuses since 4.0, unless it runs on the slow pure Python
+implementation. The descriptors inside that code are as good as ever. So they are read as data, without
 importing the package, loaded into a descriptor pool of their own (file names such as `rpc.proto` are too
 common for the global one), and the generated stubs are executed on top of them. Nothing else of `etcd3` is
 imported, neither its client nor what that needs.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
 import pytest
+from grpc import StatusCode as Code
 
 from kvmsupervisor.adapters.etcd import Compacted, Denied, LeaseGone, Rejected
 from kvmsupervisor.adapters.etcd.errors import (
@@ -17,17 +17,15 @@ from kvmsupervisor.adapters.etcd.errors import (
     no_connection,
 )
 
-Code = grpc.StatusCode
-
 
 @dataclass(frozen=True)
 class Error:
     """As much of an `AioRpcError` as is looked at."""
 
-    _code: grpc.StatusCode
+    _code: Code
     _details: str | None
 
-    def code(self) -> grpc.StatusCode:
+    def code(self) -> Code:
         return self._code
 
     def details(self) -> str | None:

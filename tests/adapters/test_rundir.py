@@ -1,0 +1,278 @@
+"""The run directory: one supervisor, whole records, logs that stay readable while they are cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmsupervisor.adapters.rundir import BACKLOG, AlreadyRunning, InstanceDir, RunDir, write_whole
+from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.lock import Storage
+
+ONE = InstanceId("1")
+RECORD = Incarnation(
+    instance="1", incarnation="x", epoch=1, boot_id="boot-1", argv=("qemu",), spec={"ram_mib": 64},
+    storage=Storage.NONE, accelerator="tcg", restart_request=None, revision=7, log_offset=0, spawned_at=1.0,
+)  # fmt: skip
+MEMORY = Memory(boot_id="boot-1", attempt=2, restarts=3)
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """A run directory whose path is short enough for sockets."""
+    made = Path(tempfile.mkdtemp(prefix="kvs"))
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.fixture
+def directory(path: Path) -> InstanceDir:
+    made = RunDir(path).instance(ONE)
+    made.create()
+    return made
+
+
+# --- one supervisor -------------------------------------------------------------------------------------------
+
+
+def test_a_second_supervisor_is_told_who_is_there(path: Path) -> None:
+    """Law 1: one supervisor per run directory; the second one names the first and says what to do."""
+    first, second = RunDir(path), RunDir(path)
+    first.acquire()
+    with pytest.raises(AlreadyRunning, match=rf"process {os.getpid()}: .*KVM_RUN_DIR"):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    second.release()
+
+
+def test_the_lock_of_a_killed_supervisor_is_free(path: Path) -> None:
+    """Law 1: however it ended, the next one gets in, and QEMU does not inherit the lock."""
+    hold = "import sys; from pathlib import Path; from kvmsupervisor.adapters.rundir import RunDir\n"
+    hold += "import subprocess; d = RunDir(Path(sys.argv[1])); d.acquire()\n"
+    hold += "child = subprocess.Popen(['/bin/sleep', '60']); print(child.pid, flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(AlreadyRunning, match=f"process {holder.pid}:"):
+                RunDir(path).acquire()
+            holder.kill()
+            holder.wait()
+            os.kill(child, 0)
+            successor = RunDir(path)
+            successor.acquire()
+            successor.release()
+        finally:
+            os.kill(child, 9)
+
+
+def test_a_lock_file_that_says_nothing_is_named_all_the_same(path: Path) -> None:
+    """Law: the message is whole even before the holder has written its pid."""
+    holder = RunDir(path)
+    holder.acquire()
+    (path / "_supervisor.lock").write_bytes(b"")
+    with pytest.raises(AlreadyRunning, match="held by process unknown"):
+        RunDir(path).acquire()
+    holder.release()
+
+
+def test_a_missing_directory_is_made(path: Path) -> None:
+    """Law: a tmpfs is empty after a boot."""
+    fresh = RunDir(path / "a" / "b")
+    assert list(fresh.instances()) == []
+    fresh.acquire()
+    assert (path / "a" / "b").is_dir()
+    fresh.release()
+
+
+# --- whose folders --------------------------------------------------------------------------------------------
+
+
+def test_only_folders_with_an_id_are_instances(path: Path) -> None:
+    """Law: our own names begin with an underscore, which no id does; files and other folders are left alone."""
+    for name in ("b", "a.1", "A-2_", "_supervisor", ".hidden", "a b", "x" * 64):
+        (path / name).mkdir()
+    (path / "file").write_text("")
+    assert list(RunDir(path).instances()) == ["A-2_", "a.1", "b"]
+
+
+def test_a_folder_goes_with_all_that_is_in_it(directory: InstanceDir) -> None:
+    """Law: what is removed is removed, twice too."""
+    directory.create()
+    directory.write_incarnation(RECORD)
+    directory.listen(directory.qmp_socket).close()
+    directory.remove()
+    directory.remove()
+    assert not directory.path.exists()
+
+
+# --- records --------------------------------------------------------------------------------------------------
+
+
+def test_records_are_kept_and_dropped(directory: InstanceDir) -> None:
+    """Law 8: what one supervisor writes, the next reads; dropping is idempotent."""
+    assert directory.read_incarnation() is None
+    assert directory.read_memory("boot-1") == Memory(boot_id="boot-1")
+    directory.write_incarnation(RECORD)
+    directory.write_memory(MEMORY)
+    assert directory.read_incarnation() == RECORD
+    assert directory.read_memory("boot-1") == MEMORY
+    for _ in range(2):
+        directory.drop_incarnation()
+        directory.drop_memory()
+    assert directory.read_incarnation() is None
+    assert directory.read_memory("boot-1") == Memory(boot_id="boot-1")
+
+
+def test_a_memory_of_another_boot_is_none(directory: InstanceDir) -> None:
+    """Law: its instants are on another boot's clock."""
+    directory.write_memory(MEMORY)
+    assert directory.read_memory("boot-2") == Memory(boot_id="boot-2")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"version": 2}', b"[" * 100_000])
+def test_what_cannot_be_read_is_named_and_left(directory: InstanceDir, content: bytes) -> None:
+    """Law: a damaged or newer record is told by its path, and stays as it is."""
+    for name, read in (
+        ("incarnation.json", directory.read_incarnation),
+        ("memory.json", lambda: directory.read_memory("boot-1")),
+    ):
+        file = directory.path / name
+        file.write_bytes(content)
+        with pytest.raises(Unreadable, match=f"^{file}: "):
+            read()
+        assert file.read_bytes() == content
+
+
+def test_a_record_is_replaced_whole(directory: InstanceDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a supervisor that dies while it writes leaves the old record, never half of a new one."""
+    directory.write_memory(MEMORY)
+
+    def dies(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            directory.write_memory(Memory(boot_id="boot-1", attempt=99))
+    assert directory.read_memory("boot-1") == MEMORY
+    directory.write_memory(Memory(boot_id="boot-1", attempt=99))
+    assert directory.read_memory("boot-1").attempt == 99
+
+
+def test_a_reader_sees_the_old_or_the_new(path: Path) -> None:
+    """Law: the file is another one after the write; whoever has the old one open reads it to its end."""
+    file = path / "x.json"
+    write_whole(file, b"old" * 1000)
+    with file.open("rb") as reader:
+        write_whole(file, b"new")
+        assert reader.read() == b"old" * 1000
+    assert file.read_bytes() == b"new"
+    assert [entry.name for entry in path.iterdir()] == ["x.json"]
+
+
+# --- sockets --------------------------------------------------------------------------------------------------
+
+
+def test_a_client_may_come_before_its_server(directory: InstanceDir) -> None:
+    """Law: the socket listens before QEMU exists, over whatever an earlier one left there."""
+    directory.listen(directory.qmp_socket).close()
+    with directory.listen(directory.qmp_socket) as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(directory.qmp_socket))
+        served, _ = listener.accept()
+        with served:
+            served.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+
+
+def test_a_successor_may_wait_in_line(directory: InstanceDir) -> None:
+    """Law: with one client served, others are in line and not refused."""
+    with directory.listen(directory.qmp_socket) as listener:
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(BACKLOG)]
+        for client in clients:
+            client.connect(str(directory.qmp_socket))
+        for client in clients:
+            listener.accept()[0].close()
+            client.close()
+
+
+def test_a_socket_that_cannot_be_bound_leaves_no_descriptor(path: Path) -> None:
+    """Law: a path that is too long is an error, and nothing leaks."""
+    with pytest.raises(OSError, match="path too long"):
+        RunDir(path).instance(ONE).listen(path / ("x" * 200))
+
+
+# --- logs -----------------------------------------------------------------------------------------------------
+
+
+def say(directory: InstanceDir, text: bytes) -> None:
+    descriptor = directory.open_log()
+    os.write(descriptor, text)
+    os.close(descriptor)
+
+
+def test_the_tail_begins_behind_the_offset(directory: InstanceDir) -> None:
+    """Law: one process's words are not another's."""
+    assert (directory.log_size(), directory.log_tail(0)) == (0, [])
+    say(directory, b"first\nlast\n")
+    offset = directory.log_size()
+    assert directory.log_tail(offset) == []
+    say(directory, b"own\nwords \xff\n")
+    assert directory.log_tail(offset) == ["own", "words \N{REPLACEMENT CHARACTER}"]
+    assert directory.log_tail(0)[0] == "first"
+
+
+def test_only_the_end_of_a_long_log_is_read(directory: InstanceDir) -> None:
+    """Law: a machine that wrote gigabytes is not read whole."""
+    say(directory, b"x" * 100_000 + b"\nthe end\n")
+    tail = directory.log_tail(0, limit=100)
+    assert tail[-1] == "the end"
+    assert len(tail[0]) < 100
+
+
+async def test_a_rotated_log_is_all_newer_than_the_offset(directory: InstanceDir) -> None:
+    """Law: after a rotation the words behind a greater offset are found all the same."""
+    say(directory, b"x" * 1000)
+    offset = directory.log_size()
+    assert await directory.rotate_logs(max_bytes=10, keep=1) == [directory.qemu_log]
+    say(directory, b"why\n")
+    assert directory.log_tail(offset) == ["why"]
+
+
+async def test_rotation_keeps_so_many_and_the_writer_goes_on(directory: InstanceDir) -> None:
+    """Law: whoever has the log open goes on writing at its beginning, without a hole; old ones are counted up."""
+    writer = directory.open_log()
+    try:
+        for number in range(5):
+            os.write(writer, f"{number}".encode() * 100)
+            assert await directory.rotate_logs(max_bytes=99, keep=3) == [directory.qemu_log]
+            assert directory.log_size() == 0
+        os.write(writer, b"end")
+    finally:
+        os.close(writer)
+    logs = {entry.name: entry.read_bytes()[:3] for entry in directory.path.iterdir()}
+    assert logs == {"qemu.log": b"end", "qemu.log.1": b"444", "qemu.log.2": b"333", "qemu.log.3": b"222"}
+
+
+async def test_short_logs_are_left_alone_and_none_may_be_kept(directory: InstanceDir) -> None:
+    """Law: only what is longer than the limit is cut, the console's log too; `keep` may be 0."""
+    say(directory, b"x" * 10)
+    directory.console_log.write_bytes(b"y" * 11)
+    assert await directory.rotate_logs(max_bytes=10, keep=0) == [directory.console_log]
+    assert {entry.name: entry.stat().st_size for entry in directory.path.iterdir()} == {
+        "qemu.log": 10,
+        "console.log": 0,
+    }

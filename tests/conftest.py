@@ -1,0 +1,13 @@
+"""What all tests share: real etcd servers, a guest that boots, and signals as a person's shell has them."""
+
+import signal
+
+from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
+from tests.support.guest import guest
+
+__all__ = ["etcd_alone", "etcd_cluster", "etcd_prefix", "etcd_server", "guest"]
+
+# A shell starts what it puts into the background with SIGINT ignored, and programs started from there inherit that:
+# no Ctrl-C would reach them. With a handler of its own here they begin with the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,459 @@
+"""One host's supervisor in virtual time: who is told what, removals that are held, errors that stay contained."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.instance import Instance
+from kvmsupervisor.settings import Settings, load_settings
+from kvmsupervisor.supervisor import CONFIRMATION_POLL_S, Supervisor
+from tests.fakes.clock import FakeClock, settle
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemu, FakeQemus
+
+ME = "a"
+CONFIRMATION = f"/kvmsupervisor/confirm-removal/{ME}"
+
+
+class Bench:
+    """A supervisor over a fake etcd and fake QEMUs; `begin`, `end`, and `begin` again for its successor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = FakeClock()
+        self.etcd = FakeEtcd(self.clock.now)
+        self.qemus = FakeQemus(self.clock)
+        self.path = Path(tempfile.mkdtemp(prefix="kvs"))
+        self.more: dict[str, str] = {}
+        self.supervisor: Supervisor
+        self._task: asyncio.Task[None] | None = None
+        self.qemus.install(monkeypatch)
+        self.client = self.etcd
+        monkeypatch.setattr("kvmsupervisor.supervisor.Etcd", self._connect)
+        monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: self.clock)
+        monkeypatch.setattr("random.random", lambda: 0.5)
+
+    def _connect(self, config: object) -> FakeEtcd:
+        # Its own client: closing it leaves the store open.
+        self.client = self.etcd.peer()
+        return self.client
+
+    def settings(self) -> Settings:
+        environ = {
+            "ETCD_ENDPOINTS": "http://127.0.0.1:1",
+            "KVM_HOSTNAME": ME,
+            "KVM_RUN_DIR": str(self.path),
+            "KVM_LISTEN": "off",
+            "KVM_ACCEL": "tcg",
+            "KVM_START_PARALLEL": "64",
+        }
+        return load_settings(environ | self.more, default_config=self.path / "none.toml")
+
+    async def begin(self, *, virtual_s: float = 5.0) -> None:
+        self.supervisor = Supervisor(self.settings())
+        self._task = asyncio.create_task(self.supervisor.run())
+        await self.clock.advance(virtual_s)
+
+    async def end(self) -> None:
+        assert self._task is not None
+        task, self._task = self._task, None
+        self.supervisor.stop()
+        while not task.done():
+            await self.clock.advance(1.0)
+        await task
+
+    async def close(self) -> None:
+        try:
+            if self._task is not None:
+                await self.end()
+        finally:
+            shutil.rmtree(self.path)
+
+    def create(self, *names: str, host: str = ME) -> None:
+        for name in names:
+            self.etcd.write(f"/kvm/{name}/ram", "64")
+            self.etcd.write(f"/kvm/{name}/host", host)
+
+    def remove(self, *names: str) -> None:
+        """All keys at once, the locks too."""
+        self.etcd.erase(*(key for key in self.etcd.data if key.split("/")[1] == "kvm" and key.split("/")[2] in names))
+
+    async def running(self, *names: str) -> dict[str, FakeQemu]:
+        """Create instances and let them run."""
+        self.create(*names)
+        await self.clock.advance_until(lambda: len(self.of(*names)) == len(names), 60.0)
+        await self.clock.advance(1.0)
+        return self.of(*names)
+
+    def of(self, *names: str) -> dict[str, FakeQemu]:
+        return {qemu.instance: qemu for qemu in self.qemus.running if qemu.instance in names}
+
+    def status(self, name: str) -> Status | None:
+        return next((status for status in self.supervisor.instances() if status.id == name), None)
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        return {status.id: status.phase for status in self.supervisor.instances()}
+
+    def metric(self, line: str) -> float:
+        text = self.supervisor.metrics("")[0].decode()
+        (value,) = [row.rpartition(" ")[2] for row in text.splitlines() if row.rpartition(" ")[0] == line]
+        return float(value)
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    made = Bench(monkeypatch)
+    yield made
+    await made.close()
+
+
+def lock_of(host: str, storage: Storage = Storage.UNFENCEABLE) -> bytes:
+    return Lock(
+        host=HostName(host), boot_id="b", epoch=3, state=LockState.RUNNING, incarnation="y", pid=1, starttime=1,
+        storage=storage,
+    ).to_json()  # fmt: skip
+
+
+# --- whose instances ------------------------------------------------------------------------------------------
+
+
+async def test_what_is_ours_runs_and_what_is_not_is_left_alone(bench: Bench) -> None:
+    """Level-triggered: keys that stood before and keys that come later are the same; other hosts' are none of ours."""
+    bench.create("1")
+    bench.create("9", host="b")
+    await bench.begin()
+    await bench.running("2")
+    assert bench.of("1", "2", "9").keys() == {"1", "2"}
+    assert bench.phases == {"1": Phase.RUNNING, "2": Phase.RUNNING}
+    assert bench.supervisor.ready()[0]
+
+
+async def test_a_host_whose_name_is_in_anothers_lock_does_not_spin(bench: Bench) -> None:
+    """A lock that merely contains our name ("a" is in every one of them) is another host's."""
+    bench.create("1", host="ab")
+    bench.etcd.write("/kvm/1/lock", lock_of("ab"))
+    bench.create("2", host="ab")
+    await bench.begin()
+    with capture_logs() as logs:
+        bench.etcd.write("/kvm/1/lock", lock_of("ba"))
+        await bench.clock.advance(60.0)
+    assert not [line for line in logs if line["event"] == "instance.forgotten"]
+    assert bench.phases == {}
+
+
+async def test_a_lock_of_ours_without_a_wish_is_released(bench: Bench) -> None:
+    """Law 9: a lock left over from our own dead process goes, also when the instance is another host's by now."""
+    bench.create("1", host="b")
+    bench.etcd.write("/kvm/1/lock", lock_of(ME))
+    bench.etcd.write("/kvm/2/lock", lock_of(ME))
+    await bench.begin()
+    assert not [key for key in bench.etcd.data if key.endswith("/lock")]
+    assert bench.phases == {}
+
+
+@pytest.mark.parametrize("garbage", [b"", b"a", b"\xff" * 10, b"[" * 70_000, b"a" * 70_000])
+async def test_garbage_hurts_nobody(bench: Bench, garbage: bytes) -> None:
+    """No bytes under the prefix, in a status or in a host's session hinder the others."""
+    for key in ("/kvm/1/lock", "/kvm/1/host", "/kvm//x", "/kvm/../host", "/kvm/1/2/3", b"/kvm/\xff/host"):
+        bench.etcd.write(key, garbage)
+    bench.etcd.write("/kvmsupervisor/instances/2", garbage)
+    bench.etcd.write("/kvmsupervisor/hosts/b", garbage)
+    bench.etcd.write(CONFIRMATION, garbage)
+    await bench.begin()
+    await bench.running("2")
+    assert bench.phases["2"] is Phase.RUNNING
+    assert [host.host for host in bench.supervisor.hosts()] == [ME]
+    bench.supervisor.metrics("")
+
+
+async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
+    """`etcdctl del --prefix`: shut down gracefully, lock and status deleted, folder and metrics gone."""
+    await bench.begin()
+    qemus = await bench.running("1", "2")
+    bench.remove("1")
+    await bench.clock.advance(10.0)
+    assert qemus["1"].presses
+    assert not qemus["1"].alive
+    assert not [key for key in bench.etcd.data if "/1" in key]
+    assert [entry.name for entry in bench.path.iterdir() if entry.is_dir()] == ["2"]
+    assert 'instance="1"' not in bench.supervisor.metrics("")[0].decode()
+    assert bench.of("1", "2").keys() == {"2"}
+
+
+async def test_keys_that_come_back_run_again(bench: Bench) -> None:
+    """Level-triggered: an instance that was forgotten is met anew."""
+    await bench.begin()
+    first = (await bench.running("1"))["1"]
+    bench.remove("1")
+    await bench.clock.advance(10.0)
+    assert bench.phases == {}
+    assert (await bench.running("1"))["1"] is not first
+
+
+# --- one supervisor after the other ---------------------------------------------------------------------------
+
+
+async def test_a_stop_leaves_machines_and_a_start_adopts_them(bench: Bench) -> None:
+    """Law 8: a normal stop touches no QEMU; the next supervisor has the same pids, locks and statuses."""
+    await bench.begin()
+    qemus = await bench.running("1", "2", "3")
+    locks = {key: value for key, value in bench.etcd.data.items() if key.endswith("/lock")}
+    before = {status.id: status for status in bench.supervisor.instances()}
+    await bench.end()
+    assert bench.of("1", "2", "3") == qemus
+    await bench.clock.advance(3600.0)
+    await bench.begin()
+    assert bench.of("1", "2", "3") == qemus
+    assert len(bench.qemus.all) == 3
+    assert locks.items() <= bench.etcd.data.items()
+    assert {status.id: status for status in bench.supervisor.instances()} == before
+    assert bench.metric("kvmsupervisor_adopted_total") == 3.0
+
+
+@pytest.mark.parametrize("lock", ["/kvm/%i/lock", "/locks/%i"])
+@pytest.mark.parametrize("slow", ["/kvm/", "/locks/"])
+async def test_nothing_is_decided_before_keys_and_locks_were_listed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, lock: str, slow: str
+) -> None:
+    """Laws 6 and 8: where `LOCK` lies elsewhere, one list alone means nothing: no guest is shut down for it."""
+    bench.more["LOCK"] = lock
+    await bench.begin()
+    qemus = await bench.running("1", "2")
+    await bench.end()
+    listing = FakeEtcd.list
+
+    async def slow_list(self: FakeEtcd, prefix: str, *, page: int = 10_000) -> object:
+        if prefix == slow:
+            await bench.clock.sleep(30.0)
+        return await listing(self, prefix, page=page)
+
+    monkeypatch.setattr(FakeEtcd, "list", slow_list)
+    await bench.begin(virtual_s=60.0)
+    assert bench.of("1", "2") == qemus
+    assert [qemu.presses for qemu in qemus.values()] == [[], []]
+    assert bench.phases == {"1": Phase.RUNNING, "2": Phase.RUNNING}
+
+
+async def test_an_empty_etcd_is_an_answer_too(bench: Bench) -> None:
+    """Keys that were all removed while no supervisor looked: what runs here is told, although nothing was listed."""
+    await bench.begin()
+    qemus = await bench.running("1", "2")
+    await bench.end()
+    bench.remove("1", "2")
+    await bench.begin(virtual_s=30.0)
+    assert [qemu.alive for qemu in qemus.values()] == [False, False]
+    assert bench.phases == {}
+
+
+async def test_etcd_away_at_the_start_changes_nothing(bench: Bench) -> None:
+    """Law 6: adopting needs no etcd, and an hour without it kills nothing."""
+    await bench.begin()
+    qemus = await bench.running("1")
+    await bench.end()
+
+    def away(config: object) -> FakeEtcd:
+        client = bench.etcd.peer()
+        client.away()
+        return client
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvmsupervisor.supervisor.Etcd", away)
+        await bench.begin(virtual_s=3600.0)
+        assert bench.of("1") == qemus
+        assert not bench.supervisor.ready()[0]
+        status = bench.status("1")
+        assert status is not None
+        assert "its keys have not been read yet" in status.reason
+        await bench.end()
+
+
+@pytest.mark.parametrize("file", ["incarnation.json", "memory.json"])
+@pytest.mark.parametrize("content", ['{"version": 99}', "{", ""])
+async def test_records_that_cannot_be_read_stop_nobody_else(bench: Bench, file: str, content: str) -> None:
+    """A record of a newer release is left alone, named in the log, and its instance not touched; the others run."""
+    folder = RunDir(bench.path).instance(InstanceId("1"))
+    folder.create()
+    (folder.path / file).write_text(content)
+    bench.create("1")
+    with capture_logs() as logs:
+        await bench.begin()
+        await bench.running("2")
+    named = [line for line in logs if line["event"] == "instance.unreadable"]
+    assert [line["instance"] for line in named] == ["1"]
+    assert file in named[0]["reason"]
+    assert (folder.path / file).read_text() == content
+    assert bench.of("1", "2").keys() == {"2"}
+
+
+# --- mass removal (§4) ----------------------------------------------------------------------------------------
+
+
+async def test_a_mass_removal_is_held_and_confirmed(bench: Bench) -> None:
+    """§4: more than half and more than two at once wait for a word, which names them; only that word counts."""
+    await bench.begin()
+    qemus = await bench.running("1", "2", "3", "4")
+    bench.etcd.write(CONFIRMATION, json.dumps(["1", "2", "3"]))
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(3600.0)
+    assert bench.of("1", "2", "3", "4") == qemus
+    assert [qemu.presses for qemu in qemus.values()] == [[]] * 4
+    assert bench.metric("kvmsupervisor_removals_held") == 3.0
+    status = bench.status("1")
+    assert status is not None
+    assert (status.phase, status.held) == (Phase.RUNNING, True)
+    assert "confirm-removal" in status.reason
+    for nonsense in (b"", b"5", b"[[", b"[" * 70_000, b"\xff", b"{}"):
+        bench.etcd.write(CONFIRMATION, nonsense)
+        await bench.clock.advance(2 * CONFIRMATION_POLL_S)
+    assert bench.of("1", "2", "3", "4") == qemus
+    bench.etcd.write(CONFIRMATION, json.dumps(["1", "2"]))
+    await bench.clock.advance(30.0)
+    assert bench.of("1", "2", "3", "4").keys() == {"3", "4"}
+    assert CONFIRMATION not in bench.etcd.data
+    assert bench.metric("kvmsupervisor_removals_held") == 1.0
+
+
+async def test_keys_that_return_end_the_hold(bench: Bench) -> None:
+    """§4: a removal that was taken back is none; the machines never noticed."""
+    await bench.begin()
+    qemus = await bench.running("1", "2", "3")
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(60.0)
+    bench.create("1", "2", "3")
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2", "3") == qemus
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+    assert all(status.held is False for status in bench.supervisor.instances())
+
+
+async def test_a_hold_survives_the_supervisor(bench: Bench) -> None:
+    """§4: keys that vanished while no supervisor looked, or during a hold, are judged by its successor."""
+    await bench.begin()
+    qemus = await bench.running("1", "2", "3")
+    await bench.end()
+    bench.remove("1", "2", "3")
+    await bench.begin(virtual_s=3600.0)
+    assert bench.of("1", "2", "3") == qemus
+    bench.etcd.write(CONFIRMATION, json.dumps(["1", "2", "3"]))
+    await bench.clock.advance(30.0)
+    assert bench.of("1", "2", "3") == {}
+
+
+ORDERS: dict[str, Callable[[Bench, str], None]] = {
+    "another host": lambda bench, name: bench.etcd.write(f"/kvm/{name}/host", "b"),
+    "power off": lambda bench, name: bench.etcd.write(f"/kvm/{name}/power", "off"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_an_order_is_no_removal(bench: Bench, order: str) -> None:
+    """§4: draining a host or switching all off is done at once: somebody wrote it."""
+    await bench.begin()
+    await bench.running("1", "2", "3", "4")
+    for name in "1234":
+        ORDERS[order](bench, name)
+    await bench.clock.advance(30.0)
+    assert bench.of("1", "2", "3", "4") == {}
+
+
+async def test_few_removals_are_not_held(bench: Bench) -> None:
+    """§4: up to half, or two, go without a word."""
+    await bench.begin()
+    await bench.running("1", "2", "3", "4")
+    bench.remove("1", "2")
+    await bench.clock.advance(30.0)
+    assert bench.of("1", "2", "3", "4").keys() == {"3", "4"}
+    await bench.clock.advance(30.0)
+    bench.remove("3", "4")
+    await bench.clock.advance(30.0)
+    assert bench.phases == {}
+
+
+# --- containment ----------------------------------------------------------------------------------------------
+
+
+async def test_a_bug_in_one_instance_leaves_the_others_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One broad except: logged with traceback, counted, tried again after a growing pause; its QEMU runs on."""
+    await bench.begin()
+    qemus = await bench.running("1", "2")
+    observe = Instance._observe
+    broken = True
+
+    def stumbles(self: Instance) -> object:
+        if broken and self.id == "1":
+            raise RuntimeError("a bug")
+        return observe(self)
+
+    monkeypatch.setattr(Instance, "_observe", stumbles)
+    with capture_logs() as logs:
+        for name in ("1", "2"):
+            bench.etcd.write(f"/kvm/{name}/power", "off")
+        await bench.clock.advance(10.0)
+    errors = [line for line in logs if line["event"] == "instance.error"]
+    assert [line["pause_s"] for line in errors] == [1.0, 2.0, 4.0, 8.0]
+    assert {line["instance"] for line in errors} == {"1"}
+    assert bench.metric('kvmsupervisor_internal_errors_total{instance="1"}') == 4.0
+    assert [qemus[name].alive for name in "12"] == [True, False]
+    broken = False
+    await bench.clock.advance(60.0)
+    assert not qemus["1"].alive
+
+
+async def test_a_bug_does_not_keep_the_supervisor_from_stopping(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancellation always propagates, out of an instance's pause too."""
+
+    def stumbles(self: Instance) -> object:
+        raise RuntimeError("a bug")
+
+    bench.create("1")
+    monkeypatch.setattr(Instance, "_observe", stumbles)
+    await bench.begin()
+    await bench.end()
+
+
+async def test_only_so_many_start_at_once(bench: Bench) -> None:
+    """Start slots: the others wait their turn, and say so; in the end all run."""
+    bench.more["KVM_START_PARALLEL"] = "2"
+    starting: list[int] = []
+
+    def slow(qemu: FakeQemu) -> None:
+        qemu.frozen = True
+        starting.append(sum(one.frozen and one.alive for one in bench.qemus.all))
+
+        def thaw() -> None:
+            qemu.frozen = False
+
+        bench.clock.call_at(bench.clock.now() + 3.0, thaw)
+
+    bench.qemus.prepare = slow
+    names = [str(number) for number in range(1, 8)]
+    bench.create(*names)
+    await bench.begin(virtual_s=1.0)
+    assert "waits for its turn" in " ".join(status.reason for status in bench.supervisor.instances())
+    await bench.clock.advance(60.0)
+    assert len(bench.of(*names)) == 7
+    assert max(starting) == 2
+
+
+async def test_the_first_statuses_are_written_once_the_supervisor_stops(bench: Bench) -> None:
+    """A normal stop leaves statuses as they were last seen."""
+    await bench.begin()
+    await bench.running("1")
+    bench.etcd.write("/kvm/1/ram", "128")
+    await settle()
+    await bench.end()
+    written = Status.from_json(bench.etcd.data["/kvmsupervisor/instances/1"])
+    assert written is not None
+    assert written.pending == ("ram",)
