@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from typing import Any, assert_never
+from typing import assert_never
 from uuid import uuid4
 
 from structlog.typing import FilteringBoundLogger
@@ -18,14 +18,16 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import Identity, Unbuildable, build_argv, instance_uuid
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, Action, Decision, View, decide
+from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, take
 from kvmsupervisor.domain.restart import after
-from kvmsupervisor.domain.spec import Problem, Spec, Wish, pending, spec_to_object
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.spec import Problem, Spec, Wish, spec_to_object
+from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import NotFenced, Surroundings
 
 ETCD_RETRY_S = 1.0
@@ -34,9 +36,6 @@ what bounds a disagreement that no event ends."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
-
-LIVE_PHASES = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING})
-"""Phases in which a status with a pid says that QEMU lives on its host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,7 @@ class Instance:
 
     Attributes:
         id: which.
-        status: as last published.
+        report: what is said of it.
         wish: as last told; None before that.
     """
 
@@ -81,35 +80,25 @@ class Instance:
     ) -> None:
         self.id = instance
         self.wish: Wish | None = None
-        self.status = Status(
-            id=instance,
-            host=around.me,
-            phase=Phase.WAITING,
-            reason="not looked at yet",
-            since=around.clock.wall(),
-        )
         self._around = around
         self._problems: tuple[Problem, ...] = ()
         self._held = False
-        self._shutdown_timeout_s: float | None = None
         self._memory = memory
-        self._log = log.bind(instance=instance)
         self._wake = asyncio.Event()
         self._machine = Machine(
             prefix=around.layout.prefix,
             directory=directory,
             clock=around.clock,
             notify=self._wake.set,
-            on_reset=lambda: self.tell("instance.guest_reset"),
-            log=self._log,
+            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            log=log.bind(instance=instance),
         )
+        self.report = Report(instance, around=around, machine=self._machine, log=log)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
         self._planned: str | None = None
         self._claimed_by: HostName | None = None
-        self._looked = False
-        self._published: Status | None = None
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
@@ -122,18 +111,16 @@ class Instance:
         """Take the latest wish.
 
         Args:
-            wish: the keys as they are, or, while `held`, as they were.
-            held: their removal waits for an operator's word.
+            wish: the keys as they are.
+            held: they are gone, and that waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
         """
         if fresh and (self.wish is None or wish.spec != self.wish.spec):
             self._quiet_at = self._around.clock.now() + self._around.settle_s
-        if wish.keys > 0:
-            # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
-            self._shutdown_timeout_s = wish.shutdown_timeout_s
         self.wish = wish
         self._problems = self._problems_of(wish)
         self._held = held
+        # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             self._remember(replace(self._memory, shutdown_timeout_s=wish.shutdown_timeout_s))
         self._wake.set()
@@ -146,13 +133,6 @@ class Instance:
     def notify(self) -> None:
         """Something around changed (session, hosts): look again."""
         self._wake.set()
-
-    def recall(self, written: Status) -> None:
-        """Take from the status key of an earlier supervisor since when it has been so."""
-        now = self.status
-        if (written.phase, written.incarnation) == (now.phase, now.incarnation):
-            self.status = replace(now, since=written.since)
-            self._around.publisher.set(self.id, self.status)
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
@@ -179,7 +159,8 @@ class Instance:
             self._wake.clear()
             view = self._observe()
             decision = decide(view)
-            self._say(view, decision)
+            self._note_progress(view, decision)
+            self.report.say(view, decision)
             if not decision.slot:
                 self._around.slots.release(self.id)
             if decision.action is Action.FORGET:
@@ -206,7 +187,7 @@ class Instance:
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._around.clock.now() + seconds
         if self._etcd_trouble != why:
-            self.tell("instance.etcd_trouble", reason=why)
+            self.report.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
 
     def _observe(self) -> View:
@@ -235,14 +216,26 @@ class Instance:
             quiet_at=self._quiet_at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
-                around.shutdown_timeout_s if self._shutdown_timeout_s is None else self._shutdown_timeout_s
+                around.shutdown_timeout_s
+                if self._memory.shutdown_timeout_s is None
+                else self._memory.shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
             self._adopting = False
             around.metrics.adopted()
-            self.tell("instance.adopted", pid=self._machine.pid)
+            self.report.tell("instance.adopted", pid=self._machine.pid)
         return view
+
+    def _note_progress(self, view: View, decision: Decision) -> None:
+        """Note when a stop began, and since when a start is wanted: what later decisions and figures count from."""
+        if decision.phase is not Phase.STOPPING:
+            self._machine.stop_is_off()
+        elif view.process is not None:
+            self._machine.stop_begins()
+        starting = view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems
+        if starting and self._wanted_at is None:
+            self._wanted_at = view.now
 
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
@@ -311,11 +304,9 @@ class Instance:
         """Read lock and status; return the last epoch that the status tells of."""
         status = await self._lock.look()
         around = self._around
-        claims = (
-            status is not None and status.host != around.me and status.pid is not None and status.phase in LIVE_PHASES
-        )
+        claims = status is not None and status.host != around.me and status.tells_of_a_process
         self._claimed_by = HostName(status.host) if status is not None and claims else None
-        self._looked = True
+        self.report.key_was_read()
         return status.epoch if status is not None else 0
 
     async def _take(self, wish: _Wanted) -> None:
@@ -340,7 +331,9 @@ class Instance:
         await self._lock.write(lock, wish.host_revision)
         if previous is not None and previous.host != around.me:
             around.metrics.took_over()
-        self.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=previous and previous.host)
+        self.report.tell(
+            "lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=previous and previous.host
+        )
 
     async def _fence(self, wish: _Wanted) -> None:
         lock = self._lock.view.lock
@@ -371,7 +364,7 @@ class Instance:
         self._machine.directory.write_memory(self._memory)
         self._planned = None
         around.metrics.started(self.id)
-        self.tell("instance.spawned", pid=self._machine.pid)
+        self.report.tell("instance.spawned", pid=self._machine.pid)
 
     def _argv(self, spec: Spec, qmp_fds: tuple[int, int]) -> tuple[str, ...]:
         identity = Identity(instance=self.id, uuid=instance_uuid(self._around.layout.prefix, self.id))
@@ -396,7 +389,7 @@ class Instance:
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
-            self.tell("instance.started", pid=self._machine.pid)
+            self.report.tell("instance.started", pid=self._machine.pid)
 
     async def _reassert(self) -> None:
         record = self._machine.record
@@ -413,7 +406,7 @@ class Instance:
             storage=record.storage,
         )
         await self._lock.reassert(lock)
-        self.tell("lock.reasserted", level="warning", epoch=record.epoch)
+        self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -434,7 +427,7 @@ class Instance:
             )
         )
         self._around.metrics.exited(self.id, process.exit.kind)
-        self.tell(
+        self.report.tell(
             "instance.ended",
             level="info" if process.asked else "warning",
             reason=process.exit.text,
@@ -452,89 +445,10 @@ class Instance:
     async def _release(self) -> None:
         publisher = self._around.publisher
         if self.wish is not None and self.wish.keys > 0:
-            last = replace(self.status, pid=None, incarnation=None)
+            last = replace(self.report.status, pid=None, incarnation=None)
             publisher.wrote(self.id, last.to_json(), await self._lock.release(last))
         else:
             await self._lock.release(None)
             publisher.forget(self.id)
         self._planned = None
-        self.tell("lock.released")
-
-    # --- telling ----------------------------------------------------------------------------------------------
-
-    def _say(self, view: View, decision: Decision) -> None:
-        """Publish what is decided, once it differs from what was said."""
-        around, before, wish = self._around, self.status, view.wish
-        if decision.phase is Phase.STOPPING and view.process is not None:
-            self._machine.stop_begins()
-        elif decision.phase is not Phase.STOPPING:
-            self._machine.stop_is_off()
-        wanted = view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems
-        if wanted and self._wanted_at is None:
-            self._wanted_at = view.now
-        record = self._machine.record
-        lock = self._lock.view.lock
-        running = view.process.spec if view.process is not None else None
-        status = Status(
-            id=self.id,
-            host=around.me,
-            phase=decision.phase,
-            reason=decision.reason,
-            since=before.since if before.phase is decision.phase else around.clock.wall(),
-            pid=self._machine.pid,
-            epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
-            restarts=self._memory.restarts,
-            pending=pending(running, wish.spec) if running and wish and wish.spec else (),
-            problems=tuple(str(problem) for problem in view.problems),
-            revision=wish.revision if wish else before.revision,
-            incarnation=record.incarnation if record else None,
-            last_exit=self._memory.last_exit,
-            held=self._held,
-        )
-        if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
-            # Nobody's status any more, or the next host's.
-            self.status = status
-            return
-        if status != before:
-            self.status = status
-            self._tell_change(before, status)
-        if status != self._published and self._may_publish(view, decision):
-            self._published = status
-            around.publisher.set(self.id, status)
-
-    def _may_publish(self, view: View, decision: Decision) -> bool:
-        """Whether the status key is ours to write.
-
-        What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
-        the epoch up to which it came. It is not written over before it was read.
-        """
-        if view.process is not None:
-            return True
-        match view.claim:
-            case Claim.UNKNOWN:
-                return False
-            case Claim.STRANGER:
-                self._looked = False
-                return view.holder_has_session is False
-            case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
-                return self._looked and self._claimed_by is None
-            case _:
-                return True
-
-    def _tell_change(self, before: Status, now: Status) -> None:
-        """Log what a person would want to know: phases, and why it is in one; the steps of a start are details."""
-        if now.phase is not before.phase or now.problems != before.problems or now.pending != before.pending:
-            level = "info"
-        elif now.reason != before.reason:
-            level = "debug" if now.phase is Phase.STARTING else "info"
-        else:
-            return
-        lists = {"problems": list(now.problems), "pending": list(now.pending)}
-        said = {name: values for name, values in lists.items() if values}
-        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
-
-    def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
-        """Log an event of this instance; every such line names its present epoch and incarnation."""
-        record = self._machine.record
-        known = {} if record is None else {"epoch": record.epoch, "incarnation": record.incarnation}
-        getattr(self._log, level)(event, **{**known, **details})
+        self.report.tell("lock.released")

@@ -19,12 +19,13 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain import lifecycle
+from kvmsupervisor.domain import view
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.lifecycle import NEVER_RAN, PROBE_EVERY_S, Stopping
+from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
+from kvmsupervisor.domain.view import NEVER_RAN, Stopping
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -113,11 +114,11 @@ class Machine:
 
     # --- what is observed -------------------------------------------------------------------------------------
 
-    def view(self) -> lifecycle.Process | None:
+    def view(self) -> view.Process | None:
         """The process as the decision sees it; None when there is none."""
         if self.record is None:
             return None
-        return lifecycle.Process(
+        return view.Process(
             incarnation=self.record,
             spec=self._spec,
             exit=self._exit,
@@ -232,6 +233,7 @@ class Machine:
                     on_lost=self._on_monitor_lost,
                     timeout_s=ANSWER_S,
                 )
+                await self._check_identity()
             # QEMU greets before its devices are there: only an answered command means that it is up.
             await self.probe()
             if not self._answered:
@@ -242,6 +244,24 @@ class Machine:
         except MonitorError as error:
             self._fell_silent(error)
             self._connect_at = self._clock.now() + RECONNECT_S
+
+    async def _check_identity(self) -> None:
+        """Law 8: who answers at the socket is the machine that was started.
+
+        Raises:
+            MonitorLost: another machine does; the connection is closed.
+        """
+        assert self.record is not None
+        argv = self.record.argv
+        if self._monitor is None or "-uuid" not in argv:
+            return
+        answer = await self._command("query-uuid")
+        expected = argv[argv.index("-uuid") + 1]
+        if answer is not None and answer["UUID"] != expected:
+            monitor, self._monitor = self._monitor, None
+            await monitor.close()
+            socket = self.directory.qmp_socket
+            raise MonitorLost(f"machine {answer['UUID']} answers on {socket}, this one is {expected}")
 
     # --- commands ---------------------------------------------------------------------------------------------
 

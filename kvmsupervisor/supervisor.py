@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import structlog
@@ -18,11 +18,10 @@ import structlog
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import accelerator
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
-from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdConfig, EtcdError
-from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
+from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.adapters.usage import usage_of
 from kvmsupervisor.adapters.web import Routes, Web
+from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
@@ -32,8 +31,9 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.domain.slots import Slots
 from kvmsupervisor.domain.spec import Wish, parse_wish
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.face import Face
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.publisher import GATHER_S, Publisher
@@ -73,7 +73,6 @@ class Supervisor:
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
         self._slots = Slots(settings.start_parallel)
-        self._metrics = Metrics(self._snapshot, version=__version__)
         self._unreadable: dict[InstanceId, str] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
@@ -99,7 +98,8 @@ class Supervisor:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
             ValueError: KVM is demanded and cannot be used.
-            HostnameTaken: another supervisor lives under this host's name.
+            HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
+                from one of the parts.
         """
         settings = self._settings
         accel = accelerator.choose(settings.accel.value)
@@ -112,7 +112,8 @@ class Supervisor:
             self._adopt()
             url = ""
             if settings.listen is not None:
-                web = Web(settings.listen.host, settings.listen.port, Routes(self, host=self._me, version=__version__))
+                routes = Routes(self.face, host=self._me, version=__version__)
+                web = Web(settings.listen.host, settings.listen.port, routes)
                 await web.start()
                 stack.push_async_callback(web.close)
                 url = f"http://{self._reachable_host()}:{web.port}"
@@ -156,6 +157,14 @@ class Supervisor:
         self._hosts = Mirror(
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
+        self.face = Face(
+            instances=self._instances,
+            hosts=self._hosts_table,
+            session=self._session,
+            wishes=self._wishes,
+            removals_held=lambda: len(self._guard.held),
+        )
+        self._metrics = self.face.counters
         self._around = Surroundings(
             me=self._me,
             boot_id=self._boot_id,
@@ -264,7 +273,7 @@ class Supervisor:
                 break
             except Exception:  # noqa: BLE001 - the only one: a bug in one instance must not stop the others
                 self._metrics.internal_error(instance.id)
-                instance.tell("instance.error", level="exception", pause_s=pause_s)
+                instance.report.tell("instance.error", level="exception", pause_s=pause_s)
                 await self._clock.sleep(pause_s)
                 pause_s = min(2 * pause_s, ERROR_PAUSE_S[1])
         self._forget(instance)
@@ -283,7 +292,7 @@ class Supervisor:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
             self._run_dir.instance(name).drop_memory()
-        instance.tell("instance.forgotten", reason=instance.status.reason)
+        instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now.
         self._on_keys({name}, self._wishes.revision)
 
@@ -333,7 +342,7 @@ class Supervisor:
         return lock is not None and lock.host == self._me
 
     def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
-        """Which of these instances are held as they were, because too many lost their keys at once."""
+        """Which of these instances go on as they are, because too many lost their keys at once."""
         guard = self._guard
         without = {name for name, wish in wishes.items() if _names_no_host(wish)}
         guard.release(wishes.keys() - without)
@@ -384,7 +393,7 @@ class Supervisor:
             return
         freed = self._guard.release(named)
         log.info("removal.confirmed", instances=sorted(freed))
-        for name in freed:
+        for name in freed & self._instances.keys():
             self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
 
     # --- around -----------------------------------------------------------------------------------------------
@@ -418,7 +427,7 @@ class Supervisor:
             instance = self._instances.get(InstanceId(kv.key.decode(errors="replace").rpartition("/")[2]))
             written = None if instance is None else Status.from_json(kv.value)
             if instance is not None and written is not None and written.host == self._me:
-                instance.recall(written)
+                instance.report.recall(written)
         await self._wishes.wait_synced()
         for name in self._publisher.ids() - self._instances.keys():
             if not self._wishes.keys_of(name):
@@ -432,57 +441,7 @@ class Supervisor:
             for instance in list(self._instances.values()):
                 directory = self._run_dir.instance(instance.id)
                 for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.tell("log.rotated", file=str(path))
-
-    # --- what HTTP sees (adapters.web.View) -------------------------------------------------------------------
-
-    def instances(self) -> Sequence[Status]:
-        """Those that this host is responsible for, by id."""
-        return [self._instances[name].status for name in sorted(self._instances)]
-
-    def hosts(self) -> Sequence[HostSession]:
-        """The hosts that have a session, by name."""
-        entries = sorted(self._hosts_table.entries.items())
-        return [host for _, entry in entries if (host := HostSession.from_json(entry.value)) is not None]
-
-    def healthy(self) -> bool:
-        """Whether the supervisor's own parts turn: that it answers is the evidence."""
-        return True
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether the session is held and the watch in step."""
-        if not self._session.held:
-            return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
-        if not self._wishes.in_step:
-            return False, f"not in step: {self._wishes.problem}"
-        return True, f"session held, in step with revision {self._wishes.revision}"
-
-    def metrics(self, accept: str) -> tuple[bytes, str]:
-        """The body of `/metrics`, and its content type."""
-        return self._metrics.render(accept)
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            etcd_up=self._session.held and self._wishes.in_step,
-            session_remaining_s=self._session.remaining_s,
-            watch_revision=self._wishes.revision,
-            removals_held=len(self._guard.held),
-            instances=[self._sample(instance) for instance in self._instances.values()],
-        )
-
-    def _sample(self, instance: Instance) -> InstanceSample:
-        status = instance.status
-        usage = None if instance.pid is None else usage_of(instance.pid, starttime=instance.starttime)
-        return InstanceSample(
-            id=instance.id,
-            phase=status.phase,
-            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
-            epoch=status.epoch,
-            pending=len(status.pending),
-            invalid=bool(status.problems),
-            cpu_s=None if usage is None else usage.cpu_s,
-            memory_bytes=None if usage is None else usage.memory_bytes,
-        )
+                    instance.report.tell("log.rotated", file=str(path))
 
     def _reachable_host(self) -> str:
         """The name under which others reach what listens on every address."""
@@ -496,15 +455,3 @@ class Supervisor:
 def _names_no_host(wish: Wish) -> bool:
     """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
     return wish.host is None and not any(problem.key == "host" for problem in wish.problems)
-
-
-def etcd_config(settings: Settings) -> EtcdConfig:
-    """What the settings say of etcd, as its client takes it."""
-    return EtcdConfig(
-        endpoints=settings.etcd_endpoints,
-        cacert=settings.etcd_cacert,
-        cert=settings.etcd_cert,
-        key=settings.etcd_key,
-        username=settings.etcd_username,
-        password_file=settings.etcd_password_file,
-    )

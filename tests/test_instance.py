@@ -886,7 +886,7 @@ async def test_a_deleted_lock_does_not_let_two_hosts_run(host: Host, other: Host
     await host.clock.advance(60.0)
     assert host.qemus.alive == [qemu]
     assert other.status.phase is Phase.WAITING
-    assert "the status of a says that it runs there" in other.status.reason
+    assert "its status says that it runs on a" in other.status.reason
     qemu.shut_down()
     host.store.back()
     host.session.turn(held=True)
@@ -986,7 +986,7 @@ async def test_since_survives_a_new_supervisor(host: Host) -> None:
     await host.runs()
     written = host.published
     assert written is not None
-    host.instance.recall(replace(written, since=since))
+    host.instance.report.recall(replace(written, since=since))
     assert host.status.since == since
-    host.instance.recall(Status(id="1", host="a", phase=Phase.STOPPED, reason="", since="long ago"))
+    host.instance.report.recall(Status(id="1", host="a", phase=Phase.STOPPED, reason="", since="long ago"))
     assert host.status.since == since

@@ -23,9 +23,9 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lifecycle import NEVER_RAN, Process
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.spec import Spec, spec_to_object
+from kvmsupervisor.domain.view import NEVER_RAN, Process
 from kvmsupervisor.machine import Machine
 
 LIMIT_S = 15.0

@@ -149,10 +149,13 @@ def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end:
 
 
 def find(marks: Mapping[str, str]) -> Iterator[int]:
-    """The pids of all processes whose environment holds `marks`."""
+    """The pids of all processes that lead a session and whose environment holds `marks`.
+
+    What `spawn` starts leads a session; its own children, which inherit the environment, do not.
+    """
     for entry in PROC.iterdir():
-        if entry.name.isdigit() and _has_marks(int(entry.name), marks):
-            yield int(entry.name)
+        if entry.name.isdigit() and _has_marks(pid := int(entry.name), marks) and _leads_session(pid):
+            yield pid
 
 
 def is_alive(pid: int, starttime: int) -> bool:
@@ -194,6 +197,13 @@ def _has_marks(pid: int, marks: Mapping[str, str]) -> bool:
     except OSError:
         return False
     return all(f"{name}={value}".encode() in environment for name, value in marks.items())
+
+
+def _leads_session(pid: int) -> bool:
+    try:
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
+        return False
 
 
 def _status_of_foreigner(pid: int, pidfd: int, starttime: int) -> WaitStatus:

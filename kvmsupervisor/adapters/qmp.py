@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
+
+# It logs as errors what is raised here as well, and told by whoever knows what it means.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 CLOSE_S = 2.0
 """How long a disconnect may take. A frozen QEMU reads nothing; the socket is dropped all the same."""

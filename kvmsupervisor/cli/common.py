@@ -37,19 +37,10 @@ WAIT_TIMEOUT_S = 300.0
 
 def connect(settings: Settings) -> Store:
     """A client of the real etcd. gRPC takes a fifth of a second to import, so only what needs it does."""
-    from kvmsupervisor.adapters.etcd.client import Etcd  # noqa: PLC0415
-    from kvmsupervisor.adapters.etcd.config import EtcdConfig  # noqa: PLC0415
+    from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
+    from kvmsupervisor.connection import etcd_config  # noqa: PLC0415
 
-    return Etcd(
-        EtcdConfig(
-            endpoints=settings.etcd_endpoints,
-            cacert=settings.etcd_cacert,
-            cert=settings.etcd_cert,
-            key=settings.etcd_key,
-            username=settings.etcd_username,
-            password_file=settings.etcd_password_file,
-        )
-    )
+    return Etcd(etcd_config(settings))
 
 
 def _utc_now() -> datetime:

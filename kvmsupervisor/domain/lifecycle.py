@@ -15,8 +15,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         any         QMP not answering            Connect, or go down the ladder
               any         not run     guest never ran              Kill         (nothing to lose)
               mine        run         never ran, keys changed      Kill         (start again)
-              mine        run         never ran, not on record     Record       (law 3)
               mine        run         never ran, keys still moving wait until they are quiet
+              mine        run         never ran, not on record     Record       (law 3)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
               any         stop        ran                          Powerdown … Quit … Kill
@@ -36,17 +36,15 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from typing import assert_never
 
-from kvmsupervisor.domain.exits import Exit
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import Claim, LockState, LockView, Storage
+from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses, rests
-from kvmsupervisor.domain.spec import Power, Problem, Spec, Wish
+from kvmsupervisor.domain.spec import Power, Problem
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
 """A guest that has not yet loaded its power button's driver loses the press in silence: repeat it."""
@@ -60,148 +58,6 @@ costs 1 ms of processor: with a hundred machines this is most of what a resting 
 
 LOCK_POLL_S = 5.0
 """How often a wait that no watch ends is looked at again."""
-
-NEVER_RAN = "prelaunch"
-"""QMP run state of a QEMU started with -S whose guest has not run."""
-
-
-class Action(Enum):
-    """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
-
-    LOOK = "read lock and status again, because no watch would tell"
-    TAKE = "write the lock for a new incarnation"
-    REASSERT = "write the lock again that somebody deleted under a living QEMU"
-    FENCE = "fence every address of earlier incarnations"
-    QUEUE = "stand in line for a start slot"
-    SPAWN = "put the incarnation on record and start QEMU, paused"
-    CONNECT = "connect to QMP, ask for the run state"
-    RECORD = "write pid and addresses into the lock"
-    CONTINUE = "let the guest run"
-    PROBE = "ask QEMU for its run state"
-    POWERDOWN = "press the power button"
-    QUIT = "tell QEMU to end"
-    KILL = "SIGKILL through the pidfd, on purpose"
-    GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
-    BURY = "take the process's end to the books, delete its record"
-    RELEASE = "delete the lock of a process that is proven gone"
-    FORGET = "nothing of it is ours any more"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stopping:
-    """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
-
-    since: float
-    pressed_at: float | None = None
-    quit_at: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """A QEMU process as observed.
-
-    Attributes:
-        incarnation: its record.
-        spec: the machine it was started as; None when a newer release wrote a spec that cannot be read.
-        exit: why it ended, None while it lives.
-        connected: whether QMP answered on the present connection.
-        run_state: QMP's, as last told; None when never told to this supervisor.
-        connect_at: when the next attempt to connect is due.
-        probe_at: when the next probe is due.
-        silent_since: since when it owes an answer, None when it answers.
-        stopping: how far a stop has come, None when none was begun.
-        asked: whether this supervisor has asked it to end; its end is no failure then.
-    """
-
-    incarnation: Incarnation
-    spec: Spec | None
-    exit: Exit | None = None
-    connected: bool = False
-    run_state: str | None = None
-    connect_at: float = 0.0
-    probe_at: float = 0.0
-    silent_since: float | None = None
-    stopping: Stopping | None = None
-    asked: bool = False
-
-    @property
-    def never_ran(self) -> bool:
-        """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
-        return self.run_state == NEVER_RAN
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """All that a decision may depend on.
-
-    Attributes:
-        now: CLOCK_BOOTTIME, seconds.
-        me: this host.
-        boot_id: of this boot.
-        wish: the keys; None until they were read for the first time.
-        problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
-        held: removal of its keys waits for an operator's word; `wish` is what stood before.
-        session_held: whether this host's session holds now.
-        etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
-        etcd_trouble: what the last attempt said, None when it went well.
-        lock: as last seen.
-        planned: incarnation that the lock was taken for and that has no process yet.
-        holder_has_session: of the lock's host; None when not known.
-        holdover: pid of a QEMU of ours that lives without a record in the run directory.
-        claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
-        process: None when there is none.
-        memory: what outlives a process.
-        slot: whether a start slot is held (True), asked for (False), or neither (None).
-        quiet_at: when the wish will have been quiet for long enough to let a new guest run.
-        start_timeout_s: within which a new QEMU must answer.
-        shutdown_timeout_s: between the power button and force.
-    """
-
-    now: float
-    me: HostName
-    boot_id: str
-    wish: Wish | None
-    problems: tuple[Problem, ...] = ()
-    held: bool = False
-    session_held: bool = True
-    etcd_at: float = 0.0
-    etcd_trouble: str | None = None
-    lock: LockView = field(default_factory=LockView)
-    planned: str | None = None
-    holder_has_session: bool | None = None
-    holdover: int | None = None
-    claimed_by: HostName | None = None
-    process: Process | None = None
-    memory: Memory
-    slot: bool | None = None
-    quiet_at: float = 0.0
-    start_timeout_s: float = 60.0
-    shutdown_timeout_s: float = 120.0
-
-    @property
-    def claim(self) -> Claim:
-        """What the lock means to us: to the process's incarnation, or to the one that is planned."""
-        known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, incarnation=known)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What to say and to do.
-
-    Attributes:
-        phase: for status, metrics and people.
-        reason: one sentence: the cause, and what would end it.
-        action: the next step, None to wait.
-        wake_at: when to decide again although nothing was heard, CLOCK_BOOTTIME; None: only when heard.
-        slot: whether a start slot, or a place in the line for one, is to be kept.
-    """
-
-    phase: Phase
-    reason: str
-    action: Action | None = None
-    wake_at: float | None = None
-    slot: bool = False
 
 
 class Goal(Enum):
@@ -313,14 +169,14 @@ def _before_it_runs(view: View, process: Process) -> Decision:
             reason=f"QEMU is ready and paused; its lock {view.claim.value}: {_etcd_trouble(view)}",
             wake_at=view.now + LOCK_POLL_S,
         )
-    if not (lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid):
-        return _with_etcd(view, Action.RECORD, Phase.STARTING, "QEMU is ready and paused until it is on record")
     if view.now < view.quiet_at:
         return Decision(
             phase=Phase.STARTING,
             reason="QEMU is ready; its keys may still be changing",
             wake_at=view.quiet_at,
         )
+    if not (lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid):
+        return _with_etcd(view, Action.RECORD, Phase.STARTING, "QEMU is ready and paused until it is on record")
     return Decision(phase=Phase.STARTING, reason="its guest is let run", action=Action.CONTINUE)
 
 
@@ -412,8 +268,8 @@ def _without_process(view: View) -> Decision:
         case Claim.ABSENT if view.claimed_by is not None:
             return Decision(
                 phase=Phase.WAITING,
-                reason=f"its lock was deleted, but the status of {view.claimed_by} says that it runs there; "
-                f"waits for {view.claimed_by} to say otherwise",
+                reason=f"its lock was deleted, but its status says that it runs on {view.claimed_by}; waits for "
+                f"{view.claimed_by} to say otherwise (if that host is gone for good, delete the status key)",
                 action=Action.LOOK if view.now >= view.etcd_at and view.session_held else None,
                 wake_at=max(view.etcd_at, view.now + LOCK_POLL_S),
             )

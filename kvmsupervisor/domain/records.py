@@ -7,12 +7,12 @@ dataclass says makes the whole unfit: nothing half-read is ever decided upon.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NewType, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def build(cls: type[T], found: object) -> T:
     if not isinstance(found, dict):
         raise Unfit("it is not a JSON object")
     values: dict[str, Any] = {}
-    for name, (hint, required) in _schema(cls).items():
+    for name, (hint, required) in _schema(cast("Hashable", cls)).items():
         if name in found:
             try:
                 values[name] = _fit(hint, found[name])
@@ -51,7 +51,7 @@ def build(cls: type[T], found: object) -> T:
 
 
 @cache
-def _schema(cls: type[Any]) -> Mapping[str, tuple[Any, bool]]:
+def _schema(cls: Any) -> Mapping[str, tuple[Any, bool]]:
     """Each field's type, and whether it has no default."""
     hints = get_type_hints(cls)
     return {

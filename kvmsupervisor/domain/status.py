@@ -59,6 +59,12 @@ class Status:
     last_exit: str | None = None
     held: bool = False
 
+    @property
+    def tells_of_a_process(self) -> bool:
+        """Whether it says that a QEMU of this instance lives on its host."""
+        living = {Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING}
+        return self.pid is not None and self.phase in living
+
     def to_object(self) -> dict[str, Any]:
         """As a JSON object; the contract of DESIGN §7."""
         return asdict(self) | {

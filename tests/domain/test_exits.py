@@ -68,6 +68,14 @@ def test_only_a_guests_own_shutdown_is_clean() -> None:
         (["qemu-system-x86_64: error", "qemu-system-x86_64: warning: w"], "error"),
         (["qemu-system-x86_64: warning: only this"], "warning: only this"),
         (["libspice: address already in use"], "libspice: address already in use"),
+        (
+            [
+                "qemu-system-x86_64: warning: Spice: ../server/reds.cpp:2585:reds_init_socket: bind failed",
+                "qemu-system-x86_64: warning: Spice: ../server/reds.cpp:3442:init: Failed to open SPICE sockets",
+                "qemu-system-x86_64: failed to initialize spice server",
+            ],
+            "failed to initialize spice server: bind failed",
+        ),
     ],
 )
 def test_the_line_that_tells_most(lines: list[str], told: str | None) -> None:

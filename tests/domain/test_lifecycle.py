@@ -17,21 +17,12 @@ import pytest
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Ended, Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import (
-    NEVER_RAN,
-    POWERDOWN_EVERY_S,
-    PROBE_EVERY_S,
-    QUIT_WAIT_S,
-    Action,
-    Process,
-    Stopping,
-    View,
-    decide,
-)
+from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.view import NEVER_RAN, Action, Process, Stopping, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -487,7 +478,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "start, power off": start_then(wishes(OFF), ended),
     "start, remove": start_then(wishes(GONE), ended),
     "start, move away": start_then(wishes(replace(WISH, host=OTHER, host_revision=9)), ended),
-    "start, bad keys": start_then(wishes(BAD), lambda world: live(world)),
+    "start, bad keys": start_then(wishes(BAD), live),
     "start, restart": start_then(wishes(replace(WISH, restart_request="r")), started),
     "start, crash": start_then(crash, started),
 }
@@ -510,8 +501,10 @@ def cuts(scenario: Callable[[World], None], times: int, **options: bool) -> Iter
 @pytest.mark.parametrize("deaths", [1, 2])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_supervisor_may_die_after_any_step(name: str, deaths: int) -> None:
-    """Whatever step it dies after, and its successor too: the wish comes true, and no guest ever runs without a lock
-    that names its process, no instance ever has two processes, the lock goes only after the process (laws 3, 8, 9).
+    """Whatever step a supervisor dies after, and its successor too, the wish comes true.
+
+    No guest ever runs without a lock that names its process, no instance ever has two processes, and the lock goes only
+    after the process (laws 3, 8, 9).
     """
     assert sum(1 for _ in cuts(SCENARIOS[name], deaths)) >= (8 if deaths == 1 else 25)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.restart import after, rests
+from kvmsupervisor.domain.restart import after, pauses, rests
 from kvmsupervisor.domain.spec import RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.timing import RESET_AFTER_S, RESTART_CAP_S
 
@@ -142,3 +142,15 @@ def test_no_row_of_ends_makes_a_pause_out_of_bounds(
         assert 0.0 <= memory.pause_s <= RESTART_CAP_S
         assert memory.not_before in {0.0, now + memory.pause_s}
         assert memory.ended is None or (memory.attempt, memory.pause_s) == (0, 0.0)
+
+
+def test_changed_keys_end_the_pause() -> None:
+    """A pause holds for the keys under which the process ended: writing one, or deleting one, ends it."""
+    wish = Wish(instance=InstanceId("1"), revision=7, keys=3)
+    memory = replace(FRESH, not_before=100.0, pause_s=60.0, revision=7, keys=3)
+    assert pauses(memory, wish, 99.0)
+    assert not pauses(memory, wish, 100.0)
+    assert not pauses(memory, replace(wish, revision=8), 99.0)
+    assert not pauses(memory, replace(wish, keys=2), 99.0)
+    # Of an end under keys that nobody had read, nothing can be told.
+    assert pauses(replace(memory, revision=0, keys=0), wish, 99.0)

@@ -105,6 +105,8 @@ class FakeQemu:
             raise MonitorRefused(f"QEMU refuses {command}: {self.refuses[command]}")
         self.commands.append(command)
         match command:
+            case "query-uuid":
+                return {"UUID": self.argv[self.argv.index("-uuid") + 1]}
             case "query-status":
                 return {"status": self.run_state, "running": self.run_state == "running"}
             case "cont":

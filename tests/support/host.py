@@ -226,7 +226,7 @@ class Host:
     @property
     def status(self) -> Status:
         """As this supervisor has it."""
-        return self.instance.status
+        return self.instance.report.status
 
     @property
     def published(self) -> Status | None:

@@ -1,0 +1,18 @@
+"""How the settings say that etcd is reached."""
+
+from __future__ import annotations
+
+from kvmsupervisor.adapters.etcd import EtcdConfig
+from kvmsupervisor.settings import Settings
+
+
+def etcd_config(settings: Settings) -> EtcdConfig:
+    """What the settings say of etcd, as its client takes it."""
+    return EtcdConfig(
+        endpoints=settings.etcd_endpoints,
+        cacert=settings.etcd_cacert,
+        cert=settings.etcd_cert,
+        key=settings.etcd_key,
+        username=settings.etcd_username,
+        password_file=settings.etcd_password_file,
+    )

@@ -1,0 +1,155 @@
+"""What a decision about an instance is made of: the `View` it sees, the `Action` and the `Decision` it may come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Claim, LockView
+from kvmsupervisor.domain.spec import Problem, Spec, Wish
+from kvmsupervisor.domain.status import Phase
+
+NEVER_RAN = "prelaunch"
+"""QMP run state of a QEMU started with -S whose guest has not run."""
+
+
+class Action(Enum):
+    """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
+
+    LOOK = "read lock and status again, because no watch would tell"
+    TAKE = "write the lock for a new incarnation"
+    REASSERT = "write the lock again that somebody deleted under a living QEMU"
+    FENCE = "fence every address of earlier incarnations"
+    QUEUE = "stand in line for a start slot"
+    SPAWN = "put the incarnation on record and start QEMU, paused"
+    CONNECT = "connect to QMP, ask for the run state"
+    RECORD = "write pid and addresses into the lock"
+    CONTINUE = "let the guest run"
+    PROBE = "ask QEMU for its run state"
+    POWERDOWN = "press the power button"
+    QUIT = "tell QEMU to end"
+    KILL = "SIGKILL through the pidfd, on purpose"
+    GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
+    BURY = "take the process's end to the books, delete its record"
+    RELEASE = "delete the lock of a process that is proven gone"
+    FORGET = "nothing of it is ours any more"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
+
+    since: float
+    pressed_at: float | None = None
+    quit_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A QEMU process as observed.
+
+    Attributes:
+        incarnation: its record.
+        spec: the machine it was started as; None when a newer release wrote a spec that cannot be read.
+        exit: why it ended, None while it lives.
+        connected: whether QMP answered on the present connection.
+        run_state: QMP's, as last told; None when never told to this supervisor.
+        connect_at: when the next attempt to connect is due.
+        probe_at: when the next probe is due.
+        silent_since: since when it owes an answer, None when it answers.
+        stopping: how far a stop has come, None when none was begun.
+        asked: whether this supervisor has asked it to end; its end is no failure then.
+    """
+
+    incarnation: Incarnation
+    spec: Spec | None
+    exit: Exit | None = None
+    connected: bool = False
+    run_state: str | None = None
+    connect_at: float = 0.0
+    probe_at: float = 0.0
+    silent_since: float | None = None
+    stopping: Stopping | None = None
+    asked: bool = False
+
+    @property
+    def never_ran(self) -> bool:
+        """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
+        return self.run_state == NEVER_RAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """All that a decision may depend on.
+
+    Attributes:
+        now: CLOCK_BOOTTIME, seconds.
+        me: this host.
+        boot_id: of this boot.
+        wish: the keys; None until they were read for the first time.
+        problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
+        held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        session_held: whether this host's session holds now.
+        etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
+        etcd_trouble: what the last attempt said, None when it went well.
+        lock: as last seen.
+        planned: incarnation that the lock was taken for and that has no process yet.
+        holder_has_session: of the lock's host; None when not known.
+        holdover: pid of a QEMU of ours that lives without a record in the run directory.
+        claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
+        process: None when there is none.
+        memory: what outlives a process.
+        slot: whether a start slot is held (True), asked for (False), or neither (None).
+        quiet_at: when the wish will have been quiet for long enough to let a new guest run.
+        start_timeout_s: within which a new QEMU must answer.
+        shutdown_timeout_s: between the power button and force.
+    """
+
+    now: float
+    me: HostName
+    boot_id: str
+    wish: Wish | None
+    problems: tuple[Problem, ...] = ()
+    held: bool = False
+    session_held: bool = True
+    etcd_at: float = 0.0
+    etcd_trouble: str | None = None
+    lock: LockView = field(default_factory=LockView)
+    planned: str | None = None
+    holder_has_session: bool | None = None
+    holdover: int | None = None
+    claimed_by: HostName | None = None
+    process: Process | None = None
+    memory: Memory
+    slot: bool | None = None
+    quiet_at: float = 0.0
+    start_timeout_s: float = 60.0
+    shutdown_timeout_s: float = 120.0
+
+    @property
+    def claim(self) -> Claim:
+        """What the lock means to us: to the process's incarnation, or to the one that is planned."""
+        known = self.planned if self.process is None else self.process.incarnation.incarnation
+        return self.lock.claim(host=self.me, incarnation=known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What to say and to do.
+
+    Attributes:
+        phase: for status, metrics and people.
+        reason: one sentence: the cause, and what would end it.
+        action: the next step, None to wait.
+        wake_at: when to decide again although nothing was heard, CLOCK_BOOTTIME; None: only when heard.
+        slot: whether a start slot, or a place in the line for one, is to be kept.
+    """
+
+    phase: Phase
+    reason: str
+    action: Action | None = None
+    wake_at: float | None = None
+    slot: bool = False

@@ -1,0 +1,93 @@
+"""What others see of a supervisor, over HTTP: answered at once, from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from kvmsupervisor import __version__
+from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
+from kvmsupervisor.adapters.usage import usage_of
+from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.instance import Instance
+from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.session import Session
+
+
+class Face:
+    """Implements `adapters.web.View`, and gives the metrics their gauges.
+
+    Args:
+        instances: those of this host; a live mapping.
+        hosts: the session keys of all hosts; a live table.
+        session: of this host.
+        wishes: the keys.
+        removals_held: tells how many removals wait for an operator's word.
+    """
+
+    def __init__(
+        self,
+        *,
+        instances: Mapping[InstanceId, Instance],
+        hosts: Flat,
+        session: Session,
+        wishes: Wishes,
+        removals_held: Callable[[], int],
+    ) -> None:
+        self.counters = Metrics(self.snapshot, version=__version__)
+        self._instances = instances
+        self._hosts = hosts
+        self._session = session
+        self._wishes = wishes
+        self._removals_held = removals_held
+
+    def instances(self) -> Sequence[Status]:
+        """Those that this host is responsible for, by id."""
+        return [self._instances[name].report.status for name in sorted(self._instances)]
+
+    def hosts(self) -> Sequence[HostSession]:
+        """The hosts that have a session, by name."""
+        entries = sorted(self._hosts.entries.items())
+        return [host for _, entry in entries if (host := HostSession.from_json(entry.value)) is not None]
+
+    def healthy(self) -> bool:
+        """Whether the supervisor's own parts turn: that it answers is the evidence."""
+        return True
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether the session is held and the watch in step."""
+        if not self._session.held:
+            return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
+        if not self._wishes.in_step:
+            return False, f"not in step: {self._wishes.problem}"
+        return True, f"session held, in step with revision {self._wishes.revision}"
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """The body of `/metrics`, and its content type."""
+        return self.counters.render(accept)
+
+    def snapshot(self) -> Snapshot:
+        """All that the gauges show, at this moment."""
+        return Snapshot(
+            etcd_up=self._session.held and self._wishes.in_step,
+            session_remaining_s=self._session.remaining_s,
+            watch_revision=self._wishes.revision,
+            removals_held=self._removals_held(),
+            instances=[self._sample(instance) for instance in self._instances.values()],
+        )
+
+    def _sample(self, instance: Instance) -> InstanceSample:
+        status = instance.report.status
+        usage = None if instance.pid is None else usage_of(instance.pid, starttime=instance.starttime)
+        return InstanceSample(
+            id=instance.id,
+            phase=status.phase,
+            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
+            epoch=status.epoch,
+            pending=len(status.pending),
+            invalid=bool(status.problems),
+            cpu_s=None if usage is None else usage.cpu_s,
+            memory_bytes=None if usage is None else usage.memory_bytes,
+        )

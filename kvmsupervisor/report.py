@@ -1,0 +1,122 @@
+"""What is said of one instance: its status, for etcd and HTTP, and its lines in the log."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from structlog.typing import FilteringBoundLogger
+
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.spec import pending
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.machine import Machine
+from kvmsupervisor.surroundings import Surroundings
+
+
+class Report:
+    """One instance's status and log.
+
+    Attributes:
+        status: as it is here; the status key holds it where it is this host's to write.
+    """
+
+    def __init__(
+        self, instance: InstanceId, *, around: Surroundings, machine: Machine, log: FilteringBoundLogger
+    ) -> None:
+        self.status = Status(
+            id=instance,
+            host=around.me,
+            phase=Phase.WAITING,
+            reason="not looked at yet",
+            since=around.clock.wall(),
+        )
+        self._instance = instance
+        self._around = around
+        self._machine = machine
+        self._log = log.bind(instance=instance)
+        self._looked = False
+        self._published: Status | None = None
+
+    def recall(self, written: Status) -> None:
+        """Take from the status key of an earlier supervisor since when it has been so."""
+        now = self.status
+        if (written.phase, written.incarnation) == (now.phase, now.incarnation):
+            self.status = replace(now, since=written.since)
+            self._around.publisher.set(self._instance, self.status)
+
+    def key_was_read(self) -> None:
+        """What another host may have said in the status key was taken note of."""
+        self._looked = True
+
+    def say(self, view: View, decision: Decision) -> None:
+        """Take what is decided into the status; publish and log it where it differs from what was said."""
+        around, before, wish = self._around, self.status, view.wish
+        record = self._machine.record
+        lock = view.lock.lock
+        running = view.process.spec if view.process is not None else None
+        status = Status(
+            id=self._instance,
+            host=around.me,
+            phase=decision.phase,
+            reason=decision.reason,
+            since=before.since if before.phase is decision.phase else around.clock.wall(),
+            pid=self._machine.pid,
+            epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
+            restarts=view.memory.restarts,
+            pending=pending(running, wish.spec) if running and wish and wish.spec else (),
+            problems=tuple(str(problem) for problem in view.problems),
+            revision=wish.revision if wish else before.revision,
+            incarnation=record.incarnation if record else None,
+            last_exit=view.memory.last_exit,
+            held=view.held,
+        )
+        if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
+            # Nobody's status any more, or the next host's.
+            self.status = status
+            return
+        if status != before:
+            self.status = status
+            self._tell_change(before, status)
+        if status != self._published and self._may_publish(view, decision):
+            self._published = status
+            around.publisher.set(self._instance, status)
+
+    def _may_publish(self, view: View, decision: Decision) -> bool:
+        """Whether the status key is ours to write.
+
+        What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
+        the epoch up to which it came. It is not written over before it was read.
+        """
+        if view.process is not None:
+            return True
+        match view.claim:
+            case Claim.UNKNOWN:
+                return False
+            case Claim.STRANGER:
+                self._looked = False
+                return view.holder_has_session is False
+            case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
+                return self._looked and view.claimed_by is None
+            case _:
+                return True
+
+    def _tell_change(self, before: Status, now: Status) -> None:
+        """Log what a person would want to know: phases, and why it is in one; the steps of a start are details."""
+        if now.phase is not before.phase or now.problems != before.problems or now.pending != before.pending:
+            level = "info"
+        elif now.reason != before.reason:
+            level = "debug" if now.phase is Phase.STARTING else "info"
+        else:
+            return
+        lists = {"problems": list(now.problems), "pending": list(now.pending)}
+        said = {name: values for name, values in lists.items() if values}
+        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
+
+    def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
+        """Log an event of this instance; every such line names its present epoch and incarnation."""
+        record = self._machine.record
+        known = {} if record is None else {"epoch": record.epoch, "incarnation": record.incarnation}
+        getattr(self._log, level)(event, **{**known, **details})
