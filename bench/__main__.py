@@ -27,13 +27,13 @@ Benchmark = Callable[[Rig], Iterator[Figure]]
 
 FULL: Mapping[str, Benchmark] = {
     "starts": lambda rig: starts.measure(rig, pairs=25),
-    "fleet": lambda rig: fleet.measure(rig, machines=100, rounds=3, idle_s=60.0, adoptions=5),
+    "fleet": lambda rig: fleet.measure(rig, machines=100, rounds=3, settle_s=20.0, idle_s=60.0, adoptions=5),
     "prefix": lambda rig: prefix.measure(rig, instances=10_000, rounds=5),
 }
 
 QUICK: Mapping[str, Benchmark] = {
     "starts": lambda rig: starts.measure(rig, pairs=2),
-    "fleet": lambda rig: fleet.measure(rig, machines=4, rounds=1, idle_s=2.0, adoptions=1),
+    "fleet": lambda rig: fleet.measure(rig, machines=4, rounds=1, settle_s=1.0, idle_s=2.0, adoptions=1),
     "prefix": lambda rig: prefix.measure(rig, instances=100, rounds=1),
 }
 """The same with the least that makes a figure. They say nothing about the budgets."""

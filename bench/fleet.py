@@ -14,9 +14,6 @@ from bench.figures import Figure, Sample, count, megabytes, percent, seconds, wi
 from bench.rig import Host, Rig, beside
 from bench.starts import cpus
 
-SETTLED_S = 5.0
-"""Pause between the last start and the first look at what a resting supervisor uses."""
-
 SESSION_METHODS = {"LeaseKeepAlive", "Txn"}
 """What renews a session: the lease, and a transaction that only reads (law 1)."""
 
@@ -38,10 +35,22 @@ class Rest:
     revisions: int
 
 
-def measure(rig: Rig, *, machines: int, rounds: int, idle_s: float, adoptions: int) -> Iterator[Figure]:
-    """All that needs the same hundred machines, which take a while to be there."""
+def measure(
+    rig: Rig, *, machines: int, rounds: int, settle_s: float, idle_s: float, adoptions: int
+) -> Iterator[Figure]:
+    """All that needs the same hundred machines, which take a while to be there.
+
+    Args:
+        rig: to measure on.
+        machines: how many instead of a hundred.
+        rounds: how often they are started, in each way.
+        settle_s: pause before the first look at a resting supervisor. The session of a host that was cleared before
+            runs out in etcd after 15 s, which is a write, and none of the resting one's.
+        idle_s: how long the resting supervisor is watched.
+        adoptions: how often the supervisor is replaced.
+    """
     names = [f"vm{number}" for number in range(machines)]
-    alone = _rest_of_one(rig, idle_s)
+    alone = _rest_of_one(rig, settle_s, idle_s)
     colds, warms, loops = [], [], []
     for number in range(rounds + 1):
         rig.tell(f"{machines} at once, {number + 1} of {rounds + 1}")
@@ -71,7 +80,7 @@ def measure(rig: Rig, *, machines: int, rounds: int, idle_s: float, adoptions: i
         "the same with a supervisor that runs already; begins before the keys are sent",
     )
     host.wait_phase("running", machines)
-    time.sleep(SETTLED_S)
+    time.sleep(settle_s)
     rig.tell(f"{machines} at rest, {idle_s:g} s")
     crowd = _rest(rig, host, idle_s)
     yield _memory(host, machines)
@@ -115,14 +124,14 @@ def _beside_loop(what: str, times: Sequence[float], loops: Sequence[float], note
     )
 
 
-def _rest_of_one(rig: Rig, idle_s: float) -> Rest:
+def _rest_of_one(rig: Rig, settle_s: float, idle_s: float) -> Rest:
     rig.tell(f"one machine at rest, {idle_s:g} s")
     host = rig.host()
     rig.keys.put(host.wish(["vm"]))
     host.start()
     host.wait_ready()
     host.wait_phase("running", 1)
-    time.sleep(SETTLED_S)
+    time.sleep(settle_s)
     rest = _rest(rig, host, idle_s)
     host.clear()
     return rest

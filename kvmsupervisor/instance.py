@@ -120,6 +120,7 @@ class Instance:
         self.wish = wish
         self._problems = self._problems_of(wish)
         self._held = held
+        self._remember(replace(self._memory, held=held))
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             self._remember(replace(self._memory, shutdown_timeout_s=wish.shutdown_timeout_s))
@@ -137,6 +138,11 @@ class Instance:
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
         self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+
+    @property
+    def was_held(self) -> bool:
+        """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
+        return self._memory.held
 
     @property
     def pid(self) -> int | None:

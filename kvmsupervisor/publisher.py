@@ -142,6 +142,11 @@ class Publisher:
         """Have the status key deleted, if it holds a status of this host. The last call counts."""
         self._want(instance, None)
 
+    def doubt(self, instance: InstanceId) -> None:
+        """Another host may have written the status key since: the next status is written, whatever it is."""
+        if instance in self._known:
+            self._known[instance] = _Known(None, self._known[instance].revision)
+
     def abandon(self, instance: InstanceId) -> None:
         """Leave the status key to the host that has the instance now, whatever it holds."""
         for known in (self._wanted, self._known, self._dirty):

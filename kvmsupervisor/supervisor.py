@@ -293,8 +293,10 @@ class Supervisor:
                 self._publisher.abandon(name)
             self._run_dir.instance(name).drop_memory()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
-        # Its keys may have come back between its last decision and now.
-        self._on_keys({name}, self._wishes.revision)
+        # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
+        # has shown of it may be older than our own deletion.
+        if self._is_wanted_here(name):
+            self._on_keys({name}, self._wishes.revision)
 
     # --- wishes and locks -------------------------------------------------------------------------------------
 
@@ -314,8 +316,7 @@ class Supervisor:
         for name, wish in wishes.items():
             known = name in self._instances
             if not known and fresh:
-                # Another host may have written its status meanwhile.
-                self._publisher.abandon(name)
+                self._publisher.doubt(name)
             instance = self._instance(name)
             if instance is None:
                 continue
@@ -329,10 +330,14 @@ class Supervisor:
             if not known:
                 self._start(instance)
 
+    def _is_wanted_here(self, name: InstanceId) -> bool:
+        """Whether the key `host` names this host."""
+        host = self._wishes.keys_of(name).get(b"host")
+        return host is not None and host.value.strip() == self._me.encode()
+
     def _is_ours(self, name: InstanceId) -> bool:
         """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
-        host = self._wishes.keys_of(name).get(b"host")
-        if host is not None and host.value.strip() == self._me.encode():
+        if self._is_wanted_here(name):
             return True
         entry = self._wishes.lock_of(name)
         # Looking for the name costs less than reading JSON, but it may also be part of another host's.
@@ -347,7 +352,11 @@ class Supervisor:
         without = {name for name, wish in wishes.items() if _names_no_host(wish)}
         guard.release(wishes.keys() - without)
         fresh = {name for name in without - guard.held if self._was_ours(name)}
-        held = guard.judge(fresh, self._instances.keys(), self._clock.now()) if fresh else set()
+        # What an earlier supervisor held stays so, however few are left of it.
+        held = {name for name in fresh if self._instances[name].was_held}
+        guard.held |= held
+        if fresh - held:
+            held |= guard.judge(fresh - held, self._instances.keys(), self._clock.now())
         if held:
             log.error(
                 "removal.held",

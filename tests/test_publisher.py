@@ -336,6 +336,22 @@ async def test_forgotten_and_wanted_again(bench: Bench) -> None:
             assert bench.value(ONE) is None
 
 
+async def test_what_another_host_may_have_written_is_written_over(bench: Bench) -> None:
+    """A key in doubt gets the next status although it is the one that was written last; a deletion stays wanted."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE))
+        await settle()
+        bench.etcd.write(Layout().status_key(ONE), b"another host's")
+        publisher.doubt(ONE)
+        publisher.set(ONE, status(ONE))
+        await bench.clock.advance(1)
+        assert bench.value(ONE) == status(ONE).to_json()
+        publisher.forget(ONE)
+        publisher.doubt(ONE)
+        await bench.clock.advance(1)
+        assert bench.value(ONE) is None
+
+
 @pytest.mark.parametrize("fault", ["none", "reply", "request", "rejected"])
 async def test_an_abandoned_key_is_left_to_its_next_owner(bench: Bench, fault: str) -> None:
     """Neither written nor deleted any more, at whatever moment it is abandoned."""

@@ -17,6 +17,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance import Instance
+from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.settings import Settings, load_settings
 from kvmsupervisor.supervisor import CONFIRMATION_POLL_S, Supervisor
 from tests.fakes.clock import FakeClock, settle
@@ -190,6 +191,20 @@ async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
     assert [entry.name for entry in bench.path.iterdir() if entry.is_dir()] == ["2"]
     assert 'instance="1"' not in bench.supervisor.face.metrics("")[0].decode()
     assert bench.of("1", "2").keys() == {"2"}
+
+
+async def test_a_watch_that_lags_brings_nothing_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch still shows the lock that was just deleted: the instance stays forgotten, its status deleted."""
+    await bench.begin()
+    await bench.running("1")
+    shown = Wishes.lock_of
+    stale = bench.supervisor._wishes.lock_of(InstanceId("1"))
+    assert stale is not None
+    monkeypatch.setattr(Wishes, "lock_of", lambda self, name: shown(self, name) or stale)
+    bench.remove("1")
+    await bench.clock.advance(10.0)
+    assert bench.phases == {}
+    assert not [key for key in bench.etcd.data if "/1" in key]
 
 
 async def test_keys_that_come_back_run_again(bench: Bench) -> None:

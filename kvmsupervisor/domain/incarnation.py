@@ -101,6 +101,7 @@ class Memory:
         keys: how many keys that wish had. With any other wish the pause is over: people have changed something.
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
+        held: whether the removal of its keys waits for an operator's word: a successor does not ask again.
         shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
             gone and the machine is to be shut down for it.
         ended: set while the policy says to leave it.
@@ -114,6 +115,7 @@ class Memory:
     keys: int = 0
     restarts: int = 0
     last_exit: str | None = None
+    held: bool = False
     shutdown_timeout_s: float | None = None
     ended: Ended | None = None
     version: int = VERSION

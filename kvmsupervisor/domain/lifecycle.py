@@ -213,7 +213,7 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
         said.append(f"it runs on as it was: {why}")
     if view.claim is Claim.UNREADABLE:
         said.append("its lock holds what this release cannot read; delete that key and it is written anew")
-    if not view.session_held:
+    if not view.session_held and view.wish is not None:
         said.append("etcd is away; it runs on")
     return "; ".join(said) or "runs"
 

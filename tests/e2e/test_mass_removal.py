@@ -67,6 +67,11 @@ def test_keys_put_back(keys: Keys, host: Host, six: dict[str, Qemu], tiny: str) 
         host.wait_for(one, lambda s: not s.held)
     assert host.metric("removals_held") == 2
     assert host.wait_running(*SIX) == six
+    host.kill9()
+    host.start()
+    for one in SIX[4:]:
+        host.wait_for(one, lambda s: s.held and s.pid == six[one].pid)
+    assert host.wait_running(*SIX) == six
 
 
 def test_a_few_are_not_held(keys: Keys, host: Host, six: dict[str, Qemu]) -> None:
