@@ -320,26 +320,47 @@ class Instance:
         floor = 0
         if self._lock.view.data is None:
             # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
+            if self.report.status.epoch == 0 and await self._take_if_new(wish):
+                return
             floor = await self._look()
-            if self._claimed_by is not None:
+            if self._claimed_by is not None or self._lock.view.data is not None:
+                # Somebody has it: the next decision is made on what was read.
                 return
         previous = self._lock.view.lock
+        await self._lock.write(self._plan(wish, floor), wish.host_revision)
+        if previous is not None and previous.host != around.me:
+            around.metrics.took_over()
+        self._tell_taken(previous)
+
+    async def _take_if_new(self, wish: _Wanted) -> bool:
+        """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
+        try:
+            await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
+        except SwapFailed:
+            return False
+        self.report.key_was_read()
+        self._tell_taken(None)
+        return True
+
+    def _plan(self, wish: _Wanted, epoch_floor: int) -> Lock:
+        """The lock for a new incarnation."""
         lock = take(
-            previous,
-            host=around.me,
-            boot_id=around.boot_id,
+            self._lock.view.lock,
+            host=self._around.me,
+            boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=floor,
+            epoch_floor=epoch_floor,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self._planned = lock.incarnation
-        await self._lock.write(lock, wish.host_revision)
-        if previous is not None and previous.host != around.me:
-            around.metrics.took_over()
-        self.report.tell(
-            "lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=previous and previous.host
-        )
+        return lock
+
+    def _tell_taken(self, previous: Lock | None) -> None:
+        lock = self._lock.view.lock
+        assert lock is not None
+        holder = None if previous is None else previous.host
+        self.report.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=holder)
 
     async def _fence(self, wish: _Wanted) -> None:
         lock = self._lock.view.lock

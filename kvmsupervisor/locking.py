@@ -41,13 +41,20 @@ class InstanceLock:
         found = result.reads[1]
         return Status.from_json(found[0].value) if found else None
 
-    async def write(self, lock: Lock, host_revision: int) -> None:
+    async def write(self, lock: Lock, host_revision: int, *, if_new: bool = False) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
         Only if our session holds and the key `host` is still the one of `host_revision`.
+
+        Args:
+            lock: what to write.
+            host_revision: `mod_revision` of the key `host` as last seen.
+            if_new: only if there is no status either: no host has ever had this instance.
         """
-        unchanged = Compare(self._host_key, Target.MOD_REVISION, host_revision)
-        await self._swap(lock.to_json(), [self._session(), unchanged])
+        compares = [self._session(), Compare(self._host_key, Target.MOD_REVISION, host_revision)]
+        if if_new:
+            compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
+        await self._swap(lock.to_json(), compares)
 
     async def reassert(self, lock: Lock) -> None:
         """Write our own lock again after it was deleted, if our session holds and nobody took it meanwhile."""

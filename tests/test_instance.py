@@ -870,6 +870,30 @@ async def test_a_move_stops_here_and_starts_there(host: Host, other: Host) -> No
     assert host.published.host == "b"
 
 
+@pytest.mark.parametrize("number", [0, 1])
+async def test_a_lock_that_another_host_takes_first_is_left_alone(host: Host, number: int) -> None:
+    """Law 2: whoever is first has it, however close: at our first write, or while we read who had it before."""
+    taken = Lock(host=HostName("b"), boot_id="b", epoch=7, state=LockState.STARTING, incarnation="theirs").to_json()
+    host.etcd.write(STATUS_KEY, b"{}")
+
+    def race(call: int) -> None:
+        if call == number:
+            host.etcd.write(LOCK_KEY, taken)
+
+    async def between(call: str) -> None:
+        # The look, which is a transaction that compares nothing, comes behind the first write.
+        if call == "txn" and host.store.writes_begun == 1 and number == 1:
+            host.etcd.write(LOCK_KEY, taken)
+
+    host.store.before = race
+    host.store.hook = between
+    host.wish()
+    host.begin()
+    await host.clock.advance(30.0)
+    assert host.etcd.data[LOCK_KEY] == taken
+    assert host.qemus.alive == []
+
+
 async def test_a_deleted_lock_does_not_let_two_hosts_run(host: Host, other: Host) -> None:
     """A lock deleted by hand while its host cannot write it again: the status still tells that the guest runs there."""
     host.wish()
