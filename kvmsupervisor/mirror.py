@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
+from contextlib import aclosing
 from typing import Generic, Never, TypeVar
 
 import structlog
@@ -109,12 +110,15 @@ class Mirror(Generic[LabelT]):
                     await self._clock.sleep(retry_delay(failures, self._rand()))
 
     async def _list(self) -> None:
-        listing = await self._store.list(self._prefix)
         stage = self._table.begin(fresh=True)
-        await _fill(stage, listing.kvs)
+        revision = 0
+        async with aclosing(self._store.pages(self._prefix)) as pages:
+            async for page in pages:
+                await _fill(stage, page.kvs)
+                revision = page.revision
         self._listed = True
         self._well()
-        self._commit(stage, listing.revision)
+        self._commit(stage, revision)
         self.synced.set()
 
     async def _follow(self) -> Never:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import urllib.request
-from collections.abc import AsyncIterator, Coroutine, Iterator, Set
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +160,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
     """History that is gone before the watch begins: listed again, the difference told, then in step."""
     await etcd.put("/p/a", b"1")
     await etcd.put("/p/b", b"1")
-    real = etcd.list
+    real = etcd.pages
     told: list[set[bytes]] = []
     table = Flat()
     news = asyncio.Event()
@@ -169,15 +169,15 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
         told.append(set(keys))
         news.set()
 
-    async def late(prefix: str, *, page: int = 10_000) -> Listing:
-        etcd.list = real  # type: ignore[method-assign]
-        listing = await real(prefix, page=page)
-        await etcd.put("/p/a", b"2")
-        revision = await etcd.put("/p/c", b"1")
-        await asyncio.to_thread(server.ctl, "compact", str(revision))
-        return listing
+    async def late(prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
+        etcd.pages = real  # type: ignore[method-assign]
+        async for listing in real(prefix, page=page):
+            await etcd.put("/p/a", b"2")
+            revision = await etcd.put("/p/c", b"1")
+            await asyncio.to_thread(server.ctl, "compact", str(revision))
+            yield listing
 
-    etcd.list = late  # type: ignore[method-assign]
+    etcd.pages = late  # type: ignore[method-assign]
     mirror: Mirror[bytes] = Mirror(store=etcd, clock=Clock(), prefix="/p/", table=table, on_change=note)
     async with running(mirror.run()):
         while len(told) < 2:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -274,6 +274,9 @@ class FakeEtcd:
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         await self._arrive("list")
         return Listing(self._server.select(prefix, prefix=True), self.revision)
+
+    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
+        yield await self.list(prefix, page=page)
 
     @asynccontextmanager
     async def watch(self, prefix: str, start_revision: int) -> AsyncIterator[FakeWatch]:

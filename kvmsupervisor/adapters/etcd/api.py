@@ -6,7 +6,7 @@ reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -183,6 +183,13 @@ class Store(Protocol):
 
         Raises:
             Compacted: the revision went away between two pages: begin again.
+        """
+        ...
+
+    def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing]:
+        """The same, a page at a time, all of one revision; the next one is on its way while one is looked at.
+
+        Close it (`contextlib.aclosing`) when it is left before its end.
         """
         ...
 

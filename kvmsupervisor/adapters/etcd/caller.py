@@ -136,7 +136,9 @@ class Caller:
             raise AttemptFailed(_CLOSED, done_maybe=False)
         try:
             with self._closing_is_not_cancelling(done_maybe=True):
-                return await request(endpoint, metadata, deadline - loop.time())
+                reply = await request(endpoint, metadata, deadline - loop.time())
+                endpoint.answered_at = loop.time()
+                return reply
         except grpc.aio.AioRpcError as error:
             failure = judge(error, what)
             if isinstance(failure, TokenRefused):

@@ -38,7 +38,7 @@ _OPTIONS = (
 
 
 class Endpoint:
-    """One member as this client knows it: its channel and its stubs."""
+    """One member as this client knows it: its channel, its stubs, and when it last answered a call."""
 
     def __init__(self, url: str, channel: Any) -> None:
         self.url = url
@@ -48,6 +48,8 @@ class Endpoint:
         self.auth = stubs.AuthStub(channel)
         self._maintenance = stubs.MaintenanceStub(channel)
         self._channel = channel
+        # When a call was last answered, by asyncio's clock; long ago before the first.
+        self.answered_at = float("-inf")
 
     async def connect(self) -> None:
         """Wait until the channel is connected; without a time limit of its own.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import (
@@ -65,25 +66,44 @@ class Etcd:
         Raises:
             Compacted: the revision went away between two pages: begin again.
         """
-        bounds = range_of(prefix, prefix=True)
         kvs: list[KeyValue] = []
         revision = 0
-        more = True
-        while more:
+        async with aclosing(self.pages(prefix, page=page)) as pages:
+            async for one in pages:
+                kvs += one.kvs
+                revision = one.revision
+        return Listing(kvs, revision)
+
+    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
+        """Read all keys below `prefix` at one revision, a page at a time; see `list`."""
+        bounds = range_of(prefix, prefix=True)
+        revision = 0
+        coming: asyncio.Task[Any] | None = None
+        try:
+            while True:
+                reply = await (coming or self._page(prefix, bounds, revision, page))
+                revision = revision or reply.header.revision
+                if reply.more:
+                    bounds = {**bounds, "key": reply.kvs[-1].key + b"\0"}
+                    coming = asyncio.create_task(self._page(prefix, bounds, revision, page))
+                yield Listing([key_value(kv) for kv in reply.kvs], revision)
+                if not reply.more:
+                    return
+        finally:
+            if coming is not None:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+    async def _page(self, prefix: str, bounds: Mapping[str, Any], revision: int, page: int) -> Any:
+        """One page, of fewer keys when so many do not fit into one reply."""
+        while True:
             request = rpc.RangeRequest(**bounds, limit=page, revision=revision)
             try:
-                reply = await self._range(f"list {prefix}", request, None)
+                return await self._range(f"list {prefix}", request, None)
             except ReplyTooLarge as error:
                 if page == 1:
                     raise Rejected(f"a value below {prefix} is larger than this client receives") from error
                 page = max(page // _SHRINK, 1)
-                continue
-            kvs += map(key_value, reply.kvs)
-            revision = revision or reply.header.revision
-            more = reply.more
-            if more:
-                bounds["key"] = kvs[-1].key + b"\0"
-        return Listing(kvs, revision)
 
     def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
         """Follow all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""

@@ -31,7 +31,9 @@ from kvmsupervisor.adapters.etcd.messages import event, range_of
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 _SILENCE_S = 5.0
-"""After so much silence the member is asked for a sign of life …"""
+"""After so much silence the member is asked for a sign of life, unless it has answered a call meanwhile. Calls go over
+the same connection, and one that fails makes every watch leave the member; a session's renewals, each confirmed by a
+quorum, so spare a resting cluster all probes …"""
 _ANSWER_S = 4.0
 """… which it has so long to give. Together they bound how long a dead stream is taken for a quiet one."""
 
@@ -129,6 +131,7 @@ class EtcdWatch:
     async def _read_stream(self, endpoint: Endpoint, metadata: Metadata) -> None:
         """Read one stream until it breaks; it always ends with an exception."""
         self._buffer.begin_stream()
+        loop = asyncio.get_running_loop()
         async with _Stream(self._caller, endpoint, metadata) as stream:
             await stream.write(self._create_request())
             asked = True  # the creation is a question as well
@@ -141,7 +144,7 @@ class EtcdWatch:
                     await self._take(message)
                 elif asked:
                     raise AttemptFailed("the watch's member gives no sign of life", done_maybe=False)
-                else:
+                elif loop.time() - endpoint.answered_at > _SILENCE_S:
                     asked = True
                     await stream.write(rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()))
 
