@@ -39,6 +39,9 @@ DRAIN_S = 1.0
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
 
+PANICKED = "guest-panicked"
+"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
+
 KEPT_ENVIRONMENT = (
     "PATH",
     "HOME",
@@ -429,11 +432,16 @@ class Machine:
                 self._shutdown = str(data.get("reason"))
             case "RESUME":
                 self._run_state = "running"
+            case "GUEST_PANICKED":
+                self._run_state = PANICKED
+            case "STOP" if self._run_state == PANICKED:
+                # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.
+                return
+            case "STOP" | "SUSPEND" | "WAKEUP":
+                self._probe_at = 0.0
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
-            case "STOP" | "GUEST_PANICKED" | "SUSPEND" | "WAKEUP":
-                self._probe_at = 0.0
             case _:
                 return
         self._notify()
