@@ -75,7 +75,7 @@ def _surroundings(begun: datetime, load: tuple[float, float, float]) -> list[str
     """When, on what machine, with which programs."""
     programs = {"QEMU": ["qemu-system-x86_64", "--version"], "etcd": ["etcd", "--version"]}
     versions = [f"{name} {_version(argv)}" for name, argv in programs.items()]
-    versions += [f"{name} {version(name)}" for name in ("grpcio", "protobuf", "aiohttp", "kvmsupervisor")]
+    versions += [f"{name} {version(name)}" for name in ("grpcio", "protobuf", "h11", "kvmsupervisor")]
     now = os.getloadavg()
     return [
         f"begun {begun:%Y-%m-%d %H:%M} UTC, took {(datetime.now(UTC) - begun).total_seconds() / 60:.0f} min",

@@ -192,7 +192,7 @@ def configure(
 ) -> Logs:
     """Set up logging for the whole process: structlog, and the standard library's for what others log.
 
-    Others (aiohttp, asyncio, qemu.qmp, grpc, Python's warnings) are heard from WARNING on. Starts a thread,
+    Others (asyncio, qemu.qmp, grpc, Python's warnings) are heard from WARNING on. Starts a thread,
     so call it after the last fork.
 
     Args:

@@ -12,7 +12,6 @@ import os
 import random
 from collections.abc import Callable, Set
 from dataclasses import replace
-from importlib import import_module
 
 import structlog
 
@@ -21,6 +20,7 @@ from kvmsupervisor.adapters import accelerator
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.grouping import Flat
@@ -96,9 +96,10 @@ class Supervisor:
 
         Raises:
             AlreadyRunning: another supervisor has the run directory.
+            ListenError: `KVM_LISTEN` cannot be listened on.
             ValueError: KVM is demanded and cannot be used.
-            ExceptionGroup: a part ended: of `ListenError`, `KVM_LISTEN` cannot be listened on, or `HostnameTaken`,
-                another supervisor lives under this host's name.
+            HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
+                from one of the parts.
         """
         settings = self._settings
         accel = accelerator.choose(settings.accel.value)
@@ -109,7 +110,21 @@ class Supervisor:
             stack.push_async_callback(self._etcd.close)
             self._wire(accel)
             self._adopt()
-            await self._supervise(stack, on_started)
+            self._session.value = replace(self._session.value, url=await self._serve(stack))
+            stack.callback(self._session.listen(self._notify_all))
+            log.info(
+                "supervisor.started",
+                version=__version__,
+                host=self._me,
+                etcd=list(settings.etcd_endpoints),
+                prefix=self._layout.prefix,
+                run_dir=str(settings.run_dir),
+                accelerator=accel,
+                url=self._session.value.url,
+                adopting=len(self._instances),
+            )
+            on_started()
+            await self._supervise()
         log.info("supervisor.stopped")
 
     def _wire(self, accel: str) -> None:
@@ -170,16 +185,14 @@ class Supervisor:
             settle_s=settings.settle_s,
         )
 
-    async def _supervise(self, stack: contextlib.AsyncExitStack, on_started: Callable[[], None]) -> None:
+    async def _supervise(self) -> None:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
-        stack.callback(self._session.listen(self._notify_all))
         async with asyncio.TaskGroup() as parts:
-            # First: reading a large cluster takes longest, and etcd can be at it while the others are made ready.
-            serving = [parts.create_task(part) for part in (self._wishes.run(), self._hosts.run())]
-            self._session.value = replace(self._session.value, url=await self._serve(stack))
-            serving += [
+            serving = [
                 parts.create_task(part)
                 for part in (
+                    self._wishes.run(),  # first: reading a large cluster takes longest
+                    self._hosts.run(),
                     self._session.run(),
                     self._publish(),
                     self._look_first(),
@@ -187,18 +200,6 @@ class Supervisor:
                     self._rotate_logs(),
                 )
             ]
-            log.info(
-                "supervisor.started",
-                version=__version__,
-                host=self._me,
-                etcd=list(self._settings.etcd_endpoints),
-                prefix=self._layout.prefix,
-                run_dir=str(self._settings.run_dir),
-                accelerator=self._around.host_side.accel,
-                url=self._session.value.url,
-                adopting=len(self._instances),
-            )
-            on_started()
             await self._run_instances()
             if self._session.held:
                 await self._publisher.flush(FLUSH_S)
@@ -209,13 +210,9 @@ class Supervisor:
         """Serve HTTP until `stack` ends; return the URL, empty when nothing listens."""
         if (listen := self._settings.listen) is None:
             return ""
-        # aiohttp takes a tenth of a second to import, in which etcd sends its keys.
-        await asyncio.to_thread(import_module, "kvmsupervisor.adapters.web")
-        from kvmsupervisor.adapters.web import Routes, Web  # noqa: PLC0415
-
         web = Web(listen.host, listen.port, Routes(self.face, host=self._me, version=__version__))
-        await web.start()
         stack.push_async_callback(web.close)
+        await web.start()
         return f"http://{self._reachable_host()}:{web.port}"
 
     async def _run_instances(self) -> None:

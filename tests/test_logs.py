@@ -129,7 +129,7 @@ def test_what_libraries_log_comes_along(path: Path) -> None:
     """From WARNING on, as one event, with the library's name; Python's own warnings too."""
 
     def happen() -> None:
-        logging.getLogger("aiohttp.server").info("not this")
+        logging.getLogger("asyncio").info("not this")
         logging.getLogger("asyncio").error("that: %s", 5)
         with warnings.catch_warnings():
             warnings.simplefilter("always")

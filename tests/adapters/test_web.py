@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
 from http import HTTPStatus
 from typing import Any
@@ -21,7 +22,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsupervisor.adapters.web import ListenError, Reply, Routes, Web, page
+from kvmsupervisor.adapters.web import ListenError, Reply, Routes, Web, page, server
+from kvmsupervisor.adapters.web.exchange import Exchange
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.status import Phase, Status
 
@@ -387,6 +389,43 @@ class TestServer:
             assert (await ask(web, get("/api/v1/instances/a%2Fb")))[0] == HTTPStatus.NOT_FOUND
             assert (await ask(web, get("/api/v1/instances/%ff%00")))[0] == HTTPStatus.NOT_FOUND
 
+    @pytest.mark.parametrize(
+        ("request_bytes", "expected"),
+        [
+            (b"GET /healthz HTTP/1.0\r\n\r\n", HTTPStatus.OK),
+            (b"GET http://h:1/healthz HTTP/1.1\r\nHost: h\r\n\r\n", HTTPStatus.OK),
+            (b"GET http://h HTTP/1.1\r\nHost: h\r\n\r\n", HTTPStatus.OK),
+            (b"GET //h/healthz HTTP/1.1\r\nHost: h\r\n\r\n", HTTPStatus.NOT_FOUND),
+            (b"CONNECT h:1 HTTP/1.1\r\nHost: h\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+            (b"OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", HTTPStatus.METHOD_NOT_ALLOWED),
+            (b"GET /healthz HTTP/1.1\r\n\r\n", HTTPStatus.BAD_REQUEST),
+            (b"GET /healthz HTTP/1.1\r\nHost: h\r\nHost: i\r\n\r\n", HTTPStatus.BAD_REQUEST),
+        ],
+    )
+    async def test_requests_of_the_rfc(self, request_bytes: bytes, expected: HTTPStatus) -> None:
+        """What RFC 9112, 3.2 wants of targets and of Host, and what RFC 9110, 6.6.1 wants of Date."""
+        async with serving(FakeView()) as web:
+            status, headers, body = await ask(web, request_bytes)
+        assert status == expected
+        assert parsedate_to_datetime(headers["Date"]).tzinfo == UTC
+        assert int(headers["Content-Length"]) == len(body)
+
+    async def test_one_request_per_connection(self) -> None:
+        """What is sent behind a request, at once or later, is no second one."""
+        async with serving(FakeView()) as web:
+            _, headers, body = await ask(web, get("/healthz") * 3)
+        assert len(body) == int(headers["Content-Length"])
+
+    async def test_a_client_that_only_listens_on_is_answered(self) -> None:
+        """A client may end its own direction behind the request, even before a long reply has been sent."""
+        view = FakeView(statuses=[a_status(reason="x" * 5_000_000)])
+        async with serving(view) as web, asyncio.timeout(DEADLINE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+            with closing(writer):
+                writer.write(get("/api/v1/instances"))
+                writer.write_eof()
+                assert len(await reader.read()) > 5_000_000
+
     async def test_a_body_is_not_read(self) -> None:
         """A client that announces a large body gets its 405 without sending it."""
         async with serving(FakeView()) as web:
@@ -411,7 +450,7 @@ class TestServer:
             status, headers, body = await ask(web, request_bytes)
         assert status == HTTPStatus.BAD_REQUEST
         assert headers["Server"] == "kvmsupervisor"
-        assert b"aiohttp" not in body
+        assert b"h11" not in body.lower()
         assert caplog.records == []
 
     async def test_odd_targets_are_404(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -478,10 +517,96 @@ class TestServer:
             await again.start()
             await again.close()
 
+    async def test_close_lets_a_reply_under_way_end(self) -> None:
+        """Who is being answered gets the rest; who has sent half a request gets nothing, and delays nothing."""
+        view = FakeView(statuses=[a_status(reason="x" * 20_000_000)])
+        async with serving(view) as web, asyncio.timeout(DEADLINE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+            half, other = await asyncio.open_connection("127.0.0.1", web.port)
+            with closing(writer), closing(other):
+                other.write(b"GET / HT")
+                writer.write(get("/api/v1/instances"))
+                begun = await reader.read(1)
+                answer, _ = await asyncio.gather(reader.read(), web.close())
+                assert len(begun + answer) > 20_000_000
+                assert await until_dropped(half) == b""
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    async def test_close_waits_for_nobody_for_long(self, cancelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A client that does not read its reply is reset when the grace is over, or `close` is cancelled."""
+        monkeypatch.setattr(server, "SHUTDOWN_GRACE_S", DEADLINE_S * 10 if cancelled else 0.1)
+        view = FakeView(statuses=[a_status(reason="x" * 50_000_000)])
+        async with serving(view) as web, asyncio.timeout(DEADLINE_S):
+            with socket.create_connection(("127.0.0.1", web.port), timeout=DEADLINE_S) as client:
+                client.sendall(get("/api/v1/instances"))
+                await asyncio.to_thread(client.recv, 1)
+                closing_down = asyncio.create_task(web.close())
+                await asyncio.sleep(0)
+                if cancelled:
+                    closing_down.cancel()
+                await asyncio.wait([closing_down])
+                assert closing_down.cancelled() == cancelled
+                reset = select.poll()
+                reset.register(client, 0)
+                assert await asyncio.to_thread(reset.poll, DEADLINE_S * 1000)
+
+    async def test_a_start_that_is_cancelled_can_be_closed(self) -> None:
+        """The port is free again."""
+        web = Web("127.0.0.1", 0, Routes(FakeView(), host="h", version="1"))
+        starting = asyncio.create_task(web.start())
+        await asyncio.sleep(0)
+        starting.cancel()
+        await asyncio.wait([starting])
+        assert starting.cancelled()
+        await web.close()
+        socket.create_server(("127.0.0.1", web.port)).close()
+
     def test_port_before_start(self) -> None:
         """There is no port before there is a server."""
         with pytest.raises(RuntimeError):
             _ = Web("127.0.0.1", 0, Routes(FakeView(), host="h", version="1")).port
+
+
+class TestExchange:
+    """What comes as bytes, in pieces of any size."""
+
+    @given(
+        data=st.binary() | st.binary().map(lambda tail: b"GET / HTTP/1.1\r\nHost: h\r\n" + tail), size=st.integers(1)
+    )
+    def test_any_bytes_get_a_reply_of_ours_or_none(self, data: bytes, size: int) -> None:
+        """No bytes make an error, whether they come at once or drop by drop."""
+        one = Exchange(Routes(FakeView(), host="h", version="1"))
+        for start in range(0, len(data), size):
+            if (reply := one.receive(data[start : start + size])) is not None:
+                assert re.match(rb"HTTP/1\.1 (200|400|404|405) ", reply)
+                break
+
+    @pytest.mark.parametrize("size", [1, 7, 16_384, 1_000_000])
+    def test_limits(self, size: int) -> None:
+        """Each limit holds however the bytes come; what is below all of them is answered."""
+
+        def ask(target: str, headers: dict[str, str]) -> bytes:
+            lines = "".join(f"{name}: {value}\r\n" for name, value in {"Host": "h", **headers}.items())
+            data = f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode()
+            one = Exchange(Routes(FakeView(), host="h", version="1"))
+            replies = (one.receive(data[start : start + size]) for start in range(0, len(data), size))
+            return next(reply for reply in replies if reply is not None)[9:12]
+
+        assert ask("/?" + "a" * 4091, {}) == b"200"
+        assert ask("/?" + "a" * 4092, {}) == b"400"
+        assert ask("/", {"X": "a" * 8189}) == b"200"
+        assert ask("/", {"X": "a" * 8190}) == b"400"
+        assert ask("/", {f"X{n}": "a" for n in range(63)}) == b"200"
+        assert ask("/", {f"X{n}": "a" for n in range(64)}) == b"400"
+        assert ask("/", {f"X{n}": "a" * 2000 for n in range(8)}) == b"200"
+        assert ask("/", {f"X{n}": "a" * 2000 for n in range(9)}) == b"400"
+
+    def test_what_cannot_end_well_is_not_kept(self) -> None:
+        """A megabyte without an end in one piece is refused, and not looked at beyond the limit."""
+        one = Exchange(Routes(FakeView(), host="h", version="1"))
+        reply = one.receive(b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * 200_000 + b"\r\n")
+        assert reply is not None
+        assert reply.startswith(b"HTTP/1.1 400 ")
 
 
 async def until_dropped(reader: asyncio.StreamReader) -> bytes:

@@ -1,0 +1,119 @@
+"""One request and its reply as HTTP/1.1 writes them, by h11. Knows bytes, no sockets.
+
+What a request may consist of is limited, and its body is never looked at: what answers only shows.
+
+Sources: RFC 9110 (what requests and replies mean), RFC 9112 (how HTTP/1.1 writes them),
+<https://h11.readthedocs.io/en/latest/api.html>.
+"""
+
+from __future__ import annotations
+
+import re
+from email.utils import formatdate
+from http import HTTPStatus
+from urllib.parse import parse_qs, unquote
+
+import h11
+
+from kvmsupervisor.adapters.web.routes import SAFETY_HEADERS, Reply, Routes
+
+SERVER_NAME = "kvmsupervisor"
+
+HEAD_LIMIT = 16_384
+"""Bytes of the request line and all headers together. This limit and the next three are arbitrary: browsers stay
+well below."""
+
+LINE_LIMIT = 4096
+"""Bytes of the request line's method and target."""
+
+FIELD_LIMIT = 8190
+"""Bytes of one header's name and value."""
+
+FIELDS = 64
+"""Number of headers."""
+
+_TARGET = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?]*)?(?P<path>[^?]*)\??(?P<query>.*)", re.IGNORECASE)
+"""A request target, with or without scheme and authority (RFC 9112, 3.2). Matches every target that h11 lets by."""
+
+
+class Exchange:
+    """One request and its reply, the last of a connection.
+
+    It says nothing of the software that serves it, whatever goes wrong. What a client sent in error is its own
+    affair and is not logged.
+    """
+
+    def __init__(self, routes: Routes) -> None:
+        """Begin.
+
+        Args:
+            routes: what answers.
+        """
+        self._routes = routes
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
+        self._room = HEAD_LIMIT + 1  # with the last byte h11 refuses what is still incomplete
+        self._with_body = True
+
+    def receive(self, data: bytes) -> bytes | None:
+        """Take what the client sent next; return all that is to be sent, None while the headers are incomplete.
+
+        What follows the headers, a body or another request, is ignored. Not to be called again after a reply.
+        """
+        self._http.receive_data(data[: self._room])
+        self._room -= len(data)
+        try:
+            request = self._http.next_event()
+            if not isinstance(request, h11.Request):
+                return None
+            self._with_body = request.method != b"HEAD"
+            return self._written(self._answer(request))
+        except h11.RemoteProtocolError:
+            return self._written(_plain(HTTPStatus.BAD_REQUEST, "not a request that this server understands"))
+
+    def failed(self) -> bytes:
+        """What is to be sent when `receive` ended with an error of ours."""
+        return self._written(_plain(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of this server; its log says more"))
+
+    def _written(self, reply: Reply) -> bytes:
+        # A body whose length was announced is sent as it is, so h11 has nothing to add to it.
+        return self._http.send(_head(reply)) + (reply.body if self._with_body else b"")
+
+    def _answer(self, request: h11.Request) -> Reply:
+        if not _acceptable(request):
+            raise h11.RemoteProtocolError("another HTTP, or too much")
+        target = _TARGET.fullmatch(request.target.decode("ascii"))
+        assert target is not None
+        return self._routes.answer(
+            method=request.method.decode("ascii"),
+            path=unquote(target["path"]) or "/",  # without a path the root is meant (RFC 9110, 4.2.3)
+            refresh=parse_qs(target["query"]).get("refresh", [""])[0],
+            # Headers of one name are one list (RFC 9110, 5.3).
+            accept=", ".join(value.decode("latin-1") for name, value in request.headers if name == b"accept"),
+        )
+
+
+def _acceptable(request: h11.Request) -> bool:
+    return (
+        request.http_version in {b"1.0", b"1.1"}
+        and len(request.method) + len(request.target) <= LINE_LIMIT
+        and len(request.headers) <= FIELDS
+        and all(len(name) + len(value) <= FIELD_LIMIT for name, value in request.headers)
+    )
+
+
+def _head(reply: Reply) -> h11.Response:
+    """What precedes a reply's body."""
+    headers = {
+        **SAFETY_HEADERS,
+        "Server": SERVER_NAME,
+        "Date": formatdate(usegmt=True),  # a duty of whoever has a clock (RFC 9110, 6.6.1)
+        "Content-Type": reply.content_type,
+        "Content-Length": str(len(reply.body)),
+        "Connection": "close",
+        **reply.headers,
+    }
+    return h11.Response(status_code=reply.status, reason=reply.status.phrase, headers=list(headers.items()))
+
+
+def _plain(status: HTTPStatus, line: str) -> Reply:
+    return Reply(status=status, body=f"{line}\n".encode(), content_type="text/plain; charset=utf-8")
