@@ -315,6 +315,11 @@ def parents() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
         made.append(parent)
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
+        # The kernel shows an environment a moment after the program has begun.
+        for _ in range(5000):
+            if Path(f"/proc/{pid}/environ").read_bytes():
+                break
+            select.select([], [], [], 0.002)
         if fate == "die":
             parent.wait()
         return parent, pid
