@@ -237,7 +237,9 @@ async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     await bench.machine.quit()
     end = await bench.exit()
     writer.close()
-    await writer.wait_closed()
+    # The other end died with QEMU, perhaps before it had read all.
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
     assert end.kind is ExitClass.UNKNOWN
     assert "status 0" in end.text
 
