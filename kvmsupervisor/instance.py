@@ -120,10 +120,11 @@ class Instance:
         self.wish = wish
         self._problems = self._problems_of(wish)
         self._held = held
-        self._remember(replace(self._memory, held=held))
+        memory = replace(self._memory, held=held)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
-            self._remember(replace(self._memory, shutdown_timeout_s=wish.shutdown_timeout_s))
+            memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
+        self._remember(memory)
         self._wake.set()
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
