@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import assert_never
 from uuid import uuid4
 
@@ -15,7 +16,8 @@ from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.argv import Identity, Unbuildable, build_argv, instance_uuid
+from kvmsupervisor.domain.admission import OVERHEAD_MIB
+from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
@@ -27,6 +29,7 @@ from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.provisioning import NotReady, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import NotFenced, Surroundings
 
@@ -46,6 +49,12 @@ class _Wanted:
     host_revision: int
     restart_request: str | None
     revision: int
+    priority: int
+
+
+def _need_mib(spec: Spec) -> int:
+    """Of the host's ordinary memory: huge pages are set aside already."""
+    return OVERHEAD_MIB + (spec.ram_mib if spec.hugepages is None else 0)
 
 
 def _wanted(wish: Wish | None) -> _Wanted:
@@ -57,6 +66,7 @@ def _wanted(wish: Wish | None) -> _Wanted:
         host_revision=wish.host_revision,
         restart_request=wish.restart_request,
         revision=wish.revision,
+        priority=wish.priority,
     )
 
 
@@ -89,6 +99,7 @@ class Instance:
             prefix=around.layout.prefix,
             directory=directory,
             clock=around.clock,
+            user=around.user,
             notify=self._wake.set,
             on_reset=lambda: self.report.tell("instance.guest_reset"),
             log=log.bind(instance=instance),
@@ -102,6 +113,9 @@ class Instance:
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
+        self._prepared: Prepared | None = None
+        self._start_at = 0.0
+        self._obstacle: str | None = None
         self._wanted_at: float | None = None
         self._adopting = False
 
@@ -115,8 +129,13 @@ class Instance:
             held: they are gone, and that waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
         """
-        if fresh and (self.wish is None or wish.spec != self.wish.spec):
-            self._quiet_at = self._around.clock.now() + self._around.settle_s
+        if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
+            if fresh:
+                self._quiet_at = self._around.clock.now() + self._around.settle_s
+            # What was missing, and the place in the line, were the former machine's.
+            self._obstacle = None
+            if self._machine.record is None:
+                self._around.admission.release(self.id)
         self.wish = wish
         self._problems = self._problems_of(wish)
         self._held = held
@@ -139,6 +158,9 @@ class Instance:
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
         self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+        spec = self._machine.spec
+        if spec is not None:
+            self._lives(spec)
 
     @property
     def was_held(self) -> bool:
@@ -168,8 +190,7 @@ class Instance:
             decision = decide(view)
             self._note_progress(view, decision)
             self.report.say(view, decision)
-            if not decision.slot:
-                self._around.slots.release(self.id)
+            self._admit(view, decision)
             if decision.action is Action.FORGET:
                 return
             if decision.action is None:
@@ -181,6 +202,8 @@ class Instance:
                 self._pause(ETCD_RETRY_S, str(error))
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
+            except NotReady as error:
+                self._wait_for_host(error)
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
@@ -188,7 +211,7 @@ class Instance:
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
-        self._around.slots.release(self.id)
+        self._around.admission.release(self.id)
         await self._machine.detach()
 
     def _pause(self, seconds: float, why: str) -> None:
@@ -196,6 +219,27 @@ class Instance:
         if self._etcd_trouble != why:
             self.report.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
+
+    def _wait_for_host(self, error: NotReady) -> None:
+        self._start_at = self._around.clock.now() + error.retry_s
+        if self._obstacle != str(error):
+            self.report.tell("instance.not_ready", level="warning", reason=str(error))
+        self._obstacle = str(error)
+
+    def _admit(self, view: View, decision: Decision) -> None:
+        """Give away what this instance does not need for what was decided: its start slot, its memory."""
+        admission = self._around.admission
+        if not decision.slot:
+            admission.release(self.id)
+        if view.process is None:
+            self._around.provisioner.left(self.id)
+            if decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER:
+                admission.take_back(self.id)
+
+    def _lives(self, spec: Spec) -> None:
+        """A QEMU of this machine lives here, or is started now."""
+        self._around.admission.promise(self.id, _need_mib(spec))
+        self._around.provisioner.arrived(self.id, spec)
 
     def _observe(self) -> View:
         around = self._around
@@ -219,7 +263,11 @@ class Instance:
             claimed_by=self._claimed_by,
             process=process,
             memory=self._memory,
-            slot=around.slots.state(self.id),
+            slot=around.admission.state(self.id),
+            shortage=around.admission.shortage(self.id),
+            prepared=self._is_prepared(),
+            start_at=self._start_at,
+            obstacle=self._obstacle,
             quiet_at=self._quiet_at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
@@ -248,11 +296,13 @@ class Instance:
         """The wish's problems, and what this host lacks for it."""
         if wish.spec is None or wish.host != self._around.me:
             return wish.problems
-        try:
-            self._argv(wish.spec, (0, 0))
-        except Unbuildable as error:
-            return (*wish.problems, error.problem)
-        return wish.problems
+        return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
+
+    def _is_prepared(self) -> bool:
+        """Whether what takes its time is there for the wish as it stands."""
+        if self.wish is None or self.wish.spec is None or not self._around.provisioner.needs_time(self.wish.spec):
+            return True
+        return self._prepared is not None and self._prepared.spec == self.wish.spec
 
     def _holdover(self, lock: Lock | None) -> int | None:
         """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
@@ -272,7 +322,9 @@ class Instance:
             case None | Action.FORGET:
                 raise AssertionError("the loop does these")
             case Action.QUEUE:
-                self._around.slots.request(self.id, self._wake.set)
+                self._queue(_wanted(wish))
+            case Action.PREPARE:
+                await self._prepare(_wanted(wish))
             case Action.LOOK:
                 await self._look()
                 self._etcd_at = self._around.clock.now() + LOCK_POLL_S
@@ -281,7 +333,7 @@ class Instance:
             case Action.FENCE:
                 await self._fence(_wanted(wish))
             case Action.SPAWN:
-                self._spawn(_wanted(wish))
+                await self._spawn(_wanted(wish))
             case Action.CONNECT:
                 await machine.connect()
             case Action.RECORD:
@@ -307,13 +359,27 @@ class Instance:
             case _:
                 assert_never(action)
 
+    def _queue(self, wish: _Wanted) -> None:
+        self._around.admission.request(self.id, self._wake.set, need_mib=_need_mib(wish.spec), priority=wish.priority)
+
+    async def _prepare(self, wish: _Wanted) -> None:
+        around = self._around
+        self._prepared = await around.provisioner.prepare(
+            self.id,
+            uuid=instance_uuid(around.layout.prefix, self.id),
+            spec=wish.spec,
+            directory=self._machine.directory,
+        )
+        if self._prepared.notice is not None:
+            self.report.tell("instance.notice", level="warning", reason=self._prepared.notice)
+
     async def _look(self) -> int:
         """Read lock and status; return the last epoch that the status tells of."""
         status = await self._lock.look()
         around = self._around
         claims = status is not None and status.host != around.me and status.tells_of_a_process
         self._claimed_by = HostName(status.host) if status is not None and claims else None
-        self.report.key_was_read()
+        self.report.key_was_read(status)
         return status.epoch if status is not None else 0
 
     async def _take(self, wish: _Wanted) -> None:
@@ -327,6 +393,9 @@ class Instance:
             if self._claimed_by is not None or self._lock.view.data is not None:
                 # Somebody has it: the next decision is made on what was read.
                 return
+        elif not self.report.knows_machine:
+            # The machine type that the guest was installed on is in the status, whoever wrote it.
+            await self._look()
         previous = self._lock.view.lock
         await self._lock.write(self._plan(wish, floor), wish.host_revision)
         if previous is not None and previous.host != around.me:
@@ -339,7 +408,7 @@ class Instance:
             await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
         except SwapFailed:
             return False
-        self.report.key_was_read()
+        self.report.key_was_read(None)
         self._tell_taken(None)
         return True
 
@@ -370,11 +439,30 @@ class Instance:
         self._around.metrics.fenced()
         await self._lock.write(replace(lock, state=LockState.STARTING), wish.host_revision)
 
-    def _spawn(self, wish: _Wanted) -> None:
+    async def _spawn(self, wish: _Wanted) -> None:
+        around, directory = self._around, self._machine.directory
+        ready, self._prepared = self._prepared or Prepared(spec=wish.spec), None
+        opened = await around.provisioner.open(
+            self.id, ready=ready, machine=self.report.machine_of(wish.spec), directory=directory
+        )
+        with opened.closing:
+            self._obstacle = None
+            self._lives(wish.spec)
+            lock = self._lock.view.lock
+            assert lock is not None
+            record = self._record_of(wish, lock, opened.machine)
+            self._machine.spawn(record, partial(opened.provision, directory), partial(self._argv, wish.spec))
+        self.report.notice = ready.notice
+        directory.write_memory(self._memory)
+        self._planned = None
+        around.metrics.started(self.id)
+        self.report.tell(
+            "instance.spawned", pid=self._machine.pid, accelerator=record.accelerator, machine=record.machine
+        )
+
+    def _record_of(self, wish: _Wanted, lock: Lock, machine: str) -> Incarnation:
         around = self._around
-        lock = self._lock.view.lock
-        assert lock is not None
-        record = Incarnation(
+        return Incarnation(
             instance=self.id,
             incarnation=lock.incarnation,
             epoch=lock.epoch,
@@ -383,21 +471,16 @@ class Instance:
             spec=spec_to_object(wish.spec),
             storage=storage_of(wish.spec),
             accelerator=around.host_side.accel,
+            machine=machine,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,
             spawned_at=around.clock.now(),
         )
-        self._machine.spawn(record, lambda *qmp: self._argv(wish.spec, qmp))
-        self._machine.directory.write_memory(self._memory)
-        self._planned = None
-        around.metrics.started(self.id)
-        self.report.tell("instance.spawned", pid=self._machine.pid)
 
-    def _argv(self, spec: Spec, qmp_fds: tuple[int, int]) -> tuple[str, ...]:
+    def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
         identity = Identity(instance=self.id, uuid=instance_uuid(self._around.layout.prefix, self.id))
-        side = replace(self._around.host_side, run_dir=str(self._machine.directory.path), qmp_fds=qmp_fds)
-        return build_argv(spec, identity=identity, host=side)
+        return build_argv(spec, identity=identity, host=self._around.host_side, provision=provision)
 
     async def _record(self, wish: _Wanted) -> None:
         lock, record = self._lock.view.lock, self._machine.record

@@ -19,7 +19,9 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain import view
+from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
@@ -76,7 +78,8 @@ class Marks:
 class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
-    `notify` is called, in the event loop, whenever something changed that a decision may depend on.
+    `notify` is called, in the event loop, whenever something changed that a decision may depend on. QEMU runs as
+    `user`, as our own where that is None.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Machine:
         prefix: str,
         directory: InstanceDir,
         clock: Clock,
+        user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         log: FilteringBoundLogger,
@@ -93,6 +97,7 @@ class Machine:
         self.record: Incarnation | None = None
         self._prefix = prefix
         self._clock = clock
+        self._user = user
         self._notify = notify
         self._on_reset = on_reset
         self._log = log
@@ -135,6 +140,11 @@ class Machine:
         )
 
     @property
+    def spec(self) -> Spec | None:
+        """The machine that it was started as; None without one, or when a newer release wrote it."""
+        return self._spec
+
+    @property
     def pid(self) -> int | None:
         """Of the living process."""
         return self._process.pid if self._process is not None and self._exit is None else None
@@ -153,7 +163,9 @@ class Machine:
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
-    def spawn(self, record: Incarnation, build: Callable[[int, int], Sequence[str]]) -> None:
+    def spawn(
+        self, record: Incarnation, build: Callable[[Channels], Provision], argv: Callable[[Provision], Sequence[str]]
+    ) -> None:
         """Put the incarnation on record, then start QEMU, then put its pid on record.
 
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
@@ -161,7 +173,8 @@ class Machine:
 
         Args:
             record: of the process to come, without pid, argv and log offset.
-            build: makes the command line from the descriptors of the two listening QMP sockets.
+            build: makes whole what QEMU needs, from the sockets that listen for it.
+            argv: makes the command line of that.
         """
         directory = self.directory
         directory.create()
@@ -169,10 +182,16 @@ class Machine:
         with (
             directory.listen(directory.qmp_socket) as main,
             directory.listen(directory.spare_socket) as spare,
+            directory.listen(directory.console_socket) as console,
+            directory.listen(directory.agent_socket) as agent,
         ):
-            descriptors = (main.fileno(), spare.fileno())
-            argv = tuple(build(*descriptors))
-            record = replace(record, argv=argv, log_offset=directory.log_size())
+            provision = build(
+                Channels(qmp=main.fileno(), spare=spare.fileno(), console=console.fileno(), agent=agent.fileno())
+            )
+            words = tuple(argv(provision))
+            record = replace(record, argv=words, log_offset=directory.log_size())
+            if self._user is not None:
+                directory.give_console_log(self._user.uid, self._user.gid)
             log_fd = directory.open_log()
             try:
                 directory.write_incarnation(record)
@@ -180,11 +199,12 @@ class Machine:
                 self.record = record
                 self._spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
-                    argv,
+                    words,
                     environment=self._environment(record),
                     log_fd=log_fd,
-                    pass_fds=descriptors,
+                    pass_fds=provision.descriptors,
                     on_end=self._on_end,
+                    prefix=() if self._user is None else self._user.become(),
                 )
             except SpawnFailed as error:
                 self._exit = Exit(ExitClass.FAILED, f"failed: {error}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvmsupervisor.domain import argv, values
+from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
 from kvmsupervisor.domain.values import Unfit
 
@@ -136,6 +137,11 @@ def _program(text: str) -> str:
     return str(_absolute(text)) if "/" in text else _line(text)
 
 
+def _program_file(text: str) -> Path:
+    """A program by its path; whether it is there is told when it is needed, so that it can be installed later."""
+    return _absolute(text)
+
+
 def _line(text: str) -> str:
     if not text.isprintable():
         raise Unfit("it is text without control characters")
@@ -203,6 +209,28 @@ def _log_size(text: str) -> int:
     return size
 
 
+def _ram_mib(text: str) -> int:
+    """Memory, or none of it."""
+    return 0 if text == "0" else values.ram_mib(text)
+
+
+def _flags(text: str) -> AllowedFlags:
+    if text == "any":
+        return AllowedFlags()
+    if text == "none":
+        return AllowedFlags(frozenset())
+    words = [word.strip().lstrip("-") for word in text.split(",")]
+    if not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", word) for word in words):
+        raise Unfit("it is any, none, or options of QEMU's separated by commas, such as device,netdev,cdrom")
+    return AllowedFlags(frozenset(words))
+
+
+def _user(text: str) -> str:
+    if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", text):
+        raise Unfit("it is the name of a user, such as qemu, or empty")
+    return text
+
+
 def _switch(text: str) -> bool:
     return values.choice(Switch, "it")(text) is Switch.ON
 
@@ -220,7 +248,7 @@ def _setting(
     may_be_empty: bool = False,
 ) -> Setting:
     """A setting, its names made of that of the field: `settle_s` is `KVM_SETTLE` and `settle`."""
-    word = name.removesuffix("_s")
+    word = name.removesuffix("_s").removesuffix("_mib")
     return Setting(
         name=name,
         env=f"KVM_{word}".upper() if kvm else word.upper(),
@@ -295,7 +323,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting(
         "spice_addr",
         _address,
-        "Address on which the SPICE servers of guests listen. They ask for no password.",
+        "Address on which the SPICE servers of guests listen, without the key spice_addr.",
         default="127.0.0.1",
         kvm=False,
     ),
@@ -334,6 +362,81 @@ SETTINGS: tuple[Setting, ...] = (
         default="auto",
     ),
     _setting("qemu", _program, "QEMU's program, a name or an absolute path.", default="qemu-system-x86_64"),
+    _setting(
+        "qemu_user",
+        _user,
+        "User that QEMU runs as, confined by seccomp, without any privilege. Empty: as the supervisor, not confined.",
+        shown="qemu, where that user exists",
+        example="qemu",
+        may_be_empty=True,
+    ),
+    _setting(
+        "extra_flags",
+        _flags,
+        "Which QEMU options the key extra_flags may hold: any, none, or a list of options separated by commas.",
+        default="any",
+    ),
+    _setting(
+        "bridge_helper",
+        _program_file,
+        "QEMU's program qemu-bridge-helper, which plugs NICs into bridges.",
+        shown="looked for where distributions install it",
+        example="/usr/lib/qemu/qemu-bridge-helper",
+    ),
+    _setting(
+        "memory_reserve_mib",
+        _ram_mib,
+        "Memory that is kept for the host: guests that would not fit into the rest wait.",
+        default="512M",
+    ),
+    _setting(
+        "state_dir",
+        _absolute,
+        "Folder of what outlives a boot: UEFI variables of machines without a disk in Ceph.",
+        default="/var/lib/kvmsupervisor",
+    ),
+    _setting(
+        "ovmf_code",
+        _file,
+        "UEFI firmware for firmware=uefi. Needs KVM_OVMF_VARS.",
+        shown="looked for where distributions install it",
+        example="/usr/share/OVMF/OVMF_CODE_4M.fd",
+    ),
+    _setting(
+        "ovmf_vars",
+        _file,
+        "The UEFI variables that new machines begin with, made for KVM_OVMF_CODE.",
+        shown="looked for where distributions install it",
+        example="/usr/share/OVMF/OVMF_VARS_4M.fd",
+    ),
+    _setting(
+        "media_root",
+        _absolute,
+        "Folder below which the key cloud-config may name files (file:///...). Without it only http and https.",
+        example="/etc/kvmsupervisor/user-data",
+    ),
+    _setting(
+        "media_cacert",
+        _file,
+        "Certificates of authorities (PEM), beside the system's, that servers of user data are checked against.",
+        example="/etc/kvmsupervisor/media-ca.pem",
+    ),
+    _setting(
+        "ceph_conf",
+        _absolute,
+        "Ceph's configuration file.",
+        shown="librbd's own default, /etc/ceph/ceph.conf",
+        example="/etc/ceph/ceph.conf",
+        kvm=False,
+    ),
+    _setting(
+        "ceph_id",
+        _line,
+        "Name of the Ceph user, without client. before it.",
+        shown="librbd's own default, admin",
+        example="kvm",
+        kvm=False,
+    ),
     _setting(
         "session_ttl_s",
         values.integer(2, 3600, "it"),

@@ -16,26 +16,28 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters import accelerator
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
+from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.connection import etcd_config
-from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.slots import Slots
-from kvmsupervisor.domain.spec import Wish, parse_wish
+from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
+from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
@@ -72,7 +74,6 @@ class Supervisor:
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
-        self._slots = Slots(settings.start_parallel)
         self._unreadable: dict[InstanceId, str] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
@@ -97,18 +98,18 @@ class Supervisor:
         Raises:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
-            ValueError: KVM is demanded and cannot be used.
+            ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
         """
         settings = self._settings
-        accel = accelerator.choose(settings.accel.value)
+        equipment = look_around(settings)
         self._run_dir.acquire()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
-            self._wire(accel)
+            self._wire(equipment)
             self._adopt()
             self._session.value = replace(self._session.value, url=await self._serve(stack))
             stack.callback(self._session.listen(self._notify_all))
@@ -119,17 +120,23 @@ class Supervisor:
                 etcd=list(settings.etcd_endpoints),
                 prefix=self._layout.prefix,
                 run_dir=str(settings.run_dir),
-                accelerator=accel,
+                accelerator=equipment.accelerator.name,
+                why_no_kvm=equipment.accelerator.fallback,
+                qemu_user=None if equipment.user is None else equipment.user.name,
+                memory_mib=equipment.memory_mib,
                 url=self._session.value.url,
                 adopting=len(self._instances),
             )
+            if equipment.user is None and os.geteuid() == 0:
+                log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
             on_started()
             await self._supervise()
         log.info("supervisor.stopped")
 
-    def _wire(self, accel: str) -> None:
+    def _wire(self, equipment: Equipment) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
         settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
+        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         me = HostSession(
             host=self._me,
@@ -166,20 +173,20 @@ class Supervisor:
             store=store,
             session=self._session,
             publisher=self._publisher,
-            slots=self._slots,
+            admission=self._admission,
+            provisioner=Provisioner(
+                host=equipment.host_side,
+                files=equipment.files,
+                user=equipment.user,
+                types=MachineTypes(settings.qemu),
+            ),
+            user=equipment.user,
             clock=clock,
             jitter=random.random,
             metrics=self._metrics,
             fencing=Diskless(),
             host_has_session=self._host_has_session,
-            host_side=HostSide(
-                qemu=settings.qemu,
-                accel="kvm" if accel == "kvm" else "tcg",
-                run_dir="",
-                qmp_fds=(0, 0),
-                bridge_if=settings.bridge_if,
-                spice_addr=settings.spice_addr,
-            ),
+            host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
@@ -283,7 +290,8 @@ class Supervisor:
         del self._instances[name]
         del self._running[name]
         self._metrics.forget(name)
-        self._slots.release(name)
+        self._admission.release(name)
+        self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
             self._run_dir.instance(name).remove()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.settings import (
     Accel,
@@ -76,6 +77,17 @@ def test_defaults() -> None:
         listen=Listen(host="0.0.0.0", port=9746),
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
+        qemu_user=None,
+        extra_flags=AllowedFlags(),
+        bridge_helper=None,
+        memory_reserve_mib=512,
+        state_dir=Path("/var/lib/kvmsupervisor"),
+        ovmf_code=None,
+        ovmf_vars=None,
+        media_root=None,
+        media_cacert=None,
+        ceph_conf=None,
+        ceph_id=None,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
         start_timeout_s=60.0,

@@ -92,18 +92,27 @@ def spawn(
     log_fd: int,
     pass_fds: Sequence[int],
     on_end: Callable[[], None],
+    prefix: Sequence[str] = (),
 ) -> Process:
     """Start a program in a session of its own, its output on `log_fd`, only `pass_fds` inherited.
 
     It outlives this process, and it is reaped through its pidfd when it ends earlier. Blocks for the time of a vfork
     and exec (about 1 ms); a thread would not help, because the interpreter's lock is held meanwhile.
 
+    Args:
+        argv: the program and its arguments.
+        environment: all of it.
+        log_fd: where both its outputs go.
+        pass_fds: what it inherits, under the same numbers.
+        on_end: called once when it has ended.
+        prefix: words of a command that changes itself (its user, its cgroup) and then executes `argv` in its place.
+
     Raises:
         SpawnFailed: no such program, not executable, no memory.
     """
     try:
         child = subprocess.Popen(
-            argv,
+            (*prefix, *argv),
             env=dict(environment),
             cwd="/",
             stdin=subprocess.DEVNULL,

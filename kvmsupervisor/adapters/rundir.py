@@ -44,6 +44,8 @@ class InstanceDir:
         self.qmp_socket = path / "qmp.sock"
         self.spare_socket = path / "qmp-spare.sock"
         self.qemu_log = path / "qemu.log"
+        self.console_socket = path / "console.sock"
+        self.agent_socket = path / "agent.sock"
         self.console_log = path / "console.log"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
@@ -116,6 +118,14 @@ class InstanceDir:
     def open_log(self) -> int:
         """QEMU's log, opened for appending, so that truncating it does not leave a hole; the caller closes it."""
         return os.open(self.qemu_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def give_console_log(self, uid: int, gid: int) -> None:
+        """Make the console's log, to be written by QEMU's own user."""
+        descriptor = os.open(self.console_log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            os.fchown(descriptor, uid, gid)
+        finally:
+            os.close(descriptor)
 
     def log_size(self) -> int:
         """Bytes in QEMU's log."""

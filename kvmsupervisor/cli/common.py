@@ -19,7 +19,7 @@ from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.spec import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.wishes import FREE_KEY, WISH_KEYS
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
 P = ParamSpec("P")

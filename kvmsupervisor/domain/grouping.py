@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, Layout, parse_id
-from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue
+from kvmsupervisor.domain.spec import RawValue
+from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 LabelT_co = TypeVar("LabelT_co", bound=Hashable, covariant=True)
 

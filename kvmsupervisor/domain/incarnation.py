@@ -34,6 +34,7 @@ class Incarnation:
         spec: the machine (`domain.spec.spec_to_object`), to tell what is pending.
         storage: what it may write to.
         accelerator: `kvm` or `tcg`.
+        machine: the versioned machine type, None when it was not known.
         restart_request: the value of that key that it was started under.
         revision: etcd revision of the wish that it was started from.
         log_offset: where its words begin in the instance's QEMU log, in bytes.
@@ -55,6 +56,7 @@ class Incarnation:
     revision: int
     log_offset: int
     spawned_at: float
+    machine: str | None = None
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()

@@ -41,6 +41,10 @@ class Status:
         revision: the etcd revision of the wish that was acted on.
         incarnation: name of the running QEMU process's incarnation, or None.
         last_exit: why the last QEMU process ended, or None.
+        accelerator: `kvm` or `tcg` while QEMU lives, else None.
+        machine: the versioned machine type that the guest knows, from its first start on.
+        machine_key: the value of `machine` that this was found for: another value is looked up anew.
+        notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
     """
 
@@ -57,6 +61,10 @@ class Status:
     revision: int = 0
     incarnation: str | None = None
     last_exit: str | None = None
+    accelerator: str | None = None
+    machine: str | None = None
+    machine_key: str | None = None
+    notice: str | None = None
     held: bool = False
 
     @property

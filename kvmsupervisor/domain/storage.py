@@ -15,11 +15,12 @@ from kvmsupervisor.domain.spec import Spec
 def storage_of(spec: Spec) -> Storage:
     """What QEMU may write to when it runs `spec`.
 
-    `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written.
+    `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written. UEFI
+    variables that lie on a host do not count: they are that host's, and another one begins with fresh ones.
     """
     if not _all_harmless(spec.extra_flags):
         return Storage.UNFENCEABLE
-    return Storage.NONE if spec.rbd is None else Storage.RBD
+    return Storage.NONE if all(disk.rbd.ro for disk in spec.all_disks) else Storage.RBD
 
 
 def _all_harmless(words: Sequence[str]) -> bool:

@@ -24,7 +24,8 @@ class Action(Enum):
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
     FENCE = "fence every address of earlier incarnations"
     QUEUE = "stand in line for a start slot"
-    SPAWN = "put the incarnation on record and start QEMU, paused"
+    PREPARE = "make ready what takes its time: boot media, UEFI variables"
+    SPAWN = "open its taps, put the incarnation on record and start QEMU, paused"
     CONNECT = "connect to QMP, ask for the run state"
     RECORD = "write pid and addresses into the lock"
     CONTINUE = "let the guest run"
@@ -103,6 +104,10 @@ class View:
         process: None when there is none.
         memory: what outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
+        shortage: which memory does not suffice for it, None when it waits for no memory.
+        prepared: whether what takes its time was made ready for the wish as it stands.
+        start_at: when the host is worth the next attempt, after something was missing on it; the past when now.
+        obstacle: what was missing, None when nothing was.
         quiet_at: when the wish will have been quiet for long enough to let a new guest run.
         start_timeout_s: within which a new QEMU must answer.
         shutdown_timeout_s: between the power button and force.
@@ -125,6 +130,10 @@ class View:
     process: Process | None = None
     memory: Memory
     slot: bool | None = None
+    shortage: str | None = None
+    prepared: bool = True
+    start_at: float = 0.0
+    obstacle: str | None = None
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0

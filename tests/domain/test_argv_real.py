@@ -20,8 +20,10 @@ from kvmsupervisor.domain.argv import (
     CONSOLE_SOCKET,
     QMP_SOCKET,
     QMP_SPARE_SOCKET,
+    Channels,
     HostSide,
     Identity,
+    Provision,
     build_argv,
     instance_uuid,
 )
@@ -44,13 +46,17 @@ class Machine:
     """A QEMU started on listening sockets, and a QMP connection that was made before it existed."""
 
     def __init__(self, stack: ExitStack, run_dir: Path, spec: Spec) -> None:
-        listeners = [stack.enter_context(_listener(run_dir / n)) for n in (QMP_SOCKET, QMP_SPARE_SOCKET)]
+        names = (QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET)
+        listeners = [stack.enter_context(_listener(run_dir / name)) for name in names]
         self._qmp = _connect(stack, run_dir / QMP_SOCKET)
-        first, spare = (listener.fileno() for listener in listeners)
-        host = HostSide(qemu="qemu-system-x86_64", accel="tcg", run_dir=f"{run_dir}", qmp_fds=(first, spare))
-        words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host)
+        first, spare, console, agent = (listener.fileno() for listener in listeners)
+        provision = Provision(
+            run_dir=f"{run_dir}", channels=Channels(qmp=first, spare=spare, console=console, agent=agent)
+        )
+        host = HostSide(qemu="qemu-system-x86_64", accel="tcg")
+        words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host, provision=provision)
         # Its words show up in pytest's report of what was printed, when a test fails.
-        process = stack.enter_context(subprocess.Popen(words, pass_fds=(first, spare)))
+        process = stack.enter_context(subprocess.Popen(words, pass_fds=provision.descriptors))
         stack.callback(process.kill)
         for listener in listeners:
             # Now QEMU alone holds them: its end is the end of the connection.

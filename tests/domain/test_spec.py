@@ -11,21 +11,17 @@ import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import (
-    RESERVED_FLAGS,
-    UNKNOWN_KEYS_NAMED,
-    VALUE_LIMIT,
-    WISH_KEYS,
     Power,
     RawValue,
-    RbdImage,
+    RbdDisk,
     RestartPolicy,
     Spec,
     Wish,
-    parse_wish,
     pending,
     spec_from_object,
     spec_to_object,
 )
+from kvmsupervisor.domain.wishes import RESERVED_FLAGS, UNKNOWN_KEYS_NAMED, VALUE_LIMIT, WISH_KEYS, parse_wish
 
 DOCS = Path(__file__).parents[2] / "docs" / "instances.md"
 
@@ -33,7 +29,7 @@ FULL = Spec(
     ram_mib=2048,
     mac="52:54:00:12:34:56",
     bridge="br0",
-    rbd=RbdImage(pool="rbd", image="vm1"),
+    rbd=RbdDisk(pool="rbd", image="vm1"),
     spice_port=5901,
     extra_flags=("-device", "virtio-rng-pci"),
     cpus=4,
@@ -329,7 +325,7 @@ def test_pending_names_keys_as_people_write_them() -> None:
         ram_mib=1,
         mac="52:54:00:00:00:01",
         bridge="br1",
-        rbd=RbdImage(pool="rbd", image="vm2"),
+        rbd=RbdDisk(pool="rbd", image="vm2"),
         spice_port=1,
         extra_flags=(),
         cpus=1,

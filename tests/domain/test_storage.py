@@ -7,10 +7,10 @@ import shlex
 import pytest
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import RbdImage, Spec
+from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import storage_of
 
-RBD = RbdImage(pool="rbd", image="vm1")
+RBD = RbdDisk(pool="rbd", image="vm1")
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,7 @@ class FakeQemus:
         log_fd: int,
         pass_fds: Sequence[int],
         on_end: Callable[[], None],
+        prefix: Sequence[str] = (),
     ) -> FakeProcess:
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)
@@ -271,7 +272,7 @@ class FakeQemus:
         self, path: str, *, on_event: OnEvent, on_lost: Callable[[], None], timeout_s: float
     ) -> FakeMonitor:
         await asyncio.sleep(0)
-        console = f"path={Path(path).parent}/console.sock"
+        console = f"logfile={Path(path).parent}/console.log"
         for qemu in self.alive:
             if any(console in word for word in qemu.argv):
                 if qemu.frozen:

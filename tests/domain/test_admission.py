@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.slots import Slots
 
 ONE, TWO, THREE, FOUR = (InstanceId(name) for name in "1234")
 
@@ -17,7 +17,7 @@ def nothing() -> None:
 
 def test_first_come_first_served() -> None:
     """Law: the line keeps its order, and who gets a slot is told once."""
-    slots, told = Slots(1), list[str]()
+    slots, told = Admission(1), list[str]()
     for name in (ONE, TWO, THREE):
         slots.request(name, lambda name=name: told.append(name))  # type: ignore[misc]
     assert [slots.state(name) for name in (ONE, TWO, THREE, FOUR)] == [True, False, False, None]
@@ -29,7 +29,7 @@ def test_first_come_first_served() -> None:
 
 def test_asking_again_changes_nothing() -> None:
     """Law: a second request neither takes a second slot nor loses the place in the line."""
-    slots = Slots(2)
+    slots = Admission(2)
     for _ in range(3):
         slots.request(ONE, nothing)
     slots.request(TWO, nothing)
@@ -42,7 +42,7 @@ def test_asking_again_changes_nothing() -> None:
 
 def test_leaving_the_line_gives_nobody_a_slot() -> None:
     """Law: who goes away while waiting is passed over."""
-    slots = Slots(1)
+    slots = Admission(1)
     for name in (ONE, TWO, THREE):
         slots.request(name, nothing)
     slots.release(TWO)
@@ -54,7 +54,7 @@ def test_leaving_the_line_gives_nobody_a_slot() -> None:
 @given(st.integers(1, 4), st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=60))
 def test_no_sequence_breaks_the_invariant(width: int, steps: list[tuple[bool, int]]) -> None:
     """Law: at most `width` hold a slot, and nobody stands in the line while one is free."""
-    slots, told = Slots(width), set[InstanceId]()
+    slots, told = Admission(width), set[InstanceId]()
     names = [InstanceId(str(number)) for number in range(8)]
     for asks, number in steps:
         name = names[number]
