@@ -119,7 +119,8 @@ class Supervisor:
                 etcd=list(settings.etcd_endpoints),
                 prefix=self._layout.prefix,
                 run_dir=str(settings.run_dir),
-                accelerator=accel,
+                accelerator=accel.name,
+                why_no_kvm=accel.fallback,
                 url=self._session.value.url,
                 adopting=len(self._instances),
             )
@@ -127,7 +128,7 @@ class Supervisor:
             await self._supervise()
         log.info("supervisor.stopped")
 
-    def _wire(self, accel: str) -> None:
+    def _wire(self, accel: accelerator.Choice) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
         settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
@@ -174,7 +175,7 @@ class Supervisor:
             host_has_session=self._host_has_session,
             host_side=HostSide(
                 qemu=settings.qemu,
-                accel="kvm" if accel == "kvm" else "tcg",
+                accel=accel.name,
                 run_dir="",
                 qmp_fds=(0, 0),
                 bridge_if=settings.bridge_if,
