@@ -132,7 +132,7 @@ def allow_bridges(bridges: Iterable[str], path: Path = BRIDGE_CONF) -> tuple[str
         except OSError as error:
             raise NetworkTrouble(f"{path} cannot be read: {error.strerror}") from error
         try:
-            added = missing(_read_acl(path), bridges)
+            added = missing(_read_acl(path, content), bridges)
         except BrokenAcl as error:
             raise NetworkTrouble(f"no bridge can be allowed before this line is mended: {error}") from error
         if added:
@@ -321,10 +321,12 @@ def _explain_acl(said: str, bridge: str, path: Path) -> str:
 # --- bridge.conf ----------------------------------------------------------------------------------------------
 
 
-def _read_acl(path: Path) -> Acl:
+def _read_acl(path: Path, content: bytes | None = None) -> Acl:
+    """What the file says; its content need not be read again where the caller has it."""
+
     def read(name: str) -> bytes | None:
         try:
-            return Path(name).read_bytes()
+            return content if content is not None and name == str(path) else Path(name).read_bytes()
         except (OSError, ValueError):
             return None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -110,6 +111,8 @@ def new_namespace(*, beside: Namespace | None = None) -> Iterator[Namespace]:
         enter, user = ["nsenter", f"--target={beside.pid}", "--user", "--preserve-credentials", "--"], []
     with tempfile.TemporaryDirectory(prefix="kvsnet") as name:
         folder = Path(name)
+        # QEMU's own user reads /etc too.
+        folder.chmod(0o755)
         (folder / "real").mkdir()
         (folder / "etc" / "qemu").mkdir(parents=True)
         for entry in Path("/etc").iterdir():
@@ -190,11 +193,25 @@ def new_lan(bridge: str = "br0", subnet: str = "10.91.7") -> Iterator[Lan]:
         yield Lan(bridge=bridge, inside=inside, router=router, subnet=subnet, log=log)
 
 
+def _program(name: str) -> str:
+    # Debian has it where an ordinary user does not look for programs.
+    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert found is not None, f"{name} is missing: tools/install-system dev"
+    return found
+
+
 @contextmanager
 def _dnsmasq(router: Namespace, subnet: str, log: Path) -> Iterator[None]:
     argv = router.command(
         # In the foreground, as the user it is started by, without name service.
-        *("dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", "--interface=lan0", "--bind-interfaces"),
+        *(
+            _program("dnsmasq"),
+            "--no-daemon",
+            "--conf-file=/dev/null",
+            "--port=0",
+            "--interface=lan0",
+            "--bind-interfaces",
+        ),
         *(f"--dhcp-range={subnet}.100,{subnet}.199,255.255.255.0,1h", "--dhcp-authoritative", "--log-dhcp"),
         # It would ask for three seconds whether somebody has the address already.
         *("--no-ping", f"--dhcp-leasefile={router.folder}/leases", "--log-facility=-"),
