@@ -174,6 +174,7 @@ def test_extra_flags_survive_the_shells_way_of_splitting_words() -> None:
     assert guest.extra_flags(tag="one", heartbeat_s=0.5, deaf=True) == (
         "-kernel '/a b/vmlinuz' -initrd '/a b/initramfs' -append 'console=ttyS0 quiet panic=-1 hb=0.5 tag=one deaf=1'"
     )
+    assert guest.extra_flags(dhcp=True).endswith(" tag=guest dhcp=1'")
 
 
 def test_modules_come_after_those_they_need_and_only_once(tmp_path: Path) -> None:

@@ -312,6 +312,8 @@ class Host:
             **settings,
         }
         self.url = ""
+        self.around: Callable[..., list[str]] = lambda *argv: [*argv]
+        """Makes the supervisor's command line of the plain one, for instance to start it on a test's own network."""
         self._log = self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
         _open.add(self)
@@ -346,7 +348,7 @@ class Host:
         assert not self.running
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvmsupervisor", "run"],
+                self.around(sys.executable, "-m", "kvmsupervisor", "run"),
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
