@@ -7,7 +7,7 @@ import json
 import lzma
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,10 @@ class Machine:
 
 
 @asynccontextmanager
-async def machine(guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1) -> AsyncIterator[Machine]:
-    """Boot the guest in a QEMU of its own; kill it at the end."""
+async def machine(
+    guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1, options: Sequence[str] = ()
+) -> AsyncIterator[Machine]:
+    """Boot the guest in a QEMU of its own, with more options if need be; kill it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="kvs"))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -75,6 +77,7 @@ async def machine(guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1) -
             *("-chardev", f"socket,id=serial0,path={folder}/console,server=on,wait=off"),
             *("-serial", "chardev:serial0", "-device", "pvpanic", "-S"),
             *guest.options(tag="trial", deaf=deaf, heartbeat_s=heartbeat_s),
+            *options,
         )
         try:
             async with asyncio.timeout(LIMIT_S):
