@@ -33,6 +33,7 @@ SEED = "seed.iso"
 CONFIG_DRIVE = "config-2.iso"
 IGNITION = "ignition.json"
 FOR_QEMU = (SEED, CONFIG_DRIVE, IGNITION)
+ALL = (LEDGER, USER_DATA, *FOR_QEMU)
 
 EDITION = 1
 """Of what is written on media. Count up when that changes: media of an earlier edition are made again."""
@@ -167,7 +168,7 @@ async def furnish(
 
 def discard(directory: Path) -> None:
     """Remove all of it: the key is gone, and what it led to may be secret. Not beside a `furnish`."""
-    for name in (LEDGER, USER_DATA, *FOR_QEMU):
+    for name in ALL:
         medium.discard(directory / name)
 
 
@@ -192,6 +193,8 @@ def _kept(directory: Path, source: str) -> bytes | None:
 
 def _write(directory: Path, *, data: bytes, source: str, files: _Files, gid: int | None) -> None:
     """Bring the directory to what it shall be; each line may be the last one."""
+    for name in ALL:
+        medium.sweep(directory / name)
     recipe, digest = files.recipe(gid), _digest(data)
     done = _Ledger(recipe=recipe, sources={digest: source})
     kept = medium.read(directory / USER_DATA)

@@ -81,8 +81,8 @@ def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
         OSError: it cannot be written there.
     """
     aside = path.with_name(f"{path.name}.new")
-    # Left by one who was cut off; a new one is never open for strangers, not even for a moment.
-    aside.unlink(missing_ok=True)
+    # Made anew, it is never open for strangers, not even for a moment.
+    sweep(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         if gid is not None:
@@ -104,6 +104,11 @@ def read(path: Path) -> bytes | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file and what one who was cut off left beside it; none may be there."""
+    """Remove a file and what one who was cut off left beside it; there may be neither."""
     path.unlink(missing_ok=True)
+    sweep(path)
+
+
+def sweep(path: Path) -> None:
+    """Remove only what one who was cut off while placing `path` left beside it, if anything."""
     path.with_name(f"{path.name}.new").unlink(missing_ok=True)

@@ -62,6 +62,18 @@ class Machine:
                     return message
 
 
+async def connected(
+    process: asyncio.subprocess.Process, path: Path
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a socket of QEMU's: it may not be there yet, or be bound and not yet listen."""
+    while True:
+        try:
+            return await asyncio.open_unix_connection(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert process.returncode is None
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def machine(
     guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1, options: Sequence[str] = ()
@@ -81,11 +93,8 @@ async def machine(
         )
         try:
             async with asyncio.timeout(LIMIT_S):
-                while not (folder / "qmp").exists() or not (folder / "console").exists():
-                    assert process.returncode is None
-                    await asyncio.sleep(0.01)
-            qmp_in, qmp_out = await asyncio.open_unix_connection(folder / "qmp")
-            serial_in, serial_out = await asyncio.open_unix_connection(folder / "console")
+                qmp_in, qmp_out = await connected(process, folder / "qmp")
+                serial_in, serial_out = await connected(process, folder / "console")
             found = Machine(process=process, qmp_in=qmp_in, qmp_out=qmp_out, serial_in=serial_in, serial_out=serial_out)
             found.order("qmp_capabilities")
             found.order("cont")
