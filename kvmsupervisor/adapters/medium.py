@@ -14,6 +14,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+PADDING_BYTES = 150 * 2048
+"""Behind the files, as much as genisoimage's own `-pad` adds. Programs that tell file systems apart look for others of
+them up to 70 KB in, and busybox's findfs gives up on a disk that ends before that: it did not find a small `cidata`."""
+
 _NO_D_CHARACTER = re.compile(r"[^A-Z0-9_]")
 _INTERCHANGE_LEVEL = 3
 _JOLIET_LEVEL = 3
@@ -50,7 +54,7 @@ def image(label: str, files: Mapping[str, bytes]) -> bytes:
         iso.write_fp(written)
     finally:
         iso.close()
-    return written.getvalue()
+    return written.getvalue() + bytes(PADDING_BYTES)
 
 
 def _folders(files: Mapping[str, bytes]) -> list[PurePosixPath]:
@@ -88,8 +92,9 @@ def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
         if gid is not None:
             os.fchown(file.fileno(), -1, gid)
             os.fchmod(file.fileno(), 0o640)
-        file.write(data)
-        file.flush()
+        # Zeros at the end become a hole, which takes no memory on a tmpfs.
+        file.write(data.rstrip(b"\0"))
+        file.truncate(len(data))
         # So that a name never stands for half a file, not even after a power cut. Costs nothing on a tmpfs.
         os.fsync(file.fileno())
     aside.replace(path)

@@ -47,6 +47,14 @@ def test_the_library_is_loaded_when_it_is_needed() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
 
 
+def test_padding_takes_no_room(tmp_path: Path) -> None:
+    """Law: a file has all its bytes, and zeros at its end cost no memory."""
+    for data in (medium.image("cidata", FILES), bytes(1_000_000), b"", b"x"):
+        medium.place(tmp_path / "a", data)
+        assert (tmp_path / "a").read_bytes() == data
+        assert (tmp_path / "a").stat().st_blocks * 512 <= len(data.rstrip(b"\0")) + 4096
+
+
 def mode(path: Path) -> str:
     return stat.filemode(path.stat().st_mode)
 
