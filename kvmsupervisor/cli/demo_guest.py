@@ -40,10 +40,14 @@ MODULES_LATER = (
     "virtio_console",
     "virtio_rng",
     "isofs",
+    "qemu_fw_cfg",
 )
 """Loaded while the guest already runs."""
 
-APPLETS = ("sh", "dd", "grep", "ifconfig", "insmod", "ls", "mount", "poweroff", "reboot", "sleep", "stty", "udhcpc")
+APPLETS = (
+    *("sh", "dd", "findfs", "grep", "ifconfig", "insmod", "ls", "mkdir", "mount", "poweroff", "reboot", "sleep"),
+    *("stty", "udhcpc", "umount"),
+)
 """What `demo/init` calls that is no builtin of the shell."""
 
 MINIMUM_RAM_MIB = 96
