@@ -41,11 +41,15 @@ class Report:
         self._published: Status | None = None
 
     def recall(self, written: Status) -> None:
-        """Take from the status key of an earlier supervisor since when it has been so."""
+        """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
         now = self.status
+        if written.incarnation is not None and written.incarnation == now.incarnation:
+            self._machine.agent.recall(written.agent)
+            now = replace(now, agent=self._machine.agent.facts)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
-            self.status = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, self.status)
+            now = replace(now, since=written.since)
+            self._around.publisher.set(self._instance, now)
+        self.status = now
 
     def key_was_read(self) -> None:
         """What another host may have said in the status key was taken note of."""
@@ -72,6 +76,7 @@ class Report:
             incarnation=record.incarnation if record else None,
             last_exit=view.memory.last_exit,
             held=view.held,
+            agent=self._machine.agent.facts,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

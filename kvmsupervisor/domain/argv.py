@@ -25,6 +25,9 @@ CONSOLE_LOG = "console.log"
 AGENT_SOCKET = "agent.sock"
 """Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
 
+AGENT_PORT = "agent0"
+"""Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
+
 # PCI slots are fixed, so that a display or disk that comes later does not rename the guest's NIC. They begin
 # above those that QEMU gives out by itself, from the lowest, to `-vga` and to the devices of extra_flags.
 _NIC_SLOT = 0x10
@@ -136,8 +139,9 @@ def _channels(host: HostSide) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=serial0,path={folder}/{CONSOLE_SOCKET},server=on,wait=off,{log}")
     yield from ("-serial", "chardev:serial0")
     yield from ("-device", f"virtio-serial-pci,id=virtio-serial0,addr={_SERIAL_SLOT:#x}")
-    yield from ("-chardev", f"socket,id=agent0,path={folder}/{AGENT_SOCKET},server=on,wait=off")
-    yield from ("-device", "virtserialport,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0")
+    yield from ("-chardev", f"socket,id={AGENT_PORT},path={folder}/{AGENT_SOCKET},server=on,wait=off")
+    port = f"virtserialport,id={AGENT_PORT},bus=virtio-serial0.0,chardev={AGENT_PORT},name=org.qemu.guest_agent.0"
+    yield from ("-device", port)
 
 
 def _nic(spec: Spec, host: HostSide) -> Iterator[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse
 
 
@@ -42,6 +43,7 @@ class Status:
         incarnation: name of the running QEMU process's incarnation, or None.
         last_exit: why the last QEMU process ended, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
+        agent: what the guest's agent said last of the guest, None when it never did.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Status:
     incarnation: str | None = None
     last_exit: str | None = None
     held: bool = False
+    agent: GuestFacts | None = None
 
     @property
     def tells_of_a_process(self) -> bool:

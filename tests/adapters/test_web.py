@@ -56,11 +56,15 @@ class FakeView:
 
     statuses: list[Status] = field(default_factory=list)
     sessions: list[HostSession] = field(default_factory=list)
+    agents_seen: dict[str, str] = field(default_factory=dict)
     is_healthy: bool = True
     is_ready: tuple[bool, str] = (True, "in step with etcd at revision 7")
 
     def instances(self) -> list[Status]:
         return self.statuses
+
+    def agent_seen(self, instance: str) -> str | None:
+        return self.agents_seen.get(instance)
 
     def hosts(self) -> list[HostSession]:
         return self.sessions

@@ -58,7 +58,7 @@ def test_tiny_diskless() -> None:
         *("-serial", "chardev:serial0"),
         *("-device", "virtio-serial-pci,id=virtio-serial0,addr=0x12"),
         *("-chardev", "socket,id=agent0,path=/run/k/vm-1/agent.sock,server=on,wait=off"),
-        *("-device", "virtserialport,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"),
+        *("-device", "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"),
         *("-device", "virtio-rng-pci,id=rng0,addr=0x13"),
         *("-device", "virtio-balloon-pci,id=balloon0,addr=0x14"),
         *("-device", "pvpanic"),
