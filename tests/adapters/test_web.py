@@ -160,6 +160,14 @@ class TestApi:
         face.view.statuses = [a_status("1"), a_status("web.2")]
         assert face.json("/api/v1/instances/web.2")["id"] == "web.2"
 
+    def test_one_instance_tells_when_its_agent_was_heard(self, face: Face) -> None:
+        """That changes every minute, so it is told here, and neither in the array nor in the status key."""
+        face.view.statuses = [a_status("1"), a_status("2")]
+        face.view.agents_seen["1"] = "2030-01-02T03:04:00Z"
+        assert face.json("/api/v1/instances/1")["agent_seen"] == "2030-01-02T03:04:00Z"
+        assert face.json("/api/v1/instances/2")["agent_seen"] is None
+        assert all("agent_seen" not in status for status in face.json("/api/v1/instances"))
+
     @pytest.mark.parametrize("name", ["3", "", "..", "a/b", "a" * 64, "<script>", "\udcff"])
     def test_an_unknown_instance_is_404_in_json(self, face: Face, name: str) -> None:
         """What is not here, or is no id, is an error that a program can read."""
