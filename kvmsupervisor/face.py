@@ -47,6 +47,11 @@ class Face:
         """Those that this host is responsible for, by id."""
         return [self._instances[name].report.status for name in sorted(self._instances)]
 
+    def agent_seen(self, instance: InstanceId) -> str | None:
+        """When the agent in this instance's guest last answered; None when it did not."""
+        found = self._instances.get(instance)
+        return None if found is None else found.agent_seen
+
     def hosts(self) -> Sequence[HostSession]:
         """The hosts that have a session, by name."""
         entries = sorted(self._hosts.entries.items())

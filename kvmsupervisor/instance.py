@@ -177,6 +177,11 @@ class Instance:
         """Of the QEMU on record, clock ticks since boot."""
         return None if self._machine.record is None else self._machine.record.starttime
 
+    @property
+    def agent_seen(self) -> str | None:
+        """When the guest's agent last answered, RFC 3339 in UTC. Not in the status: it changes every minute."""
+        return self._machine.agent.seen
+
     # --- the loop ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

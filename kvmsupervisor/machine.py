@@ -20,8 +20,9 @@ from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.agent_watch import AgentWatch
 from kvmsupervisor.domain import view
-from kvmsupervisor.domain.argv import Channels, Provision
+from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
@@ -78,8 +79,13 @@ class Marks:
 class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
-    `notify` is called, in the event loop, whenever something changed that a decision may depend on. QEMU runs as
-    `user`, as our own where that is None.
+    `notify` is called, in the event loop, whenever something changed that a decision may depend on, or its status.
+    QEMU runs as `user`, as our own where that is None.
+
+    Attributes:
+        directory: its folder in the run directory.
+        record: of the process, None when there is none.
+        agent: what the guest says of itself.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Machine:
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
+        self.agent = AgentWatch(socket=directory.agent_socket, clock=clock, notify=notify, log=log)
         self._prefix = prefix
         self._clock = clock
         self._user = user
@@ -119,6 +126,8 @@ class Machine:
         self._asked = False
         self._pressed = False
         self._answered = False
+        self._port_told = False
+        self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
 
@@ -261,6 +270,8 @@ class Machine:
             await self.probe()
             if not self._answered:
                 self._connect_at = self._clock.now() + RECONNECT_S
+            elif self._run_state != NEVER_RAN:
+                await self._look_for_agent()
         except MonitorLost as error:
             self._connect_at = self._clock.now() + RECONNECT_S
             self._log.debug("qmp.lost", error=str(error))
@@ -285,6 +296,15 @@ class Machine:
             await monitor.close()
             socket = self.directory.qmp_socket
             raise MonitorLost(f"machine {answer['UUID']} answers on {socket}, this one is {expected}")
+
+    async def _look_for_agent(self) -> None:
+        """Learn whether the guest has its agent's channel open: events told that to an earlier connection."""
+        self._port_told = False
+        answer = await self._command("query-chardev")
+        # An event that came meanwhile is newer than the answer.
+        if answer is not None and not self._port_told:
+            open_ones = {chardev["label"] for chardev in answer if chardev["frontend-open"]}
+            self.agent.turn(is_open=AGENT_PORT in open_ones)
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -370,6 +390,7 @@ class Machine:
 
     async def detach(self) -> None:
         """Let go of the process without touching it: the next supervisor adopts it."""
+        await self.agent.close()
         if self._settling is not None:
             self._settling.cancel()
             await asyncio.gather(self._settling, return_exceptions=True)
@@ -459,6 +480,11 @@ class Machine:
                 return
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._probe_at = 0.0
+            case "VSERPORT_CHANGE":
+                if data.get("id") == AGENT_PORT:
+                    self._port_told = True
+                    self.agent.turn(is_open=bool(data.get("open")))
+                return
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
@@ -477,6 +503,7 @@ class Machine:
     async def _settle(self) -> None:
         """Name the end, once the last QMP events were heard."""
         assert self._process is not None
+        self.agent.turn(is_open=False)
         if self._monitor is not None:
             await self._monitor.drained(DRAIN_S)
         self._exit = self._verdict or self._classify(self._process.status)

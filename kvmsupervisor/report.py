@@ -43,12 +43,16 @@ class Report:
         self._published: Status | None = None
 
     def recall(self, written: Status) -> None:
-        """Take from the status key of an earlier supervisor since when it has been so."""
+        """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
         self._remember_machine(written)
         now = self.status
+        if written.incarnation is not None and written.incarnation == now.incarnation:
+            self._machine.agent.recall(written.agent)
+            now = replace(now, agent=self._machine.agent.facts)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
-            self.status = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, self.status)
+            now = replace(now, since=written.since)
+            self._around.publisher.set(self._instance, now)
+        self.status = now
 
     def key_was_read(self, written: Status | None) -> None:
         """What another host may have said in the status key was taken note of."""
@@ -94,6 +98,7 @@ class Report:
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,
             held=view.held,
+            agent=self._machine.agent.facts,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

@@ -7,6 +7,7 @@
     <run>/<id>/qmp.sock            QMP for the supervisor
     <run>/<id>/qmp-spare.sock      QMP for people and for a successor
     <run>/<id>/console.sock, .log  serial console
+    <run>/<id>/console.lock        flock of whoever types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
 
@@ -45,8 +46,8 @@ class InstanceDir:
         self.spare_socket = path / "qmp-spare.sock"
         self.qemu_log = path / "qemu.log"
         self.console_socket = path / "console.sock"
-        self.agent_socket = path / "agent.sock"
         self.console_log = path / "console.log"
+        self.agent_socket = path / "agent.sock"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
 

@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Store, Unavailable
+from kvmsupervisor.cli.agent_contact import agent_seen
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
@@ -55,6 +56,7 @@ class Tools:
     connect: Callable[[Settings], Store] = connect
     now: Callable[[], datetime] = _utc_now
     settle_s: float = SETTLE_S
+    agent_seen: Callable[[str, InstanceId], str | None] = agent_seen
 
     def settings(self) -> Settings:
         """Load this host's settings.

@@ -60,12 +60,26 @@ def list_command(tools: Tools, output: OutputFormat) -> None:
 @output_option
 @pass_tools
 def show(tools: Tools, instance: InstanceId, output: OutputFormat) -> None:
-    """Show everything about one instance: keys, status, lock, its host's session, problems."""
+    """Show everything about one instance: keys, status, guest, lock, its host's session, problems.
+
+    What the guest says of itself (addresses, system) is there once its agent has answered. When it last did is asked
+    of its host, which has a second for it.
+    """
     found, cluster, settings = _existing(tools, instance)
+    seen = _agent_seen(tools, found, cluster)
     if output == "json":
-        echo_json(views.show_object(found, cluster))
+        echo_json(views.show_object(found, cluster, seen))
     else:
-        echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now()))
+        echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now(), seen))
+
+
+def _agent_seen(tools: Tools, instance: Instance, cluster: Cluster) -> str | None:
+    """When the guest's agent last answered, if there is one and its host can be asked."""
+    status = instance.status
+    session = cluster.sessions.get(status.host) if status is not None else None
+    if status is None or status.agent is None or session is None:
+        return None
+    return tools.agent_seen(session.url, instance.id)
 
 
 @click.command()

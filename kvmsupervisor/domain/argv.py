@@ -26,6 +26,9 @@ CONSOLE_LOG = "console.log"
 AGENT_SOCKET = "agent.sock"
 """Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
 
+AGENT_PORT = "agent0"
+"""Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
+
 IGNITION_NAME = "opt/com.coreos/config"
 """Where Ignition looks for its configuration: a file of QEMU's fw_cfg device
 (https://coreos.github.io/ignition/supported-platforms/)."""

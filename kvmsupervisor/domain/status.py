@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse
 
 
@@ -46,6 +47,7 @@ class Status:
         machine_key: the value of `machine` that this was found for: another value is looked up anew.
         notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
+        agent: what the guest's agent said last of the guest, None when it never did.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Status:
     machine_key: str | None = None
     notice: str | None = None
     held: bool = False
+    agent: GuestFacts | None = None
 
     @property
     def tells_of_a_process(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from kvmsupervisor.adapters.web import page
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import ID_RULE, parse_id
+from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.status import Status
 
 ALLOWED_METHODS = ("GET", "HEAD")
@@ -31,6 +31,10 @@ class View(Protocol):
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, the invalid ones too, in the order to show them."""
+        ...
+
+    def agent_seen(self, instance: InstanceId) -> str | None:
+        """When the agent in this instance's guest last answered, RFC 3339 in UTC; None when it did not."""
         ...
 
     def hosts(self) -> Sequence[HostSession]:
@@ -149,11 +153,11 @@ class Routes:
         return _json(HTTPStatus.OK, [status.to_object() for status in self._view.instances()])
 
     def _instance(self, name: str) -> Reply:
-        if parse_id(name) is None:
+        if (instance := parse_id(name)) is None:
             return _error(HTTPStatus.NOT_FOUND, f"not an instance id; one is {ID_RULE}")
         for status in self._view.instances():
             if status.id == name:
-                return _json(HTTPStatus.OK, status.to_object())
+                return _json(HTTPStatus.OK, status.to_object() | {"agent_seen": self._view.agent_seen(instance)})
         return _error(HTTPStatus.NOT_FOUND, f"{self._host} is not responsible for an instance {name}")
 
     def _hosts(self, _accept: str, _refresh: str) -> Reply:
