@@ -36,7 +36,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.face import Face
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
-from kvmsupervisor.publisher import GATHER_S, Publisher
+from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.surroundings import Diskless, Surroundings
@@ -145,7 +145,13 @@ class Supervisor:
             store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
         )
         self._publisher = Publisher(
-            store=store, clock=clock, layout=layout, host=self._me, session=self._session, gather_s=GATHER_S
+            store=store,
+            clock=clock,
+            layout=layout,
+            host=self._me,
+            session=self._session,
+            gather_s=GATHER_S,
+            spread_s=SPREAD_S,
         )
         self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
         self._hosts = Mirror(
