@@ -117,8 +117,9 @@ class Instance:
         """
         if fresh and (self.wish is None or wish.spec != self.wish.spec):
             self._quiet_at = self._around.clock.now() + self._around.settle_s
+        if wish is not self.wish:
+            self._problems = self._problems_of(wish)
         self.wish = wish
-        self._problems = self._problems_of(wish)
         self._held = held
         memory = replace(self._memory, held=held)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.

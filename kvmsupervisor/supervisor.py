@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 
 import structlog
@@ -30,7 +30,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.domain.slots import Slots
-from kvmsupervisor.domain.spec import Wish, parse_wish
+from kvmsupervisor.domain.spec import RawValue, Wish, parse_wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.face import Face
@@ -74,6 +74,8 @@ class Supervisor:
         self._hosts_table = Flat()
         self._slots = Slots(settings.start_parallel)
         self._unreadable: dict[InstanceId, str] = {}
+        # The wishes of the instances that are this host's, and the keys that they were parsed from.
+        self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
@@ -288,6 +290,7 @@ class Supervisor:
         name = instance.id
         del self._instances[name]
         del self._running[name]
+        self._read.pop(name, None)
         self._metrics.forget(name)
         self._slots.release(name)
         if instance.wish is not None and instance.wish.keys == 0:
@@ -316,7 +319,7 @@ class Supervisor:
         if not self._listed:
             return
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
-        wishes = {name: parse_wish(name, self._wishes.keys_of(name)) for name in ours}
+        wishes = {name: self._wish(name) for name in ours}
         held = self._judge_removals(wishes)
         for name, wish in wishes.items():
             known = name in self._instances
@@ -334,6 +337,14 @@ class Supervisor:
             instance.update(wish, held=name in held, fresh=fresh)
             if not known:
                 self._start(instance)
+
+    def _wish(self, name: InstanceId) -> Wish:
+        """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
+        keys = self._wishes.keys_of(name)
+        read = self._read.get(name)
+        if read is None or read[0] != keys:
+            read = self._read[name] = (keys, parse_wish(name, keys))
+        return read[1]
 
     def _is_wanted_here(self, name: InstanceId) -> bool:
         """Whether the key `host` names this host."""
