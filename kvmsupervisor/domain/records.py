@@ -93,8 +93,11 @@ def _schema(cls: Any) -> Mapping[str, tuple[Any, bool]]:
 
 def _fit(hint: Any, value: Any) -> Any:
     """`value` as the type that `hint` names; TypeError or ValueError when it is none."""
+    # Exactly: JSON's true is no number. Most fields are plain, and need no look at what else a hint may be.
+    if type(value) is hint:
+        return value
     if isinstance(hint, NewType):
-        hint = hint.__supertype__
+        return _fit(hint.__supertype__, value)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in {UnionType, Union}:
         if value is None and NoneType in arguments:
@@ -111,7 +114,4 @@ def _fit(hint: Any, value: Any) -> Any:
         return hint(value)
     if hint is float and type(value) in {int, float}:
         return float(value)
-    # Exactly: JSON's true is no number.
-    if type(value) is hint:
-        return value
     raise TypeError
