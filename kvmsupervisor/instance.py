@@ -136,8 +136,9 @@ class Instance:
             self._obstacle = None
             if self._machine.record is None:
                 self._around.admission.release(self.id)
+        if wish is not self.wish:
+            self._problems = self._problems_of(wish)
         self.wish = wish
-        self._problems = self._problems_of(wish)
         self._held = held
         memory = replace(self._memory, held=held)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.

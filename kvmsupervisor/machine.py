@@ -280,14 +280,17 @@ class Machine:
             self._connect_at = self._clock.now() + RECONNECT_S
 
     async def _check_identity(self) -> None:
-        """Law 8: who answers at the socket is the machine that was started.
+        """Law 8: who answers at the socket of a process that was found is the machine that was started.
+
+        A child is known: it was given the socket itself, which listened before it was there.
 
         Raises:
             MonitorLost: another machine does; the connection is closed.
         """
         assert self.record is not None
         argv = self.record.argv
-        if self._monitor is None or "-uuid" not in argv:
+        is_child = self._process is not None and self._process.is_child
+        if self._monitor is None or is_child or "-uuid" not in argv:
             return
         answer = await self._command("query-uuid")
         expected = argv[argv.index("-uuid") + 1]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 
 import structlog
@@ -29,7 +29,7 @@ from kvmsupervisor.domain.incarnation import Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.spec import Wish
+from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.domain.wishes import parse_wish
@@ -38,7 +38,7 @@ from kvmsupervisor.face import Face
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.provisioning import Provisioner
-from kvmsupervisor.publisher import GATHER_S, Publisher
+from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.surroundings import Diskless, Surroundings
@@ -75,6 +75,8 @@ class Supervisor:
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
         self._unreadable: dict[InstanceId, str] = {}
+        # The wishes of the instances that are this host's, and the keys that they were parsed from.
+        self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
@@ -152,7 +154,13 @@ class Supervisor:
             store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
         )
         self._publisher = Publisher(
-            store=store, clock=clock, layout=layout, host=self._me, session=self._session, gather_s=GATHER_S
+            store=store,
+            clock=clock,
+            layout=layout,
+            host=self._me,
+            session=self._session,
+            gather_s=GATHER_S,
+            spread_s=SPREAD_S,
         )
         self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
         self._hosts = Mirror(
@@ -289,6 +297,7 @@ class Supervisor:
         name = instance.id
         del self._instances[name]
         del self._running[name]
+        self._read.pop(name, None)
         self._metrics.forget(name)
         self._admission.release(name)
         self._admission.take_back(name)
@@ -318,7 +327,7 @@ class Supervisor:
         if not self._listed:
             return
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
-        wishes = {name: parse_wish(name, self._wishes.keys_of(name)) for name in ours}
+        wishes = {name: self._wish(name) for name in ours}
         held = self._judge_removals(wishes)
         for name, wish in wishes.items():
             known = name in self._instances
@@ -336,6 +345,14 @@ class Supervisor:
             instance.update(wish, held=name in held, fresh=fresh)
             if not known:
                 self._start(instance)
+
+    def _wish(self, name: InstanceId) -> Wish:
+        """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
+        keys = self._wishes.keys_of(name)
+        read = self._read.get(name)
+        if read is None or read[0] != keys:
+            read = self._read[name] = (keys, parse_wish(name, keys))
+        return read[1]
 
     def _is_wanted_here(self, name: InstanceId) -> bool:
         """Whether the key `host` names this host."""

@@ -4,6 +4,9 @@ Gauges are read from a `Snapshot` while Prometheus waits; counters are methods t
 metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
 people.
 
+What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
+start should wait.
+
 Sources: https://prometheus.io/docs/practices/naming/ and
 https://prometheus.io/docs/instrumenting/writing_clientlibs/.
 """
@@ -16,14 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
-
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 PREFIX = "kvmsupervisor_"
 
@@ -111,11 +115,7 @@ class Metrics:
         self._migrations: Counter[MigrationResult] = Counter()
         self._starts_per_bucket = [0] * (len(START_BUCKETS_S) + 1)
         self._starts_sum_s = 0.0
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        # The supervisor's own CPU, memory and descriptors under the names that every exporter uses
-        # (process_…).
-        ProcessCollector(registry=self._registry)
+        self._registry: CollectorRegistry | None = None
 
     def started(self, instance: InstanceId) -> None:
         """Count a QEMU process that began to run its guest."""
@@ -161,8 +161,22 @@ class Metrics:
             accept: the request's Accept header; OpenMetrics for those who ask for it, else Prometheus' text
                 format.
         """
+        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - see above
+
+        if self._registry is None:
+            self._registry = self._registered()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+    def _registered(self) -> CollectorRegistry:
+        """A registry that holds these metrics."""
+        from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415 - see above
+
+        registry = CollectorRegistry()
+        registry.register(self)
+        # The supervisor's own CPU, memory and descriptors under the names that every exporter uses (process_…).
+        ProcessCollector(registry=registry)
+        return registry
 
     def describe(self) -> Iterable[Metric]:
         """Name no metric in advance: the registry would otherwise take a snapshot when it is made."""
@@ -212,6 +226,8 @@ class Metrics:
         yield self._start_histogram()
 
     def _start_histogram(self) -> Metric:
+        from prometheus_client.core import HistogramMetricFamily  # noqa: PLC0415 - see above
+
         histogram = HistogramMetricFamily(
             PREFIX + "start_seconds", "Seconds from seeing a wish to a running guest.", labels=()
         )
@@ -256,8 +272,12 @@ class Metrics:
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415 - see above
+
     return GaugeMetricFamily(PREFIX + name, documentation, labels=labels)
 
 
 def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - see above
+
     return CounterMetricFamily(PREFIX + name, documentation, labels=labels)

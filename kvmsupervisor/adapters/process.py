@@ -39,6 +39,7 @@ class Process:
     Attributes:
         pid: its process id.
         starttime: clock ticks since boot (field 22 of /proc/<pid>/stat).
+        is_child: whether this process spawned it.
         ended: set once it has ended.
         status: how it ended, once it has; both fields None when nobody could tell.
     """
@@ -49,7 +50,7 @@ class Process:
         self.ended = asyncio.Event()
         self.status = WaitStatus()
         self._pidfd = pidfd
-        self._is_child = is_child
+        self.is_child = is_child
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(pidfd, self._end)
@@ -68,7 +69,7 @@ class Process:
             self._pidfd = -1
 
     def _end(self) -> None:
-        self.status = self._reap() if self._is_child else _status_of_foreigner(self.pid, self._pidfd, self.starttime)
+        self.status = self._reap() if self.is_child else _status_of_foreigner(self.pid, self._pidfd, self.starttime)
         self.close()
         self.ended.set()
         self._on_end()

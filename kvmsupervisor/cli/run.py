@@ -55,14 +55,21 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         log_file: where standard error goes, when that is a file of ours: it is kept short then.
     """
     # Imported here, behind the forks of a daemon: gRPC and event loops survive none.
-    import asyncio  # noqa: PLC0415
     import gc  # noqa: PLC0415
+
+    # What is imported stays: nothing is gained by looking through it for garbage, now or later.
+    gc.disable()
+    import asyncio  # noqa: PLC0415
 
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
     from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
+
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    gc.enable()
 
     async def supervise() -> None:
         supervisor = Supervisor(settings)
@@ -76,7 +83,6 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         format=settings.log_format,
         rotation=None if log_file is None else Rotation(path=log_file),
     )
-    gc.set_threshold(*GC_THRESHOLDS)
     refused: list[BaseException] = []
     try:
         asyncio.run(supervise())

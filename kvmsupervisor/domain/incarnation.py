@@ -6,13 +6,12 @@ version; a newer one is left alone with a reason, see `Unreadable`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.records import Unfit, lined, parse
 
 VERSION = 1
 
@@ -64,7 +63,7 @@ class Incarnation:
 
     def to_json(self) -> bytes:
         """As `incarnation.json` holds it."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return lined(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Incarnation:
@@ -124,7 +123,7 @@ class Memory:
 
     def to_json(self) -> bytes:
         """As `memory.json` holds it."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return lined(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Memory:

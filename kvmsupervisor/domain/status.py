@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.records import Unfit, parse, shallow
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Phase(StrEnum):
@@ -78,7 +80,7 @@ class Status:
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object; the contract of DESIGN §7."""
-        return asdict(self) | {
+        return shallow(self) | {
             "phase": self.phase.value,
             "pending": list(self.pending),
             "problems": list(self.problems),
@@ -87,7 +89,7 @@ class Status:
     def to_json(self) -> bytes:
         """As the status key holds it."""
         # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
-        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+        return _ENCODER.encode(self.to_object()).encode(errors="backslashreplace")
 
     @classmethod
     def from_json(cls, data: bytes) -> Status | None:

@@ -199,6 +199,29 @@ def test_batches_and_lists_come_to_the_same(steps: list[list[tuple[bytes, bytes,
     assert kept + len(listed.foreign()) == len(truth)
 
 
+LAYOUTS = st.sampled_from(["/kvm/%i/lock", "/kvm/%i/x", "/kvm/1/%i", "/kvm/%i", "/locks/%i", "%i"]).map(
+    lambda lock: Layout(lock=lock)
+)
+ENTRIES = st.lists(st.tuples(KEYS, st.binary(max_size=3), st.integers(1, 3), st.just(1), st.just(0)), max_size=12)
+
+
+@given(LAYOUTS, st.booleans(), st.booleans(), st.lists(st.tuples(st.booleans(), ENTRIES), max_size=3))
+def test_many_keys_at_once_come_to_the_same_as_one_by_one(
+    layout: Layout, locks_only: bool, ordered: bool, stages: list[tuple[bool, list[tuple[bytes, bytes, int, int, int]]]]
+) -> None:
+    """Law: `put_all` is `put` for each, wherever locks lie, in whatever order, on an empty table or a full one."""
+    one_by_one, at_once = (Groups(layout, locks_only=locks_only) for _ in range(2))
+    for fresh, entries in stages:
+        first, second = (table.begin(fresh=fresh) for table in (one_by_one, at_once))
+        listed = sorted(entries) if ordered else entries
+        for entry in listed:
+            first.put(*entry)
+        second.put_all(listed)
+        assert first.commit() == second.commit()
+        assert snapshot(one_by_one) == snapshot(at_once)
+        assert one_by_one.foreign() == at_once.foreign()
+
+
 def snapshot(table: Groups) -> dict[str, tuple[dict[bytes, RawValue], bytes | None]]:
     found = {}
     for i in table.ids():

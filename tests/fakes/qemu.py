@@ -141,8 +141,9 @@ class FakeQemu:
 class FakeProcess:
     """Stands for `adapters.process.Process`."""
 
-    def __init__(self, qemu: FakeQemu, on_end: Callable[[], None]) -> None:
+    def __init__(self, qemu: FakeQemu, on_end: Callable[[], None], *, is_child: bool) -> None:
         self.pid = qemu.pid
+        self.is_child = is_child
         self.starttime = qemu.starttime
         self.ended = asyncio.Event()
         self.status = WaitStatus()
@@ -262,7 +263,7 @@ class FakeQemus:
         qemu = FakeQemu(self, next(self._pids), argv, environment)
         self.all.append(qemu)
         self.prepare(qemu)
-        process = FakeProcess(qemu, on_end)
+        process = FakeProcess(qemu, on_end, is_child=True)
         if qemu.words is not None:
             os.write(log_fd, qemu.words.encode())
             qemu.end(WaitStatus(code=1))
@@ -273,7 +274,7 @@ class FakeQemus:
     ) -> FakeProcess | None:
         for qemu in self.alive:
             if qemu.pid == pid and starttime in (None, qemu.starttime) and marks.items() <= qemu.environment.items():
-                return FakeProcess(qemu, on_end)
+                return FakeProcess(qemu, on_end, is_child=False)
         return None
 
     def find(self, marks: Mapping[str, str]) -> Iterator[int]:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from kvmsupervisor.adapters.web import page
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.status import Status
@@ -118,6 +117,9 @@ class Routes:
         return _error(HTTPStatus.NOT_FOUND, f"no such path; there are {', '.join(paths)}")
 
     def _page(self, _accept: str, refresh: str) -> Reply:
+        # Imported by who first looks at it: no start should wait for it.
+        from kvmsupervisor.adapters.web import page  # noqa: PLC0415
+
         content = page.render(
             page.Content(
                 host=self._host,
