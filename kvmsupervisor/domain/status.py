@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -84,6 +84,7 @@ class Status:
             "phase": self.phase.value,
             "pending": list(self.pending),
             "problems": list(self.problems),
+            "agent": None if self.agent is None else asdict(self.agent),
         }
 
     def to_json(self) -> bytes:
