@@ -105,6 +105,8 @@ async def test_redirects_are_followed(status: int) -> None:
         (raw(b"HTTP/1.1 200 OK\r\nContent-"), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + DATA), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n" + DATA), "an answer that breaks off or is no HTTP"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n"), "an answer that breaks off"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 20 + b"\r\n\r\n"), "more than 1048576 bytes"),
         (raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1a\r\nhello"), "an answer that breaks off"),
         (raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000), "an answer that breaks off or is no HTTP"),
