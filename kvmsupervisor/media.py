@@ -158,7 +158,7 @@ async def furnish(
     except (FetchFailed, NotUserData) as error:
         raise MediaTrouble(f"cloud-config {shown}: {error}") from error
     except OSError as error:
-        found = f"{error.filename or directory} cannot be written ({error.strerror})"
+        found = f"{error.filename or directory} cannot be read or written ({error.strerror})"
         raise MediaTrouble(f"cloud-config {shown}: {found}; see to space and rights of the run directory") from error
     paths = [directory / name for name in files.names]
     if kind is MediumKind.IGNITION:

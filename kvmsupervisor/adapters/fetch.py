@@ -260,7 +260,7 @@ def _read_file(url: SplitResult, rules: _Rules) -> bytes:
         ) from error
     try:
         itself = Path(f"/proc/self/fd/{named}")
-        if not itself.readlink().is_relative_to(rules.file_root.resolve()):
+        if not itself.readlink().is_relative_to(os.path.realpath(rules.file_root)):
             raise FetchFailed(f"a file outside of {rules.file_root}; put it below that folder (links do not help)")
         if not stat.S_ISREG(os.fstat(named).st_mode):
             raise FetchFailed("what is no regular file; name a regular file")

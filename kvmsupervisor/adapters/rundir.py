@@ -10,6 +10,7 @@
     <run>/<id>/console.lock        flock of whoever types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
+    <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
 they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced

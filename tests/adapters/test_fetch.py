@@ -13,7 +13,7 @@ import pytest
 
 from kvmsupervisor.adapters.fetch import FetchFailed, fetch
 from tests.support.certificates import Authority
-from tests.support.web import Answer, Site, drip, ok, raw, redirect, site
+from tests.support.web import Answer, Site, drip, ok, raw, redirect, reset, site
 
 DATA = b"#cloud-config\nhostname: a\n"
 SHORT_S = 0.3
@@ -105,9 +105,12 @@ async def test_redirects_are_followed(status: int) -> None:
         (raw(b"HTTP/1.1 200 OK\r\nContent-"), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + DATA), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n" + DATA), "an answer that breaks off or is no HTTP"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5_000 + b"\r\n\r\n"), "an answer that breaks off"),
+        (raw(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 20 + b"\r\n\r\n"), "more than 1048576 bytes"),
         (raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1a\r\nhello"), "an answer that breaks off"),
         (raw(b"SSH-2.0-OpenSSH_9.2\r\n\r\n"), "an answer that breaks off or is no HTTP"),
         (raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000), "an answer that breaks off or is no HTTP"),
+        (reset(b""), "the connection broke (Connection reset by peer); see whether its server is well"),
         (ok(bytes(2 << 20)), "more than 1048576 bytes; user data is shorter"),
         (raw(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(2 << 20)), "more than 1048576 bytes; user data is shorter"),
         (drip(b"HTTP/1.0 200 OK\r\n\r\n", bytes(1 << 20)), "more than 1048576 bytes; user data is shorter"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -97,6 +99,17 @@ def ok(body: bytes, *headers: str) -> Answer:
 def redirect(location: str, status: int = 302) -> Answer:
     """A redirect to `location`."""
     return raw(f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+
+
+def reset(data: bytes) -> Answer:
+    """These bytes, and then the connection is reset instead of closed."""
+
+    async def answer(writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    return answer
 
 
 def drip(*pieces: bytes) -> Answer:
