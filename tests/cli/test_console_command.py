@@ -245,6 +245,22 @@ def test_a_killed_holder_leaves_the_keyboard(qemu: Qemu, sit: Sit) -> None:
             qemu.hears("x")
 
 
+def test_a_holder_that_stands_still(qemu: Qemu, sit: Sit) -> None:
+    """Law: a stopped program that has the keyboard is named, and how to be rid of it; the wait has an end."""
+    with sit() as first:
+        at_keyboard(first, qemu)
+        first.process.send_signal(signal.SIGSTOP)
+        with sit("--take") as second:
+            second.sees(f"(process {first.process.pid}")
+            second.sees("has the keyboard and does not let go; end that process")
+            first.process.send_signal(signal.SIGCONT)
+            first.types("x")
+            qemu.hears("x")
+            assert first.is_raw
+            second.types("\x1dt")
+            second.sees("the keyboard is yours")
+
+
 def test_read_only(qemu: Qemu, sit: Sit) -> None:
     """Law: a reader that wants no keyboard takes none, and says so to one who types."""
     with sit("--read-only") as reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import shlex
 import urllib.request
@@ -12,6 +13,8 @@ import pytest
 from kvmsupervisor.domain.agent import GuestAddress
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.cluster import Host, Hosts, Keys, eventually
+from tests.support.etcd import free_port
+from tests.support.spice import LinkResult, link
 from tests.support.terminal import at_terminal
 
 
@@ -94,3 +97,15 @@ def test_a_guest_s_console(keys: Keys, hosts: Hosts, guest: Any) -> None:
         first.types("\x1d\x1d")
         assert first.ends() == 0
         assert first.is_as_before
+
+
+def test_a_display(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law: what `spice` writes leads to a SPICE server that lets its viewer in."""
+    host = hosts().start()
+    keys.machines(host.name, "web1", ram=32, extra_flags=tiny, spice_port=free_port())
+    host.wait_running("web1")
+    written = host.cli("spice", "web1")
+    assert (written.returncode, written.stderr) == (0, "")
+    file = configparser.RawConfigParser()
+    file.read_string(written.stdout)
+    assert link(file["virt-viewer"]["host"], int(file["virt-viewer"]["port"])) is LinkResult.OK
