@@ -35,8 +35,8 @@ BUSY_FOR_S = 2.0
 LOOK_EVERY_S = 0.3
 """How often QEMU's process, its record and the wishes for the keyboard are looked at."""
 
-TAKE_S = 5.0
-"""How long whoever has the keyboard may take to let go of it. A living one needs `LOOK_EVERY_S`."""
+TAKE_S = 3.0
+"""How long whoever has the keyboard may take to let go of it: ten times what a living one needs (`LOOK_EVERY_S`)."""
 
 _CONTROL = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI

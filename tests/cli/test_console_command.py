@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -28,8 +25,8 @@ from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 from tests.support.cluster import eventually
+from tests.support.terminal import DEADLINE_S, Person, at_terminal
 
-DEADLINE_S = 30.0
 WEB1 = InstanceId("web1")
 
 
@@ -119,49 +116,6 @@ class Qemu:
                     self._client = None
 
 
-class Person:
-    """The program on a terminal of its own."""
-
-    def __init__(self, process: subprocess.Popen[bytes], master: int, slave: int) -> None:
-        self.process = process
-        self.seen = ""
-        self.before = termios.tcgetattr(slave)
-        self._master = master
-        self._slave = slave
-
-    def sees(self, words: str) -> str:
-        """Read until `words` are on the screen; return all that is."""
-        while words not in self.seen:
-            assert self._read(), f"it ended without {words!r}: {self.seen!r}"
-        return self.seen
-
-    def types(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def ends(self) -> int:
-        """Read on until the program ends; return its exit code."""
-        while self.process.poll() is None:
-            self._read(0.05)
-        return self.process.wait()
-
-    @property
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self._slave)[3] & (termios.ICANON | termios.ECHO)
-
-    @property
-    def is_as_before(self) -> bool:
-        return termios.tcgetattr(self._slave) == self.before
-
-    def _read(self, timeout_s: float = DEADLINE_S) -> bool:
-        ready, _, _ = select.select([self._master], [], [], timeout_s)
-        if not ready:
-            assert timeout_s < DEADLINE_S, self.seen
-            return True
-        data = os.read(self._master, 65536)
-        self.seen += data.decode(errors="replace")
-        return bool(data)
-
-
 Sit = Callable[..., AbstractContextManager[Person]]
 
 
@@ -198,21 +152,7 @@ def environ(run_dir: Path) -> dict[str, str]:
 @pytest.fixture
 def sit(environ: dict[str, str]) -> Sit:
     """Somebody sits down at `console web1`."""
-
-    @contextmanager
-    def start(*args: str) -> Iterator[Person]:
-        master, slave = pty.openpty()
-        argv = [sys.executable, "-m", "kvmsupervisor", "console", "web1", *args]
-        process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, env=environ, start_new_session=True)
-        try:
-            yield Person(process, master, slave)
-        finally:
-            process.kill()
-            process.wait()
-            os.close(master)
-            os.close(slave)
-
-    return start
+    return lambda *args: at_terminal("console", "web1", *args, environ=environ)
 
 
 def at_keyboard(person: Person, qemu: Qemu) -> None:
@@ -303,6 +243,22 @@ def test_a_killed_holder_leaves_the_keyboard(qemu: Qemu, sit: Sit) -> None:
             second.sees("the keyboard is yours")
             second.types("x")
             qemu.hears("x")
+
+
+def test_a_holder_that_stands_still(qemu: Qemu, sit: Sit) -> None:
+    """Law: a stopped program that has the keyboard is named, and how to be rid of it; the wait has an end."""
+    with sit() as first:
+        at_keyboard(first, qemu)
+        first.process.send_signal(signal.SIGSTOP)
+        with sit("--take") as second:
+            second.sees(f"(process {first.process.pid}")
+            second.sees("has the keyboard and does not let go; end that process")
+            first.process.send_signal(signal.SIGCONT)
+            first.types("x")
+            qemu.hears("x")
+            assert first.is_raw
+            second.types("\x1dt")
+            second.sees("the keyboard is yours")
 
 
 def test_read_only(qemu: Qemu, sit: Sit) -> None:
@@ -399,7 +355,7 @@ def test_a_guest_that_does_not_read_holds_nobody(qemu: Qemu, sit: Sit) -> None:
         for _ in range(200):
             # A paste, as much at a time as a terminal takes.
             person.types("y" * 4000)
-            person._read(0.01)
+            person.looks(0.01)
             if "nothing more is sent" in person.seen:
                 break
         person.sees("the guest does not read its console: nothing more is sent")
