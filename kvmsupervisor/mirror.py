@@ -245,6 +245,11 @@ class Wishes:
         """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
 
+    def naming(self, host: bytes) -> Set[InstanceId]:
+        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's."""
+        found = self._keys.naming(host)
+        return found if self._locks is self._keys else found | self._locks.naming(host)
+
     def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
         """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""
         return self._keys.keys_of(instance)

@@ -48,8 +48,11 @@ times in a tenth of a second, and its lock would compete with them for the disk 
 difference."""
 
 SPREAD_S = 0.25
-"""How long after a write the next one is due at the earliest. So a host that starts a hundred machines writes their
-statuses four times a second, and not each of them four times. Arbitrary, as above."""
+"""The pause between two writes while there are many. So a host that starts a hundred machines writes their statuses
+four times a second, and not each of them four times. Arbitrary, as above."""
+
+BURST = 3
+"""How many writes need no pause when there were none for a while: as many as one machine needs that starts alone."""
 
 VALUE_BYTES = 64 * 1024
 """A status is cut to about this: an instance with 10,000 bad keys shall not fill the store. Arbitrary."""
@@ -90,7 +93,7 @@ class Publisher:
         host: this host: only its own statuses are ever deleted.
         session: without which nothing is written.
         gather_s: how long the first of several changes waits for the others.
-        spread_s: how long after a write the next one is due at the earliest.
+        spread_s: the pause between two writes, but for the first `BURST` of them.
         rand: random numbers, 0 ≤ x < 1.
     """
 
@@ -202,7 +205,8 @@ class Publisher:
                     continue
                 if await self._write_some():
                     failures = 0
-                    self._due_at = self._clock.now() + self._spread_s
+                    unpaused = self._clock.now() - (BURST - 1) * self._spread_s
+                    self._due_at = max(self._due_at, unpaused) + self._spread_s
                 else:
                     failures += 1
                     await self._clock.sleep(retry_delay(failures, self._rand()))
@@ -210,7 +214,7 @@ class Publisher:
             end_listening()
 
     def _may_wait(self) -> bool:
-        """Whether what differs is to wait for more, because something was written just now."""
+        """Whether what differs is to wait for more, because much was written just now."""
         early = self._clock.now() < self._due_at and not self._hurry.is_set()
         return early and len(self._dirty) < self._ops_per_txn
 

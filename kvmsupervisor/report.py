@@ -88,7 +88,8 @@ class Report:
             pid=self._machine.pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
-            pending=pending(running, wish.spec) if running and wish and wish.spec else (),
+            # Asked at every turn, and hardly ever different.
+            pending=pending(running, wish.spec) if running and wish and wish.spec and running != wish.spec else (),
             problems=tuple(str(problem) for problem in view.problems),
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,

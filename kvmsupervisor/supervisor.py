@@ -320,7 +320,8 @@ class Supervisor:
         """Once all is listed, look at all of it, and at what runs here although it has neither keys nor a lock."""
         await self._wishes.wait_synced()
         self._listed = True
-        self._on_keys(self._wishes.ids() | self._instances.keys(), self._wishes.revision, fresh=False)
+        concerned = self._wishes.naming(self._me.encode()) | self._instances.keys()
+        self._on_keys(concerned, self._wishes.revision, fresh=False)
 
     def _on_keys(self, changed: Set[InstanceId], revision: int, *, fresh: bool = True) -> None:
         """Tell each instance that is, or was, this host's what its keys and its lock are now."""

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.publisher import BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
+from kvmsupervisor.publisher import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 
@@ -132,21 +132,22 @@ async def test_changes_wait_for_each_other(bench: Bench) -> None:
         assert bench.etcd.calls == {"txn": 1}
 
 
-async def test_changes_soon_after_a_write_wait_for_the_next(bench: Bench) -> None:
-    """Law: the first change is written at once, what follows within the pause once, at its end, with its last value."""
+async def test_many_changes_are_written_now_and_then(bench: Bench) -> None:
+    """Law: a few writes in a row need no pause; then each waits for its turn, and holds the last value."""
     bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
     async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, "first"))
-        await bench.clock.advance(0.05)
-        assert bench.value(ONE) == status(ONE, "first").to_json()
-        for turn in range(4):
+        for turn in range(BURST):
+            publisher.set(ONE, status(ONE, f"early {turn}"))
+            await bench.clock.advance(0.05)
+            assert bench.value(ONE) == status(ONE, f"early {turn}").to_json()
+        for turn in range(3):
             publisher.set(ONE, status(ONE, str(turn)))
-            await bench.clock.advance(0.06)
-        assert bench.value(ONE) == status(ONE, "first").to_json()
-        await bench.clock.advance(0.02)
-        assert bench.value(ONE) == status(ONE, "3").to_json()
-        assert bench.etcd.calls == {"txn": 2}
-        await bench.clock.advance(0.25)
+            await bench.clock.advance(0.04)
+        assert bench.value(ONE) == status(ONE, f"early {BURST - 1}").to_json()
+        await bench.clock.advance(0.05)
+        assert bench.value(ONE) == status(ONE, "2").to_json()
+        assert bench.etcd.calls == {"txn": BURST + 1}
+        await bench.clock.advance(2.0)
         publisher.set(ONE, status(ONE, "later"))
         await bench.clock.advance(0.05)
         assert bench.value(ONE) == status(ONE, "later").to_json()
@@ -167,8 +168,9 @@ async def test_a_flush_waits_for_nothing(bench: Bench) -> None:
     """Law: whoever stops does not wait for changes to come."""
     bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
     async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, "first"))
-        await bench.clock.advance(0.05)
+        for turn in range(BURST):
+            publisher.set(ONE, status(ONE, str(turn)))
+            await bench.clock.advance(0.05)
         publisher.set(ONE, status(ONE, "last"))
         await settle()
         begun = bench.clock.now()

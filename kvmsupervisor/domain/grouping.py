@@ -179,6 +179,21 @@ class Groups:
         group = self._groups.get(instance)
         return None if group is None else group.lock
 
+    def naming(self, host: bytes) -> Set[InstanceId]:
+        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's.
+
+        One walk, for the first look at a large cluster.
+        """
+        return {
+            instance
+            for instance, group in self._groups.items()
+            if instance is not None
+            and (
+                ((wish := group.keys.get(b"host")) is not None and wish.value.strip() == host)
+                or (group.lock is not None and host in group.lock.value)
+            )
+        }
+
     def foreign(self) -> Mapping[bytes, str]:
         """Keys below the prefix that belong to no instance, with the reason."""
         group = self._groups.get(None)

@@ -157,6 +157,23 @@ def test_a_new_list_tells_exactly_what_differs() -> None:
     assert fill(table, [(k, v, r) for k, (v, r) in now.items()], fresh=True) == set()
 
 
+def test_who_names_a_host_is_found() -> None:
+    """By the key `host`, white space aside, or by the name's place in the lock; by no other key, and no part of one."""
+    table = Groups(Layout())
+    values = {
+        "1/host": b"a",
+        "2/host": b" a\n",
+        "3/host": b"ab",
+        "4/lock": b'{"host":"a"}',
+        "5/ram": b"a",
+        "6/host": b"b",
+    }
+    fill(table, [(f"/kvm/{key}".encode(), value, 2) for key, value in values.items()])
+    fill(table, [(b"/kvm/host", b"a", 3)])
+    assert table.naming(b"a") == {"1", "2", "4"}
+    assert table.naming(b"c") == set()
+
+
 def test_a_name_swapped_for_another_is_a_change() -> None:
     """The count of keys stays, the keys do not."""
     table = one(b"/kvm/1/ram")
