@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -61,7 +62,9 @@ class BootedHost:
 
     def __enter__(self) -> Self:
         lower = debian_root(SUITE, f"{SUITE}-host", PACKAGES)
-        self._folder = Path(tempfile.mkdtemp(prefix="kvh"))
+        # Its name is the machine's too, which has letters and digits only.
+        self._folder = Path(tempfile.gettempdir()) / f"kvh{uuid.uuid4().hex[:8]}"
+        self._folder.mkdir(mode=0o700)
         try:
             self._mount(lower)
             self._boot()
