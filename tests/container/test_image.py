@@ -55,10 +55,11 @@ def shell(docker: Docker, script: str, *options: str) -> str:
 
 
 def test_it_has_what_guests_and_storage_need(docker: Docker) -> None:
-    """Law: QEMU with SPICE, QXL and RBD, Ceph's two programs, UEFI firmware, setpriv and modprobe; users with known ids."""
+    """Law: QEMU with SPICE, QXL and RBD, Ceph's two programs, firmware, setpriv and modprobe; users with known ids."""
     out = shell(
         docker,
-        "kvmsupervisor --version; ceph --version; rbd --version; command -v setpriv modprobe qemu-img;"
+        "kvmsupervisor --version; ceph --version; rbd --version;"
+        "for program in setpriv modprobe qemu-img ip; do command -v $program; done;"
         "ls /usr/share/OVMF/OVMF_CODE_4M.fd; id qemu;"
         "qemu-system-x86_64 -machine none -device qxl,help | head -1;"
         'qemu-img info \'json:{"driver":"rbd","pool":"p","image":"i"}\' 2>&1 || true',
@@ -141,7 +142,7 @@ def test_without_arguments_it_supervises(docker: Docker, keys: Keys, run_dir: Pa
 
 @pytest.mark.parametrize("end", [("stop", "--time=5"), ("kill",), ("rm", "--force")], ids=lambda words: words[0])
 def test_a_guest_outlives_its_container(docker: Docker, end: tuple[str, ...]) -> None:
-    """Law: whatever Docker does to the container, a process in a home of its own runs on; its neighbour without does not."""
+    """Law: whatever Docker does to a container, a process in a home of its own runs on; its neighbour does not."""
     mounts = ("--pid=host", "--cgroupns=host", f"--volume={CGROUPS}:{CGROUPS}", *PRIVILEGED)
     docker.run(
         "run", "--detach", "--name=nest", "--network=none", *mounts, "--entrypoint=python3", IMAGE, "-c", SPAWNER

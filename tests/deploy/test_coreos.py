@@ -24,7 +24,7 @@ BUTANES = sorted(COREOS.glob("*.bu"))
 
 
 def translated(path: Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, ROOT / "tools" / "ignition", path]
+    argv = [sys.executable, str(ROOT / "tools" / "ignition"), str(path)]
     return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 

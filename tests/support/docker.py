@@ -42,9 +42,17 @@ class Docker:
         self._folder = Path(tempfile.mkdtemp(prefix="kvd"))
         with (self._folder / "log").open("wb") as log:
             self._daemon = subprocess.Popen(
-                ["dockerd", "--data-root", cache.resolve() / "data", "--exec-root", self._folder / "exec"]
-                + ["--pidfile", self._folder / "pid", "--host", self._host]
-                + ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false"],
+                [
+                    "dockerd",
+                    f"--data-root={cache.resolve() / 'data'}",
+                    f"--exec-root={self._folder / 'exec'}",
+                    f"--pidfile={self._folder / 'pid'}",
+                    f"--host={self._host}",
+                    "--bridge=none",
+                    "--iptables=false",
+                    "--ip6tables=false",
+                    "--ip-masq=false",
+                ],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
