@@ -259,6 +259,7 @@ class Instance:
             wish=self.wish,
             problems=self._problems,
             held=self._held,
+            draining=around.draining(),
             session_held=around.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,

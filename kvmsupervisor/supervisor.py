@@ -79,6 +79,7 @@ class Supervisor:
         self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
+        self._draining = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -90,6 +91,14 @@ class Supervisor:
     def stop(self) -> None:
         """Have `run` return soon. Machines run on."""
         self._stop.set()
+
+    def heed_draining(self) -> None:
+        """Look whether this host is to stop all its guests: the mark in the run directory came or went."""
+        draining = self._run_dir.is_draining(self._boot_id)
+        if draining != self._draining:
+            self._draining = draining
+            log.info("host.draining" if draining else "host.drain_ended")
+            self._notify_all()
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
         """Supervise until `stop`.
@@ -107,6 +116,7 @@ class Supervisor:
         settings = self._settings
         equipment = look_around(settings)
         self._run_dir.acquire()
+        self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
             self._etcd = Etcd(etcd_config(settings))
@@ -198,6 +208,7 @@ class Supervisor:
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
+            draining=lambda: self._draining,
         )
 
     async def _supervise(self) -> None:

@@ -75,6 +75,7 @@ class Surroundings:
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
+        draining: whether this host stops all its guests (`stop --all --local`).
     """
 
     me: HostName
@@ -95,3 +96,4 @@ class Surroundings:
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
+    draining: Callable[[], bool] = lambda: False

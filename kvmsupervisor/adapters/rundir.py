@@ -2,6 +2,7 @@
 
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
+    <run>/_draining                there while this host stops all its guests; holds the boot that this is about
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
     <run>/<id>/memory.json         what outlives a process: backoff, last exit
     <run>/<id>/qmp.sock            QMP for the supervisor
@@ -20,9 +21,11 @@ whole (write aside, rename), so a reader sees the old or the new one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +37,16 @@ BACKLOG = 4
 """Of the QMP sockets. One client is served, the next waits: the successor may come before we are gone."""
 
 
+DRAIN_SIGNAL = signal.SIGUSR1
+"""Tells the supervisor to look at the mark `_draining` again: polling it would cost something all the time."""
+
+
 class AlreadyRunning(Exception):
     """Another supervisor has this run directory. The message says which."""
+
+
+class OutOfReach(Exception):
+    """The supervisor of this run directory cannot be signalled from here. The message says why."""
 
 
 class InstanceDir:
@@ -192,6 +203,55 @@ class RunDir:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def is_draining(self, boot_id: str) -> bool:
+        """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
+        return (_read(self._draining) or b"").decode(errors="replace").strip() == boot_id
+
+    def mark_draining(self, boot_id: str) -> None:
+        """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_whole(self._draining, f"{boot_id}\n".encode())
+
+    def unmark_draining(self) -> None:
+        """End that."""
+        self._draining.unlink(missing_ok=True)
+
+    def signal_supervisor(self) -> bool:
+        """Have the running supervisor look at the mark; False when none runs.
+
+        Raises:
+            OutOfReach: one runs, in another PID namespace.
+        """
+        lock = self.path / "_supervisor.lock"
+        try:
+            descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        with os.fdopen(descriptor, "rb") as file:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read(32).decode(errors="replace").strip()
+            else:
+                return False
+            with contextlib.suppress(OSError, ValueError):
+                # The pidfd first: what is found in /proc afterwards is of the process that it holds.
+                pidfd = os.pidfd_open(int(text))
+                try:
+                    if _has_open(int(text), os.fstat(descriptor)):
+                        signal.pidfd_send_signal(pidfd, DRAIN_SIGNAL)
+                        return True
+                finally:
+                    os.close(pidfd)
+        raise OutOfReach(
+            f"{lock} is held by process {text or 'unknown'}, which is not here: "
+            "use the host's PID namespace (--pid=host)"
+        )
+
+    @property
+    def _draining(self) -> Path:
+        return self.path / "_draining"
+
     def instance(self, instance: InstanceId) -> InstanceDir:
         """The folder of one instance, made or not."""
         return InstanceDir(self.path / instance)
@@ -210,6 +270,15 @@ def write_whole(path: Path, data: bytes) -> None:
     aside = path.with_name(path.name + ".new")
     aside.write_bytes(data)
     aside.replace(path)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether a process has this file open."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(entry.stat(), file):
+                return True
+    return False
 
 
 def _read(path: Path) -> bytes | None:

@@ -61,7 +61,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     gc.disable()
     import asyncio  # noqa: PLC0415
 
-    from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
+    from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
     from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
@@ -76,6 +76,8 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop)
+        # Before the run directory is ours: whoever finds us by it may signal at once.
+        loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
         await supervisor.run(started)
 
     log = configure(

@@ -75,6 +75,11 @@ class Goal(Enum):
 def goal(view: View) -> tuple[Goal, str]:
     """What the wish comes to, and why, as a clause for people."""
     wish = view.wish
+    if view.draining:
+        return (
+            Goal.STOP,
+            "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`",
+        )
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
@@ -145,10 +150,11 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if view.wish is None or view.held:
+    if (view.wish is None or view.held) and not view.draining:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
+    assert view.wish is not None  # without one there is no goal but to keep it, or to stop
     if process.spec != view.wish.spec or process.incarnation.restart_request != view.wish.restart_request:
         return Decision(
             phase=Phase.STARTING,
