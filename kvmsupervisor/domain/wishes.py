@@ -376,9 +376,13 @@ def _spice_password(text: str) -> Secret:
     return Secret.of(text)
 
 
+_IP_ADDRESS = re.compile(r"[0-9A-Fa-f.:]+(?:%[A-Za-z0-9._-]+)?")
+
+
 def _ip_address(text: str) -> str:
     try:
-        return str(ipaddress.ip_address(text))
+        # Python takes anything behind the % for an interface, a NUL too.
+        return str(ipaddress.ip_address(text if _IP_ADDRESS.fullmatch(text) else ""))
     except ValueError:
         raise Unfit("it is an IP address of the host, such as 127.0.0.1, 0.0.0.0 or ::") from None
 
