@@ -125,6 +125,7 @@ class Drain:
             prefix=self._prefix,
             directory=directory,
             clock=self._clock,
+            user=None,
             notify=wake.set,
             on_reset=lambda: None,
             log=log.bind(instance=record.instance),

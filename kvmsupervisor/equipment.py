@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import os
 from dataclasses import dataclass
 
 import structlog
@@ -39,6 +40,11 @@ class Equipment:
     host_side: HostSide
     files: HostFiles
     memory_mib: int
+
+    @property
+    def privileged(self) -> bool:
+        """Whether QEMU runs as root: every fault of its devices is then a fault of the host."""
+        return self.user is None and os.geteuid() == 0
 
 
 def look_around(settings: Settings) -> Equipment:

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
@@ -237,10 +238,9 @@ class Instance:
         admission = self._around.admission
         if not decision.slot:
             admission.release(self.id)
-        if view.process is None:
-            self._around.provisioner.left(self.id)
-            if decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER:
-                admission.take_back(self.id)
+        rests = decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER
+        if view.process is None and rests:
+            admission.take_back(self.id)
 
     def _lives(self, spec: Spec) -> None:
         """A QEMU of this machine lives here, or is started now."""
@@ -449,16 +449,23 @@ class Instance:
     async def _spawn(self, wish: _Wanted) -> None:
         around, directory = self._around, self._machine.directory
         ready, self._prepared = self._prepared or Prepared(spec=wish.spec), None
+        lock = self._lock.view.lock
+        assert lock is not None
         opened = await around.provisioner.open(
-            self.id, ready=ready, machine=self.report.machine_of(wish.spec), directory=directory
+            self.id,
+            lock.incarnation,
+            ready=ready,
+            machine=self.report.machine_of(wish.spec),
+            directory=directory,
         )
         with opened.closing:
             self._obstacle = None
             self._lives(wish.spec)
-            lock = self._lock.view.lock
-            assert lock is not None
             record = self._record_of(wish, lock, opened.machine)
-            self._machine.spawn(record, partial(opened.provision, directory), partial(self._argv, wish.spec))
+            build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
+            self._machine.spawn(record, build, argv, opened.home)
+            if self._machine.pid is not None:
+                await self._settle(opened.home, self._machine.pid)
         self.report.notice = ready.notice
         directory.write_memory(self._memory)
         self._planned = None
@@ -466,6 +473,12 @@ class Instance:
         self.report.tell(
             "instance.spawned", pid=self._machine.pid, accelerator=record.accelerator, machine=record.machine
         )
+
+    async def _settle(self, home: Home, pid: int) -> None:
+        try:
+            await home.settle(pid)
+        except HomeFailed as error:
+            await self._machine.give_up(str(error))
 
     def _record_of(self, wish: _Wanted, lock: Lock, machine: str) -> Incarnation:
         around = self._around
@@ -552,6 +565,7 @@ class Instance:
             pause_s=self._memory.pause_s,
         )
         await self._machine.bury()
+        await self._around.provisioner.left(self.id)
 
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""

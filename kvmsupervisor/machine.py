@@ -15,6 +15,7 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
@@ -173,7 +174,11 @@ class Machine:
     # --- beginnings -------------------------------------------------------------------------------------------
 
     def spawn(
-        self, record: Incarnation, build: Callable[[Channels], Provision], argv: Callable[[Provision], Sequence[str]]
+        self,
+        record: Incarnation,
+        build: Callable[[Channels], Provision],
+        argv: Callable[[Provision], Sequence[str]],
+        home: Home,
     ) -> None:
         """Put the incarnation on record, then start QEMU, then put its pid on record.
 
@@ -184,6 +189,7 @@ class Machine:
             record: of the process to come, without pid, argv and log offset.
             build: makes whole what QEMU needs, from the sockets that listen for it.
             argv: makes the command line of that.
+            home: what the process enters before it becomes QEMU; the caller sees it settled.
         """
         directory = self.directory
         directory.create()
@@ -208,12 +214,12 @@ class Machine:
                 self.record = record
                 self._spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
-                    words,
+                    home.wrap(words if self._user is None else (*self._user.become(), *words)),
                     environment=self._environment(record),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
-                    prefix=() if self._user is None else self._user.become(),
+                    stdin=home.stdin,
                 )
             except SpawnFailed as error:
                 self._exit = Exit(ExitClass.FAILED, f"failed: {error}")

@@ -18,6 +18,7 @@ from uuid import UUID
 
 from kvmsupervisor import media
 from kvmsupervisor.adapters import devices, network, ports
+from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
@@ -26,6 +27,7 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
 from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.domain.spec import Firmware, Spec
 
 HOST_RETRY_S = 5.0
@@ -92,6 +94,7 @@ class Opened:
         machine: the versioned machine type.
         taps: of the NICs.
         spice_password: path of that file.
+        home: the cgroup that the process enters.
         closing: what ends our hold of the descriptors: QEMU has its own then, or nobody has them.
     """
 
@@ -99,6 +102,7 @@ class Opened:
     machine: str
     taps: tuple[Tap, ...]
     spice_password: str | None
+    home: Home
     closing: contextlib.ExitStack
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
@@ -123,13 +127,17 @@ class Provisioner:
         files: where things are.
         user: whom files for QEMU are given to, None when it runs as we do.
         types: the machine types that QEMU knows.
+        homes: cgroups for its processes.
     """
 
-    def __init__(self, *, host: HostSide, files: HostFiles, user: QemuUser | None, types: MachineTypes) -> None:
+    def __init__(
+        self, *, host: HostSide, files: HostFiles, user: QemuUser | None, types: MachineTypes, homes: Homes
+    ) -> None:
         self._host = host
         self._files = files
         self._user = user
         self._types = types
+        self._homes = homes
         # Invariant: the SPICE servers of the QEMUs that live here, or are being started.
         self._displays: dict[InstanceId, tuple[str, int]] = {}
 
@@ -195,12 +203,13 @@ class Provisioner:
     # --- what a start follows at once -------------------------------------------------------------------------
 
     async def open(
-        self, instance: InstanceId, *, ready: Prepared, machine: str | None, directory: InstanceDir
+        self, instance: InstanceId, incarnation: str, *, ready: Prepared, machine: str | None, directory: InstanceDir
     ) -> Opened:
         """Open what only a start that follows at once is worth; whoever gets it closes it.
 
         Args:
             instance: which.
+            incarnation: of the process to come.
             ready: what `prepare` made for it.
             machine: the versioned machine type that it was first started with, None to look that up.
             directory: its run directory.
@@ -215,12 +224,19 @@ class Provisioner:
             try:
                 password = self._write_password(spec, directory)
                 taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
-            except NetworkTrouble as error:
+                home = await self._homes.prepare(instance, incarnation, _limits(spec))
+                stack.callback(home.close)
+            except (NetworkTrouble, HomeFailed) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
                 raise NotReady(f"a file for QEMU cannot be written: {error}", HOST_RETRY_S) from error
             return Opened(
-                ready=ready, machine=machine, taps=tuple(taps), spice_password=password, closing=stack.pop_all()
+                ready=ready,
+                machine=machine,
+                taps=tuple(taps),
+                spice_password=password,
+                home=home,
+                closing=stack.pop_all(),
             )
 
     async def _taps(self, spec: Spec) -> AsyncIterator[Tap]:
@@ -258,9 +274,10 @@ class Provisioner:
         if spec.spice_port is not None:
             self._displays[instance] = (spec.spice_addr or self._host.spice_addr, spec.spice_port)
 
-    def left(self, instance: InstanceId) -> None:
-        """It is gone."""
+    async def left(self, instance: InstanceId) -> None:
+        """It is proven gone."""
         self._displays.pop(instance, None)
+        await self._homes.remove(instance)
 
     def _check_display(self, instance: InstanceId, spec: Spec) -> None:
         if spec.spice_port is None:
@@ -281,3 +298,8 @@ class Provisioner:
                 "give the instance another port, or end that program",
                 HOST_RETRY_S,
             )
+
+
+def _limits(spec: Spec) -> Limits:
+    memory = None if spec.memory_limit_mib is None else spec.memory_limit_mib << 20
+    return Limits(cpu_shares=spec.cpu_shares, memory_limit=memory)

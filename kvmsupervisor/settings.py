@@ -22,6 +22,7 @@ from kvmsupervisor.settings_table import (
     DEFAULT_CONFIG,
     SETTINGS,
     Accel,
+    CgroupKind,
     Listen,
     LogFormat,
     LogLevel,
@@ -31,6 +32,7 @@ from kvmsupervisor.settings_table import (
 __all__ = [
     "DEFAULT_CONFIG",
     "Accel",
+    "CgroupKind",
     "Listen",
     "LogFormat",
     "LogLevel",
@@ -71,6 +73,7 @@ class Settings:
     accel: Accel
     qemu: str
     qemu_user: str | None
+    cgroup: CgroupKind
     extra_flags: AllowedFlags
     bridge_helper: Path | None
     memory_reserve_mib: int

@@ -37,6 +37,15 @@ class Accel(StrEnum):
     TCG = "tcg"
 
 
+class CgroupKind(StrEnum):
+    """`KVM_CGROUP`: what gives QEMU processes their homes."""
+
+    AUTO = "auto"
+    SYSTEMD = "systemd"
+    CGROUP = "cgroup"
+    NONE = "none"
+
+
 class LogLevel(StrEnum):
     """`KVM_LOG_LEVEL`: the least that is logged."""
 
@@ -369,6 +378,12 @@ SETTINGS: tuple[Setting, ...] = (
         shown="qemu, where that user exists",
         example="qemu",
         may_be_empty=True,
+    ),
+    _setting(
+        "cgroup",
+        values.choice(CgroupKind, "it"),
+        "What QEMU lives in: systemd (a scope in machine.slice), cgroup (the host's tree), none, or auto (tries them).",
+        default="auto",
     ),
     _setting(
         "extra_flags",

@@ -16,6 +16,7 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
+from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
@@ -109,6 +110,7 @@ class Supervisor:
         Raises:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
+            Impossible: the homes that are asked for cannot be had.
             ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
@@ -121,7 +123,9 @@ class Supervisor:
             stack.callback(self._run_dir.release)
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
-            self._wire(equipment)
+            chosen = await cgroup.choose(settings.cgroup.value)
+            stack.push_async_callback(chosen.homes.close)
+            self._wire(equipment, chosen)
             self._adopt()
             self._session.value = replace(self._session.value, url=await self._serve(stack))
             stack.callback(self._session.listen(self._notify_all))
@@ -136,16 +140,20 @@ class Supervisor:
                 why_no_kvm=equipment.accelerator.fallback,
                 qemu_user=None if equipment.user is None else equipment.user.name,
                 memory_mib=equipment.memory_mib,
+                homes=chosen.homes.name,
+                homes_rejected=dict(chosen.rejected),
                 url=self._session.value.url,
                 adopting=len(self._instances),
             )
-            if equipment.user is None and os.geteuid() == 0:
+            if chosen.warning is not None:
+                log.error("homes.lost_with_container", reason=chosen.warning)
+            if equipment.privileged:
                 log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
             on_started()
             await self._supervise()
         log.info("supervisor.stopped")
 
-    def _wire(self, equipment: Equipment) -> None:
+    def _wire(self, equipment: Equipment, chosen: cgroup.Chosen) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
         settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
         self._admission = Admission(settings.start_parallel, equipment.memory_mib)
@@ -182,6 +190,8 @@ class Supervisor:
             session=self._session,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
+            qemu_privileged=equipment.privileged,
+            guests_survive=chosen.homes.survives_container,
         )
         self._metrics = self.face.counters
         self._around = Surroundings(
@@ -197,6 +207,7 @@ class Supervisor:
                 files=equipment.files,
                 user=equipment.user,
                 types=MachineTypes(settings.qemu),
+                homes=chosen.homes,
             ),
             user=equipment.user,
             clock=clock,

@@ -13,6 +13,7 @@ from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.settings import (
     Accel,
+    CgroupKind,
     Listen,
     LogFormat,
     LogLevel,
@@ -78,6 +79,7 @@ def test_defaults() -> None:
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
         qemu_user=None,
+        cgroup=CgroupKind.AUTO,
         extra_flags=AllowedFlags(),
         bridge_helper=None,
         memory_reserve_mib=512,

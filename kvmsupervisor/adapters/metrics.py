@@ -35,6 +35,9 @@ START_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.
 """Upper bounds of `start_seconds`: narrow around what a bare QEMU takes, wide up to a takeover's waits."""
 
 
+_INFO_LABELS = ("instance", "accelerator", "machine")
+
+
 class MigrationResult(StrEnum):
     """How a live migration ended; the label `result` of `kvmsupervisor_migrations_total`."""
 
@@ -56,6 +59,8 @@ class InstanceSample:
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
+        accelerator: what its QEMU runs with, None without a process.
+        machine: the versioned machine type, None when it is not known.
     """
 
     id: InstanceId
@@ -66,6 +71,8 @@ class InstanceSample:
     invalid: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
+    accelerator: str | None = None
+    machine: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,8 @@ class Snapshot:
         etcd_up: whether etcd's quorum answered the last thing that was asked.
         session_remaining_s: seconds that the session holds without another renewal; 0 without a session.
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
+        qemu_privileged: whether QEMU runs as root.
+        guests_survive: whether guests outlive the supervisor's container.
         removals_held: instances whose removal waits for an operator's confirmation.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -83,6 +92,8 @@ class Snapshot:
     etcd_up: bool
     session_remaining_s: float
     watch_revision: int
+    qemu_privileged: bool = False
+    guests_survive: bool = True
     removals_held: int = 0
     instances: Sequence[InstanceSample] = ()
 
@@ -206,6 +217,8 @@ class Metrics:
                 max(0.0, now.session_remaining_s),
             ),
             ("watch_revision", "etcd revision up to which the wishes are known here.", now.watch_revision),
+            ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
+            ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
@@ -243,6 +256,7 @@ class Metrics:
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
+        info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
         for sample in samples:
@@ -253,11 +267,13 @@ class Metrics:
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
+            if sample.accelerator is not None:
+                info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, cpu, memory)
+        yield from (phase, up, epoch, pending, invalid, info, cpu, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")

@@ -93,7 +93,7 @@ def spawn(
     log_fd: int,
     pass_fds: Sequence[int],
     on_end: Callable[[], None],
-    prefix: Sequence[str] = (),
+    stdin: int | None = None,
 ) -> Process:
     """Start a program in a session of its own, its output on `log_fd`, only `pass_fds` inherited.
 
@@ -106,17 +106,17 @@ def spawn(
         log_fd: where both its outputs go.
         pass_fds: what it inherits, under the same numbers.
         on_end: called once when it has ended.
-        prefix: words of a command that changes itself (its user, its cgroup) and then executes `argv` in its place.
+        stdin: its standard input; None for one from which nothing comes.
 
     Raises:
         SpawnFailed: no such program, not executable, no memory.
     """
     try:
         child = subprocess.Popen(
-            (*prefix, *argv),
+            argv,
             env=dict(environment),
             cwd="/",
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=log_fd,
             stderr=log_fd,
             pass_fds=pass_fds,

@@ -61,6 +61,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     gc.disable()
     import asyncio  # noqa: PLC0415
 
+    from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
@@ -88,7 +89,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     refused: list[BaseException] = []
     try:
         asyncio.run(supervise())
-    except* (AlreadyRunning, ListenError, HostnameTaken, ValueError, OSError) as group:
+    except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
         refused = _leaves(group)
     finally:
         log.close()

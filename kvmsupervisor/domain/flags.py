@@ -13,7 +13,17 @@ from kvmsupervisor.domain.spec import Problem
 
 WITHOUT_ARGUMENT = frozenset(
     {
-        *("S", "alt-grab", "ctrl-grab", "daemonize", "enable-fips", "enable-kvm", "enable-sync-profile"),
+        *(
+            "S",
+            "alt-grab",
+            "async-teardown",
+            "audio-help",
+            "ctrl-grab",
+            "daemonize",
+            "enable-fips",
+            "enable-kvm",
+            "enable-sync-profile",
+        ),
         *("full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-kvm", "no-quit"),
         *("no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable"),
         *("portrait", "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version"),
@@ -60,7 +70,8 @@ def _options(words: Sequence[str]) -> list[str]:
     for word in words:
         if word.startswith("-") and word != "-":
             found.append(word)
-            expects_argument = word.lstrip("-") not in WITHOUT_ARGUMENT
+            # Where an argument is expected, it is that to QEMU, and what follows it is an option or an image again.
+            expects_argument = not expects_argument and word.lstrip("-") not in WITHOUT_ARGUMENT
         elif expects_argument:
             expects_argument = False
         else:

@@ -256,7 +256,7 @@ class FakeQemus:
         log_fd: int,
         pass_fds: Sequence[int],
         on_end: Callable[[], None],
-        prefix: Sequence[str] = (),
+        stdin: int | None = None,
     ) -> FakeProcess:
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)

@@ -306,6 +306,7 @@ class Host:
             "KVM_HOSTNAME": name,
             "KVM_PREFIX": keys.layout.prefix,
             "KVM_RUN_DIR": str(self.run_dir),
+            "KVM_CGROUP": "none",
             "KVM_STATE_DIR": str(self.folder / "state"),
             "KVM_ACCEL": "tcg",
             "KVM_LISTEN": "127.0.0.1:0",

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import structlog
 
+from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
@@ -217,7 +218,11 @@ class Host:
             ),
             admission=Admission(4),
             provisioner=Provisioner(
-                host=host_side, files=HostFiles(state_dir=self.path / "_state"), user=None, types=KnownTypes()
+                host=host_side,
+                files=HostFiles(state_dir=self.path / "_state"),
+                user=None,
+                types=KnownTypes(),
+                homes=Nowhere(survives_container=True),
             ),
             user=None,
             clock=self.clock,
