@@ -70,6 +70,7 @@ class Admission:
             return
         if len(self._holders) < self._width and self._fits(instance, need_mib):
             self._grant(instance, need_mib)
+            self._serve()
         else:
             self._line[instance] = _Waiting(need_mib=need_mib, priority=priority, notify=notify)
 
@@ -83,6 +84,7 @@ class Admission:
     def promise(self, instance: InstanceId, mib: int) -> None:
         """Count memory for a QEMU that lives, or is started now, whether it fits or not."""
         self._promised[instance] = mib
+        self._serve()
 
     def take_back(self, instance: InstanceId) -> None:
         """Its QEMU is gone and shall not come back: others may have its memory."""
@@ -108,3 +110,6 @@ class Admission:
                 del self._line[name]
                 self._grant(name, waiting.need_mib)
                 waiting.notify()
+                # It may need less than was promised to it before: there may be room for one that was passed over.
+                self._serve()
+                return
