@@ -80,6 +80,10 @@ class FakeQemu:
     def ram(self) -> str:
         return self.argv[self.argv.index("-m") + 1]
 
+    def is_in(self, directory: Path) -> bool:
+        """Whether that is its run directory: its sockets were opened there, and it knows their numbers only."""
+        return any(f"logfile={directory}/console.log" in word for word in self.argv)
+
     def event(self, name: str, **data: Any) -> None:
         for monitor in self._monitors:
             monitor.on_event(name, data)
@@ -286,7 +290,7 @@ class FakeQemus:
     # What stands for adapters.agent.
 
     async def ask(self, path: Path) -> GuestFacts:
-        (qemu,) = [qemu for qemu in self.alive if any(f"path={path}," in word for word in qemu.argv)]
+        (qemu,) = [qemu for qemu in self.alive if qemu.is_in(path.parent)]
         qemu.asked.append(self.clock.now())
         await asyncio.sleep(0)
         if qemu.agent is None:
@@ -300,9 +304,8 @@ class FakeQemus:
         self, path: str, *, on_event: OnEvent, on_lost: Callable[[], None], timeout_s: float
     ) -> FakeMonitor:
         await asyncio.sleep(0)
-        console = f"logfile={Path(path).parent}/console.log"
         for qemu in self.alive:
-            if any(console in word for word in qemu.argv):
+            if qemu.is_in(Path(path).parent):
                 if qemu.frozen:
                     await self.clock.sleep(timeout_s)
                     raise MonitorSilent("QEMU did not greet")
