@@ -56,4 +56,5 @@ async def _aliases(qemu: str) -> Mapping[str, str] | None:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return dict(_ALIAS.findall(output.decode(errors="replace")))
+    # An answer without any is a failure, which another time may go well.
+    return dict(_ALIAS.findall(output.decode(errors="replace"))) or None
