@@ -20,7 +20,8 @@ from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
-from kvmsupervisor.machine import Machine, Marks
+from kvmsupervisor.machine import Machine
+from kvmsupervisor.marks import Marks
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
@@ -30,6 +30,7 @@ from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, Stopping
+from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -45,36 +46,6 @@ KILL_S = 5.0
 
 PANICKED = "guest-panicked"
 """QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
-
-KEPT_ENVIRONMENT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "CEPH_CONF",
-    "CEPH_ARGS",
-)
-"""What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation (law 8)."""
-
-    prefix: str
-    instance: str
-    incarnation: str
-
-    def environment(self) -> dict[str, str]:
-        """As variables."""
-        return {
-            "KVMSUPERVISOR_PREFIX": self.prefix,
-            "KVMSUPERVISOR_INSTANCE": self.instance,
-            "KVMSUPERVISOR_INCARNATION": self.incarnation,
-        }
 
 
 class Machine:
@@ -215,7 +186,7 @@ class Machine:
                 self._spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=self._environment(record),
+                    environment=environment_of(self._marks(record)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -415,10 +386,6 @@ class Machine:
 
     def _marks(self, record: Incarnation) -> Marks:
         return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
-
-    def _environment(self, record: Incarnation) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        return kept | self._marks(record).environment()
 
     async def _command(self, command: str) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""

@@ -18,16 +18,8 @@ from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
 from kvmsupervisor.domain.wishes import WISH_KEYS
-from kvmsupervisor.settings_table import (
-    DEFAULT_CONFIG,
-    SETTINGS,
-    Accel,
-    CgroupKind,
-    Listen,
-    LogFormat,
-    LogLevel,
-    Setting,
-)
+from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel
+from kvmsupervisor.settings_table import DEFAULT_CONFIG, SETTINGS, Setting
 
 __all__ = [
     "DEFAULT_CONFIG",

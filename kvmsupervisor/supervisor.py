@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 from collections.abc import Callable, Mapping, Set
@@ -18,10 +17,11 @@ import structlog
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
-from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
+from kvmsupervisor.adapters.etcd import Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.adapters.web import Routes, Web
+from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
@@ -48,9 +48,6 @@ log = structlog.get_logger(__name__)
 
 ROTATE_EVERY_S = 60.0
 """How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
-
-CONFIRMATION_POLL_S = 2.0
-"""How often the operator's word is looked for while removals are held; never otherwise."""
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
@@ -85,7 +82,6 @@ class Supervisor:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
-        self._hold_begun = asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------
 
@@ -181,6 +177,13 @@ class Supervisor:
             spread_s=SPREAD_S,
         )
         self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
+        self._confirmations = Confirmations(
+            store=store,
+            clock=clock,
+            key=layout.confirmation_key(self._me),
+            guard=self._guard,
+            on_freed=self._let_go,
+        )
         self._hosts = Mirror(
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
@@ -233,7 +236,7 @@ class Supervisor:
                     self._session.run(),
                     self._publish(),
                     self._look_first(),
-                    self._heed_confirmations(),
+                    self._confirmations.run(),
                     self._rotate_logs(),
                 )
             ]
@@ -411,7 +414,7 @@ class Supervisor:
                 reason="more than half of this host's instances lost their keys at once; they run on until "
                 f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
             )
-            self._hold_begun.set()
+            self._confirmations.look()
         return guard.held & without
 
     def _was_ours(self, name: InstanceId) -> bool:
@@ -421,34 +424,8 @@ class Supervisor:
             return False
         return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
 
-    async def _heed_confirmations(self) -> None:
-        """While removals are held, look for the operator's word; it names the instances that it is about."""
-        key = self._layout.confirmation_key(self._me)
-        while True:
-            await self._hold_begun.wait()
-            # A word that was said before is not about this.
-            stale = True
-            while self._guard.held:
-                try:
-                    found = await self._etcd.get(key)
-                    if found is not None and not stale:
-                        self._confirm(found.value)
-                    if found is not None:
-                        await self._etcd.txn([], [Delete(key)])
-                    stale = False
-                except EtcdError as error:
-                    log.warning("removal.unreadable", key=key, reason=str(error))
-                await self._clock.sleep(CONFIRMATION_POLL_S)
-            self._hold_begun.clear()
-
-    def _confirm(self, word: bytes) -> None:
-        try:
-            named = {InstanceId(str(name)) for name in json.loads(word)}
-        except (ValueError, TypeError, RecursionError):
-            log.warning("removal.unreadable", reason=f"{word[:80]!r} is no JSON list of instance ids")
-            return
-        freed = self._guard.release(named)
-        log.info("removal.confirmed", instances=sorted(freed))
+    def _let_go(self, freed: Set[InstanceId]) -> None:
+        """An operator has confirmed these removals."""
         for name in freed & self._instances.keys():
             self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
 
