@@ -226,7 +226,10 @@ class Start:
             NotReady: something is missing on this host.
         """
         around, directory = self._around, self._machine.directory
-        ready, self._prepared = self._prepared or Prepared(spec=wish.spec), None
+        ready, self._prepared = self._prepared, None
+        if ready is None or ready.spec != wish.spec:
+            # What was made ready was another machine's, and this one needs nothing of it (`is_prepared`).
+            ready = Prepared(spec=wish.spec)
         lock = self._lock.view.lock
         assert lock is not None
         opened = await around.provisioner.open(
