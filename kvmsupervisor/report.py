@@ -67,7 +67,9 @@ class Report:
 
     def machine_of(self, spec: Spec) -> str | None:
         """The versioned machine type on record for what `spec` asks for; None to look it up."""
-        return self.status.machine if self.status.machine_key == spec.machine else None
+        known = self.status.machine
+        # A plain name is on record when QEMU could not be asked: it is no version.
+        return known if self.status.machine_key == spec.machine and known != spec.machine else None
 
     def _remember_machine(self, written: Status) -> None:
         if self.status.machine is None and written.machine is not None:
