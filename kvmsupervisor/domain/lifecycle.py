@@ -335,8 +335,12 @@ def _take(view: View, phase: Phase, reason: str) -> Decision:
 
 def _in_turn(view: View, ready: Decision) -> Decision:
     """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
-    if view.obstacle is not None and view.now < view.start_at:
-        return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
+    if view.obstacle is not None:
+        if view.now < view.start_at:
+            return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
+        # Tried again in silence: a failure would only take back what was said and written of the attempt.
+        again = _in_turn(replace(view, obstacle=None), ready)
+        return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
     if not view.prepared:
         reason = "its boot media, or its UEFI variables, are being made ready"
         return Decision(phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
