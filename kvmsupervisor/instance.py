@@ -15,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
+from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
@@ -139,6 +140,19 @@ class Instance:
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
         return None if self._machine.record is None else self._machine.record.starttime
+
+    @property
+    def nics(self) -> tuple[tuple[str, str], ...]:
+        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        spec, record = self._machine.spec, self._machine.record
+        if spec is None or record is None:
+            return ()
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+
+    @property
+    def counts(self) -> GuestCounts:
+        """What QEMU counted of the guest when it was asked last."""
+        return self._machine.counts
 
     @property
     def agent_seen(self) -> str | None:

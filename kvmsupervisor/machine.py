@@ -24,12 +24,13 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.agent_watch import AgentWatch
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
+from kvmsupervisor.domain.counters import BALLOON, GuestCounts, disk_counts, memory_counts
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, Stopping
+from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
 from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
@@ -58,6 +59,8 @@ class Machine:
         directory: its folder in the run directory.
         record: of the process, None when there is none.
         agent: what the guest says of itself.
+        spec: the machine that it was started as; None without one, or when a newer release wrote it.
+        counts: what QEMU counted of the guest when it was asked last.
     """
 
     def __init__(
@@ -80,13 +83,14 @@ class Machine:
         self._notify = notify
         self._on_reset = on_reset
         self._log = log
-        self._spec: Spec | None = None
+        self.spec: Spec | None = None
         self._process: kernel.Process | None = None
         self._monitor: Monitor | None = None
         self._settling: asyncio.Task[None] | None = None
         self._clear()
 
     def _clear(self) -> None:
+        self.counts = GuestCounts()
         self._exit: Exit | None = None
         self._verdict: Exit | None = None
         self._shutdown: str | None = None
@@ -109,7 +113,7 @@ class Machine:
             return None
         return view.Process(
             incarnation=self.record,
-            spec=self._spec,
+            spec=self.spec,
             exit=self._exit,
             connected=self._monitor is not None and self._answered,
             run_state=self._run_state,
@@ -119,11 +123,6 @@ class Machine:
             stopping=self._stopping,
             asked=self._asked,
         )
-
-    @property
-    def spec(self) -> Spec | None:
-        """The machine that it was started as; None without one, or when a newer release wrote it."""
-        return self._spec
 
     @property
     def pid(self) -> int | None:
@@ -183,7 +182,7 @@ class Machine:
                 directory.write_incarnation(record)
                 # Not before: what cannot be put on record (no space) was not begun.
                 self.record = record
-                self._spec = spec_from_object(record.spec)
+                self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
                     environment=environment_of(self._marks(record)),
@@ -209,7 +208,7 @@ class Machine:
         """
         self._clear()
         self.record = record
-        self._spec = spec_from_object(record.spec)
+        self.spec = spec_from_object(record.spec)
         marks = self._marks(record).environment()
         if record.boot_id == boot_id:
             candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
@@ -294,6 +293,16 @@ class Machine:
         if answer is not None:
             self._run_state = str(answer["status"])
             self._probe_at = self._clock.now() + PROBE_EVERY_S
+        if self._run_state == RUNNING:
+            await self._count()
+
+    async def _count(self) -> None:
+        """Ask for what metrics show. Not on the way to a running guest: it has counted nothing yet."""
+        disks = self.counts.disks
+        if self.spec is not None and self.spec.all_disks:
+            disks = disk_counts(await self._command("query-blockstats"))
+        told = await self._command("qom-get", {"path": BALLOON, "property": "guest-stats"})
+        self.counts = GuestCounts(disks=disks, memory=memory_counts(told))
 
     async def resume(self) -> bool:
         """Let the guest run; True when QEMU says that it does.
@@ -310,7 +319,7 @@ class Machine:
         if answer is None:
             self._probe_at = 0.0
             return False
-        self._run_state = "running"
+        self._run_state = RUNNING
         return True
 
     async def press_power_button(self) -> None:
@@ -365,7 +374,7 @@ class Machine:
         await self.detach()
         self.directory.drop_incarnation()
         self.record = None
-        self._spec = None
+        self.spec = None
         self._clear()
 
     async def detach(self) -> None:
@@ -387,15 +396,15 @@ class Machine:
     def _marks(self, record: Incarnation) -> Marks:
         return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
 
-    async def _command(self, command: str) -> Any:
+    async def _command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
         try:
-            return await self._ask(command)
+            return await self._ask(command, arguments)
         except MonitorRefused as error:
             self._log.warning("qmp.refused", command=command, error=str(error))
             return None
 
-    async def _ask(self, command: str) -> Any:
+    async def _ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; None when there was no answer, which is on record then.
 
         Raises:
@@ -405,7 +414,7 @@ class Machine:
         if monitor is None:
             return None
         try:
-            answer = await monitor.execute(command, timeout_s=ANSWER_S)
+            answer = await monitor.execute(command, arguments, timeout_s=ANSWER_S)
         except MonitorSilent as error:
             self._fell_silent(error)
             return None
@@ -448,7 +457,7 @@ class Machine:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))
             case "RESUME":
-                self._run_state = "running"
+                self._run_state = RUNNING
             case "GUEST_PANICKED":
                 self._run_state = PANICKED
             case "STOP" if self._run_state == PANICKED:

@@ -105,6 +105,11 @@ class Opened:
     home: Home
     closing: contextlib.ExitStack
 
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """The NICs' interfaces on the host."""
+        return tuple(network.tap_name(tap.fd) for tap in self.taps)
+
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
         """All that the command line needs."""
         return Provision(
@@ -162,6 +167,7 @@ class Provisioner:
         except OSError as error:
             raise NotReady(f"its UEFI variables cannot be made: {error}", HOST_RETRY_S) from error
         if spec.cloud_config is None:
+            media.discard(directory.path)
             return Prepared(spec=spec, nvram=nvram)
         try:
             made = await media.furnish(

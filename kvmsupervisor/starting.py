@@ -20,7 +20,7 @@ from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.provisioning import NotReady, Prepared
+from kvmsupervisor.provisioning import NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
 
@@ -242,7 +242,7 @@ class Start:
         with opened.closing:
             self.obstacle = None
             self.lives(wish.spec)
-            record = self._record_of(wish, lock, opened.machine)
+            record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
             self._machine.spawn(record, build, argv, opened.home)
             if self._machine.pid is not None:
@@ -260,7 +260,7 @@ class Start:
         except HomeFailed as error:
             await self._machine.give_up(str(error))
 
-    def _record_of(self, wish: Wanted, lock: Lock, machine: str) -> Incarnation:
+    def _record_of(self, wish: Wanted, lock: Lock, opened: Opened) -> Incarnation:
         around = self._around
         return Incarnation(
             instance=self._id,
@@ -271,7 +271,8 @@ class Start:
             spec=spec_to_object(wish.spec),
             storage=storage_of(wish.spec),
             accelerator=around.host_side.accel,
-            machine=machine,
+            machine=opened.machine,
+            taps=opened.tap_names,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,

@@ -16,6 +16,10 @@ NEVER_RAN = "prelaunch"
 """QMP run state of a QEMU started with -S whose guest has not run."""
 
 
+RUNNING = "running"
+"""QMP run state of a machine whose guest runs."""
+
+
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
