@@ -151,6 +151,11 @@ class BootedHost:
         as_service += [f"--setenv=PYTHONPATH={ROOT}", "--setenv=PYTHONDONTWRITEBYTECODE=1"]
         return self.run(*as_service, sys.executable, "-c", code, *args, timeout_s=timeout_s).stdout
 
+    def wait_off(self, timeout_s: float = 90.0) -> int:
+        """Wait until it has powered itself off; return nspawn's exit status."""
+        assert self._nspawn is not None
+        return self._nspawn.wait(timeout_s)
+
     def close(self) -> None:
         """Power it off at once and remove all of it."""
         if self._nspawn is not None:
