@@ -1,4 +1,4 @@
-"""Homes in the cgroup tree: this machine's own hierarchies, whichever they are, and what is read of others."""
+"""Homes in the cgroup tree: this machine's own hierarchies (as root), and what is read of others."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ async def spawned(homes: Homes, home: Home, *argv: str) -> subprocess.Popen[byte
     return child
 
 
+@pytest.mark.docker
 async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: moved before exec, everywhere, with the pid it was spawned with; the limits are the kernel's by then."""
     homes = Tree(hierarchies, survives_container=True)
@@ -100,6 +101,7 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
     assert not any((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
 
 
+@pytest.mark.docker
 async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: `remove` takes what is of its instance and nothing else."""
     homes = Tree(hierarchies, survives_container=True)
@@ -112,6 +114,7 @@ async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarc
         await homes.remove(InstanceId(name))
 
 
+@pytest.mark.docker
 async def test_a_process_that_cannot_enter_never_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: no guest runs outside its home; the end says which door was shut."""
     homes = Tree(hierarchies, survives_container=True)

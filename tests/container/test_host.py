@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +98,40 @@ def test_systemd_takes_the_units_on_a_whole_host(host: BootedHost) -> None:
         done = host.run("systemd-analyze", "verify", "--man=no", path, check=False)
         said = [line for line in (done.stdout + done.stderr).splitlines() if "modprobe" not in line]
         assert said == []
+
+
+def test_the_old_unit_takes_its_mutex_and_gives_it_back() -> None:
+    """Law: kvm@N makes /kvm/N/host, keeps its own, fails on another's with its name, and deletes its own only."""
+    programs = [Path(shutil.which(name) or name).resolve() for name in ("etcd", "etcdctl")]
+    with BootedHost(programs) as host:
+        for path in programs:
+            host.run("ln", "-sf", str(path), f"/usr/local/bin/{path.name}")
+        serve = "etcd --data-dir /tmp/etcd --heartbeat-interval 10 --election-timeout 100"
+        host.run("systemd-run", "--unit=etcd-member", "--setenv=PATH=/usr/local/bin:/usr/bin", "sh", "-c", serve)
+        ctl = ("env", "ETCDCTL_API=3", "/usr/local/bin/etcdctl")
+        eventually("etcd", lambda: host.run(*ctl, "put", "/kvm/2/host", "another", check=False).returncode == 0)
+        # The mutex is tried here, not Docker: something that runs is enough.
+        text = (COREOS / "kvm@.service").read_text()
+        text = re.sub(r"^ExecStart=.*?[^\\]$", "ExecStart=/bin/sleep 600", text, flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(r"^(ExecStop=|ExecStartPre=-|Requires=).*$", "", text, flags=re.MULTILINE)
+        (host.root / "etc/systemd/system/kvm@.service").write_text(text)
+        (host.root / "etc/kvmsupervisor").mkdir()
+        (host.root / "etc/kvmsupervisor/etcdctl.env").write_text("ETCDCTL_ENDPOINTS=127.0.0.1:2379\n")
+        name = host.run("hostname").stdout.strip()
+
+        def mutex(instance: int) -> str:
+            return host.run(*ctl, "get", "--print-value-only", f"/kvm/{instance}/host").stdout.strip()
+
+        host.run("systemctl", "daemon-reload")
+        for _ in range(2):
+            host.run("systemctl", "start", "kvm@1")
+            assert mutex(1) == name
+            host.run("systemctl", "kill", "--signal=KILL", "kvm@1")
+            host.run("systemctl", "stop", "kvm@1")
+            assert mutex(1) == ""
+        host.run(*ctl, "put", "/kvm/1/host", name)
+        host.run("systemctl", "start", "kvm@1")
+        assert host.run("systemctl", "start", "kvm@2", check=False).returncode != 0
+        assert f"/kvm/2/host is another, this host is {name}" in host.run("journalctl", "-u", "kvm@2").stdout
+        host.run("systemctl", "stop", "kvm@2")
+        assert mutex(2) == "another"
