@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -198,4 +199,6 @@ def _remove_homes() -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     for path in CGROUPS.glob("*/kvmsupervisor"):
-        path.rmdir()
+        # Homes of others on this machine stay.
+        with contextlib.suppress(OSError):
+            path.rmdir()
