@@ -33,8 +33,8 @@ from kvmsupervisor.domain.spec import Firmware, Spec
 HOST_RETRY_S = 5.0
 """Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
 
-MEDIA_RETRY_S = 30.0
-"""The same for boot media, whose server others use, too."""
+MEDIA_RETRY_S = 10.0
+"""The same for boot media, whose server others use, too. Arbitrary: people who mend it stand and wait."""
 
 ANYWHERE = frozenset({"0.0.0.0", "::"})
 """Addresses that stand for all addresses of the host."""

@@ -228,21 +228,24 @@ class RunDir:
         except FileNotFoundError:
             return False
         with os.fdopen(descriptor, "rb") as file:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read(32).decode(errors="replace").strip()
-            else:
-                return False
-            with contextlib.suppress(OSError, ValueError):
+            text = file.read(32).decode(errors="replace").strip()
+            with contextlib.suppress(OSError, ValueError, OverflowError):
                 # The pidfd first: what is found in /proc afterwards is of the process that it holds.
                 pidfd = os.pidfd_open(int(text))
                 try:
-                    if _has_open(int(text), os.fstat(descriptor)):
+                    # We have it open, too. Our own number is that of a supervisor in another PID namespace.
+                    if int(text) != os.getpid() and _has_open(int(text), os.fstat(descriptor)):
                         signal.pidfd_send_signal(pidfd, DRAIN_SIGNAL)
                         return True
                 finally:
                     os.close(pidfd)
+            # Not before: holding the lock, for a moment even, would be in the way of a supervisor that starts.
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                return False
         raise OutOfReach(
             f"{lock} is held by process {text or 'unknown'}, which is not here: "
             "use the host's PID namespace (--pid=host)"

@@ -21,6 +21,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         run         never answered in time       GiveUp
               any         stop        ran                          Powerdown … Quit … Kill
               any         run, keep   ran                          none, or Probe
+    any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
     none      mine/left   not run                                  Release      (law 9)
               any         stop                                     Forget (not ours), or none
               any         keep, rest                               none
