@@ -99,7 +99,7 @@ class Drain:
             return False
         if record.pid is not None and record.starttime is not None:
             return kernel.is_alive(record.pid, record.starttime)
-        marks = Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
+        marks = Marks.of(record, self._prefix)
         return next(kernel.find(marks.environment()), None) is not None
 
     async def _shut_down_ourselves(self) -> None:

@@ -185,7 +185,7 @@ class Machine:
                 self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=environment_of(self._marks(record)),
+                    environment=environment_of(Marks.of(record, self._prefix)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -209,7 +209,7 @@ class Machine:
         self._clear()
         self.record = record
         self.spec = spec_from_object(record.spec)
-        marks = self._marks(record).environment()
+        marks = Marks.of(record, self._prefix).environment()
         if record.boot_id == boot_id:
             candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
             for pid in candidates:
@@ -392,9 +392,6 @@ class Machine:
             self._process = None
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    def _marks(self, record: Incarnation) -> Marks:
-        return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
 
     async def _command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
