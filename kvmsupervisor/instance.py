@@ -232,6 +232,7 @@ class Instance:
             holder_has_session=None if lock is None else around.host_has_session(lock.host),
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
+            looked=self.report.looked,
             process=process,
             memory=self._memory,
             slot=around.admission.state(self.id),
@@ -292,7 +293,8 @@ class Instance:
                 await start.prepare(wanted(wish))
             case Action.LOOK:
                 await start.look()
-                self._etcd_at = self._around.clock.now() + LOCK_POLL_S
+                if start.claimed_by is not None:
+                    self._etcd_at = self._around.clock.now() + LOCK_POLL_S
             case Action.TAKE:
                 await start.take(wanted(wish))
             case Action.FENCE:

@@ -22,6 +22,7 @@ class Report:
     Attributes:
         status: as it is here; the status key holds it where it is this host's to write.
         notice: what else a person should know of the QEMU that lives.
+        looked: whether the status key was read since another host could last write it.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Report:
         self._machine = machine
         self._log = log.bind(instance=instance)
         self.notice: str | None = None
-        self._looked = False
+        self.looked = False
         self._published: Status | None = None
 
     def recall(self, written: Status) -> None:
@@ -48,7 +49,8 @@ class Report:
         now = self.status
         if written.incarnation is not None and written.incarnation == now.incarnation:
             self._machine.agent.recall(written.agent)
-            now = replace(now, agent=self._machine.agent.facts)
+            self.notice = written.notice
+            now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
             self._around.publisher.set(self._instance, now)
@@ -56,14 +58,14 @@ class Report:
 
     def key_was_read(self, written: Status | None) -> None:
         """What another host may have said in the status key was taken note of."""
-        self._looked = True
+        self.looked = True
         if written is not None:
             self._remember_machine(written)
 
     @property
     def knows_machine(self) -> bool:
         """Whether the machine type that the guest was installed on is known, or certainly nowhere on record."""
-        return self._looked or self.status.machine is not None
+        return self.looked or self.status.machine is not None
 
     def machine_of(self, spec: Spec) -> str | None:
         """The versioned machine type on record for what `spec` asks for; None to look it up."""
@@ -126,10 +128,10 @@ class Report:
             case Claim.UNKNOWN:
                 return False
             case Claim.STRANGER:
-                self._looked = False
+                self.looked = False
                 return view.holder_has_session is False
             case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
-                return self._looked and view.claimed_by is None
+                return self.looked and view.claimed_by is None
             case _:
                 return True
 

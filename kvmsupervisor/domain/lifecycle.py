@@ -26,7 +26,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         stop                                     Forget (not ours), or none
               any         keep, rest                               none
               any         run         too early                    none: backoff
-              any         run         something was missing        none: wait
+              any         run         something was missing        none: wait, or Look
               stranger    run         no session, nothing to lose  Take         (law 7)
               stranger    run                                      none: wait
               absent      run         another host says it runs it Look
@@ -338,7 +338,7 @@ def _in_turn(view: View, ready: Decision) -> Decision:
     """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
     if view.obstacle is not None:
         if view.now < view.start_at:
-            return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
+            return _told(view, Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at))
         # Tried again in silence: a failure would only take back what was said and written of the attempt.
         again = _in_turn(replace(view, obstacle=None), ready)
         return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
@@ -348,11 +348,19 @@ def _in_turn(view: View, ready: Decision) -> Decision:
     if view.slot is None:
         return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)
     if not view.slot:
-        reason = "waits for its turn: others are starting on this host"
         if view.shortage is not None:
             reason = f"waits for memory of this host: {view.shortage}"
+            return _told(view, Decision(phase=Phase.WAITING, reason=reason, slot=True))
+        reason = "waits for its turn: others are starting on this host"
         return Decision(phase=Phase.WAITING, reason=reason, slot=True)
     return replace(ready, slot=True)
+
+
+def _told(view: View, wait: Decision) -> Decision:
+    """`wait`, which may be a long one: people shall find it in the status key, and that is read before it is ours."""
+    if view.looked or view.claim is not Claim.ABSENT:
+        return wait
+    return replace(wait, action=Action.LOOK)
 
 
 def _with_etcd(view: View, action: Action, phase: Phase, reason: str) -> Decision:

@@ -106,6 +106,7 @@ class View:
         holder_has_session: of the lock's host; None when not known.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
+        looked: whether the status key was read, which another host may have written; only then it is written over.
         process: None when there is none.
         memory: what outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
@@ -133,6 +134,7 @@ class View:
     holder_has_session: bool | None = None
     holdover: int | None = None
     claimed_by: HostName | None = None
+    looked: bool = True
     process: Process | None = None
     memory: Memory
     slot: bool | None = None
