@@ -86,8 +86,8 @@ class InstanceDir:
             raise Unreadable(f"{self._incarnation}: {error}") from error
 
     def write_incarnation(self, record: Incarnation) -> None:
-        """Put the QEMU process on record."""
-        write_whole(self._incarnation, record.to_json())
+        """Put the QEMU process on record, for root only: a URL in its keys may hold a password."""
+        write_whole(self._incarnation, record.to_json(), mode=0o600)
 
     def drop_incarnation(self) -> None:
         """Delete the record: the process is proven gone."""
@@ -268,10 +268,11 @@ class RunDir:
                 yield instance
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new."""
     aside = path.with_name(path.name + ".new")
-    aside.write_bytes(data)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+        file.write(data)
     aside.replace(path)
 
 
