@@ -454,7 +454,7 @@ async def test_a_changed_password_is_pending_for_a_successor_too(host: Host) -> 
     await host.die()
     host.begin()
     await host.runs()
-    assert host.status.pending == ()
+    assert not host.status.pending
     host.put(spice_password="hunter3")
     await settle()
     assert host.status.pending == ("spice_password",)
