@@ -112,7 +112,8 @@ def test_qemu_refuses(keys: Keys, hosts: Hosts, tiny: str) -> None:
         port = taken.getsockname()[1]
         keys.put("option", host=host.name, ram=16, extra_flags="-nonsense")
         keys.put("device", host=host.name, ram=16, extra_flags="-device nosuch")
-        keys.put("port", host=host.name, ram=16, extra_flags=tiny, spice_port=port)
+        # `ram` last: nothing starts without it.
+        keys.put("port", host=host.name, extra_flags=tiny, spice_port=port, ram=16)
         keys.put("good", host=host.name, ram=16, extra_flags=tiny)
         for one, words in (
             ("option", "failed: -nonsense: invalid option"),
@@ -131,7 +132,6 @@ def test_qemu_refuses(keys: Keys, hosts: Hosts, tiny: str) -> None:
     # Whatever changes the keys ends the pause, which can last for minutes by then.
     for one in ("option", "device"):
         keys.put(one, extra_flags=tiny)
-    keys.put("port", description="the port is free now")
     host.wait_running("option", "device", "port")
     assert host.qemu("good") == good
 
