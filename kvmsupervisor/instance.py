@@ -12,6 +12,7 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor import ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
@@ -302,28 +303,18 @@ class Instance:
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
                 machine.directory.write_memory(self._memory)
-            case Action.CONNECT:
-                await machine.connect()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.CONTINUE:
                 await start.go_on()
-            case Action.PROBE:
-                await machine.probe()
-            case Action.POWERDOWN:
-                await machine.press_power_button()
-            case Action.QUIT:
-                await machine.quit()
-            case Action.KILL:
-                await machine.kill(decision.reason)
-            case Action.GIVE_UP:
-                await machine.give_up(decision.reason)
             case Action.REASSERT:
                 await self._reassert()
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
+            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+                await ladder.step(machine, decision)
             case _:
                 assert_never(action)
 
