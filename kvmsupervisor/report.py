@@ -45,7 +45,7 @@ class Report:
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
-        self._remember_machine(written)
+        self._remember(written)
         now = self.status
         if written.incarnation is not None and written.incarnation == now.incarnation:
             self._machine.agent.recall(written.agent)
@@ -60,7 +60,7 @@ class Report:
         """What another host may have said in the status key was taken note of."""
         self.looked = True
         if written is not None:
-            self._remember_machine(written)
+            self._remember(written)
 
     @property
     def knows_machine(self) -> bool:
@@ -73,9 +73,12 @@ class Report:
         # A plain name is on record when QEMU could not be asked: it is no version.
         return known if self.status.machine_key == spec.machine and known != spec.machine else None
 
-    def _remember_machine(self, written: Status) -> None:
+    def _remember(self, written: Status) -> None:
+        """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
         if self.status.machine is None and written.machine is not None:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
+        if self.status.epoch < written.epoch:
+            self.status = replace(self.status, epoch=written.epoch)
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -112,11 +115,11 @@ class Report:
         if status != before:
             self.status = status
             self._tell_change(before, status)
-        if status != self._published and self._may_publish(view, decision):
+        if status != self._published and self._may_publish(view):
             self._published = status
             around.publisher.set(self._instance, status)
 
-    def _may_publish(self, view: View, decision: Decision) -> bool:
+    def _may_publish(self, view: View) -> bool:
         """Whether the status key is ours to write.
 
         What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
@@ -130,7 +133,7 @@ class Report:
             case Claim.STRANGER:
                 self.looked = False
                 return view.holder_has_session is False
-            case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
+            case Claim.ABSENT:
                 return self.looked and view.claimed_by is None
             case _:
                 return True

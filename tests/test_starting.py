@@ -465,3 +465,25 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+async def test_a_stopped_machine_that_moves_keeps_what_is_on_record(host: Host, other: Host) -> None:
+    """Law: moved while it is off, a guest keeps its machine type, and its epochs go on."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.put(power="off")
+    await host.until(lambda: qemu.presses)
+    await host.until(lambda: host.status.phase is Phase.STOPPED)
+    await host.told()
+    assert host.published is not None
+    assert host.published.machine == "pc-q35-7.2"
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    other.begin()
+    update_qemu(other, "10.0")
+    await other.told()
+    await other.told()
+    other.put(power="on")
+    qemu = await other.runs()
+    assert (machine_of(qemu), other.status.epoch) == ("pc-q35-7.2", 2)

@@ -24,6 +24,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
     none      mine/left   not run                                  Release      (law 9)
               any         stop                                     Forget (not ours), or none
+              absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
               any         run         too early                    none: backoff
               any         run         something was missing        none: wait, or Look
@@ -307,6 +308,9 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
         return _with_etcd(view, Action.RELEASE, phase, why)
     if aim is Goal.STOP and (view.wish.keys == 0 or view.wish.host != view.me):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
+    if claim is Claim.ABSENT and not view.looked:
+        # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
+        return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
 
 
