@@ -208,8 +208,9 @@ class Instance:
         admission = self._around.admission
         if not decision.slot:
             admission.release(self.id)
-        rests = decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER
-        if view.process is None and rests:
+        # Who is about to start again keeps its memory; who waits, for a bridge maybe, may wait for days.
+        again = decision.slot or decision.phase in {Phase.STARTING, Phase.BACKOFF}
+        if view.process is None and not again:
             admission.take_back(self.id)
 
     def _observe(self) -> View:

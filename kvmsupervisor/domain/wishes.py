@@ -209,7 +209,10 @@ class _Reader:
     def limit(self, spec: Spec) -> None:
         """Note the problem that the guest's memory alone is above the limit of its process."""
         if spec.memory_limit_mib is not None and spec.memory_limit_mib < spec.ram_mib and spec.hugepages is None:
-            found, wanted = f"{spec.memory_limit_mib} MiB", f"it is above `ram` ({spec.ram_mib} MiB)"
+            found, wanted = (
+                f"{spec.memory_limit_mib} MiB",
+                f"it is not below `ram` ({spec.ram_mib} MiB), and better above: QEMU needs some, too",
+            )
             self.problems.setdefault("memory_limit", Problem("memory_limit", found, wanted))
 
     def revision(self, name: str) -> int:
