@@ -131,6 +131,11 @@ class Machine:
         return self._process.pid if self._process is not None and self._exit is None else None
 
     @property
+    def wait_status(self) -> WaitStatus:
+        """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
+        return WaitStatus() if self._process is None else self._process.status
+
+    @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
         return self._run_state == NEVER_RAN

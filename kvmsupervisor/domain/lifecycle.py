@@ -75,6 +75,8 @@ class Goal(Enum):
 def goal(view: View) -> tuple[Goal, str]:
     """What the wish comes to, and why, as a clause for people."""
     wish = view.wish
+    if view.leaving is not None:
+        return Goal.STOP, view.leaving
     if view.draining:
         return (
             Goal.STOP,
@@ -150,7 +152,7 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if (view.wish is None or view.held) and not view.draining:
+    if (view.wish is None or view.held) and not view.draining and view.leaving is None:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
@@ -304,7 +306,7 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
         return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
     if claim in {Claim.MINE, Claim.LEFTOVER}:
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     return Decision(phase=phase, reason=why)
 
