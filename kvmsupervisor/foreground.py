@@ -18,7 +18,7 @@ import structlog
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost
+from kvmsupervisor.adapters.qmp import Monitor, MonitorError
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
@@ -83,6 +83,11 @@ class Foreground:
         self._folder = Path()
 
     @property
+    def started(self) -> bool:
+        """Whether there is, or was, a process."""
+        return self._process is not None
+
+    @property
     def pid(self) -> int:
         """Of the process, once it was started."""
         assert self._process is not None
@@ -137,21 +142,24 @@ class Foreground:
 
         It has no deadline: whoever started it sees what it does, and may stop it.
         """
-        socket = str(self._folder / "qmp.sock")
         while not self.ended.is_set():
             try:
-                if self._monitor is None:
-                    self._monitor = await Monitor.connect(
-                        socket, on_event=lambda name, data: None, on_lost=self._on_lost, timeout_s=ANSWER_S
-                    )
+                monitor = self._monitor or await self._connect()
                 # QEMU greets before its devices are there.
-                await self._monitor.execute("query-status", timeout_s=ANSWER_S)
+                await monitor.execute("query-status", timeout_s=ANSWER_S)
             except MonitorError as error:
                 log.debug("qmp.not_yet", error=str(error))
                 await self._clock.wait(self.ended, self._clock.now() + RECONNECT_S)
             else:
                 return True
         return False
+
+    async def _connect(self) -> Monitor:
+        socket = str(self._folder / "qmp.sock")
+        self._monitor = await Monitor.connect(
+            socket, on_event=lambda name, data: None, on_lost=self._on_lost, timeout_s=ANSWER_S
+        )
+        return self._monitor
 
     def _on_lost(self) -> None:
         self._monitor = None
@@ -164,9 +172,8 @@ class Foreground:
     async def _command(self, command: str) -> bool:
         """Run a QMP command; False when it was not done."""
         try:
-            if self._monitor is None:
-                raise MonitorLost("there is no QMP connection")
-            await self._monitor.execute(command, timeout_s=ANSWER_S)
+            monitor = self._monitor or await self._connect()
+            await monitor.execute(command, timeout_s=ANSWER_S)
         except MonitorError as error:
             if not self.ended.is_set():
                 log.warning("qmp.failed", command=command, error=str(error))

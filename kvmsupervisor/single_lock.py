@@ -245,16 +245,17 @@ class SingleLock:
         """
         while True:
             lock = self._still_ours()
-            if lock is not None:
-                if lock.state is LockState.RUNNING:
-                    return
-                try:
-                    await self._lock.write(lock.recorded(pid=pid, starttime=starttime, clients=()), None)
-                except (SwapFailed, EtcdError) as error:
-                    log.warning("lock.not_recorded", key=self._key, reason=str(error))
-                else:
-                    return
-            await self._clock.sleep(RETRY_S)
+            if lock is None:
+                raise Lost(f"{self._key} was deleted, or overwritten, before the guest ran")
+            if lock.state is LockState.RUNNING:
+                return
+            try:
+                await self._lock.write(lock.recorded(pid=pid, starttime=starttime, clients=()), None)
+            except (SwapFailed, EtcdError) as error:
+                log.warning("lock.not_recorded", key=self._key, reason=str(error))
+                await self._clock.sleep(RETRY_S)
+            else:
+                return
 
     async def guard(self, *, pid: int, starttime: int) -> Never:
         """Watch over it while QEMU lives; write it again when somebody has deleted it.
@@ -295,9 +296,11 @@ class SingleLock:
         """Release it, if it is ours, its QEMU proven gone or never started (law 9)."""
         give_up_at = self._clock.now() + LET_GO_S
         while self._taken and self._clock.now() < give_up_at:
-            if self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation) is not Claim.MINE:
-                return
             try:
+                # A write of ours may have been cut off: what is known here may be older than it.
+                await self._lock.look()
+                if self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation) is not Claim.MINE:
+                    return
                 await self._lock.drop()
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_released", key=self._key, reason=str(error))

@@ -303,9 +303,7 @@ class Supervisor:
 
     async def _keep_going(self, instance: Instance) -> None:
         """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
-        await keep_going(
-            instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id)
-        )
+        await keep_going(instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id))
         self._forget(instance)
 
     def _forget(self, instance: Instance) -> None:

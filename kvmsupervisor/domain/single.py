@@ -1,4 +1,4 @@
-"""Single mode: one QEMU in one container, in the eyes of locks and keys. Pure; see docs/decisions/0013-single-mode.md."""
+"""Single mode: one QEMU in one container, in the eyes of locks and keys. See docs/decisions/0013-single-mode.md."""
 
 from __future__ import annotations
 
