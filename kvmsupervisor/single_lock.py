@@ -19,10 +19,11 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.incarnation import Memory
-from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.keys import HostName, parse_id
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, take
 from kvmsupervisor.domain.spec import Spec, Wish
+from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.locking import InstanceLock, SwapFailed
@@ -70,6 +71,8 @@ class SingleLock:
         self._lock = InstanceLock(store=store, layout=stand.layout, instance=stand.name, session=session.compare)
         self._key = stand.layout.lock_key(stand.name)
         self._taken = False
+        # The instance's status as last read. None: there is none, or this lock is no instance's.
+        self._status: Status | None = None
         self._claimed_by: HostName | None = None
         self._etcd_at = 0.0
         self._trouble: str | None = None
@@ -208,10 +211,10 @@ class SingleLock:
 
     async def _take(self) -> None:
         floor = 0
-        if self._lock.view.data is None:
-            floor = await self._look()
-            if self._claimed_by is not None or self._lock.view.data is not None:
-                return
+        was_free = self._lock.view.data is None
+        floor = await self._look()
+        if (self._lock.view.data is None) is not was_free or (was_free and self._claimed_by is not None):
+            return
         lock = take(
             self._lock.view.lock,
             host=self._stand.holder,
@@ -227,7 +230,7 @@ class SingleLock:
 
     async def _look(self) -> int:
         """Read lock and status; a status may tell of a process although the lock was deleted."""
-        status = await self._lock.look()
+        status = self._status = await self._lock.look()
         claims = status is not None and status.host != self._stand.holder and status.tells_of_a_process
         self._claimed_by = HostName(status.host) if status is not None and claims else None
         return status.epoch if status is not None else 0
@@ -250,7 +253,9 @@ class SingleLock:
             if lock.state is LockState.RUNNING:
                 return
             try:
-                await self._lock.write(lock.recorded(pid=pid, starttime=starttime, clients=()), None)
+                recorded = lock.recorded(pid=pid, starttime=starttime, clients=())
+                said = self._said(recorded, Phase.RUNNING, "runs in single mode, with options of its own")
+                await self._lock.write(recorded, None, status=said)
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_recorded", key=self._key, reason=str(error))
                 await self._clock.sleep(RETRY_S)
@@ -279,6 +284,33 @@ class SingleLock:
                     until = self._clock.now() + RETRY_S
             await self._clock.wait(self._wake, until)
 
+    def _said(self, lock: Lock, phase: Phase, reason: str) -> Status | None:
+        """What the status key is to say, which keeps the epoch beyond the lock; None where this is no instance's lock.
+
+        What earlier hosts found out of the machine stays there.
+        """
+        if parse_id(self._stand.name) is None:
+            return None
+        holder, since = self._stand.holder, self._clock.wall()
+        running = phase is Phase.RUNNING
+        before = self._status or Status(id=self._stand.name, host=holder, phase=phase, reason=reason, since=since)
+        return replace(
+            before,
+            host=holder,
+            phase=phase,
+            reason=reason,
+            since=since,
+            pid=lock.pid if running else None,
+            incarnation=lock.incarnation if running else None,
+            epoch=lock.epoch,
+            pending=(),
+            problems=(),
+            accelerator=None,
+            notice=None,
+            held=False,
+            agent=None,
+        )
+
     def _still_ours(self) -> Lock | None:
         """The lock when it is ours; None when it is absent or cannot be read.
 
@@ -299,9 +331,12 @@ class SingleLock:
             try:
                 # A write of ours may have been cut off: what is known here may be older than it.
                 await self._lock.look()
-                if self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation) is not Claim.MINE:
+                lock = self._lock.view.lock
+                claim = self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation)
+                if claim is not Claim.MINE or lock is None:
                     return
-                await self._lock.drop()
+                said = self._said(lock, Phase.STOPPED, "its QEMU in single mode has ended")
+                await (self._lock.drop() if said is None else self._lock.release(said))
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_released", key=self._key, reason=str(error))
                 await self._clock.sleep(RETRY_S)

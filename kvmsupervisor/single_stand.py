@@ -76,7 +76,9 @@ class Stand:
 
 
 async def end_session(session: Session) -> None:
-    """Give the session up; etcd may be away, then it runs out."""
+    """Give the session up; while etcd is away it runs out by itself."""
+    if not session.held:
+        return
     try:
         await session.end()
     except EtcdError as error:

@@ -28,6 +28,9 @@ LOCK = "LOCK"
 ENDPOINTS = "ETCD_ENDPOINTS"
 LOG_LEVEL = "KVM_LOG_LEVEL"
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What shuts the guest down: of Docker or systemd, of a person, of a terminal that is closed."""
+
 Signalled = Callable[[signal.Signals], None]
 
 
@@ -138,8 +141,14 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     async def run() -> int:
         work, signalled = begin()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, signalled, number)
+
+        def tell(number: int, _frame: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(signalled, signal.Signals(number))
+
+        # Not the loop's own way, which ends with the loop.
+        for number in SIGNALS:
+            signal.signal(number, tell)
         return await work
 
     log = configure(level=settings.log_level, format=settings.log_format)
@@ -160,6 +169,9 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     ) as group:
         refused = list(_leaves(group))
     finally:
+        # Of Python's own end signals are handled by nobody: one signal more must not change what we exit with.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         log.close()
     if not refused:
         return status
