@@ -52,6 +52,11 @@ def holder_of(host: HostName, name: str, *, pid_namespace: str | None) -> HostNa
     return HostName(f"{host}/{name}{apart}")
 
 
+def is_same_host(holder: str, host: str | None) -> bool:
+    """Whether `holder` is `host` itself, or a container in single mode there."""
+    return host is not None and holder.partition("/")[0] == host
+
+
 def overrides_in(environ: Mapping[str, str]) -> dict[str, str]:
     """The keys that the environment wins over, with its values. `NAME=` is how unit files leave one out."""
     return {key: environ[name] for name, key in OVERRIDES.items() if environ.get(name, "").strip()}
