@@ -57,6 +57,11 @@ def is_same_host(holder: str, host: str | None) -> bool:
     return host is not None and holder.partition("/")[0] == host
 
 
+def is_single(holder: str) -> bool:
+    """Whether this is the name of a container in single mode."""
+    return "/" in holder
+
+
 def overrides_in(environ: Mapping[str, str]) -> dict[str, str]:
     """The keys that the environment wins over, with its values. `NAME=` is how unit files leave one out."""
     return {key: environ[name] for name, key in OVERRIDES.items() if environ.get(name, "").strip()}

@@ -13,6 +13,7 @@ from kvmsupervisor.domain.status import Phase
 from tests.e2e.test_two_hosts import check_lock_history
 from tests.support.cluster import Hosts, Keys, eventually
 from tests.support.single import Containers, holder
+from tests.support.terminal import at_terminal
 
 
 @pytest.mark.guest
@@ -24,6 +25,12 @@ def test_an_instance_runs_and_is_shut_down_by_a_signal(keys: Keys, containers: C
     qemu = container.wait_running()["1"]
     console = container.folder_of("1") / "console.log"
     eventually("the guest", lambda: "HELLO from one" in console.read_text(errors="replace"))
+    with at_terminal("console", "1", environ=container.environment) as person:
+        person.sees("HELLO from one")
+        person.types("\x1dq")
+        assert person.ends() == 0
+    listed = container.cli("check", "1")
+    assert listed.returncode == 0, listed.stdout
     lock = keys.lock("1")
     assert lock is not None
     assert (lock.host, lock.state) == (holder("alpha", "1"), LockState.RUNNING)
