@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +15,7 @@ from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.e2e.test_two_hosts import check_lock_history
 from tests.support.cluster import Hosts, Keys, eventually
-from tests.support.single import Containers, holder
+from tests.support.single import Container, Containers, holder
 from tests.support.terminal import at_terminal
 
 
@@ -191,6 +194,47 @@ def test_a_crash_is_adopted_where_the_run_directory_outlives_it(keys: Keys, cont
     assert container.qemus() == [qemu]
     assert container.stop() == 0
     assert not qemu.alive
+    assert keys.lock("1") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a PID namespace of its own takes root")
+def test_without_the_hosts_pids_a_crash_is_a_dead_hosts(
+    keys: Keys, hosts: Hosts, containers: Containers, tiny: str
+) -> None:
+    """Law: where pids mean nothing to the next container, its lock is a stranger's: only storage, or a person, decides.
+
+    In there the program is process 1, which dies of no signal that it does not handle.
+    """
+    keys.put("1", ram=16, extra_flags=f"{tiny} -blockdev driver=null-co,node-name=disk", host="alpha")
+
+    def apart() -> Container:
+        made = containers.instance("1", KVM_SESSION_TTL="2", KVM_SHUTDOWN_TIMEOUT="0", KVM_ACCEL="tcg")
+        plain = made.around
+        made.around = lambda *argv: ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", *plain(*argv)]
+        return made.begin()
+
+    def runs() -> str | None:
+        lock = keys.lock("1")
+        return None if lock is None or lock.state is not LockState.RUNNING else lock.host
+
+    first = apart()
+    name = eventually("the first to run", runs)
+    assert re.fullmatch(r"alpha/1@[0-9]+", name)
+    # Both namespaces at one time, so that their numbers differ.
+    second = apart()
+    eventually("it to wait", lambda: f"{name} holds its lock (epoch 1)" in second.log)
+    first.kill9()
+    host = hosts("alpha", KVM_SESSION_TTL="2").start()
+    eventually("it to wait", lambda: f"{name} holds its lock (epoch 1) and has no session" in second.log)
+    host.wait_for("1", lambda status: "has no session" in status.reason)
+    assert host.stop() == 0
+    keys.etcd.ctl("del", keys.layout.lock_key(InstanceId("1")))
+    keys.etcd.ctl("del", keys.layout.status_key(InstanceId("1")))
+    other = eventually("the second to run", runs)
+    assert other != name
+    (child,) = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    assert second.wait_ended() == 0
     assert keys.lock("1") is None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from tests.e2e.test_two_hosts import check_lock_history
 from tests.support.cluster import Keys, eventually
+from tests.support.net import Lan
 from tests.support.single import Containers, holder
 from tests.support.terminal import at_terminal
 
@@ -36,6 +39,23 @@ def test_its_terminal_is_the_guests_and_a_signal_is_the_power_button(containers:
     assert container.stop() == 0
     assert "power button: GOODBYE from plain" in container.log
     assert container.qemus() == []
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.geteuid() != 0, reason="who runs a guest on a bridge is root")
+def test_qemus_own_bridge_works(containers: Containers, lan: Lan, guest: Guest) -> None:
+    """Law: BRIDGE_IF is allowed to QEMU's helper, which QEMU starts by itself: nothing confines it."""
+    options = ("-accel", "tcg", "-m", str(MINIMUM_RAM_MIB), "-nodefaults", "-nographic", "-serial", "stdio")
+    nic = ("-netdev", f"bridge,id=n0,br={lan.bridge}", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:91:07:02")
+    container = containers(*options, *nic, *guest.options(tag="net", dhcp=True), BRIDGE_IF=lan.bridge)
+    plain = container.around
+    container.around = lambda *argv: lan.around(*plain(*argv))
+    container.begin()
+    found = eventually("an address", lambda: re.search(r"DHCP (\S+)", container.log))
+    lan.ping(found[1])
+    assert f"allow {lan.bridge}" in lan.inside.bridge_conf.read_text()
+    assert container.stop() == 0
 
 
 def test_the_exit_status_is_qemus(containers: Containers, hlt: tuple[str, ...], tmp_path: Path) -> None:
