@@ -13,7 +13,6 @@ import signal
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
@@ -85,7 +84,7 @@ class Single:
         self._locks = Flat()
         self._hosts = Flat()
         self._mirrors: list[Mirror[bytes]] = []
-        self._instance: Instance
+        self._instance: Instance | None = None
         self._told: int | None = None
         self._hurried = False
         self._leaving: str | None = None
@@ -106,8 +105,8 @@ class Single:
             self._leaving = why
             log.info("single.leaving", instance=self._id, reason=why)
         self._leave.set()
-        if hasattr(self, "_instance"):
-            self._tell()
+        if self._instance is not None:
+            self._tell(self._instance)
 
     def _ended(self, end: Exit, status: WaitStatus) -> None:
         """QEMU has ended, whether it was asked to or not: so does the container."""
@@ -138,12 +137,12 @@ class Single:
             await self._check(store, equipment)
             self._stand.run_dir.acquire()
             stack.callback(self._stand.run_dir.release)
-            await self._run(store, equipment)
+            instance = await self._run(store, equipment)
         if self._status is not None:
             return self._status
         if self._told is not None:
             return 128 + self._told
-        raise NotHere(f"{self._id}: {self._instance.report.status.reason}")
+        raise NotHere(f"{self._id}: {instance.report.status.reason}")
 
     async def _check(self, store: Store, equipment: Equipment) -> None:
         """Look at the keys once, before anything is done.
@@ -168,22 +167,32 @@ class Single:
         if why is not None:
             raise NotHere(why)
 
-    async def _run(self, store: Store, equipment: Equipment) -> None:
-        around = self._around = self._surroundings(store, equipment)
+    def _begin(self, around: Surroundings) -> Instance:
+        """The instance, with the QEMU that an earlier container has left, if it lives.
+
+        One that has ended is not this container's end: nothing is known of it but what its lock says.
+        """
         directory = self._stand.run_dir.instance(self._id)
-        instance = Instance(
-            self._id,
-            around=around,
-            directory=directory,
+
+        def make() -> Instance:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
-            memory=replace(directory.read_memory(self._stand.boot_id), ended=None, held=False),
-            log=log,
-        )
-        record = directory.read_incarnation()
+            memory = replace(directory.read_memory(self._stand.boot_id), ended=None, held=False)
+            return Instance(self._id, around=around, directory=directory, memory=memory, log=log)
+
+        instance, record = make(), directory.read_incarnation()
         if record is not None:
             instance.adopt(record)
-        self._instance = instance
-        self._follow(store)
+            if instance.pid is None:
+                log.info("single.leftover_buried", instance=self._id, pid=record.pid, epoch=record.epoch)
+                directory.drop_incarnation()
+                instance = make()
+        return instance
+
+    async def _run(self, store: Store, equipment: Equipment) -> Instance:
+        around = self._around = self._surroundings(store, equipment)
+        directory = self._stand.run_dir.instance(self._id)
+        instance = self._instance = self._begin(around)
+        self._follow(store, instance)
         end_listening = around.session.listen(instance.notify)
         log.info(
             "single.started",
@@ -201,13 +210,13 @@ class Single:
                 for part in (
                     around.session.run(),
                     *(mirror.run() for mirror in self._mirrors),
-                    self._publish(store),
-                    self._first_look(),
-                    self._rotate_logs(),
+                    self._publish(store, instance),
+                    self._first_look(instance),
+                    self._rotate_logs(instance),
                 )
             ]
             loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
-            impatient = parts.create_task(self._give_up_on_etcd(loop))
+            impatient = parts.create_task(self._give_up_on_etcd(instance, loop))
             await asyncio.wait([loop])
             if around.session.held:
                 await around.publisher.flush(FLUSH_S)
@@ -216,11 +225,12 @@ class Single:
         end_listening()
         await instance.detach()
         await end_session(around.session)
+        return instance
 
-    async def _give_up_on_etcd(self, loop: asyncio.Task[None]) -> None:
+    async def _give_up_on_etcd(self, instance: Instance, loop: asyncio.Task[None]) -> None:
         """Once QEMU is gone and the lock cannot be released, end all the same: the next container takes it."""
         await self._leave.wait()
-        while self._instance.pid is not None:
+        while instance.pid is not None:
             await self._clock.sleep(LOOK_S)
         await self._clock.sleep(LET_GO_S)
         log.warning("lock.not_released", instance=self._id, reason="etcd did not do it in time")
@@ -265,7 +275,7 @@ class Single:
 
     # --- keys -------------------------------------------------------------------------------------------------
 
-    def _follow(self, store: Store) -> None:
+    def _follow(self, store: Store, instance: Instance) -> None:
         layout = self._stand.layout
         tables = {
             layout.instance_prefix(self._id): self._keys,
@@ -278,24 +288,24 @@ class Single:
                 clock=self._clock,
                 prefix=prefix,
                 table=table,
-                on_change=lambda changed, revision: self._tell(),
+                on_change=lambda changed, revision: self._tell(instance),
             )
             for prefix, table in tables.items()
         ]
 
-    async def _first_look(self) -> None:
+    async def _first_look(self, instance: Instance) -> None:
         for mirror in self._mirrors:
             await mirror.synced.wait()
-        self._tell()
+        self._tell(instance)
 
-    def _tell(self) -> None:
+    def _tell(self, instance: Instance) -> None:
         """Tell the instance what its keys and its lock are now."""
         wishes, locks, _ = self._mirrors
         if not (wishes.synced.is_set() and locks.synced.is_set()):
-            self._instance.notify()
+            instance.notify()
             return
         lock = self._locks.get(self._stand.layout.lock_key(self._id).encode())
-        self._instance.saw_lock(
+        instance.saw_lock(
             data=None if lock is None else lock.value,
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=locks.revision,
@@ -304,7 +314,7 @@ class Single:
         wish = self._wish_of({key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries})
         if self._hurried:
             wish = replace(wish, shutdown_timeout_s=0.0)
-        self._instance.update(wish, held=False, fresh=False)
+        instance.update(wish, held=False, fresh=False)
         if wish.power is Power.OFF and self._leaving is None:
             self._go("`power` is off")
 
@@ -329,7 +339,7 @@ class Single:
 
     # --- around -----------------------------------------------------------------------------------------------
 
-    async def _publish(self, store: Store) -> None:
+    async def _publish(self, store: Store, instance: Instance) -> None:
         """Learn what the status key holds, then keep it up."""
         failures = 0
         while True:
@@ -344,13 +354,13 @@ class Single:
             self._around.publisher.prime([found])
             written = Status.from_json(found.value)
             if written is not None and written.host == self._stand.holder:
-                self._instance.report.recall(written)
+                instance.report.recall(written)
         await self._around.publisher.run()
 
-    async def _rotate_logs(self) -> Any:
+    async def _rotate_logs(self, instance: Instance) -> None:
         settings = self._settings
         directory = self._stand.run_dir.instance(self._id)
         while True:
             await self._clock.sleep(ROTATE_EVERY_S)
             for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                self._instance.report.tell("log.rotated", file=str(path))
+                instance.report.tell("log.rotated", file=str(path))

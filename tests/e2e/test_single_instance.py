@@ -192,8 +192,15 @@ def test_a_crash_is_adopted_where_the_run_directory_outlives_it(keys: Keys, cont
     container.begin()
     eventually("its adoption", lambda: container.events("instance.adopted"))
     assert container.qemus() == [qemu]
+    # A QEMU that died with its container is no end of the next one.
+    container.kill9()
+    qemu.kill()
+    container.begin()
+    second = container.wait_running()["1"]
+    assert container.events("single.leftover_buried")
+    assert keys.wait_status("1", lambda status: status.phase is Phase.RUNNING and status.pid == second.pid).epoch == 2
     assert container.stop() == 0
-    assert not qemu.alive
+    assert not second.alive
     assert keys.lock("1") is None
 
 
