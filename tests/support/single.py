@@ -39,6 +39,8 @@ class Container(Host):
 
     def __init__(self, keys: Keys, *options: str, name: str = "alpha", **settings: Any) -> None:
         super().__init__(keys, name, **settings)
+        # What one that is killed leaves goes with the test.
+        self.settings["TMPDIR"] = str(self.folder)
         self.around = lambda *_: [sys.executable, "-c", ENTRY_POINT, *options]
 
     def begin(self) -> Container:
