@@ -226,6 +226,7 @@ class Instance:
             problems=self._problems,
             held=self._held,
             draining=around.draining(),
+            leaving=around.leaving(),
             session_held=around.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
@@ -361,6 +362,8 @@ class Instance:
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
+        if not (process.asked and process.never_ran):
+            self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
         await self._around.provisioner.left(self.id)
 

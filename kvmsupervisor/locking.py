@@ -41,20 +41,26 @@ class InstanceLock:
         found = result.reads[1]
         return Status.from_json(found[0].value) if found else None
 
-    async def write(self, lock: Lock, host_revision: int, *, if_new: bool = False) -> None:
+    async def write(
+        self, lock: Lock, host_revision: int | None, *, if_new: bool = False, status: Status | None = None
+    ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
         Only if our session holds and the key `host` is still the one of `host_revision`.
 
         Args:
             lock: what to write.
-            host_revision: `mod_revision` of the key `host` as last seen.
+            host_revision: `mod_revision` of the key `host` as last seen; None where no such key has a say.
             if_new: only if there is no status either: no host has ever had this instance.
+            status: what to write into the status key in the same step.
         """
-        compares = [self._session(), Compare(self._host_key, Target.MOD_REVISION, host_revision)]
+        compares = [self._session()]
+        if host_revision is not None:
+            compares.append(Compare(self._host_key, Target.MOD_REVISION, host_revision))
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
-        await self._swap(lock.to_json(), compares)
+        also = () if status is None else (Put(self._status_key, status.to_json()),)
+        await self._swap(lock.to_json(), compares, also)
 
     async def reassert(self, lock: Lock) -> None:
         """Write our own lock again after it was deleted, if our session holds and nobody took it meanwhile."""
@@ -68,6 +74,10 @@ class InstanceLock:
         last: Op = Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())
         await self._swap(None, [], [last])
         return self.view.as_of
+
+    async def drop(self) -> None:
+        """Delete our lock, its process proven gone, where there is no status."""
+        await self._swap(None, [])
 
     async def _swap(self, data: bytes | None, compares: Sequence[Compare], also: Sequence[Op] = ()) -> None:
         """Replace the lock as last seen by `data` (None: delete it).

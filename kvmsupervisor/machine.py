@@ -22,9 +22,10 @@ from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, Monit
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.agent_watch import AgentWatch
+from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
-from kvmsupervisor.domain.counters import BALLOON, GuestCounts, disk_counts, memory_counts
+from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
@@ -128,6 +129,11 @@ class Machine:
     def pid(self) -> int | None:
         """Of the living process."""
         return self._process.pid if self._process is not None and self._exit is None else None
+
+    @property
+    def wait_status(self) -> WaitStatus:
+        """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
+        return WaitStatus() if self._process is None else self._process.status
 
     @property
     def never_ran(self) -> bool:
@@ -294,15 +300,8 @@ class Machine:
             self._run_state = str(answer["status"])
             self._probe_at = self._clock.now() + PROBE_EVERY_S
         if self._run_state == RUNNING:
-            await self._count()
-
-    async def _count(self) -> None:
-        """Ask for what metrics show. Not on the way to a running guest: it has counted nothing yet."""
-        disks = self.counts.disks
-        if self.spec is not None and self.spec.all_disks:
-            disks = disk_counts(await self._command("query-blockstats"))
-        told = await self._command("qom-get", {"path": BALLOON, "property": "guest-stats"})
-        self.counts = GuestCounts(disks=disks, memory=memory_counts(told))
+            # Not on the way to a running guest: it has counted nothing yet.
+            self.counts = await count(self._command, self.spec)
 
     async def resume(self) -> bool:
         """Let the guest run; True when QEMU says that it does.

@@ -12,6 +12,7 @@ from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.provisioning import Provisioner
@@ -76,6 +77,8 @@ class Surroundings:
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         draining: whether this host stops all its guests (`stop --all --local`).
+        leaving: why an instance is to be stopped and let go of; None when it is not.
+        ended: told how a QEMU ended that was not merely discarded before its guest ran.
     """
 
     me: HostName
@@ -97,3 +100,5 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     draining: Callable[[], bool] = lambda: False
+    leaving: Callable[[], str | None] = lambda: None
+    ended: Callable[[Exit, WaitStatus], None] = lambda end, status: None

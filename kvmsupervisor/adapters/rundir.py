@@ -3,6 +3,7 @@
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
     <run>/_draining                there while this host stops all its guests; holds the boot that this is about
+    <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
     <run>/<id>/memory.json         what outlives a process: backoff, last exit
     <run>/<id>/qmp.sock            QMP for the supervisor
@@ -84,6 +85,11 @@ class InstanceDir:
             return Incarnation.from_json(data)
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
+
+    @property
+    def has_record(self) -> bool:
+        """Whether a QEMU process is on record."""
+        return self._incarnation.exists()
 
     def write_incarnation(self, record: Incarnation) -> None:
         """Put the QEMU process on record, for root only: a URL in its keys may hold a password."""
@@ -258,6 +264,15 @@ class RunDir:
     def instance(self, instance: InstanceId) -> InstanceDir:
         """The folder of one instance, made or not."""
         return InstanceDir(self.path / instance)
+
+    def find(self, instance: InstanceId) -> InstanceDir:
+        """The folder of one instance wherever it is: the supervisor's, or a container's in single mode.
+
+        The one with a record of a QEMU, else the one that is there.
+        """
+        folders = [self.instance(instance), *map(InstanceDir, sorted(self.path.glob(f"_*/{instance}")))]
+        there = [folder for folder in folders if folder.path.is_dir()]
+        return next((folder for folder in there if folder.has_record), there[0] if there else folders[0])
 
     def instances(self) -> Iterator[InstanceId]:
         """All ids that have a folder."""

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "confirm-removal": LazyCommand(
         "write_commands", "confirm_removal", "Confirm a mass removal that a host holds back."
     ),
+    "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU, and end with it: single mode."),
     "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
 }
 

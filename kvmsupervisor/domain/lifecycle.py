@@ -77,11 +77,8 @@ class Goal(Enum):
 def goal(view: View) -> tuple[Goal, str]:
     """What the wish comes to, and why, as a clause for people."""
     wish = view.wish
-    if view.draining:
-        return (
-            Goal.STOP,
-            "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`",
-        )
+    if (order := _order(view)) is not None:
+        return Goal.STOP, order
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
@@ -110,6 +107,15 @@ def goal(view: View) -> tuple[Goal, str]:
             f"it ended by itself ({ended.reason}) and `restart` is {wish.restart}; `start` runs it again",
         )
     return Goal.RUN, "its keys ask for it"
+
+
+def _order(view: View) -> str | None:
+    """Why it is to be stopped whatever the wish; None when nothing says so."""
+    if view.leaving is not None:
+        return view.leaving
+    if view.draining:
+        return "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`"
+    return None
 
 
 def decide(view: View) -> Decision:
@@ -152,7 +158,7 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if (view.wish is None or view.held) and not view.draining:
+    if (view.wish is None or view.held) and _order(view) is None:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
@@ -306,7 +312,7 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
         return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
     if claim in {Claim.MINE, Claim.LEFTOVER}:
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.

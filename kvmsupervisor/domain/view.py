@@ -98,6 +98,7 @@ class View:
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         held: removal of its keys waits for an operator's word; `wish` is what stood before.
         draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
+        leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
         etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
         etcd_trouble: what the last attempt said, None when it went well.
@@ -126,6 +127,7 @@ class View:
     problems: tuple[Problem, ...] = ()
     held: bool = False
     draining: bool = False
+    leaving: str | None = None
     session_held: bool = True
     etcd_at: float = 0.0
     etcd_trouble: str | None = None
