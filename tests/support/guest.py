@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +21,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def guest() -> Guest:
-    """The guest, built once for this and all later runs below `.cache/guest` of the checkout."""
-    return build_guest(ROOT / ".cache" / "guest")
+def guest() -> Iterator[Guest]:
+    """The guest, built once for this and all later runs below `.cache/guest` of the checkout.
+
+    It is a copy where any user can read it, as a QEMU of another user has to: the checkout may be in root's home.
+    """
+    built = build_guest(ROOT / ".cache" / "guest")
+    folder = Path(tempfile.mkdtemp(prefix="kvs"))
+    try:
+        folder.chmod(0o755)
+        for file in (built.kernel, built.initramfs):
+            shutil.copy(file, folder)
+            (folder / file.name).chmod(0o644)
+        yield Guest.at(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 AGENT_INIT = """#!/bin/sh
