@@ -60,7 +60,7 @@ def content(medium: Path) -> dict[str, bytes]:
     [
         (b"#cloud-config\npackages: [a]\n", [["text/cloud-config", "#cloud-config\npackages: [a]\n"]]),
         (b"#!/bin/sh\necho hello\n", [["text/x-shellscript", "#!/bin/sh\necho hello\n"]]),
-        (gzip.compress(b"#cloud-config\n{}\n"), [["text/cloud-config", "#cloud-config\n{}\n"]]),
+        (gzip.compress(b"#cloud-config\n{}\n", mtime=0), [["text/cloud-config", "#cloud-config\n{}\n"]]),
         (b"#cloud-boothook\necho\n", [["text/cloud-boothook", "#cloud-boothook\necho\n"]]),
         (
             b"MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary=b\n\n"

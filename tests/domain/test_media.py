@@ -81,7 +81,10 @@ def test_what_guests_understand_is_told_apart(data: bytes, kind: MediumKind) -> 
         (b"\x1f\x8b\x08\x00damaged", "found gzip that is damaged; pack the user data again"),
         (gzip.compress(IGNITION, mtime=0), "found gzip with JSON in it; Ignition JSON is given as it is, not packed"),
         (gzip.compress(b"", mtime=0), "found gzip with nothing, 0 bytes in it; user data begins"),
-        (gzip.compress(gzip.compress(b"#!"), mtime=0), "found gzip with 22 bytes that are no text (not UTF-8 at byte 1) in it"),
+        (
+            gzip.compress(gzip.compress(b"#!", mtime=0), mtime=0),
+            "found gzip with 22 bytes that are no text (not UTF-8 at byte 1) in it",
+        ),
     ],
 )
 def test_what_no_guest_understands_is_refused(data: bytes, message: str) -> None:
