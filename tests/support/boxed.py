@@ -120,6 +120,17 @@ def _remove_homes(qemu: Qemu) -> None:
             home.parent.rmdir()
 
 
+def begin(box: Boxed, keys: Keys, guest: Guest, *instances: str, heartbeat_s: float = 0.2) -> dict[str, Qemu]:
+    """Start guests that tell their heartbeats; they have booted when this returns."""
+    for one in instances:
+        flags = guest.extra_flags(tag=one, heartbeat_s=heartbeat_s)
+        keys.machines(box.name, one, ram=96, extra_flags=flags, shutdown_timeout=0)
+    running = box.wait_running(*instances)
+    for one in instances:
+        box.hears(one, f"HELLO from {one}")
+    return running
+
+
 class Boxes:
     """Makes the boxed hosts of one test."""
 
