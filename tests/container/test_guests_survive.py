@@ -31,7 +31,7 @@ def test_a_guest_outlives_the_end_of_its_container(
     """Law: the same process, its heart beating; a new version adopts it with its epoch, and starts nothing."""
     box = boxes().start()
     assert box.metric("guests_survive") == 1
-    (before,) = begin(box, keys, guest, "one").values()
+    (before,) = begin(box, keys, {"one": guest.extra_flags(tag="one", heartbeat_s=0.2)}).values()
     lock = keys.lock("one")
     with Heartbeats({"one": box.run_dir / "one" / "console.log"}) as hearts:
         eventually("heartbeats", lambda: len(hearts.beats("one")) > 5)
@@ -79,7 +79,7 @@ def test_what_the_deletion_of_the_old_image_takes_along(docker: Docker, boxes: B
     box = boxes()
     box.image = old
     box.start()
-    (before,) = begin(box, keys, guest, "one").values()
+    (before,) = begin(box, keys, {"one": guest.extra_flags(tag="one", heartbeat_s=0.2)}).values()
     assert "Unknown driver" not in plug_in(box, "one", "https")
     box.end("stop", "--time=15")
     # Docker keeps what any container names.
@@ -129,7 +129,7 @@ def test_without_the_mounts_it_says_so_and_the_guest_ends(
     assert line["level"] == "error"
     assert said in line["reason"], line
     assert box.metric("guests_survive") == 0
-    (before,) = begin(box, keys, guest, "one").values()
+    (before,) = begin(box, keys, {"one": guest.extra_flags(tag="one", heartbeat_s=0.2)}).values()
     box.end("kill")
     eventually("the guest's end", lambda: not before.alive)
     box.start()

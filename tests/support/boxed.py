@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,12 @@ def _remove_homes(qemu: Qemu) -> None:
             home.parent.rmdir()
 
 
-def begin(box: Boxed, keys: Keys, guest: Guest, *instances: str, heartbeat_s: float = 0.2) -> dict[str, Qemu]:
-    """Start guests that tell their heartbeats; they have booted when this returns."""
-    for one in instances:
-        flags = guest.extra_flags(tag=one, heartbeat_s=heartbeat_s)
-        keys.machines(box.name, one, ram=96, extra_flags=flags, shutdown_timeout=0)
-    running = box.wait_running(*instances)
-    for one in instances:
+def begin(box: Boxed, keys: Keys, flags: Mapping[str, str]) -> dict[str, Qemu]:
+    """Start guests by their `extra_flags`, which have them say HELLO by their names; they have booted at the return."""
+    for one, words in flags.items():
+        keys.machines(box.name, one, ram=96, extra_flags=words, shutdown_timeout=0)
+    running = box.wait_running(*flags)
+    for one in flags:
         box.hears(one, f"HELLO from {one}")
     return running
 
@@ -138,9 +137,9 @@ class Boxes:
         self._made: list[Boxed] = []
         self._docker, self._keys, self._guest = docker, keys, guest
 
-    def __call__(self, **more: Any) -> Boxed:
-        """A host, not started."""
-        box = Boxed(self._docker, self._keys, self._guest, **more)
+    def __call__(self, guest: Guest | None = None, **more: Any) -> Boxed:
+        """A host, not started; `guest` is what its machines boot, if it is not the ordinary one."""
+        box = Boxed(self._docker, self._keys, guest or self._guest, **more)
         self._made.append(box)
         return box
 
