@@ -53,7 +53,8 @@ def test_a_guest_outlives_the_end_of_its_container(
     assert keys.lock("one") == lock
     print(  # noqa: T201
         f"{end}: largest gap {hearts.gap(ended_at, now):.2f} s, by the guest's clock "
-        f"{hearts.uptime_gap(ended_at, now):.2f} s; adopted {adopted_at - box.began:.2f} s after docker run"
+        f"{hearts.uptime_gap(ended_at, now):.2f} s; adopted {box.adoption_s:.2f} s after its start, "
+        f"{adopted_at - box.began:.2f} s after docker run"
     )
 
 

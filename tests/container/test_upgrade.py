@@ -1,8 +1,9 @@
-"""The upgrade test: a full host, its supervisor replaced ten times. `make upgrade`; its figures: docs/reliability.md."""
+"""The upgrade test: a full host, its supervisor replaced ten times. `make upgrade`; figures in docs/reliability.md."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -41,10 +42,18 @@ def kill_in_the_middle_of_a_start(box: Boxed, keys: Keys, heart: Guest) -> list[
     while not any(box.record(one).exists() for one in LATE):
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(init, 9)
+    os.kill(init, signal.SIGKILL)
     box.wait_ended()
     locks = {one: keys.lock(one) for one in LATE}
     return [f"{one} {'without a lock' if lock is None else lock.state.value}" for one, lock in locks.items()]
+
+
+def gaps(hearts: Heartbeats, since: float, until: float) -> str:
+    """The largest gaps between two times, and what the machine had to do."""
+    return (
+        f"largest gap {hearts.gap(since, until):.2f} s, by the guests' clocks {hearts.uptime_gap(since, until):.2f} s "
+        f"(the listener was held up {hearts.held_up(since, until):.2f} s, load {os.getloadavg()[0]:.1f})"
+    )
 
 
 def test_twenty_guests_and_ten_versions(docker: Docker, boxes: Boxes, keys: Keys, heart: Guest) -> None:
@@ -60,11 +69,9 @@ def test_twenty_guests_and_ten_versions(docker: Docker, boxes: Boxes, keys: Keys
     with Heartbeats({one: box.run_dir / one / "console.log" for one in GUESTS}) as hearts:
         begun = time.monotonic()
         time.sleep(REFERENCE_S)
-        reference = hearts.gap(begun, time.monotonic())
-        told.append(
-            f"before: largest gap {reference:.2f} s, by the guests' clocks "
-            f"{hearts.uptime_gap(begun, time.monotonic()):.2f} s, load {os.getloadavg()[0]:.1f}"
-        )
+        now = time.monotonic()
+        reference = hearts.gap(begun, now)
+        told.append(f"before: {gaps(hearts, begun, now)}")
         worst = 0.0
         for number, version in enumerate(versions, 1):
             expected = [*GUESTS, *(LATE if number > IN_THE_MIDDLE else [])]
@@ -87,12 +94,13 @@ def test_twenty_guests_and_ten_versions(docker: Docker, boxes: Boxes, keys: Keys
             docker.run("rmi", "--force", old)
             eventually("a heartbeat of each", lambda since=adopted_at: hearts.all_beat(since))  # type: ignore[misc]
             now = time.monotonic()
-            gap, inside = hearts.gap(ended_at, now), hearts.uptime_gap(ended_at, now)
-            worst = max(worst, gap)
+            # A pause in which the listener did not look is not known to be one of a guest.
+            worst = max(
+                worst, hearts.gap(ended_at, now) - hearts.held_up(ended_at, now), hearts.uptime_gap(ended_at, now)
+            )
             told.append(
-                f"{number:2} {how}: largest gap {gap:.2f} s, by the guests' clocks {inside:.2f} s; "
-                f"without a supervisor {adopted_at - gone_at:.2f} s, "
-                f"all adopted {adopted_at - box.began:.2f} s after docker run, load {os.getloadavg()[0]:.1f}"
+                f"{number:2} {how}: {gaps(hearts, ended_at, now)}; all adopted {box.adoption_s:.2f} s after its start, "
+                f"{adopted_at - box.began:.2f} s after docker run, {adopted_at - gone_at:.2f} s after the other's end"
             )
             assert {qemu.instance: qemu for qemu in box.qemus()} == before
     print("\n".join(told))  # noqa: T201

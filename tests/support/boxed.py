@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Boxed(Host):
     def __init__(
         self, docker: Docker, keys: Keys, guest: Guest, *, options: Sequence[str] = REPLACEABLE, **settings: str
     ) -> None:
-        super().__init__(keys, "boxed", **{"KVM_CGROUP": "auto", **settings})
+        super().__init__(keys, "boxed", run_dir=None, **{"KVM_CGROUP": "auto", **settings})
         self.run_dir.mkdir()
         self.docker = docker
         self.image = IMAGE
@@ -89,6 +90,15 @@ class Boxed(Host):
     def adopted(self, number: int) -> None:
         """Wait until it has adopted so many."""
         eventually(f"{number} adoptions", lambda: self.metric("adopted_total") == number)
+
+    @property
+    def adoption_s(self) -> float:
+        """From the last supervisor's start (it serves, and what ran is found) to its last adoption, by its log."""
+        times = {
+            event: datetime.fromisoformat(self.events(event)[-1]["timestamp"])
+            for event in ("supervisor.started", "instance.adopted")
+        }
+        return (times["instance.adopted"] - times["supervisor.started"]).total_seconds()
 
     def qemus(self) -> list[Qemu]:
         found = super().qemus()
