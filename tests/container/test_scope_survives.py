@@ -1,4 +1,4 @@
-"""A whole host with systemd, the real image in its Docker, a real guest: it lives in a scope, through a new container."""
+"""A whole host with systemd, the real image in its Docker: a real guest lives in a scope, through a new container."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def supervise(host: BootedHost, heart: Guest, name: str) -> None:
 
 
 def test_a_real_guest_lives_on_in_its_scope(docker: Docker, heart: Guest) -> None:
-    """Law: systemd shows it as a scope in machine.slice; a container that is killed and removed, and Docker's own
-    restart, leave it running; the next container adopts it with its process and its epoch.
+    """Law: the guest is a scope in machine.slice; neither the end of its container nor Docker's own takes it along.
+
+    The next container adopts it with its process and its epoch.
     """
     programs = [Path(shutil.which(name) or name).resolve() for name in ("etcd", "etcdctl")]
     with BootedHost([*programs, heart.kernel.parent]) as host:
