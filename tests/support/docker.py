@@ -41,6 +41,7 @@ class Docker:
         self._lock = (cache / "lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._folder = Path(tempfile.mkdtemp(prefix="kvd"))
+        self._copies: set[str] = set()
         with (self._folder / "log").open("wb") as log:
             self._daemon = subprocess.Popen(
                 [
@@ -104,6 +105,7 @@ class Docker:
     def build_version(self, version: str) -> str:
         """Build another version of the image, which differs by a label only; return its name."""
         name = f"{IMAGE}:{version}"
+        self._copies.add(name)
         context = self._folder / "version"
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(f"FROM {IMAGE}\nLABEL org.opencontainers.image.version={version}\n")
@@ -112,6 +114,7 @@ class Docker:
 
     def copy_alone(self, name: str) -> str:
         """Copy the image into one that shares no layer with it: its deletion deletes files. Return its name."""
+        self._copies.add(name)
         (found,) = json.loads(self.run("image", "inspect", IMAGE).stdout)
         config = found["Config"]
         changes = [f'ENV {line.partition("=")[0]}="{line.partition("=")[2]}"' for line in config["Env"]]
@@ -154,6 +157,8 @@ class Docker:
             left = self.run("ps", "--all", "--quiet", check=False).stdout.split()
             if left:
                 self.run("rm", "--force", *left, check=False)
+            if self._copies:
+                self.run("rmi", "--force", *self._copies, check=False)
             # Layers of earlier builds that nothing names any more.
             self.run("image", "prune", "--force", "--filter=until=24h", check=False)
             self._daemon.send_signal(signal.SIGTERM)
