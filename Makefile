@@ -10,7 +10,7 @@ WORKERS ?= 2
 # Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
-.PHONY: help demo test lint quick soak container bench lowest wheel lock ignition format clean
+.PHONY: help demo test lint quick soak container upgrade bench lowest wheel lock ignition format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -19,6 +19,7 @@ help:
 	@echo 'make quick   the tests that boot no guest'
 	@echo 'make soak    the slow tests'
 	@echo 'make container  the image built and run, hosts booted with systemd; needs root'
+	@echo 'make upgrade  twenty guests, their supervisor replaced ten times; needs root'
 	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
 	@echo 'make lowest  the quick tests with the oldest versions that pyproject.toml allows'
 	@echo 'make wheel   wheel and sdist, and the wheel tried in an environment of its own'
@@ -43,11 +44,15 @@ quick: $(VENV)/.dev
 	$(BIN)/pytest -n $(WORKERS) -m 'not soak and not guest and not docker'
 
 soak: $(VENV)/.dev
-	$(BIN)/pytest -m soak --timeout 3600
+	$(BIN)/pytest -m 'soak and not docker' --timeout 3600
 
 container: $(VENV)/.dev
 	@tools/install-system container
-	$(BIN)/pytest -m docker --timeout 1800
+	$(BIN)/pytest -m 'docker and not soak' --timeout 1800
+
+upgrade: $(VENV)/.dev
+	@tools/install-system container
+	$(BIN)/pytest -m 'docker and soak' -rP --show-capture=stdout tests/container
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench

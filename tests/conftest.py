@@ -3,10 +3,20 @@
 import signal
 
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
-from tests.support.guest import agent_options, guest
+from tests.support.guest import agent_options, guest, heart
 from tests.support.net import lan, netns
 
-__all__ = ["agent_options", "etcd_alone", "etcd_cluster", "etcd_prefix", "etcd_server", "guest", "lan", "netns"]
+__all__ = [
+    "agent_options",
+    "etcd_alone",
+    "etcd_cluster",
+    "etcd_prefix",
+    "etcd_server",
+    "guest",
+    "heart",
+    "lan",
+    "netns",
+]
 
 # A shell starts what it puts into the background with SIGINT ignored, and programs started from there inherit that:
 # no Ctrl-C would reach them. With a handler of its own here they begin with the default.

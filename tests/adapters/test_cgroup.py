@@ -244,16 +244,33 @@ def test_a_private_cgroup_namespace_is_refused() -> None:
         ({"marked", "apart"}, "0::/../..", {"contained", "host_pids"}),
         ({"marked"}, "0::/", {"contained", "host_cgroups"}),
         (set(), "0::/", {"host_pids", "host_cgroups"}),
+        ({"first", "marked", "apart", "hidden"}, "0::/", {"contained", "host_pids", "host_cgroups"}),
+        ({"first", "marked", "hidden"}, "0::/", {"host_pids", "host_cgroups"}),
+        ({"marked", "hidden"}, "0::/", {"contained", "host_cgroups"}),
     ],
-    ids=["host", "container, --pid=host", "same, own cgroup namespace", "container", "booted in a namespace"],
+    ids=[
+        "host",
+        "container, --pid=host",
+        "same, own cgroup namespace",
+        "container",
+        "booted in a namespace",
+        "container with few capabilities, --pid=host",
+        "host, few capabilities",
+        "container with few capabilities",
+    ],
 )
 def test_where_we_stand_is_told_from_proc(tmp_path: Path, seen: set[str], inits: str, expected: set[str]) -> None:
-    """Law: process 1's mount namespace, the PID namespace's number and the runtime's mark tell a container."""
+    """Law: process 1's mount namespace, the PID namespace's number and the runtime's mark tell a container.
+
+    So they do where that namespace's name is hidden from us.
+    """
     first, apart, marked = (word in seen for word in ("first", "apart", "marked"))
     proc = proc_of(tmp_path, "", "0::/system.slice/a.service\n", f"{inits}\n")
-    for who, name in (("1", "mnt:[2]" if apart else "mnt:[1]"), ("self", "mnt:[1]")):
+    for who, number in (("1", 2 if apart else 1), ("self", 1)):
         (proc / who / "ns").mkdir()
-        (proc / who / "ns" / "mnt").symlink_to(name)
+        (proc / who / "mountinfo").write_text(f"{number}22 27 0:21 / /proc rw - proc proc rw\n")
+        if who == "self" or "hidden" not in seen:
+            (proc / who / "ns" / "mnt").symlink_to(f"mnt:[{number}]")
     (proc / "self/ns/pid").symlink_to(FIRST_PID_NAMESPACE if first else "pid:[4026532000]")
     mark = tmp_path / ".dockerenv"
     if marked:

@@ -1,6 +1,7 @@
 """What the tests of the container share."""
 
+from tests.support.boxed import boxes
 from tests.support.cluster import keys
 from tests.support.docker import docker
 
-__all__ = ["docker", "keys"]
+__all__ = ["boxes", "docker", "keys"]

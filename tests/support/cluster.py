@@ -492,19 +492,29 @@ class Host:
 
     def run_state(self, qemu: Qemu) -> str | None:
         """What the QEMU says of itself on its spare QMP socket; None when it ends meanwhile."""
-        with socket.socket(socket.AF_UNIX) as spare, contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            return str(self.ask(qemu.instance, "query-status")["return"]["status"])
+        return None
+
+    def ask(self, instance: str, command: str, **arguments: object) -> dict[str, Any]:
+        """QEMU's answer on the spare QMP socket, a `return` or an `error`.
+
+        Raises:
+            OSError, ValueError: it ends meanwhile.
+        """
+        with socket.socket(socket.AF_UNIX) as spare:
             spare.settimeout(DEADLINE_S)
-            spare.connect(str(self.run_dir / qemu.instance / "qmp-spare.sock"))
+            spare.connect(str(self.run_dir / instance / "qmp-spare.sock"))
             with spare.makefile("rw") as qmp:
                 qmp.readline()
-                for command in ("qmp_capabilities", "query-status"):
-                    qmp.write(json.dumps({"execute": command}))
+                answer: dict[str, Any] = {}
+                for name, told in (("qmp_capabilities", {}), (command, arguments)):
+                    qmp.write(json.dumps({"execute": name, "arguments": told}))
                     qmp.flush()
                     answer = json.loads(qmp.readline())
-                    while "return" not in answer:
+                    while not answer.keys() & {"return", "error"}:
                         answer = json.loads(qmp.readline())  # an event
-            return str(answer["return"]["status"])
-        return None
+                return answer
 
     def qemu(self, instance: str) -> Qemu:
         """The one QEMU of this instance."""

@@ -7,6 +7,7 @@ is built again. Its base is made by mmdebstrap: a bare Debian, with this machine
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -40,6 +41,7 @@ class Docker:
         self._lock = (cache / "lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._folder = Path(tempfile.mkdtemp(prefix="kvd"))
+        self._copies: set[str] = set()
         with (self._folder / "log").open("wb") as log:
             self._daemon = subprocess.Popen(
                 [
@@ -73,12 +75,16 @@ class Docker:
     def _host(self) -> str:
         return f"unix://{self._folder / 'sock'}"
 
+    def command(self, *args: str) -> list[str]:
+        """The command line that has this daemon do it."""
+        return ["docker", "--host", self._host, *args]
+
     def run(
         self, *args: str, check: bool = True, timeout_s: float = 120.0, stdin: int = subprocess.DEVNULL
     ) -> subprocess.CompletedProcess[str]:
         """Run `docker`."""
         done = subprocess.run(
-            ["docker", "--host", self._host, *args],
+            self.command(*args),
             env=os.environ | {"DOCKER_BUILDKIT": "0"},
             stdin=stdin,
             capture_output=True,
@@ -95,6 +101,35 @@ class Docker:
             self._make_base()
         self.run("build", "--network=host", f"--build-arg=BASE={BASE}", f"--tag={IMAGE}", str(ROOT), timeout_s=BUILD_S)
         return IMAGE
+
+    def build_version(self, version: str) -> str:
+        """Build another version of the image, which differs by a label only; return its name."""
+        name = f"{IMAGE}:{version}"
+        self._copies.add(name)
+        context = self._folder / "version"
+        context.mkdir(exist_ok=True)
+        (context / "Dockerfile").write_text(f"FROM {IMAGE}\nLABEL org.opencontainers.image.version={version}\n")
+        self.run("build", f"--tag={name}", str(context))
+        return name
+
+    def copy_alone(self, name: str) -> str:
+        """Copy the image into one that shares no layer with it: its deletion deletes files. Return its name."""
+        self._copies.add(name)
+        (found,) = json.loads(self.run("image", "inspect", IMAGE).stdout)
+        config = found["Config"]
+        changes = [f'ENV {line.partition("=")[0]}="{line.partition("=")[2]}"' for line in config["Env"]]
+        changes.append(f"ENTRYPOINT {json.dumps(config['Entrypoint'])}")
+        source = self.run("create", IMAGE).stdout.strip()
+        try:
+            tar = subprocess.Popen(self.command("export", source), stdout=subprocess.PIPE)
+            assert tar.stdout is not None
+            with tar.stdout:
+                options = [f"--change={change}" for change in changes]
+                self.run("import", *options, "-", name, stdin=tar.stdout.fileno())
+            assert tar.wait() == 0
+        finally:
+            self.run("rm", source)
+        return name
 
     def _make_base(self) -> None:
         root = debian_root("trixie", "trixie-slim", "ca-certificates")
@@ -122,6 +157,8 @@ class Docker:
             left = self.run("ps", "--all", "--quiet", check=False).stdout.split()
             if left:
                 self.run("rm", "--force", *left, check=False)
+            if self._copies:
+                self.run("rmi", "--force", *self._copies, check=False)
             # Layers of earlier builds that nothing names any more.
             self.run("image", "prune", "--force", "--filter=until=24h", check=False)
             self._daemon.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@ Guests always run under TCG here: on some development machines `/dev/kvm` opens,
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -36,6 +37,45 @@ def guest() -> Iterator[Guest]:
         yield Guest.at(folder)
     finally:
         shutil.rmtree(folder)
+
+
+HEART_INIT = """#!/bin/sh
+# Nothing but a heartbeat, by builtins of the shell alone: a process for each costs an emulated processor 40 ms.
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+busybox mkfifo /never
+exec 3<>/never
+echo "HELLO from $tag"
+n=0
+while :; do
+    n=$((n + 1))
+    read -r uptime idle </proc/uptime
+    echo "HB $n $uptime"
+    read -r -t "$hb" nothing <&3
+done
+"""
+
+
+@pytest.fixture(scope="session")
+def heart(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    """The guest with an init that does nothing but beat, for many of them on few processors.
+
+    It has neither a power button nor ears. `heart_flags` boots it.
+    """
+    folder = tmp_path_factory.mktemp("heart")
+    folder.chmod(0o755)
+    both = folder / "initramfs"
+    # The kernel unpacks one archive after the other.
+    both.write_bytes(guest.initramfs.read_bytes() + cpio({"heart-init": HEART_INIT.encode()}, {}))
+    shutil.copy(guest.kernel, folder / "vmlinuz")
+    return Guest.at(folder)
+
+
+def heart_flags(heart: Guest, *, tag: str, heartbeat_s: float) -> str:
+    """The text of an `extra_flags` key that boots it."""
+    *options, words = heart.options(tag=tag, heartbeat_s=heartbeat_s)
+    return shlex.join([*options, f"{words} rdinit=/heart-init"])
 
 
 AGENT_INIT = """#!/bin/sh

@@ -45,11 +45,7 @@ def look(proc: Path = PROC, marks: tuple[Path, ...] = CONTAINER_MARKS) -> Place:
     process 1 is the container's own init, which shares ours; then the mark in the root tells. In the kernel's first
     PID namespace that mark says no more than where the machine's root file system came from.
     """
-    try:
-        apart = (proc / "1/ns/mnt").readlink() != (proc / "self/ns/mnt").readlink()
-    except OSError:
-        # Not allowed to look: certainly not a privileged container.
-        apart = False
+    apart = _is_apart(proc)
     first = os.fspath((proc / "self/ns/pid").readlink()) == FIRST_PID_NAMESPACE
     marked = not first and any(mark.exists() for mark in marks)
     mine, inits = cgroups_of("self", proc), cgroups_of(1, proc)
@@ -61,3 +57,20 @@ def look(proc: Path = PROC, marks: tuple[Path, ...] = CONTAINER_MARKS) -> Place:
         host_cgroups=not any(path.startswith("/..") for path in inits.values()),
         service=next((unit for unit in units if unit.endswith(".service")), None),
     )
+
+
+def _is_apart(proc: Path) -> bool:
+    """Whether process 1 has another mount namespace.
+
+    The link that names it may be read only with all of that process's capabilities (ptrace(2), access mode checking),
+    which a container rarely has that is not fully privileged. Its mounts may be read by all, and the number of a mount
+    is that of no other, in whatever namespace (proc_pid_mountinfo(5)).
+    """
+    try:
+        return (proc / "1/ns/mnt").readlink() != (proc / "self/ns/mnt").readlink()
+    except OSError:
+        inits, mine = (
+            {line.split(maxsplit=1)[0] for line in (proc / who / "mountinfo").read_text(errors="replace").splitlines()}
+            for who in ("1", "self")
+        )
+        return inits.isdisjoint(mine)

@@ -1,0 +1,272 @@
+"""The promise of an upgrade: what each release wrote is read by this one, and what a later one wrote is left alone.
+
+`tests/fixtures/release-*` holds what releases wrote, recorded by `tools/record-release` and never edited. Here it is
+laid out as that release would have left it on this machine, and a supervisor of today is started over it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsupervisor.adapters.clock import boot_id, machine_id
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.spec import RawValue, spec_from_object
+from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.wishes import parse_wish
+from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+RELEASES = sorted(path.name for path in FIXTURES.glob("release-*"))
+FOLDER, MACHINE = "/folder-of-the-release", "machine-of-the-release"
+CHANNELS = ("qmp.sock", "qmp-spare.sock", "console.sock", "agent.sock")
+"""In the order of their descriptors on the command line."""
+
+
+def recorded(release: str, place: str) -> bytes:
+    return (FIXTURES / release / place).read_bytes()
+
+
+# --- what is read ---------------------------------------------------------------------------------------------
+
+
+def wishes(release: str, instance: str) -> dict[str, str]:
+    found: dict[str, str] = json.loads(recorded(release, f"{instance}/wishes.json"))
+    return found
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_value_is_read_whole(release: str) -> None:
+    """Law: each record says to this release what it said to its own: no field is lost or read as another."""
+    kinds: list[tuple[str, Any]] = [
+        ("runs/incarnation.json", Incarnation),
+        ("runs/memory.json", Memory),
+        ("ended/memory.json", Memory),
+        ("runs/lock.json", Lock),
+        ("runs/status.json", Status),
+        ("ended/status.json", Status),
+        ("session.json", HostSession),
+    ]
+    for place, kind in kinds:
+        data = recorded(release, place)
+        found = kind.from_json(data)
+        assert found is not None, place
+        again = json.loads(found.to_json())
+        assert json.loads(data).items() <= again.items(), place
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_machine_on_record_is_the_one_that_its_keys_still_mean(release: str) -> None:
+    """Law: an upgrade alone makes no change pending: defaults and the meaning of keys stay."""
+    record = Incarnation.from_json(recorded(release, "runs/incarnation.json"))
+    raw = {name.encode(): RawValue(value.encode(), 1) for name, value in wishes(release, "runs").items()}
+    wish = parse_wish(InstanceId("runs"), raw)
+    assert wish.problems == ()
+    assert spec_from_object(record.spec) == wish.spec
+
+
+# --- what is adopted ------------------------------------------------------------------------------------------
+
+
+class Left:
+    """What a release has left on a host: keys, records, a living QEMU, a session. No supervisor runs.
+
+    Attributes:
+        qemu: of the instance `runs`; that of `ended` has ended.
+        lock: the value of its lock.
+    """
+
+    def __init__(self, release: str, host: Host, keys: Keys, *, newer: str = "") -> None:
+        """Lay it out; the version of the record named `newer` is one that this release does not know."""
+        self._release, self._host, self._keys, self._newer = release, host, keys, newer
+        layout, runs, ended = keys.layout, InstanceId("runs"), InstanceId("ended")
+        (host.folder / "halts.bin").write_bytes(b"\xf4" * 65536)
+        for one in (runs, ended):
+            (host.run_dir / one).mkdir(parents=True)
+            # `host` last, as people do: its revision is what the record of an end holds.
+            told = {name: self._local(value.encode()).decode() for name, value in wishes(release, one).items()}
+            revision = keys.put(one, **{name: value for name, value in told.items() if name != "host"})
+            revision = keys.put(one, host=told["host"])
+        self.process = self._spawn()
+        self._write("runs/memory.json")
+        memory = json.loads(recorded(release, "ended/memory.json"))
+        self._write("ended/memory.json", ended=memory["ended"] | {"host_revision": revision})
+        self.lock = self._value("runs/lock.json", **self._process_fields())
+        keys.write(layout.lock_key(runs), self.lock.decode())
+        keys.write(layout.status_key(runs), self._value("runs/status.json", pid=self.process.pid).decode())
+        keys.write(layout.status_key(ended), self._value("ended/status.json").decode())
+        lease = keys.etcd.ctl("lease", "grant", host.settings["KVM_SESSION_TTL"]).split()[1]
+        session_key = layout.session_key(HostName(host.name))
+        keys.etcd.ctl("put", f"--lease={lease}", session_key, self._value("session.json").decode())
+        self._write("_session.json", key=session_key, lease=int(lease, 16))
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        """Start the QEMU of `runs` by the recorded command line, put it on record, and let its guest run."""
+        host, folder = self._host, self._host.run_dir / "runs"
+        record = json.loads(self._local(recorded(self._release, "runs/incarnation.json")))
+        marks = json.loads(recorded(self._release, "environment.json"))
+        marks |= {"KVMSUPERVISOR_PREFIX": self._keys.layout.prefix}
+        argv = [str(word) for word in record["argv"]]
+        with ExitStack() as stack:
+            sockets = []
+            numbers = [word.partition("fd=")[2].partition(",")[0] for word in argv if word.startswith("socket,")]
+            for name, number in zip(CHANNELS, numbers, strict=True):
+                one = stack.enter_context(socket.socket(socket.AF_UNIX))
+                one.bind(str(folder / name))
+                one.listen(4)
+                sockets.append(one)
+                argv = [
+                    word.replace(f"fd={number},", f"fd={one.fileno()},") if word.startswith("socket,") else word
+                    for word in argv
+                ]
+            log = stack.enter_context((folder / "qemu.log").open("ab"))
+            process = subprocess.Popen(
+                argv,
+                env={"PATH": host.environment["PATH"], **marks},
+                pass_fds=[one.fileno() for one in sockets],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.process = process
+        host.ask("runs", "cont")
+        self.qemu = host.qemu("runs")
+        self._write("runs/incarnation.json", argv=argv, **self._process_fields())
+        return process
+
+    def _process_fields(self) -> dict[str, int]:
+        return {"pid": self.qemu.pid, "starttime": self.qemu.starttime}
+
+    def _local(self, data: bytes) -> bytes:
+        """As this machine's own."""
+        local = data.replace(FOLDER.encode(), str(self._host.folder).encode())
+        return local.replace(MACHINE.encode(), machine_id().encode())
+
+    def _value(self, place: str, **fields: object) -> bytes:
+        """A record or a value, as it would be if it had been written on this machine."""
+        found = json.loads(self._local(recorded(self._release, place)))
+        local = found | ({"boot_id": boot_id()} if "boot_id" in found else {}) | fields
+        return json.dumps(local | ({"version": 2} if place == self._newer else {})).encode()
+
+    def _write(self, place: str, **fields: object) -> None:
+        (self._host.run_dir / place).write_bytes(self._value(place, **fields))
+
+
+class Leave:
+    """Lays out what releases have left, and reaps it."""
+
+    def __init__(self, hosts: Hosts, keys: Keys) -> None:
+        self._hosts, self._keys = hosts, keys
+        self._left: list[Left] = []
+
+    def __call__(self, release: str, *, newer: str = "") -> tuple[Host, Left]:
+        host = self._hosts(KVM_SESSION_TTL="2" if newer else "15")
+        left = Left(release, host, self._keys, newer=newer)
+        self._left.append(left)
+        return host, left
+
+    def close(self) -> None:
+        for left in self._left:
+            left.process.kill()
+            left.process.wait()
+
+
+@pytest.fixture
+def leave(hosts: Hosts, keys: Keys) -> Iterator[Leave]:
+    leave = Leave(hosts, keys)
+    try:
+        yield leave
+    finally:
+        leave.close()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_a_release_left_is_adopted(leave: Leave, keys: Keys, release: str) -> None:
+    """Law 8: same process, same lock, nothing pending, its history remembered; what had ended stays ended.
+
+    The session is gone on with, so that no other host sees this one go.
+    """
+    host, left = leave(release)
+    session = keys.get(keys.layout.session_key(HostName(host.name)))
+    host.start()
+    assert host.wait_running("runs") == {"runs": left.qemu}
+    eventually("the adoption", lambda: host.metric("adopted_total") == 1)
+    status = host.status("runs")
+    assert status is not None
+    assert (status.pid, status.epoch, status.pending, status.problems) == (left.qemu.pid, 2, (), ())
+    assert (status.restarts, status.last_exit) == (1, "crashed (signal 9)")
+    assert keys.get(keys.layout.lock_key(InstanceId("runs"))) == left.lock
+    ended = host.wait_for("ended", Phase.STOPPED)
+    assert ended.last_exit == "host-quit"
+    assert "`restart` is never" in ended.reason
+    assert len(host.qemus()) == 1
+    assert len(host.events("session.resumed")) == 1
+    assert session is not None
+    # It can be worked with: its power button (nobody hears it), then its end.
+    keys.delete("runs", "host")
+    host.wait_forgotten("runs")
+    assert not left.qemu.alive
+    assert keys.lock("runs") is None
+
+
+# --- what is left alone ---------------------------------------------------------------------------------------
+
+
+def untouched(host: Host, qemu: Qemu) -> bool:
+    return host.qemus() == [qemu] and host.run_state(qemu) == "running"
+
+
+@pytest.mark.parametrize("file", ["incarnation.json", "memory.json"])
+def test_a_newer_record_is_left_alone_with_its_process(leave: Leave, keys: Keys, file: str) -> None:
+    """Law: neither the process nor the record nor the lock is touched, and the log says which file, and why."""
+    host, left = leave(RELEASES[-1], newer=f"runs/{file}")
+    before = (host.run_dir / "runs" / file).read_bytes()
+    host.start()
+    host.wait_for("ended", Phase.STOPPED)
+    (line,) = host.events("instance.unreadable", instance="runs")
+    assert file in line["reason"]
+    assert "its version is 2, this release reads 1" in line["reason"]
+    keys.put("runs", restart_request="second", power="off")
+    keys.put("ended", power="off")
+    host.wait_for("ended", lambda status: "power" in status.reason)
+    assert untouched(host, left.qemu)
+    assert (host.run_dir / "runs" / file).read_bytes() == before
+    assert keys.get(keys.layout.lock_key(InstanceId("runs"))) == left.lock
+    host.stop()
+    assert untouched(host, left.qemu)
+
+
+def test_a_newer_lock_is_left_alone_with_its_process(leave: Leave, keys: Keys) -> None:
+    """Law 2: a lock that cannot be read is a stranger's: it is kept, nothing is started; nor is anything killed for it.
+
+    Law 3.6: a process is killed when its lock is read to have another epoch, and this one's epoch is not known.
+    """
+    host, left = leave(RELEASES[-1], newer="runs/lock.json")
+    host.start()
+    status = host.wait_for("runs", lambda status: "lock" in status.reason or bool(status.notice))
+    assert "cannot read" in f"{status.reason} {status.notice}"
+    assert untouched(host, left.qemu)
+    assert keys.get(keys.layout.lock_key(InstanceId("runs"))) == left.lock
+
+
+def test_a_newer_session_file_is_left_alone_and_costs_a_wait(leave: Leave) -> None:
+    """Law: the old session is waited out, not taken; the file stays; the machine is adopted all the same."""
+    host, left = leave(RELEASES[-1], newer="_session.json")
+    before = (host.run_dir / "_session.json").read_bytes()
+    host.start()
+    assert host.wait_running("runs") == {"runs": left.qemu}
+    (line,) = host.events("session.file_newer")
+    assert line["version"] == 2
+    assert (host.run_dir / "_session.json").read_bytes() == before
+    assert untouched(host, left.qemu)
