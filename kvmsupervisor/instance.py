@@ -25,10 +25,11 @@ from kvmsupervisor.domain.spec import Problem, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.report import Report
-from kvmsupervisor.surroundings import NotFenced, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
@@ -405,7 +406,7 @@ class Instance:
         assert record is not None
         assert record.pid is not None
         assert record.starttime is not None
-        clients = await self._around.fencing.clients(record)
+        clients = await self._around.fencing.clients(record, known=lock.fence)
         self._machine.note_clients(clients)
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.

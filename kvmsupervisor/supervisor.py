@@ -34,12 +34,13 @@ from kvmsupervisor.domain.spec import Wish, parse_wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.face import Face
+from kvmsupervisor.fencing import Diskless
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.publisher import GATHER_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
-from kvmsupervisor.surroundings import Diskless, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 

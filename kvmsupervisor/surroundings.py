@@ -4,50 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.domain.argv import HostSide
-from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.slots import Slots
+from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
-
-
-class NotFenced(Exception):
-    """An address could not be proven fenced: no start. The message says why, and what would help."""
-
-
-class Fencing(Protocol):
-    """What storage offers to law 3 and 4: which clients a QEMU has, and to shut some out for good."""
-
-    async def clients(self, record: Incarnation) -> tuple[str, ...]:
-        """The addresses of the (paused) QEMU's own storage clients."""
-        ...
-
-    async def fence(self, addresses: tuple[str, ...]) -> None:
-        """Shut out each address, and verify it.
-
-        Raises:
-            NotFenced: one of them could not be.
-        """
-        ...
-
-
-class Diskless:
-    """The storage of machines without a fenceable disk: no clients, nothing to fence."""
-
-    async def clients(self, record: Incarnation) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    async def fence(self, addresses: tuple[str, ...]) -> None:
-        """Nothing to do without addresses; with some it cannot be done here."""
-        if addresses:
-            raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What all tests share: real etcd servers, a real Ceph cluster, a guest that boots, and signals as a person's shell has them."""
+"""What all tests share: real etcd servers and Ceph, a guest that boots, and signals as a person's shell has them."""
 
 import signal
 

@@ -1,17 +1,16 @@
 """The command line of QEMU, made of a machine's wishes and the host's choices (DESIGN §5).
 
-Sources: qemu-system-x86_64(1); the RBD file name syntax of QEMU's block/rbd.c, shown in
-https://docs.ceph.com/en/latest/rbd/qemu-rbd/.
+Source: qemu-system-x86_64(1). Disks are in `disk.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 from uuid import UUID, uuid5
 
+from kvmsupervisor.domain.disk import CephSide, rbd_disk, secret
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Problem, RbdImage, Spec
 
@@ -72,6 +71,7 @@ class HostSide:
             the supervisor's own, and the spare one for its successor and for people.
         bridge_if: bridge of NICs whose `bridge` is not given, or None.
         spice_addr: address on which SPICE servers listen.
+        ceph: how QEMU reaches Ceph.
     """
 
     qemu: str
@@ -80,6 +80,7 @@ class HostSide:
     qmp_fds: tuple[int, int]
     bridge_if: str | None = None
     spice_addr: str = "127.0.0.1"
+    ceph: CephSide = field(default_factory=CephSide)
 
 
 def instance_uuid(prefix: str, instance: InstanceId) -> UUID:
@@ -111,7 +112,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide) -> tuple[str, 
         *("-device", f"virtio-balloon-pci,id=balloon0,addr={_BALLOON_SLOT:#x}"),
         *("-device", "pvpanic"),
         *_nic(spec, host),
-        *_disk(spec.rbd),
+        *_disk(spec.rbd, host.ceph),
         *_display(spec.spice_port, host.spice_addr),
         *spec.extra_flags,
     )
@@ -152,17 +153,11 @@ def _nic(spec: Spec, host: HostSide) -> Iterator[str]:
     yield from ("-device", f"virtio-net-pci,id=nic0,netdev=net0,mac={spec.mac},addr={_NIC_SLOT:#x}")
 
 
-_RBD_SPECIAL = re.compile(r"[\\/@:]")
-
-
-def _disk(rbd: RbdImage | None) -> Iterator[str]:
-    """The first disk. librbd caches writes back, and a flush of the guest's reaches the image."""
-    if rbd is None:
-        return
-    pool, image = (_RBD_SPECIAL.sub(r"\\\g<0>", name) for name in (rbd.pool, rbd.image))
-    file = _escaped(f"rbd:{pool}/{image}")
-    yield from ("-drive", f"file={file},format=raw,if=none,id=disk0,cache=writeback")
-    yield from ("-device", f"virtio-blk-pci,drive=disk0,addr={_DISK_SLOT:#x}")
+def _disk(rbd: RbdImage | None, ceph: CephSide) -> Iterator[str]:
+    """The first disk."""
+    if rbd is not None:
+        yield from secret(ceph)
+        yield from rbd_disk(rbd, ceph, name="disk0", slot=_DISK_SLOT)
 
 
 def _display(spice_port: int | None, spice_addr: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.spec import RbdImage, Spec
 
 
 def storage_of(spec: Spec) -> Storage:
@@ -20,6 +20,11 @@ def storage_of(spec: Spec) -> Storage:
     if not _all_harmless(spec.extra_flags):
         return Storage.UNFENCEABLE
     return Storage.NONE if spec.rbd is None else Storage.RBD
+
+
+def images_of(spec: Spec) -> tuple[RbdImage, ...]:
+    """The RBD images that QEMU has open for writing when it runs `spec`, but for those in `extra_flags`."""
+    return () if spec.rbd is None else (spec.rbd,)
 
 
 def _all_harmless(words: Sequence[str]) -> bool:

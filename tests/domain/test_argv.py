@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from uuid import UUID
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.argv import HostSide, Identity, Unbuildable, build_argv, instance_uuid
+from kvmsupervisor.domain.disk import CephSide
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue, RbdImage, Spec, parse_wish
 
@@ -104,17 +106,38 @@ def test_nic_without_any_bridge() -> None:
 
 
 def test_disk() -> None:
-    """Law: the RBD image is a raw virtio disk, cached write-back."""
+    """Law: the RBD image is a virtio disk, cached write-back, flushes honoured; an I/O error stops the guest."""
     words = argv(replace(TINY, rbd=RbdImage(pool="rbd", image="vm1")))
-    assert value_of(words, "-drive") == "file=rbd:rbd/vm1,format=raw,if=none,id=disk0,cache=writeback"
-    assert "virtio-blk-pci,drive=disk0,addr=0x11" in words
+    assert json.loads(value_of(words, "-blockdev")) == {
+        "driver": "rbd",
+        "node-name": "disk0",
+        "pool": "rbd",
+        "image": "vm1",
+        "cache": {"direct": False, "no-flush": False},
+        "discard": "unmap",
+    }
+    assert "virtio-blk-pci,drive=disk0,write-cache=on,werror=stop,rerror=stop,addr=0x11" in words
+    assert "-object" not in words
+
+
+def test_disk_of_a_client_with_a_key() -> None:
+    """Law: the key comes from a file, before the disk that needs it, and is not on the command line."""
+    ceph = CephSide(user="vm", conf="/etc/ceph/ceph.conf", key_file="/run/a,b/ceph.key")
+    words = argv(replace(TINY, rbd=RbdImage(pool="rbd", image="vm1")), replace(HOST, ceph=ceph))
+    assert value_of(words, "-object") == "secret,id=ceph0,file=/run/a,,b/ceph.key,format=base64"
+    assert words.index("-object") < words.index("-blockdev")
+    disk = json.loads(value_of(words, "-blockdev"))
+    assert (disk["user"], disk["conf"]) == ("vm", "/etc/ceph/ceph.conf")
+    assert (disk["key-secret"], disk["auth-client-required"]) == ("ceph0", ["cephx"])
+    assert argv(TINY, replace(HOST, ceph=ceph)) == argv(TINY)
 
 
 def test_disk_names_cannot_become_options() -> None:
-    """Law: what is special to QEMU's options or to its RBD syntax stays part of the name."""
-    words = argv(replace(TINY, rbd=RbdImage(pool="a:b", image="c,d@e\\f:conf=/x")))
-    file = "file=rbd:a\\:b/c,,d\\@e\\\\f\\:conf=\\/x"
-    assert value_of(words, "-drive") == f"{file},format=raw,if=none,id=disk0,cache=writeback"
+    """Law: what is special to QEMU's options or to JSON stays part of the name."""
+    words = argv(replace(TINY, rbd=RbdImage(pool='a:b","x":"', image="c,d@e\\f:conf=/x")))
+    disk = json.loads(value_of(words, "-blockdev"))
+    assert (disk["pool"], disk["image"]) == ('a:b","x":"', "c,d@e\\f:conf=/x")
+    assert set(disk) == {"driver", "node-name", "pool", "image", "cache", "discard"}
 
 
 def test_spice() -> None:
@@ -189,6 +212,9 @@ def test_no_value_becomes_an_option(texts: dict[str, str]) -> None:
         )
     )
     for word, expected in zip(found, argv(_SOUND), strict=True):
+        if expected.startswith("{"):
+            assert json.loads(word).keys() == json.loads(expected).keys()
+            continue
         names, expected_names = ([part.partition("=")[0] for part in parts(w)] for w in (word, expected))
         assert len(names) == len(expected_names)
         assert names[1:] == expected_names[1:]

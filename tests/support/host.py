@@ -21,11 +21,12 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.slots import Slots
 from kvmsupervisor.domain.spec import parse_wish
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.fencing import Diskless
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
-from kvmsupervisor.surroundings import Diskless, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
