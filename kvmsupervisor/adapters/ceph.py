@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from kvmsupervisor.domain.ceph import (
     client_address,
     keyring_paths,
     last_words,
+    parse_added,
     parse_blocklist,
     parse_info,
     parse_keyring,
@@ -157,51 +159,74 @@ class Ceph:
 
     # --- shutting out -----------------------------------------------------------------------------------------
 
-    async def blocklist_add(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
-        """Shut out each client for `expire_s` seconds from now; one that is shut out already gets the new time.
+    async def blocklist_add(self, clients: Iterable[str], expire_s: float = FENCE_S) -> Mapping[Client, datetime]:
+        """Shut out each client that is not shut out already; until when a new entry lasts, by the monitors' clock.
 
-        It never writes again, not even after its entry is gone.
+        An entry that is there keeps its time: Ceph says the new one and does not take it (seen in 16.2: the map of
+        entries is added to, not written over). A client that was shut out never writes again through that connection,
+        once it has noticed, not even after its entry is gone.
 
         Raises:
-            CephFailed: one is not the address of a single client (FENCING: an entry for a whole host would hit
-                everything on it); nothing was added then.
+            CephFailed: one is not the address of a single client (an entry for a whole host would hit everything on
+                it, OSDs included); nothing was added then.
         """
         slots = asyncio.Semaphore(ADDS_AT_ONCE)
+        until: dict[Client, datetime] = {}
 
         async def add(client: Client) -> None:
+            command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
             async with slots:
-                await self._run("ceph", "osd", "blocklist", "add", client, f"{expire_s:.0f}")
+                _, said = await self._run("ceph", *command)
+            with _understood("ceph", command):
+                until[client] = parse_added(said.decode(errors="replace"))
 
         # Each is checked before the first is added.
         await _together(*[add(client) for client in _exactly(clients)])
+        return until
 
-    async def blocklist_ls(self) -> Mapping[Client, str]:
-        """Who is shut out, and until when, as Ceph writes it; entries for whole hosts are left out."""
+    async def blocklist_ls(self) -> Mapping[Client, datetime]:
+        """Who is shut out, and until when by the monitors' clock; entries for whole hosts are left out."""
         return await self._ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
 
     async def blocklist_rm(self, clients: Iterable[str]) -> None:
-        """Let each client in again, for programs that come later under the same address (there are none).
+        """Delete the entry of each client. Only when its process is proven gone (law 4), or to renew it at once.
 
-        `profile rbd` does not allow it: it is the work of an operator's client.
+        `profile rbd` alone does not allow it; see docs/ceph.md.
         """
         for client in _exactly(clients):
             await self._run("ceph", "osd", "blocklist", "rm", client)
 
     async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
-        """Shut out each client, and read back that it is so (law 4).
+        """Shut out each client for long, and read back that it is so (law 4).
+
+        An entry with a short expiry that was there before (librbd adds one for an hour when it breaks a lock, people
+        do by default) is replaced: a host that was frozen may wake up after it. Nothing else runs on the image yet.
 
         Raises:
             CephFailed: one is not listed afterwards, or is no address of a single client.
+            CephRefused: an entry is to be replaced, and this client may not.
         """
         assert expire_s >= FENCE_MIN_S, expire_s
         wanted = _exactly(clients)
         if not wanted:
             return
-        await self.blocklist_add(wanted, expire_s)
+        short = await self._add_and_check(wanted, expire_s)
+        if short:
+            await self.blocklist_rm(short)
+            short = await self._add_and_check(short, expire_s)
+        if short:
+            raise CephFailed(f"the entries of {', '.join(short)} in `ceph osd blocklist ls` end in less than 30 days")
+
+    async def _add_and_check(self, clients: tuple[Client, ...], expire_s: float) -> tuple[Client, ...]:
+        """Add them; return those that are listed for a shorter time than counts as a fence."""
+        added = await self.blocklist_add(clients, expire_s)
         listed = await self.blocklist_ls()
-        missing = [client for client in wanted if client not in listed]
+        missing = [client for client in clients if client not in listed]
         if missing:
             raise CephFailed(f"`ceph osd blocklist ls` does not name {', '.join(missing)}, which were just added")
+        # Both times are the monitors': this host's clock may be wrong.
+        allowance = timedelta(seconds=expire_s - FENCE_MIN_S)
+        return tuple(client for client in clients if listed[client] < added[client] - allowance)
 
     # --- the key ----------------------------------------------------------------------------------------------
 
@@ -227,19 +252,18 @@ class Ceph:
     async def _keyring_paths(self) -> tuple[str, ...]:
         names = ("--name", self.access.entity, "--show-config-value", "keyring")
         conf = () if self.access.conf is None else ("--conf", self.access.conf)
-        return keyring_paths((await self._execute("ceph-conf", *conf, *names)).decode(errors="replace"))
+        answer, _ = await self._execute("ceph-conf", *conf, *names)
+        return keyring_paths(answer.decode(errors="replace"))
 
     # --- running tools ----------------------------------------------------------------------------------------
 
     async def _ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
-        answer = await self._run(program, *args)
-        try:
+        answer, _ = await self._run(program, *args)
+        with _understood(program, args):
             return parse(answer)
-        except Unfit as error:
-            raise CephFailed(f"`{_shown(program, args)}` says what is not understood: {error}") from error
 
-    async def _run(self, program: str, *args: str, limit_s: float | None = None) -> bytes:
-        """Run a tool as this client; what it printed."""
+    async def _run(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
+        """Run a tool as this client; what it printed to its two outputs."""
         access = self.access
         who = ["--id", access.user]
         if access.conf is not None:
@@ -248,7 +272,7 @@ class Ceph:
             who += ["--keyring", access.keyring]
         return await self._execute(program, *args, *who, limit_s=limit_s)
 
-    async def _execute(self, program: str, *args: str, limit_s: float | None = None) -> bytes:
+    async def _execute(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         limit_s = self._answer_s if limit_s is None else max(limit_s, self._answer_s)
         shown = _shown(program, args)
@@ -278,7 +302,7 @@ class Ceph:
         if tool.returncode != 0:
             assert tool.returncode is not None
             raise self._error(shown, tool.returncode, complaints.decode(errors="replace"))
-        return answer
+        return answer, complaints
 
     def _error(self, shown: str, status: int, complaints: str) -> CephError:
         words = last_words(complaints) or f"exit status {status}"
@@ -315,6 +339,14 @@ def _exactly(clients: Iterable[str]) -> tuple[Client, ...]:
         return tuple(dict.fromkeys(client_address(client) for client in clients))
     except Unfit as error:
         raise CephFailed(f"cannot shut out what is not exactly one client: {error}") from error
+
+
+@contextlib.contextmanager
+def _understood(program: str, args: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
+    except Unfit as error:
+        raise CephFailed(f"`{_shown(program, args)}` says what is not understood: {error}") from error
 
 
 def _shown(program: str, args: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from typing import NewType
 
@@ -118,8 +119,8 @@ def parse_lock_owners(data: bytes) -> frozenset[Client]:
     return frozenset(_addresses(_list(_one(data)), "address"))
 
 
-def parse_blocklist(data: bytes) -> Mapping[Client, str]:
-    """Read `ceph osd blocklist ls --format json`: who is shut out, and until when, as Ceph writes it.
+def parse_blocklist(data: bytes) -> Mapping[Client, datetime]:
+    """Read `ceph osd blocklist ls --format json`: who is shut out, and until when by the monitors' clock.
 
     Two lists are printed since Ceph 16.2, the second one of address ranges. Entries for whole hosts are somebody
     else's: they are left out, like the ranges, because they prove nothing of one client.
@@ -127,16 +128,28 @@ def parse_blocklist(data: bytes) -> Mapping[Client, str]:
     first = next(_documents(data), None)
     if first is None:
         raise Unfit("it is empty")
-    found: dict[Client, str] = {}
+    found: dict[Client, datetime] = {}
     for entry in _list(first):
         address, until = _object(entry).get("addr"), _object(entry).get("until")
         if not isinstance(address, str) or not isinstance(until, str):
             raise Unfit(f"the entry {show(str(entry))} has no address, or no time")
         try:
-            found[client_address(address)] = until
+            client = client_address(address)
         except Unfit:
             continue
+        found[client] = _time(until)
     return found
+
+
+_ADDED = re.compile(r"^blocklisting \S+ until (\S+)", re.MULTILINE)
+
+
+def parse_added(stderr: str) -> datetime:
+    """Read what `ceph osd blocklist add` says: until when the entry would last if it is a new one."""
+    found = _ADDED.search(stderr)
+    if found is None:
+        raise Unfit(f"{show(stderr)} does not say until when")
+    return _time(found[1])
 
 
 def parse_keyring(text: str, entity: str) -> str:
@@ -182,11 +195,14 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     ("no keyring found", Trouble.REFUSED, "its keyring is not there, or not to be read"),
     ("unable to open config file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
     ("unable to get monitor info", Trouble.REFUSED, "no ceph.conf names the monitors"),
+    ("conf_read_file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
     ("allowed_methods", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    ("rados permission denied", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
     ("timed out", Trouble.AWAY, "the monitors are away, or have no quorum"),
     ("access denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("permission denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("not permitted", Trouble.REFUSED, "its capabilities do not allow it"),
+    ("couldn't connect to the cluster", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
 )
 _STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS, 39: Trouble.BUSY}
 _AWAY_STATUS = {101, 107, 110, 111, 113}
@@ -256,6 +272,16 @@ def _object(found: object) -> Mapping[str, object]:
 def _list(found: object) -> list[object]:
     if not isinstance(found, list):
         raise Unfit(f"{show(str(found))} is no JSON list")
+    return found
+
+
+def _time(text: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise Unfit(f"{show(text)} is no time") from error
+    if found.tzinfo is None:
+        raise Unfit(f"{show(text)} has no time zone")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kvmsupervisor.domain.ceph import (
     client_address,
     keyring_paths,
     last_words,
+    parse_added,
     parse_blocklist,
     parse_info,
     parse_keyring,
@@ -32,8 +34,8 @@ INFO = b'{"name":"vm1","id":"1016","size":8388608,"order":22,"format":2,"feature
 STATUS = b'{"watchers":[{"address":"127.0.0.1:0/196779820","client":4267,"cookie":140064453656736}]}\n'
 LOCKS = b'[{"id":"auto 140031301784736","locker":"client.4285","address":"127.0.0.1:0/1768140858"}]\n'
 BLOCKLIST = (
-    b'\n[{"addr":"[fd00::1]:0/12345","until":"2026-11-24T23:58:08.4+0000"},'
-    b'{"addr":"127.0.0.1:0/0","until":"2026-12-24T22:58:12.4+0000"}][]'
+    b'\n[{"addr":"[fd00::1]:0/12345","until":"2026-11-24T23:58:08.400000+0000"},'
+    b'{"addr":"127.0.0.1:0/0","until":"2026-12-24T22:58:12.400000+0000"}][]'
 )
 NO_KEYRING = """\
 2026-11-24T22:59:06.613+0000 7fbbf42aa380 -1 auth: unable to find a keyring on /x/client.nobody.keyring: (2) No such file or directory
@@ -58,7 +60,18 @@ def test_what_the_tools_print_is_understood() -> None:
 
 def test_an_entry_for_a_whole_host_proves_nothing_of_one_client() -> None:
     """FENCING: only the exact nonce counts, so an entry of port and nonce 0 is left out."""
-    assert parse_blocklist(BLOCKLIST) == {"[fd00::1]:0/12345": "2026-11-24T23:58:08.4+0000"}
+    assert parse_blocklist(BLOCKLIST) == {"[fd00::1]:0/12345": datetime(2026, 11, 24, 23, 58, 8, 400000, tzinfo=UTC)}
+
+
+def test_until_when() -> None:
+    """Law 4: both tools name a time with its zone; without one it would be anybody's."""
+    said = "blocklisting 192.0.2.1:0/7 until 2027-11-24T23:12:44.078854+0000 (3.1536e+07 sec)\n"
+    assert parse_added(said) == datetime(2027, 11, 24, 23, 12, 44, 78854, tzinfo=UTC)
+    for odd in ("", "until tomorrow", said.replace("+0000", ""), said.replace("2027-11", "never")):
+        with pytest.raises(Unfit):
+            parse_added(odd)
+    with pytest.raises(Unfit, match="is no time"):
+        parse_blocklist(b'[{"addr":"127.0.0.1:0/5","until":"soon"}]')
 
 
 def test_without_exclusive_lock() -> None:
