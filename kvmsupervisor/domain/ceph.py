@@ -190,14 +190,14 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
     ("delete error", Trouble.NO_IMAGE, "there is no such image"),
-    # The cause before what follows from it.
+    # The cause before what follows from it. Who was turned away had a key, whatever places were looked at in vain.
+    ("allowed_methods", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    ("rados permission denied", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
     ("find a keyring", Trouble.REFUSED, "its keyring is not there, or not to be read"),
     ("no keyring found", Trouble.REFUSED, "its keyring is not there, or not to be read"),
     ("unable to open config file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
     ("unable to get monitor info", Trouble.REFUSED, "no ceph.conf names the monitors"),
     ("conf_read_file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
-    ("allowed_methods", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
-    ("rados permission denied", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
     ("timed out", Trouble.AWAY, "the monitors are away, or have no quorum"),
     ("access denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("permission denied", Trouble.REFUSED, "its capabilities do not allow it"),
