@@ -9,6 +9,7 @@
     <run>/<id>/console.sock, .log  serial console
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
+    <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
 they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced
@@ -45,6 +46,7 @@ class InstanceDir:
         self.spare_socket = path / "qmp-spare.sock"
         self.qemu_log = path / "qemu.log"
         self.console_log = path / "console.log"
+        self.ceph_key = path / "ceph.key"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
 
@@ -100,6 +102,27 @@ class InstanceDir:
     def drop_memory(self) -> None:
         """Forget: the instance starts from nothing when it comes back."""
         self._memory.unlink(missing_ok=True)
+
+    def write_ceph_key(self, key: str, *, group: int | None) -> Path:
+        """Keep the key to Ceph where QEMU reads it, once, when it starts; return where.
+
+        Args:
+            key: base64, as a keyring holds it.
+            group: id of QEMU's group, which may read it; None when QEMU runs as this user.
+        """
+        aside = self.ceph_key.with_name(self.ceph_key.name + ".new")
+        aside.unlink(missing_ok=True)
+        # Never readable for others, not for a moment, whatever the umask is.
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, key.encode())
+            if group is not None:
+                os.fchown(descriptor, -1, group)
+            os.fchmod(descriptor, 0o640)
+        finally:
+            os.close(descriptor)
+        aside.replace(self.ceph_key)
+        return self.ceph_key
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
