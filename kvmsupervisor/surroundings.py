@@ -1,4 +1,4 @@
-"""What all instances of a host share, and the interface to what fences storage."""
+"""What all instances of a host share."""
 
 from __future__ import annotations
 

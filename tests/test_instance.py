@@ -230,7 +230,7 @@ async def test_what_may_be_written_to_is_told_of_the_machine_that_runs(host: Hos
     host.store.before = add_a_disk
     host.begin()
     qemu = await host.runs()
-    assert any("rbd:rbd/vm" in word for word in qemu.argv)
+    assert any('"pool":"rbd","image":"vm"' in word for word in qemu.argv)
     assert host.lock is not None
     assert host.lock.storage is Storage.RBD
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdImage, Spec
-from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.storage import images_of, storage_of
 
 RBD = RbdImage(pool="rbd", image="vm1")
 
@@ -80,3 +80,9 @@ def test_anything_else_cannot_be_fenced(flags: str) -> None:
     words = tuple(shlex.split(flags, posix=True)) if "{" not in flags else tuple(flags.split(" "))
     assert storage_of(Spec(ram_mib=64, extra_flags=words)) is Storage.UNFENCEABLE
     assert storage_of(Spec(ram_mib=64, rbd=RBD, extra_flags=words)) is Storage.UNFENCEABLE
+
+
+def test_the_images_of_a_machine() -> None:
+    """Law 3: those whose watchers are its clients."""
+    assert images_of(Spec(ram_mib=64, rbd=RBD)) == (RBD,)
+    assert images_of(Spec(ram_mib=64)) == ()
