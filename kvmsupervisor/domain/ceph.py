@@ -204,7 +204,7 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     ("not permitted", Trouble.REFUSED, "its capabilities do not allow it"),
     ("couldn't connect to the cluster", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
 )
-_STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS, 39: Trouble.BUSY}
+_STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS}
 _AWAY_STATUS = {101, 107, 110, 111, 113}
 """ENETUNREACH, ENOTCONN, ETIMEDOUT, ECONNREFUSED, EHOSTUNREACH."""
 

@@ -25,6 +25,7 @@ from kvmsupervisor.domain.spec import RbdImage
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
 from tests.support.ceph import CephError as ClusterError
+from tests.support.rbd_qemu import RbdQemu
 
 LIMIT_S = 30.0
 SAYS_SO = "echo 'blocklisting it until 2030-01-01T00:00:00.0+0000 (1 sec)' >&2"
@@ -131,6 +132,23 @@ async def test_an_image_is_imported_once_and_as_a_whole(
     assert not await Ceph(vm).import_image(target, tmp_path / "vars")
     assert (await Ceph(vm).image_info(target)).size == 9000
     assert f"{target.image}.new" not in ceph.rbd("ls", POOL).split()
+
+
+async def test_what_a_cut_off_import_has_open_is_waited_for(
+    ceph: Cluster, vm: CephAccess, image: RbdImage, tmp_path: Path
+) -> None:
+    """Law: an import that was killed counts as open for 30 s; that is "wait", and nothing is made meanwhile."""
+    (tmp_path / "vars").write_bytes(b"variables")
+    target = RbdImage(pool=POOL, image=f"{image.image}.nvram")
+    aside = RbdImage(pool=POOL, image=f"{target.image}.new")
+    ceph.rbd_create(str(aside))
+    async with RbdQemu(ceph, aside):
+        with pytest.raises(CephAway, match="somebody has it open"):
+            await Ceph(vm).import_image(target, tmp_path / "vars")
+    with pytest.raises(NoSuchImage):
+        await Ceph(vm).image_info(target)
+    await Ceph(vm).fence(await Ceph(vm).watchers(aside))
+    assert await Ceph(vm).import_image(target, tmp_path / "vars")
 
 
 async def test_an_import_without_a_file_leaves_nothing(ceph: Cluster, vm: CephAccess, image: RbdImage) -> None:

@@ -25,8 +25,10 @@ from kvmsupervisor.domain.argv import (
     build_argv,
     instance_uuid,
 )
+from kvmsupervisor.domain.disk import CephSide
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.spec import RbdImage, Spec
+from tests.support.ceph import POOL, Ceph
 
 VM = InstanceId("vm-1")
 UUID = instance_uuid("/kvm", VM)
@@ -43,11 +45,17 @@ def run_dir() -> Iterator[Path]:
 class Machine:
     """A QEMU started on listening sockets, and a QMP connection that was made before it existed."""
 
-    def __init__(self, stack: ExitStack, run_dir: Path, spec: Spec) -> None:
+    def __init__(self, stack: ExitStack, run_dir: Path, spec: Spec, ceph: CephSide | None = None) -> None:
         listeners = [stack.enter_context(_listener(run_dir / n)) for n in (QMP_SOCKET, QMP_SPARE_SOCKET)]
         self._qmp = _connect(stack, run_dir / QMP_SOCKET)
         first, spare = (listener.fileno() for listener in listeners)
-        host = HostSide(qemu="qemu-system-x86_64", accel="tcg", run_dir=f"{run_dir}", qmp_fds=(first, spare))
+        host = HostSide(
+            qemu="qemu-system-x86_64",
+            accel="tcg",
+            run_dir=f"{run_dir}",
+            qmp_fds=(first, spare),
+            ceph=ceph or CephSide(),
+        )
         words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host)
         # Its words show up in pytest's report of what was printed, when a test fails.
         process = stack.enter_context(subprocess.Popen(words, pass_fds=(first, spare)))
@@ -111,3 +119,17 @@ def test_machine_with_spice(run_dir: Path, machine_type: str) -> None:
         )
         assert machine.ask("query-status")["status"] == "prelaunch"
         assert len(machine.ask("query-cpus-fast")) == 2
+
+
+def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Ceph, ceph_image: str) -> None:
+    """Law: the disk is the image, written back and flushed, open for writing; an I/O error stops the guest."""
+    (run_dir / "a,key").write_text(ceph.ceph("auth", "get-key", "client.admin"))
+    side = CephSide(user="admin", conf=str(ceph.conf), key_file=str(run_dir / "a,key"))
+    with ExitStack() as stack:
+        machine = Machine(stack, run_dir, Spec(ram_mib=64, rbd=RbdImage(pool=POOL, image=ceph_image)), side)
+        assert machine.ask("query-status")["status"] == "prelaunch"
+        (disk,) = machine.ask("query-block")
+        assert disk["inserted"]["cache"] == {"no-flush": False, "direct": False, "writeback": True}
+        assert (disk["inserted"]["drv"], disk["inserted"]["ro"]) == ("rbd", False)
+        assert disk["inserted"]["image"]["virtual-size"] == 8 << 20
+        assert len(ceph.watchers(f"{POOL}/{ceph_image}")) == 1

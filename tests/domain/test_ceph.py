@@ -188,7 +188,7 @@ def test_a_watcher_that_is_not_understood_is_not_left_out() -> None:
         (1, "timed out\n", Trouble.AWAY, "timed out"),
         (110, "rbd: couldn't connect to the cluster!\n", Trouble.AWAY, "rbd: couldn't connect"),
         (17, "rbd: rename error: (17) File exists\n", Trouble.EXISTS, "rbd: rename error"),
-        (39, "rbd: error: image still has watchers\n", Trouble.BUSY, "rbd: error: image still"),
+        (16, "rbd: error: image still has watchers\n", Trouble.BUSY, "rbd: error: image still"),
         (22, "no valid command found; 2 closest matches:\nosd blacklist add|rm <addr>\n", Trouble.OLD, "osd blacklist"),
         (22, "Error EINVAL: invalid command\n", Trouble.OTHER, "Error EINVAL"),
         (5, "", Trouble.OTHER, ""),
