@@ -44,13 +44,13 @@ IMPORT_S = 60.0
 
 FENCE_S = 365 * 86_400.0
 """Expiry of a fence: a year. It must outlast any host that is frozen and wakes up; law 4 wants 30 days at least. Ceph's
-own default of an hour has been seen to let two writers through. An entry costs some 30 bytes in each OSD map."""
+own default of an hour has been seen to let two writers through. An entry is one line in the OSD map."""
 
 FENCE_MIN_S = 30 * 86_400.0
 """The shortest expiry that counts as a fence (law 4)."""
 
 ADDS_AT_ONCE = 4
-"""Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 30 MB."""
+"""Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 40 MB."""
 
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
 """What the tools inherit. `ceph` is a program for the system's Python: the variables of our own would break it."""
