@@ -10,7 +10,7 @@ WORKERS ?= 2
 # Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
-.PHONY: help demo test lint quick soak bench lowest format clean
+.PHONY: help demo test lint quick soak container bench lowest wheel lock ignition format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -18,8 +18,12 @@ help:
 	@echo 'make lint    ruff, mypy, import directions'
 	@echo 'make quick   the tests that boot no guest'
 	@echo 'make soak    the slow tests'
+	@echo 'make container  the image built and run, hosts booted with systemd; needs root'
 	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
 	@echo 'make lowest  the quick tests with the oldest versions that pyproject.toml allows'
+	@echo 'make wheel   wheel and sdist, and the wheel tried in an environment of its own'
+	@echo 'make lock    renews deploy/requirements.lock, the packages of the image'
+	@echo 'make ignition  renews deploy/coreos/*.ign'
 	@echo 'make format  what ruff can mend by itself'
 	@echo 'make clean   removes all that these made'
 
@@ -27,7 +31,7 @@ demo: $(VENV)/.run
 	@$(BIN)/kvmsupervisor demo --cache .cache/guest
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not soak'
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m 'not soak and not docker'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,23 +40,44 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 quick: $(VENV)/.dev
-	$(BIN)/pytest -n $(WORKERS) -m 'not soak and not guest'
+	$(BIN)/pytest -n $(WORKERS) -m 'not soak and not guest and not docker'
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak --timeout 3600
+
+container: $(VENV)/.dev
+	@tools/install-system container
+	$(BIN)/pytest -m docker --timeout 1800
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench
 
 lowest: .venv-lowest/.dev
-	.venv-lowest/bin/pytest -n $(WORKERS) -m 'not soak and not guest'
+	.venv-lowest/bin/pytest -n $(WORKERS) -m 'not soak and not guest and not docker'
+
+wheel: $(VENV)/.dev
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet dist/*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/kvmsupervisor --version
+	@ls -l dist
+
+# Every version that Python 3.11 and newer get, with hashes and without the name of any registry.
+lock: $(VENV)/.dev
+	@test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv; }
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+	    --no-emit-index-url --no-header --no-annotate pyproject.toml -o deploy/requirements.lock
+
+ignition: $(VENV)/.dev
+	for one in flatcar fcos; do $(BIN)/python tools/ignition deploy/coreos/$$one.bu >deploy/coreos/$$one.ign; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-lowest .cache build *.egg-info .coverage .hypothesis
+	rm -rf .venv .venv-lowest .venv-wheel .venv-lock .cache build dist *.egg-info .coverage .hypothesis
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

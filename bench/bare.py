@@ -66,7 +66,8 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
 def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, width: int) -> float:
     """Spawn all of them with `xargs -P width`, ask each over QMP, end them; return the seconds until all answered.
 
-    QEMU's own `-daemonize` tells the shell that it is up.
+    QEMU's own `-daemonize` tells the shell that it is up. They are watched from the begin, as a supervisor's are: what
+    that costs is in both figures.
     """
     folder.mkdir()
     lines, sockets, pid_files = [], [], []
@@ -83,10 +84,14 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
     try:
         begun = time.monotonic()
         with commands.open() as text:
-            subprocess.run(
-                ["xargs", "-P", str(width), "-d", "\\n", "-I", "LINE", "sh", "-c", "LINE"], stdin=text, check=True
+            loop = subprocess.Popen(
+                ["xargs", "-P", str(width), "-d", "\\n", "-I", "LINE", "sh", "-c", "LINE"], stdin=text
             )
-        answers = await_answers(sockets, timeout_s=PATIENCE_S)
+        try:
+            answers = await_answers(sockets, timeout_s=PATIENCE_S, poll_s=0.01)
+        finally:
+            status = loop.wait()
+        assert status == 0, f"xargs ended with {status}"
         return max(answer.answered_at for answer in answers.values()) - begun
     finally:
         for file in pid_files:

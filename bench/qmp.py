@@ -66,7 +66,9 @@ class _Talk:
 def await_answers(paths: Collection[Path], *, timeout_s: float, poll_s: float = 0.0005) -> dict[Path, Answer]:
     """Connect to each socket as soon as it listens, return when all have answered.
 
-    The sockets listen before their QEMU exists, so that looking for them now and then costs no accuracy.
+    The supervisor's sockets listen before their QEMU exists, so that looking for them now and then costs no accuracy.
+    They are looked for every `poll_s` seconds, not at every word that is heard: the watcher shares its processors with
+    what it watches.
 
     Raises:
         NotAnswered: not all within `timeout_s` seconds.
@@ -74,14 +76,17 @@ def await_answers(paths: Collection[Path], *, timeout_s: float, poll_s: float = 
     deadline = time.monotonic() + timeout_s
     missing = set(paths)
     answers: dict[Path, Answer] = {}
+    look_at = time.monotonic()
     with selectors.DefaultSelector() as selector:
         try:
             while len(answers) < len(paths):
-                for path in list(missing):
-                    if (talk := _connect(path)) is not None:
-                        missing.remove(path)
-                        selector.register(talk.link, selectors.EVENT_READ, talk)
-                for key, _ in selector.select(poll_s if missing else 1.0):
+                if missing and time.monotonic() >= look_at:
+                    for path in list(missing):
+                        if (talk := _connect(path)) is not None:
+                            missing.remove(path)
+                            selector.register(talk.link, selectors.EVENT_READ, talk)
+                    look_at = time.monotonic() + poll_s
+                for key, _ in selector.select(max(0.0, look_at - time.monotonic()) if missing else 1.0):
                     talk = key.data
                     try:
                         answer = talk.feed()
@@ -103,6 +108,8 @@ def await_answers(paths: Collection[Path], *, timeout_s: float, poll_s: float = 
 
 
 def _connect(path: Path) -> _Talk | None:
+    if not path.exists():
+        return None
     link = socket.socket(socket.AF_UNIX)
     with suppress(FileNotFoundError, ConnectionRefusedError):
         link.connect(str(path))

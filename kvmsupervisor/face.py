@@ -25,6 +25,8 @@ class Face:
         session: of this host.
         wishes: the keys.
         removals_held: tells how many removals wait for an operator's word.
+        qemu_privileged: whether QEMU runs as root.
+        guests_survive: whether guests outlive the supervisor's container.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Face:
         session: Session,
         wishes: Wishes,
         removals_held: Callable[[], int],
+        qemu_privileged: bool,
+        guests_survive: bool,
     ) -> None:
         self.counters = Metrics(self.snapshot, version=__version__)
         self._instances = instances
@@ -42,10 +46,17 @@ class Face:
         self._session = session
         self._wishes = wishes
         self._removals_held = removals_held
+        self._qemu_privileged = qemu_privileged
+        self._guests_survive = guests_survive
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, by id."""
         return [self._instances[name].report.status for name in sorted(self._instances)]
+
+    def agent_seen(self, instance: InstanceId) -> str | None:
+        """When the agent in this instance's guest last answered; None when it did not."""
+        found = self._instances.get(instance)
+        return None if found is None else found.agent_seen
 
     def hosts(self) -> Sequence[HostSession]:
         """The hosts that have a session, by name."""
@@ -74,6 +85,8 @@ class Face:
             etcd_up=self._session.held and self._wishes.in_step,
             session_remaining_s=self._session.remaining_s,
             watch_revision=self._wishes.revision,
+            qemu_privileged=self._qemu_privileged,
+            guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
             instances=[self._sample(instance) for instance in self._instances.values()],
         )
@@ -90,4 +103,6 @@ class Face:
             invalid=bool(status.problems),
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
+            accelerator=status.accelerator,
+            machine=status.machine,
         )

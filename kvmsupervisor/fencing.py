@@ -17,7 +17,7 @@ from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError
 from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import RbdImage, spec_from_object
+from kvmsupervisor.domain.spec import RbdDisk, spec_from_object
 from kvmsupervisor.domain.storage import images_of
 
 
@@ -56,7 +56,7 @@ class Fencing(Protocol):
         """
         ...
 
-    async def users(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """Whom storage itself names as using these images, for a takeover: live ones, and dead ones that left a lock.
 
         Raises:
@@ -64,7 +64,7 @@ class Fencing(Protocol):
         """
         ...
 
-    async def watchers(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """Who of them is alive, or was 30 s ago: while there are any, a takeover waits (law 4).
 
         Raises:
@@ -85,11 +85,11 @@ class Diskless:
         if addresses:
             raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
 
-    async def users(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """Nobody."""
         return ()
 
-    async def watchers(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """Nobody."""
         return ()
 
@@ -123,31 +123,33 @@ class CephFencing:
         except CephError as error:
             raise _not_fenced(error) from error
 
-    async def users(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """See `Fencing`: `rbd status` and `rbd lock ls`."""
         ceph = self._ceph
         return await _union(ask(image) for image in images for ask in (ceph.watchers, ceph.lock_owners))
 
-    async def watchers(self, images: Collection[RbdImage]) -> tuple[str, ...]:
+    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """See `Fencing`: `rbd status`."""
         return await _union(self._ceph.watchers(image) for image in images)
 
-    async def _own(self, image: RbdImage, known: frozenset[str]) -> frozenset[Client]:
+    async def _own(self, image: RbdDisk, known: frozenset[str]) -> frozenset[Client]:
         """The one client by which the QEMU that has just opened `image` did so; see the module."""
         async with asyncio.TaskGroup() as group:
             asked = group.create_task(self._ceph.image_info(image))
             listed = group.create_task(self._ceph.watchers(image))
         if not asked.result().has_exclusive_lock and not self._allow_unfenced:
             raise NotFenced(
-                f"the image {image} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
-                f"`rbd feature enable {image} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
+                f"the image {image.name} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
+                f"`rbd feature enable {image.name} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
             )
         own = listed.result() - known
         if not own:
-            raise NotFenced(f"Ceph does not name this QEMU as having {image} open: may {image} be read only for it?")
+            raise NotFenced(
+                f"Ceph does not name this QEMU as having {image.name} open: may {image.name} be read only for it?"
+            )
         if len(own) > 1:
             raise NotFenced(
-                f"{image} is open elsewhere, too: of {', '.join(sorted(own))} one is this QEMU's. End the other; "
+                f"{image.name} is open elsewhere, too: of {', '.join(sorted(own))} one is this QEMU's. End the other; "
                 "one that was killed is forgotten after 30 s"
             )
         return own

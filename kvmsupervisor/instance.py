@@ -7,28 +7,28 @@ Level-triggered: whatever happens only sets one event, and the loop looks at all
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
-from uuid import uuid4
 
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.argv import Identity, Unbuildable, build_argv, instance_uuid
+from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, take
+from kvmsupervisor.domain.lock import Claim, Lock, LockState
 from kvmsupervisor.domain.restart import after
-from kvmsupervisor.domain.spec import Problem, Spec, Wish, spec_to_object
+from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
+from kvmsupervisor.starting import Start, wanted
 from kvmsupervisor.surroundings import Surroundings
 
 ETCD_RETRY_S = 1.0
@@ -37,28 +37,6 @@ what bounds a disagreement that no event ends."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """The part of a runnable wish that starting needs."""
-
-    spec: Spec
-    host_revision: int
-    restart_request: str | None
-    revision: int
-
-
-def _wanted(wish: Wish | None) -> _Wanted:
-    # Invariant of the decision: it starts nothing without a machine that can be built.
-    assert wish is not None
-    assert wish.spec is not None
-    return _Wanted(
-        spec=wish.spec,
-        host_revision=wish.host_revision,
-        restart_request=wish.restart_request,
-        revision=wish.revision,
-    )
 
 
 class Instance:
@@ -90,6 +68,7 @@ class Instance:
             prefix=around.layout.prefix,
             directory=directory,
             clock=around.clock,
+            user=around.user,
             notify=self._wake.set,
             on_reset=lambda: self.report.tell("instance.guest_reset"),
             log=log.bind(instance=instance),
@@ -98,12 +77,12 @@ class Instance:
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
-        self._planned: str | None = None
-        self._claimed_by: HostName | None = None
+        self._start = Start(
+            instance, around=around, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
+        )
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
-        self._wanted_at: float | None = None
         self._adopting = False
 
     # --- what it is told --------------------------------------------------------------------------------------
@@ -116,10 +95,13 @@ class Instance:
             held: they are gone, and that waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
         """
-        if fresh and (self.wish is None or wish.spec != self.wish.spec):
-            self._quiet_at = self._around.clock.now() + self._around.settle_s
+        if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
+            if fresh:
+                self._quiet_at = self._around.clock.now() + self._around.settle_s
+            self._start.begin_anew()
+        if wish is not self.wish:
+            self._problems = self._problems_of(wish)
         self.wish = wish
-        self._problems = self._problems_of(wish)
         self._held = held
         memory = replace(self._memory, held=held)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
@@ -140,6 +122,9 @@ class Instance:
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
         self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+        spec = self._machine.spec
+        if spec is not None:
+            self._start.lives(spec)
 
     @property
     def was_held(self) -> bool:
@@ -156,6 +141,11 @@ class Instance:
         """Of the QEMU on record, clock ticks since boot."""
         return None if self._machine.record is None else self._machine.record.starttime
 
+    @property
+    def agent_seen(self) -> str | None:
+        """When the guest's agent last answered, RFC 3339 in UTC. Not in the status: it changes every minute."""
+        return self._machine.agent.seen
+
     # --- the loop ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -169,8 +159,7 @@ class Instance:
             decision = decide(view)
             self._note_progress(view, decision)
             self.report.say(view, decision)
-            if not decision.slot:
-                self._around.slots.release(self.id)
+            self._admit(view, decision)
             if decision.action is Action.FORGET:
                 return
             if decision.action is None:
@@ -182,6 +171,8 @@ class Instance:
                 self._pause(ETCD_RETRY_S, str(error))
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
+            except NotReady as error:
+                self._start.wait_for_host(error)
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
@@ -189,7 +180,7 @@ class Instance:
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
-        self._around.slots.release(self.id)
+        self._around.admission.release(self.id)
         await self._machine.detach()
 
     def _pause(self, seconds: float, why: str) -> None:
@@ -197,6 +188,15 @@ class Instance:
         if self._etcd_trouble != why:
             self.report.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
+
+    def _admit(self, view: View, decision: Decision) -> None:
+        """Give away what this instance does not need for what was decided: its start slot, its memory."""
+        admission = self._around.admission
+        if not decision.slot:
+            admission.release(self.id)
+        rests = decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER
+        if view.process is None and rests:
+            admission.take_back(self.id)
 
     def _observe(self) -> View:
         around = self._around
@@ -210,17 +210,22 @@ class Instance:
             wish=self.wish,
             problems=self._problems,
             held=self._held,
+            draining=around.draining(),
             session_held=around.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
-            planned=self._planned,
+            planned=self._start.planned,
             holder_has_session=None if lock is None else around.host_has_session(lock.host),
             holdover=self._holdover(lock) if process is None else None,
-            claimed_by=self._claimed_by,
+            claimed_by=self._start.claimed_by,
             process=process,
             memory=self._memory,
-            slot=around.slots.state(self.id),
+            slot=around.admission.state(self.id),
+            shortage=around.admission.shortage(self.id),
+            prepared=self._start.is_prepared(self.wish),
+            start_at=self._start.at,
+            obstacle=self._start.obstacle,
             quiet_at=self._quiet_at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
@@ -242,24 +247,20 @@ class Instance:
         elif view.process is not None:
             self._machine.stop_begins()
         starting = view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems
-        if starting and self._wanted_at is None:
-            self._wanted_at = view.now
+        if starting:
+            self._start.note_wanted(view.now)
 
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
         if wish.spec is None or wish.host != self._around.me:
             return wish.problems
-        try:
-            self._argv(wish.spec, (0, 0))
-        except Unbuildable as error:
-            return (*wish.problems, error.problem)
-        return wish.problems
+        return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
     def _holdover(self, lock: Lock | None) -> int | None:
         """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
         if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
             return None
-        if lock.incarnation == self._planned:
+        if lock.incarnation == self._start.planned:
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
         return self._machine.holdover(lock)
@@ -268,27 +269,30 @@ class Instance:
 
     async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
         """Do one action on what `view` showed: the wish may change meanwhile, the lock's compare tells."""
-        machine, action, wish = self._machine, decision.action, view.wish
+        machine, start, action, wish = self._machine, self._start, decision.action, view.wish
         match action:
             case None | Action.FORGET:
                 raise AssertionError("the loop does these")
             case Action.QUEUE:
-                self._around.slots.request(self.id, self._wake.set)
+                start.queue(wanted(wish))
+            case Action.PREPARE:
+                await start.prepare(wanted(wish))
             case Action.LOOK:
-                await self._look()
+                await start.look()
                 self._etcd_at = self._around.clock.now() + LOCK_POLL_S
             case Action.TAKE:
-                await self._take(_wanted(wish))
+                await start.take(wanted(wish))
             case Action.FENCE:
-                await self._fence(_wanted(wish))
+                await start.fence(wanted(wish))
             case Action.SPAWN:
-                self._spawn(_wanted(wish))
+                await start.spawn(wanted(wish))
+                machine.directory.write_memory(self._memory)
             case Action.CONNECT:
                 await machine.connect()
             case Action.RECORD:
-                await self._record(_wanted(wish))
+                await start.record(wanted(wish))
             case Action.CONTINUE:
-                await self._continue()
+                await start.go_on()
             case Action.PROBE:
                 await machine.probe()
             case Action.POWERDOWN:
@@ -307,118 +311,6 @@ class Instance:
                 await self._release()
             case _:
                 assert_never(action)
-
-    async def _look(self) -> int:
-        """Read lock and status; return the last epoch that the status tells of."""
-        status = await self._lock.look()
-        around = self._around
-        claims = status is not None and status.host != around.me and status.tells_of_a_process
-        self._claimed_by = HostName(status.host) if status is not None and claims else None
-        self.report.key_was_read()
-        return status.epoch if status is not None else 0
-
-    async def _take(self, wish: _Wanted) -> None:
-        around = self._around
-        floor = 0
-        if self._lock.view.data is None:
-            # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
-            if self.report.status.epoch == 0 and await self._take_if_new(wish):
-                return
-            floor = await self._look()
-            if self._claimed_by is not None or self._lock.view.data is not None:
-                # Somebody has it: the next decision is made on what was read.
-                return
-        previous = self._lock.view.lock
-        await self._lock.write(self._plan(wish, floor), wish.host_revision)
-        if previous is not None and previous.host != around.me:
-            around.metrics.took_over()
-        self._tell_taken(previous)
-
-    async def _take_if_new(self, wish: _Wanted) -> bool:
-        """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
-        try:
-            await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
-        except SwapFailed:
-            return False
-        self.report.key_was_read()
-        self._tell_taken(None)
-        return True
-
-    def _plan(self, wish: _Wanted, epoch_floor: int) -> Lock:
-        """The lock for a new incarnation."""
-        lock = take(
-            self._lock.view.lock,
-            host=self._around.me,
-            boot_id=self._around.boot_id,
-            incarnation=str(uuid4()),
-            storage=storage_of(wish.spec),
-            epoch_floor=epoch_floor,
-        )
-        # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
-        self._planned = lock.incarnation
-        return lock
-
-    def _tell_taken(self, previous: Lock | None) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        holder = None if previous is None else previous.host
-        self.report.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=holder)
-
-    async def _fence(self, wish: _Wanted) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._around.fencing.fence(lock.fence)
-        self._around.metrics.fenced()
-        await self._lock.write(replace(lock, state=LockState.STARTING), wish.host_revision)
-
-    def _spawn(self, wish: _Wanted) -> None:
-        around = self._around
-        lock = self._lock.view.lock
-        assert lock is not None
-        record = Incarnation(
-            instance=self.id,
-            incarnation=lock.incarnation,
-            epoch=lock.epoch,
-            boot_id=around.boot_id,
-            argv=(),
-            spec=spec_to_object(wish.spec),
-            storage=storage_of(wish.spec),
-            accelerator=around.host_side.accel,
-            restart_request=wish.restart_request,
-            revision=wish.revision,
-            log_offset=0,
-            spawned_at=around.clock.now(),
-        )
-        self._machine.spawn(record, lambda *qmp: self._argv(wish.spec, qmp))
-        self._machine.directory.write_memory(self._memory)
-        self._planned = None
-        around.metrics.started(self.id)
-        self.report.tell("instance.spawned", pid=self._machine.pid)
-
-    def _argv(self, spec: Spec, qmp_fds: tuple[int, int]) -> tuple[str, ...]:
-        identity = Identity(instance=self.id, uuid=instance_uuid(self._around.layout.prefix, self.id))
-        side = replace(self._around.host_side, run_dir=str(self._machine.directory.path), qmp_fds=qmp_fds)
-        return build_argv(spec, identity=identity, host=side)
-
-    async def _record(self, wish: _Wanted) -> None:
-        lock, record = self._lock.view.lock, self._machine.record
-        assert lock is not None
-        assert record is not None
-        assert record.pid is not None
-        assert record.starttime is not None
-        clients = await self._around.fencing.clients(record, known=lock.fence)
-        self._machine.note_clients(clients)
-        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
-        # The keys may have changed since the lock was taken: what counts is the machine that was started.
-        await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
-
-    async def _continue(self) -> None:
-        if await self._machine.resume():
-            now = self._around.clock.now()
-            if self._wanted_at is not None:
-                self._around.metrics.observed_start(now - self._wanted_at)
-                self._wanted_at = None
-            self.report.tell("instance.started", pid=self._machine.pid)
 
     async def _reassert(self) -> None:
         record = self._machine.record
@@ -463,6 +355,7 @@ class Instance:
             pause_s=self._memory.pause_s,
         )
         await self._machine.bury()
+        await self._around.provisioner.left(self.id)
 
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
@@ -479,5 +372,5 @@ class Instance:
         else:
             await self._lock.release(None)
             publisher.forget(self.id)
-        self._planned = None
+        self._start.planned = None
         self.report.tell("lock.released")

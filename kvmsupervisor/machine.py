@@ -9,23 +9,28 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.agent_watch import AgentWatch
 from kvmsupervisor.domain import view
+from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, Stopping
+from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -42,41 +47,17 @@ KILL_S = 5.0
 PANICKED = "guest-panicked"
 """QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
 
-KEPT_ENVIRONMENT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "CEPH_CONF",
-    "CEPH_ARGS",
-)
-"""What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation (law 8)."""
-
-    prefix: str
-    instance: str
-    incarnation: str
-
-    def environment(self) -> dict[str, str]:
-        """As variables."""
-        return {
-            "KVMSUPERVISOR_PREFIX": self.prefix,
-            "KVMSUPERVISOR_INSTANCE": self.instance,
-            "KVMSUPERVISOR_INCARNATION": self.incarnation,
-        }
-
 
 class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
-    `notify` is called, in the event loop, whenever something changed that a decision may depend on.
+    `notify` is called, in the event loop, whenever something changed that a decision may depend on, or its status.
+    QEMU runs as `user`, as our own where that is None.
+
+    Attributes:
+        directory: its folder in the run directory.
+        record: of the process, None when there is none.
+        agent: what the guest says of itself.
     """
 
     def __init__(
@@ -85,14 +66,17 @@ class Machine:
         prefix: str,
         directory: InstanceDir,
         clock: Clock,
+        user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
+        self.agent = AgentWatch(socket=directory.agent_socket, clock=clock, notify=notify, log=log)
         self._prefix = prefix
         self._clock = clock
+        self._user = user
         self._notify = notify
         self._on_reset = on_reset
         self._log = log
@@ -114,6 +98,8 @@ class Machine:
         self._asked = False
         self._pressed = False
         self._answered = False
+        self._port_told = False
+        self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
 
@@ -135,6 +121,11 @@ class Machine:
         )
 
     @property
+    def spec(self) -> Spec | None:
+        """The machine that it was started as; None without one, or when a newer release wrote it."""
+        return self._spec
+
+    @property
     def pid(self) -> int | None:
         """Of the living process."""
         return self._process.pid if self._process is not None and self._exit is None else None
@@ -153,7 +144,13 @@ class Machine:
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
-    def spawn(self, record: Incarnation, build: Callable[[int, int], Sequence[str]]) -> None:
+    def spawn(
+        self,
+        record: Incarnation,
+        build: Callable[[Channels], Provision],
+        argv: Callable[[Provision], Sequence[str]],
+        home: Home,
+    ) -> None:
         """Put the incarnation on record, then start QEMU, then put its pid on record.
 
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
@@ -161,7 +158,9 @@ class Machine:
 
         Args:
             record: of the process to come, without pid, argv and log offset.
-            build: makes the command line from the descriptors of the two listening QMP sockets.
+            build: makes whole what QEMU needs, from the sockets that listen for it.
+            argv: makes the command line of that.
+            home: what the process enters before it becomes QEMU; the caller sees it settled.
         """
         directory = self.directory
         directory.create()
@@ -169,10 +168,16 @@ class Machine:
         with (
             directory.listen(directory.qmp_socket) as main,
             directory.listen(directory.spare_socket) as spare,
+            directory.listen(directory.console_socket) as console,
+            directory.listen(directory.agent_socket) as agent,
         ):
-            descriptors = (main.fileno(), spare.fileno())
-            argv = tuple(build(*descriptors))
-            record = replace(record, argv=argv, log_offset=directory.log_size())
+            provision = build(
+                Channels(qmp=main.fileno(), spare=spare.fileno(), console=console.fileno(), agent=agent.fileno())
+            )
+            words = tuple(argv(provision))
+            record = replace(record, argv=words, log_offset=directory.log_size())
+            if self._user is not None:
+                directory.give_console_log(self._user.uid, self._user.gid)
             log_fd = directory.open_log()
             try:
                 directory.write_incarnation(record)
@@ -180,11 +185,12 @@ class Machine:
                 self.record = record
                 self._spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
-                    argv,
-                    environment=self._environment(record),
+                    home.wrap(words if self._user is None else (*self._user.become(), *words)),
+                    environment=environment_of(self._marks(record)),
                     log_fd=log_fd,
-                    pass_fds=descriptors,
+                    pass_fds=provision.descriptors,
                     on_end=self._on_end,
+                    stdin=home.stdin,
                 )
             except SpawnFailed as error:
                 self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
@@ -241,6 +247,8 @@ class Machine:
             await self.probe()
             if not self._answered:
                 self._connect_at = self._clock.now() + RECONNECT_S
+            elif self._run_state != NEVER_RAN:
+                await self._look_for_agent()
         except MonitorLost as error:
             self._connect_at = self._clock.now() + RECONNECT_S
             self._log.debug("qmp.lost", error=str(error))
@@ -249,14 +257,17 @@ class Machine:
             self._connect_at = self._clock.now() + RECONNECT_S
 
     async def _check_identity(self) -> None:
-        """Law 8: who answers at the socket is the machine that was started.
+        """Law 8: who answers at the socket of a process that was found is the machine that was started.
+
+        A child is known: it was given the socket itself, which listened before it was there.
 
         Raises:
             MonitorLost: another machine does; the connection is closed.
         """
         assert self.record is not None
         argv = self.record.argv
-        if self._monitor is None or "-uuid" not in argv:
+        is_child = self._process is not None and self._process.is_child
+        if self._monitor is None or is_child or "-uuid" not in argv:
             return
         answer = await self._command("query-uuid")
         expected = argv[argv.index("-uuid") + 1]
@@ -265,6 +276,15 @@ class Machine:
             await monitor.close()
             socket = self.directory.qmp_socket
             raise MonitorLost(f"machine {answer['UUID']} answers on {socket}, this one is {expected}")
+
+    async def _look_for_agent(self) -> None:
+        """Learn whether the guest has its agent's channel open: events told that to an earlier connection."""
+        self._port_told = False
+        answer = await self._command("query-chardev")
+        # An event that came meanwhile is newer than the answer.
+        if answer is not None and not self._port_told:
+            open_ones = {chardev["label"] for chardev in answer if chardev["frontend-open"]}
+            self.agent.turn(is_open=AGENT_PORT in open_ones)
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -350,6 +370,7 @@ class Machine:
 
     async def detach(self) -> None:
         """Let go of the process without touching it: the next supervisor adopts it."""
+        await self.agent.close()
         if self._settling is not None:
             self._settling.cancel()
             await asyncio.gather(self._settling, return_exceptions=True)
@@ -365,10 +386,6 @@ class Machine:
 
     def _marks(self, record: Incarnation) -> Marks:
         return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
-
-    def _environment(self, record: Incarnation) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        return kept | self._marks(record).environment()
 
     async def _command(self, command: str) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
@@ -439,6 +456,11 @@ class Machine:
                 return
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._probe_at = 0.0
+            case "VSERPORT_CHANGE":
+                if data.get("id") == AGENT_PORT:
+                    self._port_told = True
+                    self.agent.turn(is_open=bool(data.get("open")))
+                return
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
@@ -457,6 +479,7 @@ class Machine:
     async def _settle(self) -> None:
         """Name the end, once the last QMP events were heard."""
         assert self._process is not None
+        self.agent.turn(is_open=False)
         if self._monitor is not None:
             await self._monitor.drained(DRAIN_S)
         self._exit = self._verdict or self._classify(self._process.status)

@@ -20,7 +20,6 @@ from kvmsupervisor.adapters.etcd.api import (
     Denied,
     EtcdError,
     Event,
-    KeyValue,
     Store,
     Unavailable,
     Watch,
@@ -35,7 +34,7 @@ log = structlog.get_logger(__name__)
 LabelT = TypeVar("LabelT", bound=Hashable)
 
 SLICE = 1000
-"""Keys that are applied before others get their turn: about 2 ms of work."""
+"""Keys that are applied before others get their turn: at most 2 ms of work."""
 
 
 class Mirror(Generic[LabelT]):
@@ -114,7 +113,9 @@ class Mirror(Generic[LabelT]):
         revision = 0
         async with aclosing(self._store.pages(self._prefix)) as pages:
             async for page in pages:
-                await _fill(stage, page.kvs)
+                for begin in range(0, len(page.kvs), SLICE):
+                    stage.put_all(page.kvs[begin : begin + SLICE])
+                    await asyncio.sleep(0)
                 revision = page.revision
         self._listed = True
         self._well()
@@ -160,14 +161,13 @@ class Mirror(Generic[LabelT]):
             self._trouble = None
 
 
-async def _fill(stage: Stage[LabelT], changes: Iterable[KeyValue | Event]) -> None:
+async def _fill(stage: Stage[LabelT], events: Iterable[Event]) -> None:
     """Fill a stage slice by slice, so that a large one keeps nobody waiting."""
-    for index, change in enumerate(changes, start=1):
-        kv, deleted = (change.kv, change.deleted) if isinstance(change, Event) else (change, False)
-        if deleted:
-            stage.delete(kv.key)
+    for index, event in enumerate(events, start=1):
+        if event.deleted:
+            stage.delete(event.kv.key)
         else:
-            stage.put(kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)
+            stage.put(*event.kv)
         if index % SLICE == 0:
             await asyncio.sleep(0)
 
@@ -244,6 +244,11 @@ class Wishes:
     def ids(self) -> Set[InstanceId]:
         """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
+
+    def naming(self, host: bytes) -> Set[InstanceId]:
+        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's."""
+        found = self._keys.naming(host)
+        return found if self._locks is self._keys else found | self._locks.naming(host)
 
     def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
         """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""

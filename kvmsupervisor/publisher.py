@@ -47,6 +47,13 @@ GATHER_S = 0.05
 times in a tenth of a second, and its lock would compete with them for the disk of etcd. Arbitrary: a person sees no
 difference."""
 
+SPREAD_S = 0.25
+"""The pause between two writes while there are many. So a host that starts a hundred machines writes their statuses
+four times a second, and not each of them four times. Arbitrary, as above."""
+
+BURST = 3
+"""How many writes need no pause when there were none for a while: as many as one machine needs that starts alone."""
+
 VALUE_BYTES = 64 * 1024
 """A status is cut to about this: an instance with 10,000 bad keys shall not fill the store. Arbitrary."""
 
@@ -86,6 +93,7 @@ class Publisher:
         host: this host: only its own statuses are ever deleted.
         session: without which nothing is written.
         gather_s: how long the first of several changes waits for the others.
+        spread_s: the pause between two writes, but for the first `BURST` of them.
         rand: random numbers, 0 ≤ x < 1.
     """
 
@@ -98,6 +106,7 @@ class Publisher:
         host: HostName,
         session: SessionView,
         gather_s: float = 0.0,
+        spread_s: float = 0.0,
         rand: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
@@ -106,6 +115,9 @@ class Publisher:
         self._host = host
         self._session = session
         self._gather_s = gather_s
+        self._spread_s = spread_s
+        # When the next write is due at the earliest.
+        self._due_at = 0.0
         self._rand = rand
         # None: the key shall go.
         self._wanted: dict[InstanceId, bytes | None] = {}
@@ -116,6 +128,7 @@ class Publisher:
         self._clean = asyncio.Event()
         self._clean.set()
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
 
@@ -168,7 +181,11 @@ class Publisher:
         self._want(instance, value)
 
     async def flush(self, timeout_s: float) -> bool:
-        """Return True once every key is as wanted, or False after `timeout_s`. `run` must be running."""
+        """Return True once every key is as wanted, or False after `timeout_s`. `run` must be running.
+
+        From now on no change waits for others.
+        """
+        self._hurry.set()
         return await self._clock.wait(self._clean, self._clock.now() + timeout_s)
 
     async def run(self) -> Never:
@@ -180,15 +197,26 @@ class Publisher:
                 self._wake.clear()
                 if not self._dirty or not self._session.held:
                     await self._wake.wait()
-                    await self._clock.sleep(self._gather_s)
+                    now = self._clock.now()
+                    await self._clock.wait(self._hurry, max(now + self._gather_s, self._due_at))
+                    continue
+                if self._may_wait():
+                    await self._clock.wait(self._hurry, self._due_at)
                     continue
                 if await self._write_some():
                     failures = 0
+                    unpaused = self._clock.now() - (BURST - 1) * self._spread_s
+                    self._due_at = max(self._due_at, unpaused) + self._spread_s
                 else:
                     failures += 1
                     await self._clock.sleep(retry_delay(failures, self._rand()))
         finally:
             end_listening()
+
+    def _may_wait(self) -> bool:
+        """Whether what differs is to wait for more, because much was written just now."""
+        early = self._clock.now() < self._due_at and not self._hurry.is_set()
+        return early and len(self._dirty) < self._ops_per_txn
 
     # Bookkeeping.
 

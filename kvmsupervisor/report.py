@@ -9,7 +9,7 @@ from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
-from kvmsupervisor.domain.spec import pending
+from kvmsupervisor.domain.spec import Spec, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.machine import Machine
@@ -21,6 +21,7 @@ class Report:
 
     Attributes:
         status: as it is here; the status key holds it where it is this host's to write.
+        notice: what else a person should know of the QEMU that lives.
     """
 
     def __init__(
@@ -37,19 +38,40 @@ class Report:
         self._around = around
         self._machine = machine
         self._log = log.bind(instance=instance)
+        self.notice: str | None = None
         self._looked = False
         self._published: Status | None = None
 
     def recall(self, written: Status) -> None:
-        """Take from the status key of an earlier supervisor since when it has been so."""
+        """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
+        self._remember_machine(written)
         now = self.status
+        if written.incarnation is not None and written.incarnation == now.incarnation:
+            self._machine.agent.recall(written.agent)
+            now = replace(now, agent=self._machine.agent.facts)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
-            self.status = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, self.status)
+            now = replace(now, since=written.since)
+            self._around.publisher.set(self._instance, now)
+        self.status = now
 
-    def key_was_read(self) -> None:
+    def key_was_read(self, written: Status | None) -> None:
         """What another host may have said in the status key was taken note of."""
         self._looked = True
+        if written is not None:
+            self._remember_machine(written)
+
+    @property
+    def knows_machine(self) -> bool:
+        """Whether the machine type that the guest was installed on is known, or certainly nowhere on record."""
+        return self._looked or self.status.machine is not None
+
+    def machine_of(self, spec: Spec) -> str | None:
+        """The versioned machine type on record for what `spec` asks for; None to look it up."""
+        return self.status.machine if self.status.machine_key == spec.machine else None
+
+    def _remember_machine(self, written: Status) -> None:
+        if self.status.machine is None and written.machine is not None:
+            self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -66,12 +88,18 @@ class Report:
             pid=self._machine.pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
-            pending=pending(running, wish.spec) if running and wish and wish.spec else (),
+            # Asked at every turn, and hardly ever different.
+            pending=pending(running, wish.spec) if running and wish and wish.spec and running != wish.spec else (),
             problems=tuple(str(problem) for problem in view.problems),
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,
             last_exit=view.memory.last_exit,
+            accelerator=record.accelerator if record else None,
+            machine=record.machine if record and record.machine else before.machine,
+            machine_key=running.machine if record and record.machine and running else before.machine_key,
+            notice=self.notice if record else None,
             held=view.held,
+            agent=self._machine.agent.facts,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

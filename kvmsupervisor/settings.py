@@ -14,22 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout
-from kvmsupervisor.domain.spec import WISH_KEYS
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
-from kvmsupervisor.settings_table import (
-    DEFAULT_CONFIG,
-    SETTINGS,
-    Accel,
-    Listen,
-    LogFormat,
-    LogLevel,
-    Setting,
-)
+from kvmsupervisor.domain.wishes import WISH_KEYS
+from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel
+from kvmsupervisor.settings_table import DEFAULT_CONFIG, SETTINGS, Setting
 
 __all__ = [
     "DEFAULT_CONFIG",
     "Accel",
+    "CgroupKind",
     "Listen",
     "LogFormat",
     "LogLevel",
@@ -69,6 +64,18 @@ class Settings:
     listen: Listen | None
     accel: Accel
     qemu: str
+    qemu_user: str | None
+    cgroup: CgroupKind
+    extra_flags: AllowedFlags
+    bridge_helper: Path | None
+    memory_reserve_mib: int
+    state_dir: Path
+    ovmf_code: Path | None
+    ovmf_vars: Path | None
+    media_root: Path | None
+    media_cacert: Path | None
+    ceph_conf: Path | None
+    ceph_id: str | None
     session_ttl_s: int
     shutdown_timeout_s: float
     start_timeout_s: float
@@ -145,6 +152,7 @@ def load_settings(
     found["start_parallel"] = found["start_parallel"] or 2 * (cpus() or 1)
     if found["hostname"] is None and "hostname" not in sources.bad:
         found["hostname"] = _default_hostname(hostname(), sources)
+    _check_pairs(found, sources)
     _check_etcd(found, sources)
     if not sources.bad & {"prefix", "facts_prefix", "lock"}:
         _complete_keys(found, sources)
@@ -285,12 +293,18 @@ def _default_hostname(name: str, sources: _Sources) -> HostName | None:
         return None
 
 
-def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
-    """What of the way to etcd hangs together."""
-    pairs = (("etcd_cert", "etcd_key"), ("etcd_username", "etcd_password_file"))
-    for given, missing in (*pairs, *(pair[::-1] for pair in pairs)):
+_PAIRS = (("etcd_cert", "etcd_key"), ("etcd_username", "etcd_password_file"), ("ovmf_code", "ovmf_vars"))
+
+
+def _check_pairs(found: Mapping[str, Any], sources: _Sources) -> None:
+    """What is of no use alone."""
+    for given, missing in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
         if found[given] is not None and found[missing] is None and missing not in sources.bad:
             sources.blame(missing, f"{_BY_NAME[given].env} is set and needs it")
+
+
+def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
+    """What of the way to etcd hangs together."""
     endpoints = found["etcd_endpoints"]
     if endpoints is not None and not any(url.startswith("https:") for url in endpoints):
         for name in ("etcd_cacert", "etcd_cert", "etcd_key"):

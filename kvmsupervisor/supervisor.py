@@ -7,37 +7,40 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters import accelerator
+from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
-from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdError
+from kvmsupervisor.adapters.etcd import Etcd, EtcdError
+from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.adapters.web import Routes, Web
+from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
-from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.slots import Slots
-from kvmsupervisor.domain.spec import Wish, parse_wish
+from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.fencing import Diskless
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
-from kvmsupervisor.publisher import GATHER_S, Publisher
+from kvmsupervisor.provisioning import Provisioner
+from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.surroundings import Surroundings
@@ -46,9 +49,6 @@ log = structlog.get_logger(__name__)
 
 ROTATE_EVERY_S = 60.0
 """How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
-
-CONFIRMATION_POLL_S = 2.0
-"""How often the operator's word is looked for while removals are held; never otherwise."""
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
@@ -73,21 +73,30 @@ class Supervisor:
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
-        self._slots = Slots(settings.start_parallel)
         self._unreadable: dict[InstanceId, str] = {}
+        # The wishes of the instances that are this host's, and the keys that they were parsed from.
+        self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
+        self._draining = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
         self._stop = asyncio.Event()
-        self._hold_begun = asyncio.Event()
 
     # --- life -------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Have `run` return soon. Machines run on."""
         self._stop.set()
+
+    def heed_draining(self) -> None:
+        """Look whether this host is to stop all its guests: the mark in the run directory came or went."""
+        draining = self._run_dir.is_draining(self._boot_id)
+        if draining != self._draining:
+            self._draining = draining
+            log.info("host.draining" if draining else "host.drain_ended")
+            self._notify_all()
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
         """Supervise until `stop`.
@@ -98,18 +107,22 @@ class Supervisor:
         Raises:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
-            ValueError: KVM is demanded and cannot be used.
+            Impossible: the homes that are asked for cannot be had.
+            ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
         """
         settings = self._settings
-        accel = accelerator.choose(settings.accel.value)
+        equipment = look_around(settings)
         self._run_dir.acquire()
+        self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
-            self._wire(accel)
+            chosen = await cgroup.choose(settings.cgroup.value)
+            stack.push_async_callback(chosen.homes.close)
+            self._wire(equipment, chosen)
             self._adopt()
             self._session.value = replace(self._session.value, url=await self._serve(stack))
             stack.callback(self._session.listen(self._notify_all))
@@ -120,17 +133,27 @@ class Supervisor:
                 etcd=list(settings.etcd_endpoints),
                 prefix=self._layout.prefix,
                 run_dir=str(settings.run_dir),
-                accelerator=accel,
+                accelerator=equipment.accelerator.name,
+                why_no_kvm=equipment.accelerator.fallback,
+                qemu_user=None if equipment.user is None else equipment.user.name,
+                memory_mib=equipment.memory_mib,
+                homes=chosen.homes.name,
+                homes_rejected=dict(chosen.rejected),
                 url=self._session.value.url,
                 adopting=len(self._instances),
             )
+            if chosen.warning is not None:
+                log.error("homes.lost_with_container", reason=chosen.warning)
+            if equipment.privileged:
+                log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
             on_started()
             await self._supervise()
         log.info("supervisor.stopped")
 
-    def _wire(self, accel: str) -> None:
+    def _wire(self, equipment: Equipment, chosen: cgroup.Chosen) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
         settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
+        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         me = HostSession(
             host=self._me,
@@ -146,9 +169,22 @@ class Supervisor:
             store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
         )
         self._publisher = Publisher(
-            store=store, clock=clock, layout=layout, host=self._me, session=self._session, gather_s=GATHER_S
+            store=store,
+            clock=clock,
+            layout=layout,
+            host=self._me,
+            session=self._session,
+            gather_s=GATHER_S,
+            spread_s=SPREAD_S,
         )
         self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
+        self._confirmations = Confirmations(
+            store=store,
+            clock=clock,
+            key=layout.confirmation_key(self._me),
+            guard=self._guard,
+            on_freed=self._let_go,
+        )
         self._hosts = Mirror(
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
@@ -158,6 +194,8 @@ class Supervisor:
             session=self._session,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
+            qemu_privileged=equipment.privileged,
+            guests_survive=chosen.homes.survives_container,
         )
         self._metrics = self.face.counters
         self._around = Surroundings(
@@ -167,23 +205,25 @@ class Supervisor:
             store=store,
             session=self._session,
             publisher=self._publisher,
-            slots=self._slots,
+            admission=self._admission,
+            provisioner=Provisioner(
+                host=equipment.host_side,
+                files=equipment.files,
+                user=equipment.user,
+                types=MachineTypes(settings.qemu),
+                homes=chosen.homes,
+            ),
+            user=equipment.user,
             clock=clock,
             jitter=random.random,
             metrics=self._metrics,
             fencing=Diskless(),
             host_has_session=self._host_has_session,
-            host_side=HostSide(
-                qemu=settings.qemu,
-                accel="kvm" if accel == "kvm" else "tcg",
-                run_dir="",
-                qmp_fds=(0, 0),
-                bridge_if=settings.bridge_if,
-                spice_addr=settings.spice_addr,
-            ),
+            host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
+            draining=lambda: self._draining,
         )
 
     async def _supervise(self) -> None:
@@ -197,7 +237,7 @@ class Supervisor:
                     self._session.run(),
                     self._publish(),
                     self._look_first(),
-                    self._heed_confirmations(),
+                    self._confirmations.run(),
                     self._rotate_logs(),
                 )
             ]
@@ -283,8 +323,10 @@ class Supervisor:
         name = instance.id
         del self._instances[name]
         del self._running[name]
+        self._read.pop(name, None)
         self._metrics.forget(name)
-        self._slots.release(name)
+        self._admission.release(name)
+        self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
             self._run_dir.instance(name).remove()
@@ -304,14 +346,15 @@ class Supervisor:
         """Once all is listed, look at all of it, and at what runs here although it has neither keys nor a lock."""
         await self._wishes.wait_synced()
         self._listed = True
-        self._on_keys(self._wishes.ids() | self._instances.keys(), self._wishes.revision, fresh=False)
+        concerned = self._wishes.naming(self._me.encode()) | self._instances.keys()
+        self._on_keys(concerned, self._wishes.revision, fresh=False)
 
     def _on_keys(self, changed: Set[InstanceId], revision: int, *, fresh: bool = True) -> None:
         """Tell each instance that is, or was, this host's what its keys and its lock are now."""
         if not self._listed:
             return
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
-        wishes = {name: parse_wish(name, self._wishes.keys_of(name)) for name in ours}
+        wishes = {name: self._wish(name) for name in ours}
         held = self._judge_removals(wishes)
         for name, wish in wishes.items():
             known = name in self._instances
@@ -329,6 +372,14 @@ class Supervisor:
             instance.update(wish, held=name in held, fresh=fresh)
             if not known:
                 self._start(instance)
+
+    def _wish(self, name: InstanceId) -> Wish:
+        """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
+        keys = self._wishes.keys_of(name)
+        read = self._read.get(name)
+        if read is None or read[0] != keys:
+            read = self._read[name] = (keys, parse_wish(name, keys))
+        return read[1]
 
     def _is_wanted_here(self, name: InstanceId) -> bool:
         """Whether the key `host` names this host."""
@@ -364,7 +415,7 @@ class Supervisor:
                 reason="more than half of this host's instances lost their keys at once; they run on until "
                 f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
             )
-            self._hold_begun.set()
+            self._confirmations.look()
         return guard.held & without
 
     def _was_ours(self, name: InstanceId) -> bool:
@@ -374,34 +425,8 @@ class Supervisor:
             return False
         return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
 
-    async def _heed_confirmations(self) -> None:
-        """While removals are held, look for the operator's word; it names the instances that it is about."""
-        key = self._layout.confirmation_key(self._me)
-        while True:
-            await self._hold_begun.wait()
-            # A word that was said before is not about this.
-            stale = True
-            while self._guard.held:
-                try:
-                    found = await self._etcd.get(key)
-                    if found is not None and not stale:
-                        self._confirm(found.value)
-                    if found is not None:
-                        await self._etcd.txn([], [Delete(key)])
-                    stale = False
-                except EtcdError as error:
-                    log.warning("removal.unreadable", key=key, reason=str(error))
-                await self._clock.sleep(CONFIRMATION_POLL_S)
-            self._hold_begun.clear()
-
-    def _confirm(self, word: bytes) -> None:
-        try:
-            named = {InstanceId(str(name)) for name in json.loads(word)}
-        except (ValueError, TypeError, RecursionError):
-            log.warning("removal.unreadable", reason=f"{word[:80]!r} is no JSON list of instance ids")
-            return
-        freed = self._guard.release(named)
-        log.info("removal.confirmed", instances=sorted(freed))
+    def _let_go(self, freed: Set[InstanceId]) -> None:
+        """An operator has confirmed these removals."""
         for name in freed & self._instances.keys():
             self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, Layout
-from kvmsupervisor.domain.slots import Slots
 from kvmsupervisor.fencing import Fencing
+from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
 
@@ -27,16 +29,19 @@ class Surroundings:
         store: etcd.
         session: of this host.
         publisher: of statuses.
-        slots: for starting.
+        admission: who may start, and how many MiB are promised to whom.
+        provisioner: of what QEMUs need of this host.
+        user: that QEMU runs as; None for our own.
         clock: the machine's.
         jitter: random numbers, 0 ≤ x < 1.
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
-        host_side: what the host chooses for every QEMU; its `run_dir` and descriptors are filled in here.
+        host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
+        draining: whether this host stops all its guests (`stop --all --local`).
     """
 
     me: HostName
@@ -45,7 +50,9 @@ class Surroundings:
     store: Store
     session: Session
     publisher: Publisher
-    slots: Slots
+    admission: Admission
+    provisioner: Provisioner
+    user: QemuUser | None
     clock: Clock
     jitter: Callable[[], float]
     metrics: Metrics
@@ -55,3 +62,4 @@ class Surroundings:
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
+    draining: Callable[[], bool] = lambda: False

@@ -1,12 +1,24 @@
-"""What all tests share: real etcd servers and Ceph, a guest that boots, and signals as a person's shell has them."""
+"""What all tests share: real etcd servers and Ceph, guests, networks, and signals as a person's shell has them."""
 
 import signal
 
 from tests.support.ceph import ceph, ceph_image
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
-from tests.support.guest import guest
+from tests.support.guest import agent_options, guest
+from tests.support.net import lan, netns
 
-__all__ = ["ceph", "ceph_image", "etcd_alone", "etcd_cluster", "etcd_prefix", "etcd_server", "guest"]
+__all__ = [
+    "agent_options",
+    "ceph",
+    "ceph_image",
+    "etcd_alone",
+    "etcd_cluster",
+    "etcd_prefix",
+    "etcd_server",
+    "guest",
+    "lan",
+    "netns",
+]
 
 # A shell starts what it puts into the background with SIGINT ignored, and programs started from there inherit that:
 # no Ctrl-C would reach them. With a handler of its own here they begin with the default.

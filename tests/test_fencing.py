@@ -13,10 +13,10 @@ import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.disk import CephSide
+from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import RbdImage, Spec, spec_to_object
+from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_to_object
 from kvmsupervisor.fencing import CephFencing, Diskless, NotFenced, StorageAway
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
@@ -38,19 +38,19 @@ def fencing(access: CephAccess) -> CephFencing:
 
 
 @pytest.fixture
-def image(access: CephAccess, ceph_image: str) -> RbdImage:
-    return RbdImage(pool=POOL, image=ceph_image)
+def image(access: CephAccess, ceph_image: str) -> RbdDisk:
+    return RbdDisk(pool=POOL, image=ceph_image)
 
 
 @pytest.fixture
-def writer(ceph: Cluster, access: CephAccess, ceph_image: str, tmp_path: Path) -> RbdImage:
+def writer(ceph: Cluster, access: CephAccess, ceph_image: str, tmp_path: Path) -> RbdDisk:
     """An image from which a guest boots that does nothing but write."""
-    made = RbdImage(pool=POOL, image=f"{ceph_image}-writer")
+    made = RbdDisk(pool=POOL, image=f"{ceph_image}-writer")
     make_writer_image(ceph, made, tmp_path)
     return made
 
 
-def record(image: RbdImage | None, storage: Storage = Storage.RBD) -> Incarnation:
+def record(image: RbdDisk | None, storage: Storage = Storage.RBD) -> Incarnation:
     return Incarnation(
         instance="1", incarnation="x", epoch=1, boot_id="b", argv=(), spec=spec_to_object(Spec(ram_mib=64, rbd=image)),
         storage=storage, accelerator="tcg", restart_request=None, revision=7, log_offset=0, spawned_at=1.0,
@@ -67,7 +67,7 @@ async def until(true: Callable[[], object]) -> None:
 # --- whose client is whose (law 3) ----------------------------------------------------------------------------
 
 
-async def test_a_paused_qemu_has_one_client(ceph: Cluster, fencing: CephFencing, image: RbdImage) -> None:
+async def test_a_paused_qemu_has_one_client(ceph: Cluster, fencing: CephFencing, image: RbdDisk) -> None:
     """Law 3: before its guest runs, and before it has taken any lock, its address is there to be recorded."""
     async with RbdQemu(ceph, image) as qemu:
         (client,) = await fencing.clients(record(image))
@@ -78,13 +78,13 @@ async def test_a_paused_qemu_has_one_client(ceph: Cluster, fencing: CephFencing,
         assert await fencing.watchers([image]) == (client,)
 
 
-async def test_without_its_qemu_nothing_is_told(fencing: CephFencing, image: RbdImage) -> None:
+async def test_without_its_qemu_nothing_is_told(fencing: CephFencing, image: RbdDisk) -> None:
     """Law 3: no address is no record, so no `cont`."""
     with pytest.raises(NotFenced, match="does not name this QEMU"):
         await fencing.clients(record(image))
 
 
-async def test_two_on_one_image_are_never_mixed_up(ceph: Cluster, fencing: CephFencing, image: RbdImage) -> None:
+async def test_two_on_one_image_are_never_mixed_up(ceph: Cluster, fencing: CephFencing, image: RbdDisk) -> None:
     """Law 3: while another has the image open neither is continued, and both addresses are named; then it goes on."""
     async with RbdQemu(ceph, image):
         (client,) = await fencing.clients(record(image))
@@ -121,10 +121,10 @@ async def test_a_machine_that_is_not_understood_is_not_continued(fencing: CephFe
 
 
 async def test_an_image_without_exclusive_lock_is_refused(
-    ceph: Cluster, access: CephAccess, fencing: CephFencing, image: RbdImage
+    ceph: Cluster, access: CephAccess, fencing: CephFencing, image: RbdDisk
 ) -> None:
     """Law 5: unless the operator allows it; the message says what would be right."""
-    bare = RbdImage(pool=POOL, image=f"{image.image}-bare")
+    bare = RbdDisk(pool=POOL, image=f"{image.image}-bare")
     ceph.rbd_create(str(bare), features="layering")
     async with RbdQemu(ceph, bare):
         with pytest.raises(
@@ -138,7 +138,7 @@ async def test_an_image_without_exclusive_lock_is_refused(
 # --- shut out (law 4) -----------------------------------------------------------------------------------------
 
 
-async def test_a_fenced_qemu_cannot_begin(ceph: Cluster, fencing: CephFencing, writer: RbdImage) -> None:
+async def test_a_fenced_qemu_cannot_begin(ceph: Cluster, fencing: CephFencing, writer: RbdDisk) -> None:
     """Law 4: fenced while it was paused, it reads nothing and writes nothing when it is continued."""
     async with RbdQemu(ceph, writer) as qemu:
         await fencing.fence(await fencing.clients(record(writer)))
@@ -150,7 +150,7 @@ async def test_a_fenced_qemu_cannot_begin(ceph: Cluster, fencing: CephFencing, w
 
 
 async def test_a_frozen_writer_cannot_write_when_it_wakes_up(
-    ceph: Cluster, fencing: CephFencing, writer: RbdImage
+    ceph: Cluster, fencing: CephFencing, writer: RbdDisk
 ) -> None:
     """Laws 3 and 4: a host that freezes while its guest writes, is fenced and wakes up; the successor writes alone."""
     async with RbdQemu(ceph, writer) as old:
@@ -188,7 +188,7 @@ async def test_a_frozen_writer_cannot_write_when_it_wakes_up(
         assert await old.status() == "io-error"
 
 
-async def test_a_killed_qemu_does_not_hold_up_the_next(ceph: Cluster, fencing: CephFencing, writer: RbdImage) -> None:
+async def test_a_killed_qemu_does_not_hold_up_the_next(ceph: Cluster, fencing: CephFencing, writer: RbdDisk) -> None:
     """Law 4: SIGKILL leaves a watcher for 30 s; fenced first, the next QEMU is told and writes without waiting."""
     async with RbdQemu(ceph, writer) as old:
         clients = await fencing.clients(record(writer))
@@ -206,7 +206,7 @@ async def test_a_killed_qemu_does_not_hold_up_the_next(ceph: Cluster, fencing: C
             await until(lambda: count(ceph, writer) != before)
 
 
-async def test_without_ceph_nothing_is_known(ceph: Cluster, access: CephAccess, image: RbdImage) -> None:
+async def test_without_ceph_nothing_is_known(ceph: Cluster, access: CephAccess, image: RbdDisk) -> None:
     """Law 4: Ceph unreachable is "wait" for every question: no start, no fence, no "nobody"."""
     fencing = CephFencing(Ceph(access, answer_s=0.3))
     ceph.stop_mon()
@@ -223,9 +223,9 @@ async def test_without_ceph_nothing_is_known(ceph: Cluster, access: CephAccess, 
         ceph.cont_mon()
 
 
-async def test_what_ceph_refuses_is_told(fencing: CephFencing, image: RbdImage) -> None:
+async def test_what_ceph_refuses_is_told(fencing: CephFencing, image: RbdDisk) -> None:
     """Law 4: what waiting does not mend is not "away"."""
-    gone = RbdImage(pool=POOL, image=f"{image.image}-gone")
+    gone = RbdDisk(pool=POOL, image=f"{image.image}-gone")
     for ask in (fencing.clients(record(gone)), fencing.users([image, gone]), fencing.fence(["127.0.0.1"])):
         with pytest.raises(NotFenced) as refused:
             await ask
@@ -236,7 +236,7 @@ async def test_what_ceph_refuses_is_told(fencing: CephFencing, image: RbdImage) 
 
 
 async def test_an_unprivileged_qemu_gets_its_key_from_a_file(
-    ceph: Cluster, access: CephAccess, fencing: CephFencing, writer: RbdImage
+    ceph: Cluster, access: CephAccess, fencing: CephFencing, writer: RbdDisk
 ) -> None:
     """DESIGN §5: no root, everything denied, no keyring that it can read, no key on its command line; yet it writes."""
     folder = InstanceDir(Path("/tmp") / f"kvs-{writer.image}")
@@ -248,7 +248,7 @@ async def test_an_unprivileged_qemu_gets_its_key_from_a_file(
 
 
 async def _write_as_somebody_else(
-    ceph: Cluster, access: CephAccess, fencing: CephFencing, writer: RbdImage, folder: InstanceDir
+    ceph: Cluster, access: CephAccess, fencing: CephFencing, writer: RbdDisk, folder: InstanceDir
 ) -> None:
     root = os.geteuid() == 0
     key = await Ceph(access).key()
@@ -258,7 +258,7 @@ async def _write_as_somebody_else(
     conf = folder.path / "ceph.conf"
     shutil.copy(ceph.conf, conf)
     conf.chmod(0o644)
-    side = CephSide(user="vm", conf=str(conf), key_file=str(key_file))
+    side = hardware.Ceph(user="vm", conf=str(conf), key_file=str(key_file))
     async with RbdQemu(ceph, writer, side=side, prefix=UNPRIVILEGED if root else ()) as qemu:
         of_process = Path(f"/proc/{qemu.process.pid}")
         status = (of_process / "status").read_text()

@@ -18,8 +18,10 @@ import pytest
 import structlog
 
 from kvmsupervisor import machine as module
+from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
@@ -44,10 +46,16 @@ def record(name: str = NAME) -> Incarnation:
     )  # fmt: skip
 
 
-def tiny(*more: str) -> Callable[[int, int], list[str]]:
+def plain(channels: Channels) -> Provision:
+    """Nothing but the sockets that every machine has."""
+    return Provision(run_dir="/nonexistent", channels=channels)
+
+
+def tiny(*more: str) -> Callable[[Provision], list[str]]:
     """A machine without anything, paused."""
 
-    def build(main: int, spare: int) -> list[str]:
+    def build(provision: Provision) -> list[str]:
+        main, spare = provision.channels.qmp, provision.channels.spare
         return [
             *("qemu-system-x86_64", "-S", "-machine", "none", "-nodefaults", "-display", "none"),
             *("-chardev", f"socket,id=q0,fd={main},server=on,wait=off", "-mon", "chardev=q0,mode=control"),
@@ -84,6 +92,7 @@ class Bench:
             prefix="/kvm",
             directory=self.directory,
             clock=Clock(),
+            user=None,
             notify=self.changed.set,
             on_reset=lambda: self.resets.append("reset"),
             log=structlog.get_logger(),
@@ -107,7 +116,7 @@ class Bench:
 
     async def up(self, *more: str) -> Process:
         """Spawn and connect."""
-        self.machine.spawn(record(), tiny(*more))
+        self.machine.spawn(record(), plain, tiny(*more), Anywhere())
         return await self.connected()
 
     async def connected(self) -> Process:
@@ -151,7 +160,7 @@ async def bench() -> AsyncIterator[Bench]:
 async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     """Law 3: on record before it exists, with its pid after; paused until `cont`."""
     assert bench.machine.view() is None
-    bench.machine.spawn(record(), tiny())
+    bench.machine.spawn(record(), plain, tiny(), Anywhere())
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written == bench.machine.record
@@ -226,7 +235,7 @@ async def test_quit_and_the_button(bench: Bench) -> None:
 
 async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     """§4: without a monitor QEMU is told to end by a signal that it heeds."""
-    bench.machine.spawn(record(), tiny())
+    bench.machine.spawn(record(), plain, tiny(), Anywhere())
     await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
         # Before it has set up its handlers, SIGTERM would simply kill it; then it listens on QMP, too.
@@ -260,7 +269,7 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
 async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
     """§4: `failed: <QEMU's own last error line>`, not that of the incarnation before."""
     for number, name in enumerate(("nonsense", "rubbish")):
-        bench.machine.spawn(record(f"{NAME}-{number}"), tiny("-device", name))
+        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), Anywhere())
         end = await bench.exit()
         assert end.kind is ExitClass.FAILED
         assert end.text == f"failed: -device {name}: '{name}' is not a valid device model name"
@@ -269,7 +278,7 @@ async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
 
 async def test_a_program_that_is_not_there(bench: Bench) -> None:
     """A QEMU that cannot be started at all has ended, with the reason; it is buried like any other."""
-    bench.machine.spawn(record(), lambda main, spare: ["/nonexistent/qemu"])
+    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], Anywhere())
     assert bench.view.exit == Exit(
         ExitClass.FAILED, "failed: cannot start /nonexistent/qemu: No such file or directory"
     )
@@ -287,7 +296,7 @@ async def test_what_cannot_be_put_on_record_is_not_started(bench: Bench, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(InstanceDir, "write_incarnation", no_space)
         with pytest.raises(OSError, match="No space left"):
-            bench.machine.spawn(record(), tiny())
+            bench.machine.spawn(record(), plain, tiny(), Anywhere())
     assert bench.machine.view() is None
     assert (await bench.up()).connected
 

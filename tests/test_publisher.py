@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.publisher import BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
+from kvmsupervisor.publisher import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 
@@ -50,7 +50,7 @@ class Bench:
         self.session = FakeSession(self.etcd)
         self.publisher = self.make()
 
-    def make(self, gather_s: float = 0.0) -> Publisher:
+    def make(self, gather_s: float = 0.0, spread_s: float = 0.0) -> Publisher:
         return Publisher(
             store=self.etcd,
             clock=self.clock,
@@ -58,6 +58,7 @@ class Bench:
             host=HostName("a"),
             session=self.session,
             gather_s=gather_s,
+            spread_s=spread_s,
             rand=lambda: 0.5,
         )
 
@@ -129,6 +130,53 @@ async def test_changes_wait_for_each_other(bench: Bench) -> None:
         assert bench.value(ONE) == status(ONE, "2").to_json()
         assert bench.value(TWO) == status(TWO, "2").to_json()
         assert bench.etcd.calls == {"txn": 1}
+
+
+async def test_many_changes_are_written_now_and_then(bench: Bench) -> None:
+    """Law: a few writes in a row need no pause; then each waits for its turn, and holds the last value."""
+    bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
+    async with bench.running() as publisher:
+        for turn in range(BURST):
+            publisher.set(ONE, status(ONE, f"early {turn}"))
+            await bench.clock.advance(0.05)
+            assert bench.value(ONE) == status(ONE, f"early {turn}").to_json()
+        for turn in range(3):
+            publisher.set(ONE, status(ONE, str(turn)))
+            await bench.clock.advance(0.04)
+        assert bench.value(ONE) == status(ONE, f"early {BURST - 1}").to_json()
+        await bench.clock.advance(0.05)
+        assert bench.value(ONE) == status(ONE, "2").to_json()
+        assert bench.etcd.calls == {"txn": BURST + 1}
+        await bench.clock.advance(2.0)
+        publisher.set(ONE, status(ONE, "later"))
+        await bench.clock.advance(0.05)
+        assert bench.value(ONE) == status(ONE, "later").to_json()
+
+
+async def test_what_fills_a_transaction_waits_for_nothing(bench: Bench) -> None:
+    """Law: the pause after a write is there to gather; a full transaction has gathered."""
+    ids = [InstanceId(str(index)) for index in range(2 * OPS_PER_TXN)]
+    bench.publisher = bench.make(spread_s=0.25)
+    async with bench.running() as publisher:
+        for instance in ids:
+            publisher.set(instance, status(instance, "x"))
+        await settle()
+        assert all(bench.value(i) == status(i, "x").to_json() for i in ids)
+
+
+async def test_a_flush_waits_for_nothing(bench: Bench) -> None:
+    """Law: whoever stops does not wait for changes to come."""
+    bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
+    async with bench.running() as publisher:
+        for turn in range(BURST):
+            publisher.set(ONE, status(ONE, str(turn)))
+            await bench.clock.advance(0.05)
+        publisher.set(ONE, status(ONE, "last"))
+        await settle()
+        begun = bench.clock.now()
+        assert await publisher.flush(2.0)
+        assert bench.clock.now() == begun
+        assert bench.value(ONE) == status(ONE, "last").to_json()
 
 
 async def test_a_burst_becomes_few_transactions_with_the_latest_values(bench: Bench) -> None:

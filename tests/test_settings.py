@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.settings import (
     Accel,
+    CgroupKind,
     Listen,
     LogFormat,
     LogLevel,
@@ -76,6 +78,18 @@ def test_defaults() -> None:
         listen=Listen(host="0.0.0.0", port=9746),
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
+        qemu_user=None,
+        cgroup=CgroupKind.AUTO,
+        extra_flags=AllowedFlags(),
+        bridge_helper=None,
+        memory_reserve_mib=512,
+        state_dir=Path("/var/lib/kvmsupervisor"),
+        ovmf_code=None,
+        ovmf_vars=None,
+        media_root=None,
+        media_cacert=None,
+        ceph_conf=None,
+        ceph_id=None,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
         start_timeout_s=60.0,

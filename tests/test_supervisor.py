@@ -13,16 +13,18 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.confirmation import CONFIRMATION_POLL_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.settings import Settings, load_settings
-from kvmsupervisor.supervisor import CONFIRMATION_POLL_S, Supervisor
+from kvmsupervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.support.host import KnownTypes
 
 ME = "a"
 CONFIRMATION = f"/kvmsupervisor/confirm-removal/{ME}"
@@ -43,6 +45,8 @@ class Bench:
         self.client = self.etcd
         monkeypatch.setattr("kvmsupervisor.supervisor.Etcd", self._connect)
         monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: self.clock)
+        # A real QEMU would be asked in real time, and none of the virtual one would pass meanwhile.
+        monkeypatch.setattr("kvmsupervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
         monkeypatch.setattr("random.random", lambda: 0.5)
 
     def _connect(self, config: object) -> FakeEtcd:
@@ -57,6 +61,7 @@ class Bench:
             "KVM_RUN_DIR": str(self.path),
             "KVM_LISTEN": "off",
             "KVM_ACCEL": "tcg",
+            "KVM_CGROUP": "none",
             "KVM_START_PARALLEL": "64",
         }
         return load_settings(environ | self.more, default_config=self.path / "none.toml")

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 KVM_DEVICE = Path("/dev/kvm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What all guests of this host run with.
+
+    Attributes:
+        name: the accelerator, as QEMU calls it.
+        fallback: why it is not KVM, for people, where KVM would have been taken (`auto`); None otherwise. Guests are
+            many times slower then: say so in log, metric and status.
+    """
+
+    name: Literal["kvm", "tcg"]
+    fallback: str | None = None
 
 
 def why_no_kvm(device: Path = KVM_DEVICE) -> str | None:
@@ -18,17 +33,23 @@ def why_no_kvm(device: Path = KVM_DEVICE) -> str | None:
     return None
 
 
-def choose(wanted: Literal["auto", "kvm", "tcg"], device: Path = KVM_DEVICE) -> Literal["kvm", "tcg"]:
+def choose(wanted: Literal["auto", "kvm", "tcg"], device: Path = KVM_DEVICE, *, trouble: str | None = None) -> Choice:
     """The accelerator to use.
+
+    Args:
+        wanted: `KVM_ACCEL`.
+        device: KVM's.
+        trouble: why the device could not be made, where that was tried; told when it does not open.
 
     Raises:
         ValueError: KVM is wanted and cannot be used; the message says why.
     """
     if wanted == "tcg":
-        return "tcg"
-    trouble = why_no_kvm(device)
-    if trouble is None:
-        return "kvm"
+        return Choice(name="tcg")
+    why = why_no_kvm(device)
+    if why is None:
+        return Choice(name="kvm")
+    why = trouble or why
     if wanted == "kvm":
-        raise ValueError(f"KVM_ACCEL is kvm, but {trouble}; load the kvm module, or set KVM_ACCEL=auto or tcg")
-    return "tcg"
+        raise ValueError(f"KVM_ACCEL is kvm, but {why}; load the kvm module, or set KVM_ACCEL=auto or tcg")
+    return Choice(name="tcg", fallback=why)

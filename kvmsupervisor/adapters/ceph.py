@@ -1,7 +1,7 @@
 """Ceph through its own tools, `rbd` and `ceph`: images, who uses them, and shutting clients out.
 
 Each call is a process of its own with a deadline; it is killed and reaped when that passes, or when the caller is
-cancelled. Why not the C bindings: docs/decisions/0010-ceph-by-its-tools.md. What the tools print is read in
+cancelled. Why not the C bindings: docs/decisions/0013-ceph-by-its-tools.md. What the tools print is read in
 `domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further errors are named.
 """
 
@@ -33,7 +33,7 @@ from kvmsupervisor.domain.ceph import (
     trouble,
 )
 from kvmsupervisor.domain.records import Unfit
-from kvmsupervisor.domain.spec import RbdImage
+from kvmsupervisor.domain.spec import RbdDisk
 
 ANSWER_S = 10.0
 """How long one call may take. A healthy cluster answers `rbd` in 0.05 s and `ceph` in 0.3 to 1 s (a change waits for
@@ -107,7 +107,7 @@ class Ceph:
 
     # --- images -----------------------------------------------------------------------------------------------
 
-    async def image_info(self, image: RbdImage) -> ImageInfo:
+    async def image_info(self, image: RbdDisk) -> ImageInfo:
         """Size and features of an image.
 
         Raises:
@@ -115,7 +115,7 @@ class Ceph:
         """
         return await self._ask(parse_info, "rbd", "info", *_located(image), "--format", "json")
 
-    async def watchers(self, image: RbdImage) -> frozenset[Client]:
+    async def watchers(self, image: RbdDisk) -> frozenset[Client]:
         """Who has the image open for writing. A client that died is forgotten after 30 s, one that is fenced at once.
 
         Raises:
@@ -123,7 +123,7 @@ class Ceph:
         """
         return await self._ask(parse_watchers, "rbd", "status", *_located(image), "--format", "json")
 
-    async def lock_owners(self, image: RbdImage) -> frozenset[Client]:
+    async def lock_owners(self, image: RbdDisk) -> frozenset[Client]:
         """Who holds the image's exclusive lock, dead or alive: it stays when a client dies, or is fenced.
 
         Raises:
@@ -131,7 +131,7 @@ class Ceph:
         """
         return await self._ask(parse_lock_owners, "rbd", "lock", "ls", *_located(image), "--format", "json")
 
-    async def import_image(self, image: RbdImage, file: Path) -> bool:
+    async def import_image(self, image: RbdDisk, file: Path) -> bool:
         """Make an image of a small file, unless there is one; False when there was.
 
         It appears as a whole: it is written under another name, which a call that was cut off leaves behind and the
@@ -147,7 +147,7 @@ class Ceph:
             pass
         else:
             return False
-        aside = RbdImage(pool=image.pool, image=f"{image.image}.new")
+        aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
         with contextlib.suppress(NoSuchImage):
             await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
@@ -324,7 +324,7 @@ class Ceph:
                 return CephFailed(told)
 
 
-def _located(image: RbdImage) -> tuple[str, str, str, str]:
+def _located(image: RbdDisk) -> tuple[str, str, str, str]:
     """An image as options: in `POOL/IMAGE` an `@` or another slash would mean more."""
     return "--pool", image.pool, "--image", image.image
 

@@ -4,6 +4,9 @@ Gauges are read from a `Snapshot` while Prometheus waits; counters are methods t
 metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
 people.
 
+What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
+start should wait.
+
 Sources: https://prometheus.io/docs/practices/naming/ and
 https://prometheus.io/docs/instrumenting/writing_clientlibs/.
 """
@@ -16,19 +19,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
-
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
 
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
 PREFIX = "kvmsupervisor_"
 
 START_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Upper bounds of `start_seconds`: narrow around what a bare QEMU takes, wide up to a takeover's waits."""
+
+
+_INFO_LABELS = ("instance", "accelerator", "machine")
 
 
 class MigrationResult(StrEnum):
@@ -52,6 +59,8 @@ class InstanceSample:
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
+        accelerator: what its QEMU runs with, None without a process.
+        machine: the versioned machine type, None when it is not known.
     """
 
     id: InstanceId
@@ -62,6 +71,8 @@ class InstanceSample:
     invalid: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
+    accelerator: str | None = None
+    machine: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +83,8 @@ class Snapshot:
         etcd_up: whether etcd's quorum answered the last thing that was asked.
         session_remaining_s: seconds that the session holds without another renewal; 0 without a session.
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
+        qemu_privileged: whether QEMU runs as root.
+        guests_survive: whether guests outlive the supervisor's container.
         removals_held: instances whose removal waits for an operator's confirmation.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -79,6 +92,8 @@ class Snapshot:
     etcd_up: bool
     session_remaining_s: float
     watch_revision: int
+    qemu_privileged: bool = False
+    guests_survive: bool = True
     removals_held: int = 0
     instances: Sequence[InstanceSample] = ()
 
@@ -111,11 +126,7 @@ class Metrics:
         self._migrations: Counter[MigrationResult] = Counter()
         self._starts_per_bucket = [0] * (len(START_BUCKETS_S) + 1)
         self._starts_sum_s = 0.0
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        # The supervisor's own CPU, memory and descriptors under the names that every exporter uses
-        # (process_…).
-        ProcessCollector(registry=self._registry)
+        self._registry: CollectorRegistry | None = None
 
     def started(self, instance: InstanceId) -> None:
         """Count a QEMU process that began to run its guest."""
@@ -161,8 +172,22 @@ class Metrics:
             accept: the request's Accept header; OpenMetrics for those who ask for it, else Prometheus' text
                 format.
         """
+        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - see above
+
+        if self._registry is None:
+            self._registry = self._registered()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+    def _registered(self) -> CollectorRegistry:
+        """A registry that holds these metrics."""
+        from prometheus_client import CollectorRegistry, ProcessCollector  # noqa: PLC0415 - see above
+
+        registry = CollectorRegistry()
+        registry.register(self)
+        # The supervisor's own CPU, memory and descriptors under the names that every exporter uses (process_…).
+        ProcessCollector(registry=registry)
+        return registry
 
     def describe(self) -> Iterable[Metric]:
         """Name no metric in advance: the registry would otherwise take a snapshot when it is made."""
@@ -192,6 +217,8 @@ class Metrics:
                 max(0.0, now.session_remaining_s),
             ),
             ("watch_revision", "etcd revision up to which the wishes are known here.", now.watch_revision),
+            ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
+            ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
@@ -212,6 +239,8 @@ class Metrics:
         yield self._start_histogram()
 
     def _start_histogram(self) -> Metric:
+        from prometheus_client.core import HistogramMetricFamily  # noqa: PLC0415 - see above
+
         histogram = HistogramMetricFamily(
             PREFIX + "start_seconds", "Seconds from seeing a wish to a running guest.", labels=()
         )
@@ -227,6 +256,7 @@ class Metrics:
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
+        info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
         for sample in samples:
@@ -237,11 +267,13 @@ class Metrics:
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
+            if sample.accelerator is not None:
+                info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, cpu, memory)
+        yield from (phase, up, epoch, pending, invalid, info, cpu, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
@@ -256,8 +288,12 @@ class Metrics:
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415 - see above
+
     return GaugeMetricFamily(PREFIX + name, documentation, labels=labels)
 
 
 def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - see above
+
     return CounterMetricFamily(PREFIX + name, documentation, labels=labels)

@@ -39,6 +39,7 @@ class Process:
     Attributes:
         pid: its process id.
         starttime: clock ticks since boot (field 22 of /proc/<pid>/stat).
+        is_child: whether this process spawned it.
         ended: set once it has ended.
         status: how it ended, once it has; both fields None when nobody could tell.
     """
@@ -49,7 +50,7 @@ class Process:
         self.ended = asyncio.Event()
         self.status = WaitStatus()
         self._pidfd = pidfd
-        self._is_child = is_child
+        self.is_child = is_child
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(pidfd, self._end)
@@ -68,7 +69,7 @@ class Process:
             self._pidfd = -1
 
     def _end(self) -> None:
-        self.status = self._reap() if self._is_child else _status_of_foreigner(self.pid, self._pidfd, self.starttime)
+        self.status = self._reap() if self.is_child else _status_of_foreigner(self.pid, self._pidfd, self.starttime)
         self.close()
         self.ended.set()
         self._on_end()
@@ -92,11 +93,20 @@ def spawn(
     log_fd: int,
     pass_fds: Sequence[int],
     on_end: Callable[[], None],
+    stdin: int | None = None,
 ) -> Process:
     """Start a program in a session of its own, its output on `log_fd`, only `pass_fds` inherited.
 
     It outlives this process, and it is reaped through its pidfd when it ends earlier. Blocks for the time of a vfork
     and exec (about 1 ms); a thread would not help, because the interpreter's lock is held meanwhile.
+
+    Args:
+        argv: the program and its arguments.
+        environment: all of it.
+        log_fd: where both its outputs go.
+        pass_fds: what it inherits, under the same numbers.
+        on_end: called once when it has ended.
+        stdin: its standard input; None for one from which nothing comes.
 
     Raises:
         SpawnFailed: no such program, not executable, no memory.
@@ -106,7 +116,7 @@ def spawn(
             argv,
             env=dict(environment),
             cwd="/",
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=log_fd,
             stderr=log_fd,
             pass_fds=pass_fds,

@@ -54,6 +54,16 @@ class _Sink(EventListener):
         self._on_event(str(event["event"]), data if isinstance(data, dict) else {})
 
 
+class _Client(QMPClient):
+    """Without the debugging log, for which each message would be written out once more, whether it is kept or not."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
+
 class Monitor:
     """An established connection; made by `connect`.
 
@@ -82,7 +92,7 @@ class Monitor:
             MonitorLost: nobody listens, or the connection ended at once.
             MonitorSilent: somebody listens and says nothing for `timeout_s` seconds.
         """
-        client = QMPClient()
+        client = _Client()
         client.register_listener(_Sink(on_event))
         try:
             async with asyncio.timeout(timeout_s):

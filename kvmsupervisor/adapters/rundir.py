@@ -2,14 +2,17 @@
 
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
+    <run>/_draining                there while this host stops all its guests; holds the boot that this is about
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
     <run>/<id>/memory.json         what outlives a process: backoff, last exit
     <run>/<id>/qmp.sock            QMP for the supervisor
     <run>/<id>/qmp-spare.sock      QMP for people and for a successor
     <run>/<id>/console.sock, .log  serial console
+    <run>/<id>/console.lock        flock of whoever types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
     <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
+    <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
 they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced
@@ -19,9 +22,11 @@ whole (write aside, rename), so a reader sees the old or the new one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +38,16 @@ BACKLOG = 4
 """Of the QMP sockets. One client is served, the next waits: the successor may come before we are gone."""
 
 
+DRAIN_SIGNAL = signal.SIGUSR1
+"""Tells the supervisor to look at the mark `_draining` again: polling it would cost something all the time."""
+
+
 class AlreadyRunning(Exception):
     """Another supervisor has this run directory. The message says which."""
+
+
+class OutOfReach(Exception):
+    """The supervisor of this run directory cannot be signalled from here. The message says why."""
 
 
 class InstanceDir:
@@ -45,8 +58,10 @@ class InstanceDir:
         self.qmp_socket = path / "qmp.sock"
         self.spare_socket = path / "qmp-spare.sock"
         self.qemu_log = path / "qemu.log"
+        self.console_socket = path / "console.sock"
         self.console_log = path / "console.log"
         self.ceph_key = path / "ceph.key"
+        self.agent_socket = path / "agent.sock"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
 
@@ -140,6 +155,14 @@ class InstanceDir:
         """QEMU's log, opened for appending, so that truncating it does not leave a hole; the caller closes it."""
         return os.open(self.qemu_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
+    def give_console_log(self, uid: int, gid: int) -> None:
+        """Make the console's log, to be written by QEMU's own user."""
+        descriptor = os.open(self.console_log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            os.fchown(descriptor, uid, gid)
+        finally:
+            os.close(descriptor)
+
     def log_size(self) -> int:
         """Bytes in QEMU's log."""
         return self.qemu_log.stat().st_size if self.qemu_log.exists() else 0
@@ -203,6 +226,55 @@ class RunDir:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
+    def is_draining(self, boot_id: str) -> bool:
+        """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
+        return (_read(self._draining) or b"").decode(errors="replace").strip() == boot_id
+
+    def mark_draining(self, boot_id: str) -> None:
+        """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        write_whole(self._draining, f"{boot_id}\n".encode())
+
+    def unmark_draining(self) -> None:
+        """End that."""
+        self._draining.unlink(missing_ok=True)
+
+    def signal_supervisor(self) -> bool:
+        """Have the running supervisor look at the mark; False when none runs.
+
+        Raises:
+            OutOfReach: one runs, in another PID namespace.
+        """
+        lock = self.path / "_supervisor.lock"
+        try:
+            descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        with os.fdopen(descriptor, "rb") as file:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = file.read(32).decode(errors="replace").strip()
+            else:
+                return False
+            with contextlib.suppress(OSError, ValueError):
+                # The pidfd first: what is found in /proc afterwards is of the process that it holds.
+                pidfd = os.pidfd_open(int(text))
+                try:
+                    if _has_open(int(text), os.fstat(descriptor)):
+                        signal.pidfd_send_signal(pidfd, DRAIN_SIGNAL)
+                        return True
+                finally:
+                    os.close(pidfd)
+        raise OutOfReach(
+            f"{lock} is held by process {text or 'unknown'}, which is not here: "
+            "use the host's PID namespace (--pid=host)"
+        )
+
+    @property
+    def _draining(self) -> Path:
+        return self.path / "_draining"
+
     def instance(self, instance: InstanceId) -> InstanceDir:
         """The folder of one instance, made or not."""
         return InstanceDir(self.path / instance)
@@ -221,6 +293,15 @@ def write_whole(path: Path, data: bytes) -> None:
     aside = path.with_name(path.name + ".new")
     aside.write_bytes(data)
     aside.replace(path)
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether a process has this file open."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(entry.stat(), file):
+                return True
+    return False
 
 
 def _read(path: Path) -> bytes | None:

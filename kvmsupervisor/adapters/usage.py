@@ -61,3 +61,16 @@ def usage_of(pid: int, *, starttime: int | None = None, proc: Path = PROC) -> Us
         cpu_s=(int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS_PER_S,
         memory_bytes=int(fields[_RSS]) * _PAGE_BYTES,
     )
+
+
+def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:
+    """The host's memory in MiB, without what is set aside for huge pages (proc_meminfo(5)).
+
+    Huge pages of sizes other than the default one are not told there; they are few.
+    """
+    values = {}
+    for line in meminfo.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0])
+    huge_kib = values.get("HugePages_Total", 0) * values.get("Hugepagesize", 0)
+    return (values["MemTotal"] - huge_kib) // 1024

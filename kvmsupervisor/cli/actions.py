@@ -13,8 +13,9 @@ from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Tar
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
-from kvmsupervisor.domain.spec import WISH_KEYS, Power, Problem, RawValue, Wish, parse_wish
+from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
+from kvmsupervisor.domain.wishes import WISH_KEYS, parse_wish
 
 CONFLICT_ATTEMPTS = 5
 """How often a change is made anew after somebody else was faster. Arbitrary: people do not type faster."""

@@ -11,8 +11,9 @@ from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store,
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue, Wish, parse_wish
+from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.wishes import VALUE_LIMIT, parse_wish
 
 UNKNOWN = "unknown"
 """Shown instead of a phase whose host has no session: nobody knows."""

@@ -14,12 +14,13 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Store, Unavailable
+from kvmsupervisor.cli.agent_contact import agent_seen
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.spec import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.wishes import FREE_KEY, WISH_KEYS
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
 P = ParamSpec("P")
@@ -55,6 +56,7 @@ class Tools:
     connect: Callable[[Settings], Store] = connect
     now: Callable[[], datetime] = _utc_now
     settle_s: float = SETTLE_S
+    agent_seen: Callable[[str, InstanceId], str | None] = agent_seen
 
     def settings(self) -> Settings:
         """Load this host's settings.

@@ -40,10 +40,14 @@ MODULES_LATER = (
     "virtio_console",
     "virtio_rng",
     "isofs",
+    "qemu_fw_cfg",
 )
 """Loaded while the guest already runs."""
 
-APPLETS = ("sh", "dd", "grep", "insmod", "ls", "mount", "poweroff", "reboot", "sleep", "stty")
+APPLETS = (
+    *("sh", "dd", "findfs", "grep", "ifconfig", "insmod", "ls", "mkdir", "mount", "poweroff", "reboot", "sleep"),
+    *("stty", "udhcpc", "umount"),
+)
 """What `demo/init` calls that is no builtin of the shell."""
 
 MINIMUM_RAM_MIB = 96
@@ -70,7 +74,7 @@ class Guest:
         return cls(kernel=folder / "vmlinuz", initramfs=folder / "initramfs")
 
     def options(
-        self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True
+        self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True, dhcp: bool = False
     ) -> list[str]:
         """QEMU options that boot the guest.
 
@@ -79,15 +83,18 @@ class Guest:
             heartbeat_s: seconds between two heartbeats.
             deaf: whether it ignores the power button.
             quiet: whether the kernel keeps its messages to itself; otherwise it shows a few.
+            dhcp: whether it asks for an address for its NIC, and says `DHCP <address>`.
         """
         # panic=-1: without a pvpanic device a panic reboots at once; it must not leave a frozen guest.
         words = ["console=ttyS0", "quiet" if quiet else "loglevel=6", "panic=-1", f"hb={heartbeat_s:g}"]
-        words += [f"tag={tag}", *(["deaf=1"] if deaf else [])]
+        words += [f"tag={tag}", *(["deaf=1"] if deaf else []), *(["dhcp=1"] if dhcp else [])]
         return ["-kernel", str(self.kernel), "-initrd", str(self.initramfs), "-append", " ".join(words)]
 
-    def extra_flags(self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True) -> str:
+    def extra_flags(
+        self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True, dhcp: bool = False
+    ) -> str:
         """`options` as the text of an `extra_flags` key."""
-        return shlex.join(self.options(tag=tag, heartbeat_s=heartbeat_s, deaf=deaf, quiet=quiet))
+        return shlex.join(self.options(tag=tag, heartbeat_s=heartbeat_s, deaf=deaf, quiet=quiet, dhcp=dhcp))
 
 
 def build_guest(cache: Path) -> Guest:

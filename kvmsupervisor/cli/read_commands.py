@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
 import click
 
@@ -23,9 +21,11 @@ from kvmsupervisor.cli.output import (
     note,
     on_terminal,
 )
-from kvmsupervisor.domain.argv import HostSide, Identity, Unbuildable, build_argv, instance_uuid
+from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
+from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.settings import Accel, Settings
+from kvmsupervisor.domain.spec import Firmware
+from kvmsupervisor.settings import Settings
 
 
 @click.command("list")
@@ -60,12 +60,26 @@ def list_command(tools: Tools, output: OutputFormat) -> None:
 @output_option
 @pass_tools
 def show(tools: Tools, instance: InstanceId, output: OutputFormat) -> None:
-    """Show everything about one instance: keys, status, lock, its host's session, problems."""
+    """Show everything about one instance: keys, status, guest, lock, its host's session, problems.
+
+    What the guest says of itself (addresses, system) is there once its agent has answered. When it last did is asked
+    of its host, which has a second for it.
+    """
     found, cluster, settings = _existing(tools, instance)
+    seen = _agent_seen(tools, found, cluster)
     if output == "json":
-        echo_json(views.show_object(found, cluster))
+        echo_json(views.show_object(found, cluster, seen))
     else:
-        echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now()))
+        echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now(), seen))
+
+
+def _agent_seen(tools: Tools, instance: Instance, cluster: Cluster) -> str | None:
+    """When the guest's agent last answered, if there is one and its host can be asked."""
+    status = instance.status
+    session = cluster.sessions.get(status.host) if status is not None else None
+    if status is None or status.agent is None or session is None:
+        return None
+    return tools.agent_seen(session.url, instance.id)
 
 
 @click.command()
@@ -113,7 +127,8 @@ def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> No
 def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
     """Print the QEMU command line that the keys of ID give on this host, one option on each line.
 
-    The descriptors of the two QMP sockets (fd=3, fd=4) are handed over by the supervisor.
+    Descriptors (fd=3 and so on) and files below the run directory are made ready by the supervisor, and the machine
+    type is the one that the guest was first started with.
     """
     found, _, settings = _existing(tools, instance)
     words = command_line(found, settings)
@@ -138,30 +153,26 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
         if not problems:
             raise Refused(f"{instance.id} has no keys any more")
         raise Refused("\n".join([f"{instance.id} has problems:", *(f"  {problem}" for problem in problems)]))
-    host = HostSide(
-        qemu=settings.qemu,
-        accel=_accelerator(settings.accel),
-        run_dir=f"{settings.run_dir}/{instance.id}",
-        qmp_fds=(3, 4),
-        bridge_if=settings.bridge_if,
-        spice_addr=settings.spice_addr,
-    )
+    # Imported here: the other commands do not need a host's adapters.
+    from kvmsupervisor.adapters import accelerator  # noqa: PLC0415
+    from kvmsupervisor.equipment import host_side  # noqa: PLC0415
+
+    host = host_side(settings, accelerator.choose(settings.accel.value))
     identity = Identity(instance=instance.id, uuid=instance_uuid(settings.layout.prefix, instance.id))
-    try:
-        return build_argv(spec, identity=identity, host=host)
-    except Unbuildable as error:
-        raise Refused(f"{instance.id}: {error}") from error
-
-
-def _accelerator(accel: Accel) -> Literal["kvm", "tcg"]:
-    """The accelerator of this host; `auto` is KVM where its device can be used."""
-    match accel:
-        case Accel.KVM:
-            return "kvm"
-        case Accel.TCG:
-            return "tcg"
-        case Accel.AUTO:
-            return "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "tcg"
+    problems = host_problems(spec, host)
+    if problems:
+        raise Refused("\n".join([f"{instance.id} cannot run on this host:", *(f"  {one}" for one in problems)]))
+    folder, status = settings.run_dir / instance.id, instance.status
+    provision = Provision(
+        run_dir=str(folder),
+        channels=Channels(qmp=3, spare=4, console=5, agent=6),
+        machine=None if status is None or status.machine_key != spec.machine else status.machine,
+        taps=tuple(TapFds(fd=7 + number) for number in range(len(spec.all_nics))),
+        media=() if spec.cloud_config is None else (f"{folder}/seed.iso", f"{folder}/config-2.iso"),
+        nvram=Nvram(file=f"{settings.state_dir}/{instance.id}/nvram.fd") if spec.firmware is Firmware.UEFI else None,
+        spice_password=None if spec.spice_password is None else f"{folder}/spice-password",
+    )
+    return build_argv(spec, identity=identity, host=host, provision=provision)
 
 
 def option_lines(words: Sequence[str]) -> list[list[str]]:

@@ -55,20 +55,30 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         log_file: where standard error goes, when that is a file of ours: it is kept short then.
     """
     # Imported here, behind the forks of a daemon: gRPC and event loops survive none.
-    import asyncio  # noqa: PLC0415
     import gc  # noqa: PLC0415
 
-    from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
+    # What is imported stays: nothing is gained by looking through it for garbage, now or later.
+    gc.disable()
+    import asyncio  # noqa: PLC0415
+
+    from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
+    from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
     from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
+
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
+    gc.enable()
 
     async def supervise() -> None:
         supervisor = Supervisor(settings)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop)
+        # Before the run directory is ours: whoever finds us by it may signal at once.
+        loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
         await supervisor.run(started)
 
     log = configure(
@@ -76,11 +86,10 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         format=settings.log_format,
         rotation=None if log_file is None else Rotation(path=log_file),
     )
-    gc.set_threshold(*GC_THRESHOLDS)
     refused: list[BaseException] = []
     try:
         asyncio.run(supervise())
-    except* (AlreadyRunning, ListenError, HostnameTaken, ValueError, OSError) as group:
+    except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
         refused = _leaves(group)
     finally:
         log.close()

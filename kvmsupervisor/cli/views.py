@@ -10,6 +10,7 @@ from typing import Any
 from kvmsupervisor.cli.checks import Finding
 from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
+from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
 
 LIST_COLUMNS = (
@@ -71,8 +72,10 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
     return [*cells, _or_nothing("; ".join(instance.problems), "red")] if wide else cells
 
 
-def show_blocks(instance: Instance, cluster: Cluster, layout: Layout, now: datetime) -> list[Block]:
-    """Everything about one instance."""
+def show_blocks(
+    instance: Instance, cluster: Cluster, layout: Layout, now: datetime, agent_seen: str | None = None
+) -> list[Block]:
+    """Everything about one instance; `agent_seen` is when the guest's agent last answered, None when not known."""
     view, status = shown(instance, cluster), instance.status
     since = f" for {age(status.since, now)}" if status is not None else ""
     where = f" on {view.host}" if view.host is not None else ""
@@ -92,13 +95,15 @@ def show_blocks(instance: Instance, cluster: Cluster, layout: Layout, now: datet
     ]
     if status is not None:
         fields = {**status.to_object(), "phase": view.phase}
-        hidden = ("id", "reason", "problems")
+        hidden = ("id", "reason", "problems", "agent")
         blocks.append(
             (
                 f"Status ({layout.status_key(instance.id)})",
                 [(name, _field(name, value)) for name, value in fields.items() if name not in hidden],
             )
         )
+        if status.agent is not None:
+            blocks.append(("Guest (as its agent tells)", _guest_lines(status.agent, agent_seen, now)))
     blocks.append((f"Lock ({layout.lock_key(instance.id)})", _lock_lines(instance)))
     host = instance.wish.host or (status.host if status is not None else None)
     if host is not None:
@@ -106,8 +111,8 @@ def show_blocks(instance: Instance, cluster: Cluster, layout: Layout, now: datet
     return blocks
 
 
-def show_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
-    """Everything about one instance, for `show -o json`."""
+def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = None) -> dict[str, Any]:
+    """Everything about one instance, for `show -o json`; see `show_blocks`."""
     host = instance.wish.host or (instance.status.host if instance.status is not None else None)
     session = cluster.sessions.get(host) if host is not None else None
     return {
@@ -124,6 +129,7 @@ def show_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
         "status": as_object(instance, cluster),
         "lock": _lock_object(instance),
         "session": session.to_object() if session is not None else None,
+        "agent_seen": agent_seen,
     }
 
 
@@ -149,6 +155,17 @@ def _field(name: str, value: object) -> Cell:
     if isinstance(value, bool):
         return Cell("yes" if value else "no")
     return _or_nothing(", ".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def _guest_lines(agent: GuestFacts, seen: str | None, now: datetime) -> Sequence[tuple[str, Cell]]:
+    """What the guest says of itself."""
+    return [
+        *(("address", Cell(f"{one.address} ({one.interface})")) for one in agent.addresses),
+        ("os", _or_nothing(agent.os)),
+        ("hostname", _or_nothing(agent.hostname)),
+        ("agent version", _or_nothing(agent.version)),
+        ("last contact", Cell(f"{age(seen, now)} ago") if seen is not None else Cell("not known", "dim")),
+    ]
 
 
 def _lock_object(instance: Instance) -> dict[str, Any] | None:

@@ -33,6 +33,9 @@ Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
 
 force_option = click.option("--force", is_flag=True, help="Write although a value has a problem.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
+all_option = click.option("--all", "everything", is_flag=True, help="All guests; only together with --local.")
+local_option = click.option("--local", is_flag=True, help="On this host itself, without etcd; only with --all.")
 ids_argument = click.argument("instances", type=INSTANCE, metavar="ID...", nargs=-1, required=True)
 
 
@@ -121,11 +124,24 @@ def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s:
 
 
 @click.command()
-@ids_argument
+@some_ids_argument
+@all_option
+@local_option
 @wait_options
 @pass_tools
-def start(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
-    """Start instances (power=on), also those that ended by themselves."""
+def start(
+    tools: Tools, *, instances: tuple[InstanceId, ...], everything: bool, local: bool, wait: bool, timeout_s: float
+) -> None:
+    """Start instances (power=on), also those that ended by themselves.
+
+    With --all --local: let this host's guests start again after `stop --all --local`. Touches no key.
+    """
+    from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
+
+    here.check(instances, everything=everything, local=local)
+    if everything:
+        here.start_all(tools)
+        return
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.switch(store, settings.layout, instance, Power.ON)
@@ -134,11 +150,25 @@ def start(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: 
 
 
 @click.command()
-@ids_argument
+@some_ids_argument
+@all_option
+@local_option
 @wait_options
 @pass_tools
-def stop(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
-    """Shut instances down gracefully, and leave them off (power=off)."""
+def stop(
+    tools: Tools, *, instances: tuple[InstanceId, ...], everything: bool, local: bool, wait: bool, timeout_s: float
+) -> None:
+    """Shut instances down gracefully, and leave them off (power=off).
+
+    With --all --local: shut down all guests of this host, wait for them, and start none until the host boots again.
+    Touches no key, and needs no etcd. It is for the host's own shutdown.
+    """
+    from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
+
+    here.check(instances, everything=everything, local=local)
+    if everything:
+        here.stop_all(tools, timeout_s=timeout_s)
+        return
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.switch(store, settings.layout, instance, Power.OFF)

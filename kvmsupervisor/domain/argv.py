@@ -1,18 +1,20 @@
-"""The command line of QEMU, made of a machine's wishes and the host's choices (DESIGN §5).
+"""The command line of QEMU, made of a machine's wishes, the host's choices and what was made ready for it (DESIGN §5).
 
-Source: qemu-system-x86_64(1). Disks are in `disk.py`.
+The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x86_64(1).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 from uuid import UUID, uuid5
 
-from kvmsupervisor.domain.disk import CephSide, rbd_disk, secret
+from kvmsupervisor.domain import hardware
+from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
+from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds, escaped, json_option
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import Problem, RbdImage, Spec
+from kvmsupervisor.domain.spec import Firmware, Problem, Spec
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
 """Drawn once. It must never change: guests, and licences in them, know the machine by its uuid."""
@@ -24,26 +26,15 @@ CONSOLE_LOG = "console.log"
 AGENT_SOCKET = "agent.sock"
 """Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
 
-# PCI slots are fixed, so that a display or disk that comes later does not rename the guest's NIC. They begin
-# above those that QEMU gives out by itself, from the lowest, to `-vga` and to the devices of extra_flags.
-_NIC_SLOT = 0x10
-_DISK_SLOT = 0x11
-_SERIAL_SLOT = 0x12
-_RNG_SLOT = 0x13
-_BALLOON_SLOT = 0x14
-_USB_SLOT = 0x15
+AGENT_PORT = "agent0"
+"""Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
 
+IGNITION_NAME = "opt/com.coreos/config"
+"""Where Ignition looks for its configuration: a file of QEMU's fw_cfg device
+(https://coreos.github.io/ignition/supported-platforms/)."""
 
-class Unbuildable(Exception):
-    """The wishes are sound, but not on this host. Wait for another wish or setting.
-
-    Attributes:
-        problem: what is missing.
-    """
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+"""Everything that QEMU's seccomp filter can deny: it never starts a program, nor gains a privilege."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,26 +52,79 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSide:
-    """What the host chooses, not the wishes.
+    """What the host chooses, for every machine on it.
 
     Attributes:
         qemu: QEMU's program, a name or a path.
         accel: the accelerator to use.
-        run_dir: the instance's own run directory, an absolute path without a slash at its end.
-        qmp_fds: descriptors of the listening sockets of QMP, which QEMU inherits under the same numbers:
-            the supervisor's own, and the spare one for its successor and for people.
+        sandbox: whether QEMU is confined by seccomp.
         bridge_if: bridge of NICs whose `bridge` is not given, or None.
-        spice_addr: address on which SPICE servers listen.
+        spice_addr: address on which SPICE servers listen whose `spice_addr` is not given.
+        flags: which options `extra_flags` may hold.
+        ovmf: the firmware of `firmware=uefi`, None when the host has none.
         ceph: how QEMU reaches Ceph.
     """
 
     qemu: str
     accel: Literal["kvm", "tcg"]
-    run_dir: str
-    qmp_fds: tuple[int, int]
+    sandbox: bool = True
     bridge_if: str | None = None
     spice_addr: str = "127.0.0.1"
-    ceph: CephSide = field(default_factory=CephSide)
+    flags: AllowedFlags = ANY_FLAGS
+    ovmf: Ovmf | None = None
+    ceph: Ceph = OWN_DEFAULTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """Listening sockets that QEMU inherits, under the same numbers.
+
+    Attributes:
+        qmp: the supervisor's own.
+        spare: QMP for its successor and for people.
+        console: of the serial console.
+        agent: of the guest agent.
+    """
+
+    qmp: int
+    spare: int
+    console: int
+    agent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provision:
+    """What was made ready on the host for one QEMU process.
+
+    Attributes:
+        run_dir: the instance's own run directory, an absolute path without a slash at its end.
+        channels: sockets that listen already, so that connecting needs no waiting for QEMU.
+        machine: the versioned machine type that the wish's stands for; None to leave that to QEMU.
+        taps: of the NICs, in their order.
+        media: paths of the read-only media for the guest's first boot.
+        ignition: path of the Ignition configuration.
+        nvram: where the UEFI variables are.
+        spice_password: path of the file that holds the SPICE password.
+        ceph_key: path of the file that holds the key to Ceph; None for the keyring that ceph.conf names.
+    """
+
+    run_dir: str
+    channels: Channels
+    machine: str | None = None
+    taps: tuple[TapFds, ...] = ()
+    media: tuple[str, ...] = ()
+    ignition: str | None = None
+    nvram: Nvram | None = None
+    spice_password: str | None = None
+    ceph_key: str | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All that QEMU inherits."""
+        channels = self.channels
+        vhost = (tap.vhost_fd for tap in self.taps if tap.vhost_fd is not None)
+        fixed = (channels.qmp, channels.spare, channels.console, channels.agent)
+        return (*fixed, *(tap.fd for tap in self.taps), *vhost)
 
 
 def instance_uuid(prefix: str, instance: InstanceId) -> UUID:
@@ -88,84 +132,83 @@ def instance_uuid(prefix: str, instance: InstanceId) -> UUID:
     return uuid5(UUID_NAMESPACE, f"{prefix}/{instance}")
 
 
-def build_argv(spec: Spec, *, identity: Identity, host: HostSide) -> tuple[str, ...]:
+def host_problems(spec: Spec, host: HostSide) -> tuple[Problem, ...]:
+    """What this host lacks for a sound wish, or does not allow it. Empty ⇔ `build_argv` can be called."""
+    return tuple(_host_problems(spec, host))
+
+
+def _host_problems(spec: Spec, host: HostSide) -> Iterator[Problem]:
+    for nic in spec.all_nics:
+        if nic.bridge is None and host.bridge_if is None:
+            wanted = f"say which bridge its NIC is on, here or in this host's BRIDGE_IF, or delete the key {nic.key}mac"
+            yield Problem(f"{nic.key}bridge", "nothing", wanted)
+    if spec.firmware is Firmware.UEFI and host.ovmf is None:
+        wanted = "install OVMF there (Debian's package ovmf), or say where it is by KVM_OVMF_CODE and KVM_OVMF_VARS"
+        yield Problem("firmware", "'uefi', and this host has no UEFI firmware", wanted)
+    yield from host.flags.problems(spec.extra_flags)
+
+
+def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Provision) -> tuple[str, ...]:
     """The whole command line, the program first.
 
-    QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`.
-
-    Raises:
-        Unbuildable: the host lacks something that the wishes leave to it.
+    QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. The host has no problem with the wish
+    (`host_problems`), and what it needs was made ready: as many taps as it has NICs, and so on.
     """
+    ceph = replace(host.ceph, key_file=provision.ceph_key)
     return (
         host.qemu,
         *("-nodefaults", "-no-user-config", "-S"),
-        *("-name", f"guest={_escaped(identity.instance)},debug-threads=on"),
+        *(("-sandbox", SANDBOX) if host.sandbox else ()),
+        *("-name", f"guest={escaped(identity.instance)},debug-threads=on"),
         *("-uuid", str(identity.uuid)),
-        *("-machine", f"{_escaped(spec.machine)},accel={host.accel}"),
+        *(hardware.ceph_key(ceph) if spec.all_disks else ()),
+        *_machine(spec, host, ceph, provision),
         # A CPU's features are separated by commas, so these are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
         *("-m", f"size={spec.ram_mib}M"),
         *("-smp", f"cpus={spec.cpus}"),
-        *_monitors(host),
-        *_channels(host),
-        *("-device", f"virtio-rng-pci,id=rng0,addr={_RNG_SLOT:#x}"),
-        *("-device", f"virtio-balloon-pci,id=balloon0,addr={_BALLOON_SLOT:#x}"),
-        *("-device", "pvpanic"),
-        *_nic(spec, host),
-        *_disk(spec.rbd, host.ceph),
-        *_display(spec.spice_port, host.spice_addr),
+        *_monitors(provision),
+        *_channels(provision),
+        *hardware.common(),
+        *hardware.bridge(spec),
+        *hardware.nics(spec, provision.taps),
+        *hardware.disks(spec, ceph),
+        *hardware.media(provision.media),
+        *_ignition(provision.ignition),
+        *hardware.display(spec, host.spice_addr, provision.spice_password),
         *spec.extra_flags,
     )
 
 
-def _escaped(value: str) -> str:
-    """`value` as part of an option: QEMU reads two commas as one that does not separate."""
-    return value.replace(",", ",,")
+def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> Iterator[str]:
+    """The machine type, with what hangs on it: memory of huge pages, and flash memory that holds the firmware."""
+    options = [escaped(provision.machine or spec.machine), f"accel={host.accel}"]
+    if spec.hugepages is not None:
+        options.append("memory-backend=ram0")
+        yield from ("-object", json_option(hardware.huge_memory(spec)))
+    if provision.nvram is not None:
+        assert host.ovmf is not None
+        options += ["pflash0=firmware", "pflash1=nvram"]
+        for node in hardware.flash(host.ovmf, provision.nvram, ceph):
+            yield from ("-blockdev", json_option(node))
+    yield from ("-machine", ",".join(options))
 
 
-def _monitors(host: HostSide) -> Iterator[str]:
-    """Two QMP monitors on sockets that listen already, so that connecting needs no waiting for QEMU."""
-    for number, fd in enumerate(host.qmp_fds):
+def _monitors(provision: Provision) -> Iterator[str]:
+    """Two QMP monitors."""
+    for number, fd in enumerate((provision.channels.qmp, provision.channels.spare)):
         yield from ("-chardev", f"socket,id=qmp{number},fd={fd},server=on,wait=off")
         yield from ("-mon", f"chardev=qmp{number},mode=control")
 
 
-def _channels(host: HostSide) -> Iterator[str]:
+def _channels(provision: Provision) -> Iterator[str]:
     """The serial console, which is also logged, and the channel of the guest agent."""
-    folder = _escaped(host.run_dir)
-    log = f"logfile={folder}/{CONSOLE_LOG},logappend=on"
-    yield from ("-chardev", f"socket,id=serial0,path={folder}/{CONSOLE_SOCKET},server=on,wait=off,{log}")
+    log = f"logfile={escaped(provision.run_dir)}/{CONSOLE_LOG},logappend=on"
+    yield from ("-chardev", f"socket,id=serial0,fd={provision.channels.console},server=on,wait=off,{log}")
     yield from ("-serial", "chardev:serial0")
-    yield from ("-device", f"virtio-serial-pci,id=virtio-serial0,addr={_SERIAL_SLOT:#x}")
-    yield from ("-chardev", f"socket,id=agent0,path={folder}/{AGENT_SOCKET},server=on,wait=off")
-    yield from ("-device", "virtserialport,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0")
+    yield from ("-chardev", f"socket,id=agent0,fd={provision.channels.agent},server=on,wait=off")
 
 
-def _nic(spec: Spec, host: HostSide) -> Iterator[str]:
-    """The first NIC. QEMU itself calls its bridge helper."""
-    if spec.mac is None:
-        return
-    bridge = spec.bridge or host.bridge_if
-    if bridge is None:
-        wanted = "say which bridge its NIC is on, here or in this host's BRIDGE_IF, or delete the key mac"
-        raise Unbuildable(Problem("bridge", "nothing", wanted))
-    yield from ("-netdev", f"bridge,id=net0,br={_escaped(bridge)}")
-    yield from ("-device", f"virtio-net-pci,id=nic0,netdev=net0,mac={spec.mac},addr={_NIC_SLOT:#x}")
-
-
-def _disk(rbd: RbdImage | None, ceph: CephSide) -> Iterator[str]:
-    """The first disk."""
-    if rbd is not None:
-        yield from secret(ceph)
-        yield from rbd_disk(rbd, ceph, name="disk0", slot=_DISK_SLOT)
-
-
-def _display(spice_port: int | None, spice_addr: str) -> Iterator[str]:
-    """A SPICE server with a pointer that follows the viewer's, or no display at all."""
-    if spice_port is None:
-        yield from ("-vga", "none", "-display", "none")
-        return
-    yield from ("-vga", "qxl")
-    yield from ("-spice", f"port={spice_port},addr={_escaped(spice_addr)},disable-ticketing=on")
-    yield from ("-k", "en-us")
-    yield from ("-device", f"qemu-xhci,id=usb0,addr={_USB_SLOT:#x}", "-device", "usb-tablet,bus=usb0.0")
+def _ignition(path: str | None) -> Iterator[str]:
+    if path is not None:
+        yield from ("-fw_cfg", f"name={IGNITION_NAME},file={escaped(path)}")

@@ -7,13 +7,15 @@ it was: groups are replaced, never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, Layout, parse_id
-from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue
+from kvmsupervisor.domain.spec import RawValue
+from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 LabelT_co = TypeVar("LabelT_co", bound=Hashable, covariant=True)
 
@@ -38,6 +40,10 @@ class Stage(Protocol[LabelT_co]):
 
     def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
         """Note a key that was written."""
+        ...
+
+    def put_all(self, entries: Iterable[tuple[bytes, bytes, int, int, int]]) -> None:
+        """Note many keys that were written, each with what `put` takes, in that order."""
         ...
 
     def delete(self, key: bytes) -> None:
@@ -103,6 +109,10 @@ class _FlatStage:
             self._new[key] = Entry(value, mod_revision, create_revision, lease)
             self._changed.add(key)
 
+    def put_all(self, entries: Iterable[tuple[bytes, bytes, int, int, int]]) -> None:
+        for entry in entries:
+            self.put(*entry)
+
     def delete(self, key: bytes) -> None:
         self._new.pop(key, None)
         self._gone.add(key)
@@ -135,6 +145,11 @@ class Groups:
     Args:
         layout: of the keys.
         locks_only: take the locks alone and look at nothing else, for a prefix that is watched for them.
+
+    Attributes:
+        lock_before: what every lock's key begins with.
+        lock_after: what it ends with.
+        names: those names of keys that are kept once for all instances.
     """
 
     def __init__(self, layout: Layout, *, locks_only: bool = False) -> None:
@@ -144,8 +159,8 @@ class Groups:
         self._locks_only = locks_only
         self._prefix = layout.wishes_prefix.encode()
         before, _, after = layout.lock.partition(LOCK_PLACEHOLDER)
-        self._lock_before, self._lock_after = before.encode(), after.encode()
-        self._names: dict[bytes, bytes] = {}
+        self.lock_before, self.lock_after = before.encode(), after.encode()
+        self.names: dict[bytes, bytes] = {}
         # Invariant: the id that `_last_head` is, None when it is none. (The empty one is none.)
         self._last_head = b""
         self._last_id: InstanceId | None = None
@@ -164,6 +179,21 @@ class Groups:
         group = self._groups.get(instance)
         return None if group is None else group.lock
 
+    def naming(self, host: bytes) -> Set[InstanceId]:
+        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's.
+
+        One walk, for the first look at a large cluster.
+        """
+        return {
+            instance
+            for instance, group in self._groups.items()
+            if instance is not None
+            and (
+                ((wish := group.keys.get(b"host")) is not None and wish.value.strip() == host)
+                or (group.lock is not None and host in group.lock.value)
+            )
+        }
+
     def foreign(self) -> Mapping[bytes, str]:
         """Keys below the prefix that belong to no instance, with the reason."""
         group = self._groups.get(None)
@@ -178,7 +208,7 @@ class Groups:
 
         None means that it is none of this table's business.
         """
-        if key.endswith(self._lock_after) and key.startswith(self._lock_before):
+        if key.endswith(self.lock_after) and key.startswith(self.lock_before):
             owner = self._layout.id_of_lock(key.decode(errors="replace"))
             if owner is not None:
                 return owner, None
@@ -193,9 +223,13 @@ class Groups:
         instance = self._last_id
         if instance is None:
             return None, key
-        if len(self._names) < NAMES_SHARED:
-            return instance, self._names.setdefault(name, name)
-        return instance, self._names.get(name, name)
+        return instance, self.share(name)
+
+    def share(self, name: bytes) -> bytes:
+        """The one object that stands for a key's name, where it is among those that are shared."""
+        if len(self.names) < NAMES_SHARED:
+            return self.names.setdefault(name, name)
+        return self.names.get(name, name)
 
     def _why_foreign(self, key: bytes) -> str:
         head, slash, _ = key[len(self._prefix) :].partition(b"/")
@@ -216,6 +250,7 @@ class _GroupStage:
         old: dict[InstanceId | None, _Group],
         replace: Callable[[dict[InstanceId | None, _Group]], None] | None,
     ) -> None:
+        self._table = table
         self._place = table.place
         self._old = old
         self._replace = replace
@@ -239,6 +274,27 @@ class _GroupStage:
             group.keys[name] = wish if wish is not None and same else RawValue(value, mod_revision)
         if not same:
             self._changed.add(instance)
+
+    def put_all(self, entries: Iterable[tuple[bytes, bytes, int, int, int]]) -> None:
+        """See `Stage.put_all`. A list comes in key order: what all keys of an instance share is found out once."""
+        table, make = self._table, partial(tuple.__new__, RawValue)
+        before, after, names = table.lock_before, table.lock_after, table.names
+        # Invariant: what begins with `run` and is no lock is a wish of one instance, new here and staged with `keys`.
+        # (A key without a prefix is nobody's.)
+        run, length = b"\0", 1
+        keys: dict[bytes, RawValue] = {}
+        for entry in entries:
+            key = entry[0]
+            if not key.startswith(run) or (key.endswith(after) and key.startswith(before)):
+                instance, wish = table.place(key) or (None, None)
+                if instance is None or wish is None or instance in self._old:
+                    self.put(*entry)
+                    continue
+                length = len(key) - len(wish)
+                run, keys = key[:length], self._staged(instance).keys
+                self._changed.add(instance)
+            name = key[length:]
+            keys[names.get(name) or table.share(name)] = make((entry[1][: VALUE_LIMIT + 1], entry[2]))
 
     def delete(self, key: bytes) -> None:
         if (place := self._place(key)) is None:

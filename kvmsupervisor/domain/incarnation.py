@@ -6,13 +6,12 @@ version; a newer one is left alone with a reason, see `Unreadable`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.records import Unfit, lined, parse
 
 VERSION = 1
 
@@ -34,6 +33,7 @@ class Incarnation:
         spec: the machine (`domain.spec.spec_to_object`), to tell what is pending.
         storage: what it may write to.
         accelerator: `kvm` or `tcg`.
+        machine: the versioned machine type, None when it was not known.
         restart_request: the value of that key that it was started under.
         revision: etcd revision of the wish that it was started from.
         log_offset: where its words begin in the instance's QEMU log, in bytes.
@@ -55,6 +55,7 @@ class Incarnation:
     revision: int
     log_offset: int
     spawned_at: float
+    machine: str | None = None
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ class Incarnation:
 
     def to_json(self) -> bytes:
         """As `incarnation.json` holds it."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return lined(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Incarnation:
@@ -122,7 +123,7 @@ class Memory:
 
     def to_json(self) -> bytes:
         """As `memory.json` holds it."""
-        return json.dumps(asdict(self), indent=1).encode()
+        return lined(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Memory:

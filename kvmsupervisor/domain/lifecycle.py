@@ -25,12 +25,15 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         stop                                     Forget (not ours), or none
               any         keep, rest                               none
               any         run         too early                    none: backoff
+              any         run         something was missing        none: wait
               stranger    run         no session, nothing to lose  Take         (law 7)
               stranger    run                                      none: wait
               absent      run         another host says it runs it Look
+              free/left   run         media not ready              Prepare
               free/left   run         no start slot yet            Queue
               free/left   run                                      Take
               mine        run         fence not done               Fence        (law 3)
+              mine        run         media or slot given up       Prepare, Queue
               mine        run                                      Spawn
 """
 
@@ -72,6 +75,11 @@ class Goal(Enum):
 def goal(view: View) -> tuple[Goal, str]:
     """What the wish comes to, and why, as a clause for people."""
     wish = view.wish
+    if view.draining:
+        return (
+            Goal.STOP,
+            "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`",
+        )
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
@@ -142,10 +150,11 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if view.wish is None or view.held:
+    if (view.wish is None or view.held) and not view.draining:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
+    assert view.wish is not None  # without one there is no goal but to keep it, or to stop
     if process.spec != view.wish.spec or process.incarnation.restart_request != view.wish.restart_request:
         return Decision(
             phase=Phase.STARTING,
@@ -280,7 +289,8 @@ def _without_process(view: View) -> Decision:
             assert lock is not None
             if lock.state is LockState.FENCING:
                 return _with_etcd(view, Action.FENCE, Phase.WAITING, "earlier incarnations are being fenced")
-            return Decision(phase=Phase.STARTING, reason="QEMU is being started", action=Action.SPAWN, slot=True)
+            ready = Decision(phase=Phase.STARTING, reason="QEMU is being started", action=Action.SPAWN)
+            return _in_turn(view, ready)
         case _:
             assert_never(claim)
 
@@ -320,12 +330,23 @@ def _held_elsewhere(view: View) -> Decision:
 def _take(view: View, phase: Phase, reason: str) -> Decision:
     """Take the lock, once etcd is worth an attempt and this instance's turn has come."""
     ready = _with_etcd(view, Action.TAKE, phase, reason)
-    if ready.action is None:
-        return ready
+    return ready if ready.action is None else _in_turn(view, ready)
+
+
+def _in_turn(view: View, ready: Decision) -> Decision:
+    """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
+    if view.obstacle is not None and view.now < view.start_at:
+        return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
+    if not view.prepared:
+        reason = "its boot media, or its UEFI variables, are being made ready"
+        return Decision(phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
     if view.slot is None:
         return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)
     if not view.slot:
-        return Decision(phase=Phase.WAITING, reason="waits for its turn: others are starting on this host", slot=True)
+        reason = "waits for its turn: others are starting on this host"
+        if view.shortage is not None:
+            reason = f"waits for memory of this host: {view.shortage}"
+        return Decision(phase=Phase.WAITING, reason=reason, slot=True)
     return replace(ready, slot=True)
 
 

@@ -6,12 +6,11 @@ The lock has no lease: it never vanishes by itself. Every change of it is a comp
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.records import Unfit, compact, parse
 
 VERSION = 1
 """Version of the lock's value. A reader leaves a newer one alone, as a stranger's."""
@@ -67,7 +66,7 @@ class Lock:
 
     def to_json(self) -> bytes:
         """As the lock's key holds it."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+        return compact(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Lock | None:

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.agent import GuestFacts
+from kvmsupervisor.domain.records import Unfit, parse, shallow
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Phase(StrEnum):
@@ -41,7 +44,12 @@ class Status:
         revision: the etcd revision of the wish that was acted on.
         incarnation: name of the running QEMU process's incarnation, or None.
         last_exit: why the last QEMU process ended, or None.
+        accelerator: `kvm` or `tcg` while QEMU lives, else None.
+        machine: the versioned machine type that the guest knows, from its first start on.
+        machine_key: the value of `machine` that this was found for: another value is looked up anew.
+        notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
+        agent: what the guest's agent said last of the guest, None when it never did.
     """
 
     id: str
@@ -57,7 +65,12 @@ class Status:
     revision: int = 0
     incarnation: str | None = None
     last_exit: str | None = None
+    accelerator: str | None = None
+    machine: str | None = None
+    machine_key: str | None = None
+    notice: str | None = None
     held: bool = False
+    agent: GuestFacts | None = None
 
     @property
     def tells_of_a_process(self) -> bool:
@@ -67,16 +80,17 @@ class Status:
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object; the contract of DESIGN §7."""
-        return asdict(self) | {
+        return shallow(self) | {
             "phase": self.phase.value,
             "pending": list(self.pending),
             "problems": list(self.problems),
+            "agent": None if self.agent is None else asdict(self.agent),
         }
 
     def to_json(self) -> bytes:
         """As the status key holds it."""
         # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
-        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+        return _ENCODER.encode(self.to_object()).encode(errors="backslashreplace")
 
     @classmethod
     def from_json(cls, data: bytes) -> Status | None:

@@ -24,7 +24,8 @@ class Action(Enum):
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
     FENCE = "fence every address of earlier incarnations"
     QUEUE = "stand in line for a start slot"
-    SPAWN = "put the incarnation on record and start QEMU, paused"
+    PREPARE = "make ready what takes its time: boot media, UEFI variables"
+    SPAWN = "open its taps, put the incarnation on record and start QEMU, paused"
     CONNECT = "connect to QMP, ask for the run state"
     RECORD = "write pid and addresses into the lock"
     CONTINUE = "let the guest run"
@@ -92,6 +93,7 @@ class View:
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
         session_held: whether this host's session holds now.
         etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
         etcd_trouble: what the last attempt said, None when it went well.
@@ -103,6 +105,10 @@ class View:
         process: None when there is none.
         memory: what outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
+        shortage: which memory does not suffice for it, None when it waits for no memory.
+        prepared: whether what takes its time was made ready for the wish as it stands.
+        start_at: when the host is worth the next attempt, after something was missing on it; the past when now.
+        obstacle: what was missing, None when nothing was.
         quiet_at: when the wish will have been quiet for long enough to let a new guest run.
         start_timeout_s: within which a new QEMU must answer.
         shutdown_timeout_s: between the power button and force.
@@ -114,6 +120,7 @@ class View:
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
     held: bool = False
+    draining: bool = False
     session_held: bool = True
     etcd_at: float = 0.0
     etcd_trouble: str | None = None
@@ -125,6 +132,10 @@ class View:
     process: Process | None = None
     memory: Memory
     slot: bool | None = None
+    shortage: str | None = None
+    prepared: bool = True
+    start_at: float = 0.0
+    obstacle: str | None = None
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0

@@ -21,7 +21,7 @@ from kvmsupervisor.adapters.ceph import (
     NoSuchImage,
 )
 from kvmsupervisor.domain.ceph import Client, ImageInfo
-from kvmsupervisor.domain.spec import RbdImage
+from kvmsupervisor.domain.spec import RbdDisk
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
 from tests.support.ceph import CephError as ClusterError
@@ -45,12 +45,12 @@ def vm(ceph: Cluster) -> CephAccess:
 
 
 @pytest.fixture
-def image(ceph_image: str) -> RbdImage:
-    return RbdImage(pool=POOL, image=ceph_image)
+def image(ceph_image: str) -> RbdDisk:
+    return RbdDisk(pool=POOL, image=ceph_image)
 
 
 @pytest.fixture
-def away(ceph: Cluster, vm: CephAccess, image: RbdImage) -> Iterator[None]:
+def away(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> Iterator[None]:
     """The cluster without its monitor; what is needed of it was made before."""
     ceph.stop_mon()
     yield
@@ -88,22 +88,22 @@ async def until(true: Callable[[], object]) -> None:
 # --- images ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_image_is_described(ceph: Cluster, vm: CephAccess, image: RbdImage) -> None:
+async def test_an_image_is_described(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
     """Law 5: size and features, with exactly the capabilities that the documentation gives."""
     info = await Ceph(vm).image_info(image)
     assert info == ImageInfo(size=8 << 20, features=frozenset({"layering", "exclusive-lock"}))
     assert info.has_exclusive_lock
     ceph.rbd_create(f"{POOL}/{image.image}-bare", features="layering")
-    bare = await Ceph(vm).image_info(RbdImage(pool=POOL, image=f"{image.image}-bare"))
+    bare = await Ceph(vm).image_info(RbdDisk(pool=POOL, image=f"{image.image}-bare"))
     assert not bare.has_exclusive_lock
 
 
 async def test_names_are_names(ceph: Cluster, vm: CephAccess) -> None:
     """Law: what has a meaning in `POOL/IMAGE@SNAP` stays part of the name."""
     ceph.rbd("create", "--pool", POOL, "--image", "an image", "--size", "1M")
-    assert (await Ceph(vm).image_info(RbdImage(pool=POOL, image="an image"))).size == 1 << 20
+    assert (await Ceph(vm).image_info(RbdDisk(pool=POOL, image="an image"))).size == 1 << 20
     with pytest.raises(CephError):
-        await Ceph(vm).image_info(RbdImage(pool=POOL, image="an image@snap"))
+        await Ceph(vm).image_info(RbdDisk(pool=POOL, image="an image@snap"))
 
 
 async def test_what_is_not_there_is_named(vm: CephAccess) -> None:
@@ -111,17 +111,17 @@ async def test_what_is_not_there_is_named(vm: CephAccess) -> None:
     cluster = Ceph(vm)
     for ask in (cluster.image_info, cluster.watchers, cluster.lock_owners):
         with pytest.raises(NoSuchImage, match=r"no such image: `rbd .* --pool rbd --image gone`: rbd: error"):
-            await ask(RbdImage(pool=POOL, image="gone"))
+            await ask(RbdDisk(pool=POOL, image="gone"))
         with pytest.raises(NoSuchImage, match="no such pool: "):
-            await ask(RbdImage(pool="lake", image="gone"))
+            await ask(RbdDisk(pool="lake", image="gone"))
 
 
 async def test_an_image_is_imported_once_and_as_a_whole(
-    ceph: Cluster, vm: CephAccess, image: RbdImage, tmp_path: Path
+    ceph: Cluster, vm: CephAccess, image: RbdDisk, tmp_path: Path
 ) -> None:
     """Law: `<image>.nvram` is made unless it is there, with exclusive-lock, and what a cut-off left is taken away."""
     (tmp_path / "vars").write_bytes(b"variables" * 1000)
-    target = RbdImage(pool=POOL, image=f"{image.image}.nvram")
+    target = RbdDisk(pool=POOL, image=f"{image.image}.nvram")
     ceph.rbd_create(f"{POOL}/{target.image}.new", size="1M")
     assert await Ceph(vm).import_image(target, tmp_path / "vars")
     info = await Ceph(vm).image_info(target)
@@ -135,12 +135,12 @@ async def test_an_image_is_imported_once_and_as_a_whole(
 
 
 async def test_what_a_cut_off_import_has_open_is_waited_for(
-    ceph: Cluster, vm: CephAccess, image: RbdImage, tmp_path: Path
+    ceph: Cluster, vm: CephAccess, image: RbdDisk, tmp_path: Path
 ) -> None:
     """Law: an import that was killed counts as open for 30 s; that is "wait", and nothing is made meanwhile."""
     (tmp_path / "vars").write_bytes(b"variables")
-    target = RbdImage(pool=POOL, image=f"{image.image}.nvram")
-    aside = RbdImage(pool=POOL, image=f"{target.image}.new")
+    target = RbdDisk(pool=POOL, image=f"{image.image}.nvram")
+    aside = RbdDisk(pool=POOL, image=f"{target.image}.new")
     ceph.rbd_create(str(aside))
     async with RbdQemu(ceph, aside):
         with pytest.raises(CephAway, match="somebody has it open"):
@@ -151,9 +151,9 @@ async def test_what_a_cut_off_import_has_open_is_waited_for(
     assert await Ceph(vm).import_image(target, tmp_path / "vars")
 
 
-async def test_an_import_without_a_file_leaves_nothing(ceph: Cluster, vm: CephAccess, image: RbdImage) -> None:
+async def test_an_import_without_a_file_leaves_nothing(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
     """Law: no half image under the name that is looked for."""
-    target = RbdImage(pool=POOL, image=f"{image.image}.nvram")
+    target = RbdDisk(pool=POOL, image=f"{image.image}.nvram")
     with pytest.raises(CephError):
         await Ceph(vm).import_image(target, Path("/nonexistent"))
     assert target.image not in ceph.rbd("ls", POOL).split()
@@ -233,7 +233,7 @@ async def test_one_failed_addition_is_told_as_itself(vm: CephAccess, tool: Calla
 # --- how it fails ---------------------------------------------------------------------------------------------
 
 
-async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: RbdImage) -> None:
+async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: RbdDisk) -> None:
     """Law 4: no answer in time is "wait", for each tool; the tool is gone then."""
     cluster = Ceph(vm, answer_s=0.3)
     for call in (cluster.image_info(image), cluster.watchers(image), cluster.fence([NOBODY])):
@@ -243,7 +243,7 @@ async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: Rb
     assert running(NOBODY) == []
 
 
-async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, image: RbdImage) -> None:
+async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, image: RbdDisk) -> None:
     """Law: the tool is killed and reaped before the cancellation reaches the caller."""
     question = asyncio.create_task(Ceph(vm).watchers(image))
     await until(lambda: running(image.image))
@@ -253,7 +253,7 @@ async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, i
     assert running(image.image) == []
 
 
-async def test_the_cluster_comes_back(ceph: Cluster, vm: CephAccess, image: RbdImage) -> None:
+async def test_the_cluster_comes_back(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
     """Law: an outage leaves no state here; the next question is answered."""
     ceph.stop_mon()
     try:
@@ -264,7 +264,7 @@ async def test_the_cluster_comes_back(ceph: Cluster, vm: CephAccess, image: RbdI
     assert (await Ceph(vm).image_info(image)).has_exclusive_lock
 
 
-async def test_a_client_that_cannot_be(ceph: Cluster, image: RbdImage, tmp_path: Path) -> None:
+async def test_a_client_that_cannot_be(ceph: Cluster, image: RbdDisk, tmp_path: Path) -> None:
     """Law: no keyring, a wrong key, too few capabilities, no ceph.conf: an operator has to mend it, and reads what."""
     key = "AQB+FgZrUhUVKRAA/0QT+i4tqGb/QTOa0U8Ddg=="
     (tmp_path / "wrong").write_text(f"[client.vm]\n\tkey = {key}\n")
@@ -284,7 +284,7 @@ async def test_a_client_that_cannot_be(ceph: Cluster, image: RbdImage, tmp_path:
     assert NOBODY not in ceph.blocklist()
 
 
-async def test_without_the_tools(vm: CephAccess, image: RbdImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_the_tools(vm: CephAccess, image: RbdDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a missing program is named, with the package that has it."""
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(CephRefused, match=r"cannot start rbd: No such file or directory; it is in ceph-common"):
@@ -303,7 +303,7 @@ async def test_nonsense_is_not_believed(vm: CephAccess, tool: Callable[[str, str
     """Law 3: an answer that is not understood is no answer."""
     tool("rbd", f"printf '%s' '{answer}'")
     with pytest.raises(CephFailed, match=r"`rbd status .*` says what is not understood: "):
-        await Ceph(vm).watchers(RbdImage(pool=POOL, image="x"))
+        await Ceph(vm).watchers(RbdDisk(pool=POOL, image="x"))
 
 
 async def test_the_tools_do_not_inherit_what_is_ours(
@@ -313,7 +313,7 @@ async def test_the_tools_do_not_inherit_what_is_ours(
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("ETCD_PASSWORD_FILE", "/ours")
     tool("rbd", f"""env > {tmp_path}/env; echo '{{"watchers":[]}}'""")
-    assert await Ceph(vm).watchers(RbdImage(pool=POOL, image="x")) == frozenset()
+    assert await Ceph(vm).watchers(RbdDisk(pool=POOL, image="x")) == frozenset()
     assert "/ours" not in (tmp_path / "env").read_text()
 
 

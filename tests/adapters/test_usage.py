@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvmsupervisor.adapters.usage import Usage, usage_of
+from kvmsupervisor.adapters.usage import Usage, memory_for_guests_mib, usage_of
 
 
 def stat_line(
@@ -62,3 +62,28 @@ def test_a_zombie_gives_nothing() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert usage_of(process.pid) is None
+
+
+def meminfo(tmp_path: Path, *lines: str) -> Path:
+    """A file as proc_meminfo(5) describes it."""
+    path = tmp_path / "meminfo"
+    path.write_text("\n".join(("MemTotal:       16384000 kB", "MemFree:         1024 kB", *lines)) + "\n")
+    return path
+
+
+def test_memory_for_guests(tmp_path: Path) -> None:
+    """Law: all of the host's memory, in MiB, where no huge pages are set aside."""
+    assert memory_for_guests_mib(meminfo(tmp_path)) == 16_000
+    none = ("HugePages_Total:       0", "Hugepagesize:       2048 kB")
+    assert memory_for_guests_mib(meminfo(tmp_path, *none)) == 16_000
+
+
+def test_huge_pages_are_set_aside(tmp_path: Path) -> None:
+    """Law: huge pages are the host's no more, used or not."""
+    some = ("HugePages_Total:    1000", "HugePages_Free:     1000", "Hugepagesize:       2048 kB")
+    assert memory_for_guests_mib(meminfo(tmp_path, *some)) == 14_000
+
+
+def test_this_machines_own_memory() -> None:
+    """Law: the kernel's own file is read the same way."""
+    assert 128 < memory_for_guests_mib() < 1 << 24

@@ -56,11 +56,15 @@ class FakeView:
 
     statuses: list[Status] = field(default_factory=list)
     sessions: list[HostSession] = field(default_factory=list)
+    agents_seen: dict[str, str] = field(default_factory=dict)
     is_healthy: bool = True
     is_ready: tuple[bool, str] = (True, "in step with etcd at revision 7")
 
     def instances(self) -> list[Status]:
         return self.statuses
+
+    def agent_seen(self, instance: str) -> str | None:
+        return self.agents_seen.get(instance)
 
     def hosts(self) -> list[HostSession]:
         return self.sessions
@@ -155,6 +159,14 @@ class TestApi:
         """An id names its own object."""
         face.view.statuses = [a_status("1"), a_status("web.2")]
         assert face.json("/api/v1/instances/web.2")["id"] == "web.2"
+
+    def test_one_instance_tells_when_its_agent_was_heard(self, face: Face) -> None:
+        """That changes every minute, so it is told here, and neither in the array nor in the status key."""
+        face.view.statuses = [a_status("1"), a_status("2")]
+        face.view.agents_seen["1"] = "2030-01-02T03:04:00Z"
+        assert face.json("/api/v1/instances/1")["agent_seen"] == "2030-01-02T03:04:00Z"
+        assert face.json("/api/v1/instances/2")["agent_seen"] is None
+        assert all("agent_seen" not in status for status in face.json("/api/v1/instances"))
 
     @pytest.mark.parametrize("name", ["3", "", "..", "a/b", "a" * 64, "<script>", "\udcff"])
     def test_an_unknown_instance_is_404_in_json(self, face: Face, name: str) -> None:

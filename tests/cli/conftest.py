@@ -30,6 +30,7 @@ class World:
     etcd: FakeEtcd
     layout: Layout = field(default_factory=Layout)
     environ: dict[str, str] = field(default_factory=lambda: {"KVM_HOSTNAME": "alpha"})
+    agents_seen: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def keys(self, instance: str, **values: str) -> int:
         """Write wishes (`cloud_config` for a name with a hyphen); return the revision."""
@@ -67,7 +68,13 @@ class World:
 
     def run(self, *args: str, input_text: str | None = None) -> Result:
         """Run the command line, its output in a pipe."""
-        tools = Tools(environ=self.environ, connect=lambda settings: self.etcd.peer(), now=lambda: NOW, settle_s=0)
+        tools = Tools(
+            environ=self.environ,
+            connect=lambda settings: self.etcd.peer(),
+            now=lambda: NOW,
+            settle_s=0,
+            agent_seen=lambda url, instance: self.agents_seen.get((url, instance)),
+        )
         return CliRunner().invoke(cli, args, obj=tools, input=input_text)
 
     def json(self, *args: str) -> Any:

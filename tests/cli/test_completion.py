@@ -40,12 +40,15 @@ def test_commands_and_options_are_completed(full: World) -> None:
     assert complete(full, "sta") == ["start"]
     assert complete(full, "list", "--out") == ["--output"]
     assert complete(full, "--ver") == ["--version"]
+    assert complete(full, "console", "--r") == ["--read-only"]
 
 
 def test_ids_are_completed_as_people_count_and_not_twice(full: World) -> None:
     """Valid ids only: a hostile key reaches no shell."""
     assert complete(full, "show", "") == ["9", "10", "web1", "web2"]
     assert complete(full, "start", "web1", "we") == ["web2"]
+    assert complete(full, "console", "--lines", "5", "we") == ["web1", "web2"]
+    assert complete(full, "spice", "-o", "x.vv", "we") == ["web1", "web2"]
 
 
 def test_keys_and_hosts_are_completed(full: World) -> None:

@@ -7,7 +7,7 @@ import json
 import lzma
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +62,23 @@ class Machine:
                     return message
 
 
+async def connected(
+    process: asyncio.subprocess.Process, path: Path
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a socket of QEMU's: it may not be there yet, or be bound and not yet listen."""
+    while True:
+        try:
+            return await asyncio.open_unix_connection(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert process.returncode is None
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
-async def machine(guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1) -> AsyncIterator[Machine]:
-    """Boot the guest in a QEMU of its own; kill it at the end."""
+async def machine(
+    guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1, options: Sequence[str] = ()
+) -> AsyncIterator[Machine]:
+    """Boot the guest in a QEMU of its own, with more options if need be; kill it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="kvs"))
     try:
         process = await asyncio.create_subprocess_exec(
@@ -75,14 +89,12 @@ async def machine(guest: Guest, *, deaf: bool = False, heartbeat_s: float = 1) -
             *("-chardev", f"socket,id=serial0,path={folder}/console,server=on,wait=off"),
             *("-serial", "chardev:serial0", "-device", "pvpanic", "-S"),
             *guest.options(tag="trial", deaf=deaf, heartbeat_s=heartbeat_s),
+            *options,
         )
         try:
             async with asyncio.timeout(LIMIT_S):
-                while not (folder / "qmp").exists() or not (folder / "console").exists():
-                    assert process.returncode is None
-                    await asyncio.sleep(0.01)
-            qmp_in, qmp_out = await asyncio.open_unix_connection(folder / "qmp")
-            serial_in, serial_out = await asyncio.open_unix_connection(folder / "console")
+                qmp_in, qmp_out = await connected(process, folder / "qmp")
+                serial_in, serial_out = await connected(process, folder / "console")
             found = Machine(process=process, qmp_in=qmp_in, qmp_out=qmp_out, serial_in=serial_in, serial_out=serial_out)
             found.order("qmp_capabilities")
             found.order("cont")
@@ -174,6 +186,7 @@ def test_extra_flags_survive_the_shells_way_of_splitting_words() -> None:
     assert guest.extra_flags(tag="one", heartbeat_s=0.5, deaf=True) == (
         "-kernel '/a b/vmlinuz' -initrd '/a b/initramfs' -append 'console=ttyS0 quiet panic=-1 hb=0.5 tag=one deaf=1'"
     )
+    assert guest.extra_flags(dhcp=True).endswith(" tag=guest dhcp=1'")
 
 
 def test_modules_come_after_those_they_need_and_only_once(tmp_path: Path) -> None:

@@ -14,20 +14,22 @@ from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.argv import (
     AGENT_SOCKET,
     CONSOLE_LOG,
     CONSOLE_SOCKET,
     QMP_SOCKET,
     QMP_SPARE_SOCKET,
+    Channels,
     HostSide,
     Identity,
+    Provision,
     build_argv,
     instance_uuid,
 )
-from kvmsupervisor.domain.disk import CephSide
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import RbdImage, Spec
+from kvmsupervisor.domain.spec import RbdDisk, Spec
 from tests.support.ceph import POOL, Ceph
 
 VM = InstanceId("vm-1")
@@ -45,20 +47,22 @@ def run_dir() -> Iterator[Path]:
 class Machine:
     """A QEMU started on listening sockets, and a QMP connection that was made before it existed."""
 
-    def __init__(self, stack: ExitStack, run_dir: Path, spec: Spec, ceph: CephSide | None = None) -> None:
-        listeners = [stack.enter_context(_listener(run_dir / n)) for n in (QMP_SOCKET, QMP_SPARE_SOCKET)]
+    def __init__(
+        self, stack: ExitStack, run_dir: Path, spec: Spec, ceph: hardware.Ceph = hardware.OWN_DEFAULTS
+    ) -> None:
+        names = (QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET)
+        listeners = [stack.enter_context(_listener(run_dir / name)) for name in names]
         self._qmp = _connect(stack, run_dir / QMP_SOCKET)
-        first, spare = (listener.fileno() for listener in listeners)
-        host = HostSide(
-            qemu="qemu-system-x86_64",
-            accel="tcg",
+        first, spare, console, agent = (listener.fileno() for listener in listeners)
+        provision = Provision(
             run_dir=f"{run_dir}",
-            qmp_fds=(first, spare),
-            ceph=ceph or CephSide(),
+            channels=Channels(qmp=first, spare=spare, console=console, agent=agent),
+            ceph_key=ceph.key_file,
         )
-        words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host)
+        host = HostSide(qemu="qemu-system-x86_64", accel="tcg", ceph=ceph)
+        words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host, provision=provision)
         # Its words show up in pytest's report of what was printed, when a test fails.
-        process = stack.enter_context(subprocess.Popen(words, pass_fds=(first, spare)))
+        process = stack.enter_context(subprocess.Popen(words, pass_fds=provision.descriptors))
         stack.callback(process.kill)
         for listener in listeners:
             # Now QEMU alone holds them: its end is the end of the connection.
@@ -124,9 +128,9 @@ def test_machine_with_spice(run_dir: Path, machine_type: str) -> None:
 def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Ceph, ceph_image: str) -> None:
     """Law: the disk is the image, written back and flushed, open for writing; an I/O error stops the guest."""
     (run_dir / "a,key").write_text(ceph.ceph("auth", "get-key", "client.admin"))
-    side = CephSide(user="admin", conf=str(ceph.conf), key_file=str(run_dir / "a,key"))
+    side = hardware.Ceph(user="admin", conf=str(ceph.conf), key_file=str(run_dir / "a,key"))
     with ExitStack() as stack:
-        machine = Machine(stack, run_dir, Spec(ram_mib=64, rbd=RbdImage(pool=POOL, image=ceph_image)), side)
+        machine = Machine(stack, run_dir, Spec(ram_mib=64, rbd=RbdDisk(pool=POOL, image=ceph_image)), side)
         assert machine.ask("query-status")["status"] == "prelaunch"
         (disk,) = machine.ask("query-block")
         assert disk["inserted"]["cache"] == {"no-flush": False, "direct": False, "writeback": True}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups
 from kvmsupervisor.domain.keys import InstanceId, Layout
-from kvmsupervisor.domain.spec import VALUE_LIMIT, RawValue
+from kvmsupervisor.domain.spec import RawValue
+from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 Write = tuple[bytes, bytes, int]
 
@@ -156,6 +157,23 @@ def test_a_new_list_tells_exactly_what_differs() -> None:
     assert fill(table, [(k, v, r) for k, (v, r) in now.items()], fresh=True) == set()
 
 
+def test_who_names_a_host_is_found() -> None:
+    """By the key `host`, white space aside, or by the name's place in the lock; by no other key, and no part of one."""
+    table = Groups(Layout())
+    values = {
+        "1/host": b"a",
+        "2/host": b" a\n",
+        "3/host": b"ab",
+        "4/lock": b'{"host":"a"}',
+        "5/ram": b"a",
+        "6/host": b"b",
+    }
+    fill(table, [(f"/kvm/{key}".encode(), value, 2) for key, value in values.items()])
+    fill(table, [(b"/kvm/host", b"a", 3)])
+    assert table.naming(b"a") == {"1", "2", "4"}
+    assert table.naming(b"c") == set()
+
+
 def test_a_name_swapped_for_another_is_a_change() -> None:
     """The count of keys stays, the keys do not."""
     table = one(b"/kvm/1/ram")
@@ -196,6 +214,29 @@ def test_batches_and_lists_come_to_the_same(steps: list[list[tuple[bytes, bytes,
     assert listed.foreign() == watched.foreign()
     kept = sum(len(listed.keys_of(i)) + (listed.lock_of(i) is not None) for i in listed.ids())
     assert kept + len(listed.foreign()) == len(truth)
+
+
+LAYOUTS = st.sampled_from(["/kvm/%i/lock", "/kvm/%i/x", "/kvm/1/%i", "/kvm/%i", "/locks/%i", "%i"]).map(
+    lambda lock: Layout(lock=lock)
+)
+ENTRIES = st.lists(st.tuples(KEYS, st.binary(max_size=3), st.integers(1, 3), st.just(1), st.just(0)), max_size=12)
+
+
+@given(LAYOUTS, st.booleans(), st.booleans(), st.lists(st.tuples(st.booleans(), ENTRIES), max_size=3))
+def test_many_keys_at_once_come_to_the_same_as_one_by_one(
+    layout: Layout, locks_only: bool, ordered: bool, stages: list[tuple[bool, list[tuple[bytes, bytes, int, int, int]]]]
+) -> None:
+    """Law: `put_all` is `put` for each, wherever locks lie, in whatever order, on an empty table or a full one."""
+    one_by_one, at_once = (Groups(layout, locks_only=locks_only) for _ in range(2))
+    for fresh, entries in stages:
+        first, second = (table.begin(fresh=fresh) for table in (one_by_one, at_once))
+        listed = sorted(entries) if ordered else entries
+        for entry in listed:
+            first.put(*entry)
+        second.put_all(listed)
+        assert first.commit() == second.commit()
+        assert snapshot(one_by_one) == snapshot(at_once)
+        assert one_by_one.foreign() == at_once.foreign()
 
 
 def snapshot(table: Groups) -> dict[str, tuple[dict[bytes, RawValue], bytes | None]]:

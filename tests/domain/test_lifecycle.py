@@ -168,7 +168,19 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Action.LOOK),
     ("law 3: fence before QEMU", view(planned="x", lock=seen(locked(state=LockState.FENCING, pid=None))), Phase.WAITING,
      Action.FENCE),
-    ("then QEMU", view(planned="x", lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING, Action.SPAWN),
+    ("then QEMU", view(planned="x", slot=True, lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING,
+     Action.SPAWN),
+    ("after something was missing, in its turn again", view(planned="x",
+     lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.WAITING, Action.QUEUE),
+    ("what is missing on the host is waited for", view(planned="x", slot=True, obstacle="no bridge br0", start_at=102.0,
+     lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.WAITING, None),
+    ("before the lock is taken, too", view(obstacle="no bridge br0", start_at=102.0), Phase.WAITING, None),
+    ("and then looked for again", view(planned="x", slot=True, obstacle="no bridge br0", start_at=100.0,
+     lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING, Action.SPAWN),
+    ("media are made before the lock is taken, without a slot", view(prepared=False), Phase.STARTING, Action.PREPARE),
+    ("and again after a start that failed", view(prepared=False, planned="x", slot=True,
+     lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING, Action.PREPARE),
+    ("but not while a stranger holds the lock", view(prepared=False, lock=seen(locked(host=OTHER))), Phase.WAITING, None),
     ("too early is backoff", view(memory=Memory(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
      Phase.BACKOFF, None),
     ("law 9: a stop releases the lock", view(wish=OFF, lock=seen(locked())), Phase.STOPPED, Action.RELEASE),
@@ -276,6 +288,7 @@ class Supervisor:
         self.asked = False
         self.connected = False
         self.run_state: str | None = None
+        self.prepared = False
         self.record = world.disk_record
         self.memory = world.disk_memory
         self.qemu: Qemu | None = None
@@ -305,12 +318,14 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            memory=self.memory, slot=True, holdover=holdover, shutdown_timeout_s=20.0,
+            memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def act(self, action: Action) -> None:  # noqa: C901, PLR0912 - one branch per action
         world = self.world
         match action:
+            case Action.PREPARE:
+                world.step(lambda: setattr(self, "prepared", True))
             case Action.TAKE:
                 self.planned = f"i{next(world.names)}"
                 lock = take(world.lock, host=ME, boot_id=BOOT, incarnation=self.planned, storage=Storage.NONE,
@@ -382,7 +397,7 @@ class Supervisor:
         world.step(lambda: world.qemus.append(qemu))
         self.record = replace(fresh, pid=qemu.pid, starttime=9)
         world.step(lambda: setattr(world, "disk_record", self.record))
-        self.qemu, self.planned, self.run_state = qemu, None, NEVER_RAN
+        self.qemu, self.planned, self.run_state, self.prepared = qemu, None, NEVER_RAN, False
 
     def ends(self, kind: ExitClass) -> None:
         qemu = self.qemu

@@ -11,22 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import (
+from kvmsupervisor.domain.spec import Power, RawValue, RbdDisk, RestartPolicy, Spec, spec_from_object, spec_to_object
+from kvmsupervisor.domain.values import show_bytes
+from kvmsupervisor.domain.wishes import (
     FREE_KEY,
     FREE_KEY_PREFIX,
     UNKNOWN_KEYS_NAMED,
     VALUE_LIMIT,
     WISH_KEYS,
-    Power,
-    RawValue,
-    RbdImage,
-    RestartPolicy,
-    Spec,
     parse_wish,
-    spec_from_object,
-    spec_to_object,
 )
-from kvmsupervisor.domain.values import show_bytes
 
 VM = InstanceId("vm")
 
@@ -93,7 +87,7 @@ _specs = st.builds(
     ram_mib=st.integers(1, 1 << 24),
     mac=st.none() | st.binary(min_size=5, max_size=5).map(lambda tail: f"52:{tail.hex(':')}"),
     bridge=st.none() | _words,
-    rbd=st.none() | st.builds(RbdImage, pool=_words, image=_words),
+    rbd=st.none() | st.builds(RbdDisk, pool=_words, image=_words),
     spice_port=st.none() | st.integers(1, 65_535),
     extra_flags=st.lists(st.text(_name_chars | st.sampled_from("\"' \\$,=é"), max_size=10), max_size=5).map(tuple),
     cpus=st.integers(1, 512),

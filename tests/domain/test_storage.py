@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import RbdImage, Spec
-from kvmsupervisor.domain.storage import images_of, storage_of
+from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
+from kvmsupervisor.domain.storage import images_of, nvram_of, storage_of
 
-RBD = RbdImage(pool="rbd", image="vm1")
+RBD = RbdDisk(pool="rbd", image="vm1")
 
 
 @pytest.mark.parametrize(
@@ -86,3 +87,20 @@ def test_the_images_of_a_machine() -> None:
     """Law 3: those whose watchers are its clients."""
     assert images_of(Spec(ram_mib=64, rbd=RBD)) == (RBD,)
     assert images_of(Spec(ram_mib=64)) == ()
+
+
+def test_the_images_of_a_machine() -> None:
+    """Law 3: those that it has open for writing, whose watchers are its clients; its UEFI variables are one of them."""
+    other, shared = RbdDisk("p", "data"), RbdDisk("p", "tools", ro=True)
+    spec = Spec(ram_mib=64, rbd=RBD, disks=(Disk(1, shared), Disk(3, other)))
+    assert images_of(spec) == (RBD, other)
+    assert images_of(replace(spec, firmware=Firmware.UEFI)) == (RBD, other, RbdDisk("rbd", "vm1.nvram"))
+    assert images_of(Spec(ram_mib=64)) == ()
+
+
+def test_where_uefi_variables_are() -> None:
+    """Law: beside the first disk when that is in Ceph and the machine's own; otherwise on its host."""
+    assert nvram_of(Spec(ram_mib=64, rbd=RBD)) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI)) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=replace(RBD, ro=True))) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=RBD)) == RbdDisk("rbd", "vm1.nvram")

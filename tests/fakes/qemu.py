@@ -21,8 +21,10 @@ from typing import Any
 
 import pytest
 
+from kvmsupervisor.adapters.agent import AgentSilent
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
 from tests.fakes.clock import FakeClock
 
@@ -40,8 +42,11 @@ class FakeQemu:
         refuses: QMP commands that it refuses, with its words.
         words: what it writes on its standard error before it exits with status 1 at once; None: it lives.
         run_state: QMP's.
+        agent: what its guest's agent says, None when nobody answers there.
+        agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
         presses: when its power button was pressed.
         commands: all QMP commands that it did, in order.
+        asked: when its guest's agent was asked.
     """
 
     def __init__(self, host: FakeQemus, pid: int, argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -53,6 +58,9 @@ class FakeQemu:
         self.deaf = self.stubborn = self.frozen = self.mute = False
         self.refuses: dict[str, str] = {}
         self.words: str | None = None
+        self.agent: GuestFacts | None = None
+        self.agent_open = False
+        self.asked: list[float] = []
         self.presses: list[float] = []
         self.commands: list[str] = []
         self.status: WaitStatus | None = None
@@ -72,9 +80,18 @@ class FakeQemu:
     def ram(self) -> str:
         return self.argv[self.argv.index("-m") + 1]
 
+    def is_in(self, directory: Path) -> bool:
+        """Whether that is its run directory: its sockets were opened there, and it knows their numbers only."""
+        return any(f"logfile={directory}/console.log" in word for word in self.argv)
+
     def event(self, name: str, **data: Any) -> None:
         for monitor in self._monitors:
             monitor.on_event(name, data)
+
+    def open_agent(self, facts: GuestFacts | None = None, *, is_open: bool = True) -> None:
+        """The guest opens (or closes) its agent's channel; `facts` is what the agent answers from now on."""
+        self.agent, self.agent_open = facts, is_open
+        self.event("VSERPORT_CHANGE", id="agent0", open=is_open)
 
     def shut_down(self, reason: str = "guest-shutdown") -> None:
         """End as QEMU does: it says why, then exits."""
@@ -109,6 +126,8 @@ class FakeQemu:
                 return {"UUID": self.argv[self.argv.index("-uuid") + 1]}
             case "query-status":
                 return {"status": self.run_state, "running": self.run_state == "running"}
+            case "query-chardev":
+                return [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}]
             case "cont":
                 if not self._host.on_record(self):
                     self._host.ran_off_the_record.append(self)
@@ -126,8 +145,9 @@ class FakeQemu:
 class FakeProcess:
     """Stands for `adapters.process.Process`."""
 
-    def __init__(self, qemu: FakeQemu, on_end: Callable[[], None]) -> None:
+    def __init__(self, qemu: FakeQemu, on_end: Callable[[], None], *, is_child: bool) -> None:
         self.pid = qemu.pid
+        self.is_child = is_child
         self.starttime = qemu.starttime
         self.ended = asyncio.Event()
         self.status = WaitStatus()
@@ -219,6 +239,7 @@ class FakeQemus:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvmsupervisor.machine.kernel", self)
         monkeypatch.setattr("kvmsupervisor.machine.Monitor", self)
+        monkeypatch.setattr("kvmsupervisor.agent_watch.agent", self)
 
     @property
     def alive(self) -> list[FakeQemu]:
@@ -239,13 +260,14 @@ class FakeQemus:
         log_fd: int,
         pass_fds: Sequence[int],
         on_end: Callable[[], None],
+        stdin: int | None = None,
     ) -> FakeProcess:
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)
         qemu = FakeQemu(self, next(self._pids), argv, environment)
         self.all.append(qemu)
         self.prepare(qemu)
-        process = FakeProcess(qemu, on_end)
+        process = FakeProcess(qemu, on_end, is_child=True)
         if qemu.words is not None:
             os.write(log_fd, qemu.words.encode())
             qemu.end(WaitStatus(code=1))
@@ -256,7 +278,7 @@ class FakeQemus:
     ) -> FakeProcess | None:
         for qemu in self.alive:
             if qemu.pid == pid and starttime in (None, qemu.starttime) and marks.items() <= qemu.environment.items():
-                return FakeProcess(qemu, on_end)
+                return FakeProcess(qemu, on_end, is_child=False)
         return None
 
     def find(self, marks: Mapping[str, str]) -> Iterator[int]:
@@ -265,15 +287,25 @@ class FakeQemus:
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
 
+    # What stands for adapters.agent.
+
+    async def ask(self, path: Path) -> GuestFacts:
+        (qemu,) = [qemu for qemu in self.alive if qemu.is_in(path.parent)]
+        qemu.asked.append(self.clock.now())
+        await asyncio.sleep(0)
+        if qemu.agent is None:
+            await self.clock.sleep(5.0)
+            raise AgentSilent("no answer")
+        return qemu.agent
+
     # What stands for adapters.qmp.Monitor.
 
     async def connect(
         self, path: str, *, on_event: OnEvent, on_lost: Callable[[], None], timeout_s: float
     ) -> FakeMonitor:
         await asyncio.sleep(0)
-        console = f"path={Path(path).parent}/console.sock"
         for qemu in self.alive:
-            if any(console in word for word in qemu.argv):
+            if qemu.is_in(Path(path).parent):
                 if qemu.frozen:
                     await self.clock.sleep(timeout_s)
                     raise MonitorSilent("QEMU did not greet")

@@ -297,6 +297,8 @@ class Host:
     def __init__(self, keys: Keys, name: str = "alpha", *, run_dir: Path | None = None, **settings: str) -> None:
         # Short: sockets of instances lie below it, and their paths have at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="kvs", dir="/tmp"))
+        # As /run is: QEMU may run as another user.
+        self.folder.chmod(0o755)
         self.keys = keys
         self.name = name
         self.run_dir = run_dir or self.folder / "run"
@@ -304,6 +306,8 @@ class Host:
             "KVM_HOSTNAME": name,
             "KVM_PREFIX": keys.layout.prefix,
             "KVM_RUN_DIR": str(self.run_dir),
+            "KVM_CGROUP": "none",
+            "KVM_STATE_DIR": str(self.folder / "state"),
             "KVM_ACCEL": "tcg",
             "KVM_LISTEN": "127.0.0.1:0",
             "KVM_LOG_FORMAT": "json",
@@ -312,6 +316,8 @@ class Host:
             **settings,
         }
         self.url = ""
+        self.around: Callable[..., list[str]] = lambda *argv: [*argv]
+        """Makes the supervisor's command line of the plain one, for instance to start it on a test's own network."""
         self._log = self.folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
         _open.add(self)
@@ -346,7 +352,7 @@ class Host:
         assert not self.running
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kvmsupervisor", "run"],
+                self.around(sys.executable, "-m", "kvmsupervisor", "run"),
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

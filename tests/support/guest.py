@@ -5,11 +5,15 @@ Guests always run under TCG here: on some development machines `/dev/kvm` opens,
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest, build_guest
+from kvmsupervisor.cli.demo_guest import Guest, build_guest, cpio
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,3 +22,37 @@ ROOT = Path(__file__).resolve().parents[2]
 def guest() -> Guest:
     """The guest, built once for this and all later runs below `.cache/guest` of the checkout."""
     return build_guest(ROOT / ".cache" / "guest")
+
+
+AGENT_INIT = """#!/bin/sh
+# Starts QEMU's agent once its channel is there, beside the guest's own init.
+mount -t devtmpfs dev /dev # the shell wants /dev/null for what runs in the background
+{
+    until name=$(grep -l org.qemu.guest_agent.0 /sys/class/virtio-ports/*/name); do sleep 0.2; done 2>/dev/null
+    until busybox ip address add 192.0.2.7/24 dev eth0; do sleep 0.2; done 2>/dev/null
+    busybox hostname inside
+    port=${name%/name}
+    qemu-ga -m virtio-serial -p "/dev/${port##*/}" -t / -f /qemu-ga.pid >/dev/null 2>&1
+} &
+exec /init
+"""
+
+
+@pytest.fixture(scope="session")
+def agent_options(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """QEMU options that boot the guest with QEMU's own agent in it, and a NIC that has the address 192.0.2.7."""
+    program = shutil.which("qemu-ga")
+    assert program is not None, "qemu-ga is missing: tools/install-system dev"
+    needs = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    files = {
+        "agent-init": AGENT_INIT.encode(),
+        "bin/qemu-ga": Path(program).read_bytes(),
+        "etc/os-release": b'ID=small\nPRETTY_NAME="Small Linux 1.0"\n',
+    }
+    for library in re.findall(r"(/\S+) \(0x", needs):
+        files[library.lstrip("/")] = Path(library).read_bytes()
+    both = tmp_path_factory.mktemp("agent-guest") / "initramfs"
+    # The kernel unpacks one archive after the other.
+    both.write_bytes(guest.initramfs.read_bytes() + cpio(files, {}))
+    *options, words = replace(guest, initramfs=both).options(tag="inside")
+    return [*options, f"{words} rdinit=/agent-init", "-device", "virtio-net-pci,mac=52:54:00:00:00:07"]

@@ -12,18 +12,21 @@ from typing import Any, cast
 
 import structlog
 
+from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.slots import Slots
-from kvmsupervisor.domain.spec import parse_wish
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.fencing import Diskless
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.provisioning import HostFiles, Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.surroundings import Surroundings
@@ -57,6 +60,14 @@ class FakeSession:
         self.held = held
         for listener in tuple(self._listeners):
             listener()
+
+
+class KnownTypes(MachineTypes):
+    """Asks no QEMU."""
+
+    def __init__(self) -> None:
+        super().__init__("qemu")
+        self._aliases = {"q35": "pc-q35-7.2"}
 
 
 class LockStore(FakeEtcd):
@@ -196,6 +207,7 @@ class Host:
 
     def _surroundings(self) -> Surroundings:
         session = cast("Session", self.session)
+        host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
         return Surroundings(
             me=self.me,
             boot_id=self.boot_id,
@@ -205,13 +217,21 @@ class Host:
             publisher=Publisher(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
-            slots=Slots(4),
+            admission=Admission(4),
+            provisioner=Provisioner(
+                host=host_side,
+                files=HostFiles(state_dir=self.path / "_state"),
+                user=None,
+                types=KnownTypes(),
+                homes=Nowhere(survives_container=True),
+            ),
+            user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
             metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
             fencing=Diskless(),
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
-            host_side=HostSide(qemu="qemu", accel="tcg", run_dir="", qmp_fds=(0, 0), **self.side),
+            host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from kvmsupervisor.adapters.qmp import Monitor
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.disk import CephSide, rbd_disk, secret
-from kvmsupervisor.domain.spec import RbdImage
+from kvmsupervisor.domain import hardware
+from kvmsupervisor.domain.spec import RbdDisk, Spec
 from tests.support.ceph import Ceph
 
 LIMIT_S = 60.0
@@ -37,7 +37,7 @@ UNPRIVILEGED = (
 """How a test that is root starts QEMU as somebody else."""
 
 
-def make_writer_image(ceph: Ceph, image: RbdImage, folder: Path) -> None:
+def make_writer_image(ceph: Ceph, image: RbdDisk, folder: Path) -> None:
     """An image of 1 MiB from which the writer boots."""
     file = folder / f"{image.image}.img"
     with file.open("wb") as out:
@@ -47,7 +47,7 @@ def make_writer_image(ceph: Ceph, image: RbdImage, folder: Path) -> None:
     ceph.rbd("import", "--no-progress", *features, str(file), str(image))
 
 
-def count(ceph: Ceph, image: RbdImage) -> int:
+def count(ceph: Ceph, image: RbdDisk) -> int:
     """How far the writer came, as the image says; 0 before it has written."""
     with tempfile.TemporaryDirectory(prefix="kvs") as folder:
         ceph.rbd("export", "--no-progress", str(image), f"{folder}/image")
@@ -60,10 +60,10 @@ class RbdQemu:
     """One QEMU, started with `-S`. As a context manager it answers QMP, and is gone at the end."""
 
     def __init__(
-        self, ceph: Ceph, image: RbdImage, *, side: CephSide | None = None, prefix: Sequence[str] = ()
+        self, ceph: Ceph, image: RbdDisk, *, side: hardware.Ceph | None = None, prefix: Sequence[str] = ()
     ) -> None:
         self.events: list[str] = []
-        self._side = side or CephSide(user="vm", conf=str(ceph.conf))
+        self._side = side or hardware.Ceph(user="vm", conf=str(ceph.conf))
         self._image = image
         self._prefix = tuple(prefix)
         self._changed = asyncio.Event()
@@ -101,8 +101,8 @@ class RbdQemu:
             *("qemu-system-x86_64", "-S", "-nodefaults", "-no-user-config", "-display", "none"),
             *("-machine", "q35,accel=tcg", "-m", "64", *SANDBOX),
             *("-chardev", f"socket,id=q0,fd={qmp_fd},server=on,wait=off", "-mon", "chardev=q0,mode=control"),
-            *secret(self._side),
-            *rbd_disk(self._image, self._side, name="disk0", slot=0x11),
+            *hardware.ceph_key(self._side),
+            *hardware.disks(Spec(ram_mib=64, rbd=self._image), self._side),
         ]
 
     async def status(self) -> str:

@@ -24,7 +24,7 @@ from kvmsupervisor.adapters.etcd.caller import Caller
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, ReplyTooLarge
-from kvmsupervisor.adapters.etcd.messages import compare_message, key_value, op_message, range_of
+from kvmsupervisor.adapters.etcd.messages import compare_message, key_value, key_values, op_message, range_of
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
 
@@ -86,7 +86,7 @@ class Etcd:
                 if reply.more:
                     bounds = {**bounds, "key": reply.kvs[-1].key + b"\0"}
                     coming = asyncio.create_task(self._page(prefix, bounds, revision, page))
-                yield Listing([key_value(kv) for kv in reply.kvs], revision)
+                yield Listing(key_values(reply.kvs), revision)
                 if not reply.more:
                     return
         finally:
@@ -160,7 +160,7 @@ class Etcd:
         except ReplyTooLarge as error:
             raise Rejected(f"{what}: it reads more than this client receives at once") from error
         reads = [
-            [key_value(kv) for kv in response.response_range.kvs]
+            key_values(response.response_range.kvs)
             for response in reply.responses
             if response.HasField("response_range")
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, assert_never
 
 from kvmsupervisor.adapters.etcd.api import (
@@ -68,6 +70,13 @@ def op_message(op: Op) -> Any:
 def key_value(kv: Any) -> KeyValue:
     """Translate one `mvccpb.KeyValue`."""
     return KeyValue(kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)
+
+
+def key_values(kvs: Iterable[Any]) -> list[KeyValue]:
+    """Translate many: see `key_value`."""
+    # Without the generated `__new__` it takes two thirds of the time.
+    make = partial(tuple.__new__, KeyValue)
+    return [make((kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)) for kv in kvs]
 
 
 def event(message: Any) -> Event:

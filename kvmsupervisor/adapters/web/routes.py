@@ -9,9 +9,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from kvmsupervisor.adapters.web import page
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import ID_RULE, parse_id
+from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.status import Status
 
 ALLOWED_METHODS = ("GET", "HEAD")
@@ -31,6 +30,10 @@ class View(Protocol):
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, the invalid ones too, in the order to show them."""
+        ...
+
+    def agent_seen(self, instance: InstanceId) -> str | None:
+        """When the agent in this instance's guest last answered, RFC 3339 in UTC; None when it did not."""
         ...
 
     def hosts(self) -> Sequence[HostSession]:
@@ -114,6 +117,9 @@ class Routes:
         return _error(HTTPStatus.NOT_FOUND, f"no such path; there are {', '.join(paths)}")
 
     def _page(self, _accept: str, refresh: str) -> Reply:
+        # Imported by who first looks at it: no start should wait for it.
+        from kvmsupervisor.adapters.web import page  # noqa: PLC0415
+
         content = page.render(
             page.Content(
                 host=self._host,
@@ -149,11 +155,11 @@ class Routes:
         return _json(HTTPStatus.OK, [status.to_object() for status in self._view.instances()])
 
     def _instance(self, name: str) -> Reply:
-        if parse_id(name) is None:
+        if (instance := parse_id(name)) is None:
             return _error(HTTPStatus.NOT_FOUND, f"not an instance id; one is {ID_RULE}")
         for status in self._view.instances():
             if status.id == name:
-                return _json(HTTPStatus.OK, status.to_object())
+                return _json(HTTPStatus.OK, status.to_object() | {"agent_seen": self._view.agent_seen(instance)})
         return _error(HTTPStatus.NOT_FOUND, f"{self._host} is not responsible for an instance {name}")
 
     def _hosts(self, _accept: str, _refresh: str) -> Reply:

@@ -11,10 +11,13 @@ import asyncio
 import contextlib
 import socket
 import struct
+from typing import TYPE_CHECKING
 
-from kvmsupervisor.adapters.web.exchange import Exchange
 from kvmsupervisor.adapters.web.listener import listen
 from kvmsupervisor.adapters.web.routes import Routes
+
+if TYPE_CHECKING:
+    from kvmsupervisor.adapters.web.exchange import Exchange
 
 CONNECTION_LIMIT_S = 30.0
 """Longest life of a connection: three times Prometheus' default scrape timeout of 10 s."""
@@ -169,12 +172,18 @@ class Web:
         listener = listen(self._host, self._wanted_port, backlog=CONNECTIONS)
         self._port = listener.getsockname()[1]
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: _Connection(Exchange(self._routes), self._crowd, self._limit_s),
+            self._accepted,
             sock=listener,
             backlog=CONNECTIONS,
             start_serving=False,
         )
         await self._server.start_serving()
+
+    def _accepted(self) -> _Connection:
+        # What knows HTTP is imported by the first connection: no start should wait for it.
+        from kvmsupervisor.adapters.web.exchange import Exchange  # noqa: PLC0415
+
+        return _Connection(Exchange(self._routes), self._crowd, self._limit_s)
 
     async def close(self) -> None:
         """Stop listening, give replies under way `SHUTDOWN_GRACE_S`, end all connections.

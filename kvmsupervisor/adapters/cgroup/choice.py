@@ -1,0 +1,63 @@
+"""Which kind of home this host can give: the setting `KVM_CGROUP`, tried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from kvmsupervisor.adapters.cgroup.homes import Homes, Impossible, Nowhere
+from kvmsupervisor.adapters.cgroup.place import Place, look
+from kvmsupervisor.adapters.cgroup.scope import BUS, open_scopes
+from kvmsupervisor.adapters.cgroup.tree import open_tree
+
+Wanted = Literal["auto", "systemd", "cgroup", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What was chosen.
+
+    Attributes:
+        homes: that.
+        rejected: by name, why what is preferred could not be had.
+        warning: what people must be told loudly; None when guests outlive the supervisor's container.
+    """
+
+    homes: Homes
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    warning: str | None = None
+
+
+async def choose(wanted: Wanted, *, place: Place | None = None, bus: Path = BUS) -> Chosen:
+    """Choose; `auto` takes the first that is possible of systemd, cgroup, none.
+
+    Raises:
+        Impossible: one is asked for by name and cannot be had; the message names it and says why.
+    """
+    place = look() if place is None else place
+    rejected: dict[str, str] = {}
+    for name in ("systemd", "cgroup"):
+        if wanted not in {"auto", name}:
+            continue
+        try:
+            homes: Homes = await open_scopes(place, bus) if name == "systemd" else open_tree(place)
+        except Impossible as error:
+            if wanted == name:
+                raise Impossible(f"KVM_CGROUP is {name}, but {error}; or set KVM_CGROUP=auto") from error
+            rejected[name] = str(error)
+        else:
+            return Chosen(homes=homes, rejected=rejected, warning=_warning(homes, place, rejected))
+    nowhere = Nowhere(survives_container=not place.ends_neighbours)
+    return Chosen(homes=nowhere, rejected=rejected, warning=_warning(nowhere, place, rejected))
+
+
+def _warning(homes: Homes, place: Place, rejected: Mapping[str, str]) -> str | None:
+    if homes.survives_container:
+        return None
+    whose = f"the service {place.service}" if place.service and not place.contained else "this container"
+    if place.contained and not place.host_pids:
+        return f"guests end with {whose}: it has a PID namespace of its own; run it with --pid=host"
+    said = "; ".join(f"{name}: {why}" for name, why in rejected.items())
+    return f"guests end with {whose}: QEMU runs in its cgroup" + (f" ({said})" if said else "; set KVM_CGROUP=auto")

@@ -1,0 +1,159 @@
+"""Device nodes that QEMU and its helper open: made where a container lacks them, and opened to QEMU's own user.
+
+Sources: /proc/misc, where drivers of major number 10 are listed with their minor (proc(5)); mknod(2).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC_MISC = Path("/proc/misc")
+
+MISC_MAJOR = 10
+"""Of all that /proc/misc lists (MISC_MAJOR in include/uapi/linux/major.h)."""
+
+MADE_MODE = 0o600
+"""Of a node that is made here: root's. `grant` opens it further where that is needed."""
+
+GRANTED_MODE = 0o660
+
+_READ_WRITE = 0o6
+
+
+class DeviceTrouble(Exception):
+    """A device cannot be used as it is; the message says which and what would help. Somebody has to change the host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device of /proc/misc.
+
+    Attributes:
+        path: of its node.
+        name: as /proc/misc has it.
+        modules: kernel module that brings it, for people.
+    """
+
+    path: Path
+    name: str
+    module: str
+
+
+KVM = Device(path=Path("/dev/kvm"), name="kvm", module="kvm_intel or kvm_amd")
+TUN = Device(path=Path("/dev/net/tun"), name="tun", module="tun")
+VHOST_NET = Device(path=Path("/dev/vhost-net"), name="vhost-net", module="vhost_net")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """How QEMU's user gets at a node.
+
+    Attributes:
+        gid: group that QEMU must have among its groups; None when it needs none.
+        changed: whether the node was changed for it.
+    """
+
+    gid: int | None
+    changed: bool = False
+
+
+def ensure(device: Device, *, misc: Path = PROC_MISC) -> bool:
+    """See to it that the node is there; return whether it was made.
+
+    A node that is there is left as it is, also while /proc/misc does not list it: opening it may load the module.
+
+    Raises:
+        DeviceTrouble: the kernel has no such device, the node may not be made, or something else is in its place.
+    """
+    minor = _minor(device, misc)
+    if device.path.exists() or device.path.is_symlink():
+        _check(device, minor)
+        return False
+    if minor is None:
+        raise DeviceTrouble(
+            f"{device.path} is missing, and {misc} lists no {device.name}: the module {device.module} is not loaded; "
+            f"modprobe {device.module.split(' or ')[0]} on the host"
+        )
+    try:
+        device.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.mknod(device.path, stat.S_IFCHR | MADE_MODE, os.makedev(MISC_MAJOR, minor))
+    except FileExistsError:
+        # Somebody else, an udev for instance, was quicker.
+        _check(device, minor)
+        return False
+    except OSError as error:
+        raise DeviceTrouble(
+            f"{device.path} is missing and cannot be made: {error.strerror}; run as root with CAP_MKNOD, or give the "
+            f"container the device (--device {device.path})"
+        ) from error
+    return True
+
+
+def grant(node: Path, groups: Collection[int], gid: int) -> Grant:
+    """Find or make a way for an unprivileged process to open the node for reading and writing.
+
+    A node that belongs to a group which may use it (`kvm`) is not taken from that group: its gid is returned, for
+    QEMU to have among its own. Root's group is never handed out.
+
+    Args:
+        node: the device node.
+        groups: what QEMU's user is in already, its primary group too.
+        gid: the group that the node is given when no group can use it; needs root.
+
+    Raises:
+        DeviceTrouble: the node is not there, or it would have to be changed and may not be.
+    """
+    try:
+        found = node.stat()
+    except OSError as error:
+        raise DeviceTrouble(f"{node} cannot be looked at: {error.strerror}") from error
+    mode = stat.S_IMODE(found.st_mode)
+    is_member = found.st_gid in groups
+    by_group = mode >> 3 & _READ_WRITE == _READ_WRITE
+    # A member of the group gets what the group gets, even where all others get more (path_resolution(7)).
+    if not is_member and mode & _READ_WRITE == _READ_WRITE:
+        return Grant(gid=None)
+    if by_group and (is_member or found.st_gid != 0):
+        return Grant(gid=found.st_gid)
+    problem = f"{node} belongs to {found.st_uid}:{found.st_gid} with mode {mode:04o}, so QEMU's user cannot open it"
+    remedy = f"chgrp {gid} {node} && chmod {GRANTED_MODE:04o} {node}"
+    if os.geteuid() != 0:
+        raise DeviceTrouble(f"{problem}; {remedy}")
+    try:
+        os.chown(node, -1, gid)
+        node.chmod(GRANTED_MODE)
+    except OSError as error:
+        raise DeviceTrouble(
+            f"{problem}, and that cannot be changed: {error.strerror}; on the host: {remedy}"
+        ) from error
+    return Grant(gid=gid, changed=True)
+
+
+def _check(device: Device, minor: int | None) -> None:
+    """Raise DeviceTrouble unless the node is the device."""
+    try:
+        found = device.path.stat()
+    except OSError as error:
+        raise DeviceTrouble(f"{device.path} cannot be looked at: {error.strerror}") from error
+    if not stat.S_ISCHR(found.st_mode):
+        # Docker makes a folder where `-v` names a path that the host does not have.
+        raise DeviceTrouble(f"{device.path} is no device node; remove what is there, and do not mount it with -v")
+    numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
+    if minor is not None and numbers != (MISC_MAJOR, minor):
+        raise DeviceTrouble(
+            f"{device.path} has the numbers {numbers[0]}, {numbers[1]}, and {device.name} has {MISC_MAJOR}, {minor} "
+            "now; remove it, and it is made anew"
+        )
+
+
+def _minor(device: Device, misc: Path) -> int | None:
+    try:
+        lines = misc.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise DeviceTrouble(f"{misc} cannot be read: {error.strerror}") from error
+    pairs = (line.split() for line in lines)
+    return next((int(pair[0]) for pair in pairs if len(pair) == 2 and pair[1] == device.name), None)

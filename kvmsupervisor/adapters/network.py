@@ -1,0 +1,373 @@
+"""Taps on bridges, opened by QEMU's own `qemu-bridge-helper`, and the file that tells it which bridges are allowed.
+
+The supervisor runs the helper and hands the tap's descriptor to QEMU (`-netdev tap,fd=N`), which then needs neither
+privileges nor another program. The helper is given one end of a socket pair and sends the descriptor through it.
+
+Source: QEMU's qemu-bridge-helper.c and net/tap.c, whose `net_bridge_run_helper` is the other user of the helper.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines
+
+HELPERS = (
+    Path("/usr/lib/qemu/qemu-bridge-helper"),  # Debian, Ubuntu, Arch, Alpine
+    Path("/usr/libexec/qemu-bridge-helper"),  # Fedora, RHEL, Gentoo
+    Path("/usr/lib/qemu-bridge-helper"),  # openSUSE
+    Path("/usr/local/libexec/qemu-bridge-helper"),  # QEMU's own `make install`
+)
+
+BRIDGE_CONF = Path("/etc/qemu/bridge.conf")
+"""Built into the helper (CONFIG_QEMU_CONFDIR); every distribution has it there."""
+
+VHOST_NET = Path("/dev/vhost-net")
+NET = Path("/sys/class/net")
+
+HELPER_TIMEOUT_S = 5.0
+"""The helper takes 3 ms. Arbitrary: long enough for a busy host, short enough not to hold a start up for ever."""
+
+SAID_LIMIT = 4096
+"""Bytes that are read of what the helper says; its sentences are short."""
+
+NEW_MODE = 0o640
+"""Of a bridge.conf that did not exist. Where the helper is setuid it reads the file as the user who calls it: what
+is allowed here for this supervisor shall not be allowed to every user of the host."""
+
+_writing = threading.Lock()
+
+
+class NetworkTrouble(Exception):
+    """No tap for now: wait and try again. The message names what was found and what would be right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tap:
+    """An open tap that is a port of its bridge. Whoever holds this closes it.
+
+    Attributes:
+        fd: the tap, with virtio-net headers; closed on exec unless it is passed on.
+        vhost_fd: vhost-net for it, None where the host has none.
+    """
+
+    fd: int
+    vhost_fd: int | None = None
+
+    def close(self) -> None:
+        """Close the descriptors, once.
+
+        Where nobody else has the tap, the kernel removes it from its bridge meanwhile, and that takes about 20 ms:
+        after QEMU was started this is quick, after a start that failed a thread is the place for it.
+        """
+        os.close(self.fd)
+        if self.vhost_fd is not None:
+            os.close(self.vhost_fd)
+
+
+async def open_tap(
+    bridge: str,
+    *,
+    helper: Path | None = None,
+    vhost: bool = True,
+    acl: Path = BRIDGE_CONF,
+    net: Path = NET,
+    vhost_device: Path = VHOST_NET,
+    timeout_s: float = HELPER_TIMEOUT_S,
+) -> Tap:
+    """A new tap on the bridge.
+
+    Cancelled or out of time, it kills the helper and leaves no tap. The loop is held up for the time of a vfork and
+    exec only (0.4 ms); asyncio's own subprocesses would hold it up for 2 ms more.
+
+    Args:
+        bridge: its name.
+        helper: the program to run; None: the first of `HELPERS` that is there.
+        vhost: whether to open vhost-net as well, where the host has it.
+        acl: what the helper reads; looked at only to explain a refusal.
+        net: the folder of all interfaces in sysfs; looked at only to explain a refusal.
+        vhost_device: the device of vhost-net.
+        timeout_s: seconds that the helper has.
+
+    Raises:
+        NetworkTrouble: there is no tap.
+    """
+    program = _find(helper)
+    try:
+        fd = await _run_helper(program, bridge, timeout_s)
+    except _Refused as error:
+        raise NetworkTrouble(_explain(str(error), bridge, program, acl, net)) from None
+    except OSError as error:
+        raise NetworkTrouble(f"{program} cannot be run: {error.strerror or error}") from error
+    return Tap(fd=fd, vhost_fd=_open_vhost(vhost_device) if vhost else None)
+
+
+def allow_bridges(bridges: Iterable[str], path: Path = BRIDGE_CONF) -> tuple[str, ...]:
+    """See to it that the helper may use these bridges; return those for which a line was added.
+
+    Everything else in the file stays byte for byte. A bridge that an administrator denies is left alone; `open_tap`
+    says so when it is refused. Nothing is written when nothing is to be added, which takes 0.1 ms. Otherwise the file
+    is replaced whole, and this waits for the disk once.
+
+    Raises:
+        NetworkTrouble: the file cannot be read or written, or the helper could not read it.
+    """
+    with _writing:
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            content = None
+        except OSError as error:
+            raise NetworkTrouble(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            added = missing(_read_acl(path, content), bridges)
+        except BrokenAcl as error:
+            raise NetworkTrouble(f"no bridge can be allowed before this line is mended: {error}") from error
+        if added:
+            try:
+                _replace(path, with_lines(content or b"", added), is_new=content is None)
+            except OSError as error:
+                lines = ", ".join(f"'allow {bridge}'" for bridge in added)
+                raise NetworkTrouble(f"{path} needs {lines}, but cannot be written: {error.strerror}") from error
+    return added
+
+
+# --- the helper -----------------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """The helper sent no descriptor; the message is what it said, or how it ended."""
+
+
+def _find(helper: Path | None) -> Path:
+    looked = HELPERS if helper is None else (helper,)
+    for path in looked:
+        if path.is_file() and os.access(path, os.X_OK):
+            return path
+    places = ", ".join(map(str, looked))
+    raise NetworkTrouble(
+        f"no qemu-bridge-helper that can be executed: looked for {places}; it comes with QEMU "
+        "(Debian: qemu-system-common, Fedora: qemu-common)"
+    )
+
+
+async def _run_helper(program: Path, bridge: str, timeout_s: float) -> int:
+    """Run the helper to its end; return the tap that it sent.
+
+    Raises:
+        _Refused: it sent none.
+        OSError: it could not be started.
+    """
+    with contextlib.ExitStack() as stack:
+        ours, its = socket.socketpair()
+        stack.enter_context(ours)
+        with its:
+            child = _start(program, bridge, its.fileno())
+        assert child.stderr is not None
+        stack.enter_context(child.stderr)
+        ours.setblocking(False)
+        try:
+            status = await _wait(child, timeout_s)
+        except TimeoutError:
+            raise _Refused(f"it did not end within {timeout_s:g} s and was killed") from None
+        fd = _receive(ours)
+        if fd is not None:
+            return fd
+        words = _read_now(child.stderr.fileno())
+        raise _Refused(words or f"it said nothing, sent no descriptor and ended with {status}")
+
+
+def _start(program: Path, bridge: str, fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [program, "--use-vnet", f"--fd={fd}", f"--br={bridge}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=[fd],
+        # No Ctrl-C of a terminal reaches it. A session of its own would do that too, but the kernel schedules each
+        # session as one (CONFIG_SCHED_AUTOGROUP), and on a busy host that made it take twice as long.
+        process_group=0,
+    )
+
+
+def _read_now(pipe: int) -> str:
+    """What is in the pipe, on one line, without waiting for its end: a child of the helper may have it open still."""
+    os.set_blocking(pipe, False)
+    try:
+        return " ".join(os.read(pipe, SAID_LIMIT).decode(errors="replace").split())
+    except BlockingIOError:
+        return ""
+
+
+async def _wait(child: subprocess.Popen[bytes], timeout_s: float) -> str:
+    """Wait until the child has ended and reap it; kill it when there is no time left for it.
+
+    Raises:
+        TimeoutError: it was killed for want of time.
+    """
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError:
+        # No descriptor left: what cannot be watched is not kept.
+        child.kill()
+        child.wait()
+        raise
+    # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
+    child.returncode = 0
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[str] = loop.create_future()
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        if not ended.done():
+            assert result is not None
+            how = "exit status" if result.si_code == os.CLD_EXITED else "signal"
+            ended.set_result(f"{how} {result.si_status}")
+
+    loop.add_reader(pidfd, reap)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await ended
+    finally:
+        if not ended.done() or ended.cancelled():
+            # It is reaped as soon as it has died, which may take the kernel a while: nobody waits for that.
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+def _receive(ours: socket.socket) -> int | None:
+    """The descriptor that was sent, None when there is none. It is closed on exec."""
+    fds = array.array("i")
+    try:
+        # Not socket.recv_fds, which does not pass its flags on.
+        _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+    except OSError:
+        return None
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    for surplus in fds[1:]:
+        os.close(surplus)
+    return fds[0] if fds else None
+
+
+def _open_vhost(device: Path) -> int | None:
+    # Without it QEMU moves the packets itself: slower, and nothing else.
+    try:
+        return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+# --- why there is none ----------------------------------------------------------------------------------------
+
+
+def _explain(said: str, bridge: str, program: Path, acl: Path, net: Path) -> str:
+    """A sentence for people: what stands in the way, and what would end it."""
+    if "access denied by acl file" in said or "parse default acl file" in said:
+        return _explain_acl(said, bridge, acl)
+    if "/dev/net/tun" in said:
+        return (
+            f"no tap for bridge {bridge}: {said}; /dev/net/tun is made where the host has the tun module "
+            "(modprobe tun), and a container must be allowed to use it (--device /dev/net/tun)"
+        )
+    if "failed to create tun device" in said:
+        return (
+            f"no tap for bridge {bridge}: {said}; the supervisor needs CAP_NET_ADMIN, and /dev/net/tun must be "
+            "the tun device"
+        )
+    interface = net / bridge
+    if net.is_dir() and not interface.exists():
+        here = ", ".join(sorted(entry.name for entry in net.iterdir() if (entry / "bridge").is_dir())) or "none"
+        return f"there is no bridge {bridge} on this host (bridges here: {here}); ip link add {bridge} type bridge"
+    if interface.exists() and not (interface / "bridge").is_dir():
+        return (
+            f"{bridge} is a network interface of this host, but no bridge; name a bridge, or make one and add "
+            f"{bridge} to it (ip link set {bridge} master BRIDGE)"
+        )
+    return f"no tap for bridge {bridge}: {program} says: {said}"
+
+
+def _explain_acl(said: str, bridge: str, path: Path) -> str:
+    """Which line is in the way."""
+    refused = f"qemu-bridge-helper may not use bridge {bridge}"
+    try:
+        rules = _read_acl(path)
+    except BrokenAcl as error:
+        return f"{refused}: it cannot read {error}"
+    if (denial := rules.denial(bridge)) is not None:
+        return f"{refused}: an administrator denies it in {denial.place}"
+    if not can_be_named(bridge):
+        return f"{refused}: {path} cannot allow that name and no other; give the bridge another name"
+    if not path.exists():
+        return f"{refused}: {path} does not exist; it needs the line 'allow {bridge}'"
+    if rules.permission(bridge) is None:
+        return f"{refused}: {path} has no line 'allow {bridge}'"
+    return f"{refused}: it says {said}, though {path} allows it; does it read another file?"
+
+
+# --- bridge.conf ----------------------------------------------------------------------------------------------
+
+
+def _read_acl(path: Path, content: bytes | None = None) -> Acl:
+    """What the file says; its content need not be read again where the caller has it."""
+
+    def read(name: str) -> bytes | None:
+        try:
+            return content if content is not None and name == str(path) else Path(name).read_bytes()
+        except (OSError, ValueError):
+            return None
+
+    return read_acl(str(path), read)
+
+
+def _replace(path: Path, content: bytes, *, is_new: bool) -> None:
+    """Write the file whole, beside it first, with the mode and owner that it had."""
+    path = path.resolve()
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            if is_new:
+                os.fchmod(descriptor, NEW_MODE)
+            else:
+                was = path.stat()
+                os.fchown(descriptor, was.st_uid, was.st_gid)
+                os.fchmod(descriptor, was.st_mode & 0o7777)
+            file.flush()
+            # An administrator's deny lines must not be lost with the power.
+            os.fsync(descriptor)
+        try:
+            aside.replace(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            # A file that is mounted into a container cannot be replaced. What is new is at its end, so writing it
+            # where it is keeps every byte that was there.
+            _append(path, content)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _append(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, content[os.fstat(descriptor).st_size :])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

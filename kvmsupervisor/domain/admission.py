@@ -1,0 +1,115 @@
+"""Admission: who may start a QEMU on this host now. So many may be starting at once, and their memory must fit.
+
+Memory is counted by what is promised to the guests, not by what they have touched so far: a host that runs out of it
+has its OOM killer end some guest, and no one could say which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmsupervisor.domain.keys import InstanceId
+
+OVERHEAD_MIB = 64
+"""What a QEMU needs beside its guest's memory. Arbitrary, between a tiny paused one (16 MiB were measured) and one that
+serves disks and a display under load (some hundred); the reserve makes up for the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Waiting:
+    """Somebody in the line."""
+
+    need_mib: int
+    priority: int
+    notify: Callable[[], None]
+
+
+class Admission:
+    """`width` slots for starting, `memory_mib` for all guests together, and a line.
+
+    The line is served by priority, then first come, first served. Who waits for memory is passed over by those behind
+    it whose memory fits.
+
+    Invariant: nobody whose memory fits stands in the line while a slot is free.
+
+    Args:
+        width: how many QEMUs may be starting at one time.
+        memory_mib: what all guests together may have; None for no limit.
+    """
+
+    def __init__(self, width: int, memory_mib: int | None = None) -> None:
+        self._width = width
+        self._memory_mib = memory_mib
+        self._holders: set[InstanceId] = set()
+        self._line: dict[InstanceId, _Waiting] = {}
+        self._promised: dict[InstanceId, int] = {}
+
+    def state(self, instance: InstanceId) -> bool | None:
+        """True: holds a slot; False: stands in line; None: neither."""
+        if instance in self._holders:
+            return True
+        return False if instance in self._line else None
+
+    def shortage(self, instance: InstanceId) -> str | None:
+        """What the memory of one in the line does not fit into, for people; None when it waits for a slot only."""
+        waiting = self._line.get(instance)
+        if waiting is None or self._fits(instance, waiting.need_mib):
+            return None
+        others = [mib for name, mib in self._promised.items() if name != instance]
+        return (
+            f"it needs {waiting.need_mib} MiB, and of {self._memory_mib} MiB for guests {sum(others)} MiB are promised "
+            f"to {len(others)} other{'' if len(others) == 1 else 's'}"
+        )
+
+    def request(
+        self, instance: InstanceId, notify: Callable[[], None], *, need_mib: int = 0, priority: int = 0
+    ) -> None:
+        """Take a free slot, or a place in the line; `notify` is called when the turn comes."""
+        if instance in self._holders or instance in self._line:
+            return
+        if len(self._holders) < self._width and self._fits(instance, need_mib):
+            self._grant(instance, need_mib)
+            self._serve()
+        else:
+            self._line[instance] = _Waiting(need_mib=need_mib, priority=priority, notify=notify)
+
+    def release(self, instance: InstanceId) -> None:
+        """Give the slot, or the place in the line, away. Memory that was promised stays so."""
+        self._line.pop(instance, None)
+        if instance in self._holders:
+            self._holders.remove(instance)
+            self._serve()
+
+    def promise(self, instance: InstanceId, mib: int) -> None:
+        """Count memory for a QEMU that lives, or is started now, whether it fits or not."""
+        self._promised[instance] = mib
+        self._serve()
+
+    def take_back(self, instance: InstanceId) -> None:
+        """Its QEMU is gone and shall not come back: others may have its memory."""
+        if self._promised.pop(instance, None) is not None:
+            self._serve()
+
+    def _fits(self, instance: InstanceId, need_mib: int) -> bool:
+        if self._memory_mib is None:
+            return True
+        others = sum(mib for name, mib in self._promised.items() if name != instance)
+        return others + need_mib <= self._memory_mib
+
+    def _grant(self, instance: InstanceId, need_mib: int) -> None:
+        self._holders.add(instance)
+        self._promised[instance] = need_mib
+
+    def _serve(self) -> None:
+        """Hand out what is free."""
+        for name, waiting in sorted(self._line.items(), key=lambda item: -item[1].priority):
+            if len(self._holders) >= self._width:
+                return
+            if self._fits(name, waiting.need_mib):
+                del self._line[name]
+                self._grant(name, waiting.need_mib)
+                waiting.notify()
+                # It may need less than was promised to it before: there may be room for one that was passed over.
+                self._serve()
+                return

@@ -1,0 +1,106 @@
+"""What a guest says of itself through its agent, made safe: it is told by a stranger, and shown to people.
+
+Source: the QEMU Guest Agent Protocol Reference (qemu.org, docs/interop/qemu-ga-ref): `guest-info`, `guest-get-osinfo`,
+`guest-get-host-name`, `guest-network-get-interfaces`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+TEXT_LIMIT = 128
+"""Characters kept of each text. Arbitrary: Debian's pretty name has 33, a host's name has at most 64 on Linux."""
+
+ADDRESS_LIMIT = 32
+"""Addresses kept. Arbitrary: a machine with more (a router, a container host) is not told apart by them."""
+
+LOOKED_AT_LIMIT = 256
+"""Interfaces, and addresses of each, that are looked at all. Arbitrary, above what machines have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestAddress:
+    """One address of the guest.
+
+    Attributes:
+        interface: the guest's name for it.
+        address: IPv4 or IPv6, in its usual spelling.
+    """
+
+    interface: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestFacts:
+    """What the guest says. All of it may be a lie; none of it can break a line or fill a store.
+
+    Attributes:
+        addresses: without loopback and link-local ones, unless there are no others; in the guest's order.
+        os: the system's name for people, None when it is not told.
+        hostname: the guest's own, None when it is not told.
+        version: of the agent, None when it is not told.
+    """
+
+    addresses: tuple[GuestAddress, ...] = ()
+    os: str | None = None
+    hostname: str | None = None
+    version: str | None = None
+
+
+def facts_of(*, info: object, osinfo: object, hostname: object, interfaces: object) -> GuestFacts:
+    """Make facts of the agent's answers, each the parsed `return` of its command, or None without one."""
+    return GuestFacts(
+        addresses=_addresses(interfaces),
+        os=_text(_member(osinfo, "pretty-name")) or _text(_member(osinfo, "name")),
+        hostname=_text(_member(hostname, "host-name")),
+        version=_text(_member(info, "version")),
+    )
+
+
+def _member(found: object, name: str) -> object:
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def _text(found: object) -> str | None:
+    """A text in one line of bounded length; None for what is none, or empty."""
+    if not isinstance(found, str):
+        return None
+    # Cut first: nobody shall make us look at a quarter of a megabyte. Direction marks and lone surrogates are not
+    # printable either.
+    kept = "".join(char for char in found[: 4 * TEXT_LIMIT] if char.isprintable()).strip()
+    return kept[:TEXT_LIMIT].rstrip() or None
+
+
+def _items(found: object) -> list[object]:
+    return found[:LOOKED_AT_LIMIT] if isinstance(found, list) else []
+
+
+def _addresses(interfaces: object) -> tuple[GuestAddress, ...]:
+    """The addresses to show: the best kind that there is."""
+    kinds: tuple[list[GuestAddress], ...] = ([], [], [])
+    for name, address in _all_addresses(interfaces):
+        kind = kinds[2 if address.is_loopback else 1 if address.is_link_local else 0]
+        if len(kind) < ADDRESS_LIMIT:
+            kind.append(GuestAddress(interface=name, address=str(address)))
+    return tuple(next((kind for kind in kinds if kind), []))
+
+
+def _all_addresses(interfaces: object) -> Iterator[tuple[str, IPv4Address | IPv6Address]]:
+    for interface in _items(interfaces):
+        name = _text(_member(interface, "name"))
+        if name is None:
+            continue
+        for entry in _items(_member(interface, "ip-addresses")):
+            text = _member(entry, "ip-address")
+            if not isinstance(text, str):
+                continue
+            try:
+                # Without the scope that a link-local one may come with (`fe80::1%eth0`): the interface is named.
+                address = ip_address(text.partition("%")[0])
+            except ValueError:
+                continue
+            if not (address.is_unspecified or address.is_multicast):
+                yield name, address

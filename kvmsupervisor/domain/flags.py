@@ -1,0 +1,79 @@
+"""Which QEMU options `extra_flags` may hold on a host: the setting `KVM_EXTRA_FLAGS`.
+
+What stands in `extra_flags` is the only part of an instance's keys that becomes options of its own, and an option of
+QEMU's can open any file that QEMU's user can. Who writes keys may not be trusted with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmsupervisor.domain.spec import Problem
+
+WITHOUT_ARGUMENT = frozenset(
+    {
+        *(
+            "S",
+            "alt-grab",
+            "async-teardown",
+            "audio-help",
+            "ctrl-grab",
+            "daemonize",
+            "enable-fips",
+            "enable-kvm",
+            "enable-sync-profile",
+        ),
+        *("full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-kvm", "no-quit"),
+        *("no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable"),
+        *("portrait", "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version"),
+        *("win2k-hack", "xen-attach", "xen-domid-restrict"),
+    }
+)
+"""Options of qemu-system-x86_64 that take no argument (qemu-options.hx, QEMU 7.2 to 10.0): what follows one of them,
+and is no option, is a disk image to QEMU."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedFlags:
+    """Attributes: options, without their hyphens, that may be given; None for any."""
+
+    options: frozenset[str] | None = None
+
+    def __str__(self) -> str:
+        if self.options is None:
+            return "any"
+        return ",".join(sorted(self.options)) or "none"
+
+    def problems(self, words: Sequence[str]) -> tuple[Problem, ...]:
+        """The problem with `words`, the value of `extra_flags` split: all that this host does not allow in it."""
+        if self.options is None:
+            return ()
+        refused = tuple(word for word in _options(words) if word.lstrip("-") not in self.options or word[:1] != "-")
+        if not refused:
+            return ()
+        allowed = f"allows {self}" if self.options else "allows none"
+        wanted = f"leave that out: this host's KVM_EXTRA_FLAGS {allowed}"
+        return (Problem("extra_flags", " ".join(dict.fromkeys(map(repr, refused))), wanted),)
+
+
+ANY_FLAGS = AllowedFlags()
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    """What QEMU would take for an option, or (without a hyphen) for a disk image.
+
+    An option's argument never begins with a hyphen here: QEMU would take it, so it is refused unless it is allowed as
+    an option, which errs on the safe side.
+    """
+    found, expects_argument = [], False
+    for word in words:
+        if word.startswith("-") and word != "-":
+            found.append(word)
+            # Where an argument is expected, it is that to QEMU, and what follows it is an option or an image again.
+            expects_argument = not expects_argument and word.lstrip("-") not in WITHOUT_ARGUMENT
+        elif expects_argument:
+            expects_argument = False
+        else:
+            found.append(word)
+    return found

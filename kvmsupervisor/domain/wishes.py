@@ -1,0 +1,432 @@
+"""Wishes: what people write below `/kvm/<id>/`, parsed purely.
+
+`parse_wish` never raises: whatever stands in etcd becomes a `Wish`, with every problem named.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from kvmsupervisor.domain import values
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.spec import (
+    DEFAULT_MACHINE,
+    Disk,
+    Firmware,
+    HugePages,
+    Nic,
+    Power,
+    Problem,
+    RawValue,
+    RbdDisk,
+    RestartPolicy,
+    Secret,
+    Spec,
+    Wish,
+)
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show_bytes
+
+VALUE_LIMIT = 65_536
+"""Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
+
+NICS = 8
+DISKS = 16
+"""How many NICs and disks a machine may have, the first included: so many PCI slots are kept for them (`argv.py`)."""
+
+WISH_KEYS = (
+    "host",
+    "ram",
+    "mac",
+    "bridge",
+    "rbd",
+    "spice_port",
+    "spice_addr",
+    "spice_password",
+    "extra_flags",
+    "cloud-config",
+    "cpus",
+    "cpu",
+    "machine",
+    "firmware",
+    "hugepages",
+    "cpu_shares",
+    "memory_limit",
+    "priority",
+    "power",
+    "restart",
+    "restart_request",
+    "shutdown_timeout",
+)
+"""The names of all wishes but the numbered ones, in the order in which they are explained."""
+
+NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
+"""The names of the wishes that a machine may have several of, n counting from 1."""
+
+SECRET_KEYS = frozenset({"spice_password"})
+"""Keys whose values are shown nowhere."""
+
+FREE_KEY = "description"
+FREE_KEY_PREFIX = "x-"
+"""Keys that are for people: never looked at."""
+
+UNKNOWN_KEYS_NAMED = 20
+"""Unknown keys that the problem names; the others are counted. Arbitrary: they still fit on a screen."""
+
+RESTART_REQUEST_LENGTH = 256
+"""Characters of a `restart_request`, which is kept in the run directory. Arbitrary: a date or uuid fits."""
+
+SPICE_PASSWORD_LENGTH = 60
+"""Characters of a SPICE password: `SPICE_MAX_PASSWORD_LENGTH` of the protocol (spice/protocol.h)."""
+
+RESERVED_FLAGS = {
+    "daemonize": "the supervisor starts QEMU as a child that stays",
+    "incoming": "a migration is the supervisor's to begin",
+    "preconfig": "the supervisor sets QEMU up by its arguments alone",
+    "uuid": "the uuid is made of prefix and id, and a running QEMU is recognised by it",
+}
+"""QEMU options that `extra_flags` may not hold, and why: with them a running QEMU would be lost sight of."""
+
+
+def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
+    """Parse the keys of one instance. Never raises, whatever the bytes are.
+
+    A key that is sound counts even where another is not: `power=off` beside a bad `ram` stops the machine.
+
+    Args:
+        instance: whose keys they are.
+        keys: what follows `/kvm/<id>/` in each key, as bytes (it may be anything, slashes included), with
+            its value. The lock is not among them.
+    """
+    if not keys:
+        return Wish(instance=instance)
+    reader = _Reader(keys)
+    host = reader.read("host", values.host_name, None)
+    power = reader.read("power", _power, Power.ON)
+    restart = reader.read("restart", _restart, RestartPolicy.ALWAYS)
+    restart_request = reader.read("restart_request", _restart_request, None)
+    shutdown_timeout_s = reader.read("shutdown_timeout", _shutdown_timeout_s, None)
+    priority = reader.read("priority", _priority, 0)
+    spec = Spec(
+        ram_mib=reader.read("ram", values.ram_mib, 0),
+        mac=reader.read("mac", values.mac_address, None),
+        bridge=reader.read("bridge", values.interface_name, None),
+        nics=reader.nics(),
+        rbd=reader.read("rbd", _rbd_disk, None),
+        disks=reader.disks(),
+        spice_port=reader.read("spice_port", _spice_port, None),
+        spice_addr=reader.read("spice_addr", _ip_address, None),
+        spice_password=reader.read("spice_password", _spice_password, None),
+        extra_flags=reader.read("extra_flags", _extra_flags, ()),
+        cloud_config=reader.read("cloud-config", _cloud_config, None),
+        cpus=reader.read("cpus", _cpus, 1),
+        cpu=reader.read("cpu", _cpu, None),
+        machine=reader.read("machine", _machine, DEFAULT_MACHINE),
+        firmware=reader.read("firmware", _firmware, Firmware.BIOS),
+        hugepages=reader.read("hugepages", _hugepages, None),
+        cpu_shares=reader.read("cpu_shares", _cpu_shares, None),
+        memory_limit_mib=reader.read("memory_limit", values.ram_mib, None),
+    )
+    reader.require("ram", "how much memory the machine has, such as 2048 (MiB) or 2G")
+    reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
+    reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
+    reader.limit(spec)
+    problems = reader.all_problems()
+    return Wish(
+        instance=instance,
+        host=host,
+        host_revision=reader.revision("host"),
+        power=None if "power" in reader.problems else power,
+        power_revision=reader.revision("power"),
+        restart=restart,
+        restart_request=restart_request,
+        shutdown_timeout_s=shutdown_timeout_s,
+        priority=priority,
+        spec=None if problems else spec,
+        problems=problems,
+        revision=max(raw.mod_revision for raw in keys.values()),
+        keys=len(keys),
+    )
+
+
+_T = TypeVar("_T")
+_D = TypeVar("_D")
+
+
+class _Reader:
+    """Reads keys one by one and remembers what was wrong with each."""
+
+    def __init__(self, keys: Mapping[bytes, RawValue]) -> None:
+        self._keys = keys
+        self.problems: dict[str, Problem] = {}
+
+    def read(self, name: str, parse: Callable[[str], _T], default: _D) -> _T | _D:
+        """Parse one key; return `default` without it, and when it is bad."""
+        raw = self._keys.get(name.encode())
+        if raw is None:
+            return default
+        try:
+            return parse(_text(raw.value))
+        except Unfit as unfit:
+            self.problems[name] = Problem(name, _shown(name, raw.value), str(unfit))
+            return default
+
+    def nics(self) -> tuple[Nic, ...]:
+        """The NICs beyond the first."""
+        nics = []
+        for number in self._numbers(_NIC_KEY):
+            mac = self.read(f"nic/{number}/mac", values.mac_address, None)
+            bridge = self.read(f"nic/{number}/bridge", values.interface_name, None)
+            self.require(f"nic/{number}/mac", "the MAC address of the NIC, such as 52:54:00:12:34:56")
+            if mac is not None:
+                nics.append(Nic(number, mac, bridge))
+        return tuple(nics)
+
+    def disks(self) -> tuple[Disk, ...]:
+        """The disks beyond the first."""
+        found = ((number, self.read(f"disk/{number}", _rbd_disk, None)) for number in self._numbers(_DISK_KEY))
+        return tuple(Disk(number, rbd) for number, rbd in found if rbd is not None)
+
+    def _numbers(self, pattern: re.Pattern[bytes]) -> list[int]:
+        return sorted({int(match[1]) for key in self._keys if (match := pattern.fullmatch(key))})
+
+    def require(self, name: str, wanted: str) -> None:
+        """Note the problem that `name` is not there."""
+        if name.encode() not in self._keys:
+            self.problems[name] = Problem(name, "nothing", f"it is required: {wanted}")
+
+    def unique(self, named: Iterable[tuple[str, Hashable]], wanted: str) -> None:
+        """Note the problem that two keys have the same value."""
+        users: dict[Hashable, str] = {}
+        for key, value in named:
+            other = users.setdefault(value, key)
+            if other != key:
+                self.problems.setdefault(key, Problem(key, f"{value}, which {other} has, too", wanted))
+
+    def limit(self, spec: Spec) -> None:
+        """Note the problem that the guest's memory alone is above the limit of its process."""
+        if spec.memory_limit_mib is not None and spec.memory_limit_mib < spec.ram_mib and spec.hugepages is None:
+            found, wanted = f"{spec.memory_limit_mib} MiB", f"it is above `ram` ({spec.ram_mib} MiB)"
+            self.problems.setdefault("memory_limit", Problem("memory_limit", found, wanted))
+
+    def revision(self, name: str) -> int:
+        """The `mod_revision` of one key, 0 without it."""
+        raw = self._keys.get(name.encode())
+        return 0 if raw is None else raw.mod_revision
+
+    def all_problems(self) -> tuple[Problem, ...]:
+        """All problems in key order, that of the unknown keys last."""
+        unknown = sorted(key for key in self._keys if not _is_known(key))
+        known = tuple(self.problems[name] for name in sorted(self.problems))
+        return (*known, _unknown_keys(unknown)) if unknown else known
+
+
+_WISH_KEY_BYTES = frozenset(name.encode() for name in WISH_KEYS)
+
+
+_NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
+_DISK_KEY = re.compile(rf"disk/([1-9]|1[0-{DISKS - 11}])".encode())
+
+
+def _is_known(key: bytes) -> bool:
+    if key in _WISH_KEY_BYTES or key == FREE_KEY.encode() or key.startswith(FREE_KEY_PREFIX.encode()):
+        return True
+    return bool(_NIC_KEY.fullmatch(key) or _DISK_KEY.fullmatch(key))
+
+
+def _unknown_keys(unknown: list[bytes]) -> Problem:
+    """One problem for all of them: ten thousand keys must not make ten thousand sentences."""
+    named = ", ".join(_with_suggestion(key) for key in unknown[:UNKNOWN_KEYS_NAMED])
+    more = len(unknown) - UNKNOWN_KEYS_NAMED
+    return Problem(
+        "unknown key" if len(unknown) == 1 else "unknown keys",
+        f"{named} and {more} more" if more > 0 else named,
+        f"the keys are {', '.join((*WISH_KEYS, *NUMBERED_KEYS))} (NICs to {NICS - 1}, disks to {DISKS - 1}); "
+        f"{FREE_KEY} and {FREE_KEY_PREFIX}… are for people",
+    )
+
+
+_SYNONYMS = {
+    "memory": "ram",
+    "mem": "ram",
+    "disk": "rbd",
+    "drive": "rbd",
+    "image": "rbd",
+    "vcpus": "cpus",
+    "smp": "cpus",
+    "flags": "extra_flags",
+    "args": "extra_flags",
+    "spice": "spice_port",
+    "node": "host",
+    "nic": "mac",
+    "user-data": "cloud-config",
+    "uefi": "firmware",
+}
+"""What else people call the wishes, in the form of `values.plain`."""
+
+_SUGGESTIONS = {plain(name): name for name in (*WISH_KEYS, FREE_KEY)} | _SYNONYMS
+
+
+def suggest_wish(name: str) -> str | None:
+    """The wish that was probably meant by an unknown name."""
+    return nearest(name, _SUGGESTIONS)
+
+
+def _with_suggestion(key: bytes) -> str:
+    near = suggest_wish(key[:SHOWN_LENGTH].decode(errors="replace"))
+    return show_bytes(key) if near is None else f"{show_bytes(key)} (did you mean {near}?)"
+
+
+def _text(value: bytes) -> str:
+    if len(value) > VALUE_LIMIT:
+        raise Unfit(f"a value has at most {VALUE_LIMIT} bytes")
+    try:
+        text = value.decode().strip()
+    except UnicodeDecodeError as error:
+        raise Unfit("a value is UTF-8 text") from error
+    if not text:
+        raise Unfit("a value is not empty: delete the key to have its default")
+    return text
+
+
+def _shown(name: str, value: bytes) -> str:
+    """What was found, for a message; problems are public, so a URL's user and password are left out."""
+    if len(value) > VALUE_LIMIT:
+        return f"more than {VALUE_LIMIT} bytes"
+    if name in SECRET_KEYS:
+        return "a value that is not shown"
+    if name == "cloud-config":
+        text = values.without_userinfo(value.decode(errors="surrogateescape"))
+        value = text.encode(errors="surrogateescape")
+    return show_bytes(value)
+
+
+_power = values.choice(Power, "it")
+_restart = values.choice(RestartPolicy, "it")
+_firmware = values.choice(Firmware, "it")
+_any_hugepages = values.choice(HugePages, "it")
+
+
+def _hugepages(text: str) -> HugePages | None:
+    pages = _any_hugepages(text)
+    return None if pages is HugePages.OFF else pages
+
+
+_VISIBLE_ASCII = re.compile(r"[!-~]+")
+
+
+def _cloud_config(text: str) -> str:
+    wanted = "it is a URL: http://HOST/PATH, https://HOST/PATH or file:///PATH"
+    if not _VISIBLE_ASCII.fullmatch(text):
+        raise Unfit(wanted)
+    try:
+        url = urlsplit(text)
+        _ = url.port
+    except ValueError as error:
+        raise Unfit(f"{wanted} ({error})") from error
+    remote = url.scheme in {"http", "https"} and url.hostname
+    local = url.scheme == "file" and url.netloc in {"", "localhost"} and url.path.startswith("/")
+    if not remote and not local:
+        raise Unfit(wanted)
+    return text
+
+
+_RBD_NAME = r"[^/@\s\x00-\x1f\x7f]+"
+_RBD = re.compile(f"/?({_RBD_NAME})/({_RBD_NAME})")
+
+
+def _rbd_disk(text: str) -> RbdDisk:
+    name, *options = text.split()
+    match = _RBD.fullmatch(name)
+    if match is None or not name.isprintable():
+        raise Unfit(
+            "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@); options follow after white space: "
+            "ro, discard, iops=N"
+        )
+    given: dict[str, int] = {}
+    for option in options:
+        word, equals, number = option.partition("=")
+        if word in given:
+            raise Unfit(f"each option is given once, {word} is there twice")
+        if (word, equals) in {("ro", ""), ("discard", "")}:
+            given[word] = True
+        elif (word, equals) == ("iops", "="):
+            given[word] = _iops(number)
+        else:
+            raise Unfit("behind the image stand the options ro, discard and iops=N, separated by white space")
+    return RbdDisk(match[1], match[2], ro="ro" in given, discard="discard" in given, iops=given.get("iops"))
+
+
+def _extra_flags(text: str) -> tuple[str, ...]:
+    words = values.shell_words(text)
+    for word in words:
+        # QEMU takes `--option` for `-option`.
+        name = word[1:].removeprefix("-") if word.startswith("-") else ""
+        if name in RESERVED_FLAGS:
+            raise Unfit(f"leave {word} out: {RESERVED_FLAGS[name]}")
+    return words
+
+
+def _spice_password(text: str) -> Secret:
+    if len(text.encode()) > SPICE_PASSWORD_LENGTH or not text.isprintable():
+        raise Unfit(f"it is at most {SPICE_PASSWORD_LENGTH} bytes, without control characters")
+    return Secret.of(text)
+
+
+_IP_ADDRESS = re.compile(r"[0-9A-Fa-f.:]+(?:%[A-Za-z0-9._-]+)?")
+
+
+def _ip_address(text: str) -> str:
+    try:
+        # Python takes anything behind the % for an interface, a NUL too.
+        return str(ipaddress.ip_address(text if _IP_ADDRESS.fullmatch(text) else ""))
+    except ValueError:
+        raise Unfit("it is an IP address of the host, such as 127.0.0.1, 0.0.0.0 or ::") from None
+
+
+_PRIORITY = re.compile(r"-?[0-9]{1,4}")
+
+
+def _priority(text: str) -> int:
+    if not _PRIORITY.fullmatch(text) or not -1000 <= int(text) <= 1000:
+        raise Unfit("it is a whole number from -1000 to 1000; who has the greater one starts first")
+    return int(text)
+
+
+def _restart_request(text: str) -> str:
+    if len(text) > RESTART_REQUEST_LENGTH:
+        raise Unfit(f"it is any text of at most {RESTART_REQUEST_LENGTH} characters, such as a date")
+    return text
+
+
+def _not_help(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Refuse `help`, to which QEMU answers with a list and ends, as if all had gone well."""
+
+    def parse_name(text: str) -> str:
+        if text == "help":
+            raise Unfit("it is a name; `help` makes QEMU print them and end")
+        return parse(text)
+
+    return parse_name
+
+
+_spice_port = values.integer(1, 65_535, "a TCP port")
+_iops = values.integer(1, 10**9, "iops")
+_cpu_shares = values.integer(2, 262_144, "the weight of its CPU time, 1024 being ordinary,")
+_cpus = values.integer(1, 512, "the number of vCPUs")
+_shutdown_timeout_s = values.seconds(0, values.SHUTDOWN_TIMEOUT_MAX_S, "the time for a shutdown")
+_cpu = _not_help(
+    values.matching(
+        r"[A-Za-z0-9._+=,-]{1,1024}",
+        "it is a CPU model of QEMU's, with features if need be, such as host or qemu64,+aes",
+    )
+)
+_machine = _not_help(
+    values.matching(
+        r"[A-Za-z0-9._-]{1,64}",
+        "it is a machine type of QEMU's, without options, such as q35 or pc-q35-7.2",
+    )
+)

@@ -1,0 +1,197 @@
+"""All guests of this host, shut down on the host itself: `stop --all --local`, and what ends that.
+
+Works without etcd, and without a supervisor. No wish is touched: the host runs its guests again after its next boot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.clock import Clock, boot_id
+from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
+from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lifecycle import decide
+from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.view import Action, View
+from kvmsupervisor.machine import Machine
+from kvmsupervisor.marks import Marks
+
+log = structlog.get_logger(__name__)
+
+LOOK_EVERY_S = 0.2
+"""How often it is looked whether the guests have gone; arbitrary, little beside a shutdown."""
+
+
+class Drain:
+    """Shuts down what runs on this host.
+
+    Args:
+        run_dir: `KVM_RUN_DIR`.
+        prefix: `KVM_PREFIX`.
+        me: this host's name.
+        shutdown_timeout_s: default between power button and force.
+    """
+
+    def __init__(self, *, run_dir: Path, prefix: str, me: HostName, shutdown_timeout_s: float) -> None:
+        self._run_dir = RunDir(run_dir)
+        self._prefix = prefix
+        self._me = me
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._clock = Clock()
+        self._boot_id = boot_id()
+
+    def running(self) -> tuple[InstanceId, ...]:
+        """The instances whose QEMU lives on this host."""
+        return tuple(name for name in self._run_dir.instances() if self._lives(self._run_dir.instance(name)))
+
+    async def begin(self, *, timeout_s: float, on_change: Callable[[tuple[InstanceId, ...]], None]) -> bool:
+        """Shut all guests down, each within its own time, and keep the supervisor from starting any.
+
+        Args:
+            timeout_s: how long to wait for all of them.
+            on_change: told which still run, whenever those are others than before.
+
+        Returns:
+            Whether all are gone. Those that are not go on shutting down only while a supervisor runs.
+
+        Raises:
+            OutOfReach: a supervisor runs where it cannot be told.
+        """
+        self._run_dir.mark_draining(self._boot_id)
+        ours = asyncio.create_task(self._shut_down_ourselves()) if not self._run_dir.signal_supervisor() else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                told: tuple[InstanceId, ...] | None = None
+                while (left := self.running()) or (ours is not None and not ours.done()):
+                    if left != told:
+                        on_change(left)
+                        told = left
+                    await asyncio.sleep(LOOK_EVERY_S)
+                if ours is not None:
+                    await ours
+        except TimeoutError:
+            return not self.running()
+        finally:
+            if ours is not None:
+                ours.cancel()
+                await asyncio.gather(ours, return_exceptions=True)
+        return True
+
+    def end(self) -> None:
+        """Let the supervisor start what the keys ask for.
+
+        Raises:
+            OutOfReach: a supervisor runs where it cannot be told.
+        """
+        self._run_dir.unmark_draining()
+        self._run_dir.signal_supervisor()
+
+    def _lives(self, directory: InstanceDir) -> bool:
+        record = _record_of(directory)
+        if record is None or record.boot_id != self._boot_id:
+            return False
+        if record.pid is not None and record.starttime is not None:
+            return kernel.is_alive(record.pid, record.starttime)
+        marks = Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
+        return next(kernel.find(marks.environment()), None) is not None
+
+    async def _shut_down_ourselves(self) -> None:
+        """There is no supervisor: do its part for what it left behind, in its place."""
+        try:
+            self._run_dir.acquire()
+        except AlreadyRunning:
+            # One has started just now; it has seen the mark.
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name in self._run_dir.instances():
+                    directory = self._run_dir.instance(name)
+                    record = _record_of(directory)
+                    if record is not None:
+                        group.create_task(self._shut_down(directory, record))
+        finally:
+            self._run_dir.release()
+
+    async def _shut_down(self, directory: InstanceDir, record: Incarnation) -> None:
+        """Go down the ladder that the supervisor would: the same decision, of the one process."""
+        wake = asyncio.Event()
+        machine = Machine(
+            prefix=self._prefix,
+            directory=directory,
+            clock=self._clock,
+            user=None,
+            notify=wake.set,
+            on_reset=lambda: None,
+            log=log.bind(instance=record.instance),
+        )
+        memory = _memory_of(directory, self._boot_id)
+        timeout_s = memory.shutdown_timeout_s
+        try:
+            machine.adopt(record, boot_id=self._boot_id)
+            while (process := machine.view()) is not None and process.exit is None:
+                wake.clear()
+                view = View(
+                    now=self._clock.now(),
+                    me=self._me,
+                    boot_id=self._boot_id,
+                    wish=None,
+                    draining=True,
+                    session_held=False,
+                    process=process,
+                    memory=memory,
+                    shutdown_timeout_s=self._shutdown_timeout_s if timeout_s is None else timeout_s,
+                )
+                decision = decide(view)
+                if decision.phase is Phase.STOPPING:
+                    machine.stop_begins()
+                match decision.action:
+                    case Action.CONNECT:
+                        await machine.connect()
+                    case Action.POWERDOWN:
+                        await machine.press_power_button()
+                    case Action.QUIT:
+                        await machine.quit()
+                    case Action.KILL:
+                        await machine.kill(decision.reason)
+                    case Action.GIVE_UP:
+                        await machine.give_up(decision.reason)
+                    case _:
+                        await self._clock.wait(wake, decision.wake_at)
+            if process is not None and process.exit is not None:
+                ended = after(
+                    memory,
+                    process.exit,
+                    None,
+                    asked=True,
+                    ran=not process.never_ran,
+                    spawned_at=record.spawned_at,
+                    now=self._clock.now(),
+                    jitter=0.0,
+                )
+                directory.write_memory(ended)
+                await machine.bury()
+        finally:
+            await machine.detach()
+
+
+def _record_of(directory: InstanceDir) -> Incarnation | None:
+    """The record of its QEMU; None when there is none, or when only another release can read it."""
+    try:
+        return directory.read_incarnation()
+    except Unreadable as error:
+        log.warning("instance.unreadable", instance=directory.path.name, reason=str(error))
+        return None
+
+
+def _memory_of(directory: InstanceDir, boot: str) -> Memory:
+    try:
+        return directory.read_memory(boot)
+    except Unreadable:
+        return Memory(boot_id=boot)

@@ -1,0 +1,102 @@
+"""What this host brings to the machines on it: found once, when a supervisor starts, and told in its log."""
+
+from __future__ import annotations
+
+import grp
+import os
+from dataclasses import dataclass
+
+import structlog
+
+from kvmsupervisor.adapters import accelerator, devices, firmware, users
+from kvmsupervisor.adapters.devices import DeviceTrouble
+from kvmsupervisor.adapters.usage import memory_for_guests_mib
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.hardware import Ceph
+from kvmsupervisor.provisioning import HostFiles
+from kvmsupervisor.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+KVM_GROUP = "kvm"
+"""The group that distributions give /dev/kvm to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equipment:
+    """What the host brings.
+
+    Attributes:
+        accelerator: what guests run with, and why not KVM.
+        user: that QEMU runs as; None for the supervisor's own.
+        host_side: what every command line is made with.
+        files: where things are.
+        memory_mib: for all guests together.
+    """
+
+    accelerator: accelerator.Choice
+    user: QemuUser | None
+    host_side: HostSide
+    files: HostFiles
+    memory_mib: int
+
+    @property
+    def privileged(self) -> bool:
+        """Whether QEMU runs as root: every fault of its devices is then a fault of the host."""
+        return self.user is None and os.geteuid() == 0
+
+
+def look_around(settings: Settings) -> Equipment:
+    """Find out what the host brings; make KVM's device where it is missing, and let QEMU's user open it.
+
+    Raises:
+        ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
+    """
+    user = users.qemu_user(settings.qemu_user)
+    trouble = None
+    if settings.accel.value != "tcg":
+        try:
+            devices.ensure(devices.KVM)
+            if user is not None:
+                granted = devices.grant(devices.KVM.path, user.groups, _kvm_group(user))
+                user = user.joining(granted.gid)
+                if granted.changed:
+                    log.warning("device.granted", device=str(devices.KVM.path), gid=granted.gid)
+        except DeviceTrouble as error:
+            trouble = str(error)
+    choice = accelerator.choose(settings.accel.value, trouble=trouble)
+    return Equipment(
+        accelerator=choice,
+        user=user,
+        host_side=host_side(settings, choice),
+        files=HostFiles(
+            state_dir=settings.state_dir,
+            bridge_helper=settings.bridge_helper,
+            media_root=settings.media_root,
+            media_cacert=settings.media_cacert,
+        ),
+        memory_mib=max(0, memory_for_guests_mib() - settings.memory_reserve_mib),
+    )
+
+
+def host_side(settings: Settings, choice: accelerator.Choice) -> HostSide:
+    """What every command line of this host is made with. Changes nothing."""
+    return HostSide(
+        qemu=settings.qemu,
+        accel=choice.name,
+        # Empty, the setting means that QEMU shall not be confined.
+        sandbox=settings.qemu_user != "",
+        bridge_if=settings.bridge_if,
+        spice_addr=settings.spice_addr,
+        flags=settings.extra_flags,
+        ovmf=firmware.find(settings.ovmf_code, settings.ovmf_vars),
+        ceph=Ceph(conf=None if settings.ceph_conf is None else str(settings.ceph_conf), user=settings.ceph_id),
+    )
+
+
+def _kvm_group(user: QemuUser) -> int:
+    try:
+        return grp.getgrnam(KVM_GROUP).gr_gid
+    except KeyError:
+        return user.gid

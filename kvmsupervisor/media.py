@@ -1,0 +1,236 @@
+"""A guest's boot media: user data fetched, kept, and put into files that QEMU attaches.
+
+    <directory>/user-data       what was fetched last and fitted; for root only
+    <directory>/media.json      from which URL that is (a digest), and what the files below were made of
+    <directory>/seed.iso        NoCloud, label cidata          } for all but Ignition
+    <directory>/config-2.iso    config-drive, label config-2 }
+    <directory>/ignition.json   for QEMU's fw_cfg `opt/com.coreos/config`
+
+It can be cut off anywhere: each file is replaced in one step, and `media.json` first loses its word for the files,
+then gets a new one, last of all. What it does not vouch for is made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from kvmsupervisor.adapters import medium
+from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch
+from kvmsupervisor.domain import media
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.media import MediumKind, NotUserData
+
+USER_DATA = "user-data"
+LEDGER = "media.json"
+SEED = "seed.iso"
+CONFIG_DRIVE = "config-2.iso"
+IGNITION = "ignition.json"
+FOR_QEMU = (SEED, CONFIG_DRIVE, IGNITION)
+ALL = (LEDGER, USER_DATA, *FOR_QEMU)
+
+EDITION = 1
+"""Of what is written on media. Count up when that changes: media of an earlier edition are made again."""
+
+T = TypeVar("T")
+
+
+class MediaTrouble(Exception):
+    """There are no media for this start: wait and try again. The message says what was found and what is right."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Media:
+    """What QEMU is to attach.
+
+    Attributes:
+        cdroms: ISO images, to be attached as read-only disks.
+        ignition: file of the fw_cfg item `opt/com.coreos/config`, or None.
+        notice: what people should know, such as that a kept copy was used; None when there is nothing.
+    """
+
+    cdroms: tuple[Path, ...]
+    ignition: Path | None
+    notice: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """What shall lie in the directory, as its makings: images are made only when they are needed."""
+
+    images: Mapping[str, tuple[str, Mapping[str, bytes]]] = field(default_factory=dict)
+    plain: Mapping[str, bytes] = field(default_factory=dict)
+
+    def recipe(self, gid: int | None) -> str:
+        """A digest of all that goes into the files, and of who may read them."""
+        digest = hashlib.sha256(repr((EDITION, gid)).encode())
+        for name, (label, files) in sorted(self.images.items()):
+            digest.update(repr((name, label, sorted(files.items()))).encode())
+        digest.update(repr(sorted(self.plain.items())).encode())
+        return digest.hexdigest()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name in FOR_QEMU if name in self.images or name in self.plain)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ledger:
+    """`media.json`.
+
+    Invariant: the digest of `user-data` is in `sources`, whenever it is cut off. While it is replaced, both are.
+
+    Attributes:
+        recipe: what the files for QEMU were made of; empty while they are being made.
+        sources: digest of the URL by digest of the user data that came from there.
+    """
+
+    recipe: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> _Ledger:
+        try:
+            found = json.loads(medium.read(directory / LEDGER) or b"{}")
+            return cls(recipe=str(found["recipe"]), sources={str(k): str(v) for k, v in found["sources"].items()})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return cls()
+
+    def write(self, directory: Path) -> None:
+        written = json.dumps({"recipe": self.recipe, "sources": dict(self.sources)})
+        medium.place(directory / LEDGER, written.encode())
+
+
+async def furnish(
+    url: str,
+    *,
+    directory: Path,
+    instance: InstanceId,
+    uuid: UUID,
+    file_root: Path | None,
+    gid: int | None,
+    ca_file: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+    network_config: bytes | None = None,
+) -> Media:
+    """Make the media of one start. One at a time for each directory.
+
+    User data that cannot be had, or does not fit, is replaced by the copy that the last start had from the same URL;
+    the notice says so. When nothing changed nothing is written, so a running QEMU's files stay what they are.
+
+    When cancelled it ends once its files are whole, in milliseconds.
+
+    Args:
+        url: the value of the key `cloud-config`.
+        directory: the instance's run directory; it exists.
+        instance: becomes the guest's host name.
+        uuid: of the machine.
+        file_root: folder below which `file:` may read, or None.
+        gid: QEMU's group, which may read the media; None: their owner only.
+        ca_file: authorities that are trusted beside the system's.
+        timeout_s: for the fetch.
+        network_config: for the NoCloud medium; None: no such file.
+
+    Raises:
+        MediaTrouble: there is neither fitting user data nor a copy, or the files cannot be written.
+    """
+    shown = media.shown_url(url)
+    source = _digest(media.without_user(url).encode())
+    notice = None
+    try:
+        try:
+            data = await fetch(url, file_root=file_root, ca_file=ca_file, timeout_s=timeout_s)
+            kind = media.detect(data)
+        except (FetchFailed, NotUserData) as error:
+            kept = await _in_thread(lambda: _kept(directory, source))
+            if kept is None:
+                raise
+            data, kind = kept, media.detect(kept)
+            notice = f"cloud-config {shown}: {error}; until then the copy that the last start had is used"
+        files = _files(kind, instance, uuid, data, network_config)
+        await _in_thread(lambda: _write(directory, data=data, source=source, files=files, gid=gid))
+    except (FetchFailed, NotUserData) as error:
+        raise MediaTrouble(f"cloud-config {shown}: {error}") from error
+    except OSError as error:
+        found = f"{error.filename or directory} cannot be read or written ({error.strerror})"
+        raise MediaTrouble(f"cloud-config {shown}: {found}; see to space and rights of the run directory") from error
+    paths = [directory / name for name in files.names]
+    if kind is MediumKind.IGNITION:
+        return Media(cdroms=(), ignition=paths[0], notice=notice)
+    return Media(cdroms=tuple(paths), ignition=None, notice=notice)
+
+
+def discard(directory: Path) -> None:
+    """Remove all of it: the key is gone, and what it led to may be secret. Not beside a `furnish`."""
+    for name in ALL:
+        medium.discard(directory / name)
+
+
+def _files(kind: MediumKind, instance: InstanceId, uuid: UUID, data: bytes, network_config: bytes | None) -> _Files:
+    if kind is MediumKind.IGNITION:
+        return _Files(plain={IGNITION: data})
+    return _Files(
+        images={
+            SEED: (media.NOCLOUD_LABEL, media.nocloud(instance, uuid, data, network_config)),
+            CONFIG_DRIVE: (media.CONFIG_DRIVE_LABEL, media.config_drive(instance, uuid, data)),
+        }
+    )
+
+
+def _kept(directory: Path, source: str) -> bytes | None:
+    """The copy, if it came from the same URL. Another URL's is not what is wished for."""
+    data = medium.read(directory / USER_DATA)
+    if data is None or _Ledger.read(directory).sources.get(_digest(data)) != source:
+        return None
+    return data
+
+
+def _write(directory: Path, *, data: bytes, source: str, files: _Files, gid: int | None) -> None:
+    """Bring the directory to what it shall be; each line may be the last one."""
+    for name in ALL:
+        medium.sweep(directory / name)
+    recipe, digest = files.recipe(gid), _digest(data)
+    done = _Ledger(recipe=recipe, sources={digest: source})
+    kept = medium.read(directory / USER_DATA)
+    before = _Ledger.read(directory)
+    whole = all((directory / name).is_file() for name in files.names)
+    if before == done and kept == data and whole:
+        return
+    old = {} if kept is None else {key: value for key, value in before.sources.items() if key == _digest(kept)}
+    vouched = before.recipe == recipe and whole
+    _Ledger(recipe=recipe if vouched else "", sources=old | {digest: source}).write(directory)
+    if kept != data:
+        medium.place(directory / USER_DATA, data)
+    if not vouched:
+        for name, content in files.plain.items():
+            medium.place(directory / name, content, gid=gid)
+        for name, (label, contents) in files.images.items():
+            medium.place(directory / name, medium.image(label, contents), gid=gid)
+        for name in set(FOR_QEMU) - set(files.names):
+            medium.discard(directory / name)
+    done.write(directory)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run what blocks. When cancelled, wait for its end all the same: a successor must not write beside it."""
+    task = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:
+                continue
+        task.exception()
+        raise

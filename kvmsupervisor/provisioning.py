@@ -1,0 +1,305 @@
+"""What a QEMU needs of its host before it is started: taps, boot media, files, a free port, a machine type.
+
+In two steps. `prepare` is what takes its time (fetching, making images), and is done before the lock is taken and
+before a start slot is asked for. `open` is what is only worth having for a start that follows at once (descriptors),
+and takes milliseconds. What is missing on the host is `NotReady`: the instance waits, says why, and tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from kvmsupervisor import media
+from kvmsupervisor.adapters import devices, network, ports
+from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
+from kvmsupervisor.adapters.devices import DeviceTrouble
+from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.network import NetworkTrouble, Tap
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.argv import Channels, HostSide, Provision
+from kvmsupervisor.domain.hardware import Nvram, TapFds
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.limits import Limits
+from kvmsupervisor.domain.spec import Firmware, Spec
+
+HOST_RETRY_S = 5.0
+"""Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
+
+MEDIA_RETRY_S = 30.0
+"""The same for boot media, whose server others use, too."""
+
+ANYWHERE = frozenset({"0.0.0.0", "::"})
+"""Addresses that stand for all addresses of the host."""
+
+
+class NotReady(Exception):
+    """Something is missing on this host. The message says what, and what would be right.
+
+    Attributes:
+        retry_s: how soon it is worth looking again.
+    """
+
+    def __init__(self, reason: str, retry_s: float) -> None:
+        super().__init__(reason)
+        self.retry_s = retry_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What was made ready for one start of one machine.
+
+    Attributes:
+        spec: of that machine.
+        notice: what a person should know about it, None for nothing.
+    """
+
+    spec: Spec
+    media: tuple[str, ...] = ()
+    ignition: str | None = None
+    nvram: Nvram | None = None
+    notice: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFiles:
+    """Where things are on this host.
+
+    Attributes:
+        state_dir: folder of what outlives a boot.
+        bridge_helper: QEMU's bridge helper, None to look for it.
+        media_root: folder below which `file:` URLs of user data are allowed, None for nowhere.
+        media_cacert: authorities, beside the system's, that servers of user data are checked against.
+    """
+
+    state_dir: Path
+    bridge_helper: Path | None = None
+    media_root: Path | None = None
+    media_cacert: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What was opened for one start.
+
+    Attributes:
+        ready: what was prepared.
+        machine: the versioned machine type.
+        taps: of the NICs.
+        spice_password: path of that file.
+        home: the cgroup that the process enters.
+        closing: what ends our hold of the descriptors: QEMU has its own then, or nobody has them.
+    """
+
+    ready: Prepared
+    machine: str
+    taps: tuple[Tap, ...]
+    spice_password: str | None
+    home: Home
+    closing: contextlib.ExitStack
+
+    def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
+        """All that the command line needs."""
+        return Provision(
+            run_dir=str(directory.path),
+            channels=channels,
+            machine=self.machine,
+            taps=tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in self.taps),
+            media=self.ready.media,
+            ignition=self.ready.ignition,
+            nvram=self.ready.nvram,
+            spice_password=self.spice_password,
+        )
+
+
+class Provisioner:
+    """Makes ready what machines need of this host.
+
+    Args:
+        host: the host's choices.
+        files: where things are.
+        user: whom files for QEMU are given to, None when it runs as we do.
+        types: the machine types that QEMU knows.
+        homes: cgroups for its processes.
+    """
+
+    def __init__(
+        self, *, host: HostSide, files: HostFiles, user: QemuUser | None, types: MachineTypes, homes: Homes
+    ) -> None:
+        self._host = host
+        self._files = files
+        self._user = user
+        self._types = types
+        self._homes = homes
+        # Invariant: the SPICE servers of the QEMUs that live here, or are being started.
+        self._displays: dict[InstanceId, tuple[str, int]] = {}
+
+    # --- what takes its time ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def needs_time(spec: Spec) -> bool:
+        """Whether `prepare` has anything to do for such a machine."""
+        return spec.cloud_config is not None or spec.firmware is Firmware.UEFI
+
+    async def prepare(self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir) -> Prepared:
+        """Make boot media and UEFI variables. Cut off anywhere, it can be done again.
+
+        Raises:
+            NotReady: the user data cannot be had, or a file cannot be written.
+        """
+        directory.create()
+        nvram = None
+        try:
+            if spec.firmware is Firmware.UEFI:
+                nvram = await self._nvram(instance, spec)
+        except OSError as error:
+            raise NotReady(f"its UEFI variables cannot be made: {error}", HOST_RETRY_S) from error
+        if spec.cloud_config is None:
+            return Prepared(spec=spec, nvram=nvram)
+        try:
+            made = await media.furnish(
+                spec.cloud_config,
+                directory=directory.path,
+                instance=instance,
+                uuid=uuid,
+                file_root=self._files.media_root,
+                ca_file=self._files.media_cacert,
+                gid=None if self._user is None else self._user.gid,
+            )
+        except media.MediaTrouble as error:
+            raise NotReady(str(error), MEDIA_RETRY_S) from error
+        return Prepared(
+            spec=spec,
+            media=tuple(map(str, made.cdroms)),
+            ignition=None if made.ignition is None else str(made.ignition),
+            nvram=nvram,
+            notice=made.notice,
+        )
+
+    async def _nvram(self, instance: InstanceId, spec: Spec) -> Nvram:
+        """The machine's UEFI variables: made of the firmware's own when there are none."""
+        assert self._host.ovmf is not None
+        file = self._files.state_dir / instance / "nvram.fd"
+        if not file.exists():
+            await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
+        return Nvram(file=str(file))
+
+    def _copy_variables(self, template: Path, file: Path) -> None:
+        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        aside = file.with_name(file.name + ".new")
+        shutil.copyfile(template, aside)
+        aside.chmod(0o600)
+        if self._user is not None:
+            os.chown(aside, self._user.uid, self._user.gid)
+        aside.replace(file)
+
+    # --- what a start follows at once -------------------------------------------------------------------------
+
+    async def open(
+        self, instance: InstanceId, incarnation: str, *, ready: Prepared, machine: str | None, directory: InstanceDir
+    ) -> Opened:
+        """Open what only a start that follows at once is worth; whoever gets it closes it.
+
+        Args:
+            instance: which.
+            incarnation: of the process to come.
+            ready: what `prepare` made for it.
+            machine: the versioned machine type that it was first started with, None to look that up.
+            directory: its run directory.
+
+        Raises:
+            NotReady: a bridge is missing or not allowed, a port is taken, or a file cannot be written.
+        """
+        spec = ready.spec
+        self._check_display(instance, spec)
+        machine = machine or await self._types.versioned(spec.machine)
+        with contextlib.ExitStack() as stack:
+            try:
+                password = self._write_password(spec, directory)
+                taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
+                home = await self._homes.prepare(instance, incarnation, _limits(spec))
+                stack.callback(home.close)
+            except (NetworkTrouble, HomeFailed) as error:
+                raise NotReady(str(error), HOST_RETRY_S) from error
+            except OSError as error:
+                raise NotReady(f"a file for QEMU cannot be written: {error}", HOST_RETRY_S) from error
+            return Opened(
+                ready=ready,
+                machine=machine,
+                taps=tuple(taps),
+                spice_password=password,
+                home=home,
+                closing=stack.pop_all(),
+            )
+
+    async def _taps(self, spec: Spec) -> AsyncIterator[Tap]:
+        """A tap for each NIC, one after the other: a helper takes milliseconds."""
+        if not spec.all_nics:
+            return
+        for device in (devices.TUN, devices.VHOST_NET):
+            with contextlib.suppress(DeviceTrouble):
+                # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
+                devices.ensure(device)
+        bridges = [nic.bridge or self._host.bridge_if for nic in spec.all_nics]
+        wanted = [bridge for bridge in bridges if bridge is not None]
+        network.allow_bridges(wanted)
+        for bridge in wanted:
+            yield await network.open_tap(bridge, helper=self._files.bridge_helper)
+
+    def _write_password(self, spec: Spec, directory: InstanceDir) -> str | None:
+        """Put the SPICE password where only QEMU reads it; None without one."""
+        if spec.spice_port is None or spec.spice_password is None:
+            return None
+        assert spec.spice_password.text is not None
+        directory.create()
+        path = directory.path / "spice-password"
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600, exist_ok=False)
+        path.write_bytes(spec.spice_password.text.encode())
+        if self._user is not None:
+            os.chown(path, self._user.uid, self._user.gid)
+        return str(path)
+
+    # --- who is here ------------------------------------------------------------------------------------------
+
+    def arrived(self, instance: InstanceId, spec: Spec) -> None:
+        """A QEMU of this machine lives here, or is started now."""
+        if spec.spice_port is not None:
+            self._displays[instance] = (spec.spice_addr or self._host.spice_addr, spec.spice_port)
+
+    async def left(self, instance: InstanceId) -> None:
+        """It is proven gone."""
+        self._displays.pop(instance, None)
+        await self._homes.remove(instance)
+
+    def _check_display(self, instance: InstanceId, spec: Spec) -> None:
+        if spec.spice_port is None:
+            return
+        address = spec.spice_addr or self._host.spice_addr
+        for other, (its_address, its_port) in self._displays.items():
+            overlap = address == its_address or not ANYWHERE.isdisjoint({address, its_address})
+            if other != instance and spec.spice_port == its_port and overlap:
+                raise NotReady(
+                    f"spice_port: port {its_port} on {its_address} is that of instance {other}; give one of the two "
+                    "another port",
+                    HOST_RETRY_S,
+                )
+        trouble = ports.trouble_with(address, spec.spice_port)
+        if trouble is not None:
+            raise NotReady(
+                f"spice_port: port {spec.spice_port} on {address} cannot be had: {trouble}; "
+                "give the instance another port, or end that program",
+                HOST_RETRY_S,
+            )
+
+
+def _limits(spec: Spec) -> Limits:
+    memory = None if spec.memory_limit_mib is None else spec.memory_limit_mib << 20
+    return Limits(cpu_shares=spec.cpu_shares, memory_limit=memory)

@@ -1,0 +1,227 @@
+"""Parsers of settings: text of the environment or of the TOML file, turned into values.
+
+Like those of `domain.values`, each takes text without surrounding white space and returns the value, or raises `Unfit`,
+whose text says what would be right. Unlike those, some of them look whether a file is there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kvmsupervisor.domain import argv, values
+from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
+from kvmsupervisor.domain.values import Unfit
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes of a Unix socket's path on Linux, unix(7): 108 with the NUL behind it."""
+
+LONGEST_ID = 63
+"""Bytes of the longest instance id, see `domain.keys.ID_PATTERN`."""
+
+
+class Accel(StrEnum):
+    """`KVM_ACCEL`: the accelerator of all guests."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class CgroupKind(StrEnum):
+    """`KVM_CGROUP`: what gives QEMU processes their homes."""
+
+    AUTO = "auto"
+    SYSTEMD = "systemd"
+    CGROUP = "cgroup"
+    NONE = "none"
+
+
+class LogLevel(StrEnum):
+    """`KVM_LOG_LEVEL`: the least that is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    """`KVM_LOG_FORMAT`: `auto` is `console` on a terminal, else `json`."""
+
+    AUTO = "auto"
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class Switch(StrEnum):
+    """How a setting of yes or no is written."""
+
+    OFF = "0"
+    ON = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """Where the HTTP server listens. Port 0 lets the kernel choose one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def endpoints(text: str) -> tuple[str, ...]:
+    """Members of etcd, as URLs separated by commas."""
+    return tuple(endpoint(part.strip()) for part in text.split(","))
+
+
+def endpoint(text: str) -> str:
+    """One member of etcd, as a URL with its port."""
+    wanted = "endpoints are URLs such as http://10.0.0.1:2379, separated by commas"
+    try:
+        url = urlsplit(text if "://" in text else f"http://{text}")
+        port = url.port
+    except ValueError as error:
+        raise Unfit(f"{wanted} ({error})") from error
+    fits = url.scheme in {"http", "https"} and url.hostname and re.fullmatch(r"[!-~]+", text)
+    if not fits or url.path not in {"", "/"} or url.query or url.fragment or "@" in url.netloc or port == 0:
+        raise Unfit(wanted)
+    host = f"[{url.hostname}]" if ":" in str(url.hostname) else url.hostname
+    return f"{url.scheme}://{host}:{port or 2379}"
+
+
+def absolute(text: str) -> Path:
+    """An absolute path."""
+    if not text.startswith("/") or not text.isprintable():
+        raise Unfit("it is an absolute path")
+    return Path(text)
+
+
+def file(text: str) -> Path:
+    """A file that can be read. It is not read here: it may be a pipe."""
+    path = absolute(text)
+    if not path.exists():
+        raise Unfit("it names a file that exists")
+    if path.is_dir() or not os.access(path, os.R_OK):
+        raise Unfit("it names a file that can be read")
+    return path
+
+
+def program(text: str) -> str:
+    """A program, by name or absolute path."""
+    return str(absolute(text)) if "/" in text else line(text)
+
+
+def program_file(text: str) -> Path:
+    """A program by its path; whether it is there is told when it is needed, so that it can be installed later."""
+    return absolute(text)
+
+
+def line(text: str) -> str:
+    """Text without control characters."""
+    if not text.isprintable():
+        raise Unfit("it is text without control characters")
+    return text
+
+
+def key_prefix(text: str) -> str:
+    """The prefix of keys, without a slash at its end."""
+    key = text.rstrip("/")
+    if not re.fullmatch(r"(?:/[^/\s%]+)+", key) or not key.isprintable():
+        raise Unfit("it is a key prefix such as /kvm: begins with '/', no '//', no white space, no '%'")
+    return key
+
+
+def lock(text: str) -> str:
+    """The template of a lock's key."""
+    wanted = f"it is a key that begins with '/' and holds {LOCK_PLACEHOLDER} (the id) once, such as /kvm/%i/lock"
+    fits = re.fullmatch(r"(?:/[^/\s]+)+", text) and text.isprintable() and text.count("%") == 1
+    if not fits or LOCK_PLACEHOLDER not in text:
+        raise Unfit(wanted)
+    return text
+
+
+def address(text: str) -> str:
+    """An IP address, or a host's name (which cannot look like a broken IPv4 address)."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        if re.fullmatch(r"[0-9.]+", text) or ":" in text:
+            raise Unfit("it is an IP address, such as 127.0.0.1 or ::1, or a host's name") from None
+        return values.host_name(text)
+
+
+def run_dir(text: str) -> Path:
+    """The run directory, short enough for the sockets below it."""
+    path = absolute(text)
+    if ".." in path.parts:
+        raise Unfit("it is an absolute path without '..', such as /run/kvmsupervisor")
+    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{argv.QMP_SPARE_SOCKET}")
+    if len(os.fsencode(path)) > room:
+        raise Unfit(f"its path has at most {room} bytes, or the sockets of instances would not fit below it")
+    return path
+
+
+def listen(text: str) -> Listen | None:
+    """Where HTTP is served; None for nowhere."""
+    if text in {"", "off"}:
+        return None
+    wanted = "it is ADDRESS:PORT, such as 0.0.0.0:9746 or [::]:9746, or off"
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]+)):([0-9]{1,5})", text)
+    if match is None or int(match[3]) > 65_535:
+        raise Unfit(wanted)
+    try:
+        return Listen(host=address(match[1] or match[2]), port=int(match[3]))
+    except Unfit:
+        raise Unfit(wanted) from None
+
+
+_SIZE = re.compile(r"([0-9]{1,12}) *([kmg]?)(?:i?b)?", re.IGNORECASE)
+_LOG_MIN = 4096
+_LOG_MAX = 1024**3
+
+
+def log_size(text: str) -> int:
+    """The size of a log, in bytes."""
+    match = _SIZE.fullmatch(text)
+    size = int(match[1]) * 1024 ** " kmg".index(match[2].lower() or " ") if match else 0
+    if not _LOG_MIN <= size <= _LOG_MAX:
+        raise Unfit("it is a number of bytes from 4K to 1G, such as 1M or 65536")
+    return size
+
+
+def ram_mib(text: str) -> int:
+    """Memory, or none of it."""
+    return 0 if text == "0" else values.ram_mib(text)
+
+
+def flags(text: str) -> AllowedFlags:
+    """Which options `extra_flags` may hold."""
+    if text == "any":
+        return AllowedFlags()
+    if text == "none":
+        return AllowedFlags(frozenset())
+    words = [word.strip().lstrip("-") for word in text.split(",")]
+    if not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", word) for word in words):
+        raise Unfit("it is any, none, or options of QEMU's separated by commas, such as device,netdev,cdrom")
+    return AllowedFlags(frozenset(words))
+
+
+def user(text: str) -> str:
+    """The name of a user, or nothing."""
+    if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", text):
+        raise Unfit("it is the name of a user, such as qemu, or empty")
+    return text
+
+
+def switch(text: str) -> bool:
+    """Yes or no."""
+    return values.choice(Switch, "it")(text) is Switch.ON

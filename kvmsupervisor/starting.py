@@ -1,0 +1,306 @@
+"""From a wish to a guest that runs: the steps of one start, each of which may fail, or be cut off half way.
+
+What is to be done is decided in `domain.lifecycle`; here are the steps, and what of them is remembered between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from uuid import uuid4
+
+from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.domain.admission import OVERHEAD_MIB
+from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, take
+from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
+from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.locking import InstanceLock, SwapFailed
+from kvmsupervisor.machine import Machine
+from kvmsupervisor.provisioning import NotReady, Prepared
+from kvmsupervisor.report import Report
+from kvmsupervisor.surroundings import Surroundings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The part of a runnable wish that starting needs."""
+
+    spec: Spec
+    host_revision: int
+    restart_request: str | None
+    revision: int
+    priority: int
+
+
+def need_mib(spec: Spec) -> int:
+    """Of the host's ordinary memory: huge pages are set aside already."""
+    return OVERHEAD_MIB + (spec.ram_mib if spec.hugepages is None else 0)
+
+
+def wanted(wish: Wish | None) -> Wanted:
+    """That part of `wish`, which can be run."""
+    # Invariant of the decision: it starts nothing without a machine that can be built.
+    assert wish is not None
+    assert wish.spec is not None
+    return Wanted(
+        spec=wish.spec,
+        host_revision=wish.host_revision,
+        restart_request=wish.restart_request,
+        revision=wish.revision,
+        priority=wish.priority,
+    )
+
+
+class Start:
+    """The start of one instance, over and over.
+
+    Attributes:
+        planned: incarnation that the lock was taken for and that has no process yet.
+        claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
+        at: when the host is worth the next attempt, after something was missing on it.
+        obstacle: what was missing, None when nothing was.
+    """
+
+    def __init__(
+        self,
+        instance: InstanceId,
+        *,
+        around: Surroundings,
+        machine: Machine,
+        lock: InstanceLock,
+        report: Report,
+        wake: Callable[[], None],
+    ) -> None:
+        self.planned: str | None = None
+        self.claimed_by: HostName | None = None
+        self.at = 0.0
+        self.obstacle: str | None = None
+        self._id = instance
+        self._around = around
+        self._machine = machine
+        self._lock = lock
+        self._report = report
+        self._wake = wake
+        self._prepared: Prepared | None = None
+        self._wanted_at: float | None = None
+
+    # --- what is observed -------------------------------------------------------------------------------------
+
+    def is_prepared(self, wish: Wish | None) -> bool:
+        """Whether what takes its time is there for the wish as it stands."""
+        if wish is None or wish.spec is None or not self._around.provisioner.needs_time(wish.spec):
+            return True
+        return self._prepared is not None and self._prepared.spec == wish.spec
+
+    def note_wanted(self, now: float) -> None:
+        """Count the time to a running guest from now, unless it is being counted."""
+        if self._wanted_at is None:
+            self._wanted_at = now
+
+    def begin_anew(self) -> None:
+        """Another machine is wanted: what was missing, and the place in the line, were the former one's."""
+        self.obstacle = None
+        if self._machine.record is None:
+            self._around.admission.release(self._id)
+
+    def wait_for_host(self, error: NotReady) -> None:
+        """Note what is missing on the host, and tell it once."""
+        self.at = self._around.clock.now() + error.retry_s
+        if self.obstacle != str(error):
+            self._report.tell("instance.not_ready", level="warning", reason=str(error))
+        self.obstacle = str(error)
+
+    def lives(self, spec: Spec) -> None:
+        """A QEMU of this machine lives here, or is started now."""
+        self._around.admission.promise(self._id, need_mib(spec))
+        self._around.provisioner.arrived(self._id, spec)
+
+    # --- the steps --------------------------------------------------------------------------------------------
+
+    def queue(self, wish: Wanted) -> None:
+        """Stand in line for a start slot."""
+        self._around.admission.request(self._id, self._wake, need_mib=need_mib(wish.spec), priority=wish.priority)
+
+    async def prepare(self, wish: Wanted) -> None:
+        """Make ready what takes its time.
+
+        Raises:
+            NotReady: something is missing on this host.
+        """
+        around = self._around
+        self._prepared = await around.provisioner.prepare(
+            self._id,
+            uuid=instance_uuid(around.layout.prefix, self._id),
+            spec=wish.spec,
+            directory=self._machine.directory,
+        )
+        if self._prepared.notice is not None:
+            self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)
+
+    async def look(self) -> int:
+        """Read lock and status; return the last epoch that the status tells of."""
+        status = await self._lock.look()
+        around = self._around
+        claims = status is not None and status.host != around.me and status.tells_of_a_process
+        self.claimed_by = HostName(status.host) if status is not None and claims else None
+        self._report.key_was_read(status)
+        return status.epoch if status is not None else 0
+
+    async def take(self, wish: Wanted) -> None:
+        """Take the lock for a new incarnation.
+
+        Raises:
+            SwapFailed: somebody was first, or our session or the wish changed.
+            EtcdError: etcd did not do it.
+        """
+        around = self._around
+        floor = 0
+        if self._lock.view.data is None:
+            # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
+            if self._report.status.epoch == 0 and await self._take_if_new(wish):
+                return
+            floor = await self.look()
+            if self.claimed_by is not None or self._lock.view.data is not None:
+                # Somebody has it: the next decision is made on what was read.
+                return
+        elif not self._report.knows_machine:
+            # The machine type that the guest was installed on is in the status, whoever wrote it.
+            await self.look()
+        previous = self._lock.view.lock
+        await self._lock.write(self._plan(wish, floor), wish.host_revision)
+        if previous is not None and previous.host != around.me:
+            around.metrics.took_over()
+        self._tell_taken(previous)
+
+    async def _take_if_new(self, wish: Wanted) -> bool:
+        """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
+        try:
+            await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
+        except SwapFailed:
+            return False
+        self._report.key_was_read(None)
+        self._tell_taken(None)
+        return True
+
+    def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
+        """The lock for a new incarnation."""
+        lock = take(
+            self._lock.view.lock,
+            host=self._around.me,
+            boot_id=self._around.boot_id,
+            incarnation=str(uuid4()),
+            storage=storage_of(wish.spec),
+            epoch_floor=epoch_floor,
+        )
+        # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
+        self.planned = lock.incarnation
+        return lock
+
+    def _tell_taken(self, previous: Lock | None) -> None:
+        lock = self._lock.view.lock
+        assert lock is not None
+        holder = None if previous is None else previous.host
+        self._report.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=holder)
+
+    async def fence(self, wish: Wanted) -> None:
+        """Shut out the storage clients of earlier incarnations.
+
+        Raises:
+            NotFenced: one of them could not be.
+            SwapFailed, EtcdError: see `take`.
+        """
+        lock = self._lock.view.lock
+        assert lock is not None
+        await self._around.fencing.fence(lock.fence)
+        self._around.metrics.fenced()
+        await self._lock.write(replace(lock, state=LockState.STARTING), wish.host_revision)
+
+    async def spawn(self, wish: Wanted) -> None:
+        """Start QEMU, paused.
+
+        Raises:
+            NotReady: something is missing on this host.
+        """
+        around, directory = self._around, self._machine.directory
+        ready, self._prepared = self._prepared or Prepared(spec=wish.spec), None
+        lock = self._lock.view.lock
+        assert lock is not None
+        opened = await around.provisioner.open(
+            self._id,
+            lock.incarnation,
+            ready=ready,
+            machine=self._report.machine_of(wish.spec),
+            directory=directory,
+        )
+        with opened.closing:
+            self.obstacle = None
+            self.lives(wish.spec)
+            record = self._record_of(wish, lock, opened.machine)
+            build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
+            self._machine.spawn(record, build, argv, opened.home)
+            if self._machine.pid is not None:
+                await self._settle(opened.home, self._machine.pid)
+        self._report.notice = ready.notice
+        self.planned = None
+        around.metrics.started(self._id)
+        self._report.tell(
+            "instance.spawned", pid=self._machine.pid, accelerator=record.accelerator, machine=record.machine
+        )
+
+    async def _settle(self, home: Home, pid: int) -> None:
+        try:
+            await home.settle(pid)
+        except HomeFailed as error:
+            await self._machine.give_up(str(error))
+
+    def _record_of(self, wish: Wanted, lock: Lock, machine: str) -> Incarnation:
+        around = self._around
+        return Incarnation(
+            instance=self._id,
+            incarnation=lock.incarnation,
+            epoch=lock.epoch,
+            boot_id=around.boot_id,
+            argv=(),
+            spec=spec_to_object(wish.spec),
+            storage=storage_of(wish.spec),
+            accelerator=around.host_side.accel,
+            machine=machine,
+            restart_request=wish.restart_request,
+            revision=wish.revision,
+            log_offset=0,
+            spawned_at=around.clock.now(),
+        )
+
+    def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
+        identity = Identity(instance=self._id, uuid=instance_uuid(self._around.layout.prefix, self._id))
+        return build_argv(spec, identity=identity, host=self._around.host_side, provision=provision)
+
+    async def record(self, wish: Wanted) -> None:
+        """Put the paused QEMU into the lock (law 3).
+
+        Raises:
+            SwapFailed, EtcdError: see `take`.
+        """
+        lock, record = self._lock.view.lock, self._machine.record
+        assert lock is not None
+        assert record is not None
+        assert record.pid is not None
+        assert record.starttime is not None
+        clients = await self._around.fencing.clients(record, known=lock.fence)
+        self._machine.note_clients(clients)
+        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
+        # The keys may have changed since the lock was taken: what counts is the machine that was started.
+        await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
+
+    async def go_on(self) -> None:
+        """Let the guest run."""
+        if await self._machine.resume():
+            now = self._around.clock.now()
+            if self._wanted_at is not None:
+                self._around.metrics.observed_start(now - self._wanted_at)
+                self._wanted_at = None
+            self._report.tell("instance.started", pid=self._machine.pid)

@@ -1,0 +1,286 @@
+"""Homes in the cgroup tree: this machine's own hierarchies, whichever they are, and what is read of others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvmsupervisor.adapters.cgroup import HomeFailed, Homes, Impossible, Nowhere, choose
+from kvmsupervisor.adapters.cgroup.homes import Home, cgroups_of
+from kvmsupervisor.adapters.cgroup.place import FIRST_PID_NAMESPACE, Place, look
+from kvmsupervisor.adapters.cgroup.scope import Scopes
+from kvmsupervisor.adapters.cgroup.tree import FOLDER, Hierarchy, Tree, find_hierarchies, open_tree
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.limits import Limits
+
+ONE = InstanceId("one")
+HOST = Place(contained=False, host_pids=True, host_cgroups=True, service=None)
+V1 = """\
+30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct
+31 25 0:27 / /sys/fs/cgroup/memory rw,nosuid shared:10 - cgroup cgroup rw,memory
+32 25 0:28 / /sys/fs/cgroup/my\\040own rw,nosuid shared:11 - cgroup cgroup rw,xattr,release_agent=/x,name=systemd
+33 25 0:29 / /sys/fs/cgroup/unified rw,nosuid shared:12 - cgroup2 cgroup2 rw,nsdelegate
+"""
+
+
+def proc_of(tmp_path: Path, mountinfo: str, own: str, inits: str = "0::/\n") -> Path:
+    """A /proc that tells this."""
+    for name, text in {"self/mountinfo": mountinfo, "self/cgroup": own, "1/cgroup": inits}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def hierarchies() -> Iterator[tuple[Hierarchy, ...]]:
+    """This machine's hierarchies; homes are made below our own cgroup, so that our own limits hold on."""
+    own = {frozenset(names.split(",")) - {""}: path for names, path in cgroups_of("self").items()}
+    found = tuple(
+        replace(one, top=one.top / own[one.controllers].removeprefix("/").removesuffix("/"))
+        for one in find_hierarchies()
+    )
+    yield found
+    for one in found:
+        if (one.top / FOLDER).exists():
+            (one.top / FOLDER).rmdir()
+
+
+async def spawned(homes: Homes, home: Home, *argv: str) -> subprocess.Popen[bytes]:
+    """Spawn as the supervisor does, and see it in."""
+    child = subprocess.Popen(  # noqa: ASYNC220 - as the supervisor does
+        home.wrap(argv),
+        stdin=subprocess.PIPE if home.stdin is None else home.stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    await home.settle(child.pid)
+    home.close()
+    return child
+
+
+async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
+    """Law: moved before exec, everywhere, with the pid it was spawned with; the limits are the kernel's by then."""
+    homes = Tree(hierarchies, survives_container=True)
+    limits = Limits(cpu_shares=512, memory_limit=64 << 20)
+    if not any(one.has("memory") for one in hierarchies):
+        limits = Limits()
+    home = await homes.prepare(ONE, "abc", limits)
+    child = await spawned(homes, home, "/bin/sh", "-c", "cat /proc/$$/cgroup; echo $$; read -r _")
+    assert child.stdout is not None
+    lines = []
+    while not (line := child.stdout.readline().decode().strip()).isdigit():
+        lines.append(line)
+    try:
+        assert int(line) == child.pid
+        own = cgroups_of("self")
+        told = {names: path for _, names, path in (line.split(":", 2) for line in lines)}
+        for one in hierarchies:
+            names = next(names for names in told if frozenset(names.split(",")) - {""} == one.controllers)
+            assert told[names] == f"{own[names].rstrip('/')}/{FOLDER}/one@abc"
+            folder = one.top / FOLDER / "one@abc"
+            if "memory" in one.controllers and limits.memory_limit:
+                assert (folder / "memory.limit_in_bytes").read_text().strip() == str(64 << 20)
+            if "cpu" in one.controllers and limits.cpu_shares:
+                assert (folder / "cpu.shares").read_text().strip() == "512"
+        # While it lives its home stays; when it is gone so is its home.
+        (busy,) = {(one.top / FOLDER / "one@abc").exists() for one in hierarchies}
+        await homes.remove(ONE)
+        assert busy
+        assert all((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
+    finally:
+        child.communicate()
+    await homes.remove(ONE)
+    assert not any((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
+
+
+async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarchies: tuple[Hierarchy, ...]) -> None:
+    """Law: `remove` takes what is of its instance and nothing else."""
+    homes = Tree(hierarchies, survives_container=True)
+    for name in ("one", "one.two", "one-1"):
+        await homes.prepare(InstanceId(name), "i", Limits())
+    await homes.remove(ONE)
+    left = {path.name for one in hierarchies for path in (one.top / FOLDER).glob("*@*")}
+    assert left == {"one.two@i", "one-1@i"}
+    for name in ("one.two", "one-1"):
+        await homes.remove(InstanceId(name))
+
+
+async def test_a_process_that_cannot_enter_never_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
+    """Law: no guest runs outside its home; the end says which door was shut."""
+    homes = Tree(hierarchies, survives_container=True)
+    home = await homes.prepare(ONE, "gone", Limits())
+    await homes.remove(ONE)
+    child = await spawned(homes, home, "/bin/echo", "ran")
+    said = child.communicate()[0].decode()
+    assert child.returncode == 126
+    assert "ran" not in said
+    assert "one@gone" in said
+
+
+async def test_a_limit_that_no_controller_keeps_is_refused(tmp_path: Path) -> None:
+    """Law: a limit holds, or there is no start; nothing is left of the attempt."""
+    top = tmp_path / "unified"
+    top.mkdir()
+    (top / "cgroup.controllers").write_text("pids\n")
+    homes = Tree([Hierarchy(top=top)], survives_container=True)
+    with pytest.raises(HomeFailed, match="no cgroup controller memory for this limit"):
+        await homes.prepare(ONE, "i", Limits(memory_limit=1 << 30))
+    assert not list((top / FOLDER).iterdir())
+
+
+async def test_v2_limits_are_written_in_its_own_words(tmp_path: Path) -> None:
+    """Law: on v2 the controllers are switched on down to the home, shares are weight, and the door is cgroup.procs."""
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    homes = Tree([Hierarchy(top=tmp_path)], survives_container=True)
+    home = await homes.prepare(ONE, "i", Limits(cpu_shares=2048, memory_limit=1 << 30))
+    folder = tmp_path / FOLDER / "one@i"
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu +memory"
+    assert (tmp_path / FOLDER / "cgroup.subtree_control").read_text() == "+cpu +memory"
+    assert (folder / "cpu.weight").read_text() == "200"
+    assert (folder / "memory.max").read_text() == str(1 << 30)
+    assert str(folder / "cgroup.procs") in home.wrap(["qemu"])
+
+
+def test_v1_and_hybrid_mounts_are_told_apart(tmp_path: Path) -> None:
+    """Law: every hierarchy that we are in is found where it is mounted, co-mounted controllers and odd names too."""
+    tops = {path: tmp_path / path[1:].replace("\\040", " ") for path in ("/a", "/b", "/my\\040own", "/d")}
+    mountinfo = V1
+    for line, path in zip(V1.splitlines(), tops, strict=True):
+        tops[path].mkdir()
+        mountinfo = mountinfo.replace(line.split()[4], str(tmp_path) + path)
+    proc = proc_of(
+        tmp_path, mountinfo, "4:cpu,cpuacct:/x\n3:memory:/x\n2:name=systemd:/x\n1:pids:/\n0::/x\n", "1:pids:/\n"
+    )
+    found = {one.controllers: one.top for one in find_hierarchies(proc)}
+    assert found == {
+        frozenset({"cpu", "cpuacct"}): tops["/a"],
+        frozenset({"memory"}): tops["/b"],
+        frozenset({"name=systemd"}): tops["/my\\040own"],
+        frozenset(): tops["/d"],
+    }
+
+
+@pytest.mark.parametrize(
+    "mountinfo",
+    [
+        "",
+        "30 25 0:26 /docker/1234 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+    ],
+    ids=["not mounted", "only the container's own part"],
+)
+def test_without_the_hosts_tree_it_is_impossible_and_says_which_mount_is_missing(
+    tmp_path: Path, mountinfo: str
+) -> None:
+    """Law: a part of the tree is not enough: a home in it would end with the container."""
+    proc = proc_of(tmp_path, mountinfo, "0::/docker/1234\n")
+    with pytest.raises(Impossible, match="-v /sys/fs/cgroup:/sys/fs/cgroup"):
+        find_hierarchies(proc)
+
+
+def test_a_private_cgroup_namespace_is_refused() -> None:
+    """Law: what can be seen and not be left is no home."""
+    with pytest.raises(Impossible, match="--cgroupns=host"):
+        open_tree(replace(HOST, contained=True, host_cgroups=False))
+
+
+@pytest.mark.parametrize(
+    ("seen", "inits", "expected"),
+    [
+        ({"first", "marked"}, "0::/init.scope", {"host_pids", "host_cgroups"}),
+        ({"first", "marked", "apart"}, "0::/", {"contained", "host_pids", "host_cgroups"}),
+        ({"marked", "apart"}, "0::/../..", {"contained", "host_pids"}),
+        ({"marked"}, "0::/", {"contained", "host_cgroups"}),
+        (set(), "0::/", {"host_pids", "host_cgroups"}),
+    ],
+    ids=["host", "container, --pid=host", "same, own cgroup namespace", "container", "booted in a namespace"],
+)
+def test_where_we_stand_is_told_from_proc(tmp_path: Path, seen: set[str], inits: str, expected: set[str]) -> None:
+    """Law: process 1's mount namespace, the PID namespace's number and the runtime's mark tell a container."""
+    first, apart, marked = (word in seen for word in ("first", "apart", "marked"))
+    proc = proc_of(tmp_path, "", "0::/system.slice/a.service\n", f"{inits}\n")
+    for who, name in (("1", "mnt:[2]" if apart else "mnt:[1]"), ("self", "mnt:[1]")):
+        (proc / who / "ns").mkdir()
+        (proc / who / "ns" / "mnt").symlink_to(name)
+    (proc / "self/ns/pid").symlink_to(FIRST_PID_NAMESPACE if first else "pid:[4026532000]")
+    mark = tmp_path / ".dockerenv"
+    if marked:
+        mark.touch()
+    place = look(proc, (mark,))
+    assert {name for name in ("contained", "host_pids", "host_cgroups") if getattr(place, name)} == expected
+    assert place.service == "a.service"
+
+
+async def test_auto_says_why_the_others_were_not_possible(tmp_path: Path) -> None:
+    """Law: `auto` falls back to none with a warning that names what is missing, backend by backend."""
+    place = Place(contained=True, host_pids=True, host_cgroups=False, service=None)
+    chosen = await choose("auto", place=place, bus=tmp_path / "socket")
+    assert isinstance(chosen.homes, Nowhere)
+    assert not chosen.homes.survives_container
+    assert "-v /run/dbus/system_bus_socket" in chosen.rejected["systemd"]
+    assert "--cgroupns=host" in chosen.rejected["cgroup"]
+    assert chosen.warning is not None
+    assert chosen.warning.startswith("guests end with this container: QEMU runs in its cgroup (systemd: ")
+
+
+async def test_what_is_asked_for_by_name_is_had_or_refused(tmp_path: Path) -> None:
+    """Law: no silent fallback from a backend that was named."""
+    with pytest.raises(Impossible, match="KVM_CGROUP is systemd, but cannot reach the host's D-Bus"):
+        await choose("systemd", place=HOST, bus=tmp_path / "socket")
+    with pytest.raises(Impossible, match="KVM_CGROUP is cgroup, but"):
+        await choose("cgroup", place=replace(HOST, host_cgroups=False))
+    chosen = await choose("none", place=HOST)
+    assert (chosen.homes.name, chosen.homes.survives_container, chosen.warning) == ("none", True, None)
+
+
+async def test_without_the_hosts_pids_nothing_survives() -> None:
+    """Law: with a PID namespace of its own a container's end is its guests' end, whatever their cgroup; it is said."""
+    place = Place(contained=True, host_pids=False, host_cgroups=True, service=None)
+    chosen = await choose("auto", place=place)
+    assert not chosen.homes.survives_container
+    assert "--pid=host" in str(chosen.warning)
+    assert "--pid=host" in chosen.rejected["systemd"]
+
+
+async def test_no_home_takes_no_limits() -> None:
+    """Law: a limit that nobody would keep is refused."""
+    with pytest.raises(HomeFailed, match="limits need a cgroup"):
+        await Nowhere(survives_container=True).prepare(ONE, "i", Limits(cpu_shares=2))
+
+
+async def test_a_child_whose_supervisor_ends_before_it_is_moved_never_execs(tmp_path: Path) -> None:
+    """Law: the end of the pipe is no leave to go on; systemd out of reach is told, and the child ends."""
+    scopes = Scopes(tmp_path / "socket")
+    home = await scopes.prepare(ONE, "i", Limits())
+    child = subprocess.Popen(  # noqa: ASYNC220 - as the supervisor does
+        home.wrap(["/bin/echo", "ran"]), stdin=home.stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    with pytest.raises(HomeFailed, match="cannot reach the host's D-Bus"):
+        await home.settle(child.pid)
+    said = await asyncio.to_thread(child.communicate)
+    assert (child.returncode, said[0]) == (125, b"")
+    assert home.stdin == -1
+    await scopes.close()
+
+
+async def test_what_is_not_the_bus_is_told(tmp_path: Path) -> None:
+    """Law: a socket that says no, or nothing sensible, makes the backend impossible, not the supervisor fail."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"REJECTED NOTHING\r\n")
+        writer.close()
+
+    server = await asyncio.start_unix_server(answer, tmp_path / "bus")
+    try:
+        chosen = await choose("auto", place=replace(HOST, host_cgroups=False), bus=tmp_path / "bus")
+    finally:
+        server.close()
+    assert chosen.homes.name == "none"
+    assert "cannot reach the host's D-Bus" in chosen.rejected["systemd"]
+    assert os.fspath(tmp_path) in chosen.rejected["systemd"]

@@ -1,0 +1,6 @@
+"""What the tests of the container share."""
+
+from tests.support.cluster import keys
+from tests.support.docker import docker
+
+__all__ = ["docker", "keys"]

@@ -1,0 +1,152 @@
+"""What lies in deploy/coreos: units for systemd, Ignition as Butane says it, certificates for etcd."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvmsupervisor.settings_table import SETTINGS
+from tests.support.etcd import EtcdServer, Tls
+
+ROOT = Path(__file__).resolve().parents[2]
+COREOS = ROOT / "deploy" / "coreos"
+UNITS = sorted(COREOS.glob("*.service"))
+BUTANES = sorted(COREOS.glob("*.bu"))
+
+
+def translated(path: Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, str(ROOT / "tools" / "ignition"), str(path)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+def ignition(path: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "ignition", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
+def test_systemd_takes_the_unit(unit: Path, tmp_path: Path) -> None:
+    """Law: `systemd-analyze verify` has nothing to say. Programs that only the hosts have are played by another."""
+    for other in UNITS:
+        text = other.read_text()
+        for program in set(re.findall(r"/usr/(?:s?bin)/(?:docker|modprobe|mkdir)\b", text)):
+            text = text.replace(program, "/bin/true")
+        (tmp_path / other.name.replace("@.", "@1.")).write_text(text)
+    for name in ("docker", "containerd"):
+        (tmp_path / f"{name}.service").write_text("[Service]\nExecStart=/bin/true\n")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / unit.name.replace("@.", "@1.")],
+        env=os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_guests_go_before_what_they_need() -> None:
+    """Law: at shutdown the guests' unit is stopped before the supervisor, Docker, the network and etcd."""
+    text = (COREOS / "kvmsupervisor-guests.service").read_text()
+    after = " ".join(re.findall(r"^After=(.*)$", text, re.MULTILINE)).split()
+    assert {"kvmsupervisor.service", "docker.service", "network-online.target", "etcd-member.service"} <= set(after)
+    (limit,) = re.findall(r"^Environment=LIMIT=(\d+)$", text, re.MULTILINE)
+    (stop,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
+    assert int(limit) + 30 <= int(stop)
+
+
+def test_the_supervisor_gets_what_its_guests_need_to_outlive_it() -> None:
+    """Law: the unit gives the host's PIDs, cgroups, D-Bus, run directory and devices (decision 0010)."""
+    text = (COREOS / "kvmsupervisor.service").read_text()
+    for option in ("--privileged", "--net=host", "--pid=host", "--ipc=host", "--cgroupns=host"):
+        assert option in text
+    for path in ("/run/kvmsupervisor", "/sys/fs/cgroup", "/run/dbus/system_bus_socket", "/run/systemd", "/dev"):
+        assert re.search(rf"--volume {path}:{path}(?![\w/])", text), path
+
+
+@pytest.mark.parametrize("butane", BUTANES, ids=lambda path: path.name)
+def test_ignition_is_what_butane_says(butane: Path) -> None:
+    """Law: the generated file is up to date (`make ignition`), and every file and unit is in it, byte by byte."""
+    generated = butane.with_suffix(".ign").read_text()
+    assert generated == ignition(butane)
+    source, made = yaml.safe_load(butane.read_text()), json.loads(generated)
+    files: dict[str, Any] = {one["path"]: one for one in made["storage"]["files"]}
+    for one in source["storage"]["files"]:
+        held = base64.b64decode(files[one["path"]]["contents"]["source"].removeprefix("data:;base64,"))
+        local = one["contents"].get("local")
+        assert held == ((COREOS / local).read_bytes() if local else one["contents"]["inline"].encode())
+        assert files[one["path"]]["mode"] == one["mode"]
+    units = {one["name"]: one for one in made["systemd"]["units"]}
+    for unit in UNITS:
+        assert units[unit.name]["contents"] == unit.read_text()
+    secret = [one for path, one in files.items() if path.endswith(".pem")]
+    assert not secret
+
+
+def test_butane_that_the_script_does_not_know_is_refused(tmp_path: Path) -> None:
+    """Law: nothing is left out in silence."""
+    path = tmp_path / "x.bu"
+    path.write_text("variant: fcos\nversion: 1.5.0\npasswd: {users: []}\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "ignition", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "passwd" in done.stderr
+
+
+def test_the_environment_file_holds_settings_that_there_are() -> None:
+    """Law: an unknown KVM_ variable stops the supervisor, so the example names none; values have no quotes."""
+    names = {setting.env for setting in SETTINGS}
+    for line in (COREOS / "kvmsupervisor.env").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            assert name in names
+            assert '"' not in value
+
+
+def test_etcd_takes_the_certificates(tmp_path: Path) -> None:
+    """Law: server, peers and clients accept one another with what make-certificates makes; without, nobody gets in."""
+    folder = tmp_path / "tls"
+    subprocess.run([COREOS / "make-certificates", folder, "node1=10.0.0.11"], check=True)
+    before = (folder / "ca.pem").read_bytes()
+    subprocess.run([COREOS / "make-certificates", folder, "node1=10.0.0.11", "node2=10.0.0.12"], check=True)
+    assert (folder / "ca.pem").read_bytes() == before
+    assert (folder / "node2.pem").exists()
+    tls = Tls(
+        ca=folder / "ca.pem",
+        cert=folder / "node1.pem",
+        key=folder / "node1-key.pem",
+        client_cert=folder / "supervisor.pem",
+        client_key=folder / "supervisor-key.pem",
+        client_cert_auth=True,
+    )
+    with EtcdServer(tls=tls) as etcd:
+        etcd.ctl("put", "/kvm/1/ram", "1G")
+        assert etcd.ctl("get", "--print-value-only", "/kvm/1/ram") == "1G\n"
+        alone = subprocess.run(
+            [
+                "etcdctl",
+                "--endpoints",
+                etcd.endpoint,
+                "--cacert",
+                folder / "ca.pem",
+                "--command-timeout=2s",
+                "get",
+                "x",
+            ],
+            env={"PATH": os.environ["PATH"], "ETCDCTL_API": "3"},
+            capture_output=True,
+            check=False,
+        )
+    assert alone.returncode != 0

@@ -1,0 +1,84 @@
+"""config/etcd-roles on a real etcd: what each may do is enough, and no more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmsupervisor.domain.status import Phase
+from tests.support.cluster import Host, Keys
+from tests.support.etcd import EtcdServer
+
+SCRIPT = Path(__file__).resolve().parents[2] / "config" / "etcd-roles"
+LOCK = "/kvmsupervisor/locks/%i"
+USERS = ("root", "supervisor", "operator")
+
+
+class Secured:
+    """An etcd with users, whose passwords are their names twice."""
+
+    def __init__(self, etcd: EtcdServer, folder: Path) -> None:
+        self.etcd = etcd
+        self._folder = folder
+        for user in USERS:
+            (folder / user).write_text(f"{user}{user}\n")
+
+    def set_up(self, **environment: str) -> None:
+        base = {"PATH": os.environ["PATH"], "ETCDCTL_ENDPOINTS": self.etcd.endpoint}
+        subprocess.run([SCRIPT, self._folder], env=base | environment, check=True, capture_output=True, text=True)
+
+    def put(self, user: str, key: str, value: str = "x") -> None:
+        self.etcd.ctl("put", key, value, user=f"{user}:{user}{user}")
+
+    def refused(self, user: str, *args: str) -> None:
+        with pytest.raises(AssertionError, match="permission denied"):
+            self.etcd.ctl(*args, user=f"{user}:{user}{user}")
+
+    def host(self, user: str, name: str = "alpha") -> Host:
+        return Host(Keys(self.etcd), name, LOCK=LOCK, ETCD_USERNAME=user, ETCD_PASSWORD_FILE=str(self._folder / user))
+
+
+@pytest.fixture
+def secured(etcd_alone: EtcdServer, tmp_path: Path) -> Secured:
+    return Secured(etcd_alone, tmp_path)
+
+
+def test_each_may_do_its_part_and_no_more(secured: Secured, tiny: str) -> None:
+    """Law: people write wishes, hosts run them and write facts and locks, and neither can write the other's."""
+    secured.set_up()
+    with secured.host("supervisor") as host, secured.host("operator") as people:
+        host.start()
+        made = people.cli(
+            "create", "one", "host=alpha", "ram=16", "shutdown_timeout=0", f"extra_flags={tiny}", "--wait"
+        )
+        assert made.returncode == 0, made.stderr
+        assert host.wait_for("one", Phase.RUNNING).pid is not None
+        assert "one" in people.cli("list").stdout
+        assert people.cli("stop", "one", "--wait").returncode == 0
+        assert people.cli("delete", "one", "--yes", "--wait").returncode == 0
+        host.wait_forgotten("one")
+    secured.refused("supervisor", "put", "/kvm/one/host", "alpha")
+    secured.refused("operator", "put", "/kvmsupervisor/locks/one", "x")
+    secured.refused("operator", "put", "/kvmsupervisor/instances/one", "x")
+    secured.refused("operator", "put", "/kvmsupervisor/hosts/alpha", "x")
+    secured.put("operator", "/kvmsupervisor/confirm-removal/alpha", "[]")
+    for user in ("supervisor", "operator"):
+        secured.refused(user, "get", "/elsewhere")
+        secured.refused(user, "user", "list")
+
+
+def test_the_default_lock_needs_the_wishes_prefix(secured: Secured) -> None:
+    """Law: KEEP_LOCK=1 lets supervisors write below the wishes, and only that makes the default LOCK work."""
+    secured.set_up(KEEP_LOCK="1")
+    secured.put("supervisor", "/kvm/one/lock")
+
+
+def test_it_can_be_called_again(secured: Secured) -> None:
+    """Law: what is there already is kept, a password that was changed too."""
+    secured.set_up()
+    environment = {"ETCDCTL_USER": "root:rootroot"}
+    secured.set_up(**environment)
+    secured.put("operator", "/kvm/one/ram", "1G")
