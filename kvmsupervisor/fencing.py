@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Coroutine, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError
-from kvmsupervisor.domain.ceph import Client
+from kvmsupervisor.domain.ceph import Client, leaves_no_trace
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, spec_from_object
 from kvmsupervisor.domain.storage import images_of
+
+_One = TypeVar("_One")
+_Other = TypeVar("_Other")
 
 
 class NotFenced(Exception):
@@ -138,21 +141,26 @@ class CephFencing:
             asked = group.create_task(self._ceph.image_info(image))
             listed = group.create_task(self._ceph.watchers(image))
         if not asked.result().has_exclusive_lock and not self._allow_unfenced:
-            raise NotFenced(
-                f"the image {image.name} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
-                f"`rbd feature enable {image.name} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
-            )
-        own = listed.result() - known
+            raise NotFenced(leaves_no_trace(image.name))
+        name, own = image.name, listed.result() - known
         if not own:
-            raise NotFenced(
-                f"Ceph does not name this QEMU as having {image.name} open: may {image.name} be read only for it?"
-            )
+            raise NotFenced(f"Ceph does not name this QEMU as having {name} open: may {name} be read only for it?")
         if len(own) > 1:
             raise NotFenced(
-                f"{image.name} is open elsewhere, too: of {', '.join(sorted(own))} one is this QEMU's. End the other; "
+                f"{name} is open elsewhere, too: of {', '.join(sorted(own))} one is this QEMU's. End the other; "
                 "one that was killed is forgotten after 30 s"
             )
         return own
+
+
+async def together(one: Coroutine[Any, Any, _One], other: Coroutine[Any, Any, _Other]) -> tuple[_One, _Other]:
+    """Do both at once; when one fails the other is cancelled, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            first, second = group.create_task(one), group.create_task(other)
+    except ExceptionGroup as errors:
+        raise _first(errors) from errors
+    return first.result(), second.result()
 
 
 async def _union(asked: Iterable[Coroutine[Any, Any, frozenset[Client]]]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
-from kvmsupervisor.fencing import NotFenced
+from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import NotReady
@@ -37,6 +37,10 @@ what bounds a disagreement that no event ends."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
+
+
+STORAGE_RETRY_S = 2.0
+"""The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
 
 
 class Instance:
@@ -95,6 +99,9 @@ class Instance:
             held: they are gone, and that waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
         """
+        if self.wish is None or wish.revision != self.wish.revision:
+            # People who have grown an image touch a key to have it seen at once.
+            self._machine.look_for_growth(0.0)
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             if fresh:
                 self._quiet_at = self._around.clock.now() + self._around.settle_s
@@ -173,6 +180,8 @@ class Instance:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
                 self._start.wait_for_host(error)
+            except StorageAway as error:
+                self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
@@ -203,6 +212,7 @@ class Instance:
         process = self._machine.view()
         lock = self._lock.view.lock
         now = around.clock.now()
+        has_session = None if lock is None else around.host_has_session(lock.host)
         view = View(
             now=now,
             me=around.me,
@@ -216,7 +226,8 @@ class Instance:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
-            holder_has_session=None if lock is None else around.host_has_session(lock.host),
+            holder_has_session=has_session,
+            deferral=self._start.deferral(lock, holder_has_session=has_session),
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             process=process,
@@ -280,10 +291,13 @@ class Instance:
             case Action.LOOK:
                 await start.look()
                 self._etcd_at = self._around.clock.now() + LOCK_POLL_S
+            case Action.WATCH:
+                await start.watch(wanted(wish))
             case Action.TAKE:
                 await start.take(wanted(wish))
             case Action.FENCE:
-                await start.fence(wanted(wish))
+                assert wish is not None
+                await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
                 machine.directory.write_memory(self._memory)
@@ -293,6 +307,8 @@ class Instance:
                 await start.record(wanted(wish))
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.GROW:
+                await start.grow()
             case Action.PROBE:
                 await machine.probe()
             case Action.POWERDOWN:
@@ -354,6 +370,8 @@ class Instance:
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
+        if self._machine.closed:
+            self._start.closed = process.incarnation.incarnation
         await self._machine.bury()
         await self._around.provisioner.left(self.id)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
-from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
 from kvmsupervisor.domain.status import Status
 
@@ -24,6 +24,7 @@ class InstanceLock:
     def __init__(self, *, store: Store, layout: Layout, instance: InstanceId, session: Callable[[], Compare]) -> None:
         self.view = LockView()
         self._store = store
+        self._layout = layout
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
         self._host_key = layout.wish_key(instance, "host")
@@ -41,7 +42,9 @@ class InstanceLock:
         found = result.reads[1]
         return Status.from_json(found[0].value) if found else None
 
-    async def write(self, lock: Lock, host_revision: int, *, if_new: bool = False) -> None:
+    async def write(
+        self, lock: Lock, host_revision: int, *, if_new: bool = False, gone: HostName | None = None
+    ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
         Only if our session holds and the key `host` is still the one of `host_revision`.
@@ -50,10 +53,13 @@ class InstanceLock:
             lock: what to write.
             host_revision: `mod_revision` of the key `host` as last seen.
             if_new: only if there is no status either: no host has ever had this instance.
+            gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
         """
         compares = [self._session(), Compare(self._host_key, Target.MOD_REVISION, host_revision)]
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
+        if gone is not None:
+            compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
         await self._swap(lock.to_json(), compares)
 
     async def reassert(self, lock: Lock) -> None:
@@ -92,7 +98,7 @@ class InstanceLock:
             return
         self._read(result.reads[0], result.revision)
         if self.view.data == before:
-            raise SwapFailed("this host's session or the key `host` changed meanwhile")
+            raise SwapFailed("a session or the key `host` changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
 
     def _read(self, found: Sequence[KeyValue], revision: int) -> None:

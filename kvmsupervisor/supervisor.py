@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 from collections.abc import Callable, Mapping, Set
@@ -16,6 +17,7 @@ import structlog
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
@@ -23,6 +25,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
@@ -36,7 +39,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
-from kvmsupervisor.fencing import Diskless
+from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.provisioning import Provisioner
@@ -198,6 +201,8 @@ class Supervisor:
             guests_survive=chosen.homes.survives_container,
         )
         self._metrics = self.face.counters
+        ceph = Ceph(equipment.ceph_access)
+        disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
             boot_id=self._boot_id,
@@ -212,17 +217,21 @@ class Supervisor:
                 user=equipment.user,
                 types=MachineTypes(settings.qemu),
                 homes=chosen.homes,
+                disks=disks,
             ),
+            disks=disks,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
             metrics=self._metrics,
-            fencing=Diskless(),
+            fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._host_has_session,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
+            takeover_wait_s=settings.takeover_wait_s,
+            recorded_for=self._recorded_for,
             draining=lambda: self._draining,
         )
 
@@ -439,6 +448,17 @@ class Supervisor:
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
+
+    def _recorded_for(self, client: str) -> InstanceId | None:
+        """The instance whose lock has a storage client on record: a QEMU's own address is nobody's to fence."""
+        mark = json.dumps(client).encode()
+        for name in self._wishes.ids():
+            entry = self._wishes.lock_of(name)
+            # Looking for the text costs less than reading the JSON of every lock.
+            lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
+            if lock is not None and client in lock.clients:
+                return name
+        return None
 
     def _host_has_session(self, host: HostName) -> bool | None:
         if not self._hosts.synced.is_set():

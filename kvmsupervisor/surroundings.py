@@ -9,9 +9,10 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
-from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
@@ -41,6 +42,9 @@ class Surroundings:
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
+        disks: images in Ceph.
+        takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
+        recorded_for: the instance whose lock has a storage client on record, None when none has.
         draining: whether this host stops all its guests (`stop --all --local`).
     """
 
@@ -62,4 +66,7 @@ class Surroundings:
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
+    disks: Disks
+    takeover_wait_s: float = 60.0
+    recorded_for: Callable[[str], InstanceId | None] = lambda client: None
     draining: Callable[[], bool] = lambda: False

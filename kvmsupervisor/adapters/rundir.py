@@ -139,6 +139,10 @@ class InstanceDir:
         aside.replace(self.ceph_key)
         return self.ceph_key
 
+    def drop_ceph_key(self) -> None:
+        """Delete the key to Ceph: QEMU has read it."""
+        self.ceph_key.unlink(missing_ok=True)
+
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
         path.unlink(missing_ok=True)

@@ -48,6 +48,14 @@ class ImageInfo:
         return EXCLUSIVE_LOCK in self.features
 
 
+def leaves_no_trace(name: str) -> str:
+    """Law 5: what is said of an image without `exclusive-lock`."""
+    return (
+        f"the image {name} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
+        f"`rbd feature enable {name} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
+    )
+
+
 class Trouble(Enum):
     """Why a tool failed, told apart by what helps."""
 

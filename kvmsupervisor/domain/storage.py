@@ -30,6 +30,11 @@ def images_of(spec: Spec) -> tuple[RbdDisk, ...]:
     return disks if variables is None else (*disks, variables)
 
 
+def growable(spec: Spec) -> dict[str, RbdDisk]:
+    """The images that a running machine may see grow, by the name of their block node (`hardware.disks`)."""
+    return {f"disk{disk.number}": disk.rbd for disk in spec.all_disks if not disk.rbd.ro}
+
+
 def nvram_of(spec: Spec) -> RbdDisk | None:
     """The RBD image of the machine's UEFI variables, beside its first disk; None when they lie on its host.
 

@@ -84,12 +84,6 @@ def test_anything_else_cannot_be_fenced(flags: str) -> None:
 
 
 def test_the_images_of_a_machine() -> None:
-    """Law 3: those whose watchers are its clients."""
-    assert images_of(Spec(ram_mib=64, rbd=RBD)) == (RBD,)
-    assert images_of(Spec(ram_mib=64)) == ()
-
-
-def test_the_images_of_a_machine() -> None:
     """Law 3: those that it has open for writing, whose watchers are its clients; its UEFI variables are one of them."""
     other, shared = RbdDisk("p", "data"), RbdDisk("p", "tools", ro=True)
     spec = Spec(ram_mib=64, rbd=RBD, disks=(Disk(1, shared), Disk(3, other)))
