@@ -352,19 +352,19 @@ def _held_elsewhere(view: View) -> Decision:
             f"somebody makes sure that it runs no more and says so: `kvmsupervisor break-lock {view.wish.instance}`",
         )
     deferral = view.deferral
-    if deferral is None or (view.now >= deferral.ask_at and view.now < deferral.until):
-        return _with_etcd(view, Action.WATCH, Phase.WAITING, f"{held}; Ceph is asked whether its disks are in use")
-    if deferral.watchers is None and view.now < deferral.until:
-        reason = f"{held}; whether its disks are in use is not known: {_etcd_trouble(view)}"
-        return Decision(phase=Phase.WAITING, reason=reason, wake_at=deferral.ask_at)
-    if deferral.watchers and view.now < deferral.until:
-        return Decision(
-            phase=Phase.WAITING,
-            reason=f"{held}, but its disks are in use ({', '.join(deferral.watchers)}), so it probably runs and has "
-            f"lost etcd only; it is taken over at {deferral.told} if that stays so",
-            wake_at=min(deferral.ask_at, deferral.until),
+    if deferral is not None and (view.now >= deferral.until or deferral.watchers == ()):
+        return _take(view, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
+    if deferral is not None and deferral.watchers:
+        held += (
+            f", but its disks are in use ({', '.join(deferral.watchers)}), so it probably runs and has lost etcd only; "
+            f"it is taken over at {deferral.told} if that stays so"
         )
-    return _take(view, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
+    else:
+        held += "; Ceph is asked whether its disks are in use"
+    due = _with_etcd(view, Action.WATCH, Phase.WAITING, held)
+    if deferral is None or view.now >= deferral.ask_at or due.action is None:
+        return due
+    return replace(due, action=None, wake_at=min(deferral.ask_at, deferral.until))
 
 
 def _broken(view: View) -> Decision:
@@ -390,8 +390,11 @@ def _in_turn(view: View, ready: Decision) -> Decision:
     """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
     if view.obstacle is not None and view.now < view.start_at:
         return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
+    if not view.prepared and view.obstacle is not None:
+        # Said as before, or each attempt would be news.
+        return Decision(phase=Phase.WAITING, reason=view.obstacle, action=Action.PREPARE)
     if not view.prepared:
-        reason = "its boot media, or its UEFI variables, are being made ready"
+        reason = "its disks are looked at, its boot media and UEFI variables made ready"
         return Decision(phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
     if view.slot is None:
         return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)

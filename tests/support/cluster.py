@@ -492,18 +492,23 @@ class Host:
 
     def run_state(self, qemu: Qemu) -> str | None:
         """What the QEMU says of itself on its spare QMP socket; None when it ends meanwhile."""
+        answer = self.ask(qemu, "query-status")
+        return None if answer is None else str(answer["status"])
+
+    def ask(self, qemu: Qemu, command: str) -> Any:
+        """Give the QEMU a command on its spare QMP socket; None when it ends meanwhile."""
         with socket.socket(socket.AF_UNIX) as spare, contextlib.suppress(OSError, ValueError):
             spare.settimeout(DEADLINE_S)
             spare.connect(str(self.run_dir / qemu.instance / "qmp-spare.sock"))
             with spare.makefile("rw") as qmp:
                 qmp.readline()
-                for command in ("qmp_capabilities", "query-status"):
-                    qmp.write(json.dumps({"execute": command}))
+                for word in ("qmp_capabilities", command):
+                    qmp.write(json.dumps({"execute": word}))
                     qmp.flush()
                     answer = json.loads(qmp.readline())
                     while "return" not in answer:
                         answer = json.loads(qmp.readline())  # an event
-            return str(answer["return"]["status"])
+            return answer["return"]
         return None
 
     def qemu(self, instance: str) -> Qemu:
