@@ -39,6 +39,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
+from kvmsupervisor.failover import Failover
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
@@ -234,6 +235,13 @@ class Supervisor:
             recorded_for=self._recorded_for,
             draining=lambda: self._draining,
         )
+        self._failover = Failover(self._around, self._wishes)
+
+    async def _fail_over(self) -> None:
+        """Not before all is known: what was not read yet looks like an orphan's."""
+        await self._wishes.wait_synced()
+        await self._hosts.synced.wait()
+        await self._failover.run()
 
     async def _supervise(self) -> None:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
@@ -248,6 +256,7 @@ class Supervisor:
                     self._look_first(),
                     self._confirmations.run(),
                     self._rotate_logs(),
+                    self._fail_over(),
                 )
             ]
             await self._run_instances()
@@ -362,6 +371,8 @@ class Supervisor:
         """Tell each instance that is, or was, this host's what its keys and its lock are now."""
         if not self._listed:
             return
+        if any(b"hosts" in self._wishes.keys_of(name) for name in changed):
+            self._failover.look()
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
         wishes = {name: self._wish(name) for name in ours}
         held = self._judge_removals(wishes)
@@ -444,6 +455,7 @@ class Supervisor:
     def _on_hosts(self, changed: Set[bytes], revision: int) -> None:
         """A host came or went: whoever waits for its lock looks again."""
         self._notify_all()
+        self._failover.look()
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase
@@ -177,6 +179,29 @@ def test_a_frozen_host_wakes_up(farm: Farm) -> None:
     beta.wait_forgotten("1")
     assert alpha.wait_running("1") == {"1": new}
     farm.writes()
+
+
+def test_failover(farm: Farm) -> None:
+    """Law 4, and the key `hosts`: the power of a host fails, and its machine writes again on another, by itself."""
+    alpha, beta = farm.pair(60)
+    farm.machine("beta", hosts="beta alpha")
+    beta.wait_running("1")
+    farm.writes()
+    before = farm.lock()
+    begin = time.monotonic()
+    kill_all(beta)
+    alpha.wait_running("1")
+    farm.writes()
+    print(f"killed to writing again: {time.monotonic() - begin:.1f} s")  # noqa: T201 - a figure for docs/ceph.md
+    lock = farm.lock()
+    assert (lock.host, set(lock.fence)) == ("alpha", set(before.clients))
+    assert farm.keys.get(farm.keys.layout.wish_key(InstanceId("1"), "host")) == b"alpha"
+    assert set(before.clients) <= farm.ceph.blocklist()
+    # Back again, beta finds nothing that is its own.
+    beta.start()
+    farm.writes()
+    assert beta.qemus() == []
+    assert alpha.metric("takeovers_total") == 1
 
 
 def test_without_ceph_nothing_is_taken(farm: Farm) -> None:
