@@ -342,7 +342,10 @@ class Instance:
             clients=record.clients,
             storage=record.storage,
         )
-        await self._lock.reassert(lock)
+        other = await self._lock.reassert(lock)
+        if other is not None:
+            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
+            return
         self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def _bury(self) -> None:

@@ -62,9 +62,22 @@ class InstanceLock:
             compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
         await self._swap(lock.to_json(), compares)
 
-    async def reassert(self, lock: Lock) -> None:
-        """Write our own lock again after it was deleted, if our session holds and nobody took it meanwhile."""
+    async def reassert(self, lock: Lock) -> Status | None:
+        """Write our own lock again after it was deleted, if our session holds and nobody had it meanwhile.
+
+        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written.
+        """
+        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
+        self._read(result.reads[0], result.revision)
+        found = result.reads[1]
+        status = Status.from_json(found[0].value) if found else None
+        if self.view.data is not None:
+            raise SwapFailed("the lock changed meanwhile")
+        if status is not None and status.epoch > lock.epoch:
+            return status
+        # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
         await self._swap(lock.to_json(), [self._session()])
+        return None
 
     async def release(self, status: Status | None) -> int:
         """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).

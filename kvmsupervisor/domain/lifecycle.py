@@ -12,6 +12,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         any                                      Bury
     alive     stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
+              absent      any         never ran, session held      Kill         (nothing to lose)
               absent      any         session held                 Reassert
               any         any         QMP not answering            Connect, or go down the ladder
               any         not run     guest never ran              Kill         (nothing to lose)
@@ -144,6 +145,14 @@ def _with_process(view: View, process: Process) -> Decision:
             return Decision(
                 phase=Phase.STOPPING,
                 reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
+                action=Action.KILL,
+                wake_at=view.now + LOCK_POLL_S,
+            )
+        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
+            # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
+            return Decision(
+                phase=Phase.STARTING,
+                reason="its lock is gone and its guest has not run yet: QEMU is started anew",
                 action=Action.KILL,
                 wake_at=view.now + LOCK_POLL_S,
             )
