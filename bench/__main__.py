@@ -57,7 +57,7 @@ def main(only: tuple[str, ...], quick: bool) -> int:
             with Rig(partial(_tell, status, name)) as rig:
                 figures += run(rig)
     surroundings = _surroundings(begun, load)
-    out = Console(width=None if sys.stdout.isatty() else 160)
+    out = Console(width=None if sys.stdout.isatty() else 200)
     show(figures, out)
     for line in surroundings:
         out.print(line, highlight=False)

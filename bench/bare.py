@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import socket
@@ -37,12 +38,17 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
     folder.mkdir(exist_ok=True)
     path = folder / "qmp.sock"
     path.unlink(missing_ok=True)
-    (folder / "qmp2.sock").unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
-        for listener, at in ((second, path), (first, folder / "qmp2.sock")):
+    with contextlib.ExitStack() as stack:
+        # The first is QMP; the others nobody connects to.
+        descriptors = []
+        for number in range(sum(len(_FD.findall(word)) for word in record["argv"])):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            at = folder / f"{number}.sock" if number else path
+            at.unlink(missing_ok=True)
             listener.bind(str(at))
             listener.listen(4)
-        numbers = iter((first.fileno(), second.fileno()))
+            descriptors.append(listener.fileno())
+        numbers = iter(descriptors)
         argv = [
             _FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder)) for word in record["argv"]
         ]
@@ -52,7 +58,7 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=(first.fileno(), second.fileno()),
+            pass_fds=descriptors,
             start_new_session=True,
         )
     try:
@@ -74,8 +80,8 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
     for record, run_dir in records:
         place = folder / run_dir.name
         place.mkdir()
-        sockets_of = [f"path={place / name}" for name in ("qmp.sock", "qmp2.sock")]
-        argv = _moved(record["argv"], sockets_of, run_dir, place)
+        names = ("qmp.sock", "qmp2.sock", "console.sock", "agent.sock")
+        argv = _unconfined(_moved(record["argv"], [f"path={place / name}" for name in names], run_dir, place))
         lines.append(shlex.join(["exec", *argv, "-daemonize", "-pidfile", str(place / "pid")]))
         sockets.append(place / "qmp2.sock")
         pid_files.append(place / "pid")
@@ -97,6 +103,12 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
         for file in pid_files:
             if file.exists():
                 kill(int(file.read_text()))
+
+
+def _unconfined(argv: Sequence[str]) -> list[str]:
+    """The command line without its sandbox, under which QEMU cannot daemonize. That makes the reference cheaper."""
+    at = argv.index("-sandbox")
+    return [*argv[:at], *argv[at + 2 :]]
 
 
 def _moved(argv: Sequence[str], monitors: Sequence[str], run_dir: Path, folder: Path) -> list[str]:

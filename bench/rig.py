@@ -242,7 +242,11 @@ class Host:
 
     def pids(self) -> dict[str, int]:
         """The QEMUs on record, by instance."""
-        records = [self.record(path.parent.name) for path in self.run_dir.glob("*/incarnation.json")]
+        records = []
+        for path in self.run_dir.glob("*/incarnation.json"):
+            # One may end, and its record go, meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                records.append(self.record(path.parent.name))
         return {record["instance"]: record["pid"] for record in records if record["pid"] is not None}
 
     def processes(self) -> list[psutil.Process]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from kvmsupervisor import ladder
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.clock import Clock, boot_id
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
@@ -19,7 +20,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, View
+from kvmsupervisor.domain.view import View
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.marks import Marks
 
@@ -99,7 +100,7 @@ class Drain:
             return False
         if record.pid is not None and record.starttime is not None:
             return kernel.is_alive(record.pid, record.starttime)
-        marks = Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
+        marks = Marks.of(record, self._prefix)
         return next(kernel.find(marks.environment()), None) is not None
 
     async def _shut_down_ourselves(self) -> None:
@@ -151,19 +152,8 @@ class Drain:
                 decision = decide(view)
                 if decision.phase is Phase.STOPPING:
                     machine.stop_begins()
-                match decision.action:
-                    case Action.CONNECT:
-                        await machine.connect()
-                    case Action.POWERDOWN:
-                        await machine.press_power_button()
-                    case Action.QUIT:
-                        await machine.quit()
-                    case Action.KILL:
-                        await machine.kill(decision.reason)
-                    case Action.GIVE_UP:
-                        await machine.give_up(decision.reason)
-                    case _:
-                        await self._clock.wait(wake, decision.wake_at)
+                if not await ladder.step(machine, decision):
+                    await self._clock.wait(wake, decision.wake_at)
             if process is not None and process.exit is not None:
                 ended = after(
                     memory,

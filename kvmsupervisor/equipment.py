@@ -83,10 +83,14 @@ def look_around(settings: Settings) -> Equipment:
             media_cacert=settings.media_cacert,
         ),
         memory_mib=max(0, memory_for_guests_mib() - settings.memory_reserve_mib),
-        ceph_access=CephAccess(
-            user=settings.ceph_id or CEPH_USER, conf=None if settings.ceph_conf is None else str(settings.ceph_conf)
-        ),
+        ceph_access=ceph_access(settings),
     )
+
+
+def ceph_access(settings: Settings) -> CephAccess:
+    """How Ceph's tools reach it."""
+    conf = None if settings.ceph_conf is None else str(settings.ceph_conf)
+    return CephAccess(user=settings.ceph_id or CEPH_USER, conf=conf)
 
 
 def host_side(settings: Settings, choice: accelerator.Choice) -> HostSide:

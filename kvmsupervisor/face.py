@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
-from kvmsupervisor.adapters.usage import usage_of
+from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import InstanceId
@@ -103,6 +103,9 @@ class Face:
             invalid=bool(status.problems),
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
+            disks=instance.counts.disks,
+            guest_memory=instance.counts.memory,
+            nics=[(name, found) for name, tap in instance.nics if (found := traffic_of(tap)) is not None],
             accelerator=status.accelerator,
             machine=status.machine,
         )

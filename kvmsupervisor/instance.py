@@ -12,9 +12,11 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor import ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
+from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
@@ -149,6 +151,19 @@ class Instance:
         return None if self._machine.record is None else self._machine.record.starttime
 
     @property
+    def nics(self) -> tuple[tuple[str, str], ...]:
+        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        spec, record = self._machine.spec, self._machine.record
+        if spec is None or record is None:
+            return ()
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+
+    @property
+    def counts(self) -> GuestCounts:
+        """What QEMU counted of the guest when it was asked last."""
+        return self._machine.counts
+
+    @property
     def agent_seen(self) -> str | None:
         """When the guest's agent last answered, RFC 3339 in UTC. Not in the status: it changes every minute."""
         return self._machine.agent.seen
@@ -203,8 +218,9 @@ class Instance:
         admission = self._around.admission
         if not decision.slot:
             admission.release(self.id)
-        rests = decision.phase in {Phase.STOPPED, Phase.INVALID} or view.claim is Claim.STRANGER
-        if view.process is None and rests:
+        # Who is about to start again keeps its memory; who waits, for a bridge maybe, may wait for days.
+        again = decision.slot or decision.phase in {Phase.STARTING, Phase.BACKOFF}
+        if view.process is None and not again:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
@@ -221,6 +237,7 @@ class Instance:
             problems=self._problems,
             held=self._held,
             draining=around.draining(),
+            leaving=around.leaving(),
             session_held=around.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
@@ -230,6 +247,7 @@ class Instance:
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
+            looked=self.report.looked,
             process=process,
             memory=self._memory,
             slot=around.admission.state(self.id),
@@ -290,7 +308,8 @@ class Instance:
                 await start.prepare(wanted(wish))
             case Action.LOOK:
                 await start.look()
-                self._etcd_at = self._around.clock.now() + LOCK_POLL_S
+                if start.claimed_by is not None:
+                    self._etcd_at = self._around.clock.now() + LOCK_POLL_S
             case Action.WATCH:
                 await start.watch(wanted(wish))
             case Action.TAKE:
@@ -301,30 +320,20 @@ class Instance:
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
                 machine.directory.write_memory(self._memory)
-            case Action.CONNECT:
-                await machine.connect()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.CONTINUE:
                 await start.go_on()
             case Action.GROW:
                 await start.grow()
-            case Action.PROBE:
-                await machine.probe()
-            case Action.POWERDOWN:
-                await machine.press_power_button()
-            case Action.QUIT:
-                await machine.quit()
-            case Action.KILL:
-                await machine.kill(decision.reason)
-            case Action.GIVE_UP:
-                await machine.give_up(decision.reason)
             case Action.REASSERT:
                 await self._reassert()
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
+            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+                await ladder.step(machine, decision)
             case _:
                 assert_never(action)
 
@@ -375,6 +384,8 @@ class Instance:
         )
         if self._machine.closed:
             self._start.closed = process.incarnation.incarnation
+        if not (process.asked and process.never_ran):
+            self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
         await self._around.provisioner.left(self.id)
 

@@ -43,7 +43,13 @@ class InstanceLock:
         return Status.from_json(found[0].value) if found else None
 
     async def write(
-        self, lock: Lock, host_revision: int, *, if_new: bool = False, gone: HostName | None = None
+        self,
+        lock: Lock,
+        host_revision: int | None,
+        *,
+        if_new: bool = False,
+        gone: HostName | None = None,
+        status: Status | None = None,
     ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
@@ -51,16 +57,20 @@ class InstanceLock:
 
         Args:
             lock: what to write.
-            host_revision: `mod_revision` of the key `host` as last seen.
+            host_revision: `mod_revision` of the key `host` as last seen; None where no such key has a say.
             if_new: only if there is no status either: no host has ever had this instance.
             gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
+            status: what to write into the status key in the same step.
         """
-        compares = [self._session(), Compare(self._host_key, Target.MOD_REVISION, host_revision)]
+        compares = [self._session()]
+        if host_revision is not None:
+            compares.append(Compare(self._host_key, Target.MOD_REVISION, host_revision))
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
         if gone is not None:
             compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
-        await self._swap(lock.to_json(), compares)
+        also = () if status is None else (Put(self._status_key, status.to_json()),)
+        await self._swap(lock.to_json(), compares, also)
 
     async def reassert(self, lock: Lock) -> Status | None:
         """Write our own lock again after it was deleted, if our session holds and nobody had it meanwhile.
@@ -87,6 +97,10 @@ class InstanceLock:
         last: Op = Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())
         await self._swap(None, [], [last])
         return self.view.as_of
+
+    async def drop(self) -> None:
+        """Delete our lock, its process proven gone, where there is no status."""
+        await self._swap(None, [])
 
     async def _swap(self, data: bytes | None, compares: Sequence[Compare], also: Sequence[Op] = ()) -> None:
         """Replace the lock as last seen by `data` (None: delete it).

@@ -23,15 +23,17 @@ from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, Monit
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.agent_watch import AgentWatch
+from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
+from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import growable
-from kvmsupervisor.domain.view import NEVER_RAN, Stopping
+from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
 from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
@@ -60,6 +62,8 @@ class Machine:
         directory: its folder in the run directory.
         record: of the process, None when there is none.
         agent: what the guest says of itself.
+        spec: the machine that it was started as; None without one, or when a newer release wrote it.
+        counts: what QEMU counted of the guest when it was asked last.
     """
 
     def __init__(
@@ -82,13 +86,14 @@ class Machine:
         self._notify = notify
         self._on_reset = on_reset
         self._log = log
-        self._spec: Spec | None = None
+        self.spec: Spec | None = None
         self._process: kernel.Process | None = None
         self._monitor: Monitor | None = None
         self._settling: asyncio.Task[None] | None = None
         self._clear()
 
     def _clear(self) -> None:
+        self.counts = GuestCounts()
         self._exit: Exit | None = None
         self._verdict: Exit | None = None
         self._shutdown: str | None = None
@@ -112,7 +117,7 @@ class Machine:
             return None
         return view.Process(
             incarnation=self.record,
-            spec=self._spec,
+            spec=self.spec,
             exit=self._exit,
             connected=self._monitor is not None and self._answered,
             run_state=self._run_state,
@@ -125,14 +130,14 @@ class Machine:
         )
 
     @property
-    def spec(self) -> Spec | None:
-        """The machine that it was started as; None without one, or when a newer release wrote it."""
-        return self._spec
-
-    @property
     def pid(self) -> int | None:
         """Of the living process."""
         return self._process.pid if self._process is not None and self._exit is None else None
+
+    @property
+    def wait_status(self) -> WaitStatus:
+        """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
+        return WaitStatus() if self._process is None else self._process.status
 
     @property
     def never_ran(self) -> bool:
@@ -187,10 +192,10 @@ class Machine:
                 directory.write_incarnation(record)
                 # Not before: what cannot be put on record (no space) was not begun.
                 self.record = record
-                self._spec = spec_from_object(record.spec)
+                self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=environment_of(self._marks(record)),
+                    environment=environment_of(Marks.of(record, self._prefix)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -213,8 +218,8 @@ class Machine:
         """
         self._clear()
         self.record = record
-        self._spec = spec_from_object(record.spec)
-        marks = self._marks(record).environment()
+        self.spec = spec_from_object(record.spec)
+        marks = Marks.of(record, self._prefix).environment()
         if record.boot_id == boot_id:
             candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
             for pid in candidates:
@@ -298,6 +303,9 @@ class Machine:
         if answer is not None:
             self._run_state = str(answer["status"])
             self._probe_at = self._clock.now() + PROBE_EVERY_S
+        if self._run_state == RUNNING:
+            # Not on the way to a running guest: it has counted nothing yet.
+            self.counts = await count(self._command, self.spec)
 
     async def resume(self) -> bool:
         """Let the guest run; True when QEMU says that it does.
@@ -314,12 +322,12 @@ class Machine:
         if answer is None:
             self._probe_at = 0.0
             return False
-        self._run_state = "running"
+        self._run_state = RUNNING
         return True
 
     def look_for_growth(self, after_s: float) -> None:
         """Its images are to be looked at after some time; nothing for a machine without."""
-        if self._spec is not None and growable(self._spec):
+        if self.spec is not None and growable(self.spec):
             self._grow_at = self._clock.now() + after_s
 
     async def grow(self, sizes: Mapping[str, int]) -> None:
@@ -390,7 +398,7 @@ class Machine:
         await self.detach()
         self.directory.drop_incarnation()
         self.record = None
-        self._spec = None
+        self.spec = None
         self._clear()
 
     async def detach(self) -> None:
@@ -409,10 +417,7 @@ class Machine:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _marks(self, record: Incarnation) -> Marks:
-        return Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation)
-
-    async def _command(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def _command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; None when it was not done, which is on record then."""
         try:
             return await self._ask(command, arguments)
@@ -420,7 +425,7 @@ class Machine:
             self._log.warning("qmp.refused", command=command, error=str(error))
             return None
 
-    async def _ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def _ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; None when there was no answer, which is on record then.
 
         Raises:
@@ -473,7 +478,7 @@ class Machine:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))
             case "RESUME":
-                self._run_state = "running"
+                self._run_state = RUNNING
             case "GUEST_PANICKED":
                 self._run_state = PANICKED
             case "STOP" if self._run_state == PANICKED:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from kvmsupervisor.domain.incarnation import Incarnation
+
 KEPT_ENVIRONMENT = (
     "PATH",
     "HOME",
@@ -26,6 +28,11 @@ class Marks:
     prefix: str
     instance: str
     incarnation: str
+
+    @classmethod
+    def of(cls, record: Incarnation, prefix: str) -> Marks:
+        """Those of an incarnation below `prefix`."""
+        return cls(prefix=prefix, instance=record.instance, incarnation=record.incarnation)
 
     def environment(self) -> dict[str, str]:
         """As variables."""

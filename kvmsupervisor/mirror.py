@@ -113,8 +113,8 @@ class Mirror(Generic[LabelT]):
         revision = 0
         async with aclosing(self._store.pages(self._prefix)) as pages:
             async for page in pages:
-                for begin in range(0, len(page.kvs), SLICE):
-                    stage.put_all(page.kvs[begin : begin + SLICE])
+                for begin in range(0, len(page.entries), SLICE):
+                    stage.put_all(page.entries[begin : begin + SLICE])
                     await asyncio.sleep(0)
                 revision = page.revision
         self._listed = True

@@ -35,8 +35,8 @@ from kvmsupervisor.domain.storage import nvram_of
 HOST_RETRY_S = 5.0
 """Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
 
-MEDIA_RETRY_S = 30.0
-"""The same for boot media, whose server others use, too."""
+MEDIA_RETRY_S = 10.0
+"""The same for boot media, whose server others use, too. Arbitrary: people who mend it stand and wait."""
 
 ANYWHERE = frozenset({"0.0.0.0", "::"})
 """Addresses that stand for all addresses of the host."""
@@ -109,6 +109,11 @@ class Opened:
     home: Home
     closing: contextlib.ExitStack
 
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        """The NICs' interfaces on the host."""
+        return tuple(network.tap_name(tap.fd) for tap in self.taps)
+
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
         """All that the command line needs."""
         return Provision(
@@ -177,6 +182,7 @@ class Provisioner:
         except OSError as error:
             raise NotReady(f"its UEFI variables cannot be made: {error}", HOST_RETRY_S) from error
         if spec.cloud_config is None:
+            media.discard(directory.path)
             return Prepared(spec=spec, nvram=nvram, ceph_key=ceph_key)
         try:
             made = await media.furnish(

@@ -22,6 +22,7 @@ class Report:
     Attributes:
         status: as it is here; the status key holds it where it is this host's to write.
         notice: what else a person should know of the QEMU that lives.
+        looked: whether the status key was read since another host could last write it.
     """
 
     def __init__(
@@ -39,16 +40,17 @@ class Report:
         self._machine = machine
         self._log = log.bind(instance=instance)
         self.notice: str | None = None
-        self._looked = False
+        self.looked = False
         self._published: Status | None = None
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
-        self._remember_machine(written)
+        self._remember(written)
         now = self.status
         if written.incarnation is not None and written.incarnation == now.incarnation:
             self._machine.agent.recall(written.agent)
-            now = replace(now, agent=self._machine.agent.facts)
+            self.notice = written.notice
+            now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
             self._around.publisher.set(self._instance, now)
@@ -56,22 +58,27 @@ class Report:
 
     def key_was_read(self, written: Status | None) -> None:
         """What another host may have said in the status key was taken note of."""
-        self._looked = True
+        self.looked = True
         if written is not None:
-            self._remember_machine(written)
+            self._remember(written)
 
     @property
     def knows_machine(self) -> bool:
         """Whether the machine type that the guest was installed on is known, or certainly nowhere on record."""
-        return self._looked or self.status.machine is not None
+        return self.looked or self.status.machine is not None
 
     def machine_of(self, spec: Spec) -> str | None:
         """The versioned machine type on record for what `spec` asks for; None to look it up."""
-        return self.status.machine if self.status.machine_key == spec.machine else None
+        known = self.status.machine
+        # A plain name is on record when QEMU could not be asked: it is no version.
+        return known if self.status.machine_key == spec.machine and known != spec.machine else None
 
-    def _remember_machine(self, written: Status) -> None:
+    def _remember(self, written: Status) -> None:
+        """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
         if self.status.machine is None and written.machine is not None:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
+        if self.status.epoch < written.epoch:
+            self.status = replace(self.status, epoch=written.epoch)
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -108,11 +115,11 @@ class Report:
         if status != before:
             self.status = status
             self._tell_change(before, status)
-        if status != self._published and self._may_publish(view, decision):
+        if status != self._published and self._may_publish(view):
             self._published = status
             around.publisher.set(self._instance, status)
 
-    def _may_publish(self, view: View, decision: Decision) -> bool:
+    def _may_publish(self, view: View) -> bool:
         """Whether the status key is ours to write.
 
         What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
@@ -124,10 +131,10 @@ class Report:
             case Claim.UNKNOWN:
                 return False
             case Claim.STRANGER:
-                self._looked = False
+                self.looked = False
                 return view.holder_has_session is False
-            case Claim.ABSENT if decision.phase in {Phase.STARTING, Phase.WAITING}:
-                return self._looked and view.claimed_by is None
+            case Claim.ABSENT:
+                return self.looked and view.claimed_by is None
             case _:
                 return True
 

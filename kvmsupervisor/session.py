@@ -166,6 +166,15 @@ class Session:
             # After a suspend, or a freeze, it may have passed in the sleep.
             self._announce()
 
+    async def end(self) -> None:
+        """Give the session up, so that nobody waits for its lease to run out. `run` was cancelled before.
+
+        Raises:
+            EtcdError: it was not; its lease runs out by itself.
+        """
+        if self._lease:
+            await self._store.revoke(self._lease)
+
     # Renewing.
 
     async def _renew(self) -> None:

@@ -255,7 +255,7 @@ class _Sources:
         """Where a setting is written, and what stands there; None when it is not written."""
         held = self._environ.get(setting.env)
         # `NAME=` is how unit files leave out a variable that has no default.
-        if held is not None and (held.strip() or setting.default is not None):
+        if held is not None and (held.strip() or setting.default is not None or setting.may_be_empty):
             return setting.env, held
         key = setting.toml_key
         if key is not None and key in self._table:

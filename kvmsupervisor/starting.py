@@ -22,7 +22,7 @@ from kvmsupervisor.domain.view import Deferral
 from kvmsupervisor.fencing import NotFenced, together
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.provisioning import NotReady, Prepared
+from kvmsupervisor.provisioning import NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
 
@@ -291,7 +291,10 @@ class Start:
             NotReady: something is missing on this host.
         """
         around, directory = self._around, self._machine.directory
-        ready, self._prepared = self._prepared or Prepared(spec=wish.spec), None
+        ready, self._prepared = self._prepared, None
+        if ready is None or ready.spec != wish.spec:
+            # What was made ready was another machine's, and this one needs nothing of it (`is_prepared`).
+            ready = Prepared(spec=wish.spec)
         lock = self._lock.view.lock
         assert lock is not None
         opened = await around.provisioner.open(
@@ -304,7 +307,7 @@ class Start:
         with opened.closing:
             self.obstacle = None
             self.lives(wish.spec)
-            record = self._record_of(wish, lock, opened.machine)
+            record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
             self._machine.spawn(record, build, argv, opened.home)
             if self._machine.pid is not None:
@@ -322,7 +325,7 @@ class Start:
         except HomeFailed as error:
             await self._machine.give_up(str(error))
 
-    def _record_of(self, wish: Wanted, lock: Lock, machine: str) -> Incarnation:
+    def _record_of(self, wish: Wanted, lock: Lock, opened: Opened) -> Incarnation:
         around = self._around
         return Incarnation(
             instance=self._id,
@@ -333,7 +336,8 @@ class Start:
             spec=spec_to_object(wish.spec),
             storage=storage_of(wish.spec),
             accelerator=around.host_side.accel,
-            machine=machine,
+            machine=opened.machine,
+            taps=opened.tap_names,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,

@@ -25,6 +25,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
@@ -56,9 +57,6 @@ ROTATE_EVERY_S = 60.0
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
-
-ERROR_PAUSE_S = (1.0, 60.0)
-"""First and longest pause of one instance after an error of our own, doubled each time."""
 
 
 class Supervisor:
@@ -324,16 +322,7 @@ class Supervisor:
 
     async def _keep_going(self, instance: Instance) -> None:
         """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
-        pause_s = ERROR_PAUSE_S[0]
-        while True:
-            try:
-                await instance.run()
-                break
-            except Exception:  # noqa: BLE001 - the only one: a bug in one instance must not stop the others
-                self._metrics.internal_error(instance.id)
-                instance.report.tell("instance.error", level="exception", pause_s=pause_s)
-                await self._clock.sleep(pause_s)
-                pause_s = min(2 * pause_s, ERROR_PAUSE_S[1])
+        await keep_going(instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id))
         self._forget(instance)
 
     def _forget(self, instance: Instance) -> None:

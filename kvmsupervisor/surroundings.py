@@ -12,6 +12,7 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.provisioning import Provisioner
@@ -46,6 +47,8 @@ class Surroundings:
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
         draining: whether this host stops all its guests (`stop --all --local`).
+        leaving: why an instance is to be stopped and let go of; None when it is not.
+        ended: told how a QEMU ended that was not merely discarded before its guest ran.
     """
 
     me: HostName
@@ -70,3 +73,5 @@ class Surroundings:
     takeover_wait_s: float = 60.0
     recorded_for: Callable[[str], InstanceId | None] = lambda client: None
     draining: Callable[[], bool] = lambda: False
+    leaving: Callable[[], str | None] = lambda: None
+    ended: Callable[[Exit, WaitStatus], None] = lambda end, status: None

@@ -61,6 +61,20 @@ async def test_a_free_lock_is_taken_and_changed_and_released(bench: Bench) -> No
     assert (bench.lock.view.known, bench.lock.view.data, bench.lock.view.mod_revision) == (True, None, 0)
 
 
+async def test_without_a_key_host_none_is_compared(bench: Bench) -> None:
+    """Single mode: QEMU's own options have no wish; the session is compared all the same."""
+    bench.etcd.write(HOST_KEY, "b")
+    await bench.lock.write(MINE, None, status=LAST)
+    assert bench.stored == MINE
+    assert Status.from_json(bench.etcd.data[STATUS_KEY]) == LAST
+    await bench.lock.drop()
+    assert bench.stored is None
+    assert STATUS_KEY in bench.etcd.data
+    bench.etcd.erase(SESSION_KEY)
+    with pytest.raises(SwapFailed):
+        await bench.lock.write(MINE, None)
+
+
 async def test_nothing_is_written_without_the_session(bench: Bench) -> None:
     """Law 2: "my session exists" is compared, by etcd and in the same transaction."""
     bench.etcd.erase(SESSION_KEY)

@@ -25,7 +25,7 @@ from kvmsupervisor.logs import (
     configure,
     instance_logger,
 )
-from kvmsupervisor.settings_table import LogFormat, LogLevel
+from kvmsupervisor.setting_values import LogFormat, LogLevel
 
 ROOT = Path(__file__).parents[1]
 

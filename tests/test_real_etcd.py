@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Listing
+from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Page
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -169,7 +169,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
         told.append(set(keys))
         news.set()
 
-    async def late(prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
+    async def late(prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page, None]:
         etcd.pages = real  # type: ignore[method-assign]
         async for listing in real(prefix, page=page):
             await etcd.put("/p/a", b"2")

@@ -467,6 +467,48 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     assert max(starting) == 2
 
 
+async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: memory is promised to guests in the order of their priority; who does not fit waits, and says for what."""
+    monkeypatch.setattr("kvmsupervisor.equipment.memory_for_guests_mib", lambda: 612)
+    bench.more["KVM_MEMORY_RESERVE"] = "100M"
+    await bench.begin()
+    for name, ram, priority in (("low", "300", "1"), ("high", "300", "2"), ("small", "64", "0")):
+        bench.etcd.write(f"/kvm/{name}/ram", ram)
+        bench.etcd.write(f"/kvm/{name}/priority", priority)
+    # One after the other: who is first has the memory, whatever the priority.
+    bench.etcd.write("/kvm/low/host", ME)
+    await bench.clock.advance(5.0)
+    bench.etcd.write("/kvm/high/host", ME)
+    bench.etcd.write("/kvm/small/host", ME)
+    await bench.clock.advance(60.0)
+    assert bench.of("low", "high", "small").keys() == {"low", "small"}
+    status = bench.status("high")
+    assert status is not None
+    assert (status.phase, status.reason) == (
+        Phase.WAITING,
+        "waits for memory of this host: it needs 364 MiB, and of 512 MiB for guests 492 MiB are promised to 2 others",
+    )
+    bench.etcd.write("/kvm/low/power", "off")
+    await bench.clock.advance_until(lambda: bench.of("high"), 60.0)
+    assert bench.of("low", "high", "small").keys() == {"high", "small"}
+
+
+async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what runs already is promised its memory before anybody else."""
+    monkeypatch.setattr("kvmsupervisor.equipment.memory_for_guests_mib", lambda: 400)
+    bench.more["KVM_MEMORY_RESERVE"] = "100M"
+    await bench.begin()
+    await bench.running("1", "2")
+    await bench.end()
+    bench.create("0")
+    await bench.begin()
+    await bench.clock.advance(60.0)
+    assert bench.of("0", "1", "2").keys() == {"1", "2"}
+    status = bench.status("0")
+    assert status is not None
+    assert "256 MiB are promised to 2 others" in status.reason
+
+
 async def test_the_first_statuses_are_written_once_the_supervisor_stops(bench: Bench) -> None:
     """A normal stop leaves statuses as they were last seen."""
     await bench.begin()

@@ -39,17 +39,17 @@ def choose(wanted: Literal["auto", "kvm", "tcg"], device: Path = KVM_DEVICE, *, 
     Args:
         wanted: `KVM_ACCEL`.
         device: KVM's.
-        trouble: why the device could not be made, where that was tried; told when it does not open.
+        trouble: why the device could not be made, or given to QEMU's user, where that was tried.
 
     Raises:
         ValueError: KVM is wanted and cannot be used; the message says why.
     """
     if wanted == "tcg":
         return Choice(name="tcg")
-    why = why_no_kvm(device)
+    # A node that opens may still be another device's, or closed to QEMU's own user.
+    why = trouble or why_no_kvm(device)
     if why is None:
         return Choice(name="kvm")
-    why = trouble or why
     if wanted == "kvm":
         raise ValueError(f"KVM_ACCEL is kvm, but {why}; load the kvm module, or set KVM_ACCEL=auto or tcg")
     return Choice(name="tcg", fallback=why)

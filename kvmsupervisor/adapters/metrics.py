@@ -21,6 +21,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
@@ -59,6 +60,9 @@ class InstanceSample:
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
+        disks: bytes of each disk.
+        nics: bytes of each NIC, by its name.
+        guest_memory: bytes by kind, as the guest's balloon driver tells.
         accelerator: what its QEMU runs with, None without a process.
         machine: the versioned machine type, None when it is not known.
     """
@@ -71,6 +75,9 @@ class InstanceSample:
     invalid: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
+    disks: Sequence[DiskCounts] = ()
+    nics: Sequence[tuple[str, Traffic]] = ()
+    guest_memory: Sequence[tuple[str, int]] = ()
     accelerator: str | None = None
     machine: str | None = None
 
@@ -200,6 +207,7 @@ class Metrics:
             self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
         yield from self._host_metrics(now)
         yield from self._instance_gauges(now.instances)
+        yield from self._guest_counts(now.instances)
         yield from self._instance_counters()
 
     def _counts(self, instance: InstanceId) -> _InstanceCounts:
@@ -274,6 +282,23 @@ class Metrics:
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
         yield from (phase, up, epoch, pending, invalid, info, cpu, memory)
+
+    def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
+        read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")
+        written = _counter("instance_disk_written_bytes_total", "Bytes that the guest wrote.", "instance", "disk")
+        received = _counter("instance_network_received_bytes_total", "Bytes to the guest.", "instance", "nic")
+        sent = _counter("instance_network_sent_bytes_total", "Bytes from the guest.", "instance", "nic")
+        memory = _gauge("instance_guest_memory_bytes", "Memory as the guest itself counts it.", "instance", "kind")
+        for sample in samples:
+            for disk in sample.disks:
+                read.add_metric([sample.id, disk.name], disk.read_bytes)
+                written.add_metric([sample.id, disk.name], disk.written_bytes)
+            for name, traffic in sample.nics:
+                received.add_metric([sample.id, name], traffic.received_bytes)
+                sent.add_metric([sample.id, name], traffic.sent_bytes)
+            for kind, value in sample.guest_memory:
+                memory.add_metric([sample.id, kind], value)
+        yield from (read, written, received, sent, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")

@@ -12,6 +12,7 @@ import array
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -46,6 +47,12 @@ SAID_LIMIT = 4096
 NEW_MODE = 0o640
 """Of a bridge.conf that did not exist. Where the helper is setuid it reads the file as the user who calls it: what
 is allowed here for this supervisor shall not be allowed to every user of the host."""
+
+TUNGETIFF = 0x800454D2
+"""`_IOR('T', 210, unsigned int)`."""
+
+IFREQ_BYTES, IFNAMSIZ = 40, 16
+"""Of `struct ifreq` and of the name that it begins with (include/uapi/linux/if.h)."""
 
 _writing = threading.Lock()
 
@@ -112,6 +119,12 @@ async def open_tap(
     except OSError as error:
         raise NetworkTrouble(f"{program} cannot be run: {error.strerror or error}") from error
     return Tap(fd=fd, vhost_fd=_open_vhost(vhost_device) if vhost else None)
+
+
+def tap_name(fd: int) -> str:
+    """The name of an open tap's interface (TUNGETIFF, include/uapi/linux/if_tun.h)."""
+    request = fcntl.ioctl(fd, TUNGETIFF, bytes(IFREQ_BYTES))
+    return request[:IFNAMSIZ].rstrip(b"\0").decode(errors="replace")
 
 
 def allow_bridges(bridges: Iterable[str], path: Path = BRIDGE_CONF) -> tuple[str, ...]:

@@ -28,6 +28,9 @@ PIDFD_GET_INFO = 0xC040FF0B
 PIDFD_INFO_EXIT = 1 << 3
 """Ask for, and (Linux ≥ 6.15) tell that there is, an exit code."""
 
+FIRST_PID_NAMESPACE = "4026531836"
+"""The kernel's own, with a number that never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
+
 
 class SpawnFailed(Exception):
     """The program could not be started at all; the message names it and says why."""
@@ -124,13 +127,48 @@ def spawn(
         )
     except OSError as error:
         raise SpawnFailed(f"cannot start {argv[0]}: {error.strerror or error}") from error
+    return _watched(child, argv[0], on_end)
+
+
+def spawn_in_front(
+    argv: Sequence[str], *, environment: Mapping[str, str], pass_fds: Sequence[int], on_end: Callable[[], None]
+) -> Process:
+    """Start a program on our own standard streams, in our own folder, in a session of its own.
+
+    So it has the terminal that we have, but not as the one that controls it: Ctrl-C is for us, who know what it means.
+    It may read that terminal all the same: only a background process of the terminal's own session is stopped for it
+    (credentials(7), tty_check_change in the kernel).
+
+    Args:
+        argv: the program and its arguments.
+        environment: all of it.
+        pass_fds: what it inherits beyond the standard streams, under the same numbers.
+        on_end: called once when it has ended.
+
+    Raises:
+        SpawnFailed: no such program, not executable, no memory.
+    """
+    try:
+        child = subprocess.Popen(argv, env=dict(environment), pass_fds=pass_fds, start_new_session=True)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise SpawnFailed(f"cannot start {argv[0]}: {said or error}") from error
+    return _watched(child, argv[0], on_end)
+
+
+def _watched(child: subprocess.Popen[bytes], program: str, on_end: Callable[[], None]) -> Process:
+    """Watch a child by its pidfd.
+
+    Raises:
+        SpawnFailed: there is no descriptor left; it is killed then.
+    """
     try:
         pidfd = os.pidfd_open(child.pid)
     except OSError as error:
-        # No descriptor left: what cannot be watched is not kept.
+        # What cannot be watched is not kept.
         child.kill()
         child.wait()
-        raise SpawnFailed(f"cannot watch {argv[0]}: {error.strerror or error}") from error
+        raise SpawnFailed(f"cannot watch {program}: {error.strerror or error}") from error
     # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
     child.returncode = 0
     # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
@@ -178,6 +216,15 @@ def is_alive(pid: int, starttime: int) -> bool:
         return _starttime(pid) == starttime and not _is_over(pidfd)
     finally:
         os.close(pidfd)
+
+
+def pid_namespace() -> str | None:
+    """The number of our PID namespace; None for the kernel's first one, that of a host (pid_namespaces(7)).
+
+    Numbers are given again only after a namespace has ended, with all processes in it.
+    """
+    number = (PROC / "self/ns/pid").readlink().name.removeprefix("pid:[").removesuffix("]")
+    return None if number == FIRST_PID_NAMESPACE else number
 
 
 def _is_over(pidfd: int) -> bool:

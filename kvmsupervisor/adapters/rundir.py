@@ -3,6 +3,7 @@
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
     <run>/_draining                there while this host stops all its guests; holds the boot that this is about
+    <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
     <run>/<id>/memory.json         what outlives a process: backoff, last exit
     <run>/<id>/qmp.sock            QMP for the supervisor
@@ -87,9 +88,14 @@ class InstanceDir:
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
 
+    @property
+    def has_record(self) -> bool:
+        """Whether a QEMU process is on record."""
+        return self._incarnation.exists()
+
     def write_incarnation(self, record: Incarnation) -> None:
-        """Put the QEMU process on record."""
-        write_whole(self._incarnation, record.to_json())
+        """Put the QEMU process on record, for root only: a URL in its keys may hold a password."""
+        write_whole(self._incarnation, record.to_json(), mode=0o600)
 
     def drop_incarnation(self) -> None:
         """Delete the record: the process is proven gone."""
@@ -255,21 +261,24 @@ class RunDir:
         except FileNotFoundError:
             return False
         with os.fdopen(descriptor, "rb") as file:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read(32).decode(errors="replace").strip()
-            else:
-                return False
-            with contextlib.suppress(OSError, ValueError):
+            text = file.read(32).decode(errors="replace").strip()
+            with contextlib.suppress(OSError, ValueError, OverflowError):
                 # The pidfd first: what is found in /proc afterwards is of the process that it holds.
                 pidfd = os.pidfd_open(int(text))
                 try:
-                    if _has_open(int(text), os.fstat(descriptor)):
+                    # We have it open, too. Our own number is that of a supervisor in another PID namespace.
+                    if int(text) != os.getpid() and _has_open(int(text), os.fstat(descriptor)):
                         signal.pidfd_send_signal(pidfd, DRAIN_SIGNAL)
                         return True
                 finally:
                     os.close(pidfd)
+            # Not before: holding the lock, for a moment even, would be in the way of a supervisor that starts.
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                return False
         raise OutOfReach(
             f"{lock} is held by process {text or 'unknown'}, which is not here: "
             "use the host's PID namespace (--pid=host)"
@@ -283,6 +292,15 @@ class RunDir:
         """The folder of one instance, made or not."""
         return InstanceDir(self.path / instance)
 
+    def find(self, instance: InstanceId) -> InstanceDir:
+        """The folder of one instance wherever it is: the supervisor's, or a container's in single mode.
+
+        The one with a record of a QEMU, else the one that is there.
+        """
+        folders = [self.instance(instance), *map(InstanceDir, sorted(self.path.glob(f"_*/{instance}")))]
+        there = [folder for folder in folders if folder.path.is_dir()]
+        return next((folder for folder in there if folder.has_record), there[0] if there else folders[0])
+
     def instances(self) -> Iterator[InstanceId]:
         """All ids that have a folder."""
         if not self.path.is_dir():
@@ -292,10 +310,11 @@ class RunDir:
                 yield instance
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new."""
     aside = path.with_name(path.name + ".new")
-    aside.write_bytes(data)
+    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+        file.write(data)
     aside.replace(path)
 
 

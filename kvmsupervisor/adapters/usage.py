@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmsupervisor.domain.counters import Traffic
+
 PROC = Path("/proc")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -74,3 +76,19 @@ def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:
         values[name] = int(rest.split()[0])
     huge_kib = values.get("HugePages_Total", 0) * values.get("Hugepagesize", 0)
     return (values["MemTotal"] - huge_kib) // 1024
+
+
+NET = Path("/sys/class/net")
+
+
+def traffic_of(tap: str, net: Path = NET) -> Traffic | None:
+    """What went through a tap since it was made; None when it is not there, or in another network namespace.
+
+    What the host receives from it the guest has sent.
+    """
+    folder = net / tap / "statistics"
+    try:
+        sent, received = (int((folder / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
+    except (OSError, ValueError):
+        return None
+    return Traffic(received_bytes=received, sent_bytes=sent)

@@ -76,7 +76,7 @@ def _of_wish(instance: Instance, cluster: Cluster) -> Iterator[Finding]:
     for problem in instance.wish.problems:
         yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
     host = instance.wish.host
-    if host is not None and not cluster.alive(host):
+    if host is not None and not cluster.alive(host) and not cluster.runs_alone(instance):
         yield Finding(
             instances=(instance.id,),
             key="host",
@@ -92,7 +92,7 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
     status, wish = instance.status, instance.wish
     key = layout.status_key(instance.id)
     if wish.keys == 0:
-        if status is not None and not cluster.alive(status.host):
+        if status is not None and not cluster.speaks(status):
             yield Finding(
                 instances=(instance.id,),
                 key=key,

@@ -11,6 +11,7 @@ from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store,
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.single import is_same_host, is_single
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import VALUE_LIMIT, parse_wish
@@ -82,6 +83,15 @@ class Cluster:
         """Whether `host` has a session."""
         return host in self.sessions
 
+    def speaks(self, status: Status) -> bool:
+        """Whether a status says something of now: its host has a session, or it is a container's that has ended."""
+        return self.alive(status.host) or (is_single(status.host) and not status.tells_of_a_process)
+
+    def runs_alone(self, instance: Instance) -> bool:
+        """Whether it runs on its host in single mode, which needs no supervisor there."""
+        status, host = instance.status, instance.wish.host
+        return status is not None and self.alive(status.host) and is_same_host(status.host, host)
+
     def who_has_sessions(self) -> str:
         """A clause that names the hosts that have a session."""
         hosts = sorted(self.sessions)
@@ -112,14 +122,14 @@ def shown(instance: Instance, cluster: Cluster) -> Shown:
     status, wish = instance.status, instance.wish
     if status is None:
         return Shown(wish.host, Phase.WAITING.value, _why_no_status(instance, cluster))
-    if not cluster.alive(status.host):
+    if not cluster.speaks(status):
         sessions = cluster.who_has_sessions()
         reason = f"host {status.host} has no session ({sessions}); last seen: {status.phase.value}"
         if wish.keys and wish.host != status.host:
             reason += f"; the `host` key now says {wish.host}"
         return Shown(status.host, UNKNOWN, reason)
     reason = status.reason
-    if wish.keys and wish.host is not None and wish.host != status.host:
+    if wish.keys and wish.host is not None and not is_same_host(status.host, wish.host):
         away = "" if cluster.alive(wish.host) else f", which has no session ({cluster.who_has_sessions()})"
         reason += f"; the `host` key now says {wish.host}{away}"
     return Shown(status.host, status.phase.value, reason)

@@ -52,7 +52,7 @@ def console(tools: Tools, instance: InstanceId, read_only: bool, take: bool, lin
     if read_only and take:
         raise click.UsageError("--read-only and --take exclude each other")
     settings = tools.settings()
-    folder = RunDir(settings.run_dir).instance(instance)
+    folder = RunDir(settings.run_dir).find(instance)
     record = _living(folder)
     if record is None:
         raise Refused(_why_not_here(tools, instance, folder))

@@ -107,6 +107,9 @@ class Play:
         self._environ = clean_environment(environ) | {
             "ETCD_ENDPOINTS": self._endpoint,
             "KVM_ACCEL": "tcg",
+            "KVM_CGROUP": "none",
+            # The guest's kernel may lie where only this user can read it.
+            "KVM_QEMU_USER": "",
             "KVM_CONFIG": str(config),
             "KVM_HOSTNAME": HOST,
             "KVM_LISTEN": self._http,

@@ -51,6 +51,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "break-lock": LazyCommand(
         "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."
     ),
+    "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU, and end with it: single mode."),
     "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
 }
 

@@ -12,6 +12,7 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
+from kvmsupervisor.domain.wishes import public_value
 
 LIST_COLUMNS = (
     Column(title="ID"),
@@ -87,7 +88,7 @@ def show_blocks(
         (
             f"Wishes ({layout.instance_prefix(instance.id)})",
             [
-                (printable_bytes(name), Cell(printable_bytes(raw.value.strip())))
+                (printable_bytes(name), Cell(printable_bytes(_public(name, raw.value))))
                 for name, raw in sorted(instance.keys.items())
             ]
             or [("", Cell("none"))],
@@ -111,6 +112,11 @@ def show_blocks(
     return blocks
 
 
+def _public(name: bytes, value: bytes) -> bytes:
+    """A key's value without what is nobody else's business."""
+    return public_value(name.decode(errors="replace"), value.strip())
+
+
 def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = None) -> dict[str, Any]:
     """Everything about one instance, for `show -o json`; see `show_blocks`."""
     host = instance.wish.host or (instance.status.host if instance.status is not None else None)
@@ -119,7 +125,7 @@ def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = N
         "id": instance.id,
         "keys": {
             name.decode("utf-8", "backslashreplace"): {
-                "value": raw.value.strip().decode("utf-8", "backslashreplace"),
+                "value": _public(name, raw.value).decode("utf-8", "backslashreplace"),
                 "mod_revision": raw.mod_revision,
             }
             for name, raw in sorted(instance.keys.items())

@@ -42,6 +42,10 @@ _SPICE_WARNING = re.compile(r"warning: Spice: \S+: (.+)")
 """What the SPICE server says through QEMU: a place in its source, then the words."""
 
 
+SIGABRT = 6
+"""Of x86 (signal(7))."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitStatus:
     """How the kernel says that a process ended. Both None: nobody could tell (see `adapters.process`).
@@ -77,8 +81,9 @@ def classify(*, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str
         log_tail: the last lines that this process wrote on its standard error.
     """
     if status.signal is not None:
-        # Whatever it announced before, it was killed while at it.
-        return Exit(ExitClass.CRASHED, f"crashed (signal {status.signal})")
+        # Whatever it announced before, it was killed while at it. Who aborts has just said why.
+        words = last_error(log_tail) if status.signal == SIGABRT else None
+        return Exit(ExitClass.CRASHED, f"crashed (signal {status.signal})" + (f": {words}" if words else ""))
     if shutdown is not None and (kind := SHUTDOWN_REASONS.get(shutdown)) is not None:
         return Exit(kind, kind.value)
     last = last_error(log_tail)

@@ -27,6 +27,9 @@ _USB_SLOT = 0x15
 _BRIDGE_SLOT = 0x16
 _MEDIA_SLOTS = (0x17, 0x18)
 
+_BALLOON_STATISTICS = "guest-stats-polling-interval=60"
+"""Seconds between two times that the guest's driver is asked for its memory: as often as QEMU is asked in turn."""
+
 # Behind the PCI bridge, which is there only for them: NIC n in slot n, disk n in slot 8 + n.
 _MORE = "more0"
 _MORE_DISKS = 8
@@ -94,7 +97,7 @@ def common() -> Iterator[str]:
     agent = "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"
     yield from ("-device", agent)
     yield from ("-device", f"virtio-rng-pci,id=rng0,addr={_RNG_SLOT:#x}")
-    yield from ("-device", f"virtio-balloon-pci,id=balloon0,addr={_BALLOON_SLOT:#x}")
+    yield from ("-device", f"virtio-balloon-pci,id=balloon0,{_BALLOON_STATISTICS},addr={_BALLOON_SLOT:#x}")
     yield from ("-device", "pvpanic")
 
 

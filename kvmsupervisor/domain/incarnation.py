@@ -34,6 +34,7 @@ class Incarnation:
         storage: what it may write to.
         accelerator: `kvm` or `tcg`.
         machine: the versioned machine type, None when it was not known.
+        taps: names of its NICs' interfaces on the host, in their order.
         restart_request: the value of that key that it was started under.
         revision: etcd revision of the wish that it was started from.
         log_offset: where its words begin in the instance's QEMU log, in bytes.
@@ -56,6 +57,7 @@ class Incarnation:
     log_offset: int
     spawned_at: float
     machine: str | None = None
+    taps: tuple[str, ...] = ()
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()

@@ -23,12 +23,14 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         run         never answered in time       GiveUp
               any         stop        ran                          Powerdown … Quit … Kill
               any         run, keep   ran                          none, Probe, or Grow
+    any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
               mine/left   not run                                  Release      (law 9)
               any         stop                                     Forget (not ours), or none
+              absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
               any         run         too early                    none: backoff
-              any         run         something was missing        none: wait
+              any         run         something was missing        none: wait, or Look
               stranger    run         no session, nothing to lose  Take         (law 7)
               stranger    run         no session, RBD, not asked   Watch        (law 4)
               stranger    run         … disks in use, not too long none: wait   (law 4)
@@ -82,11 +84,8 @@ class Goal(Enum):
 def goal(view: View) -> tuple[Goal, str]:
     """What the wish comes to, and why, as a clause for people."""
     wish = view.wish
-    if view.draining:
-        return (
-            Goal.STOP,
-            "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`",
-        )
+    if (order := _order(view)) is not None:
+        return Goal.STOP, order
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
@@ -115,6 +114,15 @@ def goal(view: View) -> tuple[Goal, str]:
             f"it ended by itself ({ended.reason}) and `restart` is {wish.restart}; `start` runs it again",
         )
     return Goal.RUN, "its keys ask for it"
+
+
+def _order(view: View) -> str | None:
+    """Why it is to be stopped whatever the wish; None when nothing says so."""
+    if view.leaving is not None:
+        return view.leaving
+    if view.draining:
+        return "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`"
+    return None
 
 
 def decide(view: View) -> Decision:
@@ -172,7 +180,7 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if (view.wish is None or view.held) and not view.draining:
+    if (view.wish is None or view.held) and _order(view) is None:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
@@ -336,8 +344,11 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
+    if claim is Claim.ABSENT and not view.looked:
+        # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
+        return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
 
 
@@ -397,22 +408,31 @@ def _take(view: View, phase: Phase, reason: str) -> Decision:
 
 def _in_turn(view: View, ready: Decision) -> Decision:
     """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
-    if view.obstacle is not None and view.now < view.start_at:
-        return Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
-    if not view.prepared and view.obstacle is not None:
-        # Said as before, or each attempt would be news.
-        return Decision(phase=Phase.WAITING, reason=view.obstacle, action=Action.PREPARE)
+    if view.obstacle is not None:
+        if view.now < view.start_at:
+            return _told(view, Decision(phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at))
+        # Tried again in silence: a failure would only take back what was said and written of the attempt.
+        again = _in_turn(replace(view, obstacle=None), ready)
+        return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
     if not view.prepared:
         reason = "its disks are looked at, its boot media and UEFI variables made ready"
         return Decision(phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
     if view.slot is None:
         return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)
     if not view.slot:
-        reason = "waits for its turn: others are starting on this host"
         if view.shortage is not None:
             reason = f"waits for memory of this host: {view.shortage}"
+            return _told(view, Decision(phase=Phase.WAITING, reason=reason, slot=True))
+        reason = "waits for its turn: others are starting on this host"
         return Decision(phase=Phase.WAITING, reason=reason, slot=True)
     return replace(ready, slot=True)
+
+
+def _told(view: View, wait: Decision) -> Decision:
+    """`wait`, which may be a long one: people shall find it in the status key, and that is read before it is ours."""
+    if view.looked or view.claim is not Claim.ABSENT:
+        return wait
+    return replace(wait, action=Action.LOOK)
 
 
 def _with_etcd(view: View, action: Action, phase: Phase, reason: str) -> Decision:

@@ -28,7 +28,8 @@ SUGGESTION_CUTOFF = 0.75
 
 _E = TypeVar("_E", bound=StrEnum)
 
-_USERINFO = re.compile(r"//[^/\s]*@")
+_USERINFO = re.compile(r"//\S*@")
+"""To the last `@`: a password that was not written as a URL wants it may hold a slash."""
 _RAM = re.compile(r"([0-9]{1,15}) *([mgt]?)(?:ib)?", re.IGNORECASE)
 _MAC = re.compile(r"[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5}|(?:-[0-9a-f]{2}){5})", re.IGNORECASE)
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")

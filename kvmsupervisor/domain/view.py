@@ -17,6 +17,10 @@ NEVER_RAN = "prelaunch"
 """QMP run state of a QEMU started with -S whose guest has not run."""
 
 
+RUNNING = "running"
+"""QMP run state of a machine whose guest runs."""
+
+
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
@@ -116,6 +120,7 @@ class View:
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         held: removal of its keys waits for an operator's word; `wish` is what stood before.
         draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
+        leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
         etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
         etcd_trouble: what the last attempt said, None when it went well.
@@ -125,6 +130,7 @@ class View:
         deferral: how long a takeover has waited, None when it has not begun to.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
+        looked: whether the status key was read, which another host may have written; only then it is written over.
         process: None when there is none.
         memory: what outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
@@ -144,6 +150,7 @@ class View:
     problems: tuple[Problem, ...] = ()
     held: bool = False
     draining: bool = False
+    leaving: str | None = None
     session_held: bool = True
     etcd_at: float = 0.0
     etcd_trouble: str | None = None
@@ -153,6 +160,7 @@ class View:
     deferral: Deferral | None = None
     holdover: int | None = None
     claimed_by: HostName | None = None
+    looked: bool = True
     process: Process | None = None
     memory: Memory
     slot: bool | None = None

@@ -9,10 +9,10 @@ import ipaddress
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.media import media_url
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     Disk,
@@ -215,7 +215,10 @@ class _Reader:
     def limit(self, spec: Spec) -> None:
         """Note the problem that the guest's memory alone is above the limit of its process."""
         if spec.memory_limit_mib is not None and spec.memory_limit_mib < spec.ram_mib and spec.hugepages is None:
-            found, wanted = f"{spec.memory_limit_mib} MiB", f"it is above `ram` ({spec.ram_mib} MiB)"
+            found, wanted = (
+                f"{spec.memory_limit_mib} MiB",
+                f"it is not below `ram` ({spec.ram_mib} MiB), and better above: QEMU needs some, too",
+            )
             self.problems.setdefault("memory_limit", Problem("memory_limit", found, wanted))
 
     def revision(self, name: str) -> int:
@@ -311,16 +314,23 @@ def _text(value: bytes) -> str:
     return text
 
 
+def public_value(name: str, value: bytes) -> bytes:
+    """A key's value for people: without what is nobody else's business."""
+    if name in SECRET_KEYS:
+        return b"(not shown)"
+    if name == "cloud-config":
+        text = values.without_userinfo(value.decode(errors="surrogateescape"))
+        return text.encode(errors="surrogateescape")
+    return value
+
+
 def _shown(name: str, value: bytes) -> str:
-    """What was found, for a message; problems are public, so a URL's user and password are left out."""
+    """What was found, for a message; problems are public."""
     if len(value) > VALUE_LIMIT:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
-    if name == "cloud-config":
-        text = values.without_userinfo(value.decode(errors="surrogateescape"))
-        value = text.encode(errors="surrogateescape")
-    return show_bytes(value)
+    return show_bytes(public_value(name, value))
 
 
 _power = values.choice(Power, "it")
@@ -334,22 +344,8 @@ def _hugepages(text: str) -> HugePages | None:
     return None if pages is HugePages.OFF else pages
 
 
-_VISIBLE_ASCII = re.compile(r"[!-~]+")
-
-
 def _cloud_config(text: str) -> str:
-    wanted = "it is a URL: http://HOST/PATH, https://HOST/PATH or file:///PATH"
-    if not _VISIBLE_ASCII.fullmatch(text):
-        raise Unfit(wanted)
-    try:
-        url = urlsplit(text)
-        _ = url.port
-    except ValueError as error:
-        raise Unfit(f"{wanted} ({error})") from error
-    remote = url.scheme in {"http", "https"} and url.hostname
-    local = url.scheme == "file" and url.netloc in {"", "localhost"} and url.path.startswith("/")
-    if not remote and not local:
-        raise Unfit(wanted)
+    media_url(text)
     return text
 
 

@@ -1,10 +1,12 @@
-"""Homes in the cgroup tree: this machine's own hierarchies, whichever they are, and what is read of others."""
+"""Homes in the cgroup tree: this machine's own hierarchies (as root), and what is read of others."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,16 +41,23 @@ def proc_of(tmp_path: Path, mountinfo: str, own: str, inits: str = "0::/\n") -> 
 
 @pytest.fixture
 def hierarchies() -> Iterator[tuple[Hierarchy, ...]]:
-    """This machine's hierarchies; homes are made below our own cgroup, so that our own limits hold on."""
+    """This machine's hierarchies; homes are made in a folder of this test's, below our own cgroup and its limits."""
     own = {frozenset(names.split(",")) - {""}: path for names, path in cgroups_of("self").items()}
+    name = f"kvst{uuid.uuid4().hex[:8]}"
     found = tuple(
-        replace(one, top=one.top / own[one.controllers].removeprefix("/").removesuffix("/"))
+        replace(one, top=one.top / own[one.controllers].removeprefix("/").removesuffix("/") / name)
         for one in find_hierarchies()
     )
+    for one in found:
+        one.top.mkdir()
+        if "cpuset" in one.controllers:
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                (one.top / file).write_text((one.top.parent / file).read_text())
     yield found
     for one in found:
-        if (one.top / FOLDER).exists():
-            (one.top / FOLDER).rmdir()
+        for path in sorted([one.top, *one.top.rglob("*")], key=lambda path: len(path.parts), reverse=True):
+            if path.is_dir():
+                path.rmdir()
 
 
 async def spawned(homes: Homes, home: Home, *argv: str) -> subprocess.Popen[bytes]:
@@ -65,6 +74,7 @@ async def spawned(homes: Homes, home: Home, *argv: str) -> subprocess.Popen[byte
     return child
 
 
+@pytest.mark.docker
 async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: moved before exec, everywhere, with the pid it was spawned with; the limits are the kernel's by then."""
     homes = Tree(hierarchies, survives_container=True)
@@ -83,7 +93,7 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
         told = {names: path for _, names, path in (line.split(":", 2) for line in lines)}
         for one in hierarchies:
             names = next(names for names in told if frozenset(names.split(",")) - {""} == one.controllers)
-            assert told[names] == f"{own[names].rstrip('/')}/{FOLDER}/one@abc"
+            assert told[names] == f"{own[names].rstrip('/')}/{one.top.name}/{FOLDER}/one@abc"
             folder = one.top / FOLDER / "one@abc"
             if "memory" in one.controllers and limits.memory_limit:
                 assert (folder / "memory.limit_in_bytes").read_text().strip() == str(64 << 20)
@@ -100,6 +110,7 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
     assert not any((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
 
 
+@pytest.mark.docker
 async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: `remove` takes what is of its instance and nothing else."""
     homes = Tree(hierarchies, survives_container=True)
@@ -112,6 +123,41 @@ async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarc
         await homes.remove(InstanceId(name))
 
 
+@pytest.mark.docker
+async def test_homes_that_nobody_removed_are_swept(
+    hierarchies: tuple[Hierarchy, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: an old home without a process goes, one with a process and a fresh one stay."""
+    homes = Tree(hierarchies, survives_container=True)
+    child = await spawned(homes, await homes.prepare(ONE, "lived-in", Limits()), "/bin/sh", "-c", "read -r _")
+    await homes.prepare(InstanceId("two"), "empty", Limits())
+    names = {"one@lived-in", "two@empty"}
+
+    def left() -> set[str]:
+        return {path.name for one in hierarchies for path in (one.top / FOLDER).glob("*@*")}
+
+    homes.sweep()
+    assert left() == names
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 100)
+    await asyncio.to_thread(_wait_in, hierarchies, child.pid)
+    homes.sweep()
+    assert left() == {"one@lived-in"}
+    child.communicate()
+    await homes.remove(ONE)
+
+
+def _wait_in(hierarchies: tuple[Hierarchy, ...], pid: int) -> None:
+    """Wait until the process has entered the last of its homes."""
+    doors = [one.top / FOLDER / "one@lived-in" / "cgroup.procs" for one in hierarchies]
+    for _ in range(1000):
+        if all(str(pid) in door.read_text().split() for door in doors):
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never entered")
+
+
+@pytest.mark.docker
 async def test_a_process_that_cannot_enter_never_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: no guest runs outside its home; the end says which door was shut."""
     homes = Tree(hierarchies, survives_container=True)

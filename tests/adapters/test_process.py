@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters import process as kernel
-from kvmsupervisor.adapters.process import Process, SpawnFailed, find, is_alive, reopen, spawn
+from kvmsupervisor.adapters.process import (
+    Process,
+    SpawnFailed,
+    find,
+    is_alive,
+    pid_namespace,
+    reopen,
+    spawn,
+    spawn_in_front,
+)
 from kvmsupervisor.domain.exits import WaitStatus
 
 LIMIT_S = 10.0
@@ -401,3 +410,39 @@ async def test_a_kernel_that_cannot_tell_is_believed(
     parent.stdin.flush()
     become(pid, None)
     assert await ended(process) == WaitStatus()
+
+
+async def test_one_in_front_has_our_streams_and_our_folder(capfd: pytest.CaptureFixture[str]) -> None:
+    """Law: streams and folder are ours, the environment is what was given, the session its own; its status is told."""
+    script = 'echo "$PWD $MARK $(cut -d " " -f 6 /proc/$$/stat)"; echo oops >&2; exit 42'
+    process = spawn_in_front(
+        ["/bin/sh", "-c", script], environment={"MARK": "x", "PATH": os.environ["PATH"]}, pass_fds=[], on_end=nothing
+    )
+    assert await ended(process) == WaitStatus(code=42)
+    said = capfd.readouterr()
+    assert said.out.split() == [str(Path.cwd()), "x", str(process.pid)]
+    assert said.err == "oops\n"
+
+
+async def test_what_cannot_be_put_in_front_says_why() -> None:
+    """Law: the program is named, and the cause; a NUL in an argument is one."""
+    for argv in (["/nowhere/qemu"], ["/bin/true", "a\0b"]):
+        with pytest.raises(SpawnFailed, match=f"cannot start {argv[0]}"):
+            spawn_in_front(argv, environment={}, pass_fds=[], on_end=nothing)
+
+
+def test_a_pid_namespace_has_a_number_unless_it_is_the_kernels_own() -> None:
+    """Law: the kernel's first one is None; any other is told from it, and is the same for all in it."""
+    code = "from kvmsupervisor.adapters.process import pid_namespace; print(pid_namespace())"
+
+    def found(*before: str) -> str:
+        argv = [*before, sys.executable, "-c", code]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    own = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - the text is what counts
+    assert (pid_namespace() is None) == (own == "pid:[4026531836]")
+    assert found() == str(pid_namespace())
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    inner = found("unshare", *user, "--pid", "--fork", "--mount-proc")
+    assert inner.isdigit()
+    assert inner != str(pid_namespace())

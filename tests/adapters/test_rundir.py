@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.rundir import BACKLOG, AlreadyRunning, InstanceDir, RunDir, write_whole
+from kvmsupervisor.adapters.rundir import (
+    BACKLOG,
+    AlreadyRunning,
+    InstanceDir,
+    OutOfReach,
+    RunDir,
+    write_whole,
+)
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
@@ -291,3 +298,53 @@ def test_the_key_is_for_its_group_only(directory: InstanceDir, umask: int) -> No
     assert where == directory.ceph_key
     assert (where.read_text(), where.stat().st_mode & 0o777, where.stat().st_gid) == ("AQB+Fg==", 0o640, os.getegid())
     assert [entry.name for entry in directory.path.iterdir()] == ["ceph.key"]
+
+
+# --- a host that drains ---------------------------------------------------------------------------------------
+
+
+def test_the_mark_is_about_one_boot(tmp_path: Path) -> None:
+    """Law: guests are held back in the boot that was asked, and in no other; without a mark in none."""
+    run_dir = RunDir(tmp_path / "run")
+    assert not run_dir.is_draining("boot-1")
+    run_dir.mark_draining("boot-1")
+    assert run_dir.is_draining("boot-1")
+    assert not run_dir.is_draining("boot-2")
+    run_dir.unmark_draining()
+    run_dir.unmark_draining()
+    assert not run_dir.is_draining("boot-1")
+
+
+def test_without_a_supervisor_nobody_is_signalled(tmp_path: Path) -> None:
+    """Law: a run directory that nobody holds has no supervisor; a pid that was left behind means nothing."""
+    run_dir = RunDir(tmp_path)
+    assert not run_dir.signal_supervisor()
+    (tmp_path / "_supervisor.lock").write_text("1\n")
+    assert not run_dir.signal_supervisor()
+
+
+def test_the_supervisor_that_holds_it_is_signalled(tmp_path: Path) -> None:
+    """Law: the signal goes to the process that has the lock."""
+    code = (
+        "import signal, sys; from pathlib import Path; from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, RunDir;"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [DRAIN_SIGNAL]); RunDir(Path(sys.argv[1])).acquire();"
+        "print('held', flush=True); print(signal.sigwait([DRAIN_SIGNAL]) == DRAIN_SIGNAL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert RunDir(tmp_path).signal_supervisor()
+        assert holder.stdout.read() == "True\n"
+
+
+@pytest.mark.parametrize("pid", ["1", "999999999", "9" * 30, "x", "", "ours"])
+def test_a_number_that_is_another_process_is_never_signalled(tmp_path: Path, pid: str) -> None:
+    """Law: whoever has that number here and not the file is left alone; the holder is in another PID namespace."""
+    holder = RunDir(tmp_path)
+    holder.acquire()
+    try:
+        (tmp_path / "_supervisor.lock").write_text(str(os.getpid()) if pid == "ours" else pid)
+        with pytest.raises(OutOfReach, match="--pid=host"):
+            RunDir(tmp_path).signal_supervisor()
+    finally:
+        holder.release()

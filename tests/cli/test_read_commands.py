@@ -328,3 +328,29 @@ def test_argv_says_what_this_host_lacks(world: World) -> None:
     result = world.run("argv", "1")
     assert result.exit_code == 1
     assert "BRIDGE_IF" in result.stderr
+
+
+# --- single mode -----------------------------------------------------------------------------------------------
+
+
+def test_a_container_in_single_mode_is_its_host(world: World) -> None:
+    """Law: what it says counts while it has its session; no supervisor is missed; nothing is found wrong."""
+    world.host("alpha/1")
+    world.keys("1", host="alpha", ram="1G")
+    world.lock("1", "alpha/1")
+    world.status("1", "alpha/1", Phase.RUNNING, "runs", pid=7)
+    assert world.rows("list")["1"][:2] == ["alpha/1", "running"]
+    assert world.rows("list")["1"][-1] == "runs"
+    assert world.run("check").exit_code == 0
+    world.keys("1", host="beta")
+    assert "the `host` key now says beta" in world.rows("list")["1"][-1]
+
+
+def test_a_container_that_has_ended_stays_ended(world: World) -> None:
+    """Law: its session goes with it, and that it stopped stays true; that it runs does not."""
+    world.keys("1", host="alpha", ram="1G")
+    world.status("1", "alpha/1", Phase.STOPPED, "its container was told to stop")
+    world.status("2", "alpha/2", Phase.RUNNING, pid=7)
+    rows = world.rows("list")
+    assert rows["1"][:2] == ["alpha/1", "stopped"]
+    assert rows["2"][:2] == ["alpha/2", "unknown"]

@@ -24,7 +24,8 @@ ONE = InstanceId("one")
 
 async def begin(homes, *argv, incarnation="i1", limits=Limits(), **more):
     home = await homes.prepare(ONE, incarnation, limits)
-    child = subprocess.Popen(home.wrap(argv), stdin=home.stdin or subprocess.DEVNULL, start_new_session=True, **more)
+    stdin = subprocess.DEVNULL if home.stdin is None else home.stdin
+    child = subprocess.Popen(home.wrap(argv), stdin=stdin, start_new_session=True, **more)
     try:
         await home.settle(child.pid)
     finally:

@@ -187,12 +187,15 @@ def test_no_sequence_breaks_the_invariant(width: int, steps: list[tuple[Verb, in
         before = {each: slots.state(each) for each in names}
         match verb:
             case "request":
+                at_once = False
                 if before[name] is None:
                     model.needs[name] = mib
-                slots.request(name, lambda name=name: granted(name), need_mib=mib, priority=priority)  # type: ignore[misc]
-                if before[name] is None and slots.state(name):
-                    assert model.fits(name)
+                    at_once = list(before.values()).count(True) < width and model.fits(name)
+                if at_once:
+                    # A grant that replaces a larger promise may bring others their turn, too.
                     model.promised[name] = mib
+                slots.request(name, lambda name=name: granted(name), need_mib=mib, priority=priority)  # type: ignore[misc]
+                assert before[name] is not None or bool(slots.state(name)) == at_once
             case "release":
                 slots.release(name)
             case "promise":

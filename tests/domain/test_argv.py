@@ -75,7 +75,7 @@ def test_tiny_diskless() -> None:
         *("-device", "virtio-serial-pci,id=virtio-serial0,addr=0x12"),
         *("-device", "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"),
         *("-device", "virtio-rng-pci,id=rng0,addr=0x13"),
-        *("-device", "virtio-balloon-pci,id=balloon0,addr=0x14"),
+        *("-device", "virtio-balloon-pci,id=balloon0,guest-stats-polling-interval=60,addr=0x14"),
         *("-device", "pvpanic"),
         *("-vga", "none", "-display", "none"),
     )

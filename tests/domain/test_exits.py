@@ -93,3 +93,13 @@ def test_every_end_has_a_kind_and_words(shutdown: str | None, status: WaitStatus
     end = classify(shutdown=shutdown, status=status, log_tail=log_tail)
     assert end.text
     assert (end.kind is ExitClass.CRASHED) == (status.signal is not None)
+
+
+def test_who_aborts_has_said_why() -> None:
+    """Law: the last words count when QEMU ended itself (SIGABRT); one that was killed said them of other things."""
+    words = ["qemu-system-x86_64: kvm.c:3183: kvm_buf_set_msrs: Assertion `ret == n' failed."]
+    told = {number: classify(shutdown=None, status=WaitStatus(signal=number), log_tail=words).text for number in (6, 9)}
+    assert told == {
+        6: "crashed (signal 6): kvm.c:3183: kvm_buf_set_msrs: Assertion `ret == n' failed.",
+        9: "crashed (signal 9)",
+    }

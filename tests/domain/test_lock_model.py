@@ -55,8 +55,9 @@ LOCKS = Locks()
 
 
 class Etcd(NamedTuple):
-    """What etcd holds: the lock and its revision, 0 without one; the key `host` and its revision; how often the
-    lock was written; the epoch that the status tells of since it was last let go of.
+    """What etcd holds: the lock and its revision (0 without one), and the key `host` and its revision.
+
+    `writes` counts those of the lock, `last_epoch` is what the status tells since the lock was last let go of.
     """
 
     lock: int = 0

@@ -130,7 +130,8 @@ def test_record_round_trip(spec: Spec) -> None:
 
 def test_a_record_of_the_first_release() -> None:
     """Law: what an earlier release wrote of its machine is still read; what it did not know has its default."""
-    found = {"ram_mib": 64, "mac": None, "bridge": None, "rbd": {"pool": "p", "image": "i"}, "spice_port": 1}
+    found: dict[str, object] = {"ram_mib": 64, "mac": None, "bridge": None, "spice_port": 1}
+    found |= {"rbd": {"pool": "p", "image": "i"}}
     found |= {"extra_flags": ["-S"], "cpus": 2, "cpu": None, "machine": "q35"}
     assert spec_from_object(found) == Spec(ram_mib=64, rbd=RbdDisk("p", "i"), spice_port=1, extra_flags=("-S",), cpus=2)
 

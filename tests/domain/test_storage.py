@@ -12,6 +12,7 @@ from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
 from kvmsupervisor.domain.storage import images_of, nvram_of, storage_of
 
 RBD = RbdDisk(pool="rbd", image="vm1")
+READ_ONLY = RbdDisk(pool="rbd", image="vm2", ro=True)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,17 @@ def test_where_uefi_variables_are() -> None:
     assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI)) is None
     assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=replace(RBD, ro=True))) is None
     assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=RBD)) == RbdDisk("rbd", "vm1.nvram")
+
+
+def test_any_disk_that_can_be_written_counts() -> None:
+    """Law: one disk that is not read only makes its machine one to be fenced; read-only ones protect nothing."""
+    assert storage_of(Spec(ram_mib=64, rbd=READ_ONLY, disks=(Disk(3, READ_ONLY),))) is Storage.NONE
+    assert storage_of(Spec(ram_mib=64, rbd=READ_ONLY, disks=(Disk(3, RBD),))) is Storage.RBD
+    assert storage_of(Spec(ram_mib=64, disks=(Disk(1, RBD), Disk(2, READ_ONLY)))) is Storage.RBD
+    assert storage_of(Spec(ram_mib=64, disks=(Disk(1, READ_ONLY),), extra_flags=("-hda", "x"))) is Storage.UNFENCEABLE
+
+
+def test_media_and_variables_of_a_host_pin_nothing() -> None:
+    """Law: boot media are only read, and UEFI variables in a file are one host's own: neither needs a fence."""
+    spec = Spec(ram_mib=64, firmware=Firmware.UEFI, cloud_config="http://h/x")
+    assert storage_of(spec) is Storage.NONE

@@ -1,5 +1,6 @@
-"""What the end-to-end tests share; see `tests.support.cluster`."""
+"""What the end-to-end tests share; see `tests.support.cluster` and `tests.support.single`."""
 
 from tests.support.cluster import hosts, keys, tiny
+from tests.support.single import containers
 
-__all__ = ["hosts", "keys", "tiny"]
+__all__ = ["containers", "hosts", "keys", "tiny"]

@@ -29,6 +29,7 @@ from kvmsupervisor.adapters.etcd.api import (
     LeaseGone,
     Listing,
     Op,
+    Page,
     Put,
     Rejected,
     Target,
@@ -275,8 +276,9 @@ class FakeEtcd:
         await self._arrive("list")
         return Listing(self._server.select(prefix, prefix=True), self.revision)
 
-    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
-        yield await self.list(prefix, page=page)
+    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page, None]:
+        listing = await self.list(prefix, page=page)
+        yield Page(listing.kvs, listing.revision)
 
     @asynccontextmanager
     async def watch(self, prefix: str, start_revision: int) -> AsyncIterator[FakeWatch]:

@@ -130,6 +130,10 @@ class Docker:
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
                 self._daemon.wait()
+        # dockerd leaves the mount of its network namespace behind.
+        mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        for mount in reversed([one for one in mounts if one.startswith(f"{self._folder}/")]):
+            subprocess.run(["umount", "--lazy", mount], check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOTS = ROOT / ".cache" / "roots"
 PACKAGES = "systemd,systemd-sysv,dbus,python3,docker.io,procps,iproute2"
 UNIFIED = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
+SYSTEMD_V1 = Path("/sys/fs/cgroup/systemd")
 BOOT_S = 60.0
 
 SUITE = platform.freedesktop_os_release().get("VERSION_CODENAME", "bookworm")
@@ -151,6 +152,11 @@ class BootedHost:
         as_service += [f"--setenv=PYTHONPATH={ROOT}", "--setenv=PYTHONDONTWRITEBYTECODE=1"]
         return self.run(*as_service, sys.executable, "-c", code, *args, timeout_s=timeout_s).stdout
 
+    def wait_off(self, timeout_s: float = 90.0) -> int:
+        """Wait until it has powered itself off; return nspawn's exit status."""
+        assert self._nspawn is not None
+        return self._nspawn.wait(timeout_s)
+
     def close(self) -> None:
         """Power it off at once and remove all of it."""
         if self._nspawn is not None:
@@ -163,10 +169,9 @@ class BootedHost:
                 self._nspawn.kill()
                 self._nspawn.wait()
         subprocess.run(["umount", "--lazy", str(self.root)], check=False, capture_output=True)
-        if self._cgroup.name:
-            for path in sorted(self._cgroup.rglob("*"), key=lambda path: len(path.parts), reverse=True):
+        # nspawn makes the same folder in the hierarchy that v1's systemd keeps.
+        for top in (self._cgroup, SYSTEMD_V1 / self._folder.name) if self._cgroup.name else ():
+            for path in sorted([top, *top.rglob("*")], key=lambda path: len(path.parts), reverse=True):
                 if path.is_dir():
                     path.rmdir()
-            if self._cgroup.exists():
-                self._cgroup.rmdir()
         shutil.rmtree(self._folder, ignore_errors=True)

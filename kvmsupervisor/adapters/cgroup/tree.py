@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,10 @@ ENTER = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 126; shift; done; shift; 
 
 REMOVE_ATTEMPTS, REMOVE_PAUSE_S = 5, 0.02
 """The kernel may hold a cgroup for a moment after its last process has ended."""
+
+STALE_S = 60.0
+"""How old an empty home must be to be swept, by the wall clock, which files are dated by. Its process enters within
+milliseconds; one that finds its home swept, because that clock jumped, ends and is started again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +180,16 @@ class Tree:
                 return
             await asyncio.sleep(REMOVE_PAUSE_S * (attempt + 1))
 
+    def sweep(self) -> None:
+        """Remove the homes that nobody removed, because the supervisor, or the whole of it, was cut off before.
+
+        A home in which a process lives cannot be removed; one that was made just now may await its process.
+        """
+        for path in [path for one in self._hierarchies for path in (one.top / FOLDER).glob("*@*")]:
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.rmdir()
+
     async def close(self) -> None:
         """Nothing is held."""
 
@@ -187,7 +202,9 @@ def open_tree(place: Place) -> Tree:
     """
     if not place.host_cgroups:
         raise Impossible("the container has a cgroup namespace of its own; run it with --cgroupns=host")
-    return Tree(find_hierarchies(), survives_container=place.host_pids)
+    tree = Tree(find_hierarchies(), survives_container=place.host_pids)
+    tree.sweep()
+    return tree
 
 
 def _wanted(limits: Limits) -> set[str]:

@@ -50,10 +50,7 @@ class LeaseGone(Rejected):
 
 
 class KeyValue(NamedTuple):
-    """One key as etcd holds it. `lease` is 0 for a key without one.
-
-    A tuple, because 80,000 are made while a large cluster is read: a frozen dataclass takes twice as long to make.
-    """
+    """One key as etcd holds it. `lease` is 0 for a key without one."""
 
     key: bytes
     value: bytes
@@ -67,6 +64,17 @@ class Listing:
     """All keys below a prefix at one `revision`, in key order."""
 
     kvs: Sequence[KeyValue]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of the keys below a prefix at one `revision`, in key order, each as the fields of a `KeyValue` in order.
+
+    Plain tuples: a large cluster has 80,000, and they are looked at once.
+    """
+
+    entries: Sequence[tuple[bytes, bytes, int, int, int]]
     revision: int
 
 
@@ -188,7 +196,7 @@ class Store(Protocol):
         """
         ...
 
-    def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing]:
+    def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page]:
         """The same, a page at a time, all of one revision; the next one is on its way while one is looked at.
 
         Close it (`contextlib.aclosing`) when it is left before its end.

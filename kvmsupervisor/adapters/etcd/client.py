@@ -15,6 +15,7 @@ from kvmsupervisor.adapters.etcd.api import (
     LeaseGone,
     Listing,
     Op,
+    Page,
     Rejected,
     TxnResult,
     Watch,
@@ -24,12 +25,16 @@ from kvmsupervisor.adapters.etcd.caller import Caller
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, ReplyTooLarge
-from kvmsupervisor.adapters.etcd.messages import compare_message, key_value, key_values, op_message, range_of
+from kvmsupervisor.adapters.etcd.messages import compare_message, entries, key_value, op_message, range_of
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
 
 _SHRINK = 8
 """A page that is too large for one reply is asked for again with so many times fewer keys."""
+
+_TURNS_TO_SEND = 3
+"""How often the loop turns until a request has left: its task, gRPC's own, one more. etcd works on the next page then
+while this one is worked on here."""
 
 
 class Etcd:
@@ -70,11 +75,11 @@ class Etcd:
         revision = 0
         async with aclosing(self.pages(prefix, page=page)) as pages:
             async for one in pages:
-                kvs += one.kvs
+                kvs += map(KeyValue._make, one.entries)
                 revision = one.revision
         return Listing(kvs, revision)
 
-    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Listing, None]:
+    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page, None]:
         """Read all keys below `prefix` at one revision, a page at a time; see `list`."""
         bounds = range_of(prefix, prefix=True)
         revision = 0
@@ -86,7 +91,9 @@ class Etcd:
                 if reply.more:
                     bounds = {**bounds, "key": reply.kvs[-1].key + b"\0"}
                     coming = asyncio.create_task(self._page(prefix, bounds, revision, page))
-                yield Listing(key_values(reply.kvs), revision)
+                    for _ in range(_TURNS_TO_SEND):
+                        await asyncio.sleep(0)
+                yield Page(entries(reply.kvs), revision)
                 if not reply.more:
                     return
         finally:
@@ -160,7 +167,7 @@ class Etcd:
         except ReplyTooLarge as error:
             raise Rejected(f"{what}: it reads more than this client receives at once") from error
         reads = [
-            key_values(response.response_range.kvs)
+            [key_value(kv) for kv in response.response_range.kvs]
             for response in reply.responses
             if response.HasField("response_range")
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from operator import attrgetter
 from typing import Any, assert_never
 
 from kvmsupervisor.adapters.etcd.api import (
@@ -72,11 +72,12 @@ def key_value(kv: Any) -> KeyValue:
     return KeyValue(kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)
 
 
-def key_values(kvs: Iterable[Any]) -> list[KeyValue]:
-    """Translate many: see `key_value`."""
-    # Without the generated `__new__` it takes two thirds of the time.
-    make = partial(tuple.__new__, KeyValue)
-    return [make((kv.key, kv.value, kv.mod_revision, kv.create_revision, kv.lease)) for kv in kvs]
+_FIELDS = attrgetter(*KeyValue._fields)
+
+
+def entries(kvs: Iterable[Any]) -> list[tuple[bytes, bytes, int, int, int]]:
+    """Translate many, as `Page` holds them. No function of ours is called for each, which takes half of the time."""
+    return list(map(_FIELDS, kvs))
 
 
 def event(message: Any) -> Event:

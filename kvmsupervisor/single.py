@@ -1,0 +1,374 @@
+"""`exec` with `INSTANCE`: one instance from its keys, its container's life its own.
+
+The instance's loop is the supervisor's (`instance.py`), with a session, a run directory and a name of its own. See
+docs/decisions/0013-single-mode.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import structlog
+
+from kvmsupervisor import __version__
+from kvmsupervisor.adapters.ceph import Ceph
+from kvmsupervisor.adapters.cgroup import Nowhere
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.metrics import Metrics, Snapshot
+from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.containment import keep_going
+from kvmsupervisor.disks import Disks
+from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
+from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.single import refusal, single_wish
+from kvmsupervisor.domain.spec import Power, RawValue, Wish
+from kvmsupervisor.domain.status import Status
+from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.equipment import Equipment, look_around
+from kvmsupervisor.fencing import CephFencing
+from kvmsupervisor.foreground import exit_status
+from kvmsupervisor.instance import Instance
+from kvmsupervisor.mirror import Mirror
+from kvmsupervisor.provisioning import Provisioner
+from kvmsupervisor.publisher import Publisher
+from kvmsupervisor.setting_values import SOCKET_PATH_LIMIT
+from kvmsupervisor.settings import Settings
+from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
+from kvmsupervisor.surroundings import Surroundings
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 0.2
+"""How often a stop looks whether QEMU is gone, to give up on etcd `LET_GO_S` later."""
+
+FLUSH_S = 2.0
+"""How long the last status may take to be written."""
+
+ROTATE_EVERY_S = 60.0
+"""How often the logs' sizes are looked at, as in the supervisor."""
+
+
+class NotHere(Exception):
+    """The instance is not begun here. The message says why; whoever started the container may try again."""
+
+
+class Single:
+    """One instance.
+
+    Args:
+        settings: of this host.
+        instance: which.
+        lock_key: its lock, with nothing left to be filled in.
+        overrides: values that win over its keys.
+
+    Made inside an event loop.
+    """
+
+    def __init__(
+        self, settings: Settings, instance: InstanceId, *, lock_key: str, overrides: Mapping[str, str]
+    ) -> None:
+        self._settings = settings
+        self._id = instance
+        self._overrides = dict(overrides)
+        self._stand = Stand.of(settings, lock_key)
+        self._clock = Clock()
+        self._keys = Flat()
+        self._locks = Flat()
+        self._hosts = Flat()
+        self._mirrors: list[Mirror[bytes]] = []
+        self._instance: Instance | None = None
+        self._told: int | None = None
+        self._hurried = False
+        self._leaving: str | None = None
+        self._leave = asyncio.Event()
+        self._status: int | None = None
+
+    # --- what it is told --------------------------------------------------------------------------------------
+
+    def signalled(self, number: signal.Signals) -> None:
+        """Shut the guest down; a second signal ends QEMU without its guest's consent."""
+        self._hurried = self._told is not None
+        self._told = number
+        self._go(f"its container was told to stop ({number.name})")
+
+    def _go(self, why: str) -> None:
+        """Stop the instance and let go of it."""
+        if self._leaving is None:
+            self._leaving = why
+            log.info("single.leaving", instance=self._id, reason=why)
+        self._leave.set()
+        if self._instance is not None:
+            self._tell(self._instance)
+
+    def _ended(self, end: Exit, status: WaitStatus) -> None:
+        """QEMU has ended, whether it was asked to or not: so does the container."""
+        self._status = exit_status(status)
+        self._go(f"its QEMU {end.text}")
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Run it to its end; return what to exit with: QEMU's status, or 128 and the signal that came before QEMU.
+
+        Raises:
+            NotHere: its keys do not allow it; no QEMU has run.
+            EtcdError: etcd did not say what its keys are.
+            AlreadyRunning, HostnameTaken: another container of this host runs it (the latter in an exception group).
+            ValueError: KVM is demanded and cannot be used, QEMU cannot run as the user that was named, or a path
+                would be too long.
+        """
+        settings = self._settings
+        directory = self._stand.run_dir.instance(self._id)
+        too_long = len(os.fsencode(directory.path / QMP_SPARE_SOCKET)) - SOCKET_PATH_LIMIT
+        if too_long > 0:
+            raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
+        equipment = look_around(settings)
+        async with AsyncExitStack() as stack:
+            store = Etcd(etcd_config(settings))
+            stack.push_async_callback(store.close)
+            await self._check(store, equipment)
+            self._stand.run_dir.acquire()
+            stack.callback(self._stand.run_dir.release)
+            instance = await self._run(store, equipment)
+        if self._status is not None:
+            return self._status
+        if self._told is not None:
+            return 128 + self._told
+        raise NotHere(f"{self._id}: {instance.report.status.reason}")
+
+    async def _check(self, store: Store, equipment: Equipment) -> None:
+        """Look at the keys once, before anything is done.
+
+        Raises:
+            NotHere: they do not allow it.
+            EtcdError: etcd did not say what they are.
+        """
+        prefix = self._stand.layout.instance_prefix(self._id)
+        found = await store.list(prefix)
+        wish = self._wish_of({kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs})
+        problems = wish.problems
+        if wish.spec is not None:
+            problems = (*problems, *host_problems(wish.spec, equipment.host_side))
+        why = refusal(
+            wish,
+            holder=self._stand.holder,
+            host=self._settings.hostname,
+            problems=problems,
+            prefix=self._settings.prefix,
+        )
+        if why is not None:
+            raise NotHere(why)
+
+    def _begin(self, around: Surroundings) -> Instance:
+        """The instance, with the QEMU that an earlier container has left, if it lives.
+
+        One that has ended is not this container's end: nothing is known of it but what its lock says.
+        """
+        directory = self._stand.run_dir.instance(self._id)
+
+        def make() -> Instance:
+            # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
+            memory = replace(directory.read_memory(self._stand.boot_id), ended=None, held=False)
+            return Instance(self._id, around=around, directory=directory, memory=memory, log=log)
+
+        instance, record = make(), directory.read_incarnation()
+        if record is not None:
+            instance.adopt(record)
+            if instance.pid is None:
+                log.info("single.leftover_buried", instance=self._id, pid=record.pid, epoch=record.epoch)
+                directory.drop_incarnation()
+                instance = make()
+        return instance
+
+    async def _run(self, store: Store, equipment: Equipment) -> Instance:
+        around = self._around = self._surroundings(store, equipment)
+        directory = self._stand.run_dir.instance(self._id)
+        instance = self._instance = self._begin(around)
+        self._follow(store, instance)
+        end_listening = around.session.listen(instance.notify)
+        log.info(
+            "single.started",
+            version=__version__,
+            instance=self._id,
+            holder=self._stand.holder,
+            lock=self._stand.layout.lock_key(self._id),
+            overrides=sorted(self._overrides),
+            run_dir=str(directory.path),
+            qemu_user=None if equipment.user is None else equipment.user.name,
+        )
+        async with asyncio.TaskGroup() as parts:
+            serving = [
+                parts.create_task(part)
+                for part in (
+                    around.session.run(),
+                    *(mirror.run() for mirror in self._mirrors),
+                    self._publish(store, instance),
+                    self._first_look(instance),
+                    self._rotate_logs(instance),
+                )
+            ]
+            loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
+            impatient = parts.create_task(self._give_up_on_etcd(instance, loop))
+            await asyncio.wait([loop])
+            if around.session.held:
+                await around.publisher.flush(FLUSH_S)
+            for task in (impatient, *serving):
+                task.cancel()
+        end_listening()
+        await instance.detach()
+        await end_session(around.session)
+        return instance
+
+    async def _give_up_on_etcd(self, instance: Instance, loop: asyncio.Task[None]) -> None:
+        """Once QEMU is gone and the lock cannot be released, end all the same: the next container takes it."""
+        await self._leave.wait()
+        while instance.pid is not None:
+            await self._clock.sleep(LOOK_S)
+        await self._clock.sleep(LET_GO_S)
+        log.warning("lock.not_released", instance=self._id, reason="etcd did not do it in time")
+        loop.cancel()
+
+    def _surroundings(self, store: Store, equipment: Equipment) -> Surroundings:
+        settings, stand, clock = self._settings, self._stand, self._clock
+        session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
+        ceph = Ceph(equipment.ceph_access)
+        disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
+        return Surroundings(
+            me=stand.holder,
+            boot_id=stand.boot_id,
+            layout=stand.layout,
+            store=store,
+            session=session,
+            publisher=Publisher(store=store, clock=clock, layout=stand.layout, host=stand.holder, session=session),
+            admission=Admission(1, equipment.memory_mib),
+            provisioner=Provisioner(
+                host=equipment.host_side,
+                files=equipment.files,
+                user=equipment.user,
+                types=MachineTypes(settings.qemu),
+                # It ends with its container, which has the cgroup that the operator gave it.
+                homes=Nowhere(survives_container=False),
+                disks=disks,
+            ),
+            user=equipment.user,
+            clock=clock,
+            jitter=random.random,
+            # Counted for nobody: nothing listens.
+            metrics=Metrics(
+                lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
+                version=__version__,
+            ),
+            fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
+            disks=disks,
+            takeover_wait_s=settings.takeover_wait_s,
+            host_has_session=self._host_has_session,
+            host_side=equipment.host_side,
+            shutdown_timeout_s=settings.shutdown_timeout_s,
+            start_timeout_s=settings.start_timeout_s,
+            settle_s=0.0,
+            leaving=lambda: self._leaving,
+            ended=self._ended,
+        )
+
+    # --- keys -------------------------------------------------------------------------------------------------
+
+    def _follow(self, store: Store, instance: Instance) -> None:
+        layout = self._stand.layout
+        tables = {
+            layout.instance_prefix(self._id): self._keys,
+            layout.lock_key(self._id): self._locks,
+            layout.hosts_prefix: self._hosts,
+        }
+        self._mirrors = [
+            Mirror(
+                store=store,
+                clock=self._clock,
+                prefix=prefix,
+                table=table,
+                on_change=lambda changed, revision: self._tell(instance),
+            )
+            for prefix, table in tables.items()
+        ]
+
+    async def _first_look(self, instance: Instance) -> None:
+        for mirror in self._mirrors:
+            await mirror.synced.wait()
+        self._tell(instance)
+
+    def _tell(self, instance: Instance) -> None:
+        """Tell the instance what its keys and its lock are now."""
+        wishes, locks, _ = self._mirrors
+        if not (wishes.synced.is_set() and locks.synced.is_set()):
+            instance.notify()
+            return
+        lock = self._locks.get(self._stand.layout.lock_key(self._id).encode())
+        instance.saw_lock(
+            data=None if lock is None else lock.value,
+            mod_revision=0 if lock is None else lock.mod_revision,
+            as_of=locks.revision,
+        )
+        entries = self._keys.entries.items()
+        wish = self._wish_of({key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries})
+        if self._hurried:
+            wish = replace(wish, shutdown_timeout_s=0.0)
+        instance.update(wish, held=False, fresh=False)
+        if wish.power is Power.OFF and self._leaving is None:
+            self._go("`power` is off")
+
+    def _wish_of(self, found: Mapping[str, tuple[bytes, int]]) -> Wish:
+        """The wish, of keys by their full names."""
+        layout = self._stand.layout
+        lock, prefix = layout.lock_key(self._id), layout.instance_prefix(self._id)
+        keys = {
+            key.removeprefix(prefix).encode(errors="replace"): RawValue(value, revision)
+            for key, (value, revision) in found.items()
+            # Beside a lock of its own the usual one is no wish either.
+            if key not in {lock, f"{prefix}lock"}
+        }
+        return single_wish(
+            self._id, keys, overrides=self._overrides, host=self._settings.hostname, holder=self._stand.holder
+        )
+
+    def _host_has_session(self, host: HostName) -> bool | None:
+        if not self._mirrors[2].synced.is_set():
+            return None
+        return self._hosts.get(self._stand.layout.session_key(host).encode()) is not None
+
+    # --- around -----------------------------------------------------------------------------------------------
+
+    async def _publish(self, store: Store, instance: Instance) -> None:
+        """Learn what the status key holds, then keep it up."""
+        failures = 0
+        while True:
+            try:
+                found = await store.get(self._stand.layout.status_key(self._id))
+                break
+            except EtcdError as error:
+                failures += 1
+                log.warning("statuses.unread", reason=str(error))
+                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
+        if found is not None:
+            self._around.publisher.prime([found])
+            written = Status.from_json(found.value)
+            if written is not None and written.host == self._stand.holder:
+                instance.report.recall(written)
+        await self._around.publisher.run()
+
+    async def _rotate_logs(self, instance: Instance) -> None:
+        settings = self._settings
+        directory = self._stand.run_dir.instance(self._id)
+        while True:
+            await self._clock.sleep(ROTATE_EVERY_S)
+            for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
+                instance.report.tell("log.rotated", file=str(path))

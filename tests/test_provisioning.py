@@ -1,0 +1,482 @@
+"""What is made ready on a host for a QEMU, and what is missing there: real files, ports and web servers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from kvmsupervisor.adapters import network
+from kvmsupervisor.adapters.cgroup import HomeFailed
+from kvmsupervisor.adapters.cgroup.homes import Anywhere, Home, Nowhere
+from kvmsupervisor.adapters.network import NetworkTrouble, Tap
+from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.argv import Channels, HostSide
+from kvmsupervisor.domain.hardware import Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.limits import Limits
+from kvmsupervisor.domain.spec import Firmware, Nic, Secret, Spec
+from kvmsupervisor.provisioning import HOST_RETRY_S, MEDIA_RETRY_S, HostFiles, NotReady, Opened, Prepared, Provisioner
+from tests.fakes.storage import FakeDisks
+from tests.support import web
+from tests.support.host import KnownTypes
+
+ONE, TWO = InstanceId("one"), InstanceId("two")
+UUID_OF_ONE = UUID(int=1)
+TINY = Spec(ram_mib=64)
+NOBODY = pwd.getpwnam("nobody")
+AS_NOBODY = QemuUser(name="nobody", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, groups=(NOBODY.pw_gid,), setpriv="setpriv")
+CHANNELS = Channels(qmp=1, spare=2, console=3, agent=4)
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+class Homes(Nowhere):
+    """Homes that note how they were asked for, and may fail.
+
+    Attributes:
+        closed: how many were closed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(survives_container=True)
+        self.trouble: str | None = None
+        self.closed = 0
+
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Home:
+        if self.trouble is not None:
+            raise HomeFailed(self.trouble)
+        homes = self
+
+        class Noted(Anywhere):
+            def close(self) -> None:
+                homes.closed += 1
+
+        return Noted()
+
+
+class Bench:
+    """A provisioner, with folders of its own.
+
+    Attributes:
+        taps: those that the fake helper opened, in order.
+        allowed: bridges that bridge.conf was made to allow.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state = path / "state"
+        self.homes = Homes()
+        self.taps: list[Tap] = []
+        self.allowed: list[str] = []
+        self.missing_bridge: str | None = None
+        (path / "code.fd").write_bytes(b"code")
+        (path / "vars.fd").write_bytes(b"variables")
+        self.host = HostSide(
+            qemu="qemu",
+            accel="tcg",
+            bridge_if="br0",
+            ovmf=Ovmf(code=str(path / "code.fd"), variables=str(path / "vars.fd")),
+        )
+        self.provisioner = self.make()
+
+    def make(self, user: QemuUser | None = None) -> Provisioner:
+        self.provisioner = Provisioner(
+            host=self.host,
+            files=HostFiles(state_dir=self.state, media_root=self.path),
+            user=user,
+            types=KnownTypes(),
+            homes=self.homes,
+            disks=FakeDisks(),
+        )
+        return self.provisioner
+
+    def directory(self, instance: InstanceId = ONE) -> InstanceDir:
+        return RunDir(self.path).instance(instance)
+
+    async def prepare(self, spec: Spec) -> Prepared:
+        return await self.provisioner.prepare(ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory())
+
+    async def open(self, spec: Spec, instance: InstanceId = ONE, machine: str | None = None) -> Opened:
+        ready = Prepared(spec=spec)
+        directory = self.directory(instance)
+        return await self.provisioner.open(instance, "incarnation", ready=ready, machine=machine, directory=directory)
+
+    async def refused(self, spec: Spec, instance: InstanceId = ONE) -> NotReady:
+        with pytest.raises(NotReady) as caught:
+            await self.open(spec, instance)
+        return caught.value
+
+    # What stands for adapters.network.
+
+    def allow(self, bridges: Sequence[str]) -> tuple[str, ...]:
+        self.allowed += bridges
+        return ()
+
+    async def open_tap(self, bridge: str, *, helper: Path | None = None) -> Tap:
+        if bridge == self.missing_bridge:
+            raise NetworkTrouble(f"there is no bridge {bridge}")
+        tap = Tap(fd=os.open("/dev/null", os.O_RDONLY), vhost_fd=os.open("/dev/null", os.O_RDONLY))
+        self.taps.append(tap)
+        return tap
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Its own folders, and taps that are no taps. At the end no descriptor may be left."""
+    before = descriptors()
+    path = Path(tempfile.mkdtemp(prefix="kvs"))
+    # QEMU's user looks into it, too.
+    path.chmod(0o755)
+    made = Bench(path)
+    monkeypatch.setattr(network, "allow_bridges", made.allow)
+    monkeypatch.setattr(network, "open_tap", made.open_tap)
+    monkeypatch.setattr("kvmsupervisor.adapters.devices.ensure", lambda device: False)
+    yield made
+    shutil.rmtree(path)
+    assert not any(is_open(tap) for tap in made.taps)
+    assert descriptors() <= before
+
+
+def descriptors() -> set[str]:
+    return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}  # noqa: PTH110, PTH208
+
+
+def is_open(tap: Tap) -> bool:
+    assert tap.vhost_fd is not None
+    return any(os.path.exists(f"/proc/self/fd/{fd}") for fd in (tap.fd, tap.vhost_fd))  # noqa: PTH110
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def owner_and_mode(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_uid, found.st_gid, mode_of(path)
+
+
+def read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# --- what takes its time --------------------------------------------------------------------------------------
+
+
+def test_what_takes_its_time() -> None:
+    """Law: user data and UEFI variables are made ready beforehand; a machine without either waits for nothing."""
+    assert not Provisioner.needs_time(replace(TINY, mac="52:54:00:00:00:01", spice_port=5900))
+    assert Provisioner.needs_time(replace(TINY, cloud_config="http://h/x"))
+    assert Provisioner.needs_time(replace(TINY, firmware=Firmware.UEFI))
+
+
+async def test_media(bench: Bench) -> None:
+    """Law: user data becomes media in the run directory, Ignition a file; the command line gets their paths."""
+    async with web.site(cloud=web.ok(b"#cloud-config\n"), ignition=web.ok(b'{"ignition":{"version":"3.4.0"}}')) as site:
+        cloud = await bench.prepare(replace(TINY, cloud_config=site.url("/cloud")))
+        ignition = await bench.prepare(replace(TINY, cloud_config=site.url("/ignition")))
+    assert len(cloud.media) == 2
+    assert all(Path(path).parent == bench.directory().path for path in cloud.media)
+    assert (cloud.ignition, cloud.notice) == (None, None)
+    assert ignition.media == ()
+    assert ignition.ignition is not None
+    assert read(ignition.ignition) == b'{"ignition":{"version":"3.4.0"}}'
+
+
+async def test_user_data_that_cannot_be_had(bench: Bench) -> None:
+    """Law: it is waited for, the server is not asked often, and the reason names the URL without its password."""
+    async with web.site() as site:
+        url = site.url("/nothing", user="user:secret@")
+        with pytest.raises(NotReady, match=r"cloud-config http://.*/nothing") as caught:
+            await bench.prepare(replace(TINY, cloud_config=url))
+    assert caught.value.retry_s == MEDIA_RETRY_S
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_copy_of_the_user_data_comes_with_a_notice(bench: Bench) -> None:
+    """Law: a machine that started before starts again without its server, and a person is told."""
+    async with web.site(cloud=web.ok(b"#cloud-config\n")) as site:
+        spec = replace(TINY, cloud_config=site.url("/cloud"))
+        first = await bench.prepare(spec)
+        del site.answers["/cloud"]
+        second = await bench.prepare(spec)
+    assert second.media == first.media
+    assert second.notice is not None
+    assert "the copy that the last start had is used" in second.notice
+
+
+UEFI = replace(TINY, firmware=Firmware.UEFI)
+
+
+async def test_uefi_variables_are_made_once(bench: Bench) -> None:
+    """Law: a machine begins with the firmware's own variables; those that its guest wrote are kept ever after."""
+    ready = await bench.prepare(UEFI)
+    file = bench.state / ONE / "nvram.fd"
+    assert ready.nvram == Nvram(file=str(file))
+    assert (file.read_bytes(), mode_of(file)) == (b"variables", 0o600)
+    file.write_bytes(b"the guest's")
+    (bench.path / "vars.fd").write_bytes(b"of a newer package")
+    assert (await bench.prepare(UEFI)).nvram == ready.nvram
+    assert file.read_bytes() == b"the guest's"
+
+
+async def test_uefi_variables_are_made_whole_or_not_at_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: cut off in the middle, there are no variables rather than half of them; the next time makes them whole."""
+    copyfile = shutil.copyfile
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:4])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(NotReady, match=r"UEFI variables cannot be made.*No space left") as caught:
+        await bench.prepare(UEFI)
+    assert caught.value.retry_s == HOST_RETRY_S
+    file = bench.state / ONE / "nvram.fd"
+    assert not file.exists()
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    await bench.prepare(UEFI)
+    assert file.read_bytes() == b"variables"
+    assert [path.name for path in file.parent.iterdir()] == ["nvram.fd"]
+
+
+async def test_firmware_that_went_away(bench: Bench) -> None:
+    """Law: variables that cannot be read are waited for, and named."""
+    (bench.path / "vars.fd").unlink()
+    with pytest.raises(NotReady, match=r"vars\.fd"):
+        await bench.prepare(UEFI)
+
+
+@as_root
+async def test_uefi_variables_belong_to_qemu(bench: Bench) -> None:
+    """Law: QEMU's user, who may be no other user's reader, writes its variables."""
+    bench.make(AS_NOBODY)
+    await bench.prepare(UEFI)
+    assert owner_and_mode(bench.state / ONE / "nvram.fd") == (NOBODY.pw_uid, NOBODY.pw_gid, 0o600)
+
+
+# --- SPICE ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_port_that_is_another_instances(bench: Bench) -> None:
+    """Law: of two machines with one port the second waits, and is told whose it is; once that is gone it goes on."""
+    spec = replace(TINY, spice_port=free_port())
+    bench.provisioner.arrived(TWO, spec)
+    refusal = await bench.refused(spec)
+    assert f"port {spec.spice_port} on 127.0.0.1 is that of instance two" in str(refusal)
+    assert refusal.retry_s == HOST_RETRY_S
+    await bench.provisioner.left(TWO)
+    (await bench.open(spec)).closing.close()
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "conflict"),
+    [
+        (None, None, True),
+        (None, "127.0.0.1", True),
+        ("0.0.0.0", None, True),
+        (None, "::", True),
+        ("127.0.0.1", "127.0.0.2", False),
+        ("127.0.0.1", "::1", False),
+    ],
+)
+async def test_addresses_that_overlap(bench: Bench, mine: str | None, theirs: str | None, conflict: bool) -> None:
+    """Law: a port is shared by machines on different addresses, unless one of the two listens on all of them."""
+    port = free_port()
+    bench.provisioner.arrived(TWO, replace(TINY, spice_port=port, spice_addr=theirs))
+    spec = replace(TINY, spice_port=port, spice_addr=mine)
+    if conflict:
+        assert "instance two" in str(await bench.refused(spec))
+    else:
+        (await bench.open(spec)).closing.close()
+
+
+async def test_its_own_port_and_other_ports_are_no_conflict(bench: Bench) -> None:
+    """Law: a machine that starts again has its port, machines without display have none."""
+    first, second = replace(TINY, spice_port=free_port()), replace(TINY, spice_port=free_port())
+    bench.provisioner.arrived(ONE, first)
+    bench.provisioner.arrived(TWO, TINY)
+    for spec in (first, second, TINY):
+        (await bench.open(spec)).closing.close()
+    await bench.provisioner.left(TWO)
+    await bench.provisioner.left(TWO)
+
+
+async def test_a_port_that_is_another_programs(bench: Bench) -> None:
+    """Law: a port that some other program has is waited for, and told with its address."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        refusal = await bench.refused(replace(TINY, spice_port=port))
+    assert f"port {port} on 127.0.0.1 cannot be had: another program listens there" in str(refusal)
+    (await bench.open(replace(TINY, spice_port=port))).closing.close()
+
+
+async def test_an_address_that_is_not_the_hosts(bench: Bench) -> None:
+    """Law: QEMU is not started to fail at an address that is not there."""
+    assert "192.0.2.1" in str(await bench.refused(replace(TINY, spice_port=free_port(), spice_addr="192.0.2.1")))
+
+
+SECRET = Secret.of("hunter2 é")
+
+
+async def test_the_password_is_in_a_file_of_its_owner(bench: Bench) -> None:
+    """Law: the password is in a file that only QEMU reads; a new one replaces it, whatever stood there."""
+    spec = replace(TINY, spice_port=free_port(), spice_password=SECRET)
+    before = os.umask(0)
+    try:
+        with (await bench.open(spec)).closing:
+            pass
+        opened = await bench.open(replace(spec, spice_password=Secret.of("other")))
+    finally:
+        os.umask(before)
+    opened.closing.close()
+    path = bench.directory().path / "spice-password"
+    assert opened.spice_password == str(path)
+    assert (path.read_bytes(), mode_of(path)) == (b"other", 0o600)
+
+
+async def test_a_link_in_its_place_is_not_followed(bench: Bench) -> None:
+    """Law: the password is written into a file of its own, never through a link."""
+    bench.directory().create()
+    elsewhere = bench.path / "elsewhere"
+    elsewhere.write_bytes(b"kept")
+    (bench.directory().path / "spice-password").symlink_to(elsewhere)
+    opened = await bench.open(replace(TINY, spice_port=free_port(), spice_password=SECRET))
+    opened.closing.close()
+    assert elsewhere.read_bytes() == b"kept"
+
+
+@as_root
+async def test_the_password_belongs_to_qemu(bench: Bench) -> None:
+    """Law: QEMU's user reads it, and nobody else."""
+    bench.make(AS_NOBODY)
+    opened = await bench.open(replace(TINY, spice_port=free_port(), spice_password=SECRET))
+    opened.closing.close()
+    assert opened.spice_password is not None
+    assert owner_and_mode(Path(opened.spice_password)) == (NOBODY.pw_uid, NOBODY.pw_gid, 0o600)
+    assert read(opened.spice_password) == "hunter2 é".encode()
+
+
+@pytest.mark.parametrize("changes", [{"spice_port": None}, {"spice_password": None}])
+async def test_no_password_without_use(bench: Bench, changes: dict[str, None]) -> None:
+    """Law: without a display, or a password, there is no file."""
+    spec = replace(replace(TINY, spice_port=free_port(), spice_password=SECRET), **changes)  # type: ignore[arg-type]
+    opened = await bench.open(spec)
+    opened.closing.close()
+    assert opened.spice_password is None
+    assert not (bench.directory().path / "spice-password").exists()
+
+
+# --- taps and homes -------------------------------------------------------------------------------------------
+
+NICS = replace(
+    TINY,
+    mac="52:54:00:00:00:01",
+    nics=(Nic(2, "52:54:00:00:00:02", "br1"), Nic(5, "52:54:00:00:00:03", "br2")),
+)
+
+
+async def test_a_tap_for_each_nic(bench: Bench) -> None:
+    """Law: one tap a NIC, in their order, each on its bridge, the host's where none is named; all allowed before."""
+    opened = await bench.open(NICS)
+    assert bench.allowed == ["br0", "br1", "br2"]
+    assert opened.taps == tuple(bench.taps)
+    with opened.closing:
+        provision = opened.provision(bench.directory(), CHANNELS)
+        assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.taps)
+        assert all(is_open(tap) for tap in bench.taps)
+    assert not any(is_open(tap) for tap in bench.taps)
+    assert bench.homes.closed == 1
+
+
+@pytest.mark.parametrize(("missing", "opened_before"), [("br0", 0), ("br1", 1), ("br2", 2)])
+async def test_taps_are_closed_when_a_later_one_fails(bench: Bench, missing: str, opened_before: int) -> None:
+    """Law: what was opened for a start that does not follow is closed."""
+    bench.missing_bridge = missing
+    refusal = await bench.refused(NICS)
+    assert str(refusal) == f"there is no bridge {missing}"
+    assert refusal.retry_s == HOST_RETRY_S
+    assert len(bench.taps) == opened_before
+    assert not any(is_open(tap) for tap in bench.taps)
+
+
+async def test_taps_are_closed_when_the_home_fails(bench: Bench) -> None:
+    """Law: the same when there is no cgroup for it."""
+    bench.homes.trouble = "no cgroup"
+    assert str(await bench.refused(NICS)) == "no cgroup"
+    assert len(bench.taps) == 3
+    assert not any(is_open(tap) for tap in bench.taps)
+
+
+async def test_taps_are_closed_when_the_start_is_cut_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the same when it is cancelled while the next one is being opened."""
+    begun = asyncio.Event()
+
+    async def open_tap(bridge: str, *, helper: Path | None = None) -> Tap:
+        if bridge == "br1":
+            begun.set()
+            await asyncio.Event().wait()
+        return await bench.open_tap(bridge)
+
+    monkeypatch.setattr(network, "open_tap", open_tap)
+    opening = asyncio.create_task(bench.open(NICS))
+    await begun.wait()
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert len(bench.taps) == 1
+    assert not is_open(bench.taps[0])
+
+
+async def test_a_file_that_cannot_be_written(bench: Bench) -> None:
+    """Law: a run directory that cannot be written to is waited for, and named."""
+    bench.directory().path.parent.mkdir(exist_ok=True)
+    bench.directory().path.write_text("a file, where the folder should be")
+    refusal = await bench.refused(replace(TINY, spice_port=free_port(), spice_password=SECRET))
+    assert "a file for QEMU cannot be written" in str(refusal)
+
+
+# --- the machine type -----------------------------------------------------------------------------------------
+
+
+async def test_the_machine_type(bench: Bench) -> None:
+    """Law: the type on record is kept; without one it is looked up."""
+    first, second = await bench.open(TINY), await bench.open(TINY, machine="pc-q35-5.2")
+    for opened in (first, second):
+        opened.closing.close()
+    assert (first.machine, second.machine) == ("pc-q35-7.2", "pc-q35-5.2")
+
+
+async def test_everything_reaches_the_command_line(bench: Bench) -> None:
+    """Law: what was prepared and opened is what the command line is made of."""
+    ready = Prepared(spec=TINY, media=("/m",), ignition="/i", nvram=Nvram(file="/n"), notice="note")
+    opened = await bench.provisioner.open(ONE, "i", ready=ready, machine="pc-q35-5.2", directory=bench.directory())
+    opened.closing.close()
+    provision = opened.provision(bench.directory(), CHANNELS)
+    assert (provision.run_dir, provision.channels, provision.machine) == (
+        str(bench.directory().path),
+        CHANNELS,
+        "pc-q35-5.2",
+    )
+    assert (provision.media, provision.ignition, provision.nvram) == (("/m",), "/i", Nvram(file="/n"))
+    assert (provision.taps, provision.spice_password) == ((), None)
