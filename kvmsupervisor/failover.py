@@ -7,7 +7,8 @@ and the start, follow as for any takeover (law 4), by the instance's own loop, w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Set
+import json
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
@@ -91,8 +92,10 @@ class Failover:
         """Sessions, keys or locks have changed: look again soon."""
         self._changed.set()
 
-    async def run(self) -> None:
-        """Take what is to be taken, for ever."""
+    async def run(self, *first: Callable[[], Awaitable[object]]) -> None:
+        """Take what is to be taken, for ever; once all is known, for what was not read yet looks like an orphan's."""
+        for ready in first:
+            await ready()
         clock = self._around.clock
         while True:
             self._changed.clear()
@@ -181,3 +184,15 @@ class Failover:
         if result.succeeded:
             around.metrics.took_over()
             log.warning("failover.taken", instance=orphan.id, epoch=lock.epoch, previous=orphan.lock.host)
+
+
+def instance_of_client(wishes: AllWishes, client: str) -> InstanceId | None:
+    """The instance whose lock has a storage client on record: its QEMU is not another instance's to fence."""
+    mark = json.dumps(client).encode()
+    for name in wishes.ids():
+        entry = wishes.lock_of(name)
+        # Looking for the text costs less than reading the JSON of every lock.
+        lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
+        if lock is not None and client in lock.clients:
+            return name
+    return None

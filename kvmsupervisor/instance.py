@@ -103,7 +103,7 @@ class Instance:
         """
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
-            self._machine.look_for_growth(0.0)
+            self._machine.growth.look(self._machine.spec, 0.0)
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             if fresh:
                 self._quiet_at = self._around.clock.now() + self._around.settle_s
@@ -382,7 +382,8 @@ class Instance:
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
-        if self._machine.closed:
+        if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
+            # Its disks were flushed and closed.
             self._start.closed = process.incarnation.incarnation
         if not (process.asked and process.never_ran):
             self._around.ended(process.exit, self._machine.wait_status)

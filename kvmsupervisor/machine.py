@@ -6,7 +6,6 @@ It joins three adapters (process, QMP, run directory) and decides nothing.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +31,8 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.storage import growable
 from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.growing import Growth
 from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
@@ -100,7 +99,7 @@ class Machine:
         self._run_state: str | None = None
         self._connect_at = 0.0
         self._probe_at = 0.0
-        self._grow_at = math.inf
+        self.growth = Growth(self._clock, self._command)
         self._silent_since: float | None = None
         self._stopping: Stopping | None = None
         self._asked = False
@@ -123,7 +122,7 @@ class Machine:
             run_state=self._run_state,
             connect_at=self._connect_at,
             probe_at=self._probe_at,
-            grow_at=self._grow_at,
+            grow_at=self.growth.at,
             silent_since=self._silent_since,
             stopping=self._stopping,
             asked=self._asked,
@@ -325,22 +324,6 @@ class Machine:
         self._run_state = RUNNING
         return True
 
-    def look_for_growth(self, after_s: float) -> None:
-        """Its images are to be looked at after some time; nothing for a machine without."""
-        if self.spec is not None and growable(self.spec):
-            self._grow_at = self._clock.now() + after_s
-
-    async def grow(self, sizes: Mapping[str, int]) -> None:
-        """Tell QEMU, and through it the guest, of disks that are larger now: bytes by block node. None is made less."""
-        answer = await self._command("query-block")
-        for device in answer or ():
-            inserted = device.get("inserted") or {}
-            node, known = inserted.get("node-name"), (inserted.get("image") or {}).get("virtual-size")
-            size = sizes.get(str(node))
-            if size is not None and known is not None and size > known:
-                await self._command("block_resize", {"node-name": node, "size": size})
-                self._log.info("disk.grown", disk=node, before=known, after=size)
-
     async def press_power_button(self) -> None:
         """ACPI power button. Whether the guest hears it is seen by its end only."""
         now = self._clock.now()
@@ -386,11 +369,6 @@ class Machine:
         if clients != self.record.clients:
             self.record = replace(self.record, clients=clients)
             self.directory.write_incarnation(self.record)
-
-    @property
-    def closed(self) -> bool:
-        """Whether the process has ended in order, its disks flushed and closed. Unknown counts as not."""
-        return self._exit is not None and self._process is not None and self._process.status.code == 0
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""

@@ -371,8 +371,8 @@ class Start:
         """Tell a running QEMU of images that were grown."""
         spec = self._machine.spec
         assert spec is not None
-        self._machine.look_for_growth(GROWTH_EVERY_S)
-        await self._machine.grow(await self._around.disks.sizes(spec))
+        self._machine.growth.look(spec, GROWTH_EVERY_S)
+        await self._machine.growth.tell(await self._around.disks.sizes(spec))
 
     async def go_on(self) -> None:
         """Let the guest run."""
@@ -381,5 +381,5 @@ class Start:
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
-            self._machine.look_for_growth(GROWTH_EVERY_S)
+            self._machine.growth.look(self._machine.spec, GROWTH_EVERY_S)
             self._report.tell("instance.started", pid=self._machine.pid)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 from collections.abc import Callable, Mapping, Set
@@ -40,7 +39,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
-from kvmsupervisor.failover import Failover
+from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
@@ -230,16 +229,10 @@ class Supervisor:
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
             takeover_wait_s=settings.takeover_wait_s,
-            recorded_for=self._recorded_for,
+            recorded_for=lambda client: instance_of_client(self._wishes, client),
             draining=lambda: self._draining,
         )
         self._failover = Failover(self._around, self._wishes)
-
-    async def _fail_over(self) -> None:
-        """Not before all is known: what was not read yet looks like an orphan's."""
-        await self._wishes.wait_synced()
-        await self._hosts.synced.wait()
-        await self._failover.run()
 
     async def _supervise(self) -> None:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
@@ -254,7 +247,7 @@ class Supervisor:
                     self._look_first(),
                     self._confirmations.run(),
                     self._rotate_logs(),
-                    self._fail_over(),
+                    self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
                 )
             ]
             await self._run_instances()
@@ -449,17 +442,6 @@ class Supervisor:
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    def _recorded_for(self, client: str) -> InstanceId | None:
-        """The instance whose lock has a storage client on record: a QEMU's own address is nobody's to fence."""
-        mark = json.dumps(client).encode()
-        for name in self._wishes.ids():
-            entry = self._wishes.lock_of(name)
-            # Looking for the text costs less than reading the JSON of every lock.
-            lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
-            if lock is not None and client in lock.clients:
-                return name
-        return None
 
     def _host_has_session(self, host: HostName) -> bool | None:
         if not self._hosts.synced.is_set():
