@@ -372,7 +372,6 @@ class Machine:
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
-        assert self._exit is not None
         await self.detach()
         self.directory.drop_incarnation()
         self.record = None
