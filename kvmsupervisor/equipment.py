@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from kvmsupervisor.adapters import accelerator, devices, firmware, users
+from kvmsupervisor.adapters.ceph import CephAccess
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.usage import memory_for_guests_mib
 from kvmsupervisor.adapters.users import QemuUser
@@ -18,6 +19,9 @@ from kvmsupervisor.provisioning import HostFiles
 from kvmsupervisor.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+CEPH_USER = "admin"
+"""What Ceph's tools and librbd call themselves when nothing else is said."""
 
 KVM_GROUP = "kvm"
 """The group that distributions give /dev/kvm to."""
@@ -33,6 +37,7 @@ class Equipment:
         host_side: what every command line is made with.
         files: where things are.
         memory_mib: for all guests together.
+        ceph_access: how Ceph's tools reach it.
     """
 
     accelerator: accelerator.Choice
@@ -40,6 +45,7 @@ class Equipment:
     host_side: HostSide
     files: HostFiles
     memory_mib: int
+    ceph_access: CephAccess
 
     @property
     def privileged(self) -> bool:
@@ -77,7 +83,14 @@ def look_around(settings: Settings) -> Equipment:
             media_cacert=settings.media_cacert,
         ),
         memory_mib=max(0, memory_for_guests_mib() - settings.memory_reserve_mib),
+        ceph_access=ceph_access(settings),
     )
+
+
+def ceph_access(settings: Settings) -> CephAccess:
+    """How Ceph's tools reach it."""
+    conf = None if settings.ceph_conf is None else str(settings.ceph_conf)
+    return CephAccess(user=settings.ceph_id or CEPH_USER, conf=conf)
 
 
 def host_side(settings: Settings, choice: accelerator.Choice) -> HostSide:

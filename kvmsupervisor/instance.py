@@ -25,12 +25,13 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
-from kvmsupervisor.surroundings import NotFenced, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
@@ -38,6 +39,10 @@ what bounds a disagreement that no event ends."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
+
+
+STORAGE_RETRY_S = 2.0
+"""The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
 
 
 class Instance:
@@ -96,6 +101,9 @@ class Instance:
             held: they are gone, and that waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
         """
+        if self.wish is None or wish.revision != self.wish.revision:
+            # People who have grown an image touch a key to have it seen at once.
+            self._machine.growth.look(self._machine.spec, 0.0)
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             if fresh:
                 self._quiet_at = self._around.clock.now() + self._around.settle_s
@@ -187,6 +195,8 @@ class Instance:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
                 self._start.wait_for_host(error)
+            except StorageAway as error:
+                self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
@@ -218,6 +228,7 @@ class Instance:
         process = self._machine.view()
         lock = self._lock.view.lock
         now = around.clock.now()
+        has_session = None if lock is None else around.host_has_session(lock.host)
         view = View(
             now=now,
             me=around.me,
@@ -232,7 +243,8 @@ class Instance:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
-            holder_has_session=None if lock is None else around.host_has_session(lock.host),
+            holder_has_session=has_session,
+            deferral=self._start.deferral(lock, holder_has_session=has_session),
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
@@ -298,10 +310,13 @@ class Instance:
                 await start.look()
                 if start.claimed_by is not None:
                     self._etcd_at = self._around.clock.now() + LOCK_POLL_S
+            case Action.WATCH:
+                await start.watch(wanted(wish))
             case Action.TAKE:
                 await start.take(wanted(wish))
             case Action.FENCE:
-                await start.fence(wanted(wish))
+                assert wish is not None
+                await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
                 machine.directory.write_memory(self._memory)
@@ -309,6 +324,8 @@ class Instance:
                 await start.record(wanted(wish))
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.GROW:
+                await start.grow()
             case Action.REASSERT:
                 await self._reassert()
             case Action.BURY:
@@ -334,7 +351,10 @@ class Instance:
             clients=record.clients,
             storage=record.storage,
         )
-        await self._lock.reassert(lock)
+        other = await self._lock.reassert(lock)
+        if other is not None:
+            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
+            return
         self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def _bury(self) -> None:
@@ -362,6 +382,9 @@ class Instance:
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
+        if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
+            # Its disks were flushed and closed.
+            self._start.closed = process.incarnation.incarnation
         if not (process.asked and process.never_ran):
             self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()

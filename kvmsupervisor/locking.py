@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
-from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
 from kvmsupervisor.domain.status import Status
 
@@ -24,6 +24,7 @@ class InstanceLock:
     def __init__(self, *, store: Store, layout: Layout, instance: InstanceId, session: Callable[[], Compare]) -> None:
         self.view = LockView()
         self._store = store
+        self._layout = layout
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
         self._host_key = layout.wish_key(instance, "host")
@@ -42,7 +43,13 @@ class InstanceLock:
         return Status.from_json(found[0].value) if found else None
 
     async def write(
-        self, lock: Lock, host_revision: int | None, *, if_new: bool = False, status: Status | None = None
+        self,
+        lock: Lock,
+        host_revision: int | None,
+        *,
+        if_new: bool = False,
+        gone: HostName | None = None,
+        status: Status | None = None,
     ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
@@ -52,6 +59,7 @@ class InstanceLock:
             lock: what to write.
             host_revision: `mod_revision` of the key `host` as last seen; None where no such key has a say.
             if_new: only if there is no status either: no host has ever had this instance.
+            gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
             status: what to write into the status key in the same step.
         """
         compares = [self._session()]
@@ -59,12 +67,27 @@ class InstanceLock:
             compares.append(Compare(self._host_key, Target.MOD_REVISION, host_revision))
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
+        if gone is not None:
+            compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
         also = () if status is None else (Put(self._status_key, status.to_json()),)
         await self._swap(lock.to_json(), compares, also)
 
-    async def reassert(self, lock: Lock) -> None:
-        """Write our own lock again after it was deleted, if our session holds and nobody took it meanwhile."""
+    async def reassert(self, lock: Lock) -> Status | None:
+        """Write our own lock again after it was deleted, if our session holds and nobody had it meanwhile.
+
+        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written.
+        """
+        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
+        self._read(result.reads[0], result.revision)
+        found = result.reads[1]
+        status = Status.from_json(found[0].value) if found else None
+        if self.view.data is not None:
+            raise SwapFailed("the lock changed meanwhile")
+        if status is not None and status.epoch > lock.epoch:
+            return status
+        # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
         await self._swap(lock.to_json(), [self._session()])
+        return None
 
     async def release(self, status: Status | None) -> int:
         """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).
@@ -102,7 +125,7 @@ class InstanceLock:
             return
         self._read(result.reads[0], result.revision)
         if self.view.data == before:
-            raise SwapFailed("this host's session or the key `host` changed meanwhile")
+            raise SwapFailed("a session or the key `host` changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
 
     def _read(self, found: Sequence[KeyValue], revision: int) -> None:

@@ -32,6 +32,7 @@ from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.growing import Growth
 from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
@@ -98,6 +99,7 @@ class Machine:
         self._run_state: str | None = None
         self._connect_at = 0.0
         self._probe_at = 0.0
+        self.growth = Growth(self._clock, self._command)
         self._silent_since: float | None = None
         self._stopping: Stopping | None = None
         self._asked = False
@@ -120,6 +122,7 @@ class Machine:
             run_state=self._run_state,
             connect_at=self._connect_at,
             probe_at=self._probe_at,
+            grow_at=self.growth.at,
             silent_since=self._silent_since,
             stopping=self._stopping,
             asked=self._asked,
@@ -369,7 +372,6 @@ class Machine:
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
-        assert self._exit is not None
         await self.detach()
         self.directory.drop_incarnation()
         self.record = None

@@ -24,11 +24,13 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
 from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
-from kvmsupervisor.domain.spec import Firmware, Spec
+from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
+from kvmsupervisor.domain.storage import nvram_of
 
 HOST_RETRY_S = 5.0
 """Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
@@ -58,6 +60,7 @@ class Prepared:
 
     Attributes:
         spec: of that machine.
+        ceph_key: path of the file that holds its key to Ceph, None without a disk there.
         notice: what a person should know about it, None for nothing.
     """
 
@@ -65,6 +68,7 @@ class Prepared:
     media: tuple[str, ...] = ()
     ignition: str | None = None
     nvram: Nvram | None = None
+    ceph_key: str | None = None
     notice: str | None = None
 
 
@@ -121,6 +125,7 @@ class Opened:
             ignition=self.ready.ignition,
             nvram=self.ready.nvram,
             spice_password=self.spice_password,
+            ceph_key=self.ready.ceph_key,
         )
 
 
@@ -133,16 +138,25 @@ class Provisioner:
         user: whom files for QEMU are given to, None when it runs as we do.
         types: the machine types that QEMU knows.
         homes: cgroups for its processes.
+        disks: images in Ceph.
     """
 
     def __init__(
-        self, *, host: HostSide, files: HostFiles, user: QemuUser | None, types: MachineTypes, homes: Homes
+        self,
+        *,
+        host: HostSide,
+        files: HostFiles,
+        user: QemuUser | None,
+        types: MachineTypes,
+        homes: Homes,
+        disks: Disks,
     ) -> None:
         self._host = host
         self._files = files
         self._user = user
         self._types = types
         self._homes = homes
+        self._disks = disks
         # Invariant: the SPICE servers of the QEMUs that live here, or are being started.
         self._displays: dict[InstanceId, tuple[str, int]] = {}
 
@@ -151,16 +165,17 @@ class Provisioner:
     @staticmethod
     def needs_time(spec: Spec) -> bool:
         """Whether `prepare` has anything to do for such a machine."""
-        return spec.cloud_config is not None or spec.firmware is Firmware.UEFI
+        return spec.cloud_config is not None or spec.firmware is Firmware.UEFI or bool(spec.all_disks)
 
     async def prepare(self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir) -> Prepared:
-        """Make boot media and UEFI variables. Cut off anywhere, it can be done again.
+        """Look at its disks, make boot media and UEFI variables. Cut off anywhere, it can be done again.
 
         Raises:
-            NotReady: the user data cannot be had, or a file cannot be written.
+            NotReady: an image is not as it must be, the user data cannot be had, or a file cannot be written.
         """
         directory.create()
         nvram = None
+        ceph_key = await self._look_at_disks(spec, directory)
         try:
             if spec.firmware is Firmware.UEFI:
                 nvram = await self._nvram(instance, spec)
@@ -168,7 +183,7 @@ class Provisioner:
             raise NotReady(f"its UEFI variables cannot be made: {error}", HOST_RETRY_S) from error
         if spec.cloud_config is None:
             media.discard(directory.path)
-            return Prepared(spec=spec, nvram=nvram)
+            return Prepared(spec=spec, nvram=nvram, ceph_key=ceph_key)
         try:
             made = await media.furnish(
                 spec.cloud_config,
@@ -186,16 +201,45 @@ class Provisioner:
             media=tuple(map(str, made.cdroms)),
             ignition=None if made.ignition is None else str(made.ignition),
             nvram=nvram,
+            ceph_key=ceph_key,
             notice=made.notice,
         )
 
+    async def _look_at_disks(self, spec: Spec, directory: InstanceDir) -> str | None:
+        """Whether its images can be opened; put the key to them where QEMU reads it. Nothing without an image."""
+        if not spec.all_disks:
+            return None
+        try:
+            key = await self._disks.check(spec)
+            return str(directory.write_ceph_key(key, group=None if self._user is None else self._user.gid))
+        except DiskTrouble as error:
+            raise NotReady(str(error), error.retry_s) from error
+        except OSError as error:
+            raise NotReady(f"the key to Ceph cannot be kept for QEMU: {error}", HOST_RETRY_S) from error
+
     async def _nvram(self, instance: InstanceId, spec: Spec) -> Nvram:
-        """The machine's UEFI variables: made of the firmware's own when there are none."""
+        """Where the machine's UEFI variables are. A file is made of the firmware's own when there is none."""
         assert self._host.ovmf is not None
-        file = self._files.state_dir / instance / "nvram.fd"
+        image = nvram_of(spec)
+        if image is not None:
+            return Nvram(rbd=image)
+        file = self._file_of_variables(instance)
         if not file.exists():
             await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
         return Nvram(file=str(file))
+
+    def _file_of_variables(self, instance: InstanceId) -> Path:
+        return self._files.state_dir / instance / "nvram.fd"
+
+    async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
+        """Variables in Ceph begin as those that lay on this host before its disk was there, or as the firmware's."""
+        assert self._host.ovmf is not None
+        file = self._file_of_variables(instance)
+        template = file if file.exists() else Path(self._host.ovmf.variables)
+        try:
+            await self._disks.furnish_variables(image, template)
+        except DiskTrouble as error:
+            raise NotReady(f"its UEFI variables cannot be made: {error}", error.retry_s) from error
 
     def _copy_variables(self, template: Path, file: Path) -> None:
         file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -221,11 +265,14 @@ class Provisioner:
             directory: its run directory.
 
         Raises:
-            NotReady: a bridge is missing or not allowed, a port is taken, or a file cannot be written.
+            NotReady: a bridge is missing or not allowed, a port is taken, a file or image cannot be made.
         """
         spec = ready.spec
         self._check_display(instance, spec)
         machine = machine or await self._types.versioned(spec.machine)
+        if ready.nvram is not None and ready.nvram.rbd is not None:
+            # Not in `prepare`: only whoever holds the lock may make an image.
+            await self._furnish_variables(instance, ready.nvram.rbd)
         with contextlib.ExitStack() as stack:
             try:
                 password = self._write_password(spec, directory)

@@ -76,6 +76,8 @@ class Settings:
     media_cacert: Path | None
     ceph_conf: Path | None
     ceph_id: str | None
+    allow_unfenced: bool
+    takeover_wait_s: float
     session_ttl_s: int
     shutdown_timeout_s: float
     start_timeout_s: float

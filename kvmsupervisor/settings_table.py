@@ -252,6 +252,18 @@ SETTINGS: tuple[Setting, ...] = (
         kvm=False,
     ),
     _setting(
+        "allow_unfenced",
+        read.switch,
+        "1: images without exclusive-lock may be used, although a client that is frozen then leaves no trace.",
+        default="0",
+    ),
+    _setting(
+        "takeover_wait_s",
+        values.seconds(0, 3600, "it"),
+        "Seconds that a takeover waits while Ceph says that the disks are in use: the host may have lost etcd only.",
+        default="60",
+    ),
+    _setting(
         "session_ttl_s",
         values.integer(2, 3600, "it"),
         "Seconds after which a host that has gone silent counts as gone.",

@@ -17,6 +17,7 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
+from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
@@ -24,6 +25,7 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
+from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
@@ -34,6 +36,7 @@ from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
+from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror
@@ -42,7 +45,7 @@ from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.setting_values import SOCKET_PATH_LIMIT
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
-from kvmsupervisor.surroundings import Diskless, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 
@@ -239,6 +242,8 @@ class Single:
     def _surroundings(self, store: Store, equipment: Equipment) -> Surroundings:
         settings, stand, clock = self._settings, self._stand, self._clock
         session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
+        ceph = Ceph(equipment.ceph_access)
+        disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         return Surroundings(
             me=stand.holder,
             boot_id=stand.boot_id,
@@ -254,6 +259,7 @@ class Single:
                 types=MachineTypes(settings.qemu),
                 # It ends with its container, which has the cgroup that the operator gave it.
                 homes=Nowhere(survives_container=False),
+                disks=disks,
             ),
             user=equipment.user,
             clock=clock,
@@ -263,7 +269,9 @@ class Single:
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
                 version=__version__,
             ),
-            fencing=Diskless(),
+            fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
+            disks=disks,
+            takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._host_has_session,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,

@@ -15,16 +15,18 @@ from typing import Any
 import structlog
 
 from kvmsupervisor.adapters import devices, network
+from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.equipment import ceph_access
+from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import Foreground
 from kvmsupervisor.settings import Settings
 from kvmsupervisor.single_lock import Lost, SingleLock
 from kvmsupervisor.single_stand import Stand, end_session
-from kvmsupervisor.surroundings import Diskless
 
 log = structlog.get_logger(__name__)
 
@@ -115,7 +117,7 @@ class SingleCommand:
                 session=session,
                 clock=self._clock,
                 options=self._options,
-                fencing=Diskless(),
+                fencing=CephFencing(Ceph(ceph_access(settings))),
             )
             async with asyncio.TaskGroup() as parts:
                 serving = [parts.create_task(session.run()), parts.create_task(lock.run())]

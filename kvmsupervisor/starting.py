@@ -15,14 +15,23 @@ from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, LockState, take
+from kvmsupervisor.domain.lock import Lock, take
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.storage import images_of, storage_of
+from kvmsupervisor.domain.view import Deferral
+from kvmsupervisor.fencing import NotFenced, together
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
+
+WATCH_EVERY_S = 2.0
+"""How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""
+
+GROWTH_EVERY_S = 600.0
+"""How often the images of a running machine are looked at by themselves: `rbd info` takes 50 ms of processor, so with a
+hundred machines this is 1 % of one. A change of any key of the instance has them looked at at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,7 @@ class Start:
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         at: when the host is worth the next attempt, after something was missing on it.
         obstacle: what was missing, None when nothing was.
+        closed: incarnation whose process is proven gone, its disks closed in order: nothing of it is to be fenced.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Start:
         self.claimed_by: HostName | None = None
         self.at = 0.0
         self.obstacle: str | None = None
+        self.closed: str | None = None
         self._id = instance
         self._around = around
         self._machine = machine
@@ -87,6 +98,10 @@ class Start:
         self._wake = wake
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
+        # The incarnation whose lock is waited for, and how long.
+        self._deferral: tuple[str, Deferral] | None = None
+        # Addresses of processes that are proven gone: fenced once, so that their watch is not waited for, then dropped.
+        self._gone: set[str] = set()
 
     # --- what is observed -------------------------------------------------------------------------------------
 
@@ -95,6 +110,14 @@ class Start:
         if wish is None or wish.spec is None or not self._around.provisioner.needs_time(wish.spec):
             return True
         return self._prepared is not None and self._prepared.spec == wish.spec
+
+    def deferral(self, lock: Lock | None, *, holder_has_session: bool | None) -> Deferral | None:
+        """How long the takeover of `lock` has waited. Forgotten when another has it, or its holder is back."""
+        if self._deferral is not None and (
+            lock is None or lock.incarnation != self._deferral[0] or holder_has_session is True
+        ):
+            self._deferral = None
+        return None if self._deferral is None else self._deferral[1]
 
     def note_wanted(self, now: float) -> None:
         """Count the time to a running guest from now, unless it is being counted."""
@@ -150,6 +173,25 @@ class Start:
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
 
+    async def watch(self, wish: Wanted) -> None:
+        """Ask who has its disks open, while the host that holds its lock has no session (law 4).
+
+        Raises:
+            NotFenced: that is not known.
+        """
+        around, lock = self._around, self._lock.view.lock
+        assert lock is not None
+        now = around.clock.now()
+        known = self.deferral(lock, holder_has_session=None)
+        if known is None:
+            wait_s = around.takeover_wait_s
+            known = Deferral(until=now + wait_s, told=around.clock.wall_after(wait_s), ask_at=now + WATCH_EVERY_S)
+            self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
+        # Noted before the question: a storage that does not answer does not make the wait longer.
+        self._deferral = (lock.incarnation, replace(known, ask_at=now + WATCH_EVERY_S))
+        watchers = await around.fencing.watchers(images_of(wish.spec))
+        self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
+
     async def take(self, wish: Wanted) -> None:
         """Take the lock for a new incarnation.
 
@@ -171,8 +213,12 @@ class Start:
             # The machine type that the guest was installed on is in the status, whoever wrote it.
             await self.look()
         previous = self._lock.view.lock
-        await self._lock.write(self._plan(wish, floor), wish.host_revision)
-        if previous is not None and previous.host != around.me:
+        foreign = None if previous is None or previous.host == around.me else previous.host
+        await self._lock.write(self._plan(wish, floor), wish.host_revision, gone=foreign)
+        if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
+            # Whoever takes its own lock has seen that no process of it lives.
+            self._gone.update(previous.clients)
+        if foreign is not None:
             around.metrics.took_over()
         self._tell_taken(previous)
 
@@ -188,13 +234,15 @@ class Start:
 
     def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
         """The lock for a new incarnation."""
+        previous = self._lock.view.lock
         lock = take(
-            self._lock.view.lock,
+            previous,
             host=self._around.me,
             boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
             epoch_floor=epoch_floor,
+            closed=previous is not None and previous.incarnation == self.closed,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation
@@ -206,18 +254,35 @@ class Start:
         holder = None if previous is None else previous.host
         self._report.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=holder)
 
-    async def fence(self, wish: Wanted) -> None:
-        """Shut out the storage clients of earlier incarnations.
+    async def fence(self, wish: Wish) -> None:
+        """Shut out the storage clients of earlier incarnations, and whoever else has its disks open after a takeover.
 
         Raises:
             NotFenced: one of them could not be.
             SwapFailed, EtcdError: see `take`.
         """
-        lock = self._lock.view.lock
+        around, lock = self._around, self._lock.view.lock
         assert lock is not None
-        await self._around.fencing.fence(lock.fence)
-        self._around.metrics.fenced()
-        await self._lock.write(replace(lock, state=LockState.STARTING), wish.host_revision)
+        images = () if wish.spec is None or lock.taken_from is None else images_of(wish.spec)
+        # What is on record is shut out whatever storage says of the images, and meanwhile.
+        _, used = await together(around.fencing.fence(lock.fence), around.fencing.users(images))
+        others = [address for address in used if address not in lock.fence]
+        for address in others:
+            other = around.recorded_for(address)
+            if other not in {None, self._id}:
+                raise NotFenced(
+                    f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "
+                    "have one image; change the keys of one of them"
+                )
+        await around.fencing.fence(others)
+        everyone = (*lock.fence, *others)
+        around.metrics.fenced(len(everyone))
+        await self._lock.write(
+            lock.fenced(address for address in everyone if address not in self._gone), wish.host_revision
+        )
+        self._gone.clear()
+        if everyone:
+            self._report.tell("lock.fenced", addresses=list(everyone), taken_from=lock.taken_from)
 
     async def spawn(self, wish: Wanted) -> None:
         """Start QEMU, paused.
@@ -294,11 +359,20 @@ class Start:
         assert record is not None
         assert record.pid is not None
         assert record.starttime is not None
-        clients = await self._around.fencing.clients(record)
+        clients = await self._around.fencing.clients(record, known=lock.fence)
         self._machine.note_clients(clients)
+        # QEMU has read it.
+        self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
+
+    async def grow(self) -> None:
+        """Tell a running QEMU of images that were grown."""
+        spec = self._machine.spec
+        assert spec is not None
+        self._machine.growth.look(spec, GROWTH_EVERY_S)
+        await self._machine.growth.tell(await self._around.disks.sizes(spec))
 
     async def go_on(self) -> None:
         """Let the guest run."""
@@ -307,4 +381,5 @@ class Start:
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
+            self._machine.growth.look(self._machine.spec, GROWTH_EVERY_S)
             self._report.tell("instance.started", pid=self._machine.pid)

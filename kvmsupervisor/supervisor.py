@@ -16,6 +16,7 @@ import structlog
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
@@ -24,6 +25,7 @@ from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
+from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
@@ -37,13 +39,15 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
+from kvmsupervisor.failover import Failover, instance_of_client
+from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
-from kvmsupervisor.surroundings import Diskless, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 
@@ -195,6 +199,8 @@ class Supervisor:
             guests_survive=chosen.homes.survives_container,
         )
         self._metrics = self.face.counters
+        ceph = Ceph(equipment.ceph_access)
+        disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
             boot_id=self._boot_id,
@@ -209,19 +215,24 @@ class Supervisor:
                 user=equipment.user,
                 types=MachineTypes(settings.qemu),
                 homes=chosen.homes,
+                disks=disks,
             ),
+            disks=disks,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
             metrics=self._metrics,
-            fencing=Diskless(),
+            fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._host_has_session,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
+            takeover_wait_s=settings.takeover_wait_s,
+            recorded_for=lambda client: instance_of_client(self._wishes, client),
             draining=lambda: self._draining,
         )
+        self._failover = Failover(self._around, self._wishes)
 
     async def _supervise(self) -> None:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
@@ -236,6 +247,7 @@ class Supervisor:
                     self._look_first(),
                     self._confirmations.run(),
                     self._rotate_logs(),
+                    self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
                 )
             ]
             await self._run_instances()
@@ -341,6 +353,8 @@ class Supervisor:
         """Tell each instance that is, or was, this host's what its keys and its lock are now."""
         if not self._listed:
             return
+        if any(b"hosts" in self._wishes.keys_of(name) for name in changed):
+            self._failover.look()
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
         wishes = {name: self._wish(name) for name in ours}
         held = self._judge_removals(wishes)
@@ -423,6 +437,7 @@ class Supervisor:
     def _on_hosts(self, changed: Set[bytes], revision: int) -> None:
         """A host came or went: whoever waits for its lock looks again."""
         self._notify_all()
+        self._failover.look()
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():

@@ -1,56 +1,23 @@
-"""What all instances of a host share, and the interface to what fences storage."""
+"""What all instances of a host share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
-from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
-
-
-class NotFenced(Exception):
-    """An address could not be proven fenced: no start. The message says why, and what would help."""
-
-
-class Fencing(Protocol):
-    """What storage offers to law 3 and 4: which clients a QEMU has, and to shut some out for good."""
-
-    async def clients(self, record: Incarnation) -> tuple[str, ...]:
-        """The addresses of the (paused) QEMU's own storage clients."""
-        ...
-
-    async def fence(self, addresses: tuple[str, ...]) -> None:
-        """Shut out each address, and verify it.
-
-        Raises:
-            NotFenced: one of them could not be.
-        """
-        ...
-
-
-class Diskless:
-    """The storage of machines without a fenceable disk: no clients, nothing to fence."""
-
-    async def clients(self, record: Incarnation) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    async def fence(self, addresses: tuple[str, ...]) -> None:
-        """Nothing to do without addresses; with some it cannot be done here."""
-        if addresses:
-            raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +43,9 @@ class Surroundings:
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
+        disks: images in Ceph.
+        takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
+        recorded_for: the instance whose lock has a storage client on record, None when none has.
         draining: whether this host stops all its guests (`stop --all --local`).
         leaving: why an instance is to be stopped and let go of; None when it is not.
         ended: told how a QEMU ended that was not merely discarded before its guest ran.
@@ -99,6 +69,9 @@ class Surroundings:
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
+    disks: Disks
+    takeover_wait_s: float = 60.0
+    recorded_for: Callable[[str], InstanceId | None] = lambda client: None
     draining: Callable[[], bool] = lambda: False
     leaving: Callable[[], str | None] = lambda: None
     ended: Callable[[Exit, WaitStatus], None] = lambda end, status: None

@@ -1,13 +1,16 @@
-"""What all tests share: real etcd servers, guests, networks, and signals as a person's shell has them."""
+"""What all tests share: real etcd servers and Ceph, guests, networks, and signals as a person's shell has them."""
 
 import signal
 
+from tests.support.ceph import ceph, ceph_image
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
 from tests.support.guest import agent_options, guest, heart
 from tests.support.net import lan, netns
 
 __all__ = [
     "agent_options",
+    "ceph",
+    "ceph_image",
     "etcd_alone",
     "etcd_cluster",
     "etcd_prefix",

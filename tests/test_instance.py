@@ -925,12 +925,14 @@ async def test_a_deleted_lock_does_not_let_two_hosts_run(host: Host, other: Host
         (Storage.NONE, True, False),
         (Storage.NONE, None, False),
         (Storage.NONE, False, True),
-        (Storage.RBD, False, False),
+        (Storage.RBD, True, False),
+        (Storage.RBD, None, False),
+        (Storage.RBD, False, True),
         (Storage.UNFENCEABLE, False, False),
     ],
 )
 async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool | None, taken: bool) -> None:
-    """Laws 4 and 7: only what has nothing to protect is taken, and only from a host known to have no session."""
+    """Laws 4 and 7: what can be fenced, or has nothing to protect, is taken from a host known to have no session."""
     host.sessions = None if session is None else {"a", "b"} if session else {"a"}
     host.etcd.write(LOCK_KEY, theirs(storage=storage).to_json())
     host.wish()
@@ -946,17 +948,21 @@ async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool |
         assert "b" in host.status.reason
 
 
-async def test_a_lock_with_addresses_to_fence_starts_nothing_here(host: Host) -> None:
-    """Law 4: what cannot be fenced is not started over: the lock is taken, its addresses kept, and the reason told."""
+async def test_an_address_that_cannot_be_fenced_starts_nothing(host: Host) -> None:
+    """Laws 3 and 4: addresses of an earlier boot are fenced before QEMU is started; while they cannot be, none is."""
     left = theirs(host=HostName("a"), boot_id="an earlier one", clients=("10.0.0.1:0/1",), pid=None, starttime=None)
     host.etcd.write(LOCK_KEY, left.to_json())
+    host.fencing.refused = "cannot fence 10.0.0.1:0/1 here"
     host.wish()
     host.begin()
     await host.clock.advance(60.0)
     assert host.qemus.all == []
+    assert "cannot fence 10.0.0.1:0/1 here" in host.status.reason
     assert host.lock is not None
-    assert (host.lock.state, host.lock.fence) == (LockState.FENCING, ("10.0.0.1:0/1",))
-    assert "10.0.0.1:0/1" in host.status.reason
+    assert host.lock.fence == ("10.0.0.1:0/1",)
+    host.fencing.refused = None
+    await host.runs()
+    assert host.fencing.fenced == ["10.0.0.1:0/1"]
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff", b"[" * 70_000, b'{"version":1,"epoch":"x"}', b'{"version":2}'])

@@ -28,6 +28,7 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.domain.spec import Firmware, Nic, Secret, Spec
 from kvmsupervisor.provisioning import HOST_RETRY_S, MEDIA_RETRY_S, HostFiles, NotReady, Opened, Prepared, Provisioner
+from tests.fakes.storage import FakeDisks
 from tests.support import web
 from tests.support.host import KnownTypes
 
@@ -97,6 +98,7 @@ class Bench:
             user=user,
             types=KnownTypes(),
             homes=self.homes,
+            disks=FakeDisks(),
         )
         return self.provisioner
 

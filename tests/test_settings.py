@@ -90,6 +90,8 @@ def test_defaults() -> None:
         media_cacert=None,
         ceph_conf=None,
         ceph_id=None,
+        allow_unfenced=False,
+        takeover_wait_s=60.0,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
         start_timeout_s=60.0,

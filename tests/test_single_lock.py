@@ -15,10 +15,10 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.fencing import Diskless
 from kvmsupervisor.session import Session
 from kvmsupervisor.single_lock import Held, Lost, SingleLock
 from kvmsupervisor.single_stand import LET_GO_S, Stand
-from kvmsupervisor.surroundings import Diskless
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.support.host import LAYOUT, FakeSession, LockStore

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 RECHECK_S = 60.0
@@ -40,6 +40,10 @@ class Clock:
     def wall(self) -> str:
         """The time of day, RFC 3339 in UTC, for people. No decision uses it."""
         return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def wall_after(self, seconds: float) -> str:
+        """The time of day in so many seconds, as `wall` tells it."""
+        return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def sleep_until(self, instant: float) -> None:
         """Return when `now()` has reached `instant`; yields to the loop at least once."""

@@ -156,9 +156,9 @@ class Metrics:
         """Count a running QEMU process taken over from a former supervisor."""
         self._adopted += 1
 
-    def fenced(self) -> None:
-        """Count an address that storage was told to refuse."""
-        self._fences += 1
+    def fenced(self, addresses: int) -> None:
+        """Count addresses that storage was told to refuse."""
+        self._fences += addresses
 
     def took_over(self) -> None:
         """Count a lock taken from a host whose session is gone."""

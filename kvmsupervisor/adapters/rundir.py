@@ -12,6 +12,7 @@
     <run>/<id>/console.lock        flock of whoever types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
+    <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
     <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
@@ -60,6 +61,7 @@ class InstanceDir:
         self.qemu_log = path / "qemu.log"
         self.console_socket = path / "console.sock"
         self.console_log = path / "console.log"
+        self.ceph_key = path / "ceph.key"
         self.agent_socket = path / "agent.sock"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
@@ -121,6 +123,31 @@ class InstanceDir:
     def drop_memory(self) -> None:
         """Forget: the instance starts from nothing when it comes back."""
         self._memory.unlink(missing_ok=True)
+
+    def write_ceph_key(self, key: str, *, group: int | None) -> Path:
+        """Keep the key to Ceph where QEMU reads it, once, when it starts; return where.
+
+        Args:
+            key: base64, as a keyring holds it.
+            group: id of QEMU's group, which may read it; None when QEMU runs as this user.
+        """
+        aside = self.ceph_key.with_name(self.ceph_key.name + ".new")
+        aside.unlink(missing_ok=True)
+        # Never readable for others, not for a moment, whatever the umask is.
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, key.encode())
+            if group is not None:
+                os.fchown(descriptor, -1, group)
+            os.fchmod(descriptor, 0o640)
+        finally:
+            os.close(descriptor)
+        aside.replace(self.ceph_key)
+        return self.ceph_key
+
+    def drop_ceph_key(self) -> None:
+        """Delete the key to Ceph: QEMU has read it."""
+        self.ceph_key.unlink(missing_ok=True)
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""

@@ -48,6 +48,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "confirm-removal": LazyCommand(
         "write_commands", "confirm_removal", "Confirm a mass removal that a host holds back."
     ),
+    "break-lock": LazyCommand(
+        "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."
+    ),
     "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU, and end with it: single mode."),
     "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
 }

@@ -115,7 +115,7 @@ def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s:
 
     Disks are not touched. Asks first; without a terminal, --yes is needed.
     """
-    _confirm(f"Remove instance {instance} and shut its guest down?", yes=yes)
+    confirm(f"Remove instance {instance} and shut its guest down?", yes=yes)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.delete(store, settings.layout, instance)
@@ -219,7 +219,7 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
     if not held:
         raise Refused(f"host {printable(name)} holds no removal back")
     click.echo(f"host {printable(name)} holds back the removal of {len(held)} instances: {', '.join(held)}")
-    _confirm(f"Shut down and remove these {len(held)} instances?", yes=yes)
+    confirm(f"Shut down and remove these {len(held)} instances?", yes=yes)
 
     async def work(store: Store, settings: Settings) -> bool:
         revision = await actions.confirm_removal(store, settings.layout, name, held)
@@ -298,7 +298,7 @@ def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def _confirm(question: str, *, yes: bool) -> None:
+def confirm(question: str, *, yes: bool) -> None:
     """Ask a person, who must be there unless `--yes` was given."""
     if yes:
         return

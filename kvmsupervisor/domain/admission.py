@@ -62,6 +62,10 @@ class Admission:
             f"to {len(others)} other{'' if len(others) == 1 else 's'}"
         )
 
+    def has_room(self, instance: InstanceId, need_mib: int) -> bool:
+        """Whether its memory fits beside what is promised to others."""
+        return self._fits(instance, need_mib)
+
     def request(
         self, instance: InstanceId, notify: Callable[[], None], *, need_mib: int = 0, priority: int = 0
     ) -> None:

@@ -6,7 +6,7 @@ The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from uuid import UUID, uuid5
 
@@ -105,6 +105,7 @@ class Provision:
         ignition: path of the Ignition configuration.
         nvram: where the UEFI variables are.
         spice_password: path of the file that holds the SPICE password.
+        ceph_key: path of the file that holds the key to Ceph; None for the keyring that ceph.conf names.
     """
 
     run_dir: str
@@ -115,6 +116,7 @@ class Provision:
     ignition: str | None = None
     nvram: Nvram | None = None
     spice_password: str | None = None
+    ceph_key: str | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -152,13 +154,15 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
     QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. The host has no problem with the wish
     (`host_problems`), and what it needs was made ready: as many taps as it has NICs, and so on.
     """
+    ceph = replace(host.ceph, key_file=provision.ceph_key)
     return (
         host.qemu,
         *("-nodefaults", "-no-user-config", "-S"),
         *(("-sandbox", SANDBOX) if host.sandbox else ()),
         *("-name", f"guest={escaped(identity.instance)},debug-threads=on"),
         *("-uuid", str(identity.uuid)),
-        *_machine(spec, host, provision),
+        *(hardware.ceph_key(ceph) if spec.all_disks else ()),
+        *_machine(spec, host, ceph, provision),
         # A CPU's features are separated by commas, so these are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
         *("-m", f"size={spec.ram_mib}M"),
@@ -168,7 +172,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *hardware.common(),
         *hardware.bridge(spec),
         *hardware.nics(spec, provision.taps),
-        *hardware.disks(spec, host.ceph),
+        *hardware.disks(spec, ceph),
         *hardware.media(provision.media),
         *_ignition(provision.ignition),
         *hardware.display(spec, host.spice_addr, provision.spice_password),
@@ -176,7 +180,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
     )
 
 
-def _machine(spec: Spec, host: HostSide, provision: Provision) -> Iterator[str]:
+def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> Iterator[str]:
     """The machine type, with what hangs on it: memory of huge pages, and flash memory that holds the firmware."""
     options = [escaped(provision.machine or spec.machine), f"accel={host.accel}"]
     if spec.hugepages is not None:
@@ -185,7 +189,7 @@ def _machine(spec: Spec, host: HostSide, provision: Provision) -> Iterator[str]:
     if provision.nvram is not None:
         assert host.ovmf is not None
         options += ["pflash0=firmware", "pflash1=nvram"]
-        for node in hardware.flash(host.ovmf, provision.nvram, host.ceph):
+        for node in hardware.flash(host.ovmf, provision.nvram, ceph):
             yield from ("-blockdev", json_option(node))
     yield from ("-machine", ",".join(options))
 

@@ -61,13 +61,24 @@ class Nvram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceph:
-    """How QEMU reaches Ceph: path of the configuration, name of the user; None for librbd's own defaults."""
+    """How QEMU reaches Ceph; None for librbd's own defaults.
+
+    Attributes:
+        conf: path of ceph.conf, which QEMU's user must be able to read.
+        user: its client's id, without `client.`.
+        key_file: path of a file that holds the client's key in base64 and that QEMU's user can read; None for the
+            keyring that ceph.conf names.
+    """
 
     conf: str | None = None
     user: str | None = None
+    key_file: str | None = None
 
 
 OWN_DEFAULTS = Ceph()
+
+_CEPH_KEY = "ceph0"
+"""Name of QEMU's object that holds the key."""
 
 
 def escaped(value: str) -> str:
@@ -106,8 +117,20 @@ def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
         yield from ("-device", f"{device},{place}")
 
 
+def ceph_key(ceph: Ceph) -> Iterator[str]:
+    """The object that reads the key, once, before any disk: it is not on the command line."""
+    if ceph.key_file is not None:
+        secret = {"qom-type": "secret", "id": _CEPH_KEY, "file": ceph.key_file, "format": "base64"}
+        yield from ("-object", json_option(secret))
+
+
 def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
-    """The disks. librbd caches writes back, and a flush of the guest's reaches the image. The first one is booted."""
+    """The disks. librbd caches writes back, and a flush of the guest's reaches the image. The first one is booted.
+
+    An I/O error stops the guest (`io-error`): Ceph does not fail but waits while it is away, so an error means that
+    this QEMU was fenced, and must not go on as if it lived, or that an object is damaged, where a guest that is
+    stopped loses nothing (docs/decisions/0013-ceph-by-its-tools.md).
+    """
     for disk in spec.all_disks:
         name, rbd = f"disk{disk.number}", disk.rbd
         node = _rbd_node(rbd, ceph)
@@ -120,7 +143,10 @@ def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
         yield from ("-blockdev", json_option({"node-name": name, **node}))
         place = f"bus={_MORE},addr={_MORE_DISKS + disk.number:#x}" if disk.number else f"addr={_DISK_SLOT:#x}"
         boot = "" if disk.number else ",bootindex=0"
-        yield from ("-device", f"virtio-blk-pci,id={name}-dev,drive={name},write-cache=on{boot},{place}")
+        yield from (
+            "-device",
+            f"virtio-blk-pci,id={name}-dev,drive={name},write-cache=on,werror=stop,rerror=stop{boot},{place}",
+        )
 
 
 def media(paths: Sequence[str]) -> Iterator[str]:
@@ -182,6 +208,8 @@ def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:
         node["conf"] = ceph.conf
     if ceph.user is not None:
         node["user"] = ceph.user
+    if ceph.key_file is not None:
+        node |= {"key-secret": _CEPH_KEY, "auth-client-required": ["cephx"]}
     return node
 
 

@@ -11,6 +11,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
     ended     any         any         keys not read yet            none
               any         any                                      Bury
     alive     stranger    any                                      Kill         (law 6)
+              broken      any                                      Kill         (law 7)
+              absent      any         never ran, session held      Kill         (nothing to lose)
               absent      any         session held                 Reassert
               any         any         QMP not answering            Connect, or go down the ladder
               any         not run     guest never ran              Kill         (nothing to lose)
@@ -20,16 +22,21 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
               any         stop        ran                          Powerdown … Quit … Kill
-              any         run, keep   ran                          none, or Probe
+              any         run, keep   ran                          none, Probe, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
-    none      mine/left   not run                                  Release      (law 9)
+    none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
+              mine/left   not run                                  Release      (law 9)
               any         stop                                     Forget (not ours), or none
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
               any         run         too early                    none: backoff
               any         run         something was missing        none: wait, or Look
               stranger    run         no session, nothing to lose  Take         (law 7)
+              stranger    run         no session, RBD, not asked   Watch        (law 4)
+              stranger    run         … disks in use, not too long none: wait   (law 4)
+              stranger    run         … not in use, or too long    Take         (law 4)
               stranger    run                                      none: wait
+              broken      run         its holder has no session    Take         (law 7)
               absent      run         another host says it runs it Look
               free/left   run         media not ready              Prepare
               free/left   run         no start slot yet            Queue
@@ -142,6 +149,21 @@ def _with_process(view: View, process: Process) -> Decision:
                 action=Action.KILL,
                 wake_at=view.now + LOCK_POLL_S,
             )
+        case Claim.BROKEN:
+            return Decision(
+                phase=Phase.STOPPING,
+                reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
+                action=Action.KILL,
+                wake_at=view.now + LOCK_POLL_S,
+            )
+        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
+            # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
+            return Decision(
+                phase=Phase.STARTING,
+                reason="its lock is gone and its guest has not run yet: QEMU is started anew",
+                action=Action.KILL,
+                wake_at=view.now + LOCK_POLL_S,
+            )
         case Claim.ABSENT if view.session_held and view.now >= view.etcd_at:
             return Decision(
                 phase=_phase(process),
@@ -214,8 +236,11 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
-    again_at = min(process.probe_at, view.etcd_at) if view.claim is Claim.ABSENT else process.probe_at
-    wake_at = again_at if again_at > view.now else process.probe_at
+    if view.now >= process.grow_at:
+        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
+    next_at = min(process.probe_at, process.grow_at)
+    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT else next_at
+    wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
 
 
@@ -256,7 +281,7 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
-    if claim is Claim.LEFTOVER and view.holdover is not None:
+    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
         return Decision(
             phase=Phase.WAITING,
             reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
@@ -282,6 +307,8 @@ def _without_process(view: View) -> Decision:
             )
         case Claim.STRANGER:
             return _held_elsewhere(view)
+        case Claim.BROKEN:
+            return _broken(view)
         case Claim.ABSENT if view.claimed_by is not None:
             return Decision(
                 phase=Phase.WAITING,
@@ -310,7 +337,12 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     phase = Phase.INVALID if aim is Goal.KEEP and view.problems else Phase.STOPPED
     if claim is Claim.UNKNOWN:
         return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
-    if claim in {Claim.MINE, Claim.LEFTOVER}:
+    lock = view.lock.lock
+    if claim in {Claim.MINE, Claim.LEFTOVER} or (claim is Claim.BROKEN and lock is not None and lock.host == view.me):
+        assert lock is not None
+        if lock.is_unfenced:
+            # Deleted, the lock would take with it what there is to fence.
+            return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
     if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
@@ -321,9 +353,10 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
 
 
 def _held_elsewhere(view: View) -> Decision:
-    """Another host's lock. Only what has nothing to protect is taken from a host without session (law 7)."""
+    """Another host's lock. From a host without session is taken what can be fenced, or has nothing to protect."""
     lock = view.lock.lock
     assert lock is not None
+    assert view.wish is not None
     if view.holder_has_session is not False:
         return Decision(
             phase=Phase.WAITING,
@@ -331,11 +364,40 @@ def _held_elsewhere(view: View) -> Decision:
         )
     if lock.storage is Storage.NONE:
         return _take(view, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
-    return Decision(
-        phase=Phase.WAITING,
-        reason=f"{lock.host} holds its lock (epoch {lock.epoch}) and has no session; its disks ({lock.storage}) "
-        f"cannot be fenced by this release, so it waits until {lock.host} is back",
-    )
+    held = f"{lock.host} holds its lock (epoch {lock.epoch}) and has no session"
+    if lock.storage is Storage.UNFENCEABLE:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"{held}; what it may write to cannot be fenced, so it waits until {lock.host} is back, or until "
+            f"somebody makes sure that it runs no more and says so: `kvmsupervisor break-lock {view.wish.instance}`",
+        )
+    deferral = view.deferral
+    if deferral is not None and (view.now >= deferral.until or deferral.watchers == ()):
+        return _take(view, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
+    if deferral is not None and deferral.watchers:
+        held += (
+            f", but its disks are in use ({', '.join(deferral.watchers)}), so it probably runs and has lost etcd only; "
+            f"it is taken over at {deferral.told} if that stays so"
+        )
+    else:
+        held += "; Ceph is asked whether its disks are in use"
+    due = _with_etcd(view, Action.WATCH, Phase.WAITING, held)
+    if deferral is None or view.now >= deferral.ask_at or due.action is None:
+        return due
+    return replace(due, action=None, wake_at=min(deferral.ask_at, deferral.until))
+
+
+def _broken(view: View) -> Decision:
+    """An operator's word is there. A holder that lives after all lets go by itself, once it has read it."""
+    lock = view.lock.lock
+    assert lock is not None
+    if lock.host != view.me and view.holder_has_session is not False:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"its lock was broken while {lock.host} held it, and {lock.host} has a session: waits until it has "
+            "let go",
+        )
+    return _take(view, Phase.STARTING, "its lock was broken by an operator; it is being taken")
 
 
 def _take(view: View, phase: Phase, reason: str) -> Decision:
@@ -353,7 +415,7 @@ def _in_turn(view: View, ready: Decision) -> Decision:
         again = _in_turn(replace(view, obstacle=None), ready)
         return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
     if not view.prepared:
-        reason = "its boot media, or its UEFI variables, are being made ready"
+        reason = "its disks are looked at, its boot media and UEFI variables made ready"
         return Decision(phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
     if view.slot is None:
         return Decision(phase=Phase.WAITING, reason="waits for its turn to start", action=Action.QUEUE, slot=True)

@@ -6,6 +6,7 @@ The lock has no lease: it never vanishes by itself. Every change of it is a comp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 
@@ -25,6 +26,8 @@ class LockState(StrEnum):
     """Taken; no QEMU of this incarnation has run its guest."""
     RUNNING = "running"
     """QEMU's addresses are on record: its guest may run."""
+    BROKEN = "broken"
+    """An operator has said that nothing of the holder writes any more (law 7): whoever shall run it takes the lock."""
 
 
 class Storage(StrEnum):
@@ -50,6 +53,8 @@ class Lock:
         clients: its Ceph client addresses, all on record before the guest runs.
         fence: addresses of earlier incarnations that are not proven dead.
         storage: what it may write to; a value that does not say may write to anything.
+        taken_from: whom it was taken from, host or earlier boot of this one, until its own guest may run: for so long,
+            others than those in `fence` may have its disks open.
     """
 
     host: HostName
@@ -62,6 +67,7 @@ class Lock:
     clients: tuple[str, ...] = ()
     fence: tuple[str, ...] = ()
     storage: Storage = Storage.UNFENCEABLE
+    taken_from: str | None = None
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -79,7 +85,27 @@ class Lock:
 
     def recorded(self, *, pid: int, starttime: int, clients: tuple[str, ...]) -> Lock:
         """The value that says "this process may run its guest"."""
-        return replace(self, state=LockState.RUNNING, pid=pid, starttime=starttime, clients=clients)
+        return replace(self, state=LockState.RUNNING, pid=pid, starttime=starttime, clients=clients, taken_from=None)
+
+    def fenced(self, addresses: Iterable[str]) -> Lock:
+        """The value that says "all of `fence` are shut out for good", with `addresses` as those still on record."""
+        return replace(self, state=LockState.STARTING, fence=tuple(addresses))
+
+    def broken(self, *, forget_clients: bool = False) -> Lock:
+        """The value that says "whoever shall run it may take this" (law 7), with all that there is to fence.
+
+        Args:
+            forget_clients: leave out what there is to fence: that storage is gone for good.
+        """
+        lock = replace(self, state=LockState.BROKEN)
+        return replace(lock, clients=(), fence=()) if forget_clients else lock
+
+    @property
+    def is_unfenced(self) -> bool:
+        """Whether addresses of earlier incarnations may not have been shut out yet: it is not to be let go of."""
+        if self.state is LockState.BROKEN:
+            return bool(self.fence)
+        return self.state is LockState.FENCING
 
 
 def take(
@@ -90,8 +116,11 @@ def take(
     incarnation: str,
     storage: Storage,
     epoch_floor: int = 0,
+    closed: bool = False,
 ) -> Lock:
-    """The value with which `host` takes a lock that is free, or left over from its own dead incarnation.
+    """The value with which `host` takes a lock: a free one, its own dead incarnation's, or a dead host's (law 4).
+
+    Every address that was ever recorded goes on with it, so a taker that dies before it has fenced loses none.
 
     Args:
         previous: the value that is replaced, None for an absent key.
@@ -100,18 +129,30 @@ def take(
         incarnation: name of the QEMU process to come.
         storage: what that process may write to.
         epoch_floor: the last epoch known from elsewhere (the status key), for a lock that was deleted.
+        closed: the process of `previous` is proven gone, and has closed its disks in order: nothing of it is left.
     """
-    unproven = () if previous is None else tuple(dict.fromkeys((*previous.fence, *previous.clients)))
+    unproven = (
+        () if previous is None else tuple(dict.fromkeys((*previous.fence, *(() if closed else previous.clients))))
+    )
+    taken_from = None if previous is None else _taken_from(previous, host, boot_id)
     last = epoch_floor if previous is None else max(previous.epoch, epoch_floor)
     return Lock(
         host=host,
         boot_id=boot_id,
         epoch=last + 1,
-        state=LockState.FENCING if unproven else LockState.STARTING,
+        state=LockState.FENCING if unproven or taken_from is not None else LockState.STARTING,
         incarnation=incarnation,
         fence=unproven,
         storage=storage,
+        taken_from=taken_from,
     )
+
+
+def _taken_from(previous: Lock, host: HostName, boot_id: str) -> str | None:
+    """Whose disks may still be open; None when `previous` had none, or was this boot's own."""
+    if (previous.host, previous.boot_id) == (host, boot_id):
+        return previous.taken_from
+    return None if previous.storage is Storage.NONE else previous.host
 
 
 class Claim(Enum):
@@ -122,6 +163,7 @@ class Claim(Enum):
     MINE = "names my incarnation"
     LEFTOVER = "names an earlier incarnation of this host"
     STRANGER = "names another host"
+    BROKEN = "was broken by an operator"
     UNREADABLE = "is no lock that this release understands"
 
 
@@ -157,6 +199,8 @@ class LockView:
         lock = self.lock
         if lock is None:
             return Claim.UNREADABLE
+        if lock.state is LockState.BROKEN:
+            return Claim.BROKEN
         if lock.host != host:
             return Claim.STRANGER
         return Claim.MINE if incarnation is not None and lock.incarnation == incarnation else Claim.LEFTOVER

@@ -201,6 +201,7 @@ class Wish:
     Attributes:
         host: the value of `host`, or None without that key (or with one that is no host name).
         host_revision: `mod_revision` of the `host` key, 0 without one.
+        hosts: those that may take it over by themselves, in order.
         power: None when the key is there and holds neither `on` nor `off`.
         power_revision: `mod_revision` of the `power` key, 0 without one.
         restart_request: the value of that key.
@@ -215,6 +216,7 @@ class Wish:
     instance: InstanceId
     host: str | None = None
     host_revision: int = 0
+    hosts: tuple[str, ...] = ()
     power: Power | None = Power.ON
     power_revision: int = 0
     restart: RestartPolicy = RestartPolicy.ALWAYS

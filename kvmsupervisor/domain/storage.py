@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
 
 
 def storage_of(spec: Spec) -> Storage:
@@ -21,6 +21,28 @@ def storage_of(spec: Spec) -> Storage:
     if not _all_harmless(spec.extra_flags):
         return Storage.UNFENCEABLE
     return Storage.NONE if all(disk.rbd.ro for disk in spec.all_disks) else Storage.RBD
+
+
+def images_of(spec: Spec) -> tuple[RbdDisk, ...]:
+    """The RBD images that QEMU has open for writing when it runs `spec`: all by which it can be told, and fenced."""
+    variables = nvram_of(spec)
+    disks = tuple(disk.rbd for disk in spec.all_disks if not disk.rbd.ro)
+    return disks if variables is None else (*disks, variables)
+
+
+def growable(spec: Spec) -> dict[str, RbdDisk]:
+    """The images that a running machine may see grow, by the name of their block node (`hardware.disks`)."""
+    return {f"disk{disk.number}": disk.rbd for disk in spec.all_disks if not disk.rbd.ro}
+
+
+def nvram_of(spec: Spec) -> RbdDisk | None:
+    """The RBD image of the machine's UEFI variables, beside its first disk; None when they lie on its host.
+
+    A first disk that is read only may be many machines', which cannot have their variables in one image.
+    """
+    if spec.firmware is not Firmware.UEFI or spec.rbd is None or spec.rbd.ro:
+        return None
+    return RbdDisk(spec.rbd.pool, f"{spec.rbd.image}.nvram")
 
 
 def _all_harmless(words: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -24,6 +25,7 @@ class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
     LOOK = "read lock and status again, because no watch would tell"
+    WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
     FENCE = "fence every address of earlier incarnations"
@@ -34,6 +36,7 @@ class Action(Enum):
     RECORD = "write pid and addresses into the lock"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
+    GROW = "look whether its images were grown, and tell QEMU"
     POWERDOWN = "press the power button"
     QUIT = "tell QEMU to end"
     KILL = "SIGKILL through the pidfd, on purpose"
@@ -64,6 +67,7 @@ class Process:
         run_state: QMP's, as last told; None when never told to this supervisor.
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
+        grow_at: when its images are to be looked at again; never for a machine without.
         silent_since: since when it owes an answer, None when it answers.
         stopping: how far a stop has come, None when none was begun.
         asked: whether this supervisor has asked it to end; its end is no failure then.
@@ -76,6 +80,7 @@ class Process:
     run_state: str | None = None
     connect_at: float = 0.0
     probe_at: float = 0.0
+    grow_at: float = math.inf
     silent_since: float | None = None
     stopping: Stopping | None = None
     asked: bool = False
@@ -84,6 +89,23 @@ class Process:
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
         return self.run_state == NEVER_RAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferral:
+    """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
+
+    Attributes:
+        until: when it has waited long enough, CLOCK_BOOTTIME.
+        told: the same for people.
+        ask_at: when storage is to be asked again.
+        watchers: who has the disks open, as last told; None before that.
+    """
+
+    until: float
+    told: str
+    ask_at: float
+    watchers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +127,7 @@ class View:
         lock: as last seen.
         planned: incarnation that the lock was taken for and that has no process yet.
         holder_has_session: of the lock's host; None when not known.
+        deferral: how long a takeover has waited, None when it has not begun to.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
@@ -134,6 +157,7 @@ class View:
     lock: LockView = field(default_factory=LockView)
     planned: str | None = None
     holder_has_session: bool | None = None
+    deferral: Deferral | None = None
     holdover: int | None = None
     claimed_by: HostName | None = None
     looked: bool = True

@@ -39,6 +39,7 @@ DISKS = 16
 
 WISH_KEYS = (
     "host",
+    "hosts",
     "ram",
     "mac",
     "bridge",
@@ -73,6 +74,9 @@ FREE_KEY = "description"
 FREE_KEY_PREFIX = "x-"
 """Keys that are for people: never looked at."""
 
+CANDIDATES = 16
+"""Hosts that may take an instance over by themselves. Arbitrary: the last of them would wait for more than a minute."""
+
 UNKNOWN_KEYS_NAMED = 20
 """Unknown keys that the problem names; the others are counted. Arbitrary: they still fit on a screen."""
 
@@ -105,6 +109,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         return Wish(instance=instance)
     reader = _Reader(keys)
     host = reader.read("host", values.host_name, None)
+    hosts = reader.read("hosts", _hosts, ())
     power = reader.read("power", _power, Power.ON)
     restart = reader.read("restart", _restart, RestartPolicy.ALWAYS)
     restart_request = reader.read("restart_request", _restart_request, None)
@@ -139,6 +144,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         instance=instance,
         host=host,
         host_revision=reader.revision("host"),
+        hosts=hosts,
         power=None if "power" in reader.problems else power,
         power_revision=reader.revision("power"),
         restart=restart,
@@ -281,6 +287,19 @@ def suggest_wish(name: str) -> str | None:
 def _with_suggestion(key: bytes) -> str:
     near = suggest_wish(key[:SHOWN_LENGTH].decode(errors="replace"))
     return show_bytes(key) if near is None else f"{show_bytes(key)} (did you mean {near}?)"
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    """The candidates for a takeover."""
+    wanted = f"it is one to {CANDIDATES} different host names in the order in which they are asked, such as node2 node3"
+    names = [word for word in re.split(r"[\s,]+", text) if word]
+    try:
+        found = tuple(values.host_name(name) for name in names)
+    except Unfit as unfit:
+        raise Unfit(wanted) from unfit
+    if not 0 < len(found) <= CANDIDATES or len(set(found)) < len(found):
+        raise Unfit(wanted)
+    return found
 
 
 def _text(value: bytes) -> str:

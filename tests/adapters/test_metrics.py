@@ -103,7 +103,7 @@ def busy(supervisor: Supervisor) -> None:
         metrics.exited(ONE, reason)
     metrics.internal_error(TWO)
     metrics.adopted()
-    metrics.fenced()
+    metrics.fenced(1)
     metrics.took_over()
     metrics.migrated(MigrationResult.COMPLETED)
 

@@ -285,6 +285,21 @@ async def test_short_logs_are_left_alone_and_none_may_be_kept(directory: Instanc
     }
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_the_key_is_for_its_group_only(directory: InstanceDir, umask: int) -> None:
+    """DESIGN §5: never readable for others, whatever the umask; a key of before, and its mode, are replaced."""
+    directory.ceph_key.write_text("an older one")
+    directory.ceph_key.chmod(0o666)
+    before = os.umask(umask)
+    try:
+        where = directory.write_ceph_key("AQB+Fg==", group=os.getegid())
+    finally:
+        os.umask(before)
+    assert where == directory.ceph_key
+    assert (where.read_text(), where.stat().st_mode & 0o777, where.stat().st_gid) == ("AQB+Fg==", 0o640, os.getegid())
+    assert [entry.name for entry in directory.path.iterdir()] == ["ceph.key"]
+
+
 # --- a host that drains ---------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,10 @@ def json_of(words: Sequence[str], option: str) -> list[dict[str, Any]]:
 
 
 def test_disks() -> None:
-    """Law: RBD images are raw virtio disks, cached write-back, the first one booted; options reach their nodes."""
+    """Law: RBD images are raw virtio disks, cached write-back, the first one booted; options reach their nodes.
+
+    An I/O error stops the guest: it means that this QEMU was fenced.
+    """
     spec = replace(
         TINY,
         rbd=RbdDisk("rbd", "vm1"),
@@ -154,11 +157,27 @@ def test_disks() -> None:
         {"qom-type": "throttle-group", "id": "disk15-limit", "limits": {"iops-total": 500}}
     ]
     assert {
-        "virtio-blk-pci,id=disk0-dev,drive=disk0,write-cache=on,bootindex=0,addr=0x11",
+        "virtio-blk-pci,id=disk0-dev,drive=disk0,write-cache=on,werror=stop,rerror=stop,bootindex=0,addr=0x11",
         "pci-bridge,id=more0,chassis_nr=1,addr=0x16",
-        "virtio-blk-pci,id=disk2-dev,drive=disk2,write-cache=on,bus=more0,addr=0xa",
-        "virtio-blk-pci,id=disk15-dev,drive=disk15,write-cache=on,bus=more0,addr=0x17",
+        "virtio-blk-pci,id=disk2-dev,drive=disk2,write-cache=on,werror=stop,rerror=stop,bus=more0,addr=0xa",
+        "virtio-blk-pci,id=disk15-dev,drive=disk15,write-cache=on,werror=stop,rerror=stop,bus=more0,addr=0x17",
     } < set(values_of(words, "-device"))
+
+
+def test_disks_of_a_client_with_a_key() -> None:
+    """Law: the key comes from a file, and is not on the command line; what has no disk needs none."""
+    spec = replace(TINY, rbd=RbdDisk("rbd", "vm1"), firmware=Firmware.UEFI)
+    ceph = Ceph(user="vm", conf="/etc/ceph/ceph.conf")
+    nvram = Nvram(rbd=RbdDisk("rbd", "vm1.nvram"))
+    words = argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), ceph_key="/run/a,b/ceph.key", nvram=nvram)
+    (secret,) = json_of(words, "-object")
+    assert secret == {"qom-type": "secret", "id": "ceph0", "file": "/run/a,b/ceph.key", "format": "base64"}
+    _, variables, disk = json_of(words, "-blockdev")
+    for node in (variables["file"], disk):
+        assert (node["user"], node["conf"]) == ("vm", "/etc/ceph/ceph.conf")
+        assert (node["key-secret"], node["auth-client-required"]) == ("ceph0", ["cephx"])
+    assert "-object" not in argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), nvram=nvram)
+    assert "-object" not in argv(TINY, replace(HOST, ceph=ceph), ceph_key="/run/a,b/ceph.key")
 
 
 def test_media_and_ignition() -> None:

@@ -37,6 +37,8 @@ from kvmsupervisor.domain.argv import (
 from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
+from tests.support.ceph import POOL
+from tests.support.ceph import Ceph as Cluster
 
 VM = InstanceId("vm-1")
 UUID = instance_uuid("/kvm", VM)
@@ -204,6 +206,21 @@ def test_machine_with_spice(run_dir: Path, machine_type: str) -> None:
         )
         assert machine.ask("query-status")["status"] == "prelaunch"
         assert len(machine.ask("query-cpus-fast")) == 2
+
+
+def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Cluster, ceph_image: str) -> None:
+    """Law: the disk is the image, written back and flushed, open for writing; an I/O error stops the guest."""
+    (run_dir / "a,key").write_text(ceph.ceph("auth", "get-key", "client.admin"))
+    host = replace(HOST, ceph=Ceph(user="admin", conf=str(ceph.conf)))
+    with ExitStack() as stack:
+        spec = Spec(ram_mib=64, rbd=RbdDisk(pool=POOL, image=ceph_image))
+        machine = Machine(stack, run_dir, spec, host=host, ceph_key=str(run_dir / "a,key"))
+        assert machine.ask("query-status")["status"] == "prelaunch"
+        (disk,) = machine.ask("query-block")
+        assert disk["inserted"]["cache"] == {"no-flush": False, "direct": False, "writeback": True}
+        assert (disk["inserted"]["drv"], disk["inserted"]["ro"]) == ("rbd", False)
+        assert disk["inserted"]["image"]["virtual-size"] == 8 << 20
+        assert len(ceph.watchers(f"{POOL}/{ceph_image}")) == 1
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0", "::"])

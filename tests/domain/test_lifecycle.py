@@ -22,7 +22,7 @@ from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage,
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import NEVER_RAN, Action, Process, Stopping, View
+from kvmsupervisor.domain.view import NEVER_RAN, Action, Deferral, Process, Stopping, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -78,6 +78,9 @@ STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
 BAD = replace(WISH, spec=None, problems=(Problem("ram", "'x'", "a size"),))
 ENDED = Ended(reason="guest-shutdown", clean=True, host_revision=5, power_revision=0, restart_request=None)
+
+ON_RBD = replace(locked(host=OTHER), storage=Storage.RBD, clients=("192.0.2.1:0/1",))
+WAITED = Deferral(until=160.0, told="12:00", ask_at=102.0, watchers=("192.0.2.1:0/1",))
 
 TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("an ended process is taken to the books first",
@@ -177,8 +180,41 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("also when nobody knows of a session", view(lock=seen(locked(host=OTHER))), Phase.WAITING, None),
     ("law 7: what has nothing to lose is taken from the dead", view(lock=seen(locked(host=OTHER)),
      holder_has_session=False, slot=True), Phase.WAITING, Action.TAKE),
-    ("law 4: what has disks is not", view(lock=seen(replace(locked(host=OTHER), storage=Storage.RBD)),
-     holder_has_session=False, slot=True), Phase.WAITING, None),
+    ("law 4: of what has disks, storage is asked first", view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
+     Phase.WAITING, Action.WATCH),
+    ("law 4: not without a session of our own", view(lock=seen(ON_RBD), holder_has_session=False, session_held=False),
+     Phase.WAITING, None),
+    ("law 4: nor while Ceph is away", view(lock=seen(ON_RBD), holder_has_session=False, etcd_at=102.0,
+     etcd_trouble="Ceph does not answer"), Phase.WAITING, None),
+    ("law 4: while its disks are in use it is waited for", view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+     deferral=WAITED), Phase.WAITING, None),
+    ("law 4: and storage is asked again", view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED,
+     now=102.0), Phase.WAITING, Action.WATCH),
+    ("law 4: an answer that did not come is not \"nobody\"", view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+     deferral=replace(WAITED, watchers=None)), Phase.WAITING, None),
+    ("law 4: nor for longer than the wait", view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+     deferral=replace(WAITED, watchers=None), now=160.0), Phase.WAITING, Action.TAKE),
+    ("law 4: what nobody uses is taken at once", view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+     deferral=replace(WAITED, watchers=())), Phase.WAITING, Action.TAKE),
+    ("law 4: not for ever", view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED, now=160.0),
+     Phase.WAITING, Action.TAKE),
+    ("law 4: a holder that is back is waited for", view(lock=seen(ON_RBD), holder_has_session=True, slot=True,
+     deferral=WAITED, now=160.0), Phase.WAITING, None),
+    ("law 4: what is not fenced yet is not let go of", view(wish=OFF, planned="x",
+     lock=seen(locked(state=LockState.FENCING, pid=None))), Phase.STOPPED, Action.FENCE),
+    ("law 7: a broken lock is taken", view(slot=True, lock=seen(locked(host=OTHER, state=LockState.BROKEN)),
+     holder_has_session=False), Phase.STARTING, Action.TAKE),
+    ("law 7: but from nobody who is back", view(slot=True, lock=seen(locked(host=OTHER, state=LockState.BROKEN)),
+     holder_has_session=True), Phase.WAITING, None),
+    ("law 7: our own broken one, too", view(slot=True, lock=seen(locked(state=LockState.BROKEN))), Phase.STARTING,
+     Action.TAKE),
+    ("law 7: or let go of", view(wish=OFF, lock=seen(locked(state=LockState.BROKEN))), Phase.STOPPED, Action.RELEASE),
+    ("law 7: another's is left to those who shall run it", view(wish=replace(WISH, host=OTHER),
+     lock=seen(locked(host=OTHER, state=LockState.BROKEN))), Phase.STOPPED, Action.FORGET),
+    ("law 7: under a QEMU, it kills", view(process=running(), lock=seen(locked(state=LockState.BROKEN))), Phase.STOPPING,
+     Action.KILL),
+    ("images are looked at now and then", view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
+     Action.GROW),
     ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER), storage=Storage.UNFENCEABLE)),
      holder_has_session=False, slot=True), Phase.WAITING, None),
     ("an unreadable lock counts as held", view(lock=LockView(known=True, data=b"?", as_of=9), slot=True), Phase.WAITING, None),
@@ -207,6 +243,8 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("media are made before the lock is taken, without a slot", view(prepared=False), Phase.STARTING, Action.PREPARE),
     ("and again after a start that failed", view(prepared=False, planned="x", slot=True,
      lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING, Action.PREPARE),
+    ("and again after something was missing", view(prepared=False, obstacle="no image", start_at=100.0), Phase.WAITING,
+     Action.PREPARE),
     ("but not while a stranger holds the lock", view(prepared=False, lock=seen(locked(host=OTHER))), Phase.WAITING, None),
     ("too early is backoff", view(memory=Memory(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
      Phase.BACKOFF, None),
@@ -264,6 +302,11 @@ class Qemu:
     ran: bool = False
     end: Exit | None = None
 
+    @property
+    def address(self) -> str:
+        """Of its storage client."""
+        return f"192.0.2.1:0/{self.pid}"
+
 
 @dataclass
 class World:
@@ -282,6 +325,10 @@ class World:
     steps: int = 0
     names: Iterator[int] = field(default_factory=itertools.count)
     epochs: list[int] = field(default_factory=list)
+    storage: Storage = Storage.NONE
+    elsewhere: set[str] = field(default_factory=set)
+    watched: bool = False
+    fenced: set[str] = field(default_factory=set)
 
     def step(self, change: Callable[[], object]) -> None:
         change()
@@ -298,6 +345,11 @@ class World:
             if qemu.ran:
                 assert self.lock is not None, "a guest runs without a lock"
                 assert (self.lock.incarnation, self.lock.pid) == (qemu.incarnation, qemu.pid), "law 3"
+                if self.storage is Storage.RBD:
+                    assert self.lock.clients == (qemu.address,), "law 3"
+                assert self.elsewhere <= self.fenced, "law 4"
+                crashed = {q.address for q in self.qemus if q.end is not None and q.end.kind is ExitClass.CRASHED}
+                assert self.storage is Storage.NONE or crashed <= self.fenced, "law 4"
         assert self.epochs == sorted(set(self.epochs)), "epochs grow by incarnation"
 
     @property
@@ -316,6 +368,7 @@ class Supervisor:
         self.connected = False
         self.run_state: str | None = None
         self.prepared = False
+        self.deferral: Deferral | None = None
         self.record = world.disk_record
         self.memory = world.disk_memory
         self.qemu: Qemu | None = None
@@ -345,7 +398,7 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def act(self, action: Action) -> None:  # noqa: C901, PLR0912 - one branch per action
@@ -353,14 +406,21 @@ class Supervisor:
         match action:
             case Action.PREPARE:
                 world.step(lambda: setattr(self, "prepared", True))
+            case Action.WATCH:
+                until = self.deferral.until if self.deferral else world.now + 60.0
+                watchers = tuple(sorted(world.elsewhere)) if world.watched else ()
+                self.deferral = Deferral(until=until, told="", ask_at=world.now + 2.0, watchers=watchers)
             case Action.TAKE:
                 self.planned = f"i{next(world.names)}"
-                lock = take(world.lock, host=ME, boot_id=BOOT, incarnation=self.planned, storage=Storage.NONE,
+                lock = take(world.lock, host=ME, boot_id=BOOT, incarnation=self.planned, storage=world.storage,
                             epoch_floor=world.status_epoch)  # fmt: skip
                 world.step(lambda: self.write(lock))
             case Action.FENCE:
                 assert world.lock is not None
-                fenced = replace(world.lock, state=LockState.STARTING)
+                users = [*world.elsewhere] if world.lock.taken_from is not None else []
+                for address in (*world.lock.fence, *users):
+                    world.step(lambda shut_out=address: world.fenced.add(shut_out))  # type: ignore[misc]
+                fenced = world.lock.fenced(dict.fromkeys((*world.lock.fence, *users)))
                 world.step(lambda: self.write(fenced))
             case Action.SPAWN:
                 self.spawn()
@@ -371,7 +431,7 @@ class Supervisor:
             case Action.RECORD:
                 assert world.lock is not None
                 assert self.qemu is not None
-                recorded = world.lock.recorded(pid=self.qemu.pid, starttime=9, clients=())
+                recorded = world.lock.recorded(pid=self.qemu.pid, starttime=9, clients=self.clients())
                 world.step(lambda: self.write(recorded))
             case Action.CONTINUE:
                 assert self.qemu is not None
@@ -401,7 +461,7 @@ class Supervisor:
                 epoch = world.lock.epoch if world.lock else 0
                 world.step(lambda: self.write(None, epoch))
                 self.planned = None
-            case Action.GIVE_UP | Action.PROBE | Action.QUEUE | Action.LOOK | Action.FORGET:
+            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.FORGET:
                 raise AssertionError(action)
             case _:
                 assert_never(action)
@@ -413,6 +473,10 @@ class Supervisor:
             world.status_epoch = last_epoch
         elif lock.epoch not in world.epochs:
             world.epochs.append(lock.epoch)
+
+    def clients(self) -> tuple[str, ...]:
+        assert self.qemu is not None
+        return () if self.world.storage is Storage.NONE else (self.qemu.address,)
 
     def spawn(self) -> None:
         world = self.world
@@ -507,6 +571,11 @@ def crash(world: World) -> None:
     world.alive.end = Exit(ExitClass.CRASHED, "crashed (signal 9)")
 
 
+def crash_while_off(world: World) -> None:
+    crash(world)
+    world.wish = OFF
+
+
 def delete_everything(world: World) -> None:
     world.wish, world.lock, world.revision = GONE, None, world.revision + 1
 
@@ -523,6 +592,12 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "start, bad keys": start_then(wishes(BAD), live),
     "start, restart": start_then(wishes(replace(WISH, restart_request="r")), started),
     "start, crash": start_then(crash, started),
+}
+ON_CEPH: dict[str, Callable[[World], None]] = {
+    "start, crash": start_then(crash, started),
+    "start, crash, power off": start_then(crash_while_off, ended),
+    "take over, still in use": started,
+    "take over, then power off": start_then(wishes(OFF), ended),
 }
 UNGUARDED = {
     # Between the deletion and our writing it again nobody holds the lock, so the world's check does not apply.
@@ -551,6 +626,48 @@ def test_a_supervisor_may_die_after_any_step(name: str, deaths: int) -> None:
     assert sum(1 for _ in cuts(SCENARIOS[name], deaths)) >= (8 if deaths == 1 else 25)
 
 
+def taken_over(**options: object) -> World:
+    """A world in which another host holds the lock and has no session; two QEMUs may write there, one not on record."""
+    lock = replace(ON_RBD, epoch=7, fence=("192.0.2.1:0/7",))
+    elsewhere = {"192.0.2.1:0/1", "192.0.2.1:0/2", "192.0.2.1:0/7"}
+    return World(wish=WISH, storage=Storage.RBD, lock=lock, elsewhere=elsewhere, watched=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+@pytest.mark.parametrize("name", ON_CEPH)
+def test_a_taker_may_die_after_any_step(name: str, deaths: int) -> None:
+    """Law 4: whatever step a taker dies after, and its successor too, each address is fenced before a guest runs.
+
+    Both those on record and those that storage alone names; a QEMU of our own that crashed is fenced likewise.
+    """
+    scenario = ON_CEPH[name]
+
+    def make(died: tuple[int, ...]) -> World:
+        if "take over" in name:
+            return taken_over(die_after=set(died))
+        return World(wish=WISH, storage=Storage.RBD, die_after=set(died))
+
+    whole = make(())
+    scenario(whole)
+    survived = 0
+    for died in itertools.combinations(range(1, whole.steps + 3), deaths):
+        scenario(make(died))
+        survived += 1
+    assert survived >= (8 if deaths == 1 else 25)
+
+
+def test_a_lock_that_is_not_fenced_is_never_let_go_of() -> None:
+    """Law 4: a taker whose wish changes before it has fenced does that first: the next holder finds nothing to fence."""
+    world = taken_over()
+    supervisor = Supervisor(world)
+    world.now += 100.0
+    supervisor.act(Action.WATCH)
+    supervisor.act(Action.TAKE)
+    world.wish = GONE
+    ended(world)
+    assert world.elsewhere - {"192.0.2.1:0/2"} <= world.fenced
+
+
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_deaf_guest_is_forced_whoever_dies(deaths: int) -> None:
     """A guest that ignores the power button ends by force, also when supervisors die meanwhile."""
@@ -575,13 +692,14 @@ def test_the_model_notices_a_guest_without_a_record() -> None:
 
 
 def test_claims() -> None:
-    """What a lock means: free, mine, an earlier one of mine, a stranger's, unreadable, unread."""
+    """What a lock means: free, mine, an earlier one of mine, a stranger's, broken, unreadable, unread."""
     claims = {
         Claim.UNKNOWN: LockView(),
         Claim.ABSENT: seen(None),
         Claim.MINE: seen(locked()),
         Claim.LEFTOVER: seen(locked(name="y")),
         Claim.STRANGER: seen(locked(host=OTHER)),
+        Claim.BROKEN: seen(locked(state=LockState.BROKEN)),
         Claim.UNREADABLE: LockView(known=True, data=b'{"version":2}', as_of=1),
     }
     assert {claim: found.claim(host=ME, incarnation="x") for claim, found in claims.items()} == {c: c for c in Claim}

@@ -109,7 +109,8 @@ def test_no_address_is_forgotten_before_it_is_fenced(previous: Lock) -> None:
     lock = taken(previous)
     assert set(lock.fence) == {*previous.fence, *previous.clients}
     assert len(lock.fence) == len(set(lock.fence))
-    assert lock.state is (LockState.FENCING if lock.fence else LockState.STARTING)
+    fences = lock.fence or lock.taken_from is not None
+    assert lock.state is (LockState.FENCING if fences else LockState.STARTING)
     assert (lock.pid, lock.starttime, lock.clients) == (None, None, ())
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
-from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.storage import images_of, nvram_of, storage_of
 
 RBD = RbdDisk(pool="rbd", image="vm1")
 READ_ONLY = RbdDisk(pool="rbd", image="vm2", ro=True)
@@ -81,6 +82,23 @@ def test_anything_else_cannot_be_fenced(flags: str) -> None:
     words = tuple(shlex.split(flags, posix=True)) if "{" not in flags else tuple(flags.split(" "))
     assert storage_of(Spec(ram_mib=64, extra_flags=words)) is Storage.UNFENCEABLE
     assert storage_of(Spec(ram_mib=64, rbd=RBD, extra_flags=words)) is Storage.UNFENCEABLE
+
+
+def test_the_images_of_a_machine() -> None:
+    """Law 3: those that it has open for writing, whose watchers are its clients; its UEFI variables are one of them."""
+    other, shared = RbdDisk("p", "data"), RbdDisk("p", "tools", ro=True)
+    spec = Spec(ram_mib=64, rbd=RBD, disks=(Disk(1, shared), Disk(3, other)))
+    assert images_of(spec) == (RBD, other)
+    assert images_of(replace(spec, firmware=Firmware.UEFI)) == (RBD, other, RbdDisk("rbd", "vm1.nvram"))
+    assert images_of(Spec(ram_mib=64)) == ()
+
+
+def test_where_uefi_variables_are() -> None:
+    """Law: beside the first disk when that is in Ceph and the machine's own; otherwise on its host."""
+    assert nvram_of(Spec(ram_mib=64, rbd=RBD)) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI)) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=replace(RBD, ro=True))) is None
+    assert nvram_of(Spec(ram_mib=64, firmware=Firmware.UEFI, rbd=RBD)) == RbdDisk("rbd", "vm1.nvram")
 
 
 def test_any_disk_that_can_be_written_counts() -> None:

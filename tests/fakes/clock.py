@@ -53,6 +53,9 @@ class FakeClock(Clock):
     def wall(self) -> str:
         return (EPOCH + timedelta(seconds=self._now)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
+    def wall_after(self, seconds: float) -> str:
+        return (EPOCH + timedelta(seconds=self._now + seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
     async def sleep_until(self, instant: float) -> None:
         if instant <= self._now:
             await asyncio.sleep(0)

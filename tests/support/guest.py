@@ -18,7 +18,7 @@ import pytest
 
 from kvmsupervisor.cli.demo_guest import Guest, build_guest, cpio
 
-ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "guest"
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def guest() -> Iterator[Guest]:
 
     It is a copy where any user can read it, as a QEMU of another user has to: the checkout may be in root's home.
     """
-    built = build_guest(ROOT / ".cache" / "guest")
+    built = build_guest(CACHE)
     folder = Path(tempfile.mkdtemp(prefix="kvs"))
     try:
         folder.chmod(0o755)

@@ -28,10 +28,11 @@ from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
-from kvmsupervisor.surroundings import Diskless, Surroundings
+from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.storage import FakeDisks, FakeStorage
 
 ONE = InstanceId("1")
 LAYOUT = Layout()
@@ -122,6 +123,9 @@ class Host:
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
         self.side: dict[str, Any] = {}
+        self.fencing = FakeStorage()
+        self.disks = FakeDisks()
+        self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
         self.phases: list[Phase] = []
         self.errors: list[BaseException] = []
         self._tasks: list[asyncio.Task[Any]] = []
@@ -223,17 +227,20 @@ class Host:
                 user=None,
                 types=KnownTypes(),
                 homes=Nowhere(survives_container=True),
+                disks=self.disks,
             ),
+            disks=self.disks,
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
             metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
-            fencing=Diskless(),
+            fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
+            recorded_for=self.recorded_for,
         )
 
     # What is seen.

@@ -1,0 +1,369 @@
+"""Ceph through its own tools, `rbd` and `ceph`: images, who uses them, and shutting clients out.
+
+Each call is a process of its own with a deadline; it is killed and reaped when that passes, or when the caller is
+cancelled. Why not the C bindings: docs/decisions/0013-ceph-by-its-tools.md. What the tools print is read in
+`domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further errors are named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from kvmsupervisor.domain.ceph import (
+    EXCLUSIVE_LOCK,
+    Client,
+    ImageInfo,
+    Trouble,
+    client_address,
+    keyring_paths,
+    last_words,
+    parse_added,
+    parse_blocklist,
+    parse_info,
+    parse_keyring,
+    parse_lock_owners,
+    parse_watchers,
+    trouble,
+)
+from kvmsupervisor.domain.records import Unfit
+from kvmsupervisor.domain.spec import RbdDisk
+
+ANSWER_S = 10.0
+"""How long one call may take. A healthy cluster answers `rbd` in 0.05 s and `ceph` in 0.3 to 1 s (a change waits for
+the monitors' next proposal, `paxos_propose_interval`); one that is electing a monitor needs some seconds."""
+
+IMPORT_S = 60.0
+"""How long it may take to write a small image, onto disks that are busy recovering."""
+
+FENCE_S = 365 * 86_400.0
+"""Expiry of a fence: a year. It must outlast any host that is frozen and wakes up; law 4 wants 30 days at least. Ceph's
+own default of an hour has been seen to let two writers through. An entry is one line in the OSD map."""
+
+FENCE_MIN_S = 30 * 86_400.0
+"""The shortest expiry that counts as a fence (law 4)."""
+
+ADDS_AT_ONCE = 4
+"""Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 40 MB."""
+
+KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
+"""What the tools inherit. `ceph` is a program for the system's Python: the variables of our own would break it."""
+
+_T = TypeVar("_T")
+
+
+class CephError(Exception):
+    """It was not done, or is not known. The subclasses say what to do next; the message is for people."""
+
+
+class CephAway(CephError):
+    """The cluster does not answer: wait and ask again."""
+
+
+class CephRefused(CephError):
+    """The cluster refuses this client, or cannot be found from its settings: an operator has to mend something."""
+
+
+class NoSuchImage(CephError):
+    """The image, or its pool, is not there: the wish names the wrong one, or it is still to be made."""
+
+
+class CephFailed(CephError):
+    """A tool failed otherwise, or says what is not understood."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CephAccess:
+    """How this host reaches its cluster.
+
+    Attributes:
+        user: the client's id, without `client.` (`CEPH_ID`).
+        conf: path of ceph.conf (`CEPH_CONF`); None for where Ceph looks by itself.
+        keyring: path of the client's keyring; None for where ceph.conf says.
+    """
+
+    user: str = "admin"
+    conf: str | None = None
+    keyring: str | None = None
+
+    @property
+    def entity(self) -> str:
+        """The client's whole name."""
+        return f"client.{self.user}"
+
+
+class Ceph:
+    """The cluster as one client sees it. Holds no connection."""
+
+    def __init__(self, access: CephAccess, *, answer_s: float = ANSWER_S) -> None:
+        self.access = access
+        self._answer_s = answer_s
+
+    # --- images -----------------------------------------------------------------------------------------------
+
+    async def image_info(self, image: RbdDisk) -> ImageInfo:
+        """Size and features of an image.
+
+        Raises:
+            NoSuchImage: it, or its pool, is not there.
+        """
+        return await self._ask(parse_info, "rbd", "info", *_located(image), "--format", "json")
+
+    async def watchers(self, image: RbdDisk) -> frozenset[Client]:
+        """Who has the image open for writing. A client that died is forgotten after 30 s, one that is fenced at once.
+
+        Raises:
+            NoSuchImage: it, or its pool, is not there.
+        """
+        return await self._ask(parse_watchers, "rbd", "status", *_located(image), "--format", "json")
+
+    async def lock_owners(self, image: RbdDisk) -> frozenset[Client]:
+        """Who holds the image's exclusive lock, dead or alive: it stays when a client dies, or is fenced.
+
+        Raises:
+            NoSuchImage: it, or its pool, is not there.
+        """
+        return await self._ask(parse_lock_owners, "rbd", "lock", "ls", *_located(image), "--format", "json")
+
+    async def import_image(self, image: RbdDisk, file: Path) -> bool:
+        """Make an image of a small file, unless there is one; False when there was.
+
+        It appears as a whole: it is written under another name, which a call that was cut off leaves behind and the
+        next one takes away. Not for two callers at once; whoever holds the instance's lock is alone.
+
+        Raises:
+            NoSuchImage: there is no such pool.
+            CephAway: what was left behind counts as open for another 30 s; ask again.
+        """
+        try:
+            await self.image_info(image)
+        except NoSuchImage:
+            pass
+        else:
+            return False
+        aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
+        with contextlib.suppress(NoSuchImage):
+            await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
+        features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
+        target = ("--dest-pool", aside.pool, "--dest", aside.image)
+        await self._run("rbd", "import", "--no-progress", *features, str(file), *target, limit_s=IMPORT_S)
+        destination = ("--dest-pool", image.pool, "--dest", image.image)
+        await self._run("rbd", "rename", *_located(aside), *destination)
+        return True
+
+    # --- shutting out -----------------------------------------------------------------------------------------
+
+    async def blocklist_add(self, clients: Iterable[str], expire_s: float = FENCE_S) -> Mapping[Client, datetime]:
+        """Shut out each client that is not shut out already; until when a new entry lasts, by the monitors' clock.
+
+        An entry that is there keeps its time: Ceph says the new one and does not take it (seen in 16.2: the map of
+        entries is added to, not written over). A client that was shut out never writes again through that connection,
+        once it has noticed, not even after its entry is gone.
+
+        Raises:
+            CephFailed: one is not the address of a single client (an entry for a whole host would hit everything on
+                it, OSDs included); nothing was added then.
+        """
+        slots = asyncio.Semaphore(ADDS_AT_ONCE)
+        until: dict[Client, datetime] = {}
+
+        async def add(client: Client) -> None:
+            command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
+            async with slots:
+                _, said = await self._run("ceph", *command)
+            with _understood("ceph", command):
+                until[client] = parse_added(said.decode(errors="replace"))
+
+        # Each is checked before the first is added.
+        await _together(*[add(client) for client in _exactly(clients)])
+        return until
+
+    async def blocklist_ls(self) -> Mapping[Client, datetime]:
+        """Who is shut out, and until when by the monitors' clock; entries for whole hosts are left out."""
+        return await self._ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
+
+    async def blocklist_rm(self, clients: Iterable[str]) -> None:
+        """Delete the entry of each client. Only when its process is proven gone (law 4), or to renew it at once.
+
+        `profile rbd` alone does not allow it; see docs/ceph.md.
+        """
+        for client in _exactly(clients):
+            await self._run("ceph", "osd", "blocklist", "rm", client)
+
+    async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
+        """Shut out each client for long, and read back that it is so (law 4).
+
+        An entry with a short expiry that was there before (librbd adds one for an hour when it breaks a lock, people
+        do by default) is replaced: a host that was frozen may wake up after it. Nothing else runs on the image yet.
+
+        Raises:
+            CephFailed: one is not listed afterwards, or is no address of a single client.
+            CephRefused: an entry is to be replaced, and this client may not.
+        """
+        assert expire_s >= FENCE_MIN_S, expire_s
+        wanted = _exactly(clients)
+        if not wanted:
+            return
+        short = await self._add_and_check(wanted, expire_s)
+        if short:
+            await self.blocklist_rm(short)
+            short = await self._add_and_check(short, expire_s)
+        if short:
+            raise CephFailed(f"the entries of {', '.join(short)} in `ceph osd blocklist ls` end in less than 30 days")
+
+    async def _add_and_check(self, clients: tuple[Client, ...], expire_s: float) -> tuple[Client, ...]:
+        """Add them; return those that are listed for a shorter time than counts as a fence."""
+        added = await self.blocklist_add(clients, expire_s)
+        listed = await self.blocklist_ls()
+        missing = [client for client in clients if client not in listed]
+        if missing:
+            raise CephFailed(f"`ceph osd blocklist ls` does not name {', '.join(missing)}, which were just added")
+        # Both times are the monitors': this host's clock may be wrong.
+        allowance = timedelta(seconds=expire_s - FENCE_MIN_S)
+        return tuple(client for client in clients if listed[client] < added[client] - allowance)
+
+    # --- the key ----------------------------------------------------------------------------------------------
+
+    async def key(self) -> str:
+        """The client's cephx key, base64, from the first keyring that it would look at.
+
+        Raises:
+            CephRefused: none can be read, or it is not in there.
+        """
+        paths = (self.access.keyring,) if self.access.keyring else await self._keyring_paths()
+        tried = []
+        for path in paths:
+            try:
+                text = await asyncio.to_thread(Path(path).read_text, encoding="utf-8", errors="replace")
+                return parse_keyring(text, self.access.entity)
+            except OSError as error:
+                tried.append(f"{path}: {error.strerror}")
+            except Unfit as error:
+                tried.append(f"{path}: {error}")
+        where = "; ".join(tried) or "no keyring is configured"
+        raise CephRefused(f"there is no key for {self.access.entity} ({where}): see `ceph auth get-or-create`")
+
+    async def _keyring_paths(self) -> tuple[str, ...]:
+        names = ("--name", self.access.entity, "--show-config-value", "keyring")
+        conf = () if self.access.conf is None else ("--conf", self.access.conf)
+        answer, _ = await self._execute("ceph-conf", *conf, *names)
+        return keyring_paths(answer.decode(errors="replace"))
+
+    # --- running tools ----------------------------------------------------------------------------------------
+
+    async def _ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
+        answer, _ = await self._run(program, *args)
+        with _understood(program, args):
+            return parse(answer)
+
+    async def _run(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
+        """Run a tool as this client; what it printed to its two outputs."""
+        access = self.access
+        who = ["--id", access.user]
+        if access.conf is not None:
+            who += ["--conf", access.conf]
+        if access.keyring is not None:
+            who += ["--keyring", access.keyring]
+        return await self._execute(program, *args, *who, limit_s=limit_s)
+
+    async def _execute(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
+        environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+        limit_s = self._answer_s if limit_s is None else max(limit_s, self._answer_s)
+        shown = _shown(program, args)
+        try:
+            tool = await asyncio.create_subprocess_exec(
+                program,
+                *args,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=environment,
+            )
+        except OSError as error:
+            raise CephRefused(f"cannot start {program}: {error.strerror or error}; it is in ceph-common") from error
+        try:
+            async with asyncio.timeout(limit_s):
+                answer, complaints = await tool.communicate()
+        except TimeoutError:
+            raise CephAway(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
+        finally:
+            if tool.returncode is None:
+                # It may have ended in this very moment.
+                with contextlib.suppress(ProcessLookupError):
+                    tool.kill()
+                # Reaped; reads what is in the pipes, so that these are closed, too.
+                await tool.communicate()
+        if tool.returncode != 0:
+            assert tool.returncode is not None
+            raise self._error(shown, tool.returncode, complaints.decode(errors="replace"))
+        return answer, complaints
+
+    def _error(self, shown: str, status: int, complaints: str) -> CephError:
+        words = last_words(complaints) or f"exit status {status}"
+        kind, cause = trouble(status, complaints)
+        told = f"`{shown}`: {words}"
+        because = f" ({cause})" if cause else ""
+        match kind:
+            case Trouble.AWAY:
+                return CephAway(f"Ceph does not answer{because}: {told}")
+            case Trouble.BUSY:
+                return CephAway(f"somebody has it open, or had until 30 s ago: {told}")
+            case Trouble.REFUSED:
+                return CephRefused(f"Ceph cannot be used as {self.access.entity}{because}: {told}; see docs/ceph.md")
+            case Trouble.NO_POOL | Trouble.NO_IMAGE:
+                return NoSuchImage(f"{cause}: {told}")
+            case Trouble.OLD:
+                return CephFailed(f"Ceph 16 or newer is needed{because}: `{shown}`")
+            case Trouble.EXISTS | Trouble.OTHER:
+                return CephFailed(told)
+
+
+def _located(image: RbdDisk) -> tuple[str, str, str, str]:
+    """An image as options: in `POOL/IMAGE` an `@` or another slash would mean more."""
+    return "--pool", image.pool, "--image", image.image
+
+
+def _exactly(clients: Iterable[str]) -> tuple[Client, ...]:
+    """Each client once, in the form in which they are compared.
+
+    Raises:
+        CephFailed: one is no address of a single client.
+    """
+    try:
+        return tuple(dict.fromkeys(client_address(client) for client in clients))
+    except Unfit as error:
+        raise CephFailed(f"cannot shut out what is not exactly one client: {error}") from error
+
+
+@contextlib.contextmanager
+def _understood(program: str, args: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
+    except Unfit as error:
+        raise CephFailed(f"`{_shown(program, args)}` says what is not understood: {error}") from error
+
+
+def _shown(program: str, args: Iterable[str]) -> str:
+    """A command for messages, as a person would type it."""
+    words = [program]
+    for word in args:
+        if word in {"--id", "--conf", "--keyring", "--format"}:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+async def _together(*steps: Coroutine[None, None, None]) -> None:
+    """Run all at once; when one fails the others are cancelled, and its error is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                group.create_task(step)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None

@@ -1,0 +1,102 @@
+"""`break-lock`: an operator's word that nothing of a host writes any more, where storage cannot see to that (law 7)."""
+
+from __future__ import annotations
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
+from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
+from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import note, printable
+from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.settings import Settings
+
+
+@click.command("break-lock")
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.option(
+    "--ceph-is-gone",
+    is_flag=True,
+    help="Also where its disks are in Ceph: that cluster is gone for good, so there is nothing to fence.",
+)
+@yes_option
+@pass_tools
+def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: bool) -> None:
+    """Let another host run an instance whose holder is gone, and whose disks no storage can fence.
+
+    This is your word that no QEMU of it runs any more: make sure that its host is off, or cannot reach the disks.
+    Names what is at stake and asks; without a terminal, --yes is needed. The host that the key `host` names takes
+    the lock then; should the old one come back, it kills what it has.
+    """
+
+    async def look(store: Store, settings: Settings) -> tuple[Instance, Cluster]:
+        return await read_instance(store, settings.layout, instance)
+
+    found, cluster = with_store(tools, look)
+    lock = _breakable(found, cluster, ceph_is_gone=ceph_is_gone)
+    click.echo(printable(_what_is_at_stake(found, lock)))
+    confirm(f"Is every QEMU of {instance} on {lock.host} certainly gone?", yes=yes)
+
+    async def work(store: Store, settings: Settings) -> bool:
+        assert found.lock is not None
+        return await write(store, settings.layout, found, lock.broken(forget_clients=ceph_is_gone))
+
+    if not with_store(tools, work):
+        raise Refused(f"the lock of {instance} has changed meanwhile, or {lock.host} is back: nothing was written")
+    click.echo(f"the lock of {instance} is broken")
+    if found.wish.host == lock.host:
+        note(f"its `host` is still {lock.host}: name another one for it to run there")
+
+
+async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:
+    """Write a broken lock in the place of the one that was read, if its holder has no session still."""
+    assert found.lock is not None
+    result = await store.txn(
+        [
+            Compare(layout.lock_key(found.id), Target.MOD_REVISION, found.lock.kv.mod_revision),
+            Compare(layout.session_key(HostName(broken.host)), Target.MOD_REVISION, 0),
+        ],
+        [Put(layout.lock_key(found.id), broken.to_json())],
+    )
+    return result.succeeded
+
+
+def _breakable(found: Instance, cluster: Cluster, *, ceph_is_gone: bool) -> Lock:
+    """The lock, if a word is needed to take it.
+
+    Raises:
+        Refused: it is not; the message says what is right instead.
+    """
+    if found.lock is None:
+        raise Refused(f"{found.id} has no lock: there is nothing to break")
+    lock = found.lock.lock
+    if lock is None:
+        raise Refused(f"the lock of {found.id} is not one that this release can read; once no host runs it, delete it")
+    if cluster.alive(lock.host):
+        raise Refused(
+            f"{lock.host}, which holds the lock of {found.id}, has a session: it stops it when its keys say so "
+            "(`host`, `power`)"
+        )
+    if lock.state is LockState.BROKEN and not ceph_is_gone:
+        raise Refused(f"the lock of {found.id} is broken already; the host that `host` names takes it")
+    if lock.storage is Storage.NONE:
+        raise Refused(f"{found.id} has no disk to lose: the host that `host` names takes its lock by itself")
+    if lock.storage is Storage.RBD and not ceph_is_gone:
+        raise Refused(
+            f"the disks of {found.id} are in Ceph: the host that `host` names takes its lock by itself, and fences "
+            "them. Only when that Ceph is gone for good: --ceph-is-gone"
+        )
+    return lock
+
+
+def _what_is_at_stake(found: Instance, lock: Lock) -> str:
+    pid = "" if lock.pid is None else f", process {lock.pid}"
+    last = "" if found.status is None else f" Last seen there: {found.status.phase.value}, {found.status.reason}."
+    return (
+        f"{found.id} is held by {lock.host} (epoch {lock.epoch}, {lock.state.value}{pid}), which has no session.{last}"
+        f"\nNothing can keep a QEMU that still runs on {lock.host} from writing: it may have lost no more than its "
+        "network. If one does, two machines write to one disk and destroy it."
+    )

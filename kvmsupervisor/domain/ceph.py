@@ -1,0 +1,301 @@
+"""What Ceph's tools print, read: images, who has them open, who is shut out, and what went wrong.
+
+Sources: rbd(8) and ceph(8) of Ceph 16 to 18 with `--format json`. All that comes from a tool may be anything: what
+is not understood raises `Unfit`, and nothing half-read is ever decided upon.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import NewType
+
+from kvmsupervisor.domain.records import Unfit
+from kvmsupervisor.domain.values import show
+
+Client = NewType("Client", str)
+"""One client of Ceph, `IP:PORT/NONCE`, as `client_address` writes it. The nonce is drawn when a program connects to
+the cluster, so it names one connection of one process, for good."""
+
+EXCLUSIVE_LOCK = "exclusive-lock"
+
+_TYPED = re.compile(r"(?:v1|v2|any):")
+_CLIENT = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})/([0-9]{1,10})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """An RBD image.
+
+    Attributes:
+        size: bytes.
+        features: as `rbd info` names them.
+    """
+
+    size: int
+    features: frozenset[str]
+
+    @property
+    def has_exclusive_lock(self) -> bool:
+        """Whether a client that was frozen leaves a trace in it (law 5)."""
+        return EXCLUSIVE_LOCK in self.features
+
+
+def leaves_no_trace(name: str) -> str:
+    """Law 5: what is said of an image without `exclusive-lock`."""
+    return (
+        f"the image {name} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
+        f"`rbd feature enable {name} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
+    )
+
+
+class Trouble(Enum):
+    """Why a tool failed, told apart by what helps."""
+
+    AWAY = "the cluster does not answer"
+    REFUSED = "the cluster refuses this client, or the client's settings are incomplete"
+    NO_POOL = "there is no such pool"
+    NO_IMAGE = "there is no such image"
+    EXISTS = "there is one already"
+    BUSY = "somebody has it open"
+    OLD = "the cluster is older than Ceph 16"
+    OTHER = "something else"
+
+
+# --- addresses ------------------------------------------------------------------------------------------------
+
+
+def client_address(text: str) -> Client:
+    """The address of one client, in the one form in which they are compared and given to `osd blocklist add`.
+
+    `v1:`, `v2:` and `any:` in front say by which protocol it came; the blocklist does not distinguish them, and the
+    tool of Ceph 16 does not understand all three.
+
+    Raises:
+        Unfit: it is none, or it would name a whole host: without a nonce, or with port and nonce 0, which stand for
+            all clients and daemons of that address.
+    """
+    found = _CLIENT.fullmatch(_TYPED.sub("", text, count=1))
+    if found is None:
+        raise Unfit(f"{show(text)} is no address of one client, such as 192.0.2.7:0/3710147553")
+    six, four, port, nonce = found.groups()
+    try:
+        address = ipaddress.ip_address(six or four)
+    except ValueError as error:
+        raise Unfit(f"{show(text)} begins with no IP address ({error})") from error
+    # `int` drops leading zeros, which Ceph would not print either.
+    if int(port) > 65535 or int(nonce) >= 1 << 32:
+        raise Unfit(f"{show(text)} has a port above 65535, or a nonce of more than 32 bits")
+    if int(nonce) == 0:
+        raise Unfit(f"{show(text)} has the nonce 0: it stands for everything at {address}, not for one client")
+    host = f"[{address}]" if address.version == 6 else str(address)
+    return Client(f"{host}:{int(port)}/{int(nonce)}")
+
+
+# --- what the tools print -------------------------------------------------------------------------------------
+
+
+def parse_info(data: bytes) -> ImageInfo:
+    """Read `rbd info --format json`."""
+    found = _object(_one(data))
+    features = found.get("features")
+    if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+        raise Unfit(f"features are {show(str(features))}, not a list of names")
+    size = found.get("size")
+    if type(size) is not int or size < 0:
+        raise Unfit(f"size is {show(str(size))}, not a number of bytes")
+    return ImageInfo(size=size, features=frozenset(features))
+
+
+def parse_watchers(data: bytes) -> frozenset[Client]:
+    """Read `rbd status --format json`: who has the image open for writing."""
+    watchers = _object(_one(data)).get("watchers")
+    if not isinstance(watchers, list):
+        raise Unfit("it has no list of watchers")
+    return frozenset(_addresses(watchers, "address"))
+
+
+def parse_lock_owners(data: bytes) -> frozenset[Client]:
+    """Read `rbd lock ls --format json`: who holds the image's exclusive lock, or held it and did not let go."""
+    return frozenset(_addresses(_list(_one(data)), "address"))
+
+
+def parse_blocklist(data: bytes) -> Mapping[Client, datetime]:
+    """Read `ceph osd blocklist ls --format json`: who is shut out, and until when by the monitors' clock.
+
+    Two lists are printed since Ceph 16.2, the second one of address ranges. Entries for whole hosts are somebody
+    else's: they are left out, like the ranges, because they prove nothing of one client.
+    """
+    first = next(_documents(data), None)
+    if first is None:
+        raise Unfit("it is empty")
+    found: dict[Client, datetime] = {}
+    for entry in _list(first):
+        address, until = _object(entry).get("addr"), _object(entry).get("until")
+        if not isinstance(address, str) or not isinstance(until, str):
+            raise Unfit(f"the entry {show(str(entry))} has no address, or no time")
+        try:
+            client = client_address(address)
+        except Unfit:
+            continue
+        found[client] = _time(until)
+    return found
+
+
+_ADDED = re.compile(r"^blocklisting \S+ until (\S+)", re.MULTILINE)
+
+
+def parse_added(stderr: str) -> datetime:
+    """Read what `ceph osd blocklist add` says: until when the entry would last if it is a new one."""
+    found = _ADDED.search(stderr)
+    if found is None:
+        raise Unfit(f"{show(stderr)} does not say until when")
+    return _time(found[1])
+
+
+def parse_keyring(text: str, entity: str) -> str:
+    """The key of `entity` (`client.NAME`) in a keyring file, base64 as it stands there.
+
+    Raises:
+        Unfit: it is not there, or no key. The message does not repeat what is.
+    """
+    section, key = None, None
+    for line in text.splitlines():
+        word = line.strip()
+        if word.startswith("[") and word.endswith("]"):
+            section = word[1:-1].strip()
+        name, equals, value = word.partition("=")
+        if section == entity and equals and name.strip() == "key":
+            key = value.strip()
+    if key is None:
+        raise Unfit(f"it has no key of [{entity}]")
+    try:
+        # Type, time and length precede the key itself (CryptoKey, 12 bytes).
+        sound = len(base64.b64decode(key, validate=True)) > 12
+    except binascii.Error:
+        sound = False
+    if not sound:
+        raise Unfit(f"the key of [{entity}] is not what `ceph auth get-key` prints")
+    return key
+
+
+def keyring_paths(text: str) -> tuple[str, ...]:
+    """Read `ceph-conf --show-config-value keyring`: the files that a client looks at, in order."""
+    return tuple(path for path in re.split(r"[,;\s]+", text) if path)
+
+
+# --- what the tools complain about ----------------------------------------------------------------------------
+
+_WORDS: tuple[tuple[str, Trouble, str], ...] = (
+    # These come from a cluster that let the client in; what they name may hold any words, so they are looked for first.
+    ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
+    ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
+    ("delete error", Trouble.NO_IMAGE, "there is no such image"),
+    # The cause before what follows from it. Who was turned away had a key, whatever places were looked at in vain.
+    ("allowed_methods", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    ("rados permission denied", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    ("find a keyring", Trouble.REFUSED, "its keyring is not there, or not to be read"),
+    ("no keyring found", Trouble.REFUSED, "its keyring is not there, or not to be read"),
+    ("unable to open config file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
+    ("unable to get monitor info", Trouble.REFUSED, "no ceph.conf names the monitors"),
+    ("conf_read_file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
+    ("timed out", Trouble.AWAY, "the monitors are away, or have no quorum"),
+    ("access denied", Trouble.REFUSED, "its capabilities do not allow it"),
+    ("permission denied", Trouble.REFUSED, "its capabilities do not allow it"),
+    ("not permitted", Trouble.REFUSED, "its capabilities do not allow it"),
+    ("couldn't connect to the cluster", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+)
+_STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS}
+_AWAY_STATUS = {101, 107, 110, 111, 113}
+"""ENETUNREACH, ENOTCONN, ETIMEDOUT, ECONNREFUSED, EHOSTUNREACH."""
+
+_ENOENT = 2
+_EINVAL = 22
+_ONLY_IF_ABSENT = {Trouble.NO_POOL, Trouble.NO_IMAGE}
+
+_STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\S+ \S+ +-?\d+ ")
+
+
+def trouble(status: int, stderr: str) -> tuple[Trouble, str]:
+    """What the exit status of a tool and its words mean: the kind, and the cause in plain words if it is known.
+
+    `rbd` exits with the errno of what failed, and names the step; `ceph` does so for answers of the monitors, and exits
+    with 1 for what fails before. "No such file" alone may be an image or a keyring.
+    """
+    if status in _AWAY_STATUS:
+        return Trouble.AWAY, "the cluster is away, or has no quorum"
+    low = stderr.lower()
+    for words, kind, cause in _WORDS:
+        if words in low and (kind not in _ONLY_IF_ABSENT or status == _ENOENT):
+            return kind, cause
+    if status == _EINVAL and "osd blacklist" in low:
+        return Trouble.OLD, "it has no `osd blocklist`"
+    return _STATUS.get(status, Trouble.OTHER), ""
+
+
+def last_words(stderr: str) -> str:
+    """The line of a tool's complaints that is for people: the last one, without time and thread."""
+    lines = [_STAMP.sub("", line).strip() for line in stderr.splitlines()]
+    # `ceph` explains after "Error", `rbd` begins its own line with its name.
+    told = [line for line in lines if line.startswith(("rbd: ", "Error ", "[errno"))]
+    return next(reversed(told or [line for line in lines if line]), "")[:300]
+
+
+# --- inside ---------------------------------------------------------------------------------------------------
+
+
+def _documents(data: bytes) -> Iterator[object]:
+    """The JSON documents that stand one behind the other."""
+    decoder = json.JSONDecoder()
+    try:
+        text = data.decode().strip()
+        while text:
+            found, end = decoder.raw_decode(text)
+            yield found
+            text = text[end:].strip()
+    except (ValueError, RecursionError) as error:
+        raise Unfit(f"it is not JSON ({error})") from error
+
+
+def _one(data: bytes) -> object:
+    found = list(_documents(data))
+    if len(found) != 1:
+        raise Unfit(f"it holds {len(found)} JSON documents, not one")
+    return found[0]
+
+
+def _object(found: object) -> Mapping[str, object]:
+    if not isinstance(found, dict):
+        raise Unfit(f"{show(str(found))} is no JSON object")
+    return found
+
+
+def _list(found: object) -> list[object]:
+    if not isinstance(found, list):
+        raise Unfit(f"{show(str(found))} is no JSON list")
+    return found
+
+
+def _time(text: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise Unfit(f"{show(text)} is no time") from error
+    if found.tzinfo is None:
+        raise Unfit(f"{show(text)} has no time zone")
+    return found
+
+
+def _addresses(entries: list[object], name: str) -> Iterator[Client]:
+    for entry in entries:
+        address = _object(entry).get(name)
+        if not isinstance(address, str):
+            raise Unfit(f"the entry {show(str(entry))} has no address")
+        yield client_address(address)

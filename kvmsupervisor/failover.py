@@ -1,0 +1,198 @@
+"""Failover, where the key `hosts` asks for it: the first live candidate with room takes an orphan's lock, and `host`.
+
+Nothing is done, and nothing asked, while every host has its session. What is decided is in `domain.failover`; fencing,
+and the start, follow as for any takeover (law 4), by the instance's own loop, which finds the lock to be this host's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import uuid4
+
+import structlog
+
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Put, Target
+from kvmsupervisor.domain.argv import host_problems
+from kvmsupervisor.domain.failover import STEP_S, place
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.spec import RawValue, Spec, Wish
+from kvmsupervisor.domain.storage import images_of, storage_of
+from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.fencing import NotFenced
+from kvmsupervisor.starting import WATCH_EVERY_S, need_mib
+from kvmsupervisor.surroundings import Surroundings
+
+log = structlog.get_logger(__name__)
+
+
+class LockEntry(Protocol):
+    """A lock's value as etcd holds it, and the revision that wrote it."""
+
+    @property
+    def value(self) -> bytes:
+        """The value."""
+        ...
+
+    @property
+    def mod_revision(self) -> int:
+        """The revision."""
+        ...
+
+
+class AllWishes(Protocol):
+    """The keys and locks of all instances, as `mirror.Wishes` has them."""
+
+    def ids(self) -> Set[InstanceId]:
+        """Every instance."""
+        ...
+
+    def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
+        """The keys of one."""
+        ...
+
+    def lock_of(self, instance: InstanceId) -> LockEntry | None:
+        """The lock of one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Orphan:
+    """An instance that this host may take."""
+
+    id: InstanceId
+    wish: Wish
+    spec: Spec
+    lock: Lock
+    lock_revision: int
+    hosts_revision: int
+    place: int
+
+
+class Failover:
+    """The orphans of one host's cluster for which it is a candidate.
+
+    Args:
+        around: what all instances of this host share.
+        wishes: those of all hosts.
+    """
+
+    def __init__(self, around: Surroundings, wishes: AllWishes) -> None:
+        self._around = around
+        self._wishes = wishes
+        self._changed = asyncio.Event()
+        # When each was first seen to be an orphan, by the incarnation whose lock it is.
+        self._since: dict[tuple[InstanceId, str], float] = {}
+
+    def look(self) -> None:
+        """Sessions, keys or locks have changed: look again soon."""
+        self._changed.set()
+
+    async def run(self, *first: Callable[[], Awaitable[object]]) -> None:
+        """Take what is to be taken, for ever; once all is known, for what was not read yet looks like an orphan's."""
+        for ready in first:
+            await ready()
+        clock = self._around.clock
+        while True:
+            self._changed.clear()
+            orphans = list(self._orphans())
+            known = {(orphan.id, orphan.lock.incarnation) for orphan in orphans}
+            self._since = {key: since for key, since in self._since.items() if key in known}
+            for orphan in orphans:
+                try:
+                    await self._consider(orphan)
+                except (NotFenced, EtcdError) as error:
+                    log.warning("failover.waits", instance=orphan.id, reason=str(error))
+            await clock.wait(self._changed, clock.now() + WATCH_EVERY_S if orphans else None)
+
+    def _orphans(self) -> list[_Orphan]:
+        me, found = self._around.me, []
+        mark = me.encode()
+        for name in self._wishes.ids():
+            keys = self._wishes.keys_of(name)
+            candidates = keys.get(b"hosts")
+            entry = self._wishes.lock_of(name)
+            # Cheap for the many that this host is no candidate for.
+            if candidates is None or mark not in candidates.value or entry is None:
+                continue
+            wish, lock = parse_wish(name, keys), Lock.from_json(entry.value)
+            rank = place(wish, lock, me=me, has_session=self._around.host_has_session)
+            if rank is None:
+                continue
+            assert lock is not None
+            assert wish.spec is not None
+            found.append(
+                _Orphan(
+                    id=name,
+                    wish=wish,
+                    spec=wish.spec,
+                    lock=lock,
+                    lock_revision=entry.mod_revision,
+                    hosts_revision=candidates.mod_revision,
+                    place=rank,
+                )
+            )
+        return found
+
+    async def _consider(self, orphan: _Orphan) -> None:
+        """Take it, if it is time, this host has room and may run it, and its disks are not in use, or for too long.
+
+        Raises:
+            NotFenced: storage does not tell whether they are in use.
+            EtcdError: it was not written, or nobody knows.
+        """
+        around = self._around
+        now = around.clock.now()
+        since = self._since.setdefault((orphan.id, orphan.lock.incarnation), now) + orphan.place * STEP_S
+        if now < since or around.draining() or not around.session.held:
+            return
+        has_room = around.admission.has_room(orphan.id, need_mib(orphan.spec))
+        if not has_room or host_problems(orphan.spec, around.host_side):
+            return
+        if orphan.lock.storage is Storage.RBD:
+            watchers = await around.fencing.watchers(images_of(orphan.spec))
+            if watchers and now < since + around.takeover_wait_s:
+                return
+        await self._take(orphan)
+
+    async def _take(self, orphan: _Orphan) -> None:
+        """The takeover's transaction (law 4), with `host` in it: nobody can have the one and not the other."""
+        around, layout = self._around, self._around.layout
+        lock = take(
+            orphan.lock,
+            host=around.me,
+            boot_id=around.boot_id,
+            incarnation=str(uuid4()),
+            storage=storage_of(orphan.spec),
+        )
+        host_key, lock_key = layout.wish_key(orphan.id, "host"), layout.lock_key(orphan.id)
+        gone = {orphan.lock.host, HostName(orphan.wish.host or "")}
+        result = await around.store.txn(
+            [
+                around.session.compare(),
+                *(Compare(layout.session_key(host), Target.MOD_REVISION, 0) for host in sorted(gone)),
+                Compare(lock_key, Target.MOD_REVISION, orphan.lock_revision),
+                Compare(host_key, Target.MOD_REVISION, orphan.wish.host_revision),
+                Compare(layout.wish_key(orphan.id, "hosts"), Target.MOD_REVISION, orphan.hosts_revision),
+            ],
+            [Put(lock_key, lock.to_json()), Put(host_key, around.me.encode())],
+        )
+        if result.succeeded:
+            around.metrics.took_over()
+            log.warning("failover.taken", instance=orphan.id, epoch=lock.epoch, previous=orphan.lock.host)
+
+
+def instance_of_client(wishes: AllWishes, client: str) -> InstanceId | None:
+    """The instance whose lock has a storage client on record: its QEMU is not another instance's to fence."""
+    mark = json.dumps(client).encode()
+    for name in wishes.ids():
+        entry = wishes.lock_of(name)
+        # Looking for the text costs less than reading the JSON of every lock.
+        lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
+        if lock is not None and client in lock.clients:
+            return name
+    return None

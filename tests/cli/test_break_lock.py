@@ -1,0 +1,97 @@
+"""`break-lock`: what may be broken, what is said before, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Phase
+from tests.cli.conftest import World
+
+ONE = InstanceId("1")
+HELD = Lock(
+    host=HostName("beta"), boot_id="b", epoch=3, state=LockState.RUNNING, incarnation="i3", pid=77, starttime=5,
+    clients=("192.0.2.1:0/1",), fence=("192.0.2.1:0/2",), storage=Storage.UNFENCEABLE,
+)  # fmt: skip
+
+
+@pytest.fixture
+def held(world: World) -> World:
+    """A machine that shall run on alpha and that beta holds, which has no session."""
+    world.host("alpha")
+    world.keys("1", host="alpha", ram="1G", extra_flags="-drive file=/srv/1.img")
+    put(world, HELD)
+    world.status("1", "beta", Phase.RUNNING, pid=77, epoch=3, incarnation="i3")
+    return world
+
+
+def put(world: World, lock: Lock) -> None:
+    world.etcd.write(world.layout.lock_key(ONE), lock.to_json())
+
+
+def lock_of(world: World) -> Lock | None:
+    return Lock.from_json(world.etcd.data[world.layout.lock_key(ONE)])
+
+
+def test_what_is_at_stake_is_said_and_all_there_is_to_fence_is_kept(held: World) -> None:
+    """Law 7: names holder, process and risk; what could be fenced after all is still fenced by the next taker."""
+    result = held.run("break-lock", "1", "--yes")
+    assert result.exit_code == 0, result.output
+    for said in ("beta", "epoch 3", "process 77", "has no session", "two machines write to one disk"):
+        assert said in result.stdout
+    assert lock_of(held) == replace(HELD, state=LockState.BROKEN)
+
+
+def test_nobody_is_there_to_be_asked(held: World) -> None:
+    """Without a terminal it needs `--yes`, and writes nothing."""
+    assert held.run("break-lock", "1", input_text="y\n").exit_code == 2
+    assert lock_of(held) == HELD
+
+
+def test_a_holder_with_a_session(held: World) -> None:
+    """Law 7: a host that lives stops its machine itself."""
+    held.host("beta")
+    result = held.run("break-lock", "1", "--yes")
+    assert (result.exit_code, "has a session" in result.stderr) == (1, True)
+    assert lock_of(held) == HELD
+
+
+@pytest.mark.parametrize(
+    ("lock", "said"),
+    [
+        (replace(HELD, storage=Storage.NONE), "no disk to lose"),
+        (replace(HELD, storage=Storage.RBD), "--ceph-is-gone"),
+        (replace(HELD, state=LockState.BROKEN), "broken already"),
+    ],
+)
+def test_where_no_word_is_needed(held: World, lock: Lock, said: str) -> None:
+    """Laws 4 and 7: what storage fences, or has nothing to lose, is taken without a word."""
+    put(held, lock)
+    result = held.run("break-lock", "1", "--yes")
+    assert (result.exit_code, said in result.stderr) == (1, True), result.stderr
+    assert lock_of(held) == lock
+
+
+def test_what_is_no_lock(world: World) -> None:
+    """Nothing to break, and what cannot be read, are refused."""
+    world.host("alpha")
+    world.keys("1", host="alpha", ram="1G")
+    assert "has no lock" in world.run("break-lock", "1", "--yes").stderr
+    world.etcd.write(world.layout.lock_key(ONE), "?")
+    assert "is not one that this release can read" in world.run("break-lock", "1", "--yes").stderr
+
+
+def test_a_ceph_that_is_gone(held: World) -> None:
+    """Law 7: only with a word of its own is a machine on Ceph let go of, and nothing of it is to be fenced then."""
+    put(held, replace(HELD, storage=Storage.RBD))
+    assert held.run("break-lock", "1", "--yes", "--ceph-is-gone").exit_code == 0
+    assert lock_of(held) == replace(HELD, storage=Storage.RBD, state=LockState.BROKEN, clients=(), fence=())
+
+
+def test_its_host_is_still_the_old_one(held: World) -> None:
+    """It says what is missing for it to run."""
+    held.keys("1", host="beta")
+    assert "name another one" in held.run("break-lock", "1", "--yes").stderr

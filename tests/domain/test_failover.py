@@ -1,0 +1,71 @@
+"""Who may take an orphan over, and who comes first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.domain.failover import place
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.spec import Power, Problem, RawValue, Spec, Wish
+from kvmsupervisor.domain.wishes import parse_wish
+
+ME = HostName("c")
+WISH = Wish(
+    instance=InstanceId("1"), host="a", host_revision=3, hosts=("a", "b", "c", "d"), spec=Spec(ram_mib=64), revision=3,
+    keys=3,
+)  # fmt: skip
+LOCK = Lock(
+    host=HostName("a"), boot_id="x", epoch=1, state=LockState.RUNNING, incarnation="i", storage=Storage.RBD
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wish", "lock", "live", "expected"),
+    [
+        pytest.param(WISH, LOCK, "bcd", 1, id="in the order of the key"),
+        pytest.param(WISH, LOCK, "cd", 0, id="of those that live"),
+        pytest.param(replace(WISH, hosts=("a", "b")), LOCK, "bc", None, id="only who is named"),
+        pytest.param(replace(WISH, hosts=()), LOCK, "bc", None, id="without the key nobody"),
+        pytest.param(WISH, LOCK, "abcd", None, id="not while the holder lives"),
+        pytest.param(replace(WISH, host="b"), LOCK, "bcd", None, id="nor while another host was named that lives"),
+        pytest.param(replace(WISH, host="b"), LOCK, "cd", 0, id="a dead one does not count"),
+        pytest.param(WISH, replace(LOCK, host=HostName("b")), "bcd", None, id="nor while somebody else holds it"),
+        pytest.param(replace(WISH, host="c"), LOCK, "c", None, id="what is ours already goes its own way"),
+        pytest.param(replace(WISH, host=None), LOCK, "c", None, id="what nobody shall run stays so"),
+        pytest.param(replace(WISH, power=Power.OFF), LOCK, "c", None, id="what is off stays off"),
+        pytest.param(replace(WISH, spec=None, problems=(Problem("ram", "x", "y"),)), LOCK, "c", None, id="bad keys"),
+        pytest.param(WISH, None, "c", None, id="a free lock is nobody's loss"),
+        pytest.param(WISH, replace(LOCK, storage=Storage.UNFENCEABLE), "c", None, id="law 7: pinned"),
+        pytest.param(WISH, replace(LOCK, storage=Storage.NONE), "c", 0, id="law 7: nothing to lose"),
+    ],
+)
+def test_place(wish: Wish, lock: Lock | None, live: str, expected: int | None) -> None:
+    """Law: the live candidates in the order of the key; nothing that somebody has, or that storage cannot fence."""
+    assert place(wish, lock, me=ME, has_session=lambda host: host in live) == expected
+
+
+def test_unknown_sessions_are_no_reason() -> None:
+    """Law 4: who is not known to be gone is not gone."""
+    assert place(WISH, LOCK, me=ME, has_session=lambda host: None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("b", ("b",)),
+        ("b c", ("b", "c")),
+        ("b,c ,\td", ("b", "c", "d")),
+        (",", None),
+        ("b b", None),
+        ("b/c", None),
+        (" ".join(f"n{n}" for n in range(17)), None),
+    ],
+)
+def test_the_key(text: str, hosts: tuple[str, ...] | None) -> None:
+    """Law: host names in order, each once; anything else is a problem of that key, and names nobody."""
+    wish = parse_wish(InstanceId("1"), {b"ram": RawValue(b"64", 1), b"hosts": RawValue(text.encode(), 2)})
+    assert wish.hosts == (hosts or ())
+    assert [problem.key for problem in wish.problems] == ([] if hosts else ["hosts"])

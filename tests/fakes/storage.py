@@ -1,0 +1,99 @@
+"""Ceph as the loop of an instance sees it, in memory: who has an image open, who is shut out, and outages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.disks import Disks, DiskTrouble
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
+from kvmsupervisor.domain.storage import growable, images_of
+from kvmsupervisor.fencing import NotFenced, StorageAway
+
+
+def address_of(pid: int) -> str:
+    """The storage client of a QEMU."""
+    return f"192.0.2.9:0/{pid}"
+
+
+class FakeStorage:
+    """A `Fencing`, shared by the hosts of a test.
+
+    Attributes:
+        users_of: by image, whom storage names as using it.
+        watching: by image, who of them is alive.
+        fenced: in order, also those that were fenced again.
+        away: it does not answer.
+        refused: what it says instead of fencing.
+        asked: how many questions there were, fences included.
+    """
+
+    def __init__(self) -> None:
+        self.users_of: dict[str, set[str]] = {}
+        self.watching: dict[str, set[str]] = {}
+        self.fenced: list[str] = []
+        self.away = False
+        self.refused: str | None = None
+        self.asked = 0
+
+    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
+        if record.storage is Storage.NONE:
+            return ()
+        self._ask()
+        spec = spec_from_object(record.spec)
+        assert spec is not None
+        assert record.pid is not None
+        return tuple(address_of(record.pid) for _ in images_of(spec)[:1])
+
+    async def fence(self, addresses: Collection[str]) -> None:
+        if not addresses:
+            return
+        self._ask()
+        if self.refused is not None:
+            raise NotFenced(self.refused)
+        self.fenced += addresses
+        for names in self.watching.values():
+            names.difference_update(addresses)
+
+    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
+        return self._named(self.users_of, images)
+
+    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
+        return self._named(self.watching, images)
+
+    def _named(self, table: dict[str, set[str]], images: Collection[RbdDisk]) -> tuple[str, ...]:
+        if not images:
+            return ()
+        self._ask()
+        return tuple(sorted({name for image in images for name in table.get(image.name, ())}))
+
+    def _ask(self) -> None:
+        self.asked += 1
+        if self.away:
+            raise StorageAway("Ceph does not answer")
+
+
+class FakeDisks(Disks):
+    """Images that are all there, unless a test says otherwise.
+
+    Attributes:
+        trouble: what is wrong with them, None for nothing.
+        bytes_of: sizes that are known, by image.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Ceph(CephAccess()))
+        self.trouble: str | None = None
+        self.bytes_of: dict[str, int] = {}
+
+    async def check(self, spec: Spec) -> str:
+        if self.trouble is not None:
+            raise DiskTrouble(self.trouble)
+        return "AQBe"
+
+    async def sizes(self, spec: Spec) -> dict[str, int]:
+        return {
+            node: self.bytes_of[image.name] for node, image in growable(spec).items() if image.name in self.bytes_of
+        }

@@ -1,0 +1,294 @@
+"""A real Ceph cluster for tests: one monitor and one OSD in memory, on loopback, in a folder of its own.
+
+It starts in some seconds, so one serves all tests of a worker: make images and clients of your own names
+(`Ceph.image`), harm nothing. Everything here blocks: call it from fixtures, or through `asyncio.to_thread`.
+Fixtures, to be imported by a conftest:
+
+- `ceph`: the cluster of this worker, its monitor running.
+- `ceph_image`: the name of an image that no other test has, 8 MiB in the pool `rbd`, with `exclusive-lock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tests.support.etcd import _reaper, free_port
+
+READY_S = 60.0
+"""How long monitor or OSD may take to serve: generous, for a machine that does other things too."""
+
+COMMAND_S = 30.0
+"""How long one call of a tool may take."""
+
+POOL = "rbd"
+FEATURES = "layering,exclusive-lock"
+
+CLIENT_CAPS = {
+    "mon": 'profile rbd, allow command "osd blocklist" with blocklistop=rm',
+    "osd": f"profile rbd pool={POOL}",
+}
+"""What docs/ceph.md tells operators to give: a test holds that this is what stands there, and that it is enough."""
+
+_CONF = """\
+[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+keyring = {folder}/$name.keyring
+ms bind ipv4 = true
+ms bind ipv6 = false
+public network = 127.0.0.0/8
+log file = {folder}/$name.log
+log to stderr = false
+err to stderr = true
+mon cluster log file = {folder}/cluster.log
+pid file =
+run dir = {folder}
+crash dir = {folder}
+# One name for all would make each new client wait for the socket of another, for 10 s.
+admin socket = {folder}/$name.$pid.$cctid.asok
+osd pool default size = 1
+osd pool default min size = 1
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon data = {folder}/mon
+mon data avail warn = 0
+mon data avail crit = 0
+# How long changes wait for others to join them; one second and a twentieth by default.
+paxos propose interval = 0.05
+paxos min wait = 0.01
+mon osd full ratio = 0.99
+osd data = {folder}/osd
+osd objectstore = memstore
+memstore device bytes = 1073741824
+osd erasure code plugins =
+{classes}
+"""
+
+
+class CephError(Exception):
+    """A daemon ended or did not serve in time, or a tool failed; the message holds its words."""
+
+
+class Ceph:
+    """The cluster. As a context manager it starts, and leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._frozen: set[str] = set()
+
+    def __enter__(self) -> Self:
+        for attempts_left in (2, 1, 0):
+            self.folder = Path(tempfile.mkdtemp(prefix="kvs"))
+            try:
+                self._start()
+            except CephError as error:
+                # Between asking for a free port and taking it, another test may have taken it.
+                self.close()
+                if not attempts_left or "unable to bind" not in str(error):
+                    raise
+            except BaseException:
+                self.close()
+                raise
+            else:
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- where things are -------------------------------------------------------------------------------------
+
+    @property
+    def conf(self) -> Path:
+        """Its `ceph.conf`."""
+        return self.folder / "ceph.conf"
+
+    @property
+    def admin_keyring(self) -> Path:
+        """The keyring of `client.admin`."""
+        return self.folder / "client.admin.keyring"
+
+    # --- its tools --------------------------------------------------------------------------------------------
+
+    def ceph(self, *args: str) -> str:
+        """Run `ceph` as `client.admin`; return what it printed."""
+        return self._run("ceph", "--conf", str(self.conf), *args)
+
+    def rbd(self, *args: str, name: str = "admin") -> str:
+        """Run `rbd`; return what it printed."""
+        return self._run("rbd", "--conf", str(self.conf), "--id", name, *args)
+
+    def rbd_create(self, spec: str, size: str = "8M", features: str = FEATURES) -> None:
+        """Create an image, `POOL/IMAGE`."""
+        self.rbd("create", spec, "--size", size, "--image-feature", features)
+
+    def new_client(self, name: str, caps: Mapping[str, str]) -> Path:
+        """Make `client.NAME` with these capabilities; return its keyring, where tools that know `conf` find it."""
+        keyring = self.folder / f"client.{name}.keyring"
+        pairs = [word for pair in caps.items() for word in pair]
+        self.ceph("auth", "get-or-create", f"client.{name}", *pairs, "-o", str(keyring))
+        return keyring
+
+    def watchers(self, spec: str) -> set[str]:
+        """The addresses of those that have an image open, as `rbd status` names them."""
+        found = json.loads(self.rbd("status", spec, "--format", "json"))
+        return {watcher["address"] for watcher in found.get("watchers", ())}
+
+    def blocklist(self) -> set[str]:
+        """The addresses that are shut out now."""
+        return {line.split()[0] for line in self.ceph("osd", "blocklist", "ls").splitlines()}
+
+    # --- outages ----------------------------------------------------------------------------------------------
+
+    def stop_mon(self) -> None:
+        """Freeze the monitor: its sockets stay, and nothing answers."""
+        self._signal("mon", signal.SIGSTOP)
+
+    def cont_mon(self) -> None:
+        """End `stop_mon`; returns when the monitor answers."""
+        self._signal("mon", signal.SIGCONT)
+        self.ceph("mon", "stat")
+
+    def close(self) -> None:
+        """End the daemons and delete their data."""
+        for name in list(self._daemons):
+            daemon = self._daemons.pop(name)
+            daemon.kill()
+            daemon.wait(timeout=10)
+            _reaper().forget(daemon.pid)
+        shutil.rmtree(self.folder)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        self._daemons[name].send_signal(number)
+
+    def _start(self) -> None:
+        v2, v1 = free_port(), free_port()
+        fsid = str(uuid.uuid4())
+        # Where tools/install-system unpacks them; a package has them where the OSD looks by itself.
+        program = shutil.which("ceph-osd")
+        classes = Path(program or "").parent / "rados-classes"
+        found = f"osd class dir = {classes}" if classes.is_dir() else ""
+        self.conf.write_text(_CONF.format(folder=self.folder, fsid=fsid, v1=v1, v2=v2, classes=found))
+        self._make_monitor(fsid, f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]")
+        self._spawn("mon", "ceph-mon", "-i", "a")
+        self._make_osd(str(uuid.uuid4()))
+        self._spawn("osd", "ceph-osd", "-i", "0")
+        self.ceph("osd", "pool", "create", POOL, "8", "8")
+        self._await_osd()
+        self.rbd("pool", "init", POOL)
+
+    def _make_monitor(self, fsid: str, addresses: str) -> None:
+        keys = self.folder / "mon.keyring"
+        everything = ("--cap", "mon", "allow *", "--cap", "osd", "allow *", "--cap", "mgr", "allow *")
+        self._run("ceph-authtool", "-C", str(keys), "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        self._run("ceph-authtool", "-C", str(self.admin_keyring), "--gen-key", "-n", "client.admin", *everything)
+        self._run("ceph-authtool", str(keys), "--import-keyring", str(self.admin_keyring))
+        self._run("monmaptool", "--create", "--addv", "a", addresses, "--fsid", fsid, str(self.folder / "monmap"))
+        self._run(
+            *("ceph-mon", "--conf", str(self.conf), "--mkfs", "-i", "a"),
+            *("--monmap", str(self.folder / "monmap"), "--keyring", str(keys)),
+        )
+        shutil.copy(keys, self.folder / "mon" / "keyring")
+
+    def _make_osd(self, osd_uuid: str) -> None:
+        keyring = self.folder / "osd.0.keyring"
+        (self.folder / "osd").mkdir()
+        # Without the same uuid here and there the OSD would boot for ever.
+        self.ceph("osd", "new", osd_uuid)
+        caps = ("mon", "allow profile osd", "osd", "allow *", "mgr", "allow profile osd")
+        self.ceph("auth", "get-or-create", "osd.0", *caps, "-o", str(keyring))
+        self._run(
+            *("ceph-osd", "--conf", str(self.conf), "-i", "0", "--mkfs", "--no-mon-config"),
+            *("--osd-uuid", osd_uuid, "--keyring", str(keyring)),
+        )
+
+    def _spawn(self, name: str, program: str, *args: str) -> None:
+        with (self.folder / f"{name}.out").open("ab") as out:
+            daemon = subprocess.Popen(
+                [program, "--conf", str(self.conf), "--foreground", *args],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=_environment(),
+                start_new_session=True,
+            )
+        self._daemons[name] = daemon
+        _reaper().watch(daemon.pid)
+
+    def _await_osd(self) -> None:
+        deadline = time.monotonic() + READY_S
+        while not json.loads(self.ceph("osd", "stat", "--format", "json"))["num_up_osds"]:
+            self._check_daemons()
+            if time.monotonic() > deadline:
+                raise CephError(f"the OSD is not up after {READY_S} s:\n{self._log_end()}")
+            time.sleep(0.05)
+
+    def _check_daemons(self) -> None:
+        for name, daemon in self._daemons.items():
+            if daemon.poll() is not None:
+                raise CephError(f"ceph-{name} ended with {daemon.returncode}:\n{self._log_end()}")
+
+    def _log_end(self) -> str:
+        texts = []
+        for path in (*self.folder.glob("*.out"), *self.folder.glob("*.log")):
+            with contextlib.suppress(OSError):
+                texts += [f"{path.name}: {line}" for line in path.read_text(errors="replace").splitlines()[-10:]]
+        return "\n".join(texts)
+
+    def _run(self, *argv: str) -> str:
+        try:
+            done = subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_S,
+                env=_environment(),
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            self._check_daemons()
+            raise CephError(f"{' '.join(argv)}: no answer after {COMMAND_S} s\n{self._log_end()}") from error
+        if done.returncode != 0:
+            self._check_daemons()
+            raise CephError(f"{' '.join(argv)}: exit status {done.returncode}: {done.stderr}")
+        return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """Without `CEPH_ARGS` and `CEPH_CONF` of a person's shell."""
+    return {"PATH": os.environ["PATH"]}
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """The cluster of this worker; see the module."""
+    with Ceph() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def ceph_image(ceph: Ceph) -> str:
+    """The name of an image in the pool `rbd` that no other test has."""
+    name = f"t{uuid.uuid4().hex[:8]}"
+    ceph.rbd_create(f"{POOL}/{name}")
+    return name

@@ -1,0 +1,147 @@
+"""The key `hosts` in virtual time: which of several hosts takes an orphan, and when; fencing as in any takeover."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.failover import STEP_S
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.failover import Failover
+from tests.fakes.clock import FakeClock
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemus
+from tests.support.host import LAYOUT, ONE, Host
+
+IMAGE = "rbd/vm"
+OLD = "192.0.2.1:0/1"
+HELD = Lock(
+    host=HostName("z"), boot_id="boot-z", epoch=7, state=LockState.RUNNING, incarnation="i7", pid=5, starttime=5,
+    clients=(OLD,), storage=Storage.RBD,
+)  # fmt: skip
+
+
+class Candidate:
+    """A host that may take over; its instance's loop begins when the key names it, as a supervisor begins it."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        host.begin()
+        self.failover = Failover(host.around, host.wishes)
+        self.task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        await self.host.wishes.wait_synced()
+        await self.failover.run()
+
+    async def close(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        await self.host.close()
+
+
+@pytest.fixture
+async def candidates(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[], list[Candidate]]]:
+    """Two hosts, a and b, and an orphan of z that both are candidates for."""
+    etcd, clock = FakeEtcd(), FakeClock()
+    qemus = FakeQemus(clock)
+    qemus.install(monkeypatch)
+    made: list[Candidate] = []
+
+    def make(**wishes: str) -> list[Candidate]:
+        hosts = [Host(etcd, clock, qemus, name=name) for name in "ab"]
+        etcd.write(LAYOUT.lock_key(ONE), HELD.to_json())
+        hosts[0].put(ram="64", rbd=IMAGE, host="z", **wishes)
+        hosts[1].fencing = hosts[0].fencing
+        for host in hosts:
+            host.sessions = {"a", "b"}
+        made.extend(map(Candidate, hosts))
+        return made
+
+    yield make
+    for one in made:
+        await one.close()
+
+
+async def taken(one: Candidate, limit_s: float) -> Lock:
+    await one.host.until(lambda: one.host.lock is not None and one.host.lock.host != "z", limit_s)
+    assert one.host.lock is not None
+    return one.host.lock
+
+
+async def test_the_first_takes_lock_and_host_at_once(candidates: Callable[..., list[Candidate]]) -> None:
+    """Law 4: one transaction; what was on record goes on to be fenced before anything starts."""
+    first, second = candidates(hosts="b a")
+    lock = await taken(second, STEP_S - 1.0)
+    assert (lock.host, lock.epoch, lock.state, lock.fence) == ("b", 8, LockState.FENCING, (OLD,))
+    assert lock.taken_from == "z"
+    etcd = first.host.etcd
+    assert etcd.data[LAYOUT.wish_key(ONE, "host")] == b"b"
+    assert b"kvmsupervisor_takeovers_total 1.0" in second.host.around.metrics.render("")[0]
+    await first.host.clock.advance(60.0)
+    assert first.host.lock is not None
+    assert first.host.lock.host == "b"
+
+
+async def test_then_it_is_fenced_and_runs(candidates: Callable[..., list[Candidate]]) -> None:
+    """Law 4: the loop of the instance does the rest, like after any takeover; what storage names is fenced, too."""
+    first, _ = candidates(hosts="a")
+    first.host.fencing.users_of[IMAGE] = {"192.0.2.1:0/9"}
+    await taken(first, 5.0)
+    await first.host.die()
+    first.host.begin()
+    qemu = await first.host.runs()
+    assert set(first.host.fencing.fenced) == {OLD, "192.0.2.1:0/9"}
+    assert first.host.is_on_record(qemu)
+
+
+async def test_without_the_key_nobody_does(candidates: Callable[..., list[Candidate]]) -> None:
+    """Off unless the key is there."""
+    first, _ = candidates()
+    await first.host.clock.advance(300.0)
+    assert first.host.lock == HELD
+    assert first.host.fencing.asked == 0
+
+
+async def test_a_host_without_room_leaves_it_to_the_next(candidates: Callable[..., list[Candidate]]) -> None:
+    """Who lacks memory does not take; the next one has its turn some seconds later."""
+    first, second = candidates(hosts="a b")
+    object.__setattr__(first.host.around, "admission", Admission(4, 10))
+    await first.host.clock.advance(STEP_S - 1.0)
+    assert first.host.lock == HELD
+    assert (await taken(second, 5.0)).host == "b"
+
+
+async def test_a_host_that_drains_does_not_take(candidates: Callable[..., list[Candidate]]) -> None:
+    """Who is being emptied takes nothing."""
+    first, second = candidates(hosts="a b")
+    object.__setattr__(first.host.around, "draining", lambda: True)
+    assert (await taken(second, 2 * STEP_S)).host == "b"
+
+
+async def test_disks_in_use_are_waited_for(candidates: Callable[..., list[Candidate]]) -> None:
+    """Law 4: a host that lost etcd only is not robbed before `KVM_TAKEOVER_WAIT`; away storage is not "nobody"."""
+    first, _ = candidates(hosts="a")
+    storage = first.host.fencing
+    storage.watching[IMAGE] = {OLD}
+    await first.host.clock.advance(30.0)
+    assert first.host.lock == HELD
+    storage.away = True
+    await first.host.clock.advance(60.0)
+    assert first.host.lock == HELD
+    storage.away = False
+    assert (await taken(first, 5.0)).host == "a"
+
+
+async def test_a_session_that_is_there_after_all(candidates: Callable[..., list[Candidate]]) -> None:
+    """Law 4: etcd is asked for the holder's session in the very step."""
+    first, _ = candidates(hosts="a b")
+    first.host.etcd.write(LAYOUT.session_key(HostName("z")), "{}")
+    await first.host.clock.advance(60.0)
+    assert first.host.lock == HELD

@@ -1,0 +1,359 @@
+"""Laws 3, 4 and 7 in virtual time: who is waited for, who is fenced, and when. The world is that of `test_instance`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.domain.exits import WaitStatus
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.starting import GROWTH_EVERY_S
+from tests.fakes.clock import FakeClock
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemus
+from tests.fakes.storage import address_of
+from tests.support.host import LAYOUT, ONE, Host, as_written
+
+LOCK_KEY = LAYOUT.lock_key(ONE)
+IMAGE = "rbd/vm"
+OLD, OLDER, UNKNOWN = "192.0.2.1:0/1", "192.0.2.1:0/2", "192.0.2.1:0/3"
+
+MakeHost = Callable[[str], Host]
+
+
+@pytest.fixture
+async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MakeHost]:
+    """Makes hosts of one cluster."""
+    etcd, clock = FakeEtcd(), FakeClock()
+    qemus = FakeQemus(clock)
+    qemus.install(monkeypatch)
+    hosts: list[Host] = []
+
+    def make(name: str) -> Host:
+        host = Host(etcd, clock, qemus, name=name)
+        if hosts:
+            host.fencing = hosts[0].fencing
+        hosts.append(host)
+        return host
+
+    yield make
+    for host in hosts:
+        await host.close()
+
+
+@pytest.fixture
+def host(make: MakeHost) -> Host:
+    return make("a")
+
+
+def theirs(**changes: object) -> Lock:
+    """The lock of host `b`, which has no session unless a test says so."""
+    lock = Lock(
+        host=HostName("b"), boot_id="boot-b", epoch=7, state=LockState.RUNNING, incarnation="i7", pid=5, starttime=5,
+        clients=(OLD,), fence=(OLDER,), storage=Storage.RBD,
+    )  # fmt: skip
+    return replace(lock, **changes)  # type: ignore[arg-type]
+
+
+def orphan(host: Host, lock: Lock | None = None) -> None:
+    """A machine of `host` whose lock a dead host has."""
+    host.etcd.write(LOCK_KEY, (lock or theirs()).to_json())
+    host.wish(rbd=IMAGE)
+
+
+async def test_who_has_the_disks_open_is_waited_for(host: Host) -> None:
+    """Law 4: for `KVM_TAKEOVER_WAIT` and no longer; the reason says until when, and is said once."""
+    orphan(host)
+    host.fencing.watching[IMAGE] = {OLD}
+    host.begin()
+    await host.clock.advance(59.0)
+    assert host.lock == theirs()
+    assert host.fencing.fenced == []
+    assert (host.status.phase, OLD in host.status.reason) == (Phase.WAITING, True)
+    assert host.status.reason.endswith("it is taken over at 2026-01-01T00:17:40Z if that stays so")
+    await host.told()
+    written = as_written(host.etcd, LAYOUT.status_key(ONE))
+    assert sum("disks are in use" in status["reason"] for status in written) <= 1
+    await host.runs(5.0)
+    assert set(host.fencing.fenced) == {OLD, OLDER}
+    assert host.lock is not None
+    assert (host.lock.epoch, host.lock.state) == (8, LockState.RUNNING)
+    assert set(host.lock.fence) == {OLD, OLDER}
+
+
+async def test_who_is_gone_is_not_waited_for(host: Host) -> None:
+    """Law 4: without a watcher the lock is taken at once; whoever storage alone names is fenced, too, and recorded."""
+    orphan(host)
+    host.fencing.users_of[IMAGE] = {UNKNOWN}
+    host.begin()
+    await host.runs(2.0)
+    assert set(host.fencing.fenced) == {OLD, OLDER, UNKNOWN}
+    assert host.lock is not None
+    assert set(host.lock.fence) == {OLD, OLDER, UNKNOWN}
+    metrics = host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_takeovers_total 1.0" in metrics
+    assert b"kvmsupervisor_fences_total 3.0" in metrics
+
+
+async def test_a_watcher_that_goes_ends_the_wait(host: Host) -> None:
+    """Law 4: storage is asked all the time."""
+    orphan(host)
+    host.fencing.watching[IMAGE] = {OLD}
+    host.begin()
+    await host.clock.advance(20.0)
+    host.fencing.watching[IMAGE].clear()
+    await host.runs(4.0)
+
+
+async def test_a_host_that_is_back_in_time(host: Host) -> None:
+    """Law 4: the wait is over, nothing is fenced; were it to go again, the wait would begin anew."""
+    orphan(host)
+    host.fencing.watching[IMAGE] = {OLD}
+    host.begin()
+    await host.clock.advance(50.0)
+    host.sessions = {"a", "b"}
+    host.instance.notify()
+    await host.clock.advance(50.0)
+    assert "waits until b has stopped it" in host.status.reason
+    host.sessions = {"a"}
+    host.instance.notify()
+    await host.clock.advance(50.0)
+    assert host.lock == theirs()
+    assert host.fencing.fenced == []
+
+
+async def test_etcd_itself_is_asked_for_the_session(host: Host, make: MakeHost) -> None:
+    """Law 4: a holder whose session is there in that very step keeps its lock, whatever was seen before."""
+    make("b")  # its session is in etcd
+    orphan(host)
+    host.begin()
+    await host.clock.advance(30.0)
+    assert host.lock == theirs()
+    assert host.fencing.fenced == []
+
+
+async def test_without_storage_nothing_is_taken(host: Host) -> None:
+    """Law 4: storage that does not answer is not "nobody": no takeover; when it is back there is one soon."""
+    orphan(host)
+    host.fencing.away = True
+    host.begin()
+    await host.clock.advance(59.0)
+    assert host.lock == theirs()
+    assert "Ceph does not answer" in host.status.reason
+    host.fencing.away = False
+    await host.runs(5.0)
+
+
+async def test_storage_that_goes_away_in_between(host: Host) -> None:
+    """Law 4: taken, but not fenced: no start, and the next taker has the whole list."""
+    orphan(host)
+    host.fencing.refused = "no"
+    host.begin()
+    await host.clock.advance(120.0)
+    assert host.qemus.all == []
+    assert host.lock is not None
+    assert (host.lock.state, host.lock.fence, host.lock.taken_from) == (LockState.FENCING, (OLDER, OLD), "b")
+
+
+async def test_a_taker_that_dies_is_followed_by_another(host: Host, make: MakeHost) -> None:
+    """Law 4: whoever takes over from a taker fences all that ever was on record, and what storage names."""
+    other = make("c")
+    orphan(host)
+    host.fencing.refused = "not yet"
+    host.begin()
+    await host.clock.advance(20.0)
+    await host.die()
+    host.etcd.erase(host.session.key)
+    other.sessions = {"c"}
+    host.fencing.refused = None
+    host.fencing.users_of[IMAGE] = {UNKNOWN}
+    other.wish()
+    other.begin()
+    await other.runs()
+    assert set(host.fencing.fenced) == {OLD, OLDER, UNKNOWN}
+    assert other.lock is not None
+    assert other.lock.epoch == 9
+
+
+async def test_a_reboot_takes_its_own_back_at_once(host: Host) -> None:
+    """Law 4: another boot id of this very host: its memory is gone, its addresses are fenced, nobody is waited for."""
+    orphan(host, theirs(host=HostName("a"), boot_id="an earlier boot"))
+    host.fencing.watching[IMAGE] = {OLD}
+    host.begin()
+    await host.runs(2.0)
+    assert set(host.fencing.fenced) == {OLD, OLDER}
+
+
+async def test_a_crash_is_fenced_and_an_end_in_order_is_not(host: Host) -> None:
+    """Law 4: a crashed QEMU's own address is fenced before the next starts, then forgotten: it is proven gone."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    first = await host.runs()
+    first.end(WaitStatus(signal=9))
+    second = await host.runs()
+    assert host.fencing.fenced == [address_of(first.pid)]
+    assert host.lock is not None
+    assert (host.lock.clients, host.lock.fence) == ((address_of(second.pid),), ())
+    second.shut_down()
+    third = await host.runs()
+    assert third is not second
+    assert host.fencing.fenced == [address_of(first.pid)]
+
+
+async def test_a_crash_asks_nobody_else_to_go(host: Host) -> None:
+    """Law 4: after a crash of our own QEMU only its address is fenced: a backup may have the image open."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    first = await host.runs()
+    host.fencing.users_of[IMAGE] = {UNKNOWN}
+    first.end(WaitStatus(signal=9))
+    await host.runs()
+    assert host.fencing.fenced == [address_of(first.pid)]
+
+
+async def test_another_instance_is_not_fenced(host: Host) -> None:
+    """Law 4: two instances with one image are a mistake of the keys: neither loses its QEMU for it."""
+    orphan(host)
+    host.fencing.users_of[IMAGE] = {UNKNOWN}
+    host.recorded_for = lambda client: ONE.__class__("2") if client == UNKNOWN else None
+    host.begin()
+    await host.clock.advance(90.0)
+    assert UNKNOWN not in host.fencing.fenced
+    assert host.qemus.all == []
+    assert "the QEMU of instance 2" in host.status.reason
+
+
+async def test_two_takers(host: Host, make: MakeHost) -> None:
+    """Law 2: whoever writes first has it; the other finds a stranger's lock, and lets go with the key."""
+    other = make("c")
+    orphan(host)
+    for one in (host, other):
+        one.sessions = {"a", "c"}
+
+    def move(number: int) -> None:
+        if number == 0:
+            host.put(host="c")
+            other.begin()
+
+    host.store.before = move
+    host.begin()
+    await host.until(lambda: host.gone)
+    await other.runs()
+    assert len(host.qemus.all) == 1
+    assert other.lock is not None
+    assert (other.lock.host, other.lock.epoch) == ("c", 8)
+
+
+async def test_a_wish_that_ends_while_it_fences(host: Host) -> None:
+    """Laws 4 and 9: the lock is not let go of before what it names is fenced."""
+    orphan(host)
+    host.fencing.refused = "not yet"
+    host.begin()
+    await host.clock.advance(20.0)
+    host.put(power="off")
+    await host.clock.advance(20.0)
+    assert host.lock is not None
+    assert host.lock.state is LockState.FENCING
+    host.fencing.refused = None
+    await host.until(lambda: host.lock is None)
+    assert {OLD, OLDER} <= set(host.fencing.fenced)
+    assert host.qemus.all == []
+
+
+async def test_what_cannot_be_fenced_waits_for_a_word(host: Host) -> None:
+    """Law 7: pinned until its lock is broken; then it is taken, with all that is to fence after all."""
+    orphan(host, theirs(storage=Storage.UNFENCEABLE))
+    host.begin()
+    await host.clock.advance(200.0)
+    assert host.lock == theirs(storage=Storage.UNFENCEABLE)
+    assert "kvmsupervisor break-lock 1" in host.status.reason
+    host.etcd.write(LOCK_KEY, theirs(storage=Storage.UNFENCEABLE).broken().to_json())
+    await host.runs(5.0)
+    assert set(host.fencing.fenced) == {OLD, OLDER}
+
+
+async def test_a_broken_lock_under_a_living_qemu(host: Host) -> None:
+    """Law 7: whoever held it kills its QEMU when it reads that the lock was broken; as its keys say, it starts anew."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    first = await host.runs()
+    assert host.lock is not None
+    host.etcd.write(LOCK_KEY, host.lock.broken().to_json())
+    await host.until(lambda: not first.alive)
+    second = await host.runs()
+    assert host.fencing.fenced == [address_of(first.pid)]
+    assert host.is_on_record(second)
+
+
+async def test_a_supervisor_may_die_before_any_write_of_a_takeover(host: Host) -> None:
+    """Law 4: at whatever write it is cut off, its successor fences all before a guest runs."""
+    for number in itertools.count():
+        host.fencing.fenced.clear()
+        orphan(host, theirs(epoch=100 * (number + 1)))
+        died: list[int] = []
+
+        def die(at: int, number: int = number, died: list[int] = died) -> None:
+            if at == number:
+                died.append(at)
+                host.loop.cancel()
+
+        host.store.writes_begun, host.store.before = 0, die
+        host.begin()
+        with contextlib.suppress(AssertionError):
+            await host.until(lambda died=died: died or host.running, 30.0)  # type: ignore[misc]
+        await host.die()
+        host.store.before = lambda at: None
+        host.begin()
+        qemu = await host.runs()
+        assert {OLD, OLDER} <= set(host.fencing.fenced)
+        assert host.is_on_record(qemu)
+        host.put(power="off")
+        qemu.deaf = False
+        await host.until(lambda: host.lock is None)
+        await host.die()
+        host.drop("power")
+        if not died:
+            break
+    assert number >= 3
+
+
+async def test_images_are_looked_at(host: Host) -> None:
+    """An image that is missing starts nothing and takes nothing; what is wrong is told."""
+    host.disks.trouble = "rbd: there is no such image"
+    host.wish(rbd=IMAGE)
+    host.begin()
+    await host.clock.advance(30.0)
+    assert (host.lock, host.qemus.all) == (None, [])
+    assert host.status.reason == "rbd: there is no such image"
+    host.disks.trouble = None
+    await host.runs()
+
+
+async def test_a_machine_without_a_disk_asks_nothing(host: Host) -> None:
+    """No question to Ceph for a machine that has nothing there, nor for its end."""
+    host.wish()
+    host.begin()
+    (await host.runs()).end(WaitStatus(signal=9))
+    await host.runs()
+    assert host.fencing.asked == 0
+
+
+async def test_growth_is_looked_for_rarely(host: Host) -> None:
+    """By itself every ten minutes, at once when a key of the instance was written."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    qemu = await host.runs()
+    host.disks.bytes_of[IMAGE] = 1 << 30
+    await host.clock.advance(GROWTH_EVERY_S - 10.0)
+    assert "query-block" not in qemu.commands
+    await host.clock.advance(20.0)
+    assert qemu.commands.count("query-block") == 1
+    host.put(description="grown")
+    await host.clock.advance(1.0)
+    assert qemu.commands.count("query-block") == 2
