@@ -1,7 +1,7 @@
 """Ceph through its own tools, `rbd` and `ceph`: images, who uses them, and shutting clients out.
 
 Each call is a process of its own with a deadline; it is killed and reaped when that passes, or when the caller is
-cancelled. Why not the C bindings: docs/decisions/0013-ceph-by-its-tools.md. What the tools print is read in
+cancelled. Why not the C bindings: docs/decisions/0014-ceph-by-its-tools.md. What the tools print is read in
 `domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further errors are named.
 """
 

@@ -129,7 +129,7 @@ def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
 
     An I/O error stops the guest (`io-error`): Ceph does not fail but waits while it is away, so an error means that
     this QEMU was fenced, and must not go on as if it lived, or that an object is damaged, where a guest that is
-    stopped loses nothing (docs/decisions/0013-ceph-by-its-tools.md).
+    stopped loses nothing (docs/decisions/0014-ceph-by-its-tools.md).
     """
     for disk in spec.all_disks:
         name, rbd = f"disk{disk.number}", disk.rbd
