@@ -354,6 +354,7 @@ async def test_a_takeover_keeps_the_machine_type(host: Host, other: Host) -> Non
     await host.told()
     await host.die()
     host.sessions = other.sessions = {"b"}
+    host.etcd.erase(host.session.key)
     other.put(host="b")
     other.begin()
     update_qemu(other, "10.0")

@@ -86,7 +86,7 @@ def test_a_lost_lock(keys: Keys, hosts: Hosts, tiny: str) -> None:
     host.kill9()
     lock = keys.lock("1")
     assert lock is not None
-    taken = replace(lock, host=HostName("beta"), epoch=lock.epoch + 1, incarnation="other", storage=Storage.RBD)
+    taken = replace(lock, host=HostName("beta"), epoch=lock.epoch + 1, incarnation="other", storage=Storage.UNFENCEABLE)
     keys.write(keys.layout.lock_key(InstanceId("1")), taken.to_json().decode())
     host.start()
     status = host.wait_for("1", lambda s: s.phase is Phase.WAITING and s.pid is None)
