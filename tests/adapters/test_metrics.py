@@ -18,6 +18,7 @@ from kvmsupervisor.adapters.metrics import (
     MigrationResult,
     Snapshot,
 )
+from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
@@ -93,7 +94,20 @@ def supervisor() -> Supervisor:
 def busy(supervisor: Supervisor) -> None:
     """Let everything that can be counted happen."""
     supervisor.show(
-        InstanceSample(id=ONE, phase=Phase.RUNNING, up=True, epoch=7, pending=2, cpu_s=1.5, memory_bytes=123_456_789),
+        InstanceSample(
+            id=ONE,
+            phase=Phase.RUNNING,
+            up=True,
+            epoch=7,
+            pending=2,
+            cpu_s=1.5,
+            memory_bytes=123_456_789,
+            accelerator="kvm",
+            machine="pc-q35-7.2",
+            disks=[DiskCounts(name="disk0", read_bytes=11, written_bytes=12)],
+            nics=[("nic0", Traffic(received_bytes=21, sent_bytes=22))],
+            guest_memory=[("available", 31)],
+        ),
         InstanceSample(id=TWO, phase=Phase.INVALID, invalid=True),
     )
     metrics = supervisor.metrics
@@ -106,6 +120,29 @@ def busy(supervisor: Supervisor) -> None:
     metrics.fenced(1)
     metrics.took_over()
     metrics.migrated(MigrationResult.COMPLETED)
+
+
+def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
+    """Each disk, each NIC and each kind of memory by its name, and what the machine is; nothing where there is none."""
+    busy(supervisor)
+    for name, labels, value in (
+        ("instance_disk_read_bytes_total", {"disk": "disk0"}, 11),
+        ("instance_disk_written_bytes_total", {"disk": "disk0"}, 12),
+        ("instance_network_received_bytes_total", {"nic": "nic0"}, 21),
+        ("instance_network_sent_bytes_total", {"nic": "nic0"}, 22),
+        ("instance_guest_memory_bytes", {"kind": "available"}, 31),
+        ("instance_info", {"accelerator": "kvm", "machine": "pc-q35-7.2"}, 1),
+    ):
+        assert supervisor.value(name, instance=ONE, **labels) == value
+    assert "instance_info{" + f'instance="{TWO}"' not in supervisor.text()
+
+
+def test_how_guests_are_kept_is_told(supervisor: Supervisor) -> None:
+    """Whether QEMU is root's, and whether guests end with the supervisor's container."""
+    supervisor.now = Snapshot(
+        etcd_up=True, session_remaining_s=1, watch_revision=1, qemu_privileged=True, guests_survive=False
+    )
+    assert (supervisor.value("qemu_privileged"), supervisor.value("guests_survive")) == (1, 0)
 
 
 def promtool(body: bytes) -> subprocess.CompletedProcess[bytes]:

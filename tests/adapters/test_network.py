@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.network import NetworkTrouble, Tap, allow_bridges, open_tap
+from kvmsupervisor.adapters.network import NetworkTrouble, Tap, allow_bridges, open_tap, tap_name
 from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.bridge_acl import BrokenAcl, read_acl
 from tests.support.net import AS_ROOT, HELPER, Lan, Namespace, new_lan
@@ -94,7 +94,7 @@ async def test_a_tap_is_an_up_port_of_its_bridge(place: Namespace) -> None:
     tap = await opened(place)
     name, flags = name_and_flags(tap)
     assert flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) == IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
-    assert ports(place) == {name}
+    assert ports(place) == {name} == {tap_name(tap.fd)}
     assert ports(place, "br1") == set()
     assert int((place.net / name / "flags").read_text(), 16) & 1  # IFF_UP
     assert not os.get_inheritable(tap.fd)

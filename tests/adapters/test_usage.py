@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvmsupervisor.adapters.usage import Usage, memory_for_guests_mib, usage_of
+from kvmsupervisor.adapters.usage import Usage, memory_for_guests_mib, traffic_of, usage_of
+from kvmsupervisor.domain.counters import Traffic
 
 
 def stat_line(
@@ -87,3 +88,13 @@ def test_huge_pages_are_set_aside(tmp_path: Path) -> None:
 def test_this_machines_own_memory() -> None:
     """Law: the kernel's own file is read the same way."""
     assert 128 < memory_for_guests_mib() < 1 << 24
+
+
+def test_traffic_is_the_guests(tmp_path: Path) -> None:
+    """Law: what the host receives by a tap its guest has sent; a tap that is not here counts nothing."""
+    folder = tmp_path / "tap0" / "statistics"
+    folder.mkdir(parents=True)
+    (folder / "rx_bytes").write_text("5\n")
+    (folder / "tx_bytes").write_text("7\n")
+    assert traffic_of("tap0", tmp_path) == Traffic(received_bytes=7, sent_bytes=5)
+    assert traffic_of("tap1", tmp_path) is None
