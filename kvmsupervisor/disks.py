@@ -10,6 +10,7 @@ import asyncio
 from pathlib import Path
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError, NoSuchImage
+from kvmsupervisor.concurrently import all_of, both
 from kvmsupervisor.domain.ceph import leaves_no_trace
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, nvram_of
@@ -52,16 +53,14 @@ class Disks:
             DiskTrouble: an image is missing or refused, Ceph refuses this host, or does not answer.
         """
         variables = nvram_of(spec)
+        looks = [self._check(disk.rbd, disk.key, needs_lock=not disk.rbd.ro) for disk in spec.all_disks]
+        if variables is not None:
+            looks.append(self._check(variables, "firmware", needs_lock=True, may_be_missing=True))
         try:
-            async with asyncio.TaskGroup() as group:
-                key = group.create_task(self._ceph.key())
-                for disk in spec.all_disks:
-                    group.create_task(self._check(disk.rbd, disk.key, needs_lock=not disk.rbd.ro))
-                if variables is not None:
-                    group.create_task(self._check(variables, "firmware", needs_lock=True, may_be_missing=True))
-        except ExceptionGroup as errors:
-            raise _trouble(errors) from errors
-        return key.result()
+            key, _ = await both(self._ceph.key(), all_of(looks))
+        except CephError as error:
+            raise _trouble(error) from error
+        return key
 
     async def _check(self, image: RbdDisk, key: str, *, needs_lock: bool, may_be_missing: bool = False) -> None:
         try:
@@ -97,10 +96,5 @@ class Disks:
             return None
 
 
-def _trouble(error: BaseException) -> BaseException:
-    """The first failure, for people; a bug stays what it is."""
-    if isinstance(error, BaseExceptionGroup):
-        return _trouble(error.exceptions[0])
-    if isinstance(error, CephError):
-        return DiskTrouble(str(error), AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)
-    return error
+def _trouble(error: CephError) -> DiskTrouble:
+    return DiskTrouble(str(error), AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)

@@ -9,19 +9,16 @@ would cost time there, and which a supervisor that adopts a paused QEMU would no
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Coroutine, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError
+from kvmsupervisor.concurrently import all_of, both
 from kvmsupervisor.domain.ceph import Client, leaves_no_trace
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, spec_from_object
 from kvmsupervisor.domain.storage import images_of
-
-_One = TypeVar("_One")
-_Other = TypeVar("_Other")
 
 
 class NotFenced(Exception):
@@ -137,12 +134,10 @@ class CephFencing:
 
     async def _own(self, image: RbdDisk, known: frozenset[str]) -> frozenset[Client]:
         """The one client by which the QEMU that has just opened `image` did so; see the module."""
-        async with asyncio.TaskGroup() as group:
-            asked = group.create_task(self._ceph.image_info(image))
-            listed = group.create_task(self._ceph.watchers(image))
-        if not asked.result().has_exclusive_lock and not self._allow_unfenced:
+        info, listed = await both(self._ceph.image_info(image), self._ceph.watchers(image))
+        if not info.has_exclusive_lock and not self._allow_unfenced:
             raise NotFenced(leaves_no_trace(image.name))
-        name, own = image.name, listed.result() - known
+        name, own = image.name, listed - known
         if not own:
             raise NotFenced(f"Ceph does not name this QEMU as having {name} open: may {name} be read only for it?")
         if len(own) > 1:
@@ -153,16 +148,6 @@ class CephFencing:
         return own
 
 
-async def together(one: Coroutine[Any, Any, _One], other: Coroutine[Any, Any, _Other]) -> tuple[_One, _Other]:
-    """Do both at once; when one fails the other is cancelled, and its error is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            first, second = group.create_task(one), group.create_task(other)
-    except ExceptionGroup as errors:
-        raise _first(errors) from errors
-    return first.result(), second.result()
-
-
 async def _union(asked: Iterable[Coroutine[Any, Any, frozenset[Client]]]) -> tuple[str, ...]:
     """Ask all at once; what they name together, in order.
 
@@ -170,19 +155,10 @@ async def _union(asked: Iterable[Coroutine[Any, Any, frozenset[Client]]]) -> tup
         NotFenced: one of them failed; the others are not waited for.
     """
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in asked]
-    except ExceptionGroup as errors:
-        raise _first(errors) from errors
-    return tuple(sorted(frozenset[Client]().union(*(task.result() for task in tasks))))
-
-
-def _first(errors: ExceptionGroup[Exception]) -> Exception:
-    """The first failure, as this module tells it; a bug stays what it is."""
-    error = errors.exceptions[0]
-    if isinstance(error, ExceptionGroup):
-        return _first(error)
-    return _not_fenced(error) if isinstance(error, CephError) else error
+        found = await all_of(asked)
+    except CephError as error:
+        raise _not_fenced(error) from error
+    return tuple(sorted(frozenset[Client]().union(*found)))
 
 
 def _not_fenced(error: CephError) -> NotFenced:

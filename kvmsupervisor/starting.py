@@ -11,6 +11,7 @@ from functools import partial
 from uuid import uuid4
 
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
 from kvmsupervisor.domain.incarnation import Incarnation
@@ -19,7 +20,7 @@ from kvmsupervisor.domain.lock import Lock, take
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral
-from kvmsupervisor.fencing import NotFenced, together
+from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import NotReady, Opened, Prepared
@@ -265,7 +266,7 @@ class Start:
         assert lock is not None
         images = () if wish.spec is None or lock.taken_from is None else images_of(wish.spec)
         # What is on record is shut out whatever storage says of the images, and meanwhile.
-        _, used = await together(around.fencing.fence(lock.fence), around.fencing.users(images))
+        _, used = await both(around.fencing.fence(lock.fence), around.fencing.users(images))
         others = [address for address in used if address not in lock.fence]
         for address in others:
             other = around.recorded_for(address)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from kvmsupervisor.concurrently import all_of
 from kvmsupervisor.domain.ceph import (
     EXCLUSIVE_LOCK,
     Client,
@@ -181,7 +182,7 @@ class Ceph:
                 until[client] = parse_added(said.decode(errors="replace"))
 
         # Each is checked before the first is added.
-        await _together(*[add(client) for client in _exactly(clients)])
+        await all_of([add(client) for client in _exactly(clients)])
         return until
 
     async def blocklist_ls(self) -> Mapping[Client, datetime]:
@@ -357,13 +358,3 @@ def _shown(program: str, args: Iterable[str]) -> str:
             break
         words.append(word)
     return " ".join(words)
-
-
-async def _together(*steps: Coroutine[None, None, None]) -> None:
-    """Run all at once; when one fails the others are cancelled, and its error is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for step in steps:
-                group.create_task(step)
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
