@@ -1,0 +1,72 @@
+"""Several things at once: all results, or the first failure and nothing left running."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvmsupervisor.concurrently import all_of, both
+
+
+async def give(value: int) -> int:
+    await asyncio.sleep(0)
+    return value
+
+
+async def fail() -> int:
+    raise ValueError("no")
+
+
+class Endless:
+    """A step that ends by cancellation only."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    async def run(self) -> int:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        return 0
+
+
+async def test_results_in_order() -> None:
+    """Law: each result in the place of its step; nothing to do is done at once."""
+    assert await all_of([give(1), give(2), give(3)]) == [1, 2, 3]
+    assert await all_of([]) == []
+    assert await both(give(1), give(2)) == (1, 2)
+
+
+async def test_the_first_failure_is_that_of_all() -> None:
+    """Law: its error is raised as it is, and the others have ended by then."""
+    endless = Endless()
+    with pytest.raises(ValueError, match="no"):
+        await all_of([endless.run(), fail()])
+    assert endless.cancelled
+
+
+async def test_a_time_limit_afterwards_is_a_time_limit() -> None:
+    """Law: who has seen a failure goes on as before: its next timeout is one, and no cancellation."""
+    with pytest.raises(ValueError, match="no"):
+        await all_of([give(1), fail()])
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await asyncio.Event().wait()
+
+
+async def test_cancelled() -> None:
+    """Law: with the whole its steps are cancelled, and have ended when it has."""
+    endless = Endless()
+    task = asyncio.create_task(all_of([endless.run(), give(1)]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert endless.cancelled
