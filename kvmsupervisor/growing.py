@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.qmp import Command
 from kvmsupervisor.domain.spec import Spec
 from kvmsupervisor.domain.storage import growable
 
 log = structlog.get_logger(__name__)
-
-Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
-"""Runs a QMP command; None when it was not done."""
 
 
 class Growth:

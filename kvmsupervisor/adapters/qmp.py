@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -24,6 +24,9 @@ CLOSE_S = 2.0
 
 ENDS = (QMPError, OSError, EOFError, ValueError, TypeError, RecursionError)
 """What a connection ends with: that of the socket, or what reading nonsense (no UTF-8, too long, too deep) raised."""
+
+Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
+"""Runs a QMP command; None when it was not done."""
 
 
 class MonitorError(Exception):
