@@ -82,6 +82,16 @@ def test_the_supervisor_gets_what_its_guests_need_to_outlive_it() -> None:
         assert re.search(rf"--volume {path}:{path}(?![\w/])", text), path
 
 
+def test_the_page_on_the_container_says_what_the_unit_does() -> None:
+    """Law: the command of docs/container.md is the unit's, as far as it goes."""
+    page = (ROOT / "docs" / "container.md").read_text()
+    (command,) = re.findall(r"docker run --detach --name kvmsupervisor (.*?)```", page, re.DOTALL)
+    unit = (COREOS / "kvmsupervisor.service").read_text().replace("--net=host", "--network=host")
+    told = set(re.findall(r"--(?:privileged|[a-z]+=\S+|volume \S+)", command))
+    assert len(told) > 8
+    assert told <= set(re.findall(r"--(?:privileged|[a-z]+=\S+|volume \S+)", unit))
+
+
 @pytest.mark.parametrize("butane", BUTANES, ids=lambda path: path.name)
 def test_ignition_is_what_butane_says(butane: Path) -> None:
     """Law: the generated file is up to date (`make ignition`), and every file and unit is in it, byte by byte."""
