@@ -22,7 +22,7 @@ help:
 	@echo 'make upgrade  twenty guests, their supervisor replaced ten times; needs root'
 	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
 	@echo 'make lowest  the quick tests with the oldest versions that pyproject.toml allows'
-	@echo 'make wheel   wheel and sdist, and the wheel tried in an environment of its own'
+	@echo 'make wheel   wheel and sdist, each tried in an environment of its own, with pip alone'
 	@echo 'make lock    renews deploy/requirements.lock, the packages of the image'
 	@echo 'make ignition  renews deploy/coreos/*.ign'
 	@echo 'make format  what ruff can mend by itself'
@@ -63,9 +63,12 @@ lowest: .venv-lowest/.dev
 wheel: $(VENV)/.dev
 	rm -rf dist .venv-wheel
 	$(BIN)/python -m build --quiet
-	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/pip install --quiet dist/*.whl
-	cd / && $(CURDIR)/.venv-wheel/bin/kvmsupervisor --version
+	@for one in dist/*.whl dist/*.tar.gz; do \
+	    echo "trying $$one"; \
+	    rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel && .venv-wheel/bin/pip install --quiet $$one && \
+	    (cd / && $(CURDIR)/.venv-wheel/bin/kvmsupervisor --version && \
+	        KVM_CONFIG=/dev/null $(CURDIR)/.venv-wheel/bin/kvmsupervisor check-config >/dev/null) || exit 1; \
+	done
 	@ls -l dist
 
 # Every version that Python 3.11 and newer get, with hashes and without the name of any registry.

@@ -249,6 +249,8 @@ class Provisioner:
         file = _file_of_variables(self._files.state_dir, instance)
         if not file.exists():
             await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
+        else:
+            self._give(file)
         return Nvram(file=str(file))
 
     async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
@@ -266,9 +268,13 @@ class Provisioner:
         aside = file.with_name(file.name + ".new")
         shutil.copyfile(template, aside)
         aside.chmod(0o600)
-        if self._user is not None:
-            os.chown(aside, self._user.uid, self._user.gid)
+        self._give(aside)
         aside.replace(file)
+
+    def _give(self, file: Path) -> None:
+        """Have QEMU's user own it, who may have another number since an upgrade, or be new."""
+        if self._user is not None:
+            os.chown(file, self._user.uid, self._user.gid)
 
     # --- what a start follows at once -------------------------------------------------------------------------
 

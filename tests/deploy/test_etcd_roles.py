@@ -8,27 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Keys
-from tests.support.etcd import EtcdServer
+from tests.support.etcd import EtcdServer, Tls
 
 SCRIPT = Path(__file__).resolve().parents[2] / "config" / "etcd-roles"
+MAKE_CERTIFICATES = SCRIPT.parents[1] / "deploy" / "coreos" / "make-certificates"
 LOCK = "/kvmsupervisor/locks/%i"
 USERS = ("root", "supervisor", "operator")
 
 
 class Secured:
-    """An etcd with users, whose passwords are their names twice."""
+    """An etcd with users, whose passwords are their names twice, in files of `folder`."""
 
     def __init__(self, etcd: EtcdServer, folder: Path) -> None:
         self.etcd = etcd
-        self._folder = folder
+        self.folder = folder
         for user in USERS:
             (folder / user).write_text(f"{user}{user}\n")
 
     def set_up(self, **environment: str) -> None:
         base = {"PATH": os.environ["PATH"], "ETCDCTL_ENDPOINTS": self.etcd.endpoint}
-        subprocess.run([SCRIPT, self._folder], env=base | environment, check=True, capture_output=True, text=True)
+        subprocess.run([SCRIPT, self.folder], env=base | environment, check=True, capture_output=True, text=True)
 
     def put(self, user: str, key: str, value: str = "x") -> None:
         self.etcd.ctl("put", key, value, user=f"{user}:{user}{user}")
@@ -38,7 +41,7 @@ class Secured:
             self.etcd.ctl(*args, user=f"{user}:{user}{user}")
 
     def host(self, user: str, name: str = "alpha") -> Host:
-        return Host(Keys(self.etcd), name, LOCK=LOCK, ETCD_USERNAME=user, ETCD_PASSWORD_FILE=str(self._folder / user))
+        return Host(Keys(self.etcd), name, LOCK=LOCK, ETCD_USERNAME=user, ETCD_PASSWORD_FILE=str(self.folder / user))
 
 
 @pytest.fixture
@@ -82,3 +85,80 @@ def test_it_can_be_called_again(secured: Secured) -> None:
     environment = {"ETCDCTL_USER": "root:rootroot"}
     secured.set_up(**environment)
     secured.put("operator", "/kvm/one/ram", "1G")
+
+
+def test_who_looks_and_who_breaks(secured: Secured) -> None:
+    """Law: a reader sees all and writes nothing; an operator breaks a lock with the role breaker, and only with it."""
+    secured.set_up()
+
+    def as_root(*args: str) -> None:
+        secured.etcd.ctl(*args, user="root:rootroot")
+
+    as_root("user", "add", "reader:readerreader")
+    as_root("user", "grant-role", "reader", "reader")
+    (secured.folder / "reader").write_text("readerreader\n")
+    held = Lock(
+        host=HostName("beta"),
+        boot_id="b",
+        epoch=3,
+        state=LockState.RUNNING,
+        incarnation="i3",
+        storage=Storage.UNFENCEABLE,
+    )
+    as_root("put", "/kvmsupervisor/locks/one", held.to_json().decode())
+    secured.put("operator", "/kvm/one/host", "alpha")
+    with secured.host("reader") as looker, secured.host("operator") as people:
+        listed = looker.cli("list")
+        assert listed.returncode == 0, listed.stderr
+        assert "one" in listed.stdout
+        for key in ("/kvm/one/host", "/kvmsupervisor/locks/one", "/kvmsupervisor/hosts/x"):
+            secured.refused("reader", "put", key, "x")
+        refused = people.cli("break-lock", "one", "--yes")
+        assert refused.returncode != 0
+        assert "permission denied" in refused.stderr
+        as_root("user", "grant-role", "operator", "breaker")
+        done = people.cli("break-lock", "one", "--yes")
+        assert done.returncode == 0, done.stderr
+    secured.refused("operator", "put", "/kvmsupervisor/instances/one", "x")
+
+
+def test_certificates_tell_who_comes(tmp_path: Path, tiny: str) -> None:
+    """Law: with the certificates of make-certificates and no password, each user is who its certificate says."""
+    folder = tmp_path / "tls"
+    subprocess.run([MAKE_CERTIFICATES, folder, "node1=10.0.0.11"], check=True)
+    tls = Tls(
+        ca=folder / "ca.pem",
+        cert=folder / "node1.pem",
+        key=folder / "node1-key.pem",
+        client_cert=folder / "root.pem",
+        client_key=folder / "root-key.pem",
+    )
+
+    def settings(user: str) -> dict[str, str]:
+        return {
+            "ETCD_CACERT": str(folder / "ca.pem"),
+            "ETCD_CERT": str(folder / f"{user}.pem"),
+            "ETCD_KEY": str(folder / f"{user}-key.pem"),
+        }
+
+    with EtcdServer(tls=tls) as etcd:
+        environment = {
+            "PATH": os.environ["PATH"],
+            "ETCDCTL_ENDPOINTS": etcd.endpoint,
+            "ETCDCTL_CACERT": str(tls.ca),
+            "ETCDCTL_CERT": str(tls.client_cert),
+            "ETCDCTL_KEY": str(tls.client_key),
+        }
+        subprocess.run([SCRIPT], env=environment, check=True, capture_output=True, text=True)
+        keys = Keys(etcd)
+        with (
+            Host(keys, LOCK=LOCK, **settings("supervisor")) as host,
+            Host(keys, LOCK=LOCK, **settings("operator")) as people,
+        ):
+            host.start()
+            wishes = ("host=alpha", "ram=16", "shutdown_timeout=0", f"extra_flags={tiny}")
+            made = people.cli("create", "one", *wishes, "--wait")
+            assert made.returncode == 0, made.stderr
+            denied = host.cli("set", "one", "x-note=mine")
+            assert denied.returncode != 0
+            assert "permission denied" in denied.stderr

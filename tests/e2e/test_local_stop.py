@@ -104,6 +104,27 @@ def test_what_does_not_end_in_time_is_named(keys: Keys, hosts: Hosts, tiny: str)
     eventually("it to end", lambda: not host.qemus())
 
 
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervisor", "alone"])
+def test_all_go_down_at_once(keys: Keys, hosts: Hosts, tiny: str, supervised: bool) -> None:
+    """Law: nobody waits for another: the last of them is gone while the first ones still have all their time."""
+    host = hosts().start()
+    for one, timeout_s in (("a", 3600), ("b", 3600), ("c", 0)):
+        keys.put(one, ram=16, extra_flags=tiny, shutdown_timeout=timeout_s, host=host.name)
+    before = host.wait_running("a", "b", "c")
+    if not supervised:
+        host.kill9()
+    argv = [sys.executable, "-m", "kvmsupervisor", "stop", "--all", "--local"]
+    command = subprocess.Popen(argv, cwd=ROOT, env=host.environment, stdout=subprocess.DEVNULL)
+    try:
+        eventually("the end of c", lambda: not before["c"].alive)
+        assert before["a"].alive
+        assert before["b"].alive
+        assert command.poll() is None
+    finally:
+        command.kill()
+        command.wait()
+
+
 def test_a_mark_of_an_earlier_boot_means_nothing(keys: Keys, hosts: Hosts, tiny: str, tmp_path: Path) -> None:
     """Law: a run directory that outlives a boot does not keep guests from starting at the next."""
     host = hosts()

@@ -7,72 +7,58 @@ laid out as that release would have left it on this machine, and a supervisor of
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmsupervisor.adapters.clock import boot_id, machine_id
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.spec import RawValue, spec_from_object
+from kvmsupervisor.domain.spec import RawValue, pending, spec_from_object
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
+from tests.support.releases import RELEASES, Release, places, process_fields, recorded, wishes
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
-RELEASES = sorted(path.name for path in FIXTURES.glob("release-*"))
-FOLDER, MACHINE = "/folder-of-the-release", "machine-of-the-release"
-CHANNELS = ("qmp.sock", "qmp-spare.sock", "console.sock", "agent.sock")
-"""In the order of their descriptors on the command line."""
-
-
-def recorded(release: str, place: str) -> bytes:
-    return (FIXTURES / release / place).read_bytes()
-
+KINDS: dict[str, Any] = {
+    "incarnation.json": Incarnation,
+    "memory.json": Memory,
+    "lock.json": Lock,
+    "status.json": Status,
+    "session.json": HostSession,
+}
 
 # --- what is read ---------------------------------------------------------------------------------------------
-
-
-def wishes(release: str, instance: str) -> dict[str, str]:
-    found: dict[str, str] = json.loads(recorded(release, f"{instance}/wishes.json"))
-    return found
 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_value_is_read_whole(release: str) -> None:
     """Law: each record says to this release what it said to its own: no field is lost or read as another."""
-    kinds: list[tuple[str, Any]] = [
-        ("runs/incarnation.json", Incarnation),
-        ("runs/memory.json", Memory),
-        ("ended/memory.json", Memory),
-        ("runs/lock.json", Lock),
-        ("runs/status.json", Status),
-        ("ended/status.json", Status),
-        ("session.json", HostSession),
-    ]
-    for place, kind in kinds:
-        data = recorded(release, place)
-        found = kind.from_json(data)
-        assert found is not None, place
-        again = json.loads(found.to_json())
-        assert json.loads(data).items() <= again.items(), place
+    for name, kind in KINDS.items():
+        found = places(release, name)
+        assert found, name
+        for place in found:
+            data = recorded(release, place)
+            read = kind.from_json(data)
+            assert read is not None, place
+            again = json.loads(read.to_json())
+            assert json.loads(data).items() <= again.items(), place
 
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_machine_on_record_is_the_one_that_its_keys_still_mean(release: str) -> None:
     """Law: an upgrade alone makes no change pending: defaults and the meaning of keys stay."""
-    record = Incarnation.from_json(recorded(release, "runs/incarnation.json"))
-    raw = {name.encode(): RawValue(value.encode(), 1) for name, value in wishes(release, "runs").items()}
-    wish = parse_wish(InstanceId("runs"), raw)
-    assert wish.problems == ()
-    assert spec_from_object(record.spec) == wish.spec
+    for place in places(release, "incarnation.json"):
+        record = Incarnation.from_json(recorded(release, place))
+        raw = {name.encode(): RawValue(value.encode(), 1) for name, value in wishes(release, record.instance).items()}
+        wish = parse_wish(InstanceId(record.instance), raw)
+        assert wish.problems == ()
+        assert wish.spec is not None
+        read = spec_from_object(record.spec)
+        assert read is not None
+        assert pending(read, wish.spec) == ()
 
 
 # --- what is adopted ------------------------------------------------------------------------------------------
@@ -88,79 +74,18 @@ class Left:
 
     def __init__(self, release: str, host: Host, keys: Keys, *, newer: str = "") -> None:
         """Lay it out; the version of the record named `newer` is one that this release does not know."""
-        self._release, self._host, self._keys, self._newer = release, host, keys, newer
-        layout, runs, ended = keys.layout, InstanceId("runs"), InstanceId("ended")
-        (host.folder / "halts.bin").write_bytes(b"\xf4" * 65536)
-        for one in (runs, ended):
-            (host.run_dir / one).mkdir(parents=True)
-            # `host` last, as people do: its revision is what the record of an end holds.
-            told = {name: self._local(value.encode()).decode() for name, value in wishes(release, one).items()}
-            revision = keys.put(one, **{name: value for name, value in told.items() if name != "host"})
-            revision = keys.put(one, host=told["host"])
-        self.process = self._spawn()
-        self._write("runs/memory.json")
-        memory = json.loads(recorded(release, "ended/memory.json"))
-        self._write("ended/memory.json", ended=memory["ended"] | {"host_revision": revision})
-        self.lock = self._value("runs/lock.json", **self._process_fields())
-        keys.write(layout.lock_key(runs), self.lock.decode())
-        keys.write(layout.status_key(runs), self._value("runs/status.json", pid=self.process.pid).decode())
-        keys.write(layout.status_key(ended), self._value("ended/status.json").decode())
-        lease = keys.etcd.ctl("lease", "grant", host.settings["KVM_SESSION_TTL"]).split()[1]
-        session_key = layout.session_key(HostName(host.name))
-        keys.etcd.ctl("put", f"--lease={lease}", session_key, self._value("session.json").decode())
-        self._write("_session.json", key=session_key, lease=int(lease, 16))
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        """Start the QEMU of `runs` by the recorded command line, put it on record, and let its guest run."""
-        host, folder = self._host, self._host.run_dir / "runs"
-        record = json.loads(self._local(recorded(self._release, "runs/incarnation.json")))
-        marks = json.loads(recorded(self._release, "environment.json"))
-        marks |= {"KVMSUPERVISOR_PREFIX": self._keys.layout.prefix}
-        argv = [str(word) for word in record["argv"]]
-        with ExitStack() as stack:
-            sockets = []
-            numbers = [word.partition("fd=")[2].partition(",")[0] for word in argv if word.startswith("socket,")]
-            for name, number in zip(CHANNELS, numbers, strict=True):
-                one = stack.enter_context(socket.socket(socket.AF_UNIX))
-                one.bind(str(folder / name))
-                one.listen(4)
-                sockets.append(one)
-                argv = [
-                    word.replace(f"fd={number},", f"fd={one.fileno()},") if word.startswith("socket,") else word
-                    for word in argv
-                ]
-            log = stack.enter_context((folder / "qemu.log").open("ab"))
-            process = subprocess.Popen(
-                argv,
-                env={"PATH": host.environment["PATH"], **marks},
-                pass_fds=[one.fileno() for one in sockets],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self.process = process
+        left = Release(release, host, newer=newer)
+        left.put("runs")
+        revision = left.put("ended")
+        self.process, argv = left.spawn("runs")
         host.ask("runs", "cont")
         self.qemu = host.qemu("runs")
-        self._write("runs/incarnation.json", argv=argv, **self._process_fields())
-        return process
-
-    def _process_fields(self) -> dict[str, int]:
-        return {"pid": self.qemu.pid, "starttime": self.qemu.starttime}
-
-    def _local(self, data: bytes) -> bytes:
-        """As this machine's own."""
-        local = data.replace(FOLDER.encode(), str(self._host.folder).encode())
-        return local.replace(MACHINE.encode(), machine_id().encode())
-
-    def _value(self, place: str, **fields: object) -> bytes:
-        """A record or a value, as it would be if it had been written on this machine."""
-        found = json.loads(self._local(recorded(self._release, place)))
-        local = found | ({"boot_id": boot_id()} if "boot_id" in found else {}) | fields
-        return json.dumps(local | ({"version": 2} if place == self._newer else {})).encode()
-
-    def _write(self, place: str, **fields: object) -> None:
-        (self._host.run_dir / place).write_bytes(self._value(place, **fields))
+        left.on_record("runs", argv, self.qemu)
+        memory = json.loads(recorded(release, "ended/memory.json"))
+        left.write("ended/memory.json", ended=memory["ended"] | {"host_revision": revision})
+        self.lock = left.say("runs", **process_fields(self.qemu))
+        keys.write(keys.layout.status_key(InstanceId("ended")), left.value("ended/status.json").decode())
+        left.session()
 
 
 class Leave:

@@ -77,6 +77,8 @@ osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = 1073741824
 osd erasure code plugins =
+# Since Ceph 18, of a plugin in a package of its own; OSDs in memory have no block devices.
+osd extblkdev plugins =
 {classes}
 """
 

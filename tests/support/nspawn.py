@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -50,12 +50,14 @@ class BootedHost:
 
     Args:
         binds: what is seen inside at the same path, read-only, beside the checkout and the virtual environment.
+        prepare: called with its root before it boots for the first time.
     """
 
-    def __init__(self, binds: Sequence[Path] = ()) -> None:
+    def __init__(self, binds: Sequence[Path] = (), *, prepare: Callable[[Path], None] = lambda root: None) -> None:
         # A Python that is not Debian's has to be seen, too; Debian's own is in the root.
         own = {ROOT, Path(sys.prefix)} | ({Path(sys.base_prefix)} - {Path("/usr")})
         self._binds = sorted({*own, *binds})
+        self._prepare = prepare
         self._folder = Path()
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._cgroup = Path()
@@ -68,7 +70,8 @@ class BootedHost:
         self._folder.mkdir(mode=0o700)
         try:
             self._mount(lower)
-            self._boot()
+            self._prepare(self.root)
+            self.boot()
         except BaseException:
             self.close()
             raise
@@ -89,11 +92,12 @@ class BootedHost:
         options = f"lowerdir={lower},upperdir={self._folder / 'upper'},workdir={self._folder / 'work'}"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)
 
-    def _boot(self) -> None:
+    def boot(self) -> None:
+        """Switch it on; it may have been on before, and has powered itself off. Returns when it is up."""
         name = self._folder.name
         top = next(path for path in UNIFIED if (path / "cgroup.controllers").exists())
         self._cgroup = top / name
-        self._cgroup.mkdir()
+        self._cgroup.mkdir(exist_ok=True)
         argv = ["systemd-nspawn", "--quiet", "--boot", f"--directory={self.root}", f"--machine={name}"]
         argv += ["--register=no", "--keep-unit", "--capability=all", "--system-call-filter=@known"]
         argv += ["--console=read-only", "--private-network", f"--bind={self._folder / 'docker'}:/var/lib/docker"]
