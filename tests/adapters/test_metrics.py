@@ -32,6 +32,7 @@ CONTRACT = {
     "watch_revision": "gauge",
     "qemu_privileged": "gauge",
     "guests_survive": "gauge",
+    "guard_memory_locked": "gauge",
     "removals_held": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",
