@@ -38,7 +38,7 @@ STEP_S = 1.0
 """The longest sleep while a machine is watched. poll(2) counts on CLOCK_MONOTONIC, which stands still while the host is
 suspended: a deadline that passed meanwhile is seen this much after the host is back, at most."""
 
-IDLE_S = 10.0
+IDLE_S = 3.0
 """How long a guard without any machine waits for the next one. Arbitrary: a restart of a machine fits."""
 
 END_S = 5.0

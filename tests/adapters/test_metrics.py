@@ -39,6 +39,7 @@ CONTRACT = {
     "instance_lock_epoch": "gauge",
     "instance_pending_changes": "gauge",
     "instance_invalid": "gauge",
+    "instance_unguarded": "gauge",
     "instance_info": "gauge",
     "instance_memory_bytes": "gauge",
     "instance_guest_memory_bytes": "gauge",
