@@ -31,7 +31,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
 from kvmsupervisor.marks import Marks, environment_of
 
@@ -46,9 +46,6 @@ DRAIN_S = 1.0
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
-
-PANICKED = "guest-panicked"
-"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
 
 
 class Machine:
@@ -341,7 +338,7 @@ class Machine:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
-        """SIGKILL, on purpose; returns when it has ended, or after `KILL_S`."""
+        """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
         self._asked = True
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
@@ -441,6 +438,9 @@ class Machine:
         if self._process is None:
             return
         self._verdict = verdict
+        if self.never_ran:
+            # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
+            await self._process.terminate()
         self._process.signal(signal.SIGKILL)
         try:
             async with asyncio.timeout(KILL_S):

@@ -217,6 +217,41 @@ async def test_a_crash_asks_nobody_else_to_go(host: Host) -> None:
     assert host.fencing.fenced == [address_of(first.pid)]
 
 
+async def test_who_lets_go_shuts_out_its_dead(host: Host) -> None:
+    """Law 9: a lock whose QEMU crashed is released fenced, so that nobody waits 30 s for the dead one's watch."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    qemu = await host.runs()
+    qemu.crash()
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    assert host.lock is None
+    assert host.fencing.fenced == [address_of(qemu.pid)]
+    assert b"kvmsupervisor_fences_total 1.0" in host.around.metrics.render("")[0]
+
+
+async def test_who_cannot_shut_out_its_dead_lets_go_all_the_same(host: Host) -> None:
+    """Law 9: the process is proven gone, which is all that a release needs; an outage of storage keeps nobody."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    (await host.runs()).crash()
+    host.fencing.away = True
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    assert (host.lock, host.fencing.fenced) == (None, [])
+
+
+async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> None:
+    """Law 9: an end in order leaves nothing, so a stop asks nothing of storage."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    await host.runs()
+    asked = host.fencing.asked
+    host.put(power="off")
+    await host.until(lambda: host.lock is None)
+    assert host.fencing.asked == asked
+
+
 async def test_another_instance_is_not_fenced(host: Host) -> None:
     """Law 4: two instances with one image are a mistake of the keys: neither loses its QEMU for it."""
     orphan(host)

@@ -20,6 +20,9 @@ NEVER_RAN = "prelaunch"
 RUNNING = "running"
 """QMP run state of a machine whose guest runs."""
 
+PANICKED = "guest-panicked"
+"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
+
 
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""

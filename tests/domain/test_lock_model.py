@@ -34,7 +34,6 @@ UNCOMPARED = {"KILL", "POWERDOWN", "SPAWN", "CONTINUE", "FENCE", "REASSERT", "RE
 """Steps that do something whatever etcd says meanwhile."""
 
 
-
 class Locks:
     """Every lock that was ever written, by number: the same for the same, and quick to compare."""
 
@@ -171,7 +170,7 @@ class Model:
             yield from self._act(world, me, local, step)
 
     def _action(self, me: int, local: Local) -> str:
-        action = _decide(me, local.lock, local.host, local.planned, local.qemu, local.ran, local.boot)
+        action = _decide(Known(me, local.lock, local.host, local.planned, local.qemu, local.ran, local.boot))
         if not self.records and action is Action.RECORD:
             action = Action.CONTINUE
         return "" if action is None or action is Action.FORGET else action.name
@@ -226,8 +225,11 @@ class Model:
                     world = world._replace(qemus=qemus, highest=max(world.highest, local.epoch))
                 yield _with(world, me, done._replace(ran=True))
             case "KILL" | "POWERDOWN":
+                # A paused one closes its disks, too.
                 left = frozenset(qemu for qemu in qemus if qemu[0] != local.qemu or not self.proves)
-                closed = local.qemu if step == "POWERDOWN" and len(left) < len(qemus) else local.closed
+                closed = (
+                    local.qemu if (step == "POWERDOWN" or not local.ran) and len(left) < len(qemus) else local.closed
+                )
                 yield _with(world._replace(qemus=left), me, done._replace(qemu=None, ran=False, closed=closed))
             case "RELEASE":
                 if not self.compares or _same(etcd, local):
@@ -259,7 +261,6 @@ class Model:
         if not self.compares or (_same(world.etcd, done) and done.host_is):
             number = LOCKS.number(lock)
             yield _with(_written(world, number), me, done._replace(lock=number, lock_is=True))
-
 
     # What is the same.
 
@@ -310,9 +311,22 @@ def _seen(local: Local, etcd: Etcd) -> Local:
     return local._replace(lock=etcd.lock, lock_is=True, host=etcd.host, host_is=True, step="", fence=())
 
 
+class Known(NamedTuple):
+    """What of all that a supervisor knows its decision depends on."""
+
+    me: int
+    lock: int
+    host: int
+    planned: str | None
+    qemu: str | None
+    ran: bool
+    boot: int
+
+
 @cache
-def _decide(me: int, lock: int, host: int, planned: str | None, qemu: str | None, ran: bool, boot: int) -> Action | None:  # noqa: FBT001
+def _decide(known: Known) -> Action | None:
     """What `domain.lifecycle` says to what a supervisor knows."""
+    me, lock, host, planned, qemu, ran, boot = known
     process = None
     boot_id = f"boot{boot}"
     if qemu is not None:

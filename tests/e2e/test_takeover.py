@@ -302,3 +302,36 @@ def test_uefi_variables_are_in_ceph(farm: Farm) -> None:
         f"{farm.image.name}.nvram"
     )
     assert not (alpha.folder / "state" / "1").exists()
+
+
+def test_a_machine_that_was_killed_and_moved(farm: Farm) -> None:
+    """Laws 4 and 9: who lets go of a lock shuts out what its dead QEMU left, so that nobody waits for its watch."""
+    alpha, beta = farm.pair(60)
+    farm.machine("alpha")
+    dead = alpha.wait_running("1")["1"]
+    farm.writes()
+    address = farm.address
+    alpha.freeze()
+    dead.kill()
+    farm.keys.put("1", host="beta")
+    alpha.thaw()
+    beta.wait_running("1")
+    farm.writes()
+    assert address in farm.ceph.blocklist()
+    assert "is open elsewhere" not in beta.log
+    alpha.wait_forgotten("1")
+
+
+def test_keys_that_change_before_the_guest_runs(farm: Farm) -> None:
+    """Law 3: a QEMU that is given up before its guest ran closes its disks: the next one finds nobody there."""
+    alpha = farm.host("alpha", KVM_SETTLE="2")
+    farm.machine("alpha")
+    first = eventually("a QEMU", lambda: next(iter(alpha.qemus()), None))
+    # Its disks are open from here on, and its keys are not quiet yet.
+    eventually("its watch", lambda: farm.ceph.watchers(farm.image.name))
+    farm.keys.put("1", ram=17)
+    second = alpha.wait_running("1")["1"]
+    assert isinstance(first, Qemu)
+    assert second.pid != first.pid
+    farm.writes()
+    assert "is open elsewhere" not in alpha.log
