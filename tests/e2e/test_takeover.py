@@ -9,76 +9,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.lock import Lock, LockState
-from kvmsupervisor.domain.spec import RbdDisk
+from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
-from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
-from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
-from tests.support.rbd_qemu import count, make_writer_image
-
-TTL_S = "2"
-
-
-@pytest.fixture
-def image(ceph: Ceph, ceph_image: str, tmp_path: Path) -> RbdDisk:
-    """An image from which a guest boots that counts on it."""
-    ceph.new_client("vm", CLIENT_CAPS)
-    made = RbdDisk(POOL, f"{ceph_image}-writer")
-    make_writer_image(ceph, made, tmp_path)
-    return made
-
-
-class Farm:
-    """Hosts of one Ceph, and the image of the one machine."""
-
-    def __init__(self, keys: Keys, hosts: Hosts, ceph: Ceph, image: RbdDisk) -> None:
-        self.keys, self.hosts, self.ceph, self.image = keys, hosts, ceph, image
-
-    def host(self, name: str, **more: str) -> Host:
-        """A host that has started."""
-        settings: dict[str, Any] = {
-            "CEPH_CONF": str(self.ceph.conf),
-            "CEPH_ID": "vm",
-            "KVM_QEMU_USER": "",
-            "KVM_SESSION_TTL": TTL_S,
-            "KVM_SHUTDOWN_TIMEOUT": "0",
-            **more,
-        }
-        return self.hosts(name, **settings).start()
-
-    def pair(self, wait_s: int) -> tuple[Host, Host]:
-        """Two hosts whose takeovers wait so long for disks that are in use."""
-        return self.host("alpha", KVM_TAKEOVER_WAIT=f"{wait_s}"), self.host("beta", KVM_TAKEOVER_WAIT=f"{wait_s}")
-
-    def machine(self, host: str, instance: str = "1", **wishes: object) -> None:
-        """A machine that boots from the image."""
-        self.keys.machines(host, instance, **{"ram": 16, "rbd": self.image.name, **wishes})
-
-    def writes(self) -> None:
-        """Wait until the guest has written more than it had."""
-        before = count(self.ceph, self.image)
-        eventually(f"a write to {self.image.name}", lambda: count(self.ceph, self.image) != before)
-
-    def lock(self) -> Lock:
-        found = eventually("a lock", lambda: self.keys.lock("1"))
-        assert isinstance(found, Lock)
-        return found
-
-    @property
-    def address(self) -> str:
-        """The one storage client on record."""
-        (found,) = self.lock().clients
-        return found
-
-
-@pytest.fixture
-def farm(keys: Keys, hosts: Hosts, ceph: Ceph, image: RbdDisk) -> Farm:
-    return Farm(keys, hosts, ceph, image)
+from tests.support.cluster import Host, Qemu, eventually
+from tests.support.farm import Farm
 
 
 def kill_all(host: Host) -> None:
