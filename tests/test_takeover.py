@@ -358,6 +358,52 @@ async def test_a_supervisor_may_die_before_any_write_of_a_takeover(host: Host) -
     assert number >= 3
 
 
+CUTS = [
+    pytest.param(0, "b", LockState.RUNNING, id="before the takeover"),
+    pytest.param(1, "a", LockState.FENCING, id="before the fence is on record"),
+    pytest.param(2, "a", LockState.STARTING, id="before its QEMU is on record"),
+    pytest.param(3, "a", LockState.RUNNING, id="while its guest runs"),
+]
+
+
+@pytest.mark.parametrize(("number", "holder", "state"), CUTS)
+async def test_a_taker_may_die_before_any_write_and_another_follows(
+    host: Host, make: MakeHost, number: int, holder: str, state: LockState
+) -> None:
+    """Law 4: at whatever write a taker is cut off, the next host fences all before its guest runs.
+
+    The first taker's QEMU goes on, as that of a host that only seems dead: it is among the fenced if its guest runs.
+    """
+    other = make("c")
+    orphan(host)
+
+    def die(at: int) -> None:
+        if at == number:
+            host.loop.cancel()
+
+    host.store.before = die
+    host.begin()
+    with contextlib.suppress(AssertionError):
+        await host.until(lambda: host.loop.done() or host.running)
+    await host.die()
+    host.etcd.erase(host.session.key)
+    before = host.lock
+    assert before is not None
+    assert (before.host, before.state) == (holder, state)
+    other.sessions = {"c"}
+    other.fencing.fenced.clear()
+    other.wish(rbd=IMAGE)
+    other.begin()
+    qemu = await other.runs()
+    assert other.is_on_record(qemu)
+    assert {OLD, OLDER} <= set(other.fencing.fenced)
+    assert {address_of(one.pid) for one in other.qemus.running if one is not qemu} <= set(other.fencing.fenced)
+    assert other.lock is not None
+    assert other.lock.epoch == before.epoch + 1
+    # What is not proven dead stays on record, for whoever comes next.
+    assert set(other.fencing.fenced) == set(other.lock.fence)
+
+
 async def test_images_are_looked_at(host: Host) -> None:
     """An image that is missing starts nothing and takes nothing; what is wrong is told."""
     host.disks.trouble = "rbd: there is no such image"

@@ -68,10 +68,10 @@ class Pair:
 
 
 @pytest.fixture
-def two(etcd_cluster: EtcdCluster, hosts: Hosts, ceph: Ceph, ceph_image: str, tmp_path: Path) -> Farm:
+def two(etcd_cluster: EtcdCluster, hosts: Hosts, brisk_ceph: Ceph, ceph_image: str, tmp_path: Path) -> Farm:
     """Images for two machines, and hosts of a cluster whose etcd has three members."""
-    images = [writer_image(ceph, f"{ceph_image}-{one}", tmp_path) for one in ("1", "2")]
-    return Farm(Keys(etcd_cluster), hosts, ceph, *images)
+    images = [writer_image(brisk_ceph, f"{ceph_image}-{one}", tmp_path) for one in ("1", "2")]
+    return Farm(Keys(etcd_cluster), hosts, brisk_ceph, *images)
 
 
 @pytest.mark.timeout(1800)

@@ -21,6 +21,13 @@ TTL_S = 2
 """Of a host's session: the shortest that is allowed."""
 
 
+WATCH_S = 12
+"""After which Ceph forgets a client that died, here; 30 by default. Clients tell of themselves every 5 s."""
+
+WRITES_PER_S = 100
+"""Of a guest, so that it does not take the processor that others need."""
+
+
 class Farm:
     """Hosts of one Ceph and one etcd, and images from which guests boot that count on them.
 
@@ -59,7 +66,7 @@ class Farm:
     def machine(self, host: str, instance: str = "1", **wishes: object) -> None:
         """A machine that boots from its image: `1` from the first, `2` from the second."""
         image = self.images[int(instance) - 1]
-        self.keys.machines(host, instance, **{"ram": 16, "rbd": image.name, **wishes})
+        self.keys.machines(host, instance, **{"ram": 16, "rbd": f"{image.name} iops={WRITES_PER_S}", **wishes})
 
     def writes(self, instance: str = "1") -> None:
         """Wait until the guest has written more than it had."""
@@ -88,7 +95,14 @@ def writer_image(ceph: Ceph, name: str, folder: Path) -> RbdDisk:
     return made
 
 
+@pytest.fixture(scope="session")
+def brisk_ceph(ceph: Ceph) -> Ceph:
+    """The cluster of this worker, which forgets the dead soon."""
+    ceph.ceph("tell", "osd.0", "config", "set", "osd_client_watch_timeout", str(WATCH_S))
+    return ceph
+
+
 @pytest.fixture
-def farm(keys: Keys, hosts: Hosts, ceph: Ceph, ceph_image: str, tmp_path: Path) -> Farm:
+def farm(keys: Keys, hosts: Hosts, brisk_ceph: Ceph, ceph_image: str, tmp_path: Path) -> Farm:
     """A Ceph with one image, and hosts on the etcd that others use too."""
-    return Farm(keys, hosts, ceph, writer_image(ceph, f"{ceph_image}-writer", tmp_path))
+    return Farm(keys, hosts, brisk_ceph, writer_image(brisk_ceph, f"{ceph_image}-writer", tmp_path))
