@@ -76,7 +76,7 @@ def two(etcd_cluster: EtcdCluster, hosts: Hosts, brisk_ceph: Ceph, ceph_image: s
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("away_s", [3 * TTL_S + 0.5, pytest.param(180, marks=pytest.mark.soak)])
-def test_machines_on_ceph_outlast_any_outage_of_etcd(two: Farm, etcd_cluster: EtcdCluster, away_s: float) -> None:
+def test_outages_of_etcd(two: Farm, etcd_cluster: EtcdCluster, away_s: float) -> None:
     """Law 6: one host cut off, all cut off, no quorum: machines write on, none is taken, all locks are right again."""
     farm = two
     ports = [member.client_port for member in etcd_cluster.members]
