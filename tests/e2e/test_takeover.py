@@ -10,6 +10,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
@@ -273,3 +275,32 @@ def test_a_machine_that_is_not_wanted_before_its_guest_ran(farm: Farm) -> None:
     farm.writes()
     assert not paused.alive
     assert "is open elsewhere" not in beta.log
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_how_long_a_machine_is_away(farm: Farm) -> None:
+    """Law 4 with default settings (session 15 s, Ceph's watch 30 s): prints the figures of docs/reliability.md."""
+    farm.ceph.ceph("tell", "osd.0", "config", "set", "osd_client_watch_timeout", "30")
+    pair = {name: farm.host(name, KVM_SESSION_TTL="15") for name in ("alpha", "beta")}
+    farm.machine("alpha", hosts="alpha beta")
+    here, there = "alpha", "beta"
+    figures: dict[str, list[float]] = {"QEMU killed": [], "host killed": []}
+    for _ in range(3):
+        qemu = pair[here].wait_running("1")["1"]
+        farm.writes()
+        begin = time.monotonic()
+        qemu.kill()
+        farm.writes()
+        figures["QEMU killed"].append(time.monotonic() - begin)
+        # A watch is told of every 5 s: it is forgotten 25 to 30 s after the death.
+        pair[here].wait_for("1", lambda s, old=qemu.pid: s.phase is Phase.RUNNING and s.pid not in {None, old})  # type: ignore[misc]
+        begin = time.monotonic()
+        kill_all(pair[here])
+        farm.writes()
+        figures["host killed"].append(time.monotonic() - begin)
+        pair[there].wait_running("1")
+        pair[here].start()
+        here, there = there, here
+    for what, seconds in figures.items():
+        print(f"{what}, to the next write: {', '.join(f'{one:.1f}' for one in seconds)} s")  # noqa: T201 - figures

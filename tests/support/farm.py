@@ -15,7 +15,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import RbdDisk
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
 from tests.support.cluster import Host, Hosts, Keys, eventually
-from tests.support.rbd_qemu import count, make_writer_image
+from tests.support.rbd_qemu import WRITES_PER_S, count, make_writer_image
 
 TTL_S = 2
 """Of a host's session: the shortest that is allowed."""
@@ -23,9 +23,6 @@ TTL_S = 2
 
 WATCH_S = 12
 """After which Ceph forgets a client that died, here; 30 by default. Clients tell of themselves every 5 s."""
-
-WRITES_PER_S = 100
-"""Of a guest, so that it does not take the processor that others need."""
 
 
 class Farm:
