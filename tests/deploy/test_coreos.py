@@ -75,6 +75,13 @@ def test_the_supervisor_gets_what_its_guests_need_to_outlive_it() -> None:
         assert re.search(rf"--volume {path}:{path}(?![\w/])", text), path
 
 
+@pytest.mark.parametrize("name", ["kvmsupervisor.service", "kvm@.service"])
+def test_ceph_is_the_hosts(name: str) -> None:
+    """Law: ceph.conf and keyring are the host's, in the folder where Ceph looks by itself, and only read."""
+    text = (COREOS / name).read_text()
+    assert re.search(r"--volume /etc/ceph:/etc/ceph:ro(?![\w/])", text)
+
+
 @pytest.mark.parametrize("butane", BUTANES, ids=lambda path: path.name)
 def test_ignition_is_what_butane_says(butane: Path) -> None:
     """Law: the generated file is up to date (`make ignition`), and every file and unit is in it, byte by byte."""
