@@ -415,6 +415,7 @@ class Instance:
 
     async def _release(self) -> None:
         publisher = self._around.publisher
+        await self._start.shut_out_the_dead()
         if self.wish is not None and self.wish.keys > 0:
             last = replace(self.report.status, pid=None, incarnation=None)
             publisher.wrote(self.id, last.to_json(), await self._lock.release(last))

@@ -336,7 +336,7 @@ class Machine:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
-        """SIGKILL, on purpose; returns when it has ended, or after `KILL_S`."""
+        """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
         self._asked = True
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
@@ -436,6 +436,9 @@ class Machine:
         if self._process is None:
             return
         self._verdict = verdict
+        if self.never_ran:
+            # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
+            await self._process.terminate()
         self._process.signal(signal.SIGKILL)
         try:
             async with asyncio.timeout(KILL_S):

@@ -80,7 +80,8 @@ class Start:
         obstacle: what was missing, None when nothing was.
         guard_at: when the guard is worth the next attempt.
         guard_trouble: what the last attempt said, None when it went well.
-        closed: incarnation whose process is proven gone, its disks closed in order: nothing of it is to be fenced.
+        closed: incarnation whose process is proven gone, and nothing of it is to be fenced: it closed its disks in
+            order, or its clients were shut out since.
     """
 
     def __init__(
@@ -293,6 +294,24 @@ class Start:
         self._gone.clear()
         if everyone:
             self._report.tell("lock.fenced", addresses=list(everyone), taken_from=lock.taken_from)
+
+    async def shut_out_the_dead(self) -> None:
+        """Before the lock is let go of: shut out the storage clients of its process, unless that closed its disks.
+
+        The process is proven gone, so nothing of it writes any more, and without storage it is let go of all the same.
+        But for another 30 s Ceph would name it as having the disks open, and whoever starts next would wait for that.
+        """
+        lock = self._lock.view.lock
+        if lock is None or not lock.clients or lock.incarnation == self.closed:
+            return
+        try:
+            await self._around.fencing.fence(lock.clients)
+        except NotFenced as error:
+            self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
+            return
+        self.closed = lock.incarnation
+        self._around.metrics.fenced(len(lock.clients))
+        self._report.tell("lock.fenced", addresses=list(lock.clients), taken_from=None)
 
     async def spawn(self, wish: Wanted) -> None:
         """Start QEMU, paused.

@@ -11,11 +11,12 @@ import pytest
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.failover import Failover
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
+from tests.fakes.storage import address_of
 from tests.support.host import LAYOUT, ONE, Host
 
 IMAGE = "rbd/vm"
@@ -39,10 +40,16 @@ class Candidate:
         await self.host.wishes.wait_synced()
         await self.failover.run()
 
-    async def close(self) -> None:
+    async def end(self) -> None:
+        """As SIGKILL would."""
         self.task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self.task
+        if not self.host.dead:
+            await self.host.die()
+
+    async def close(self) -> None:
+        await self.end()
         await self.host.close()
 
 
@@ -69,8 +76,8 @@ async def candidates(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[
         await one.close()
 
 
-async def taken(one: Candidate, limit_s: float) -> Lock:
-    await one.host.until(lambda: one.host.lock is not None and one.host.lock.host != "z", limit_s)
+async def taken(one: Candidate, limit_s: float, *, of: str = "z") -> Lock:
+    await one.host.until(lambda: one.host.lock is not None and one.host.lock.host != of, limit_s)
     assert one.host.lock is not None
     return one.host.lock
 
@@ -137,6 +144,87 @@ async def test_disks_in_use_are_waited_for(candidates: Callable[..., list[Candid
     assert first.host.lock == HELD
     storage.away = False
     assert (await taken(first, 5.0)).host == "a"
+
+
+@pytest.mark.parametrize("what", ["lock", "host", "hosts"])
+async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[Candidate]], what: str) -> None:
+    """Law 2: the transaction compares lock, `host` and `hosts`: who comes second, or too late, has nothing of it."""
+    first, second = candidates(hosts="b a")
+    etcd = first.host.etcd
+    other = take(HELD, host=HostName("a"), boot_id="boot-a", incarnation="i8", storage=Storage.RBD)
+    before = {
+        "lock": (LAYOUT.lock_key(ONE), other.to_json()),
+        "host": (LAYOUT.wish_key(ONE, "host"), b"y"),
+        "hosts": (LAYOUT.wish_key(ONE, "hosts"), b"y"),
+    }
+    key, value = before[what]
+
+    def be_first(at: int) -> None:
+        second.host.store.before = lambda at: None
+        etcd.write(key, value)
+
+    second.host.store.before = be_first
+    first.host.sessions = second.host.sessions = {"a", "b", "y"}
+    await second.host.until(lambda: second.host.store.writes_begun)
+    await second.host.clock.advance(30.0)
+    found = {name: etcd.data[name] for name, _ in before.values()}
+    assert found == {
+        LAYOUT.lock_key(ONE): HELD.to_json(),
+        LAYOUT.wish_key(ONE, "host"): b"z",
+        LAYOUT.wish_key(ONE, "hosts"): b"b a",
+        key: value,
+    }
+    assert b"kvmsupervisor_takeovers_total 0.0" in second.host.around.metrics.render("")[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "holder", "state"),
+    [
+        pytest.param(0, "z", LockState.RUNNING, id="before the takeover"),
+        pytest.param(1, "a", LockState.FENCING, id="before it is taken for a start"),
+        pytest.param(2, "a", LockState.FENCING, id="before the fence is on record"),
+        pytest.param(3, "a", LockState.STARTING, id="before its QEMU is on record"),
+        pytest.param(4, "a", LockState.RUNNING, id="while its guest runs"),
+    ],
+)
+async def test_a_candidate_may_die_before_any_write(
+    candidates: Callable[..., list[Candidate]], number: int, holder: str, state: LockState
+) -> None:
+    """Law 4: the next candidate takes from one that died, and fences whatever ever was on record.
+
+    The first one's QEMU goes on, as that of a host that only seems dead.
+    """
+    first, second = candidates(hosts="a b")
+    host = first.host
+
+    def die(at: int) -> None:
+        if at == number:
+            first.task.cancel()
+            host.loop.cancel()
+
+    host.store.before = die
+    await host.until(lambda: first.task.done() or (host.lock is not None and host.lock.host == "a"))
+    if not first.task.done():
+        # Now that `host` names it, its supervisor has a loop for the instance.
+        await host.die()
+        host.begin()
+        await host.until(lambda: host.loop.done() or host.running)
+    await first.end()
+    host.etcd.erase(host.session.key)
+    before = host.lock
+    assert before is not None
+    assert (before.host, before.state) == (holder, state)
+    host.fencing.fenced.clear()
+    second.host.sessions = {"b"}
+    second.failover.look()
+    await taken(second, 60.0, of=holder)
+    await second.host.die()
+    second.host.begin()
+    qemu = await second.host.runs()
+    assert second.host.is_on_record(qemu)
+    fenced = set(second.host.fencing.fenced)
+    assert {OLD, *before.clients} <= fenced
+    assert {address_of(one.pid) for one in host.qemus.running if one is not qemu} <= fenced
 
 
 async def test_a_session_that_is_there_after_all(candidates: Callable[..., list[Candidate]]) -> None:

@@ -147,7 +147,7 @@ async def test_a_paused_qemu_continues_once_the_session_is_back(host: Host) -> N
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, step: str) -> None:
-    """Law 2: `host` changed between two steps: what was started is killed, the lock released, no guest ran."""
+    """Laws 2 and 3: `host` changed between two steps: what was started is killed, the lock released, no guest ran."""
 
     def move_away(number: int) -> None:
         if number == STEPS[step]:

@@ -253,6 +253,28 @@ async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     assert "status 0" in end.text
 
 
+async def test_a_qemu_that_never_ran_is_let_close_its_disks(bench: Bench) -> None:
+    """Law 3: given up before its guest ran it ends in order, so that storage names it no more; a running one is killed.
+
+    One that is frozen is killed all the same.
+    """
+    machine = bench.machine
+    await bench.up()
+    await machine.kill("its keys changed")
+    assert machine.wait_status.code == 0
+    await machine.bury()
+    await bench.up()
+    assert machine.pid is not None
+    os.kill(machine.pid, signal.SIGSTOP)
+    await machine.kill("its keys changed")
+    assert machine.wait_status.signal == signal.SIGKILL
+    await machine.bury()
+    await bench.up()
+    assert await machine.resume()
+    await machine.kill("its lock has gone to b")
+    assert machine.wait_status.signal == signal.SIGKILL
+
+
 async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
     """§4: an end on purpose says why; one that was given up is a failure."""
     await bench.up()
@@ -396,10 +418,10 @@ async def test_a_record_of_another_boot_is_of_the_past(bench: Bench) -> None:
 async def test_an_end_between_two_supervisors_is_told_from_the_log(bench: Bench) -> None:
     """Law 8 and §4: nobody saw how it ended; its last words are what is known."""
     await bench.up()
+    await bench.machine.kill("in secret")
     log = bench.directory.open_log()
     os.write(log, b"qemu-system-x86_64: out of luck\n")
     os.close(log)
-    await bench.machine.kill("in secret")
     assert not await bench.successor()
     assert bench.view.exit is not None
     assert bench.view.exit.text == "ended while no supervisor watched; last words: out of luck"

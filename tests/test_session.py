@@ -86,7 +86,7 @@ async def test_a_free_name_is_won_at_once(bench: Bench) -> None:
 
 
 async def test_renewals_come_every_fifth_of_the_ttl_and_write_nothing(bench: Bench) -> None:
-    """At idle: per 3 s one keepalive and one read-only transaction, and the store's revision stands still."""
+    """Law 1: at idle, per 3 s one keepalive and one read-only transaction, and the store's revision stands still."""
     async with bench.running() as session:
         revision = bench.etcd.revision
         bench.etcd.calls.clear()
@@ -98,7 +98,7 @@ async def test_renewals_come_every_fifth_of_the_ttl_and_write_nothing(bench: Ben
 
 
 async def test_the_confirming_transaction_reads_so_that_a_quorum_is_asked(bench: Bench) -> None:
-    """A transaction without operations would be answered by one member alone: each branch holds a `Get`."""
+    """Law 1: a transaction without operations would be answered by one member alone: each branch holds a `Get`."""
     seen = []
     async with bench.running() as session:
         real = bench.etcd.txn
@@ -116,7 +116,7 @@ async def test_the_confirming_transaction_reads_so_that_a_quorum_is_asked(bench:
 
 
 async def test_a_slow_renewal_is_dated_from_before_it_was_sent(bench: Bench) -> None:
-    """However late the reply: the session ends 15 s after the request left."""
+    """Law 1: however late the reply, the session ends 15 s after the request left."""
     async with bench.running() as session:
 
         async def slow(call: str) -> None:
@@ -360,7 +360,7 @@ async def test_retries_are_spread_and_capped(bench: Bench) -> None:
 
 
 async def test_a_successor_on_the_same_boot_resumes(bench: Bench) -> None:
-    """Same lease, same create revision, new value; a stop revokes nothing."""
+    """Law 1: same lease, same create revision, new value; a stop revokes nothing."""
     async with bench.running() as first:
         revision, lease = first.create_revision, bench.lease_of_key()
     await bench.clock.advance(5)

@@ -217,6 +217,41 @@ async def test_a_crash_asks_nobody_else_to_go(host: Host) -> None:
     assert host.fencing.fenced == [address_of(first.pid)]
 
 
+async def test_who_lets_go_shuts_out_its_dead(host: Host) -> None:
+    """Law 9: a lock whose QEMU crashed is released fenced, so that nobody waits 30 s for the dead one's watch."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    qemu = await host.runs()
+    qemu.crash()
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    assert host.lock is None
+    assert host.fencing.fenced == [address_of(qemu.pid)]
+    assert b"kvmsupervisor_fences_total 1.0" in host.around.metrics.render("")[0]
+
+
+async def test_who_cannot_shut_out_its_dead_lets_go_all_the_same(host: Host) -> None:
+    """Law 9: the process is proven gone, which is all that a release needs; an outage of storage keeps nobody."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    (await host.runs()).crash()
+    host.fencing.away = True
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    assert (host.lock, host.fencing.fenced) == (None, [])
+
+
+async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> None:
+    """Law 9: an end in order leaves nothing, so a stop asks nothing of storage."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    await host.runs()
+    asked = host.fencing.asked
+    host.put(power="off")
+    await host.until(lambda: host.lock is None)
+    assert host.fencing.asked == asked
+
+
 async def test_another_instance_is_not_fenced(host: Host) -> None:
     """Law 4: two instances with one image are a mistake of the keys: neither loses its QEMU for it."""
     orphan(host)
@@ -321,6 +356,52 @@ async def test_a_supervisor_may_die_before_any_write_of_a_takeover(host: Host) -
         if not died:
             break
     assert number >= 3
+
+
+CUTS = [
+    pytest.param(0, "b", LockState.RUNNING, id="before the takeover"),
+    pytest.param(1, "a", LockState.FENCING, id="before the fence is on record"),
+    pytest.param(2, "a", LockState.STARTING, id="before its QEMU is on record"),
+    pytest.param(3, "a", LockState.RUNNING, id="while its guest runs"),
+]
+
+
+@pytest.mark.parametrize(("number", "holder", "state"), CUTS)
+async def test_a_taker_may_die_before_any_write_and_another_follows(
+    host: Host, make: MakeHost, number: int, holder: str, state: LockState
+) -> None:
+    """Law 4: at whatever write a taker is cut off, the next host fences all before its guest runs.
+
+    The first taker's QEMU goes on, as that of a host that only seems dead: it is among the fenced if its guest runs.
+    """
+    other = make("c")
+    orphan(host)
+
+    def die(at: int) -> None:
+        if at == number:
+            host.loop.cancel()
+
+    host.store.before = die
+    host.begin()
+    with contextlib.suppress(AssertionError):
+        await host.until(lambda: host.loop.done() or host.running)
+    await host.die()
+    host.etcd.erase(host.session.key)
+    before = host.lock
+    assert before is not None
+    assert (before.host, before.state) == (holder, state)
+    other.sessions = {"c"}
+    other.fencing.fenced.clear()
+    other.wish(rbd=IMAGE)
+    other.begin()
+    qemu = await other.runs()
+    assert other.is_on_record(qemu)
+    assert {OLD, OLDER} <= set(other.fencing.fenced)
+    assert {address_of(one.pid) for one in other.qemus.running if one is not qemu} <= set(other.fencing.fenced)
+    assert other.lock is not None
+    assert other.lock.epoch == before.epoch + 1
+    # What is not proven dead stays on record, for whoever comes next.
+    assert set(other.fencing.fenced) == set(other.lock.fence)
 
 
 async def test_images_are_looked_at(host: Host) -> None:

@@ -32,6 +32,10 @@ FIRST_PID_NAMESPACE = "4026531836"
 """The kernel's own, with a number that never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 
 
+TERM_S = 1.0
+"""How long a QEMU may take to heed SIGTERM. One that runs no guest needs 20 ms to close its disks."""
+
+
 class SpawnFailed(Exception):
     """The program could not be started at all; the message names it and says why."""
 
@@ -68,6 +72,12 @@ class Process:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+
+    async def terminate(self) -> None:
+        """SIGTERM; returns when it has ended, or after `TERM_S`."""
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), TERM_S)
 
     def close(self) -> None:
         """Stop watching it. The process goes on."""

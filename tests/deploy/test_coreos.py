@@ -92,6 +92,13 @@ def test_the_page_on_the_container_says_what_the_unit_does() -> None:
     assert told <= set(re.findall(r"--(?:privileged|[a-z]+=\S+|volume \S+)", unit))
 
 
+@pytest.mark.parametrize("name", ["kvmsupervisor.service", "kvm@.service"])
+def test_ceph_is_the_hosts(name: str) -> None:
+    """Law: ceph.conf and keyring are the host's, in the folder where Ceph looks by itself, and only read."""
+    text = (COREOS / name).read_text()
+    assert re.search(r"--volume /etc/ceph:/etc/ceph:ro(?![\w/])", text)
+
+
 @pytest.mark.parametrize("butane", BUTANES, ids=lambda path: path.name)
 def test_ignition_is_what_butane_says(butane: Path) -> None:
     """Law: the generated file is up to date (`make ignition`), and every file and unit is in it, byte by byte."""

@@ -30,6 +30,8 @@ SPEC = Spec(ram_mib=64, rbd=RbdDisk("rbd", "vm"))
 SPEC_OBJECT = spec_to_object(SPEC)
 LONG_AGO = Deferral(until=0.0, told="", ask_at=1e9, watchers=("x",))
 LIMIT = 3_000_000
+UNCOMPARED = {"KILL", "POWERDOWN", "SPAWN", "CONTINUE", "FENCE", "REASSERT", "REASSERTED"}
+"""Steps that do something whatever etcd says meanwhile."""
 
 
 class Locks:
@@ -55,26 +57,28 @@ LOCKS = Locks()
 
 
 class Etcd(NamedTuple):
-    """What etcd holds: the lock and its revision (0 without one), and the key `host` and its revision.
+    """What etcd holds: the lock (0 without one), and the key `host`.
 
-    `writes` counts those of the lock, `last_epoch` is what the status tells since the lock was last let go of.
+    `moves` counts the changes of that key, `last_epoch` is what the status tells since the lock was last let go of.
     """
 
     lock: int = 0
-    revision: int = 0
     host: int = 0
-    host_revision: int = 1
-    writes: int = 0
+    moves: int = 0
     last_epoch: int = 0
 
 
 class Local(NamedTuple):
-    """What a supervisor knows: etcd as it last saw it, its QEMU, and the step that it has decided upon."""
+    """What a supervisor knows: etcd as it last saw it, its QEMU, and the step that it has decided upon.
+
+    Of revisions it matters only whether they are still etcd's (`lock_is`, `host_is`): one that is not never is again.
+    An absent lock has none, so it can be again what it was.
+    """
 
     lock: int = 0
-    revision: int = 0
+    lock_is: bool = True
     host: int = 0
-    host_revision: int = 1
+    host_is: bool = True
     planned: str | None = None
     qemu: str | None = None
     ran: bool = False
@@ -114,6 +118,10 @@ class Model:
     fences: bool = True
     records: bool = True
     keeps_list: bool = True
+    compares: bool = True
+    gates: bool = True
+    proves: bool = True
+    keeps_entries: bool = True
 
     def after(self, world: World) -> Iterator[World]:
         """Every world that is one step away."""
@@ -121,8 +129,12 @@ class Model:
             yield from self._supervisor(world, me)
             yield from self._fate(world, me)
         etcd = world.etcd
-        if etcd.host_revision <= self.moves:
-            yield world._replace(etcd=etcd._replace(host=1 - etcd.host, host_revision=etcd.host_revision + 1))
+        if etcd.moves < self.moves:
+            moved = world._replace(etcd=etcd._replace(host=1 - etcd.host, moves=etcd.moves + 1))
+            a, b = world.locals
+            yield moved._replace(locals=(a._replace(host_is=False), b._replace(host_is=False)))
+        if not self.keeps_entries:
+            yield from (world._replace(fenced=world.fenced - {name}) for name in world.fenced)
 
     # What happens to a host.
 
@@ -145,7 +157,7 @@ class Model:
     def _supervisor(self, world: World, me: int) -> Iterator[World]:
         local = world.locals[me]
         if local.step:
-            yield from self._act(world, me, local)
+            yield from self._act(world, me, local, local.step)
             return
         seen = _seen(local, world.etcd)
         if seen.qemu is not None and not any(name == seen.qemu for name, _ in world.qemus):
@@ -153,39 +165,48 @@ class Model:
             seen = seen._replace(qemu=None, ran=False)
         if seen != local:
             yield _with(world, me, seen)
-        action = _decide(me, local._replace(closed=None, gone=frozenset(), used=0, epoch=0))
+        step = self._action(me, local)
+        if step and (step != "TAKE" or local.used < self.incarnations):
+            yield from self._act(world, me, local, step)
+
+    def _action(self, me: int, local: Local) -> str:
+        action = _decide(Known(me, local.lock, local.host, local.planned, local.qemu, local.ran, local.boot))
         if not self.records and action is Action.RECORD:
             action = Action.CONTINUE
-        if action is None or action is Action.FORGET or (action is Action.TAKE and local.used >= self.incarnations):
-            return
-        yield _with(world, me, local._replace(step=action.name))
+        return "" if action is None or action is Action.FORGET else action.name
 
-    def _act(self, world: World, me: int, local: Local) -> Iterator[World]:  # noqa: C901, PLR0912 - one branch per step
+    def _act(self, world: World, me: int, local: Local, step: str) -> Iterator[World]:  # noqa: C901, PLR0912 - a table
         etcd, qemus = world.etcd, world.qemus
         done = local._replace(step="", fence=())
-        match local.step:
-            case "TAKE":
+        match step:
+            case "TAKE" if not local.lock:
+                # What the status tells is read first, and the lock with it.
+                looked = local._replace(lock=etcd.lock, lock_is=True)
+                yield _with(world, me, looked if etcd.lock else looked._replace(step="LOOKED", epoch=etcd.last_epoch))
+            case "TAKE" | "LOOKED":
                 name = f"{HOSTS[me]}{local.used}"
                 previous = LOCKS[local.lock] if local.lock else None
                 lock = take(
                     previous if self.keeps_list or previous is None else replace(previous, clients=(), fence=()),
                     host=HOSTS[me], boot_id=f"boot{local.boot}", incarnation=name, storage=Storage.RBD,
-                    epoch_floor=0 if local.lock else etcd.last_epoch,
+                    epoch_floor=0 if local.lock else local.epoch,
                     closed=previous is not None and previous.incarnation == local.closed,
                 )  # fmt: skip
-                done = done._replace(planned=name, used=local.used + 1)
+                done = failed = done._replace(planned=name, used=local.used + 1)
                 if previous is not None and (previous.host, previous.boot_id) == (lock.host, lock.boot_id):
                     done = done._replace(gone=done.gone | set(previous.clients))
-                yield from self._swap(world, me, done, lock)
+                yield from self._swap(world, me, done, lock, failed)
             case "FENCE":
                 lock = LOCKS[local.lock]
                 others = () if lock.taken_from is None else tuple(sorted(name for name, _ in qemus))
-                everyone = tuple(dict.fromkeys((*lock.fence, *others)))
-                fenced = world.fenced | (set(everyone) if self.fences else set())
-                yield _with(world._replace(fenced=fenced), me, local._replace(step="FENCED", fence=everyone))
+                # Storage names those that live, but for one that was frozen for so long that its watch is over.
+                for named in {others, ()}:
+                    everyone = tuple(dict.fromkeys((*lock.fence, *named)))
+                    fenced = world.fenced | (set(everyone) if self.fences else set())
+                    yield _with(world._replace(fenced=fenced), me, local._replace(step="FENCED", fence=everyone))
             case "FENCED":
                 lock = LOCKS[local.lock].fenced(address for address in local.fence if address not in local.gone)
-                yield from self._swap(world, me, done._replace(gone=frozenset()), lock)
+                yield from self._swap(world, me, done._replace(gone=frozenset()), lock, done)
             case "SPAWN":
                 name = LOCKS[local.lock].incarnation
                 paused = done._replace(qemu=name, epoch=LOCKS[local.lock].epoch, ran=False, planned=None)
@@ -193,25 +214,28 @@ class Model:
             case "RECORD":
                 assert local.qemu is not None
                 lock = LOCKS[local.lock].recorded(pid=1, starttime=1, clients=(local.qemu,))
-                yield from self._swap(world, me, done, lock)
+                failed = done if self.gates else done._replace(step="CONTINUE")
+                yield from self._swap(world, me, done, lock, failed)
             case "CONTINUE":
                 assert local.qemu is not None
                 if (local.qemu, False) in qemus:
                     qemus = qemus - {(local.qemu, False)} | {(local.qemu, True)}
-                wrong = (
-                    "" if local.qemu in world.fenced or local.epoch >= world.highest else "an epoch after a later one"
-                )
-                highest = max(world.highest, local.epoch)
-                yield _with(world._replace(qemus=qemus, highest=highest, wrong=wrong), me, done._replace(ran=True))
+                    if local.epoch < world.highest and local.qemu not in world.fenced:
+                        world = world._replace(wrong="an epoch after a later one")
+                    world = world._replace(qemus=qemus, highest=max(world.highest, local.epoch))
+                yield _with(world, me, done._replace(ran=True))
             case "KILL" | "POWERDOWN":
-                left = frozenset(qemu for qemu in qemus if qemu[0] != local.qemu)
-                closed = local.qemu if local.step == "POWERDOWN" and len(left) < len(qemus) else local.closed
+                # A paused one closes its disks, too.
+                left = frozenset(qemu for qemu in qemus if qemu[0] != local.qemu or not self.proves)
+                closed = (
+                    local.qemu if (step == "POWERDOWN" or not local.ran) and len(left) < len(qemus) else local.closed
+                )
                 yield _with(world._replace(qemus=left), me, done._replace(qemu=None, ran=False, closed=closed))
             case "RELEASE":
-                if etcd.revision == local.revision:
+                if not self.compares or _same(etcd, local):
                     last = LOCKS[etcd.lock].epoch if etcd.lock else etcd.last_epoch
-                    free = world._replace(etcd=etcd._replace(lock=0, revision=0, last_epoch=last))
-                    yield _with(free, me, done._replace(lock=0, revision=0, planned=None))
+                    free = _written(world, 0)._replace(etcd=etcd._replace(lock=0, last_epoch=last))
+                    yield _with(free, me, done._replace(lock=0, lock_is=True, planned=None))
                 yield _with(world, me, _seen(done, etcd))
             case "REASSERT":
                 assert local.qemu is not None
@@ -227,19 +251,56 @@ class Model:
                     host=HOSTS[me], boot_id=f"boot{local.boot}", epoch=local.epoch, state=LockState.RUNNING,
                     incarnation=local.qemu, clients=(local.qemu,), storage=Storage.RBD,
                 )  # fmt: skip
-                yield from self._swap(world, me, done._replace(host_revision=etcd.host_revision), lock)
+                yield from self._swap(world, me, done._replace(host_is=True), lock, done)
             case _:
-                raise AssertionError(local.step)
+                raise AssertionError(step)
 
-    @staticmethod
-    def _swap(world: World, me: int, local: Local, lock: Lock) -> Iterator[World]:
+    def _swap(self, world: World, me: int, done: Local, lock: Lock, failed: Local) -> Iterator[World]:
         """Laws 2 and 3: compared with what was seen, and with the key `host`; without a session it fails, too."""
-        etcd = world.etcd
-        yield _with(world, me, _seen(local, etcd))
-        if etcd.revision == local.revision and etcd.host_revision == local.host_revision:
-            number, writes = LOCKS.number(lock), etcd.writes + 1
-            etcd = etcd._replace(lock=number, revision=writes, writes=writes)
-            yield _with(world._replace(etcd=etcd), me, local._replace(lock=number, revision=writes))
+        yield _with(world, me, _seen(failed, world.etcd)._replace(step=failed.step))
+        if not self.compares or (_same(world.etcd, done) and done.host_is):
+            number = LOCKS.number(lock)
+            yield _with(_written(world, number), me, done._replace(lock=number, lock_is=True))
+
+    # What is the same.
+
+    def merged(self, world: World) -> World:
+        """The same world without what can matter no more, so that more worlds are the same."""
+        a, b = world.locals
+        locals_ = (self._local_merged(0, a, world.etcd), self._local_merged(1, b, world.etcd))
+        fenced = world.fenced.intersection(name for name, _ in world.qemus)
+        if fenced == world.fenced and locals_[0] is a and locals_[1] is b:
+            return world
+        return world._replace(fenced=fenced, locals=locals_)
+
+    def _local_merged(self, me: int, local: Local, etcd: Etcd) -> Local:
+        if self.compares and not (_same(etcd, local) and local.host_is):
+            # Who does nothing but what etcd will refuse might as well look at once; it can look again later.
+            step = local.step or self._action(me, local)
+            if step not in UNCOMPARED:
+                local = _seen(local, etcd)
+        if local.closed is None and not local.gone and (local.qemu or local.step or not local.epoch):
+            return local
+        known = [LOCKS[number] for number in (local.lock, etcd.lock) if number]
+        named = {*local.fence, *(name for lock in known for name in (*lock.fence, *lock.clients))}
+        return local._replace(
+            epoch=local.epoch if local.qemu or local.step else 0,
+            closed=local.closed if any(lock.incarnation == local.closed for lock in known) else None,
+            gone=local.gone & named,
+        )
+
+
+def _same(etcd: Etcd, local: Local) -> bool:
+    """Whether the lock's revision is still the one that was seen."""
+    return local.lock_is if local.lock else not etcd.lock
+
+
+def _written(world: World, number: int) -> World:
+    """Another lock is in etcd: what anybody has seen of a former one is no longer so."""
+    a, b = world.locals
+    return world._replace(
+        etcd=world.etcd._replace(lock=number), locals=(a._replace(lock_is=not a.lock), b._replace(lock_is=not b.lock))
+    )
 
 
 def _with(world: World, me: int, local: Local) -> World:
@@ -247,48 +308,54 @@ def _with(world: World, me: int, local: Local) -> World:
 
 
 def _seen(local: Local, etcd: Etcd) -> Local:
-    return local._replace(
-        lock=etcd.lock, revision=etcd.revision, host=etcd.host, host_revision=etcd.host_revision, step="", fence=()
-    )
+    return local._replace(lock=etcd.lock, lock_is=True, host=etcd.host, host_is=True, step="", fence=())
+
+
+class Known(NamedTuple):
+    """What of all that a supervisor knows its decision depends on."""
+
+    me: int
+    lock: int
+    host: int
+    planned: str | None
+    qemu: str | None
+    ran: bool
+    boot: int
 
 
 @cache
-def _decide(me: int, local: Local) -> Action | None:
-    """What `domain.lifecycle` says to this."""
+def _decide(known: Known) -> Action | None:
+    """What `domain.lifecycle` says to what a supervisor knows."""
+    me, lock, host, planned, qemu, ran, boot = known
     process = None
-    boot = f"boot{local.boot}"
-    if local.qemu is not None:
+    boot_id = f"boot{boot}"
+    if qemu is not None:
         record = Incarnation(
-            instance="1", incarnation=local.qemu, epoch=1, boot_id=boot, argv=(), spec=SPEC_OBJECT,
-            storage=Storage.RBD, accelerator="tcg", restart_request=None, revision=1, log_offset=0, spawned_at=1.0,
-            pid=1, starttime=1,
+            instance="1", incarnation=qemu, epoch=1, boot_id=boot_id, argv=(), spec=SPEC_OBJECT, storage=Storage.RBD,
+            accelerator="tcg", restart_request=None, revision=1, log_offset=0, spawned_at=1.0, pid=1, starttime=1,
         )  # fmt: skip
-        state = "running" if local.ran else NEVER_RAN
+        state = "running" if ran else NEVER_RAN
         process = Process(incarnation=record, spec=SPEC, connected=True, run_state=state, probe_at=1e9)
-    wish = Wish(
-        instance=InstanceId("1"), host=HOSTS[local.host], host_revision=local.host_revision, spec=SPEC, revision=1,
-        keys=3,
-    )  # fmt: skip
-    data = LOCKS[local.lock].to_json() if local.lock else None
+    wish = Wish(instance=InstanceId("1"), host=HOSTS[host], host_revision=1, spec=SPEC, revision=1, keys=3)
+    data = LOCKS[lock].to_json() if lock else None
     view = View(
-        now=2.0, me=HOSTS[me], boot_id=boot, wish=wish, planned=local.planned, process=process,
-        memory=Memory(boot_id=boot),
-        lock=LockView(known=True, data=data, mod_revision=local.revision, as_of=1), slot=True,
+        now=2.0, me=HOSTS[me], boot_id=boot_id, wish=wish, planned=planned, process=process,
+        memory=Memory(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
         holder_has_session=False, deferral=LONG_AGO,
     )  # fmt: skip
     return decide(view).action
 
 
-def search(model: Model) -> tuple[int, World | None]:
-    """Visit every world; how many there are, and the first one that must not be."""
+def search(model: Model, wanted: str | None = None) -> tuple[int, World | None]:
+    """Visit every world; how many there are, and the first one that must not be (for that reason)."""
     begin = World()
     seen, todo = {begin}, [begin]
     while todo:
         world = todo.pop()
-        for following in model.after(world):
+        for following in map(model.merged, model.after(world)):
             if following in seen:
                 continue
-            if following.trouble():
+            if following.trouble() and (wanted is None or wanted == following.trouble()):
                 return len(seen), following
             seen.add(following)
             assert len(seen) <= LIMIT
@@ -300,16 +367,17 @@ def search(model: Model) -> tuple[int, World | None]:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(Model(incarnations=2, moves=1), id="2 hosts, 2 incarnations each"),
-        pytest.param(Model(incarnations=1, moves=2), id="there and back"),
-        pytest.param(Model(incarnations=1, moves=1, reboots=1), id="and a reboot of each"),
-        pytest.param(Model(incarnations=2, moves=2), id="all of it", marks=pytest.mark.soak),
+        pytest.param(Model(incarnations=2, moves=2), id="2 hosts, 2 incarnations each, there and back"),
+        pytest.param(Model(incarnations=1, moves=1, reboots=1), id="a reboot of each"),
+        pytest.param(Model(incarnations=2, moves=2, reboots=1), id="all of it", marks=pytest.mark.soak),
+        pytest.param(Model(incarnations=2, moves=3), id="once more there", marks=pytest.mark.soak),
     ],
 )
 def test_no_reachable_world_has_two_writers(model: Model) -> None:
-    """Laws 2 to 4, 6 and 9: whoever freezes where, and whatever comes and goes, storage lets one QEMU write.
+    """Laws 2, 3, 4, 6 and 9: whoever freezes where, and whatever comes and goes, storage lets one QEMU write.
 
-    Nor does a guest that storage lets write begin under an epoch that is lower than one that has run.
+    Nor does a guest that storage lets write begin under an epoch that is lower than one that has run. Worlds, and
+    seconds on one quiet processor: 26,000 in 5, 1,800 in 0.3, 194,000 in 40, 79,000 in 16.
     """
     worlds, wrong = search(model)
     assert wrong is None, f"{wrong.trouble()}: {wrong}"
@@ -319,18 +387,16 @@ def test_no_reachable_world_has_two_writers(model: Model) -> None:
 @pytest.mark.parametrize(
     "sabotage",
     [
-        pytest.param({"fences": False}, id="law 4: no fence"),
+        pytest.param({"compares": False}, id="law 2: a lock is written without a comparison"),
         pytest.param({"records": False}, id="law 3: no record before the guest runs"),
+        pytest.param({"gates": False}, id="law 3: the guest runs though the record was refused"),
+        pytest.param({"fences": False}, id="law 4: no fence"),
         pytest.param({"keeps_list": False}, id="law 4: what was on record is lost"),
+        pytest.param({"keeps_entries": False}, id="law 4: an entry is removed whose process may live"),
+        pytest.param({"proves": False}, id="law 9: released without proof that the process is gone"),
     ],
 )
 def test_the_search_can_fail(sabotage: dict[str, bool]) -> None:
-    """With one law left out, the search finds two writers, or one under an epoch that is over."""
-    _, wrong = search(replace(Model(incarnations=2, moves=2), **sabotage))
+    """Laws 2, 3, 4 and 9: with any one of them left out, the search finds two writers."""
+    _, wrong = search(replace(Model(incarnations=1, moves=2), **sabotage), "two writers")
     assert wrong is not None
-    assert wrong.trouble() == "two writers" or not wrong_by_fencing(sabotage)
-
-
-def wrong_by_fencing(sabotage: dict[str, bool]) -> bool:
-    """Without a fence, or a record, it is two writers for certain."""
-    return "keeps_list" not in sabotage

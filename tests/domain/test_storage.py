@@ -78,7 +78,7 @@ def test_harmless_flags(flags: str) -> None:
     ],
 )
 def test_anything_else_cannot_be_fenced(flags: str) -> None:
-    """Law: what may write, what is unknown and what is incomplete count as storage that cannot be fenced."""
+    """Law 7: what may write, what is unknown and what is incomplete count as storage that cannot be fenced."""
     words = tuple(shlex.split(flags, posix=True)) if "{" not in flags else tuple(flags.split(" "))
     assert storage_of(Spec(ram_mib=64, extra_flags=words)) is Storage.UNFENCEABLE
     assert storage_of(Spec(ram_mib=64, rbd=RBD, extra_flags=words)) is Storage.UNFENCEABLE

@@ -162,6 +162,11 @@ class FakeProcess:
     def signal(self, number: int) -> None:
         self._qemu.signal(number)
 
+    async def terminate(self) -> None:
+        self.signal(signal.SIGTERM)
+        clock = self._qemu._host.clock
+        await clock.wait(self.ended, clock.now() + 1.0)
+
     def close(self) -> None:
         if self in self._qemu._processes:
             self._qemu._processes.remove(self)

@@ -206,8 +206,13 @@ class Host:
         if failed:
             raise failed[0]
 
+    @property
+    def dead(self) -> bool:
+        """Whether no supervisor lives here."""
+        return not self._tasks
+
     async def close(self) -> None:
-        if self._tasks:
+        if not self.dead:
             await self.die()
         shutil.rmtree(self.path)
 

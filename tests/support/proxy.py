@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Self
 
 _CHUNK = 65536
 
@@ -170,6 +172,56 @@ class PeerNetwork:
 
     def _links_from(self, proxy: Proxy, member: int) -> Iterator[Link]:
         return (link for link in proxy.links if self._names.get(link.source) == member)
+
+
+class Line:
+    """One host's way to several servers, for tests that block: a proxy before each, in a thread of their own."""
+
+    def __init__(self, ports: Sequence[int]) -> None:
+        self._ports = tuple(ports)
+        self._proxies: list[Proxy] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._over = asyncio.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self._over.set)
+        self._thread.join()
+
+    @property
+    def ports(self) -> list[int]:
+        """To connect to, in the order of the servers."""
+        return [proxy.port for proxy in self._proxies]
+
+    def cut(self) -> None:
+        """Let nothing through any more, while every connection seems to live."""
+        for proxy in self._proxies:
+            self._do(proxy.hole)
+
+    def heal(self) -> None:
+        """Let everything through, what was held included."""
+        for proxy in self._proxies:
+            self._do(proxy.heal)
+
+    def _do(self, what: Callable[[], object]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(what)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            for port in self._ports:
+                proxy = await stack.enter_async_context(Proxy().running())
+                proxy.target = port
+                self._proxies.append(proxy)
+            self._ready.set()
+            await self._over.wait()
 
 
 def _peer_id(first: bytes) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,9 @@ from kvmsupervisor.domain.spec import RbdDisk, Spec
 from tests.support.ceph import Ceph
 
 LIMIT_S = 60.0
+
+WRITES_PER_S = 100
+"""Of a guest, so that it does not take the processor that others need."""
 
 SECTOR = 512
 COUNTER = 0x100
@@ -102,7 +106,7 @@ class RbdQemu:
             *("-machine", "q35,accel=tcg", "-m", "64", *SANDBOX),
             *("-chardev", f"socket,id=q0,fd={qmp_fd},server=on,wait=off", "-mon", "chardev=q0,mode=control"),
             *hardware.ceph_key(self._side),
-            *hardware.disks(Spec(ram_mib=64, rbd=self._image), self._side),
+            *hardware.disks(Spec(ram_mib=64, rbd=replace(self._image, iops=WRITES_PER_S)), self._side),
         ]
 
     async def status(self) -> str:

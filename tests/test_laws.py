@@ -1,0 +1,115 @@
+"""The laws of sessions, locks and fences (docs/architecture.md), and for each of their sentences a test that holds it.
+
+The table is for people who change something here: what they would break first. That a test fails without the line that
+it holds was tried once for each row, by taking that line away.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+TABLE = [
+    (1, "renewed every TTL/5", "test_session.py::test_renewals_come_every_fifth_of_the_ttl_and_write_nothing"),
+    (1, "keepalive and a transaction", "test_session.py::test_keepalive_alone_does_not_count"),
+    (1, "dated from before it was sent", "test_session.py::test_a_slow_renewal_is_dated_from_before_it_was_sent"),
+    (1, "resumed on the same boot", "test_session.py::test_a_successor_on_the_same_boot_resumes"),
+    (1, "one supervisor per host", "adapters/test_rundir.py::test_a_second_supervisor_is_told_who_is_there"),
+    (2, "compared and swapped", "test_locking.py::test_a_strangers_lock_is_never_overwritten"),
+    (2, "my session exists", "test_locking.py::test_nothing_is_written_without_the_session"),
+    (2, "`host` is still me", "test_locking.py::test_nothing_is_written_once_the_host_key_changed"),
+    (2, "the epoch grows by one", "domain/test_lock.py::test_taking_grows_the_epoch_by_one"),
+    (2, "no world with two writers", "domain/test_lock_model.py::test_no_reachable_world_has_two_writers"),
+    (3, "fence before the start", "test_instance.py::test_an_address_that_cannot_be_fenced_starts_nothing"),
+    (3, "its addresses before `cont`", "test_fencing.py::test_a_paused_qemu_has_one_client"),
+    (3, "only then `cont`", "test_instance.py::test_a_host_key_that_changed_meanwhile_stops_the_start"),
+    (3, "frozen at any instant", "domain/test_lock_model.py::test_the_search_can_fail"),
+    (4, "while it is watched, wait", "test_takeover.py::test_who_has_the_disks_open_is_waited_for"),
+    (4, "the holder has no session", "test_takeover.py::test_etcd_itself_is_asked_for_the_session"),
+    (4, "all that was ever recorded", "test_takeover.py::test_a_taker_may_die_before_any_write_and_another_follows"),
+    (4, "and whom storage names", "test_takeover.py::test_who_is_gone_is_not_waited_for"),
+    (4, "verified", "adapters/test_ceph.py::test_a_fence_that_is_not_listed_is_none"),
+    (4, "for 30 days and more", "adapters/test_ceph.py::test_an_entry_that_is_there_keeps_its_time_but_for_a_fence"),
+    (4, "Ceph away, no start", "test_takeover.py::test_without_storage_nothing_is_taken"),
+    (4, "a crash of our own", "test_takeover.py::test_a_crash_is_fenced_and_an_end_in_order_is_not"),
+    (4, "a reboot", "test_takeover.py::test_a_reboot_takes_its_own_back_at_once"),
+    (4, "what it comes to", "e2e/test_takeover.py::test_a_dead_host"),
+    (5, "no exclusive-lock, no start", "test_fencing.py::test_an_image_without_exclusive_lock_is_refused"),
+    (5, "told, and others go on", "e2e/test_takeover.py::test_what_is_wrong_with_a_disk"),
+    (6, "etcd away kills nothing", "test_instance.py::test_etcd_away_for_an_hour_kills_nothing"),
+    (6, "reading another epoch does", "test_instance.py::test_reading_another_epoch_kills"),
+    (
+        6,
+        "on Ceph, whatever is cut off",
+        "e2e/test_takeover_without_etcd.py::test_outages_of_etcd",
+    ),
+    (6, "no error is a failed compare", "test_locking.py::test_an_etcd_that_is_away_changes_nothing"),
+    (7, "pinned until a person's word", "test_takeover.py::test_what_cannot_be_fenced_waits_for_a_word"),
+    (7, "nothing to protect", "test_instance.py::test_whose_lock_is_taken"),
+    (7, "what counts as unfenceable", "domain/test_storage.py::test_anything_else_cannot_be_fenced"),
+    (8, "start time and marks", "adapters/test_process.py::test_a_recycled_pid_is_not_it"),
+    (8, "same boot", "test_machine.py::test_a_record_of_another_boot_is_of_the_past"),
+    (8, "the lock still names it", "test_instance.py::test_a_successor_that_finds_the_lock_lost_kills"),
+    (9, "not before it is gone", "test_instance.py::test_a_stop_is_graceful_and_the_lock_goes_last"),
+    (9, "nor before it is fenced", "test_takeover.py::test_a_wish_that_ends_while_it_fences"),
+    (9, "what it leaves is shut out", "test_takeover.py::test_who_lets_go_shuts_out_its_dead"),
+]
+
+
+@cache
+def docstrings(path: Path) -> dict[str, str]:
+    """Of the tests of one file."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {
+        node.name: ast.get_docstring(node) or ""
+        for node in nodes
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+
+
+def laws(text: str) -> set[int]:
+    """Which laws a docstring names: `Law 3`, `laws 2, 3 and 9`, `Laws 2 to 4`."""
+    found: set[int] = set()
+    for told in re.findall(r"\b[Ll]aws? (\d(?:(?:, and|,| and| to) \d)*)", text):
+        found |= {int(number) for number in re.findall(r"\d", told)}
+        for first, last in re.findall(r"(\d) to (\d)", told):
+            found |= set(range(int(first), int(last) + 1))
+    return found
+
+
+def test_each_law_has_its_tests() -> None:
+    """None of the nine is without one; what the page says are laws is what is looked for."""
+    page = (TESTS.parent / "docs" / "architecture.md").read_text().partition("## The laws")[2].partition("\n## ")[0]
+    assert {int(number) for number in re.findall(r"^(\d)\. \*\*", page, re.MULTILINE)} == set(range(1, 10))
+    assert {law for law, _, _ in TABLE} == set(range(1, 10))
+
+
+@pytest.mark.parametrize(("law", "test"), [pytest.param(law, test, id=f"{law}: {what}") for law, what, test in TABLE])
+def test_it_names_its_law(law: int, test: str) -> None:
+    """Whoever changes the test reads in its docstring which law it holds."""
+    path, _, name = test.partition("::")
+    found = docstrings(TESTS / path)
+    assert name in found, f"there is no {test}"
+    assert law in laws(found[name]), f"{test} does not name law {law}: {found[name]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Law 3: x", {3}),
+        ("Laws 2, 3, and 9", {2, 3, 9}),
+        ("x (laws 3 and 8)", {3, 8}),
+        ("Laws 2 to 4 and 6", {2, 3, 4, 6}),
+        ("no law", set()),
+        ("lawyer 5", set()),
+    ],
+)
+def test_laws_are_read_off_a_sentence(text: str, expected: set[int]) -> None:
+    """The check above can fail."""
+    assert laws(text) == expected
