@@ -36,6 +36,7 @@ TO_BE_ANOTHER = (
     Capability(number=5, name="KILL", why="a QEMU that does not end, or has lost its lock, is killed"),
     Capability(number=6, name="SETGID", why="QEMU gets the groups of its user"),
     Capability(number=7, name="SETUID", why="QEMU becomes its user"),
+    Capability(number=8, name="SETPCAP", why="QEMU's bounding set is emptied, so that it never gets any of these"),
     Capability(number=19, name="SYS_PTRACE", why="a QEMU that runs already is recognised by its environment"),
 )
 """What root needs whose QEMU runs as somebody else, from the first start to the adoption by the next supervisor."""

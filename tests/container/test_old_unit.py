@@ -1,0 +1,105 @@
+"""Units of the original's users, on a whole host: their lines as they were, and what deploy/coreos made of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.domain.status import Phase
+from tests.support.cluster import eventually
+from tests.support.docker import IMAGE
+from tests.support.imagehost import BRIDGE, ImageHost
+from tests.support.nspawn import ROOT
+
+pytestmark = [pytest.mark.docker, pytest.mark.guest, pytest.mark.timeout(1500)]
+
+# The container's options, environment and the order of all are the original's. What is added: the guest's folder, no
+# KVM, no health check that asks for a supervisor.
+UNIT = """\
+[Unit]
+Description=KVM guest %i
+[Service]
+ExecStartPre=-/sbin/modprobe kvm
+ExecStartPre=-/sbin/modprobe tun
+ExecStart=/usr/bin/docker run --rm --name kvm-%i --no-healthcheck --volume FOLDER:FOLDER \\
+    --privileged --net=host --pid=host --ipc=host \\
+    -e ETCD_ENDPOINTS=http://127.0.0.1:2379,http://localhost:2379 -e LOCK=/kvm/%i/lock -e BRIDGE_IF=BRIDGE \\
+    IMAGE \\
+    -accel tcg -m 96 -vga none -nographic -netdev bridge,br=BRIDGE,id=net0 \\
+    -device virtio-net-pci,netdev=net0,mac=52:54:00:91:07:03 OPTIONS
+ExecStop=/usr/bin/docker stop --time=15 kvm-%i
+Restart=always
+RestartSec=1s
+TimeoutStartSec=120
+TimeoutStopSec=20
+"""
+
+
+def journal(host: ImageHost, unit: str) -> str:
+    return host.run("journalctl", "--output=cat", "-u", unit).stdout
+
+
+def test_the_originals_own_lines_work(image_host: ImageHost, guest: Guest) -> None:
+    """Law: a unit of old runs its guest under its lock and on its bridge, twice over, and shuts it down."""
+    host = image_host
+    *files, words = guest.options(tag="old")
+    options = " ".join([*files, f'"{words}"'])
+    told = {"FOLDER": str(guest.kernel.parent), "BRIDGE": BRIDGE, "OPTIONS": options, "IMAGE": IMAGE}
+    text = re.sub("FOLDER|BRIDGE(?!_)|OPTIONS|IMAGE", lambda found: told[found[0]], UNIT)
+    host.write("/etc/systemd/system/kvm@.service", text)
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "start", "kvm@1")
+    try:
+        eventually("the guest", lambda: "HELLO from old" in journal(host, "kvm@1"))
+        lock = host.lock("1")
+        assert lock is not None
+        assert lock.pid is not None
+        assert host.run("ls", f"/sys/class/net/{BRIDGE}/brif").stdout.split()
+        # What systemd is there for.
+        host.run("kill", "-9", str(lock.pid))
+        eventually("the next one", lambda: journal(host, "kvm@1").count("HELLO from old") == 2)
+        again = host.lock("1")
+        assert again is not None
+        assert again.epoch == 1
+        host.run("systemctl", "stop", "kvm@1")
+        assert "GOODBYE from old" in journal(host, "kvm@1")
+        assert host.lock("1") is None
+    finally:
+        host.run("systemctl", "kill", "--signal=KILL", "kvm@1", check=False)
+        host.run("systemctl", "stop", "kvm@1", check=False)
+
+
+def test_the_unit_of_today_runs_an_instance(image_host: ImageHost, guest: Guest) -> None:
+    """Law: deploy/coreos/kvm@.service, with its mutex, runs the instance of its keys, and shuts it down."""
+    host = image_host
+    for name in ("kvm@.service", "etcdctl.env", "image.env", "kvmsupervisor.env"):
+        text = (ROOT / "deploy" / "coreos" / name).read_text()
+        if name == "image.env":
+            text = f"IMAGE={IMAGE}\n"
+        elif name == "kvmsupervisor.env":
+            text = f"ETCD_ENDPOINTS=http://127.0.0.1:2379\nBRIDGE_IF={BRIDGE}\nKVM_ACCEL=tcg\n"
+        elif name == "etcdctl.env":
+            text = "ETCDCTL_ENDPOINTS=127.0.0.1:2379\n"
+        host.write(f"/etc/{'systemd/system' if name.endswith('.service') else 'kvmsupervisor'}/{name}", text)
+    for file in (guest.kernel, guest.initramfs):
+        shutil.copy(file, host.root / "etc" / "kvmsupervisor")
+    flags = Guest.at(host.root / "etc" / "kvmsupervisor").extra_flags(tag="new").replace(str(host.root), "")
+    host.put("1", ram=96, mac="52:54:00:91:07:04", extra_flags=flags)
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "start", "kvm@1")
+    try:
+        host.wait_running("1")
+        assert host.get("/kvm/1/host") == host.run("hostname").stdout.strip().encode()
+        console = "cat /run/kvmsupervisor/_*/1/console.log"
+        eventually("the guest", lambda: "HELLO from new" in host.docker("exec", "kvm-1", "sh", "-c", console))
+        host.run("systemctl", "stop", "kvm@1", timeout_s=120)
+        status = host.status("1")
+        assert status is not None
+        assert (status.phase, status.last_exit) == (Phase.STOPPED, "guest-shutdown")
+        assert (host.lock("1"), host.get("/kvm/1/host")) == (None, None)
+    finally:
+        host.run("systemctl", "kill", "--signal=KILL", "kvm@1", check=False)
+        host.run("systemctl", "stop", "kvm@1", check=False)
