@@ -56,7 +56,8 @@ def test_it_is_enough(image_host: ImageHost, storage: Ceph, guest: Guest, home: 
     assert host.wait_event("first", "supervisor.started")["homes"] == home
     assert (host.metric("guests_survive"), host.metric("qemu_privileged")) == (1, 0)
     flags = guest.extra_flags(tag="one", heartbeat_s=0.2, dhcp=True)
-    nic, disk = {"mac": "52:54:00:91:07:01"}, {"rbd": f"{POOL}/{home}"}
+    # Not its first disk: that one it would boot from.
+    nic, disk = {"mac": "52:54:00:91:07:01"}, {"disk/1": f"{POOL}/{home}"}
     host.put("one", ram=96, extra_flags=flags, shutdown_timeout=0, host="booted", **nic, **disk)
     before = host.wait_running("one")
     lock = host.lock("one")
@@ -108,6 +109,7 @@ def test_without_a_bridge_it_needs_no_network_rights_and_kvm_is_qemus(
 ) -> None:
     """Law: the same without what only NICs need; /dev/kvm, which belongs to root, is opened to QEMU's own user."""
     folder = tmp_path_factory.mktemp("hlt")
+    folder.chmod(0o755)
     firmware = folder / "hlt.bin"
     firmware.write_bytes(b"\xf4" * 65536)
     named_by_the_box = ("--volume=/run/kvm", "--volume=/etc/ceph", "--network=")

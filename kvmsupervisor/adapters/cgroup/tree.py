@@ -87,7 +87,10 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
         if not os.access(top, os.W_OK):
-            raise Impossible(f"{top} cannot be written to; it takes root, and a mount that is not read-only")
+            raise Impossible(
+                f"{top} cannot be written to; it takes root, and a container's own is read-only: run it with "
+                "-v /sys/fs/cgroup:/sys/fs/cgroup"
+            )
         found.append(Hierarchy(top=top, controllers=names))
     if not found:
         raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
