@@ -14,6 +14,7 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.usage import memory_for_guests_mib
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lacking
 from kvmsupervisor.domain.hardware import Ceph
 from kvmsupervisor.provisioning import HostFiles
 from kvmsupervisor.settings import Settings
@@ -57,8 +58,10 @@ def look_around(settings: Settings) -> Equipment:
     """Find out what the host brings; make KVM's device where it is missing, and let QEMU's user open it.
 
     Raises:
-        ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
+        ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named, or root lacks
+            capabilities for that.
     """
+    look_at_bridge(settings)
     user = users.qemu_user(settings.qemu_user)
     trouble = None
     if settings.accel.value != "tcg":
@@ -85,6 +88,13 @@ def look_around(settings: Settings) -> Equipment:
         memory_mib=max(0, memory_for_guests_mib() - settings.memory_reserve_mib),
         ceph_access=ceph_access(settings),
     )
+
+
+def look_at_bridge(settings: Settings) -> None:
+    """Tell of a bridge that nothing can be plugged into. No more: it may be that no guest has a NIC."""
+    missing = lacking(users.effective_capabilities(), (NET_ADMIN,))
+    if settings.bridge_if is not None and os.geteuid() == 0 and missing:
+        log.warning("bridge.out_of_reach", bridge=settings.bridge_if, reason=what_is_lacking(missing))
 
 
 def ceph_access(settings: Settings) -> CephAccess:

@@ -26,7 +26,7 @@ class Face:
         wishes: the keys.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
-        guests_survive: whether guests outlive the supervisor's container.
+        guests_survive: whether guests outlive the supervisor's container, and the next one can adopt them.
         guard_unlocked: tells why the guard's memory is not locked; None when it is, or there is none.
     """
 

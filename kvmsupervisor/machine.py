@@ -215,8 +215,8 @@ class Machine:
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Its pid may be another process's by now: only one of this boot, with the recorded start time and the
-        incarnation's name in its environment is it (law 8). QMP and the lock are asked afterwards, by the loop.
+        Its pid may be another's by now: only one of this boot, with the recorded start time and the incarnation's name
+        in its environment is it (law 8); `kernel.Hidden` when that cannot be seen. The loop asks QMP and the lock.
         """
         self._clear()
         self.record = record

@@ -125,8 +125,9 @@ class Single:
             NotHere: its keys do not allow it; no QEMU has run.
             EtcdError: etcd did not say what its keys are.
             AlreadyRunning, HostnameTaken: another container of this host runs it (the latter in an exception group).
-            ValueError: KVM is demanded and cannot be used, QEMU cannot run as the user that was named, or a path
-                would be too long.
+            ValueError: KVM is demanded and cannot be used, QEMU cannot run as the user that was named, root lacks
+                capabilities for that, or a path would be too long.
+            Hidden: an earlier container's QEMU may live, and that cannot be seen.
         """
         settings = self._settings
         directory = self._stand.run_dir.instance(self._id)

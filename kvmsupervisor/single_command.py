@@ -21,7 +21,7 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.connection import etcd_config
-from kvmsupervisor.equipment import ceph_access
+from kvmsupervisor.equipment import ceph_access, look_at_bridge
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import Foreground
 from kvmsupervisor.settings import Settings
@@ -42,6 +42,7 @@ def furnish(settings: Settings) -> None:
         except DeviceTrouble as error:
             log.warning("device.missing", reason=str(error))
     if settings.bridge_if is not None:
+        look_at_bridge(settings)
         try:
             network.allow_bridges([settings.bridge_if])
         except NetworkTrouble as error:

@@ -20,6 +20,7 @@ from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
@@ -110,7 +111,7 @@ class Supervisor:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
             Impossible: the homes that are asked for cannot be had.
-            ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named.
+            ValueError: KVM cannot be used, or QEMU not run as the user that was named, for want of rights maybe.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
         """
@@ -122,7 +123,7 @@ class Supervisor:
             stack.callback(self._run_dir.release)
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
-            chosen = await cgroup.choose(settings.cgroup.value)
+            chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
             stack.push_async_callback(chosen.homes.close)
             self._wire(equipment, chosen)
             stack.callback(self._post.close)
@@ -208,7 +209,7 @@ class Supervisor:
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=equipment.privileged,
-            guests_survive=chosen.homes.survives_container,
+            guests_survive=chosen.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
         )
         self._metrics = self.face.counters
@@ -292,11 +293,11 @@ class Supervisor:
         for name in self._run_dir.instances():
             try:
                 record = self._run_dir.instance(name).read_incarnation()
-            except Unreadable as error:
-                self._leave_alone(name, error)
-            else:
                 if record is not None and (instance := self._instance(name)) is not None:
                     instance.adopt(record)
+            except (Unreadable, Hidden) as error:
+                self._instances.pop(name, None)
+                self._leave_alone(name, error)
 
     def _instance(self, name: InstanceId) -> Instance | None:
         """The instance of that name, made if there is none yet; None when what is kept of it cannot be read."""
@@ -310,8 +311,8 @@ class Supervisor:
                 self._instances[name] = Instance(name, around=self._around, directory=directory, memory=memory, log=log)
         return self._instances.get(name)
 
-    def _leave_alone(self, name: InstanceId, error: Unreadable) -> None:
-        """Touch nothing of an instance, nor what may run of it: only the release that wrote the file can tell."""
+    def _leave_alone(self, name: InstanceId, error: Unreadable | Hidden) -> None:
+        """Touch nothing of an instance, nor what may run of it: only another release, or one with more rights, can."""
         self._unreadable[name] = str(error)
         log.error("instance.unreadable", instance=name, reason=str(error))
 

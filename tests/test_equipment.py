@@ -12,9 +12,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor import equipment
-from kvmsupervisor.adapters import accelerator, devices
+from kvmsupervisor.adapters import accelerator, devices, users
 from kvmsupervisor.adapters.devices import Device, DeviceTrouble, Grant
 from kvmsupervisor.adapters.users import NoSuchUser
+from kvmsupervisor.domain.capabilities import NET_ADMIN
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.hardware import Ceph, Ovmf
 from kvmsupervisor.equipment import look_around
@@ -178,3 +179,18 @@ def test_running_qemu_as_root_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look_around(settings())
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert found.privileged is False
+
+
+@as_root
+def test_a_bridge_that_nothing_can_be_plugged_into_is_told(kvm: Kvm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: root without CAP_NET_ADMIN hears at the start that its bridge is of no use; without a bridge it does not."""
+    monkeypatch.setattr(users, "effective_capabilities", lambda: ~(1 << NET_ADMIN.number))
+    with capture_logs() as lines:
+        look_around(settings())
+        look_around(settings(BRIDGE_IF="br7"))
+        monkeypatch.setattr(users, "effective_capabilities", lambda: 1 << NET_ADMIN.number)
+        look_around(settings(BRIDGE_IF="br7"))
+    (line,) = lines
+    assert (line["event"], line["log_level"], line["bridge"]) == ("bridge.out_of_reach", "warning", "br7")
+    assert "CAP_NET_ADMIN" in line["reason"]
+    assert "--cap-add=NET_ADMIN" in line["reason"]

@@ -40,6 +40,10 @@ class SpawnFailed(Exception):
     """The program could not be started at all; the message names it and says why."""
 
 
+class Hidden(Exception):
+    """A process lives where ours was, and whether it is ours cannot be seen: touch nothing. The message says why."""
+
+
 class Process:
     """A living process that is certainly the one meant, or its end.
 
@@ -198,27 +202,46 @@ def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end:
         starttime: its start time, None when that was never recorded.
         marks: environment variables that it certainly has.
         on_end: called once when it ends.
+
+    Raises:
+        Hidden: its environment may not be read.
     """
     try:
         pidfd = os.pidfd_open(pid)
     except (OSError, OverflowError):
         return None
-    # Whatever is read from /proc now belongs to the process that the pidfd holds, or to nobody if that has ended.
-    found = _starttime(pid)
-    if found is None or (starttime is not None and found != starttime) or not _has_marks(pid, marks) or _is_over(pidfd):
-        os.close(pidfd)
-        return None
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, pidfd)
+        # Whatever is read from /proc now belongs to the process that the pidfd holds, or to nobody if that has ended.
+        found = _starttime(pid)
+        if found is None or (starttime is not None and found != starttime):
+            return None
+        try:
+            is_it = _has_marks(pid, marks)
+        except PermissionError as error:
+            if _is_over(pidfd):
+                return None
+            raise Hidden(
+                f"process {pid} lives where its QEMU was, and whether it is that cannot be seen: {error.filename}: "
+                f"{error.strerror}. It takes CAP_SYS_PTRACE and CAP_DAC_OVERRIDE, no fewer capabilities than it has, "
+                "and the same AppArmor profile"
+            ) from error
+        if not is_it or _is_over(pidfd):
+            return None
+        undo.pop_all()
     return Process(pid, pidfd, found, is_child=False, on_end=on_end)
 
 
 def find(marks: Mapping[str, str]) -> Iterator[int]:
     """The pids of all processes that lead a session and whose environment holds `marks`.
 
-    What `spawn` starts leads a session; its own children, which inherit the environment, do not.
+    What `spawn` starts leads a session; its own children, which inherit the environment, do not. What may not be read
+    is taken for somebody else's, as most processes are where we are not root.
     """
     for entry in PROC.iterdir():
-        if entry.name.isdigit() and _has_marks(pid := int(entry.name), marks) and _leads_session(pid):
-            yield pid
+        with contextlib.suppress(PermissionError):
+            if entry.name.isdigit() and _has_marks(pid := int(entry.name), marks) and _leads_session(pid):
+                yield pid
 
 
 def is_alive(pid: int, starttime: int) -> bool:
@@ -264,8 +287,15 @@ def _starttime(pid: int) -> int | None:
 
 
 def _has_marks(pid: int, marks: Mapping[str, str]) -> bool:
+    """Whether the process has them in its environment.
+
+    Raises:
+        PermissionError: that may not be read.
+    """
     try:
         environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except PermissionError:
+        raise
     except OSError:
         return False
     return all(f"{name}={value}".encode() in environment for name, value in marks.items())

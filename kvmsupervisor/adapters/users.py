@@ -10,6 +10,9 @@ import pwd
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, lacking, what_is_lacking
 
 DEFAULT_USER = "qemu"
 """Used where it exists and no other is named (DESIGN §5)."""
@@ -17,6 +20,10 @@ DEFAULT_USER = "qemu"
 
 class NoSuchUser(ValueError):
     """QEMU cannot run as the user that was named. The message says why and what would be right."""
+
+
+class Unprivileged(ValueError):
+    """This process is root, and lacks what it takes to have QEMU run as another user. The message names all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,7 @@ def qemu_user(wanted: str | None) -> QemuUser | None:
 
     Raises:
         NoSuchUser: one was named that does not exist, or that this process may not become.
+        Unprivileged: this process lacks capabilities.
     """
     if wanted == "" or (wanted is None and os.geteuid() != 0):
         return None
@@ -84,5 +92,17 @@ def qemu_user(wanted: str | None) -> QemuUser | None:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         raise NoSuchUser(f"KVM_QEMU_USER is {name}, but the program setpriv is missing: install util-linux")
+    missing = lacking(effective_capabilities(), TO_BE_ANOTHER)
+    if missing:
+        raise Unprivileged(
+            f"QEMU runs as the user {name}, and here is too little for that: {what_is_lacking(missing)}; or let QEMU "
+            "run as root (KVM_QEMU_USER empty), which confines it less"
+        )
     groups = tuple(dict.fromkeys((entry.pw_gid, *os.getgrouplist(name, entry.pw_gid))))
     return QemuUser(name=name, uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, setpriv=setpriv)
+
+
+def effective_capabilities(status: Path = Path("/proc/self/status")) -> int:
+    """The capabilities that this process has now, a bit for each (proc_pid_status(5), CapEff)."""
+    lines = (line.partition(":\t") for line in status.read_text(encoding="utf-8", errors="replace").splitlines())
+    return next(int(value, 16) for name, _, value in lines if name == "CapEff")

@@ -130,7 +130,7 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     """
     # Imported here: nothing else of the command line needs them.
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
-    from kvmsupervisor.adapters.process import SpawnFailed  # noqa: PLC0415
+    from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
     from kvmsupervisor.logs import configure  # noqa: PLC0415
@@ -160,6 +160,7 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
         AlreadyRunning,
         EtcdError,
         Held,
+        Hidden,
         HostnameTaken,
         NotHere,
         OSError,

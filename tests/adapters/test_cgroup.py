@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.cgroup import HomeFailed, Homes, Impossible, Nowhere, choose
+from kvmsupervisor.adapters.cgroup import HomeFailed, Homes, Impossible, Nowhere, choice, choose
 from kvmsupervisor.adapters.cgroup.homes import Home, cgroups_of
-from kvmsupervisor.adapters.cgroup.place import FIRST_PID_NAMESPACE, Place, look
+from kvmsupervisor.adapters.cgroup.place import FIRST_PID_NAMESPACE, Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import Scopes
 from kvmsupervisor.adapters.cgroup.tree import FOLDER, Hierarchy, Tree, find_hierarchies, open_tree
 from kvmsupervisor.domain.keys import InstanceId
@@ -290,6 +290,52 @@ async def test_auto_says_why_the_others_were_not_possible(tmp_path: Path) -> Non
     assert "--cgroupns=host" in chosen.rejected["cgroup"]
     assert chosen.warning is not None
     assert chosen.warning.startswith("guests end with this container: QEMU runs in its cgroup (systemd: ")
+
+
+async def test_a_run_directory_of_the_containers_own_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Law: guests that outlive the container and cannot be adopted are told of as loudly as those that do not."""
+    monkeypatch.setattr(choice, "open_tree", lambda place: Tree((), survives_container=place.host_pids))
+    place = Place(contained=True, host_pids=True, host_cgroups=True, service=None)
+    for ours, warned in ((True, False), (False, True)):
+        monkeypatch.setattr(choice, "is_of_the_host", lambda path, ours=ours: ours)
+        chosen = await choose("cgroup", place=place, run_dir=tmp_path)
+        assert chosen.homes.survives_container
+        assert (chosen.warning is not None) is warned
+    assert f"run it with -v {tmp_path}:{tmp_path}" in str(chosen.warning)
+    # On the host itself it is the host's, whatever it is mounted on.
+    chosen = await choose("cgroup", place=replace(place, contained=False), run_dir=tmp_path)
+    assert chosen.warning is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/run/kvmsupervisor", True),
+        ("/run/kvmsupervisor/deeper", True),
+        ("/run/my own", True),
+        ("/run", False),
+        ("/tmp/x", False),
+        ("/", False),
+    ],
+)
+def test_a_folder_of_the_host_is_told_from_one_of_the_container(tmp_path: Path, path: str, expected: bool) -> None:
+    """Law: neither the root, which the host has mounted as well, nor a tmpfs of the container's own is the host's."""
+    for who, lines in {
+        "self": (
+            "60 50 0:50 / / rw - overlay overlay rw",
+            "61 60 0:61 / /tmp rw - tmpfs tmpfs rw",
+            "62 60 0:24 /kvmsupervisor /run/kvmsupervisor rw - tmpfs tmpfs rw",
+            "63 60 0:24 /x /run/my\\040own rw - tmpfs tmpfs rw",
+        ),
+        "1": (
+            "20 1 8:1 / / rw - ext4 /dev/sda1 rw",
+            "24 20 0:24 / /run rw - tmpfs tmpfs rw",
+            "50 20 0:50 / /o rw - overlay o rw",
+        ),
+    }.items():
+        (tmp_path / who).mkdir()
+        (tmp_path / who / "mountinfo").write_text("\n".join(lines) + "\n")
+    assert is_of_the_host(Path(path), tmp_path) is expected
 
 
 async def test_what_is_asked_for_by_name_is_had_or_refused(tmp_path: Path) -> None:

@@ -296,6 +296,37 @@ async def test_it_is_found_by_its_environment(start: Spawn) -> None:
     await until(lambda: list(find({**MARKS, "KVS_TEST": str(os.getpid())})) == [process.pid])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+async def test_one_that_may_not_be_looked_at_is_not_taken_for_gone(start: Spawn) -> None:
+    """Law 8: root that may not read a living process's environment knows nothing of it; what ended is gone."""
+    process = start("setpriv", "--reuid=65534", "--clear-groups", "/bin/sleep", "60")
+    await begun(process)
+    await until(lambda: Path(f"/proc/{process.pid}").stat().st_uid == 65534)
+    look = (
+        "import asyncio; from kvmsupervisor.adapters.process import Hidden, find, reopen\n"
+        "async def main(pid, starttime):\n"
+        "    try: print(reopen(pid, starttime=starttime, marks={'A': 'b'}, on_end=print))\n"
+        "    except Hidden as error: print(error)\n"
+        "    print(list(find({'A': 'b'})))\n"
+    )
+
+    def ask(starttime: int) -> list[str]:
+        argv = ("setpriv", "--bounding-set=-all,+dac_override", "--inh-caps=-all", sys.executable, "-c")
+        code = f"{look}asyncio.run(main({process.pid}, {starttime}))"
+        done = subprocess.run([*argv, code], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    said, found = ask(process.starttime)
+    assert f"process {process.pid} lives where its QEMU was" in said
+    assert f"/proc/{process.pid}/environ: Permission denied" in said
+    assert "CAP_SYS_PTRACE" in said
+    assert found == "[]"
+    assert ask(process.starttime + 1) == ["None", "[]"]
+    process.signal(signal.SIGKILL)
+    await ended(process)
+    assert ask(process.starttime) == ["None", "[]"]
+
+
 # --- orphans: the end of a process that is not our child ------------------------------------------------------
 
 PARENT = """

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters import users
-from kvmsupervisor.adapters.users import NoSuchUser, QemuUser, qemu_user
+from kvmsupervisor.adapters.users import NoSuchUser, QemuUser, Unprivileged, effective_capabilities, qemu_user
+from kvmsupervisor.domain.capabilities import NET_ADMIN, TO_BE_ANOTHER, Capability
 
 NOBODY = pwd.getpwnam("nobody")
 
@@ -114,3 +115,30 @@ def test_what_follows_is_the_command() -> None:
     assert user is not None
     told = subprocess.run([*user.become(), "echo", "--reuid=0", "--"], capture_output=True, text=True, check=True)
     assert told.stdout == "--reuid=0 --\n"
+
+
+@as_root
+@pytest.mark.parametrize("less", TO_BE_ANOTHER, ids=lambda one: one.name)
+def test_root_that_may_too_little_is_refused(monkeypatch: pytest.MonkeyPatch, less: Capability) -> None:
+    """Law: what root lacks for QEMU to run as another user is named before anything is begun, and what to do."""
+    monkeypatch.setattr(users, "effective_capabilities", lambda: ~(1 << less.number))
+    with pytest.raises(Unprivileged, match=rf"as the user nobody.*CAP_{less.name} \(.*--cap-add={less.name};.*_USER"):
+        qemu_user("nobody")
+    assert qemu_user("") is None
+
+
+def test_capabilities_are_numbered_as_the_kernel_does() -> None:
+    """Law: setpriv lists those that the kernel has by their numbers, from 0 on."""
+    listed = subprocess.run(["setpriv", "--list-caps"], capture_output=True, text=True, check=True).stdout.split()
+    for one in (*TO_BE_ANOTHER, NET_ADMIN):
+        assert listed[one.number] == one.name.lower()
+
+
+def test_our_own_capabilities_are_read(tmp_path: Path) -> None:
+    """Law: of the sets in /proc the effective one counts; a program without any has none."""
+    (tmp_path / "status").write_text(
+        "CapInh:\t0000000000000001\nCapEff:\t00000000a80425fb\nCapBnd:\t000001ffffffffff\n"
+    )
+    assert effective_capabilities(tmp_path / "status") == 0xA80425FB
+    mine = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    assert effective_capabilities() == int(mine["CapEff"], 16)

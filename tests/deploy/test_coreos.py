@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ import yaml
 
 from kvmsupervisor.settings_table import SETTINGS
 from tests.support.etcd import EtcdServer, Tls
+from tests.support.pages import documented
 
 ROOT = Path(__file__).resolve().parents[2]
 COREOS = ROOT / "deploy" / "coreos"
 UNITS = sorted(COREOS.glob("*.service"))
+OUTLIVES = ("/run/kvmsupervisor", "/sys/fs/cgroup", "/run/dbus/system_bus_socket", "/run/systemd")
 BUTANES = sorted(COREOS.glob("*.bu"))
 
 
@@ -97,6 +100,43 @@ def test_ceph_is_the_hosts(name: str) -> None:
     """Law: ceph.conf and keyring are the host's, in the folder where Ceph looks by itself, and only read."""
     text = (COREOS / name).read_text()
     assert re.search(r"--volume /etc/ceph:/etc/ceph:ro(?![\w/])", text)
+
+
+def test_the_least_is_what_the_page_says() -> None:
+    """Law: the drop-in has no option that docs/container.md has not, but for the host's D-Bus and the unit's own files.
+
+    With it systemd takes the unit, and nothing of the privileged command line is left.
+    """
+    text = (COREOS / "least.conf").read_text()
+    words = shlex.split(text.split("ExecStart=\nExecStart=")[1].replace("\\\n", " "))
+    found = words[words.index("run") + 1 : words.index("${IMAGE}")]
+    page = documented("container.md", "The least that it needs")
+    assert {word for word in page if word.startswith("--") and "=" in word} <= set(found)
+    assert {word for word in found if word.startswith(("--cap-", "--device", "--security", "--privileged"))} <= set(
+        page
+    )
+    for path in ("/var/lib/kvmsupervisor", *OUTLIVES):
+        assert f"{path}:{path}" in found
+
+
+def test_systemd_takes_the_drop_in(tmp_path: Path) -> None:
+    """Law: verified with it, the unit starts Docker once, by the drop-in's command line."""
+    for unit in UNITS:
+        text = re.sub(r"/usr/(?:s?bin)/(?:docker|modprobe|mkdir)\b", "/bin/true", unit.read_text())
+        (tmp_path / unit.name.replace("@.", "@1.")).write_text(text)
+    for name in ("docker", "containerd"):
+        (tmp_path / f"{name}.service").write_text("[Service]\nExecStart=/bin/true\n")
+    (tmp_path / "kvmsupervisor.service.d").mkdir()
+    dropped = (COREOS / "least.conf").read_text().replace("/usr/bin/docker", "/bin/true")
+    (tmp_path / "kvmsupervisor.service.d" / "least.conf").write_text(dropped)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", tmp_path / "kvmsupervisor.service"],
+        env=os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:/lib/systemd/system"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("butane", BUTANES, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -136,6 +137,40 @@ def test_a_record_of_a_newer_release(keys: Keys, hosts: Hosts, tiny: str) -> Non
     host.rewrite("1", version=1)
     host.start()
     assert host.wait_running("1", "2") == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have QEMU run as another user")
+def test_a_successor_that_may_too_little(keys: Keys, hosts: Hosts) -> None:
+    """A QEMU that cannot be recognised for want of rights is neither taken for gone, nor forgotten, nor killed.
+
+    Where rights are missing for QEMU's user the start is refused; where that user was given up, the record stays.
+    """
+    host = hosts(KVM_QEMU_USER="nobody")
+    firmware = host.folder / "hlt.bin"
+    firmware.write_bytes(b"\xf4" * 65536)
+    host.start()
+    keys.machines(host.name, "1", ram=16, extra_flags=f"-bios {firmware}")
+    before = host.wait_running("1")
+    plain = host.around
+    host.kill9()
+    # Linux 6.14 and newer show environments to these two, too (kernel/fork.c, may_access_mm).
+    less = "--bounding-set=-sys_ptrace,-perfmon,-sys_admin"
+    host.around = lambda *argv: ["setpriv", less, "--inh-caps=-all", "--", *plain(*argv)]
+    host.launch()
+    assert host.wait_ended() == 1
+    assert "CAP_SYS_PTRACE (a QEMU that runs already is recognised by its environment)" in host.log
+    host.settings["KVM_QEMU_USER"] = ""
+    host.start()
+    (line,) = host.events("instance.unreadable", instance="1")
+    assert f"process {before['1'].pid} lives where its QEMU was" in line["reason"]
+    host.stop()
+    host.around = plain
+    host.settings["KVM_QEMU_USER"] = "nobody"
+    host.start()
+    assert host.wait_running("1") == before
+    status = host.status("1")
+    assert status is not None
+    assert (status.epoch, status.restarts) == (1, 0)
 
 
 @pytest.mark.parametrize("rounds", [8, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])

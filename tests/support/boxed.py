@@ -31,6 +31,9 @@ class Boxed(Host):
         keys: of its cluster.
         guest: seen inside at its own path.
         options: of `docker run`, beside the network, the run directory and the guest.
+        privileges: options that say what it may do.
+        arguments: of the container.
+        name: `KVM_HOSTNAME`.
         settings: further environment variables.
 
     Attributes:
@@ -39,16 +42,26 @@ class Boxed(Host):
     """
 
     def __init__(
-        self, docker: Docker, keys: Keys, guest: Guest, *, options: Sequence[str] = REPLACEABLE, **settings: str
+        self,
+        docker: Docker,
+        keys: Keys,
+        guest: Guest,
+        *,
+        options: Sequence[str] = REPLACEABLE,
+        privileges: Sequence[str] = PRIVILEGED,
+        arguments: Sequence[str] = (),
+        name: str = "boxed",
+        **settings: str,
     ) -> None:
-        super().__init__(keys, "boxed", run_dir=None, **{"KVM_CGROUP": "auto", **settings})
+        super().__init__(keys, name, run_dir=None, **{"KVM_CGROUP": "auto", **settings})
         self.run_dir.mkdir()
         self.docker = docker
         self.image = IMAGE
         self.began = 0.0
         self.around = self._in_box
         self._guest = guest
-        self._options = tuple(options)
+        self._options = (*privileges, *options)
+        self._arguments = tuple(arguments)
         self._started = 0
         self._seen: set[Qemu] = set()
 
@@ -67,9 +80,9 @@ class Boxed(Host):
         self.began = time.monotonic()
         boot = self._guest.kernel.parent
         return self.docker.command(
-            *("run", f"--name={self.container}", "--network=host", *PRIVILEGED, *self._options),
+            *("run", f"--name={self.container}", "--network=host", *self._options),
             *(f"--env={name}" for name in self.settings),
-            *(f"--volume={self.run_dir}:{self.run_dir}", f"--volume={boot}:{boot}:ro", self.image),
+            *(f"--volume={self.run_dir}:{self.run_dir}", f"--volume={boot}:{boot}:ro", self.image, *self._arguments),
         )
 
     def kill9_init(self) -> None:
@@ -81,6 +94,15 @@ class Boxed(Host):
         """End the container by this command of Docker, which gets its name appended."""
         self.docker.run(*words, self.container)
         self.wait_ended()
+
+    def hears_itself(self, words: str) -> None:
+        """Wait until the container has written that."""
+
+        def heard() -> bool:
+            assert self.running or words in self.log, f"the container ended by itself:\n{self.log}"
+            return words in self.log
+
+        eventually(f"{words!r} of {self.container}", heard)
 
     def replace(self, image: str) -> None:
         """Start from another image what has ended, and wait until it is in step."""

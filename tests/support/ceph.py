@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -88,10 +88,15 @@ class CephError(Exception):
 
 
 class Ceph:
-    """The cluster. As a context manager it starts, and leaves nothing behind."""
+    """The cluster. As a context manager it starts, and leaves nothing behind.
 
-    def __init__(self) -> None:
+    Args:
+        around: before each command line: what takes it into another network namespace, by exec.
+    """
+
+    def __init__(self, around: Sequence[str] = ()) -> None:
         self.folder = Path()
+        self._around = tuple(around)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._frozen: set[str] = set()
 
@@ -226,7 +231,7 @@ class Ceph:
     def _spawn(self, name: str, program: str, *args: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             daemon = subprocess.Popen(
-                [program, "--conf", str(self.conf), "--foreground", *args],
+                [*self._around, program, "--conf", str(self.conf), "--foreground", *args],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -259,7 +264,7 @@ class Ceph:
     def _run(self, *argv: str) -> str:
         try:
             done = subprocess.run(
-                argv,
+                [*self._around, *argv],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

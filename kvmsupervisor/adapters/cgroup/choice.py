@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvmsupervisor.adapters.cgroup.homes import Homes, Impossible, Nowhere
-from kvmsupervisor.adapters.cgroup.place import Place, look
+from kvmsupervisor.adapters.cgroup.place import Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import BUS, open_scopes
 from kvmsupervisor.adapters.cgroup.tree import open_tree
 
@@ -22,7 +22,8 @@ class Chosen:
     Attributes:
         homes: that.
         rejected: by name, why what is preferred could not be had.
-        warning: what people must be told loudly; None when guests outlive the supervisor's container.
+        warning: what people must be told loudly; None when guests outlive the supervisor's container, and its successor
+            can adopt them.
     """
 
     homes: Homes
@@ -30,8 +31,14 @@ class Chosen:
     warning: str | None = None
 
 
-async def choose(wanted: Wanted, *, place: Place | None = None, bus: Path = BUS) -> Chosen:
+async def choose(wanted: Wanted, *, run_dir: Path | None = None, place: Place | None = None, bus: Path = BUS) -> Chosen:
     """Choose; `auto` takes the first that is possible of systemd, cgroup, none.
+
+    Args:
+        wanted: `KVM_CGROUP`.
+        run_dir: the run directory, which has to outlive a container, too; None not to look at it.
+        place: where this process is; None to find that out.
+        bus: the socket of the host's D-Bus.
 
     Raises:
         Impossible: one is asked for by name and cannot be had; the message names it and says why.
@@ -48,13 +55,18 @@ async def choose(wanted: Wanted, *, place: Place | None = None, bus: Path = BUS)
                 raise Impossible(f"KVM_CGROUP is {name}, but {error}; or set KVM_CGROUP=auto") from error
             rejected[name] = str(error)
         else:
-            return Chosen(homes=homes, rejected=rejected, warning=_warning(homes, place, rejected))
+            return Chosen(homes=homes, rejected=rejected, warning=_warning(homes, place, rejected, run_dir))
     nowhere = Nowhere(survives_container=not place.ends_neighbours)
-    return Chosen(homes=nowhere, rejected=rejected, warning=_warning(nowhere, place, rejected))
+    return Chosen(homes=nowhere, rejected=rejected, warning=_warning(nowhere, place, rejected, run_dir))
 
 
-def _warning(homes: Homes, place: Place, rejected: Mapping[str, str]) -> str | None:
+def _warning(homes: Homes, place: Place, rejected: Mapping[str, str], run_dir: Path | None) -> str | None:
     if homes.survives_container:
+        if place.contained and run_dir is not None and not is_of_the_host(run_dir):
+            return (
+                f"guests outlive this container, but none after it can adopt them: {run_dir} is the container's own; "
+                f"run it with -v {run_dir}:{run_dir}"
+            )
         return None
     whose = f"the service {place.service}" if place.service and not place.contained else "this container"
     if place.contained and not place.host_pids:

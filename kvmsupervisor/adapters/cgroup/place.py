@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def look(proc: Path = PROC, marks: tuple[Path, ...] = CONTAINER_MARKS) -> Place:
         host_cgroups=not any(path.startswith("/..") for path in inits.values()),
         service=next((unit for unit in units if unit.endswith(".service")), None),
     )
+
+
+def is_of_the_host(path: Path, proc: Path = PROC) -> bool:
+    """Whether a folder of this container is one of the host's, which outlives it.
+
+    It is below a mount, and what is mounted there is mounted on the host, too: neither the container's root nor a
+    tmpfs of its own. Wants the host's PID namespace, where process 1 is the host's init.
+    """
+    mine = [line.split(maxsplit=5) for line in (proc / "self/mountinfo").read_text(errors="replace").splitlines()]
+    hosts = {line.split(maxsplit=3)[2] for line in (proc / "1/mountinfo").read_text(errors="replace").splitlines()}
+    # The fields are described in proc_pid_mountinfo(5): the third is the device, the fifth the place.
+    mounts = {unescaped(fields[4]): fields[2] for fields in mine}
+    place = next(str(one) for one in (path.resolve(), *path.resolve().parents) if str(one) in mounts)
+    # Container runtimes mount the root where the host's init sees it.
+    return place != "/" and mounts[place] in hosts
+
+
+def unescaped(path: str) -> str:
+    """A path as /proc has it, with octal numbers for some characters, as it is."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 def _is_apart(proc: Path) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.adapters.cgroup.homes import PROC, Home, HomeFailed, Impossible, cgroups_of
-from kvmsupervisor.adapters.cgroup.place import Place
+from kvmsupervisor.adapters.cgroup.place import Place, unescaped
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits, cpu_weight
 
@@ -87,7 +87,10 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
         if not os.access(top, os.W_OK):
-            raise Impossible(f"{top} cannot be written to; it takes root, and a mount that is not read-only")
+            raise Impossible(
+                f"{top} cannot be written to; it takes root, and a container's own is read-only: run it with "
+                "-v /sys/fs/cgroup:/sys/fs/cgroup"
+            )
         found.append(Hierarchy(top=top, controllers=names))
     if not found:
         raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
@@ -106,12 +109,8 @@ def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
         # Beside its controllers a v1 mount has options of its own, none of which is the name of a controller.
         words = options.split(",") if kind == "cgroup" else []
         names = frozenset(word for word in words if not re.match(r"(rw|ro|xattr|clone_children|noprefix)$|\w+=/", word))
-        mounts.setdefault(names - {"cpuset_v2_mode", "favordynmods", "nofavordynmods"}, Path(_unescaped(point)))
+        mounts.setdefault(names - {"cpuset_v2_mode", "favordynmods", "nofavordynmods"}, Path(unescaped(point)))
     return mounts
-
-
-def _unescaped(path: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 @dataclass(frozen=True, slots=True)

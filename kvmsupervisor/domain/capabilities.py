@@ -1,0 +1,54 @@
+"""Which of root's capabilities a supervisor cannot do without, and what for.
+
+Root in a container has what its starter gives it, and a call that needs more fails in the middle of something else: a
+QEMU that cannot be recognised looks like one that is gone. So what is missing is named before anything is begun.
+
+Sources: capabilities(7); include/uapi/linux/capability.h for the numbers. What needs which was found by leaving out one
+after the other: docs/container.md has what happened, tests/container/test_least.py holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capability:
+    """One capability.
+
+    Attributes:
+        number: its bit.
+        name: as `docker run --cap-add` has it; the kernel's begins with `CAP_`.
+        why: what cannot be done without it.
+    """
+
+    number: int
+    name: str
+    why: str
+
+
+NET_ADMIN = Capability(number=12, name="NET_ADMIN", why="taps are made, and plugged into bridges")
+
+TO_BE_ANOTHER = (
+    Capability(number=0, name="CHOWN", why="QEMU's user gets its console's log, its keys and /dev/kvm"),
+    Capability(number=1, name="DAC_OVERRIDE", why="what belongs to QEMU's user is opened: its log, its environment"),
+    Capability(number=5, name="KILL", why="a QEMU that does not end, or has lost its lock, is killed"),
+    Capability(number=6, name="SETGID", why="QEMU gets the groups of its user"),
+    Capability(number=7, name="SETUID", why="QEMU becomes its user"),
+    Capability(number=8, name="SETPCAP", why="QEMU's bounding set is emptied, so that it never gets any of these"),
+    Capability(number=19, name="SYS_PTRACE", why="a QEMU that runs already is recognised by its environment"),
+)
+"""What root needs whose QEMU runs as somebody else, from the first start to the adoption by the next supervisor."""
+
+
+def lacking(effective: int, wanted: Iterable[Capability]) -> tuple[Capability, ...]:
+    """Those of `wanted` that are not in the set `effective`, as /proc/<pid>/status has it."""
+    return tuple(one for one in wanted if not effective >> one.number & 1)
+
+
+def what_is_lacking(missing: Iterable[Capability]) -> str:
+    """For people: each with its reason, and what gives them to a container."""
+    missing = tuple(missing)
+    named = "; ".join(f"CAP_{one.name} ({one.why})" for one in missing)
+    return f"{named}. Run the container with {' '.join(f'--cap-add={one.name}' for one in missing)}"
