@@ -286,8 +286,7 @@ class Machine:
         if answer is not None and answer["UUID"] != expected:
             monitor, self._monitor = self._monitor, None
             await monitor.close()
-            socket = self.directory.qmp_socket
-            raise MonitorLost(f"machine {answer['UUID']} answers on {socket}, this one is {expected}")
+            raise MonitorLost(f"machine {answer['UUID']} answers on {self.directory.qmp_socket}, this is {expected}")
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -495,9 +494,6 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        return classify(
-            shutdown=self._shutdown,
-            status=status,
-            log_tail=self.directory.log_tail(self.record.log_offset),
-            guard_killed_at=self.directory.guard_killed_at(self.record.incarnation),
-        )
+        log_tail = self.directory.log_tail(self.record.log_offset)
+        killed_at = self.directory.guard_killed_at(self.record.incarnation)
+        return classify(shutdown=self._shutdown, status=status, log_tail=log_tail, guard_killed_at=killed_at)
