@@ -32,8 +32,8 @@ FIRST_PID_NAMESPACE = "4026531836"
 """The kernel's own, with a number that never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 
 
-TERM_S = 1.0
-"""How long a QEMU may take to heed SIGTERM. One that runs no guest needs 20 ms to close its disks."""
+TERM_S = 3.0
+"""How long a QEMU may take to heed SIGTERM. One that runs no guest needs 20 ms to close its disks on a quiet host."""
 
 
 class SpawnFailed(Exception):

@@ -25,7 +25,7 @@ def place(wish: Wish, lock: Lock | None, *, me: HostName, has_session: Callable[
         me: this host.
         has_session: whether a host has one; None when that is not known.
     """
-    if lock is None or wish.host in {None, me} or me not in wish.hosts:
+    if lock is None or wish.host in {None, me}:
         return None
     if wish.power is not Power.ON or wish.problems or lock.storage is Storage.UNFENCEABLE:
         return None
