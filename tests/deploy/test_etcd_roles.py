@@ -152,8 +152,8 @@ def test_certificates_tell_who_comes(tmp_path: Path, tiny: str) -> None:
         subprocess.run([SCRIPT], env=environment, check=True, capture_output=True, text=True)
         keys = Keys(etcd)
         with (
-            Host(keys, LOCK=LOCK, **settings("supervisor")) as host,
-            Host(keys, LOCK=LOCK, **settings("operator")) as people,
+            Host(keys, run_dir=None, LOCK=LOCK, **settings("supervisor")) as host,
+            Host(keys, run_dir=None, LOCK=LOCK, **settings("operator")) as people,
         ):
             host.start()
             wishes = ("host=alpha", "ram=16", "shutdown_timeout=0", f"extra_flags={tiny}")
