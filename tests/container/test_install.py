@@ -18,6 +18,9 @@ from tests.support.nspawn import ROOT, debian_root
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 
+FILES = {"PIP_CONFIG_FILE", "PIP_FIND_LINKS"}
+"""Settings of pip that name what a root does not have."""
+
 INSIDE = """
 set -eu
 mount -t overlay overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" "$2/root"
@@ -75,7 +78,9 @@ def test_pip_alone_installs_it(suite: str, dist: Path, folder: Path) -> None:
     """Law: with python3-venv and nothing else, wheel and sdist give a program that runs; without a venv pip refuses."""
     root = debian_root(suite, f"{suite}-pip", "python3-venv,python3-pip,ca-certificates")
     kept = {
-        name: text for name, text in os.environ.items() if name.lower().endswith("_proxy") or name.startswith("PIP_")
+        name: text
+        for name, text in os.environ.items()
+        if name.lower().endswith("_proxy") or (name.startswith("PIP_") and name not in FILES)
     }
     done = subprocess.run(
         [
