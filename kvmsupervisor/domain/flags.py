@@ -24,9 +24,20 @@ WITHOUT_ARGUMENT = frozenset(
             "enable-kvm",
             "enable-sync-profile",
         ),
-        *("full-screen", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-kvm", "no-quit"),
+        *(
+            "full-screen",
+            "h",
+            "help",
+            "jitdump",
+            "mem-prealloc",
+            "no-acpi",
+            "no-fd-bootchk",
+            "no-hpet",
+            "no-kvm",
+            "no-quit",
+        ),
         *("no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable"),
-        *("portrait", "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version"),
+        *("perfmap", "portrait", "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version"),
         *("win2k-hack", "xen-attach", "xen-domid-restrict"),
     }
 )
