@@ -1,7 +1,6 @@
 """The laws of sessions, locks and fences (docs/architecture.md), and for each of their sentences a test that holds it.
 
-The table is for people who change something here: what they would break first. That a test fails without the line that
-it holds was tried once for each row, by taking that line away.
+The table is for people who change something here: what they would break first.
 """
 
 from __future__ import annotations
@@ -53,6 +52,9 @@ TABLE = [
     (7, "pinned until a person's word", "test_takeover.py::test_what_cannot_be_fenced_waits_for_a_word"),
     (7, "nothing to protect", "test_instance.py::test_whose_lock_is_taken"),
     (7, "what counts as unfenceable", "domain/test_storage.py::test_anything_else_cannot_be_fenced"),
+    (7, "a guest runs once its guard watches it", "test_guarded.py::test_a_guest_runs_once_its_guard_watches_it"),
+    (7, "the guard outlives the supervisor", "e2e/test_guard.py::test_a_supervisor_that_is_frozen_or_killed"),
+    (7, "without etcd it kills", "e2e/test_guard.py::test_etcd_is_away"),
     (8, "start time and marks", "adapters/test_process.py::test_a_recycled_pid_is_not_it"),
     (8, "same boot", "test_machine.py::test_a_record_of_another_boot_is_of_the_past"),
     (8, "the lock still names it", "test_instance.py::test_a_successor_that_finds_the_lock_lost_kills"),

@@ -57,7 +57,7 @@ def now() -> float:
 
 
 def test_a_supervisor_that_is_frozen_or_killed(keys: Keys, hosts: Hosts, tiny: str, a_disk: str) -> None:
-    """For longer than the session: the guard kills what cannot be fenced, not before, and nothing else.
+    """Law 7: for longer than the session, and the guard kills what cannot be fenced, not before, and nothing else.
 
     The supervisor that goes on, and the next one, say who did it, and start the machine anew under its lock.
     """
