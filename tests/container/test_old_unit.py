@@ -14,7 +14,7 @@ from tests.support.imagehost import BRIDGE, ETCD, ImageHost
 pytestmark = [pytest.mark.docker, pytest.mark.guest, pytest.mark.timeout(1500)]
 
 # The container's options, environment and the order of all are the original's. What is added: the guest's folder, no
-# KVM, no health check that asks for a supervisor.
+# KVM, no health check that asks for a supervisor, more time to shut down.
 UNIT = """\
 [Unit]
 Description=KVM guest %i
@@ -27,11 +27,11 @@ ExecStart=/usr/bin/docker run --rm --name kvm-%i --no-healthcheck --volume FOLDE
     IMAGE \\
     -accel tcg -m 96 -vga none -nographic -netdev bridge,br=BRIDGE,id=net0 \\
     -device virtio-net-pci,netdev=net0,mac=52:54:00:91:07:03 OPTIONS
-ExecStop=/usr/bin/docker stop --time=15 kvm-%i
+ExecStop=/usr/bin/docker stop --time=60 kvm-%i
 Restart=always
 RestartSec=1s
 TimeoutStartSec=120
-TimeoutStopSec=20
+TimeoutStopSec=80
 """
 
 
@@ -61,8 +61,8 @@ def test_the_originals_own_lines_work(image_host: ImageHost, guest: Guest) -> No
         again = host.lock("1")
         assert again is not None
         assert again.pid != lock.pid
-        host.run("systemctl", "stop", "kvm@1")
-        assert "GOODBYE from old" in journal(host, "kvm@1")
+        host.run("systemctl", "stop", "kvm@1", timeout_s=100)
+        eventually("its word", lambda: "GOODBYE from old" in journal(host, "kvm@1"))
         assert host.lock("1") is None
     finally:
         host.run("systemctl", "kill", "--signal=KILL", "kvm@1", check=False)
