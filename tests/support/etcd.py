@@ -77,12 +77,13 @@ class _Reaper:
     """
 
     _PROGRAM = """
-import os, signal, sys
+import contextlib, os, signal, sys
 pids = set()
 for line in sys.stdin:
     (pids.add if line[0] == "+" else pids.discard)(int(line[1:]))
 for pid in pids:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 """
 
     def __init__(self) -> None:
@@ -386,9 +387,13 @@ class EtcdCluster:
         leader = self.leader()
         return [member for member in self.members if member is not leader]
 
+    def client(self, *args: str, endpoint: str | None = None) -> list[str]:
+        """The command line of an `etcdctl` that reaches the members, without credentials."""
+        return self._around("etcdctl", "--endpoints", endpoint or ",".join(self.endpoints), *args)
+
     def ctl(self, *args: str, endpoint: str | None = None, user: str | None = None) -> str:
         """Run `etcdctl` (API 3) and return what it printed; `user` is `name:password`."""
-        argv = self._around("etcdctl", "--endpoints", endpoint or ",".join(self.endpoints))
+        argv = self.client(endpoint=endpoint)
         if self.tls is not None:
             argv += ["--cacert", str(self.tls.ca)]
             argv += ["--cert", str(self.tls.client_cert), "--key", str(self.tls.client_key)]
