@@ -6,15 +6,20 @@ loses them: nothing is refused, connections stay, and TCP goes on where it was w
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.chaos.faults import Way
 from tests.support.net import Namespace, new_namespace
 from tests.support.place import Place
 
 SUBNET = "10.97.0"
+
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +76,20 @@ def new_fabric() -> Iterator[Fabric]:
     """A network, until the end; its namespaces also end when this process is killed."""
     with ExitStack() as stack:
         yield Fabric(stack)
+
+
+@contextmanager
+def joined(inside: Namespace) -> Iterator[None]:
+    """What this thread opens meanwhile is in that network, and so are threads that it starts, for good. Needs root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def enter(network: int) -> None:
+        if libc.setns(network, _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+
+    with Path("/proc/thread-self/ns/net").open() as home, Path(f"/proc/{inside.pid}/ns/net").open() as there:
+        enter(there.fileno())
+        try:
+            yield
+        finally:
+            enter(home.fileno())

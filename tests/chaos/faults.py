@@ -206,6 +206,32 @@ def schedule(seed: int, minutes: float, terms: Terms, kinds: Sequence[Kind] = ()
     return tuple(faults)
 
 
+def by_hand(text: str) -> tuple[Fault, ...]:
+    """A schedule that was written: `KIND[:SECONDS[:MACHINE[:OTHER[:WAY]]]]`, with commas between; a `+` before rides.
+
+    Each begins a second after the one before is no longer felt, or after it has begun where it rides.
+
+    Raises:
+        ValueError: that is not what was written.
+    """
+    found: list[Fault] = []
+    for word in text.split(","):
+        kind, duration, machine, other, way = (*word.lstrip("+").split(":"), "", "", "", "")[:5]
+        found.append(
+            Fault(
+                number=len(found) + 1,
+                kind=Kind(kind),
+                machine=int(machine or 0),
+                other=int(other or 0),
+                start_s=len(found) + 1.0,
+                duration_s=float(duration or 0),
+                way=Way[way.upper() or "BOTH"],
+                rides=word.startswith("+"),
+            )
+        )
+    return tuple(found)
+
+
 def _draw(rng: random.Random, kind: Kind, number: int, at: float, terms: Terms, *, rides: bool = False) -> Fault:
     """One fault. As many numbers are drawn for each kind, so that a kind more or less moves nothing else."""
     mark = rng.choices((terms.ttl_s, WATCH_S, terms.limit_s), (0.5, 0.3, 0.2))[0]

@@ -1,0 +1,287 @@
+"""A run: the faults of a schedule, one after the other, and then the judgement of what the disks hold."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from kvmsupervisor.domain.lock import Lock
+from tests.chaos.acts import Act, Acts
+from tests.chaos.bounds import NOTHING, Promise, promise, together
+from tests.chaos.disk import Away, Observer, boottime
+from tests.chaos.downtime import downtime
+from tests.chaos.fabric import joined
+from tests.chaos.faults import Fault, Kind, Terms
+from tests.chaos.records import check
+from tests.chaos.report import Episode, Felt, Report
+from tests.chaos.world import World
+from tests.support.cluster import eventually
+
+SETTLE_LIMIT_S = 180.0
+"""How long a run waits until everything writes again, once nothing is wrong any more: generous, it only ends what would
+never end. Whether a machine was away for too long is judged by its own bound."""
+
+CALM_S = 1.0
+"""Between two episodes: each machine is seen to write on."""
+
+_CRASHES = frozenset({Kind.QEMU_KILL, Kind.HOST_CRASH, Kind.HOST_REBOOT})
+
+
+class Unsettled(Exception):
+    """Something does not write again although nothing is wrong any more; the message says what."""
+
+
+@dataclass
+class _Playing:
+    """An episode while it lasts."""
+
+    acts: list[Act] = field(default_factory=list)
+    ends: list[tuple[float, Act]] = field(default_factory=list)
+
+
+class Run:
+    """Plays one schedule.
+
+    Args:
+        world: whose machines write.
+        seed: of the schedule, for the report.
+        minutes: of the schedule, for the report.
+        replay: the command that does it again.
+        say: told each line for people.
+    """
+
+    def __init__(
+        self, world: World, *, seed: int, minutes: float, replay: str, say: Callable[[str], object] = print
+    ) -> None:
+        self._world, self._terms = world, world.terms
+        self._seed, self._minutes, self._replay, self._say = seed, minutes, replay, say
+        self._acts = Acts(world)
+        self._began = time.monotonic()
+        self._boot_s = 0.0
+        self._episodes: list[Episode] = []
+        self._faults: Counter[str] = Counter()
+        self._crashes: Counter[str] = Counter()
+        self._violations: list[str] = []
+
+    def play(self, faults: Sequence[Fault]) -> Report:
+        """Let it all happen; return what came of it."""
+        world = self._world
+        world.begin()
+        with ExitStack() as stack:
+            with joined(world.witness):
+                observer = stack.enter_context(Observer(world.ceph, world.image))
+            try:
+                self._boot_s = max(self._begin(machine, observer) for machine in world.machines)
+                self._settle(observer)
+                self._say(f"{len(world.machines)} machines write, {self._boot_s:.1f} s after their keys; faults follow")
+                self._began = time.monotonic()
+                for episode in _episodes(faults):
+                    self._play(episode, observer)
+            except Unsettled as error:
+                self._violations.append(str(error))
+            return self._judge(observer)
+
+    def _begin(self, machine: str, observer: Observer) -> float:
+        """Let a machine's keys come; return the seconds until its first record."""
+        begin = time.monotonic()
+        self._world.begin_machine(machine)
+        eventually(f"a record of {machine}", lambda: observer.head(machine).sequence)
+        return time.monotonic() - begin
+
+    # --- one episode ------------------------------------------------------------------------------------------
+
+    def _play(self, faults: Sequence[Fault], observer: Observer) -> None:
+        # Not before its time, and not before everything writes again.
+        self._sleep_until(faults[0].start_s)
+        shift = self._now() - faults[0].start_s
+        since, playing, told = boottime(), _Playing(), list[str]()
+        began = self._now()
+        todo = [(fault.start_s + shift, fault) for fault in faults]
+        while todo or playing.ends:
+            next_begin = todo[0][0] if todo else float("inf")
+            playing.ends.sort(key=lambda end: end[0])
+            if playing.ends and playing.ends[0][0] <= next_begin:
+                at, act = playing.ends.pop(0)
+                self._sleep_until(at)
+                act.end()
+                continue
+            at, fault = todo.pop(0)
+            self._sleep_until(at)
+            act = self._acts.begin(fault)
+            playing.acts.append(act)
+            playing.ends.append((self._now() + fault.duration_s, act))
+            line = f"{fault}: {'nothing to hit' if act.void else act.whom}"
+            told.append(line)
+            self._say(line)
+            if not act.void:
+                self._faults[fault.kind] += 1
+        self._settle(observer)
+        felt = self._felt(playing.acts, observer, since)
+        self._episodes.append(
+            Episode(
+                kinds=tuple(act.fault.kind for act in playing.acts if not act.void),
+                told=tuple(told),
+                began_s=round(began, 1),
+                lasted_s=round(self._now() - began, 1),
+                felt=felt,
+            )
+        )
+
+    def _felt(self, acts: Sequence[Act], observer: Observer, since: float) -> tuple[Felt, ...]:
+        until, found = boottime(), []
+        for machine in self._world.machines:
+            hit = [act for act in acts if machine in act.machines]
+            # What mixes may spread: a taker that dies has machines of its own.
+            of_all = hit if len(acts) == 1 else acts
+            promised = self._promised(machine, [act for act in of_all if not act.void])
+            was = downtime(observer.samples(machine), since, until)
+            bound_s = promised.bound_s(self._boot_s)
+            found.append(
+                Felt(
+                    machine=machine,
+                    hit=bool(hit),
+                    away_s=round(was.away_s, 2),
+                    restarts=was.restarts,
+                    bound_s=round(bound_s, 2),
+                    blind_s=round(was.blind_s, 2),
+                )
+            )
+            names = " + ".join(str(act.fault.number) for act in acts)
+            mark = ""
+            if not was.within(bound_s):
+                mark = " TOO LONG"
+                self._violations.append(
+                    f"fault {names}: {machine} was away for {was.away_s:.1f} s, the bound is {bound_s:.1f} s"
+                )
+            if promised.restarts is not None and was.restarts > promised.restarts:
+                mark += " STARTED AGAIN"
+                self._violations.append(
+                    f"fault {names}: {machine} was started again {was.restarts} times, "
+                    f"{promised.restarts or 'no'} restart is promised"
+                )
+            self._say(f"      {machine} away {was.away_s:.1f} s of {bound_s:.1f} s, {was.restarts} restarts{mark}")
+            if was.restarts and any(act.fault.kind in _CRASHES for act in hit):
+                self._crashes[machine] += 1
+        return tuple(found)
+
+    def _promised(self, machine: str, acts: Sequence[Act]) -> Promise:
+        if not acts:
+            return NOTHING
+        # Restarts that follow one another wait for up to 1, 2, 4 … 300 s (DESIGN §4).
+        crashed = self._crashes[machine]
+        pause_s = 1.0 + (min(300.0, 2.0 ** (crashed - 1)) if crashed else 0.0)
+        return together([(act.fault, promise(act.fault, self._terms, pause_s=pause_s)) for act in acts], self._terms)
+
+    # --- until all is well ------------------------------------------------------------------------------------
+
+    def _settle(self, observer: Observer) -> None:
+        """Wait until each host has its session, and each machine writes by the one that its lock names.
+
+        Raises:
+            Unsettled: that does not come.
+        """
+        world = self._world
+        for host in world.hosts:
+            if not host.running:
+                host.launch()
+        try:
+            for host in world.hosts:
+                eventually(f"the session of {host.name}", lambda host=host: world.has_session(host), SETTLE_LIMIT_S)  # type: ignore[misc]
+            for machine in world.machines:
+                eventually(
+                    f"writes of {machine}",
+                    lambda machine=machine: self._writes(machine, observer),  # type: ignore[misc]
+                    SETTLE_LIMIT_S,
+                )
+        except AssertionError as error:
+            raise Unsettled(f"after all faults have ended: {error}\n{self._state()}") from None
+
+    def _writes(self, machine: str, observer: Observer) -> bool:
+        """Whether it is written to by the one QEMU that its lock names, and goes on."""
+        lock = self._world.runs(machine)
+        if lock is None:
+            return False
+        qemus = self._world.qemus_of(machine)
+        if [qemu.incarnation for qemu in qemus] != [lock.incarnation]:
+            return False
+        try:
+            before = observer.head(machine)
+            time.sleep(CALM_S)
+            after = observer.head(machine)
+        except Away:
+            return False
+        return after.owner == lock.incarnation and after.sequence > before.sequence
+
+    def _state(self) -> str:
+        keys, lines = self._world.keys, []
+        for machine in self._world.machines:
+            status = keys.status(machine)
+            lines.append(f"  {machine}: {status}\n    lock {keys.lock(machine)}")
+        for host in self._world.hosts:
+            end = "\n    ".join(host.log.splitlines()[-5:])
+            lines.append(f"  {host.name} {'runs' if host.running else 'has ended'}:\n    {end}")
+        return "\n".join(lines)
+
+    # --- the judgement ----------------------------------------------------------------------------------------
+
+    def _judge(self, observer: Observer) -> Report:
+        world = self._world
+        takeovers, fenced, records, owners = 0, set[str](), 0, 0
+        for machine in world.machines:
+            # The journal first: whoever wrote has had a lock by then.
+            journal = observer.journal(machine)
+            locks = world.locks(machine)
+            history = observer.history(machine, locks)
+            self._violations += [f"{machine}: {violation}" for violation in check(journal, history)]
+            takeovers += _takeovers(locks)
+            fenced |= {address for lock in locks if lock is not None for address in lock.fence}
+            records += len(journal.records)
+            owners += len(journal.owners)
+        return Report(
+            seed=self._seed,
+            minutes=self._minutes,
+            took_s=round(self._now(), 1),
+            terms=self._terms,
+            boot_s=round(self._boot_s, 2),
+            faults=dict(sorted(self._faults.items())),
+            episodes=tuple(self._episodes),
+            takeovers=takeovers,
+            fences=len(fenced),
+            records=records,
+            owners=owners,
+            load=os.getloadavg()[0],
+            violations=tuple(self._violations),
+            replay=self._replay,
+        )
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+    def _sleep_until(self, at: float) -> None:
+        time.sleep(max(0.0, at - self._now()))
+
+
+def _episodes(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """Each fault with those that ride on it."""
+    found: list[list[Fault]] = []
+    for fault in faults:
+        if fault.rides and found:
+            found[-1].append(fault)
+        else:
+            found.append([fault])
+    return found
+
+
+def _takeovers(locks: Sequence[Lock | None]) -> int:
+    """How often a lock went from one host to another without having been let go of."""
+    pairs = zip(locks, locks[1:], strict=False)
+    return sum(one is not None and other is not None and one.host != other.host for one, other in pairs)
+
+
+__all__ = ["Run", "Terms", "Unsettled"]
