@@ -82,7 +82,7 @@ class ChaosGuest:
         return shlex.join(self.options())
 
     def make_disk(self, ceph: Ceph, image: RbdDisk) -> None:
-        """Make the image from which it boots. Its objects are as large as a log: what was not written takes no place."""
+        """Make the image from which it boots. Each log is an object of its own, which is there once it is written."""
         features = [word for feature in FEATURES.split(",") for word in ("--image-feature", feature)]
         size = ("--object-size", f"{records.REGION}B")
         ceph.rbd("import", "--no-progress", *features, *size, str(self.image), image.name)
