@@ -99,7 +99,9 @@ class Reader:
         Raises:
             Away: Ceph does not answer.
         """
-        listed: list[Mapping[str, Any]] = json.loads(self._command({"prefix": "osd blocklist ls", "format": "json"}))
+        answer = self._command({"prefix": "osd blocklist ls", "format": "json"}).decode()
+        # Behind it newer releases write a second array, of ranges.
+        listed: list[Mapping[str, Any]] = json.JSONDecoder().raw_decode(answer)[0]
         return frozenset(str(entry["addr"]) for entry in listed)
 
     def _read(self, image: RbdDisk, offset: int, length: int) -> bytes:

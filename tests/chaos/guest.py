@@ -23,6 +23,9 @@ PROGRAM_SECTORS = 8
 PAUSE_TICKS = 2
 """Between two records: nine a second."""
 
+LOG_RECORDS = records.REGION // records.RECORD.size
+"""Of one log: enough for a quarter of an hour. Then its writer takes another slot, too."""
+
 PLACEHOLDER = "@OWNER@"
 
 _NAMES = {
@@ -88,9 +91,15 @@ class ChaosGuest:
         ceph.rbd("import", "--no-progress", *features, *size, str(self.image), image.name)
 
 
-def build(folder: Path) -> ChaosGuest:
-    """Make the guest in `folder`, in a tenth of a second."""
-    names = "".join(f".equ {name}, {value}\n" for name, value in _NAMES.items())
+def build(folder: Path, *, log_records: int = LOG_RECORDS) -> ChaosGuest:
+    """Make the guest in `folder`, in a tenth of a second.
+
+    Args:
+        folder: where it is made; whatever was made there before is replaced.
+        log_records: how many records make a log full, whole sectors of them.
+    """
+    numbers = {**_NAMES, "LOG_RECORDS": log_records}
+    names = "".join(f".equ {name}, {value}\n" for name, value in numbers.items())
     assembled, program, image = folder / "writer.o", folder / "writer.bin", folder / "writer.img"
     _run("as", "--32", "-o", str(assembled), "-", text=names + SOURCE.read_text())
     _run(
