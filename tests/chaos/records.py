@@ -340,8 +340,7 @@ def _fenced(journal: Journal, history: History) -> Iterator[str]:
         owed.update({address: owed.get(address, "an earlier one") for address in lock.fence})
         if owner in writers and owner not in seen:
             seen.add(owner)
-            earlier = {address: whose for address, whose in owed.items() if whose != owner}
-            yield from _not_fenced(owner, earlier, history)
+            yield from _not_fenced(owner, owed, history)
         owed.update(dict.fromkeys(lock.clients, owner))
 
 

@@ -190,10 +190,26 @@ def test_a_gap_is_told_once() -> None:
     assert "no record 2 to 3" in gap.text
 
 
+def test_all_that_came_late_is_counted() -> None:
+    """Law: every record of a lower epoch is late, not the first one alone."""
+    late = [one for one in check(Journal(records=chain(A, B, A, A, A, A)), FENCED) if one.law == "epoch"]
+    assert len(late) == 1
+    assert "3 of a" in late[0].text
+    assert "and 1 more" in late[0].text
+
+
+@pytest.mark.parametrize("missing", [{"clients": ()}, {"state": LockState.STARTING}])
+def test_a_guest_that_was_not_to_run(missing: Mapping[str, object]) -> None:
+    """Law 3: who writes has its client on record, in a lock that says that it runs."""
+    (first, last) = locks_of(A)
+    history = History(locks=[first, replace(last, **missing)], written={A: 1.0})  # type: ignore[arg-type]
+    assert broken(Journal(records=chain(A)), history) == ["recorded"]
+
+
 @pytest.mark.parametrize(
     "journal",
     [
-        pytest.param(changed(4, previous=2), id="another number"),
+        pytest.param(changed(5, previous=3), id="another number"),
         pytest.param(changed(4, previous_owner=A), id="another owner"),
         pytest.param(changed(1, previous_owner=A), id="the first follows nobody"),
         pytest.param(Journal(records=THREE.records[1:]), id="the first is missing"),
@@ -213,6 +229,13 @@ def test_two_that_do_not_see_each_other() -> None:
     forks = [violation for violation in check(journal, FENCED) if violation.law == "chain"]
     assert len(forks) == 1
     assert "3 times, first record 3" in forks[0].text
+
+
+def test_which_of_two_came_first_is_not_known() -> None:
+    """Law: of two records with one sequence none is said to have come after the other."""
+    first, second = chain(A, B)
+    for both in ((second, replace(second, owner=A)), (replace(second, owner=A), second)):
+        assert broken(Journal(records=(first, *both))) == ["chain"]
 
 
 def test_one_slot_for_two() -> None:
@@ -272,6 +295,9 @@ def test_an_operators_word() -> None:
     journal = Journal(records=chain(A, B))
     kept = History(locks=[*locks_of(A), running.broken(), *locks_of(B)], written={A: 1.0, B: 5.0})
     assert broken(journal, kept) == ["fenced"]
+    (taken, *_) = locks_of(B, fence=(ADDRESS[A],))
+    midway = replace(kept, locks=[*locks_of(A), taken.broken(), *locks_of(C)], written={A: 1.0, C: 5.0})
+    assert broken(Journal(records=chain(A, C)), midway) == ["fenced"]
     gone = replace(kept, locks=[*locks_of(A), running.broken(forget_clients=True), *locks_of(B)])
     assert broken(journal, gone) == []
 
