@@ -25,6 +25,7 @@ def running(lock: Lock) -> Lock:
 FIRST = taken(None, ALPHA, "one")
 SECOND = taken(running(FIRST), BETA, "two")
 FENCED = SECOND.fenced(SECOND.fence)
+THIRD = taken(FENCED, BETA, "three")
 TAKEOVER = [FIRST, running(FIRST), SECOND, FENCED, running(FENCED)]
 
 
@@ -48,10 +49,7 @@ def test_an_end_in_order() -> None:
         pytest.param([FIRST, replace(running(FIRST), host=BETA)], id="another host"),
         pytest.param([FIRST, replace(running(FIRST), pid=None)], id="of no process"),
         pytest.param([FIRST, running(FIRST), None, taken(None, ALPHA, "two")], id="its epoch was there"),
-        (
-            [FIRST, running(FIRST), SECOND, FENCED, replace(taken(FENCED, BETA, "three"), fence=())],
-            "an address is lost",
-        ),
+        pytest.param([*TAKEOVER[:4], replace(THIRD, fence=())], id="an address is lost"),
         pytest.param([None], id="nothing was there"),
     ],
 )
