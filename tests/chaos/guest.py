@@ -23,6 +23,9 @@ PROGRAM_SECTORS = 8
 PAUSE_TICKS = 2
 """Between two records: nine a second."""
 
+LOG_RECORDS = records.REGION // records.RECORD.size
+"""Of one log: enough for a quarter of an hour. Then its writer takes another slot, too."""
+
 PLACEHOLDER = "@OWNER@"
 
 _NAMES = {
@@ -82,15 +85,21 @@ class ChaosGuest:
         return shlex.join(self.options())
 
     def make_disk(self, ceph: Ceph, image: RbdDisk) -> None:
-        """Make the image from which it boots. Its objects are as large as a log: what was not written takes no place."""
+        """Make the image from which it boots. Each log is an object of its own, which is there once it is written."""
         features = [word for feature in FEATURES.split(",") for word in ("--image-feature", feature)]
         size = ("--object-size", f"{records.REGION}B")
         ceph.rbd("import", "--no-progress", *features, *size, str(self.image), image.name)
 
 
-def build(folder: Path) -> ChaosGuest:
-    """Make the guest in `folder`, in a tenth of a second."""
-    names = "".join(f".equ {name}, {value}\n" for name, value in _NAMES.items())
+def build(folder: Path, *, log_records: int = LOG_RECORDS) -> ChaosGuest:
+    """Make the guest in `folder`, in a tenth of a second.
+
+    Args:
+        folder: where it is made; whatever was made there before is replaced.
+        log_records: how many records make a log full, whole sectors of them.
+    """
+    numbers = {**_NAMES, "LOG_RECORDS": log_records}
+    names = "".join(f".equ {name}, {value}\n" for name, value in numbers.items())
     assembled, program, image = folder / "writer.o", folder / "writer.bin", folder / "writer.img"
     _run("as", "--32", "-o", str(assembled), "-", text=names + SOURCE.read_text())
     _run(

@@ -17,8 +17,9 @@ although another has begun either sees that one's records, then it names a later
 not, then two records have one sequence. Nothing else is possible, and both stay on the disk: each in its writer's own
 sectors. What the next one has seen before it began was written before it began.
 
-One hole is left: two that start in the same instant and whose places in the table are the same may both find it free.
-The log shows that too, as long as not all of one's sectors are written by the other.
+Two holes are left, both of one instant. Two that start at once, and whose search for a free place begins at the same
+one, may both take it; the log shows that, unless the one's sectors are all written over by the other. And a writer that
+was held up between its two writes, and is shut out right after the second, is not told from one that made both in time.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ class History:
     Attributes:
         locks: every value of the instance's lock in order of etcd's revisions; None where the key was deleted.
         listed: when each address was first seen on Ceph's blocklist.
-        written: when the first record of each owner was first seen on the disk. Look at the disk before the blocklist,
-            or an entry that came between seems to have been there in time.
+        written: when the first record of each owner was first seen on the disk. Whoever looks at the disk, then at the
+            blocklist, and gives both one instant, sees nothing too late that was in time.
         closed: when each owner was known to have ended in order, and to have left nothing: its process exited with
             status 0 and Ceph names its client no more. A release of the lock needs not be told here.
     """
@@ -247,23 +248,22 @@ def _known(journal: Journal, history: History) -> Iterator[str]:
 def _epochs(journal: Journal, history: History) -> Iterator[str]:
     epoch_of = _epoch_of(history)
     late: dict[tuple[str, str], list[Record]] = {}
-    highest, holder = 0, ""
+    highest = before = ("", 0)
+    sequence = 0
     for record in journal.records:
+        if record.sequence != sequence:
+            # Which of two with one sequence came first is not known.
+            sequence, before = record.sequence, highest
         epoch = epoch_of.get(record.owner)
         if epoch is None:
             continue
-        named = epoch_of.get(record.previous_owner, 0)
-        if epoch < highest:
-            late.setdefault((record.owner, holder), []).append(record)
-        elif epoch < named:
-            late.setdefault((record.owner, record.previous_owner), []).append(record)
-        if epoch > highest:
-            highest, holder = epoch, record.owner
-    for (owner, later), records in late.items():
-        yield (
-            f"{owner} (epoch {epoch_of[owner]}) wrote after {later} (epoch {epoch_of[later]}) had written: "
-            f"{_few(records)}"
-        )
+        if epoch < before[1]:
+            late.setdefault((record.owner, before[0]), []).append(record)
+        if epoch > highest[1]:
+            highest = (record.owner, epoch)
+    for (owner, later), found in late.items():
+        told = f"{later} (epoch {epoch_of[later]})"
+        yield f"{owner} (epoch {epoch_of[owner]}) wrote after {told} had written: {_few(found)}"
 
 
 def _chain(journal: Journal, history: History) -> Iterator[str]:
@@ -272,10 +272,10 @@ def _chain(journal: Journal, history: History) -> Iterator[str]:
         by_sequence.setdefault(record.sequence, []).append(record)
     yield from _forks(by_sequence)
     expected = 1
-    for sequence in by_sequence:
+    for sequence, found in by_sequence.items():
         if sequence != expected:
             missing = str(expected) if sequence == expected + 1 else f"{expected} to {sequence - 1}"
-            yield f"no record {missing} is there, and there is {_few(by_sequence[sequence])}"
+            yield f"no record {missing} is there, and there is {_few(found)}"
         expected = sequence + 1
     for record in journal.records:
         before = {one.owner for one in by_sequence.get(record.previous, ())} if record.previous else {""}
@@ -286,13 +286,12 @@ def _chain(journal: Journal, history: History) -> Iterator[str]:
 
 
 def _forks(by_sequence: Mapping[int, Sequence[Record]]) -> Iterator[str]:
-    forks: dict[tuple[str, ...], list[Record]] = {}
-    for records in by_sequence.values():
-        if len(records) > 1:
-            forks.setdefault(tuple(record.owner for record in records), []).append(records[0])
-    for owners, records in forks.items():
-        sequences = [record.sequence for record in records]
-        yield f"{' and '.join(owners)} both wrote as if the other were not there: {len(records)} times from {sequences[0]}"
+    forks: dict[tuple[str, ...], list[int]] = {}
+    for sequence, found in by_sequence.items():
+        if len(found) > 1:
+            forks.setdefault(tuple(record.owner for record in found), []).append(sequence)
+    for owners, at in forks.items():
+        yield f"{' and '.join(owners)} wrote as if the other were not there, {len(at)} times, first record {at[0]}"
 
 
 def _slots(journal: Journal, history: History) -> Iterator[str]:
@@ -333,7 +332,7 @@ def _fenced(journal: Journal, history: History) -> Iterator[str]:
     owed: dict[str, str] = {}
     seen: set[str] = set()
     for lock in history.locks:
-        if lock is None:
+        if lock is None or _forgets(lock):
             owed.clear()
             continue
         owner = lock.incarnation
@@ -341,15 +340,20 @@ def _fenced(journal: Journal, history: History) -> Iterator[str]:
         owed.update({address: owed.get(address, "an earlier one") for address in lock.fence})
         if owner in writers and owner not in seen:
             seen.add(owner)
-            earlier = {address: whose for address, whose in owed.items() if whose != owner}
-            yield from _not_fenced(owner, earlier, history)
+            yield from _not_fenced(owner, owed, history)
         owed.update(dict.fromkeys(lock.clients, owner))
+
+
+def _forgets(lock: Lock) -> bool:
+    """Whether it is an operator's word that there is nothing to fence any more: that storage is gone for good."""
+    return lock.state is LockState.BROKEN and not lock.clients and not lock.fence
 
 
 def _not_fenced(owner: str, owed: Mapping[str, str], history: History) -> Iterator[str]:
     first = history.written.get(owner)
     if first is None:
-        yield f"nobody saw when the first record of {owner} came, so nothing can be said of what was fenced before"
+        if owed:
+            yield f"nobody saw when the first record of {owner} came: was {', '.join(owed)} shut out before?"
         return
     for address, whose in owed.items():
         if history.closed.get(whose, first) < first:

@@ -233,7 +233,7 @@ step:
     test al, RECORDS_PER_SECTOR - 1
     jnz step
     inc dword ptr [log_sector]
-    cmp eax, REGION_SECTORS * RECORDS_PER_SECTOR
+    cmp eax, LOG_RECORDS
     jb step
     jmp claim                   # its log is full: it takes another slot, too
 
