@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
         return 0
     if os.geteuid() != 0:
         # Namespaces of an ordinary user's own: there it is root.
-        os.execvp("unshare", ["unshare", "--user", "--map-root-user", sys.executable, "-m", "tests.chaos", *argv])
+        user = ["unshare", "--user", "--map-root-user"]
+        os.execvp(user[0], [*user, sys.executable, "-m", "tests.chaos", *argv])  # noqa: S606 - the same program again
     # Whoever ends this wants nothing left of it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = _play(faults, terms, seed, replay, options)
@@ -74,6 +75,7 @@ def _first(faults: tuple[Fault, ...], number: int) -> tuple[Fault, ...]:
 def _replay(options: argparse.Namespace, seed: int) -> str:
     default = _parser().parse_args([])
     words = ["python", "-m", "tests.chaos", "--seed", str(seed), "--minutes", f"{options.minutes:g}"]
+    short = len(words)
     for name in ("machines", "hosts", "ttl", "wait", "faults"):
         if getattr(options, name) != getattr(default, name):
             words += [f"--{name}", f"{getattr(options, name):g}"]
@@ -83,6 +85,8 @@ def _replay(options: argparse.Namespace, seed: int) -> str:
         words += ["--play", options.play]
     if options.sabotage:
         words.append("--sabotage")
+    if len(words) == short:
+        return f"make chaos SEED={seed} MINUTES={options.minutes:g}"
     return shlex.join(words)
 
 
@@ -111,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write everything that was seen into this file")
     parser.add_argument("--keep", type=Path, help="copy the supervisors' logs into this folder")
     parser.add_argument(
-        "--sabotage", action="store_true", help="switch fencing off, behind the supervisors' backs: it must be found out"
+        "--sabotage",
+        action="store_true",
+        help="switch fencing off behind the supervisors' backs: to be found out",
     )
     return parser
 

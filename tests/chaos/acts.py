@@ -105,9 +105,7 @@ class Acts:
     def _qemu_freeze(self, fault: Fault) -> Act:
         machine = self._machine(fault)
         qemus = self._world.qemus_of(machine)
-        return Act(
-            fault=fault, whom=machine, machines=frozenset({machine}), end=_frozen_qemus(qemus), void=not qemus
-        )
+        return Act(fault=fault, whom=machine, machines=frozenset({machine}), end=_frozen_qemus(qemus), void=not qemus)
 
     def _host_crash(self, fault: Fault) -> Act:
         host, machines = self._hit(fault)
@@ -151,9 +149,7 @@ class Acts:
 
     def _leader_freeze(self, fault: Fault) -> Act:
         leader = self._world.leader()
-        return Act(
-            fault=fault, whom=leader.name, machines=self._all, end=self._world.freeze_members([leader])
-        )
+        return Act(fault=fault, whom=leader.name, machines=self._all, end=self._world.freeze_members([leader]))
 
     def _leader_kill(self, fault: Fault) -> Act:
         leader = self._world.leader()
@@ -181,9 +177,7 @@ class Acts:
         here = world.hosts.index(world.host_of(machine))
         there = world.hosts[(here + 1 + fault.other % (len(world.hosts) - 1)) % len(world.hosts)]
         written = world.keys.try_write(world.wish_key(machine, "host"), there.name)
-        return Act(
-            fault=fault, whom=f"{machine} to {there.name}", machines=frozenset({machine}), void=not written
-        )
+        return Act(fault=fault, whom=f"{machine} to {there.name}", machines=frozenset({machine}), void=not written)
 
     def _garbage(self, fault: Fault) -> Act:
         world, machine = self._world, self._machine(fault)

@@ -1,7 +1,7 @@
 """What is promised for each fault: for how long a machine may be away, and whether it may be started again. Pure.
 
-The promises are those of docs/reliability.md, "What is promised". What a machine may be started again for is exact; time
-is not, on a machine that does other things too, and gets half as much again and some seconds.
+The promises are those of docs/reliability.md, "What is promised". What a machine may be started again for is exact;
+time is not, on a machine that does other things too, and gets half as much again and some seconds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Promise:
 NOTHING = Promise()
 
 
-def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:
+def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # noqa: C901, PLR0912 - a table
     """What is promised to the machines that a fault hits.
 
     Args:
@@ -102,9 +102,7 @@ def _outage(duration: float) -> Promise:
 def _or(one: Promise, other: Promise) -> Promise:
     """Whichever of the two it comes to."""
     restarts = None if None in {one.restarts, other.restarts} else max(one.restarts or 0, other.restarts or 0)
-    return Promise(
-        away_s=max(one.away_s, other.away_s), boots=max(one.boots, other.boots), restarts=restarts
-    )
+    return Promise(away_s=max(one.away_s, other.away_s), boots=max(one.boots, other.boots), restarts=restarts)
 
 
 def together(faults: Iterable[tuple[Fault, Promise]], terms: Terms) -> Promise:

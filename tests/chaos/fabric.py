@@ -7,7 +7,6 @@ loses them: nothing is refused, connections stay, and TCP goes on where it was w
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass

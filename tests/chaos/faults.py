@@ -1,9 +1,9 @@
 """Which faults, on whom, when and for how long: drawn from a seed, the same for the same seed. Pure.
 
-A schedule is a list of faults, one after the other, each of which waits until everything writes again. Some *ride*: they
-begin while the one before is still felt, at a random instant, so that a taker dies in the middle of a takeover, or etcd
-changes its leader in the middle of a start. Durations are drawn around what decides: the session's TTL, the 30 s after
-which Ceph forgets a watcher, and the instant from which a takeover no longer waits for disks that are in use.
+A schedule is a list of faults, one after the other, each of which waits until everything writes again. Some *ride*:
+they begin while the one before is still felt, at a random instant, so that a taker dies in the middle of a takeover, or
+etcd changes its leader in the middle of a start. Durations are drawn around what decides: the session's TTL, the 30 s
+after which Ceph forgets a watcher, and the instant from which a takeover no longer waits for disks that are in use.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from kvmsupervisor.domain.lock import Lock
 from tests.chaos.acts import Act, Acts
@@ -280,8 +281,7 @@ def _episodes(faults: Sequence[Fault]) -> list[list[Fault]]:
 
 def _takeovers(locks: Sequence[Lock | None]) -> int:
     """How often a lock went from one host to another without having been let go of."""
-    pairs = zip(locks, locks[1:], strict=False)
-    return sum(one is not None and other is not None and one.host != other.host for one, other in pairs)
+    return sum(one is not None and other is not None and one.host != other.host for one, other in pairwise(locks))
 
 
 __all__ = ["Run", "Terms", "Unsettled"]

@@ -1,7 +1,7 @@
 """A cluster on one machine: etcd's members, Ceph and every host in a network namespace of its own.
 
-All of it is real but the hosts' walls: their processes see one another's, and share one kernel. What is looked at to judge
-a run comes from etcd and from the disks; processes are only listed to be hit, and to be ended.
+All of it is real but the hosts' walls: their processes see one another's, and share one kernel. What is looked at to
+judge a run comes from etcd and from the disks; processes are only listed to be hit, and to be ended.
 """
 
 from __future__ import annotations

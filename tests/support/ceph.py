@@ -1,5 +1,4 @@
-"""A real Ceph cluster for tests: one monitor and one OSD in memory, on loopback (or in a network namespace), in a
-folder of its own.
+"""A real Ceph cluster for tests: one monitor and one OSD in memory, in a folder of its own, on loopback or elsewhere.
 
 It starts in some seconds, so one serves all tests of a worker: make images and clients of your own names
 (`Ceph.image`), harm nothing. Everything here blocks: call it from fixtures, or through `asyncio.to_thread`.
@@ -205,9 +204,7 @@ class Ceph:
         classes = Path(program or "").parent / "rados-classes"
         found = f"osd class dir = {classes}" if classes.is_dir() else ""
         address = self.place.address
-        self.conf.write_text(
-            _CONF.format(folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found)
-        )
+        self.conf.write_text(_CONF.format(folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found))
         self._make_monitor(fsid, f"[v2:{address}:{v2},v1:{address}:{v1}]")
         self._spawn("mon", "ceph-mon", "-i", "a")
         self._make_osd(str(uuid.uuid4()))
