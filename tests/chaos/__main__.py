@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
     """Play a run; return the exit status."""
     options = _parser().parse_args(argv)
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
-    terms = Terms(machines=options.machines, hosts=options.hosts, ttl_s=options.ttl, wait_s=options.wait)
+    terms = Terms(
+        machines=options.machines, hosts=options.hosts, ttl_s=options.ttl, wait_s=options.wait, settle_s=options.settle
+    )
     faults = by_hand(options.play) if options.play else schedule(seed, options.minutes, terms, options.kinds)
     if options.faults is not None:
         faults = _first(faults, options.faults)
@@ -51,10 +53,15 @@ def _play(faults: tuple[Fault, ...], terms: Terms, seed: int, replay: str, optio
         programs = lying_ceph(Path(folder)) if options.sabotage else None
         with new_world(terms, programs=programs) as world:
             try:
-                run = Run(
-                    world, seed=seed, minutes=options.minutes, replay=replay, say=lambda line: print(line, flush=True)
-                )
-                return run.play(faults)
+                return Run(
+                    world,
+                    seed=seed,
+                    minutes=options.minutes,
+                    replay=replay,
+                    say=lambda line: print(line, flush=True),
+                    # Whoever was let write beside another one may hold its image up for 30 s.
+                    heal=not options.sabotage,
+                ).play(faults)
             finally:
                 if options.keep:
                     options.keep.mkdir(parents=True, exist_ok=True)
@@ -76,7 +83,7 @@ def _replay(options: argparse.Namespace, seed: int) -> str:
     default = _parser().parse_args([])
     words = ["python", "-m", "tests.chaos", "--seed", str(seed), "--minutes", f"{options.minutes:g}"]
     short = len(words)
-    for name in ("machines", "hosts", "ttl", "wait", "faults"):
+    for name in ("machines", "hosts", "ttl", "wait", "settle", "faults"):
         if getattr(options, name) != getattr(default, name):
             words += [f"--{name}", f"{getattr(options, name):g}"]
     if options.kinds:
@@ -108,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=int, default=3, help="how many there are (3)")
     parser.add_argument("--ttl", type=float, default=5, help="KVM_SESSION_TTL (5)")
     parser.add_argument("--wait", type=float, default=40, help="KVM_TAKEOVER_WAIT (40)")
+    parser.add_argument(
+        "--settle", type=float, default=12, help="seconds reckoned until all is well after a fault (12)"
+    )
     parser.add_argument("--kinds", type=_kinds, default=[], help="draw only from these, with commas between")
     parser.add_argument("--faults", type=int, help="end after so many, riders not counted")
     parser.add_argument("--play", help="these instead: KIND[:SECONDS[:MACHINE[:OTHER[:WAY]]]], with commas between")

@@ -16,9 +16,6 @@ from enum import Enum, StrEnum
 WATCH_S = 30.0
 """After which Ceph forgets a client that has gone silent (`osd_client_watch_timeout`)."""
 
-SETTLE_S = 12.0
-"""What a schedule reckons until everything writes again after a fault has ended; the run itself waits for it."""
-
 RIDER_SHARE = 0.3
 """How many faults are made worse by another one."""
 
@@ -113,6 +110,7 @@ class Terms:
         hosts: how many.
         ttl_s: `KVM_SESSION_TTL`.
         wait_s: `KVM_TAKEOVER_WAIT`.
+        settle_s: what a schedule reckons until everything writes again after a fault; the run itself waits for it.
         guarded: whether machines have a guard (law 7).
     """
 
@@ -120,6 +118,7 @@ class Terms:
     hosts: int
     ttl_s: float
     wait_s: float
+    settle_s: float = 12.0
     guarded: bool = False
 
     @property
@@ -202,7 +201,7 @@ def schedule(seed: int, minutes: float, terms: Terms, kinds: Sequence[Kind] = ()
             rider = _draw(rng, kind, len(faults) + 1, when, terms, rides=True)
             faults.append(rider)
             felt = max(felt, rider.start_s - at + rider.duration_s)
-        at += felt + SETTLE_S + rng.uniform(0, 5)
+        at += felt + terms.settle_s + rng.uniform(0, 5)
     return tuple(faults)
 
 

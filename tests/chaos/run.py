@@ -20,7 +20,6 @@ from tests.chaos.faults import Fault, Kind, Terms
 from tests.chaos.records import check
 from tests.chaos.report import Episode, Felt, Report
 from tests.chaos.world import World
-from tests.support.cluster import eventually
 
 SETTLE_LIMIT_S = 180.0
 """How long a run waits until everything writes again, once nothing is wrong any more: generous, it only ends what would
@@ -29,11 +28,27 @@ never end. Whether a machine was away for too long is judged by its own bound.""
 CALM_S = 1.0
 """Between two episodes: each machine is seen to write on."""
 
+LOOK_S = 0.25
+"""Between two looks at what is waited for: each asks etcd by a program of its own."""
+
 _CRASHES = frozenset({Kind.QEMU_KILL, Kind.HOST_CRASH, Kind.HOST_REBOOT})
 
 
 class Unsettled(Exception):
     """Something does not write again although nothing is wrong any more; the message says what."""
+
+
+def _until(what: str, look: Callable[[], object], limit_s: float = SETTLE_LIMIT_S) -> None:
+    """Wait until it is so.
+
+    Raises:
+        Unsettled: it is not, within the limit.
+    """
+    deadline = time.monotonic() + limit_s
+    while not look():
+        if time.monotonic() > deadline:
+            raise Unsettled(f"{what}: not so within {limit_s:g} s, although nothing is wrong any more")
+        time.sleep(LOOK_S)
 
 
 @dataclass
@@ -53,13 +68,23 @@ class Run:
         minutes: of the schedule, for the report.
         replay: the command that does it again.
         say: told each line for people.
+        heal: whether faults are ended, and waited for; without it the world is judged as it is as soon as two have
+            written to one disk in turns.
     """
 
     def __init__(
-        self, world: World, *, seed: int, minutes: float, replay: str, say: Callable[[str], object] = print
+        self,
+        world: World,
+        *,
+        seed: int,
+        minutes: float,
+        replay: str,
+        say: Callable[[str], object] = print,
+        heal: bool = True,
     ) -> None:
         self._world, self._terms = world, world.terms
         self._seed, self._minutes, self._replay, self._say = seed, minutes, replay, say
+        self._heal = heal
         self._acts = Acts(world)
         self._began = time.monotonic()
         self._boot_s = 0.0
@@ -90,7 +115,9 @@ class Run:
         """Let a machine's keys come; return the seconds until its first record."""
         begin = time.monotonic()
         self._world.begin_machine(machine)
-        eventually(f"a record of {machine}", lambda: observer.head(machine).sequence)
+        while not observer.head(machine).sequence:
+            assert time.monotonic() < begin + SETTLE_LIMIT_S, f"{machine} writes nothing:\n{self._state()}"
+            time.sleep(0.02)
         return time.monotonic() - begin
 
     # --- one episode ------------------------------------------------------------------------------------------
@@ -107,8 +134,11 @@ class Run:
             playing.ends.sort(key=lambda end: end[0])
             if playing.ends and playing.ends[0][0] <= next_begin:
                 at, act = playing.ends.pop(0)
-                self._sleep_until(at)
-                act.end()
+                if self._heal:
+                    self._sleep_until(at)
+                    act.end()
+                else:
+                    self._await_turns(at, since, observer)
                 continue
             at, fault = todo.pop(0)
             self._sleep_until(at)
@@ -120,6 +150,8 @@ class Run:
             self._say(line)
             if not act.void:
                 self._faults[fault.kind] += 1
+        if not self._heal:
+            return
         self._settle(observer)
         felt = self._felt(playing.acts, observer, since)
         self._episodes.append(
@@ -131,6 +163,17 @@ class Run:
                 felt=felt,
             )
         )
+
+    def _await_turns(self, at: float, since: float, observer: Observer) -> None:
+        """Wait until an owner wrote again after another one had, or until the fault would end."""
+
+        def turns() -> bool:
+            return any(
+                downtime(observer.samples(machine), since, boottime()).restarts > 1 for machine in self._world.machines
+            )
+
+        while self._now() < at and not turns():
+            time.sleep(0.2)
 
     def _felt(self, acts: Sequence[Act], observer: Observer, since: float) -> tuple[Felt, ...]:
         until, found = boottime(), []
@@ -191,15 +234,11 @@ class Run:
                 host.launch()
         try:
             for host in world.hosts:
-                eventually(f"the session of {host.name}", lambda host=host: world.has_session(host), SETTLE_LIMIT_S)  # type: ignore[misc]
+                _until(f"the session of {host.name}", lambda host=host: world.has_session(host))  # type: ignore[misc]
             for machine in world.machines:
-                eventually(
-                    f"writes of {machine}",
-                    lambda machine=machine: self._writes(machine, observer),  # type: ignore[misc]
-                    SETTLE_LIMIT_S,
-                )
-        except AssertionError as error:
-            raise Unsettled(f"after all faults have ended: {error}\n{self._state()}") from None
+                _until(f"writes of {machine}", lambda machine=machine: self._writes(machine, observer))  # type: ignore[misc]
+        except Unsettled as error:
+            raise Unsettled(f"{error}\n{self._state()}") from None
 
     def _writes(self, machine: str, observer: Observer) -> bool:
         """Whether it is written to by the one QEMU that its lock names, and goes on."""
