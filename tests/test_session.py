@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -99,7 +100,7 @@ async def test_renewals_come_every_fifth_of_the_ttl_and_write_nothing(bench: Ben
 
 async def test_the_confirming_transaction_reads_so_that_a_quorum_is_asked(bench: Bench) -> None:
     """A transaction without operations would be answered by one member alone: each branch holds a `Get`."""
-    seen = []
+    seen: list[Any] = []
     async with bench.running() as session:
         real = bench.etcd.txn
 
@@ -112,7 +113,7 @@ async def test_the_confirming_transaction_reads_so_that_a_quorum_is_asked(bench:
         [(compare, success, failure)] = seen
         assert compare[0] == session.compare()
         assert success == failure
-        assert type(success[0]).__name__ == "Get"  # type: ignore[index]
+        assert type(success[0]).__name__ == "Get"
 
 
 async def test_a_slow_renewal_is_dated_from_before_it_was_sent(bench: Bench) -> None:

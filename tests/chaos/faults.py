@@ -16,7 +16,7 @@ from enum import Enum, StrEnum
 WATCH_S = 30.0
 """After which Ceph forgets a client that has gone silent (`osd_client_watch_timeout`)."""
 
-RIDER_SHARE = 0.3
+RIDER_SHARE = 0.25
 """How many faults are made worse by another one."""
 
 
@@ -83,6 +83,9 @@ _REACH = {
     Kind.MON_FREEZE: Reach.ALL,
     Kind.GARBAGE: Reach.ALL,
 }
+
+_DEATHS = frozenset({Kind.HOST_CRASH, Kind.HOST_FREEZE, Kind.BOTH_CUT})
+"""What makes a host look dead, if it lasts: half of them do."""
 
 _INSTANT = frozenset({Kind.QEMU_KILL, Kind.HOST_REBOOT, Kind.MOVE, Kind.GUARD_KILL})
 _CUTS = frozenset({Kind.ETCD_CUT, Kind.CEPH_CUT, Kind.BOTH_CUT})
@@ -233,7 +236,8 @@ def by_hand(text: str) -> tuple[Fault, ...]:
 
 def _draw(rng: random.Random, kind: Kind, number: int, at: float, terms: Terms, *, rides: bool = False) -> Fault:
     """One fault. As many numbers are drawn for each kind, so that a kind more or less moves nothing else."""
-    mark = rng.choices((terms.ttl_s, WATCH_S, terms.limit_s), (0.5, 0.3, 0.2))[0]
+    shares = (0.25, 0.25, 0.5) if kind in _DEATHS else (0.5, 0.3, 0.2)
+    mark = rng.choices((terms.ttl_s, WATCH_S, terms.limit_s), shares)[0]
     spread, machine, other = rng.uniform(0.4, 1.4), rng.randrange(terms.machines), rng.randrange(1 << 16)
     way = rng.choices(tuple(Way), (0.5, 0.25, 0.25))[0]
     if rides:

@@ -26,8 +26,6 @@ PAUSE_TICKS = 2
 LOG_RECORDS = records.REGION // records.RECORD.size
 """Of one log: enough for a quarter of an hour. Then its writer takes another slot, too."""
 
-PLACEHOLDER = "@OWNER@"
-
 _NAMES = {
     "PROGRAM_SECTORS": PROGRAM_SECTORS,
     "PAUSE_TICKS": PAUSE_TICKS,
@@ -48,17 +46,10 @@ _NAMES = {
 
 _WRAPPER = """\
 #!/bin/sh
-# QEMU for the chaos tests: gives each guest the name of its incarnation. It stays one process, so pid, session,
-# descriptors and privileges are those that the supervisor gave; asked for anything else (`-machine help`) it is QEMU.
-count=$#
-for word; do
-    case $word in
-    *{placeholder}*) word=${{word%%{placeholder}*}}$KVMSUPERVISOR_INCARNATION${{word#*{placeholder}}} ;;
-    esac
-    set -- "$@" "$word"
-done
-shift "$count"
-exec {qemu} "$@"
+# QEMU for the chaos tests: gives each guest the name of its incarnation. In `extra_flags` that option would count as a
+# file of the host's, which no storage can fence. It stays one process, so pid, session, descriptors and privileges are
+# those that the supervisor gave; asked for anything else (`-machine help`) it is QEMU.
+exec {qemu} "$@" ${{KVMSUPERVISOR_INCARNATION:+-fw_cfg "name=opt/owner,string=$KVMSUPERVISOR_INCARNATION"}}
 """
 
 
@@ -75,14 +66,9 @@ class ChaosGuest:
     ram_mib = 16
     """All that it needs."""
 
-    def options(self, owner: str = PLACEHOLDER) -> list[str]:
-        """What QEMU needs besides the disk, its first one: the owner's name."""
+    def options(self, owner: str) -> list[str]:
+        """What QEMU needs besides the disk, its first one: the owner's name. `qemu_wrapper` gives it by itself."""
         return ["-fw_cfg", f"name=opt/owner,string={owner}"]
-
-    @property
-    def extra_flags(self) -> str:
-        """`options` as the text of an `extra_flags` key, for QEMU behind `qemu_wrapper`."""
-        return shlex.join(self.options())
 
     def make_disk(self, ceph: Ceph, image: RbdDisk) -> None:
         """Make the image from which it boots. Each log is an object of its own, which is there once it is written."""
@@ -122,6 +108,6 @@ def _run(program: str, *args: str, text: str | None = None) -> None:
 def qemu_wrapper(folder: Path, qemu: str = "qemu-system-x86_64") -> Path:
     """Make the program that takes QEMU's place (`KVM_QEMU`); any user can run it if `folder` can be entered."""
     path = folder / "qemu"
-    path.write_text(_WRAPPER.format(placeholder=PLACEHOLDER, qemu=shlex.quote(shutil.which(qemu) or qemu)))
+    path.write_text(_WRAPPER.format(qemu=shlex.quote(shutil.which(qemu) or qemu)))
     path.chmod(0o755)
     return path

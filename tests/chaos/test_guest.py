@@ -17,7 +17,7 @@ from kvmsupervisor.domain.status import Phase
 from tests.chaos.conftest import Stage
 from tests.chaos.disk import Observer, boottime
 from tests.chaos.downtime import downtime
-from tests.chaos.guest import PLACEHOLDER, ChaosGuest, build, qemu_wrapper
+from tests.chaos.guest import ChaosGuest, build, qemu_wrapper
 from tests.chaos.records import SECTOR, SLOTS, TABLE_SECTOR, Head, History, Record, check, parse
 from tests.support.ceph import Ceph
 from tests.support.cluster import Hosts, Keys, eventually
@@ -112,7 +112,7 @@ def test_a_machine_that_crashes_and_stops(keys: Keys, hosts: Hosts, ceph: Ceph, 
         def until_written_by(number: int) -> None:
             eventually("its records", lambda: len({look.owner for look in seen.samples("1")} - {""}) == number)
 
-        keys.machines("alpha", "1", ram=guest.ram_mib, rbd=disk.name, extra_flags=guest.extra_flags)
+        keys.machines("alpha", "1", ram=guest.ram_mib, rbd=disk.name)
         first = alpha.wait_running("1")["1"]
         until_written_by(1)
         assert seen.head("1").owner == first.incarnation
@@ -199,18 +199,18 @@ def test_a_full_table(tmp_path: Path) -> None:
 
 
 def test_qemu_behind_the_wrapper(tmp_path: Path) -> None:
-    """Law: every word reaches QEMU as it was, but for the owner; without one to put in, it is QEMU itself."""
+    """Law: every word reaches QEMU as it was, the owner behind them; without one to tell, it is QEMU itself."""
     shown = tmp_path / "show"
     shown.write_text("#!/bin/sh\nprintf '%s\\n' $$ \"$@\"\n")
     shown.chmod(0o755)
     wrapper = qemu_wrapper(tmp_path, str(shown))
-    words = ["", "a b", "*", "$HOME", "-x", f"name=opt/owner,string={PLACEHOLDER}", "'\""]
+    words = ["", "a b", "*", "$HOME", "-x", "'\""]
     environment = {"PATH": os.environ["PATH"], "KVMSUPERVISOR_INCARNATION": "me"}
     with subprocess.Popen([wrapper, *words], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid, *said = process.stdout.read().splitlines()
     assert int(pid) == process.pid
-    assert said == [word.replace(PLACEHOLDER, "me") for word in words]
+    assert said == [*words, "-fw_cfg", "name=opt/owner,string=me"]
     helped = subprocess.run(
         [qemu_wrapper(tmp_path), "-machine", "help"], env={}, capture_output=True, text=True, timeout=60, check=True
     )

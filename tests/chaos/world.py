@@ -10,7 +10,6 @@ import base64
 import contextlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -31,13 +30,6 @@ from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
 from tests.support.cluster import ROOT, Host, Keys, Qemu, eventually
 from tests.support.etcd import EtcdCluster, EtcdMember, _reaper
 from tests.support.net import Namespace
-
-_QEMU = """\
-#!/bin/sh
-# QEMU, which gives each guest the name of its incarnation. In `extra_flags` that would count as a file of the host's,
-# which cannot be fenced. Asked for anything else (`-machine help`) it is QEMU.
-exec {qemu} "$@" ${{KVMSUPERVISOR_INCARNATION:+-fw_cfg "name=opt/owner,string=$KVMSUPERVISOR_INCARNATION"}}
-"""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -169,13 +161,10 @@ class World:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvs", dir="/tmp")))
         folder.chmod(0o755)
         self.guest = guest.build(folder)
-        qemu = folder / "qemu"
-        qemu.write_text(_QEMU.format(qemu=shlex.quote(shutil.which("qemu-system-x86_64") or "qemu-system-x86_64")))
-        qemu.chmod(0o755)
         settings = {
             "CEPH_CONF": str(self.ceph.conf),
             "CEPH_ID": "vm",
-            "KVM_QEMU": str(qemu),
+            "KVM_QEMU": str(guest.qemu_wrapper(folder)),
             "KVM_QEMU_USER": "",
             "KVM_SESSION_TTL": f"{terms.ttl_s:.0f}",
             "KVM_TAKEOVER_WAIT": f"{terms.wait_s:g}",
