@@ -23,11 +23,17 @@ from tests.support.cluster import ROOT
 def main(argv: list[str]) -> int:
     """Play a run; return the exit status."""
     options = _parser().parse_args(argv)
+    if os.geteuid() != 0 and not options.list:
+        # Namespaces of an ordinary user's own: there it is root.
+        user = ["unshare", "--user", "--map-root-user", "--net"]
+        os.execvp(user[0], [*user, sys.executable, "-m", "tests.chaos", *argv])  # noqa: S606 - the same program again
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     terms = Terms(
         machines=options.machines, hosts=options.hosts, ttl_s=options.ttl, wait_s=options.wait, settle_s=options.settle
     )
-    faults = by_hand(options.play) if options.play else schedule(seed, options.minutes, terms, options.kinds)
+    faults = (
+        by_hand(options.play) if options.play is not None else schedule(seed, options.minutes, terms, options.kinds)
+    )
     if options.faults is not None:
         faults = _first(faults, options.faults)
     replay = _replay(options, seed)
@@ -35,10 +41,6 @@ def main(argv: list[str]) -> int:
     if options.list:
         print(*faults, sep="\n")
         return 0
-    if os.geteuid() != 0:
-        # Namespaces of an ordinary user's own: there it is root.
-        user = ["unshare", "--user", "--map-root-user"]
-        os.execvp(user[0], [*user, sys.executable, "-m", "tests.chaos", *argv])  # noqa: S606 - the same program again
     # Whoever ends this wants nothing left of it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = _play(faults, terms, seed, replay, options)
@@ -104,6 +106,14 @@ def _kinds(text: str) -> list[Kind]:
         raise argparse.ArgumentTypeError(f"{error}; there are {', '.join(Kind)}") from None
 
 
+def _written(text: str) -> str:
+    try:
+        by_hand(text)
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{error}; a kind is one of {', '.join(Kind)}") from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos",
@@ -120,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kinds", type=_kinds, default=[], help="draw only from these, with commas between")
     parser.add_argument("--faults", type=int, help="end after so many, riders not counted")
-    parser.add_argument("--play", help="these instead: KIND[:SECONDS[:MACHINE[:OTHER[:WAY]]]], with commas between")
+    parser.add_argument(
+        "--play", type=_written, help="these instead: KIND[:SECONDS[:MACHINE[:OTHER[:WAY]]]], with commas between"
+    )
     parser.add_argument("--list", action="store_true", help="print the schedule, and do nothing")
     parser.add_argument("--json", type=Path, help="write everything that was seen into this file")
     parser.add_argument("--keep", type=Path, help="copy the supervisors' logs into this folder")

@@ -15,6 +15,9 @@ FACTOR = 1.5
 SLACK_S = 5.0
 """A promise in seconds is no promise of milliseconds; arbitrary, and longer than what was seen without any fault."""
 
+TOOLS = 3
+"""How many calls of `ceph` follow one another before a start: who is there, shut out, is it so."""
+
 LAUNCH_S = 10.0
 """How long a supervisor may take from its start until it holds its session, for a fault to count as one that a
 successor was in time for. It takes one second; ten on a machine that is busy."""
@@ -40,9 +43,14 @@ class Promise:
     boots: int = 0
     restarts: int | None = 0
 
-    def bound_s(self, boot_s: float) -> float:
-        """The longest time that is no violation."""
-        return FACTOR * (self.away_s + self.boots * boot_s) + SLACK_S
+    def bound_s(self, boot_s: float, tool_s: float = 0.0) -> float:
+        """The longest time that is no violation.
+
+        Args:
+            boot_s: from a machine's keys to its first record, as it was measured in the same run.
+            tool_s: what one call of `ceph` took, measured just now: a second of processor time where there is one.
+        """
+        return FACTOR * (self.away_s + self.boots * (boot_s + TOOLS * tool_s)) + SLACK_S
 
 
 NOTHING = Promise()

@@ -87,7 +87,7 @@ class Run:
         self._heal = heal
         self._acts = Acts(world)
         self._began = time.monotonic()
-        self._boot_s = 0.0
+        self._boot_s = self._tool_s = self._tool_before_s = 0.0
         self._episodes: list[Episode] = []
         self._faults: Counter[str] = Counter()
         self._crashes: Counter[str] = Counter()
@@ -183,7 +183,7 @@ class Run:
             of_all = hit if len(acts) == 1 else acts
             promised = self._promised(machine, [act for act in of_all if not act.void])
             was = downtime(observer.samples(machine), since, until)
-            bound_s = promised.bound_s(self._boot_s)
+            bound_s = promised.bound_s(self._boot_s, max(self._tool_s, self._tool_before_s))
             found.append(
                 Felt(
                     machine=machine,
@@ -239,6 +239,10 @@ class Run:
                 _until(f"writes of {machine}", lambda machine=machine: self._writes(machine, observer))  # type: ignore[misc]
         except Unsettled as error:
             raise Unsettled(f"{error}\n{self._state()}") from None
+        before, begin = self._tool_s, time.monotonic()
+        world.ceph.blocklist()
+        # A busy machine is not busy at each instant: what it was like before the episode counts, too.
+        self._tool_s, self._tool_before_s = time.monotonic() - begin, before
 
     def _writes(self, machine: str, observer: Observer) -> bool:
         """Whether it is written to by the one QEMU that its lock names, and goes on."""

@@ -184,7 +184,11 @@ class World:
         for machine in self.machines:
             self.guest.make_disk(self.ceph, self.image[machine])
         for host in self.hosts:
-            eventually(f"the session of {host.name}", lambda host=host: self.keys.session(host.name))  # type: ignore[misc]
+            eventually(f"the session of {host.name}", lambda host=host: self._began(host))  # type: ignore[misc]
+
+    def _began(self, host: ChaosHost) -> bool:
+        assert host.running, f"the supervisor of {host.name} ended by itself:\n{host.log}"
+        return self.has_session(host)
 
     def begin_machine(self, machine: str) -> None:
         """Write its keys: each machine begins on the next host."""
