@@ -29,7 +29,12 @@ def main(argv: list[str]) -> int:
         os.execvp(user[0], [*user, sys.executable, "-m", "tests.chaos", *argv])  # noqa: S606 - the same program again
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     terms = Terms(
-        machines=options.machines, hosts=options.hosts, ttl_s=options.ttl, wait_s=options.wait, settle_s=options.settle
+        machines=options.machines,
+        hosts=options.hosts,
+        ttl_s=options.ttl,
+        wait_s=options.wait,
+        settle_s=options.settle,
+        guarded=not options.no_guard,
     )
     faults = (
         by_hand(options.play) if options.play is not None else schedule(seed, options.minutes, terms, options.kinds)
@@ -90,6 +95,8 @@ def _replay(options: argparse.Namespace, seed: int) -> str:
             words += [f"--{name}", f"{getattr(options, name):g}"]
     if options.kinds:
         words += ["--kinds", ",".join(options.kinds)]
+    if options.no_guard:
+        words.append("--no-guard")
     if options.play:
         words += ["--play", options.play]
     if options.sabotage:
@@ -122,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="draws the same faults again; by default another one each time")
     parser.add_argument("--minutes", type=float, default=30, help="how long the faults go on, about (30)")
     parser.add_argument("--machines", type=int, default=3, help="how many write (3)")
+    parser.add_argument("--no-guard", action="store_true", help="without the one more that a guard watches")
     parser.add_argument("--hosts", type=int, default=3, help="how many there are (3)")
     parser.add_argument("--ttl", type=float, default=5, help="KVM_SESSION_TTL (5)")
     parser.add_argument("--wait", type=float, default=40, help="KVM_TAKEOVER_WAIT (40)")

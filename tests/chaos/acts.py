@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -66,6 +67,7 @@ class Acts:
             Kind.MON_FREEZE: self._mon_freeze,
             Kind.MOVE: self._move,
             Kind.GARBAGE: self._garbage,
+            Kind.GUARD_KILL: self._guard_kill,
         }
 
     def begin(self, fault: Fault) -> Act:
@@ -106,6 +108,12 @@ class Acts:
         machine = self._machine(fault)
         qemus = self._world.qemus_of(machine)
         return Act(fault=fault, whom=machine, machines=frozenset({machine}), end=_frozen_qemus(qemus), void=not qemus)
+
+    def _guard_kill(self, fault: Fault) -> Act:
+        (machine,) = self._world.guarded
+        host = self._world.host_of(machine)
+        killed = host.kill_guard()
+        return Act(fault=fault, whom=host.name, machines=self._world.guarded, void=not killed)
 
     def _host_crash(self, fault: Fault) -> Act:
         host, machines = self._hit(fault)
@@ -190,7 +198,7 @@ class Acts:
             ("a machine without ram", f"{ghost}/host", host.name, None),
             ("a lock of nobody", f"{ghost}/lock", "{" * 5000, None),
             ("no instance at all", f"{world.keys.layout.prefix}/..//\x01", "x" * 100_000, None),
-            ("no key for hosts", world.wish_key(machine, "hosts"), "\n\t,,", world.wishes(machine)["hosts"]),
+            ("no key for hosts", world.wish_key(machine, "hosts"), "\n\t,,", world.wishes(machine).get("hosts")),
             ("the lock deleted", world.lock_key(machine), None, None),
             ("the lock overwritten", world.lock_key(machine), '{"version": 99}', None),
             ("the status overwritten", world.status_key(machine), "[]", None),
@@ -246,11 +254,15 @@ def _frozen_qemus(qemus: list[Qemu]) -> End:
 
 
 def _frozen_host(host: ChaosHost) -> End:
-    supervisor, qemus = _frozen_supervisor(host), _frozen_qemus(host.qemus())
+    supervisor, guard, qemus = _frozen_supervisor(host), host.guard, _frozen_qemus(host.qemus())
+    if guard is not None:
+        os.kill(guard, signal.SIGSTOP)
 
     def thaw() -> None:
         qemus()
         time.sleep(WAKE_S)
+        if guard is not None and host.guard == guard:
+            os.kill(guard, signal.SIGCONT)
         supervisor()
 
     return thaw

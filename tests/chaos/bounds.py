@@ -37,11 +37,13 @@ class Promise:
         away_s: for how long it may not write, without the time that its guest takes to boot.
         boots: how many boots of the guest come on top.
         restarts: how often it may be started again; None for any number, where faults mix.
+        least: how often it must be started again.
     """
 
     away_s: float = 0.0
     boots: int = 0
     restarts: int | None = 0
+    least: int = 0
 
     def bound_s(self, boot_s: float, tool_s: float = 0.0) -> float:
         """The longest time that is no violation.
@@ -54,6 +56,9 @@ class Promise:
 
 
 NOTHING = Promise()
+
+OPEN = Promise(away_s=LAUNCH_S, boots=1, restarts=None)
+"""What a machine under guard may feel of others' faults, where its host is too busy to renew its session."""
 
 
 def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # noqa: C901, PLR0912 - a table
@@ -102,6 +107,20 @@ def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # 
             return NOTHING
 
 
+def guarded(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:
+    """What is promised to the machine that cannot be fenced: nobody takes it, and a guard kills it without a session.
+
+    How often it is started again is open: a host that is too busy may lose its session, and that is what it is for.
+    """
+    usual = promise(fault, terms, pause_s=pause_s)
+    if fault.kind is Kind.GUARD_KILL:
+        return usual
+    silent = fault.kind in {Kind.SUPERVISOR_KILL, Kind.SUPERVISOR_FREEZE, Kind.ETCD_CUT, Kind.QUORUM_LOSS}
+    lost = silent and fault.duration_s > 2 * terms.ttl_s
+    away_s = max(usual.away_s, fault.duration_s) + LAUNCH_S
+    return Promise(away_s=away_s, boots=1, restarts=None, least=1 if lost else 0)
+
+
 def _outage(duration: float) -> Promise:
     """A network that was away is noticed late: TCP doubles its pauses, so the next try comes after as much again."""
     return Promise(away_s=2 * duration)
@@ -128,4 +147,4 @@ def is_zero(fault: Fault, terms: Terms) -> bool:
     return promise(fault, terms).restarts == 0
 
 
-__all__ = ["NOTHING", "Promise", "Reach", "is_zero", "promise", "together"]
+__all__ = ["NOTHING", "OPEN", "Promise", "Reach", "guarded", "is_zero", "promise", "together"]

@@ -52,7 +52,7 @@ class Kind(StrEnum):
     GARBAGE = "key-garbage"
     """Somebody writes nonsense: into an instance's keys, and beside them. Mended after the fault's duration."""
     GUARD_KILL = "guard-kill"
-    """SIGKILL for the guard process of law 7; drawn only where the world has one."""
+    """SIGKILL for the guard of law 7, on the host of the machine that it watches; drawn where there is one."""
 
 
 class Way(Enum):
@@ -109,12 +109,13 @@ class Terms:
     """What a world's supervisors are set to, and who there is.
 
     Attributes:
-        machines: how many.
+        machines: how many whose disks storage can fence.
         hosts: how many.
         ttl_s: `KVM_SESSION_TTL`.
         wait_s: `KVM_TAKEOVER_WAIT`.
         settle_s: what a schedule reckons until everything writes again after a fault; the run itself waits for it.
-        guarded: whether machines have a guard (law 7).
+        guarded: whether there is one more, which counts as one that storage cannot fence, so that a guard watches it
+            (law 7).
     """
 
     machines: int
@@ -123,6 +124,11 @@ class Terms:
     wait_s: float
     settle_s: float = 12.0
     guarded: bool = False
+
+    @property
+    def targets(self) -> int:
+        """How many machines there are in all."""
+        return self.machines + self.guarded
 
     @property
     def limit_s(self) -> float:
@@ -238,7 +244,7 @@ def _draw(rng: random.Random, kind: Kind, number: int, at: float, terms: Terms, 
     """One fault. As many numbers are drawn for each kind, so that a kind more or less moves nothing else."""
     shares = (0.25, 0.25, 0.5) if kind in _DEATHS else (0.5, 0.3, 0.2)
     mark = rng.choices((terms.ttl_s, WATCH_S, terms.limit_s), shares)[0]
-    spread, machine, other = rng.uniform(0.4, 1.4), rng.randrange(terms.machines), rng.randrange(1 << 16)
+    spread, machine, other = rng.uniform(0.4, 1.4), rng.randrange(terms.targets), rng.randrange(1 << 16)
     way = rng.choices(tuple(Way), (0.5, 0.25, 0.25))[0]
     if rides:
         mark = terms.ttl_s

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from kvmsupervisor.domain.lock import Lock
 from tests.chaos.acts import Act, Acts
-from tests.chaos.bounds import NOTHING, Promise, promise, together
+from tests.chaos.bounds import NOTHING, OPEN, Promise, guarded, promise, together
 from tests.chaos.disk import Away, Observer, boottime
 from tests.chaos.downtime import downtime
 from tests.chaos.fabric import joined
@@ -207,6 +207,9 @@ class Run:
                     f"fault {names}: {machine} was started again {was.restarts} times, "
                     f"{promised.restarts or 'no'} restart is promised"
                 )
+            if was.restarts < promised.least:
+                mark += " NOT KILLED"
+                self._violations.append(f"fault {names}: {machine} cannot be fenced, and its guard let it run on")
             self._say(f"      {machine} away {was.away_s:.1f} s of {bound_s:.1f} s, {was.restarts} restarts{mark}")
             if was.restarts and any(act.fault.kind in _CRASHES for act in hit):
                 self._crashes[machine] += 1
@@ -214,11 +217,12 @@ class Run:
 
     def _promised(self, machine: str, acts: Sequence[Act]) -> Promise:
         if not acts:
-            return NOTHING
+            return OPEN if machine in self._world.guarded else NOTHING
         # Restarts that follow one another wait for up to 1, 2, 4 … 300 s (DESIGN §4).
         crashed = self._crashes[machine]
         pause_s = 1.0 + (min(300.0, 2.0 ** (crashed - 1)) if crashed else 0.0)
-        return together([(act.fault, promise(act.fault, self._terms, pause_s=pause_s)) for act in acts], self._terms)
+        judge = guarded if machine in self._world.guarded else promise
+        return together([(act.fault, judge(act.fault, self._terms, pause_s=pause_s)) for act in acts], self._terms)
 
     # --- until all is well ------------------------------------------------------------------------------------
 

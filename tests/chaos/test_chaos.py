@@ -18,7 +18,7 @@ import pytest
 from tests.chaos.faults import Kind
 from tests.support.cluster import ROOT
 
-SMALL = ("--machines", "1", "--hosts", "2", "--ttl", "2", "--wait", "3", "--settle", "0")
+SMALL = ("--machines", "1", "--no-guard", "--hosts", "2", "--ttl", "2", "--wait", "3", "--settle", "0")
 
 
 def chaos(folder: Path, *args: str, limit_s: float = 110.0) -> tuple[int, dict[str, Any], str]:

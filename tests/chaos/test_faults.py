@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.chaos.bounds import Promise, promise, together
+from tests.chaos.bounds import Promise, guarded, promise, together
 from tests.chaos.faults import RIDERS, WATCH_S, Fault, Kind, Reach, Terms, Way, by_hand, schedule
 
 TERMS = Terms(machines=3, hosts=3, ttl_s=5, wait_s=40)
@@ -86,8 +86,17 @@ def test_all_are_hit() -> None:
 def test_guards_are_hit_where_there_are_some() -> None:
     """Law: a world without the guard of law 7 draws no fault on it, one with it does."""
     assert Kind.GUARD_KILL not in {fault.kind for fault in many()}
-    guarded = schedule(1, 60, replace(TERMS, guarded=True))
-    assert Kind.GUARD_KILL in {fault.kind for fault in guarded}
+    drawn = schedule(1, 60, replace(TERMS, guarded=True))
+    assert Kind.GUARD_KILL in {fault.kind for fault in drawn}
+
+
+def test_what_cannot_be_fenced_is_killed() -> None:
+    """Law 7: without a session its guard must have killed it, and it comes back on its own host; nothing else must."""
+    for kind in (Kind.SUPERVISOR_KILL, Kind.SUPERVISOR_FREEZE, Kind.ETCD_CUT, Kind.QUORUM_LOSS):
+        assert guarded(a_fault(kind, 30), TERMS).least == 1
+        assert guarded(a_fault(kind, 4), TERMS).least == 0
+    assert guarded(a_fault(Kind.HOST_CRASH, 50), TERMS).away_s > 50
+    assert guarded(a_fault(Kind.GUARD_KILL), TERMS) == Promise()
 
 
 def test_by_hand() -> None:

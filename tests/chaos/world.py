@@ -110,16 +110,26 @@ class ChaosHost(Host):
 
     def qemus(self) -> list[Qemu]:
         found = super().qemus()
-        alive = {qemu.pid for qemu in found} | ({self.pid} if self.running else set())
-        self._watch(alive)
+        guard = self.guard
+        self._watch(
+            {qemu.pid for qemu in found} | ({self.pid} if self.running else set()) | ({guard} if guard else set())
+        )
         return found
 
     def crash(self) -> None:
         """As its power fails."""
         if self.running:
             self.kill9()
+        self.kill_guard()
         for qemu in self.qemus():
             qemu.signal(signal.SIGKILL)
+
+    def kill_guard(self) -> bool:
+        """SIGKILL for the guard of law 7; False when there is none."""
+        pid = self.guard
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        return pid is not None
 
     def reboot(self) -> None:
         """Begin another life: nothing in /run, another boot id, a supervisor that starts."""
@@ -149,7 +159,8 @@ class World:
 
     def __init__(self, stack: ExitStack, terms: Terms, fabric: Fabric, programs: Path | None) -> None:
         self.terms = terms
-        self.machines = tuple(f"vm{number}" for number in range(terms.machines))
+        self.guarded = frozenset({"guarded"} if terms.guarded else ())
+        self.machines = (*(f"vm{number}" for number in range(terms.machines)), *self.guarded)
         self.image = {machine: RbdDisk(POOL, machine) for machine in self.machines}
         self._nodes = {name: fabric.node(name) for name in ("m0", "m1", "m2", "ceph", "witness")}
         members = [self._nodes[name] for name in ("m0", "m1", "m2")]
@@ -169,6 +180,7 @@ class World:
             "KVM_SESSION_TTL": f"{terms.ttl_s:.0f}",
             "KVM_TAKEOVER_WAIT": f"{terms.wait_s:g}",
             "KVM_SHUTDOWN_TIMEOUT": "0",
+            **({"KVM_UNFENCED": "guard"} if terms.guarded else {}),
         }
         self.hosts: list[ChaosHost] = []
         for number in range(terms.hosts):
@@ -196,13 +208,12 @@ class World:
 
     def wishes(self, machine: str) -> Mapping[str, str]:
         """All keys of a machine but `host`."""
+        usual = {"ram": str(self.guest.ram_mib), "rbd": self.image[machine].name}
+        if machine in self.guarded:
+            # What is not known to be harmless counts as a file of the host's.
+            return {**usual, "extra_flags": "-fw_cfg name=opt/unknown,string=x"}
         first = self.hosts.index(self._first_host(machine))
-        hosts = " ".join(host.name for host in (*self.hosts[first:], *self.hosts[:first]))
-        return {
-            "ram": str(self.guest.ram_mib),
-            "rbd": self.image[machine].name,
-            "hosts": hosts,
-        }
+        return {**usual, "hosts": " ".join(host.name for host in (*self.hosts[first:], *self.hosts[:first]))}
 
     def _first_host(self, machine: str) -> ChaosHost:
         return self.hosts[self.machines.index(machine) % len(self.hosts)]
