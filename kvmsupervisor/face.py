@@ -27,6 +27,7 @@ class Face:
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        guard_unlocked: tells why the guard's memory is not locked; None when it is, or there is none.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Face:
         removals_held: Callable[[], int],
         qemu_privileged: bool,
         guests_survive: bool,
+        guard_unlocked: Callable[[], str | None],
     ) -> None:
         self.counters = Metrics(self.snapshot, version=__version__)
         self._instances = instances
@@ -48,6 +50,7 @@ class Face:
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
         self._guests_survive = guests_survive
+        self._guard_unlocked = guard_unlocked
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, by id."""
@@ -88,6 +91,7 @@ class Face:
             qemu_privileged=self._qemu_privileged,
             guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
+            guard_memory_locked=self._guard_unlocked() is None,
             instances=[self._sample(instance) for instance in self._instances.values()],
         )
 
@@ -101,6 +105,7 @@ class Face:
             epoch=status.epoch,
             pending=len(status.pending),
             invalid=bool(status.problems),
+            unguarded=status.guarded is False,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,

@@ -17,10 +17,11 @@ from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
+from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState
+from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -78,6 +79,7 @@ class Instance:
             notify=self._wake.set,
             on_reset=lambda: self.report.tell("instance.guest_reset"),
             log=log.bind(instance=instance),
+            caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
         self._lock = InstanceLock(
@@ -255,6 +257,9 @@ class Instance:
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
+            guarded=self._is_guarded(),
+            guard_at=self._start.guard_at,
+            guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet_at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
@@ -294,6 +299,13 @@ class Instance:
             return None
         return self._machine.holdover(lock)
 
+    def _is_guarded(self) -> bool | None:
+        """Whether the guard watches the living QEMU; None when it need not."""
+        guard, record = self._around.guard, self._machine.record
+        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pid is None:
+            return None
+        return guard.holds(record.incarnation)
+
     # --- acting -----------------------------------------------------------------------------------------------
 
     async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
@@ -322,6 +334,8 @@ class Instance:
                 machine.directory.write_memory(self._memory)
             case Action.RECORD:
                 await start.record(wanted(wish))
+            case Action.GUARD:
+                await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
             case Action.GROW:
@@ -378,13 +392,15 @@ class Instance:
         self._around.metrics.exited(self.id, process.exit.kind)
         self.report.tell(
             "instance.ended",
-            level="info" if process.asked else "warning",
+            level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
             reason=process.exit.text,
             pause_s=self._memory.pause_s,
         )
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
             # Its disks were flushed and closed.
             self._start.closed = process.incarnation.incarnation
+        if self._around.guard is not None:
+            self._around.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
 from kvmsupervisor.marks import Marks, environment_of
 
@@ -47,15 +47,12 @@ DRAIN_S = 1.0
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
 
-PANICKED = "guest-panicked"
-"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
-
 
 class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
     `notify` is called, in the event loop, whenever something changed that a decision may depend on, or its status.
-    QEMU runs as `user`, as our own where that is None.
+    QEMU runs as `user`, as our own where that is None. `caught_up` returns once its guard has written down what it did.
 
     Attributes:
         directory: its folder in the run directory.
@@ -75,6 +72,7 @@ class Machine:
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         log: FilteringBoundLogger,
+        caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
@@ -85,6 +83,7 @@ class Machine:
         self._notify = notify
         self._on_reset = on_reset
         self._log = log
+        self._caught_up = caught_up
         self.spec: Spec | None = None
         self._process: kernel.Process | None = None
         self._monitor: Monitor | None = None
@@ -105,7 +104,6 @@ class Machine:
         self._asked = False
         self._pressed = False
         self._answered = False
-        self._port_told = False
         self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
@@ -132,6 +130,11 @@ class Machine:
     def pid(self) -> int | None:
         """Of the living process."""
         return self._process.pid if self._process is not None and self._exit is None else None
+
+    @property
+    def pidfd(self) -> int | None:
+        """Of the living process."""
+        return self._process.pidfd if self._process is not None and self._process.pidfd >= 0 else None
 
     @property
     def wait_status(self) -> WaitStatus:
@@ -234,6 +237,7 @@ class Machine:
                 self._asked = True
             else:
                 self._exit = self._classify(WaitStatus())
+                self._asked = self._exit.kind is ExitClass.GUARD
         else:
             self._exit = Exit(ExitClass.UNKNOWN, "ended with the host's last boot")
             self._asked = True
@@ -256,7 +260,7 @@ class Machine:
             if not self._answered:
                 self._connect_at = self._clock.now() + RECONNECT_S
             elif self._run_state != NEVER_RAN:
-                await self._look_for_agent()
+                await self.agent.look(self._command)
         except MonitorLost as error:
             self._connect_at = self._clock.now() + RECONNECT_S
             self._log.debug("qmp.lost", error=str(error))
@@ -284,15 +288,6 @@ class Machine:
             await monitor.close()
             socket = self.directory.qmp_socket
             raise MonitorLost(f"machine {answer['UUID']} answers on {socket}, this one is {expected}")
-
-    async def _look_for_agent(self) -> None:
-        """Learn whether the guest has its agent's channel open: events told that to an earlier connection."""
-        self._port_told = False
-        answer = await self._command("query-chardev")
-        # An event that came meanwhile is newer than the answer.
-        if answer is not None and not self._port_told:
-            open_ones = {chardev["label"] for chardev in answer if chardev["frontend-open"]}
-            self.agent.turn(is_open=AGENT_PORT in open_ones)
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -465,7 +460,6 @@ class Machine:
                 self._probe_at = 0.0
             case "VSERPORT_CHANGE":
                 if data.get("id") == AGENT_PORT:
-                    self._port_told = True
                     self.agent.turn(is_open=bool(data.get("open")))
                 return
             case "RESET" if data.get("guest"):
@@ -489,12 +483,18 @@ class Machine:
         self.agent.turn(is_open=False)
         if self._monitor is not None:
             await self._monitor.drained(DRAIN_S)
+        if self._caught_up is not None and self._verdict is None and self._process.status.code is None:
+            # A guard kills first, and writes it down then.
+            await self._caught_up()
         self._exit = self._verdict or self._classify(self._process.status)
-        self._asked |= self._pressed and self._exit.is_clean
+        self._asked |= (self._pressed and self._exit.is_clean) or self._exit.kind is ExitClass.GUARD
         self._notify()
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
         return classify(
-            shutdown=self._shutdown, status=status, log_tail=self.directory.log_tail(self.record.log_offset)
+            shutdown=self._shutdown,
+            status=status,
+            log_tail=self.directory.log_tail(self.record.log_offset),
+            guard_killed_at=self.directory.guard_killed_at(self.record.incarnation),
         )

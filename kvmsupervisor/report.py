@@ -107,6 +107,7 @@ class Report:
             notice=self.notice if record else None,
             held=view.held,
             agent=self._machine.agent.facts,
+            guarded=view.guarded,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

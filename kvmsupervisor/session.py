@@ -104,6 +104,7 @@ class Session:
         self._rival: Rival | None = None
         self._reminder = Reminder()
         self._listeners: list[Callable[[], None]] = []
+        self._followers: list[Callable[[float], None]] = []
 
     @property
     def held(self) -> bool:
@@ -135,6 +136,10 @@ class Session:
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def follow(self, follower: Callable[[float], None]) -> None:
+        """Tell `follower` after each confirmed renewal until when the session holds, CLOCK_BOOTTIME; see `listen`."""
+        self._followers.append(follower)
 
     async def run(self) -> Never:
         """Keep the session, for ever. Cancelling leaves it in etcd for the successor to resume.
@@ -341,6 +346,8 @@ class Session:
         self._reminder = Reminder()
         self.problem = ""
         self._announce()
+        for follower in self._followers:
+            follower(self._timer.deadline)
 
     def _lose(self, reason: str) -> None:
         self._create_revision = 0

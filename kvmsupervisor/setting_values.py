@@ -43,6 +43,13 @@ class CgroupKind(StrEnum):
     NONE = "none"
 
 
+class Unfenced(StrEnum):
+    """`KVM_UNFENCED`: what becomes of machines whose disks no storage can fence when the session is lost."""
+
+    PIN = "pin"
+    GUARD = "guard"
+
+
 class LogLevel(StrEnum):
     """`KVM_LOG_LEVEL`: the least that is logged."""
 

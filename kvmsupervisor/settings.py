@@ -18,7 +18,7 @@ from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
 from kvmsupervisor.domain.wishes import WISH_KEYS
-from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel
+from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.settings_table import DEFAULT_CONFIG, SETTINGS, Setting
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "SettingProblem",
     "Settings",
     "SettingsError",
+    "Unfenced",
     "describe",
     "load_settings",
 ]
@@ -77,6 +78,7 @@ class Settings:
     ceph_conf: Path | None
     ceph_id: str | None
     allow_unfenced: bool
+    unfenced: Unfenced
     takeover_wait_s: float
     session_ttl_s: int
     shutdown_timeout_s: float

@@ -258,6 +258,13 @@ SETTINGS: tuple[Setting, ...] = (
         default="0",
     ),
     _setting(
+        "unfenced",
+        values.choice(read.Unfenced, "it"),
+        "What becomes of machines whose disks cannot be fenced when this host's session has run out: pin (they run on) "
+        "or guard (they are killed, also while an upgrade takes longer than KVM_SESSION_TTL).",
+        default="pin",
+    ),
+    _setting(
         "takeover_wait_s",
         values.seconds(0, 3600, "it"),
         "Seconds that a takeover waits while Ceph says that the disks are in use: the host may have lost etcd only.",

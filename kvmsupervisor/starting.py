@@ -21,6 +21,7 @@ from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral
 from kvmsupervisor.fencing import NotFenced
+from kvmsupervisor.guarding import Unguarded
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import NotReady, Opened, Prepared
@@ -33,6 +34,10 @@ WATCH_EVERY_S = 2.0
 GROWTH_EVERY_S = 600.0
 """How often the images of a running machine are looked at by themselves: `rbd info` takes 50 ms of processor, so with a
 hundred machines this is 1 % of one. A change of any key of the instance has them looked at at once."""
+
+
+GUARD_EVERY_S = 1.0
+"""How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,8 @@ class Start:
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         at: when the host is worth the next attempt, after something was missing on it.
         obstacle: what was missing, None when nothing was.
+        guard_at: when the guard is worth the next attempt.
+        guard_trouble: what the last attempt said, None when it went well.
         closed: incarnation whose process is proven gone, its disks closed in order: nothing of it is to be fenced.
     """
 
@@ -90,6 +97,8 @@ class Start:
         self.claimed_by: HostName | None = None
         self.at = 0.0
         self.obstacle: str | None = None
+        self.guard_at = 0.0
+        self.guard_trouble: str | None = None
         self.closed: str | None = None
         self._id = instance
         self._around = around
@@ -367,6 +376,20 @@ class Start:
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
+
+    async def guard(self) -> None:
+        """Put the process under guard (law 7). Failing is observed: when to try again, and why."""
+        around, machine = self._around, self._machine
+        assert around.guard is not None
+        if machine.record is None or machine.pidfd is None:
+            return
+        try:
+            await around.guard.watch(machine.record.incarnation, pidfd=machine.pidfd, note=machine.directory.guard_note)
+        except Unguarded as error:
+            self.guard_at = around.clock.now() + GUARD_EVERY_S
+            self.guard_trouble = str(error)
+        else:
+            self.guard_trouble = None
 
     async def grow(self) -> None:
         """Tell a running QEMU of images that were grown."""

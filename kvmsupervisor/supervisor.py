@@ -21,7 +21,6 @@ from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
@@ -41,12 +40,14 @@ from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
+from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
+from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
-from kvmsupervisor.settings import Settings
+from kvmsupervisor.settings import Settings, Unfenced
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
@@ -124,8 +125,11 @@ class Supervisor:
             chosen = await cgroup.choose(settings.cgroup.value)
             stack.push_async_callback(chosen.homes.close)
             self._wire(equipment, chosen)
+            stack.callback(self._post.close)
+            if self._around.guard is None:
+                await self._post.dismiss()
             self._adopt()
-            self._session.value = replace(self._session.value, url=await self._serve(stack))
+            self._session.value = replace(self._session.value, url=await serve(self.face, settings, stack))
             stack.callback(self._session.listen(self._notify_all))
             log.info(
                 "supervisor.started",
@@ -186,6 +190,14 @@ class Supervisor:
             guard=self._guard,
             on_freed=self._let_go,
         )
+        self._post = GuardPost(
+            run_dir=self._run_dir,
+            clock=clock,
+            homes=chosen.homes,
+            ttl_s=settings.session_ttl_s,
+            notify=self._notify_all,
+        )
+        self._session.follow(self._post.renewed)
         self._hosts = Mirror(
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
@@ -197,6 +209,7 @@ class Supervisor:
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=equipment.privileged,
             guests_survive=chosen.homes.survives_container,
+            guard_unlocked=lambda: self._post.unlocked,
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
@@ -228,6 +241,7 @@ class Supervisor:
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
+            guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             takeover_wait_s=settings.takeover_wait_s,
             recorded_for=lambda client: instance_of_client(self._wishes, client),
             draining=lambda: self._draining,
@@ -247,6 +261,7 @@ class Supervisor:
                     self._look_first(),
                     self._confirmations.run(),
                     self._rotate_logs(),
+                    *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
                 )
             ]
@@ -255,15 +270,6 @@ class Supervisor:
                 await self._publisher.flush(FLUSH_S)
             for task in serving:
                 task.cancel()
-
-    async def _serve(self, stack: contextlib.AsyncExitStack) -> str:
-        """Serve HTTP until `stack` ends; return the URL, empty when nothing listens."""
-        if (listen := self._settings.listen) is None:
-            return ""
-        web = Web(listen.host, listen.port, Routes(self.face, host=self._me, version=__version__))
-        stack.push_async_callback(web.close)
-        await web.start()
-        return f"http://{self._reachable_host()}:{web.port}"
 
     async def _run_instances(self) -> None:
         """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
@@ -479,14 +485,6 @@ class Supervisor:
                 directory = self._run_dir.instance(instance.id)
                 for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
                     instance.report.tell("log.rotated", file=str(path))
-
-    def _reachable_host(self) -> str:
-        """The name under which others reach what listens on every address."""
-        assert self._settings.listen is not None
-        host = self._settings.listen.host
-        if host in {"0.0.0.0", "::"}:
-            return self._me
-        return f"[{host}]" if ":" in host else host
 
 
 def _names_no_host(wish: Wish) -> bool:

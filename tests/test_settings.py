@@ -20,6 +20,7 @@ from kvmsupervisor.settings import (
     Setting,
     Settings,
     SettingsError,
+    Unfenced,
     describe,
     load_settings,
 )
@@ -91,6 +92,7 @@ def test_defaults() -> None:
         ceph_conf=None,
         ceph_id=None,
         allow_unfenced=False,
+        unfenced=Unfenced.PIN,
         takeover_wait_s=60.0,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
@@ -152,6 +154,7 @@ def test_environment_over_file_over_defaults(toml: Path) -> None:
         ("KVM_LOG_MAX_BYTES", "1 MiB", "log_max_bytes", 1 << 20),
         ("KVM_LOG_MAX_BYTES", "5000", "log_max_bytes", 5000),
         ("KVM_LOG_LEVEL", "debug", "log_level", LogLevel.DEBUG),
+        ("KVM_UNFENCED", "guard", "unfenced", Unfenced.GUARD),
         ("KVM_DEMO_ONCE", "1", "demo_once", True),
     ],
 )
@@ -219,6 +222,7 @@ def test_good_values(variable: str, text: str, field: str, value: object) -> Non
         ("KVM_LOG_MAX_BYTES", "2G"),
         ("KVM_LOG_MAX_BYTES", "many"),
         ("KVM_LOG_KEEP", "-1"),
+        ("KVM_UNFENCED", "kill"),
         ("KVM_DEMO_ONCE", "yes"),
     ],
 )

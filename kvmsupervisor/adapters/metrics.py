@@ -58,6 +58,7 @@ class InstanceSample:
         epoch: of its lock, 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
+        unguarded: whether its QEMU should be watched by the guard, and is not.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
@@ -73,6 +74,7 @@ class InstanceSample:
     epoch: int = 0
     pending: int = 0
     invalid: bool = False
+    unguarded: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
@@ -93,6 +95,7 @@ class Snapshot:
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
         removals_held: instances whose removal waits for an operator's confirmation.
+        guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
     """
 
@@ -102,6 +105,7 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
 
@@ -227,6 +231,7 @@ class Metrics:
             ("watch_revision", "etcd revision up to which the wishes are known here.", now.watch_revision),
             ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
             ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
+            ("guard_memory_locked", "0 while the guard's memory could not be locked.", now.guard_memory_locked),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
@@ -264,6 +269,7 @@ class Metrics:
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
+        unguarded = _gauge("instance_unguarded", "Whether QEMU should be watched by the guard, and is not.", "instance")
         info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
@@ -275,13 +281,14 @@ class Metrics:
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
+            unguarded.add_metric(label, sample.unguarded)
             if sample.accelerator is not None:
                 info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, info, cpu, memory)
+        yield from (phase, up, epoch, pending, invalid, unguarded, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")

@@ -58,6 +58,11 @@ class Process:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(pidfd, self._end)
 
+    @property
+    def pidfd(self) -> int:
+        """To be handed to somebody else who has to do with it; -1 once it has ended, or is watched no more."""
+        return self._pidfd
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; one that has ended already is no error."""
         if self._pidfd >= 0:

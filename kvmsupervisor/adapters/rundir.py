@@ -3,9 +3,12 @@
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
     <run>/_draining                there while this host stops all its guests; holds the boot that this is about
+    <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
+    <run>/_guard.sock, .log        where it is spoken to; what it says
     <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
     <run>/<id>/memory.json         what outlives a process: backoff, last exit
+    <run>/<id>/guard.json          written by the guard when it has killed the QEMU process
     <run>/<id>/qmp.sock            QMP for the supervisor
     <run>/<id>/qmp-spare.sock      QMP for people and for a successor
     <run>/<id>/console.sock, .log  serial console
@@ -32,7 +35,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import InstanceId, parse_id
 
 BACKLOG = 4
@@ -63,6 +66,7 @@ class InstanceDir:
         self.console_log = path / "console.log"
         self.ceph_key = path / "ceph.key"
         self.agent_socket = path / "agent.sock"
+        self.guard_note = path / "guard.json"
         self._incarnation = path / "incarnation.json"
         self._memory = path / "memory.json"
 
@@ -100,6 +104,16 @@ class InstanceDir:
     def drop_incarnation(self) -> None:
         """Delete the record: the process is proven gone."""
         self._incarnation.unlink(missing_ok=True)
+        self.guard_note.unlink(missing_ok=True)
+
+    def guard_killed_at(self, incarnation: str) -> str | None:
+        """When the guard killed that QEMU process; None when it did not, or nobody can read what it has written."""
+        data = _read(self.guard_note)
+        try:
+            note = None if data is None else GuardNote.from_json(data)
+        except Unreadable:
+            return None
+        return note.at if note is not None and note.incarnation == incarnation else None
 
     def read_memory(self, boot_id: str) -> Memory:
         """What outlived the last process; a fresh memory when there is none, or one of an earlier boot.
@@ -206,6 +220,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.guard_lock = path / "_guard.lock"
+        self.guard_socket = path / "_guard.sock"
         self._lock_fd = -1
 
     def acquire(self) -> None:
@@ -235,6 +251,16 @@ class RunDir:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+    def guard(self) -> tuple[int, int] | None:
+        """Pid and start time of the last guard, which may be gone; None when there was none."""
+        words = (_read(self.guard_lock) or b"").split()
+        return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(bytes.isdigit, words)) else None
+
+    def open_guard_log(self) -> int:
+        """The guard's log, opened for appending; the caller closes it."""
+        log = self.path / "_guard.log"
+        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def is_draining(self, boot_id: str) -> bool:
         """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""

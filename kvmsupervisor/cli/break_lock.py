@@ -97,6 +97,19 @@ def _what_is_at_stake(found: Instance, lock: Lock) -> str:
     last = "" if found.status is None else f" Last seen there: {found.status.phase.value}, {found.status.reason}."
     return (
         f"{found.id} is held by {lock.host} (epoch {lock.epoch}, {lock.state.value}{pid}), which has no session.{last}"
-        f"\nNothing can keep a QEMU that still runs on {lock.host} from writing: it may have lost no more than its "
-        "network. If one does, two machines write to one disk and destroy it."
+        f"\n{_what_ends_it(found, lock)} If one does, two machines write to one disk and destroy it."
+    )
+
+
+def _what_ends_it(found: Instance, lock: Lock) -> str:
+    """What would end a QEMU that still runs there, as far as its status tells."""
+    free = f"Nothing can keep a QEMU that still runs on {lock.host} from writing"
+    status = found.status
+    if status is None or status.incarnation != lock.incarnation or status.guarded is None:
+        return f"{free}: it may have lost no more than its network."
+    if not status.guarded:
+        return f"{free}: it was to be watched by a guard there, and was not when it was last heard of."
+    return (
+        f"A guard watched it there, which kills it when the session of {lock.host} has run out: it is killed by now, "
+        f"unless that guard has ended as well, or hangs, which nobody can see from here. {free} otherwise."
     )

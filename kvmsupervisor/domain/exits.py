@@ -19,6 +19,7 @@ class ExitClass(StrEnum):
     GUEST_PANIC = "guest-panic"
     HOST_SIGNAL = "host-signal"
     HOST_QUIT = "host-quit"
+    GUARD = "guard"
     CRASHED = "crashed"
     FAILED = "failed"
     UNKNOWN = "unknown"
@@ -42,6 +43,7 @@ _SPICE_WARNING = re.compile(r"warning: Spice: \S+: (.+)")
 """What the SPICE server says through QEMU: a place in its source, then the words."""
 
 
+SIGKILL = 9
 SIGABRT = 6
 """Of x86 (signal(7))."""
 
@@ -72,14 +74,20 @@ class Exit:
         return self.kind is ExitClass.GUEST_SHUTDOWN
 
 
-def classify(*, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str]) -> Exit:
+def classify(
+    *, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str], guard_killed_at: str | None = None
+) -> Exit:
     """Name the end of a QEMU process.
 
     Args:
         shutdown: `reason` of the last QMP SHUTDOWN event seen, or None.
         status: how it ended, as far as the kernel tells.
         log_tail: the last lines that this process wrote on its standard error.
+        guard_killed_at: when its guard killed it, as that has written down; None when it has not.
     """
+    if guard_killed_at is not None and status in {WaitStatus(), WaitStatus(signal=SIGKILL)}:
+        text = f"killed by its guard at {guard_killed_at}, because its host's session had run out (KVM_UNFENCED=guard)"
+        return Exit(ExitClass.GUARD, text)
     if status.signal is not None:
         # Whatever it announced before, it was killed while at it. Who aborts has just said why.
         words = last_error(log_tail) if status.signal == SIGABRT else None

@@ -1,7 +1,7 @@
 """What a supervisor keeps in the run directory so that its successor can adopt (law 8).
 
 Two small records per instance: the incarnation (one QEMU process) and the memory (what outlives it). Both carry a
-version; a newer one is left alone with a reason, see `Unreadable`.
+version; a newer one is left alone with a reason, see `Unreadable`. A third one is the guard's, of a machine it killed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,25 @@ class Memory:
         return _read(cls, data)
 
 
-RecordT = TypeVar("RecordT", Incarnation, Memory)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardNote:
+    """What the guard writes of a machine that it has killed: which, and when, RFC 3339 in UTC."""
+
+    incarnation: str
+    at: str
+    version: int = VERSION
+
+    @classmethod
+    def from_json(cls, data: bytes) -> GuardNote:
+        """Read `guard.json`.
+
+        Raises:
+            Unreadable: it is damaged or written by a newer release.
+        """
+        return _read(cls, data)
+
+
+RecordT = TypeVar("RecordT", Incarnation, Memory, GuardNote)
 
 
 def _read(cls: type[RecordT], data: bytes) -> RecordT:

@@ -19,8 +19,10 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               mine        run         never ran, keys changed      Kill         (start again)
               mine        run         never ran, keys still moving wait until they are quiet
               mine        run         never ran, not on record     Record       (law 3)
+              mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
+              any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
               any         run, keep   ran                          none, Probe, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
@@ -174,7 +176,7 @@ def _with_process(view: View, process: Process) -> Decision:
             pass
     if process.never_ran:
         return _before_it_runs(view, process)
-    return _while_it_runs(view, process)
+    return _under_guard(view, _while_it_runs(view, process))
 
 
 def _before_it_runs(view: View, process: Process) -> Decision:
@@ -216,7 +218,23 @@ def _before_it_runs(view: View, process: Process) -> Decision:
         )
     if not (lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid):
         return _with_etcd(view, Action.RECORD, Phase.STARTING, "QEMU is ready and paused until it is on record")
+    if view.guarded is False:
+        said = "QEMU is ready and paused until its guard watches it"
+        if view.guard_trouble is None:
+            return _when(view, view.guard_at, Action.GUARD, Phase.STARTING, said)
+        return _when(view, view.guard_at, Action.GUARD, Phase.WAITING, f"{said}: {view.guard_trouble}")
     return Decision(phase=Phase.STARTING, reason="its guest is let run", action=Action.CONTINUE)
+
+
+def _under_guard(view: View, decision: Decision) -> Decision:
+    """`decision`, once a process that runs is under guard: nothing but its forced end goes before that."""
+    if view.guarded is not False or decision.action in {Action.QUIT, Action.KILL}:
+        return decision
+    if view.now >= view.guard_at:
+        return replace(decision, action=Action.GUARD, wake_at=None)
+    if decision.action is not None:
+        return decision
+    return replace(decision, wake_at=min(view.guard_at, decision.wake_at or view.guard_at))
 
 
 def _while_it_runs(view: View, process: Process) -> Decision:
@@ -255,8 +273,11 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
         said.append(f"it runs on as it was: {why}")
     if view.claim is Claim.UNREADABLE:
         said.append("its lock holds what this release cannot read; delete that key and it is written anew")
+    if view.guarded is False:
+        said.append(f"no guard watches it{'' if view.guard_trouble is None else f': {view.guard_trouble}'}")
     if not view.session_held and view.wish is not None:
-        said.append("etcd is away; it runs on")
+        what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
+        said.append(f"etcd is away; {what}")
     return "; ".join(said) or "runs"
 
 

@@ -50,6 +50,7 @@ class Status:
         notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
         agent: what the guest's agent said last of the guest, None when it never did.
+        guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Status:
     notice: str | None = None
     held: bool = False
     agent: GuestFacts | None = None
+    guarded: bool | None = None
 
     @property
     def tells_of_a_process(self) -> bool:

@@ -20,6 +20,9 @@ NEVER_RAN = "prelaunch"
 RUNNING = "running"
 """QMP run state of a machine whose guest runs."""
 
+PANICKED = "guest-panicked"
+"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
+
 
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
@@ -34,6 +37,7 @@ class Action(Enum):
     SPAWN = "open its taps, put the incarnation on record and start QEMU, paused"
     CONNECT = "connect to QMP, ask for the run state"
     RECORD = "write pid and addresses into the lock"
+    GUARD = "have the guard watch it"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
     GROW = "look whether its images were grown, and tell QEMU"
@@ -138,6 +142,10 @@ class View:
         prepared: whether what takes its time was made ready for the wish as it stands.
         start_at: when the host is worth the next attempt, after something was missing on it; the past when now.
         obstacle: what was missing, None when nothing was.
+        guarded: whether the guard watches the process, which may write to what no storage can fence; None when it need
+            not be watched.
+        guard_at: when the guard is worth the next attempt; the past when now.
+        guard_trouble: what the last attempt said, None when there was none.
         quiet_at: when the wish will have been quiet for long enough to let a new guest run.
         start_timeout_s: within which a new QEMU must answer.
         shutdown_timeout_s: between the power button and force.
@@ -168,6 +176,9 @@ class View:
     prepared: bool = True
     start_at: float = 0.0
     obstacle: str | None = None
+    guarded: bool | None = None
+    guard_at: float = 0.0
+    guard_trouble: str | None = None
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0

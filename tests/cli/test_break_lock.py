@@ -45,6 +45,24 @@ def test_what_is_at_stake_is_said_and_all_there_is_to_fence_is_kept(held: World)
     assert lock_of(held) == replace(HELD, state=LockState.BROKEN)
 
 
+@pytest.mark.parametrize(
+    ("guarded", "incarnation", "said"),
+    [
+        (True, "i3", "it is killed by now, unless that guard has ended as well, or hangs"),
+        (False, "i3", "was to be watched by a guard there, and was not"),
+        (None, "i3", "lost no more than its network"),
+        (True, "an earlier one", "lost no more than its network"),
+    ],
+)
+def test_what_its_guard_means_is_said(held: World, guarded: bool | None, incarnation: str, said: str) -> None:
+    """Law 7: a guard is told of, as far as is known, and is no proof: the word is the operator's all the same."""
+    held.status("1", "beta", Phase.RUNNING, pid=77, epoch=3, incarnation=incarnation, guarded=guarded)
+    result = held.run("break-lock", "1", "--yes")
+    assert result.exit_code == 0, result.output
+    assert said in result.stdout
+    assert "two machines write to one disk" in result.stdout
+
+
 def test_nobody_is_there_to_be_asked(held: World) -> None:
     """Without a terminal it needs `--yes`, and writes nothing."""
     assert held.run("break-lock", "1", input_text="y\n").exit_code == 2

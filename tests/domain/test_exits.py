@@ -24,6 +24,22 @@ def test_a_signal_outranks_what_was_announced() -> None:
     assert end == Exit(ExitClass.CRASHED, "crashed (signal 9)")
 
 
+@pytest.mark.parametrize("status", [WaitStatus(signal=9), WaitStatus()])
+def test_what_its_guard_killed_is_no_mystery(status: WaitStatus) -> None:
+    """Law 7: killed by its guard is said to be so, also when nobody saw how it ended."""
+    end = classify(shutdown=None, status=status, log_tail=LOG, guard_killed_at="2026-01-01T00:00:00Z")
+    assert end.kind is ExitClass.GUARD
+    assert end.text.startswith("killed by its guard at 2026-01-01T00:00:00Z, because its host's session had run out")
+    assert not end.is_clean
+
+
+@pytest.mark.parametrize("status", [WaitStatus(signal=11), WaitStatus(code=1), CLEAN])
+def test_an_end_of_its_own_is_not_its_guards(status: WaitStatus) -> None:
+    """Law: what ended otherwise, before the guard's signal came, ended otherwise."""
+    end = classify(shutdown=None, status=status, log_tail=[], guard_killed_at="2026-01-01T00:00:00Z")
+    assert end == classify(shutdown=None, status=status, log_tail=[])
+
+
 def test_a_failed_start_says_qemus_own_last_line() -> None:
     """Law: `failed: <QEMU's own last error line>`, without the program's name and without warnings."""
     log = [*LOG, "qemu-system-x86_64: warning: something harmless", "  "]

@@ -213,6 +213,22 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      lock=seen(locked(host=OTHER, state=LockState.BROKEN))), Phase.STOPPED, Action.FORGET),
     ("law 7: under a QEMU, it kills", view(process=running(), lock=seen(locked(state=LockState.BROKEN))), Phase.STOPPING,
      Action.KILL),
+    ("law 7: a guest does not run before its guard watches it", view(process=paused(), lock=seen(locked()), guarded=False),
+     Phase.STARTING, Action.GUARD),
+    ("law 7: nor while there is no guard", view(process=paused(), lock=seen(locked()), guarded=False, guard_at=102.0,
+     guard_trouble="it cannot be started"), Phase.WAITING, None),
+    ("law 7: watched, it runs", view(process=paused(), lock=seen(locked()), guarded=True), Phase.STARTING, Action.CONTINUE),
+    ("law 7: what runs is put under guard, etcd or not", view(process=running(), lock=LockView(), guarded=False,
+     session_held=False), Phase.RUNNING, Action.GUARD),
+    ("law 7: before it is asked to stop", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF,
+     guarded=False), Phase.STOPPING, Action.GUARD),
+    ("law 7: not before it is told to end", view(process=running(stopping=replace(STOPPED_BY_US, since=0.0)),
+     lock=seen(locked()), wish=OFF, guarded=False, now=121.0), Phase.STOPPING, Action.QUIT),
+    ("law 7: a lost lock kills, guarded or not", view(process=running(), lock=seen(locked(host=OTHER)), guarded=False),
+     Phase.STOPPING, Action.KILL),
+    ("law 7: a missing guard is sought again, and all goes on meanwhile", view(process=running(probe_at=101.0),
+     lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, Action.PROBE),
+    ("law 7: in time", view(process=running(), lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, None),
     ("images are looked at now and then", view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
     ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER), storage=Storage.UNFENCEABLE)),
@@ -329,6 +345,7 @@ class World:
     elsewhere: set[str] = field(default_factory=set)
     watched: bool = False
     fenced: set[str] = field(default_factory=set)
+    guard: set[str] | None = None
 
     def step(self, change: Callable[[], object]) -> None:
         change()
@@ -347,6 +364,7 @@ class World:
                 assert (self.lock.incarnation, self.lock.pid) == (qemu.incarnation, qemu.pid), "law 3"
                 if self.storage is Storage.RBD:
                     assert self.lock.clients == (qemu.address,), "law 3"
+                assert self.guard is None or qemu.incarnation in self.guard, "law 7"
                 assert self.elsewhere <= self.fenced, "law 4"
                 crashed = {q.address for q in self.qemus if q.end is not None and q.end.kind is ExitClass.CRASHED}
                 assert self.storage is Storage.NONE or crashed <= self.fenced, "law 4"
@@ -398,8 +416,13 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
+
+    def guarded(self) -> bool | None:
+        if self.world.guard is None or self.record is None:
+            return None
+        return self.record.incarnation in self.world.guard
 
     def act(self, action: Action) -> None:  # noqa: C901, PLR0912 - one branch per action
         world = self.world
@@ -433,6 +456,11 @@ class Supervisor:
                 assert self.qemu is not None
                 recorded = world.lock.recorded(pid=self.qemu.pid, starttime=9, clients=self.clients())
                 world.step(lambda: self.write(recorded))
+            case Action.GUARD:
+                assert world.guard is not None
+                assert self.qemu is not None
+                watched = world.guard | {self.qemu.incarnation}
+                world.step(lambda: setattr(world, "guard", watched))
             case Action.CONTINUE:
                 assert self.qemu is not None
                 qemu = self.qemu
@@ -624,6 +652,32 @@ def test_a_supervisor_may_die_after_any_step(name: str, deaths: int) -> None:
     after the process (laws 3, 8, 9).
     """
     assert sum(1 for _ in cuts(SCENARIOS[name], deaths)) >= (8 if deaths == 1 else 25)
+
+
+@pytest.mark.parametrize("deaths", [1])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_no_guest_runs_that_its_guard_does_not_watch(name: str, deaths: int) -> None:
+    """Law 7: whatever step a supervisor dies after, what storage cannot fence runs under guard or not at all."""
+
+    def make(died: tuple[int, ...]) -> World:
+        return World(wish=WISH, guard=set(), die_after=set(died))
+
+    whole = make(())
+    SCENARIOS[name](whole)
+    for died in itertools.combinations(range(1, whole.steps + 3), deaths):
+        world = make(died)
+        SCENARIOS[name](world)
+        assert world.guard
+
+
+def test_what_is_said_of_a_machine_without_its_guard() -> None:
+    """People are told that nobody watches it, and why; and what becomes of a watched one without etcd."""
+    lost = view(process=running(), lock=seen(locked()), guarded=False, guard_at=102.0, guard_trouble="no such program")
+    assert decide(lost).reason == "no guard watches it: no such program"
+    assert decide(lost).wake_at == 102.0
+    away = replace(lost, guarded=True, session_held=False)
+    assert "its guard kills it once the time of this host's session is up" in decide(away).reason
+    assert "it runs on" in decide(replace(away, guarded=None)).reason
 
 
 def taken_over(**options: object) -> World:

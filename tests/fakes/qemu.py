@@ -155,6 +155,10 @@ class FakeProcess:
         self._on_end = on_end
         qemu._processes.append(self)
 
+    @property
+    def pidfd(self) -> int:
+        return self.pid if self._qemu.alive else -1
+
     def signal(self, number: int) -> None:
         self._qemu.signal(number)
 

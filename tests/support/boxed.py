@@ -113,6 +113,11 @@ class Boxed(Host):
         super().close()
         for qemu in self._seen:
             _remove_homes(qemu)
+        for home in CGROUPS.glob("*/kvmsupervisor/_guard@*"):
+            # One that lives is another host's.
+            with contextlib.suppress(OSError):
+                home.rmdir()
+                home.parent.rmdir()
 
 
 def _remove_homes(qemu: Qemu) -> None:

@@ -484,6 +484,22 @@ class Host:
         assert code == 200
         return body
 
+    # Its guard.
+
+    @property
+    def guard(self) -> int | None:
+        """The pid of the guard that lives, told from any later process by its start time; None when there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            pid, starttime = map(int, (self.run_dir / "_guard.lock").read_text().split())
+            fields = _stat(pid)
+            if fields is not None and int(fields[19]) == starttime and fields[0] not in {"Z", "X"}:
+                return pid
+        return None
+
+    def wait_guard(self, *, but: int | None = None) -> int:
+        """Wait until a guard lives, another one than `but`; return its pid."""
+        return eventually(f"a guard of {self.name}", lambda: self.guard if self.guard != but else None)
+
     # Its QEMUs.
 
     def qemus(self) -> list[Qemu]:
@@ -561,6 +577,8 @@ class Host:
             self.kill9()
         for qemu in self.qemus():
             qemu.kill()
+        if (guard := self.guard) is not None:
+            os.kill(guard, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self, number: signal.Signals) -> int:

@@ -23,6 +23,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
@@ -31,6 +32,7 @@ from kvmsupervisor.session import Session
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.guard import FakeGuard
 from tests.fakes.qemu import FakeQemu, FakeQemus
 from tests.fakes.storage import FakeDisks, FakeStorage
 
@@ -125,6 +127,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
         self.phases: list[Phase] = []
         self.errors: list[BaseException] = []
@@ -241,6 +244,7 @@ class Host:
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
             recorded_for=self.recorded_for,
+            guard=cast("GuardPost | None", self.guard),
         )
 
     # What is seen.
