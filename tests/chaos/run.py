@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 from kvmsupervisor.domain.lock import Lock
 from tests.chaos.acts import Act, Acts
@@ -20,6 +21,8 @@ from tests.chaos.faults import Fault, Kind, Terms
 from tests.chaos.records import check
 from tests.chaos.report import Episode, Felt, Report
 from tests.chaos.world import World
+
+T = TypeVar("T")
 
 SETTLE_LIMIT_S = 180.0
 """How long a run waits until everything writes again, once nothing is wrong any more: generous, it only ends what would
@@ -108,6 +111,7 @@ class Run:
                 for episode in _episodes(faults):
                     self._play(episode, observer)
             except Unsettled as error:
+                self._say(str(error))
                 self._violations.append(str(error))
             return self._judge(observer)
 
@@ -115,7 +119,7 @@ class Run:
         """Let a machine's keys come; return the seconds until its first record."""
         begin = time.monotonic()
         self._world.begin_machine(machine)
-        while not observer.head(machine).sequence:
+        while not _patiently(lambda: observer.head(machine)).sequence:
             assert time.monotonic() < begin + SETTLE_LIMIT_S, f"{machine} writes nothing:\n{self._state()}"
             time.sleep(0.02)
         return time.monotonic() - begin
@@ -281,7 +285,7 @@ class Run:
         takeovers, fenced, records, owners = 0, set[str](), 0, 0
         for machine in world.machines:
             # The journal first: whoever wrote has had a lock by then.
-            journal = observer.journal(machine)
+            journal = _patiently(lambda machine=machine: observer.journal(machine))  # type: ignore[misc]
             locks = world.locks(machine)
             history = observer.history(machine, locks)
             self._violations += [f"{machine}: {violation}" for violation in check(journal, history)]
@@ -324,6 +328,18 @@ def _episodes(faults: Sequence[Fault]) -> list[list[Fault]]:
         else:
             found.append([fault])
     return found
+
+
+def _patiently(look: Callable[[], T]) -> T:
+    """What `look` sees, once Ceph answers: an OSD on a busy machine may take longer than a look has."""
+    deadline = time.monotonic() + SETTLE_LIMIT_S
+    while True:
+        try:
+            return look()
+        except Away:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(LOOK_S)
 
 
 def _takeovers(locks: Sequence[Lock | None]) -> int:
