@@ -17,6 +17,7 @@ class Felt:
     Attributes:
         machine: which.
         hit: whether a fault was meant for it.
+        guarded: whether it counts as one that storage cannot fence.
         away_s: the longest time in which it did not write.
         restarts: how often it was started again.
         bound_s: what `away_s` may be.
@@ -25,6 +26,7 @@ class Felt:
 
     machine: str
     hit: bool
+    guarded: bool
     away_s: float
     restarts: int
     bound_s: float
@@ -94,7 +96,7 @@ class Report:
         """The table."""
         lines = [
             f"seed {self.seed}: {self.took_s / 60:.1f} min, {sum(self.faults.values())} faults on "
-            f"{self.terms.machines} machines of {self.terms.hosts} hosts, TTL {self.terms.ttl_s:g} s, "
+            f"{self.terms.targets} machines of {self.terms.hosts} hosts, TTL {self.terms.ttl_s:g} s, "
             f"takeover wait {self.terms.wait_s:g} s; load {self.load:.1f}",
             f"{self.takeovers} takeovers, {self.fences} clients fenced, {self.owners} QEMUs wrote "
             f"{self.records} records; keys to first record {self.boot_s:.1f} s",
@@ -116,22 +118,25 @@ def rows(episodes: Iterable[Episode]) -> list[tuple[str, ...]]:
     times: dict[str, int] = {}
     for episode in episodes:
         name = episode.kinds[0] if len(episode.kinds) == 1 else "several at once"
-        times[name] = times.get(name, 0) + 1
-        found.setdefault(name, []).extend(one for one in episode.felt if one.hit)
+        for one in episode.felt:
+            if one.hit:
+                found.setdefault(f"{name}, under guard" if one.guarded else name, []).append(one)
+        for whose in {f"{name}, under guard" if one.guarded else name for one in episode.felt if one.hit}:
+            times[whose] = times.get(whose, 0) + 1
     head = ("fault", "times", "machines hit", "restarts", "away, median", "worst", "bound then")
     body = []
     for name in sorted(found):
         felt = found[name]
-        worst = max(felt, key=lambda one: one.away_s, default=None)
+        worst = max(felt, key=lambda one: one.away_s)
         body.append(
             (
                 name,
                 str(times[name]),
                 str(len(felt)),
                 str(sum(one.restarts for one in felt)),
-                f"{median(one.away_s for one in felt):.1f} s" if felt else "-",
-                f"{worst.away_s:.1f} s" if worst else "-",
-                f"{worst.bound_s:.1f} s" if worst else "-",
+                f"{median(one.away_s for one in felt):.1f} s",
+                f"{worst.away_s:.1f} s",
+                f"{worst.bound_s:.1f} s",
             )
         )
     return [head, *body]

@@ -192,6 +192,7 @@ class Run:
                 Felt(
                     machine=machine,
                     hit=bool(hit),
+                    guarded=machine in self._world.guarded,
                     away_s=round(was.away_s, 2),
                     restarts=was.restarts,
                     bound_s=round(bound_s, 2),
