@@ -154,4 +154,8 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        # All that was started has been ended by now.
+        sys.exit(130)

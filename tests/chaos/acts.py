@@ -9,9 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tests.chaos.faults import Fault, Kind, Way
+from tests.chaos.faults import Fault, Kind
 from tests.chaos.world import ChaosHost, World
-from tests.support.ceph import CephError
 from tests.support.cluster import Qemu
 
 End = Callable[[], None]
@@ -272,6 +271,3 @@ def _persistently(act: Callable[[], bool], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not act():
         assert time.monotonic() < deadline, "etcd does not take a key although nothing is wrong with it any more"
-
-
-__all__ = ["Act", "Acts", "CephError", "Way"]

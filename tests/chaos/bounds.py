@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.chaos.faults import WATCH_S, Fault, Kind, Reach, Terms
+from tests.chaos.faults import WATCH_S, Fault, Kind, Terms
 
 FACTOR = 1.5
 SLACK_S = 5.0
@@ -140,11 +140,3 @@ def together(faults: Iterable[tuple[Fault, Promise]], terms: Terms) -> Promise:
     # The next taker waits for the taker's session to end, and for what its QEMU left in Ceph.
     away_s = sum(promised.away_s + fault.duration_s for fault, promised in several) + terms.ttl_s + WATCH_S
     return Promise(away_s=away_s, boots=len(several), restarts=None)
-
-
-def is_zero(fault: Fault, terms: Terms) -> bool:
-    """Whether nobody is to be started again for it."""
-    return promise(fault, terms).restarts == 0
-
-
-__all__ = ["NOTHING", "OPEN", "Promise", "Reach", "guarded", "is_zero", "promise", "together"]

@@ -17,10 +17,11 @@ from tests.chaos.bounds import NOTHING, OPEN, Promise, guarded, promise, togethe
 from tests.chaos.disk import Away, Observer, boottime
 from tests.chaos.downtime import downtime
 from tests.chaos.fabric import joined
-from tests.chaos.faults import Fault, Kind, Terms
+from tests.chaos.faults import Fault, Kind
 from tests.chaos.records import check
 from tests.chaos.report import Episode, Felt, Report
 from tests.chaos.world import World
+from tests.support.ceph import CephError
 
 T = TypeVar("T")
 
@@ -277,6 +278,11 @@ class Run:
         for host in self._world.hosts:
             end = "\n    ".join(host.log.splitlines()[-5:])
             lines.append(f"  {host.name} {'runs' if host.running else 'has ended'}:\n    {end}")
+        try:
+            lines.append(f"  Ceph: {self._world.ceph.ceph('osd', 'stat').strip()}")
+        except CephError as error:
+            # It may be what is wrong: a daemon that has ended is named.
+            lines.append(f"  Ceph: {error}")
         return "\n".join(lines)
 
     # --- the judgement ----------------------------------------------------------------------------------------
@@ -346,6 +352,3 @@ def _patiently(look: Callable[[], T]) -> T:
 def _takeovers(locks: Sequence[Lock | None]) -> int:
     """How often a lock went from one host to another without having been let go of."""
     return sum(one is not None and other is not None and one.host != other.host for one, other in pairwise(locks))
-
-
-__all__ = ["Run", "Terms", "Unsettled"]
