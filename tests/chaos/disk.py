@@ -37,8 +37,8 @@ OPTIONS = {"rados_osd_op_timeout": "2", "rados_mon_op_timeout": "1", "client_mou
 """Seconds: a cluster that is away is one of the faults, and must not keep the reader waiting for ever."""
 
 PATIENCE_S = 15.0
-"""After so long without an answer an `Observer` connects anew. Seen twice with librados 16: after outages of 24 and 29 s
-that had ended, its connection got none any more, while a new one, and QEMU's, did."""
+"""After so long without an answer an `Observer` connects anew. Seen twice with librados 16: after outages of 24 s and
+29 s that had ended, its connection got none any more, while a new one, and QEMU's, did."""
 
 LOOK_S = 0.05
 """Between two looks of an `Observer`."""
