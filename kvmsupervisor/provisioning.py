@@ -72,6 +72,29 @@ class Prepared:
     notice: str | None = None
 
 
+def foresee(instance: InstanceId, spec: Spec, *, directory: InstanceDir, state_dir: Path) -> Prepared:
+    """What a start would find made ready, as far as that can be told without making it.
+
+    Whether user data is Ignition is known once it was fetched here; until then it counts as any other kind.
+    """
+    ignition = directory.path / media.IGNITION
+    is_ignition = spec.cloud_config is not None and ignition.exists()
+    drives = () if spec.cloud_config is None or is_ignition else (media.SEED, media.CONFIG_DRIVE)
+    image = nvram_of(spec)
+    nvram = Nvram(rbd=image) if image is not None else Nvram(file=str(_file_of_variables(state_dir, instance)))
+    return Prepared(
+        spec=spec,
+        media=tuple(str(directory.path / name) for name in drives),
+        ignition=str(ignition) if is_ignition else None,
+        nvram=nvram if spec.firmware is Firmware.UEFI else None,
+        ceph_key=str(directory.ceph_key) if spec.all_disks else None,
+    )
+
+
+def _file_of_variables(state_dir: Path, instance: InstanceId) -> Path:
+    return state_dir / instance / "nvram.fd"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFiles:
     """Where things are on this host.
@@ -223,18 +246,15 @@ class Provisioner:
         image = nvram_of(spec)
         if image is not None:
             return Nvram(rbd=image)
-        file = self._file_of_variables(instance)
+        file = _file_of_variables(self._files.state_dir, instance)
         if not file.exists():
             await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
         return Nvram(file=str(file))
 
-    def _file_of_variables(self, instance: InstanceId) -> Path:
-        return self._files.state_dir / instance / "nvram.fd"
-
     async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
         """Variables in Ceph begin as those that lay on this host before its disk was there, or as the firmware's."""
         assert self._host.ovmf is not None
-        file = self._file_of_variables(instance)
+        file = _file_of_variables(self._files.state_dir, instance)
         template = file if file.exists() else Path(self._host.ovmf.variables)
         try:
             await self._disks.furnish_variables(image, template)
@@ -312,7 +332,7 @@ class Provisioner:
             return None
         assert spec.spice_password.text is not None
         directory.create()
-        path = directory.path / "spice-password"
+        path = directory.spice_password
         path.unlink(missing_ok=True)
         path.touch(mode=0o600, exist_ok=False)
         path.write_bytes(spec.spice_password.text.encode())

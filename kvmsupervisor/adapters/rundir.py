@@ -65,6 +65,7 @@ class InstanceDir:
         self.console_socket = path / "console.sock"
         self.console_log = path / "console.log"
         self.ceph_key = path / "ceph.key"
+        self.spice_password = path / "spice-password"
         self.agent_socket = path / "agent.sock"
         self.guard_note = path / "guard.json"
         self._incarnation = path / "incarnation.json"

@@ -22,9 +22,8 @@ from kvmsupervisor.cli.output import (
     on_terminal,
 )
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
-from kvmsupervisor.domain.hardware import Nvram, TapFds
+from kvmsupervisor.domain.hardware import TapFds
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import Firmware
 from kvmsupervisor.settings import Settings
 
 
@@ -128,7 +127,8 @@ def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
     """Print the QEMU command line that the keys of ID give on this host, one option on each line.
 
     Descriptors (fd=3 and so on) and files below the run directory are made ready by the supervisor, and the machine
-    type is the one that the guest was first started with.
+    type is the one that the guest was first started with. User data that was not fetched on this host yet is taken for
+    cloud-config.
     """
     found, _, settings = _existing(tools, instance)
     words = command_line(found, settings)
@@ -155,22 +155,27 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
         raise Refused("\n".join([f"{instance.id} has problems:", *(f"  {problem}" for problem in problems)]))
     # Imported here: the other commands do not need a host's adapters.
     from kvmsupervisor.adapters import accelerator  # noqa: PLC0415
+    from kvmsupervisor.adapters.rundir import InstanceDir  # noqa: PLC0415
     from kvmsupervisor.equipment import host_side  # noqa: PLC0415
+    from kvmsupervisor.provisioning import foresee  # noqa: PLC0415
 
     host = host_side(settings, accelerator.choose(settings.accel.value))
     identity = Identity(instance=instance.id, uuid=instance_uuid(settings.layout.prefix, instance.id))
     problems = host_problems(spec, host)
     if problems:
         raise Refused("\n".join([f"{instance.id} cannot run on this host:", *(f"  {one}" for one in problems)]))
-    folder, status = settings.run_dir / instance.id, instance.status
+    directory, status = InstanceDir(settings.run_dir / instance.id), instance.status
+    ready = foresee(instance.id, spec, directory=directory, state_dir=settings.state_dir)
     provision = Provision(
-        run_dir=str(folder),
+        run_dir=str(directory.path),
         channels=Channels(qmp=3, spare=4, console=5, agent=6),
         machine=None if status is None or status.machine_key != spec.machine else status.machine,
         taps=tuple(TapFds(fd=7 + number) for number in range(len(spec.all_nics))),
-        media=() if spec.cloud_config is None else (f"{folder}/seed.iso", f"{folder}/config-2.iso"),
-        nvram=Nvram(file=f"{settings.state_dir}/{instance.id}/nvram.fd") if spec.firmware is Firmware.UEFI else None,
-        spice_password=None if spec.spice_password is None else f"{folder}/spice-password",
+        media=ready.media,
+        ignition=ready.ignition,
+        nvram=ready.nvram,
+        spice_password=None if spec.spice_password is None else str(directory.spice_password),
+        ceph_key=ready.ceph_key,
     )
     return build_argv(spec, identity=identity, host=host, provision=provision)
 

@@ -27,6 +27,9 @@ _USB_SLOT = 0x15
 _BRIDGE_SLOT = 0x16
 _MEDIA_SLOTS = (0x17, 0x18)
 
+_FIRST_DISK_BOOTS = 10
+"""Its place in the boot order. QEMU gives 0 to a `-kernel`, and what `extra_flags` bring may come before it, too."""
+
 _BALLOON_STATISTICS = "guest-stats-polling-interval=60"
 """Seconds between two times that the guest's driver is asked for its memory: as often as QEMU is asked in turn."""
 
@@ -142,7 +145,7 @@ def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
                 node["discard"] = "unmap"
         yield from ("-blockdev", json_option({"node-name": name, **node}))
         place = f"bus={_MORE},addr={_MORE_DISKS + disk.number:#x}" if disk.number else f"addr={_DISK_SLOT:#x}"
-        boot = "" if disk.number else ",bootindex=0"
+        boot = "" if disk.number else f",bootindex={_FIRST_DISK_BOOTS}"
         yield from (
             "-device",
             f"virtio-blk-pci,id={name}-dev,drive={name},write-cache=on,werror=stop,rerror=stop{boot},{place}",

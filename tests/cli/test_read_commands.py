@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -311,6 +313,27 @@ def test_argv_has_one_option_on_each_line(world: World) -> None:
     words = world.json("argv", "1")
     assert words[-3:] == ["-append", "a b", "-no-reboot"]
     assert world.run("argv", "1", "--shell").stdout.endswith("-append 'a b' -no-reboot\n")
+
+
+def test_argv_foresees_what_a_start_makes(world: World, tmp_path: Path) -> None:
+    """Law: media, UEFI variables and the key to Ceph are those that the supervisor would give to QEMU."""
+    ceph_conf = tmp_path / "ceph.conf"
+    ceph_conf.touch()
+    # A run directory has a short path, which pytest's folders have not.
+    with tempfile.TemporaryDirectory(prefix="kvs") as run_dir:
+        world.environ |= {"KVM_ACCEL": "tcg", "KVM_RUN_DIR": run_dir, "CEPH_CONF": str(ceph_conf)}
+        world.keys("1", ram="1G", rbd="rbd/vm1", firmware="uefi", **{"cloud-config": "https://example.org/config"})
+        words = world.run("argv", "1").stdout
+        assert '"image":"vm1.nvram"' in words
+        assert f"{run_dir}/1/ceph.key" in words
+        assert f"{run_dir}/1/seed.iso" in words
+
+        ignition = Path(run_dir, "1/ignition.json")
+        ignition.parent.mkdir()
+        ignition.touch()
+        words = world.run("argv", "1").stdout
+        assert f"opt/com.coreos/config,file={ignition}" in words
+        assert "seed.iso" not in words
 
 
 def test_argv_of_bad_keys_names_every_problem(world: World) -> None:

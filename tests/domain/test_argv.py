@@ -157,7 +157,7 @@ def test_disks() -> None:
         {"qom-type": "throttle-group", "id": "disk15-limit", "limits": {"iops-total": 500}}
     ]
     assert {
-        "virtio-blk-pci,id=disk0-dev,drive=disk0,write-cache=on,werror=stop,rerror=stop,bootindex=0,addr=0x11",
+        "virtio-blk-pci,id=disk0-dev,drive=disk0,write-cache=on,werror=stop,rerror=stop,bootindex=10,addr=0x11",
         "pci-bridge,id=more0,chassis_nr=1,addr=0x16",
         "virtio-blk-pci,id=disk2-dev,drive=disk2,write-cache=on,werror=stop,rerror=stop,bus=more0,addr=0xa",
         "virtio-blk-pci,id=disk15-dev,drive=disk15,write-cache=on,werror=stop,rerror=stop,bus=more0,addr=0x17",

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import firmware
+from kvmsupervisor.cli.demo_guest import Guest
 from kvmsupervisor.domain.argv import (
     AGENT_SOCKET,
     CONSOLE_LOG,
@@ -221,6 +222,17 @@ def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Cluster, ceph_image: s
         assert (disk["inserted"]["drv"], disk["inserted"]["ro"]) == ("rbd", False)
         assert disk["inserted"]["image"]["virtual-size"] == 8 << 20
         assert len(ceph.watchers(f"{POOL}/{ceph_image}")) == 1
+
+
+@pytest.mark.guest
+def test_a_kernel_in_extra_flags_beside_a_disk(run_dir: Path, ceph: Cluster, ceph_image: str, guest: Guest) -> None:
+    """Law: the first disk is booted where nothing else is asked for, and is in the way of nothing else."""
+    host = replace(HOST, ceph=Ceph(user="admin", conf=str(ceph.conf)))
+    (run_dir / "key").write_text(ceph.ceph("auth", "get-key", "client.admin"))
+    spec = Spec(ram_mib=64, rbd=RbdDisk(pool=POOL, image=ceph_image), extra_flags=("-kernel", str(guest.kernel)))
+    with ExitStack() as stack:
+        machine = Machine(stack, run_dir, spec, host=host, ceph_key=str(run_dir / "key"))
+        assert machine.ask("query-status")["status"] == "prelaunch"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0", "::"])
