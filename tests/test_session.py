@@ -129,6 +129,29 @@ async def test_a_slow_renewal_is_dated_from_before_it_was_sent(bench: Bench) -> 
         assert session.remaining_s == pytest.approx(sent + 15 - bench.clock.now())
 
 
+async def test_who_follows_it_is_told_until_when_it_holds(bench: Bench) -> None:
+    """Law 7: after each renewal that a quorum confirmed, dated from before it was sent; of no other."""
+    told: list[float] = []
+    async with bench.running() as session:
+        session.follow(told.append)
+
+        async def slow(call: str) -> None:
+            await bench.clock.sleep(1)
+
+        bench.etcd.hook = slow
+        sent = bench.clock.now() + 3
+        await bench.clock.advance(5.5)
+        assert told == [pytest.approx(sent + 15)]
+
+        async def away(call: str) -> None:
+            raise Unavailable("cut off")
+
+        bench.etcd.hook = away
+        await bench.clock.advance(60)
+        assert not session.held
+        assert len(told) == 1
+
+
 async def test_keepalive_alone_does_not_count(bench: Bench) -> None:
     """Law 1: a leader without a quorum may answer keepalives; without the transaction the session is lost."""
     async with bench.running() as session:
