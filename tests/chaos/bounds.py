@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.chaos.faults import WATCH_S, Fault, Kind, Terms
+from tests.chaos.faults import WATCH_S, Fault, Kind, Terms, Way
 
 FACTOR = 1.5
 SLACK_S = 5.0
@@ -94,7 +94,9 @@ def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # 
         case Kind.STRAY_FENCE:
             return dead
         case Kind.BOTH_CUT:
-            return _outage(duration) if unnoticed else _or(dead, _outage(duration))
+            # What goes one way only still keeps up a watch, as long as TCP has room for what is not acknowledged.
+            taken = dead if fault.way is Way.BOTH else Promise(away_s=terms.limit_s, boots=1, restarts=1)
+            return _outage(duration) if unnoticed else _or(taken, _outage(duration))
         case Kind.CEPH_CUT:
             return _outage(duration)
         case Kind.CEPH_FREEZE:
