@@ -18,10 +18,10 @@ import pytest
 from tests.chaos.faults import Kind
 from tests.support.cluster import ROOT
 
-SMALL = ("--machines", "1", "--no-guard", "--hosts", "2", "--ttl", "2", "--wait", "3", "--settle", "0")
+SMALL = ("--machines", "1", "--no-guard", "--hosts", "2", "--settle", "0")
 
 
-def chaos(folder: Path, *args: str, limit_s: float = 110.0) -> tuple[int, dict[str, Any], str]:
+def chaos(folder: Path, *args: str, limit_s: float = 280.0) -> tuple[int, dict[str, Any], str]:
     """Run it; return its exit status, its report, and what it said."""
     report = folder / "report.json"
     argv = [sys.executable, "-m", "tests.chaos", *args, "--json", str(report)]
@@ -41,28 +41,32 @@ def chaos(folder: Path, *args: str, limit_s: float = 110.0) -> tuple[int, dict[s
 
 
 @pytest.mark.guest
+@pytest.mark.timeout(300)
 def test_a_short_run(tmp_path: Path) -> None:
     """Laws 3, 4, 6, 8: whatever fails, nobody writes behind a later epoch, and nobody is restarted without need.
 
-    This seed kills a QEMU, cuts its host off from etcd for about as long as a takeover waits, replaces the supervisor,
-    and loses etcd's leader.
+    This seed kills a QEMU, lets its host reboot, loses what etcd answers it, and replaces its supervisor while etcd
+    looks for another leader. A takeover is in the next test.
     """
-    kinds = [Kind.QEMU_KILL, Kind.SUPERVISOR_KILL, Kind.LEADER_KILL, Kind.ETCD_CUT]
-    status, report, _ = chaos(
-        tmp_path, *SMALL, "--seed", "2948", "--minutes", "1", "--faults", "4", "--kinds", ",".join(kinds)
-    )
+    kinds = [Kind.QEMU_KILL, Kind.SUPERVISOR_KILL, Kind.LEADER_KILL, Kind.HOST_REBOOT, Kind.ETCD_CUT]
+    # A busy machine may lose a session of three seconds; nobody takes anything over within the six that follow.
+    drawn = ("--seed", "1673", "--ttl", "3", "--wait", "6", "--minutes", "1", "--faults", "4")
+    status, report, _ = chaos(tmp_path, *SMALL, *drawn, "--kinds", ",".join(kinds))
     assert report["violations"] == []
     assert status == 0
-    assert {*report["faults"]} >= {*kinds}
-    assert report["fences"] >= 1
-    assert report["owners"] >= 2
+    assert {*report["faults"]} == {*kinds}
+    assert report["fences"] >= 2
+    assert report["owners"] >= 3
     assert report["records"] > 100
 
 
 @pytest.mark.guest
+@pytest.mark.timeout(300)
 def test_without_fencing_two_writers_are_found(tmp_path: Path) -> None:
     """Law: the judge can fail. Ceph's own program is replaced by one that says it has fenced, and has not."""
-    status, report, said = chaos(tmp_path, *SMALL, "--seed", "1", "--play", "cut-etcd:90", "--sabotage")
+    status, report, said = chaos(
+        tmp_path, *SMALL, "--seed", "1", "--ttl", "2", "--wait", "2", "--play", "cut-etcd:90", "--sabotage"
+    )
     found = "\n".join(report["violations"])
     assert status == 1
     assert " wrote after " in found, "no writer of a lower epoch behind one of a higher"

@@ -144,6 +144,14 @@ def test_a_dead_host_costs_35_seconds() -> None:
     assert promise(a_fault(Kind.HOST_FREEZE, 4), TERMS) == Promise(away_s=4, boots=0, restarts=0)
 
 
+def test_one_way_costs_more() -> None:
+    """Law: what a host sends, or what is sent to it, may keep its watch in Ceph up; patience ends all the same."""
+    for way in (Way.IN, Way.OUT):
+        one = promise(replace(a_fault(Kind.BOTH_CUT, 20), way=way), TERMS)
+        assert (one.away_s, one.restarts) == (TERMS.limit_s, 1)
+    assert promise(a_fault(Kind.BOTH_CUT, 20), TERMS).away_s == max(TERMS.dead_s, 40)
+
+
 def test_patience_ends() -> None:
     """Law: a host that etcd does not hear for longer than a takeover waits loses its machines: one start."""
     for kind in (Kind.ETCD_CUT, Kind.SUPERVISOR_FREEZE, Kind.SUPERVISOR_KILL):
