@@ -6,11 +6,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# For `make chaos`. Without a seed each run draws its own, and prints it.
+SEED ?=
+MINUTES ?= 30
 
 # Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
-.PHONY: help demo test lint quick soak container upgrade bench lowest wheel lock ignition format clean
+.PHONY: help demo test lint quick soak chaos container upgrade bench lowest wheel lock ignition format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -18,6 +21,7 @@ help:
 	@echo 'make lint    ruff, mypy, import directions'
 	@echo 'make quick   the tests that boot no guest'
 	@echo 'make soak    the slow tests'
+	@echo 'make chaos   faults at random, for MINUTES=30, drawn from SEED=…; the disks tell who wrote'
 	@echo 'make container  the image built and run, hosts booted with systemd; needs root'
 	@echo 'make upgrade  twenty guests, their supervisor replaced ten times; needs root'
 	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
@@ -45,6 +49,10 @@ quick: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m 'soak and not docker' --timeout 3600
+
+chaos: $(VENV)/.dev
+	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) \
+	    --keep .cache/chaos --json .cache/chaos/report.json
 
 container: $(VENV)/.dev
 	@tools/install-system container

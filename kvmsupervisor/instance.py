@@ -302,7 +302,8 @@ class Instance:
     def _is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""
         guard, record = self._around.guard, self._machine.record
-        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pid is None:
+        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
+        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
             return None
         return guard.holds(record.incarnation)
 

@@ -197,12 +197,15 @@ class Session:
     async def _confirmed(self) -> bool:
         """Ask a quorum whether our key exists, writing nothing.
 
+        Still on our lease: whoever writes over the key takes it from the lease, and it would outlive this host.
+
         The `Get` is what makes etcd ask: a transaction without any operation is answered by one member
         from what it has, also when that member is cut off (etcd, server/etcdserver/v3_server.go: a
         transaction counts as serializable when every operation in it is, and so does an empty one).
         """
         look = Get(self.key)
-        return (await self._store.txn([self.compare()], [look], [look], timeout_s=self._timeout())).succeeded
+        ours = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
+        return (await self._store.txn(ours, [look], [look], timeout_s=self._timeout())).succeeded
 
     def _timeout(self) -> float:
         # While the session is held no call outlasts it, so that its loss is announced in time.

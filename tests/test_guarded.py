@@ -126,6 +126,18 @@ async def test_what_its_guard_killed_while_nobody_was_there(host: Host, guard: F
     assert "killed by its guard" in host.status.last_exit
 
 
+async def test_a_guard_that_ended_with_what_it_killed(host: Host, guard: FakeGuard) -> None:
+    """Law: what has ended needs no guard, also while its end is not yet named: the loop lets others run meanwhile."""
+    host.wish(extra_flags=A_FILE)
+    host.begin()
+    qemu = await host.runs()
+    guard.kill(qemu)
+    guard.trouble = "it has ended"
+    await host.until(lambda: host.status.last_exit is not None)
+    guard.trouble = None
+    await host.until(lambda: host.running not in {None, qemu})
+
+
 async def test_a_crash_is_still_a_crash(host: Host, guard: FakeGuard) -> None:
     """Law: a note of another incarnation, or none that can be read, is nobody's excuse."""
     host.wish(extra_flags=A_FILE)

@@ -16,6 +16,7 @@ from tests.support.docker import IMAGE, Docker
 from tests.support.heartbeat import Heartbeats
 from tests.support.imagehost import BRIDGE, ETCD, ImageHost
 from tests.support.pages import documented, options_of
+from tests.support.place import Place
 
 pytestmark = [pytest.mark.docker, pytest.mark.guest, pytest.mark.timeout(1500)]
 
@@ -36,7 +37,11 @@ def without(*words: str) -> list[str]:
 @pytest.fixture
 def storage(image_host: ImageHost) -> Iterator[Ceph]:
     """Ceph on that host, its client's configuration and key where the pages have them."""
-    with Ceph(around=("nsenter", "-t", str(image_host.leader), "-n", "--")) as ceph:
+
+    def on_that_host(*argv: str) -> list[str]:
+        return ["nsenter", "-t", str(image_host.leader), "-n", "--", *argv]
+
+    with Ceph(Place(around=on_that_host)) as ceph:
         keyring = ceph.new_client("kvm", CLIENT_CAPS)
         host = next(line for line in ceph.conf.read_text().splitlines() if line.startswith("mon host"))
         fsid = next(line for line in ceph.conf.read_text().splitlines() if line.startswith("fsid"))

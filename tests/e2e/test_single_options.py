@@ -13,8 +13,8 @@ from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
-from tests.e2e.test_two_hosts import check_lock_history
 from tests.support.cluster import Keys, eventually
+from tests.support.lock_history import check_lock_history
 from tests.support.net import Lan
 from tests.support.single import Containers, holder
 from tests.support.terminal import at_terminal

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import pytest
 
-from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
+from tests.support.lock_history import check_lock_history
 
 
 @contextmanager
@@ -52,38 +51,6 @@ A_DISK = "-blockdev driver=null-co,node-name=disk"
 def _runs(host: Host, qemu: Qemu) -> bool:
     """Whether the guest may have run: anything but the state in which QEMU waits for its first `cont`."""
     return host.run_state(qemu) not in {None, "prelaunch", "inmigrate"}
-
-
-def check_lock_history(keys: Keys, instance: str, *, takeovers: Sequence[str] = ()) -> list[Lock]:
-    """Replay all that ever was written into the lock, and hold it against the laws; return it.
-
-    Args:
-        keys: of the cluster.
-        instance: whose lock.
-        takeovers: hosts that died, so that others may take their locks.
-    """
-    history = keys.history(keys.layout.lock_key(InstanceId(instance)))
-    locks: list[Lock | None] = []
-    for change in history:
-        lock = None if change.value is None else Lock.from_json(change.value)
-        assert (lock is None) == (change.value is None), change
-        locks.append(lock)
-    epoch = 0
-    for before, after in pairwise([None, *locks]):
-        if after is None:
-            assert before is not None
-            continue
-        if before is not None and before.incarnation == after.incarnation:
-            assert (before.host, before.epoch) == (after.host, after.epoch)
-            assert after.state is LockState.RUNNING, "only forward"
-            assert after.pid is not None
-        else:
-            # A new incarnation: the epoch grows, and it has not run yet.
-            assert after.epoch > epoch, (before, after)
-            assert after.state is not LockState.RUNNING
-            assert before is None or before.host == after.host or before.host in takeovers, (before, after)
-        epoch = after.epoch
-    return [lock for lock in locks if lock is not None]
 
 
 def test_moving(keys: Keys, hosts: Hosts, tiny: str) -> None:

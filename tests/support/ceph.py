@@ -1,4 +1,4 @@
-"""A real Ceph cluster for tests: one monitor and one OSD in memory, on loopback, in a folder of its own.
+"""A real Ceph cluster for tests: one monitor and one OSD in memory, in a folder of its own, on loopback or elsewhere.
 
 It starts in some seconds, so one serves all tests of a worker: make images and clients of your own names
 (`Ceph.image`), harm nothing. Everything here blocks: call it from fixtures, or through `asyncio.to_thread`.
@@ -19,13 +19,14 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
 import pytest
 
 from tests.support.etcd import _reaper, free_port
+from tests.support.place import HERE, Place
 
 READY_S = 60.0
 """How long monitor or OSD may take to serve: generous, for a machine that does other things too."""
@@ -45,14 +46,14 @@ CLIENT_CAPS = {
 _CONF = """\
 [global]
 fsid = {fsid}
-mon host = [v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]
+mon host = [v2:{address}:{v2},v1:{address}:{v1}]
 auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
 keyring = {folder}/$name.keyring
 ms bind ipv4 = true
 ms bind ipv6 = false
-public network = 127.0.0.0/8
+public network = {address}/32
 log file = {folder}/$name.log
 log to stderr = false
 err to stderr = true
@@ -91,12 +92,12 @@ class Ceph:
     """The cluster. As a context manager it starts, and leaves nothing behind.
 
     Args:
-        around: before each command line: what takes it into another network namespace, by exec.
+        place: where its daemons listen, and its tools run.
     """
 
-    def __init__(self, around: Sequence[str] = ()) -> None:
+    def __init__(self, place: Place = HERE) -> None:
+        self.place = place
         self.folder = Path()
-        self._around = tuple(around)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._frozen: set[str] = set()
 
@@ -173,6 +174,16 @@ class Ceph:
         self._signal("mon", signal.SIGCONT)
         self.ceph("mon", "stat")
 
+    def freeze(self) -> None:
+        """Freeze the OSD, too."""
+        self.stop_mon()
+        self._signal("osd", signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """End `freeze`; does not wait."""
+        self._signal("osd", signal.SIGCONT)
+        self._signal("mon", signal.SIGCONT)
+
     def close(self) -> None:
         """End the daemons and delete their data."""
         for name in list(self._daemons):
@@ -194,8 +205,9 @@ class Ceph:
         program = shutil.which("ceph-osd")
         classes = Path(program or "").parent / "rados-classes"
         found = f"osd class dir = {classes}" if classes.is_dir() else ""
-        self.conf.write_text(_CONF.format(folder=self.folder, fsid=fsid, v1=v1, v2=v2, classes=found))
-        self._make_monitor(fsid, f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]")
+        address = self.place.address
+        self.conf.write_text(_CONF.format(folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found))
+        self._make_monitor(fsid, f"[v2:{address}:{v2},v1:{address}:{v1}]")
         self._spawn("mon", "ceph-mon", "-i", "a")
         self._make_osd(str(uuid.uuid4()))
         self._spawn("osd", "ceph-osd", "-i", "0")
@@ -231,7 +243,7 @@ class Ceph:
     def _spawn(self, name: str, program: str, *args: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             daemon = subprocess.Popen(
-                [*self._around, program, "--conf", str(self.conf), "--foreground", *args],
+                self.place.around(program, "--conf", str(self.conf), "--foreground", *args),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -264,7 +276,7 @@ class Ceph:
     def _run(self, *argv: str) -> str:
         try:
             done = subprocess.run(
-                [*self._around, *argv],
+                self.place.around(*argv),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

@@ -34,6 +34,8 @@ from typing import Self
 
 import pytest
 
+from tests.support.place import HERE, Place
+
 READY_S = 30.0
 """How long a member may take to serve: generous, for a machine that does other things too."""
 
@@ -75,12 +77,13 @@ class _Reaper:
     """
 
     _PROGRAM = """
-import os, signal, sys
+import contextlib, os, signal, sys
 pids = set()
 for line in sys.stdin:
     (pids.add if line[0] == "+" else pids.discard)(int(line[1:]))
 for pid in pids:
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 """
 
     def __init__(self) -> None:
@@ -112,8 +115,11 @@ _reaper = functools.cache(_Reaper)
 class EtcdMember:
     """One etcd process, its ports and its data, which outlive a kill."""
 
-    def __init__(self, name: str, folder: Path, args: Sequence[str] = (), tls: Tls | None = None) -> None:
+    def __init__(
+        self, name: str, folder: Path, args: Sequence[str] = (), tls: Tls | None = None, place: Place = HERE
+    ) -> None:
         self.name = name
+        self.place = place
         self.client_port = free_port()
         self.peer_port = free_port()
         self.metrics_port = free_port()
@@ -128,12 +134,12 @@ class EtcdMember:
     @property
     def endpoint(self) -> str:
         """URL for clients."""
-        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.client_port}"
+        return f"{'https' if self.tls else 'http'}://{self.place.address}:{self.client_port}"
 
     @property
     def peer_url(self) -> str:
         """URL that the other members are told."""
-        return f"http://127.0.0.1:{self.advertised_peer_port}"
+        return f"http://{self.place.address}:{self.advertised_peer_port}"
 
     @property
     def pid(self) -> int:
@@ -154,13 +160,13 @@ class EtcdMember:
         """Start, or start again on the same data and ports; does not wait."""
         assert not self.running
         client = self.endpoint
-        peer = f"http://127.0.0.1:{self.peer_port}"
+        peer = f"http://{self.place.address}:{self.peer_port}"
         argv = [
             *("etcd", "--name", self.name, "--data-dir", str(self._folder / self.name)),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", self.peer_url),
             # Plain HTTP, for readiness, whatever the clients' port asks for.
-            *("--listen-metrics-urls", f"http://127.0.0.1:{self.metrics_port}"),
+            *("--listen-metrics-urls", f"http://{self.place.address}:{self.metrics_port}"),
             *("--initial-cluster", self._initial_cluster or f"{self.name}={self.peer_url}"),
             *("--logger", "zap", "--log-outputs", "stderr"),
             *self._args,
@@ -173,7 +179,7 @@ class EtcdMember:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self._folder)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                argv,
+                self.place.around(*argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -186,16 +192,11 @@ class EtcdMember:
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Wait until the member serves, which takes a leader and a quorum."""
         deadline = time.monotonic() + timeout_s
-        url = f"http://127.0.0.1:{self.metrics_port}/health"
         while True:
             if not self.running:
                 raise EtcdStartError(f"etcd {self.name} ended:\n{self.log_end()}")
-            try:
-                with urllib.request.urlopen(url, timeout=2) as reply:
-                    if json.load(reply).get("health") == "true":
-                        return
-            except (OSError, ValueError):
-                pass  # not listening yet, or 503 for want of a leader
+            if self._serves():
+                return
             if time.monotonic() > deadline:
                 raise EtcdStartError(f"etcd {self.name} does not serve after {timeout_s} s:\n{self.log_end()}")
             time.sleep(0.01)
@@ -222,6 +223,34 @@ class EtcdMember:
         """Kill it if need be and start it again; does not wait for it to serve."""
         self.kill()
         self.start()
+
+    @property
+    def leads(self) -> bool:
+        """Whether it says that it leads."""
+        if not self.place.is_here:
+            asked = self._ctl("endpoint", "status", "--write-out", "json")
+            (found,) = json.loads(asked.stdout) if asked.returncode == 0 and asked.stdout.strip() else [None]
+            return found is not None and found["Status"]["leader"] == found["Status"]["header"]["member_id"]
+        url = f"http://{self.place.address}:{self.metrics_port}/metrics"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as reply:
+            return b"\netcd_server_is_leader 1" in reply.read()
+        return False
+
+    def _serves(self) -> bool:
+        if not self.place.is_here:
+            return self._ctl("endpoint", "health").returncode == 0
+        url = f"http://{self.place.address}:{self.metrics_port}/health"
+        try:
+            with urllib.request.urlopen(url, timeout=2) as reply:
+                return bool(json.load(reply).get("health") == "true")
+        except (OSError, ValueError):
+            return False  # not listening yet, or 503 for want of a leader
+
+    def _ctl(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Ask this member by etcdctl, in its own network."""
+        argv = self.place.around("etcdctl", "--endpoints", self.endpoint, "--command-timeout", "2s", *args)
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        return subprocess.run(argv, capture_output=True, text=True, timeout=READY_S, env=environment, check=False)
 
     def log_end(self) -> str:
         """The last lines that etcd wrote."""
@@ -257,6 +286,8 @@ class EtcdCluster:
         tls: certificates for the clients' port (peers talk plainly).
         heartbeat_ms: raft's heartbeat interval; elections time out after ten of them.
         prepare: called with the members before their first start, to put something between them.
+        places: where each member is; by default all are here.
+        around: makes `etcdctl`'s command line, where its members cannot be reached from here.
     """
 
     def __init__(
@@ -267,12 +298,16 @@ class EtcdCluster:
         tls: Tls | None = None,
         heartbeat_ms: int = 30,
         prepare: Callable[[Sequence[EtcdMember]], None] | None = None,
+        places: Sequence[Place] = (),
+        around: Callable[..., list[str]] = HERE.around,
     ) -> None:
         timing = ("--heartbeat-interval", str(heartbeat_ms), "--election-timeout", str(10 * heartbeat_ms))
         self._size = size
         self._args = (*timing, *args)
         self.tls = tls
         self._prepare = prepare
+        self._places = tuple(places) or (HERE,) * size
+        self._around = around
         self._folder = Path()
         self.members: list[EtcdMember] = []
 
@@ -280,7 +315,8 @@ class EtcdCluster:
         for attempts_left in (2, 1, 0):
             self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
             self.members = [
-                EtcdMember(f"m{number}", self._folder, self._args, self.tls) for number in range(self._size)
+                EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number])
+                for number in range(self._size)
             ]
             try:
                 if self._prepare is not None:
@@ -342,10 +378,8 @@ class EtcdCluster:
     def leader(self) -> EtcdMember:
         """The member that leads now."""
         for member in self.members:
-            url = f"http://127.0.0.1:{member.metrics_port}/metrics"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as reply:
-                if b"\netcd_server_is_leader 1" in reply.read():
-                    return member
+            if member.leads:
+                return member
         raise EtcdStartError("no member says that it leads")
 
     def followers(self) -> list[EtcdMember]:
@@ -353,9 +387,13 @@ class EtcdCluster:
         leader = self.leader()
         return [member for member in self.members if member is not leader]
 
+    def client(self, *args: str, endpoint: str | None = None) -> list[str]:
+        """The command line of an `etcdctl` that reaches the members, without credentials."""
+        return self._around("etcdctl", "--endpoints", endpoint or ",".join(self.endpoints), *args)
+
     def ctl(self, *args: str, endpoint: str | None = None, user: str | None = None) -> str:
         """Run `etcdctl` (API 3) and return what it printed; `user` is `name:password`."""
-        argv = ["etcdctl", "--endpoints", endpoint or ",".join(self.endpoints)]
+        argv = self.client(endpoint=endpoint)
         if self.tls is not None:
             argv += ["--cacert", str(self.tls.ca)]
             argv += ["--cert", str(self.tls.client_cert), "--key", str(self.tls.client_key)]
