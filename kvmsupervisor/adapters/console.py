@@ -190,17 +190,19 @@ class Keyboard:
     def connect(self) -> bool:
         """Connect to QEMU, if it listens. Does not wait: QEMU's socket takes a client into its line at once."""
         self.disconnect()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            connection.setblocking(False)
-            connection.connect(str(self._socket_path))
-        except OSError:
-            connection.close()
-            return False
-        self._socket = connection
-        self._ended = threading.Event()
-        # A thread, because our own output may block for long (a stopped terminal), and the guest shall not.
-        threading.Thread(target=self._drain, args=(connection, self._ended), daemon=True).start()
+        ended = threading.Event()
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+            try:
+                connection.setblocking(False)
+                connection.connect(str(self._socket_path))
+            except OSError:
+                return False
+            # A thread, because our own output may block for long (a stopped terminal), and the guest shall not.
+            threading.Thread(target=self._drain, args=(connection, ended), daemon=True).start()
+            # Only now: a signal may raise anywhere in here, and `disconnect` waits for a thread that has to be there.
+            self._socket, self._ended = connection, ended
+            undo.pop_all()
         return True
 
     def disconnect(self) -> None:

@@ -186,3 +186,23 @@ def test_the_end_of_the_connection_wakes(folder: Path) -> None:
         assert not alice.connected
         alice.type(b"x")
         alice.release()
+
+
+@pytest.mark.timeout(20)
+def test_letting_go_after_a_signal_in_the_middle_of_connecting(
+    folder: Path, sit: Sit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: wherever a signal cuts connecting off, letting go waits for nothing that has not begun."""
+
+    def cut_off(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    alice = sit("alice")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "console.sock"))
+        listener.listen(1)
+        monkeypatch.setattr(threading.Thread, "start", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            alice.connect()
+        alice.release()
+        assert not alice.connected
