@@ -29,6 +29,9 @@ ENTER = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 126; shift; done; shift; 
 `tasks`: for one thread that moves itself the kernel spares the lock that `cgroup.procs` makes everybody wait for
 (kernel/cgroup/cgroup.c, cgroup_procs_write_start), and a shell has one thread."""
 
+LIMITED = ("cpu", "memory")
+"""The controllers that homes have limits for."""
+
 REMOVE_ATTEMPTS, REMOVE_PAUSE_S = 5, 0.02
 """The kernel may hold a cgroup for a moment after its last process has ended."""
 
@@ -75,7 +78,8 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
     mounts = _mounts((proc / "self/mountinfo").read_text(encoding="utf-8", errors="replace"))
     found: list[Hierarchy] = []
     inits = cgroups_of(1, proc)
-    for controllers, own in cgroups_of("self", proc).items():
+    mine = cgroups_of("self", proc)
+    for controllers, own in mine.items():
         names = frozenset(controllers.split(",")) - {""}
         top = mounts.get(names)
         if top is None:
@@ -86,12 +90,17 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
                 f"the host's cgroup hierarchy {controllers or 'v2'} is not mounted here as a whole; run the container "
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
+        hierarchy = Hierarchy(top=top, controllers=names)
+        if hierarchy.unified and own == "/" and any(mine) and not any(map(hierarchy.has, LIMITED)):
+            # v2's tree beside v1's, and we are in its root: no container's cgroup to leave, and v1 has what is limited.
+            # To enter a home there would take each start 6 to 16 ms, in which `cgroup.procs` waits for all processors.
+            continue
         if not os.access(top, os.W_OK):
             raise Impossible(
                 f"{top} cannot be written to; it takes root, and a container's own is read-only: run it with "
                 "-v /sys/fs/cgroup:/sys/fs/cgroup"
             )
-        found.append(Hierarchy(top=top, controllers=names))
+        found.append(hierarchy)
     if not found:
         raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
     return tuple(found)
