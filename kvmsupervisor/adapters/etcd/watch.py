@@ -195,9 +195,9 @@ class _Stream:
 
     def __init__(self, caller: Caller, endpoint: Endpoint, metadata: Metadata) -> None:
         self._call = endpoint.watch.Watch(metadata=metadata)
-        self._stay = caller.endpoints.on_left(endpoint, self._call.cancel)
         self._reading: asyncio.Task[Any] | None = None
         self._writing: asyncio.Task[Any] | None = None
+        self._stay = caller.endpoints.on_left(endpoint, self._give_up)
 
     async def __aenter__(self) -> Self:
         return self
@@ -206,12 +206,23 @@ class _Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stay()
-        self._call.cancel()
-        if left := [task for task in (self._reading, self._writing) if task is not None]:
+        if left := self._give_up():
             await asyncio.wait(left)
             for task in left:
                 if not task.cancelled():
                     task.exception()  # nobody's any more
+
+    def _give_up(self) -> list[asyncio.Task[Any]]:
+        """End the stream; return what was going on in it, which ends, too.
+
+        gRPC forgets a write that waits for the stream's beginning when the stream is cancelled before that
+        (grpc/aio/_call.py: nobody sets `_metadata_sent` any more), so tasks are cancelled as well as the call.
+        """
+        self._call.cancel()
+        left = [task for task in (self._reading, self._writing) if task is not None]
+        for task in left:
+            task.cancel()
+        return left
 
     async def write(self, message: Any) -> None:
         """Send one message.

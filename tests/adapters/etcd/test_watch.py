@@ -360,3 +360,20 @@ async def test_leaving_a_watch_ends_its_stream() -> None:
             assert await revisions(watch, 1) == [[10]]
         async with asyncio.timeout(SOON_S):
             await ended.wait()
+
+
+@pytest.mark.timeout(60)
+async def test_a_watch_can_be_left_at_any_step_of_its_beginning() -> None:
+    """Law: however little of its stream there is, its end does not wait for a beginning that never comes."""
+
+    async def serving(stream: Stream) -> None:
+        await stream.accept(revision=20)
+        await stream.silence()
+
+    async with ScriptedEtcd(serving).running() as server, client([server.url]) as etcd:
+        await etcd.get("/a")
+        for turns in range(40):
+            async with asyncio.timeout(SOON_S):
+                async with etcd.watch("/", 10):
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
