@@ -214,20 +214,27 @@ def test_v1_and_hybrid_mounts_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "controllers", "expected"),
-    [("/", "hugetlb", False), ("/docker/1234", "hugetlb", True), ("/", "hugetlb memory", True)],
-    ids=["its root", "a container", "with what is limited"],
+    ("own", "v2_has", "expected"),
+    [
+        ("/", "hugetlb", {"memory"}),
+        ("/", "hugetlb cpu", {"memory", "v2"}),
+        ("/docker/1234", "hugetlb", {"memory", "devices", "v2"}),
+    ],
+    ids=["root", "root with limits", "container"],
 )
-def test_v2_beside_v1_is_entered_for_a_reason(tmp_path: Path, own: str, controllers: str, expected: bool) -> None:
-    """Law: a home there is for leaving a container, or for limits; from its bare root there is nothing to leave."""
-    for name in ("v1", "v2"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "v2/cgroup.controllers").write_text(f"{controllers}\n")
-    mountinfo = (
-        f"30 25 0:26 / {tmp_path}/v1 rw - cgroup cgroup rw,memory\n31 25 0:27 / {tmp_path}/v2 rw - cgroup2 cgroup2 rw\n"
-    )
-    proc = proc_of(tmp_path, mountinfo, f"1:memory:/\n0::{own}\n")
-    assert [one.unified for one in find_hierarchies(proc)] == [False, *([True] if expected else [])]
+def test_a_hierarchy_is_entered_for_a_reason(tmp_path: Path, own: str, v2_has: str, expected: set[str]) -> None:
+    """Law: a home is for leaving a container, or for limits; in a root without limits there is neither."""
+    tops = {name: tmp_path / name for name in ("memory", "devices", "v2")}
+    for top in tops.values():
+        top.mkdir()
+    (tops["v2"] / "cgroup.controllers").write_text(f"{v2_has}\n")
+    mountinfo = f"""\
+30 25 0:26 / {tops["memory"]} rw - cgroup cgroup rw,memory
+31 25 0:27 / {tops["devices"]} rw - cgroup cgroup rw,devices
+32 25 0:28 / {tops["v2"]} rw - cgroup2 cgroup2 rw
+"""
+    proc = proc_of(tmp_path, mountinfo, f"2:memory:{own}\n1:devices:{own}\n0::{own}\n", "1:devices:/\n")
+    assert {one.top.name for one in find_hierarchies(proc)} == expected
     # Where it is the only one, it is the one to have.
     (proc / "self/cgroup").write_text(f"0::{own}\n")
     assert [one.unified for one in find_hierarchies(proc)] == [True]

@@ -1,7 +1,8 @@
 """Homes in the host's cgroup tree itself: v2, v1 with all its hierarchies, and the two side by side.
 
-One folder for all in each hierarchy, in it one for each process. A process is moved in all of them: a container runtime
-looks at one only (on v1 the `devices` hierarchy) when it kills a container's processes, but which one is its affair.
+One folder for all in each hierarchy, in it one for each process. A process is moved in all of them in which there is a
+container's cgroup to leave: a runtime looks at one only (on v1 the `devices` hierarchy) when it kills a container's
+processes, but which one is its affair.
 
 Sources: kernel, Documentation/admin-guide/cgroup-v1 and cgroup-v2; cgroups(7); proc_pid_mountinfo(5).
 """
@@ -70,16 +71,18 @@ class Hierarchy:
 
 
 def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
-    """All hierarchies that this process is in, at the places where they are mounted.
+    """All hierarchies that matter to homes, at the places where they are mounted.
+
+    Those are where this process is in a cgroup, a container's maybe, and those that have the limits.
 
     Raises:
         Impossible: one is not mounted as a whole, or cannot be written to.
     """
     mounts = _mounts((proc / "self/mountinfo").read_text(encoding="utf-8", errors="replace"))
     found: list[Hierarchy] = []
+    bare: list[Hierarchy] = []
     inits = cgroups_of(1, proc)
-    mine = cgroups_of("self", proc)
-    for controllers, own in mine.items():
+    for controllers, own in cgroups_of("self", proc).items():
         names = frozenset(controllers.split(",")) - {""}
         top = mounts.get(names)
         if top is None:
@@ -91,9 +94,11 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
         hierarchy = Hierarchy(top=top, controllers=names)
-        if hierarchy.unified and own == "/" and any(mine) and not any(map(hierarchy.has, LIMITED)):
-            # v2's tree beside v1's, and we are in its root: no container's cgroup to leave, and v1 has what is limited.
-            # To enter a home there would take each start 6 to 16 ms, in which `cgroup.procs` waits for all processors.
+        if own == "/" and not any(map(hierarchy.has, LIMITED)):
+            # We are in its root: no container's cgroup to leave, and nothing that is limited. Each home is half a
+            # millisecond of a start; in v2's tree beside v1's it is 6 to 16 ms, in which `cgroup.procs` waits for all
+            # processors.
+            bare.append(hierarchy)
             continue
         if not os.access(top, os.W_OK):
             raise Impossible(
@@ -101,6 +106,7 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
                 "-v /sys/fs/cgroup:/sys/fs/cgroup"
             )
         found.append(hierarchy)
+    found = found or bare
     if not found:
         raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
     return tuple(found)
