@@ -1,4 +1,4 @@
-"""The guard outlives its supervisor's container, and is replaced by that of the next version (law 7)."""
+"""The guard outlives its supervisor's container, and serves the next one (law 7)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def wait_guarded(box: Boxed) -> None:
 
 
 def test_a_guard_and_its_container(docker: Docker, boxes: Boxes, keys: Keys, guest: Guest) -> None:
-    """Law 7: removed with force and replaced in time, nothing is killed, and the new version's guard takes over.
+    """Law 7: removed with force and replaced in time, nothing is killed, and the guard is the next supervisor's.
 
     Not replaced in time, the guard kills what cannot be fenced; the next supervisor says so.
     """
@@ -38,9 +38,9 @@ def test_a_guard_and_its_container(docker: Docker, boxes: Boxes, keys: Keys, gue
     assert box.guard == guard
     box.replace(docker.build_version("2"))
     box.adopted(1)
-    box.wait_guard(but=guard)
     wait_guarded(box)
-    assert box.events("guard.started")[-1]["replaces"] == guard
+    # The image differs, the program does not: `tests/test_guarding.py` has guards of another release.
+    assert box.events("guard.found")[-1]["pid"] == box.guard == guard
     assert box.qemus() == [qemu]
     box.end("stop", "--time=15")
     box.settings["KVM_SESSION_TTL"] = "5"
