@@ -79,37 +79,31 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
         Impossible: one is not mounted as a whole, or cannot be written to.
     """
     mounts = _mounts((proc / "self/mountinfo").read_text(encoding="utf-8", errors="replace"))
-    found: list[Hierarchy] = []
-    bare: list[Hierarchy] = []
+    found: dict[Hierarchy, str] = {}
     inits = cgroups_of(1, proc)
     for controllers, own in cgroups_of("self", proc).items():
         names = frozenset(controllers.split(",")) - {""}
         top = mounts.get(names)
-        if top is None:
-            if own == inits.get(controllers):
-                # A hierarchy that nobody uses: the kernel names v2's, and v1's that were once used, even so.
-                continue
+        if top is not None:
+            found[Hierarchy(top=top, controllers=names)] = own
+        elif own != inits.get(controllers):
+            # One that nobody uses is no loss: the kernel names v2's, and v1's that were once used, even so.
             raise Impossible(
                 f"the host's cgroup hierarchy {controllers or 'v2'} is not mounted here as a whole; run the container "
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
-        hierarchy = Hierarchy(top=top, controllers=names)
-        if own == "/" and not any(map(hierarchy.has, LIMITED)):
-            # We are in its root: no container's cgroup to leave, and nothing that is limited. Each home is half a
-            # millisecond of a start; in v2's tree beside v1's it is 6 to 16 ms, in which `cgroup.procs` waits for all
-            # processors.
-            bare.append(hierarchy)
-            continue
-        if not os.access(top, os.W_OK):
+    # In a root there is no container's cgroup to leave. Each home is half a millisecond of a start; in v2's tree beside
+    # v1's it is 6 to 16 ms, in which `cgroup.procs` waits for all processors.
+    needed = [one for one, own in found.items() if own != "/" or any(map(one.has, LIMITED))] or list(found)
+    if not needed:
+        raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
+    for one in needed:
+        if not os.access(one.top, os.W_OK):
             raise Impossible(
-                f"{top} cannot be written to; it takes root, and a container's own is read-only: run it with "
+                f"{one.top} cannot be written to; it takes root, and a container's own is read-only: run it with "
                 "-v /sys/fs/cgroup:/sys/fs/cgroup"
             )
-        found.append(hierarchy)
-    found = found or bare
-    if not found:
-        raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
-    return tuple(found)
+    return tuple(needed)
 
 
 def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
