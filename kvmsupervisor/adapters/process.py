@@ -81,7 +81,8 @@ class Process:
         """SIGTERM; returns when it has ended, or after `TERM_S`."""
         self.signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.ended.wait(), TERM_S)
+            async with asyncio.timeout(TERM_S):
+                await self.ended.wait()
 
     def close(self) -> None:
         """Stop watching it. The process goes on."""
