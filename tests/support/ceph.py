@@ -25,6 +25,7 @@ from typing import Self
 
 import pytest
 
+from tests.support.again import start_again
 from tests.support.etcd import _reaper, free_port
 from tests.support.place import HERE, Place
 
@@ -102,24 +103,19 @@ class Ceph:
         self._frozen: set[str] = set()
 
     def __enter__(self) -> Self:
-        for attempts_left in (2, 1, 0):
-            self.folder = Path(tempfile.mkdtemp(prefix="kvs"))
-            try:
-                self._start()
-            except CephError as error:
-                # Between asking for a free port and taking it, another test may have taken it.
-                self.close()
-                if not attempts_left or "unable to bind" not in str(error):
-                    raise
-            except BaseException:
-                self.close()
-                raise
-            else:
-                break
+        start_again(
+            prepare=self._make_folder,
+            start=self._start,
+            close=self.close,
+            lost=lambda error: isinstance(error, CephError) and "unable to bind" in str(error),
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _make_folder(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="kvs"))
 
     # --- where things are -------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from typing import Self
 
 import pytest
 
+from tests.support.again import start_again
 from tests.support.place import HERE, Place
 
 READY_S = 30.0
@@ -312,33 +313,31 @@ class EtcdCluster:
         self.members: list[EtcdMember] = []
 
     def __enter__(self) -> Self:
-        for attempts_left in (2, 1, 0):
-            self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
-            self.members = [
-                EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number])
-                for number in range(self._size)
-            ]
-            try:
-                if self._prepare is not None:
-                    self._prepare(self.members)
-                for member in self.members:
-                    member.join(self.members)
-                self.start()
-                self.wait_ready()
-            except EtcdStartError as error:
-                # Between asking for a free port and taking it, another test may have taken it.
-                self.close()
-                if not attempts_left or "address already in use" not in str(error):
-                    raise
-            except BaseException:
-                self.close()
-                raise
-            else:
-                break
+        start_again(
+            prepare=self._lay_out,
+            start=self._begin,
+            close=self.close,
+            lost=lambda error: isinstance(error, EtcdStartError) and "address already in use" in str(error),
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _lay_out(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
+        self.members = [
+            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number])
+            for number in range(self._size)
+        ]
+
+    def _begin(self) -> None:
+        if self._prepare is not None:
+            self._prepare(self.members)
+        for member in self.members:
+            member.join(self.members)
+        self.start()
+        self.wait_ready()
 
     def close(self) -> None:
         """End every member and delete their data."""
