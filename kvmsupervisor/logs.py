@@ -201,8 +201,8 @@ def configure(
 ) -> Logs:
     """Set up logging for the whole process: structlog, and the standard library's for what others log.
 
-    Others (asyncio, qemu.qmp, grpc, Python's warnings) are heard from WARNING on. Starts a thread,
-    so call it after the last fork.
+    Others (asyncio, grpc, Python's warnings) are heard from WARNING on. Starts a thread, so call it after the last
+    fork.
 
     Args:
         level: from which severity on our own events are written.

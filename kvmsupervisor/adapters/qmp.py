@@ -1,29 +1,24 @@
-"""One QMP connection to one QEMU. Wraps `qemu.qmp`, whose errors and states stay in here.
+"""One QMP connection to one QEMU: a client of the protocol, as much of it as a supervisor needs.
 
 Source: QEMU Machine Protocol specification (qemu.org, docs/interop/qmp-spec): a server serves one client per socket,
-greets at once, and may answer the first command long after, or never, when the devices fail.
+greets at once, may answer the first command long after, or never, when the devices fail, ends each message by CR LF,
+and says of every answer, by its id, to which command it is one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import itertools
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
-from qemu.qmp.error import ProtocolError
+MESSAGE_LIMIT = 10 << 20
+"""Bytes that one message may have. A hundred disks tell of themselves in some 100 KB."""
 
-# It logs as errors what is raised here as well, and told by whoever knows what it means.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
-
-CLOSE_S = 2.0
-"""How long a disconnect may take. A frozen QEMU reads nothing; the socket is dropped all the same."""
-
-
-ENDS = (QMPError, OSError, EOFError, ValueError, TypeError, RecursionError)
-"""What a connection ends with: that of the socket, or what reading nonsense (no UTF-8, too long, too deep) raised."""
+UNREAD_LIMIT = 4096
+"""Bytes that may wait for a QEMU that reads nothing, beyond what the kernel keeps for it. A command has a hundred."""
 
 Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
 """Runs a QMP command; None when it was not done."""
@@ -45,28 +40,6 @@ class MonitorRefused(MonitorError):
     """QEMU understood and refuses; the message holds its words. Do not repeat it unchanged."""
 
 
-class _Sink(EventListener):
-    """Hands each event on at once, in order, before the end of the connection is told."""
-
-    def __init__(self, on_event: Callable[[str, Mapping[str, Any]], None]) -> None:
-        super().__init__()
-        self._on_event = on_event
-
-    async def put(self, event: Message) -> None:
-        data = event.get("data")
-        self._on_event(str(event["event"]), data if isinstance(data, dict) else {})
-
-
-class _Client(QMPClient):
-    """Without the debugging log, for which each message would be written out once more, whether it is kept or not."""
-
-    def _cb_outbound(self, msg: Message) -> Message:
-        return msg
-
-    def _cb_inbound(self, msg: Message) -> Message:
-        return msg
-
-
 class Monitor:
     """An established connection; made by `connect`.
 
@@ -74,11 +47,8 @@ class Monitor:
     the last event. Both run in the event loop and must not block.
     """
 
-    def __init__(self, client: QMPClient, on_lost: Callable[[], None]) -> None:
-        self._client = client
-        self._on_lost = on_lost
-        self._ended = asyncio.Event()
-        self._keeper = asyncio.create_task(self._keep())
+    def __init__(self, talk: _Talk) -> None:
+        self._talk = talk
 
     @classmethod
     async def connect(
@@ -95,16 +65,22 @@ class Monitor:
             MonitorLost: nobody listens, or the connection ended at once.
             MonitorSilent: somebody listens and says nothing for `timeout_s` seconds.
         """
-        client = _Client()
-        client.register_listener(_Sink(on_event))
+        talk = _Talk(on_event)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.connect(path)
-        except TimeoutError as error:
-            raise MonitorSilent(f"QEMU did not greet on {path} within {timeout_s:g} s") from error
-        except (QMPError, OSError, EOFError) as error:
-            raise MonitorLost(f"cannot connect to QMP at {path}: {error}") from error
-        return cls(client, on_lost)
+                await asyncio.get_running_loop().create_unix_connection(lambda: talk, path)
+                await talk.greeted
+                await talk.ask("qmp_capabilities", None)
+        except BaseException as error:
+            await talk.end()
+            if isinstance(error, TimeoutError):
+                raise MonitorSilent(f"QEMU did not greet on {path} within {timeout_s:g} s") from error
+            if isinstance(error, OSError | MonitorError):
+                raise MonitorLost(f"cannot connect to QMP at {path}: {error}") from error
+            raise
+        # Not before: who was never connected is not told that it is no more.
+        talk.on_lost = on_lost
+        return cls(talk)
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 5.0
@@ -113,46 +89,156 @@ class Monitor:
 
         Raises:
             MonitorRefused: QEMU says no.
-            MonitorSilent: no answer within `timeout_s` seconds.
+            MonitorSilent: no answer within `timeout_s` seconds, or it has not read so many earlier commands that this
+                one was not sent.
             MonitorLost: the connection ended first.
         """
-        if self._client.runstate is not Runstate.RUNNING:
-            raise MonitorLost(f"no QMP connection for {command}")
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._client.execute(command, dict(arguments) if arguments else None)
+                return await self._talk.ask(command, arguments)
         except TimeoutError as error:
             raise MonitorSilent(f"QEMU did not answer {command} within {timeout_s:g} s") from error
-        except ExecuteError as error:
-            raise MonitorRefused(f"QEMU refuses {command}: {error.error.error.desc}") from error
-        except (ExecInterruptedError, QMPError, ProtocolError, OSError, EOFError) as error:
-            raise MonitorLost(f"QMP connection ended during {command}: {error}") from error
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until the connection has ended and its last event was handed on, at most `timeout_s` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._ended.wait()
+                await self._talk.ended.wait()
 
     async def close(self) -> None:
         """End the connection; `on_lost` is not called. QEMU goes on and takes the next client."""
-        self._on_lost = lambda: None
-        self._keeper.cancel()
-        # Not awaited itself: its cancellation is not ours.
-        await asyncio.wait([self._keeper])
-        await self._disconnect()
+        self._talk.on_lost = None
+        await self._talk.end()
 
-    async def _keep(self) -> None:
-        while self._client.runstate is Runstate.RUNNING:
-            await self._client.runstate_changed()
-        await self._disconnect()
-        self._ended.set()
-        self._on_lost()
 
-    async def _disconnect(self) -> None:
-        if self._client.runstate is Runstate.IDLE:
-            return
-        # How it ended does not matter here: the caller learns what matters from the process.
-        with contextlib.suppress(*ENDS):
-            async with asyncio.timeout(CLOSE_S):
-                await self._client.disconnect()
+class _Talk(asyncio.Protocol):
+    """Reads and writes messages, and joins answers to questions.
+
+    Attributes:
+        greeted: done when QEMU has greeted.
+        ended: set when nothing more will come.
+        on_lost: called when it has ended, unless None.
+    """
+
+    def __init__(self, on_event: Callable[[str, Mapping[str, Any]], None]) -> None:
+        self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+        self.on_lost: Callable[[], None] | None = None
+        self._on_event = on_event
+        self._transport: asyncio.Transport | None = None
+        self._heard = bytearray()
+        self._waiting: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._ids = itertools.count(1)
+        self._unread = False
+        self._fault: str | None = None
+
+    # --- for the monitor --------------------------------------------------------------------------------------
+
+    async def ask(self, command: str, arguments: Mapping[str, object] | None) -> Any:
+        """Send a command, wait for its answer for as long as the caller lets it.
+
+        Raises:
+            MonitorRefused, MonitorSilent, MonitorLost: see `Monitor.execute`.
+        """
+        if self._transport is None or self._transport.is_closing():
+            raise MonitorLost(f"no QMP connection for {command}")
+        if self._unread:
+            raise MonitorSilent(f"QEMU does not read what it is asked: {command} was not sent")
+        number = next(self._ids)
+        message: dict[str, object] = {"execute": command, "id": number}
+        if arguments:
+            message["arguments"] = dict(arguments)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (command, answer)
+        try:
+            self._transport.write(json.dumps(message).encode())
+            return await answer
+        finally:
+            # An answer that comes later is nobody's.
+            del self._waiting[number]
+
+    async def end(self) -> None:
+        """Drop the connection; returns when it is gone. What QEMU has not read by now it need not read."""
+        self.greeted.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+            await self.ended.wait()
+
+    # --- for the event loop -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_write_buffer_limits(high=UNREAD_LIMIT)
+        self._transport = transport
+
+    def pause_writing(self) -> None:
+        self._unread = True
+
+    def resume_writing(self) -> None:
+        self._unread = False
+
+    def data_received(self, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = bytes(self._heard) + lines[0]
+            self._heard.clear()
+        self._heard += rest
+        try:
+            for line in lines:
+                self._take(_parsed(line))
+        except _Nonsense as error:
+            self._break(f"what came is not QMP: {error}")
+        if len(self._heard) > MESSAGE_LIMIT:
+            self._break(f"a message of more than {MESSAGE_LIMIT} bytes")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = self._fault or (str(exc) if exc else "the other side hung up")
+        if not self.greeted.done():
+            self.greeted.set_exception(MonitorLost(why))
+        for command, answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(MonitorLost(f"QMP connection ended during {command}: {why}"))
+        self.ended.set()
+        if self.on_lost is not None:
+            self.on_lost()
+
+    def _break(self, why: str) -> None:
+        assert self._transport is not None
+        self._fault = why
+        self._transport.abort()
+
+    def _take(self, message: object) -> None:
+        match message:
+            case {"QMP": _}:
+                if not self.greeted.done():
+                    self.greeted.set_result(None)
+            case {"event": str(name), "data": dict(data)}:
+                self._on_event(name, data)
+            case {"event": str(name)}:
+                self._on_event(name, {})
+            case {"return": result, "id": int(number)}:
+                if (answer := self._awaited(number)) is not None:
+                    answer.set_result(result)
+            case {"error": {"desc": str(words)}, "id": int(number)}:
+                if (answer := self._awaited(number)) is not None:
+                    command, _ = self._waiting[number]
+                    answer.set_exception(MonitorRefused(f"QEMU refuses {command}: {words}"))
+            case _:
+                raise _Nonsense("neither a greeting nor an event nor an answer")
+
+    def _awaited(self, number: int) -> asyncio.Future[Any] | None:
+        """Who waits for that answer; None when nobody does any more."""
+        _, answer = self._waiting.get(number, ("", None))
+        return None if answer is None or answer.done() else answer
+
+
+class _Nonsense(Exception):
+    """With somebody who says this there is nothing to agree on."""
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        found: object = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise _Nonsense(str(error)) from error
+    return found

@@ -172,6 +172,38 @@ async def test_silence_is_no_loss(server: Server, told: Told) -> None:
     assert told.all == []
 
 
+async def test_a_peer_that_reads_nothing_is_not_written_to_for_ever(folder: Path, told: Told) -> None:
+    """Law: what waits for a frozen QEMU is bounded; it is silent, at once then, and heard again when it reads."""
+    thawed = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(json.dumps(GREETING).encode() + b"\n")
+        await reader.readuntil(b"}")
+        writer.write(b'{"return": {}, "id": 1}\n')
+        await thawed.wait()
+        while await reader.read(1 << 20):
+            # Answers to nobody: the one that waits will be of a command that was sent after the thaw.
+            writer.write(b"".join(b'{"return": {}, "id": %d}\n' % number for number in range(2, 40)))
+        writer.close()
+
+    path = str(folder / "qmp.sock")
+    async with await asyncio.start_unix_server(serve, path, limit=64), connected(path, told) as monitor:
+        for _ in range(20):
+            with pytest.raises(MonitorSilent) as caught:
+                await monitor.execute("x" * 100_000, timeout_s=SHORT_S)
+            if "was not sent" in str(caught.value):
+                break
+        assert "was not sent" in str(caught.value)
+        thawed.set()
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                with contextlib.suppress(MonitorSilent):
+                    await monitor.execute("query-status", timeout_s=SHORT_S)
+                    break
+                await asyncio.sleep(0.005)
+    assert told.all == []
+
+
 async def test_a_connection_lost_in_the_middle_of_a_command(server: Server, told: Told) -> None:
     """Law: what became of the command is not known, and the loss is told once."""
     server.answer = Server.hang_up

@@ -14,6 +14,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,16 @@ class Terminal:
             assert time.monotonic() < deadline, self.seen
             assert self._read(), f"it ended without saying {words!r}: {self.seen!r}"
         return self.seen
+
+    def wait_asleep(self) -> None:
+        """Wait until it waits for what is typed.
+
+        Python shows its prompt before that, and what interrupts it in between is heard with the next key only.
+        """
+        deadline = time.monotonic() + DEADLINE_S
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+            assert time.monotonic() < deadline, self.seen
+            time.sleep(0.001)
 
     def type(self, text: str) -> None:
         """Type."""
@@ -136,6 +147,7 @@ def test_ctrl_c_at_a_question_exits_130(on_terminal: Start, etcd_server: EtcdSer
     """Interrupted while asked: exit code 130, nothing removed."""
     with on_terminal("delete", "1") as asked:
         asked.read_until("[y/N]")
+        asked.wait_asleep()
         asked.process.send_signal(signal.SIGINT)
         assert asked.end() == 130
     assert "Traceback" not in asked.seen
