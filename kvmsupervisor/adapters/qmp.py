@@ -78,6 +78,8 @@ class Monitor:
             if isinstance(error, OSError | MonitorError):
                 raise MonitorLost(f"cannot connect to QMP at {path}: {error}") from error
             raise
+        if talk.ended.is_set():
+            raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
         # Not before: who was never connected is not told that it is no more.
         talk.on_lost = on_lost
         return cls(talk)
