@@ -231,7 +231,8 @@ class EtcdMember:
         if not self.place.is_here:
             asked = self._ctl("endpoint", "status", "--write-out", "json")
             (found,) = json.loads(asked.stdout) if asked.returncode == 0 and asked.stdout.strip() else [None]
-            return found is not None and found["Status"]["leader"] == found["Status"]["header"]["member_id"]
+            # While they elect one it names none.
+            return found is not None and found["Status"].get("leader") == found["Status"]["header"]["member_id"]
         url = f"http://{self.place.address}:{self.metrics_port}/metrics"
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2) as reply:
             return b"\netcd_server_is_leader 1" in reply.read()
