@@ -254,10 +254,11 @@ def _read_file(url: SplitResult, rules: _Rules) -> bytes:
     try:
         # With O_PATH nothing is opened yet: what it is can be told without waking a device or waiting for a pipe.
         named = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise FetchFailed(
-            f"the file cannot be opened ({error.strerror if isinstance(error, OSError) else error})"
-        ) from error
+    except OSError as error:
+        raise FetchFailed(f"the file cannot be opened ({error.strerror})") from error
+    except ValueError as error:
+        # Told by ourselves: Python's words for it change with its version.
+        raise FetchFailed("the file cannot be opened (embedded null byte)") from error
     try:
         itself = Path(f"/proc/self/fd/{named}")
         if not itself.readlink().is_relative_to(os.path.realpath(rules.file_root)):

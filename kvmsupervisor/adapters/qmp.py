@@ -71,17 +71,17 @@ class Monitor:
                 await asyncio.get_running_loop().create_unix_connection(lambda: talk, path)
                 await talk.greeted
                 await talk.ask("qmp_capabilities", None)
-        except BaseException as error:
-            await talk.end()
-            if isinstance(error, TimeoutError):
-                raise MonitorSilent(f"QEMU did not greet on {path} within {timeout_s:g} s") from error
-            if isinstance(error, OSError | MonitorError):
-                raise MonitorLost(f"cannot connect to QMP at {path}: {error}") from error
-            raise
-        if talk.ended.is_set():
-            raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
-        # Not before: who was never connected is not told that it is no more.
-        talk.on_lost = on_lost
+            if talk.ended.is_set():
+                raise MonitorLost("the other side hung up")
+            # Not before: who was never connected is not told that it is no more.
+            talk.on_lost = on_lost
+        except TimeoutError as error:
+            raise MonitorSilent(f"QEMU did not greet on {path} within {timeout_s:g} s") from error
+        except (OSError, MonitorError) as error:
+            raise MonitorLost(f"cannot connect to QMP at {path}: {error}") from error
+        finally:
+            if talk.on_lost is None:
+                await talk.end()
         return cls(talk)
 
     async def execute(
@@ -129,7 +129,7 @@ class _Talk(asyncio.Protocol):
         self._on_event = on_event
         self._transport: asyncio.Transport | None = None
         self._heard = bytearray()
-        self._waiting: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._waiting: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
         self._ids = itertools.count(1)
         self._unread = False
         self._fault: str | None = None
@@ -150,14 +150,18 @@ class _Talk(asyncio.Protocol):
         message: dict[str, object] = {"execute": command, "id": number}
         if arguments:
             message["arguments"] = dict(arguments)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (command, answer)
+        self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._transport.write(json.dumps(message).encode())
-            return await answer
+            answer = await self._waiting[number]
+        except _Ended as end:
+            raise MonitorLost(f"QMP connection ended during {command}: {end}") from end
         finally:
             # An answer that comes later is nobody's.
             del self._waiting[number]
+        if "error" in answer:
+            raise MonitorRefused(f"QEMU refuses {command}: {answer['error']['desc']}")
+        return answer["return"]
 
     async def end(self) -> None:
         """Drop the connection; returns when it is gone. What QEMU has not read by now it need not read."""
@@ -197,9 +201,9 @@ class _Talk(asyncio.Protocol):
         why = self._fault or (str(exc) if exc else "the other side hung up")
         if not self.greeted.done():
             self.greeted.set_exception(MonitorLost(why))
-        for command, answer in self._waiting.values():
+        for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(MonitorLost(f"QMP connection ended during {command}: {why}"))
+                answer.set_exception(_Ended(why))
         self.ended.set()
         if self.on_lost is not None:
             self.on_lost()
@@ -209,7 +213,7 @@ class _Talk(asyncio.Protocol):
         self._fault = why
         self._transport.abort()
 
-    def _take(self, message: object) -> None:
+    def _take(self, message: Any) -> None:
         match message:
             case {"QMP": _}:
                 if not self.greeted.done():
@@ -218,20 +222,16 @@ class _Talk(asyncio.Protocol):
                 self._on_event(name, data)
             case {"event": str(name)}:
                 self._on_event(name, {})
-            case {"return": result, "id": int(number)}:
-                if (answer := self._awaited(number)) is not None:
-                    answer.set_result(result)
-            case {"error": {"desc": str(words)}, "id": int(number)}:
-                if (answer := self._awaited(number)) is not None:
-                    command, _ = self._waiting[number]
-                    answer.set_exception(MonitorRefused(f"QEMU refuses {command}: {words}"))
+            case {"return": _, "id": int(number)} | {"error": {"desc": str()}, "id": int(number)}:
+                answer = self._waiting.get(number)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
             case _:
                 raise _Nonsense("neither a greeting nor an event nor an answer")
 
-    def _awaited(self, number: int) -> asyncio.Future[Any] | None:
-        """Who waits for that answer; None when nobody does any more."""
-        _, answer = self._waiting.get(number, ("", None))
-        return None if answer is None or answer.done() else answer
+
+class _Ended(Exception):
+    """The connection did, before there was an answer; the message says why."""
 
 
 class _Nonsense(Exception):
