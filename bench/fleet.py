@@ -61,7 +61,7 @@ def measure(
         host = rig.host()
         rig.keys.put(host.wish(names))
         colds.append(_cold(host, names))
-        imports.append(_import_s())
+        imports.append(import_s())
         if number == rounds:
             break
         host.wait_phase("running", machines)
@@ -92,7 +92,7 @@ def measure(
     host.clear()
 
 
-def _import_s() -> float:
+def import_s() -> float:
     """Seconds from the start of an interpreter until it has imported what the supervisor does."""
     begun = time.monotonic()
     with beside(IMPORTS):
@@ -256,7 +256,7 @@ def _adoption(rig: Rig, host: Host, names: Sequence[str], times: int) -> Figure:
         host.kill()
         begun = host.start()
         taken.append(host.wait_logged("instance.adopted", len(names)) - begun)
-        imports.append(_import_s())
+        imports.append(import_s())
     after = host.pids()
     kept = before == after and all(psutil.pid_exists(pid) for pid in after.values())
     measured, reference = Sample.of(taken), Sample.of(imports)

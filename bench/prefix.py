@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.figures import Figure, Sample, megabytes, seconds, within
-from bench.fleet import IMPORTS
-from bench.rig import Host, Rig, beside
+from bench.fleet import import_s
+from bench.rig import Host, Rig
 
 
 def measure(rig: Rig, *, instances: int, rounds: int) -> Iterator[Figure]:
@@ -33,9 +33,7 @@ def measure(rig: Rig, *, instances: int, rounds: int) -> Iterator[Figure]:
         peaks.append(_peak(host))
         rests.append(sum(process.memory_full_info().pss for process in host.processes()))
         host.kill()
-        begun = time.monotonic()
-        with beside(IMPORTS):
-            imports.append(time.monotonic() - begun)
+        imports.append(import_s())
     host.clear()
     measured, reference = Sample.of(steps), Sample.of(listings)
     yield Figure(

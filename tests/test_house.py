@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import checkout
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kvmsupervisor"
 LINE_LIMIT = 500
@@ -25,18 +27,10 @@ def modules() -> list[Path]:
 
 def texts() -> Iterator[tuple[str, str]]:
     """Every text file of the project that is not ignored by git: its name, and what it holds."""
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in listed.stdout.decode().split("\0"):
-        path = ROOT / name
-        if name and path.is_file():
-            data = path.read_bytes()
-            if b"\0" not in data:
-                yield name, data.decode()
+    for path in checkout.files():
+        data = (ROOT / path).read_bytes()
+        if b"\0" not in data:
+            yield str(path), data.decode()
 
 
 def broad_excepts(tree: ast.AST) -> Iterator[int]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor import __version__
+from tests.support import checkout
 from tests.support.docker import CERTIFICATES
-from tests.support.nspawn import ROOT, debian_root
+from tests.support.nspawn import debian_root
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 
@@ -51,15 +52,11 @@ done
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel and the sdist, of what git knows of."""
+    """The wheel and the sdist, made of a copy: building leaves folders behind."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    for name in listed.rstrip("\0").split("\0"):
-        if (ROOT / name).exists():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+    for path in checkout.files():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkout.ROOT / path, source / path)
     subprocess.run([sys.executable, "-m", "build", "--quiet", f"--outdir={made}", source], check=True)
     return made
 
