@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import guard_channel
 from kvmsupervisor.guard import IDLE_S, PROTOCOL, STEP_S, Charge, Watch
+from tests.support.freezing import freeze
 
 PROGRAM = Path(__file__).parents[1] / "kvmsupervisor" / "guard.py"
 LIMIT_S = 30.0
@@ -216,7 +217,7 @@ def test_what_was_told_in_time_counts_however_late_it_is_heard(guard: Guard, mac
     """Law 1: a guard that was frozen past the deadline hears first that the session was renewed meanwhile."""
     guard.watch("a", machines[0])
     guard.take(until=(deadline := now() + 0.5))
-    os.kill(guard.process.pid, signal.SIGSTOP)
+    freeze(guard.process.pid)
     socket.send_fds(guard.link, [f"until {LATE}".encode()], [])
     while now() < deadline:
         time.sleep(0.05)
@@ -245,7 +246,7 @@ def test_it_takes_the_place_of_a_frozen_one(guard: Guard, machines: list[Machine
     """Law 8: the next guard watches before the former one ends, which it does in whatever state; one has the lock."""
     guard.watch("a", machines[0])
     guard.take()
-    os.kill(guard.process.pid, signal.SIGSTOP)
+    freeze(guard.process.pid)
     following = Guard(guard.folder, version="2")
     try:
         following.watch("a", machines[0])

@@ -22,6 +22,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.guarding import GuardPost, Unguarded
+from tests.support.freezing import freeze
 
 LIMIT_S = 30.0
 TTL_S = 1000.0
@@ -182,7 +183,7 @@ async def test_a_guard_that_was_frozen_when_its_supervisor_ended(bench: Bench) -
     before = bench.pid
     assert before is not None
     await bench.end_supervisor()
-    os.kill(before, signal.SIGSTOP)
+    freeze(before)
     second = bench.supervisor()
     second.renewed(LATE)
     await bench.watch(second, "a")

@@ -29,6 +29,7 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.spec import Spec, spec_to_object
 from kvmsupervisor.domain.view import NEVER_RAN, Process
 from kvmsupervisor.machine import Machine
+from tests.support.freezing import freeze
 
 LIMIT_S = 15.0
 BOOT = "boot-1"
@@ -265,7 +266,7 @@ async def test_a_qemu_that_never_ran_is_let_close_its_disks(bench: Bench) -> Non
     await machine.bury()
     await bench.up()
     assert machine.pid is not None
-    os.kill(machine.pid, signal.SIGSTOP)
+    freeze(machine.pid)
     await machine.kill("its keys changed")
     assert machine.wait_status.signal == signal.SIGKILL
     await machine.bury()
@@ -455,7 +456,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     await bench.machine.resume()
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     assert bench.machine.pid is not None
-    os.kill(bench.machine.pid, signal.SIGSTOP)
+    freeze(bench.machine.pid)
     await bench.machine.probe()
     since = bench.view.silent_since
     assert since is not None
@@ -471,7 +472,7 @@ async def test_a_frozen_qemu_can_be_adopted_and_killed(bench: Bench, monkeypatch
     """Laws 8 and §4: it is ours by pid and environment; QMP is silent, and what it runs counts as unknown."""
     await bench.up()
     assert bench.machine.pid is not None
-    os.kill(bench.machine.pid, signal.SIGSTOP)
+    freeze(bench.machine.pid)
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     assert await bench.successor()
     await bench.machine.connect()
@@ -487,7 +488,7 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
     """Law 3: from the moment that `cont` is sent, "never ran" is over, until QEMU says so again."""
     await bench.up()
     assert bench.machine.pid is not None
-    os.kill(bench.machine.pid, signal.SIGSTOP)
+    freeze(bench.machine.pid)
     monkeypatch.setattr(module, "ANSWER_S", 0.05)
     assert not await bench.machine.resume()
     assert not bench.machine.never_ran

@@ -40,6 +40,9 @@ ANSWER_S = 10.0
 """How long one call may take. A healthy cluster answers `rbd` in 0.05 s and `ceph` in 0.3 to 1 s (a change waits for
 the monitors' next proposal, `paxos_propose_interval`); one that is electing a monitor needs some seconds."""
 
+MONITORS_S = 3.0
+"""How long the monitors alone may take, when the OSDs have not answered: it only makes that message better."""
+
 IMPORT_S = 60.0
 """How long it may take to write a small image, onto disks that are busy recovering."""
 
@@ -65,6 +68,10 @@ class CephError(Exception):
 
 class CephAway(CephError):
     """The cluster does not answer: wait and ask again."""
+
+
+class _NoAnswerInTime(CephAway):
+    """The tool was killed at its deadline, having said nothing."""
 
 
 class CephRefused(CephError):
@@ -253,7 +260,7 @@ class Ceph:
     async def _keyring_paths(self) -> tuple[str, ...]:
         names = ("--name", self.access.entity, "--show-config-value", "keyring")
         conf = () if self.access.conf is None else ("--conf", self.access.conf)
-        answer, _ = await self._execute("ceph-conf", *conf, *names)
+        answer, _ = await self._execute("ceph-conf", *conf, *names, limit_s=self._answer_s)
         return keyring_paths(answer.decode(errors="replace"))
 
     # --- running tools ----------------------------------------------------------------------------------------
@@ -271,11 +278,26 @@ class Ceph:
             who += ["--conf", access.conf]
         if access.keyring is not None:
             who += ["--keyring", access.keyring]
-        return await self._execute(program, *args, *who, limit_s=limit_s)
+        try:
+            return await self._execute(program, *args, *who, limit_s=max(limit_s or 0.0, self._answer_s))
+        except _NoAnswerInTime as silence:
+            # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
+            if program == "rbd" and await self._monitors_answer(who):
+                raise CephAway(
+                    f"{silence}, though its monitors do: no OSD does, or {access.entity} has no capability for OSDs; "
+                    "see docs/ceph.md"
+                ) from silence
+            raise
 
-    async def _execute(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
+    async def _monitors_answer(self, who: Iterable[str]) -> bool:
+        try:
+            await self._execute("ceph", "osd", "stat", *who, limit_s=min(MONITORS_S, self._answer_s))
+        except CephError:
+            return False
+        return True
+
+    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        limit_s = self._answer_s if limit_s is None else max(limit_s, self._answer_s)
         shown = _shown(program, args)
         try:
             tool = await asyncio.create_subprocess_exec(
@@ -292,7 +314,7 @@ class Ceph:
             async with asyncio.timeout(limit_s):
                 answer, complaints = await tool.communicate()
         except TimeoutError:
-            raise CephAway(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
+            raise _NoAnswerInTime(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
         finally:
             if tool.returncode is None:
                 # It may have ended in this very moment.

@@ -268,7 +268,7 @@ async def test_a_client_that_cannot_be(ceph: Cluster, image: RbdDisk, tmp_path: 
     """Law: no keyring, a wrong key, too few capabilities, no ceph.conf: an operator has to mend it, and reads what."""
     key = "AQB+FgZrUhUVKRAA/0QT+i4tqGb/QTOa0U8Ddg=="
     (tmp_path / "wrong").write_text(f"[client.vm]\n\tkey = {key}\n")
-    ceph.new_client("weak", {"mon": "allow r"})
+    ceph.new_client("weak", {"mon": "allow r", "osd": "profile rbd pool=another"})
     conf = str(ceph.conf)
     for who, why in (
         (CephAccess(user="nobody", conf=conf), r"client\.nobody \(its keyring is not there"),
@@ -282,6 +282,23 @@ async def test_a_client_that_cannot_be(ceph: Cluster, image: RbdDisk, tmp_path: 
         with pytest.raises(CephRefused, match=why):
             await Ceph(who).blocklist_add([NOBODY])
     assert NOBODY not in ceph.blocklist()
+
+
+async def test_a_client_without_any_capability_for_osds(ceph: Cluster, image: RbdDisk) -> None:
+    """Law: Ceph 16 refuses it, Ceph 18 never answers it; an operator reads of the capability either way."""
+    ceph.new_client("shut-out", {"mon": "allow r"})
+    with pytest.raises(CephError, match="capabilit"):
+        await Ceph(CephAccess(user="shut-out", conf=str(ceph.conf)), answer_s=3.0).image_info(image)
+
+
+async def test_osds_that_do_not_answer(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
+    """Law 4: it is "wait" as without monitors, and the message tells the two apart."""
+    ceph.stop_osd()
+    try:
+        with pytest.raises(CephAway, match=r"though its monitors do: no OSD does, or client\.vm has no capability"):
+            await Ceph(vm, answer_s=3.0).watchers(image)
+    finally:
+        ceph.thaw()
 
 
 async def test_without_the_tools(vm: CephAccess, image: RbdDisk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tests.chaos.faults import Fault, Kind
 from tests.chaos.world import ChaosHost, World
 from tests.support.cluster import Qemu
+from tests.support.freezing import freeze
 
 End = Callable[[], None]
 
@@ -255,7 +256,7 @@ def _frozen_qemus(qemus: list[Qemu]) -> End:
 def _frozen_host(host: ChaosHost) -> End:
     supervisor, guard, qemus = _frozen_supervisor(host), host.guard, _frozen_qemus(host.qemus())
     if guard is not None:
-        os.kill(guard, signal.SIGSTOP)
+        freeze(guard)
 
     def thaw() -> None:
         qemus()

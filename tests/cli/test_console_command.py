@@ -25,6 +25,7 @@ from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 from tests.support.cluster import eventually
+from tests.support.freezing import freeze
 from tests.support.terminal import DEADLINE_S, Person, at_terminal
 
 WEB1 = InstanceId("web1")
@@ -249,7 +250,7 @@ def test_a_holder_that_stands_still(qemu: Qemu, sit: Sit) -> None:
     """Law: a stopped program that has the keyboard is named, and how to be rid of it; the wait has an end."""
     with sit() as first:
         at_keyboard(first, qemu)
-        first.process.send_signal(signal.SIGSTOP)
+        freeze(first.process.pid)
         with sit("--take") as second:
             second.sees(f"(process {first.process.pid}")
             second.sees("has the keyboard and does not let go; end that process")

@@ -27,6 +27,7 @@ import pytest
 
 from tests.support.again import start_again
 from tests.support.etcd import _reaper, free_port
+from tests.support.freezing import freeze
 from tests.support.place import HERE, Place
 
 READY_S = 60.0
@@ -163,22 +164,26 @@ class Ceph:
 
     def stop_mon(self) -> None:
         """Freeze the monitor: its sockets stay, and nothing answers."""
-        self._signal("mon", signal.SIGSTOP)
+        freeze(self._daemons["mon"].pid)
 
     def cont_mon(self) -> None:
         """End `stop_mon`; returns when the monitor answers."""
-        self._signal("mon", signal.SIGCONT)
+        self._continue("mon")
         self.ceph("mon", "stat")
 
+    def stop_osd(self) -> None:
+        """Freeze the OSD."""
+        freeze(self._daemons["osd"].pid)
+
     def freeze(self) -> None:
-        """Freeze the OSD, too."""
+        """Freeze both."""
         self.stop_mon()
-        self._signal("osd", signal.SIGSTOP)
+        self.stop_osd()
 
     def thaw(self) -> None:
         """End `freeze`; does not wait."""
-        self._signal("osd", signal.SIGCONT)
-        self._signal("mon", signal.SIGCONT)
+        self._continue("osd")
+        self._continue("mon")
 
     def close(self) -> None:
         """End the daemons and delete their data."""
@@ -191,8 +196,8 @@ class Ceph:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        self._daemons[name].send_signal(number)
+    def _continue(self, name: str) -> None:
+        self._daemons[name].send_signal(signal.SIGCONT)
 
     def _start(self) -> None:
         v2, v1 = free_port(), free_port()

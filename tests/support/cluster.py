@@ -39,6 +39,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.etcd import EtcdCluster, EtcdServer
+from tests.support.freezing import freeze
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -390,7 +391,7 @@ class Host:
 
     def freeze(self) -> None:
         """SIGSTOP for the supervisor."""
-        os.kill(self.pid, signal.SIGSTOP)
+        freeze(self.pid)
 
     def thaw(self) -> None:
         """End `freeze`."""

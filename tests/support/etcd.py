@@ -35,6 +35,7 @@ from typing import Self
 import pytest
 
 from tests.support.again import start_again
+from tests.support.freezing import freeze
 from tests.support.place import HERE, Place
 
 READY_S = 30.0
@@ -212,7 +213,7 @@ class EtcdMember:
 
     def freeze(self) -> None:
         """SIGSTOP: the process stays, its sockets too, and nothing answers."""
-        os.kill(self.pid, signal.SIGSTOP)
+        freeze(self.pid)
         self.frozen = True
 
     def thaw(self) -> None:

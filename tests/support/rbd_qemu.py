@@ -17,6 +17,7 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from tests.support.ceph import Ceph
+from tests.support.freezing import freeze
 
 LIMIT_S = 60.0
 
@@ -127,7 +128,7 @@ class RbdQemu:
 
     def freeze(self) -> None:
         """SIGSTOP: like a host that is suspended."""
-        os.kill(self.process.pid, signal.SIGSTOP)
+        freeze(self.process.pid)
 
     def thaw(self) -> None:
         """End `freeze`."""
