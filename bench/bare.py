@@ -81,7 +81,7 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
         place = folder / run_dir.name
         place.mkdir()
         names = ("qmp.sock", "qmp2.sock", "console.sock", "agent.sock")
-        argv = _unconfined(_moved(record["argv"], [f"path={place / name}" for name in names], run_dir, place))
+        argv = _confined_less(_moved(record["argv"], [f"path={place / name}" for name in names], run_dir, place))
         lines.append(shlex.join(["exec", *argv, "-daemonize", "-pidfile", str(place / "pid")]))
         sockets.append(place / "qmp2.sock")
         pid_files.append(place / "pid")
@@ -105,10 +105,11 @@ def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, wid
                 kill(int(file.read_text()))
 
 
-def _unconfined(argv: Sequence[str]) -> list[str]:
-    """The command line without its sandbox, under which QEMU cannot daemonize. That makes the reference cheaper."""
-    at = argv.index("-sandbox")
-    return [*argv[:at], *argv[at + 2 :]]
+def _confined_less(argv: Sequence[str]) -> list[str]:
+    """The command line with as much of its sandbox as lets QEMU daemonize: it forks, and leaves its session."""
+    at = argv.index("-sandbox") + 1
+    kept = [word for word in argv[at].split(",") if not word.startswith(("spawn=", "elevateprivileges="))]
+    return [*argv[:at], ",".join(kept), *argv[at + 1 :]]
 
 
 def _moved(argv: Sequence[str], monitors: Sequence[str], run_dir: Path, folder: Path) -> list[str]:
