@@ -193,14 +193,17 @@ def keyring_paths(text: str) -> tuple[str, ...]:
 
 # --- what the tools complain about ----------------------------------------------------------------------------
 
+_UNKNOWN_CLIENT = "its key is wrong, or the cluster has no such client"
+_ABSENT = "its keyring is not there, or no ceph.conf names the monitors"
+
 _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     # These come from a cluster that let the client in; what they name may hold any words, so they are looked for first.
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
     ("delete error", Trouble.NO_IMAGE, "there is no such image"),
     # The cause before what follows from it. Who was turned away had a key, whatever places were looked at in vain.
-    ("allowed_methods", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
-    ("rados permission denied", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    ("allowed_methods", Trouble.REFUSED, _UNKNOWN_CLIENT),
+    ("rados permission denied", Trouble.REFUSED, _UNKNOWN_CLIENT),
     ("find a keyring", Trouble.REFUSED, "its keyring is not there, or not to be read"),
     ("no keyring found", Trouble.REFUSED, "its keyring is not there, or not to be read"),
     ("unable to open config file", Trouble.REFUSED, "ceph.conf is not there, or not to be read"),
@@ -210,7 +213,8 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     ("access denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("permission denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("not permitted", Trouble.REFUSED, "its capabilities do not allow it"),
-    ("couldn't connect to the cluster", Trouble.REFUSED, "its key is wrong, or the cluster has no such client"),
+    # Without what it logs, which a tool that ends at once may take with it.
+    ("object not found (error connecting", Trouble.REFUSED, _ABSENT),
 )
 _STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS}
 _AWAY_STATUS = {101, 107, 110, 111, 113}
@@ -235,6 +239,8 @@ def trouble(status: int, stderr: str) -> tuple[Trouble, str]:
     for words, kind, cause in _WORDS:
         if words in low and (kind not in _ONLY_IF_ABSENT or status == _ENOENT):
             return kind, cause
+    if "couldn't connect to the cluster" in low:
+        return Trouble.REFUSED, _ABSENT if status == _ENOENT else _UNKNOWN_CLIENT
     if status == _EINVAL and "osd blacklist" in low:
         return Trouble.OLD, "it has no `osd blocklist`"
     return _STATUS.get(status, Trouble.OTHER), ""

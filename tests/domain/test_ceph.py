@@ -206,6 +206,14 @@ def test_the_cause_is_told_and_not_what_follows_from_it() -> None:
     assert trouble(13, WRONG_KEY + "RADOS permission denied")[1].startswith("its key is wrong")
 
 
+def test_the_cause_is_told_without_the_log_of_the_tool() -> None:
+    """Law: a tool that ends at once may take its log with it; its last line and status tell what is to be mended."""
+    absent = "[errno 2] RADOS object not found (error connecting to the cluster)\n"
+    assert trouble(1, absent) == trouble(2, "rbd: couldn't connect to the cluster!\n")
+    assert trouble(1, absent)[1].startswith("its keyring is not there")
+    assert trouble(13, "rbd: couldn't connect to the cluster!\n")[1].startswith("its key is wrong")
+
+
 @given(st.integers(-64, 255), st.text(max_size=200))
 def test_any_complaint_is_some_trouble(status: int, stderr: str) -> None:
     """Law: whatever a tool complains about has a kind, and a short line."""
