@@ -127,9 +127,10 @@ class Child:
             return False
 
     def _signal(self, number: signal.Signals) -> None:
-        # It leads its session and is not waited for yet, so the number cannot be another's.
+        # It leads its session. asyncio may reap it, in a thread of its own, a moment before its end is known here.
         if self._process.returncode is None:
-            os.killpg(self._process.pid, number)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
 
 async def while_alive(

@@ -52,6 +52,16 @@ async def test_a_child_that_ignores_politeness_is_killed(tmp_path: Path) -> None
         assert await stubborn.stop(deadline_s=0)
 
 
+async def test_a_child_that_ended_a_moment_ago_needs_no_force(tmp_path: Path) -> None:
+    """Law: that it was reaped before the event loop heard of it is no error."""
+    async with child(tmp_path, "") as short:
+        # Whoever is first, we or the thread in which asyncio waits; the loop hears of neither meanwhile.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, short.pid, os.WEXITED)  # noqa: ASYNC222 - that is the point
+        assert short.alive
+        assert await short.stop(deadline_s=LIMIT_S)
+
+
 async def test_work_that_needs_a_child_fails_when_the_child_ends(tmp_path: Path) -> None:
     """The error names the child, its exit code, what was being done, and the end of its log."""
     async with child(tmp_path, "print('the reason'); raise SystemExit(7)") as short:
