@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import guard_channel
 from kvmsupervisor.guard import IDLE_S, PROTOCOL, STEP_S, Charge, Watch
-from tests.support.freezing import freeze
+from tests.support.processes import freeze, starttime_of
 
 PROGRAM = Path(__file__).parents[1] / "kvmsupervisor" / "guard.py"
 LIMIT_S = 30.0
@@ -257,7 +257,7 @@ def test_it_takes_the_place_of_a_frozen_one(guard: Guard, machines: list[Machine
         assert guard.process.wait(LIMIT_S) == -signal.SIGKILL
         pid, starttime = (guard.folder / "lock").read_text().split()
         assert int(pid) == following.process.pid
-        assert starttime == Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        assert int(starttime) == starttime_of(int(pid))
         with following.again() as peer:
             assert ask(peer, "hello").split()[:3] == ["guard", "1", "2"]
             assert ask(peer, f"until {now()!r}") == "ok"

@@ -22,7 +22,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.guarding import GuardPost, Unguarded
-from tests.support.freezing import freeze
+from tests.support.processes import freeze, starttime_of
 
 LIMIT_S = 30.0
 TTL_S = 1000.0
@@ -244,10 +244,6 @@ async def test_another_process_is_not_taken_for_a_guard(bench: Bench) -> None:
     post.renewed(LATE)
     await bench.watch(post, "a")
     assert bench.pid is not None
-
-
-def starttime_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 class NoHomes(Nowhere):

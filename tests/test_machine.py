@@ -29,7 +29,7 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.spec import Spec, spec_to_object
 from kvmsupervisor.domain.view import NEVER_RAN, Process
 from kvmsupervisor.machine import Machine
-from tests.support.freezing import freeze
+from tests.support.processes import freeze, stat_of
 
 LIMIT_S = 15.0
 BOOT = "boot-1"
@@ -73,7 +73,7 @@ def environment_of(pid: int | None) -> list[str]:
 
 def await_zombie(pid: int) -> None:
     for _ in range(5000):
-        if " Z " in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8"):
+        if (stat := stat_of(pid)) is not None and not stat.alive:
             return
         select.select([], [], [], 0.002)
     raise AssertionError(f"process {pid} does not end")

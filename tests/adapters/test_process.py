@@ -27,6 +27,7 @@ from kvmsupervisor.adapters.process import (
     spawn_in_front,
 )
 from kvmsupervisor.domain.exits import WaitStatus
+from tests.support.processes import stat_of
 
 LIMIT_S = 10.0
 MARKS = {"KVMSUPERVISOR_INSTANCE": "1", "KVMSUPERVISOR_INCARNATION": "x y=z"}
@@ -78,10 +79,8 @@ async def until(true: Callable[[], object]) -> None:
 
 
 def state_of(pid: int) -> str | None:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except OSError:
-        return None
+    stat = stat_of(pid)
+    return None if stat is None else stat.state
 
 
 async def begun(process: Process) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tests.chaos.faults import Fault, Kind
 from tests.chaos.world import ChaosHost, World
 from tests.support.cluster import Qemu
-from tests.support.freezing import freeze
+from tests.support.processes import freeze
 
 End = Callable[[], None]
 

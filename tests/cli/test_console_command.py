@@ -25,7 +25,7 @@ from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 from tests.support.cluster import eventually
-from tests.support.freezing import freeze
+from tests.support.processes import freeze, starttime_of
 from tests.support.terminal import DEADLINE_S, Person, at_terminal
 
 WEB1 = InstanceId("web1")
@@ -53,7 +53,6 @@ class Qemu:
         self._listener.listen(1)
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         self.directory.write_incarnation(
             Incarnation(
                 instance=WEB1,
@@ -69,7 +68,7 @@ class Qemu:
                 log_offset=0,
                 spawned_at=0.0,
                 pid=self._process.pid,
-                starttime=int(stat[19]),
+                starttime=starttime_of(self._process.pid),
             )
         )
 

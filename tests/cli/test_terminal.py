@@ -14,11 +14,11 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 
 import pytest
 
 from tests.support.etcd import EtcdServer
+from tests.support.processes import stat_of
 
 DEADLINE_S = 30.0
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]")
@@ -46,7 +46,7 @@ class Terminal:
         Python shows its prompt before that, and what interrupts it in between is heard with the next key only.
         """
         deadline = time.monotonic() + DEADLINE_S
-        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+        while (stat := stat_of(self.process.pid)) is None or stat.state != "S":
             assert time.monotonic() < deadline, self.seen
             time.sleep(0.001)
 

@@ -19,6 +19,7 @@ from kvmsupervisor.adapters.process import is_alive
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Keys, eventually
 from tests.support.docker import IMAGE, PRIVILEGED, Docker
+from tests.support.processes import starttime_of
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1500)]
 
@@ -45,11 +46,6 @@ async def main():
     await asyncio.sleep(600)
 asyncio.run(main())
 """
-
-
-def started(pid: int) -> int:
-    """Start time of a process."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def shell(docker: Docker, script: str, *options: str) -> str:
@@ -165,8 +161,8 @@ def test_a_guest_outlives_its_container(docker: Docker, end: tuple[str, ...]) ->
     try:
         line = eventually("its word", lambda: docker.run("logs", "nest").stdout)
         told = json.loads(line)
-        guest, begun, neighbour = told["guest"], started(told["guest"]), told["neighbour"]
-        beside = started(neighbour)
+        guest, begun, neighbour = told["guest"], starttime_of(told["guest"]), told["neighbour"]
+        beside = starttime_of(neighbour)
         assert (told["home"], told["survives"], told["warning"]) == ("cgroup", True, None)
         docker.run(*end, "nest")
         eventually("the neighbour's end", lambda: not is_alive(neighbour, beside))

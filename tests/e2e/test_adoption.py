@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +17,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
+from tests.support.processes import starttime_of
 
 
 @pytest.fixture
@@ -27,10 +27,6 @@ def stranger() -> Iterator[subprocess.Popen[bytes]]:
     yield process
     process.kill()
     process.wait()
-
-
-def starttime(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
 def wait_replaced(host: Host, before: Qemu) -> Qemu:
@@ -51,8 +47,8 @@ def test_a_recycled_pid(keys: Keys, hosts: Hosts, tiny: str, stranger: subproces
     for qemu in before.values():
         qemu.kill()
     host.rewrite("1", pid=stranger.pid)
-    host.rewrite("2", pid=stranger.pid, starttime=starttime(stranger.pid))
-    host.rewrite("3", pid=stranger.pid, starttime=starttime(stranger.pid), boot_id="another")
+    host.rewrite("2", pid=stranger.pid, starttime=starttime_of(stranger.pid))
+    host.rewrite("3", pid=stranger.pid, starttime=starttime_of(stranger.pid), boot_id="another")
     host.start()
     for qemu in before.values():
         wait_replaced(host, qemu)

@@ -27,8 +27,8 @@ import pytest
 
 from tests.support.again import start_again
 from tests.support.etcd import _reaper, free_port
-from tests.support.freezing import freeze
 from tests.support.place import HERE, Place
+from tests.support.processes import freeze
 
 READY_S = 60.0
 """How long monitor or OSD may take to serve: generous, for a machine that does other things too."""

@@ -39,7 +39,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.etcd import EtcdCluster, EtcdServer
-from tests.support.freezing import freeze
+from tests.support.processes import freeze, stat_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -224,8 +224,8 @@ class Qemu:
     @property
     def alive(self) -> bool:
         """Whether it has not ended; a zombie has."""
-        fields = _stat(self.pid)
-        return fields is not None and int(fields[19]) == self.starttime and fields[0] not in {"Z", "X"}
+        stat = stat_of(self.pid)
+        return stat is not None and stat.alive and stat.starttime == self.starttime
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it, never to another process that has its pid by now."""
@@ -243,14 +243,6 @@ class Qemu:
         eventually(f"the end of QEMU {self.pid}", lambda: not self.alive)
 
 
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/<pid>/stat from the third on, proc_pid_stat(5)."""
-    try:
-        return (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
 def find_qemus(prefix: str, run_dir: Path) -> list[Qemu]:
     """All living QEMUs of one host: told by their environment, and by the folder of their sockets."""
     found = []
@@ -263,19 +255,19 @@ def find_qemus(prefix: str, run_dir: Path) -> list[Qemu]:
             if mark not in environment:
                 continue
             argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            fields = _stat(int(entry.name))
         except OSError:
             continue  # it has ended meanwhile, or is none of ours
         said = dict(word.decode().partition("=")[::2] for word in environment if word.startswith(b"KVMSUPERVISOR_"))
         instance = said["KVMSUPERVISOR_INSTANCE"]
-        if fields is None or fields[0] in {"Z", "X"} or not any(f"={run_dir}/{instance}/" in word for word in argv):
+        stat = stat_of(int(entry.name))
+        if stat is None or not stat.alive or not any(f"={run_dir}/{instance}/" in word for word in argv):
             continue
         found.append(
             Qemu(
                 instance=instance,
                 incarnation=said["KVMSUPERVISOR_INCARNATION"],
                 pid=int(entry.name),
-                starttime=int(fields[19]),
+                starttime=stat.starttime,
                 argv=tuple(argv),
             )
         )
@@ -492,8 +484,8 @@ class Host:
         """The pid of the guard that lives, told from any later process by its start time; None when there is none."""
         with contextlib.suppress(OSError, ValueError):
             pid, starttime = map(int, (self.run_dir / "_guard.lock").read_text().split())
-            fields = _stat(pid)
-            if fields is not None and int(fields[19]) == starttime and fields[0] not in {"Z", "X"}:
+            stat = stat_of(pid)
+            if stat is not None and stat.alive and stat.starttime == starttime:
                 return pid
         return None
 

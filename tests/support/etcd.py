@@ -35,8 +35,8 @@ from typing import Self
 import pytest
 
 from tests.support.again import start_again
-from tests.support.freezing import freeze
 from tests.support.place import HERE, Place
+from tests.support.processes import freeze
 
 READY_S = 30.0
 """How long a member may take to serve: generous, for a machine that does other things too."""

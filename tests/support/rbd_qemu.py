@@ -17,7 +17,7 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from tests.support.ceph import Ceph
-from tests.support.freezing import freeze
+from tests.support.processes import freeze
 
 LIMIT_S = 60.0
 

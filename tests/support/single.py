@@ -16,6 +16,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.single import holder_of
 from tests.support.cluster import PROC, Host, Keys, Qemu, eventually, find_qemus
+from tests.support.processes import stat_of
 
 __all__ = ["Container", "Containers", "containers", "holder"]
 
@@ -86,18 +87,18 @@ def _with_own_options(run_dir: str) -> list[Qemu]:
         try:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             argv = tuple((entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1])
-            state, *fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         said = dict(word.partition("=")[::2] for word in words)
-        if said.get("KVM_RUN_DIR") != run_dir or "-readconfig" not in argv or state in {"Z", "X"}:
+        stat = stat_of(int(entry.name))
+        if stat is None or not stat.alive or said.get("KVM_RUN_DIR") != run_dir or "-readconfig" not in argv:
             continue
         found.append(
             Qemu(
                 instance=said.get("KVMSUPERVISOR_INSTANCE", ""),
                 incarnation=said.get("KVMSUPERVISOR_INCARNATION", ""),
                 pid=int(entry.name),
-                starttime=int(fields[18]),
+                starttime=stat.starttime,
                 argv=argv,
             )
         )
