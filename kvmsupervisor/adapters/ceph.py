@@ -71,7 +71,7 @@ class CephAway(CephError):
 
 
 class _NoAnswerInTime(CephAway):
-    """The tool was killed at its deadline, having said nothing."""
+    """The tool was killed at its deadline."""
 
 
 class CephRefused(CephError):
@@ -270,8 +270,8 @@ class Ceph:
         with _understood(program, args):
             return parse(answer)
 
-    async def _run(self, program: str, *args: str, limit_s: float | None = None) -> tuple[bytes, bytes]:
-        """Run a tool as this client; what it printed to its two outputs."""
+    async def _run(self, program: str, *args: str, limit_s: float = 0.0) -> tuple[bytes, bytes]:
+        """Run a tool as this client, for no less than any answer may take; what it printed to its two outputs."""
         access = self.access
         who = ["--id", access.user]
         if access.conf is not None:
@@ -279,7 +279,7 @@ class Ceph:
         if access.keyring is not None:
             who += ["--keyring", access.keyring]
         try:
-            return await self._execute(program, *args, *who, limit_s=max(limit_s or 0.0, self._answer_s))
+            return await self._execute(program, *args, *who, limit_s=max(limit_s, self._answer_s))
         except _NoAnswerInTime as silence:
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
             if program == "rbd" and await self._monitors_answer(who):

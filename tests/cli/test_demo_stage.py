@@ -55,9 +55,10 @@ async def test_a_child_that_ignores_politeness_is_killed(tmp_path: Path) -> None
 async def test_a_child_that_ended_a_moment_ago_needs_no_force(tmp_path: Path) -> None:
     """Law: that it was reaped before the event loop heard of it is no error."""
     async with child(tmp_path, "") as short:
-        # Whoever is first, we or the thread in which asyncio waits; the loop hears of neither meanwhile.
+        # Reaped by us, or by the thread in which asyncio waits: it does not matter by whom. Blocking is what makes the
+        # moment: the loop cannot hear of the end before `stop` is called.
         with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PID, short.pid, os.WEXITED)  # noqa: ASYNC222 - that is the point
+            os.waitid(os.P_PID, short.pid, os.WEXITED)  # noqa: ASYNC222 - see above
         assert short.alive
         assert await short.stop(deadline_s=LIMIT_S)
 
