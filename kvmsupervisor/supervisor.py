@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import structlog
@@ -26,17 +26,15 @@ from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
+from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
@@ -77,10 +75,6 @@ class Supervisor:
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
         self._unreadable: dict[InstanceId, str] = {}
-        # The wishes of the instances that are this host's, and the keys that they were parsed from.
-        self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
-        # Before keys and locks were all listed, an absent one means nothing.
-        self._listed = False
         self._draining = False
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
@@ -248,6 +242,17 @@ class Supervisor:
             draining=lambda: self._draining,
         )
         self._failover = Failover(self._around, self._wishes)
+        self._dispatch = Dispatch(
+            me=self._me,
+            clock=clock,
+            wishes=self._wishes,
+            instances=self._instances,
+            guard=self._guard,
+            admit=self._admit,
+            start=self._start,
+            on_candidates=self._failover.look,
+            on_held=self._confirmations.look,
+        )
 
     async def _supervise(self) -> None:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
@@ -311,6 +316,17 @@ class Supervisor:
                 self._instances[name] = Instance(name, around=self._around, directory=directory, memory=memory, log=log)
         return self._instances.get(name)
 
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance | None:
+        """An instance that was not known here has become this host's; None when it is left alone.
+
+        Args:
+            name: which.
+            fresh: its keys were just written, so that its status key may be older than what was read of it.
+        """
+        if fresh:
+            self._publisher.doubt(name)
+        return self._instance(name)
+
     def _leave_alone(self, name: InstanceId, error: Unreadable | Hidden) -> None:
         """Touch nothing of an instance, nor what may run of it: only another release, or one with more rights, can."""
         self._unreadable[name] = str(error)
@@ -330,7 +346,7 @@ class Supervisor:
         name = instance.id
         del self._instances[name]
         del self._running[name]
-        self._read.pop(name, None)
+        self._dispatch.forget(name)
         self._metrics.forget(name)
         self._admission.release(name)
         self._admission.take_back(name)
@@ -344,100 +360,21 @@ class Supervisor:
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.
-        if self._is_wanted_here(name):
-            self._on_keys({name}, self._wishes.revision)
-
-    # --- wishes and locks -------------------------------------------------------------------------------------
+        if self._dispatch.is_wanted_here(name):
+            self._dispatch.tell({name})
 
     async def _look_first(self) -> None:
-        """Once all is listed, look at all of it, and at what runs here although it has neither keys nor a lock."""
+        """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
-        self._listed = True
-        concerned = self._wishes.naming(self._me.encode()) | self._instances.keys()
-        self._on_keys(concerned, self._wishes.revision, fresh=False)
+        self._dispatch.begin()
 
-    def _on_keys(self, changed: Set[InstanceId], revision: int, *, fresh: bool = True) -> None:
-        """Tell each instance that is, or was, this host's what its keys and its lock are now."""
-        if not self._listed:
-            return
-        if any(b"hosts" in self._wishes.keys_of(name) for name in changed):
-            self._failover.look()
-        ours = {name for name in changed if name in self._instances or self._is_ours(name)}
-        wishes = {name: self._wish(name) for name in ours}
-        held = self._judge_removals(wishes)
-        for name, wish in wishes.items():
-            known = name in self._instances
-            if not known and fresh:
-                self._publisher.doubt(name)
-            instance = self._instance(name)
-            if instance is None:
-                continue
-            lock = self._wishes.lock_of(name)
-            instance.saw_lock(
-                data=None if lock is None else lock.value,
-                mod_revision=0 if lock is None else lock.mod_revision,
-                as_of=self._wishes.locks_revision,
-            )
-            instance.update(wish, held=name in held, fresh=fresh)
-            if not known:
-                self._start(instance)
-
-    def _wish(self, name: InstanceId) -> Wish:
-        """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
-        keys = self._wishes.keys_of(name)
-        read = self._read.get(name)
-        if read is None or read[0] != keys:
-            read = self._read[name] = (keys, parse_wish(name, keys))
-        return read[1]
-
-    def _is_wanted_here(self, name: InstanceId) -> bool:
-        """Whether the key `host` names this host."""
-        host = self._wishes.keys_of(name).get(b"host")
-        return host is not None and host.value.strip() == self._me.encode()
-
-    def _is_ours(self, name: InstanceId) -> bool:
-        """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
-        if self._is_wanted_here(name):
-            return True
-        entry = self._wishes.lock_of(name)
-        # Looking for the name costs less than reading JSON, but it may also be part of another host's.
-        if entry is None or self._me.encode() not in entry.value:
-            return False
-        lock = Lock.from_json(entry.value)
-        return lock is not None and lock.host == self._me
-
-    def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
-        """Which of these instances go on as they are, because too many lost their keys at once."""
-        guard = self._guard
-        without = {name for name, wish in wishes.items() if _names_no_host(wish)}
-        guard.release(wishes.keys() - without)
-        fresh = {name for name in without - guard.held if self._was_ours(name)}
-        # What an earlier supervisor held stays so, however few are left of it.
-        held = {name for name in fresh if self._instances[name].was_held}
-        guard.held |= held
-        if fresh - held:
-            held |= guard.judge(fresh - held, self._instances.keys(), self._clock.now())
-        if held:
-            log.error(
-                "removal.held",
-                instances=sorted(held),
-                reason="more than half of this host's instances lost their keys at once; they run on until "
-                f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
-            )
-            self._confirmations.look()
-        return guard.held & without
-
-    def _was_ours(self, name: InstanceId) -> bool:
-        """Whether the last that was known of an instance made it this host's: its keys, or a process found here."""
-        instance = self._instances.get(name)
-        if instance is None:
-            return False
-        return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
+    def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
+        """Keys or locks of these instances differ."""
+        self._dispatch.tell(changed)
 
     def _let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
-        for name in freed & self._instances.keys():
-            self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
+        self._dispatch.let_go(freed)
 
     # --- around -----------------------------------------------------------------------------------------------
 
@@ -486,8 +423,3 @@ class Supervisor:
                 directory = self._run_dir.instance(instance.id)
                 for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
                     instance.report.tell("log.rotated", file=str(path))
-
-
-def _names_no_host(wish: Wish) -> bool:
-    """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
-    return wish.host is None and not any(problem.key == "host" for problem in wish.problems)

@@ -51,12 +51,11 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from typing import assert_never
 
+from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
-from kvmsupervisor.domain.restart import pauses, rests
-from kvmsupervisor.domain.spec import Power, Problem
+from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -72,59 +71,6 @@ costs 1 ms of processor: with a hundred machines this is most of what a resting 
 
 LOCK_POLL_S = 5.0
 """How often a wait that no watch ends is looked at again."""
-
-
-class Goal(Enum):
-    """What the wish comes to on this host."""
-
-    RUN = "run"
-    STOP = "stop"
-    REST = "leave as it ended"
-    KEEP = "leave as it is"
-
-
-def goal(view: View) -> tuple[Goal, str]:
-    """What the wish comes to, and why, as a clause for people."""
-    wish = view.wish
-    if (order := _order(view)) is not None:
-        return Goal.STOP, order
-    if wish is None:
-        return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
-    if view.held:
-        return (
-            Goal.KEEP,
-            "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on",
-        )
-    if wish.keys == 0:
-        return Goal.STOP, "its keys were removed"
-    if wish.host is None:
-        if any(problem.key == "host" for problem in wish.problems):
-            return Goal.KEEP, _first(view.problems)
-        return Goal.STOP, "it has no `host`"
-    if wish.host != view.me:
-        return Goal.STOP, f"its `host` is {wish.host}"
-    if wish.power is None:
-        return Goal.KEEP, _first(view.problems)
-    if wish.power is Power.OFF:
-        return Goal.STOP, "`power` is off"
-    if view.problems:
-        return Goal.KEEP, _first(view.problems)
-    ended = view.memory.ended
-    if ended is not None and view.process is None and rests(ended, wish):
-        return (
-            Goal.REST,
-            f"it ended by itself ({ended.reason}) and `restart` is {wish.restart}; `start` runs it again",
-        )
-    return Goal.RUN, "its keys ask for it"
-
-
-def _order(view: View) -> str | None:
-    """Why it is to be stopped whatever the wish; None when nothing says so."""
-    if view.leaving is not None:
-        return view.leaving
-    if view.draining:
-        return "this host stops all its guests (`stop --all --local`), until its next boot or `start --all --local`"
-    return None
 
 
 def decide(view: View) -> Decision:
@@ -182,7 +128,7 @@ def _with_process(view: View, process: Process) -> Decision:
 def _before_it_runs(view: View, process: Process) -> Decision:
     """QEMU lives, its guest has never run: killing it costs nothing."""
     aim, why = goal(view)
-    if (view.wish is None or view.held) and _order(view) is None:
+    if (view.wish is None or view.held) and order(view) is None:
         return Decision(phase=Phase.STARTING, reason=f"QEMU is ready and paused; {why}")
     if aim is not Goal.RUN:
         return Decision(phase=Phase.STOPPING, reason=f"{why}; its guest has not run yet", action=Action.KILL)
@@ -485,8 +431,3 @@ def _etcd_trouble(view: View) -> str:
 
 def _phase(process: Process) -> Phase:
     return Phase.STARTING if process.never_ran else Phase.RUNNING
-
-
-def _first(problems: tuple[Problem, ...]) -> str:
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{problems[0]}{more}"
