@@ -6,6 +6,7 @@ It joins three adapters (process, QMP, run directory) and decides nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -104,6 +105,8 @@ class Machine:
         self._asked = False
         self._pressed = False
         self._answered = False
+        # Invariant: whether the record lies in the run directory as it is here.
+        self._kept = True
         self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
@@ -167,6 +170,9 @@ class Machine:
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
         process by its environment. That the process cannot be started at all is its end, told like any other.
 
+        Raises:
+            OSError: the host is short of something (room, open files, memory): nothing was begun.
+
         Args:
             record: of the process to come, without pid, argv and log offset.
             build: makes whole what QEMU needs, from the sockets that listen for it.
@@ -206,11 +212,18 @@ class Machine:
             except SpawnFailed as error:
                 self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
                 return
+            except OSError:
+                directory.drop_incarnation()
+                self.record = self.spec = None
+                raise
             finally:
                 os.close(log_fd)
         self._run_state = NEVER_RAN
         self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-        directory.write_incarnation(self.record)
+        self._kept = False
+        # A successor finds it without that, too. `note_clients` comes before the guest runs, and tries again.
+        with contextlib.suppress(OSError):
+            self._keep_record()
 
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
@@ -230,7 +243,8 @@ class Machine:
                     self._process = found
                     if record.pid is None:
                         self.record = replace(record, pid=found.pid, starttime=found.starttime)
-                        self.directory.write_incarnation(self.record)
+                        with contextlib.suppress(OSError):
+                            self._keep_record()
                     return True
             if record.pid is None:
                 self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
@@ -358,11 +372,21 @@ class Machine:
             self._asked = self._verdict is not None
 
     def note_clients(self, clients: tuple[str, ...]) -> None:
-        """Keep the Ceph client addresses with the record, as they stand in the lock."""
+        """Keep the Ceph client addresses with the record, as they stand in the lock.
+
+        Raises:
+            OSError: the record cannot be written; it is tried again with the next call.
+        """
         assert self.record is not None
-        if clients != self.record.clients:
+        if clients != self.record.clients or not self._kept:
             self.record = replace(self.record, clients=clients)
-            self.directory.write_incarnation(self.record)
+            self._keep_record()
+
+    def _keep_record(self) -> None:
+        assert self.record is not None
+        self._kept = False
+        self.directory.write_incarnation(self.record)
+        self._kept = True
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
