@@ -14,6 +14,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor import marks
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
@@ -33,7 +34,6 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
-from kvmsupervisor.marks import Marks, environment_of
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -148,10 +148,7 @@ class Machine:
 
     def holdover(self, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
-        if lock.pid is not None and lock.starttime is not None:
-            return lock.pid if kernel.is_alive(lock.pid, lock.starttime) else None
-        marks = Marks(prefix=self._prefix, instance=self.directory.path.name, incarnation=lock.incarnation)
-        return next(kernel.find(marks.environment()), None)
+        return marks.pid_of(self.directory.path.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ class Machine:
                 self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=environment_of(Marks.of(record, self._prefix)),
+                    environment=marks.environment_of(marks.Marks.of(record, self._prefix)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -215,23 +212,21 @@ class Machine:
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Its pid may be another's by now: only one of this boot, with the recorded start time and the incarnation's name
-        in its environment is it (law 8); `kernel.Hidden` when that cannot be seen. The loop asks QMP and the lock.
+        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock.
+
+        Raises:
+            process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
         self._clear()
         self.record = record
         self.spec = spec_from_object(record.spec)
-        marks = Marks.of(record, self._prefix).environment()
         if record.boot_id == boot_id:
-            candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
-            for pid in candidates:
-                found = kernel.reopen(pid, starttime=record.starttime, marks=marks, on_end=self._on_end)
-                if found is not None:
-                    self._process = found
-                    if record.pid is None:
-                        self.record = replace(record, pid=found.pid, starttime=found.starttime)
-                        self.directory.write_incarnation(self.record)
-                    return True
+            self._process = marks.reopen(record, on_end=self._on_end)
+            if self._process is not None:
+                if record.pid is None:
+                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
+                    self.directory.write_incarnation(self.record)
+                return True
             if record.pid is None:
                 self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
                 self._asked = True
