@@ -135,7 +135,7 @@ class Drain:
             try:
                 machine.adopt(record, boot_id=self._boot_id)
             except Hidden as error:
-                log.error("instance.unreadable", instance=record.instance, reason=str(error))
+                log.warning("instance.unreadable", instance=record.instance, reason=str(error))
                 return
             while (process := machine.view()) is not None and process.exit is None:
                 wake.clear()
