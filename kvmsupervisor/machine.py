@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor import marks
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
@@ -34,7 +34,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
-from kvmsupervisor.marks import Marks, environment_of
+from kvmsupervisor.spawning import spawn
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -151,10 +151,7 @@ class Machine:
 
     def holdover(self, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
-        if lock.pid is not None and lock.starttime is not None:
-            return lock.pid if kernel.is_alive(lock.pid, lock.starttime) else None
-        marks = Marks(prefix=self._prefix, instance=self.directory.path.name, incarnation=lock.incarnation)
-        return next(kernel.find(marks.environment()), None)
+        return marks.pid_of(self.directory.path.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -165,87 +162,63 @@ class Machine:
         argv: Callable[[Provision], Sequence[str]],
         home: Home,
     ) -> None:
-        """Put the incarnation on record, then start QEMU, then put its pid on record.
+        """Put the incarnation on record, then start QEMU, then put its pid on record; the arguments: see `spawning`.
 
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
         process by its environment. That the process cannot be started at all is its end, told like any other.
 
         Raises:
             OSError: the host is short of something (room, open files, memory): nothing was begun.
-
-        Args:
-            record: of the process to come, without pid, argv and log offset.
-            build: makes whole what QEMU needs, from the sockets that listen for it.
-            argv: makes the command line of that.
-            home: what the process enters before it becomes QEMU; the caller sees it settled.
         """
-        directory = self.directory
-        directory.create()
         self._clear()
-        with (
-            directory.listen(directory.qmp_socket) as main,
-            directory.listen(directory.spare_socket) as spare,
-            directory.listen(directory.console_socket) as console,
-            directory.listen(directory.agent_socket) as agent,
-        ):
-            provision = build(
-                Channels(qmp=main.fileno(), spare=spare.fileno(), console=console.fileno(), agent=agent.fileno())
+        try:
+            self._process = spawn(
+                self.directory,
+                record,
+                build,
+                argv,
+                home,
+                prefix=self._prefix,
+                user=self._user,
+                on_record=self._begin,
+                on_end=self._on_end,
             )
-            words = tuple(argv(provision))
-            record = replace(record, argv=words, log_offset=directory.log_size())
-            if self._user is not None:
-                directory.give_console_log(self._user.uid, self._user.gid)
-            log_fd = directory.open_log()
-            try:
-                directory.write_incarnation(record)
-                # Not before: what cannot be put on record (no space) was not begun.
-                self.record = record
-                self.spec = spec_from_object(record.spec)
-                self._process = kernel.spawn(
-                    home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=environment_of(Marks.of(record, self._prefix)),
-                    log_fd=log_fd,
-                    pass_fds=provision.descriptors,
-                    on_end=self._on_end,
-                    stdin=home.stdin,
-                )
-            except SpawnFailed as error:
-                self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
-                return
-            except OSError:
-                directory.drop_incarnation()
-                self.record = self.spec = None
-                raise
-            finally:
-                os.close(log_fd)
+        except SpawnFailed as error:
+            self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
+            return
+        except OSError:
+            self.record = self.spec = None
+            raise
+        assert self.record is not None
         self._run_state = NEVER_RAN
-        self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
+        self.record = replace(self.record, pid=self._process.pid, starttime=self._process.starttime)
         self._kept = False
         # A successor finds it without that, too. `note_clients` comes before the guest runs, and tries again.
         with contextlib.suppress(OSError):
             self._keep_record()
 
+    def _begin(self, record: Incarnation) -> None:
+        self.record = record
+        self.spec = spec_from_object(record.spec)
+
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Its pid may be another's by now: only one of this boot, with the recorded start time and the incarnation's name
-        in its environment is it (law 8); `kernel.Hidden` when that cannot be seen. The loop asks QMP and the lock.
+        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock.
+
+        Raises:
+            process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
         self._clear()
-        self.record = record
-        self.spec = spec_from_object(record.spec)
-        marks = Marks.of(record, self._prefix).environment()
+        self._begin(record)
         if record.boot_id == boot_id:
-            candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
-            for pid in candidates:
-                found = kernel.reopen(pid, starttime=record.starttime, marks=marks, on_end=self._on_end)
-                if found is not None:
-                    self._process = found
-                    if record.pid is None:
-                        self.record = replace(record, pid=found.pid, starttime=found.starttime)
-                        with contextlib.suppress(OSError):
-                            self._keep_record()
-                    return True
+            self._process = marks.reopen(record, on_end=self._on_end)
+            if self._process is not None:
+                if record.pid is None:
+                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
+                    with contextlib.suppress(OSError):
+                        self._keep_record()
+                return True
             if record.pid is None:
                 self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
                 self._asked = True

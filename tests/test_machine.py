@@ -20,6 +20,7 @@ import structlog
 from kvmsupervisor import machine as module
 from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass
@@ -84,13 +85,14 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.directory = InstanceDir(path / "1")
+        self.prefix = "/kvm"
         self.resets: list[str] = []
         self.changed = asyncio.Event()
         self.machine = self.make()
 
     def make(self) -> Machine:
         return Machine(
-            prefix="/kvm",
+            prefix=self.prefix,
             directory=self.directory,
             clock=Clock(),
             user=None,
@@ -391,13 +393,14 @@ async def test_one_that_was_never_started_is_no_failure(bench: Bench) -> None:
 
 
 async def test_another_process_under_its_pid_is_not_it(bench: Bench) -> None:
-    """Law 8: a recycled pid, and a process of another incarnation, are left alone; ours has ended."""
+    """Law 8: a recycled pid is left alone, whatever its environment says; ours has ended."""
     await bench.up()
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written.pid is not None
     assert written.starttime is not None
-    for changed in (replace(written, starttime=written.starttime - 1), replace(written, incarnation="y")):
+    early = replace(written, starttime=written.starttime - 1)
+    for changed in (early, replace(early, incarnation="y")):
         bench.directory.write_incarnation(changed)
         assert not await bench.successor()
         assert bench.view.exit is not None
@@ -405,6 +408,34 @@ async def test_another_process_under_its_pid_is_not_it(bench: Bench) -> None:
         await bench.machine.kill("it is not ours")
     bench.directory.write_incarnation(written)
     assert await bench.successor()
+
+
+async def test_a_living_process_is_never_taken_for_gone(bench: Bench) -> None:
+    """Law 12: pid and start time agree, the environment does not: nobody knows, so its record stays."""
+    await bench.up()
+    written = bench.directory.read_incarnation()
+    assert written is not None
+    bench.directory.write_incarnation(replace(written, incarnation="y"))
+    with pytest.raises(Hidden, match=f"process {written.pid} lives with the start time on record"):
+        await bench.successor()
+    assert bench.directory.has_record
+    bench.directory.write_incarnation(written)
+    assert await bench.successor()
+
+
+async def test_the_prefix_does_not_tell_who_it_is(bench: Bench) -> None:
+    """Law 12: a supervisor with another prefix finds the same process: by its record, without a pid, by its lock."""
+    pid = (await bench.up()).incarnation.pid
+    written = bench.directory.read_incarnation()
+    assert written is not None
+    bench.prefix = "/vms"
+    assert await bench.successor()
+    assert bench.machine.pid == pid
+    bench.directory.write_incarnation(replace(written, pid=None, starttime=None))
+    assert await bench.successor()
+    assert bench.machine.pid == pid
+    lock = Lock(host=HostName("a"), boot_id=BOOT, epoch=1, state=LockState.STARTING, incarnation=NAME)
+    assert bench.machine.holdover(lock) == pid
 
 
 async def test_a_record_of_another_boot_is_of_the_past(bench: Bench) -> None:

@@ -286,7 +286,10 @@ def is_alive(pid: int, starttime: int) -> bool:
     except (OSError, OverflowError) as error:
         return _is_shortage(error)
     try:
-        return _starttime(pid) == starttime and not _is_over(pidfd)
+        fields = _stat_fields(pid)
+        # One that was killed is a zombie before its last thread has ended, and its pidfd tells.
+        ending = fields is None or fields[0] in {"Z", "X"}
+        return not ending and _starttime(pid) == starttime and not _is_over(pidfd)
     except OSError as error:
         return _is_shortage(error)
     finally:

@@ -1,4 +1,4 @@
-"""What this host may be short of (room on a disk, open files, memory), in words for people, and the limit of open files.
+"""What a host may be short of (room on a disk, open files, memory), in words for people; the limit of open files.
 
 Sources: errno(3), statvfs(3), getrlimit(2), open(2): a process gets the lowest number that is free.
 """
