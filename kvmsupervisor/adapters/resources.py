@@ -46,7 +46,9 @@ def lack_of_files(needed: int) -> str | None:
 
 def explain(error: OSError, path: Path) -> str:
     """What went wrong at `path`, or at the file that `error` names, and the limit that was met."""
-    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
+    # Of two, the second is the one that is written (shutil.copyfile, os.replace).
+    named = error.filename2 or error.filename
+    place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
     said = f"{place}: {error.strerror or error}"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
@@ -77,7 +79,7 @@ def _room(path: Path) -> str:
         found = os.statvfs(there)
     except OSError as error:
         return f"how full it is cannot be told: {error.strerror}"
-    size_mib, free_kib = found.f_blocks * found.f_frsize / (1 << 20), found.f_bavail * found.f_frsize >> 10
+    size_mib, free_kib = found.f_blocks * found.f_frsize >> 20, found.f_bavail * found.f_frsize >> 10
     # A file system without a fixed number of inodes (btrfs) tells of none.
     inodes = f" and {found.f_favail} of {found.f_files} inodes" if found.f_files else ""
-    return f"of the {size_mib:.0f} MiB of its file system {free_kib} KiB{inodes} are free: make room there"
+    return f"of the {size_mib} MiB of its file system {free_kib} KiB{inodes} are free: make room there"
