@@ -17,7 +17,7 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor import machine as module
+from kvmsupervisor import monitor
 from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
@@ -485,7 +485,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     """A QEMU that is stopped is told as silent since its last question; the first answer ends that."""
     await bench.up()
     await bench.machine.resume()
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
     await bench.machine.probe()
@@ -493,7 +493,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     assert since is not None
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.connected, bench.view.exit) == (since, True, None)
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.run_state) == (None, "running")
@@ -504,7 +504,7 @@ async def test_a_frozen_qemu_can_be_adopted_and_killed(bench: Bench, monkeypatch
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert await bench.successor()
     await bench.machine.connect()
     view = bench.view
@@ -520,11 +520,11 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert not await bench.machine.resume()
     assert not bench.machine.never_ran
     assert bench.view.probe_at == 0.0
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert bench.view.run_state == "running"

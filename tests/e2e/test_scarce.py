@@ -1,4 +1,4 @@
-"""A host that is short of something, room or open files: guests run on, starts wait and say for what, all mends itself."""
+"""A host that is short of room or of open files: guests run on, starts wait and say for what, all mends itself."""
 
 from __future__ import annotations
 

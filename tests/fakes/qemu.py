@@ -251,7 +251,7 @@ class FakeQemus:
         monkeypatch.setattr("kvmsupervisor.machine.kernel", self)
         monkeypatch.setattr("kvmsupervisor.marks.kernel", self)
         monkeypatch.setattr("kvmsupervisor.spawning.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.Monitor", self)
+        monkeypatch.setattr("kvmsupervisor.monitor.Monitor", self)
         monkeypatch.setattr("kvmsupervisor.agent_watch.agent", self)
 
     @property
