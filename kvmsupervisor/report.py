@@ -108,6 +108,7 @@ class Report:
             held=view.held,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            run_state=self._machine.run_state,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse, shallow
+from kvmsupervisor.domain.run_state import RUNNING
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -50,6 +51,8 @@ class Status:
         notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
         agent: what the guest's agent said last of the guest, None when it never did.
+        run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
+            `running` only.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
     """
 
@@ -73,6 +76,12 @@ class Status:
     held: bool = False
     agent: GuestFacts | None = None
     guarded: bool | None = None
+    run_state: str | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether its guest runs."""
+        return self.pid is not None and self.run_state == RUNNING
 
     @property
     def tells_of_a_process(self) -> bool:
