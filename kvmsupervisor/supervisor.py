@@ -197,6 +197,7 @@ class Supervisor:
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
         self.face = Face(
+            host=self._me,
             instances=self._instances,
             hosts=self._hosts_table,
             session=self._session,

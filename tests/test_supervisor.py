@@ -424,7 +424,7 @@ async def test_a_bug_in_one_instance_leaves_the_others_alone(bench: Bench, monke
     errors = [line for line in logs if line["event"] == "instance.error"]
     assert [line["pause_s"] for line in errors] == [1.0, 2.0, 4.0, 8.0]
     assert {line["instance"] for line in errors} == {"1"}
-    assert bench.metric('kvmsupervisor_internal_errors_total{instance="1"}') == 4.0
+    assert bench.metric('kvmsupervisor_internal_errors_total{host="a",instance="1"}') == 4.0
     assert [qemus[name].alive for name in "12"] == [True, False]
     broken = False
     await bench.clock.advance(60.0)

@@ -1,8 +1,8 @@
 """What Prometheus scrapes: every `kvmsupervisor_` metric, with a registry of its own.
 
 Gauges are read from a `Snapshot` while Prometheus waits; counters are methods that the supervisor calls. No
-metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
-people.
+metric has labels but the instances of this host and small fixed sets; what has the label `instance` also has `host`,
+which `Metrics.collect` adds. docs/metrics.md explains each to people.
 
 What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
 start should wait.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -121,14 +121,16 @@ class _InstanceCounts:
 class Metrics:
     """All metrics of one supervisor. Used from the event loop only; nothing here waits."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], *, host: HostName, version: str) -> None:
         """Make the registry.
 
         Args:
             snapshot: called once per scrape.
+            host: this host.
             version: of the supervisor, for `build_info`.
         """
         self._snapshot = snapshot
+        self._host = host
         self._version = version
         self._instances: dict[InstanceId, _InstanceCounts] = {}
         self._adopted = 0
@@ -205,8 +207,19 @@ class Metrics:
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric; called by the registry at each scrape."""
-        now = self._snapshot()
+        """Yield every metric; called by the registry at each scrape.
+
+        Every series of an instance gets the label `host` here: while an instance changes hosts both tell of it, and
+        Prometheus would make one series of two that have the same labels.
+        """
+        for family in self._families(self._snapshot()):
+            for series in family.samples:
+                if "instance" in series.labels:
+                    series.labels["host"] = self._host
+            yield family
+
+    def _families(self, now: Snapshot) -> Iterator[Metric]:
+        """Every metric; those of an instance without the label `host`."""
         for sample in now.instances:
             self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
         yield from self._host_metrics(now)
