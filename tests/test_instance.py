@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Denied, EtcdError, Unavailable
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -661,6 +666,69 @@ async def test_a_program_that_is_not_there_is_a_failure_like_others(host: Host) 
     assert host.status.last_exit == "failed: cannot start qemu: No such file or directory"
     host.qemus.no_program = None
     await host.runs()
+
+
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_a_record_that_cannot_be_completed_keeps_the_guest_paused(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for the pid of a QEMU that was started: its guest does not run before that is on record, then it does."""
+    write, room = InstanceDir.write_incarnation, False
+
+    def scarce(directory: InstanceDir, record: Incarnation) -> None:
+        if record.pid is not None and not room:
+            raise full()
+        write(directory, record)
+
+    monkeypatch.setattr(InstanceDir, "write_incarnation", scarce)
+    host.wish()
+    host.begin()
+    await host.clock.advance(120.0)
+    (qemu,) = host.qemus.all
+    assert (qemu.alive, qemu.run_state) == (True, "prelaunch")
+    assert host.status.phase is Phase.WAITING
+    assert "its record cannot be written: " in host.status.reason
+    room = True
+    assert await host.runs() is qemu
+
+
+async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine is started, changed and stopped without it; it is told once, and written once there is room."""
+    write, room = InstanceDir.write_memory, False
+
+    def scarce(directory: InstanceDir, memory: Memory) -> None:
+        if not room:
+            raise full()
+        write(directory, memory)
+
+    monkeypatch.setattr(InstanceDir, "write_memory", scarce)
+    host.wish()
+    host.begin()
+    with capture_logs() as logs:
+        await host.runs()
+        host.wish(shutdown_timeout="7")
+        await host.clock.advance(120.0)
+    assert [one["event"] for one in logs].count("instance.memory_unwritten") == 1
+    room = True
+    await host.clock.advance(120.0)
+    assert host.run_dir.instance(ONE).read_memory(host.boot_id).shutdown_timeout_s == 7.0
+
+
+async def test_a_host_that_cannot_start_a_program_is_waited_for(host: Host) -> None:
+    """No descriptor, no memory, no process left: no failure of QEMU's, so there is no backoff and nothing on record."""
+    host.wish()
+    host.qemus.shortage = errno.EMFILE
+    host.begin()
+    await host.until(lambda: "QEMU cannot be started: " in host.status.reason)
+    assert "Too many open files" in host.status.reason
+    assert host.status.phase is Phase.WAITING
+    assert not host.run_dir.instance(ONE).has_record
+    host.qemus.shortage = None
+    await host.runs()
+    assert host.status.restarts == 0
 
 
 async def test_a_qemu_that_never_answers_is_given_up(host: Host) -> None:

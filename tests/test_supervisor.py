@@ -467,6 +467,26 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     assert max(starting) == 2
 
 
+async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Bench) -> None:
+    """A silent QEMU gives its start slot back long before its own time is up; its memory stays promised to it."""
+    bench.more |= {"KVM_START_PARALLEL": "4", "KVM_START_TIMEOUT": "60"}
+
+    def freeze(qemu: FakeQemu) -> None:
+        qemu.frozen = qemu.instance.startswith("silent")
+
+    bench.qemus.prepare = freeze
+    silent, well = [f"silent{number}" for number in range(4)], [f"well{number}" for number in range(8)]
+    await bench.begin()
+    bench.create(*silent)
+    await bench.clock.advance_until(lambda: len(bench.qemus.alive) == 4, 10.0)
+    bench.create(*well)
+    await bench.clock.advance_until(lambda: len(bench.of(*well)) == 8, 15.0)
+    # They are not given up for it.
+    assert sum(qemu.frozen for qemu in bench.qemus.alive) == 4
+    await bench.clock.advance(60.0)
+    assert len(bench.of(*well)) == 8
+
+
 async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: memory is promised to guests in the order of their priority; who does not fit waits, and says for what."""
     monkeypatch.setattr("kvmsupervisor.equipment.memory_for_guests_mib", lambda: 612)
