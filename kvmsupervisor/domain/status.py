@@ -84,6 +84,11 @@ class Status:
         return self.pid is not None and self.run_state == RUNNING
 
     @property
+    def halted(self) -> str | None:
+        """The run state of a guest that should run and does not although its QEMU lives; None for any other."""
+        return self.run_state if self.phase is Phase.RUNNING and self.run_state != RUNNING else None
+
+    @property
     def tells_of_a_process(self) -> bool:
         """Whether it says that a QEMU of this instance lives on its host."""
         living = {Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING}

@@ -526,7 +526,9 @@ class Supervisor:
                 epoch = world.lock.epoch if world.lock else 0
                 world.step(lambda: self.write(None, epoch))
                 self.planned = None
-            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.FORGET:
+            case (
+                Action.GIVE_UP | Action.PROBE | Action.GROW | Action.FINISH | Action.QUEUE | Action.LOOK | Action.FORGET
+            ):
                 raise AssertionError(action)
             case _:
                 assert_never(action)
