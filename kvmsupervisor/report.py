@@ -108,6 +108,8 @@ class Report:
             held=view.held,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

@@ -154,6 +154,7 @@ async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, ste
             host.put(host="b")
 
     host.wish()
+    host.sessions = {"a", "b"}
     host.store.before = move_away
     host.begin()
     await host.until(lambda: host.gone, HOUR_S)
@@ -355,6 +356,7 @@ STOPS: dict[str, Callable[[Host], None]] = {
 async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) -> None:
     """Law 9: the power button first; the lock is deleted only when the process is gone."""
     host.wish()
+    host.sessions = {"a", "b"}
     host.begin()
     qemu = await host.runs()
 
