@@ -249,6 +249,7 @@ class Instance:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
+            buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             target_there=target_there,
@@ -367,6 +368,8 @@ class Instance:
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
+            case Action.RENAME:
+                await self._rename()
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
@@ -395,6 +398,12 @@ class Instance:
             await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
             return
         self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
+
+    async def _rename(self) -> None:
+        lock = self._lock.view.lock
+        assert lock is not None
+        await self._lock.write(replace(lock, host=self._around.me), None)
+        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -429,6 +438,7 @@ class Instance:
         if not (process.asked and process.never_ran):
             self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
+        self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
     def _remember(self, memory: Memory) -> None:

@@ -14,7 +14,6 @@ from uuid import uuid4
 
 import structlog
 
-from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.domain.grouping import Flat
@@ -28,7 +27,7 @@ from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.fencing import Fencing, NotFenced
 from kvmsupervisor.locking import InstanceLock, SwapFailed
-from kvmsupervisor.marks import Marks
+from kvmsupervisor.marks import Marks, pid_of
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.session import Session
 from kvmsupervisor.single_stand import LET_GO_S, Stand
@@ -183,9 +182,7 @@ class SingleLock:
             return None
         if lock.incarnation == self.incarnation:
             return None
-        if lock.pid is not None and lock.starttime is not None:
-            return lock.pid if kernel.is_alive(lock.pid, lock.starttime) else None
-        return next(kernel.find(replace(self.marks, incarnation=lock.incarnation).environment()), None)
+        return pid_of(self._stand.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     async def _try(self, action: Action) -> None:
         """Make one step; what it came to is observed."""
@@ -323,7 +320,9 @@ class SingleLock:
             Lost: it is somebody else's.
         """
         lock = self._lock.view.lock
-        claim = self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation)
+        claim = self._lock.view.claim(
+            host=self._stand.holder, boot_id=self._stand.boot_id, incarnation=self.incarnation
+        )
         if claim in {Claim.STRANGER, Claim.LEFTOVER}:
             assert lock is not None
             raise Lost(f"{self._key} has gone to {lock.host}, epoch {lock.epoch}, incarnation {lock.incarnation}")
@@ -337,7 +336,9 @@ class SingleLock:
                 # A write of ours may have been cut off: what is known here may be older than it.
                 await self._lock.look()
                 lock = self._lock.view.lock
-                claim = self._lock.view.claim(host=self._stand.holder, incarnation=self.incarnation)
+                claim = self._lock.view.claim(
+                    host=self._stand.holder, boot_id=self._stand.boot_id, incarnation=self.incarnation
+                )
                 if claim is not Claim.MINE or lock is None:
                     return
                 said = self._said(lock, Phase.STOPPED, "its QEMU in single mode has ended")

@@ -12,6 +12,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         any                                      Bury
     alive     stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
+              renamed     any         session held                 Rename       (law 12)
               absent      any         never ran, session held      Kill         (nothing to lose)
               absent      any         session held                 Reassert
               any         any         QMP not answering            Connect, or go down the ladder
@@ -108,6 +109,14 @@ def _with_process(view: View, process: Process) -> Decision:
                 reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
                 action=Action.KILL,
                 wake_at=view.now + LOCK_POLL_S,
+            )
+        case Claim.RENAMED if view.session_held and view.now >= view.etcd_at:
+            lock = view.lock.lock
+            assert lock is not None
+            return Decision(
+                phase=_phase(process),
+                reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
+                action=Action.RENAME,
             )
         case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
             # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
@@ -306,7 +315,7 @@ def _without_process(view: View) -> Decision:
                 action=Action.LOOK if view.now >= view.etcd_at and view.session_held else None,
                 wake_at=max(view.etcd_at, view.now + LOCK_POLL_S),
             )
-        case Claim.ABSENT | Claim.LEFTOVER:
+        case Claim.ABSENT | Claim.LEFTOVER | Claim.RENAMED:
             return _take(view, Phase.STARTING, "its lock is being taken")
         case Claim.MINE:
             lock = view.lock.lock
@@ -327,8 +336,8 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     if claim is Claim.UNKNOWN:
         return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
     lock = view.lock.lock
-    if claim in {Claim.MINE, Claim.LEFTOVER} or (claim is Claim.BROKEN and lock is not None and lock.host == view.me):
-        assert lock is not None
+    ours = claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
+    if lock is not None and (ours or (claim is Claim.BROKEN and lock.host == view.me)):
         if lock.is_unfenced:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")

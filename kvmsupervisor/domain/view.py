@@ -31,6 +31,7 @@ class Action(Enum):
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
+    RENAME = "write this host's present name into the lock of its own QEMU"
     FENCE = "fence every address of earlier incarnations"
     QUEUE = "stand in line for a start slot"
     PREPARE = "make ready what takes its time: boot media, UEFI variables"
@@ -131,6 +132,7 @@ class View:
         etcd_trouble: what the last attempt said, None when it went well.
         lock: as last seen.
         planned: incarnation that the lock was taken for and that has no process yet.
+        buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
         target_there: whether the host where it shall run, when that is another, has a session; None when not known.
@@ -167,6 +169,7 @@ class View:
     etcd_trouble: str | None = None
     lock: LockView = field(default_factory=LockView)
     planned: str | None = None
+    buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
     target_there: bool | None = None
@@ -192,7 +195,7 @@ class View:
     def claim(self) -> Claim:
         """What the lock means to us: to the process's incarnation, or to the one that is planned."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, incarnation=known)
+        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
 
     @property
     def stays(self) -> bool:
@@ -203,7 +206,7 @@ class View:
         """
         if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target_there and self.session_held):
             return False
-        return self.process is not None or self.claim in {Claim.MINE, Claim.LEFTOVER}
+        return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,8 @@ CONTRACT = {
     "instance_pending_changes": "gauge",
     "instance_invalid": "gauge",
     "instance_unguarded": "gauge",
+    "instance_host_absent": "gauge",
+    "instance_placed": "gauge",
     "instance_info": "gauge",
     "instance_memory_bytes": "gauge",
     "instance_guest_memory_bytes": "gauge",
