@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
@@ -144,7 +144,7 @@ def test_keys_that_change_end_it(keys: Keys, containers: Containers, tiny: str) 
     keys.put("1", host="beta")
     keys.wait_status("1", lambda status: status.awaited_host == "beta")
     assert container.running
-    keys.write(keys.layout.session_key(holder("beta", "1")), "{}")
+    keys.write(keys.layout.session_key(HostName(holder("beta", "1"))), "{}")
     assert container.wait_ended() == 0
     assert keys.lock("1") is None
     assert container.begin().wait_ended() == 1

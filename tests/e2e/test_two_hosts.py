@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
@@ -84,15 +85,15 @@ def test_a_move_to_nobody(keys: Keys, hosts: Hosts, tiny: str) -> None:
     with watched(alpha, beta):
         keys.machines("alpha", "1", ram=16, extra_flags=tiny)
         before = alpha.wait_running("1")["1"]
-        keys.put("1", host="alfa")
-        status = alpha.wait_for("1", lambda s: s.awaited_host == "alfa")
+        keys.put("1", host="apha")
+        status = alpha.wait_for("1", lambda s: s.awaited_host == "apha")
         assert status.phase is Phase.RUNNING
-        assert "`host` is alfa, which has no session (did you mean alpha?)" in status.reason
+        assert "`host` is apha, which has no session (did you mean alpha?)" in status.reason
         assert alpha.metric("instance_host_absent", instance="1") == 1
         assert "did you mean alpha?" in alpha.cli("list").stdout
         found = alpha.cli("check", "1")
         assert found.returncode == 1
-        assert "alfa" in found.stdout
+        assert "apha" in found.stdout
         keys.put("1", host="beta")
         alpha.wait_for("1", lambda s: s.awaited_host == "beta")
         # A supervisor that starts meanwhile adopts it, and leaves it running, too.
