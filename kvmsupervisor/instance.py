@@ -78,7 +78,8 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
@@ -183,6 +184,7 @@ class Instance:
             self._wake.clear()
             if not self._memory_kept and self._machine.record is not None:
                 self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -424,6 +426,10 @@ class Instance:
         await self._machine.bury()
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
+
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
 
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""

@@ -115,6 +115,8 @@ class _InstanceCounts:
 
     starts: int = 0
     internal_errors: int = 0
+    resets: int = 0
+    events: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
 
 
@@ -157,6 +159,14 @@ class Metrics:
     def internal_error(self, instance: InstanceId) -> None:
         """Count an error of ours that was contained in one instance."""
         self._counts(instance).internal_errors += 1
+
+    def guest_reset(self, instance: InstanceId) -> None:
+        """Count a reboot that the guest began."""
+        self._counts(instance).resets += 1
+
+    def heard_event(self, instance: InstanceId) -> None:
+        """Count something that its QEMU told unasked."""
+        self._counts(instance).events += 1
 
     def adopted(self) -> None:
         """Count a running QEMU process taken over from a former supervisor."""
@@ -324,12 +334,16 @@ class Metrics:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
+        resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
-        yield from (starts, exits, errors)
+            resets.add_metric([instance], counts.resets)
+            events.add_metric([instance], counts.events)
+        yield from (starts, exits, errors, resets, events)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

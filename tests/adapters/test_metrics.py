@@ -51,6 +51,8 @@ CONTRACT = {
     "instance_cpu_seconds_total": "counter",
     "instance_starts_total": "counter",
     "instance_exits_total": "counter",
+    "instance_resets_total": "counter",
+    "instance_events_total": "counter",
     "internal_errors_total": "counter",
     "adopted_total": "counter",
     "fences_total": "counter",
