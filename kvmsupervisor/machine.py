@@ -336,15 +336,16 @@ class Machine:
 
     async def detach(self) -> None:
         """Let go of the process without touching it: the next supervisor adopts it."""
+        process, settling = self._process, self._settling
+        self._process = self._settling = None
+        if process is not None:
+            # First: noticed while the rest is being closed, its end would begin another task.
+            process.close()
+        if settling is not None:
+            settling.cancel()
+            await asyncio.gather(settling, return_exceptions=True)
         await self.agent.close()
-        if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.gather(self._settling, return_exceptions=True)
-            self._settling = None
         await self._talk.close()
-        if self._process is not None:
-            self._process.close()
-            self._process = None
 
     # --- inside -----------------------------------------------------------------------------------------------
 
