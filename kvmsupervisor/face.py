@@ -9,7 +9,7 @@ from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -20,6 +20,7 @@ class Face:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
+        host: this host.
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
         session: of this host.
@@ -33,6 +34,7 @@ class Face:
     def __init__(
         self,
         *,
+        host: HostName,
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
         session: Session,
@@ -42,7 +44,7 @@ class Face:
         guests_survive: bool,
         guard_unlocked: Callable[[], str | None],
     ) -> None:
-        self.counters = Metrics(self.snapshot, version=__version__)
+        self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
         self._hosts = hosts
         self._session = session

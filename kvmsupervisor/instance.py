@@ -14,6 +14,7 @@ from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor import ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
@@ -80,7 +81,8 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
@@ -95,6 +97,7 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
+        self._memory_kept = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -182,6 +185,9 @@ class Instance:
         """
         while True:
             self._wake.clear()
+            if not self._memory_kept and self._machine.record is not None:
+                self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -199,7 +205,11 @@ class Instance:
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
-                self._start.wait_for_host(error)
+                if self._machine.record is None:
+                    self._start.wait_for_host(error)
+                else:
+                    # QEMU is there, paused, and waits for it.
+                    self._pause(error.retry_s, str(error))
             except StorageAway as error:
                 self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
@@ -352,7 +362,7 @@ class Instance:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                machine.directory.write_memory(self._memory)
+                self._keep_memory()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -441,12 +451,28 @@ class Instance:
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
+
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
         if memory != self._memory:
             self._memory = memory
             if self._machine.record is not None:
-                self._machine.directory.write_memory(memory)
+                self._keep_memory()
+
+    def _keep_memory(self) -> None:
+        """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
+        try:
+            self._machine.directory.write_memory(self._memory)
+        except OSError as error:
+            if self._memory_kept:
+                said = explain(error, self._machine.directory.path)
+                self.report.tell("instance.memory_unwritten", level="warning", reason=said)
+            self._memory_kept = False
+        else:
+            self._memory_kept = True
 
     async def _release(self) -> None:
         publisher = self._around.publisher

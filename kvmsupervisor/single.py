@@ -274,6 +274,7 @@ class Single:
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
+                host=stand.holder,
                 version=__version__,
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),

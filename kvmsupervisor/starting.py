@@ -11,6 +11,7 @@ from functools import partial
 from uuid import uuid4
 
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
@@ -25,7 +26,7 @@ from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.guarding import Unguarded
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.provisioning import NotReady, Opened, Prepared
+from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
 
@@ -341,7 +342,11 @@ class Start:
             self.lives(wish.spec)
             record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
-            self._machine.spawn(record, build, argv, opened.home)
+            try:
+                self._machine.spawn(record, build, argv, opened.home)
+            except OSError as error:
+                said = explain(error, directory.path)
+                raise NotReady(f"QEMU cannot be started: {said}", HOST_RETRY_S) from error
             if self._machine.pid is not None:
                 await self._settle(opened.home, self._machine.pid)
         self._report.notice = ready.notice
@@ -385,6 +390,7 @@ class Start:
 
         Raises:
             SwapFailed, EtcdError: see `take`.
+            NotReady: our own record of it cannot be kept.
         """
         lock, record = self._lock.view.lock, self._machine.record
         assert lock is not None
@@ -392,7 +398,11 @@ class Start:
         assert record.pid is not None
         assert record.starttime is not None
         clients = await self._around.fencing.clients(record, known=lock.fence)
-        self._machine.note_clients(clients)
+        try:
+            self._machine.note_clients(clients)
+        except OSError as error:
+            said = explain(error, self._machine.directory.path)
+            raise NotReady(f"its record cannot be written: {said}", HOST_RETRY_S) from error
         # QEMU has read it.
         self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)

@@ -430,7 +430,7 @@ async def test_a_bug_in_one_instance_leaves_the_others_alone(bench: Bench, monke
     errors = [line for line in logs if line["event"] == "instance.error"]
     assert [line["pause_s"] for line in errors] == [1.0, 2.0, 4.0, 8.0]
     assert {line["instance"] for line in errors} == {"1"}
-    assert bench.metric('kvmsupervisor_internal_errors_total{instance="1"}') == 4.0
+    assert bench.metric('kvmsupervisor_internal_errors_total{host="a",instance="1"}') == 4.0
     assert [qemus[name].alive for name in "12"] == [True, False]
     broken = False
     await bench.clock.advance(60.0)
@@ -471,6 +471,26 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert len(bench.of(*names)) == 7
     assert max(starting) == 2
+
+
+async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Bench) -> None:
+    """A silent QEMU gives its start slot back long before its own time is up; its memory stays promised to it."""
+    bench.more |= {"KVM_START_PARALLEL": "4", "KVM_START_TIMEOUT": "60"}
+
+    def freeze(qemu: FakeQemu) -> None:
+        qemu.frozen = qemu.instance.startswith("silent")
+
+    bench.qemus.prepare = freeze
+    silent, well = [f"silent{number}" for number in range(4)], [f"well{number}" for number in range(8)]
+    await bench.begin()
+    bench.create(*silent)
+    await bench.clock.advance_until(lambda: len(bench.qemus.alive) == 4, 10.0)
+    bench.create(*well)
+    await bench.clock.advance_until(lambda: len(bench.of(*well)) == 8, 15.0)
+    # They are not given up for it.
+    assert sum(qemu.frozen for qemu in bench.qemus.alive) == 4
+    await bench.clock.advance(60.0)
+    assert len(bench.of(*well)) == 8
 
 
 async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

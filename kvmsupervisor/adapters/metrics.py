@@ -1,8 +1,8 @@
 """What Prometheus scrapes: every `kvmsupervisor_` metric, with a registry of its own.
 
 Gauges are read from a `Snapshot` while Prometheus waits; counters are methods that the supervisor calls. No
-metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
-people.
+metric has labels but the instances of this host and small fixed sets; what has the label `instance` also has `host`,
+which `Metrics.collect` adds. docs/metrics.md explains each to people.
 
 What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
 start should wait.
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -119,20 +119,24 @@ class _InstanceCounts:
 
     starts: int = 0
     internal_errors: int = 0
+    resets: int = 0
+    events: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
 
 
 class Metrics:
     """All metrics of one supervisor. Used from the event loop only; nothing here waits."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], *, host: HostName, version: str) -> None:
         """Make the registry.
 
         Args:
             snapshot: called once per scrape.
+            host: this host.
             version: of the supervisor, for `build_info`.
         """
         self._snapshot = snapshot
+        self._host = host
         self._version = version
         self._instances: dict[InstanceId, _InstanceCounts] = {}
         self._adopted = 0
@@ -159,6 +163,14 @@ class Metrics:
     def internal_error(self, instance: InstanceId) -> None:
         """Count an error of ours that was contained in one instance."""
         self._counts(instance).internal_errors += 1
+
+    def guest_reset(self, instance: InstanceId) -> None:
+        """Count a reboot that the guest began."""
+        self._counts(instance).resets += 1
+
+    def heard_event(self, instance: InstanceId) -> None:
+        """Count something that its QEMU told unasked."""
+        self._counts(instance).events += 1
 
     def adopted(self) -> None:
         """Count a running QEMU process taken over from a former supervisor."""
@@ -209,8 +221,19 @@ class Metrics:
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric; called by the registry at each scrape."""
-        now = self._snapshot()
+        """Yield every metric; called by the registry at each scrape.
+
+        Every series of an instance gets the label `host` here: while an instance changes hosts both tell of it, and
+        Prometheus would make one series of two that have the same labels.
+        """
+        for family in self._families(self._snapshot()):
+            for series in family.samples:
+                if "instance" in series.labels:
+                    series.labels["host"] = self._host
+            yield family
+
+    def _families(self, now: Snapshot) -> Iterator[Metric]:
+        """Every metric; those of an instance without the label `host`."""
         for sample in now.instances:
             self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
         yield from self._host_metrics(now)
@@ -320,12 +343,16 @@ class Metrics:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
+        resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
-        yield from (starts, exits, errors)
+            resets.add_metric([instance], counts.resets)
+            events.add_metric([instance], counts.events)
+        yield from (starts, exits, errors, resets, events)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

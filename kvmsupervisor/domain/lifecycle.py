@@ -75,6 +75,10 @@ PROBE_EVERY_S = 60.0
 """How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
 costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
 
+SLOT_S = 5.0
+"""How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
+(docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
+
 LOCK_POLL_S = 5.0
 """How often a wait that no watch ends is looked at again."""
 
@@ -161,8 +165,12 @@ def _before_it_runs(view: View, process: Process) -> Decision:
                 reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
                 action=Action.GIVE_UP,
             )
-        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=give_up_at)
-        return replace(due, slot=True)
+        # Its own time goes on; others need not wait for one that is silent.
+        slot_until = process.incarnation.spawned_at + SLOT_S
+        slot = view.now < slot_until
+        next_at = min(slot_until, give_up_at) if slot else give_up_at
+        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=next_at)
+        return replace(due, slot=slot)
     lock = view.lock.lock
     if view.claim is not Claim.MINE or lock is None:
         return Decision(

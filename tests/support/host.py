@@ -242,7 +242,9 @@ class Host:
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
-            metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
+            metrics=Metrics(
+                lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), host=self.me, version="0"
+            ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
             sessions=lambda: self.sessions or (),
