@@ -54,6 +54,8 @@ class Status:
         run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
             `running` only.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
+        placed_for: the host in whose place this one runs it (law 10), None where it is its own.
+        awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
     """
 
     id: str
@@ -77,6 +79,8 @@ class Status:
     agent: GuestFacts | None = None
     guarded: bool | None = None
     run_state: str | None = None
+    placed_for: str | None = None
+    awaited_host: str | None = None
 
     @property
     def up(self) -> bool:
