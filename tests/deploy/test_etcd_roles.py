@@ -41,8 +41,8 @@ class Secured:
             self.etcd.ctl(*args, user=f"{user}:{user}{user}")
 
     def host(self, user: str, name: str = "alpha", **settings: str) -> Host:
-        password = str(self.folder / user)
-        return Host(Keys(self.etcd), name, LOCK=LOCK, ETCD_USERNAME=user, ETCD_PASSWORD_FILE=password, **settings)
+        access = {"ETCD_USERNAME": user, "ETCD_PASSWORD_FILE": str(self.folder / user), "LOCK": LOCK}
+        return Host(Keys(self.etcd), name, run_dir=None, **access, **settings)
 
     def get(self, key: str) -> str:
         return self.etcd.ctl("get", "--print-value-only", key, user="root:rootroot").strip()
