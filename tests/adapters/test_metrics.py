@@ -114,6 +114,7 @@ def busy(supervisor: Supervisor) -> None:
             memory_bytes=123_456_789,
             accelerator="kvm",
             machine="pc-q35-7.2",
+            placed_for="beta",
             disks=[DiskCounts(name="disk0", read_bytes=11, written_bytes=12)],
             nics=[("nic0", Traffic(received_bytes=21, sent_bytes=22))],
             guest_memory=[("available", 31)],
