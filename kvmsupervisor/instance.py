@@ -33,6 +33,7 @@ from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
@@ -56,6 +57,7 @@ class Instance:
     Attributes:
         id: which.
         report: what is said of it.
+        plugs: its NICs.
         wish: as last told; None before that.
     """
 
@@ -87,6 +89,13 @@ class Instance:
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.plugs = Plugs(
+            self._machine,
+            links=around.links,
+            clock=around.clock,
+            bridge_if=around.host_side.bridge_if,
+            tell=self.report.tell,
+        )
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
@@ -157,14 +166,6 @@ class Instance:
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
         return None if self._machine.record is None else self._machine.record.starttime
-
-    @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        spec, record = self._machine.spec, self._machine.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
 
     @property
     def counts(self) -> GuestCounts:
@@ -267,7 +268,7 @@ class Instance:
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
-            process=process,
+            process=None if process is None else self.plugs.look(process),
             memory=self._memory,
             slot=around.admission.state(self.id),
             shortage=around.admission.shortage(self.id),
@@ -369,6 +370,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.PLUG:
+                await self.plugs.plug()
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:

@@ -19,6 +19,7 @@ from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import RunDir
@@ -215,6 +216,7 @@ class Supervisor:
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
+        self._links = Links(self._on_links)
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -233,6 +235,7 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            links=self._links,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
@@ -274,6 +277,7 @@ class Supervisor:
                     self._publish(),
                     self._look_first(),
                     self._confirmations.run(),
+                    self._links.run(),
                     self._rotate_logs(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
@@ -399,6 +403,12 @@ class Supervisor:
         """A host came or went: whoever waits for its lock looks again."""
         self._notify_all()
         self._failover.look()
+
+    def _on_links(self, changed: Set[int]) -> None:
+        """Network interfaces of this host differ: one may be a guest's."""
+        for instance in self._instances.values():
+            if instance.plugs.concern(changed):
+                instance.notify()
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():
