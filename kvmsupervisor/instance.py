@@ -12,12 +12,15 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import ladder
+from kvmsupervisor import adoption, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adoption import Left
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
@@ -25,7 +28,7 @@ from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.domain.view import Action, Decision, LeftAlone, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
@@ -41,6 +44,10 @@ what bounds a disagreement that no event ends."""
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
 
+
+LOOK_AGAIN_S = 10.0
+"""How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
+and a look may read all of /proc, 20 ms with a thousand processes."""
 
 STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
@@ -92,6 +99,7 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
+        self._left_alone: LeftAlone | None = None
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -137,6 +145,41 @@ class Instance:
         if spec is not None:
             self._start.lives(spec)
 
+    def take_over(self, left: Left) -> None:
+        """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
+        before, self._left_alone = self._left_alone, left.alone
+        self._remember(left.memory)
+        if left.record is not None:
+            try:
+                self.adopt(left.record)
+            except Hidden as error:
+                record = left.record
+                self._left_alone = LeftAlone(reason=str(error), pid=record.pid, starttime=record.starttime)
+            else:
+                self._note_identity(left.record)
+        if self._left_alone is None:
+            return
+        self._left_alone = replace(self._left_alone, look_at=self._around.clock.now() + LOOK_AGAIN_S)
+        if before is None or before.reason != self._left_alone.reason:
+            self.report.tell("instance.unreadable", level="error", reason=self._left_alone.reason)
+
+    def _note_identity(self, record: Incarnation) -> None:
+        """Put down what a living QEMU was started under, where a release wrote its record that did not say."""
+        if self._machine.pid is None or record.under is not None:
+            return
+        try:
+            self._machine.note(under=HostIdentity.of(self._around.me, self._around.layout))
+        except OSError as error:
+            # Told by other means at the next start, too.
+            self.report.tell("instance.not_noted", level="warning", reason=str(error))
+
+    def _read_again(self) -> None:
+        """What could not be read may have been mended by now, or its QEMU may have ended."""
+        around = self._around
+        self.take_over(adoption.read(self._machine.directory, boot_id=around.boot_id, objection=around.objection))
+        if self._left_alone is None and self.wish is not None:
+            self.update(self.wish, held=self._held, fresh=False)
+
     @property
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
@@ -144,12 +187,14 @@ class Instance:
 
     @property
     def pid(self) -> int | None:
-        """Of the living QEMU."""
-        return self._machine.pid
+        """Of the living QEMU, ours or left alone."""
+        return self._machine.pid if self._left_alone is None else self._left_alone.pid
 
     @property
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
+        if self._left_alone is not None:
+            return self._left_alone.starttime
         return None if self._machine.record is None else self._machine.record.starttime
 
     @property
@@ -237,6 +282,8 @@ class Instance:
             boot_id=around.boot_id,
             wish=self.wish,
             problems=self._problems,
+            left_alone=self._left_alone,
+            mismatch=around.mismatch,
             held=self._held,
             draining=around.draining(),
             leaving=around.leaving(),
@@ -320,6 +367,8 @@ class Instance:
                 start.queue(wanted(wish))
             case Action.PREPARE:
                 await start.prepare(wanted(wish))
+            case Action.READ:
+                self._read_again()
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:

@@ -194,7 +194,7 @@ class Machine:
                 self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=marks.environment_of(marks.Marks.of(record, self._prefix)),
+                    environment=marks.environment_of(self._marks_of(record)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -206,8 +206,11 @@ class Machine:
             finally:
                 os.close(log_fd)
         self._run_state = NEVER_RAN
-        self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-        directory.write_incarnation(self.record)
+        self.note(pid=self._process.pid, starttime=self._process.starttime)
+
+    def _marks_of(self, record: Incarnation) -> marks.Marks:
+        folder = self.directory.path
+        return marks.Marks(prefix=self._prefix, instance=record.instance, incarnation=record.incarnation, folder=folder)
 
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
@@ -217,25 +220,21 @@ class Machine:
         Raises:
             process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
+        found = marks.reopen(record, on_end=self._on_end) if record.boot_id == boot_id else None
         self._clear()
         self.record = record
         self.spec = spec_from_object(record.spec)
-        if record.boot_id == boot_id:
-            self._process = marks.reopen(record, on_end=self._on_end)
-            if self._process is not None:
-                if record.pid is None:
-                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-                    self.directory.write_incarnation(self.record)
-                return True
-            if record.pid is None:
-                self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
-                self._asked = True
-            else:
-                self._exit = self._classify(WaitStatus())
-                self._asked = self._exit.kind is ExitClass.GUARD
-        else:
+        self._process = found
+        if found is not None:
+            self.note(pid=found.pid, starttime=found.starttime)
+            return True
+        if record.boot_id != boot_id:
             self._exit = Exit(ExitClass.UNKNOWN, "ended with the host's last boot")
-            self._asked = True
+        elif record.pid is None:
+            self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
+        else:
+            self._exit = self._classify(WaitStatus())
+        self._asked = record.pid is None or record.boot_id != boot_id or self._exit.kind is ExitClass.GUARD
         return False
 
     async def connect(self) -> None:
@@ -352,11 +351,11 @@ class Machine:
             self._stopping = None
             self._asked = self._verdict is not None
 
-    def note_clients(self, clients: tuple[str, ...]) -> None:
-        """Keep the Ceph client addresses with the record, as they stand in the lock."""
+    def note(self, **known: Any) -> None:
+        """Keep with the record what became known of its process: fields of `Incarnation`."""
         assert self.record is not None
-        if clients != self.record.clients:
-            self.record = replace(self.record, clients=clients)
+        before, self.record = self.record, replace(self.record, **known)
+        if self.record != before:
             self.directory.write_incarnation(self.record)
 
     async def bury(self) -> None:

@@ -14,6 +14,7 @@ from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, take
@@ -375,6 +376,7 @@ class Start:
             revision=wish.revision,
             log_offset=0,
             spawned_at=around.clock.now(),
+            under=HostIdentity.of(around.me, around.layout),
         )
 
     def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
@@ -393,7 +395,7 @@ class Start:
         assert record.pid is not None
         assert record.starttime is not None
         clients = await self._around.fencing.clients(record, known=lock.fence)
-        self._machine.note_clients(clients)
+        self._machine.note(clients=clients)
         # QEMU has read it.
         self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)

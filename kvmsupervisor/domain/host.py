@@ -22,6 +22,7 @@ class HostSession:
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.
+        notice: what a person should know of it; empty when there is nothing.
     """
 
     host: str
@@ -32,6 +33,7 @@ class HostSession:
     started: str = ""
     cpus: int = 0
     memory_mib: int = 0
+    notice: str = ""
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -8,6 +8,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
     process   lock        goal        further                      action
     --------  ----------  ----------  ---------------------------  --------------------------
+    left alone: what was left of it cannot be read                 Read, now and then, or none
+    mismatch: the settings are others than those of what lives     Connect, Probe, Guard, Bury, or none (law 12)
     ended     any         any         keys not read yet            none
               any         any                                      Bury
     alive     stranger    any                                      Kill         (law 6)
@@ -58,7 +60,7 @@ from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Decision, LeftAlone, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
 """A guest that has not yet loaded its power button's driver loses the press in silence: repeat it."""
@@ -76,8 +78,10 @@ LOCK_POLL_S = 5.0
 
 def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
+    if view.left_alone is not None:
+        return _left_alone(view, view.left_alone)
     if view.process is None:
-        return _without_process(view)
+        return _hindered(view) or _without_process(view)
     if view.process.exit is not None and view.wish is None:
         # What follows an end is the policy's to say, which is in the keys.
         reason = f"QEMU {view.process.exit.text}; its keys have not been read yet, since this supervisor started"
@@ -87,7 +91,28 @@ def decide(view: View) -> Decision:
     return _with_process(view, view.process)
 
 
+def _left_alone(view: View, left: LeftAlone) -> Decision:
+    """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
+    phase = Phase.WAITING if left.pid is None else Phase.RUNNING
+    said = Decision(phase=phase, reason=left.reason)
+    if view.now >= left.look_at:
+        return replace(said, action=Action.READ)
+    if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
+        return replace(said, action=Action.LOOK)
+    return replace(said, wake_at=left.look_at)
+
+
+def _observed(view: View, process: Process, mismatch: str) -> Decision:
+    """The settings are others than those that it was started under: it is watched, and that is all (law 12)."""
+    phase, said = _phase(process), f"QEMU lives, but {mismatch}"
+    if not process.connected:
+        return _when(view, process.connect_at, Action.CONNECT, phase, said)
+    return _when(view, process.probe_at, Action.PROBE, phase, said)
+
+
 def _with_process(view: View, process: Process) -> Decision:
+    if view.mismatch is not None and order(view) is None:
+        return _under_guard(view, _observed(view, process, view.mismatch))
     match view.claim:
         case Claim.STRANGER | Claim.LEFTOVER:
             lock = view.lock.lock
@@ -254,16 +279,26 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     return _when(view, press_at, Action.POWERDOWN, phase, left, or_at=force_at)
 
 
-def _without_process(view: View) -> Decision:
-    aim, why = goal(view)
-    claim = view.claim
-    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
+def _hindered(view: View) -> Decision | None:
+    """Why nothing is begun or let go of, whatever the keys say; None when nothing hinders it."""
+    if view.claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
         return Decision(
             phase=Phase.WAITING,
             reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
             "adopted; end that process and the instance goes on",
             wake_at=view.now + LOCK_POLL_S,
         )
+    if view.mismatch is not None and order(view) is None:
+        return Decision(
+            phase=Phase.WAITING if goal(view)[0] is Goal.RUN or view.wish is None else Phase.STOPPED,
+            reason=view.mismatch,
+        )
+    return None
+
+
+def _without_process(view: View) -> Decision:
+    aim, why = goal(view)
+    claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
     if view.wish is not None and pauses(view.memory, view.wish, view.now):
