@@ -49,9 +49,8 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
     missing = with_store(tools, look)
     if missing:
         raise Refused("\n".join(["first, so that no guest is shut down for it:", *(f"  {one}" for one in missing)]))
-    click.echo(
-        printable(f"started here under {former}: {', '.join(names) or 'nothing that lives'}\ngoing on under {present}")
-    )
+    click.echo(printable(f"started here under {former}: {', '.join(names) or 'nothing that lives'}"))
+    click.echo(printable(f"going on under {present}"))
     confirm("Is that so?", yes=yes)
     try:
         standing.confirm(note)
