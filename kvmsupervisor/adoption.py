@@ -7,47 +7,72 @@ vanish: the instance is listed, with a reason that names the file, and the proce
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from kvmsupervisor import marks
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.view import LeftAlone
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Left:
-    """What is there.
-
-    Attributes:
-        record: of its QEMU; None when there is none, or it must not be touched.
-        memory: what outlives a process; a fresh one where it cannot be read.
-        alone: why nothing of it is touched; None when all can be read.
-    """
-
-    record: Incarnation | None
-    memory: Memory
-    alone: LeftAlone | None = None
+LOOK_AGAIN_S = 10.0
+"""How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
+and a look may read all of /proc, 20 ms with a thousand processes."""
 
 
-def read(directory: InstanceDir, *, boot_id: str, objection: Callable[[Incarnation], str | None]) -> Left:
-    """Read what an earlier supervisor left of an instance.
+class Inheritance:
+    """What an earlier supervisor left of one instance.
 
     Args:
         directory: its folder.
         boot_id: of this boot.
+        clock: the machine's.
         objection: says why a QEMU on record is not this supervisor's to touch; None when it is.
+
+    Attributes:
+        alone: what cannot be read of it, or must not be touched; None when all is taken over.
+        news: why, when that was not so, or for another reason, before it was read last; None otherwise.
     """
-    record, memory = None, Memory(boot_id=boot_id)
-    try:
-        record = directory.read_incarnation()
-        memory = directory.read_memory(boot_id)
-    except Unreadable as error:
-        return Left(record=None, memory=memory, alone=_unreadable(directory, error))
-    why = None if record is None else objection(record)
-    if record is None or why is None:
-        return Left(record=record, memory=memory)
-    return Left(record=None, memory=memory, alone=LeftAlone(reason=why, pid=record.pid, starttime=record.starttime))
+
+    def __init__(
+        self, directory: InstanceDir, *, boot_id: str, clock: Clock, objection: Callable[[Incarnation], str | None]
+    ) -> None:
+        self.alone: LeftAlone | None = None
+        self.news: str | None = None
+        self._directory = directory
+        self._boot_id = boot_id
+        self._clock = clock
+        self._objection = objection
+
+    def take(self, adopt: Callable[[Incarnation], None]) -> Memory:
+        """Read what is there, adopt its process; return what outlives one, a fresh memory where that is unreadable.
+
+        Args:
+            adopt: called with the record of a QEMU, which may have ended; may raise `Hidden`.
+        """
+        memory, alone = self._read(adopt)
+        before = None if self.alone is None else self.alone.reason
+        self.news = None if alone is None or alone.reason == before else alone.reason
+        self.alone = None if alone is None else replace(alone, look_at=self._clock.now() + LOOK_AGAIN_S)
+        return memory
+
+    def _read(self, adopt: Callable[[Incarnation], None]) -> tuple[Memory, LeftAlone | None]:
+        directory, memory = self._directory, Memory(boot_id=self._boot_id)
+        try:
+            record = directory.read_incarnation()
+            memory = directory.read_memory(self._boot_id)
+        except Unreadable as error:
+            return memory, _unreadable(directory, error)
+        if record is None:
+            return memory, None
+        why = self._objection(record)
+        try:
+            if why is None:
+                adopt(record)
+        except Hidden as error:
+            why = str(error)
+        return memory, None if why is None else LeftAlone(reason=why, pid=record.pid, starttime=record.starttime)
 
 
 def _unreadable(directory: InstanceDir, error: Unreadable) -> LeftAlone:

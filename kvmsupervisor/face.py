@@ -9,7 +9,7 @@ from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -20,6 +20,7 @@ class Face:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
+        host: this host.
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
         session: of this host.
@@ -34,6 +35,7 @@ class Face:
     def __init__(
         self,
         *,
+        host: HostName,
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
         session: Session,
@@ -44,7 +46,7 @@ class Face:
         guard_unlocked: Callable[[], str | None],
         mismatch: str | None,
     ) -> None:
-        self.counters = Metrics(self.snapshot, version=__version__)
+        self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
         self._hosts = hosts
         self._session = session
@@ -112,6 +114,8 @@ class Face:
             pending=len(status.pending),
             invalid=bool(status.problems),
             unguarded=status.guarded is False,
+            placed_for=status.placed_for,
+            host_absent=status.awaited_host is not None,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,

@@ -12,23 +12,26 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import adoption, ladder
+from kvmsupervisor import ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
-from kvmsupervisor.adapters.process import Hidden
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.adoption import Left
+from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, LeftAlone, View
+from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
@@ -44,10 +47,6 @@ what bounds a disagreement that no event ends."""
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
 
-
-LOOK_AGAIN_S = 10.0
-"""How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
-and a look may read all of /proc, 20 ms with a thousand processes."""
 
 STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
@@ -84,7 +83,8 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
@@ -99,7 +99,10 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
-        self._left_alone: LeftAlone | None = None
+        self._inheritance = Inheritance(
+            directory, boot_id=around.boot_id, clock=around.clock, objection=around.objection
+        )
+        self._memory_kept = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -140,44 +143,19 @@ class Instance:
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
-        self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+        around = self._around
+        under = HostIdentity.of(around.me, around.layout)
+        self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
         spec = self._machine.spec
         if spec is not None:
             self._start.lives(spec)
 
-    def take_over(self, left: Left) -> None:
+    def inherit(self) -> None:
         """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        before, self._left_alone = self._left_alone, left.alone
-        self._remember(left.memory)
-        if left.record is not None:
-            try:
-                self.adopt(left.record)
-            except Hidden as error:
-                record = left.record
-                self._left_alone = LeftAlone(reason=str(error), pid=record.pid, starttime=record.starttime)
-            else:
-                self._note_identity(left.record)
-        if self._left_alone is None:
-            return
-        self._left_alone = replace(self._left_alone, look_at=self._around.clock.now() + LOOK_AGAIN_S)
-        if before is None or before.reason != self._left_alone.reason:
-            self.report.tell("instance.unreadable", level="error", reason=self._left_alone.reason)
-
-    def _note_identity(self, record: Incarnation) -> None:
-        """Put down what a living QEMU was started under, where a release wrote its record that did not say."""
-        if self._machine.pid is None or record.under is not None:
-            return
-        try:
-            self._machine.note(under=HostIdentity.of(self._around.me, self._around.layout))
-        except OSError as error:
-            # Told by other means at the next start, too.
-            self.report.tell("instance.not_noted", level="warning", reason=str(error))
-
-    def _read_again(self) -> None:
-        """What could not be read may have been mended by now, or its QEMU may have ended."""
-        around = self._around
-        self.take_over(adoption.read(self._machine.directory, boot_id=around.boot_id, objection=around.objection))
-        if self._left_alone is None and self.wish is not None:
+        self._remember(self._inheritance.take(self.adopt))
+        if self._inheritance.news is not None:
+            self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
+        if self._inheritance.alone is None and self.wish is not None:
             self.update(self.wish, held=self._held, fresh=False)
 
     @property
@@ -188,13 +166,14 @@ class Instance:
     @property
     def pid(self) -> int | None:
         """Of the living QEMU, ours or left alone."""
-        return self._machine.pid if self._left_alone is None else self._left_alone.pid
+        alone = self._inheritance.alone
+        return self._machine.pid if alone is None else alone.pid
 
     @property
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
-        if self._left_alone is not None:
-            return self._left_alone.starttime
+        if self._inheritance.alone is not None:
+            return self._inheritance.alone.starttime
         return None if self._machine.record is None else self._machine.record.starttime
 
     @property
@@ -224,6 +203,9 @@ class Instance:
         """
         while True:
             self._wake.clear()
+            if not self._memory_kept and self._machine.record is not None:
+                self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -241,7 +223,11 @@ class Instance:
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
-                self._start.wait_for_host(error)
+                if self._machine.record is None:
+                    self._start.wait_for_host(error)
+                else:
+                    # QEMU is there, paused, and waits for it.
+                    self._pause(error.retry_s, str(error))
             except StorageAway as error:
                 self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
@@ -276,13 +262,14 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
+        target_there, target_meant = self._target()
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems,
-            left_alone=self._left_alone,
+            problems=self._problems if self.wish is None or not target_there else self.wish.problems,
+            left_alone=self._inheritance.alone,
             mismatch=around.mismatch,
             held=self._held,
             draining=around.draining(),
@@ -295,7 +282,9 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
-            holdover=self._holdover(lock) if process is None else None,
+            target_there=target_there,
+            target_meant=target_meant,
+            holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
             process=process,
@@ -332,20 +321,24 @@ class Instance:
         if starting:
             self._start.note_wanted(view.now)
 
+    def _target(self) -> tuple[bool | None, str | None]:
+        """Of the other host where it shall run: whether it has a session, and which was meant if it has none."""
+        around, wish = self._around, self.wish
+        if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
+            return None, None
+        there = around.host_has_session(HostName(wish.runs_on))
+        if there is not False:
+            return there, None
+        sessions = around.sessions()
+        if is_in_container(self.id, wish.runs_on, sessions):
+            return True, None
+        return False, resembling(wish.runs_on, sessions)
+
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
-        if wish.spec is None or wish.host != self._around.me:
+        if wish.spec is None:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
-
-    def _holdover(self, lock: Lock | None) -> int | None:
-        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
-            return None
-        if lock.incarnation == self._start.planned:
-            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
-            return None
-        return self._machine.holdover(lock)
 
     def _is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""
@@ -368,7 +361,7 @@ class Instance:
             case Action.PREPARE:
                 await start.prepare(wanted(wish))
             case Action.READ:
-                self._read_again()
+                self.inherit()
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:
@@ -382,7 +375,7 @@ class Instance:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                machine.directory.write_memory(self._memory)
+                self._keep_memory()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -393,8 +386,13 @@ class Instance:
                 await start.grow()
             case Action.REASSERT:
                 await self._reassert()
+            case Action.TIDY:
+                assert wish is not None
+                await self._lock.tidy(wish.stale_placement)
+                if self.wish is wish:
+                    self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await self._rename()
+                await start.rename()
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
@@ -423,12 +421,6 @@ class Instance:
             await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
             return
         self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
-
-    async def _rename(self) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._lock.write(replace(lock, host=self._around.me), None)
-        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -466,21 +458,38 @@ class Instance:
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
+
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
         if memory != self._memory:
             self._memory = memory
             if self._machine.record is not None:
-                self._machine.directory.write_memory(memory)
+                self._keep_memory()
+
+    def _keep_memory(self) -> None:
+        """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
+        try:
+            self._machine.directory.write_memory(self._memory)
+        except OSError as error:
+            if self._memory_kept:
+                said = explain(error, self._machine.directory.path)
+                self.report.tell("instance.memory_unwritten", level="warning", reason=said)
+            self._memory_kept = False
+        else:
+            self._memory_kept = True
 
     async def _release(self) -> None:
         publisher = self._around.publisher
         await self._start.shut_out_the_dead()
+        stale = 0 if self.wish is None or self._held else self.wish.stale_placement
         if self.wish is not None and self.wish.keys > 0:
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last))
+            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
-            await self._lock.release(None)
+            await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
         self._start.planned = None
         self.report.tell("lock.released")

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import replace
 
 import structlog
 
-from kvmsupervisor import __version__, adoption
-from kvmsupervisor.adapters import cgroup
+from kvmsupervisor import __version__
+from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError
@@ -30,7 +30,7 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
-from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.domain.status import Status
@@ -57,6 +57,10 @@ ROTATE_EVERY_S = 60.0
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
+
+SUPERVISOR_FILES, MACHINE_FILES = 80, 5
+"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
+both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
@@ -85,6 +89,7 @@ class Supervisor:
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
         self._draining = False
+        self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -119,6 +124,7 @@ class Supervisor:
                 from one of the parts.
         """
         settings = self._settings
+        self._most_files = resources.raise_limit()
         equipment = look_around(settings)
         self._run_dir.acquire()
         self.heed_draining()
@@ -219,6 +225,7 @@ class Supervisor:
             store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
         )
         self.face = Face(
+            host=self._me,
             instances=self._instances,
             hosts=self._hosts_table,
             session=self._session,
@@ -255,6 +262,7 @@ class Supervisor:
             metrics=self._metrics,
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._host_has_session,
+            sessions=self._sessions,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -330,10 +338,9 @@ class Supervisor:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._run_dir.instance(name)
-            left = adoption.read(directory, boot_id=self._boot_id, objection=self._objection)
-            made = Instance(name, around=self._around, directory=directory, memory=left.memory, log=log)
-            self._instances[name] = made
-            made.take_over(left)
+            fresh = Memory(boot_id=self._boot_id)
+            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name].inherit()
         return self._instances[name]
 
     def _objection(self, record: Incarnation) -> str | None:
@@ -402,6 +409,15 @@ class Supervisor:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
         self._dispatch.begin()
+        needed = SUPERVISOR_FILES + MACHINE_FILES * len(self._instances)
+        if needed > self._most_files:
+            log.warning(
+                "files.too_few",
+                limit=self._most_files,
+                needed=needed,
+                machines=len(self._instances),
+                reason=f"some machines will wait for files that can be opened: {resources.RAISE_IT}",
+            )
 
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
         """Keys or locks of these instances differ."""
@@ -426,6 +442,10 @@ class Supervisor:
         if not self._hosts.synced.is_set():
             return None
         return self._hosts_table.get(self._layout.session_key(host).encode()) is not None
+
+    def _sessions(self) -> Collection[str]:
+        prefix = len(self._layout.hosts_prefix)
+        return [key.decode(errors="replace")[prefix:] for key in self._hosts_table.entries]
 
     async def _publish(self) -> None:
         """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""

@@ -27,10 +27,13 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         run         never answered in time       GiveUp
               any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
+              mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
+    any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
               mine/left   not run                                  Release      (law 9)
+              any         stop        its placement has ended      Tidy         (law 10)
               any         stop                                     Forget (not ours), or none
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
@@ -56,11 +59,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
+from kvmsupervisor.domain.hands_off import hands_off
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses
+from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, LeftAlone, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
 """A guest that has not yet loaded its power button's driver loses the press in silence: repeat it."""
@@ -72,16 +78,20 @@ PROBE_EVERY_S = 60.0
 """How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
 costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
 
+SLOT_S = 5.0
+"""How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
+(docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
+
 LOCK_POLL_S = 5.0
 """How often a wait that no watch ends is looked at again."""
 
 
 def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
-    if view.left_alone is not None:
-        return _left_alone(view, view.left_alone)
+    if (untouched := hands_off(view)) is not None:
+        return untouched
     if view.process is None:
-        return _hindered(view) or _without_process(view)
+        return _without_process(view)
     if view.process.exit is not None and view.wish is None:
         # What follows an end is the policy's to say, which is in the keys.
         reason = f"QEMU {view.process.exit.text}; its keys have not been read yet, since this supervisor started"
@@ -91,28 +101,7 @@ def decide(view: View) -> Decision:
     return _with_process(view, view.process)
 
 
-def _left_alone(view: View, left: LeftAlone) -> Decision:
-    """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
-    phase = Phase.WAITING if left.pid is None else Phase.RUNNING
-    said = Decision(phase=phase, reason=left.reason)
-    if view.now >= left.look_at:
-        return replace(said, action=Action.READ)
-    if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
-        return replace(said, action=Action.LOOK)
-    return replace(said, wake_at=left.look_at)
-
-
-def _observed(view: View, process: Process, mismatch: str) -> Decision:
-    """The settings are others than those that it was started under: it is watched, and that is all (law 12)."""
-    phase, said = _phase(process), f"QEMU lives, but {mismatch}"
-    if not process.connected:
-        return _when(view, process.connect_at, Action.CONNECT, phase, said)
-    return _when(view, process.probe_at, Action.PROBE, phase, said)
-
-
 def _with_process(view: View, process: Process) -> Decision:
-    if view.mismatch is not None and order(view) is None:
-        return _under_guard(view, _observed(view, process, view.mismatch))
     match view.claim:
         case Claim.STRANGER | Claim.LEFTOVER:
             lock = view.lock.lock
@@ -181,8 +170,12 @@ def _before_it_runs(view: View, process: Process) -> Decision:
                 reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
                 action=Action.GIVE_UP,
             )
-        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=give_up_at)
-        return replace(due, slot=True)
+        # Its own time goes on; others need not wait for one that is silent.
+        slot_until = process.incarnation.spawned_at + SLOT_S
+        slot = view.now < slot_until
+        next_at = min(slot_until, give_up_at) if slot else give_up_at
+        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=next_at)
+        return replace(due, slot=slot)
     lock = view.lock.lock
     if view.claim is not Claim.MINE or lock is None:
         return Decision(
@@ -234,17 +227,32 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+    tidy = _has_to_tidy(view, aim)
+    if tidy and view.session_held and view.now >= view.etcd_at:
+        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.TIDY)
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
     next_at = min(process.probe_at, process.grow_at)
-    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT else next_at
+    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
+
+
+def _has_to_tidy(view: View, aim: Goal) -> bool:
+    """Whether a placement is to be deleted that has ended, by the host that runs it now (law 10)."""
+    wish = view.wish
+    if wish is None or not wish.stale_placement or aim is not Goal.RUN:
+        return False
+    return view.claim is Claim.MINE and not view.stays
 
 
 def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     """The sentence for a machine that runs and shall."""
     said = []
+    placement = None if view.wish is None or view.stays else view.wish.placement
+    if placement is not None and view.wish is not None:
+        since = f"since {placement.since} ({placement.why})"
+        said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
     if process.run_state not in {"running", None}:
         said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
     if process.silent_since is not None:
@@ -258,6 +266,8 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
+    if view.stays:
+        said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
 
 
@@ -279,26 +289,16 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     return _when(view, press_at, Action.POWERDOWN, phase, left, or_at=force_at)
 
 
-def _hindered(view: View) -> Decision | None:
-    """Why nothing is begun or let go of, whatever the keys say; None when nothing hinders it."""
-    if view.claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
+def _without_process(view: View) -> Decision:
+    aim, why = goal(view)
+    claim = view.claim
+    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
         return Decision(
             phase=Phase.WAITING,
             reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
             "adopted; end that process and the instance goes on",
             wake_at=view.now + LOCK_POLL_S,
         )
-    if view.mismatch is not None and order(view) is None:
-        return Decision(
-            phase=Phase.WAITING if goal(view)[0] is Goal.RUN or view.wish is None else Phase.STOPPED,
-            reason=view.mismatch,
-        )
-    return None
-
-
-def _without_process(view: View) -> Decision:
-    aim, why = goal(view)
-    claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
     if view.wish is not None and pauses(view.memory, view.wish, view.now):
@@ -355,12 +355,21 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
+        return _with_etcd(view, Action.TIDY, phase, why)
+    left = view.leaving is not None or view.wish.keys == 0 or view.wish.runs_on != view.me
+    if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
         return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
+
+
+def _is_placed_by_us(wish: Wish, me: HostName) -> bool:
+    """Whether a placement that has ended is this host's to delete: it was placed here, or nothing is left of it."""
+    placement = wish.placed.placement
+    return wish.keys == 0 or wish.runs_on == me or (placement is not None and placement.host == me)
 
 
 def _held_elsewhere(view: View) -> Decision:

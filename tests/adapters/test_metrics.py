@@ -20,9 +20,10 @@ from kvmsupervisor.adapters.metrics import (
 )
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase
 
+HERE = HostName("alpha")
 ONE, TWO = InstanceId("1"), InstanceId("web.two-2_x")
 
 CONTRACT = {
@@ -41,6 +42,8 @@ CONTRACT = {
     "instance_pending_changes": "gauge",
     "instance_invalid": "gauge",
     "instance_unguarded": "gauge",
+    "instance_host_absent": "gauge",
+    "instance_placed": "gauge",
     "instance_info": "gauge",
     "instance_memory_bytes": "gauge",
     "instance_guest_memory_bytes": "gauge",
@@ -51,6 +54,8 @@ CONTRACT = {
     "instance_cpu_seconds_total": "counter",
     "instance_starts_total": "counter",
     "instance_exits_total": "counter",
+    "instance_resets_total": "counter",
+    "instance_events_total": "counter",
     "internal_errors_total": "counter",
     "adopted_total": "counter",
     "fences_total": "counter",
@@ -65,7 +70,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.now = Snapshot(etcd_up=False, session_remaining_s=0.0, watch_revision=0)
-        self.metrics = Metrics(lambda: self.now, version="1.2.3")
+        self.metrics = Metrics(lambda: self.now, host=HERE, version="1.2.3")
 
     def show(self, *instances: InstanceSample) -> None:
         self.now = Snapshot(
@@ -76,7 +81,8 @@ class Supervisor:
         return self.metrics.render()[0].decode()
 
     def value(self, name: str, **labels: str) -> float | None:
-        """The value of one sample, or None without it."""
+        """The value of one sample, or None without it; of an instance's, on this host."""
+        labels |= {"host": HERE} if "instance" in labels else {}
         for family in text_string_to_metric_families(self.text()):
             for sample in family.samples:
                 if sample.name == f"kvmsupervisor_{name}" and sample.labels == labels:
@@ -138,6 +144,17 @@ def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
     ):
         assert supervisor.value(name, instance=ONE, **labels) == value
     assert "instance_info{" + f'instance="{TWO}"' not in supervisor.text()
+
+
+def test_every_series_of_an_instance_names_its_host(supervisor: Supervisor) -> None:
+    """§7: two hosts that tell of one instance, while it moves, never tell of one series."""
+    busy(supervisor)
+    families = list(text_string_to_metric_families(supervisor.text()))
+    of_instances = [sample for family in families for sample in family.samples if "instance" in sample.labels]
+    assert {sample.labels.get("host") for sample in of_instances} == {HERE}
+    assert {family.name for family in families if "instance_" in family.name} <= {
+        family.name for family in families if any("instance" in sample.labels for sample in family.samples)
+    }
 
 
 def test_how_guests_are_kept_is_told(supervisor: Supervisor) -> None:
@@ -300,4 +317,4 @@ def test_making_metrics_asks_for_nothing() -> None:
     def premature() -> Snapshot:
         raise AssertionError("asked before anybody scraped")
 
-    Metrics(premature, version="1")
+    Metrics(premature, host=HERE, version="1")
