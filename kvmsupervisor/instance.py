@@ -25,7 +25,7 @@ from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.lock import Claim, Storage
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.single import is_in_container
@@ -172,9 +172,8 @@ class Instance:
     @property
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
-        if self._inheritance.alone is not None:
-            return self._inheritance.alone.starttime
-        return None if self._machine.record is None else self._machine.record.starttime
+        known = self._inheritance.alone or self._machine.record
+        return None if known is None else known.starttime
 
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
@@ -385,7 +384,7 @@ class Instance:
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
-                await self._reassert()
+                await start.reassert()
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
@@ -397,30 +396,18 @@ class Instance:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
-            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+            case (
+                Action.CONNECT
+                | Action.PROBE
+                | Action.POWERDOWN
+                | Action.FINISH
+                | Action.QUIT
+                | Action.KILL
+                | Action.GIVE_UP
+            ):
                 await ladder.step(machine, decision)
             case _:
                 assert_never(action)
-
-    async def _reassert(self) -> None:
-        record = self._machine.record
-        assert record is not None
-        lock = Lock(
-            host=self._around.me,
-            boot_id=record.boot_id,
-            epoch=record.epoch,
-            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
-            incarnation=record.incarnation,
-            pid=record.pid,
-            starttime=record.starttime,
-            clients=record.clients,
-            storage=record.storage,
-        )
-        other = await self._lock.reassert(lock)
-        if other is not None:
-            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
-            return
-        self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def _bury(self) -> None:
         process = self._machine.view()

@@ -18,7 +18,7 @@ from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, take
+from kvmsupervisor.domain.lock import Lock, LockState, take
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -419,6 +419,31 @@ class Start:
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(replace(recorded, storage=record.storage), wish.ground)
+
+    async def reassert(self) -> None:
+        """Write the lock again that somebody deleted under its QEMU; kill that if another has had it meanwhile.
+
+        Raises:
+            SwapFailed, EtcdError: see `take`.
+        """
+        record = self._machine.record
+        assert record is not None
+        lock = Lock(
+            host=self._around.me,
+            boot_id=record.boot_id,
+            epoch=record.epoch,
+            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
+            incarnation=record.incarnation,
+            pid=record.pid,
+            starttime=record.starttime,
+            clients=record.clients,
+            storage=record.storage,
+        )
+        other = await self._lock.reassert(lock)
+        if other is not None:
+            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
+            return
+        self._report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
     async def rename(self) -> None:
         """Write this host's present name into the lock of its own QEMU.

@@ -9,11 +9,21 @@ from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, LeftAlone, Process, View
 
+HOLDOVER_POLL_S = 5.0
+"""How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
+
 
 def hands_off(view: View) -> Decision | None:
     """The decision where nothing may be touched; None where the instance goes its way."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
+    if view.process is None and view.holdover is not None and view.claim in {Claim.LEFTOVER, Claim.BROKEN}:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
+            "adopted; end that process and the instance goes on",
+            wake_at=view.now + HOLDOVER_POLL_S,
+        )
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:
