@@ -52,6 +52,11 @@ class Layout:
         return f"{self.facts}/instances/"
 
     @property
+    def history_key(self) -> str:
+        """Key that says what the present history of the store is called."""
+        return f"{self.facts}/history"
+
+    @property
     def confirmations_prefix(self) -> str:
         """The prefix of the operators' words on removals that are held."""
         return f"{self.facts}/confirm-removal/"

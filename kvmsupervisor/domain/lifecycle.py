@@ -10,7 +10,11 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
     --------  ----------  ----------  ---------------------------  --------------------------
     ended     any         any         keys not read yet            none
               any         any                                      Bury
-    alive     stranger    any                                      Kill         (law 6)
+    alive     stranger    any         another cluster's            as if it were ours, but never written (law 11)
+              any other's any         older, never ran             Kill         (nothing to lose)
+              any other's any         older, session held          Reassert     (law 11)
+              any other's any         older                        as if it were ours
+              stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
               absent      any         never ran, session held      Kill         (nothing to lose)
               absent      any         session held                 Reassert
@@ -57,6 +61,7 @@ from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
@@ -87,7 +92,24 @@ def decide(view: View) -> Decision:
 
 
 def _with_process(view: View, process: Process) -> Decision:
+    able = view.session_held and view.now >= view.etcd_at
     match view.claim:
+        case Claim.STRANGER if view.is_strange:
+            pass
+        case Claim.STRANGER | Claim.LEFTOVER | Claim.BROKEN if view.is_outdated:
+            if process.never_ran:
+                return Decision(
+                    phase=Phase.STARTING,
+                    reason="its lock is an older one and its guest has not run yet: QEMU is started anew",
+                    action=Action.KILL,
+                    wake_at=view.now + LOCK_POLL_S,
+                )
+            if able:
+                return Decision(
+                    phase=_phase(process),
+                    reason="its lock is older than its QEMU, as in an etcd that was restored: it is written again",
+                    action=Action.REASSERT,
+                )
         case Claim.STRANGER | Claim.LEFTOVER:
             lock = view.lock.lock
             assert lock is not None
@@ -104,7 +126,7 @@ def _with_process(view: View, process: Process) -> Decision:
                 action=Action.KILL,
                 wake_at=view.now + LOCK_POLL_S,
             )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
+        case Claim.ABSENT if able and process.never_ran:
             # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
             return Decision(
                 phase=Phase.STARTING,
@@ -112,7 +134,7 @@ def _with_process(view: View, process: Process) -> Decision:
                 action=Action.KILL,
                 wake_at=view.now + LOCK_POLL_S,
             )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at:
+        case Claim.ABSENT if able:
             return Decision(
                 phase=_phase(process),
                 reason="its lock was deleted: it is written again",
@@ -203,7 +225,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
     next_at = min(process.probe_at, process.grow_at)
-    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT else next_at
+    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
 
@@ -217,6 +239,10 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
         said.append("QEMU does not answer on QMP")
     if aim is Goal.KEEP:
         said.append(f"it runs on as it was: {why}")
+    if view.claim is Claim.STRANGER and view.is_strange:
+        said.append(
+            "etcd is another cluster's than before, in which its lock is another machine's: it is not touched there"
+        )
     if view.claim is Claim.UNREADABLE:
         said.append("its lock holds what this release cannot read; delete that key and it is written anew")
     if view.guarded is False:
@@ -257,6 +283,8 @@ def _without_process(view: View) -> Decision:
         )
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
+    if (waits := _for_others(view)) is not None:
+        return waits
     if view.wish is not None and pauses(view.memory, view.wish, view.now):
         return Decision(
             phase=Phase.BACKOFF,
@@ -295,6 +323,30 @@ def _without_process(view: View) -> Decision:
             return _in_turn(view, ready)
         case _:
             assert_never(claim)
+
+
+def _for_others(view: View) -> Decision | None:
+    """Wait, when etcd has another history and another host may be running this without having told it there yet."""
+    if view.wish is None or view.wish.spec is None or not view.era.awaited:
+        return None
+    lock = view.lock.lock
+    own = lock is not None and lock.host == view.me and lock.state is not LockState.BROKEN
+    if lock is not None and (own or lock.state is LockState.BROKEN) and view.lock.mod_revision > view.era.since:
+        # Ours since then, or an operator's word since then.
+        return None
+    storage = storage_of(view.wish.spec)
+    if not view.era.keeps_waiting(storage, view.now):
+        return None
+    hosts = ", ".join(view.era.awaited)
+    reason = (
+        f"etcd has another history (restored, or its data lost); waits until {hosts} "
+        f"{'have' if len(view.era.awaited) > 1 else 'has'} said there what runs"
+    )
+    if storage is not Storage.UNFENCEABLE:
+        return Decision(phase=Phase.WAITING, reason=f"{reason}, at most a little while", wake_at=view.era.until)
+    way_out = f"if a host is gone for good: `kvmsupervisor confirm-removal {view.era.awaited[0]}`"
+    # What ends it is no news of this instance.
+    return Decision(phase=Phase.WAITING, reason=f"{reason}; {way_out}", wake_at=view.now + LOCK_POLL_S)
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
