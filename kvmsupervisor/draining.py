@@ -12,8 +12,8 @@ from pathlib import Path
 import structlog
 
 from kvmsupervisor import ladder
-from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.clock import Clock, boot_id
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -22,7 +22,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import View
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.marks import Marks
+from kvmsupervisor.marks import pid_of
 
 log = structlog.get_logger(__name__)
 
@@ -98,10 +98,7 @@ class Drain:
         record = _record_of(directory)
         if record is None or record.boot_id != self._boot_id:
             return False
-        if record.pid is not None and record.starttime is not None:
-            return kernel.is_alive(record.pid, record.starttime)
-        marks = Marks.of(record, self._prefix)
-        return next(kernel.find(marks.environment()), None) is not None
+        return pid_of(record.instance, record.incarnation, pid=record.pid, starttime=record.starttime) is not None
 
     async def _shut_down_ourselves(self) -> None:
         """There is no supervisor: do its part for what it left behind, in its place."""
@@ -135,7 +132,11 @@ class Drain:
         memory = _memory_of(directory, self._boot_id)
         timeout_s = memory.shutdown_timeout_s
         try:
-            machine.adopt(record, boot_id=self._boot_id)
+            try:
+                machine.adopt(record, boot_id=self._boot_id)
+            except Hidden as error:
+                log.warning("instance.unreadable", instance=record.instance, reason=str(error))
+                return
             while (process := machine.view()) is not None and process.exit is None:
                 wake.clear()
                 view = View(

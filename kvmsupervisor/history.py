@@ -8,7 +8,7 @@ how it is noticed, named, remembered for a successor, and which hosts have spoke
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Never
@@ -47,15 +47,18 @@ log = structlog.get_logger(__name__)
 FILE_NAME = "_history.json"
 
 CHANGED = (
-    "etcd has another history than the one that was acted on: it was restored from a backup, its data was lost, or it is "
-    "another etcd. Machines run on and their locks are written again; removals, moves and `power=off` that came with it "
-    "wait for `kvmsupervisor confirm-removal`"
+    "etcd has another history than the one that was acted on: it was restored from a backup, its data was lost, or it "
+    "is another etcd. Machines run on and their locks are written again; removals, moves and `power=off` that came "
+    "with it wait for `kvmsupervisor confirm-removal`"
 )
 
 UNPROVEN = (
     "etcd has compacted away what could prove that its history is the one that was acted on: removals, moves and "
     "`power=off` since then wait for `kvmsupervisor confirm-removal`"
 )
+
+SPEAK_POLL_S = 0.2
+"""How often it is looked whether all locks are written again, after a change. Arbitrary: seldom, and soon over."""
 
 SAVE_EVERY_S = 1.0
 """How often the file is written at most. A supervisor that is killed leaves a file that may be so much older; what it
@@ -123,6 +126,9 @@ class History:
         # How many proofs were begun, and the last one that was had.
         self._begun = self._had = 0
         self._dirty = asyncio.Event()
+        self._unspoken = asyncio.Event()
+        if not self.spoken:
+            self._unspoken.set()
 
     # --- what others tell and ask -------------------------------------------------------------------------------
 
@@ -133,14 +139,19 @@ class History:
 
     def sessions_are(self, sessions: Mapping[str, str], *, era: int) -> None:
         """Which hosts have a session, and the history that each says it has spoken in, as seen in `era`."""
-        if self._sessions_era != era or sessions.keys() != self._sessions.keys():
+        if sessions != self._sessions or era != self._sessions_era:
             self._dirty.set()
-        self._sessions, self._sessions_era = dict(sessions), era
+        self._sessions, self._sessions_era = sessions, era
 
     @property
     def id(self) -> str:
         """What it is called; empty while it has no name."""
         return self._id
+
+    @property
+    def spoken_name(self) -> str:
+        """What this host's session is to say: the history that it has spoken in, where one ever changed."""
+        return self._id if self.spoken and self._number else ""
 
     @property
     def present(self) -> Era:
@@ -259,7 +270,7 @@ class History:
         self._id = "" if name is None else name.id
         self._number = self._number + 1 if name is None else name.number
         self._until = self._clock.now() + self._patience_s
-        self.spoken = False
+        self._must_speak()
         log.error(
             "history.changed",
             history=self._id,
@@ -298,7 +309,7 @@ class History:
             try:
                 done = await self._store.txn([unchanged], [Put(self._key, fresh.to_json())])
             except (Denied, Rejected) as error:
-                log.error("history.unnamed", key=self._key, reason=str(error))
+                log.warning("history.unnamed", key=self._key, reason=str(error))
                 return _Found(name=None, since=result.revision, missing=not found)
             if done.succeeded:
                 return _Found(name=fresh, since=done.revision, missing=not found, written=True)
@@ -335,15 +346,15 @@ class History:
             if name.number > self._number:
                 # Nothing that was seen here is lost in it; what others have not told is.
                 self._since, self._until = revision, self._clock.now() + self._patience_s
-            self.spoken = name.number == 0
+            if name.number:
+                self._must_speak()
             self._id, self._number = name.id, name.number
             self._dirty.set()
         self._named = name
 
-    def has_spoken(self) -> None:
-        """This host's session says that its machines have their locks in it."""
-        self.spoken = True
-        self._dirty.set()
+    def _must_speak(self) -> None:
+        self.spoken = False
+        self._unspoken.set()
 
     # --- for a successor, and for all -----------------------------------------------------------------------------
 
@@ -355,6 +366,28 @@ class History:
             self.save()
             await self._settle()
             await self._clock.sleep(SAVE_EVERY_S)
+
+    async def run_speaking(self, ready: Callable[[], bool], say: Callable[[str], Awaitable[bool]]) -> Never:
+        """Have this host say that it has spoken, after each change, for ever.
+
+        Args:
+            ready: whether everything that runs here has its lock in the history that etcd has now.
+            say: puts the name of that history into this host's session; tells whether it is there.
+        """
+        while True:
+            await self._clock.wait(self._unspoken, None)
+            name = self._id
+            if name and ready():
+                try:
+                    if await say(name) and name == self._id:
+                        self._unspoken.clear()
+                        self.spoken = True
+                        self._dirty.set()
+                        log.info("history.spoken", history=name)
+                        continue
+                except EtcdError as error:
+                    log.warning("history.not_spoken", reason=str(error))
+            await self._clock.sleep(SPEAK_POLL_S)
 
     async def _settle(self) -> None:
         """Once all have spoken, have the key say so: who comes later waits for nobody."""

@@ -20,8 +20,10 @@ from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
+from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.ownership import LOCK_POLL_S
+from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -95,13 +97,14 @@ class Instance:
 
     # --- what it is told --------------------------------------------------------------------------------------
 
-    def update(self, wish: Wish, *, held: bool, fresh: bool) -> None:
+    def update(self, wish: Wish, *, held: bool, fresh: bool, hold: Hold | None = None) -> None:
         """Take the latest wish.
 
         Args:
             wish: the keys as they are.
-            held: they are gone, and that waits for an operator's word: the instance goes on as it is.
+            held: what they come to waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
+            hold: more of what is held.
         """
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
@@ -114,12 +117,41 @@ class Instance:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = replace(self._memory, held=held)
+        memory = replace(
+            self._memory,
+            held=held,
+            held_as=hold.order if hold is not None and hold.order else None,
+            held_why="" if hold is None else hold.why,
+            stood=hold.stood if hold is not None else None,
+        )
+        if wish.restart_request != memory.restart_seen:
+            memory = replace(memory, restart_seen=None)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
         self._remember(memory)
         self._wake.set()
+
+    def begin_anew(self, wish: Wish) -> None:
+        """Etcd has another history, in which these are the keys: nothing that they had before tells a new order.
+
+        Called right before the lock and the keys of that history are told.
+        """
+        self._lock.begin_anew()
+        self.report.begin_anew()
+        self._start.claimed_by = None
+        memory = replace(self._memory, restart_seen=wish.restart_request)
+        if memory.keys:
+            memory = replace(memory, revision=wish.revision, keys=wish.keys)
+        if memory.ended is not None:
+            ended = replace(
+                memory.ended,
+                host_revision=wish.host_revision,
+                power_revision=wish.power_revision,
+                restart_request=wish.restart_request,
+            )
+            memory = replace(memory, ended=ended)
+        self._remember(memory)
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -141,6 +173,22 @@ class Instance:
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
         return self._memory.held
+
+    @property
+    def hold(self) -> Hold | None:
+        """What is held, where it was told more of it than that."""
+        memory = self._memory
+        if not memory.held or (memory.stood is None and memory.held_as is None):
+            return None
+        return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether its lock says what runs here, in the history that etcd has now: only a QEMU has to be told of."""
+        if self._machine.pid is None:
+            return True
+        view = self._observe()
+        return view.claim in {Claim.MINE, Claim.UNREADABLE} or (view.claim is Claim.STRANGER and view.is_strange)
 
     @property
     def pid(self) -> int | None:
@@ -238,6 +286,8 @@ class Instance:
             wish=self.wish,
             problems=self._problems,
             held=self._held,
+            held_why=self._memory.held_why,
+            era=around.era(),
             draining=around.draining(),
             leaving=around.leaving(),
             session_held=around.session.held,
@@ -245,6 +295,7 @@ class Instance:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
+            buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             holdover=self._holdover(lock) if process is None else None,
@@ -343,6 +394,8 @@ class Instance:
                 await start.grow()
             case Action.REASSERT:
                 await self._reassert()
+            case Action.RENAME:
+                await self._rename()
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
@@ -366,11 +419,17 @@ class Instance:
             clients=record.clients,
             storage=record.storage,
         )
-        other = await self._lock.reassert(lock)
+        other = await self._lock.reassert(lock, self._around.era())
         if other is not None:
             await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
             return
         self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
+
+    async def _rename(self) -> None:
+        lock = self._lock.view.lock
+        assert lock is not None
+        await self._lock.write(replace(lock, host=self._around.me), None)
+        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -405,6 +464,7 @@ class Instance:
         if not (process.asked and process.never_ran):
             self._around.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
+        self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
     def _remember(self, memory: Memory) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor import marks
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
-from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.qmp import MonitorRefused
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.agent_watch import AgentWatch
@@ -28,21 +29,11 @@ from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
+from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
-from kvmsupervisor.marks import Marks, environment_of
-
-ANSWER_S = 5.0
-"""How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
-
-RECONNECT_S = 0.5
-"""Pause between attempts to connect to a QEMU that lives and does not listen."""
-
-DRAIN_S = 1.0
-"""How long the last QMP events may take to arrive after the process has ended."""
+from kvmsupervisor.monitor import Conversation
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
@@ -86,7 +77,9 @@ class Machine:
         self._caught_up = caught_up
         self.spec: Spec | None = None
         self._process: kernel.Process | None = None
-        self._monitor: Monitor | None = None
+        self._talk = Conversation(
+            socket=directory.qmp_socket, clock=clock, on_event=self._on_event, notify=notify, log=log
+        )
         self._settling: asyncio.Task[None] | None = None
         self._clear()
 
@@ -95,15 +88,11 @@ class Machine:
         self._exit: Exit | None = None
         self._verdict: Exit | None = None
         self._shutdown: str | None = None
-        self._run_state: str | None = None
-        self._connect_at = 0.0
-        self._probe_at = 0.0
-        self.growth = Growth(self._clock, self._command)
-        self._silent_since: float | None = None
+        self.growth = Growth(self._clock, self._talk.command)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
-        self._answered = False
+        self._talk.reset()
         self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
@@ -116,12 +105,12 @@ class Machine:
             incarnation=self.record,
             spec=self.spec,
             exit=self._exit,
-            connected=self._monitor is not None and self._answered,
-            run_state=self._run_state,
-            connect_at=self._connect_at,
-            probe_at=self._probe_at,
+            connected=self._talk.answered,
+            run_state=self._talk.run_state,
+            connect_at=self._talk.connect_at,
+            probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
-            silent_since=self._silent_since,
+            silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
         )
@@ -144,14 +133,11 @@ class Machine:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
-        return self._run_state == NEVER_RAN
+        return self._talk.run_state == NEVER_RAN
 
     def holdover(self, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
-        if lock.pid is not None and lock.starttime is not None:
-            return lock.pid if kernel.is_alive(lock.pid, lock.starttime) else None
-        marks = Marks(prefix=self._prefix, instance=self.directory.path.name, incarnation=lock.incarnation)
-        return next(kernel.find(marks.environment()), None)
+        return marks.pid_of(self.directory.path.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -197,7 +183,7 @@ class Machine:
                 self.spec = spec_from_object(record.spec)
                 self._process = kernel.spawn(
                     home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=environment_of(Marks.of(record, self._prefix)),
+                    environment=marks.environment_of(marks.Marks.of(record, self._prefix)),
                     log_fd=log_fd,
                     pass_fds=provision.descriptors,
                     on_end=self._on_end,
@@ -208,30 +194,28 @@ class Machine:
                 return
             finally:
                 os.close(log_fd)
-        self._run_state = NEVER_RAN
+        self._talk.run_state = NEVER_RAN
         self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
         directory.write_incarnation(self.record)
 
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Its pid may be another's by now: only one of this boot, with the recorded start time and the incarnation's name
-        in its environment is it (law 8); `kernel.Hidden` when that cannot be seen. The loop asks QMP and the lock.
+        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock.
+
+        Raises:
+            process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
         self._clear()
         self.record = record
         self.spec = spec_from_object(record.spec)
-        marks = Marks.of(record, self._prefix).environment()
         if record.boot_id == boot_id:
-            candidates = [record.pid] if record.pid is not None else list(kernel.find(marks))
-            for pid in candidates:
-                found = kernel.reopen(pid, starttime=record.starttime, marks=marks, on_end=self._on_end)
-                if found is not None:
-                    self._process = found
-                    if record.pid is None:
-                        self.record = replace(record, pid=found.pid, starttime=found.starttime)
-                        self.directory.write_incarnation(self.record)
-                    return True
+            self._process = marks.reopen(record, on_end=self._on_end)
+            if self._process is not None:
+                if record.pid is None:
+                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
+                    self.directory.write_incarnation(self.record)
+                return True
             if record.pid is None:
                 self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
                 self._asked = True
@@ -245,77 +229,51 @@ class Machine:
 
     async def connect(self) -> None:
         """Connect to QMP and learn the run state. Failing is observed: when to try again, since when it is silent."""
-        try:
-            if self._monitor is None:
-                self._answered = False
-                self._monitor = await Monitor.connect(
-                    str(self.directory.qmp_socket),
-                    on_event=self._on_event,
-                    on_lost=self._on_monitor_lost,
-                    timeout_s=ANSWER_S,
-                )
-                await self._check_identity()
-            # QEMU greets before its devices are there: only an answered command means that it is up.
-            await self.probe()
-            if not self._answered:
-                self._connect_at = self._clock.now() + RECONNECT_S
-            elif self._run_state != NEVER_RAN:
-                await self.agent.look(self._command)
-        except MonitorLost as error:
-            self._connect_at = self._clock.now() + RECONNECT_S
-            self._log.debug("qmp.lost", error=str(error))
-        except MonitorError as error:
-            self._fell_silent(error)
-            self._connect_at = self._clock.now() + RECONNECT_S
+        if not await self._talk.open(self._uuid_to_check):
+            return
+        # QEMU greets before its devices are there: only an answered command means that it is up.
+        await self.probe()
+        if not self._talk.answered:
+            self._talk.retry()
+        elif not self.never_ran:
+            await self.agent.look(self._talk.command)
 
-    async def _check_identity(self) -> None:
-        """Law 8: who answers at the socket of a process that was found is the machine that was started.
+    @property
+    def _uuid_to_check(self) -> str | None:
+        """Of the machine that has to answer at the socket of a process that was found (law 8).
 
         A child is known: it was given the socket itself, which listened before it was there.
-
-        Raises:
-            MonitorLost: another machine does; the connection is closed.
         """
         assert self.record is not None
         argv = self.record.argv
         is_child = self._process is not None and self._process.is_child
-        if self._monitor is None or is_child or "-uuid" not in argv:
-            return
-        answer = await self._command("query-uuid")
-        expected = argv[argv.index("-uuid") + 1]
-        if answer is not None and answer["UUID"] != expected:
-            monitor, self._monitor = self._monitor, None
-            await monitor.close()
-            raise MonitorLost(f"machine {answer['UUID']} answers on {self.directory.qmp_socket}, this is {expected}")
+        return None if is_child or "-uuid" not in argv else argv[argv.index("-uuid") + 1]
 
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
         """Ask for the run state."""
-        answer = await self._command("query-status")
-        if answer is not None:
-            self._run_state = str(answer["status"])
-            self._probe_at = self._clock.now() + PROBE_EVERY_S
-        if self._run_state == RUNNING:
+        await self._talk.probe()
+        if self._talk.run_state == RUNNING:
             # Not on the way to a running guest: it has counted nothing yet.
-            self.counts = await count(self._command, self.spec)
+            self.counts = await count(self._talk.command, self.spec)
 
     async def resume(self) -> bool:
         """Let the guest run; True when QEMU says that it does.
 
         Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
         """
-        self._run_state = None
+        self._talk.run_state = None
         try:
-            answer = await self._ask("cont")
+            answer = await self._talk.ask("cont")
         except MonitorRefused as error:
-            self._run_state = NEVER_RAN
+            self._talk.run_state = NEVER_RAN
             await self.give_up(str(error))
             return False
         if answer is None:
-            self._probe_at = 0.0
+            self._talk.probe_at = 0.0
             return False
-        self._run_state = RUNNING
+        self._talk.run_state = RUNNING
         return True
 
     async def press_power_button(self) -> None:
@@ -324,14 +282,14 @@ class Machine:
         begun = self._stopping or Stopping(since=now)
         self._stopping = replace(begun, pressed_at=now)
         self._asked = self._pressed = True
-        await self._command("system_powerdown")
+        await self._talk.command("system_powerdown")
 
     async def quit(self) -> None:
         """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
         now = self._clock.now()
         self._stopping = replace(self._stopping or Stopping(since=now), quit_at=now)
         self._asked = True
-        if await self._command("quit") is None and self._process is not None:
+        if await self._talk.command("quit") is None and self._process is not None:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
@@ -379,57 +337,12 @@ class Machine:
             self._settling.cancel()
             await asyncio.gather(self._settling, return_exceptions=True)
             self._settling = None
-        if self._monitor is not None:
-            monitor, self._monitor = self._monitor, None
-            await monitor.close()
+        await self._talk.close()
         if self._process is not None:
             self._process.close()
             self._process = None
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    async def _command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when it was not done, which is on record then."""
-        try:
-            return await self._ask(command, arguments)
-        except MonitorRefused as error:
-            self._log.warning("qmp.refused", command=command, error=str(error))
-            return None
-
-    async def _ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when there was no answer, which is on record then.
-
-        Raises:
-            MonitorRefused: QEMU's answer is no.
-        """
-        monitor = self._monitor
-        if monitor is None:
-            return None
-        try:
-            answer = await monitor.execute(command, arguments, timeout_s=ANSWER_S)
-        except MonitorSilent as error:
-            self._fell_silent(error)
-            return None
-        except MonitorLost:
-            # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
-            await monitor.drained(DRAIN_S)
-            return None
-        except MonitorRefused:
-            self._heard()
-            raise
-        self._heard()
-        return answer
-
-    def _heard(self) -> None:
-        self._answered = True
-        self._silent_since = None
-
-    def _fell_silent(self, error: MonitorError) -> None:
-        now = self._clock.now()
-        self._probe_at = now + PROBE_EVERY_S
-        if self._silent_since is None:
-            self._silent_since = now - ANSWER_S
-            self._log.warning("qmp.silent", error=str(error))
 
     async def _kill(self, verdict: Exit) -> None:
         if self._process is None:
@@ -451,15 +364,6 @@ class Machine:
         match name:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))
-            case "RESUME":
-                self._run_state = RUNNING
-            case "GUEST_PANICKED":
-                self._run_state = PANICKED
-            case "STOP" if self._run_state == PANICKED:
-                # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.
-                return
-            case "STOP" | "SUSPEND" | "WAKEUP":
-                self._probe_at = 0.0
             case "VSERPORT_CHANGE":
                 if data.get("id") == AGENT_PORT:
                     self.agent.turn(is_open=bool(data.get("open")))
@@ -467,13 +371,8 @@ class Machine:
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
-            case _:
+            case _ if not self._talk.hears(name):
                 return
-        self._notify()
-
-    def _on_monitor_lost(self) -> None:
-        self._monitor = None
-        self._connect_at = self._clock.now()
         self._notify()
 
     def _on_end(self) -> None:
@@ -483,8 +382,7 @@ class Machine:
         """Name the end, once the last QMP events were heard."""
         assert self._process is not None
         self.agent.turn(is_open=False)
-        if self._monitor is not None:
-            await self._monitor.drained(DRAIN_S)
+        await self._talk.drained()
         if self._caught_up is not None and self._verdict is None and self._process.status.code is None:
             # A guard kills first, and writes it down then.
             await self._caught_up()

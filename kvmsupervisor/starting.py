@@ -80,6 +80,7 @@ class Start:
         obstacle: what was missing, None when nothing was.
         guard_at: when the guard is worth the next attempt.
         guard_trouble: what the last attempt said, None when it went well.
+        buried: incarnation of the last process whose end was taken to the books.
         closed: incarnation whose process is proven gone, and nothing of it is to be fenced: it closed its disks in
             order, or its clients were shut out since.
     """
@@ -100,6 +101,7 @@ class Start:
         self.obstacle: str | None = None
         self.guard_at = 0.0
         self.guard_trouble: str | None = None
+        self.buried: str | None = None
         self.closed: str | None = None
         self._id = instance
         self._around = around
@@ -224,7 +226,9 @@ class Start:
             # The machine type that the guest was installed on is in the status, whoever wrote it.
             await self.look()
         previous = self._lock.view.lock
-        foreign = None if previous is None or previous.host == around.me else previous.host
+        # A lock with a former name of this host is no other host's: its process was buried here.
+        ours = previous is None or previous.host == around.me or previous.incarnation == self.buried
+        foreign = None if previous is None or ours else previous.host
         await self._lock.write(self._plan(wish, floor), wish.host_revision, gone=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
@@ -252,7 +256,7 @@ class Start:
             boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=epoch_floor,
+            epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.

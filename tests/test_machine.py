@@ -17,9 +17,10 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor import machine as module
+from kvmsupervisor import monitor
 from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.exits import Exit, ExitClass
@@ -84,13 +85,14 @@ class Bench:
 
     def __init__(self, path: Path) -> None:
         self.directory = InstanceDir(path / "1")
+        self.prefix = "/kvm"
         self.resets: list[str] = []
         self.changed = asyncio.Event()
         self.machine = self.make()
 
     def make(self) -> Machine:
         return Machine(
-            prefix="/kvm",
+            prefix=self.prefix,
             directory=self.directory,
             clock=Clock(),
             user=None,
@@ -391,13 +393,14 @@ async def test_one_that_was_never_started_is_no_failure(bench: Bench) -> None:
 
 
 async def test_another_process_under_its_pid_is_not_it(bench: Bench) -> None:
-    """Law 8: a recycled pid, and a process of another incarnation, are left alone; ours has ended."""
+    """Law 8: a recycled pid is left alone, whatever its environment says; ours has ended."""
     await bench.up()
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written.pid is not None
     assert written.starttime is not None
-    for changed in (replace(written, starttime=written.starttime - 1), replace(written, incarnation="y")):
+    early = replace(written, starttime=written.starttime - 1)
+    for changed in (early, replace(early, incarnation="y")):
         bench.directory.write_incarnation(changed)
         assert not await bench.successor()
         assert bench.view.exit is not None
@@ -405,6 +408,34 @@ async def test_another_process_under_its_pid_is_not_it(bench: Bench) -> None:
         await bench.machine.kill("it is not ours")
     bench.directory.write_incarnation(written)
     assert await bench.successor()
+
+
+async def test_a_living_process_is_never_taken_for_gone(bench: Bench) -> None:
+    """Law 12: pid and start time agree, the environment does not: nobody knows, so its record stays."""
+    await bench.up()
+    written = bench.directory.read_incarnation()
+    assert written is not None
+    bench.directory.write_incarnation(replace(written, incarnation="y"))
+    with pytest.raises(Hidden, match=f"process {written.pid} lives with the start time on record"):
+        await bench.successor()
+    assert bench.directory.has_record
+    bench.directory.write_incarnation(written)
+    assert await bench.successor()
+
+
+async def test_the_prefix_does_not_tell_who_it_is(bench: Bench) -> None:
+    """Law 12: a supervisor with another prefix finds the same process: by its record, without a pid, by its lock."""
+    pid = (await bench.up()).incarnation.pid
+    written = bench.directory.read_incarnation()
+    assert written is not None
+    bench.prefix = "/vms"
+    assert await bench.successor()
+    assert bench.machine.pid == pid
+    bench.directory.write_incarnation(replace(written, pid=None, starttime=None))
+    assert await bench.successor()
+    assert bench.machine.pid == pid
+    lock = Lock(host=HostName("a"), boot_id=BOOT, epoch=1, state=LockState.STARTING, incarnation=NAME)
+    assert bench.machine.holdover(lock) == pid
 
 
 async def test_a_record_of_another_boot_is_of_the_past(bench: Bench) -> None:
@@ -454,7 +485,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     """A QEMU that is stopped is told as silent since its last question; the first answer ends that."""
     await bench.up()
     await bench.machine.resume()
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
     await bench.machine.probe()
@@ -462,7 +493,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     assert since is not None
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.connected, bench.view.exit) == (since, True, None)
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.run_state) == (None, "running")
@@ -473,7 +504,7 @@ async def test_a_frozen_qemu_can_be_adopted_and_killed(bench: Bench, monkeypatch
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert await bench.successor()
     await bench.machine.connect()
     view = bench.view
@@ -489,11 +520,11 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert not await bench.machine.resume()
     assert not bench.machine.never_ran
     assert bench.view.probe_at == 0.0
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert bench.view.run_state == "running"

@@ -252,7 +252,10 @@ def is_alive(pid: int, starttime: int) -> bool:
     except (OSError, OverflowError):
         return False
     try:
-        return _starttime(pid) == starttime and not _is_over(pidfd)
+        fields = _stat_fields(pid)
+        # One that was killed is a zombie before its last thread has ended, and its pidfd tells.
+        ending = fields is None or fields[0] in {"Z", "X"}
+        return not ending and _starttime(pid) == starttime and not _is_over(pidfd)
     finally:
         os.close(pidfd)
 

@@ -225,6 +225,10 @@ class Era:
         return self.foreign and revision <= self.since and host not in self.members
 
 
+FIRST_ERA = Era()
+"""Of a cluster whose etcd has always had one history."""
+
+
 def is_older(lock: Lock, *, epoch: int, incarnation: str) -> bool:
     """Whether a lock is older than the incarnation that runs: it was restored, and is no takeover.
 

@@ -105,6 +105,10 @@ class Memory:
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
         held: whether the removal of its keys waits for an operator's word: a successor does not ask again.
+        held_as: the order that is held, as `removal.order_of` tells it; None for a mass removal.
+        held_why: how that came about, for people.
+        stood: the values that its keys had before, of those that differ.
+        restart_seen: a value of `restart_request` that came with another history of etcd: nobody asked for a restart.
         shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
             gone and the machine is to be shut down for it.
         ended: set while the policy says to leave it.
@@ -119,6 +123,10 @@ class Memory:
     restarts: int = 0
     last_exit: str | None = None
     held: bool = False
+    held_as: str | None = None
+    held_why: str = ""
+    stood: Mapping[str, str] | None = None
+    restart_seen: str | None = None
     shutdown_timeout_s: float | None = None
     ended: Ended | None = None
     version: int = VERSION

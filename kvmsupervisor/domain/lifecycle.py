@@ -16,6 +16,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any other's any         older                        as if it were ours
               stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
+              renamed     any         session held                 Rename       (law 12)
               absent      any         never ran, session held      Kill         (nothing to lose)
               absent      any         session held                 Reassert
               any         any         QMP not answering            Connect, or go down the ladder
@@ -59,9 +60,9 @@ from typing import assert_never
 
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
+from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
@@ -73,9 +74,6 @@ QUIT_WAIT_S = 10.0
 PROBE_EVERY_S = 60.0
 """How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
 costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
-
-LOCK_POLL_S = 5.0
-"""How often a wait that no watch ends is looked at again."""
 
 
 def decide(view: View) -> Decision:
@@ -92,56 +90,8 @@ def decide(view: View) -> Decision:
 
 
 def _with_process(view: View, process: Process) -> Decision:
-    able = view.session_held and view.now >= view.etcd_at
-    match view.claim:
-        case Claim.STRANGER if view.is_strange:
-            pass
-        case Claim.STRANGER | Claim.LEFTOVER | Claim.BROKEN if view.is_outdated:
-            if process.never_ran:
-                return Decision(
-                    phase=Phase.STARTING,
-                    reason="its lock is an older one and its guest has not run yet: QEMU is started anew",
-                    action=Action.KILL,
-                    wake_at=view.now + LOCK_POLL_S,
-                )
-            if able:
-                return Decision(
-                    phase=_phase(process),
-                    reason="its lock is older than its QEMU, as in an etcd that was restored: it is written again",
-                    action=Action.REASSERT,
-                )
-        case Claim.STRANGER | Claim.LEFTOVER:
-            lock = view.lock.lock
-            assert lock is not None
-            return Decision(
-                phase=Phase.STOPPING,
-                reason=f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.BROKEN:
-            return Decision(
-                phase=Phase.STOPPING,
-                reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.ABSENT if able and process.never_ran:
-            # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
-            return Decision(
-                phase=Phase.STARTING,
-                reason="its lock is gone and its guest has not run yet: QEMU is started anew",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.ABSENT if able:
-            return Decision(
-                phase=_phase(process),
-                reason="its lock was deleted: it is written again",
-                action=Action.REASSERT,
-            )
-        case _:
-            pass
+    if (ruled := by_its_lock(view, process)) is not None:
+        return ruled
     if process.never_ran:
         return _before_it_runs(view, process)
     return _under_guard(view, _while_it_runs(view, process))
@@ -213,7 +163,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         aim is Goal.RUN
         and wish is not None
         and wish.restart_request is not None
-        and (wish.restart_request != process.incarnation.restart_request)
+        and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
     )
     if aim is Goal.STOP or restart:
         return _stop(view, process, "a restart was asked for" if restart else why)
@@ -283,14 +233,8 @@ def _without_process(view: View) -> Decision:
         )
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if (waits := _for_others(view)) is not None:
-        return waits
-    if view.wish is not None and pauses(view.memory, view.wish, view.now):
-        return Decision(
-            phase=Phase.BACKOFF,
-            reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
-            wake_at=view.memory.not_before,
-        )
+    if (not_yet := for_other_hosts(view) or _pause(view)) is not None:
+        return not_yet
     match claim:
         case Claim.UNKNOWN:
             return Decision(phase=Phase.WAITING, reason=f"its lock has not been read yet: {_etcd_trouble(view)}")
@@ -312,7 +256,7 @@ def _without_process(view: View) -> Decision:
                 action=Action.LOOK if view.now >= view.etcd_at and view.session_held else None,
                 wake_at=max(view.etcd_at, view.now + LOCK_POLL_S),
             )
-        case Claim.ABSENT | Claim.LEFTOVER:
+        case Claim.ABSENT | Claim.LEFTOVER | Claim.RENAMED:
             return _take(view, Phase.STARTING, "its lock is being taken")
         case Claim.MINE:
             lock = view.lock.lock
@@ -325,28 +269,15 @@ def _without_process(view: View) -> Decision:
             assert_never(claim)
 
 
-def _for_others(view: View) -> Decision | None:
-    """Wait, when etcd has another history and another host may be running this without having told it there yet."""
-    if view.wish is None or view.wish.spec is None or not view.era.awaited:
+def _pause(view: View) -> Decision | None:
+    """Wait after an end that nobody asked for."""
+    if view.wish is None or not pauses(view.memory, view.wish, view.now):
         return None
-    lock = view.lock.lock
-    own = lock is not None and lock.host == view.me and lock.state is not LockState.BROKEN
-    if lock is not None and (own or lock.state is LockState.BROKEN) and view.lock.mod_revision > view.era.since:
-        # Ours since then, or an operator's word since then.
-        return None
-    storage = storage_of(view.wish.spec)
-    if not view.era.keeps_waiting(storage, view.now):
-        return None
-    hosts = ", ".join(view.era.awaited)
-    reason = (
-        f"etcd has another history (restored, or its data lost); waits until {hosts} "
-        f"{'have' if len(view.era.awaited) > 1 else 'has'} said there what runs"
+    return Decision(
+        phase=Phase.BACKOFF,
+        reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
+        wake_at=view.memory.not_before,
     )
-    if storage is not Storage.UNFENCEABLE:
-        return Decision(phase=Phase.WAITING, reason=f"{reason}, at most a little while", wake_at=view.era.until)
-    way_out = f"if a host is gone for good: `kvmsupervisor confirm-removal {view.era.awaited[0]}`"
-    # What ends it is no news of this instance.
-    return Decision(phase=Phase.WAITING, reason=f"{reason}; {way_out}", wake_at=view.now + LOCK_POLL_S)
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
@@ -357,8 +288,8 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     if claim is Claim.UNKNOWN:
         return Decision(phase=phase, reason=f"{why}; its lock has not been read yet")
     lock = view.lock.lock
-    if claim in {Claim.MINE, Claim.LEFTOVER} or (claim is Claim.BROKEN and lock is not None and lock.host == view.me):
-        assert lock is not None
+    ours = claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
+    if lock is not None and (ours or (claim is Claim.BROKEN and lock.host == view.me)):
         if lock.is_unfenced:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
@@ -479,7 +410,3 @@ def _etcd_trouble(view: View) -> str:
     if view.etcd_trouble is not None:
         return view.etcd_trouble
     return "etcd is being asked" if view.session_held else "this host has no session with etcd"
-
-
-def _phase(process: Process) -> Phase:
-    return Phase.STARTING if process.never_ran else Phase.RUNNING

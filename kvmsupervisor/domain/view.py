@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
-from kvmsupervisor.domain.history import Era, is_older
+from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
@@ -32,6 +32,7 @@ class Action(Enum):
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
+    RENAME = "write this host's present name into the lock of its own QEMU"
     FENCE = "fence every address of earlier incarnations"
     QUEUE = "stand in line for a start slot"
     PREPARE = "make ready what takes its time: boot media, UEFI variables"
@@ -133,6 +134,7 @@ class View:
         etcd_trouble: what the last attempt said, None when it went well.
         lock: as last seen.
         planned: incarnation that the lock was taken for and that has no process yet.
+        buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
@@ -161,7 +163,7 @@ class View:
     problems: tuple[Problem, ...] = ()
     held: bool = False
     held_why: str = ""
-    era: Era = Era()
+    era: Era = FIRST_ERA
     draining: bool = False
     leaving: str | None = None
     session_held: bool = True
@@ -169,6 +171,7 @@ class View:
     etcd_trouble: str | None = None
     lock: LockView = field(default_factory=LockView)
     planned: str | None = None
+    buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
     holdover: int | None = None
@@ -206,7 +209,7 @@ class View:
     def claim(self) -> Claim:
         """What the lock means to us: to the process's incarnation, or to the one that is planned."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, incarnation=known)
+        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

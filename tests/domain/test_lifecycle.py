@@ -79,16 +79,29 @@ OFF = replace(WISH, power=Power.OFF)
 BAD = replace(WISH, spec=None, problems=(Problem("ram", "'x'", "a size"),))
 ENDED = Ended(reason="guest-shutdown", clean=True, host_revision=5, power_revision=0, restart_request=None)
 
-ON_RBD = replace(locked(host=OTHER), storage=Storage.RBD, clients=("192.0.2.1:0/1",))
+ON_RBD = replace(locked(host=OTHER, name="y"), storage=Storage.RBD, clients=("192.0.2.1:0/1",))
 WAITED = Deferral(until=160.0, told="12:00", ask_at=102.0, watchers=("192.0.2.1:0/1",))
 
 TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("an ended process is taken to the books first",
      view(process=running(exit=Exit(ExitClass.CRASHED, "crashed (signal 9)")), wish=GONE), Phase.STOPPING, Action.BURY),
-    ("law 6: a lock that names another host kills", view(process=running(), lock=seen(locked(host=OTHER))),
+    ("law 6: a lock that names another host kills", view(process=running(), lock=seen(locked(host=OTHER, name="y"))),
      Phase.STOPPING, Action.KILL),
     ("law 6: so does another incarnation of this host", view(process=running(), lock=seen(locked(name="y"))),
      Phase.STOPPING, Action.KILL),
+    ("law 12: its own incarnation under another name of this host does not", view(process=running(),
+     lock=seen(locked(host=OTHER))), Phase.RUNNING, Action.RENAME),
+    ("law 12: before a stop, too", view(process=running(), lock=seen(locked(host=OTHER)), wish=GONE), Phase.RUNNING,
+     Action.RENAME),
+    ("law 12: and before it runs", view(process=paused(), lock=seen(locked(host=OTHER, pid=None))), Phase.STARTING,
+     Action.RENAME),
+    ("law 12: without a session it runs on", view(process=running(), lock=seen(locked(host=OTHER)), session_held=False),
+     Phase.RUNNING, None),
+    ("law 12: or waits, paused", view(process=paused(), lock=seen(locked(host=OTHER)), session_held=False),
+     Phase.WAITING, None),
+    ("law 12: what was buried under another name is let go of", view(lock=seen(locked(host=OTHER)), buried="x", wish=OFF),
+     Phase.STOPPED, Action.RELEASE),
+    ("law 12: or taken anew", view(lock=seen(locked(host=OTHER)), buried="x", slot=True), Phase.STARTING, Action.TAKE),
     ("law 6: losing the session kills nothing", view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
     ("law 6: an unreadable lock kills nothing", view(process=running(), lock=LockView(known=True, data=b"?", as_of=9)),
@@ -146,7 +159,7 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Action.KILL),
     ("releases", view(lock=seen(locked()), leaving="told to"), Phase.STOPPED, Action.RELEASE),
     ("and is done with it", view(leaving="told to"), Phase.STOPPED, Action.FORGET),
-    ("also while another has the lock", view(lock=seen(locked(host=OTHER)), leaving="told to"), Phase.STOPPED,
+    ("also while another has the lock", view(lock=seen(locked(host=OTHER, name="y")), leaving="told to"), Phase.STOPPED,
      Action.FORGET),
     ("changed keys are pending, not applied", view(process=running(), lock=seen(locked()),
      wish=replace(WISH, spec=Spec(ram_mib=128))), Phase.RUNNING, None),
@@ -176,9 +189,9 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Phase.WAITING, None),
     ("law 2: not without a session", view(slot=True, session_held=False), Phase.WAITING, None),
     ("nor right after etcd failed", view(slot=True, etcd_at=102.0, etcd_trouble="no"), Phase.WAITING, None),
-    ("a stranger's lock is waited for", view(lock=seen(locked(host=OTHER)), holder_has_session=True), Phase.WAITING, None),
-    ("also when nobody knows of a session", view(lock=seen(locked(host=OTHER))), Phase.WAITING, None),
-    ("law 7: what has nothing to lose is taken from the dead", view(lock=seen(locked(host=OTHER)),
+    ("a stranger's lock is waited for", view(lock=seen(locked(host=OTHER, name="y")), holder_has_session=True), Phase.WAITING, None),
+    ("also when nobody knows of a session", view(lock=seen(locked(host=OTHER, name="y"))), Phase.WAITING, None),
+    ("law 7: what has nothing to lose is taken from the dead", view(lock=seen(locked(host=OTHER, name="y")),
      holder_has_session=False, slot=True), Phase.WAITING, Action.TAKE),
     ("law 4: of what has disks, storage is asked first", view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
      Phase.WAITING, Action.WATCH),
@@ -202,15 +215,15 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      deferral=WAITED, now=160.0), Phase.WAITING, None),
     ("law 4: what is not fenced yet is not let go of", view(wish=OFF, planned="x",
      lock=seen(locked(state=LockState.FENCING, pid=None))), Phase.STOPPED, Action.FENCE),
-    ("law 7: a broken lock is taken", view(slot=True, lock=seen(locked(host=OTHER, state=LockState.BROKEN)),
+    ("law 7: a broken lock is taken", view(slot=True, lock=seen(locked(host=OTHER, name="y", state=LockState.BROKEN)),
      holder_has_session=False), Phase.STARTING, Action.TAKE),
-    ("law 7: but from nobody who is back", view(slot=True, lock=seen(locked(host=OTHER, state=LockState.BROKEN)),
+    ("law 7: but from nobody who is back", view(slot=True, lock=seen(locked(host=OTHER, name="y", state=LockState.BROKEN)),
      holder_has_session=True), Phase.WAITING, None),
     ("law 7: our own broken one, too", view(slot=True, lock=seen(locked(state=LockState.BROKEN))), Phase.STARTING,
      Action.TAKE),
     ("law 7: or let go of", view(wish=OFF, lock=seen(locked(state=LockState.BROKEN))), Phase.STOPPED, Action.RELEASE),
     ("law 7: another's is left to those who shall run it", view(wish=replace(WISH, host=OTHER),
-     lock=seen(locked(host=OTHER, state=LockState.BROKEN))), Phase.STOPPED, Action.FORGET),
+     lock=seen(locked(host=OTHER, name="y", state=LockState.BROKEN))), Phase.STOPPED, Action.FORGET),
     ("law 7: under a QEMU, it kills", view(process=running(), lock=seen(locked(state=LockState.BROKEN))), Phase.STOPPING,
      Action.KILL),
     ("law 7: a guest does not run before its guard watches it", view(process=paused(), lock=seen(locked()), guarded=False),
@@ -224,14 +237,14 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      guarded=False), Phase.STOPPING, Action.GUARD),
     ("law 7: not before it is told to end", view(process=running(stopping=replace(STOPPED_BY_US, since=0.0)),
      lock=seen(locked()), wish=OFF, guarded=False, now=121.0), Phase.STOPPING, Action.QUIT),
-    ("law 7: a lost lock kills, guarded or not", view(process=running(), lock=seen(locked(host=OTHER)), guarded=False),
+    ("law 7: a lost lock kills, guarded or not", view(process=running(), lock=seen(locked(host=OTHER, name="y")), guarded=False),
      Phase.STOPPING, Action.KILL),
     ("law 7: a missing guard is sought again, and all goes on meanwhile", view(process=running(probe_at=101.0),
      lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, Action.PROBE),
     ("law 7: in time", view(process=running(), lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, None),
     ("images are looked at now and then", view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
-    ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER), storage=Storage.UNFENCEABLE)),
+    ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER, name="y"), storage=Storage.UNFENCEABLE)),
      holder_has_session=False, slot=True), Phase.WAITING, None),
     ("an unreadable lock counts as held", view(lock=LockView(known=True, data=b"?", as_of=9), slot=True), Phase.WAITING, None),
     ("an unread lock too", view(lock=LockView(), slot=True), Phase.WAITING, None),
@@ -261,14 +274,14 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.STARTING, Action.PREPARE),
     ("and again after something was missing", view(prepared=False, obstacle="no image", start_at=100.0), Phase.WAITING,
      Action.PREPARE),
-    ("but not while a stranger holds the lock", view(prepared=False, lock=seen(locked(host=OTHER))), Phase.WAITING, None),
+    ("but not while a stranger holds the lock", view(prepared=False, lock=seen(locked(host=OTHER, name="y"))), Phase.WAITING, None),
     ("too early is backoff", view(memory=Memory(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
      Phase.BACKOFF, None),
     ("law 9: a stop releases the lock", view(wish=OFF, lock=seen(locked())), Phase.STOPPED, Action.RELEASE),
     ("off and free is stopped", view(wish=OFF), Phase.STOPPED, None),
     ("removed and free is forgotten", view(wish=GONE), Phase.STOPPED, Action.FORGET),
     ("moved and free is forgotten", view(wish=replace(WISH, host=OTHER)), Phase.STOPPED, Action.FORGET),
-    ("moved, and the stranger has it, is forgotten", view(wish=replace(WISH, host=OTHER), lock=seen(locked(host=OTHER))),
+    ("moved, and the stranger has it, is forgotten", view(wish=replace(WISH, host=OTHER), lock=seen(locked(host=OTHER, name="y"))),
      Phase.STOPPED, Action.FORGET),
     ("nothing is forgotten before the lock was read", view(wish=GONE, lock=LockView()), Phase.STOPPED, None),
     ("a bad wish does not start", view(wish=BAD, problems=BAD.problems), Phase.INVALID, None),
@@ -482,6 +495,10 @@ class Supervisor:
                 assert self.record is not None
                 lock = locked(name=self.record.incarnation, pid=self.record.pid)
                 world.step(lambda: self.write(replace(lock, epoch=self.record.epoch if self.record else 0)))
+            case Action.RENAME:
+                assert world.lock is not None
+                renamed = replace(world.lock, host=ME)
+                world.step(lambda: self.write(renamed))
             case Action.BURY:
                 self.bury()
             case Action.RELEASE:
@@ -612,6 +629,20 @@ def lose_the_lock(world: World) -> None:
     world.lock, world.revision = None, world.revision + 1
 
 
+def rename_the_host(world: World) -> None:
+    """What runs was started under another name of this host."""
+    assert world.lock is not None
+    world.lock, world.revision = replace(world.lock, host=OTHER), world.revision + 1
+
+
+def bears_our_name(world: World) -> None:
+    before = world.alive
+    started(world)
+    assert world.alive is before
+    assert world.lock is not None
+    assert world.lock.host == ME
+
+
 SCENARIOS: dict[str, Callable[[World], None]] = {
     "start": started,
     "start, power off": start_then(wishes(OFF), ended),
@@ -620,6 +651,7 @@ SCENARIOS: dict[str, Callable[[World], None]] = {
     "start, bad keys": start_then(wishes(BAD), live),
     "start, restart": start_then(wishes(replace(WISH, restart_request="r")), started),
     "start, crash": start_then(crash, started),
+    "start, another name": start_then(rename_the_host, bears_our_name),
 }
 ON_CEPH: dict[str, Callable[[World], None]] = {
     "start, crash": start_then(crash, started),
@@ -746,14 +778,16 @@ def test_the_model_notices_a_guest_without_a_record() -> None:
 
 
 def test_claims() -> None:
-    """What a lock means: free, mine, an earlier one of mine, a stranger's, broken, unreadable, unread."""
+    """What a lock means: free, mine, mine under another name, an earlier one of mine, a stranger's, broken, unreadable, unread."""
     claims = {
         Claim.UNKNOWN: LockView(),
         Claim.ABSENT: seen(None),
         Claim.MINE: seen(locked()),
+        Claim.RENAMED: seen(locked(host=OTHER)),
         Claim.LEFTOVER: seen(locked(name="y")),
-        Claim.STRANGER: seen(locked(host=OTHER)),
+        Claim.STRANGER: seen(locked(host=OTHER, name="y")),
         Claim.BROKEN: seen(locked(state=LockState.BROKEN)),
         Claim.UNREADABLE: LockView(known=True, data=b'{"version":2}', as_of=1),
     }
-    assert {claim: found.claim(host=ME, incarnation="x") for claim, found in claims.items()} == {c: c for c in Claim}
+    meant = {claim: found.claim(host=ME, boot_id=BOOT, incarnation="x") for claim, found in claims.items()}
+    assert meant == {claim: claim for claim in Claim}

@@ -247,7 +247,8 @@ class FakeQemus:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvmsupervisor.machine.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.Monitor", self)
+        monkeypatch.setattr("kvmsupervisor.marks.kernel", self)
+        monkeypatch.setattr("kvmsupervisor.monitor.Monitor", self)
         monkeypatch.setattr("kvmsupervisor.agent_watch.agent", self)
 
     @property
