@@ -9,16 +9,14 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from kvmsupervisor.adapters.etcd import Compacted, Denied, Unavailable
+from kvmsupervisor.adapters.etcd import Denied
 from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.history import FILE_NAME
 from tests.fakes.etcd import FakeEtcd
@@ -429,9 +427,9 @@ async def test_files_wait_for_a_host_for_ever_and_others_for_a_while(
     assert lock(bench, "2").epoch == EPOCHS_PER_HISTORY + 1
     await bench.clock.advance(3600.0)
     assert bench.of("1") == {}
-    name = HistoryName.from_json(bench.etcd.data[LAYOUT.history_key])
-    assert name is not None
-    bench.etcd.write(LAYOUT.history_key, replace(name, gone=("b",)).to_json())
+    present = HistoryName.from_json(bench.etcd.data[LAYOUT.history_key])
+    assert present is not None
+    bench.etcd.write(LAYOUT.history_key, replace(present, gone=("b",)).to_json())
     await bench.clock.advance(30.0)
     assert bench.of("1").keys() == {"1"}
 
@@ -489,6 +487,3 @@ async def test_a_file_that_cannot_be_read_is_left_alone(bench: Bench, content: s
     assert (await run(bench, "1")).keys() == {"1"}
     await bench.end()
     assert (bench.path / FILE_NAME).read_text() == content
-
-
-__all__ = ["Compacted", "Path", "SimpleNamespace", "Storage", "Unavailable"]
