@@ -9,8 +9,9 @@ from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
+from kvmsupervisor.domain.status import Status
 from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -21,6 +22,7 @@ class Face:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
+        host: this host.
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
         session: of this host.
@@ -35,6 +37,7 @@ class Face:
     def __init__(
         self,
         *,
+        host: HostName,
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
         session: Session,
@@ -45,7 +48,7 @@ class Face:
         guests_survive: bool,
         guard_unlocked: Callable[[], str | None],
     ) -> None:
-        self.counters = Metrics(self.snapshot, version=__version__)
+        self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
         self._hosts = hosts
         self._session = session
@@ -108,11 +111,13 @@ class Face:
         return InstanceSample(
             id=instance.id,
             phase=status.phase,
-            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
+            run_state=None if status.pid is None else RunState.of(status.run_state),
             epoch=status.epoch,
             pending=len(status.pending),
             invalid=bool(status.problems),
             unguarded=status.guarded is False,
+            placed_for=status.placed_for,
+            host_absent=status.awaited_host is not None,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,

@@ -12,19 +12,23 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import ladder
+from kvmsupervisor import keeping, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.lock import Claim, Lock, Storage
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
-from kvmsupervisor.domain.removal import Hold
-from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.placement import NOT_PLACED
+from kvmsupervisor.domain.removal import Hold, hold_of, noting
+from kvmsupervisor.domain.restart import after, in_another_history
+from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
@@ -79,7 +83,8 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
@@ -94,6 +99,7 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
+        self._memory_kept = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -117,15 +123,7 @@ class Instance:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = replace(
-            self._memory,
-            held=held,
-            held_as=hold.order if hold is not None and hold.order else None,
-            held_why="" if hold is None else hold.why,
-            stood=hold.stood if hold is not None else None,
-        )
-        if wish.restart_request != memory.restart_seen:
-            memory = replace(memory, restart_seen=None)
+        memory = noting(self._memory, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
@@ -140,18 +138,7 @@ class Instance:
         self._lock.begin_anew()
         self.report.begin_anew()
         self._start.claimed_by = None
-        memory = replace(self._memory, restart_seen=wish.restart_request)
-        if memory.keys:
-            memory = replace(memory, revision=wish.revision, keys=wish.keys)
-        if memory.ended is not None:
-            ended = replace(
-                memory.ended,
-                host_revision=wish.host_revision,
-                power_revision=wish.power_revision,
-                restart_request=wish.restart_request,
-            )
-            memory = replace(memory, ended=ended)
-        self._remember(memory)
+        self._remember(in_another_history(self._memory, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -177,10 +164,7 @@ class Instance:
     @property
     def hold(self) -> Hold | None:
         """What is held, where it was told more of it than that."""
-        memory = self._memory
-        if not memory.held or (memory.stood is None and memory.held_as is None):
-            return None
-        return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
+        return hold_of(self._memory)
 
     @property
     def has_spoken(self) -> bool:
@@ -227,6 +211,9 @@ class Instance:
         """
         while True:
             self._wake.clear()
+            if not self._memory_kept and self._machine.record is not None:
+                self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -244,7 +231,11 @@ class Instance:
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
-                self._start.wait_for_host(error)
+                if self._machine.record is None:
+                    self._start.wait_for_host(error)
+                else:
+                    # QEMU is there, paused, and waits for it.
+                    self._pause(error.retry_s, str(error))
             except StorageAway as error:
                 self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
@@ -279,12 +270,13 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
+        target_there, target_meant = self._target()
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems,
+            problems=self._problems if self.wish is None or not target_there else self.wish.problems,
             held=self._held,
             held_why=self._memory.held_why,
             era=around.era(),
@@ -298,6 +290,8 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
+            target_there=target_there,
+            target_meant=target_meant,
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
@@ -335,9 +329,22 @@ class Instance:
         if starting:
             self._start.note_wanted(view.now)
 
+    def _target(self) -> tuple[bool | None, str | None]:
+        """Of the other host where it shall run: whether it has a session, and which was meant if it has none."""
+        around, wish = self._around, self.wish
+        if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
+            return None, None
+        there = around.host_has_session(HostName(wish.runs_on))
+        if there is not False:
+            return there, None
+        sessions = around.sessions()
+        if is_in_container(self.id, wish.runs_on, sessions):
+            return True, None
+        return False, resembling(wish.runs_on, sessions)
+
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
-        if wish.spec is None or wish.host != self._around.me:
+        if wish.spec is None:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
@@ -383,7 +390,7 @@ class Instance:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                machine.directory.write_memory(self._memory)
+                self._keep_memory()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -393,43 +400,30 @@ class Instance:
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
-                await self._reassert()
+                await keeping.reassert(machine, self._lock, self.report, self._around)
+            case Action.TIDY:
+                assert wish is not None
+                await self._lock.tidy(wish.stale_placement)
+                if self.wish is wish:
+                    self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await self._rename()
+                await keeping.rename(self._lock, self.report, self._around)
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
-            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+            case (
+                Action.CONNECT
+                | Action.PROBE
+                | Action.POWERDOWN
+                | Action.FINISH
+                | Action.QUIT
+                | Action.KILL
+                | Action.GIVE_UP
+            ):
                 await ladder.step(machine, decision)
             case _:
                 assert_never(action)
-
-    async def _reassert(self) -> None:
-        record = self._machine.record
-        assert record is not None
-        lock = Lock(
-            host=self._around.me,
-            boot_id=record.boot_id,
-            epoch=record.epoch,
-            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
-            incarnation=record.incarnation,
-            pid=record.pid,
-            starttime=record.starttime,
-            clients=record.clients,
-            storage=record.storage,
-        )
-        other = await self._lock.reassert(lock, self._around.era())
-        if other is not None:
-            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
-            return
-        self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
-
-    async def _rename(self) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._lock.write(replace(lock, host=self._around.me), None)
-        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -467,21 +461,38 @@ class Instance:
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
+
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
         if memory != self._memory:
             self._memory = memory
             if self._machine.record is not None:
-                self._machine.directory.write_memory(memory)
+                self._keep_memory()
+
+    def _keep_memory(self) -> None:
+        """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
+        try:
+            self._machine.directory.write_memory(self._memory)
+        except OSError as error:
+            if self._memory_kept:
+                said = explain(error, self._machine.directory.path)
+                self.report.tell("instance.memory_unwritten", level="warning", reason=said)
+            self._memory_kept = False
+        else:
+            self._memory_kept = True
 
     async def _release(self) -> None:
         publisher = self._around.publisher
         await self._start.shut_out_the_dead()
+        stale = 0 if self.wish is None or self._held else self.wish.stale_placement
         if self.wish is not None and self.wish.keys > 0:
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last))
+            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
-            await self._lock.release(None)
+            await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
         self._start.planned = None
         self.report.tell("lock.released")

@@ -6,7 +6,7 @@ It joins three adapters (process, QMP, run directory) and decides nothing.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,13 +27,15 @@ from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
-from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.growing import Growth
 from kvmsupervisor.monitor import Conversation
+from kvmsupervisor.spawning import spawn
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
@@ -62,6 +64,7 @@ class Machine:
         user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
+        on_event: Callable[[], None] = lambda: None,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class Machine:
         self._user = user
         self._notify = notify
         self._on_reset = on_reset
+        self._count_event = on_event
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
@@ -92,6 +96,8 @@ class Machine:
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
+        # Invariant: whether the record lies in the run directory as it is here.
+        self._kept = True
         self._talk.reset()
         self.agent.reset()
 
@@ -126,6 +132,11 @@ class Machine:
         return self._process.pidfd if self._process is not None and self._process.pidfd >= 0 else None
 
     @property
+    def run_state(self) -> str | None:
+        """QMP's, of the living process; None without one, while it does not answer, and before it has."""
+        return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
+
+    @property
     def wait_status(self) -> WaitStatus:
         """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
         return WaitStatus() if self._process is None else self._process.status
@@ -148,55 +159,44 @@ class Machine:
         argv: Callable[[Provision], Sequence[str]],
         home: Home,
     ) -> None:
-        """Put the incarnation on record, then start QEMU, then put its pid on record.
+        """Put the incarnation on record, then start QEMU, then put its pid on record; the arguments: see `spawning`.
 
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
         process by its environment. That the process cannot be started at all is its end, told like any other.
 
-        Args:
-            record: of the process to come, without pid, argv and log offset.
-            build: makes whole what QEMU needs, from the sockets that listen for it.
-            argv: makes the command line of that.
-            home: what the process enters before it becomes QEMU; the caller sees it settled.
+        Raises:
+            OSError: the host is short of something (room, open files, memory): nothing was begun.
         """
-        directory = self.directory
-        directory.create()
         self._clear()
-        with (
-            directory.listen(directory.qmp_socket) as main,
-            directory.listen(directory.spare_socket) as spare,
-            directory.listen(directory.console_socket) as console,
-            directory.listen(directory.agent_socket) as agent,
-        ):
-            provision = build(
-                Channels(qmp=main.fileno(), spare=spare.fileno(), console=console.fileno(), agent=agent.fileno())
+        try:
+            self._process = spawn(
+                self.directory,
+                record,
+                build,
+                argv,
+                home,
+                prefix=self._prefix,
+                user=self._user,
+                on_record=self._begin,
+                on_end=self._on_end,
             )
-            words = tuple(argv(provision))
-            record = replace(record, argv=words, log_offset=directory.log_size())
-            if self._user is not None:
-                directory.give_console_log(self._user.uid, self._user.gid)
-            log_fd = directory.open_log()
-            try:
-                directory.write_incarnation(record)
-                # Not before: what cannot be put on record (no space) was not begun.
-                self.record = record
-                self.spec = spec_from_object(record.spec)
-                self._process = kernel.spawn(
-                    home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=marks.environment_of(marks.Marks.of(record, self._prefix)),
-                    log_fd=log_fd,
-                    pass_fds=provision.descriptors,
-                    on_end=self._on_end,
-                    stdin=home.stdin,
-                )
-            except SpawnFailed as error:
-                self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
-                return
-            finally:
-                os.close(log_fd)
+        except SpawnFailed as error:
+            self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
+            return
+        except OSError:
+            self.record = self.spec = None
+            raise
+        assert self.record is not None
         self._talk.run_state = NEVER_RAN
-        self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-        directory.write_incarnation(self.record)
+        self.record = replace(self.record, pid=self._process.pid, starttime=self._process.starttime)
+        self._kept = False
+        # A successor finds it without that, too. `note_clients` comes before the guest runs, and tries again.
+        with contextlib.suppress(OSError):
+            self._keep_record()
+
+    def _begin(self, record: Incarnation) -> None:
+        self.record = record
+        self.spec = spec_from_object(record.spec)
 
     def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
@@ -207,14 +207,14 @@ class Machine:
             process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
         self._clear()
-        self.record = record
-        self.spec = spec_from_object(record.spec)
+        self._begin(record)
         if record.boot_id == boot_id:
             self._process = marks.reopen(record, on_end=self._on_end)
             if self._process is not None:
                 if record.pid is None:
                     self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-                    self.directory.write_incarnation(self.record)
+                    with contextlib.suppress(OSError):
+                        self._keep_record()
                 return True
             if record.pid is None:
                 self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
@@ -284,17 +284,27 @@ class Machine:
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
 
+    async def finish(self) -> None:
+        """End a QEMU that lives on although its guest has powered itself off: the guest's own end, as without that."""
+        kind = SHUTDOWN_REASONS.get(self._shutdown or "", ExitClass.GUEST_SHUTDOWN)
+        self._verdict = Exit(kind, kind.value)
+        await self._quit()
+
     async def quit(self) -> None:
         """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
+        self._asked = True
+        await self._quit()
+
+    async def _quit(self) -> None:
         now = self._clock.now()
         self._stopping = replace(self._stopping or Stopping(since=now), quit_at=now)
-        self._asked = True
         if await self._talk.command("quit") is None and self._process is not None:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
         """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
-        self._asked = True
+        # What its guest has brought to an end is no order of ours, however QEMU has to be made to end.
+        self._asked |= self._verdict is None
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
     async def give_up(self, why: str) -> None:
@@ -316,11 +326,21 @@ class Machine:
             self._asked = self._verdict is not None
 
     def note_clients(self, clients: tuple[str, ...]) -> None:
-        """Keep the Ceph client addresses with the record, as they stand in the lock."""
+        """Keep the Ceph client addresses with the record, as they stand in the lock.
+
+        Raises:
+            OSError: the record cannot be written; it is tried again with the next call.
+        """
         assert self.record is not None
-        if clients != self.record.clients:
+        if clients != self.record.clients or not self._kept:
             self.record = replace(self.record, clients=clients)
-            self.directory.write_incarnation(self.record)
+            self._keep_record()
+
+    def _keep_record(self) -> None:
+        assert self.record is not None
+        self._kept = False
+        self.directory.write_incarnation(self.record)
+        self._kept = True
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
@@ -332,22 +352,23 @@ class Machine:
 
     async def detach(self) -> None:
         """Let go of the process without touching it: the next supervisor adopts it."""
+        process, settling = self._process, self._settling
+        self._process = self._settling = None
+        if process is not None:
+            # First: noticed while the rest is being closed, its end would begin another task.
+            process.close()
+        if settling is not None:
+            settling.cancel()
+            await asyncio.gather(settling, return_exceptions=True)
         await self.agent.close()
-        if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.gather(self._settling, return_exceptions=True)
-            self._settling = None
         await self._talk.close()
-        if self._process is not None:
-            self._process.close()
-            self._process = None
 
     # --- inside -----------------------------------------------------------------------------------------------
 
     async def _kill(self, verdict: Exit) -> None:
         if self._process is None:
             return
-        self._verdict = verdict
+        self._verdict = self._verdict or verdict
         if self.never_ran:
             # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
             await self._process.terminate()
@@ -361,6 +382,7 @@ class Machine:
             self._log.error("instance.unkillable", pid=self._process.pid)
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        self._count_event()
         match name:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))
@@ -371,7 +393,7 @@ class Machine:
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
-            case _ if not self._talk.hears(name):
+            case _ if not self._talk.hears(name, data):
                 return
         self._notify()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
@@ -59,6 +59,10 @@ class Neighbours:
         if not self.synced.is_set() or self._hosts.era != self._history.era:
             return None
         return self.table.get(self._layout.session_key(host).encode()) is not None
+
+    def names(self) -> Collection[str]:
+        """The hosts that have a session."""
+        return () if self._sessions is None else self._sessions.keys()
 
     def _hosts_differ(self, changed: Set[bytes], revision: int) -> None:
         if self._era != self._hosts.era:

@@ -31,6 +31,7 @@ from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
@@ -87,6 +88,7 @@ class Single:
         self._clock = Clock()
         self._keys = Flat()
         self._locks = Flat()
+        self._placements = Flat()
         self._mirrors: list[Mirror[bytes]] = []
         self._era = 0
         self._hold: Hold | None = None
@@ -160,7 +162,11 @@ class Single:
         """
         prefix = self._stand.layout.instance_prefix(self._id)
         found = await store.list(prefix)
-        wish = self._wish_of({kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs})
+        placement = await store.get(self._stand.layout.placement_key(self._id))
+        wish = self._wish_of(
+            {kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
         problems = wish.problems
         if wish.spec is not None:
             problems = (*problems, *host_problems(wish.spec, equipment.host_side))
@@ -278,6 +284,7 @@ class Single:
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
+                host=stand.holder,
                 version=__version__,
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
@@ -285,6 +292,7 @@ class Single:
             era=lambda: self._history.present,
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._neighbours.has_session,
+            sessions=self._neighbours.names,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -300,6 +308,7 @@ class Single:
         tables = {
             layout.instance_prefix(self._id): self._keys,
             layout.lock_key(self._id): self._locks,
+            layout.placement_key(self._id): self._placements,
         }
         self._mirrors = [
             Mirror(
@@ -320,13 +329,18 @@ class Single:
 
     def _tell(self, instance: Instance) -> None:
         """Tell the instance what its keys and its lock are now."""
-        wishes, locks = self._mirrors
-        if not (wishes.synced.is_set() and locks.synced.is_set()) or wishes.era != locks.era:
+        wishes, locks, _ = self._mirrors
+        listed = all(mirror.synced.is_set() for mirror in self._mirrors)
+        if not listed or len({mirror.era for mirror in self._mirrors}) > 1:
             instance.notify()
             return
         anew, self._era = wishes.era != self._era, wishes.era
         entries = self._keys.entries.items()
-        wish = self._wish_of({key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries})
+        placement = self._placements.get(self._stand.layout.placement_key(self._id).encode())
+        wish = self._wish_of(
+            {key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
         if anew:
             instance.begin_anew(wish)
             self._around.publisher.begin_anew()
@@ -367,8 +381,8 @@ class Single:
         session = self._around.session
         return await session.restate(replace(session.value, history=history))
 
-    def _wish_of(self, found: Mapping[str, tuple[bytes, int]]) -> Wish:
-        """The wish, of keys by their full names."""
+    def _wish_of(self, found: Mapping[str, tuple[bytes, int]], placed: Placed) -> Wish:
+        """The wish, of keys by their full names, and of the placement."""
         layout = self._stand.layout
         lock, prefix = layout.lock_key(self._id), layout.instance_prefix(self._id)
         keys = {
@@ -378,7 +392,12 @@ class Single:
             if key not in {lock, f"{prefix}lock"}
         }
         return single_wish(
-            self._id, keys, overrides=self._overrides, host=self._settings.hostname, holder=self._stand.holder
+            self._id,
+            keys,
+            overrides=self._overrides,
+            host=self._settings.hostname,
+            holder=self._stand.holder,
+            placed=placed,
         )
 
     # --- around -----------------------------------------------------------------------------------------------

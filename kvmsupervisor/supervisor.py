@@ -15,7 +15,7 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd
@@ -54,6 +54,10 @@ log = structlog.get_logger(__name__)
 ROTATE_EVERY_S = 60.0
 """How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
+SUPERVISOR_FILES, MACHINE_FILES = 80, 5
+"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
+both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
+
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
 
@@ -75,6 +79,7 @@ class Supervisor:
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._unreadable: dict[InstanceId, str] = {}
         self._draining = False
+        self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -109,6 +114,7 @@ class Supervisor:
                 from one of the parts.
         """
         settings = self._settings
+        self._most_files = resources.raise_limit()
         equipment = look_around(settings)
         self._run_dir.acquire()
         self.heed_draining()
@@ -222,6 +228,7 @@ class Supervisor:
             rand=random.random,
         )
         self.face = Face(
+            host=self._me,
             instances=self._instances,
             hosts=self._neighbours.table,
             session=self._session,
@@ -258,6 +265,7 @@ class Supervisor:
             metrics=self._metrics,
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._neighbours.has_session,
+            sessions=self._neighbours.names,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -397,6 +405,15 @@ class Supervisor:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
         self._dispatch.begin()
+        needed = SUPERVISOR_FILES + MACHINE_FILES * len(self._instances)
+        if needed > self._most_files:
+            log.warning(
+                "files.too_few",
+                limit=self._most_files,
+                needed=needed,
+                machines=len(self._instances),
+                reason=f"some machines will wait for files that can be opened: {resources.RAISE_IT}",
+            )
 
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
         """Keys or locks of these instances differ."""

@@ -148,6 +148,7 @@ async def test_machines_outlive_an_empty_etcd(bench: Bench, kind: str, count: in
 async def test_orders_that_come_with_a_backup_wait_for_a_person(bench: Bench, order: str) -> None:
     """Removals, moves and `power=off` that a backup brings are held, one machine or many; what stood is shown."""
     await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
     if order != "removed":
         make(bench.etcd, "1", host="b")
         if order == "power":
@@ -177,6 +178,7 @@ async def test_orders_that_come_with_a_backup_wait_for_a_person(bench: Bench, or
 async def test_an_order_that_is_written_since_is_one(bench: Bench, order: str) -> None:
     """Whoever writes the key again means it: the hold ends, and the order is followed."""
     await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
     make(bench.etcd, "1", host="b")
     backup = bench.etcd.backup()
     qemus = await run(bench, "1")
@@ -198,6 +200,7 @@ async def test_an_order_that_is_written_since_is_one(bench: Bench, order: str) -
 async def test_a_hold_outlives_the_supervisor(bench: Bench) -> None:
     """A successor neither follows an order that is held nor forgets what stood before."""
     await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
     make(bench.etcd, "1", host="b")
     backup = bench.etcd.backup()
     qemus = await run(bench, "1")

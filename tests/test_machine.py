@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import select
 import shutil
@@ -27,8 +28,9 @@ from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
-from kvmsupervisor.domain.view import NEVER_RAN, Process
+from kvmsupervisor.domain.view import Process
 from kvmsupervisor.machine import Machine
 from tests.support.processes import freeze, stat_of
 
@@ -539,3 +541,19 @@ async def test_letting_go_in_the_middle_of_its_end(bench: Bench) -> None:
     await_zombie(bench.machine.pid)
     assert not await bench.successor()
     assert bench.view.exit is not None
+
+
+async def test_an_end_that_is_noticed_while_it_is_let_go_of(bench: Bench) -> None:
+    """Law: a machine that was let go of leaves no task behind, at whatever instant its QEMU ends."""
+    failed: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
+    await bench.up()
+    pidfd = bench.machine.pidfd
+    assert pidfd is not None
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [], LIMIT_S)
+    # The loop has had no turn: it notices the end in one of those that letting go takes.
+    await bench.machine.detach()
+    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    gc.collect()
+    assert failed == []

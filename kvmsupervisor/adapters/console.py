@@ -145,8 +145,10 @@ class Keyboard:
         except BlockingIOError:
             os.close(descriptor)
             return False
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self._who, 0)
+        # On a full disk it is had all the same; only who has it is not told.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self._who, 0)
         self._lock = descriptor
         # Of somebody who gave up, or was killed: who still wants it says so again.
         self.want_no_more()

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -104,13 +105,13 @@ class InstanceDir:
 
     def drop_incarnation(self) -> None:
         """Delete the record: the process is proven gone."""
-        self._incarnation.unlink(missing_ok=True)
-        self.guard_note.unlink(missing_ok=True)
+        _drop(self._incarnation)
+        _drop(self.guard_note)
 
     def guard_killed_at(self, incarnation: str) -> str | None:
         """When the guard killed that QEMU process; None when it did not, or nobody can read what it has written."""
-        data = _read(self.guard_note)
         try:
+            data = _read(self.guard_note)
             note = None if data is None else GuardNote.from_json(data)
         except Unreadable:
             return None
@@ -137,7 +138,7 @@ class InstanceDir:
 
     def drop_memory(self) -> None:
         """Forget: the instance starts from nothing when it comes back."""
-        self._memory.unlink(missing_ok=True)
+        _drop(self._memory)
 
     def write_ceph_key(self, key: str, *, group: int | None) -> Path:
         """Keep the key to Ceph where QEMU reads it, once, when it starts; return where.
@@ -162,7 +163,7 @@ class InstanceDir:
 
     def drop_ceph_key(self) -> None:
         """Delete the key to Ceph: QEMU has read it."""
-        self.ceph_key.unlink(missing_ok=True)
+        _drop(self.ceph_key)
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
@@ -233,7 +234,7 @@ class RunDir:
         """
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = self.path / "_supervisor.lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open_lock(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -243,8 +244,10 @@ class RunDir:
                 f"{lock} is held by process {holder}: a supervisor runs here already; "
                 "stop it first, or give this one another KVM_RUN_DIR and KVM_HOSTNAME"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        # Only people read it, and whoever signals us: a full or read-only file system is no reason not to supervise.
+        # Written over what is there, which takes no new room.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
 
     def release(self) -> None:
@@ -255,7 +258,7 @@ class RunDir:
 
     def guard(self) -> tuple[int, int] | None:
         """Pid and start time of the last guard, which may be gone; None when there was none."""
-        words = (_read(self.guard_lock) or b"").split()
+        words = _glimpse(self.guard_lock).split()
         return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(bytes.isdigit, words)) else None
 
     def open_guard_log(self) -> int:
@@ -265,7 +268,7 @@ class RunDir:
 
     def is_draining(self, boot_id: str) -> bool:
         """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
-        return (_read(self._draining) or b"").decode(errors="replace").strip() == boot_id
+        return _glimpse(self._draining).decode(errors="replace").strip() == boot_id
 
     def mark_draining(self, boot_id: str) -> None:
         """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
@@ -338,11 +341,20 @@ class RunDir:
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new."""
+    """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new.
+
+    Raises:
+        OSError: it cannot be written, and is what it was; names `path`.
+    """
     aside = path.with_name(path.name + ".new")
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
-        file.write(data)
-    aside.replace(path)
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(data)
+        aside.replace(path)
+    except OSError as error:
+        # On a full file system half a file keeps others from being written.
+        _drop(aside)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _has_open(pid: int, file: os.stat_result) -> bool:
@@ -354,11 +366,42 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
     return False
 
 
+def _open_lock(path: Path) -> int:
+    """A file to be locked; one that is there can be on a read-only file system, too."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno != errno.EROFS or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _read(path: Path) -> bytes | None:
+    """What is in the file; None when there is none.
+
+    Raises:
+        Unreadable: there is one that cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror or error}") from error
+
+
+def _glimpse(path: Path) -> bytes:
+    """What is in the file; nothing when there is none, or it cannot be read."""
+    try:
+        return _read(path) or b""
+    except Unreadable:
+        return b""
+
+
+def _drop(path: Path) -> None:
+    """Delete a file. On a file system that refuses nothing new is begun either, and it is written over later."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _rotate(log: Path, keep: int) -> None:

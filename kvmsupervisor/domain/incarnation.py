@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.records import Unfit, lined, parse
 
 VERSION = 1
@@ -62,6 +63,25 @@ class Incarnation:
     starttime: int | None = None
     clients: tuple[str, ...] = ()
     version: int = VERSION
+
+    def as_lock(self, host: HostName, *, ran: bool) -> Lock:
+        """The lock that says of this process what is so.
+
+        Args:
+            host: this one, by its present name.
+            ran: whether its guest may have run.
+        """
+        return Lock(
+            host=host,
+            boot_id=self.boot_id,
+            epoch=self.epoch,
+            state=LockState.RUNNING if ran else LockState.STARTING,
+            incarnation=self.incarnation,
+            pid=self.pid,
+            starttime=self.starttime,
+            clients=self.clients,
+            storage=self.storage,
+        )
 
     def to_json(self) -> bytes:
         """As `incarnation.json` holds it."""

@@ -27,12 +27,16 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
-              any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
+              any         any         powered itself off           Finish … Kill
+              any         any         ran, not under guard         Guard, before all but the end (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
+              mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
+    any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
               mine/left   not run                                  Release      (law 9)
+              any         stop        its placement has ended      Tidy         (law 10)
               any         stop                                     Forget (not ours), or none
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
@@ -58,10 +62,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
 from kvmsupervisor.domain.restart import pauses
+from kvmsupervisor.domain.run_state import POWERED_OFF, why_not_running
+from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -74,6 +81,10 @@ QUIT_WAIT_S = 10.0
 PROBE_EVERY_S = 60.0
 """How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
 costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
+
+SLOT_S = 5.0
+"""How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
+(docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
 
 
 def decide(view: View) -> Decision:
@@ -119,8 +130,12 @@ def _before_it_runs(view: View, process: Process) -> Decision:
                 reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
                 action=Action.GIVE_UP,
             )
-        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=give_up_at)
-        return replace(due, slot=True)
+        # Its own time goes on; others need not wait for one that is silent.
+        slot_until = process.incarnation.spawned_at + SLOT_S
+        slot = view.now < slot_until
+        next_at = min(slot_until, give_up_at) if slot else give_up_at
+        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=next_at)
+        return replace(due, slot=slot)
     lock = view.lock.lock
     if view.claim is not Claim.MINE or lock is None:
         return Decision(
@@ -146,7 +161,7 @@ def _before_it_runs(view: View, process: Process) -> Decision:
 
 def _under_guard(view: View, decision: Decision) -> Decision:
     """`decision`, once a process that runs is under guard: nothing but its forced end goes before that."""
-    if view.guarded is not False or decision.action in {Action.QUIT, Action.KILL}:
+    if view.guarded is not False or decision.action in {Action.FINISH, Action.QUIT, Action.KILL}:
         return decision
     if view.now >= view.guard_at:
         return replace(decision, action=Action.GUARD, wake_at=None)
@@ -157,6 +172,8 @@ def _under_guard(view: View, decision: Decision) -> Decision:
 
 def _while_it_runs(view: View, process: Process) -> Decision:
     """The guest runs, or may have run."""
+    if process.run_state == POWERED_OFF and (over := _power_off(view, process)) is not None:
+        return over
     aim, why = goal(view)
     wish = view.wish
     restart = (
@@ -172,19 +189,34 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+    tidy = _has_to_tidy(view, aim)
+    if tidy and view.session_held and view.now >= view.etcd_at:
+        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.TIDY)
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
     next_at = min(process.probe_at, process.grow_at)
-    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT or view.is_outdated else next_at
+    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
+
+
+def _has_to_tidy(view: View, aim: Goal) -> bool:
+    """Whether a placement is to be deleted that has ended, by the host that runs it now (law 10)."""
+    wish = view.wish
+    if wish is None or not wish.stale_placement or aim is not Goal.RUN:
+        return False
+    return view.claim is Claim.MINE and not view.stays
 
 
 def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     """The sentence for a machine that runs and shall."""
     said = []
-    if process.run_state not in {"running", None}:
-        said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
+    placement = None if view.wish is None or view.stays else view.wish.placement
+    if placement is not None and view.wish is not None:
+        since = f"since {placement.since} ({placement.why})"
+        said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
+    if (still := why_not_running(process.run_state)) is not None:
+        said.append(still)
     if process.silent_since is not None:
         said.append("QEMU does not answer on QMP")
     if aim is Goal.KEEP:
@@ -200,7 +232,24 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
+    if view.stays:
+        said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
+
+
+def _power_off(view: View, process: Process) -> Decision | None:
+    """Its guest has powered itself off, and QEMU lives on (`-no-shutdown`): nothing is left of it to be kept.
+
+    None while that cannot be told to QEMU: what is last known of one that does not answer may be over.
+    """
+    said = "its guest has powered itself off, but QEMU lives on (`-no-shutdown`)"
+    stopping = process.stopping
+    if stopping is not None and stopping.quit_at is not None:
+        said += ": it was told to end"
+        return _when(view, stopping.quit_at + QUIT_WAIT_S, Action.KILL, Phase.STOPPING, said)
+    if not process.connected:
+        return None
+    return Decision(phase=Phase.STOPPING, reason=f"{said}: it is told to end", action=Action.FINISH)
 
 
 def _stop(view: View, process: Process, why: str) -> Decision:
@@ -294,12 +343,21 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
+        return _with_etcd(view, Action.TIDY, phase, why)
+    left = view.leaving is not None or view.wish.keys == 0 or view.wish.runs_on != view.me
+    if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
         return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
+
+
+def _is_placed_by_us(wish: Wish, me: HostName) -> bool:
+    """Whether a placement that has ended is this host's to delete: it was placed here, or nothing is left of it."""
+    placement = wish.placed.placement
+    return wish.keys == 0 or wish.runs_on == me or (placement is not None and placement.host == me)
 
 
 def _held_elsewhere(view: View) -> Decision:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.incarnation import Memory
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.wishes import SECRET_KEYS
 
@@ -68,17 +69,19 @@ def names_no_host(wish: Wish) -> bool:
 def ends_it(wish: Wish, me: str) -> bool:
     """Whether these keys would end the machine that runs on this host."""
     bad_host = wish.host is None and not names_no_host(wish)
-    return (wish.host != me and not bad_host) or wish.power is Power.OFF
+    elsewhere = names_no_host(wish) or wish.is_elsewhere(HostName(me))
+    return (elsewhere and not bad_host) or wish.power is Power.OFF
 
 
 def order_of(wish: Wish) -> str:
     """What tells an order from another one: a person who writes `host` or `power` again has given another."""
-    return f"{wish.host_revision}:{wish.power_revision}" if wish.host is not None else "removed"
+    written = f"{wish.host_revision}:{wish.power_revision}:{wish.placed.revision}"
+    return written if wish.host is not None else "removed"
 
 
 def why_held(wish: Wish, way_out: str = "`kvmsupervisor confirm-removal` lets it go on") -> str:
     """The same for people, of an order that came with another history, and what ends the hold."""
-    what = "its removal" if wish.host is None else f"its move to {wish.host}"
+    what = "its removal" if wish.host is None else f"its move to {wish.runs_on}"
     if wish.host is not None and wish.power is Power.OFF:
         what = "`power=off`"
     return f"{what} came with another history of etcd (restored, or its data lost) and is held; {way_out}"
@@ -97,6 +100,25 @@ class Hold:
     order: str
     why: str
     stood: Mapping[str, str]
+
+
+def noting(memory: Memory, wish: Wish, *, held: bool, hold: Hold | None) -> Memory:
+    """What to remember of an order that is held, for a successor."""
+    return replace(
+        memory,
+        held=held,
+        held_as=None if hold is None else hold.order or None,
+        held_why="" if hold is None else hold.why,
+        stood=None if hold is None else hold.stood,
+        restart_seen=memory.restart_seen if wish.restart_request == memory.restart_seen else None,
+    )
+
+
+def hold_of(memory: Memory) -> Hold | None:
+    """What is held, where more than that is remembered."""
+    if not memory.held or (memory.stood is None and memory.held_as is None):
+        return None
+    return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
 
 
 def differing(before: Mapping[bytes, RawValue], now: Mapping[bytes, RawValue]) -> dict[str, str]:

@@ -99,6 +99,25 @@ def build(folder: Path, *, log_records: int = LOG_RECORDS) -> ChaosGuest:
     return ChaosGuest(image=image)
 
 
+_FLOOD = """
+.code16
+    mov dx, 0x3f8
+    mov al, 'x'
+1:  out dx, al
+    jmp 1b
+    .org 510
+    .word 0xaa55
+"""
+
+
+def build_flood(folder: Path) -> Path:
+    """A disk from which a guest boots that writes to its serial port without end."""
+    assembled, image = folder / "flood.o", folder / "flood.img"
+    _run("as", "--32", "-msyntax=intel", "-mnaked-reg", "-o", str(assembled), "-", text=_FLOOD)
+    _run("ld", "-m", "elf_i386", "-Ttext=0x7c00", "-e", "0x7c00", "--oformat=binary", "-o", str(image), str(assembled))
+    return image
+
+
 def _run(program: str, *args: str, text: str | None = None) -> None:
     assert shutil.which(program) is not None, f"{program} is missing: tools/install-system dev (binutils)"
     done = subprocess.run([program, *args], input=text, capture_output=True, text=True, timeout=60, check=False)

@@ -207,7 +207,8 @@ class Host:
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=self.wishes.locks_revision,
         )
-        self.instance.update(parse_wish(ONE, self.wishes.keys_of(ONE)), held=False, fresh=fresh)
+        wish = parse_wish(ONE, self.wishes.keys_of(ONE), self.wishes.placed(ONE))
+        self.instance.update(wish, held=False, fresh=fresh)
 
     async def die(self) -> None:
         """End the supervisor between two steps; its QEMU goes on."""
@@ -256,9 +257,12 @@ class Host:
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
-            metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
+            metrics=Metrics(
+                lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), host=self.me, version="0"
+            ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,

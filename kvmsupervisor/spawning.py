@@ -1,0 +1,82 @@
+"""One QEMU process comes to be: its sockets listen, it is put on record, it is started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kvmsupervisor import marks
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.cgroup import Home
+from kvmsupervisor.adapters.process import Process
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.argv import Channels, Provision
+from kvmsupervisor.domain.incarnation import Incarnation
+
+
+def spawn(
+    directory: InstanceDir,
+    record: Incarnation,
+    build: Callable[[Channels], Provision],
+    argv: Callable[[Provision], Sequence[str]],
+    home: Home,
+    *,
+    prefix: str,
+    user: QemuUser | None,
+    on_record: Callable[[Incarnation], None],
+    on_end: Callable[[], None],
+) -> Process:
+    """Put the incarnation on record, then start QEMU.
+
+    Args:
+        directory: its folder in the run directory; made when it is missing.
+        record: of the process to come, without pid, argv and log offset.
+        build: makes whole what QEMU needs, from the sockets that listen for it.
+        argv: makes the command line of that.
+        home: what the process enters before it becomes QEMU; the caller sees it settled.
+        prefix: below which its keys are.
+        user: that QEMU runs as; None for our own.
+        on_record: called with the whole record once that is written, before there is a process.
+        on_end: called once when the process has ended.
+
+    Raises:
+        SpawnFailed: the program cannot be started; the record is there.
+        OSError: the host is short of something (room, open files, memory): nothing was begun, nothing is on record.
+    """
+    directory.create()
+    with contextlib.ExitStack() as stack:
+
+        def listen(name: str) -> int:
+            return stack.enter_context(directory.listen(directory.path / name)).fileno()
+
+        channels = Channels(
+            qmp=listen(directory.qmp_socket.name),
+            spare=listen(directory.spare_socket.name),
+            console=listen(directory.console_socket.name),
+            agent=listen(directory.agent_socket.name),
+        )
+        provision = build(channels)
+        words = tuple(argv(provision))
+        record = replace(record, argv=words, log_offset=directory.log_size())
+        if user is not None:
+            directory.give_console_log(user.uid, user.gid)
+        log_fd = directory.open_log()
+        stack.callback(os.close, log_fd)
+        try:
+            directory.write_incarnation(record)
+            # Not before: what cannot be put on record (no space) was not begun.
+            on_record(record)
+            return kernel.spawn(
+                home.wrap(words if user is None else (*user.become(), *words)),
+                environment=marks.environment_of(marks.Marks.of(record, prefix)),
+                log_fd=log_fd,
+                pass_fds=provision.descriptors,
+                on_end=on_end,
+                stdin=home.stdin,
+            )
+        except OSError:
+            directory.drop_incarnation()
+            raise
