@@ -12,7 +12,7 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import ladder
+from kvmsupervisor import keeping, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -24,10 +24,12 @@ from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Storage
+from kvmsupervisor.domain.lifecycle import decide
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
-from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.removal import Hold, hold_of, noting
+from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -106,13 +108,14 @@ class Instance:
 
     # --- what it is told --------------------------------------------------------------------------------------
 
-    def update(self, wish: Wish, *, held: bool, fresh: bool) -> None:
+    def update(self, wish: Wish, *, held: bool, fresh: bool, hold: Hold | None = None) -> None:
         """Take the latest wish.
 
         Args:
             wish: the keys as they are.
-            held: they are gone, and that waits for an operator's word: the instance goes on as it is.
+            held: what they come to waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
+            hold: more of what is held.
         """
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
@@ -125,12 +128,22 @@ class Instance:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = replace(self._memory, held=held)
+        memory = noting(self._memory, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
         self._remember(memory)
         self._wake.set()
+
+    def begin_anew(self, wish: Wish) -> None:
+        """Etcd has another history, in which these are the keys: nothing that they had before tells a new order.
+
+        Called right before the lock and the keys of that history are told.
+        """
+        self._lock.begin_anew()
+        self.report.begin_anew()
+        self._start.claimed_by = None
+        self._remember(in_another_history(self._memory, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -164,6 +177,19 @@ class Instance:
         return self._memory.held
 
     @property
+    def hold(self) -> Hold | None:
+        """What is held, where it was told more of it than that."""
+        return hold_of(self._memory)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether its lock says what runs here, in the history that etcd has now: only a QEMU has to be told of."""
+        if self._machine.pid is None:
+            return True
+        view = self._observe()
+        return view.claim in {Claim.MINE, Claim.UNREADABLE} or (view.claim is Claim.STRANGER and view.is_strange)
+
+    @property
     def pid(self) -> int | None:
         """Of the living QEMU, ours or left alone."""
         alone = self._inheritance.alone
@@ -178,10 +204,7 @@ class Instance:
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
         """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        spec, record = self._machine.spec, self._machine.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+        return self._machine.nics
 
     @property
     def counts(self) -> GuestCounts:
@@ -271,6 +294,8 @@ class Instance:
             left_alone=self._inheritance.alone,
             mismatch=around.mismatch,
             held=self._held,
+            held_why=self._memory.held_why,
+            era=around.era(),
             draining=around.draining(),
             leaving=around.leaving(),
             session_held=around.session.held,
@@ -293,7 +318,7 @@ class Instance:
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
-            guarded=self._is_guarded(),
+            guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet_at,
@@ -339,14 +364,6 @@ class Instance:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
-    def _is_guarded(self) -> bool | None:
-        """Whether the guard watches the living QEMU; None when it need not."""
-        guard, record = self._around.guard, self._machine.record
-        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
-        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
-            return None
-        return guard.holds(record.incarnation)
-
     # --- acting -----------------------------------------------------------------------------------------------
 
     async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
@@ -384,14 +401,14 @@ class Instance:
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
-                await start.reassert()
+                await keeping.reassert(machine, self._lock, self.report, self._around)
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await start.rename()
+                await keeping.rename(self._lock, self.report, self._around)
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:

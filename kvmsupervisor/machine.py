@@ -138,6 +138,14 @@ class Machine:
         return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
 
     @property
+    def nics(self) -> tuple[tuple[str, str], ...]:
+        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        spec, record = self.spec, self.record
+        if spec is None or record is None:
+            return ()
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+
+    @property
     def wait_status(self) -> WaitStatus:
         """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
         return WaitStatus() if self._process is None else self._process.status

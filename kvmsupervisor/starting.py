@@ -18,7 +18,7 @@ from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, LockState, take
+from kvmsupervisor.domain.lock import Lock, Storage, take
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -144,6 +144,14 @@ class Start:
             return None
         return self._machine.holdover(lock)
 
+    def is_guarded(self) -> bool | None:
+        """Whether the guard watches the living QEMU; None when it need not."""
+        guard, record = self._around.guard, self._machine.record
+        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
+        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
+            return None
+        return guard.holds(record.incarnation)
+
     def note_wanted(self, now: float) -> None:
         """Count the time to a running guest from now, unless it is being counted."""
         if self._wanted_at is None:
@@ -268,7 +276,7 @@ class Start:
             boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=epoch_floor,
+            epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
@@ -419,42 +427,6 @@ class Start:
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(replace(recorded, storage=record.storage), wish.ground)
-
-    async def reassert(self) -> None:
-        """Write the lock again that somebody deleted under its QEMU; kill that if another has had it meanwhile.
-
-        Raises:
-            SwapFailed, EtcdError: see `take`.
-        """
-        record = self._machine.record
-        assert record is not None
-        lock = Lock(
-            host=self._around.me,
-            boot_id=record.boot_id,
-            epoch=record.epoch,
-            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
-            incarnation=record.incarnation,
-            pid=record.pid,
-            starttime=record.starttime,
-            clients=record.clients,
-            storage=record.storage,
-        )
-        other = await self._lock.reassert(lock)
-        if other is not None:
-            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
-            return
-        self._report.tell("lock.reasserted", level="warning", epoch=record.epoch)
-
-    async def rename(self) -> None:
-        """Write this host's present name into the lock of its own QEMU.
-
-        Raises:
-            SwapFailed, EtcdError: see `take`.
-        """
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._lock.write(replace(lock, host=self._around.me), None)
-        self._report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""

@@ -13,6 +13,7 @@ from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
@@ -52,6 +53,7 @@ class Surroundings:
         recorded_for: the instance whose lock has a storage client on record, None when none has.
         mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
         objection: why a QEMU on record is not ours to touch; None when it is.
+        era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
         leaving: why an instance is to be stopped and let go of; None when it is not.
         ended: told how a QEMU ended that was not merely discarded before its guest ran.
@@ -77,6 +79,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    era: Callable[[], Era]
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0
     recorded_for: Callable[[str], InstanceId | None] = lambda client: None
