@@ -10,7 +10,8 @@ from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.run_state import RunState
+from kvmsupervisor.domain.status import Status
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.session import Session
@@ -103,7 +104,7 @@ class Face:
         return InstanceSample(
             id=instance.id,
             phase=status.phase,
-            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
+            run_state=None if status.pid is None else RunState.of(status.run_state),
             epoch=status.epoch,
             pending=len(status.pending),
             invalid=bool(status.problems),

@@ -384,7 +384,15 @@ class Instance:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
-            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+            case (
+                Action.CONNECT
+                | Action.PROBE
+                | Action.POWERDOWN
+                | Action.FINISH
+                | Action.QUIT
+                | Action.KILL
+                | Action.GIVE_UP
+            ):
                 await ladder.step(machine, decision)
             case _:
                 assert_never(action)

@@ -114,6 +114,7 @@ class Report:
             held=view.held,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            run_state=self._machine.run_state,
             placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class InstanceSample:
     Attributes:
         id: the instance.
         phase: where it is in its life.
-        up: whether its QEMU process runs the guest.
+        run_state: of its guest, None without a process.
         epoch: of its lock, 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
@@ -72,7 +73,7 @@ class InstanceSample:
 
     id: InstanceId
     phase: Phase
-    up: bool = False
+    run_state: RunState | None = None
     epoch: int = 0
     pending: int = 0
     invalid: bool = False
@@ -292,7 +293,8 @@ class Metrics:
 
     def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         phase = _gauge("instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase")
-        up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
+        up = _gauge("instance_up", "Whether the instance's guest runs.", "instance")
+        run_state = _gauge("instance_run_state", "1 for the state that its guest is in, else 0.", "instance", "state")
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
@@ -306,7 +308,9 @@ class Metrics:
             label = [sample.id]
             for each in Phase:
                 phase.add_metric([sample.id, each], sample.phase is each)
-            up.add_metric(label, sample.up)
+            up.add_metric(label, sample.run_state is RunState.RUNNING)
+            for state in RunState:
+                run_state.add_metric([sample.id, state], sample.run_state is state)
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
@@ -320,7 +324,7 @@ class Metrics:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
+        yield from (phase, up, run_state, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")

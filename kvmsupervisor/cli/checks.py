@@ -118,6 +118,13 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             wanted=f"revision {wish.revision}, the newest of its keys",
             late=True,
         )
+    elif cluster.speaks(status) and status.halted is not None:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"its guest does not run: {status.halted}, by {status.host}",
+            wanted=f"a guest that runs; {status.reason}",
+        )
 
 
 def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:

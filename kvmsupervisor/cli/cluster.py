@@ -111,11 +111,19 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How an instance is shown: `phase` is a `Phase` or `UNKNOWN`; `reason` is one sentence."""
+    """How an instance is shown.
+
+    Attributes:
+        host: that tells of it, or shall run it.
+        phase: a `Phase`, or `UNKNOWN`.
+        reason: one sentence.
+        halted: the run state of a guest that does not run although its QEMU lives.
+    """
 
     host: str | None
     phase: str
     reason: str
+    halted: str | None = None
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -144,7 +152,7 @@ def shown(instance: Instance, cluster: Cluster) -> Shown:
     if wish.keys and wish.host is not None and not said and not is_same_host(status.host, wish.runs_on):
         away = "" if cluster.alive(wish.runs_on) else f", which has no session ({cluster.who_has_sessions()})"
         reason += f"; {_where_now(wish)}{away}"
-    return Shown(status.host, status.phase.value, reason)
+    return Shown(status.host, status.phase.value, reason, status.halted)
 
 
 def _where_now(wish: Wish) -> str:

@@ -23,7 +23,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
-              any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
+              any         any         powered itself off           Finish … Kill
+              any         any         ran, not under guard         Guard, before all but the end (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
               mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, or Grow
@@ -61,6 +62,7 @@ from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses
+from kvmsupervisor.domain.run_state import POWERED_OFF, why_not_running
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
@@ -196,7 +198,7 @@ def _before_it_runs(view: View, process: Process) -> Decision:
 
 def _under_guard(view: View, decision: Decision) -> Decision:
     """`decision`, once a process that runs is under guard: nothing but its forced end goes before that."""
-    if view.guarded is not False or decision.action in {Action.QUIT, Action.KILL}:
+    if view.guarded is not False or decision.action in {Action.FINISH, Action.QUIT, Action.KILL}:
         return decision
     if view.now >= view.guard_at:
         return replace(decision, action=Action.GUARD, wake_at=None)
@@ -207,6 +209,8 @@ def _under_guard(view: View, decision: Decision) -> Decision:
 
 def _while_it_runs(view: View, process: Process) -> Decision:
     """The guest runs, or may have run."""
+    if process.run_state == POWERED_OFF and (over := _power_off(view, process)) is not None:
+        return over
     aim, why = goal(view)
     wish = view.wish
     restart = (
@@ -248,8 +252,8 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     if placement is not None and view.wish is not None:
         since = f"since {placement.since} ({placement.why})"
         said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
-    if process.run_state not in {"running", None}:
-        said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
+    if (still := why_not_running(process.run_state)) is not None:
+        said.append(still)
     if process.silent_since is not None:
         said.append("QEMU does not answer on QMP")
     if aim is Goal.KEEP:
@@ -264,6 +268,21 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     if view.stays:
         said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
+
+
+def _power_off(view: View, process: Process) -> Decision | None:
+    """Its guest has powered itself off, and QEMU lives on (`-no-shutdown`): nothing is left of it to be kept.
+
+    None while that cannot be told to QEMU: what is last known of one that does not answer may be over.
+    """
+    said = "its guest has powered itself off, but QEMU lives on (`-no-shutdown`)"
+    stopping = process.stopping
+    if stopping is not None and stopping.quit_at is not None:
+        said += ": it was told to end"
+        return _when(view, stopping.quit_at + QUIT_WAIT_S, Action.KILL, Phase.STOPPING, said)
+    if not process.connected:
+        return None
+    return Decision(phase=Phase.STOPPING, reason=f"{said}: it is told to end", action=Action.FINISH)
 
 
 def _stop(view: View, process: Process, why: str) -> Decision:

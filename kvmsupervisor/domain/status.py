@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse, shallow
+from kvmsupervisor.domain.run_state import RUNNING
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -50,6 +51,8 @@ class Status:
         notice: what else a person should know of the running machine, or None.
         held: whether the removal of its keys waits for `confirm-removal`.
         agent: what the guest's agent said last of the guest, None when it never did.
+        run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
+            `running` only.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
         placed_for: the host in whose place this one runs it (law 10), None where it is its own.
         awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
@@ -75,8 +78,19 @@ class Status:
     held: bool = False
     agent: GuestFacts | None = None
     guarded: bool | None = None
+    run_state: str | None = None
     placed_for: str | None = None
     awaited_host: str | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether its guest runs."""
+        return self.pid is not None and self.run_state == RUNNING
+
+    @property
+    def halted(self) -> str | None:
+        """The run state of a guest that should run and does not although its QEMU lives; None for any other."""
+        return self.run_state if self.phase is Phase.RUNNING and self.run_state != RUNNING else None
 
     @property
     def tells_of_a_process(self) -> bool:

@@ -10,18 +10,9 @@ from kvmsupervisor.domain.exits import Exit
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
 from kvmsupervisor.domain.status import Phase
-
-NEVER_RAN = "prelaunch"
-"""QMP run state of a QEMU started with -S whose guest has not run."""
-
-
-RUNNING = "running"
-"""QMP run state of a machine whose guest runs."""
-
-PANICKED = "guest-panicked"
-"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
 
 
 class Action(Enum):
@@ -43,6 +34,7 @@ class Action(Enum):
     PROBE = "ask QEMU for its run state"
     GROW = "look whether its images were grown, and tell QEMU"
     POWERDOWN = "press the power button"
+    FINISH = "tell QEMU to end whose guest has powered itself off"
     QUIT = "tell QEMU to end"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
