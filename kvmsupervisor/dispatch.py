@@ -11,6 +11,7 @@ from typing import Protocol
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import RemovalGuard
@@ -109,20 +110,25 @@ class Dispatch:
     def let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
         for name in freed & self._instances.keys():
-            self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
+            self._instances[name].update(self._wish(name), held=False, fresh=False)
 
     def forget(self, name: InstanceId) -> None:
         """Nothing of an instance is this host's any more."""
         self._read.pop(name, None)
 
     def is_wanted_here(self, name: InstanceId) -> bool:
-        """Whether the key `host` names this host."""
+        """Whether this host is where it shall run: by the key `host`, or by the placement that stands in for it."""
         host = self._wishes.keys_of(name).get(b"host")
-        return host is not None and host.value.strip() == self._me.encode()
+        if host is None:
+            return False
+        placement = self._wishes.placed(name).placement
+        if placement is not None and placement.stands(host.mod_revision):
+            return placement.host == self._me
+        return names(host.value, self._me.encode())
 
     def _is_ours(self, name: InstanceId) -> bool:
         """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
-        if self.is_wanted_here(name):
+        if self.is_wanted_here(name) or self._left_its_placement(name):
             return True
         entry = self._wishes.lock_of(name)
         # Looking for the name costs less than reading JSON, but it may also be part of another host's.
@@ -131,12 +137,17 @@ class Dispatch:
         lock = Lock.from_json(entry.value)
         return lock is not None and lock.host == self._me
 
+    def _left_its_placement(self, name: InstanceId) -> bool:
+        """Whether nothing but a placement here is left of an instance, while nobody was here to take it away."""
+        placement = self._wishes.placed(name).placement
+        return placement is not None and placement.host == self._me and not self._wishes.keys_of(name)
+
     def _wish(self, name: InstanceId) -> Wish:
         """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
-        keys = self._wishes.keys_of(name)
+        keys, placed = self._wishes.keys_of(name), self._wishes.placed(name)
         read = self._read.get(name)
-        if read is None or read[0] != keys:
-            read = self._read[name] = (keys, parse_wish(name, keys))
+        if read is None or read[0] != keys or read[1].placed != placed:
+            read = self._read[name] = (keys, parse_wish(name, keys, placed))
         return read[1]
 
     def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
@@ -165,7 +176,9 @@ class Dispatch:
         instance = self._instances.get(name)
         if instance is None:
             return False
-        return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
+        wish = instance.wish
+        # Also what runs here until the host that its keys name is there.
+        return instance.pid is not None or (wish is not None and wish.runs_on == self._me)
 
 
 def _names_no_host(wish: Wish) -> bool:

@@ -108,6 +108,8 @@ class Face:
             pending=len(status.pending),
             invalid=bool(status.problems),
             unguarded=status.guarded is False,
+            placed_for=status.placed_for,
+            host_absent=status.awaited_host is not None,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,

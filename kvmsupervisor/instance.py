@@ -19,11 +19,14 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
@@ -78,7 +81,8 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
@@ -183,6 +187,7 @@ class Instance:
             self._wake.clear()
             if not self._memory_kept and self._machine.record is not None:
                 self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -239,12 +244,13 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
+        target_there, target_meant = self._target()
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems,
+            problems=self._problems if self.wish is None or not target_there else self.wish.problems,
             held=self._held,
             draining=around.draining(),
             leaving=around.leaving(),
@@ -256,6 +262,8 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
+            target_there=target_there,
+            target_meant=target_meant,
             holdover=self._holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
@@ -293,9 +301,22 @@ class Instance:
         if starting:
             self._start.note_wanted(view.now)
 
+    def _target(self) -> tuple[bool | None, str | None]:
+        """Of the other host where it shall run: whether it has a session, and which was meant if it has none."""
+        around, wish = self._around, self.wish
+        if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
+            return None, None
+        there = around.host_has_session(HostName(wish.runs_on))
+        if there is not False:
+            return there, None
+        sessions = around.sessions()
+        if is_in_container(self.id, wish.runs_on, sessions):
+            return True, None
+        return False, resembling(wish.runs_on, sessions)
+
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
-        if wish.spec is None or wish.host != self._around.me:
+        if wish.spec is None:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
@@ -352,6 +373,11 @@ class Instance:
                 await start.grow()
             case Action.REASSERT:
                 await self._reassert()
+            case Action.TIDY:
+                assert wish is not None
+                await self._lock.tidy(wish.stale_placement)
+                if self.wish is wish:
+                    self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
                 await self._rename()
             case Action.BURY:
@@ -425,6 +451,10 @@ class Instance:
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
+
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
         if memory != self._memory:
@@ -447,11 +477,12 @@ class Instance:
     async def _release(self) -> None:
         publisher = self._around.publisher
         await self._start.shut_out_the_dead()
+        stale = 0 if self.wish is None or self._held else self.wish.stale_placement
         if self.wish is not None and self.wish.keys > 0:
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last))
+            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
-            await self._lock.release(None)
+            await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
         self._start.planned = None
         self.report.tell("lock.released")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
+from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
 
 
@@ -28,6 +29,7 @@ class InstanceLock:
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
         self._host_key = layout.wish_key(instance, "host")
+        self._placement_key = layout.placement_key(instance)
         self._session = session
 
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
@@ -45,7 +47,7 @@ class InstanceLock:
     async def write(
         self,
         lock: Lock,
-        host_revision: int | None,
+        ground: Ground | None,
         *,
         if_new: bool = False,
         gone: HostName | None = None,
@@ -53,18 +55,19 @@ class InstanceLock:
     ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
-        Only if our session holds and the key `host` is still the one of `host_revision`.
+        Only if our session holds, and what says that it runs here (`host`, and its placement) is still as it was seen.
 
         Args:
             lock: what to write.
-            host_revision: `mod_revision` of the key `host` as last seen; None where no such key has a say.
+            ground: those two keys as last seen; None where they have no say.
             if_new: only if there is no status either: no host has ever had this instance.
             gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
             status: what to write into the status key in the same step.
         """
         compares = [self._session()]
-        if host_revision is not None:
-            compares.append(Compare(self._host_key, Target.MOD_REVISION, host_revision))
+        if ground is not None:
+            compares.append(Compare(self._host_key, Target.MOD_REVISION, ground.host_revision))
+            compares.append(Compare(self._placement_key, Target.MOD_REVISION, ground.placement_revision))
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
         if gone is not None:
@@ -89,14 +92,36 @@ class InstanceLock:
         await self._swap(lock.to_json(), [self._session()])
         return None
 
-    async def release(self, status: Status | None) -> int:
+    async def release(self, status: Status | None, *, stale_placement: int = 0) -> int:
         """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).
 
-        So whoever takes the lock next finds in the status up to which epoch this host came. Returns the revision.
+        So whoever takes the lock next finds in the status up to which epoch this host came. A placement that has ended
+        goes in the same step, too: later, it would change under whoever has taken the lock meanwhile. Returns the
+        revision.
+
+        Args:
+            status: the last one.
+            stale_placement: `mod_revision` of that placement, 0 when there is none.
         """
-        last: Op = Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())
-        await self._swap(None, [], [last])
+        last: list[Op] = [Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())]
+        compares = []
+        if stale_placement:
+            compares.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
+            last.append(Delete(self._placement_key))
+        await self._swap(None, compares, last)
         return self.view.as_of
+
+    async def tidy(self, stale_placement: int) -> None:
+        """Delete a placement that has ended, unless another was written since: then the watch shows that.
+
+        Raises:
+            SwapFailed: it is another one by now, or none.
+            EtcdError: etcd did not do it, or nobody knows.
+        """
+        seen = Compare(self._placement_key, Target.MOD_REVISION, stale_placement)
+        result = await self._store.txn([seen], [Delete(self._placement_key)])
+        if not result.succeeded:
+            raise SwapFailed("its placement changed meanwhile")
 
     async def drop(self) -> None:
         """Delete our lock, its process proven gone, where there is no status."""
@@ -125,7 +150,7 @@ class InstanceLock:
             return
         self._read(result.reads[0], result.revision)
         if self.view.data == before:
-            raise SwapFailed("a session or the key `host` changed meanwhile")
+            raise SwapFailed("a session, the key `host` or the placement changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
 
     def _read(self, found: Sequence[KeyValue], revision: int) -> None:

@@ -63,6 +63,7 @@ class Machine:
         user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
+        on_event: Callable[[], None] = lambda: None,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -74,6 +75,7 @@ class Machine:
         self._user = user
         self._notify = notify
         self._on_reset = on_reset
+        self._count_event = on_event
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
@@ -364,6 +366,7 @@ class Machine:
             self._log.error("instance.unkillable", pid=self._process.pid)
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        self._count_event()
         match name:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))

@@ -24,8 +24,9 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
     Watch,
 )
-from kvmsupervisor.domain.grouping import Entry, Groups, Stage, Table
-from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
+from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.timing import RETRY_CAP_S, retry_delay
 
@@ -173,9 +174,10 @@ async def _fill(stage: Stage[LabelT], events: Iterable[Event]) -> None:
 
 
 class Wishes:
-    """Every instance's wish keys and lock, in step with etcd.
+    """Every instance's wish keys, lock and placement, in step with etcd.
 
-    Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
+    Placements are facts, but they say where an instance runs as `host` does: what they say is known before anything is
+    decided. Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
 
     Args:
         store: etcd.
@@ -204,32 +206,47 @@ class Wishes:
         if locks_prefix is not None:
             self._locks = Groups(layout, locks_only=True)
             self._mirrors.append(follow(locks_prefix, self._locks))
+        self._of_locks = self._mirrors[-1]
+        self._layout = layout
+        self._placements = Flat()
+        self._of_placements = Mirror(
+            store=store,
+            clock=clock,
+            prefix=layout.placements_prefix,
+            table=self._placements,
+            on_change=lambda keys, revision: on_change(self._ids_of_placements(keys), revision),
+            rand=rand,
+        )
 
     async def run(self) -> None:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            for mirror in self._mirrors:
+            for mirror in self._all:
                 tasks.create_task(mirror.run())
+
+    @property
+    def _all(self) -> tuple[Mirror[InstanceId] | Mirror[bytes], ...]:
+        return (*self._mirrors, self._of_placements)
 
     async def wait_synced(self) -> None:
         """Return once everything was listed for the first time."""
-        for mirror in self._mirrors:
+        for mirror in self._all:
             await mirror.synced.wait()
 
     @property
     def synced(self) -> bool:
         """Whether everything was listed for the first time: before, an absent key means nothing."""
-        return all(mirror.synced.is_set() for mirror in self._mirrors)
+        return all(mirror.synced.is_set() for mirror in self._all)
 
     @property
     def in_step(self) -> bool:
         """Whether wishes and locks are what etcd holds."""
-        return all(mirror.in_step for mirror in self._mirrors)
+        return all(mirror.in_step for mirror in self._all)
 
     @property
     def problem(self) -> str:
         """What keeps them from being in step, for people; empty while they are."""
-        return "; ".join(mirror.problem for mirror in self._mirrors if mirror.problem)
+        return "; ".join(mirror.problem for mirror in self._all if mirror.problem)
 
     @property
     def revision(self) -> int:
@@ -239,16 +256,28 @@ class Wishes:
     @property
     def locks_revision(self) -> int:
         """Of etcd, up to which all locks are known."""
-        return self._mirrors[-1].revision
+        return self._of_locks.revision
 
     def ids(self) -> Set[InstanceId]:
         """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
 
     def naming(self, host: bytes) -> Set[InstanceId]:
-        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's."""
+        """The instances whose `host` is this name, or whose lock or placement holds it, maybe as part of another's."""
         found = self._keys.naming(host)
-        return found if self._locks is self._keys else found | self._locks.naming(host)
+        placed = self._ids_of_placements(key for key, entry in self._placements.entries.items() if host in entry.value)
+        return found | placed if self._locks is self._keys else found | placed | self._locks.naming(host)
+
+    def placed(self, instance: InstanceId) -> Placed:
+        """The placement of one instance (law 10). Cheap for the many that have none."""
+        entries = self._placements.entries
+        entry = entries.get(self._layout.placement_key(instance).encode()) if entries else None
+        return NOT_PLACED if entry is None else Placed.read(entry.value, entry.mod_revision)
+
+    def _ids_of_placements(self, keys: Iterable[bytes]) -> Set[InstanceId]:
+        length = len(self._layout.placements_prefix.encode())
+        found = (parse_id(key[length:].decode(errors="replace")) for key in keys)
+        return {instance for instance in found if instance is not None}
 
     def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
         """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""

@@ -5,6 +5,7 @@ It decides nothing, and knows of no record: `machine.py` tells it where to conne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ ANSWER_S = 5.0
 
 RECONNECT_S = 0.5
 """Pause between attempts to connect to a QEMU that lives and does not listen."""
+
+PROBE_GAP_S = 1.0
+"""The least pause between two questions that events raise, whatever a guest does: each costs 1 ms of processor."""
 
 DRAIN_S = 1.0
 """How long the last QMP events may take to arrive after the process has ended."""
@@ -57,6 +61,7 @@ class Conversation:
         self.run_state: str | None = None
         self.connect_at = 0.0
         self.probe_at = 0.0
+        self._raised_at = -math.inf
         self.silent_since: float | None = None
         self._answered = False
 
@@ -171,10 +176,19 @@ class Conversation:
                 # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.
                 return False
             case "STOP" | "SUSPEND" | "WAKEUP":
-                self.probe_at = 0.0
+                self._raise_question()
             case _:
                 return False
         return True
+
+    def _raise_question(self) -> None:
+        """Have QEMU asked at once, or, where it was just now, a little later."""
+        now = self._clock.now()
+        if now >= self._raised_at + PROBE_GAP_S:
+            self._raised_at, self.probe_at = now, 0.0
+        elif now >= self._raised_at:
+            self._raised_at += PROBE_GAP_S
+            self.probe_at = min(self.probe_at, self._raised_at)
 
     def _heard(self) -> None:
         self._answered = True

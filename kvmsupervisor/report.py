@@ -9,11 +9,16 @@ from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.surroundings import Surroundings
+
+CHANGED = "instance.changes_untold"
+CHANGES_A_MINUTE = 20
+"""How often a changed reason is logged within a minute. Arbitrary: more than a person brings about, or a start."""
 
 
 class Report:
@@ -42,6 +47,7 @@ class Report:
         self.notice: str | None = None
         self.looked = False
         self._published: Status | None = None
+        self._sparing: dict[str, Sparing] = {"instance.guest_reset": Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -108,6 +114,8 @@ class Report:
             held=view.held,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -141,15 +149,36 @@ class Report:
 
     def _tell_change(self, before: Status, now: Status) -> None:
         """Log what a person would want to know: phases, and why it is in one; the steps of a start are details."""
+        untold: dict[str, int] = {}
         if now.phase is not before.phase or now.problems != before.problems or now.pending != before.pending:
             level = "info"
         elif now.reason != before.reason:
             level = "debug" if now.phase is Phase.STARTING else "info"
+            more = self._sparing[CHANGED].note(self._around.clock.now())
+            if more is None:
+                return
+            untold = {"untold": more} if more else {}
         else:
             return
         lists = {"problems": list(now.problems), "pending": list(now.pending)}
         said = {name: values for name, values in lists.items() if values}
-        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
+        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said, **untold)
+
+    def tell_sparingly(self, event: str) -> None:
+        """Log what a guest can bring about as often as it likes: at most once a minute, and how often it was untold."""
+        more = self._sparing[event].note(self._around.clock.now())
+        if more is not None:
+            self._tell_with(event, untold=more)
+
+    def tell_rest(self) -> None:
+        """Tell how often something has happened that was not told each time, once it is over."""
+        for event, kind in self._sparing.items():
+            if untold := kind.rest(self._around.clock.now()):
+                self._tell_with(event, untold=untold)
+
+    def _tell_with(self, event: str, *, untold: int) -> None:
+        details: dict[str, Any] = {"untold": untold} if untold else {}
+        self.tell(event, **details)
 
     def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
         """Log an event of this instance; every such line names its present epoch and incarnation."""

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -31,6 +31,7 @@ from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.status import Status
@@ -86,6 +87,7 @@ class Single:
         self._keys = Flat()
         self._locks = Flat()
         self._hosts = Flat()
+        self._placements = Flat()
         self._mirrors: list[Mirror[bytes]] = []
         self._instance: Instance | None = None
         self._told: int | None = None
@@ -157,7 +159,11 @@ class Single:
         """
         prefix = self._stand.layout.instance_prefix(self._id)
         found = await store.list(prefix)
-        wish = self._wish_of({kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs})
+        placement = await store.get(self._stand.layout.placement_key(self._id))
+        wish = self._wish_of(
+            {kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
         problems = wish.problems
         if wish.spec is not None:
             problems = (*problems, *host_problems(wish.spec, equipment.host_side))
@@ -275,6 +281,7 @@ class Single:
             disks=disks,
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._host_has_session,
+            sessions=self._sessions,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -291,6 +298,7 @@ class Single:
             layout.instance_prefix(self._id): self._keys,
             layout.lock_key(self._id): self._locks,
             layout.hosts_prefix: self._hosts,
+            layout.placement_key(self._id): self._placements,
         }
         self._mirrors = [
             Mirror(
@@ -310,8 +318,8 @@ class Single:
 
     def _tell(self, instance: Instance) -> None:
         """Tell the instance what its keys and its lock are now."""
-        wishes, locks, _ = self._mirrors
-        if not (wishes.synced.is_set() and locks.synced.is_set()):
+        wishes, locks, _, placements = self._mirrors
+        if not (wishes.synced.is_set() and locks.synced.is_set() and placements.synced.is_set()):
             instance.notify()
             return
         lock = self._locks.get(self._stand.layout.lock_key(self._id).encode())
@@ -321,15 +329,19 @@ class Single:
             as_of=locks.revision,
         )
         entries = self._keys.entries.items()
-        wish = self._wish_of({key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries})
+        placement = self._placements.get(self._stand.layout.placement_key(self._id).encode())
+        wish = self._wish_of(
+            {key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
         if self._hurried:
             wish = replace(wish, shutdown_timeout_s=0.0)
         instance.update(wish, held=False, fresh=False)
         if wish.power is Power.OFF and self._leaving is None:
             self._go("`power` is off")
 
-    def _wish_of(self, found: Mapping[str, tuple[bytes, int]]) -> Wish:
-        """The wish, of keys by their full names."""
+    def _wish_of(self, found: Mapping[str, tuple[bytes, int]], placed: Placed) -> Wish:
+        """The wish, of keys by their full names, and of the placement."""
         layout = self._stand.layout
         lock, prefix = layout.lock_key(self._id), layout.instance_prefix(self._id)
         keys = {
@@ -339,13 +351,22 @@ class Single:
             if key not in {lock, f"{prefix}lock"}
         }
         return single_wish(
-            self._id, keys, overrides=self._overrides, host=self._settings.hostname, holder=self._stand.holder
+            self._id,
+            keys,
+            overrides=self._overrides,
+            host=self._settings.hostname,
+            holder=self._stand.holder,
+            placed=placed,
         )
 
     def _host_has_session(self, host: HostName) -> bool | None:
         if not self._mirrors[2].synced.is_set():
             return None
         return self._hosts.get(self._stand.layout.session_key(host).encode()) is not None
+
+    def _sessions(self) -> Collection[str]:
+        prefix = len(self._stand.layout.hosts_prefix)
+        return [key.decode(errors="replace")[prefix:] for key in self._hosts.entries]
 
     # --- around -----------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, take
+from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral
@@ -46,7 +47,7 @@ class Wanted:
     """The part of a runnable wish that starting needs."""
 
     spec: Spec
-    host_revision: int
+    ground: Ground
     restart_request: str | None
     revision: int
     priority: int
@@ -64,7 +65,7 @@ def wanted(wish: Wish | None) -> Wanted:
     assert wish.spec is not None
     return Wanted(
         spec=wish.spec,
-        host_revision=wish.host_revision,
+        ground=wish.ground,
         restart_request=wish.restart_request,
         revision=wish.revision,
         priority=wish.priority,
@@ -230,7 +231,7 @@ class Start:
         # A lock with a former name of this host is no other host's: its process was buried here.
         ours = previous is None or previous.host == around.me or previous.incarnation == self.buried
         foreign = None if previous is None or ours else previous.host
-        await self._lock.write(self._plan(wish, floor), wish.host_revision, gone=foreign)
+        await self._lock.write(self._plan(wish, floor), wish.ground, gone=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
@@ -241,7 +242,7 @@ class Start:
     async def _take_if_new(self, wish: Wanted) -> bool:
         """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
         try:
-            await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
+            await self._lock.write(self._plan(wish, 0), wish.ground, if_new=True)
         except SwapFailed:
             return False
         self._report.key_was_read(None)
@@ -293,9 +294,7 @@ class Start:
         await around.fencing.fence(others)
         everyone = (*lock.fence, *others)
         around.metrics.fenced(len(everyone))
-        await self._lock.write(
-            lock.fenced(address for address in everyone if address not in self._gone), wish.host_revision
-        )
+        await self._lock.write(lock.fenced(address for address in everyone if address not in self._gone), wish.ground)
         self._gone.clear()
         if everyone:
             self._report.tell("lock.fenced", addresses=list(everyone), taken_from=lock.taken_from)
@@ -408,7 +407,7 @@ class Start:
         self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
-        await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
+        await self._lock.write(replace(recorded, storage=record.storage), wish.ground)
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import replace
 
 import structlog
@@ -239,6 +239,7 @@ class Supervisor:
             metrics=self._metrics,
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._host_has_session,
+            sessions=self._sessions,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -407,6 +408,10 @@ class Supervisor:
         if not self._hosts.synced.is_set():
             return None
         return self._hosts_table.get(self._layout.session_key(host).encode()) is not None
+
+    def _sessions(self) -> Collection[str]:
+        prefix = len(self._layout.hosts_prefix)
+        return [key.decode(errors="replace")[prefix:] for key in self._hosts_table.entries]
 
     async def _publish(self) -> None:
         """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
@@ -40,6 +40,7 @@ class Surroundings:
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
+        sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
@@ -67,6 +68,7 @@ class Surroundings:
     metrics: Metrics
     fencing: Fencing
     host_has_session: Callable[[HostName], bool | None]
+    sessions: Callable[[], Collection[str]]
     host_side: HostSide
     shutdown_timeout_s: float
     start_timeout_s: float

@@ -159,6 +159,7 @@ async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, ste
             host.put(host="b")
 
     host.wish()
+    host.sessions = {"a", "b"}
     host.store.before = move_away
     host.begin()
     await host.until(lambda: host.gone, HOUR_S)
@@ -360,6 +361,7 @@ STOPS: dict[str, Callable[[Host], None]] = {
 async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) -> None:
     """Law 9: the power button first; the lock is deleted only when the process is gone."""
     host.wish()
+    host.sessions = {"a", "b"}
     host.begin()
     qemu = await host.runs()
 
@@ -791,6 +793,42 @@ async def test_a_guest_that_is_paused_is_told(host: Host) -> None:
     qemu.run_state = "running"
     qemu.event("RESUME")
     await settle()
+    assert host.status.reason == "runs"
+
+
+async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minute(host: Host) -> None:
+    """One line at once, one a minute that says how many more there were, a metric that has them all."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    with capture_logs() as logs:
+        for _ in range(22):
+            for _ in range(1000):
+                qemu.event("RESET", guest=True, reason="guest-reset")
+            await host.clock.advance(0.5)
+        await host.clock.advance(120.0)
+        qemu.event("RESET", guest=True, reason="guest-reset")
+    told = [one.get("untold", 0) for one in logs if one["event"] == "instance.guest_reset"]
+    assert told == [0, 21_999, 0]
+    text = host.around.metrics.render()[0].decode()
+    assert f'kvmsupervisor_instance_resets_total{{host="a",instance="{ONE}"}} 22001.0' in text
+
+
+async def test_a_guest_that_flaps_is_not_asked_nor_told_of_without_end(host: Host) -> None:
+    """A flood of events that bear on the run state: few questions, few lines, and in the end the right word."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    asked = qemu.commands.count("query-status")
+    with capture_logs() as logs:
+        for _ in range(300):
+            for state, event in (("suspended", "SUSPEND"), ("paused", "STOP"), ("running", "RESUME")):
+                qemu.run_state = state
+                qemu.event(event)
+                await host.clock.advance(0.1)
+    assert qemu.commands.count("query-status") - asked <= 100
+    assert sum(one["event"] == "instance.running" for one in logs) <= 2 * 20 + 2
+    await host.clock.advance(120.0)
     assert host.status.reason == "runs"
 
 

@@ -59,6 +59,8 @@ class InstanceSample:
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         unguarded: whether its QEMU should be watched by the guard, and is not.
+        placed_for: the host in whose place this one runs it, None where it is its own.
+        host_absent: whether its keys would have it run where nobody has a session, so that it stays here.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
@@ -75,6 +77,8 @@ class InstanceSample:
     pending: int = 0
     invalid: bool = False
     unguarded: bool = False
+    placed_for: str | None = None
+    host_absent: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
@@ -115,6 +119,8 @@ class _InstanceCounts:
 
     starts: int = 0
     internal_errors: int = 0
+    resets: int = 0
+    events: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
 
 
@@ -157,6 +163,14 @@ class Metrics:
     def internal_error(self, instance: InstanceId) -> None:
         """Count an error of ours that was contained in one instance."""
         self._counts(instance).internal_errors += 1
+
+    def guest_reset(self, instance: InstanceId) -> None:
+        """Count a reboot that the guest began."""
+        self._counts(instance).resets += 1
+
+    def heard_event(self, instance: InstanceId) -> None:
+        """Count something that its QEMU told unasked."""
+        self._counts(instance).events += 1
 
     def adopted(self) -> None:
         """Count a running QEMU process taken over from a former supervisor."""
@@ -283,6 +297,8 @@ class Metrics:
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
         unguarded = _gauge("instance_unguarded", "Whether QEMU should be watched by the guard, and is not.", "instance")
+        absent = _gauge("instance_host_absent", "Whether its `host` has no session, so that it stays here.", "instance")
+        placed = _gauge("instance_placed", "1 while it runs in the place of its home.", "instance", "home")
         info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
@@ -295,13 +311,16 @@ class Metrics:
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
             unguarded.add_metric(label, sample.unguarded)
+            absent.add_metric(label, sample.host_absent)
+            if sample.placed_for is not None:
+                placed.add_metric([sample.id, sample.placed_for], 1)
             if sample.accelerator is not None:
                 info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, unguarded, info, cpu, memory)
+        yield from (phase, up, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")
@@ -324,12 +343,16 @@ class Metrics:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
+        resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
-        yield from (starts, exits, errors)
+            resets.add_metric([instance], counts.resets)
+            events.add_metric([instance], counts.events)
+        yield from (starts, exits, errors, resets, events)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

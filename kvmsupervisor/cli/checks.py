@@ -63,7 +63,7 @@ def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
     """Everything that is wrong, in the order of the instances; what belongs to none comes last."""
     findings: list[Finding] = []
     for instance in cluster.instances.values():
-        findings += _of_wish(instance, cluster)
+        findings += _of_wish(instance, cluster, layout)
         findings += _of_status(instance, cluster, layout)
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
@@ -71,17 +71,17 @@ def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
 
 
-def _of_wish(instance: Instance, cluster: Cluster) -> Iterator[Finding]:
+def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
     """Problems of the keys that people write."""
     for problem in instance.wish.problems:
         yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
-    host = instance.wish.host
-    if host is not None and not cluster.alive(host) and not cluster.runs_alone(instance):
+    host = instance.wish.runs_on
+    if host is not None and not cluster.takes(instance.id, host) and not cluster.runs_alone(instance):
         yield Finding(
             instances=(instance.id,),
-            key="host",
+            key="host" if instance.wish.placement is None else layout.placement_key(instance.id),
             found=f"{host!r}, which has no session",
-            wanted=f"a host {cluster.who_has_sessions()}"
+            wanted=f"a host {cluster.who_has_sessions()}{cluster.meant_by(host)}"
             if cluster.sessions
             else "a running supervisor: no host has one",
         )
@@ -100,14 +100,14 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
                 wanted=f"nothing: {status.host} deletes it when it is back",
             )
         return
-    if wish.host is None or not cluster.alive(wish.host):
+    if wish.host is None or not cluster.alive(wish.runs_on):
         return
     if status is None:
         yield Finding(
             instances=(instance.id,),
             key=key,
             found="nothing",
-            wanted=f"a status from host {wish.host}",
+            wanted=f"a status from host {wish.runs_on}",
             late=True,
         )
     elif status.revision < wish.revision:
@@ -164,7 +164,7 @@ def _duplicates(
     """One finding for each value that several instances have."""
     users: dict[Hashable, list[InstanceId]] = defaultdict(list)
     for instance in cluster.instances.values():
-        value = value_of(instance.wish.host, instance.wish.spec) if instance.wish.spec is not None else None
+        value = value_of(instance.wish.runs_on, instance.wish.spec) if instance.wish.spec is not None else None
         if value is not None:
             users[value].append(instance.id)
     for value, ids in users.items():

@@ -31,7 +31,7 @@ from kvmsupervisor.settings import Settings
 
 Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
 
-force_option = click.option("--force", is_flag=True, help="Write although a value has a problem.")
+force_option = click.option("--force", is_flag=True, help="Write although a value has a problem, or `host` no session.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="All guests; only together with --local.")

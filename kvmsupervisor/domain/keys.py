@@ -52,6 +52,11 @@ class Layout:
         return f"{self.facts}/instances/"
 
     @property
+    def placements_prefix(self) -> str:
+        """The prefix of the placements (law 10)."""
+        return f"{self.facts}/placements/"
+
+    @property
     def confirmations_prefix(self) -> str:
         """The prefix of the operators' words on removals that are held."""
         return f"{self.facts}/confirm-removal/"
@@ -71,6 +76,10 @@ class Layout:
     def status_key(self, instance: InstanceId) -> str:
         """Key of the instance's status."""
         return self.statuses_prefix + instance
+
+    def placement_key(self, instance: InstanceId) -> str:
+        """Key of the instance's placement."""
+        return self.placements_prefix + instance
 
     def session_key(self, host: HostName) -> str:
         """Key of a host's session."""

@@ -25,10 +25,13 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         run         never answered in time       GiveUp
               any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
+              mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
+    any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
               mine/left   not run                                  Release      (law 9)
+              any         stop        its placement has ended      Tidy         (law 10)
               any         stop                                     Forget (not ours), or none
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
@@ -54,9 +57,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.restart import pauses
+from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -217,17 +222,32 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+    tidy = _has_to_tidy(view, aim)
+    if tidy and view.session_held and view.now >= view.etcd_at:
+        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.TIDY)
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
     next_at = min(process.probe_at, process.grow_at)
-    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT else next_at
+    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
+
+
+def _has_to_tidy(view: View, aim: Goal) -> bool:
+    """Whether a placement is to be deleted that has ended, by the host that runs it now (law 10)."""
+    wish = view.wish
+    if wish is None or not wish.stale_placement or aim is not Goal.RUN:
+        return False
+    return view.claim is Claim.MINE and not view.stays
 
 
 def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     """The sentence for a machine that runs and shall."""
     said = []
+    placement = None if view.wish is None or view.stays else view.wish.placement
+    if placement is not None and view.wish is not None:
+        since = f"since {placement.since} ({placement.why})"
+        said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
     if process.run_state not in {"running", None}:
         said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
     if process.silent_since is not None:
@@ -241,6 +261,8 @@ def _running(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
+    if view.stays:
+        said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
 
 
@@ -328,12 +350,21 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
+        return _with_etcd(view, Action.TIDY, phase, why)
+    left = view.leaving is not None or view.wish.keys == 0 or view.wish.runs_on != view.me
+    if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
         return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
+
+
+def _is_placed_by_us(wish: Wish, me: HostName) -> bool:
+    """Whether a placement that has ended is this host's to delete: it was placed here, or nothing is left of it."""
+    placement = wish.placed.placement
+    return wish.keys == 0 or wish.runs_on == me or (placement is not None and placement.host == me)
 
 
 def _held_elsewhere(view: View) -> Decision:

@@ -51,6 +51,8 @@ class Status:
         held: whether the removal of its keys waits for `confirm-removal`.
         agent: what the guest's agent said last of the guest, None when it never did.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
+        placed_for: the host in whose place this one runs it (law 10), None where it is its own.
+        awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
     """
 
     id: str
@@ -73,6 +75,8 @@ class Status:
     held: bool = False
     agent: GuestFacts | None = None
     guarded: bool | None = None
+    placed_for: str | None = None
+    awaited_host: str | None = None
 
     @property
     def tells_of_a_process(self) -> bool:

@@ -46,6 +46,7 @@ class Action(Enum):
     QUIT = "tell QEMU to end"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
+    TIDY = "delete a placement that stands in for nothing any more"
     BURY = "take the process's end to the books, delete its record"
     RELEASE = "delete the lock of a process that is proven gone"
     FORGET = "nothing of it is ours any more"
@@ -134,6 +135,8 @@ class View:
         buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
+        target_there: whether the host where it shall run, when that is another, has a session; None when not known.
+        target_meant: a host that has one and was probably meant, when that host has none; None when none comes close.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
@@ -169,6 +172,8 @@ class View:
     buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
+    target_there: bool | None = None
+    target_meant: str | None = None
     holdover: int | None = None
     claimed_by: HostName | None = None
     looked: bool = True
@@ -191,6 +196,17 @@ class View:
         """What the lock means to us: to the process's incarnation, or to the one that is planned."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
         return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stays here although it shall run elsewhere: a move needs somebody to move to (DESIGN §4).
+
+        It begins when that host has a session, and this one has, to hand the lock over. Here is where its QEMU is, or
+        where its lock says that it was.
+        """
+        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target_there and self.session_held):
+            return False
+        return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

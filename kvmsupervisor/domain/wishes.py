@@ -13,6 +13,7 @@ from typing import TypeVar
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import media_url
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     Disk,
@@ -95,7 +96,12 @@ RESERVED_FLAGS = {
 """QEMU options that `extra_flags` may not hold, and why: with them a running QEMU would be lost sight of."""
 
 
-def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
+_A_PLACEMENT = (
+    "JSON with host, why, since, of, as supervisors write it; delete that key, and `host` alone says where it runs"
+)
+
+
+def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Placed = NOT_PLACED) -> Wish:
     """Parse the keys of one instance. Never raises, whatever the bytes are.
 
     A key that is sound counts even where another is not: `power=off` beside a bad `ram` stops the machine.
@@ -104,9 +110,10 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         instance: whose keys they are.
         keys: what follows `/kvm/<id>/` in each key, as bytes (it may be anything, slashes included), with
             its value. The lock is not among them.
+        placed: its placement key. One that cannot be read is a problem: nothing is started on its ground.
     """
     if not keys:
-        return Wish(instance=instance)
+        return Wish(instance=instance, placed=placed)
     reader = _Reader(keys)
     host = reader.read("host", values.host_name, None)
     hosts = reader.read("hosts", _hosts, ())
@@ -139,6 +146,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
     reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
     reader.limit(spec)
+    if placed.is_damaged:
+        reader.problems["placement"] = Problem("placement", "what this release cannot read", _A_PLACEMENT)
     problems = reader.all_problems()
     return Wish(
         instance=instance,
@@ -155,6 +164,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         problems=problems,
         revision=max(raw.mod_revision for raw in keys.values()),
         keys=len(keys),
+        placed=placed,
     )
 
 

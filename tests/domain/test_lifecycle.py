@@ -19,6 +19,7 @@ from kvmsupervisor.domain.incarnation import Ended, Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
+from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
@@ -76,6 +77,10 @@ def view(**changes: object) -> View:
 
 STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
+MOVED = replace(WISH, host=OTHER)
+PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
+PLACED_AWAY = replace(WISH, placed=Placed(9, Placement(host=OTHER, why="failover", since="12:00", of=5)))
+DAMAGED = replace(WISH, spec=None, problems=(Problem("placement", "x", "y"),), placed=Placed(9))
 BAD = replace(WISH, spec=None, problems=(Problem("ram", "'x'", "a size"),))
 ENDED = Ended(reason="guest-shutdown", clean=True, host_revision=5, power_revision=0, restart_request=None)
 
@@ -131,8 +136,60 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Action.POWERDOWN),
     ("power off of a bad wish too", view(process=running(), lock=seen(locked()),
      wish=replace(BAD, power=Power.OFF), problems=BAD.problems), Phase.STOPPING, Action.POWERDOWN),
-    ("another host begins with the button", view(process=running(), lock=seen(locked()),
-     wish=replace(WISH, host=OTHER)), Phase.STOPPING, Action.POWERDOWN),
+    ("another host that is there begins with the button", view(process=running(), lock=seen(locked()),
+     wish=MOVED, target_there=True), Phase.STOPPING, Action.POWERDOWN),
+    ("one that has no session stops nothing", view(process=running(), lock=seen(locked()), wish=MOVED, target_there=False),
+     Phase.RUNNING, None),
+    ("nor one of which nobody knows", view(process=running(), lock=seen(locked()), wish=MOVED), Phase.RUNNING, None),
+    ("nor while the lock cannot be handed over", view(process=running(), lock=seen(locked()), wish=MOVED,
+     target_there=True, session_held=False), Phase.RUNNING, None),
+    ("one that is gone again before the button was pressed stops nothing", view(process=running(stopping=Stopping(since=100.0)),
+     lock=seen(locked()), wish=MOVED, target_there=False), Phase.RUNNING, None),
+    ("power off stops it then all the same", view(process=running(), lock=seen(locked()), target_there=False,
+     wish=replace(MOVED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("so does a host that is taken away", view(process=running(), lock=seen(locked()), wish=replace(WISH, host=None)),
+     Phase.STOPPING, Action.POWERDOWN),
+    ("so does a restart that is asked for", view(process=running(), lock=seen(locked()), target_there=False,
+     wish=replace(MOVED, restart_request="r1")), Phase.STOPPING, Action.POWERDOWN),
+    ("what never ran is let run here meanwhile", view(process=paused(), lock=seen(locked()), wish=MOVED,
+     target_there=False), Phase.STARTING, Action.CONTINUE),
+    ("and killed when it moves on", view(process=paused(), lock=seen(locked()), wish=MOVED, target_there=True),
+     Phase.STOPPING, Action.KILL),
+    ("what ends meanwhile is started again where it was", view(lock=seen(locked()), wish=MOVED, target_there=False,
+     slot=True), Phase.STARTING, Action.TAKE),
+    ("and let go of once somebody is there", view(lock=seen(locked()), wish=MOVED, target_there=True), Phase.STOPPED,
+     Action.RELEASE),
+    ("law 10: where it is placed is where it runs, whatever its host", view(process=running(), lock=seen(locked()),
+     wish=PLACED_HERE, target_there=True), Phase.RUNNING, None),
+    ("law 10: and where it starts", view(wish=PLACED_HERE, slot=True), Phase.STARTING, Action.TAKE),
+    ("law 10: what is placed elsewhere does not start on its host", view(wish=PLACED_AWAY, target_there=False, slot=True),
+     Phase.STOPPED, Action.FORGET),
+    ("law 10: and moves there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target_there=True),
+     Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: once somebody is there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target_there=False),
+     Phase.RUNNING, None),
+    ("law 10: a newer host ends a placement", view(process=running(), lock=seen(locked()), target_there=True,
+     wish=replace(PLACED_HERE, host_revision=6)), Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: what is left of one is deleted by who runs it", view(process=running(), lock=seen(locked()),
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, Action.TIDY),
+    ("law 10: not without a session", view(process=running(), lock=seen(locked()), session_held=False,
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, None),
+    ("law 10: nor right after etcd failed", view(process=running(), lock=seen(locked()), etcd_at=102.0,
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, None),
+    ("law 10: or by who ran it, where nobody holds the lock", view(wish=replace(PLACED_HERE, host_revision=6)),
+     Phase.STOPPED, Action.TIDY),
+    ("law 10: together with an instance that was removed", view(wish=replace(GONE, placed=PLACED_HERE.placed)),
+     Phase.STOPPED, Action.TIDY),
+    ("law 10: a damaged one lets it run on", view(process=running(), lock=seen(locked()), wish=DAMAGED, target_there=True,
+     problems=DAMAGED.problems), Phase.RUNNING, None),
+    ("law 10: elsewhere, too", view(process=running(), lock=seen(locked()), wish=replace(DAMAGED, host=OTHER),
+     target_there=True, problems=DAMAGED.problems), Phase.RUNNING, None),
+    ("law 10: power off is an order all the same", view(process=running(), lock=seen(locked()), problems=DAMAGED.problems,
+     wish=replace(DAMAGED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: and nothing starts on its ground", view(wish=DAMAGED, problems=DAMAGED.problems, slot=True),
+     Phase.INVALID, None),
+    ("law 10: what is another's then is left to that", view(wish=replace(DAMAGED, host=OTHER), problems=DAMAGED.problems),
+     Phase.STOPPED, Action.FORGET),
     ("the button is pressed again, not at once", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()),
      wish=OFF), Phase.STOPPING, None),
     ("but repeatedly", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF,
@@ -429,7 +486,7 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, target_there=True, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def guarded(self) -> bool | None:
@@ -506,7 +563,7 @@ class Supervisor:
                 epoch = world.lock.epoch if world.lock else 0
                 world.step(lambda: self.write(None, epoch))
                 self.planned = None
-            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.FORGET:
+            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.TIDY | Action.FORGET:
                 raise AssertionError(action)
             case _:
                 assert_never(action)

@@ -192,7 +192,8 @@ class Host:
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=self.wishes.locks_revision,
         )
-        self.instance.update(parse_wish(ONE, self.wishes.keys_of(ONE)), held=False, fresh=fresh)
+        wish = parse_wish(ONE, self.wishes.keys_of(ONE), self.wishes.placed(ONE))
+        self.instance.update(wish, held=False, fresh=fresh)
 
     async def die(self) -> None:
         """End the supervisor between two steps; its QEMU goes on."""
@@ -246,6 +247,7 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
