@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -50,7 +50,7 @@ def connect(settings: Settings) -> Store:
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
     from kvmsupervisor.connection import etcd_config  # noqa: PLC0415
 
-    return Etcd(etcd_config(settings))
+    return Etcd(replace(etcd_config(settings), impatient=True))
 
 
 def _utc_now() -> datetime:
@@ -127,7 +127,7 @@ def _translate(error: EtcdError, settings: Settings) -> NoReturn:
                 "look with `show` before you repeat it"
             ) from error
         case Unavailable():
-            raise EtcdAway(f"etcd is unreachable ({endpoints}): {printable(error)}") from error
+            raise EtcdAway(f"etcd is unreachable (ETCD_ENDPOINTS): {printable(error)}") from error
         case Denied():
             raise Refused(f"etcd ({endpoints}) does not allow this: {printable(error)}") from error
         case _:
