@@ -27,11 +27,12 @@ from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
-from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
+from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.growing import Growth
 from kvmsupervisor.monitor import Conversation
 from kvmsupervisor.spawning import spawn
@@ -129,6 +130,11 @@ class Machine:
     def pidfd(self) -> int | None:
         """Of the living process."""
         return self._process.pidfd if self._process is not None and self._process.pidfd >= 0 else None
+
+    @property
+    def run_state(self) -> str | None:
+        """QMP's, of the living process; None without one, while it does not answer, and before it has."""
+        return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
 
     @property
     def wait_status(self) -> WaitStatus:
@@ -278,17 +284,27 @@ class Machine:
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
 
+    async def finish(self) -> None:
+        """End a QEMU that lives on although its guest has powered itself off: the guest's own end, as without that."""
+        kind = SHUTDOWN_REASONS.get(self._shutdown or "", ExitClass.GUEST_SHUTDOWN)
+        self._verdict = Exit(kind, kind.value)
+        await self._quit()
+
     async def quit(self) -> None:
         """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
+        self._asked = True
+        await self._quit()
+
+    async def _quit(self) -> None:
         now = self._clock.now()
         self._stopping = replace(self._stopping or Stopping(since=now), quit_at=now)
-        self._asked = True
         if await self._talk.command("quit") is None and self._process is not None:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
         """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
-        self._asked = True
+        # What its guest has brought to an end is no order of ours, however QEMU has to be made to end.
+        self._asked |= self._verdict is None
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
     async def give_up(self, why: str) -> None:
@@ -352,7 +368,7 @@ class Machine:
     async def _kill(self, verdict: Exit) -> None:
         if self._process is None:
             return
-        self._verdict = verdict
+        self._verdict = self._verdict or verdict
         if self.never_ran:
             # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
             await self._process.terminate()
@@ -377,7 +393,7 @@ class Machine:
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
-            case _ if not self._talk.hears(name):
+            case _ if not self._talk.hears(name, data):
                 return
         self._notify()
 

@@ -167,7 +167,7 @@ async def test_a_move_begins_when_somebody_is_there(site: Site, value: str) -> N
     assert (status.phase, status.awaited_host) == (Phase.RUNNING, "beta")
     assert status.reason == "runs; its `host` is beta, which has no session: it stays here until beta is there"
     assert site.published() == status
-    assert alpha.metric('instance_host_absent{instance="1"}') == 1
+    assert alpha.metric('instance_host_absent{host="alpha",instance="1"}') == 1
     (beta,) = await site.start("beta")
     await beta.runs()
     assert not guest.alive
@@ -352,7 +352,7 @@ async def test_failover_writes_no_wish(site: Site) -> None:
     assert status is not None
     assert (status.host, status.placed_for) == ("beta", "alpha")
     assert status.reason == f"runs in place of alpha, since {placement.since} (failover), until `host` is written again"
-    assert beta.metric('instance_placed{home="alpha",instance="1"}') == 1
+    assert beta.metric('instance_placed{home="alpha",host="beta",instance="1"}') == 1
     assert not [write for write in beta.client.writes if write.key.startswith("/kvm/") and write.key != "/kvm/1/lock"]
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class InstanceSample:
     Attributes:
         id: the instance.
         phase: where it is in its life.
-        up: whether its QEMU process runs the guest.
+        run_state: of its guest, None without a process.
         epoch: of its lock, 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
@@ -72,7 +73,7 @@ class InstanceSample:
 
     id: InstanceId
     phase: Phase
-    up: bool = False
+    run_state: RunState | None = None
     epoch: int = 0
     pending: int = 0
     invalid: bool = False
@@ -98,6 +99,7 @@ class Snapshot:
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        history_changes: how often etcd had another history than before.
         removals_held: instances whose removal waits for an operator's confirmation.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
@@ -109,6 +111,7 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
@@ -268,6 +271,7 @@ class Metrics:
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)
             counter.add_metric([], value)
@@ -292,7 +296,8 @@ class Metrics:
 
     def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         phase = _gauge("instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase")
-        up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
+        up = _gauge("instance_up", "Whether the instance's guest runs.", "instance")
+        run_state = _gauge("instance_run_state", "1 for the state that its guest is in, else 0.", "instance", "state")
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
@@ -306,7 +311,9 @@ class Metrics:
             label = [sample.id]
             for each in Phase:
                 phase.add_metric([sample.id, each], sample.phase is each)
-            up.add_metric(label, sample.up)
+            up.add_metric(label, sample.run_state is RunState.RUNNING)
+            for state in RunState:
+                run_state.add_metric([sample.id, state], sample.run_state is state)
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
@@ -320,7 +327,7 @@ class Metrics:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
+        yield from (phase, up, run_state, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
 from kvmsupervisor.domain.goal import where_else
+from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
@@ -74,12 +75,14 @@ class Cluster:
         sessions: the hosts that have one; None where the value is unreadable (the key is what counts).
         strays: keys below the wishes' prefix that belong to no valid id.
         unreadable: status and session keys whose value is not one.
+        history: what the present history of etcd is called, None where it has no name, or was not asked for.
     """
 
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
     sessions: Mapping[str, HostSession | None] = field(default_factory=dict)
     strays: tuple[KeyValue, ...] = ()
     unreadable: tuple[KeyValue, ...] = ()
+    history: HistoryName | None = None
 
     def alive(self, host: str | None) -> bool:
         """Whether `host` has a session."""
@@ -111,11 +114,19 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How an instance is shown: `phase` is a `Phase` or `UNKNOWN`; `reason` is one sentence."""
+    """How an instance is shown.
+
+    Attributes:
+        host: that tells of it, or shall run it.
+        phase: a `Phase`, or `UNKNOWN`.
+        reason: one sentence.
+        halted: the run state of a guest that does not run although its QEMU lives.
+    """
 
     host: str | None
     phase: str
     reason: str
+    halted: str | None = None
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -144,7 +155,7 @@ def shown(instance: Instance, cluster: Cluster) -> Shown:
     if wish.keys and wish.host is not None and not said and not is_same_host(status.host, wish.runs_on):
         away = "" if cluster.alive(wish.runs_on) else f", which has no session ({cluster.who_has_sessions()})"
         reason += f"; {_where_now(wish)}{away}"
-    return Shown(status.host, status.phase.value, reason)
+    return Shown(status.host, status.phase.value, reason, status.halted)
 
 
 def _where_now(wish: Wish) -> str:
@@ -202,13 +213,15 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
     placements = await list_all(store, layout.placements_prefix)
     statuses = await list_all(store, layout.statuses_prefix)
     sessions = await list_all(store, layout.hosts_prefix)
-    return assemble(
+    named = await store.get(layout.history_key)
+    cluster = assemble(
         layout,
         wishes=[*wishes.kvs, *locks],
         placements=placements.kvs,
         statuses=statuses.kvs,
         sessions=sessions.kvs,
     )
+    return cluster if named is None else replace(cluster, history=HistoryName.from_json(named.value))
 
 
 async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> tuple[Instance, Cluster]:

@@ -54,7 +54,7 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
     cells = [
         Cell(instance.id, "bold"),
         _or_nothing(_where(instance, view.host)),
-        phase_cell(view.phase),
+        phase_cell(view.phase, view.halted),
         Cell(age(status.since, now) if status is not None else NOTHING),
         _or_nothing(status.pid if status is not None else None),
         _or_nothing(status.epoch if status is not None else None),
@@ -88,7 +88,7 @@ def show_blocks(
     where = f" on {_where(instance, view.host)}" if view.host is not None else ""
     blocks: list[Block] = [
         (
-            f"{instance.id}{where}: {view.phase}{since}",
+            f"{instance.id}{where}: {phase_cell(view.phase, view.halted).text}{since}",
             [("", Cell(view.reason)), *(("problem", Cell(text, "red")) for text in instance.problems)],
         ),
         (

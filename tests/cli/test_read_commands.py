@@ -37,6 +37,22 @@ def test_list_shows_what_the_host_observed(world: World) -> None:
     assert world.rows("list")["1"] == ["alpha", "running", "3m", "77", "3", "2", "ram,mac", "all is well"]
 
 
+def test_a_guest_that_does_not_run_is_told_from_one_that_does(world: World) -> None:
+    """§4: `running` is what QEMU does; `list`, `show` and `check` tell a guest that is halted, JSON keeps the phase."""
+    world.host("alpha")
+    for name, run_state in (("1", "running"), ("2", "io-error")):
+        world.running(name)
+        world.status(name, "alpha", Phase.RUNNING, pid=4321, run_state=run_state)
+    rows = world.rows("list")
+    assert (rows["1"][1], rows["2"][1]) == ("running", "running (io-error)")
+    assert [(one["phase"], one["run_state"]) for one in world.json("list")] == [
+        ("running", "running"),
+        ("running", "io-error"),
+    ]
+    assert "running (io-error) for" in world.run("show", "2").output
+    assert found(world) == [("2", "/kvmsupervisor/instances/2", "its guest does not run: io-error, by alpha")]
+
+
 def test_list_calls_a_status_without_a_session_unknown(world: World) -> None:
     """A fact outlives its host: without a session nobody knows, whatever the status says."""
     world.host("beta")

@@ -21,9 +21,10 @@ from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUI
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
 from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import NEVER_RAN, Action, Deferral, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Deferral, Process, Stopping, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -202,6 +203,25 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      wish=OFF, now=170.0 + QUIT_WAIT_S - 0.1), Phase.STOPPING, None),
     ("then SIGKILL", view(process=running(stopping=replace(STOPPED_BY_US, quit_at=170.0)), lock=seen(locked()),
      wish=OFF, now=170.0 + QUIT_WAIT_S), Phase.STOPPING, Action.KILL),
+    ("a power-off is a power-off, though QEMU lives on", view(process=running(run_state="shutdown"), lock=seen(locked())),
+     Phase.STOPPING, Action.FINISH),
+    ("whatever the wish", view(process=running(run_state="shutdown", stopping=STOPPED_BY_US), lock=seen(locked()),
+     wish=OFF), Phase.STOPPING, Action.FINISH),
+    ("its keys read or not", view(process=running(run_state="shutdown"), lock=LockView(), wish=None), Phase.STOPPING,
+     Action.FINISH),
+    ("before it is put under guard", view(process=running(run_state="shutdown"), lock=seen(locked()), guarded=False),
+     Phase.STOPPING, Action.FINISH),
+    ("QEMU has its time for it", view(process=running(run_state="shutdown", stopping=Stopping(since=100.0, quit_at=100.0)),
+     lock=seen(locked())), Phase.STOPPING, None),
+    ("then SIGKILL, connected or not", view(process=running(run_state="shutdown", connected=False,
+     stopping=Stopping(since=100.0, quit_at=100.0)), lock=seen(locked()), now=100.0 + QUIT_WAIT_S), Phase.STOPPING,
+     Action.KILL),
+    ("one that does not answer may have been let go on", view(process=running(run_state="shutdown", connected=False),
+     lock=seen(locked())), Phase.RUNNING, Action.CONNECT),
+    ("a guest that a person has paused is left alone", view(process=running(run_state="paused"), lock=seen(locked())),
+     Phase.RUNNING, None),
+    ("so is one that a disk has failed", view(process=running(run_state="io-error"), lock=seen(locked())), Phase.RUNNING,
+     None),
     ("a silent QEMU goes down the ladder too", view(process=running(connected=False, connect_at=1e9,
      stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF, now=170.0), Phase.STOPPING, Action.QUIT),
     ("a restart request stops first", view(process=running(), lock=seen(locked()),
@@ -563,7 +583,16 @@ class Supervisor:
                 epoch = world.lock.epoch if world.lock else 0
                 world.step(lambda: self.write(None, epoch))
                 self.planned = None
-            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.TIDY | Action.FORGET:
+            case (
+                Action.GIVE_UP
+                | Action.PROBE
+                | Action.GROW
+                | Action.FINISH
+                | Action.QUEUE
+                | Action.LOOK
+                | Action.TIDY
+                | Action.FORGET
+            ):
                 raise AssertionError(action)
             case _:
                 assert_never(action)

@@ -24,8 +24,9 @@ from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Lock, LockState, LockView, Storage, take
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import RbdDisk, Spec, Wish, spec_to_object
-from kvmsupervisor.domain.view import NEVER_RAN, Action, Deferral, Process, View
+from kvmsupervisor.domain.view import Action, Deferral, Process, View
 
 HOSTS = (HostName("a"), HostName("b"))
 SPEC = Spec(ram_mib=64, rbd=RbdDisk("rbd", "vm"))

@@ -99,6 +99,12 @@ class FakeQemu:
             self.event("SHUTDOWN", guest=reason.startswith("guest"), reason=reason)
             self.end(WaitStatus(code=0))
 
+    def power_off(self, reason: str = "guest-shutdown") -> None:
+        """Its guest powers itself off under `-no-shutdown`: QEMU says so, stops the guest, and lives on."""
+        self.run_state = "shutdown"
+        self.event("SHUTDOWN", guest=True, reason=reason)
+        self.event("STOP")
+
     def crash(self, number: int = 9) -> None:
         self.end(WaitStatus(signal=number))
 
