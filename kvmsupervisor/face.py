@@ -12,6 +12,7 @@ from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Status
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.session import Session
@@ -25,6 +26,7 @@ class Face:
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
         session: of this host.
+        history: that etcd has.
         wishes: the keys.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
@@ -39,6 +41,7 @@ class Face:
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
         session: Session,
+        history: History,
         wishes: Wishes,
         removals_held: Callable[[], int],
         qemu_privileged: bool,
@@ -49,6 +52,7 @@ class Face:
         self._instances = instances
         self._hosts = hosts
         self._session = session
+        self._history = history
         self._wishes = wishes
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
@@ -79,6 +83,8 @@ class Face:
             return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
         if not self._wishes.in_step:
             return False, f"not in step: {self._wishes.problem}"
+        if self._wishes.era != self._history.era:
+            return False, "etcd has another history than before: its keys are being read anew"
         return True, f"session held, in step with revision {self._wishes.revision}"
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
@@ -94,6 +100,7 @@ class Face:
             qemu_privileged=self._qemu_privileged,
             guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
+            history_changes=self._history.changes,
             guard_memory_locked=self._guard_unlocked() is None,
             instances=[self._sample(instance) for instance in self._instances.values()],
         )

@@ -12,7 +12,7 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import ladder
+from kvmsupervisor import keeping, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -22,10 +22,12 @@ from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
+from kvmsupervisor.domain.lifecycle import decide
+from kvmsupervisor.domain.lock import Claim, Lock, Storage
+from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
-from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.removal import Hold, hold_of, noting
+from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -101,13 +103,14 @@ class Instance:
 
     # --- what it is told --------------------------------------------------------------------------------------
 
-    def update(self, wish: Wish, *, held: bool, fresh: bool) -> None:
+    def update(self, wish: Wish, *, held: bool, fresh: bool, hold: Hold | None = None) -> None:
         """Take the latest wish.
 
         Args:
             wish: the keys as they are.
-            held: they are gone, and that waits for an operator's word: the instance goes on as it is.
+            held: what they come to waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
+            hold: more of what is held.
         """
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
@@ -120,12 +123,22 @@ class Instance:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = replace(self._memory, held=held)
+        memory = noting(self._memory, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
         self._remember(memory)
         self._wake.set()
+
+    def begin_anew(self, wish: Wish) -> None:
+        """Etcd has another history, in which these are the keys: nothing that they had before tells a new order.
+
+        Called right before the lock and the keys of that history are told.
+        """
+        self._lock.begin_anew()
+        self.report.begin_anew()
+        self._start.claimed_by = None
+        self._remember(in_another_history(self._memory, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -147,6 +160,19 @@ class Instance:
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
         return self._memory.held
+
+    @property
+    def hold(self) -> Hold | None:
+        """What is held, where it was told more of it than that."""
+        return hold_of(self._memory)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether its lock says what runs here, in the history that etcd has now: only a QEMU has to be told of."""
+        if self._machine.pid is None:
+            return True
+        view = self._observe()
+        return view.claim in {Claim.MINE, Claim.UNREADABLE} or (view.claim is Claim.STRANGER and view.is_strange)
 
     @property
     def pid(self) -> int | None:
@@ -252,6 +278,8 @@ class Instance:
             wish=self.wish,
             problems=self._problems if self.wish is None or not target_there else self.wish.problems,
             held=self._held,
+            held_why=self._memory.held_why,
+            era=around.era(),
             draining=around.draining(),
             leaving=around.leaving(),
             session_held=around.session.held,
@@ -372,14 +400,14 @@ class Instance:
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
-                await self._reassert()
+                await keeping.reassert(machine, self._lock, self.report, self._around)
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await self._rename()
+                await keeping.rename(self._lock, self.report, self._around)
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
@@ -396,32 +424,6 @@ class Instance:
                 await ladder.step(machine, decision)
             case _:
                 assert_never(action)
-
-    async def _reassert(self) -> None:
-        record = self._machine.record
-        assert record is not None
-        lock = Lock(
-            host=self._around.me,
-            boot_id=record.boot_id,
-            epoch=record.epoch,
-            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
-            incarnation=record.incarnation,
-            pid=record.pid,
-            starttime=record.starttime,
-            clients=record.clients,
-            storage=record.storage,
-        )
-        other = await self._lock.reassert(lock)
-        if other is not None:
-            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
-            return
-        self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
-
-    async def _rename(self) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._lock.write(replace(lock, host=self._around.me), None)
-        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()

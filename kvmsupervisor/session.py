@@ -66,7 +66,8 @@ class Session:
 
     Attributes:
         key: of the session in etcd.
-        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started.
+        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started,
+            and by `restate`.
         lost_count: how often a session that was held was lost.
         problem: what keeps it from being won or renewed, for people; empty when nothing does.
     """
@@ -170,6 +171,16 @@ class Session:
                 await self._clock.sleep_until(self._timer.next_renewal(self._clock.now()))
             # After a suspend, or a freeze, it may have passed in the sleep.
             self._announce()
+
+    async def restate(self, value: HostSession) -> bool:
+        """Have the key say `value` from now on; return whether it does. Without a session it will once it is won.
+
+        Raises:
+            EtcdError: it may or may not do so.
+        """
+        self.value = value
+        mine = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
+        return (await self._store.txn(mine, [Put(self.key, value.to_json(), self._lease)])).succeeded
 
     async def end(self) -> None:
         """Give the session up, so that nobody waits for its lease to run out. `run` was cancelled before.

@@ -258,7 +258,7 @@ class Start:
             boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=epoch_floor,
+            epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 
 import structlog
@@ -18,7 +18,7 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
-from kvmsupervisor.adapters.etcd import Etcd, EtcdError
+from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import RunDir
@@ -28,25 +28,25 @@ from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Unreadable
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Mirror, Wishes
+from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.neighbours import Neighbours
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
+from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
@@ -77,7 +77,6 @@ class Supervisor:
         self._run_dir = RunDir(settings.run_dir)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
-        self._hosts_table = Flat()
         self._unreadable: dict[InstanceId, str] = {}
         self._draining = False
         self._most_files = 0
@@ -171,6 +170,15 @@ class Supervisor:
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
         )
+        self._history = History(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=self._me,
+            run_dir=settings.run_dir,
+            patience_s=settings.takeover_wait_s,
+        )
+        me = replace(me, history=self._history.spoken_name)
         self._session = Session(
             store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
         )
@@ -183,7 +191,14 @@ class Supervisor:
             gather_s=GATHER_S,
             spread_s=SPREAD_S,
         )
-        self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
+        self._wishes = Wishes(
+            store=store,
+            clock=clock,
+            layout=layout,
+            history=self._history,
+            on_change=self._on_keys,
+            on_anew=self._on_anew,
+        )
         self._confirmations = Confirmations(
             store=store,
             clock=clock,
@@ -199,14 +214,25 @@ class Supervisor:
             notify=self._notify_all,
         )
         self._session.follow(self._post.renewed)
-        self._hosts = Mirror(
-            store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
+        self._neighbours = Neighbours(
+            store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
+        )
+        self._statuses = Statuses(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=self._me,
+            publisher=self._publisher,
+            wishes=self._wishes,
+            instances=self._instances,
+            rand=random.random,
         )
         self.face = Face(
             host=self._me,
             instances=self._instances,
-            hosts=self._hosts_table,
+            hosts=self._neighbours.table,
             session=self._session,
+            history=self._history,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=equipment.privileged,
@@ -238,14 +264,15 @@ class Supervisor:
             jitter=random.random,
             metrics=self._metrics,
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
-            host_has_session=self._host_has_session,
-            sessions=self._sessions,
+            host_has_session=self._neighbours.has_session,
+            sessions=self._neighbours.names,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             takeover_wait_s=settings.takeover_wait_s,
+            era=lambda: self._history.present,
             recorded_for=lambda client: instance_of_client(self._wishes, client),
             draining=lambda: self._draining,
         )
@@ -269,19 +296,22 @@ class Supervisor:
                 parts.create_task(part)
                 for part in (
                     self._wishes.run(),  # first: reading a large cluster takes longest
-                    self._hosts.run(),
+                    self._neighbours.run(),
+                    self._history.run(),
+                    self._history.run_speaking(self._may_speak, self._speak),
                     self._session.run(),
-                    self._publish(),
+                    self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
                     self._rotate_logs(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
+                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait),
                 )
             ]
             await self._run_instances()
             if self._session.held:
                 await self._publisher.flush(FLUSH_S)
+            self._history.save()
             for task in serving:
                 task.cancel()
 
@@ -389,52 +419,33 @@ class Supervisor:
         """Keys or locks of these instances differ."""
         self._dispatch.tell(changed)
 
+    def _on_anew(self) -> None:
+        """Keys and locks are those of another history of etcd."""
+        self._dispatch.begin_anew()
+        self._statuses.begin_anew()
+
+    def _may_speak(self) -> bool:
+        """Whether everything that runs here has its lock in the history that etcd has now."""
+        known = self._wishes.synced and self._wishes.era == self._history.era
+        return known and self._session.held and all(one.has_spoken for one in self._instances.values())
+
+    async def _speak(self, history: str) -> bool:
+        return await self._session.restate(replace(self._session.value, history=history))
+
     def _let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
         self._dispatch.let_go(freed)
 
     # --- around -----------------------------------------------------------------------------------------------
 
-    def _on_hosts(self, changed: Set[bytes], revision: int) -> None:
-        """A host came or went: whoever waits for its lock looks again."""
+    def _on_hosts(self) -> None:
+        """A host came or went, or has spoken: whoever waits looks again."""
         self._notify_all()
         self._failover.look()
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    def _host_has_session(self, host: HostName) -> bool | None:
-        if not self._hosts.synced.is_set():
-            return None
-        return self._hosts_table.get(self._layout.session_key(host).encode()) is not None
-
-    def _sessions(self) -> Collection[str]:
-        prefix = len(self._layout.hosts_prefix)
-        return [key.decode(errors="replace")[prefix:] for key in self._hosts_table.entries]
-
-    async def _publish(self) -> None:
-        """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""
-        failures = 0
-        while True:
-            try:
-                listing = await self._etcd.list(self._layout.statuses_prefix)
-                break
-            except EtcdError as error:
-                failures += 1
-                log.warning("statuses.unread", reason=str(error))
-                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
-        self._publisher.prime(listing.kvs)
-        for kv in listing.kvs:
-            instance = self._instances.get(InstanceId(kv.key.decode(errors="replace").rpartition("/")[2]))
-            written = None if instance is None else Status.from_json(kv.value)
-            if instance is not None and written is not None and written.host == self._me:
-                instance.report.recall(written)
-        await self._wishes.wait_synced()
-        for name in self._publisher.ids() - self._instances.keys():
-            if not self._wishes.keys_of(name):
-                self._publisher.forget(name)
-        await self._publisher.run()
 
     async def _rotate_logs(self) -> None:
         settings = self._settings

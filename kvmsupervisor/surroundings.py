@@ -13,6 +13,7 @@ from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
@@ -49,6 +50,7 @@ class Surroundings:
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
+        era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
         leaving: why an instance is to be stopped and let go of; None when it is not.
         ended: told how a QEMU ended that was not merely discarded before its guest ran.
@@ -74,6 +76,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    era: Callable[[], Era]
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0
     recorded_for: Callable[[str], InstanceId | None] = lambda client: None

@@ -99,6 +99,7 @@ class Snapshot:
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        history_changes: how often etcd had another history than before.
         removals_held: instances whose removal waits for an operator's confirmation.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
@@ -110,6 +111,7 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
@@ -269,6 +271,7 @@ class Metrics:
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)
             counter.add_metric([], value)

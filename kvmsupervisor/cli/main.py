@@ -46,7 +46,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line that an instance's keys give."),
     "check-config": LazyCommand("config_command", "check_config", "Check this host's settings and print them."),
     "confirm-removal": LazyCommand(
-        "write_commands", "confirm_removal", "Confirm a mass removal that a host holds back."
+        "confirm_removal", "confirm_removal", "Confirm removals, moves and power=off that a host holds back."
     ),
     "break-lock": LazyCommand(
         "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."

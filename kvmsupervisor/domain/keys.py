@@ -52,6 +52,11 @@ class Layout:
         return f"{self.facts}/instances/"
 
     @property
+    def history_key(self) -> str:
+        """Key that says what the present history of the store is called."""
+        return f"{self.facts}/history"
+
+    @property
     def placements_prefix(self) -> str:
         """The prefix of the placements (law 10)."""
         return f"{self.facts}/placements/"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
@@ -116,7 +117,9 @@ class View:
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
-        held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
+        held_why: how that came about, for people; empty for a mass removal.
+        era: the history of etcd that it is decided in.
         draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
         leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
@@ -154,6 +157,8 @@ class View:
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
     held: bool = False
+    held_why: str = ""
+    era: Era = FIRST_ERA
     draining: bool = False
     leaving: str | None = None
     session_held: bool = True
@@ -182,6 +187,20 @@ class View:
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the lock is another cluster's, so that it says nothing of this process."""
+        lock = self.lock.lock
+        return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the lock is older than the process: it was restored, or written by hand, and is no takeover."""
+        lock, process = self.lock.lock, self.process
+        if lock is None or process is None:
+            return False
+        return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
 
     @property
     def claim(self) -> Claim:

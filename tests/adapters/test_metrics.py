@@ -61,6 +61,7 @@ CONTRACT = {
     "adopted_total": "counter",
     "fences_total": "counter",
     "takeovers_total": "counter",
+    "history_changes_total": "counter",
     "migrations_total": "counter",
     "start_seconds": "histogram",
 }
