@@ -159,6 +159,9 @@ class Failover:
         since = self._since.setdefault((orphan.id, orphan.lock.incarnation), now) + orphan.place * STEP_S
         if now < since or around.draining() or not around.session.held:
             return
+        if around.era().keeps_waiting(storage_of(orphan.spec), now):
+            # Another host may run it, and has not said so in the history that etcd has now.
+            return
         has_room = around.admission.has_room(orphan.id, need_mib(orphan.spec))
         if not has_room or host_problems(orphan.spec, around.host_side):
             return
@@ -180,6 +183,7 @@ class Failover:
             boot_id=around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(orphan.spec),
+            epoch_floor=around.era().epoch_floor,
         )
         wish, lock_key = orphan.wish, layout.lock_key(orphan.id)
         placement_key = layout.placement_key(orphan.id)

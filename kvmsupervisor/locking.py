@@ -7,8 +7,10 @@ was lost is settled by reading: each value names an incarnation, so our own is r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
+from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
+from kvmsupervisor.domain.history import Era, is_older
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
 from kvmsupervisor.domain.placement import Ground
@@ -31,6 +33,15 @@ class InstanceLock:
         self._host_key = layout.wish_key(instance, "host")
         self._placement_key = layout.placement_key(instance)
         self._session = session
+        self._era = 0
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: what is heard next is news, whatever its revision, and what was asked before none.
+
+        What is known stays until then.
+        """
+        self._era += 1
+        self.view = replace(self.view, as_of=0)
 
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take note of what a watch or listing says; older news than what is known is left out."""
@@ -39,7 +50,7 @@ class InstanceLock:
 
     async def look(self) -> Status | None:
         """Read lock and status in one linearizable step; return the status, whoever wrote it."""
-        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
+        result = await self._txn([], [Get(self._key), Get(self._status_key)])
         self._read(result.reads[0], result.revision)
         found = result.reads[1]
         return Status.from_json(found[0].value) if found else None
@@ -75,18 +86,27 @@ class InstanceLock:
         also = () if status is None else (Put(self._status_key, status.to_json()),)
         await self._swap(lock.to_json(), compares, also)
 
-    async def reassert(self, lock: Lock) -> Status | None:
-        """Write our own lock again after it was deleted, if our session holds and nobody had it meanwhile.
+    async def reassert(self, lock: Lock, era: Era) -> Status | None:
+        """Write our own lock again where it is missing or older, if our session holds and nobody had it meanwhile.
 
-        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written.
+        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written. The
+        status of another cluster's host says nothing of that.
+
+        Args:
+            lock: ours.
+            era: the history that it is written in.
         """
-        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
+        result = await self._txn([], [Get(self._key), Get(self._status_key)])
         self._read(result.reads[0], result.revision)
         found = result.reads[1]
         status = Status.from_json(found[0].value) if found else None
-        if self.view.data is not None:
+        known = self.view.lock
+        if self.view.data is not None and (
+            known is None or not is_older(known, epoch=lock.epoch, incarnation=lock.incarnation)
+        ):
             raise SwapFailed("the lock changed meanwhile")
-        if status is not None and status.epoch > lock.epoch:
+        strange = status is not None and era.is_strange(status.host, found[0].mod_revision)
+        if status is not None and status.epoch > lock.epoch and not strange:
             return status
         # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
         await self._swap(lock.to_json(), [self._session()])
@@ -138,7 +158,7 @@ class InstanceLock:
         change: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
         try:
-            result = await self._store.txn([expected, *compares], [change, *also], [Get(self._key)])
+            result = await self._txn([expected, *compares], [change, *also], [Get(self._key)])
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:
@@ -152,6 +172,18 @@ class InstanceLock:
         if self.view.data == before:
             raise SwapFailed("a session, the key `host` or the placement changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
+
+    async def _txn(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+        """Run a transaction, whose result is worth something only in the history that it was asked in.
+
+        Raises:
+            SwapFailed: that has become another one; the mirror tells what is there now.
+        """
+        era = self._era
+        result = await self._store.txn(compare, success, failure)
+        if self._era != era:
+            raise SwapFailed("etcd has another history since that was asked")
+        return result
 
     def _read(self, found: Sequence[KeyValue], revision: int) -> None:
         if found:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
 from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.nics import ELSEWHERE, Attachment, Plug, look
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.surroundings import Surroundings
 
 AGAIN_S = 5.0
 """Pause between two attempts. The kernel tells of what it did within milliseconds; an administrator who allows a bridge
@@ -26,23 +25,19 @@ class Plugs:
 
     Args:
         machine: its QEMU.
-        links: all network interfaces of the host.
-        clock: the machine's.
-        bridge_if: the bridge of a NIC of which neither its key nor its record names one; None without one.
+        around: what all instances share: the host's interfaces, and the bridge of a NIC that nothing else names.
         tell: logs an event of the instance.
 
     Attributes:
         seen: where each NIC is plugged in, as last looked at; nothing of those that are not to be seen from here.
     """
 
-    def __init__(
-        self, machine: Machine, *, links: Links, clock: Clock, bridge_if: str | None, tell: Callable[..., None]
-    ) -> None:
+    def __init__(self, machine: Machine, *, around: Surroundings, tell: Callable[..., None]) -> None:
         self.seen: Sequence[Plug] = ()
         self._machine = machine
-        self._links = links
-        self._clock = clock
-        self._bridge_if = bridge_if
+        self._links = around.links
+        self._clock = around.clock
+        self._bridge_if = around.host_side.bridge_if
         self._tell = tell
         self._at = 0.0
         self._trouble: str | None = None

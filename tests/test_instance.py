@@ -393,7 +393,7 @@ async def test_all_keys_removed_leave_nothing_behind(host: Host) -> None:
     qemu.shut_down()
     await host.until(lambda: host.gone)
     await host.told()
-    assert host.etcd.data.keys() == {host.session.key}
+    assert host.etcd.data.keys() == {host.session.key, LAYOUT.history_key}
 
 
 async def test_the_last_status_of_a_stopped_machine_stays(host: Host) -> None:

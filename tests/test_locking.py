@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
+from kvmsupervisor.domain.history import FIRST_ERA
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.placement import Ground
@@ -165,16 +166,16 @@ async def test_the_same_value_written_by_somebody_else_is_a_change(bench: Bench)
 async def test_a_reassertion_needs_an_absent_lock_and_the_session(bench: Bench) -> None:
     """A deleted lock is written again by its living QEMU's host only, and never over somebody who was faster."""
     bench.etcd.write(HOST_KEY, "b")
-    await bench.lock.reassert(NEXT)
+    await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored == NEXT
     bench.etcd.write(LOCK_KEY, THEIRS.to_json())
     with pytest.raises(SwapFailed):
-        await bench.lock.reassert(NEXT)
+        await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored == THEIRS
     bench.etcd.erase(LOCK_KEY, SESSION_KEY)
     await bench.lock.look()
     with pytest.raises(SwapFailed):
-        await bench.lock.reassert(NEXT)
+        await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored is None
 
 

@@ -394,6 +394,38 @@ async def test_an_order_is_no_removal(bench: Bench, order: str) -> None:
     assert bench.of("1", "2", "3", "4") == {}
 
 
+async def test_only_machines_that_run_count(bench: Bench) -> None:
+    """§4: what does not run has no guest to lose: among 50 that are off, the loss of the three that run is held."""
+    await bench.begin()
+    off = [str(number) for number in range(100, 150)]
+    for name in off:
+        bench.etcd.write(f"/kvm/{name}/power", "off")
+    bench.create(*off)
+    qemus = await bench.running("1", "2", "3")
+    bench.remove(*off)
+    await bench.clock.advance(60.0)
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+    assert not any(bench.status(name) for name in off)
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2", "3") == qemus
+    assert bench.metric("kvmsupervisor_removals_held") == 3.0
+    assert [status.stood for status in bench.supervisor.face.instances()] == [{"host": ME, "ram": "64"}] * 3
+
+
+async def test_running_machines_are_held_among_many_that_are_off(bench: Bench) -> None:
+    """§4: the same while those that are off stay."""
+    await bench.begin()
+    off = [str(number) for number in range(100, 150)]
+    for name in off:
+        bench.etcd.write(f"/kvm/{name}/power", "off")
+    bench.create(*off)
+    qemus = await bench.running("1", "2", "3")
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2", "3") == qemus
+
+
 async def test_few_removals_are_not_held(bench: Bench) -> None:
     """§4: up to half, or two, go without a word."""
     await bench.begin()

@@ -101,7 +101,10 @@ class Snapshot:
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        history_changes: how often etcd had another history than before.
         removals_held: instances whose removal waits for an operator's confirmation.
+        identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
+            lives here.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -112,6 +115,8 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    identity_mismatch: bool = False
+    history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
@@ -262,6 +267,11 @@ class Metrics:
             ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
             ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("guard_memory_locked", "0 while the guard's memory could not be locked.", now.guard_memory_locked),
+            (
+                "identity_mismatch",
+                "1 while the settings name another host or prefix than what lives.",
+                now.identity_mismatch,
+            ),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
@@ -271,6 +281,7 @@ class Metrics:
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)
             counter.add_metric([], value)

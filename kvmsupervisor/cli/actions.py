@@ -5,7 +5,6 @@ Only wishes are written here, never a lock, a status or a session: those belong 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Tar
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.goal import where_else
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.wishes import WISH_KEYS, parse_wish
@@ -205,22 +204,6 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         before=found.status,
         notes=tuple(notes),
     )
-
-
-async def held_removals(store: Store, layout: Layout, host: HostName) -> tuple[InstanceId, ...]:
-    """The instances whose removal `host` holds back until a person confirms it, in key order."""
-    listing = await list_all(store, layout.statuses_prefix)
-    statuses = (Status.from_json(kv.value) for kv in listing.kvs)
-    ids = (parse_id(status.id) for status in statuses if status is not None and status.host == host and status.held)
-    return tuple(instance for instance in ids if instance is not None)
-
-
-async def confirm_removal(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
-    """Confirm the removal of exactly these instances; return the revision of the word.
-
-    The host acts on it and deletes the key.
-    """
-    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
 
 
 async def _rewrite(

@@ -11,7 +11,7 @@ from typing import Any
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import printable_bytes
-from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout
+from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Spec
 
 SETTLE_S = 2.0
@@ -67,7 +67,9 @@ def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
         findings += _of_status(instance, cluster, layout)
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
+    findings += _of_hosts(cluster, layout)
     findings += _of_nobody(cluster, layout)
+    findings += _of_history(cluster, layout)
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
 
 
@@ -91,6 +93,13 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
     """What its host should have said by now, and facts that nobody keeps true."""
     status, wish = instance.status, instance.wish
     key = layout.status_key(instance.id)
+    if status is not None and status.held and cluster.speaks(status):
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=status.reason,
+            wanted=f"its keys as they were, or `kvmsupervisor confirm-removal {status.host}`",
+        )
     if wish.keys == 0:
         if status is not None and not cluster.speaks(status):
             yield Finding(
@@ -155,6 +164,18 @@ def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
         )
 
 
+def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """What hosts say that a person should know of them."""
+    for host, session in cluster.sessions.items():
+        if session is not None and session.notice:
+            yield Finding(
+                instances=(),
+                key=layout.session_key(HostName(host)),
+                found=session.notice,
+                wanted="a host that supervises",
+            )
+
+
 def _used_twice(cluster: Cluster) -> Iterator[Finding]:
     """MACs and images that two instances use, and SPICE ports that two use on one host."""
     yield from _duplicates(cluster, "mac", lambda host, spec: spec.mac, "one MAC for each NIC")
@@ -202,6 +223,23 @@ def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             key=printable_bytes(kv.key),
             found=printable_bytes(kv.value, limit=80),
             wanted="what a supervisor of this release writes; its host writes it anew when it starts",
+        )
+
+
+def _of_history(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """Hosts that are waited for since etcd has another history."""
+    name = cluster.history
+    if name is None or not name.hosts:
+        return
+    said = {host for host, session in cluster.sessions.items() if session is not None and session.history == name.id}
+    waited_for = sorted((cluster.sessions.keys() | set(name.hosts)) - said - set(name.gone))
+    if waited_for:
+        yield Finding(
+            instances=(),
+            key=layout.history_key,
+            found=f"another history of etcd than before (restored, or its data lost), as {name.by} has noticed; "
+            f"{', '.join(waited_for)} {'have' if len(waited_for) > 1 else 'has'} not said there yet what runs",
+            wanted="a session of each, or `kvmsupervisor confirm-removal HOST` of one that is gone for good",
         )
 
 

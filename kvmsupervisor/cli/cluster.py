@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
 from kvmsupervisor.domain.goal import where_else
+from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
@@ -74,12 +75,14 @@ class Cluster:
         sessions: the hosts that have one; None where the value is unreadable (the key is what counts).
         strays: keys below the wishes' prefix that belong to no valid id.
         unreadable: status and session keys whose value is not one.
+        history: what the present history of etcd is called, None where it has no name, or was not asked for.
     """
 
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
     sessions: Mapping[str, HostSession | None] = field(default_factory=dict)
     strays: tuple[KeyValue, ...] = ()
     unreadable: tuple[KeyValue, ...] = ()
+    history: HistoryName | None = None
 
     def alive(self, host: str | None) -> bool:
         """Whether `host` has a session."""
@@ -210,13 +213,15 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
     placements = await list_all(store, layout.placements_prefix)
     statuses = await list_all(store, layout.statuses_prefix)
     sessions = await list_all(store, layout.hosts_prefix)
-    return assemble(
+    named = await store.get(layout.history_key)
+    cluster = assemble(
         layout,
         wishes=[*wishes.kvs, *locks],
         placements=placements.kvs,
         statuses=statuses.kvs,
         sessions=sessions.kvs,
     )
+    return cluster if named is None else replace(cluster, history=HistoryName.from_json(named.value))
 
 
 async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> tuple[Instance, Cluster]:

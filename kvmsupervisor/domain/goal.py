@@ -26,10 +26,8 @@ def goal(view: View) -> tuple[Goal, str]:
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
-        return (
-            Goal.KEEP,
-            "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on",
-        )
+        held = "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on"
+        return Goal.KEEP, view.held_why or held
     if wish.keys == 0:
         return Goal.STOP, "its keys were removed"
     if wish.host is None:

@@ -17,6 +17,16 @@ ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, 
 LOCK_PLACEHOLDER = "%i"
 
 
+def default_facts(prefix: str) -> str:
+    """`KVM_FACTS_PREFIX` where it is not set."""
+    return f"{prefix}supervisor"
+
+
+def default_lock(prefix: str) -> str:
+    """`LOCK` where it is not set."""
+    return f"{prefix}/{LOCK_PLACEHOLDER}/lock"
+
+
 def parse_id(text: str) -> InstanceId | None:
     """Return `text` as an id, or None when it is not one (see `ID_RULE`)."""
     return InstanceId(text) if ID_PATTERN.fullmatch(text) else None
@@ -50,6 +60,11 @@ class Layout:
     def statuses_prefix(self) -> str:
         """The prefix of the instances' status keys."""
         return f"{self.facts}/instances/"
+
+    @property
+    def history_key(self) -> str:
+        """Key that says what the present history of the store is called."""
+        return f"{self.facts}/history"
 
     @property
     def placements_prefix(self) -> str:

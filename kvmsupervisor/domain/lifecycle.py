@@ -8,9 +8,15 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
     process   lock        goal        further                      action
     --------  ----------  ----------  ---------------------------  --------------------------
+    left alone: what was left of it cannot be read                 Read, now and then, or none
+    mismatch: the settings are others than those of what lives     Connect, Probe, Guard, Bury, or none (law 12)
     ended     any         any         keys not read yet            none
               any         any                                      Bury
-    alive     stranger    any                                      Kill         (law 6)
+    alive     stranger    any         another cluster's            as if it were ours, but never written (law 11)
+              any other's any         older, never ran             Kill         (nothing to lose)
+              any other's any         older, session held          Reassert     (law 11)
+              any other's any         older                        as if it were ours
+              stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
               renamed     any         session held                 Rename       (law 12)
               absent      any         never ran, session held      Kill         (nothing to lose)
@@ -59,8 +65,10 @@ from dataclasses import replace
 from typing import assert_never
 
 from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.hands_off import hands_off
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
+from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
 from kvmsupervisor.domain.reasons import while_it_runs
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
@@ -82,12 +90,11 @@ SLOT_S = 5.0
 """How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
 (docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
 
-LOCK_POLL_S = 5.0
-"""How often a wait that no watch ends is looked at again."""
-
 
 def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
+    if (untouched := hands_off(view)) is not None:
+        return untouched
     if view.process is None:
         return _without_process(view)
     if view.process.exit is not None and view.wish is None:
@@ -100,47 +107,8 @@ def decide(view: View) -> Decision:
 
 
 def _with_process(view: View, process: Process) -> Decision:
-    match view.claim:
-        case Claim.STRANGER | Claim.LEFTOVER:
-            lock = view.lock.lock
-            assert lock is not None
-            return Decision(
-                phase=Phase.STOPPING,
-                reason=f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.BROKEN:
-            return Decision(
-                phase=Phase.STOPPING,
-                reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.RENAMED if view.session_held and view.now >= view.etcd_at:
-            lock = view.lock.lock
-            assert lock is not None
-            return Decision(
-                phase=_phase(process),
-                reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
-                action=Action.RENAME,
-            )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
-            # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
-            return Decision(
-                phase=Phase.STARTING,
-                reason="its lock is gone and its guest has not run yet: QEMU is started anew",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at:
-            return Decision(
-                phase=_phase(process),
-                reason="its lock was deleted: it is written again",
-                action=Action.REASSERT,
-            )
-        case _:
-            pass
+    if (ruled := by_its_lock(view, process)) is not None:
+        return ruled
     if process.never_ran:
         return _before_it_runs(view, process)
     return _under_guard(view, _while_it_runs(view, process))
@@ -218,7 +186,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         aim is Goal.RUN
         and wish is not None
         and wish.restart_request is not None
-        and (wish.restart_request != process.incarnation.restart_request)
+        and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
     )
     if aim is Goal.STOP or restart:
         return _stop(view, process, "a restart was asked for" if restart else why)
@@ -235,7 +203,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.GROW)
     next_at = min(process.probe_at, process.grow_at, process.plug_at)
-    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT else next_at
+    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), wake_at=wake_at)
 
@@ -284,21 +252,10 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
-    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
-        return Decision(
-            phase=Phase.WAITING,
-            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
-            "adopted; end that process and the instance goes on",
-            wake_at=view.now + LOCK_POLL_S,
-        )
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if view.wish is not None and pauses(view.memory, view.wish, view.now):
-        return Decision(
-            phase=Phase.BACKOFF,
-            reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
-            wake_at=view.memory.not_before,
-        )
+    if (not_yet := for_other_hosts(view) or _pause(view)) is not None:
+        return not_yet
     match claim:
         case Claim.UNKNOWN:
             return Decision(phase=Phase.WAITING, reason=f"its lock has not been read yet: {_etcd_trouble(view)}")
@@ -331,6 +288,17 @@ def _without_process(view: View) -> Decision:
             return _in_turn(view, ready)
         case _:
             assert_never(claim)
+
+
+def _pause(view: View) -> Decision | None:
+    """Wait after an end that nobody asked for."""
+    if view.wish is None or not pauses(view.memory, view.wish, view.now):
+        return None
+    return Decision(
+        phase=Phase.BACKOFF,
+        reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
+        wake_at=view.memory.not_before,
+    )
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
@@ -472,7 +440,3 @@ def _etcd_trouble(view: View) -> str:
     if view.etcd_trouble is not None:
         return view.etcd_trouble
     return "etcd is being asked" if view.session_held else "this host has no session with etcd"
-
-
-def _phase(process: Process) -> Phase:
-    return Phase.STARTING if process.never_ran else Phase.RUNNING

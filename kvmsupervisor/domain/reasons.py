@@ -22,6 +22,10 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     said += process.unplugged
     if aim is Goal.KEEP:
         said.append(f"it runs on as it was: {why}")
+    if view.claim is Claim.STRANGER and view.is_strange:
+        said.append(
+            "etcd is another cluster's than before, in which its lock is another machine's: it is not touched there"
+        )
     if view.claim is Claim.UNREADABLE:
         said.append("its lock holds what this release cannot read; delete that key and it is written anew")
     if view.guarded is False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -49,7 +50,8 @@ class Status:
         machine: the versioned machine type that the guest knows, from its first start on.
         machine_key: the value of `machine` that this was found for: another value is looked up anew.
         notice: what else a person should know of the running machine, or None.
-        held: whether the removal of its keys waits for `confirm-removal`.
+        held: whether what its keys have come to waits for `confirm-removal`.
+        stood: while it does, the values that its keys had before, of those that differ.
         agent: what the guest's agent said last of the guest, None when it never did.
         run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
             `running` only.
@@ -79,6 +81,7 @@ class Status:
     held: bool = False
     agent: GuestFacts | None = None
     guarded: bool | None = None
+    stood: Mapping[str, str] | None = None
     run_state: str | None = None
     unplugged: tuple[str, ...] = ()
     placed_for: str | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
@@ -18,6 +19,7 @@ from kvmsupervisor.domain.status import Phase
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
+    READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch would tell"
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
@@ -95,6 +97,23 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftAlone:
+    """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
+
+    Attributes:
+        reason: why, and what would end it, for people.
+        pid: of the living QEMU that it tells of, as far as that is known.
+        starttime: of that process, clock ticks since boot.
+        look_at: when it is to be read again, CLOCK_BOOTTIME.
+    """
+
+    reason: str
+    pid: int | None = None
+    starttime: int | None = None
+    look_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deferral:
     """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
 
@@ -121,7 +140,11 @@ class View:
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
-        held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
+        mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
+        held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
+        held_why: how that came about, for people; empty for a mass removal.
+        era: the history of etcd that it is decided in.
         draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
         leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
@@ -158,7 +181,11 @@ class View:
     boot_id: str
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
+    left_alone: LeftAlone | None = None
+    mismatch: str | None = None
     held: bool = False
+    held_why: str = ""
+    era: Era = FIRST_ERA
     draining: bool = False
     leaving: str | None = None
     session_held: bool = True
@@ -187,6 +214,20 @@ class View:
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the lock is another cluster's, so that it says nothing of this process."""
+        lock = self.lock.lock
+        return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the lock is older than the process: it was restored, or written by hand, and is no takeover."""
+        lock, process = self.lock.lock, self.process
+        if lock is None or process is None:
+            return False
+        return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
 
     @property
     def claim(self) -> Claim:

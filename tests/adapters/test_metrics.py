@@ -35,6 +35,7 @@ CONTRACT = {
     "qemu_privileged": "gauge",
     "guests_survive": "gauge",
     "guard_memory_locked": "gauge",
+    "identity_mismatch": "gauge",
     "removals_held": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",
@@ -62,6 +63,7 @@ CONTRACT = {
     "adopted_total": "counter",
     "fences_total": "counter",
     "takeovers_total": "counter",
+    "history_changes_total": "counter",
     "migrations_total": "counter",
     "start_seconds": "histogram",
 }

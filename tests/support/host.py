@@ -27,6 +27,7 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
@@ -183,6 +184,9 @@ class Host:
 
     def begin(self) -> None:
         """Start a supervisor of this one instance; it adopts what is there."""
+        self.history = History(
+            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, me=self.me, run_dir=self.path, patience_s=60.0
+        )
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -196,7 +200,13 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.wishes = Wishes(
-            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, on_change=self._on_change, rand=lambda: 0.5
+            store=self.etcd.peer(),
+            clock=self.clock,
+            layout=LAYOUT,
+            history=self.history,
+            on_change=self._on_change,
+            on_anew=self._on_anew,
+            rand=lambda: 0.5,
         )
         self.end_listening = self.session.listen(self.instance.notify)
         self.loop = asyncio.create_task(self._run())
@@ -217,6 +227,11 @@ class Host:
     def _on_change(self, changed: object, revision: int) -> None:
         if self.wishes.synced:
             self._tell(fresh=True)
+
+    def _on_anew(self) -> None:
+        self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
+        self.around.publisher.begin_anew()
+        self._on_change(None, 0)
 
     def _tell(self, *, fresh: bool) -> None:
         lock = self.wishes.lock_of(ONE)
@@ -290,6 +305,7 @@ class Host:
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
+            era=lambda: self.history.present,
             recorded_for=self.recorded_for,
             guard=cast("GuardPost | None", self.guard),
         )
