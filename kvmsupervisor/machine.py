@@ -33,6 +33,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import NEVER_RAN, RUNNING, Stopping
 from kvmsupervisor.growing import Growth
+from kvmsupervisor.guest_logs import MachineLogs
 from kvmsupervisor.monitor import Conversation
 from kvmsupervisor.spawning import spawn
 
@@ -64,6 +65,7 @@ class Machine:
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         on_event: Callable[[], None] = lambda: None,
+        logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class Machine:
         self._notify = notify
         self._on_reset = on_reset
         self._count_event = on_event
+        self._logs = logs
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
@@ -171,6 +174,7 @@ class Machine:
                 home,
                 prefix=self._prefix,
                 user=self._user,
+                logs=self._logs,
                 on_record=self._begin,
                 on_end=self._on_end,
             )
@@ -205,6 +209,7 @@ class Machine:
         if record.boot_id == boot_id:
             self._process = marks.reopen(record, on_end=self._on_end)
             if self._process is not None:
+                self._logs.adopt(record.argv, pid=self._process.pid, pidfd=self._process.pidfd)
                 if record.pid is None:
                     self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
                     with contextlib.suppress(OSError):
@@ -258,6 +263,8 @@ class Machine:
         Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
         """
         self._talk.run_state = None
+        # QEMU has opened it by now, and would not write into it as it is.
+        self._logs.look()
         try:
             answer = await self._talk.ask("cont")
         except MonitorRefused as error:
@@ -344,6 +351,7 @@ class Machine:
         if settling is not None:
             settling.cancel()
             await asyncio.gather(settling, return_exceptions=True)
+        self._logs.close()
         await self.agent.close()
         await self._talk.close()
 
@@ -398,6 +406,6 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        log_tail = self.directory.log_tail(self.record.log_offset)
+        log_tail = self._logs.tail(self.record.log_offset)
         killed_at = self.directory.guard_killed_at(self.record.incarnation)
         return classify(shutdown=self._shutdown, status=status, log_tail=log_tail, guard_killed_at=killed_at)

@@ -40,6 +40,7 @@ from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror, Wishes
 from kvmsupervisor.provisioning import Provisioner
@@ -50,9 +51,6 @@ from kvmsupervisor.settings import Settings, Unfenced
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
 SUPERVISOR_FILES, MACHINE_FILES = 80, 5
 """Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
@@ -78,6 +76,7 @@ class Supervisor:
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._hosts_table = Flat()
+        self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
         self._unreadable: dict[InstanceId, str] = {}
         self._draining = False
         self._most_files = 0
@@ -121,6 +120,7 @@ class Supervisor:
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            stack.callback(self._logs.close)
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
             chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
@@ -233,6 +233,7 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            logs=self._logs,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
@@ -273,7 +274,7 @@ class Supervisor:
                     self._publish(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._rotate_logs(),
+                    self._around.logs.run(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
                 )
@@ -359,7 +360,9 @@ class Supervisor:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._run_dir.instance(name).remove()
+            directory = self._run_dir.instance(name)
+            self._logs.writer.drop(directory.path)
+            directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
@@ -430,12 +433,3 @@ class Supervisor:
             if not self._wishes.keys_of(name):
                 self._publisher.forget(name)
         await self._publisher.run()
-
-    async def _rotate_logs(self) -> None:
-        settings = self._settings
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for instance in list(self._instances.values()):
-                directory = self._run_dir.instance(instance.id)
-                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.report.tell("log.rotated", file=str(path))

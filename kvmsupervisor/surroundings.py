@@ -16,6 +16,7 @@ from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
@@ -45,6 +46,7 @@ class Surroundings:
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        logs: of all guests.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
@@ -72,6 +74,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    logs: GuestLogs
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0
     recorded_for: Callable[[str], InstanceId | None] = lambda client: None

@@ -24,6 +24,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
@@ -238,6 +239,7 @@ class Host:
                 disks=self.disks,
             ),
             disks=self.disks,
+            logs=GuestLogs(clock=self.clock),
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
