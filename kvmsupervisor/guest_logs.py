@@ -65,6 +65,8 @@ class MachineLogs:
             undo.callback(self.close)
             for path in (self._directory.console_log, self._directory.qemu_log):
                 self._buffers[path] = LogBuffer.make(path.name)
+                # For whoever waits for it; and one that a QEMU of an earlier release has written goes aside.
+                self._logs.writer.append(path, b"")
             undo.pop_all()
         self._watch()
         return self._buffers[self._directory.console_log].fd, self._buffers[self._directory.qemu_log].fd

@@ -455,6 +455,7 @@ async def test_an_end_between_two_supervisors_is_told_from_the_log(bench: Bench)
     """Law 8 and §4: nobody saw how it ended; its last words are what is known."""
     await bench.up()
     await bench.machine.kill("in secret")
+    await bench.machine.detach()
     bench.logs.writer.close()
     with bench.directory.qemu_log.open("ab") as log:
         log.write(b"qemu-system-x86_64: out of luck\n")

@@ -75,7 +75,7 @@ class LogWriter:
         return self._queued < QUEUE_BYTES
 
     def append(self, path: Path, data: bytes) -> None:
-        """Have `data` written at the end. Does not wait."""
+        """Have `data` written at the end, of a new log if there is none. Does not wait."""
         self._put(path, data)
 
     def trim(self, path: Path) -> None:
@@ -135,14 +135,16 @@ class LogWriter:
 
     def _append(self, path: Path, data: bytes) -> None:
         rest = memoryview(data)
-        while rest:
+        while True:
             fd = self._open_own(path)
             try:
                 room = self._max_bytes - os.fstat(fd).st_size
-                if room > 0:
+                if rest and room > 0:
                     rest = rest[os.write(fd, rest[:room]) :]
             finally:
                 os.close(fd)
+            if not rest:
+                return
             if room <= 0:
                 self._set_aside(path)
 

@@ -195,7 +195,7 @@ def test_tiny_machine_starts_paused(run_dir: Path) -> None:
         assert machine.nodes == {}
         assert machine.slots == {name: (0, slot) for name, slot in OWN_SLOTS.items()}
         assert {path.name for path in run_dir.iterdir()} == {
-            *(QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET)
+            *(QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET)
         }
         assert b"QMP" in _connect(stack, run_dir / QMP_SPARE_SOCKET).readline()
 
@@ -423,7 +423,8 @@ def test_what_qemu_understands_is_the_value(
             "firmware": str(paths[2]),
             "nvram": str(paths[3]),
         }
-        assert (run_dir / CONSOLE_LOG).exists()
+        (log,) = machine.ask("query-fdsets")
+        assert [one["opaque"] for one in log["fds"]] == [f"{run_dir}/{CONSOLE_LOG}"]
         assert machine.objects == {"spice0"}
         assert machine.ask("qom-get", path="/objects/spice0", property="file") == str(paths[1])
         assert machine.chardevs == OWN_CHARDEVS
