@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
-from kvmsupervisor.domain.view import PANICKED, RUNNING
+from kvmsupervisor.domain.run_state import PANICKED, RUNNING
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -165,12 +165,12 @@ class Conversation:
 
     # --- what is heard ----------------------------------------------------------------------------------------
 
-    def hears(self, event: str) -> bool:
+    def hears(self, event: str, data: Mapping[str, Any]) -> bool:
         """Take note of what an event says of the run state; False when a decision does not depend on it."""
         match event:
             case "RESUME":
                 self.run_state = RUNNING
-            case "GUEST_PANICKED":
+            case "GUEST_PANICKED" if data.get("action") != "run":
                 self.run_state = PANICKED
             case "STOP" if self.run_state == PANICKED:
                 # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.

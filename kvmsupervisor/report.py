@@ -68,6 +68,11 @@ class Report:
         if written is not None:
             self._remember(written)
 
+    def begin_anew(self) -> None:
+        """Etcd has another history: what was read of the status key, or written into it, was in the former one."""
+        self.looked = False
+        self._published = None
+
     @property
     def knows_machine(self) -> bool:
         """Whether the machine type that the guest was installed on is known, or certainly nowhere on record."""
@@ -98,7 +103,7 @@ class Report:
             phase=decision.phase,
             reason=decision.reason,
             since=before.since if before.phase is decision.phase else around.clock.wall(),
-            pid=self._machine.pid,
+            pid=self._machine.pid if view.left_alone is None else view.left_alone.pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
             # Asked at every turn, and hardly ever different.
@@ -112,8 +117,12 @@ class Report:
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,
             held=view.held,
+            stood=view.memory.stood if view.held else None,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            run_state=self._machine.run_state,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -132,6 +141,9 @@ class Report:
         What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
         the epoch up to which it came. It is not written over before it was read.
         """
+        if view.claim is Claim.STRANGER and view.is_strange:
+            # Another cluster's instance of that name.
+            return False
         if view.process is not None:
             return True
         match view.claim:

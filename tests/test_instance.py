@@ -159,6 +159,7 @@ async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, ste
             host.put(host="b")
 
     host.wish()
+    host.sessions = {"a", "b"}
     host.store.before = move_away
     host.begin()
     await host.until(lambda: host.gone, HOUR_S)
@@ -360,6 +361,7 @@ STOPS: dict[str, Callable[[Host], None]] = {
 async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) -> None:
     """Law 9: the power button first; the lock is deleted only when the process is gone."""
     host.wish()
+    host.sessions = {"a", "b"}
     host.begin()
     qemu = await host.runs()
 
@@ -391,7 +393,7 @@ async def test_all_keys_removed_leave_nothing_behind(host: Host) -> None:
     qemu.shut_down()
     await host.until(lambda: host.gone)
     await host.told()
-    assert host.etcd.data.keys() == {host.session.key}
+    assert host.etcd.data.keys() == {host.session.key, LAYOUT.history_key}
 
 
 async def test_the_last_status_of_a_stopped_machine_stays(host: Host) -> None:
@@ -788,10 +790,88 @@ async def test_a_guest_that_is_paused_is_told(host: Host) -> None:
     await settle()
     assert host.status.phase is Phase.RUNNING
     assert "QMP says io-error" in host.status.reason
+    assert (host.status.run_state, host.status.up) == ("io-error", False)
     qemu.run_state = "running"
     qemu.event("RESUME")
     await settle()
     assert host.status.reason == "runs"
+    assert (host.status.run_state, host.status.up) == ("running", True)
+
+
+async def test_a_qemu_that_does_not_answer_is_not_up(host: Host) -> None:
+    """Nobody knows then whether its guest runs; it is up again with its next answer, without having been touched."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    assert host.status.up
+    qemu.frozen = True
+    await host.clock.advance(90.0)
+    assert (host.status.phase, host.status.run_state, host.status.up) == (Phase.RUNNING, None, False)
+    qemu.frozen = False
+    await host.clock.advance(60.0)
+    assert (host.status.run_state, host.status.up, host.qemus.all) == ("running", True, [qemu])
+
+
+async def test_a_panic_that_the_guest_survives_leaves_it_up(host: Host) -> None:
+    """`-action panic=none`: QEMU tells of the panic and lets the guest run on."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.event("GUEST_PANICKED", action="run")
+    await settle()
+    assert host.status.up
+
+
+@pytest.mark.parametrize(
+    ("restart", "reason", "again"),
+    [
+        ("always", "guest-shutdown", True),
+        ("on-failure", "guest-shutdown", False),
+        ("never", "guest-shutdown", False),
+        ("on-failure", "guest-reset", True),
+    ],
+)
+async def test_a_power_off_is_a_power_off_though_qemu_lives_on(
+    host: Host, restart: str, reason: str, again: bool
+) -> None:
+    """§4: under `-no-shutdown` QEMU is ended, and the policy decides, as if QEMU had ended by itself."""
+    host.wish(restart=restart)
+    host.begin()
+    qemu = await host.runs()
+    qemu.power_off(reason)
+    await host.until(lambda: not qemu.alive, 1.0)
+    await host.clock.advance(1.0)
+    assert host.status.last_exit == reason
+    assert len(host.qemus.all) == (2 if again else 1)
+    assert host.status.phase is (Phase.RUNNING if again else Phase.STOPPED)
+    assert host.status.restarts == again
+
+
+async def test_a_powered_off_qemu_that_does_not_end_is_killed_and_still_a_power_off(host: Host) -> None:
+    """The guest's end was its own, whatever its QEMU makes of `quit`: `restart=on-failure` leaves it so."""
+    host.wish(restart="on-failure")
+    host.begin()
+    qemu = await host.runs()
+    qemu.stubborn = True
+    qemu.power_off()
+    await settle()
+    assert (qemu.alive, host.status.phase) == (True, Phase.STOPPING)
+    await host.clock.advance(11.0)
+    assert not qemu.alive
+    assert (host.status.phase, host.status.last_exit) == (Phase.STOPPED, "guest-shutdown")
+
+
+async def test_a_successor_ends_what_has_powered_itself_off_meanwhile(host: Host) -> None:
+    """Nobody has heard the event: the run state alone tells that the guest is at its end."""
+    host.wish(restart="on-failure")
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    qemu.run_state = "shutdown"
+    host.begin()
+    await host.until(lambda: not qemu.alive, 5.0)
+    await settle()
+    assert (host.status.phase, host.status.last_exit) == (Phase.STOPPED, "guest-shutdown")
 
 
 async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minute(host: Host) -> None:

@@ -28,8 +28,9 @@ from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
-from kvmsupervisor.domain.view import NEVER_RAN, Process
+from kvmsupervisor.domain.view import Process
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from tests.support.processes import freeze, stat_of

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ class InstanceSample:
     Attributes:
         id: the instance.
         phase: where it is in its life.
-        up: whether its QEMU process runs the guest.
+        run_state: of its guest, None without a process.
         epoch: of its lock, 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         unguarded: whether its QEMU should be watched by the guard, and is not.
+        placed_for: the host in whose place this one runs it, None where it is its own.
+        host_absent: whether its keys would have it run where nobody has a session, so that it stays here.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
@@ -70,11 +73,13 @@ class InstanceSample:
 
     id: InstanceId
     phase: Phase
-    up: bool = False
+    run_state: RunState | None = None
     epoch: int = 0
     pending: int = 0
     invalid: bool = False
     unguarded: bool = False
+    placed_for: str | None = None
+    host_absent: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
@@ -94,7 +99,10 @@ class Snapshot:
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        history_changes: how often etcd had another history than before.
         removals_held: instances whose removal waits for an operator's confirmation.
+        identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
+            lives here.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -105,6 +113,8 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    identity_mismatch: bool = False
+    history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
@@ -255,6 +265,11 @@ class Metrics:
             ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
             ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("guard_memory_locked", "0 while the guard's memory could not be locked.", now.guard_memory_locked),
+            (
+                "identity_mismatch",
+                "1 while the settings name another host or prefix than what lives.",
+                now.identity_mismatch,
+            ),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
@@ -264,6 +279,7 @@ class Metrics:
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)
             counter.add_metric([], value)
@@ -288,11 +304,14 @@ class Metrics:
 
     def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         phase = _gauge("instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase")
-        up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
+        up = _gauge("instance_up", "Whether the instance's guest runs.", "instance")
+        run_state = _gauge("instance_run_state", "1 for the state that its guest is in, else 0.", "instance", "state")
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
         unguarded = _gauge("instance_unguarded", "Whether QEMU should be watched by the guard, and is not.", "instance")
+        absent = _gauge("instance_host_absent", "Whether its `host` has no session, so that it stays here.", "instance")
+        placed = _gauge("instance_placed", "1 while it runs in the place of its home.", "instance", "home")
         info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
@@ -300,18 +319,23 @@ class Metrics:
             label = [sample.id]
             for each in Phase:
                 phase.add_metric([sample.id, each], sample.phase is each)
-            up.add_metric(label, sample.up)
+            up.add_metric(label, sample.run_state is RunState.RUNNING)
+            for state in RunState:
+                run_state.add_metric([sample.id, state], sample.run_state is state)
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
             unguarded.add_metric(label, sample.unguarded)
+            absent.add_metric(label, sample.host_absent)
+            if sample.placed_for is not None:
+                placed.add_metric([sample.id, sample.placed_for], 1)
             if sample.accelerator is not None:
                 info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, unguarded, info, cpu, memory)
+        yield from (phase, up, run_state, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")

@@ -99,6 +99,12 @@ class FakeQemu:
             self.event("SHUTDOWN", guest=reason.startswith("guest"), reason=reason)
             self.end(WaitStatus(code=0))
 
+    def power_off(self, reason: str = "guest-shutdown") -> None:
+        """Its guest powers itself off under `-no-shutdown`: QEMU says so, stops the guest, and lives on."""
+        self.run_state = "shutdown"
+        self.event("SHUTDOWN", guest=True, reason=reason)
+        self.event("STOP")
+
     def crash(self, number: int = 9) -> None:
         self.end(WaitStatus(signal=number))
 
@@ -301,6 +307,15 @@ class FakeQemus:
 
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
+
+    def environment_of(self, pid: int) -> Mapping[str, str]:
+        return next((qemu.environment for qemu in self.alive if qemu.pid == pid), {})
+
+    def command_line_of(self, pid: int) -> tuple[str, ...]:
+        return next((qemu.argv for qemu in self.alive if qemu.pid == pid), ())
+
+    def starttime_of(self, pid: int) -> int | None:
+        return next((qemu.starttime for qemu in self.alive if qemu.pid == pid), None)
 
     # What stands for adapters.agent.
 

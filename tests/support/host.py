@@ -25,6 +25,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
@@ -151,6 +152,9 @@ class Host:
 
     def begin(self) -> None:
         """Start a supervisor of this one instance; it adopts what is there."""
+        self.history = History(
+            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, me=self.me, run_dir=self.path, patience_s=60.0
+        )
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -164,7 +168,13 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.wishes = Wishes(
-            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, on_change=self._on_change, rand=lambda: 0.5
+            store=self.etcd.peer(),
+            clock=self.clock,
+            layout=LAYOUT,
+            history=self.history,
+            on_change=self._on_change,
+            on_anew=self._on_anew,
+            rand=lambda: 0.5,
         )
         self.end_listening = self.session.listen(self.instance.notify)
         self.loop = asyncio.create_task(self._run())
@@ -186,6 +196,11 @@ class Host:
         if self.wishes.synced:
             self._tell(fresh=True)
 
+    def _on_anew(self) -> None:
+        self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
+        self.around.publisher.begin_anew()
+        self._on_change(None, 0)
+
     def _tell(self, *, fresh: bool) -> None:
         lock = self.wishes.lock_of(ONE)
         self.instance.saw_lock(
@@ -193,7 +208,8 @@ class Host:
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=self.wishes.locks_revision,
         )
-        self.instance.update(parse_wish(ONE, self.wishes.keys_of(ONE)), held=False, fresh=fresh)
+        wish = parse_wish(ONE, self.wishes.keys_of(ONE), self.wishes.placed(ONE))
+        self.instance.update(wish, held=False, fresh=fresh)
 
     async def die(self) -> None:
         """End the supervisor between two steps; its QEMU goes on."""
@@ -248,10 +264,12 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
+            era=lambda: self.history.present,
             recorded_for=self.recorded_for,
             guard=cast("GuardPost | None", self.guard),
         )
