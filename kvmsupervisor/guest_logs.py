@@ -99,8 +99,8 @@ class MachineLogs:
         for path, buffer in self._buffers.items():
             try:
                 data, full = buffer.take()
-            except OSError as error:
-                log.debug("log.not_read", file=str(path), error=str(error))
+            except OSError:
+                # No file can be opened just now: it stays there until the next look.
                 continue
             if path == self._directory.qemu_log:
                 self._tail = (self._tail + data)[-TAIL_BYTES:]
