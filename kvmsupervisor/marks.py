@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.process import Hidden, Process
@@ -94,3 +95,12 @@ def pid_of(instance: str, incarnation: str, *, pid: int | None, starttime: int |
     if pid is not None and starttime is not None:
         return pid if kernel.is_alive(pid, starttime) else None
     return next(kernel.find(name_of(instance, incarnation)), None)
+
+
+def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+    """Every QEMU on this host that may be looked at: pid → instance, and its sockets' folder where that is known."""
+    found: dict[int, tuple[str, Path | None]] = {}
+    for pid, instance in kernel.marked(INSTANCE_MARK):
+        folders = [path.parent for path in kernel.listens_at(pid) if path.parent.name == instance]
+        found[pid] = instance, folders[0] if folders else None
+    return found

@@ -22,6 +22,9 @@ from kvmsupervisor.domain.exits import WaitStatus
 
 PROC = Path("/proc")
 
+_LISTENING = 1 << 16
+"""`__SO_ACCEPTCON` (linux/net.h), as /proc/net/unix shows it."""
+
 PIDFD_GET_INFO = 0xC040FF0B
 """ioctl of Linux ≥ 6.13, `_IOWR(0xFF, 11, struct pidfd_info)` with the 64 bytes of its first version
 (include/uapi/linux/pidfd.h). Older kernels answer ENOTTY."""
@@ -277,6 +280,35 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
             found = entry.name.isdigit() and _has_marks(int(entry.name), marks) and _leads_session(int(entry.name))
         if found:
             yield int(entry.name)
+
+
+def marked(name: str) -> Iterator[tuple[int, str]]:
+    """The pid of every process that leads a session and has a variable `name`, and its value; see `find`."""
+    mark = f"{name}=".encode()
+    for entry in PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            words = (entry / "environ").read_bytes().split(b"\0")
+            value = next((word[len(mark) :] for word in words if word.startswith(mark)), None)
+            if value is not None and _leads_session(int(entry.name)):
+                yield int(entry.name), value.decode(errors="replace")
+
+
+def listens_at(pid: int) -> list[Path]:
+    """The paths of the unix sockets that a process listens at (proc_pid_fd(5), unix(7)); none where that is hidden."""
+    folder = PROC / str(pid)
+    inodes, paths = set(), []
+    with contextlib.suppress(OSError):
+        for entry in (folder / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
+        for line in (folder / "net" / "unix").read_text(errors="replace").splitlines()[1:]:
+            # Num RefCount Protocol Flags Type St Inode Path; the flag says that it listens.
+            fields = line.split(maxsplit=7)
+            if len(fields) == 8 and int(fields[3], 16) & _LISTENING and fields[6] in inodes:
+                paths.append(Path(fields[7]))
+    return paths
 
 
 def is_alive(pid: int, starttime: int) -> bool:
