@@ -22,9 +22,6 @@ from kvmsupervisor.domain.exits import WaitStatus
 
 PROC = Path("/proc")
 
-_LISTENING = 1 << 16
-"""`__SO_ACCEPTCON` (linux/net.h), as /proc/net/unix shows it."""
-
 PIDFD_GET_INFO = 0xC040FF0B
 """ioctl of Linux ≥ 6.13, `_IOWR(0xFF, 11, struct pidfd_info)` with the 64 bytes of its first version
 (include/uapi/linux/pidfd.h). Older kernels answer ENOTTY."""
@@ -282,33 +279,35 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
             yield int(entry.name)
 
 
-def marked(name: str) -> Iterator[tuple[int, str]]:
-    """The pid of every process that leads a session and has a variable `name`, and its value; see `find`."""
-    mark = f"{name}=".encode()
+def having(name: str) -> Iterator[int]:
+    """The pids of all processes that lead a session and have an environment variable of this name; see `find`."""
     for entry in PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            words = (entry / "environ").read_bytes().split(b"\0")
-            value = next((word[len(mark) :] for word in words if word.startswith(mark)), None)
-            if value is not None and _leads_session(int(entry.name)):
-                yield int(entry.name), value.decode(errors="replace")
+        if entry.name.isdigit() and name in environment_of(pid := int(entry.name)) and _leads_session(pid):
+            yield pid
 
 
-def listens_at(pid: int) -> list[Path]:
-    """The paths of the unix sockets that a process listens at (proc_pid_fd(5), unix(7)); none where that is hidden."""
-    folder = PROC / str(pid)
-    inodes, paths = set(), []
-    with contextlib.suppress(OSError):
-        for entry in (folder / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                inodes.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
-        for line in (folder / "net" / "unix").read_text(errors="replace").splitlines()[1:]:
-            # Num RefCount Protocol Flags Type St Inode Path; the flag says that it listens.
-            fields = line.split(maxsplit=7)
-            if len(fields) == 8 and int(fields[3], 16) & _LISTENING and fields[6] in inodes:
-                paths.append(Path(fields[7]))
-    return paths
+def environment_of(pid: int) -> Mapping[str, str]:
+    """The environment that a process was started with; nothing where it is gone, or may not be looked at."""
+    try:
+        words = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (word.decode(errors="replace").partition("=") for word in words)
+    return {name: value for name, _, value in pairs}
+
+
+def command_line_of(pid: int) -> tuple[str, ...]:
+    """The words that a process was started with; nothing where it is gone."""
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ()
+    return tuple(word.decode(errors="replace") for word in words[:-1])
+
+
+def starttime_of(pid: int) -> int | None:
+    """Clock ticks since boot at which a process started; None when it is gone."""
+    return _starttime(pid)
 
 
 def is_alive(pid: int, starttime: int) -> bool:
