@@ -35,6 +35,7 @@ from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
@@ -59,6 +60,7 @@ class Instance:
     Attributes:
         id: which.
         report: what is said of it.
+        plugs: its NICs.
         wish: as last told; None before that.
     """
 
@@ -90,6 +92,7 @@ class Instance:
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
@@ -201,11 +204,6 @@ class Instance:
         return None if known is None else known.starttime
 
     @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        return self._machine.nics
-
-    @property
     def counts(self) -> GuestCounts:
         """What QEMU counted of the guest when it was asked last."""
         return self._machine.counts
@@ -309,7 +307,7 @@ class Instance:
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
-            process=process,
+            process=None if process is None else self.plugs.look(process),
             memory=self._memory,
             slot=around.admission.state(self.id),
             shortage=around.admission.shortage(self.id),
@@ -351,7 +349,7 @@ class Instance:
 
     # --- acting -----------------------------------------------------------------------------------------------
 
-    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
+    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912, PLR0915 - a table of actions
         """Do one action on what `view` showed: the wish may change meanwhile, the lock's compare tells."""
         machine, start, action, wish = self._machine, self._start, decision.action, view.wish
         match action:
@@ -383,6 +381,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.PLUG:
+                await self.plugs.plug()
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.connection import etcd_config
@@ -93,6 +94,7 @@ class Single:
         self._era = 0
         self._hold: Hold | None = None
         self._instance: Instance | None = None
+        self._links = Links(self._on_links)
         self._told: int | None = None
         self._hurried = False
         self._leaving: str | None = None
@@ -222,6 +224,7 @@ class Single:
                 parts.create_task(part)
                 for part in (
                     around.session.run(),
+                    self._links.run(),
                     *(mirror.run() for mirror in self._mirrors),
                     self._neighbours.run(),
                     self._history.run(),
@@ -289,6 +292,7 @@ class Single:
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             disks=disks,
+            links=self._links,
             era=lambda: self._history.present,
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._neighbours.has_session,
@@ -400,6 +404,10 @@ class Single:
             holder=self._stand.holder,
             placed=placed,
         )
+
+    def _on_links(self, changed: Set[int]) -> None:
+        if self._instance is not None and self._instance.plugs.concern(changed):
+            self._instance.notify()
 
     # --- around -----------------------------------------------------------------------------------------------
 

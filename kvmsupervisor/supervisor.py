@@ -19,6 +19,7 @@ from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
@@ -264,6 +265,7 @@ class Supervisor:
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
+        self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -282,6 +284,7 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            links=self._links,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
@@ -330,6 +333,7 @@ class Supervisor:
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
+                    self._links.run(),
                     self._rotate_logs(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks
@@ -49,6 +50,7 @@ class Surroundings:
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
@@ -81,6 +83,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    links: Links
     era: Callable[[], Era]
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0

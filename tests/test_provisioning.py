@@ -401,6 +401,7 @@ async def test_a_tap_for_each_nic(bench: Bench) -> None:
     opened = await bench.open(NICS)
     assert bench.allowed == ["br0", "br1", "br2"]
     assert opened.taps == tuple(bench.taps)
+    assert opened.bridges == ("br0", "br1", "br2")
     with opened.closing:
         provision = opened.provision(bench.directory(), CHANNELS)
         assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.taps)

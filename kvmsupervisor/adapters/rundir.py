@@ -251,6 +251,11 @@ class RunDir:
             os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
 
+    @property
+    def was_used(self) -> bool:
+        """Whether a supervisor ever ran with it, since the host booted."""
+        return (self.path / "_supervisor.lock").exists()
+
     def release(self) -> None:
         """Let the next supervisor in."""
         if self._lock_fd >= 0:
