@@ -24,9 +24,9 @@ log = structlog.get_logger(__name__)
 
 
 class Admit(Protocol):
-    """Makes an instance that was not known here; None when what is kept of it is to be left alone."""
+    """Makes an instance that was not known here."""
 
-    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance | None:
+    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance:
         """Make it; `fresh`: its keys were just written."""
         ...
 
@@ -126,8 +126,6 @@ class Dispatch:
         for name, wish in wishes.items():
             known = self._instances.get(name)
             instance = known or self._admit(name, fresh=fresh)
-            if instance is None:
-                continue
             lock = self._wishes.lock_of(name)
             instance.saw_lock(
                 data=None if lock is None else lock.value,

@@ -31,6 +31,7 @@ class Face:
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container, and the next one can adopt them.
+        mismatch: why nothing is started or stopped here (law 12); None when all goes its way.
         guard_unlocked: tells why the guard's memory is not locked; None when it is, or there is none.
     """
 
@@ -47,6 +48,7 @@ class Face:
         qemu_privileged: bool,
         guests_survive: bool,
         guard_unlocked: Callable[[], str | None],
+        mismatch: str | None,
     ) -> None:
         self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
@@ -58,6 +60,7 @@ class Face:
         self._qemu_privileged = qemu_privileged
         self._guests_survive = guests_survive
         self._guard_unlocked = guard_unlocked
+        self._mismatch = mismatch
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, by id."""
@@ -78,7 +81,9 @@ class Face:
         return True
 
     def ready(self) -> tuple[bool, str]:
-        """Whether the session is held and the watch in step."""
+        """Whether the session is held and the watch in step, and this host is who it was."""
+        if self._mismatch is not None:
+            return False, self._mismatch
         if not self._session.held:
             return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
         if not self._wishes.in_step:
@@ -102,6 +107,7 @@ class Face:
             removals_held=self._removals_held(),
             history_changes=self._history.changes,
             guard_memory_locked=self._guard_unlocked() is None,
+            identity_mismatch=self._mismatch is not None,
             instances=[self._sample(instance) for instance in self._instances.values()],
         )
 

@@ -16,14 +16,16 @@ from kvmsupervisor import keeping, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.host import resembling
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
-from kvmsupervisor.domain.lock import Claim, Lock, Storage
+from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
@@ -99,6 +101,9 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
+        self._inheritance = Inheritance(
+            directory, boot_id=around.boot_id, clock=around.clock, objection=around.objection
+        )
         self._memory_kept = True
 
     # --- what it is told --------------------------------------------------------------------------------------
@@ -151,10 +156,20 @@ class Instance:
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
-        self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+        around = self._around
+        under = HostIdentity.of(around.me, around.layout)
+        self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
         spec = self._machine.spec
         if spec is not None:
             self._start.lives(spec)
+
+    def inherit(self) -> None:
+        """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
+        self._remember(self._inheritance.take(self.adopt))
+        if self._inheritance.news is not None:
+            self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
+        if self._inheritance.alone is None and self.wish is not None:
+            self.update(self.wish, held=self._held, fresh=False)
 
     @property
     def was_held(self) -> bool:
@@ -176,21 +191,20 @@ class Instance:
 
     @property
     def pid(self) -> int | None:
-        """Of the living QEMU."""
-        return self._machine.pid
+        """Of the living QEMU, ours or left alone."""
+        alone = self._inheritance.alone
+        return self._machine.pid if alone is None else alone.pid
 
     @property
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
-        return None if self._machine.record is None else self._machine.record.starttime
+        known = self._inheritance.alone or self._machine.record
+        return None if known is None else known.starttime
 
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
         """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        spec, record = self._machine.spec, self._machine.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+        return self._machine.nics
 
     @property
     def counts(self) -> GuestCounts:
@@ -277,6 +291,8 @@ class Instance:
             boot_id=around.boot_id,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target_there else self.wish.problems,
+            left_alone=self._inheritance.alone,
+            mismatch=around.mismatch,
             held=self._held,
             held_why=self._memory.held_why,
             era=around.era(),
@@ -292,7 +308,7 @@ class Instance:
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             target_there=target_there,
             target_meant=target_meant,
-            holdover=self._holdover(lock) if process is None else None,
+            holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
             process=process,
@@ -302,7 +318,7 @@ class Instance:
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
-            guarded=self._is_guarded(),
+            guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet_at,
@@ -348,23 +364,6 @@ class Instance:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
-    def _holdover(self, lock: Lock | None) -> int | None:
-        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
-            return None
-        if lock.incarnation == self._start.planned:
-            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
-            return None
-        return self._machine.holdover(lock)
-
-    def _is_guarded(self) -> bool | None:
-        """Whether the guard watches the living QEMU; None when it need not."""
-        guard, record = self._around.guard, self._machine.record
-        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
-        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
-            return None
-        return guard.holds(record.incarnation)
-
     # --- acting -----------------------------------------------------------------------------------------------
 
     async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
@@ -377,6 +376,8 @@ class Instance:
                 start.queue(wanted(wish))
             case Action.PREPARE:
                 await start.prepare(wanted(wish))
+            case Action.READ:
+                self.inherit()
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:

@@ -28,6 +28,7 @@ from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
@@ -137,6 +138,14 @@ class Machine:
         return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
 
     @property
+    def nics(self) -> tuple[tuple[str, str], ...]:
+        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        spec, record = self.spec, self.record
+        if spec is None or record is None:
+            return ()
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+
+    @property
     def wait_status(self) -> WaitStatus:
         """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
         return WaitStatus() if self._process is None else self._process.status
@@ -188,43 +197,38 @@ class Machine:
             raise
         assert self.record is not None
         self._talk.run_state = NEVER_RAN
-        self.record = replace(self.record, pid=self._process.pid, starttime=self._process.starttime)
-        self._kept = False
-        # A successor finds it without that, too. `note_clients` comes before the guest runs, and tries again.
+        # A successor finds it without that, too. The next `note` comes before the guest runs, and tries again.
         with contextlib.suppress(OSError):
-            self._keep_record()
+            self.note(pid=self._process.pid, starttime=self._process.starttime)
 
     def _begin(self, record: Incarnation) -> None:
         self.record = record
         self.spec = spec_from_object(record.spec)
 
-    def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
+    def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock.
+        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock. Where its record does
+        not say what it was started under, as of an earlier release, that is `under`.
 
         Raises:
             process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
+        found = marks.reopen(record, on_end=self._on_end) if record.boot_id == boot_id else None
         self._clear()
         self._begin(record)
-        if record.boot_id == boot_id:
-            self._process = marks.reopen(record, on_end=self._on_end)
-            if self._process is not None:
-                if record.pid is None:
-                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-                    with contextlib.suppress(OSError):
-                        self._keep_record()
-                return True
-            if record.pid is None:
-                self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
-                self._asked = True
-            else:
-                self._exit = self._classify(WaitStatus())
-                self._asked = self._exit.kind is ExitClass.GUARD
-        else:
+        self._process = found
+        if found is not None:
+            with contextlib.suppress(OSError):
+                self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
+            return True
+        if record.boot_id != boot_id:
             self._exit = Exit(ExitClass.UNKNOWN, "ended with the host's last boot")
-            self._asked = True
+        elif record.pid is None:
+            self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
+        else:
+            self._exit = self._classify(WaitStatus())
+        self._asked = record.pid is None or record.boot_id != boot_id or self._exit.kind is ExitClass.GUARD
         return False
 
     async def connect(self) -> None:
@@ -325,19 +329,16 @@ class Machine:
             self._stopping = None
             self._asked = self._verdict is not None
 
-    def note_clients(self, clients: tuple[str, ...]) -> None:
-        """Keep the Ceph client addresses with the record, as they stand in the lock.
+    def note(self, **known: Any) -> None:
+        """Keep with the record what became known of its process: fields of `Incarnation`.
 
         Raises:
             OSError: the record cannot be written; it is tried again with the next call.
         """
         assert self.record is not None
-        if clients != self.record.clients or not self._kept:
-            self.record = replace(self.record, clients=clients)
-            self._keep_record()
-
-    def _keep_record(self) -> None:
-        assert self.record is not None
+        before, self.record = self.record, replace(self.record, **known)
+        if self._kept and self.record == before:
+            return
         self._kept = False
         self.directory.write_incarnation(self.record)
         self._kept = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.process import Hidden, Process
@@ -28,29 +29,32 @@ KEPT_ENVIRONMENT = (
 )
 """What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
 
-PREFIX_MARK, INSTANCE_MARK, INCARNATION_MARK = (
-    "KVMSUPERVISOR_PREFIX",
-    "KVMSUPERVISOR_INSTANCE",
-    "KVMSUPERVISOR_INCARNATION",
-)
+PREFIX_MARK = "KVMSUPERVISOR_PREFIX"
+INSTANCE_MARK = "KVMSUPERVISOR_INSTANCE"
+INCARNATION_MARK = "KVMSUPERVISOR_INCARNATION"
+FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation."""
+    """The environment variables by which a QEMU process is known to be one certain incarnation.
+
+    Attributes:
+        prefix: `KVM_PREFIX`, below which it was started.
+        instance: whose it is.
+        incarnation: its name.
+        folder: where its record lies.
+    """
 
     prefix: str
     instance: str
     incarnation: str
-
-    @classmethod
-    def of(cls, record: Incarnation, prefix: str) -> Marks:
-        """Those of an incarnation below `prefix`."""
-        return cls(prefix=prefix, instance=record.instance, incarnation=record.incarnation)
+    folder: Path
 
     def environment(self) -> dict[str, str]:
         """As variables."""
-        return {PREFIX_MARK: self.prefix} | name_of(self.instance, self.incarnation)
+        told = {PREFIX_MARK: self.prefix, FOLDER_MARK: str(self.folder)}
+        return told | name_of(self.instance, self.incarnation)
 
 
 def name_of(instance: str, incarnation: str) -> dict[str, str]:
@@ -94,3 +98,22 @@ def pid_of(instance: str, incarnation: str, *, pid: int | None, starttime: int |
     if pid is not None and starttime is not None:
         return pid if kernel.is_alive(pid, starttime) else None
     return next(kernel.find(name_of(instance, incarnation)), None)
+
+
+def prefix_of(pid: int) -> str | None:
+    """The prefix that a QEMU was started below; None when that cannot be seen."""
+    return kernel.environment_of(pid).get(PREFIX_MARK)
+
+
+def seek(folder: Path) -> tuple[int, int] | None:
+    """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
+
+    For a record that cannot be read. QEMUs of earlier releases do not name the folder, but open files in it.
+    """
+    for pid in kernel.find({INSTANCE_MARK: folder.name}):
+        named = kernel.environment_of(pid).get(FOLDER_MARK)
+        opens = any(f"{folder}/" in word for word in kernel.command_line_of(pid))
+        starttime = kernel.starttime_of(pid)
+        if (named == str(folder) or (named is None and opens)) and starttime is not None:
+            return pid, starttime
+    return None

@@ -102,7 +102,9 @@ class SingleLock:
     @property
     def marks(self) -> Marks:
         """What tells of the process to come that it is this one."""
-        return Marks(prefix=self._stand.layout.prefix, instance=self._stand.name, incarnation=self.incarnation)
+        stand = self._stand
+        folder = stand.run_dir.instance(stand.name).path
+        return Marks(prefix=stand.layout.prefix, instance=stand.name, incarnation=self.incarnation, folder=folder)
 
     async def run(self) -> None:
         """Follow the lock and the hosts' sessions, for ever."""

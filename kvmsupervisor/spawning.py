@@ -71,7 +71,14 @@ def spawn(
             on_record(record)
             return kernel.spawn(
                 home.wrap(words if user is None else (*user.become(), *words)),
-                environment=marks.environment_of(marks.Marks.of(record, prefix)),
+                environment=marks.environment_of(
+                    marks.Marks(
+                        prefix=prefix,
+                        instance=record.instance,
+                        incarnation=record.incarnation,
+                        folder=directory.path,
+                    )
+                ),
                 log_fd=log_fd,
                 pass_fds=provision.descriptors,
                 on_end=on_end,

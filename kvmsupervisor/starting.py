@@ -15,9 +15,10 @@ from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, take
+from kvmsupervisor.domain.lock import Lock, Storage, take
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -133,6 +134,23 @@ class Start:
         ):
             self._deferral = None
         return None if self._deferral is None else self._deferral[1]
+
+    def holdover(self, lock: Lock | None) -> int | None:
+        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
+        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
+            return None
+        if lock.incarnation == self.planned:
+            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
+            return None
+        return self._machine.holdover(lock)
+
+    def is_guarded(self) -> bool | None:
+        """Whether the guard watches the living QEMU; None when it need not."""
+        guard, record = self._around.guard, self._machine.record
+        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
+        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
+            return None
+        return guard.holds(record.incarnation)
 
     def note_wanted(self, now: float) -> None:
         """Count the time to a running guest from now, unless it is being counted."""
@@ -379,6 +397,7 @@ class Start:
             revision=wish.revision,
             log_offset=0,
             spawned_at=around.clock.now(),
+            under=HostIdentity.of(around.me, around.layout),
         )
 
     def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
@@ -399,7 +418,7 @@ class Start:
         assert record.starttime is not None
         clients = await self._around.fencing.clients(record, known=lock.fence)
         try:
-            self._machine.note_clients(clients)
+            self._machine.note(clients=clients)
         except OSError as error:
             said = explain(error, self._machine.directory.path)
             raise NotReady(f"its record cannot be written: {said}", HOST_RETRY_S) from error

@@ -31,6 +31,7 @@ class Statuses:
         publisher: writes them.
         wishes: the keys of all instances.
         instances: those of this host; a live mapping.
+        drops: whether those of instances that are gone are taken away.
         rand: random numbers, 0 ≤ x < 1.
     """
 
@@ -44,6 +45,7 @@ class Statuses:
         publisher: Publisher,
         wishes: Wishes,
         instances: Mapping[InstanceId, Instance],
+        drops: bool,
         rand: Callable[[], float],
     ) -> None:
         self._store = store
@@ -53,6 +55,7 @@ class Statuses:
         self._publisher = publisher
         self._wishes = wishes
         self._instances = instances
+        self._drops = drops
         self._rand = rand
         self._unread = asyncio.Event()
 
@@ -96,6 +99,6 @@ class Statuses:
 
     def _drop(self) -> None:
         """Take away those of instances that are gone."""
-        for name in self._publisher.ids() - self._instances.keys():
+        for name in self._publisher.ids() - self._instances.keys() if self._drops else ():
             if not self._wishes.keys_of(name):
                 self._publisher.forget(name)

@@ -20,7 +20,6 @@ from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.machines import MachineTypes
-from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
@@ -29,7 +28,8 @@ from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.incarnation import Unreadable
+from kvmsupervisor.domain.identity import HostIdentity, Mismatch
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.equipment import Equipment, look_around
@@ -38,6 +38,7 @@ from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.history import History
+from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.neighbours import Neighbours
@@ -54,6 +55,9 @@ log = structlog.get_logger(__name__)
 ROTATE_EVERY_S = 60.0
 """How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
+WORD_POLL_S = 2.0
+"""How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
+
 SUPERVISOR_FILES, MACHINE_FILES = 80, 5
 """Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
 both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
@@ -66,18 +70,23 @@ class Supervisor:
     """Everything of one host.
 
     Made outside of any event loop; `run` does the rest.
+
+    Attributes:
+        again: whether `run` returned because another supervisor is to go on in its place: the host's identity changed.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._layout = settings.layout
-        self._me = settings.hostname
+        # What the settings say, until the run directory is ours and says otherwise (law 12).
+        self._identity = HostIdentity.of(settings.hostname, settings.layout)
+        self._mismatch: Mismatch | None = None
+        self.again = False
         self._clock = Clock()
         self._boot_id = boot_id()
         self._run_dir = RunDir(settings.run_dir)
+        self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
-        self._unreadable: dict[InstanceId, str] = {}
         self._draining = False
         self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
@@ -120,6 +129,9 @@ class Supervisor:
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            self._identity, self._mismatch = self._standing.settle()
+            if self._mismatch is not None:
+                log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
             chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
@@ -134,9 +146,9 @@ class Supervisor:
             log.info(
                 "supervisor.started",
                 version=__version__,
-                host=self._me,
+                host=self._identity.host,
                 etcd=list(settings.etcd_endpoints),
-                prefix=self._layout.prefix,
+                prefix=self._identity.prefix,
                 run_dir=str(settings.run_dir),
                 accelerator=equipment.accelerator.name,
                 why_no_kvm=equipment.accelerator.fallback,
@@ -157,9 +169,11 @@ class Supervisor:
 
     def _wire(self, equipment: Equipment, chosen: cgroup.Chosen) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
-        settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
+        settings, layout, clock, store = self._settings, self._identity.layout, self._clock, self._etcd
+        mismatch = None if self._mismatch is None else str(self._mismatch)
         self._admission = Admission(settings.start_parallel, equipment.memory_mib)
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+        self._me, self._layout = self._identity.host, layout
         me = HostSession(
             host=self._me,
             version=__version__,
@@ -169,6 +183,7 @@ class Supervisor:
             started=clock.wall(),
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
+            notice=mismatch or "",
         )
         self._history = History(
             store=store,
@@ -180,7 +195,14 @@ class Supervisor:
         )
         me = replace(me, history=self._history.spoken_name)
         self._session = Session(
-            store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
+            store=store,
+            clock=clock,
+            layout=layout,
+            value=me,
+            run_dir=settings.run_dir,
+            ttl_s=settings.session_ttl_s,
+            # Somebody else may have this host's former name by now. What lives here is to be seen all the same.
+            yields=mismatch is not None,
         )
         self._publisher = Publisher(
             store=store,
@@ -225,6 +247,8 @@ class Supervisor:
             publisher=self._publisher,
             wishes=self._wishes,
             instances=self._instances,
+            # Whether a status without keys is the last word on an instance is known under one's own settings only.
+            drops=mismatch is None,
             rand=random.random,
         )
         self.face = Face(
@@ -238,6 +262,7 @@ class Supervisor:
             qemu_privileged=equipment.privileged,
             guests_survive=chosen.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
+            mismatch=mismatch,
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
@@ -274,6 +299,8 @@ class Supervisor:
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
             recorded_for=lambda client: instance_of_client(self._wishes, client),
+            mismatch=mismatch,
+            objection=self._objection,
             draining=lambda: self._draining,
         )
         self._failover = Failover(self._around, self._wishes)
@@ -305,7 +332,9 @@ class Supervisor:
                     self._confirmations.run(),
                     self._rotate_logs(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait),
+                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
+                    if self._mismatch is None
+                    else self._await_word(),
                 )
             ]
             await self._run_instances()
@@ -334,28 +363,40 @@ class Supervisor:
     def _adopt(self) -> None:
         """Find what an earlier supervisor left running. Needs no etcd; what it means is decided once etcd is read."""
         for name in self._run_dir.instances():
-            try:
-                record = self._run_dir.instance(name).read_incarnation()
-                if record is not None and (instance := self._instance(name)) is not None:
-                    instance.adopt(record)
-            except (Unreadable, Hidden) as error:
-                self._instances.pop(name, None)
-                self._leave_alone(name, error)
+            if self._run_dir.instance(name).has_record:
+                self._instance(name)
 
-    def _instance(self, name: InstanceId) -> Instance | None:
-        """The instance of that name, made if there is none yet; None when what is kept of it cannot be read."""
-        if name not in self._instances and name not in self._unreadable:
+    def _instance(self, name: InstanceId) -> Instance:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+        if name not in self._instances:
             directory = self._run_dir.instance(name)
-            try:
-                memory = directory.read_memory(self._boot_id)
-            except Unreadable as error:
-                self._leave_alone(name, error)
-            else:
-                self._instances[name] = Instance(name, around=self._around, directory=directory, memory=memory, log=log)
-        return self._instances.get(name)
+            fresh = Memory(boot_id=self._boot_id)
+            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name].inherit()
+        return self._instances[name]
 
-    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance | None:
-        """An instance that was not known here has become this host's; None when it is left alone.
+    def _objection(self, record: Incarnation) -> str | None:
+        """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
+        pid = self._standing.pid_of(record)
+        under = self._identity if pid is None else self._standing.under(record, pid)
+        if under == self._identity:
+            return None
+        return (
+            f"QEMU {pid} of this instance was started under {under.unlike(self._identity)}, and this supervisor works "
+            f"under {self._identity.unlike(under)}: it is left alone; a supervisor under its own settings takes it over"
+        )
+
+    async def _await_word(self) -> None:
+        """Go on under what the settings say once a person has said so, or nothing lives that says otherwise."""
+        while True:
+            await self._clock.sleep(WORD_POLL_S)
+            note = self._standing.note()
+            if (note is not None and note.confirmed) or self._standing.judge()[1] is None:
+                self.again = True
+                self.stop()
+
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
+        """An instance that was not known here has become this host's.
 
         Args:
             name: which.
@@ -364,11 +405,6 @@ class Supervisor:
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)
-
-    def _leave_alone(self, name: InstanceId, error: Unreadable | Hidden) -> None:
-        """Touch nothing of an instance, nor what may run of it: only another release, or one with more rights, can."""
-        self._unreadable[name] = str(error)
-        log.error("instance.unreadable", instance=name, reason=str(error))
 
     def _start(self, instance: Instance) -> None:
         if self._tasks is not None:

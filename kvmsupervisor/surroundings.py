@@ -14,6 +14,7 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.history import Era
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
@@ -50,6 +51,8 @@ class Surroundings:
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
+        mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
+        objection: why a QEMU on record is not ours to touch; None when it is.
         era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
         leaving: why an instance is to be stopped and let go of; None when it is not.
@@ -80,6 +83,8 @@ class Surroundings:
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0
     recorded_for: Callable[[str], InstanceId | None] = lambda client: None
+    mismatch: str | None = None
+    objection: Callable[[Incarnation], str | None] = lambda record: None
     draining: Callable[[], bool] = lambda: False
     leaving: Callable[[], str | None] = lambda: None
     ended: Callable[[Exit, WaitStatus], None] = lambda end, status: None

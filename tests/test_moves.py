@@ -154,7 +154,7 @@ async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
 
 @pytest.mark.parametrize("value", ["beta", f"beta{NBSP}", " beta\n"])
 async def test_a_move_begins_when_somebody_is_there(site: Site, value: str) -> None:
-    """§4: `host` names a host without a session: the guest runs on where it is, and moves when that host comes."""
+    """Law 10: `host` names a host without a session: the guest runs on where it is, and moves when that host comes."""
     (alpha,) = await site.start("alpha")
     site.put("1", ram="64", host="alpha")
     guest = await alpha.runs()

@@ -101,6 +101,8 @@ class Snapshot:
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
         removals_held: instances whose removal waits for an operator's confirmation.
+        identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
+            lives here.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -111,6 +113,7 @@ class Snapshot:
     qemu_privileged: bool = False
     guests_survive: bool = True
     removals_held: int = 0
+    identity_mismatch: bool = False
     history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
@@ -262,6 +265,11 @@ class Metrics:
             ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
             ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("guard_memory_locked", "0 while the guard's memory could not be locked.", now.guard_memory_locked),
+            (
+                "identity_mismatch",
+                "1 while the settings name another host or prefix than what lives.",
+                now.identity_mismatch,
+            ),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)

@@ -279,6 +279,30 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
             yield int(entry.name)
 
 
+def environment_of(pid: int) -> Mapping[str, str]:
+    """The environment that a process was started with; nothing where it is gone, or may not be looked at."""
+    try:
+        words = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (word.decode(errors="replace").partition("=") for word in words)
+    return {name: value for name, _, value in pairs}
+
+
+def command_line_of(pid: int) -> tuple[str, ...]:
+    """The words that a process was started with; nothing where it is gone."""
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ()
+    return tuple(word.decode(errors="replace") for word in words[:-1])
+
+
+def starttime_of(pid: int) -> int | None:
+    """Clock ticks since boot at which a process started; None when it is gone."""
+    return _starttime(pid)
+
+
 def is_alive(pid: int, starttime: int) -> bool:
     """Whether the process that had this pid and start time lives. One that cannot be looked at does, to be safe."""
     try:

@@ -2,6 +2,7 @@
 
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
+    <run>/_identity.json           there while the settings say another name or prefix than what lives was started under
     <run>/_draining                there while this host stops all its guests; holds the boot that this is about
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
     <run>/_guard.sock, .log        where it is spoken to; what it says
@@ -86,11 +87,11 @@ class InstanceDir:
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
         """
-        data = _read(self._incarnation)
-        if data is None:
-            return None
         try:
-            return Incarnation.from_json(data)
+            data = _read(self._incarnation)
+            return None if data is None else Incarnation.from_json(data)
+        except OSError as error:
+            raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
 
@@ -123,11 +124,11 @@ class InstanceDir:
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
         """
-        data = _read(self._memory)
-        if data is None:
-            return Memory(boot_id=boot_id)
         try:
-            memory = Memory.from_json(data)
+            data = _read(self._memory)
+            memory = Memory(boot_id=boot_id) if data is None else Memory.from_json(data)
+        except OSError as error:
+            raise Unreadable(f"{self._memory}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
             raise Unreadable(f"{self._memory}: {error}") from error
         return memory if memory.boot_id == boot_id else Memory(boot_id=boot_id)

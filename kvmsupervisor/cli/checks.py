@@ -11,7 +11,7 @@ from typing import Any
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import printable_bytes
-from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout
+from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Spec
 
 SETTLE_S = 2.0
@@ -67,6 +67,7 @@ def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
         findings += _of_status(instance, cluster, layout)
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
+    findings += _of_hosts(cluster, layout)
     findings += _of_nobody(cluster, layout)
     findings += _of_history(cluster, layout)
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
@@ -154,6 +155,18 @@ def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
             found=f"held by {lock.host} (epoch {lock.epoch}, {lock.state.value}), which has no session",
             wanted=f"a holder {cluster.who_has_sessions()}" if cluster.sessions else "a holder with a session",
         )
+
+
+def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """What hosts say that a person should know of them."""
+    for host, session in cluster.sessions.items():
+        if session is not None and session.notice:
+            yield Finding(
+                instances=(),
+                key=layout.session_key(HostName(host)),
+                found=session.notice,
+                wanted="a host that supervises",
+            )
 
 
 def _used_twice(cluster: Cluster) -> Iterator[Finding]:

@@ -48,6 +48,9 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "confirm-removal": LazyCommand(
         "confirm_removal", "confirm_removal", "Confirm removals, moves and power=off that a host holds back."
     ),
+    "confirm-identity": LazyCommand(
+        "identity_command", "confirm_identity", "Let a host's guests go on under its new name, prefix or lock."
+    ),
     "break-lock": LazyCommand(
         "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."
     ),

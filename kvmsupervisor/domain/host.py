@@ -24,6 +24,7 @@ class HostSession:
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.
+        notice: what a person should know of it; empty when there is nothing.
         history: the name of the history of etcd in which it has said what runs here; empty where none ever changed.
     """
 
@@ -35,6 +36,7 @@ class HostSession:
     started: str = ""
     cpus: int = 0
     memory_mib: int = 0
+    notice: str = ""
     history: str = ""
 
     def to_object(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.records import Unfit, lined, parse
@@ -43,6 +44,8 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        under: what the supervisor worked under that started it, or took it over by a person's word (law 12); None when
+            a release wrote the record that did not say.
     """
 
     instance: str
@@ -62,6 +65,7 @@ class Incarnation:
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    under: HostIdentity | None = None
     version: int = VERSION
 
     def as_lock(self, host: HostName, *, ran: bool) -> Lock:

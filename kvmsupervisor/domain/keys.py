@@ -17,6 +17,16 @@ ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, 
 LOCK_PLACEHOLDER = "%i"
 
 
+def default_facts(prefix: str) -> str:
+    """`KVM_FACTS_PREFIX` where it is not set."""
+    return f"{prefix}supervisor"
+
+
+def default_lock(prefix: str) -> str:
+    """`LOCK` where it is not set."""
+    return f"{prefix}/{LOCK_PLACEHOLDER}/lock"
+
+
 def parse_id(text: str) -> InstanceId | None:
     """Return `text` as an id, or None when it is not one (see `ID_RULE`)."""
     return InstanceId(text) if ID_PATTERN.fullmatch(text) else None

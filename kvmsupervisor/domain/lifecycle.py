@@ -8,6 +8,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
     process   lock        goal        further                      action
     --------  ----------  ----------  ---------------------------  --------------------------
+    left alone: what was left of it cannot be read                 Read, now and then, or none
+    mismatch: the settings are others than those of what lives     Connect, Probe, Guard, Bury, or none (law 12)
     ended     any         any         keys not read yet            none
               any         any                                      Bury
     alive     stranger    any         another cluster's            as if it were ours, but never written (law 11)
@@ -63,6 +65,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
+from kvmsupervisor.domain.hands_off import hands_off
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
@@ -89,6 +92,8 @@ SLOT_S = 5.0
 
 def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
+    if (untouched := hands_off(view)) is not None:
+        return untouched
     if view.process is None:
         return _without_process(view)
     if view.process.exit is not None and view.wish is None:
@@ -273,13 +278,6 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
-    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
-        return Decision(
-            phase=Phase.WAITING,
-            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
-            "adopted; end that process and the instance goes on",
-            wake_at=view.now + LOCK_POLL_S,
-        )
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
     if (not_yet := for_other_hosts(view) or _pause(view)) is not None:

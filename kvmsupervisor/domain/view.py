@@ -19,6 +19,7 @@ from kvmsupervisor.domain.status import Phase
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
+    READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch would tell"
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
@@ -91,6 +92,23 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeftAlone:
+    """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
+
+    Attributes:
+        reason: why, and what would end it, for people.
+        pid: of the living QEMU that it tells of, as far as that is known.
+        starttime: of that process, clock ticks since boot.
+        look_at: when it is to be read again, CLOCK_BOOTTIME.
+    """
+
+    reason: str
+    pid: int | None = None
+    starttime: int | None = None
+    look_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deferral:
     """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
 
@@ -117,6 +135,8 @@ class View:
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
+        left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
+        mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
         held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
         held_why: how that came about, for people; empty for a mass removal.
         era: the history of etcd that it is decided in.
@@ -156,6 +176,8 @@ class View:
     boot_id: str
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
+    left_alone: LeftAlone | None = None
+    mismatch: str | None = None
     held: bool = False
     held_why: str = ""
     era: Era = FIRST_ERA

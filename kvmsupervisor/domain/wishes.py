@@ -68,6 +68,12 @@ WISH_KEYS = (
 NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
 """The names of the wishes that a machine may have several of, n counting from 1."""
 
+ALL_NUMBERED_KEYS = (
+    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge")),
+    *(f"disk/{number}" for number in range(1, DISKS)),
+)
+"""Every name that those can have."""
+
 SECRET_KEYS = frozenset({"spice_password"})
 """Keys whose values are shown nowhere."""
 
@@ -243,17 +249,14 @@ class _Reader:
         return (*known, _unknown_keys(unknown)) if unknown else known
 
 
-_WISH_KEY_BYTES = frozenset(name.encode() for name in WISH_KEYS)
-
-
 _NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
 _DISK_KEY = re.compile(rf"disk/([1-9]|1[0-{DISKS - 11}])".encode())
 
+_KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
+
 
 def _is_known(key: bytes) -> bool:
-    if key in _WISH_KEY_BYTES or key == FREE_KEY.encode() or key.startswith(FREE_KEY_PREFIX.encode()):
-        return True
-    return bool(_NIC_KEY.fullmatch(key) or _DISK_KEY.fullmatch(key))
+    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode())
 
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:

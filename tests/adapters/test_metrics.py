@@ -35,6 +35,7 @@ CONTRACT = {
     "qemu_privileged": "gauge",
     "guests_survive": "gauge",
     "guard_memory_locked": "gauge",
+    "identity_mismatch": "gauge",
     "removals_held": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",

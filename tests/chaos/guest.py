@@ -7,6 +7,7 @@ busybox for each sector. The firmware's disk calls have no cache and no queue, a
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -101,6 +102,7 @@ def build(folder: Path, *, log_records: int = LOG_RECORDS) -> ChaosGuest:
 
 _FLOOD = """
 .code16
+.intel_syntax noprefix
     mov dx, 0x3f8
     mov al, 'x'
 1:  out dx, al
@@ -113,8 +115,10 @@ _FLOOD = """
 def build_flood(folder: Path) -> Path:
     """A disk from which a guest boots that writes to its serial port without end."""
     assembled, image = folder / "flood.o", folder / "flood.img"
-    _run("as", "--32", "-msyntax=intel", "-mnaked-reg", "-o", str(assembled), "-", text=_FLOOD)
+    _run("as", "--32", "-o", str(assembled), "-", text=_FLOOD)
     _run("ld", "-m", "elf_i386", "-Ttext=0x7c00", "-e", "0x7c00", "--oformat=binary", "-o", str(image), str(assembled))
+    # The firmware boots from no disk that is smaller than a cylinder.
+    os.truncate(image, 1 << 20)
     return image
 
 

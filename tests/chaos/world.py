@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,9 @@ FLOOD = "flood"
 
 RUN_DIR_SIZE = 32 << 20
 """Bytes of a host's run directory: twenty times what its machines need, and soon full."""
+
+FILL_S = 0.005
+"""Between two looks whether there is room again in a run directory that is to be full."""
 
 ELECTION_S = 10.0
 """How long members may take to choose a leader: ten times what they do on a busy machine."""
@@ -158,12 +162,26 @@ class ChaosHost(Host):
         self.launch()
 
     def fill_run_dir(self) -> Callable[[], None]:
-        """Leave no byte free in the run directory; returns what ends that."""
+        """Leave no byte free in the run directory, whoever frees one; returns what ends that."""
         filler = self.run_dir / "filler"
-        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        return lambda: filler.unlink(missing_ok=True)
+        done = threading.Event()
+
+        def fill() -> None:
+            with filler.open("ab", buffering=0) as file:
+                while not done.wait(FILL_S):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(4096))
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+
+        def end() -> None:
+            done.set()
+            thread.join()
+            filler.unlink()
+
+        return end
 
     @property
     def run_dir_used(self) -> int:

@@ -148,7 +148,7 @@ def test_create_says_when_an_old_lock_is_there(world: World) -> None:
         ["1"],
         ["1", "ram"],
         ["1", "=1G"],
-        ["1", "a/b=1"],
+        ["1", "a//b=1"],
         ["1", "ram=1G", "ram=2G"],
         ["../1", "ram=1G"],
     ],
@@ -369,3 +369,18 @@ def test_confirm_removal_waits_until_the_host_took_it(world: World, acting: Acti
     assert world.run("confirm-removal", "--yes", "--wait", "--timeout", "0.05").exit_code == 4
     acting(lambda call: world.etcd.erase(key) if call == "get" else None)
     assert world.run("confirm-removal", "--yes", "--wait").exit_code == 0
+
+
+def test_keys_with_a_slash_are_keys(world: World) -> None:
+    """Further disks and NICs are created, changed and taken away like every other wish."""
+    world.host("alpha")
+    made = world.run("create", "web1", "host=alpha", "ram=1G", "rbd=rbd/a", "nic/1/mac=52:54:00:00:00:01")
+    assert made.exit_code == 0, made.stderr
+    assert world.run("set", "web1", "disk/1=rbd/foo").exit_code == 0
+    assert world.value("web1", "disk/1") == "rbd/foo"
+    assert world.run("set", "web1", "--unset", "disk/1", "--unset", "nic/1/mac").exit_code == 0
+    assert world.value("web1", "disk/1") is None
+    assert world.value("web1", "nic/1/mac") is None
+    refused = world.run("set", "web1", "disk/99=rbd/foo")
+    assert refused.exit_code == 1
+    assert "disk/99" in refused.stderr

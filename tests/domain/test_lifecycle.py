@@ -24,7 +24,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Deferral, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Deferral, LeftAlone, Process, Stopping, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -108,6 +108,27 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("law 12: what was buried under another name is let go of", view(lock=seen(locked(host=OTHER)), buried="x", wish=OFF),
      Phase.STOPPED, Action.RELEASE),
     ("law 12: or taken anew", view(lock=seen(locked(host=OTHER)), buried="x", slot=True), Phase.STARTING, Action.TAKE),
+    ("what cannot be read is left alone", view(left_alone=LeftAlone(reason="r", look_at=102.0)), Phase.WAITING, None),
+    ("and read again", view(left_alone=LeftAlone(reason="r", look_at=101.0)), Phase.WAITING, Action.READ),
+    ("its QEMU runs", view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0), wish=OFF), Phase.RUNNING, None),
+    ("whatever is told of its lock", view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0),
+     lock=seen(locked(host=OTHER, name="y"))), Phase.RUNNING, None),
+    ("what others say of it is read before it is written over", view(left_alone=LeftAlone(reason="r", look_at=102.0),
+     looked=False), Phase.WAITING, Action.LOOK),
+    ("law 12: under other settings nothing is started", view(mismatch="m", slot=True), Phase.WAITING, None),
+    ("law 12: nor let go of", view(mismatch="m", wish=OFF, lock=seen(locked())), Phase.STOPPED, None),
+    ("law 12: nor forgotten", view(mismatch="m", wish=GONE), Phase.STOPPED, None),
+    ("law 12: nor stopped", view(mismatch="m", process=running(), lock=seen(locked()), wish=OFF), Phase.RUNNING, None),
+    ("law 12: nor killed", view(mismatch="m", process=running(), lock=seen(locked(host=OTHER, name="y"))),
+     Phase.RUNNING, None),
+    ("law 12: nor its lock written", view(mismatch="m", process=running()), Phase.RUNNING, None),
+    ("law 12: nor let run", view(mismatch="m", process=paused(), lock=seen(locked())), Phase.STARTING, None),
+    ("law 12: but it is watched", view(mismatch="m", process=running(connected=False)), Phase.RUNNING, Action.CONNECT),
+    ("law 12: and asked", view(mismatch="m", process=running(probe_at=101.0)), Phase.RUNNING, Action.PROBE),
+    ("law 12: its end is taken to the books", view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
+     Phase.STOPPING, Action.BURY),
+    ("law 12: who shuts the host down is heeded", view(mismatch="m", process=running(), draining=True,
+     lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
     ("law 6: losing the session kills nothing", view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
     ("law 6: an unreadable lock kills nothing", view(process=running(), lock=LockView(known=True, data=b"?", as_of=9)),
@@ -572,6 +593,8 @@ class Supervisor:
                 assert self.record is not None
                 lock = locked(name=self.record.incarnation, pid=self.record.pid)
                 world.step(lambda: self.write(replace(lock, epoch=self.record.epoch if self.record else 0)))
+            case Action.READ:
+                raise AssertionError("all that is left can be read here")
             case Action.RENAME:
                 assert world.lock is not None
                 renamed = replace(world.lock, host=ME)

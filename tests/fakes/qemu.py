@@ -308,6 +308,15 @@ class FakeQemus:
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
 
+    def environment_of(self, pid: int) -> Mapping[str, str]:
+        return next((qemu.environment for qemu in self.alive if qemu.pid == pid), {})
+
+    def command_line_of(self, pid: int) -> tuple[str, ...]:
+        return next((qemu.argv for qemu in self.alive if qemu.pid == pid), ())
+
+    def starttime_of(self, pid: int) -> int | None:
+        return next((qemu.starttime for qemu in self.alive if qemu.pid == pid), None)
+
     # What stands for adapters.agent.
 
     async def ask(self, path: Path) -> GuestFacts:

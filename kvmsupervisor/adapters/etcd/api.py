@@ -6,7 +6,7 @@ reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +19,18 @@ class EtcdError(Exception):
 
 class Unavailable(EtcdError):
     """No answer in time from any endpoint, or no quorum: wait and try again. Nothing was written."""
+
+
+class Unreachable(Unavailable):
+    """No endpoint can be connected to, and none ever answered this client, which does not wait for one.
+
+    Attributes:
+        causes: each endpoint's URL, and what is wrong with it.
+    """
+
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{url}: {cause}" for url, cause in causes.items()))
+        self.causes = causes
 
 
 class Ambiguous(Unavailable):
