@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
 from tests.support.etcd import EtcdCluster, EtcdServer
 
 DISK = "-blockdev driver=null-co,node-name=disk"
-BRISK = {"KVM_SESSION_TTL": "3", "KVM_SHUTDOWN_TIMEOUT": "0", "KVM_TAKEOVER_WAIT": "5"}
+BRISK: dict[str, Any] = {"KVM_SESSION_TTL": "3", "KVM_SHUTDOWN_TIMEOUT": "0", "KVM_TAKEOVER_WAIT": "5"}
 
 
 @pytest.fixture
