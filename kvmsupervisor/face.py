@@ -128,7 +128,10 @@ class Face:
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,
             guest_memory=instance.counts.memory,
-            nics=[(name, found) for name, tap in instance.nics if (found := traffic_of(tap)) is not None],
+            nics=[
+                (one.nic, found) for one in instance.plugs.attachments() if (found := traffic_of(one.tap)) is not None
+            ],
+            plugged=[(plug.nic, plug.plugged) for plug in instance.plugs.seen] if instance.pid is not None else (),
             accelerator=status.accelerator,
             machine=status.machine,
         )

@@ -37,6 +37,7 @@ from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
@@ -60,6 +61,7 @@ class Instance:
     Attributes:
         id: which.
         report: what is said of it.
+        plugs: its NICs.
         wish: as last told; None before that.
     """
 
@@ -87,10 +89,12 @@ class Instance:
             notify=self._wake.set,
             on_reset=self._saw_reset,
             on_event=lambda: around.metrics.heard_event(instance),
+            logs=around.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
@@ -202,11 +206,6 @@ class Instance:
         return None if known is None else known.starttime
 
     @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        return self._machine.nics
-
-    @property
     def counts(self) -> GuestCounts:
         """What QEMU counted of the guest when it was asked last."""
         return self._machine.counts
@@ -311,7 +310,7 @@ class Instance:
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
-            process=process,
+            process=None if process is None else self.plugs.look(process),
             memory=self._memory,
             slot=around.admission.state(self.id),
             shortage=around.admission.shortage(self.id),
@@ -366,7 +365,7 @@ class Instance:
 
     # --- acting -----------------------------------------------------------------------------------------------
 
-    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
+    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912, PLR0915 - a table of actions
         """Do one action on what `view` showed: the wish may change meanwhile, the lock's compare tells."""
         machine, start, action, wish = self._machine, self._start, decision.action, view.wish
         match action:
@@ -398,6 +397,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.PLUG:
+                await self.plugs.plug()
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:

@@ -8,6 +8,7 @@ it was started: a supervisor with another one finds it all the same.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,12 +109,28 @@ def prefix_of(pid: int) -> str | None:
 def seek(folder: Path) -> tuple[int, int] | None:
     """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
 
-    For a record that cannot be read. QEMUs of earlier releases do not name the folder, but open files in it.
+    For a record that cannot be read.
     """
     for pid in kernel.find({INSTANCE_MARK: folder.name}):
-        named = kernel.environment_of(pid).get(FOLDER_MARK)
-        opens = any(f"{folder}/" in word for word in kernel.command_line_of(pid))
         starttime = kernel.starttime_of(pid)
-        if (named == str(folder) or (named is None and opens)) and starttime is not None:
+        if _folder_of(pid, folder.name) == folder and starttime is not None:
             return pid, starttime
     return None
+
+
+def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+    """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
+    found: dict[int, tuple[str, Path | None]] = {}
+    for pid in kernel.having(INSTANCE_MARK):
+        instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
+        found[pid] = instance, _folder_of(pid, instance)
+    return found
+
+
+def _folder_of(pid: int, instance: str) -> Path | None:
+    """The instance's folder of a QEMU. Those of earlier releases do not name it, but open files in it."""
+    named = kernel.environment_of(pid).get(FOLDER_MARK)
+    if named is not None:
+        return Path(named)
+    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in kernel.command_line_of(pid))
+    return next((Path(word[1]) for word in words if word), None)

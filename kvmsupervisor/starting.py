@@ -11,6 +11,7 @@ from functools import partial
 from uuid import uuid4
 
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
@@ -19,6 +20,7 @@ from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -393,6 +395,8 @@ class Start:
             accelerator=around.host_side.accel,
             machine=opened.machine,
             taps=opened.tap_names,
+            tap_indexes=tuple(index_of(tap) or ELSEWHERE for tap in opened.tap_names),
+            bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,

@@ -19,6 +19,7 @@ from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
@@ -37,6 +38,7 @@ from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.history import History
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
@@ -51,9 +53,6 @@ from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
@@ -87,6 +86,7 @@ class Supervisor:
         self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
         self._draining = False
         self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
@@ -129,6 +129,7 @@ class Supervisor:
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            stack.callback(self._logs.close)
             self._identity, self._mismatch = self._standing.settle()
             if self._mismatch is not None:
                 log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
@@ -266,6 +267,7 @@ class Supervisor:
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
+        self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -284,6 +286,8 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            logs=self._logs,
+            links=self._links,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
@@ -330,7 +334,8 @@ class Supervisor:
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._rotate_logs(),
+                    self._around.logs.run(),
+                    self._links.run(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
@@ -426,7 +431,9 @@ class Supervisor:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._run_dir.instance(name).remove()
+            directory = self._run_dir.instance(name)
+            self._logs.writer.drop(directory.path)
+            directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
@@ -482,12 +489,3 @@ class Supervisor:
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    async def _rotate_logs(self) -> None:
-        settings = self._settings
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for instance in list(self._instances.values()):
-                directory = self._run_dir.instance(instance.id)
-                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.report.tell("log.rotated", file=str(path))

@@ -66,6 +66,7 @@ class InstanceSample:
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
         nics: bytes of each NIC, by its name.
+        plugged: of each NIC, by its name, whether it is plugged into a bridge.
         guest_memory: bytes by kind, as the guest's balloon driver tells.
         accelerator: what its QEMU runs with, None without a process.
         machine: the versioned machine type, None when it is not known.
@@ -84,6 +85,7 @@ class InstanceSample:
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
     nics: Sequence[tuple[str, Traffic]] = ()
+    plugged: Sequence[tuple[str, bool]] = ()
     guest_memory: Sequence[tuple[str, int]] = ()
     accelerator: str | None = None
     machine: str | None = None
@@ -342,6 +344,7 @@ class Metrics:
         written = _counter("instance_disk_written_bytes_total", "Bytes that the guest wrote.", "instance", "disk")
         received = _counter("instance_network_received_bytes_total", "Bytes to the guest.", "instance", "nic")
         sent = _counter("instance_network_sent_bytes_total", "Bytes from the guest.", "instance", "nic")
+        plugged = _gauge("instance_nic_plugged", "Whether frames pass between a NIC and a bridge.", "instance", "nic")
         memory = _gauge("instance_guest_memory_bytes", "Memory as the guest itself counts it.", "instance", "kind")
         for sample in samples:
             for disk in sample.disks:
@@ -350,9 +353,11 @@ class Metrics:
             for name, traffic in sample.nics:
                 received.add_metric([sample.id, name], traffic.received_bytes)
                 sent.add_metric([sample.id, name], traffic.sent_bytes)
+            for name, is_plugged in sample.plugged:
+                plugged.add_metric([sample.id, name], is_plugged)
             for kind, value in sample.guest_memory:
                 memory.add_metric([sample.id, kind], value)
-        yield from (read, written, received, sent, memory)
+        yield from (read, written, received, sent, plugged, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")

@@ -34,6 +34,7 @@ class Action(Enum):
     GUARD = "have the guard watch it"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
+    PLUG = "plug its NICs in again"
     GROW = "look whether its images were grown, and tell QEMU"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end whose guest has powered itself off"
@@ -68,6 +69,8 @@ class Process:
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
         grow_at: when its images are to be looked at again; never for a machine without.
+        unplugged: what is to be said of its NICs, for people; empty when all are plugged in as they were.
+        plug_at: when a NIC is to be plugged in again; never while all are.
         silent_since: since when it owes an answer, None when it answers.
         stopping: how far a stop has come, None when none was begun.
         asked: whether this supervisor has asked it to end; its end is no failure then.
@@ -81,6 +84,8 @@ class Process:
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
+    unplugged: tuple[str, ...] = ()
+    plug_at: float = math.inf
     silent_since: float | None = None
     stopping: Stopping | None = None
     asked: bool = False

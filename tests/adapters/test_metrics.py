@@ -40,6 +40,7 @@ CONTRACT = {
     "instance_phase": "gauge",
     "instance_up": "gauge",
     "instance_run_state": "gauge",
+    "instance_nic_plugged": "gauge",
     "instance_lock_epoch": "gauge",
     "instance_pending_changes": "gauge",
     "instance_invalid": "gauge",
@@ -119,6 +120,7 @@ def busy(supervisor: Supervisor) -> None:
             placed_for="beta",
             disks=[DiskCounts(name="disk0", read_bytes=11, written_bytes=12)],
             nics=[("nic0", Traffic(received_bytes=21, sent_bytes=22))],
+            plugged=[("nic0", True), ("nic1", False)],
             guest_memory=[("available", 31)],
         ),
         InstanceSample(id=TWO, phase=Phase.INVALID, invalid=True),
@@ -144,6 +146,8 @@ def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
         ("instance_network_received_bytes_total", {"nic": "nic0"}, 21),
         ("instance_network_sent_bytes_total", {"nic": "nic0"}, 22),
         ("instance_guest_memory_bytes", {"kind": "available"}, 31),
+        ("instance_nic_plugged", {"nic": "nic0"}, 1),
+        ("instance_nic_plugged", {"nic": "nic1"}, 0),
         ("instance_info", {"accelerator": "kvm", "machine": "pc-q35-7.2"}, 1),
     ):
         assert supervisor.value(name, instance=ONE, **labels) == value

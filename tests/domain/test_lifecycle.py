@@ -340,6 +340,11 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("law 7: a missing guard is sought again, and all goes on meanwhile", view(process=running(probe_at=101.0),
      lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, Action.PROBE),
     ("law 7: in time", view(process=running(), lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, None),
+    ("a NIC that has lost its bridge is plugged in again", view(process=running(plug_at=101.0), lock=seen(locked())),
+     Phase.RUNNING, Action.PLUG),
+    ("not at once again", view(process=running(plug_at=102.0), lock=seen(locked())), Phase.RUNNING, None),
+    ("also of what its bad wish lets run on", view(process=running(plug_at=101.0), lock=seen(locked()), wish=BAD,
+     problems=BAD.problems), Phase.RUNNING, Action.PLUG),
     ("images are looked at now and then", view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
     ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER, name="y"), storage=Storage.UNFENCEABLE)),
@@ -610,6 +615,7 @@ class Supervisor:
                 Action.GIVE_UP
                 | Action.PROBE
                 | Action.GROW
+                | Action.PLUG
                 | Action.FINISH
                 | Action.QUEUE
                 | Action.LOOK
