@@ -24,6 +24,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.timing import RETRY_CAP_S
 from kvmsupervisor.domain.view import View
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.marks import pid_of
 from kvmsupervisor.session import Session
@@ -94,6 +95,7 @@ class Drain:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._clock = Clock()
         self._boot_id = boot_id()
+        self._logs = GuestLogs(clock=self._clock)
 
     def running(self) -> tuple[InstanceId, ...]:
         """The instances whose QEMU lives on this host."""
@@ -162,6 +164,7 @@ class Drain:
                     if record is not None:
                         group.create_task(self._shut_down(directory, record))
         finally:
+            self._logs.close()
             self._run_dir.release()
 
     async def _shut_down(self, directory: InstanceDir, record: Incarnation) -> None:
@@ -174,6 +177,7 @@ class Drain:
             user=None,
             notify=wake.set,
             on_reset=lambda: None,
+            logs=self._logs.of(directory),
             log=log.bind(instance=record.instance),
         )
         memory = _memory_of(directory, self._boot_id)

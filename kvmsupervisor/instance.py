@@ -88,6 +88,7 @@ class Instance:
             notify=self._wake.set,
             on_reset=self._saw_reset,
             on_event=lambda: around.metrics.heard_event(instance),
+            logs=around.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )

@@ -41,6 +41,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.neighbours import Neighbours
@@ -58,9 +59,6 @@ LOOK_S = 0.2
 
 FLUSH_S = 2.0
 """How long the last status may take to be written."""
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at, as in the supervisor."""
 
 
 class NotHere(Exception):
@@ -231,7 +229,7 @@ class Single:
                     self._history.run_speaking(self._may_speak, self._speak),
                     self._publish(store, instance),
                     self._first_look(instance),
-                    self._rotate_logs(instance),
+                    around.logs.run(),
                 )
             ]
             loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
@@ -243,6 +241,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
+        around.logs.close()
         await end_session(around.session)
         return instance
 
@@ -292,6 +291,7 @@ class Single:
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             disks=disks,
+            logs=GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
             links=self._links,
             era=lambda: self._history.present,
             takeover_wait_s=settings.takeover_wait_s,
@@ -428,11 +428,3 @@ class Single:
             if written is not None and written.host == self._stand.holder:
                 instance.report.recall(written)
         await self._around.publisher.run()
-
-    async def _rotate_logs(self, instance: Instance) -> None:
-        settings = self._settings
-        directory = self._stand.run_dir.instance(self._id)
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                instance.report.tell("log.rotated", file=str(path))

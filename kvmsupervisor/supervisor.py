@@ -39,6 +39,7 @@ from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.history import History
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
@@ -53,9 +54,6 @@ from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
@@ -90,6 +88,7 @@ class Supervisor:
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=self._clock, on_change=self._notify_all)
+        self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
         self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
@@ -127,6 +126,7 @@ class Supervisor:
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            stack.callback(self._logs.close)
             self._identity, self._mismatch = self._standing.settle()
             if self._mismatch is not None:
                 log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
@@ -284,6 +284,7 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            logs=self._logs,
             links=self._links,
             user=equipment.user,
             clock=clock,
@@ -333,8 +334,8 @@ class Supervisor:
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
+                    self._around.logs.run(),
                     self._links.run(),
-                    self._rotate_logs(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
@@ -430,7 +431,9 @@ class Supervisor:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._run_dir.instance(name).remove()
+            directory = self._run_dir.instance(name)
+            self._logs.writer.drop(directory.path)
+            directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
@@ -486,12 +489,3 @@ class Supervisor:
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    async def _rotate_logs(self) -> None:
-        settings = self._settings
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for instance in list(self._instances.values()):
-                directory = self._run_dir.instance(instance.id)
-                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.report.tell("log.rotated", file=str(path))

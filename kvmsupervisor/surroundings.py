@@ -19,6 +19,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
@@ -50,6 +51,7 @@ class Surroundings:
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        logs: of all guests.
         links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
@@ -83,6 +85,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    logs: GuestLogs
     links: Links
     era: Callable[[], Era]
     guard: GuardPost | None = None

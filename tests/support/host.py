@@ -27,6 +27,7 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -291,6 +292,7 @@ class Host:
                 disks=self.disks,
             ),
             disks=self.disks,
+            logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,
             clock=self.clock,
