@@ -12,8 +12,8 @@ from pathlib import Path
 import structlog
 
 from kvmsupervisor import ladder
-from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.clock import Clock, boot_id
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -21,8 +21,9 @@ from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import View
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.marks import Marks
+from kvmsupervisor.marks import pid_of
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +48,7 @@ class Drain:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._clock = Clock()
         self._boot_id = boot_id()
+        self._logs = GuestLogs(clock=self._clock)
 
     def running(self) -> tuple[InstanceId, ...]:
         """The instances whose QEMU lives on this host."""
@@ -98,10 +100,7 @@ class Drain:
         record = _record_of(directory)
         if record is None or record.boot_id != self._boot_id:
             return False
-        if record.pid is not None and record.starttime is not None:
-            return kernel.is_alive(record.pid, record.starttime)
-        marks = Marks.of(record, self._prefix)
-        return next(kernel.find(marks.environment()), None) is not None
+        return pid_of(record.instance, record.incarnation, pid=record.pid, starttime=record.starttime) is not None
 
     async def _shut_down_ourselves(self) -> None:
         """There is no supervisor: do its part for what it left behind, in its place."""
@@ -118,6 +117,7 @@ class Drain:
                     if record is not None:
                         group.create_task(self._shut_down(directory, record))
         finally:
+            self._logs.close()
             self._run_dir.release()
 
     async def _shut_down(self, directory: InstanceDir, record: Incarnation) -> None:
@@ -130,12 +130,17 @@ class Drain:
             user=None,
             notify=wake.set,
             on_reset=lambda: None,
+            logs=self._logs.of(directory),
             log=log.bind(instance=record.instance),
         )
         memory = _memory_of(directory, self._boot_id)
         timeout_s = memory.shutdown_timeout_s
         try:
-            machine.adopt(record, boot_id=self._boot_id)
+            try:
+                machine.adopt(record, boot_id=self._boot_id)
+            except Hidden as error:
+                log.warning("instance.unreadable", instance=record.instance, reason=str(error))
+                return
             while (process := machine.view()) is not None and process.exit is None:
                 wake.clear()
                 view = View(

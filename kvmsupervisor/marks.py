@@ -1,10 +1,20 @@
-"""The environment of a QEMU process: what it inherits, and the marks by which a successor knows it (law 8)."""
+"""The environment of a QEMU process: what it inherits, and the marks by which a successor knows it (laws 8 and 12).
+
+A process is one certain incarnation when its pid, its start time and the incarnation's name in its environment agree.
+The name is random and given once, so it alone tells processes apart. The prefix beside it only says below which keys
+it was started: a supervisor with another one finds it all the same.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.process import Hidden, Process
 from kvmsupervisor.domain.incarnation import Incarnation
 
 KEPT_ENVIRONMENT = (
@@ -20,30 +30,107 @@ KEPT_ENVIRONMENT = (
 )
 """What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
 
+PREFIX_MARK = "KVMSUPERVISOR_PREFIX"
+INSTANCE_MARK = "KVMSUPERVISOR_INSTANCE"
+INCARNATION_MARK = "KVMSUPERVISOR_INCARNATION"
+FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation (law 8)."""
+    """The environment variables by which a QEMU process is known to be one certain incarnation.
+
+    Attributes:
+        prefix: `KVM_PREFIX`, below which it was started.
+        instance: whose it is.
+        incarnation: its name.
+        folder: where its record lies.
+    """
 
     prefix: str
     instance: str
     incarnation: str
-
-    @classmethod
-    def of(cls, record: Incarnation, prefix: str) -> Marks:
-        """Those of an incarnation below `prefix`."""
-        return cls(prefix=prefix, instance=record.instance, incarnation=record.incarnation)
+    folder: Path
 
     def environment(self) -> dict[str, str]:
         """As variables."""
-        return {
-            "KVMSUPERVISOR_PREFIX": self.prefix,
-            "KVMSUPERVISOR_INSTANCE": self.instance,
-            "KVMSUPERVISOR_INCARNATION": self.incarnation,
-        }
+        told = {PREFIX_MARK: self.prefix, FOLDER_MARK: str(self.folder)}
+        return told | name_of(self.instance, self.incarnation)
+
+
+def name_of(instance: str, incarnation: str) -> dict[str, str]:
+    """Those of the variables that tell which process it is, wherever it was started from."""
+    return {INSTANCE_MARK: instance, INCARNATION_MARK: incarnation}
 
 
 def environment_of(marks: Marks) -> dict[str, str]:
     """All of a QEMU's environment."""
     kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
     return kept | marks.environment()
+
+
+def reopen(record: Incarnation, *, on_end: Callable[[], None]) -> Process | None:
+    """The living process of a record of this boot; None when it is certainly gone.
+
+    Args:
+        record: of the process; without a pid it is sought by its name.
+        on_end: called once when it ends.
+
+    Raises:
+        Hidden: a process lives where it was, and whether it is that cannot be seen. It is not to be taken for gone.
+    """
+    names = name_of(record.instance, record.incarnation)
+    candidates = [record.pid] if record.pid is not None else list(kernel.find(names))
+    for pid in candidates:
+        found = kernel.reopen(pid, starttime=record.starttime, marks=names, on_end=on_end)
+        if found is not None:
+            return found
+    if record.pid is not None and record.starttime is not None and kernel.is_alive(record.pid, record.starttime):
+        # A QEMU that its guest has broken into may have written over its own environment.
+        raise Hidden(
+            f"process {record.pid} lives with the start time on record, but its environment does not have "
+            f"{INCARNATION_MARK}={record.incarnation}; end that process and start the supervisor again"
+        )
+    return None
+
+
+def pid_of(instance: str, incarnation: str, *, pid: int | None, starttime: int | None) -> int | None:
+    """The pid of an incarnation's process, as far as it lives: by pid and start time where they are known."""
+    if pid is not None and starttime is not None:
+        return pid if kernel.is_alive(pid, starttime) else None
+    return next(kernel.find(name_of(instance, incarnation)), None)
+
+
+def prefix_of(pid: int) -> str | None:
+    """The prefix that a QEMU was started below; None when that cannot be seen."""
+    return kernel.environment_of(pid).get(PREFIX_MARK)
+
+
+def seek(folder: Path) -> tuple[int, int] | None:
+    """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
+
+    For a record that cannot be read.
+    """
+    for pid in kernel.find({INSTANCE_MARK: folder.name}):
+        starttime = kernel.starttime_of(pid)
+        if _folder_of(pid, folder.name) == folder and starttime is not None:
+            return pid, starttime
+    return None
+
+
+def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+    """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
+    found: dict[int, tuple[str, Path | None]] = {}
+    for pid in kernel.having(INSTANCE_MARK):
+        instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
+        found[pid] = instance, _folder_of(pid, instance)
+    return found
+
+
+def _folder_of(pid: int, instance: str) -> Path | None:
+    """The instance's folder of a QEMU. Those of earlier releases do not name it, but open files in it."""
+    named = kernel.environment_of(pid).get(FOLDER_MARK)
+    if named is not None:
+        return Path(named)
+    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in kernel.command_line_of(pid))
+    return next((Path(word[1]) for word in words if word), None)

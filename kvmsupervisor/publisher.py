@@ -131,6 +131,7 @@ class Publisher:
         self._hurry = asyncio.Event()
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
+        self._era = 0
 
     def prime(self, kvs: Iterable[KeyValue]) -> None:
         """Tell what the status keys hold at the start. Those of other hosts are passed over."""
@@ -142,6 +143,16 @@ class Publisher:
                 instance = parse_id(kv.key[len(prefix) :].decode(errors="replace"))
                 if instance is not None:
                     self._learn(instance, kv.value, kv.mod_revision)
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: nothing is known of what the keys hold, and whoever wants something says it again.
+
+        What was sent before says nothing of them either.
+        """
+        self._era += 1
+        for known in (self._wanted, self._known, self._dirty):
+            known.clear()
+        self._clean.set()
 
     def ids(self) -> Set[InstanceId]:
         """The instances whose status keys are ours, as far as known: written here, or primed."""
@@ -310,8 +321,9 @@ class Publisher:
 
     async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
         ops = [Put(self._layout.status_key(instance), value) for instance, value in puts.items()]
+        era = self._era
         done = await self._store.txn([self._session.compare()], ops)
-        if done.succeeded:
+        if done.succeeded and era == self._era:
             for instance, value in puts.items():
                 self._learn(instance, value, done.revision)
                 self._judge(instance)

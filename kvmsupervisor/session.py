@@ -62,11 +62,13 @@ class Session:
         value: what the session key says; `host`, `boot_id` and `machine` decide whose an old key is.
         run_dir: where the lease's id is kept for a successor on the same boot; it exists.
         ttl_s: of the lease (`KVM_SESSION_TTL`).
+        yields: whether to go on waiting, and not to give up, where another supervisor lives under this name.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
         key: of the session in etcd.
-        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started.
+        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started,
+            and by `restate`.
         lost_count: how often a session that was held was lost.
         problem: what keeps it from being won or renewed, for people; empty when nothing does.
     """
@@ -80,6 +82,7 @@ class Session:
         value: HostSession,
         run_dir: Path,
         ttl_s: int = 15,
+        yields: bool = False,
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.key = layout.session_key(HostName(value.host))
@@ -89,6 +92,7 @@ class Session:
         self._store = store
         self._clock = clock
         self._ttl_s = ttl_s
+        self._yields = yields
         self._rand = rand
         self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
         self._lease = 0
@@ -145,7 +149,7 @@ class Session:
         """Keep the session, for ever. Cancelling leaves it in etcd for the successor to resume.
 
         Raises:
-            HostnameTaken: another supervisor holds it, and this one never did.
+            HostnameTaken: another supervisor holds it, and this one never did (unless it `yields`).
         """
         self._lease = self._file.load()
         self._won_on_this_boot = self._lease != 0
@@ -170,6 +174,16 @@ class Session:
                 await self._clock.sleep_until(self._timer.next_renewal(self._clock.now()))
             # After a suspend, or a freeze, it may have passed in the sleep.
             self._announce()
+
+    async def restate(self, value: HostSession) -> bool:
+        """Have the key say `value` from now on; return whether it does. Without a session it will once it is won.
+
+        Raises:
+            EtcdError: it may or may not do so.
+        """
+        self.value = value
+        mine = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
+        return (await self._store.txn(mine, [Put(self.key, value.to_json(), self._lease)])).succeeded
 
     async def end(self) -> None:
         """Give the session up, so that nobody waits for its lease to run out. `run` was cancelled before.
@@ -308,7 +322,7 @@ class Session:
         )
         if self._rival.alive:
             message = self._taken(found)
-            if not self._won_by_this_process:
+            if not self._won_by_this_process and not self._yields:
                 raise HostnameTaken(message)
             self._tell_of("taken", message)
         else:
@@ -384,6 +398,15 @@ class Session:
             self._reminder = reminder
             tell = log.error if kind in ("denied", "rejected", "taken") else log.warning
             tell(f"session.{kind}", problem=problem, remaining_s=round(self.remaining_s, 1))
+
+
+def last_key(run_dir: Path, *, boot_id: str) -> str | None:
+    """The key of the session that was last kept from this run directory on this boot; None when none is noted."""
+    try:
+        found = json.loads((run_dir / FILE_NAME).read_bytes())
+        return str(found["key"]) if found["boot_id"] == boot_id else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 class LeaseFile:

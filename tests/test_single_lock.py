@@ -53,6 +53,7 @@ class Bench:
             stand=stand,
             store=self.store,
             session=cast("Session", self.session),
+            history=stand.history(store=self.etcd.peer(), clock=self.clock, patience_s=60.0),
             clock=self.clock,
             options=options,
             fencing=Diskless(),

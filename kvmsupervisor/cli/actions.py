@@ -5,14 +5,14 @@ Only wishes are written here, never a lock, a status or a session: those belong 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.goal import where_else
+from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.wishes import WISH_KEYS, parse_wish
@@ -53,10 +53,10 @@ async def create(
         layout: where the keys lie.
         instance: its id.
         values: key name → value.
-        force: write although a value has a problem.
+        force: write although a value has a problem, or `host` has no session.
 
     Raises:
-        Refused: it has a key already, or a value has a problem.
+        Refused: it has a key already, a value has a problem, or `host` names nobody who has a session.
     """
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
@@ -67,6 +67,8 @@ async def create(
     wish = parse_wish(instance, keys)
     if wish.problems and not force:
         raise Refused(_problems_message(f"{instance} was not created", wish.problems))
+    if not force:
+        _refuse_absent_host(f"{instance} was not created", wish, cluster)
     result = await store.txn(
         [
             Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
@@ -102,14 +104,14 @@ async def change(
         instance: its id.
         values: key name → new value.
         unset: keys to delete; one that is not there is not an error.
-        force: write although a value has a problem.
+        force: write although a value has a problem, or a new `host` has no session.
 
     Raises:
-        Refused: there is no such instance, or the change brings a problem.
+        Refused: there is no such instance, the change brings a problem, or a `host` that nobody has a session under.
     """
     _only_wishes(layout, instance, [*values, *unset])
 
-    def plan(found: Instance) -> Sequence[Op]:
+    def plan(found: Instance, cluster: Cluster) -> Sequence[Op]:
         merged = dict(found.keys)
         for name in unset:
             merged.pop(name.encode(), None)
@@ -119,6 +121,8 @@ async def change(
         new = _new_problems(found, merged, values)
         if new and not force:
             raise Refused(_problems_message(f"{instance} was not changed", new))
+        if "host" in values and not force:
+            _refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
@@ -139,7 +143,7 @@ async def switch(store: Store, layout: Layout, instance: InstanceId, power: Powe
         store,
         layout,
         instance,
-        lambda _: [Put(layout.wish_key(instance, "power"), power.value.encode())],
+        lambda _, __: [Put(layout.wish_key(instance, "power"), power.value.encode())],
         ["power"],
     )
 
@@ -151,7 +155,7 @@ async def restart(store: Store, layout: Layout, instance: InstanceId, request: s
         Refused: there is no such instance, or it is switched off.
     """
 
-    def plan(found: Instance) -> Sequence[Op]:
+    def plan(found: Instance, _: Cluster) -> Sequence[Op]:
         if found.wish.power is Power.OFF:
             raise Refused(f"{instance} is switched off (power=off): start it with `start {instance}`")
         return [Put(layout.wish_key(instance, "restart_request"), request.encode())]
@@ -202,27 +206,11 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     )
 
 
-async def held_removals(store: Store, layout: Layout, host: HostName) -> tuple[InstanceId, ...]:
-    """The instances whose removal `host` holds back until a person confirms it, in key order."""
-    listing = await list_all(store, layout.statuses_prefix)
-    statuses = (Status.from_json(kv.value) for kv in listing.kvs)
-    ids = (parse_id(status.id) for status in statuses if status is not None and status.host == host and status.held)
-    return tuple(instance for instance in ids if instance is not None)
-
-
-async def confirm_removal(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
-    """Confirm the removal of exactly these instances; return the revision of the word.
-
-    The host acts on it and deletes the key.
-    """
-    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
-
-
 async def _rewrite(
     store: Store,
     layout: Layout,
     instance: InstanceId,
-    plan: Callable[[Instance], Sequence[Op]],
+    plan: Callable[[Instance, Cluster], Sequence[Op]],
     touched: Sequence[str],
 ) -> Written:
     """Read an instance, plan, and write if nothing changed meanwhile; again when something did.
@@ -241,7 +229,7 @@ async def _rewrite(
         found, cluster = await read_instance(store, layout, instance)
         if not found.keys:
             raise Refused(_no_such(instance, found))
-        ops = plan(found)
+        ops = plan(found, cluster)
         result = await store.txn(_unchanged(layout, found, touched), ops)
         if result.succeeded:
             after, cluster = await read_instance(store, layout, instance)
@@ -319,6 +307,28 @@ def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
     """What a person should know when nobody will act on a wish."""
     if wish.host is None:
         return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
-    if not cluster.alive(wish.host):
-        return [f"`host` names {wish.host}, which has no session ({cluster.who_has_sessions()})"]
+    if not cluster.takes(wish.instance, wish.runs_on):
+        named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
+        return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
     return []
+
+
+def _refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:
+    """Refuse to name a host that nobody has a session under: a typo, or one that is down.
+
+    Raises:
+        Refused: it is so; the message says who was probably meant, and what --force comes to.
+    """
+    if wish.host is None or cluster.takes(wish.instance, wish.host):
+        return
+    if not cluster.sessions:
+        raise Refused(
+            f"{what}: `host` names {wish.host}, and no host has a session with this etcd under this prefix: no "
+            "supervisor runs yet, or this is another etcd (ETCD_ENDPOINTS) or prefix (KVM_PREFIX) than theirs. "
+            "--force writes it all the same"
+        )
+    raise Refused(
+        f"{what}: `host` names {wish.host}, which has no session ({cluster.who_has_sessions()}"
+        f"{cluster.meant_by(wish.host)}). --force writes it all the same: what runs stays where it is, and what does "
+        f"not waits, until {wish.host} is there"
+    )

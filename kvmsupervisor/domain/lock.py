@@ -161,6 +161,7 @@ class Claim(Enum):
     UNKNOWN = "not read yet"
     ABSENT = "free"
     MINE = "names my incarnation"
+    RENAMED = "names my incarnation, under another name of this host"
     LEFTOVER = "names an earlier incarnation of this host"
     STRANGER = "names another host"
     BROKEN = "was broken by an operator"
@@ -190,8 +191,12 @@ class LockView:
         lock = None if self.data is None else Lock.from_json(self.data)
         object.__setattr__(self, "lock", lock)
 
-    def claim(self, *, host: HostName, incarnation: str | None) -> Claim:
-        """What this lock means to `host`, which knows of `incarnation` (None: of none)."""
+    def claim(self, *, host: HostName, boot_id: str, incarnation: str | None, buried: str | None = None) -> Claim:
+        """What this lock means to `host`, which knows of `incarnation` (None: of none), and has `buried` one before.
+
+        An incarnation is a random name, given once: on the boot that it belongs to it is this process, whatever the
+        host was called when the lock was written (law 12).
+        """
         if not self.known:
             return Claim.UNKNOWN
         if self.data is None:
@@ -201,6 +206,9 @@ class LockView:
             return Claim.UNREADABLE
         if lock.state is LockState.BROKEN:
             return Claim.BROKEN
-        if lock.host != host:
-            return Claim.STRANGER
-        return Claim.MINE if incarnation is not None and lock.incarnation == incarnation else Claim.LEFTOVER
+        is_mine = lock.incarnation == incarnation
+        if lock.host == host:
+            return Claim.MINE if is_mine else Claim.LEFTOVER
+        if lock.boot_id == boot_id and is_mine:
+            return Claim.RENAMED
+        return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == buried else Claim.STRANGER

@@ -80,7 +80,57 @@ def test_create_says_when_nothing_will_run_it(world: World) -> None:
     """Without `host`, or with one that has no session."""
     world.host("alpha")
     assert "nothing runs 1 until `host` is set (with a session: alpha)" in world.run("create", "1", "ram=1G").stderr
-    assert "which has no session" in world.run("create", "2", "ram=1G", "host=beta").stderr
+    assert "which has no session" in world.run("create", "2", "ram=1G", "host=beta", "--force").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("aplha", "which has no session (with a session: alpha, gamma; did you mean alpha?)"),
+        ("alpha.example.org", "did you mean alpha?"),
+        ("ALPHA", "did you mean alpha?"),
+        ("zeta", "which has no session (with a session: alpha, gamma). --force"),
+    ],
+)
+@pytest.mark.parametrize("command", ["create", "set"])
+def test_a_host_that_nobody_has_a_session_under_is_refused(world: World, command: str, typed: str, said: str) -> None:
+    """§7: a move to nobody, exit code 1, and nothing is written; `--force` does it, for a host that is down."""
+    world.host("alpha", "gamma")
+    if command == "set":
+        world.running("1")
+    before = wishes(world)
+    args = (command, "1", "ram=1G", f"host={typed}")
+    refused = world.run(*args)
+    assert refused.exit_code == 1
+    assert said in refused.stderr
+    assert wishes(world) == before
+    assert world.run(*args, "--force").exit_code == 0
+    assert world.value("1", "host") == typed
+
+
+def test_a_cluster_without_any_supervisor_is_told_so(world: World) -> None:
+    """§7: nobody has a session: nothing runs yet, or this is another etcd or prefix than theirs."""
+    refused = world.run("create", "1", "ram=1G", "host=alpha")
+    assert refused.exit_code == 1
+    assert "no host has a session" in refused.stderr
+    assert "ETCD_ENDPOINTS" in refused.stderr
+    assert wishes(world) == {}
+
+
+def test_other_keys_may_change_while_its_host_is_away(world: World) -> None:
+    """§7: only a `host` that is written now is looked at."""
+    world.keys("1", host="alpha", ram="1G")
+    assert world.run("set", "1", "ram=2G").exit_code == 0
+    assert world.run("set", "1", "host= alpha ").exit_code == 1
+    world.host("alpha")
+    assert world.run("set", "1", "host= alpha ").exit_code == 0
+
+
+def test_a_container_that_waits_for_the_lock_is_somebody(world: World) -> None:
+    """§7: in single mode no supervisor has a session under the host's name, but the instance's own container has."""
+    world.host("beta/1@4026531836")
+    assert world.run("create", "2", "ram=1G", "host=beta").exit_code == 1
+    assert world.run("create", "1", "ram=1G", "host=beta").exit_code == 0
 
 
 def test_create_says_when_an_old_lock_is_there(world: World) -> None:
@@ -98,7 +148,7 @@ def test_create_says_when_an_old_lock_is_there(world: World) -> None:
         ["1"],
         ["1", "ram"],
         ["1", "=1G"],
-        ["1", "a/b=1"],
+        ["1", "a//b=1"],
         ["1", "ram=1G", "ram=2G"],
         ["../1", "ram=1G"],
     ],
@@ -319,3 +369,18 @@ def test_confirm_removal_waits_until_the_host_took_it(world: World, acting: Acti
     assert world.run("confirm-removal", "--yes", "--wait", "--timeout", "0.05").exit_code == 4
     acting(lambda call: world.etcd.erase(key) if call == "get" else None)
     assert world.run("confirm-removal", "--yes", "--wait").exit_code == 0
+
+
+def test_keys_with_a_slash_are_keys(world: World) -> None:
+    """Further disks and NICs are created, changed and taken away like every other wish."""
+    world.host("alpha")
+    made = world.run("create", "web1", "host=alpha", "ram=1G", "rbd=rbd/a", "nic/1/mac=52:54:00:00:00:01")
+    assert made.exit_code == 0, made.stderr
+    assert world.run("set", "web1", "disk/1=rbd/foo").exit_code == 0
+    assert world.value("web1", "disk/1") == "rbd/foo"
+    assert world.run("set", "web1", "--unset", "disk/1", "--unset", "nic/1/mac").exit_code == 0
+    assert world.value("web1", "disk/1") is None
+    assert world.value("web1", "nic/1/mac") is None
+    refused = world.run("set", "web1", "disk/99=rbd/foo")
+    assert refused.exit_code == 1
+    assert "disk/99" in refused.stderr

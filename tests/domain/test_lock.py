@@ -139,11 +139,24 @@ def test_recorded_is_what_lets_a_guest_run() -> None:
         (LockView(known=True, data=LOCK.to_json()), "x", Claim.MINE),
         (LockView(known=True, data=LOCK.to_json()), "y", Claim.LEFTOVER),
         (LockView(known=True, data=LOCK.to_json()), None, Claim.LEFTOVER),
-        (LockView(known=True, data=replace(LOCK, host=OTHER).to_json()), "x", Claim.STRANGER),
+        (LockView(known=True, data=replace(LOCK, host=OTHER).to_json()), "y", Claim.STRANGER),
+        (LockView(known=True, data=replace(LOCK, host=OTHER).to_json()), None, Claim.STRANGER),
+        (LockView(known=True, data=replace(LOCK, host=OTHER).to_json()), "x", Claim.RENAMED),
+        (LockView(known=True, data=replace(LOCK, host=OTHER, boot_id="z").to_json()), "x", Claim.STRANGER),
         (LockView(known=True, data=b"?"), "x", Claim.UNREADABLE),
         (LockView(known=True, data=b""), "x", Claim.UNREADABLE),
     ],
 )
 def test_what_a_value_means_to_one_host(view: LockView, incarnation: str | None, claim: Claim) -> None:
-    """Law 2: only a value with our host and our incarnation is ours; what cannot be read is nobody's."""
-    assert view.claim(host=ME, incarnation=incarnation) is claim
+    """Laws 2 and 12: our incarnation, on our boot, is ours under whatever name; what cannot be read is nobody's."""
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=incarnation) is claim
+
+
+def test_what_was_buried_under_another_name_is_a_leftover() -> None:
+    """Law 12: the lock of our own dead process is ours to release, under whatever name it was taken."""
+    former = replace(LOCK, host=OTHER)
+    view = LockView(known=True, data=former.to_json())
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, buried="x") is Claim.LEFTOVER
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation="planned", buried="x") is Claim.LEFTOVER
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, buried="y") is Claim.STRANGER
+    assert view.claim(host=ME, boot_id="z", incarnation=None, buried="x") is Claim.STRANGER

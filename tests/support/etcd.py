@@ -198,6 +198,21 @@ class EtcdMember:
         self.frozen = False
         _reaper().watch(self._process.pid)
 
+    def forget(self, file: Path | None) -> None:
+        """While it does not run: replace its data by those of a snapshot, or by nothing."""
+        data = self._folder / self.name
+        shutil.rmtree(data, ignore_errors=True)
+        if file is None:
+            return
+        argv = [
+            *("etcdctl", "snapshot", "restore", str(file), "--name", self.name, "--data-dir", str(data)),
+            *("--initial-cluster", self._initial_cluster, "--initial-advertise-peer-urls", self.peer_url),
+        ]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=READY_S, env=environment, check=False)
+        if done.returncode != 0:
+            raise EtcdStartError(f"{' '.join(argv)}: {done.stderr}")
+
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Wait until the member serves, which takes a leader and a quorum."""
         deadline = time.monotonic() + timeout_s
@@ -232,6 +247,21 @@ class EtcdMember:
         """Kill it if need be and start it again; does not wait for it to serve."""
         self.kill()
         self.start()
+
+    def lose_data(self) -> None:
+        """Kill it and delete its data; `start` begins with an empty store."""
+        self.kill()
+        shutil.rmtree(self._folder / self.name)
+
+    def restore(self, snapshot: Path) -> None:
+        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
+        self.lose_data()
+        argv = ["etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)]
+        argv += ["--name", self.name, "--initial-cluster", f"{self.name}={self.peer_url}"]
+        argv += ["--initial-advertise-peer-urls", self.peer_url]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
+        self._initial_cluster = f"{self.name}={self.peer_url}"
 
     @property
     def leads(self) -> bool:
@@ -377,6 +407,22 @@ class EtcdCluster:
         """SIGKILL for all members."""
         for member in self.members:
             member.kill()
+
+    def back_up(self, file: Path) -> int:
+        """Save a snapshot into `file`; return its revision."""
+        file.unlink(missing_ok=True)
+        self.ctl("snapshot", "save", str(file), endpoint=self.leader().endpoint)
+        return int(json.loads(self.ctl("snapshot", "status", str(file), "--write-out", "json"))["revision"])
+
+    def restore(self, file: Path | None) -> None:
+        """Kill all members and have them begin with what the snapshot in `file` holds; with nothing, when it is None.
+
+        The cluster keeps its id: etcd makes it of the members' names and URLs, and of a token, which are the same.
+        """
+        self.kill()
+        for member in self.members:
+            member.forget(file)
+        self.start()
 
     def repair(self) -> None:
         """Undo what a test did to the members: all run, none is frozen, all serve."""

@@ -1,6 +1,7 @@
 """The adapter for etcd v3: the only place that knows etcd3 and gRPC."""
 
 from kvmsupervisor.adapters.etcd.api import (
+    Ahead,
     Ambiguous,
     Batch,
     Compacted,
@@ -27,6 +28,7 @@ from kvmsupervisor.adapters.etcd.client import Etcd
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 
 __all__ = [
+    "Ahead",
     "Ambiguous",
     "Batch",
     "Compacted",

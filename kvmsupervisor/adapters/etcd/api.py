@@ -6,7 +6,7 @@ reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +19,18 @@ class EtcdError(Exception):
 
 class Unavailable(EtcdError):
     """No answer in time from any endpoint, or no quorum: wait and try again. Nothing was written."""
+
+
+class Unreachable(Unavailable):
+    """No endpoint can be connected to, and none ever answered this client, which does not wait for one.
+
+    Attributes:
+        causes: each endpoint's URL, and what is wrong with it.
+    """
+
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{url}: {cause}" for url, cause in causes.items()))
+        self.causes = causes
 
 
 class Ambiguous(Unavailable):
@@ -35,6 +47,10 @@ class Compacted(EtcdError):
     def __init__(self, revision: int) -> None:
         super().__init__(f"etcd has compacted its history up to revision {revision}")
         self.revision = revision
+
+
+class Ahead(EtcdError):
+    """The revision asked for is greater than the store's own: whoever saw it, saw it in another store."""
 
 
 class Denied(EtcdError):
@@ -203,10 +219,36 @@ class Store(Protocol):
         """
         ...
 
-    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+    async def get_at(self, key: str, revision: int) -> KeyValue | None:
+        """Read one key as it was at `revision`, None when it did not exist then; a quorum is asked.
+
+        Raises:
+            Compacted: what was then is gone.
+            Ahead: the store has not come so far.
+        """
+        ...
+
+    @property
+    def members(self) -> int:
+        """How many endpoints there are to ask."""
+        ...
+
+    def leave(self) -> None:
+        """Ask another endpoint from now on, where there is one. Watches connect again."""
+        ...
+
+    def watch(
+        self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[Watch]:
         """Follow all changes below `prefix` from `start_revision` on, none lost, none repeated.
 
         Reconnects by itself, for ever, to any endpoint, and says so in its `connected` meanwhile.
+
+        Args:
+            prefix: of the keys.
+            start_revision: the first revision that is told of.
+            prove: awaited after each connection, the first one included, before anything that is heard on it is handed
+                on. What it raises ends the watch; `Unavailable` only has it connect again.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any
 
@@ -65,6 +65,22 @@ class Etcd:
         reply = await self._range(f"get {key}", request, timeout_s)
         return key_value(reply.kvs[0]) if reply.kvs else None
 
+    async def get_at(self, key: str, revision: int) -> KeyValue | None:
+        """Read one key as it was at `revision`; see `Store.get_at`."""
+        request = rpc.RangeRequest(**range_of(key, prefix=False), revision=revision)
+        reply = await self._range(f"get {key} at revision {revision}", request, None)
+        return key_value(reply.kvs[0]) if reply.kvs else None
+
+    @property
+    def members(self) -> int:
+        """How many endpoints there are to ask."""
+        return len(self._caller.endpoints)
+
+    def leave(self) -> None:
+        """Ask another endpoint from now on, where there is one."""
+        if self.members > 1:
+            self._caller.endpoints.leave(self._caller.endpoints.current)
+
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         """Read all keys below `prefix` at one revision; the deadline is that of each page.
 
@@ -112,9 +128,11 @@ class Etcd:
                     raise Rejected(f"a value below {prefix} is larger than this client receives") from error
                 page = max(page // _SHRINK, 1)
 
-    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+    def watch(
+        self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[Watch]:
         """Follow all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
-        return EtcdWatch(self._caller, prefix, start_revision)
+        return EtcdWatch(self._caller, prefix, start_revision, prove=prove)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         """Write one key without a condition; return the revision.
