@@ -124,6 +124,7 @@ class EtcdMember:
         args: Sequence[str] = (),
         tls: Tls | None = None,
         place: Place = HERE,
+        *,
         program: str = "etcd",
     ) -> None:
         self.name = name
@@ -369,7 +370,7 @@ class EtcdCluster:
     def _lay_out(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
         self.members = [
-            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number], self._program)
+            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number], program=self._program)
             for number in range(self._size)
         ]
 
