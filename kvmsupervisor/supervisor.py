@@ -254,6 +254,7 @@ class Supervisor:
             host=self._me,
             instances=self._instances,
             hosts=self._neighbours.table,
+            alive=self._neighbours.names,
             session=self._session,
             history=self._history,
             wishes=self._wishes,
