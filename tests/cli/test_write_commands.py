@@ -129,6 +129,14 @@ def test_other_keys_may_change_while_its_host_is_away(world: World) -> None:
     assert world.run("set", "1", "host= alpha ").exit_code == 0
 
 
+def test_candidates_that_are_not_there_are_told_of(world: World) -> None:
+    """A typo in `hosts` would be noticed on the day of the failover only."""
+    world.host("alpha", "beta")
+    done = world.run("create", "1", "ram=1G", "host=alpha", "hosts=alpha btea")
+    assert done.exit_code == 0
+    assert "in `hosts`: btea; did you mean beta?" in done.stderr
+
+
 def test_a_host_that_stops_all_its_guests_is_told_of(world: World) -> None:
     """§4: it is there, and nobody to move to before that ends."""
     session = HostSession(host="beta", version="1", url="", boot_id="b", draining=True)
