@@ -114,7 +114,7 @@ class History:
         self._id, self._number, self._since = found.id, found.number, found.since
         self._foreign, self._members = found.foreign, frozenset(found.members)
         self.spoken = found.spoken
-        # The hosts that are waited for: those of the former history, as far as known here or to whoever named this one.
+        # The hosts of the former history, which are waited for where this one cannot be named.
         self._former: frozenset[str] = frozenset()
         self._named: HistoryName | None = None
         # Hosts that have a session, and the history that each has spoken in.
@@ -174,10 +174,10 @@ class History:
         if name is None or name.id != self._id:
             # It could not be named, so nobody can say that he has spoken in it.
             return tuple(sorted((self._former | current.keys()) - {self._me}))
-        if not name.hosts and not self._former:
+        if not name.hosts:
             return ()
         said = spoken_in(current, self._id) | ({self._me} if self.spoken else frozenset())
-        return tuple(sorted((self._former | current.keys() | set(name.hosts)) - said - set(name.gone)))
+        return tuple(sorted((current.keys() | set(name.hosts)) - said - set(name.gone)))
 
     # --- the proof ----------------------------------------------------------------------------------------------
 
@@ -393,7 +393,6 @@ class History:
         name = self._named
         if name is None or name.id != self._id or self.awaited:
             return
-        self._former = frozenset()
         if not name.hosts or (name.by != self._me and name.by in self._sessions):
             return
         try:

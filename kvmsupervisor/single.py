@@ -308,6 +308,7 @@ class Single:
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._neighbours.has_session,
             sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,

@@ -44,6 +44,7 @@ class Surroundings:
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
+        host_drains: whether a host says that it stops all its guests.
         sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.
@@ -78,6 +79,7 @@ class Surroundings:
     metrics: Metrics
     fencing: Fencing
     host_has_session: Callable[[HostName], bool | None]
+    host_drains: Callable[[HostName], bool]
     sessions: Callable[[], Collection[str]]
     host_side: HostSide
     shutdown_timeout_s: float

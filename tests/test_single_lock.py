@@ -285,3 +285,28 @@ async def test_the_end_does_not_wait_for_etcd_for_ever(bench: Bench) -> None:
     assert letting_go.done()
     await letting_go
     assert bench.stored is not None
+
+
+async def test_an_older_lock_is_no_loss(bench: Bench) -> None:
+    """Law 11: a lower epoch, of a stranger or of an earlier container, was restored; it is written over, with ours."""
+    bench.etcd.write(KEY, replace(stranger(), epoch=7, state=LockState.BROKEN).to_json())
+    await bench.begin()
+    assert await bench.taking()
+    await bench.lock.record(pid=7, starttime=8)
+    ours = bench.stored
+    assert ours is not None
+    assert ours.epoch == 8
+    guard = asyncio.create_task(bench.lock.guard(pid=7, starttime=8))
+    for older in (replace(stranger(), epoch=3), replace(ours, incarnation="earlier", epoch=7)):
+        bench.etcd.write(KEY, older.to_json())
+        await bench.clock.advance(5.0)
+        assert not guard.done()
+        assert bench.stored is not None
+        assert (bench.stored.incarnation, bench.stored.epoch) == (ours.incarnation, 8)
+    bench.etcd.write(KEY, replace(stranger(), epoch=9).to_json())
+    await bench.clock.advance(5.0)
+    assert isinstance(guard.exception(), Lost)
+
+
+def stranger() -> Lock:
+    return Lock(host=HostName("b"), boot_id="boot-b", epoch=1, state=LockState.RUNNING, incarnation="y")

@@ -305,6 +305,7 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_drains=lambda host: False,
             sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
