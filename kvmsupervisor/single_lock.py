@@ -347,9 +347,11 @@ class SingleLock:
         """The lock when it is ours; None when it is absent or cannot be read, is older, or another cluster's.
 
         Raises:
-            Lost: it is somebody else's.
+            Lost: it is somebody else's, or an operator has broken it (docs/decisions/0012-a-broken-lock.md).
         """
         lock = self._lock.view.lock
+        if self._claim() is Claim.BROKEN:
+            raise Lost(f"{self._key} was broken by an operator (`break-lock`), so that another may run it")
         if self._claim() in {Claim.STRANGER, Claim.LEFTOVER}:
             assert lock is not None
             if self._is_strange(lock) or is_older(lock, epoch=self._epoch, incarnation=self.incarnation):
