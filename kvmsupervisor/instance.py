@@ -382,6 +382,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.RESET:
+                await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
             case Action.GROW:

@@ -31,7 +31,8 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         run         never answered in time       GiveUp
               any         any         powered itself off           Finish … Kill
               any         any         ran, not under guard         Guard, before all but the end (law 7)
-              any         stop        ran                          Powerdown … Quit … Kill
+              any         stop        ran                          Powerdown … Quit … Kill; at once: Quit … Kill
+              any         run         ran, a new reset asked for   Reset
               mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, Plug, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
@@ -72,7 +73,7 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_h
 from kvmsupervisor.domain.reasons import while_it_runs
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
-from kvmsupervisor.domain.spec import Wish
+from kvmsupervisor.domain.spec import Power, Request, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -188,6 +189,10 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         and wish.restart_request is not None
         and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
     )
+    if restart and wish is not None and wish.request is Request.RESET:
+        restart = False
+        if process.connected:
+            return Decision(phase=Phase.RUNNING, reason="a reset was asked for", action=Action.RESET)
     if aim is Goal.STOP or restart:
         return _stop(view, process, "a restart was asked for" if restart else why)
     if not process.connected:
@@ -234,19 +239,34 @@ def _power_off(view: View, process: Process) -> Decision | None:
 def _stop(view: View, process: Process, why: str) -> Decision:
     """The ladder: power button, repeated; QEMU's own quit; SIGKILL. Each rung has its time."""
     stopping = process.stopping or Stopping(since=view.now)
-    force_at = stopping.since + view.shutdown_timeout_s
+    at_once = _needs_no_consent(view)
+    force_at = stopping.since + (0.0 if at_once else view.shutdown_timeout_s)
     phase = Phase.STOPPING
     if stopping.quit_at is not None:
         kill_at = stopping.quit_at + QUIT_WAIT_S
         return _when(view, kill_at, Action.KILL, phase, f"{why}: QEMU was told to end")
     if view.now >= force_at:
-        reason = f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
+        reason = (
+            f"{why}, at once: QEMU is told to end"
+            if at_once
+            else f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
+        )
         return Decision(phase=phase, reason=reason, action=Action.QUIT)
     left = f"{why}: its guest is asked to shut down, by force {view.shutdown_timeout_s:g} s after the first time"
     if not process.connected:
         return _when(view, process.connect_at, Action.CONNECT, phase, left, or_at=force_at)
     press_at = view.now if stopping.pressed_at is None else stopping.pressed_at + POWERDOWN_EVERY_S
     return _when(view, press_at, Action.POWERDOWN, phase, left, or_at=force_at)
+
+
+def _needs_no_consent(view: View) -> bool:
+    """Whether a person wants its end at once: by `power`, or by a request to restart it so."""
+    wish = view.wish
+    if wish is None or wish.keys == 0:
+        return False
+    if wish.power is Power.OFF:
+        return wish.power_off_now
+    return goal(view)[0] is Goal.RUN and wish.request is Request.RESTART_NOW
 
 
 def _without_process(view: View) -> Decision:

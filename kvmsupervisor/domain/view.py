@@ -39,6 +39,7 @@ class Action(Enum):
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end whose guest has powered itself off"
     QUIT = "tell QEMU to end"
+    RESET = "reset the machine, as its button would: the process stays"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
     TIDY = "delete a placement that stands in for nothing any more"

@@ -78,6 +78,7 @@ def view(**changes: object) -> View:
 
 STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
+OFF_NOW = replace(OFF, power_off_now=True)
 THERE, ABSENT = Target(there=True), Target(there=False)
 MOVED = replace(WISH, host=OTHER)
 PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
@@ -130,6 +131,31 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Phase.STOPPING, Action.BURY),
     ("law 12: who shuts the host down is heeded", view(mismatch="m", process=running(), draining=True,
      lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
+    ("at once, a stop asks no guest", view(process=running(), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
+     Action.QUIT),
+    ("nor one that is shutting down", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF_NOW),
+     Phase.STOPPING, Action.QUIT),
+    ("nor one whose QEMU is silent", view(process=running(connected=False), lock=seen(locked()), wish=OFF_NOW),
+     Phase.STOPPING, Action.QUIT),
+    ("nor a paused one", view(process=running(run_state="paused"), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
+     Action.QUIT),
+    ("QEMU has its time to flush", view(process=running(stopping=Stopping(since=100.0, quit_at=100.0)),
+     lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING, None),
+    ("and is killed then", view(process=running(stopping=Stopping(since=90.0, quit_at=90.0)), lock=seen(locked()),
+     wish=OFF_NOW, now=90.0 + QUIT_WAIT_S), Phase.STOPPING, Action.KILL),
+    ("at once, a restart asks no guest", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="now:1")), Phase.STOPPING, Action.QUIT),
+    ("an earlier request is no hurry for another stop", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="now:1", power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("a reset leaves the process", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.RESET),
+    ("a reset is done once", view(process=running(incarnation=replace(record(), restart_request="reset:1")),
+     lock=seen(locked()), wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, None),
+    ("a reset waits for QMP", view(process=running(connected=False), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.CONNECT),
+    ("a reset that came with another history was asked of nobody", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1"), memory=Memory(boot_id=BOOT, restart_seen="reset:1")),
+     Phase.RUNNING, None),
     ("law 6: losing the session kills nothing", view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
     ("law 6: an unreadable lock kills nothing", view(process=running(), lock=LockView(known=True, data=b"?", as_of=9)),
