@@ -649,6 +649,7 @@ class Supervisor:
                 | Action.QUEUE
                 | Action.LOOK
                 | Action.TIDY
+                | Action.RESET
                 | Action.FORGET
             ):
                 raise AssertionError(action)

@@ -73,7 +73,7 @@ def test_guests_are_shut_down_by_acpi(keys: Keys, hosts: Hosts, guest: Guest) ->
 @pytest.mark.guest
 @pytest.mark.timeout(300)
 def test_what_is_done_at_once_asks_no_guest(keys: Keys, hosts: Hosts, guest: Guest) -> None:
-    """A deaf guest is reset once, in its process, also when its supervisor is replaced; restarted, and stopped, by force."""
+    """A deaf guest is reset once, in its process, also when its supervisor is replaced; then restarted, and stopped."""
     host = hosts().start()
     put_guest(keys, host, "deaf", guest.extra_flags(deaf=True), shutdown_timeout=3600)
     first = host.wait_running("deaf")["deaf"]
@@ -82,7 +82,7 @@ def test_what_is_done_at_once_asks_no_guest(keys: Keys, hosts: Hosts, guest: Gue
     keys.put("deaf", restart_request="reset:1")
     host.hears("deaf", "HELLO from", 2)
     assert host.qemu("deaf") == first
-    host.kill()
+    host.kill9()
     host.start()
     revision = keys.put("deaf", description="seen by the next supervisor")
     host.wait_for("deaf", lambda s: s.revision >= revision and s.phase is Phase.RUNNING)
