@@ -105,6 +105,11 @@ def prefix_of(pid: int) -> str | None:
     return kernel.environment_of(pid).get(PREFIX_MARK)
 
 
+def folder_of(pid: int) -> str | None:
+    """Where a QEMU was put on record; None when that cannot be seen, or its release did not say."""
+    return kernel.environment_of(pid).get(FOLDER_MARK)
+
+
 def seek(folder: Path) -> tuple[int, int] | None:
     """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
 

@@ -92,6 +92,19 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holdover:
+    """A QEMU that lives here and has no record in the run directory.
+
+    Attributes:
+        pid: of it.
+        folder: where it was put on record; None when that is not known.
+    """
+
+    pid: int
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeftAlone:
     """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
 
@@ -152,7 +165,7 @@ class View:
         deferral: how long a takeover has waited, None when it has not begun to.
         target_there: whether the host where it shall run, when that is another, has a session; None when not known.
         target_meant: a host that has one and was probably meant, when that host has none; None when none comes close.
-        holdover: pid of a QEMU of ours that lives without a record in the run directory.
+        holdover: a QEMU of ours that lives without a record in the run directory; None when there is none.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
         process: None when there is none.
@@ -193,7 +206,7 @@ class View:
     deferral: Deferral | None = None
     target_there: bool | None = None
     target_meant: str | None = None
-    holdover: int | None = None
+    holdover: Holdover | None = None
     claimed_by: HostName | None = None
     looked: bool = True
     process: Process | None = None
@@ -223,6 +236,13 @@ class View:
         if lock is None or process is None:
             return False
         return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
+
+    @property
+    def unadopted_pid(self) -> int | None:
+        """Of the QEMU that is known to live here and is not this supervisor's to touch; None when there is none."""
+        if self.left_alone is not None:
+            return self.left_alone.pid
+        return None if self.holdover is None else self.holdover.pid
 
     @property
     def claim(self) -> Claim:
