@@ -8,7 +8,7 @@ it was started: a supervisor with another one finds it all the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,9 +116,20 @@ def seek(folder: Path) -> tuple[int, int] | None:
     For a record that cannot be read. QEMUs of earlier releases do not name the folder, but open files in it.
     """
     for pid in kernel.find({INSTANCE_MARK: folder.name}):
-        named = kernel.environment_of(pid).get(FOLDER_MARK)
-        opens = any(f"{folder}/" in word for word in kernel.command_line_of(pid))
+        named = folder_of(pid)
+        there = is_same(named, folder) if named is not None else _opens_in(folder, kernel.command_line_of(pid))
         starttime = kernel.starttime_of(pid)
-        if (named == str(folder) or (named is None and opens)) and starttime is not None:
+        if there and starttime is not None:
             return pid, starttime
     return None
+
+
+def is_same(one: str, other: Path) -> bool:
+    """Whether two paths lead to the same place: /var/run is /run on most hosts."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _opens_in(folder: Path, words: Iterable[str]) -> bool:
+    """Whether one of a command line's words names a file in `folder`, as `logfile=/run/kvmsupervisor/1/console.log`."""
+    paths = (part.partition("=")[2] for word in words for part in word.split(","))
+    return any(is_same(str(Path(path).parent), folder) for path in paths if path.startswith("/"))

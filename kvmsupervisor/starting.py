@@ -138,13 +138,19 @@ class Start:
 
     def holdover(self, lock: Lock | None) -> Holdover | None:
         """A QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
+        if lock is None or lock.boot_id != self._around.boot_id:
             return None
-        if lock.incarnation == self.planned:
+        is_ours = lock.host == self._around.me
+        if lock.incarnation == self.planned or (lock.pid is None and not is_ours):
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
         pid = self._machine.holdover(lock)
-        return None if pid is None else Holdover(pid=pid, folder=marks.folder_of(pid))
+        if pid is None:
+            return None
+        folder = marks.folder_of(pid)
+        # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
+        is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
+        return Holdover(pid=pid, folder=folder) if is_ours else None
 
     def is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""

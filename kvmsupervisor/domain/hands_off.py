@@ -17,7 +17,8 @@ def hands_off(view: View) -> Decision | None:
     """The decision where nothing may be touched; None where the instance goes its way."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
-    if view.process is None and view.holdover is not None and view.claim in {Claim.LEFTOVER, Claim.BROKEN}:
+    in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
+    if view.process is None and view.holdover is not None and in_the_way:
         return _held_over(view, view.holdover)
     if view.mismatch is None or order(view) is not None:
         return None
