@@ -143,6 +143,12 @@ class Dispatch:
         for name in freed & self._instances.keys():
             self._instances[name].update(self._wish(name), held=False, fresh=False)
 
+    def links_differ(self, changed: Set[int]) -> None:
+        """Network interfaces of this host differ, told by their indexes: one may be a guest's."""
+        for instance in self._instances.values():
+            if instance.plugs.concern(changed):
+                instance.notify()
+
     def forget(self, name: InstanceId) -> None:
         """Nothing of an instance is this host's any more."""
         self._read.pop(name, None)

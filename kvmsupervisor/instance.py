@@ -20,27 +20,27 @@ from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
-from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
 from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.target import target_of
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
@@ -60,6 +60,7 @@ class Instance:
     Attributes:
         id: which.
         report: what is said of it.
+        plugs: its NICs.
         wish: as last told; None before that.
     """
 
@@ -87,10 +88,12 @@ class Instance:
             notify=self._wake.set,
             on_reset=self._saw_reset,
             on_event=lambda: around.metrics.heard_event(instance),
+            logs=around.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
@@ -202,11 +205,6 @@ class Instance:
         return None if known is None else known.starttime
 
     @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        return self._machine.nics
-
-    @property
     def counts(self) -> GuestCounts:
         """What QEMU counted of the guest when it was asked last."""
         return self._machine.counts
@@ -284,13 +282,13 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
-        target_there, target_meant = self._target()
+        target = target_of(self.id, self.wish, around)
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems if self.wish is None or not target_there else self.wish.problems,
+            problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
             mismatch=around.mismatch,
             held=self._held,
@@ -306,12 +304,11 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
-            target_there=target_there,
-            target_meant=target_meant,
+            target=target,
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
-            process=process,
+            process=None if process is None else self.plugs.look(process),
             memory=self._memory,
             slot=around.admission.state(self.id),
             shortage=around.admission.shortage(self.id),
@@ -345,19 +342,6 @@ class Instance:
         if starting:
             self._start.note_wanted(view.now)
 
-    def _target(self) -> tuple[bool | None, str | None]:
-        """Of the other host where it shall run: whether it has a session, and which was meant if it has none."""
-        around, wish = self._around, self.wish
-        if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
-            return None, None
-        there = around.host_has_session(HostName(wish.runs_on))
-        if there is not False:
-            return there, None
-        sessions = around.sessions()
-        if is_in_container(self.id, wish.runs_on, sessions):
-            return True, None
-        return False, resembling(wish.runs_on, sessions)
-
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
         if wish.spec is None:
@@ -366,7 +350,7 @@ class Instance:
 
     # --- acting -----------------------------------------------------------------------------------------------
 
-    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
+    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912, PLR0915 - a table of actions
         """Do one action on what `view` showed: the wish may change meanwhile, the lock's compare tells."""
         machine, start, action, wish = self._machine, self._start, decision.action, view.wish
         match action:
@@ -398,6 +382,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.PLUG:
+                await self.plugs.plug()
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
@@ -495,5 +481,7 @@ class Instance:
         else:
             await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
+        if stale and self.wish is not None:
+            self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None
         self.report.tell("lock.released")

@@ -35,6 +35,7 @@ from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.growing import Growth
+from kvmsupervisor.guest_logs import MachineLogs
 from kvmsupervisor.monitor import Conversation
 from kvmsupervisor.spawning import spawn
 
@@ -66,6 +67,7 @@ class Machine:
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         on_event: Callable[[], None] = lambda: None,
+        logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class Machine:
         self._notify = notify
         self._on_reset = on_reset
         self._count_event = on_event
+        self._logs = logs
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
@@ -186,6 +189,7 @@ class Machine:
                 home,
                 prefix=self._prefix,
                 user=self._user,
+                logs=self._logs,
                 on_record=self._begin,
                 on_end=self._on_end,
             )
@@ -219,6 +223,7 @@ class Machine:
         self._begin(record)
         self._process = found
         if found is not None:
+            self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
             return True
@@ -268,6 +273,8 @@ class Machine:
         Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
         """
         self._talk.run_state = None
+        # QEMU has opened it by now, and would not write into it as it is.
+        self._logs.look()
         try:
             answer = await self._talk.ask("cont")
         except MonitorRefused as error:
@@ -361,6 +368,7 @@ class Machine:
         if settling is not None:
             settling.cancel()
             await asyncio.gather(settling, return_exceptions=True)
+        self._logs.close()
         await self.agent.close()
         await self._talk.close()
 
@@ -415,6 +423,6 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        log_tail = self.directory.log_tail(self.record.log_offset)
+        log_tail = self._logs.tail(self.record.log_offset)
         killed_at = self.directory.guard_killed_at(self.record.incarnation)
         return classify(shutdown=self._shutdown, status=status, log_tail=log_tail, guard_killed_at=killed_at)

@@ -8,7 +8,8 @@ it was started: a supervisor with another one finds it all the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,31 +106,39 @@ def prefix_of(pid: int) -> str | None:
     return kernel.environment_of(pid).get(PREFIX_MARK)
 
 
-def folder_of(pid: int) -> str | None:
-    """Where a QEMU was put on record; None when that cannot be seen, or its release did not say."""
-    return kernel.environment_of(pid).get(FOLDER_MARK)
-
-
 def seek(folder: Path) -> tuple[int, int] | None:
     """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
 
-    For a record that cannot be read. QEMUs of earlier releases do not name the folder, but open files in it.
+    For a record that cannot be read.
     """
     for pid in kernel.find({INSTANCE_MARK: folder.name}):
-        named = folder_of(pid)
-        there = is_same(named, folder) if named is not None else _opens_in(folder, kernel.command_line_of(pid))
-        starttime = kernel.starttime_of(pid)
-        if there and starttime is not None:
+        found, starttime = folder_of(pid, folder.name), kernel.starttime_of(pid)
+        if found is not None and is_same(found, folder) and starttime is not None:
             return pid, starttime
     return None
 
 
-def is_same(one: str, other: Path) -> bool:
+def is_same(one: Path, other: Path) -> bool:
     """Whether two paths lead to the same place: /var/run is /run on most hosts."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _opens_in(folder: Path, words: Iterable[str]) -> bool:
-    """Whether one of a command line's words names a file in `folder`, as `logfile=/run/kvmsupervisor/1/console.log`."""
-    paths = (part.partition("=")[2] for word in words for part in word.split(","))
-    return any(is_same(str(Path(path).parent), folder) for path in paths if path.startswith("/"))
+def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+    """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
+    found: dict[int, tuple[str, Path | None]] = {}
+    for pid in kernel.having(INSTANCE_MARK):
+        instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
+        found[pid] = instance, folder_of(pid, instance)
+    return found
+
+
+def folder_of(pid: int, instance: str) -> Path | None:
+    """The instance's folder of a QEMU; None when that cannot be seen.
+
+    Those of earlier releases do not name it, but open files in it.
+    """
+    named = kernel.environment_of(pid).get(FOLDER_MARK)
+    if named is not None:
+        return Path(named)
+    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in kernel.command_line_of(pid))
+    return next((Path(word[1]) for word in words if word), None)

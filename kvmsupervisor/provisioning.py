@@ -127,6 +127,7 @@ class Opened:
         ready: what was prepared.
         machine: the versioned machine type.
         taps: of the NICs.
+        bridges: that these are plugged into.
         spice_password: path of that file.
         home: the cgroup that the process enters.
         closing: what ends our hold of the descriptors: QEMU has its own then, or nobody has them.
@@ -135,6 +136,7 @@ class Opened:
     ready: Prepared
     machine: str
     taps: tuple[Tap, ...]
+    bridges: tuple[str, ...]
     spice_password: str | None
     home: Home
     closing: contextlib.ExitStack
@@ -329,6 +331,7 @@ class Provisioner:
                 ready=ready,
                 machine=machine,
                 taps=tuple(taps),
+                bridges=self._bridges(spec),
                 spice_password=password,
                 home=home,
                 closing=stack.pop_all(),
@@ -342,11 +345,15 @@ class Provisioner:
             with contextlib.suppress(DeviceTrouble):
                 # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
                 devices.ensure(device)
-        bridges = [nic.bridge or self._host.bridge_if for nic in spec.all_nics]
-        wanted = [bridge for bridge in bridges if bridge is not None]
+        wanted = self._bridges(spec)
         network.allow_bridges(wanted)
         for bridge in wanted:
             yield await network.open_tap(bridge, helper=self._files.bridge_helper)
+
+    def _bridges(self, spec: Spec) -> tuple[str, ...]:
+        """The bridge of each NIC."""
+        bridges = (nic.bridge or self._host.bridge_if for nic in spec.all_nics)
+        return tuple(bridge for bridge in bridges if bridge is not None)
 
     def _write_password(self, spec: Spec, directory: InstanceDir) -> str | None:
         """Put the SPICE password where only QEMU reads it; None without one."""

@@ -121,6 +121,7 @@ class Report:
             agent=self._machine.agent.facts,
             guarded=view.guarded,
             run_state=self._machine.run_state,
+            unplugged=() if view.process is None else view.process.unplugged,
             placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )

@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.connection import etcd_config
@@ -40,6 +41,7 @@ from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.neighbours import Neighbours
@@ -57,9 +59,6 @@ LOOK_S = 0.2
 
 FLUSH_S = 2.0
 """How long the last status may take to be written."""
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at, as in the supervisor."""
 
 
 class NotHere(Exception):
@@ -93,6 +92,7 @@ class Single:
         self._era = 0
         self._hold: Hold | None = None
         self._instance: Instance | None = None
+        self._links = Links(self._on_links)
         self._told: int | None = None
         self._hurried = False
         self._leaving: str | None = None
@@ -222,13 +222,14 @@ class Single:
                 parts.create_task(part)
                 for part in (
                     around.session.run(),
+                    self._links.run(),
                     *(mirror.run() for mirror in self._mirrors),
                     self._neighbours.run(),
                     self._history.run(),
                     self._history.run_speaking(self._may_speak, self._speak),
                     self._publish(store, instance),
                     self._first_look(instance),
-                    self._rotate_logs(instance),
+                    around.logs.run(),
                 )
             ]
             loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
@@ -240,6 +241,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
+        around.logs.close()
         await end_session(around.session)
         return instance
 
@@ -289,10 +291,13 @@ class Single:
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             disks=disks,
+            logs=GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
+            links=self._links,
             era=lambda: self._history.present,
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._neighbours.has_session,
             sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -400,6 +405,10 @@ class Single:
             placed=placed,
         )
 
+    def _on_links(self, changed: Set[int]) -> None:
+        if self._instance is not None and self._instance.plugs.concern(changed):
+            self._instance.notify()
+
     # --- around -----------------------------------------------------------------------------------------------
 
     async def _publish(self, store: Store, instance: Instance) -> None:
@@ -419,11 +428,3 @@ class Single:
             if written is not None and written.host == self._stand.holder:
                 instance.report.recall(written)
         await self._around.publisher.run()
-
-    async def _rotate_logs(self, instance: Instance) -> None:
-        settings = self._settings
-        directory = self._stand.run_dir.instance(self._id)
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                instance.report.tell("log.rotated", file=str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.guest_logs import MachineLogs
 
 
 def spawn(
@@ -26,6 +26,7 @@ def spawn(
     *,
     prefix: str,
     user: QemuUser | None,
+    logs: MachineLogs,
     on_record: Callable[[Incarnation], None],
     on_end: Callable[[], None],
 ) -> Process:
@@ -39,6 +40,7 @@ def spawn(
         home: what the process enters before it becomes QEMU; the caller sees it settled.
         prefix: below which its keys are.
         user: that QEMU runs as; None for our own.
+        logs: what it writes its logs into is made there.
         on_record: called with the whole record once that is written, before there is a process.
         on_end: called once when the process has ended.
 
@@ -52,19 +54,17 @@ def spawn(
         def listen(name: str) -> int:
             return stack.enter_context(directory.listen(directory.path / name)).fileno()
 
+        console_log, own_log = logs.begin()
         channels = Channels(
             qmp=listen(directory.qmp_socket.name),
             spare=listen(directory.spare_socket.name),
             console=listen(directory.console_socket.name),
             agent=listen(directory.agent_socket.name),
+            console_log=console_log,
         )
         provision = build(channels)
         words = tuple(argv(provision))
         record = replace(record, argv=words, log_offset=directory.log_size())
-        if user is not None:
-            directory.give_console_log(user.uid, user.gid)
-        log_fd = directory.open_log()
-        stack.callback(os.close, log_fd)
         try:
             directory.write_incarnation(record)
             # Not before: what cannot be put on record (no space) was not begun.
@@ -79,7 +79,7 @@ def spawn(
                         folder=directory.path,
                     )
                 ),
-                log_fd=log_fd,
+                log_fd=own_log,
                 pass_fds=provision.descriptors,
                 on_end=on_end,
                 stdin=home.stdin,

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from kvmsupervisor import marks
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
@@ -20,6 +21,7 @@ from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -147,10 +149,10 @@ class Start:
         pid = self._machine.holdover(lock)
         if pid is None:
             return None
-        folder = marks.folder_of(pid)
+        folder = marks.folder_of(pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
         is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
-        return Holdover(pid=pid, folder=folder) if is_ours else None
+        return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
 
     def is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""
@@ -401,6 +403,8 @@ class Start:
             accelerator=around.host_side.accel,
             machine=opened.machine,
             taps=opened.tap_names,
+            tap_indexes=tuple(index_of(tap) or ELSEWHERE for tap in opened.tap_names),
+            bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,

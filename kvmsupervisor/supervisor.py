@@ -19,6 +19,7 @@ from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
@@ -32,11 +33,13 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.history import History
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
@@ -51,9 +54,6 @@ from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
@@ -87,7 +87,8 @@ class Supervisor:
         self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
-        self._draining = False
+        self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=self._clock, on_change=self._notify_all)
+        self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
         self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
@@ -102,11 +103,7 @@ class Supervisor:
 
     def heed_draining(self) -> None:
         """Look whether this host is to stop all its guests: the mark in the run directory came or went."""
-        draining = self._run_dir.is_draining(self._boot_id)
-        if draining != self._draining:
-            self._draining = draining
-            log.info("host.draining" if draining else "host.drain_ended")
-            self._notify_all()
+        self._drain.heed()
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
         """Supervise until `stop`.
@@ -129,6 +126,7 @@ class Supervisor:
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            stack.callback(self._logs.close)
             self._identity, self._mismatch = self._standing.settle()
             if self._mismatch is not None:
                 log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
@@ -141,7 +139,8 @@ class Supervisor:
             if self._around.guard is None:
                 await self._post.dismiss()
             self._adopt()
-            self._session.value = replace(self._session.value, url=await serve(self.face, settings, stack))
+            url = await serve(self.face, settings, stack)
+            self._session.value = replace(self._session.value, url=url, draining=self._drain.on)
             stack.callback(self._session.listen(self._notify_all))
             log.info(
                 "supervisor.started",
@@ -255,6 +254,7 @@ class Supervisor:
             host=self._me,
             instances=self._instances,
             hosts=self._neighbours.table,
+            alive=self._neighbours.names,
             session=self._session,
             history=self._history,
             wishes=self._wishes,
@@ -266,6 +266,7 @@ class Supervisor:
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
+        self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -284,6 +285,8 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            logs=self._logs,
+            links=self._links,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
@@ -291,6 +294,7 @@ class Supervisor:
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._neighbours.has_session,
             sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -301,7 +305,7 @@ class Supervisor:
             recorded_for=lambda client: instance_of_client(self._wishes, client),
             mismatch=mismatch,
             objection=self._objection,
-            draining=lambda: self._draining,
+            draining=lambda: self._drain.on,
         )
         self._failover = Failover(self._around, self._wishes)
         self._dispatch = Dispatch(
@@ -327,10 +331,12 @@ class Supervisor:
                     self._history.run(),
                     self._history.run_speaking(self._may_speak, self._speak),
                     self._session.run(),
+                    self._drain.run_telling(self._session),
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._rotate_logs(),
+                    self._around.logs.run(),
+                    self._links.run(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
@@ -426,7 +432,9 @@ class Supervisor:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._run_dir.instance(name).remove()
+            directory = self._run_dir.instance(name)
+            self._logs.writer.drop(directory.path)
+            directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
@@ -482,12 +490,3 @@ class Supervisor:
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    async def _rotate_logs(self) -> None:
-        settings = self._settings
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for instance in list(self._instances.values()):
-                directory = self._run_dir.instance(instance.id)
-                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.report.tell("log.rotated", file=str(path))

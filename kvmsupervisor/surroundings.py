@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks
@@ -18,6 +19,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
@@ -42,12 +44,15 @@ class Surroundings:
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
+        host_drains: whether a host says that it stops all its guests.
         sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        logs: of all guests.
+        links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         recorded_for: the instance whose lock has a storage client on record, None when none has.
@@ -73,12 +78,15 @@ class Surroundings:
     metrics: Metrics
     fencing: Fencing
     host_has_session: Callable[[HostName], bool | None]
+    host_drains: Callable[[HostName], bool]
     sessions: Callable[[], Collection[str]]
     host_side: HostSide
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    logs: GuestLogs
+    links: Links
     era: Callable[[], Era]
     guard: GuardPost | None = None
     takeover_wait_s: float = 60.0

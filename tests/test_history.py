@@ -307,6 +307,23 @@ async def test_a_lost_connection_is_no_other_history(bench: Bench) -> None:
     assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
 
 
+async def test_a_proof_costs_two_reads(bench: Bench) -> None:
+    """Whoever connects again at one time shares a proof; while nothing is lost there is none, and no file written."""
+    await bench.begin()
+    await run(bench, "1", "2")
+    await bench.clock.advance(5.0)
+    before, written = bench.client.calls.copy(), (bench.path / FILE_NAME).stat().st_mtime_ns
+    await bench.clock.advance(600.0)
+    assert bench.client.calls["get_at"] == before["get_at"]
+    assert (bench.path / FILE_NAME).stat().st_mtime_ns == written
+    bench.client.away()
+    await bench.clock.advance(5.0)
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert 1 <= bench.client.calls["get_at"] - before["get_at"] <= 2
+    assert bench.client.calls["list"] == before["list"]
+
+
 async def test_a_compaction_meanwhile_is_no_other_history(bench: Bench) -> None:
     """A key that is as it was vouches for what came before it, also where its revision is gone."""
     await bench.begin()

@@ -31,6 +31,7 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
 from kvmsupervisor.domain.view import Process
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from tests.support.processes import freeze, stat_of
 
@@ -90,6 +91,7 @@ class Bench:
         self.prefix = "/kvm"
         self.resets: list[str] = []
         self.changed = asyncio.Event()
+        self.logs = GuestLogs(clock=Clock())
         self.machine = self.make()
 
     def make(self) -> Machine:
@@ -100,6 +102,7 @@ class Bench:
             user=None,
             notify=self.changed.set,
             on_reset=lambda: self.resets.append("reset"),
+            logs=self.logs.of(self.directory),
             log=structlog.get_logger(),
         )
 
@@ -453,9 +456,10 @@ async def test_an_end_between_two_supervisors_is_told_from_the_log(bench: Bench)
     """Law 8 and §4: nobody saw how it ended; its last words are what is known."""
     await bench.up()
     await bench.machine.kill("in secret")
-    log = bench.directory.open_log()
-    os.write(log, b"qemu-system-x86_64: out of luck\n")
-    os.close(log)
+    await bench.machine.detach()
+    bench.logs.writer.close()
+    with bench.directory.qemu_log.open("ab") as log:
+        log.write(b"qemu-system-x86_64: out of luck\n")
     assert not await bench.successor()
     assert bench.view.exit is not None
     assert bench.view.exit.text == "ended while no supervisor watched; last words: out of luck"

@@ -1,9 +1,9 @@
 """An instance's serial console, as people use it: all read its log, one of them has the keyboard.
 
 QEMU's socket serves one client at a time and keeps nothing for the next. So whatever is shown comes from the log, which
-QEMU writes beside it, and the socket is for typing only. Who may type holds an flock beside it.
+the supervisor writes beside it, and the socket is for typing only. Who may type holds an flock beside it.
 
-    console.log    read by everybody; the supervisor rotates it by copying and truncating
+    console.log    read by everybody; set aside as console.log.1 (that of an earlier release's QEMU: copied, and cut)
     console.sock   connected by whoever has the keyboard; what comes from it is dropped, so that the guest never waits
     console.lock   flock of whoever has the keyboard; holds words that say who that is
     console.want   words of somebody who wants the keyboard; whoever has it lets go then
@@ -59,8 +59,13 @@ class ConsoleLog:
             now = self._path.stat()
         except FileNotFoundError:
             return b""
-        if self._fd < 0 or not os.path.samestat(now, os.fstat(self._fd)):
-            # The instance was removed, and came back.
+        if self._fd < 0:
+            self._reopen()
+        elif not os.path.samestat(now, os.fstat(self._fd)):
+            # It was set aside, and is whole by now; or the instance was removed, and came back.
+            if missed := os.pread(self._fd, READ_BYTES, self._at):
+                self._at += len(missed)
+                return missed
             self._reopen()
         elif now.st_size < self._at:
             missed, self._at = self._missed(self._at), 0

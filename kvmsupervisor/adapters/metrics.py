@@ -66,6 +66,7 @@ class InstanceSample:
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
         nics: bytes of each NIC, by its name.
+        plugged: of each NIC, by its name, whether it is plugged into a bridge.
         guest_memory: bytes by kind, as the guest's balloon driver tells.
         accelerator: what its QEMU runs with, None without a process.
         machine: the versioned machine type, None when it is not known.
@@ -84,6 +85,7 @@ class InstanceSample:
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
     nics: Sequence[tuple[str, Traffic]] = ()
+    plugged: Sequence[tuple[str, bool]] = ()
     guest_memory: Sequence[tuple[str, int]] = ()
     accelerator: str | None = None
     machine: str | None = None
@@ -100,6 +102,7 @@ class Snapshot:
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
+        orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
         removals_held: instances whose removal waits for an operator's confirmation.
         identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
             lives here.
@@ -112,6 +115,7 @@ class Snapshot:
     watch_revision: int
     qemu_privileged: bool = False
     guests_survive: bool = True
+    orphans: int | None = None
     removals_held: int = 0
     identity_mismatch: bool = False
     history_changes: int = 0
@@ -275,6 +279,10 @@ class Metrics:
             gauge = _gauge(name, documentation)
             gauge.add_metric([], value)
             yield gauge
+        orphans = _gauge("orphans", "Instances of the cluster that no host with a session looks after.")
+        if now.orphans is not None:
+            orphans.add_metric([], now.orphans)
+        yield orphans
         for name, documentation, value in (
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
@@ -342,6 +350,7 @@ class Metrics:
         written = _counter("instance_disk_written_bytes_total", "Bytes that the guest wrote.", "instance", "disk")
         received = _counter("instance_network_received_bytes_total", "Bytes to the guest.", "instance", "nic")
         sent = _counter("instance_network_sent_bytes_total", "Bytes from the guest.", "instance", "nic")
+        plugged = _gauge("instance_nic_plugged", "Whether frames pass between a NIC and a bridge.", "instance", "nic")
         memory = _gauge("instance_guest_memory_bytes", "Memory as the guest itself counts it.", "instance", "kind")
         for sample in samples:
             for disk in sample.disks:
@@ -350,9 +359,11 @@ class Metrics:
             for name, traffic in sample.nics:
                 received.add_metric([sample.id, name], traffic.received_bytes)
                 sent.add_metric([sample.id, name], traffic.sent_bytes)
+            for name, is_plugged in sample.plugged:
+                plugged.add_metric([sample.id, name], is_plugged)
             for kind, value in sample.guest_memory:
                 memory.add_metric([sample.id, kind], value)
-        yield from (read, written, received, sent, memory)
+        yield from (read, written, received, sent, plugged, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")

@@ -279,6 +279,13 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
             yield int(entry.name)
 
 
+def having(name: str) -> Iterator[int]:
+    """The pids of all processes that lead a session and have an environment variable of this name; see `find`."""
+    for entry in PROC.iterdir():
+        if entry.name.isdigit() and name in environment_of(pid := int(entry.name)) and _leads_session(pid):
+            yield pid
+
+
 def environment_of(pid: int) -> Mapping[str, str]:
     """The environment that a process was started with; nothing where it is gone, or may not be looked at."""
     try:

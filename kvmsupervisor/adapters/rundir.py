@@ -20,13 +20,12 @@
     <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
-they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced
+they are read and written in the event loop; logs, which may be large, are written by a thread. Records are replaced
 whole (write aside, rename), so a reader sees the old or the new one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -182,18 +181,6 @@ class InstanceDir:
             raise
         return listener
 
-    def open_log(self) -> int:
-        """QEMU's log, opened for appending, so that truncating it does not leave a hole; the caller closes it."""
-        return os.open(self.qemu_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def give_console_log(self, uid: int, gid: int) -> None:
-        """Make the console's log, to be written by QEMU's own user."""
-        descriptor = os.open(self.console_log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-        try:
-            os.fchown(descriptor, uid, gid)
-        finally:
-            os.close(descriptor)
-
     def log_size(self) -> int:
         """Bytes in QEMU's log."""
         return self.qemu_log.stat().st_size if self.qemu_log.exists() else 0
@@ -209,17 +196,6 @@ class InstanceDir:
                 return log.read(limit).decode(errors="replace").splitlines()
         except FileNotFoundError:
             return []
-
-    async def rotate_logs(self, *, max_bytes: int, keep: int) -> list[Path]:
-        """Cut logs that have grown beyond `max_bytes`; return those that were.
-
-        The writers go on with the file that they have open, so it is copied and truncated; what is written between
-        the two is lost, which is why only long logs are touched.
-        """
-        long = [log for log in (self.qemu_log, self.console_log) if log.exists() and log.stat().st_size > max_bytes]
-        for log in long:
-            await asyncio.to_thread(_rotate, log, keep)
-        return long
 
 
 class RunDir:
@@ -254,6 +230,11 @@ class RunDir:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
+
+    @property
+    def was_used(self) -> bool:
+        """Whether a supervisor ever ran with it, since the host booted."""
+        return (self.path / "_supervisor.lock").exists()
 
     def release(self) -> None:
         """Let the next supervisor in."""
@@ -407,13 +388,3 @@ def _drop(path: Path) -> None:
     """Delete a file. On a file system that refuses nothing new is begun either, and it is written over later."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-
-
-def _rotate(log: Path, keep: int) -> None:
-    for number in range(keep - 1, 0, -1):
-        older = log.with_name(f"{log.name}.{number}")
-        if older.exists():
-            older.replace(log.with_name(f"{log.name}.{number + 1}"))
-    if keep > 0:
-        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-    os.truncate(log, 0)

@@ -310,6 +310,9 @@ def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
     if not cluster.takes(wish.instance, wish.runs_on):
         named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
         return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
+    target = cluster.sessions.get(wish.runs_on or "")
+    if target is not None and target.draining:
+        return [f"{wish.runs_on} stops all its guests just now: what runs elsewhere stays there until that ends"]
     return []
 
 

@@ -134,6 +134,13 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             found=f"its guest does not run: {status.halted}, by {status.host}",
             wanted=f"a guest that runs; {status.reason}",
         )
+    elif cluster.speaks(status) and status.unplugged:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{'; '.join(status.unplugged)}, by {status.host}",
+            wanted="each NIC plugged into the bridge of its key",
+        )
 
 
 def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:

@@ -37,6 +37,8 @@ class Incarnation:
         accelerator: `kvm` or `tcg`.
         machine: the versioned machine type, None when it was not known.
         taps: names of its NICs' interfaces on the host, in their order.
+        tap_indexes: numbers of these interfaces, 0 for one that is in another network namespace.
+        bridges: that they were plugged into.
         restart_request: the value of that key that it was started under.
         revision: etcd revision of the wish that it was started from.
         log_offset: where its words begin in the instance's QEMU log, in bytes.
@@ -62,6 +64,8 @@ class Incarnation:
     spawned_at: float
     machine: str | None = None
     taps: tuple[str, ...] = ()
+    tap_indexes: tuple[int, ...] = ()
+    bridges: tuple[str, ...] = ()
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()

@@ -33,7 +33,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         any         ran, not under guard         Guard, before all but the end (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
               mine        run         its placement has ended      Tidy         (law 10)
-              any         run, keep   ran                          none, Probe, or Grow
+              any         run, keep   ran                          none, Probe, Plug, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
     any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
@@ -64,13 +64,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain.goal import Goal, goal, order, why_it_stays
+from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.hands_off import hands_off
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
+from kvmsupervisor.domain.reasons import while_it_runs
 from kvmsupervisor.domain.restart import pauses
-from kvmsupervisor.domain.run_state import POWERED_OFF, why_not_running
+from kvmsupervisor.domain.run_state import POWERED_OFF
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
@@ -193,16 +194,18 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         reason = "runs, but QEMU does not answer on QMP" if process.silent_since else "runs; QMP is being connected"
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
-        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.PROBE)
     tidy = _has_to_tidy(view, aim)
     if tidy and view.session_held and view.now >= view.etcd_at:
-        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.TIDY)
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.TIDY)
+    if view.now >= process.plug_at:
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.PLUG)
     if view.now >= process.grow_at:
-        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
-    next_at = min(process.probe_at, process.grow_at)
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.GROW)
+    next_at = min(process.probe_at, process.grow_at, process.plug_at)
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
-    return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
+    return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), wake_at=wake_at)
 
 
 def _has_to_tidy(view: View, aim: Goal) -> bool:
@@ -211,35 +214,6 @@ def _has_to_tidy(view: View, aim: Goal) -> bool:
     if wish is None or not wish.stale_placement or aim is not Goal.RUN:
         return False
     return view.claim is Claim.MINE and not view.stays
-
-
-def _running(view: View, process: Process, aim: Goal, why: str) -> str:
-    """The sentence for a machine that runs and shall."""
-    said = []
-    placement = None if view.wish is None or view.stays else view.wish.placement
-    if placement is not None and view.wish is not None:
-        since = f"since {placement.since} ({placement.why})"
-        said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
-    if (still := why_not_running(process.run_state)) is not None:
-        said.append(still)
-    if process.silent_since is not None:
-        said.append("QEMU does not answer on QMP")
-    if aim is Goal.KEEP:
-        said.append(f"it runs on as it was: {why}")
-    if view.claim is Claim.STRANGER and view.is_strange:
-        said.append(
-            "etcd is another cluster's than before, in which its lock is another machine's: it is not touched there"
-        )
-    if view.claim is Claim.UNREADABLE:
-        said.append("its lock holds what this release cannot read; delete that key and it is written anew")
-    if view.guarded is False:
-        said.append(f"no guard watches it{'' if view.guard_trouble is None else f': {view.guard_trouble}'}")
-    if not view.session_held and view.wish is not None:
-        what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
-        said.append(f"etcd is away; {what}")
-    if view.stays:
-        said = [*(said or ["runs"]), why_it_stays(view)]
-    return "; ".join(said) or "runs"
 
 
 def _power_off(view: View, process: Process) -> Decision | None:

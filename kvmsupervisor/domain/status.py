@@ -55,6 +55,7 @@ class Status:
         agent: what the guest's agent said last of the guest, None when it never did.
         run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
             `running` only.
+        unplugged: what is to be said of its NICs while one is not plugged into its bridge.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
         placed_for: the host in whose place this one runs it (law 10), None where it is its own.
         awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
@@ -82,6 +83,7 @@ class Status:
     guarded: bool | None = None
     stood: Mapping[str, str] | None = None
     run_state: str | None = None
+    unplugged: tuple[str, ...] = ()
     placed_for: str | None = None
     awaited_host: str | None = None
 
@@ -107,6 +109,7 @@ class Status:
             "phase": self.phase.value,
             "pending": list(self.pending),
             "problems": list(self.problems),
+            "unplugged": list(self.unplugged),
             "agent": None if self.agent is None else asdict(self.agent),
         }
 

@@ -34,6 +34,7 @@ class Action(Enum):
     GUARD = "have the guard watch it"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
+    PLUG = "plug its NICs in again"
     GROW = "look whether its images were grown, and tell QEMU"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end whose guest has powered itself off"
@@ -68,6 +69,8 @@ class Process:
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
         grow_at: when its images are to be looked at again; never for a machine without.
+        unplugged: what is to be said of its NICs, for people; empty when all are plugged in as they were.
+        plug_at: when a NIC is to be plugged in again; never while all are.
         silent_since: since when it owes an answer, None when it answers.
         stopping: how far a stop has come, None when none was begun.
         asked: whether this supervisor has asked it to end; its end is no failure then.
@@ -81,6 +84,8 @@ class Process:
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
+    unplugged: tuple[str, ...] = ()
+    plug_at: float = math.inf
     silent_since: float | None = None
     stopping: Stopping | None = None
     asked: bool = False
@@ -119,6 +124,26 @@ class LeftAlone:
     pid: int | None = None
     starttime: int | None = None
     look_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Another host where an instance shall run, as it is seen from here.
+
+    Attributes:
+        there: whether it has a session; None when not known.
+        drains: whether it says that it stops all its guests.
+        meant: a host that has a session and was probably meant, when it has none; None when none comes close.
+    """
+
+    there: bool | None = None
+    drains: bool = False
+    meant: str | None = None
+
+    @property
+    def receives(self) -> bool:
+        """Whether somebody is there to move to."""
+        return self.there is True and not self.drains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +188,7 @@ class View:
         buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
-        target_there: whether the host where it shall run, when that is another, has a session; None when not known.
-        target_meant: a host that has one and was probably meant, when that host has none; None when none comes close.
+        target: the host where it shall run, when that is another, as it is seen from here.
         holdover: a QEMU of ours that lives without a record in the run directory; None when there is none.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
@@ -204,8 +228,7 @@ class View:
     buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
-    target_there: bool | None = None
-    target_meant: str | None = None
+    target: Target = field(default_factory=Target)
     holdover: Holdover | None = None
     claimed_by: HostName | None = None
     looked: bool = True
@@ -257,7 +280,7 @@ class View:
         It begins when that host has a session, and this one has, to hand the lock over. Here is where its QEMU is, or
         where its lock says that it was.
         """
-        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target_there and self.session_held):
+        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
             return False
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 

@@ -53,6 +53,16 @@ def test_a_guest_that_does_not_run_is_told_from_one_that_does(world: World) -> N
     assert found(world) == [("2", "/kvmsupervisor/instances/2", "its guest does not run: io-error, by alpha")]
 
 
+def test_check_finds_a_guest_without_network(world: World) -> None:
+    """A NIC that is plugged in nowhere is wrong, although its guest runs."""
+    world.host("alpha")
+    world.running("1")
+    world.status("1", "alpha", Phase.RUNNING, pid=4321, unplugged=("its nic0 (tap3) has no network: tap3 is down",))
+    assert found(world) == [
+        ("1", "/kvmsupervisor/instances/1", "its nic0 (tap3) has no network: tap3 is down, by alpha")
+    ]
+
+
 def test_list_calls_a_status_without_a_session_unknown(world: World) -> None:
     """A fact outlives its host: without a session nobody knows, whatever the status says."""
     world.host("beta")

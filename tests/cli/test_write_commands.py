@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 
@@ -124,6 +126,15 @@ def test_other_keys_may_change_while_its_host_is_away(world: World) -> None:
     assert world.run("set", "1", "host= alpha ").exit_code == 1
     world.host("alpha")
     assert world.run("set", "1", "host= alpha ").exit_code == 0
+
+
+def test_a_host_that_stops_all_its_guests_is_told_of(world: World) -> None:
+    """§4: it is there, and nobody to move to before that ends."""
+    session = HostSession(host="beta", version="1", url="", boot_id="b", draining=True)
+    world.etcd.write(world.layout.session_key(HostName("beta")), session.to_json())
+    done = world.run("create", "1", "ram=1G", "host=beta")
+    assert done.exit_code == 0
+    assert "beta stops all its guests just now" in done.stderr
 
 
 def test_a_container_that_waits_for_the_lock_is_somebody(world: World) -> None:

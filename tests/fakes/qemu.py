@@ -82,7 +82,7 @@ class FakeQemu:
 
     def is_in(self, directory: Path) -> bool:
         """Whether that is its run directory: its sockets were opened there, and it knows their numbers only."""
-        return any(f"logfile={directory}/console.log" in word for word in self.argv)
+        return any(f"opaque={directory}/console.log" in word for word in self.argv)
 
     def event(self, name: str, **data: Any) -> None:
         for monitor in self._monitors:

@@ -241,6 +241,21 @@ class EtcdMember:
         self.kill()
         self.start()
 
+    def lose_data(self) -> None:
+        """Kill it and delete its data; `start` begins with an empty store."""
+        self.kill()
+        shutil.rmtree(self._folder / self.name)
+
+    def restore(self, snapshot: Path) -> None:
+        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
+        self.lose_data()
+        argv = ["etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)]
+        argv += ["--name", self.name, "--initial-cluster", f"{self.name}={self.peer_url}"]
+        argv += ["--initial-advertise-peer-urls", self.peer_url]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
+        self._initial_cluster = f"{self.name}={self.peer_url}"
+
     @property
     def leads(self) -> bool:
         """Whether it says that it leads."""

@@ -6,7 +6,8 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import structlog
 
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import RunDir
@@ -21,9 +23,11 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -71,6 +75,35 @@ class KnownTypes(MachineTypes):
     def __init__(self) -> None:
         super().__init__("qemu")
         self._aliases = {"q35": "pc-q35-7.2"}
+
+
+class FakeLinks(Links):
+    """Network interfaces that a test makes up.
+
+    Attributes:
+        refuses: what the kernel says to who wants to plug one in; None: it does it, and tells.
+        plugged: what was plugged in, in order: the index of the tap, the name of the bridge.
+    """
+
+    def __init__(self, on_change: Callable[[Set[int]], None]) -> None:
+        super().__init__(on_change)
+        self.refuses: OSError | None = None
+        self.plugged: list[tuple[int, str]] = []
+
+    def set(self, *links: Link) -> None:
+        """These are there now, and no others."""
+        before = self.all or {}
+        self.all = {link.index: link for link in links}
+        self._on_change(before.keys() | self.all.keys())
+
+    async def plug(self, tap: int, bridge: str) -> None:
+        await asyncio.sleep(0)
+        if self.refuses is not None:
+            raise self.refuses
+        self.plugged.append((tap, bridge))
+        assert self.all is not None
+        (master,) = [link.index for link in self.all.values() if link.name == bridge]
+        self.set(*(replace(link, master=master) if link.index == tap else link for link in self.all.values()))
 
 
 class LockStore(FakeEtcd):
@@ -128,6 +161,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.links = FakeLinks(self._on_links)
         self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
         self.phases: list[Phase] = []
@@ -210,6 +244,10 @@ class Host:
         wish = parse_wish(ONE, self.wishes.keys_of(ONE), self.wishes.placed(ONE))
         self.instance.update(wish, held=False, fresh=fresh)
 
+    def _on_links(self, changed: Set[int]) -> None:
+        if not self.dead and self.instance.plugs.concern(changed):
+            self.instance.notify()
+
     async def die(self) -> None:
         """End the supervisor between two steps; its QEMU goes on."""
         self.end_listening()
@@ -254,6 +292,8 @@ class Host:
                 disks=self.disks,
             ),
             disks=self.disks,
+            logs=GuestLogs(clock=self.clock),
+            links=self.links,
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
@@ -262,6 +302,7 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_drains=lambda host: False,
             sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
