@@ -313,7 +313,7 @@ class Start:
         _, used = await both(around.fencing.fence(lock.fence), around.fencing.users(images))
         others = [address for address in used if address not in lock.fence]
         for address in others:
-            other = around.recorded_for(address)
+            other = await around.recorded_for(address)
             if other not in {None, self._id}:
                 raise NotFenced(
                     f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "

@@ -302,10 +302,12 @@ class Supervisor:
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
-            recorded_for=lambda client: instance_of_client(self._wishes, client),
+            recorded_for=self._recorded_for,
             mismatch=mismatch,
             objection=self._objection,
             draining=lambda: self._drain.on,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
         )
         self._failover = Failover(self._around, self._wishes)
         self._dispatch = Dispatch(
@@ -486,6 +488,9 @@ class Supervisor:
         """A host came or went, or has spoken: whoever waits looks again."""
         self._notify_all()
         self._failover.look()
+
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return instance_of_client(self._wishes, client)
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():

@@ -526,7 +526,13 @@ async def test_a_removed_instance_that_was_stopped_leaves_none_either(site: Site
     assert site.left() == []
 
 
-@pytest.mark.parametrize("value", ["", "{", "[]", '{"version":2}', '{"host":"beta"}', "beta", "null"])
+FOR_EVER = '{"version":1,"host":"gamma","why":"failover","since":"","of":9000000000000000000}'
+NOWHERE = '{"version":1,"host":"../x","why":"failover","since":"","of":3}'
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{", "[]", '{"version":2}', '{"host":"beta"}', "beta", "null", FOR_EVER, NOWHERE]
+)
 async def test_a_damaged_placement_starts_and_kills_nothing(site: Site, value: str) -> None:
     """Law 10: where it runs is not known then: what runs runs on, nothing starts, and it is said what to do."""
     alpha, beta, _ = await failed_over(site, "beta", "gamma")

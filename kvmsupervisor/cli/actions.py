@@ -304,7 +304,18 @@ def _problem_notes(problems: Sequence[Problem]) -> list[str]:
 
 
 def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """What a person should know when nobody will act on a wish."""
+    """What a person should know when nobody will act on a wish, or take over by it."""
+    return [*_candidate_notes(wish, cluster), *_target_notes(wish, cluster)]
+
+
+def _candidate_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Candidates for a failover that are not there: down just now, or typos."""
+    absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if not cluster.alive(host)]
+    return [f"no session, so nobody to take it over, in `hosts`: {', '.join(absent)}"] if absent else []
+
+
+def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Where it is to run, when nobody is there."""
     if wish.host is None:
         return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
     if not cluster.takes(wish.instance, wish.runs_on):

@@ -153,7 +153,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
     reader.limit(spec)
     if placed.is_damaged:
-        reader.problems["placement"] = Problem("placement", "what this release cannot read", _A_PLACEMENT)
+        reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
     return Wish(
         instance=instance,

@@ -80,6 +80,20 @@ async def test_a_key_is_read_as_it_was_written(store: Store, etcd_prefix: str) -
     assert versions(await store.get(key)) == (b"\xff\x00", first, second)
 
 
+async def test_several_keys_are_read_at_one_revision(store: Store, etcd_prefix: str) -> None:
+    """`read` shows all keys as they were at one revision, in the order asked for; an absent one is None."""
+    one, two = f"{etcd_prefix}/1", f"{etcd_prefix}/2"
+    first = await store.put(one, b"1")
+    second = await store.put(two, b"2")
+    reading = await store.read(two, f"{etcd_prefix}/none", one)
+    assert [None if kv is None else versions(kv) for kv in reading.kvs] == [
+        (b"2", second, second),
+        None,
+        (b"1", first, first),
+    ]
+    assert reading.revision >= second
+
+
 async def test_a_listing_is_one_revision_in_key_order(store: Store, etcd_prefix: str) -> None:
     """`list` returns what begins with the prefix, sorted by key, whatever the page size."""
     for name in ("b", "a", "c/d", "c"):
