@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
@@ -10,6 +10,7 @@ from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.orphans import count_orphans
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.history import History
@@ -25,6 +26,7 @@ class Face:
         host: this host.
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
+        alive: tells the names of the hosts that have a session; none while that is not known.
         session: of this host.
         history: that etcd has.
         wishes: the keys.
@@ -41,6 +43,7 @@ class Face:
         host: HostName,
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
+        alive: Callable[[], Collection[str]],
         session: Session,
         history: History,
         wishes: Wishes,
@@ -53,6 +56,9 @@ class Face:
         self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
         self._hosts = hosts
+        self._alive = alive
+        # What the last count of orphans was made of, and what it came to: most scrapes see nothing new.
+        self._counted: tuple[object, int] = (None, 0)
         self._session = session
         self._history = history
         self._wishes = wishes
@@ -105,11 +111,23 @@ class Face:
             qemu_privileged=self._qemu_privileged,
             guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
+            orphans=self._orphans(),
             history_changes=self._history.changes,
             guard_memory_locked=self._guard_unlocked() is None,
             identity_mismatch=self._mismatch is not None,
             instances=[self._sample(instance) for instance in self._instances.values()],
         )
+
+    def _orphans(self) -> int | None:
+        """How many instances of the cluster nobody looks after; None while this host does not know."""
+        alive = frozenset(self._alive())
+        if not alive or not self._wishes.in_step:
+            return None
+        wishes = self._wishes
+        seen = (wishes.era, wishes.revision, wishes.locks_revision, wishes.placements_revision, alive)
+        if self._counted[0] != seen:
+            self._counted = (seen, count_orphans(self._wishes, alive))
+        return self._counted[1]
 
     def _sample(self, instance: Instance) -> InstanceSample:
         status = instance.report.status

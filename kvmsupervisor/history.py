@@ -23,7 +23,6 @@ from kvmsupervisor.adapters.etcd.api import (
     Compare,
     Denied,
     EtcdError,
-    Get,
     Put,
     Rejected,
     Store,
@@ -115,7 +114,7 @@ class History:
         self._id, self._number, self._since = found.id, found.number, found.since
         self._foreign, self._members = found.foreign, frozenset(found.members)
         self.spoken = found.spoken
-        # The hosts that are waited for: those of the former history, as far as known here or to whoever named this one.
+        # The hosts of the former history, which are waited for where this one cannot be named.
         self._former: frozenset[str] = frozenset()
         self._named: HistoryName | None = None
         # Hosts that have a session, and the history that each has spoken in.
@@ -175,10 +174,10 @@ class History:
         if name is None or name.id != self._id:
             # It could not be named, so nobody can say that he has spoken in it.
             return tuple(sorted((self._former | current.keys()) - {self._me}))
-        if not name.hosts and not self._former:
+        if not name.hosts:
             return ()
         said = spoken_in(current, self._id) | ({self._me} if self.spoken else frozenset())
-        return tuple(sorted((self._former | current.keys() | set(name.hosts)) - said - set(name.gone)))
+        return tuple(sorted((current.keys() | set(name.hosts)) - said - set(name.gone)))
 
     # --- the proof ----------------------------------------------------------------------------------------------
 
@@ -283,21 +282,21 @@ class History:
 
     async def _look(self) -> _Found:
         """The store's name."""
-        result = await self._store.txn([], [Get(self._key)])
-        found = result.reads[0]
-        name = HistoryName.from_json(found[0].value) if found else None
-        return _Found(name=name, since=result.revision, missing=not found)
+        reading = await self._store.read(self._key)
+        (found,) = reading.kvs
+        name = HistoryName.from_json(found.value) if found is not None else None
+        return _Found(name=name, since=reading.revision, missing=found is None)
 
     async def _rename(self) -> _Found:
         """Give the store a new name, unless another host has done so."""
         while True:
-            result = await self._store.txn([], [Get(self._key)])
-            found = result.reads[0]
-            name = HistoryName.from_json(found[0].value) if found else None
-            if found and (name is None or name.id != self._id):
+            reading = await self._store.read(self._key)
+            (found,) = reading.kvs
+            name = HistoryName.from_json(found.value) if found is not None else None
+            if found is not None and (name is None or name.id != self._id):
                 # Another host's word, or another cluster's, or a newer release's.
                 follows = name is not None and name.after == self._id
-                return _Found(name=name, since=found[0].mod_revision if follows else result.revision)
+                return _Found(name=name, since=found.mod_revision if follows else reading.revision)
             fresh = HistoryName(
                 id=str(uuid4()),
                 number=max(self._number, 0 if name is None else name.number) + 1,
@@ -305,14 +304,14 @@ class History:
                 by=self._me,
                 hosts=tuple(sorted({*self._sessions, self._me})),
             )
-            unchanged = Compare(self._key, Target.MOD_REVISION, found[0].mod_revision if found else 0)
+            unchanged = Compare(self._key, Target.MOD_REVISION, found.mod_revision if found is not None else 0)
             try:
                 done = await self._store.txn([unchanged], [Put(self._key, fresh.to_json())])
             except (Denied, Rejected) as error:
                 log.warning("history.unnamed", key=self._key, reason=str(error))
-                return _Found(name=None, since=result.revision, missing=not found)
+                return _Found(name=None, since=reading.revision, missing=found is None)
             if done.succeeded:
-                return _Found(name=fresh, since=done.revision, missing=not found, written=True)
+                return _Found(name=fresh, since=done.revision, missing=found is None, written=True)
 
     async def _name_first(self) -> None:
         """Learn what the store is called; call it something where it has no name."""
@@ -394,7 +393,6 @@ class History:
         name = self._named
         if name is None or name.id != self._id or self.awaited:
             return
-        self._former = frozenset()
         if not name.hosts or (name.by != self._me and name.by in self._sessions):
             return
         try:

@@ -20,17 +20,15 @@ from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.host import resembling
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
-from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
@@ -42,6 +40,7 @@ from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
 from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.target import target_of
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
@@ -283,13 +282,13 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
-        target_there, target_meant = self._target()
+        target = target_of(self.id, self.wish, around)
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems if self.wish is None or not target_there else self.wish.problems,
+            problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
             mismatch=around.mismatch,
             held=self._held,
@@ -305,8 +304,7 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
-            target_there=target_there,
-            target_meant=target_meant,
+            target=target,
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
@@ -343,19 +341,6 @@ class Instance:
         starting = view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems
         if starting:
             self._start.note_wanted(view.now)
-
-    def _target(self) -> tuple[bool | None, str | None]:
-        """Of the other host where it shall run: whether it has a session, and which was meant if it has none."""
-        around, wish = self._around, self.wish
-        if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
-            return None, None
-        there = around.host_has_session(HostName(wish.runs_on))
-        if there is not False:
-            return there, None
-        sessions = around.sessions()
-        if is_in_container(self.id, wish.runs_on, sessions):
-            return True, None
-        return False, resembling(wish.runs_on, sessions)
 
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
@@ -496,5 +481,7 @@ class Instance:
         else:
             await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
+        if stale and self.wish is not None:
+            self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None
         self.report.tell("lock.released")

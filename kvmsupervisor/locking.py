@@ -6,8 +6,9 @@ was lost is settled by reading: each value names an incarnation, so our own is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
 from kvmsupervisor.domain.history import Era, is_older
@@ -15,6 +16,8 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
+
+T = TypeVar("T")
 
 
 class SwapFailed(Exception):
@@ -50,10 +53,8 @@ class InstanceLock:
 
     async def look(self) -> Status | None:
         """Read lock and status in one linearizable step; return the status, whoever wrote it."""
-        result = await self._txn([], [Get(self._key), Get(self._status_key)])
-        self._read(result.reads[0], result.revision)
-        found = result.reads[1]
-        return Status.from_json(found[0].value) if found else None
+        _, status = await self._look()
+        return status
 
     async def write(
         self,
@@ -96,16 +97,13 @@ class InstanceLock:
             lock: ours.
             era: the history that it is written in.
         """
-        result = await self._txn([], [Get(self._key), Get(self._status_key)])
-        self._read(result.reads[0], result.revision)
-        found = result.reads[1]
-        status = Status.from_json(found[0].value) if found else None
+        found, status = await self._look()
         known = self.view.lock
         if self.view.data is not None and (
             known is None or not is_older(known, epoch=lock.epoch, incarnation=lock.incarnation)
         ):
             raise SwapFailed("the lock changed meanwhile")
-        strange = status is not None and era.is_strange(status.host, found[0].mod_revision)
+        strange = status is not None and found is not None and era.is_strange(status.host, found.mod_revision)
         if status is not None and status.epoch > lock.epoch and not strange:
             return status
         # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
@@ -168,7 +166,7 @@ class InstanceLock:
             revision = 0 if data is None else result.revision
             self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision)
             return
-        self._read(result.reads[0], result.revision)
+        self._read(next(iter(result.reads[0]), None), result.revision)
         if self.view.data == before:
             raise SwapFailed("a session, the key `host` or the placement changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
@@ -179,14 +177,28 @@ class InstanceLock:
         Raises:
             SwapFailed: that has become another one; the mirror tells what is there now.
         """
+        return await self._in_this_era(self._store.txn(compare, success, failure))
+
+    async def _in_this_era(self, asked: Coroutine[Any, Any, T]) -> T:
         era = self._era
-        result = await self._store.txn(compare, success, failure)
+        result = await asked
         if self._era != era:
             raise SwapFailed("etcd has another history since that was asked")
         return result
 
-    def _read(self, found: Sequence[KeyValue], revision: int) -> None:
-        if found:
-            self.seen(data=found[0].value, mod_revision=found[0].mod_revision, as_of=revision)
-        else:
+    async def _look(self) -> tuple[KeyValue | None, Status | None]:
+        """Read lock and status at one revision, also where etcd has no space; the status, as found and as read.
+
+        Raises:
+            SwapFailed: see `_txn`.
+        """
+        reading = await self._in_this_era(self._store.read(self._key, self._status_key))
+        lock, found = reading.kvs
+        self._read(lock, reading.revision)
+        return found, None if found is None else Status.from_json(found.value)
+
+    def _read(self, found: KeyValue | None, revision: int) -> None:
+        if found is None:
             self.seen(data=None, mod_revision=0, as_of=revision)
+        else:
+            self.seen(data=found.value, mod_revision=found.mod_revision, as_of=revision)

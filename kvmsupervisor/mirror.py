@@ -341,6 +341,11 @@ class Wishes:
         """Of etcd, up to which all locks are known."""
         return self._of_locks.revision
 
+    @property
+    def placements_revision(self) -> int:
+        """Of etcd, up to which all placements are known."""
+        return self._of_placements.revision
+
     def ids(self) -> Set[InstanceId]:
         """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()

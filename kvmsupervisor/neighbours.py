@@ -60,6 +60,12 @@ class Neighbours:
             return None
         return self.table.get(self._layout.session_key(host).encode()) is not None
 
+    def drains(self, host: HostName) -> bool:
+        """Whether a host that has a session says that it stops all its guests."""
+        entry = self.table.get(self._layout.session_key(host).encode())
+        found = None if entry is None else HostSession.from_json(entry.value)
+        return found is not None and found.draining
+
     def names(self) -> Collection[str]:
         """The hosts that have a session."""
         return () if self._sessions is None else self._sessions.keys()

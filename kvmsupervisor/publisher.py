@@ -23,7 +23,6 @@ from kvmsupervisor.adapters.etcd.api import (
     Delete,
     Denied,
     EtcdError,
-    Get,
     KeyValue,
     Put,
     Rejected,
@@ -337,14 +336,12 @@ class Publisher:
                 self._gone(instance)
         if not known:
             return True
-        looks = [Get(self._layout.status_key(instance)) for instance in known]
-        seen = await self._store.txn([self._session.compare()], looks)
-        if not seen.succeeded:
-            return False
+        # What is deleted is compared with this, and with the session, in the transaction below.
+        seen = await self._store.read(*(self._layout.status_key(instance) for instance in known))
         ours: dict[InstanceId, KeyValue] = {}
-        for instance, found in zip(known, seen.reads, strict=True):
-            if found and self._is_ours(found[0].value):
-                ours[instance] = found[0]
+        for instance, found in zip(known, seen.kvs, strict=True):
+            if found is not None and self._is_ours(found.value):
+                ours[instance] = found
             else:
                 self._gone(instance)
         if not ours:

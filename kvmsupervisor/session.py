@@ -7,6 +7,7 @@ wait until it is back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from kvmsupervisor.adapters.etcd.api import (
     Delete,
     Denied,
     EtcdError,
-    Get,
     KeyValue,
+    NoSpace,
     Put,
     Rejected,
     Store,
@@ -203,23 +204,27 @@ class Session:
         if ttl_s <= 0:
             self._lose("its lease has run out in etcd")
             return
-        if await self._confirmed():
-            self._confirm(self._create_revision, sent, ttl_s)
-        else:
+        found = await self._confirmed()
+        if found is None:
             self._lose(f"{self.key} was deleted or replaced")
+            return
+        self._confirm(self._create_revision, sent, ttl_s)
+        if found.value != (value := self.value.to_json()):
+            # It could not be written when it was to be.
+            with contextlib.suppress(NoSpace):
+                await self._rewrite(found, value)
 
-    async def _confirmed(self) -> bool:
-        """Ask a quorum whether our key exists, writing nothing.
+    async def _confirmed(self) -> KeyValue | None:
+        """Ask a quorum for our key, writing nothing; None when it is not ours any more.
 
         Still on our lease: whoever writes over the key takes it from the lease, and it would outlive this host.
 
-        The `Get` is what makes etcd ask: a transaction without any operation is answered by one member
-        from what it has, also when that member is cut off (etcd, server/etcdserver/v3_server.go: a
-        transaction counts as serializable when every operation in it is, and so does an empty one).
+        By a read, not by a transaction that compares: etcd 3.5.0 to 3.5.6 refuse every transaction when they have no
+        space (https://github.com/etcd-io/etcd/issues/14884), and the session would be lost for that.
         """
-        look = Get(self.key)
-        ours = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
-        return (await self._store.txn(ours, [look], [look], timeout_s=self._timeout())).succeeded
+        found = await self._store.get(self.key, timeout_s=self._timeout())
+        ours = found is not None and (found.create_revision, found.lease) == (self._create_revision, self._lease)
+        return found if ours else None
 
     def _timeout(self) -> float:
         # While the session is held no call outlasts it, so that its loss is announced in time.
@@ -267,20 +272,29 @@ class Session:
 
     async def _resume(self, found: KeyValue, sent: float, ttl_s: int) -> None:
         """Go on with a session that is ours: a predecessor's, or one whose making got no reply."""
-        if ttl_s != self._ttl_s:
-            # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
-            sent, ttl_s = await self._grant()
         value = self.value.to_json()
-        if (found.value, found.lease) != (value, self._lease):
-            mine = [
-                Compare(self.key, Target.CREATE_REVISION, found.create_revision),
-                Compare(self.key, Target.LEASE, found.lease),
-            ]
-            done = await self._store.txn(mine, [Put(self.key, value, self._lease)], timeout_s=self._timeout())
-            if not done.succeeded:
+        try:
+            if ttl_s != self._ttl_s:
+                # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
+                sent, ttl_s = await self._grant()
+            if (found.value, found.lease) != (value, self._lease) and not await self._rewrite(found, value):
                 return
+        except NoSpace as error:
+            if ttl_s <= 0 or found.lease != self._lease:
+                raise
+            # The key is on our lease, which lives: that is a session. What it says is mended by a renewal to come.
+            log.warning("session.not_restated", key=self.key, reason=str(error))
         log.info("session.resumed", key=self.key, lease=f"{self._lease:x}", revision=found.create_revision)
         self._confirm(found.create_revision, sent, ttl_s)
+
+    async def _rewrite(self, found: KeyValue, value: bytes) -> bool:
+        """Have our key, as found, say `value`, on our present lease; False when it changed meanwhile."""
+        mine = [
+            Compare(self.key, Target.CREATE_REVISION, found.create_revision),
+            Compare(self.key, Target.LEASE, found.lease),
+        ]
+        put = Put(self.key, value, self._lease)
+        return (await self._store.txn(mine, [put], timeout_s=self._timeout())).succeeded
 
     def _is_leftover(self, found: KeyValue) -> bool:
         """Whether nobody can be alive behind a session key that is not ours.

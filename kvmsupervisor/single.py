@@ -39,6 +39,7 @@ from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
+from kvmsupervisor.failover import other_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
 from kvmsupervisor.guest_logs import GuestLogs
@@ -254,6 +255,16 @@ class Single:
         log.warning("lock.not_released", instance=self._id, reason="etcd did not do it in time")
         loop.cancel()
 
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        """The instance, other than this one, whose lock has a storage client on record; asked of etcd, for a takeover.
+
+        Raises:
+            EtcdError: etcd does not say.
+        """
+        return await other_of_client(
+            self._around.store, self._settings.layout, client, own=self._stand.layout.lock_key(self._id)
+        )
+
     def _surroundings(self, store: Store, equipment: Equipment) -> Surroundings:
         settings, stand, clock = self._settings, self._stand, self._clock
         self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
@@ -297,10 +308,16 @@ class Single:
             takeover_wait_s=settings.takeover_wait_s,
             host_has_session=self._neighbours.has_session,
             sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=0.0,
+            guard=None,
+            recorded_for=self._recorded_for,
+            mismatch=None,
+            objection=lambda record: None,
+            draining=lambda: False,
             leaving=lambda: self._leaving,
             ended=self._ended,
         )

@@ -84,6 +84,7 @@ class SingleLock:
         self._lock = InstanceLock(store=store, layout=stand.layout, instance=stand.name, session=session.compare)
         self._key = stand.layout.lock_key(stand.name)
         self._taken, self._epoch = False, 0
+        self._recorded: Lock | None = None
         # The instance's status as last read. None: there is none, or this lock is no instance's.
         self._status: Status | None = None
         self._claimed_by: HostName | None = None
@@ -274,11 +275,13 @@ class SingleLock:
             if lock is None:
                 raise Lost(f"{self._key} was deleted, or overwritten, before the guest ran")
             if lock.state is LockState.RUNNING:
+                self._recorded = lock
                 return
             try:
                 recorded = lock.recorded(pid=pid, starttime=starttime, clients=())
                 said = self._said(recorded, Phase.RUNNING, "runs in single mode, with options of its own")
                 await self._lock.write(recorded, None, status=said)
+                self._recorded = recorded
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_recorded", key=self._key, reason=str(error))
                 await self._clock.sleep(RETRY_S)
@@ -291,7 +294,7 @@ class SingleLock:
         Raises:
             Lost: it was *read* to name another one (law 6). Nothing else ends a guest.
         """
-        ours = self._still_ours()
+        ours = self._recorded
         while True:
             self._wake.clear()
             lock = self._still_ours()
@@ -344,9 +347,11 @@ class SingleLock:
         """The lock when it is ours; None when it is absent or cannot be read, is older, or another cluster's.
 
         Raises:
-            Lost: it is somebody else's.
+            Lost: it is somebody else's, or an operator has broken it (docs/decisions/0012-a-broken-lock.md).
         """
         lock = self._lock.view.lock
+        if self._claim() is Claim.BROKEN:
+            raise Lost(f"{self._key} was broken by an operator (`break-lock`), so that another may run it")
         if self._claim() in {Claim.STRANGER, Claim.LEFTOVER}:
             assert lock is not None
             if self._is_strange(lock) or is_older(lock, epoch=self._epoch, incarnation=self.incarnation):

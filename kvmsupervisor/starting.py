@@ -280,6 +280,7 @@ class Start:
             storage=storage_of(wish.spec),
             epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
+            doubted=bool(self._around.era().awaited),
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation
@@ -305,7 +306,7 @@ class Start:
         _, used = await both(around.fencing.fence(lock.fence), around.fencing.users(images))
         others = [address for address in used if address not in lock.fence]
         for address in others:
-            other = around.recorded_for(address)
+            other = await around.recorded_for(address)
             if other not in {None, self._id}:
                 raise NotFenced(
                     f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "

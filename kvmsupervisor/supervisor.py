@@ -33,6 +33,7 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
@@ -86,8 +87,8 @@ class Supervisor:
         self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=self._clock, on_change=self._notify_all)
         self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
-        self._draining = False
         self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
@@ -102,11 +103,7 @@ class Supervisor:
 
     def heed_draining(self) -> None:
         """Look whether this host is to stop all its guests: the mark in the run directory came or went."""
-        draining = self._run_dir.is_draining(self._boot_id)
-        if draining != self._draining:
-            self._draining = draining
-            log.info("host.draining" if draining else "host.drain_ended")
-            self._notify_all()
+        self._drain.heed()
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
         """Supervise until `stop`.
@@ -142,7 +139,8 @@ class Supervisor:
             if self._around.guard is None:
                 await self._post.dismiss()
             self._adopt()
-            self._session.value = replace(self._session.value, url=await serve(self.face, settings, stack))
+            url = await serve(self.face, settings, stack)
+            self._session.value = replace(self._session.value, url=url, draining=self._drain.on)
             stack.callback(self._session.listen(self._notify_all))
             log.info(
                 "supervisor.started",
@@ -256,6 +254,7 @@ class Supervisor:
             host=self._me,
             instances=self._instances,
             hosts=self._neighbours.table,
+            alive=self._neighbours.names,
             session=self._session,
             history=self._history,
             wishes=self._wishes,
@@ -295,6 +294,7 @@ class Supervisor:
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             host_has_session=self._neighbours.has_session,
             sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
@@ -302,10 +302,12 @@ class Supervisor:
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
-            recorded_for=lambda client: instance_of_client(self._wishes, client),
+            recorded_for=self._recorded_for,
             mismatch=mismatch,
             objection=self._objection,
-            draining=lambda: self._draining,
+            draining=lambda: self._drain.on,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
         )
         self._failover = Failover(self._around, self._wishes)
         self._dispatch = Dispatch(
@@ -331,6 +333,7 @@ class Supervisor:
                     self._history.run(),
                     self._history.run_speaking(self._may_speak, self._speak),
                     self._session.run(),
+                    self._drain.run_telling(self._session),
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
@@ -485,6 +488,9 @@ class Supervisor:
         """A host came or went, or has spoken: whoever waits looks again."""
         self._notify_all()
         self._failover.look()
+
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return instance_of_client(self._wishes, client)
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
+from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.failover import STEP_S
-from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
-from kvmsupervisor.failover import Failover
+from kvmsupervisor.failover import Failover, other_of_client
+from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
@@ -242,3 +245,31 @@ async def test_a_session_that_is_there_after_all(candidates: Callable[..., list[
     first.host.etcd.write(LAYOUT.session_key(HostName("z")), "{}")
     await first.host.clock.advance(60.0)
     assert first.host.lock == HELD
+
+
+@pytest.mark.parametrize(
+    ("lock", "key", "name"),
+    [
+        ("/kvm/%i/lock", "/kvm/2/lock", "2"),
+        ("/locks/%i", "/locks/2", "locks/2"),
+        ("/locks/%i", "/kvm/2/lock", "2"),
+    ],
+)
+async def test_whose_client_it_is_asked_of_etcd(lock: str, key: str, name: str) -> None:
+    """Law 4: who follows one lock only learns that a client is another instance's, wherever that one's lock is."""
+    etcd = FakeEtcd()
+    layout = replace(LAYOUT, lock=lock)
+    own = layout.lock_key(ONE)
+    etcd.write(own, replace(HELD, clients=(OLD,)).to_json())
+    assert await other_of_client(etcd, layout, OLD, own=own) is None
+    etcd.write(key, HELD.to_json())
+    assert await other_of_client(etcd, layout, OLD, own=own) == InstanceId(name)
+    etcd.away()
+    with pytest.raises(Unavailable):
+        await other_of_client(etcd, layout, OLD, own=own)
+
+
+def test_no_hook_of_safety_has_a_quiet_default() -> None:
+    """Laws 4 and 12: whoever runs instances says who may be fenced and what may be touched; nothing is "nobody"."""
+    quiet = [one.name for one in fields(Surroundings) if one.default is not MISSING]
+    assert quiet == []

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.adapters.clock import boot_id
+from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase, Status
@@ -63,6 +65,11 @@ class Site:
     def published(self, name: str = "1") -> Status | None:
         data = self.etcd.data.get(f"/kvmsupervisor/instances/{name}")
         return None if data is None else Status.from_json(data)
+
+    def left(self) -> list[str]:
+        """All keys but those of the hosts, and of the history."""
+        others = ("/kvmsupervisor/hosts/", "/kvmsupervisor/history")
+        return [key for key in self.etcd.data if not key.startswith(others)]
 
     async def close(self) -> None:
         for node in self.hosts.values():
@@ -122,6 +129,12 @@ class Node:
         await self.site.clock.advance(20.0)
         self.site.etcd.tick()
         await self.site.clock.advance(2.0)
+
+    def drain(self, *, on: bool) -> None:
+        """What `stop --all --local`, and `start --all --local`, do on this host."""
+        mark = RunDir(self.path)
+        mark.mark_draining(boot_id()) if on else mark.unmark_draining()
+        self.supervisor.heed_draining()
 
     @property
     def guests(self) -> dict[str, FakeQemu]:
@@ -304,6 +317,33 @@ async def test_a_target_that_goes_while_it_shuts_down(site: Site) -> None:
     assert status.phase is Phase.RUNNING
 
 
+async def test_a_target_that_stops_all_its_guests(site: Site) -> None:
+    """§4: a host that drains (`stop --all --local`) has a session, and runs nothing: it is nobody to move to."""
+    alpha, beta = await site.start("alpha", "beta")
+    site.put("1", ram="64", host="alpha")
+    guest = await alpha.runs()
+    beta.drain(on=True)
+    await site.clock.advance(5.0)
+    site.put("1", host="beta")
+    await site.clock.advance(60.0)
+    assert alpha.guests == {"1": guest}
+    status = alpha.status()
+    assert status is not None
+    assert "`host` is beta, which stops all its guests just now: it stays here until that ends" in status.reason
+    # Its next supervisor says so, too.
+    await beta.stop()
+    await beta.start()
+    await site.clock.advance(60.0)
+    assert alpha.guests == {"1": guest}
+    beta.client.away()
+    beta.drain(on=False)
+    await site.clock.advance(3.0)
+    assert alpha.guests == {"1": guest}
+    beta.client.back()
+    await beta.runs()
+    assert not guest.alive
+
+
 async def test_it_waits_while_this_host_cannot_hand_over(site: Site) -> None:
     """§4: without a session of its own, a host begins no move: the guest would be down until etcd is back."""
     alpha, beta = await site.start("alpha", "beta")
@@ -471,7 +511,7 @@ async def test_a_removed_instance_leaves_no_placement(site: Site) -> None:
     site.drop("1")
     await site.clock.advance(60.0)
     assert beta.guests == {}
-    assert [key for key in site.etcd.data if not key.startswith("/kvmsupervisor/hosts/")] == []
+    assert site.left() == []
 
 
 async def test_a_removed_instance_that_was_stopped_leaves_none_either(site: Site) -> None:
@@ -483,10 +523,16 @@ async def test_a_removed_instance_that_was_stopped_leaves_none_either(site: Site
     site.drop("1")
     await beta.start()
     await site.clock.advance(60.0)
-    assert [key for key in site.etcd.data if not key.startswith("/kvmsupervisor/hosts/")] == []
+    assert site.left() == []
 
 
-@pytest.mark.parametrize("value", ["", "{", "[]", '{"version":2}', '{"host":"beta"}', "beta", "null"])
+FOR_EVER = '{"version":1,"host":"gamma","why":"failover","since":"","of":9000000000000000000}'
+NOWHERE = '{"version":1,"host":"../x","why":"failover","since":"","of":3}'
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{", "[]", '{"version":2}', '{"host":"beta"}', "beta", "null", FOR_EVER, NOWHERE]
+)
 async def test_a_damaged_placement_starts_and_kills_nothing(site: Site, value: str) -> None:
     """Law 10: where it runs is not known then: what runs runs on, nothing starts, and it is said what to do."""
     alpha, beta, _ = await failed_over(site, "beta", "gamma")

@@ -102,6 +102,7 @@ class Snapshot:
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
+        orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
         removals_held: instances whose removal waits for an operator's confirmation.
         identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
             lives here.
@@ -114,6 +115,7 @@ class Snapshot:
     watch_revision: int
     qemu_privileged: bool = False
     guests_survive: bool = True
+    orphans: int | None = None
     removals_held: int = 0
     identity_mismatch: bool = False
     history_changes: int = 0
@@ -277,6 +279,10 @@ class Metrics:
             gauge = _gauge(name, documentation)
             gauge.add_metric([], value)
             yield gauge
+        orphans = _gauge("orphans", "Instances of the cluster that no host with a session looks after.")
+        if now.orphans is not None:
+            orphans.add_metric([], now.orphans)
+        yield orphans
         for name, documentation, value in (
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),

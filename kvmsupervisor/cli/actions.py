@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
+from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.goal import where_else
@@ -168,8 +169,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
 
     One transaction, unless it has more than a hundred keys: then `host` goes in the first one.
 
+    What is left of an instance that has no keys any more is taken away when no host does it, see `leftovers`.
+
     Raises:
-        Refused: it has no keys.
+        Refused: it has no keys, and nothing that could be taken away.
     """
     found, cluster = await read_instance(store, layout, instance)
     listing = await list_all(store, layout.instance_prefix(instance))
@@ -177,7 +180,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     host = layout.wish_key(instance, "host")
     doomed = sorted((kv.key for kv in listing.kvs if kv.key != lock.encode()), key=lambda key: key != host.encode())
     if not doomed:
-        raise Refused(_no_such(instance, found))
+        if found.status is None and found.lock is None:
+            raise Refused(_no_such(instance, found))
+        left = await leftovers.take_away(store, layout, found, cluster)
+        return Written(instance=instance, revision=left, wish=found.wish, before=found.status)
     if lock.startswith(layout.instance_prefix(instance)):
         readable = [key for key in doomed if _is_text(key)]
         if len(readable) < len(doomed):
@@ -193,9 +199,11 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
     notes: list[str] = []
     holder = found.status.host if found.status is not None else None
-    if holder is not None and not cluster.alive(holder):
+    swept = await leftovers.sweep(store, layout, found, cluster)
+    if not swept and holder is not None and not cluster.alive(holder):
         notes.append(
-            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is back"
+            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is "
+            f"back; if it is gone for good, `delete {instance}` once more takes away what is left"
         )
     return Written(
         instance=instance,
@@ -304,12 +312,26 @@ def _problem_notes(problems: Sequence[Problem]) -> list[str]:
 
 
 def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """What a person should know when nobody will act on a wish."""
+    """What a person should know when nobody will act on a wish, or take over by it."""
+    return [*_candidate_notes(wish, cluster), *_target_notes(wish, cluster)]
+
+
+def _candidate_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Candidates for a failover that are not there: down just now, or typos."""
+    absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if not cluster.alive(host)]
+    return [f"no session, so nobody to take it over, in `hosts`: {', '.join(absent)}"] if absent else []
+
+
+def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Where it is to run, when nobody is there."""
     if wish.host is None:
         return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
     if not cluster.takes(wish.instance, wish.runs_on):
         named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
         return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
+    target = cluster.sessions.get(wish.runs_on or "")
+    if target is not None and target.draining:
+        return [f"{wish.runs_on} stops all its guests just now: what runs elsewhere stays there until that ends"]
     return []
 
 

@@ -94,7 +94,7 @@ def _what_differs(held: Instance) -> Iterator[str]:
 def _is_awaited(cluster: Cluster, host: HostName) -> bool:
     """Whether others wait for this host to say what runs there, since etcd has another history."""
     name = cluster.history
-    return name is not None and name.number > 0 and host not in name.gone and not cluster.alive(host)
+    return name is not None and host in name.hosts and host not in name.gone and not cluster.alive(host)
 
 
 def _give_up_on(tools: Tools, host: HostName, *, yes: bool) -> None:

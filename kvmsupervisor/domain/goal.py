@@ -63,11 +63,14 @@ def why_it_stays(view: View) -> str:
     """Why it is here although it shall run elsewhere, and what would end that; for one that `stays`."""
     wish = view.wish
     assert wish is not None
-    if view.target_there:
+    target = view.target
+    if target.receives:
         return f"{where_else(wish)}: it goes there once this host has a session with etcd again"
-    if view.target_there is None:
+    if target.drains:
+        return f"{where_else(wish)}, which stops all its guests just now: it stays here until that ends"
+    if target.there is None:
         return f"{where_else(wish)}; it is not known yet whether that has a session: it stays here"
-    meant = "" if view.target_meant is None else f" (did you mean {view.target_meant}?)"
+    meant = "" if target.meant is None else f" (did you mean {target.meant}?)"
     return f"{where_else(wish)}, which has no session{meant}: it stays here until {wish.runs_on} is there"
 
 

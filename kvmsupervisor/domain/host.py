@@ -25,6 +25,7 @@ class HostSession:
         cpus: of the host.
         memory_mib: of the host.
         notice: what a person should know of it; empty when there is nothing.
+        draining: whether it stops all its guests (`stop --all --local`), and starts none.
         history: the name of the history of etcd in which it has said what runs here; empty where none ever changed.
     """
 
@@ -37,6 +38,7 @@ class HostSession:
     cpus: int = 0
     memory_mib: int = 0
     notice: str = ""
+    draining: bool = False
     history: str = ""
 
     def to_object(self) -> dict[str, Any]:

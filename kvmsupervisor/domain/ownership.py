@@ -10,6 +10,9 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Decision, Process, View
 
+SHOWN = 3
+"""How many hosts that are waited for are named. Arbitrary: one line."""
+
 LOCK_POLL_S = 5.0
 """How often a wait that no watch ends is looked at again."""
 
@@ -83,7 +86,8 @@ def for_other_hosts(view: View) -> Decision | None:
     storage = storage_of(wish.spec)
     if not era.keeps_waiting(storage, view.now):
         return None
-    hosts, have = ", ".join(era.awaited), "have" if len(era.awaited) > 1 else "has"
+    more = f" and {len(era.awaited) - SHOWN} more" if len(era.awaited) > SHOWN else ""
+    hosts, have = ", ".join(era.awaited[:SHOWN]) + more, "have" if len(era.awaited) > 1 else "has"
     reason = (
         "etcd was restored, has lost its data, or is another one, and another host may run this; waits until "
         f"{hosts} {have} said there what runs"

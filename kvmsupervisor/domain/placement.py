@@ -66,7 +66,7 @@ class Placed:
 
     Attributes:
         revision: its `mod_revision`, 0 when it is absent: what a compare-and-swap compares with.
-        placement: its value; None when it is absent, or cannot be read.
+        placement: its value; None when it is absent, or cannot be read, or cannot be true.
     """
 
     revision: int = 0
@@ -79,8 +79,13 @@ class Placed:
 
     @classmethod
     def read(cls, value: bytes, revision: int) -> Placed:
-        """The key as etcd holds it."""
-        return cls(revision, Placement.from_json(value))
+        """The key as etcd holds it.
+
+        One that stands in for a `host` written later than itself was not written so in this history of etcd, and would
+        stand against whatever people write: it is damaged.
+        """
+        placement = Placement.from_json(value)
+        return cls(revision, placement if placement is not None and placement.of < revision else None)
 
 
 NOT_PLACED = Placed()

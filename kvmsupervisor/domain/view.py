@@ -114,6 +114,26 @@ class LeftAlone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Another host where an instance shall run, as it is seen from here.
+
+    Attributes:
+        there: whether it has a session; None when not known.
+        drains: whether it says that it stops all its guests.
+        meant: a host that has a session and was probably meant, when it has none; None when none comes close.
+    """
+
+    there: bool | None = None
+    drains: bool = False
+    meant: str | None = None
+
+    @property
+    def receives(self) -> bool:
+        """Whether somebody is there to move to."""
+        return self.there is True and not self.drains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Deferral:
     """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
 
@@ -155,8 +175,7 @@ class View:
         buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
-        target_there: whether the host where it shall run, when that is another, has a session; None when not known.
-        target_meant: a host that has one and was probably meant, when that host has none; None when none comes close.
+        target: the host where it shall run, when that is another, as it is seen from here.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
@@ -196,8 +215,7 @@ class View:
     buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
-    target_there: bool | None = None
-    target_meant: str | None = None
+    target: Target = field(default_factory=Target)
     holdover: int | None = None
     claimed_by: HostName | None = None
     looked: bool = True
@@ -242,7 +260,7 @@ class View:
         It begins when that host has a session, and this one has, to hand the lock over. Here is where its QEMU is, or
         where its lock says that it was.
         """
-        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target_there and self.session_held):
+        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
             return False
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 

@@ -29,7 +29,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show_bytes
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, invisible, nearest, plain, show_bytes
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -153,7 +153,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
     reader.limit(spec)
     if placed.is_damaged:
-        reader.problems["placement"] = Problem("placement", "what this release cannot read", _A_PLACEMENT)
+        reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
     return Wish(
         instance=instance,
@@ -343,7 +343,8 @@ def _shown(name: str, value: bytes) -> str:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
-    return show_bytes(public_value(name, value))
+    held = invisible(value.decode(errors="replace"))
+    return show_bytes(public_value(name, value)) + ("" if held is None else f", which holds {held}")
 
 
 _power = values.choice(Power, "it")

@@ -37,6 +37,7 @@ CONTRACT = {
     "guard_memory_locked": "gauge",
     "identity_mismatch": "gauge",
     "removals_held": "gauge",
+    "orphans": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",
     "instance_run_state": "gauge",
@@ -78,7 +79,7 @@ class Supervisor:
 
     def show(self, *instances: InstanceSample) -> None:
         self.now = Snapshot(
-            etcd_up=True, session_remaining_s=12.5, watch_revision=4711, removals_held=3, instances=instances
+            etcd_up=True, session_remaining_s=12.5, watch_revision=4711, removals_held=3, orphans=2, instances=instances
         )
 
     def text(self) -> str:
@@ -217,12 +218,14 @@ def test_the_alerts_of_the_page_are_rules(tmp_path: Path) -> None:
 def test_gauges_follow_the_snapshot(supervisor: Supervisor) -> None:
     """Gauges tell what is so at the scrape, not what was so at some call before."""
     assert supervisor.value("etcd_up") == 0
+    assert supervisor.value("orphans") is None
     busy(supervisor)
     assert supervisor.value("build_info", version="1.2.3") == 1
     assert supervisor.value("etcd_up") == 1
     assert supervisor.value("session_remaining_seconds") == 12.5
     assert supervisor.value("watch_revision") == 4711
     assert supervisor.value("removals_held") == 3
+    assert supervisor.value("orphans") == 2
     assert supervisor.value("instance_up", instance=ONE) == 1
     assert supervisor.value("instance_lock_epoch", instance=ONE) == 7
     assert supervisor.value("instance_pending_changes", instance=ONE) == 2

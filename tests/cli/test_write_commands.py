@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 
@@ -124,6 +127,23 @@ def test_other_keys_may_change_while_its_host_is_away(world: World) -> None:
     assert world.run("set", "1", "host= alpha ").exit_code == 1
     world.host("alpha")
     assert world.run("set", "1", "host= alpha ").exit_code == 0
+
+
+def test_candidates_that_are_not_there_are_told_of(world: World) -> None:
+    """A typo in `hosts` would be noticed on the day of the failover only."""
+    world.host("alpha", "beta")
+    done = world.run("create", "1", "ram=1G", "host=alpha", "hosts=alpha btea")
+    assert done.exit_code == 0
+    assert "in `hosts`: btea; did you mean beta?" in done.stderr
+
+
+def test_a_host_that_stops_all_its_guests_is_told_of(world: World) -> None:
+    """§4: it is there, and nobody to move to before that ends."""
+    session = HostSession(host="beta", version="1", url="", boot_id="b", draining=True)
+    world.etcd.write(world.layout.session_key(HostName("beta")), session.to_json())
+    done = world.run("create", "1", "ram=1G", "host=beta")
+    assert done.exit_code == 0
+    assert "beta stops all its guests just now" in done.stderr
 
 
 def test_a_container_that_waits_for_the_lock_is_somebody(world: World) -> None:
@@ -327,6 +347,7 @@ def test_delete_needs_a_person_or_yes(world: World) -> None:
 def test_delete_of_nobody(world: World) -> None:
     """No such instance: exit code 1; one on its way out is said to be."""
     assert world.run("delete", "1", "--yes").exit_code == 1
+    world.host("alpha")
     world.status("1", "alpha", Phase.STOPPING)
     assert "host alpha says stopping" in world.run("delete", "1", "--yes").stderr
 
@@ -351,6 +372,35 @@ def test_confirm_removal_names_and_writes_exactly_what_is_held(world: World) -> 
     assert json.loads(world.etcd.data["/kvmsupervisor/confirm-removal/alpha"]) == ["1", "2"]
     assert world.run("confirm-removal", "beta", "--yes").exit_code == 0
     assert json.loads(world.etcd.data["/kvmsupervisor/confirm-removal/beta"]) == ["4"]
+
+
+def test_confirm_removal_shows_what_was_and_what_is(world: World) -> None:
+    """§4: nobody confirms what he cannot see; passwords are not shown."""
+    world.running("1", host="beta", ram="2G", spice_password="secret")
+    stood = {"host": "alpha", "ram": "1G", "mac": "52:54:00:00:00:01", "spice_password": "(not shown)"}
+    world.status("1", "alpha", Phase.RUNNING, held=True, stood=stood)
+    shown = world.run("confirm-removal", "--yes").stdout
+    assert "1: host was 'alpha', now 'beta'" in shown
+    assert "1: ram was '1G', now '2G'" in shown
+    assert "1: mac was '52:54:00:00:00:01', now removed" in shown
+    assert "1: spice_password was '(not shown)', now differs" in shown
+    assert "secret" not in shown
+
+
+def test_confirm_removal_gives_up_on_a_host_that_others_wait_for(world: World) -> None:
+    """Law 11: an operator's word that a host is gone for good; not of one that lives, nor of a mistyped one."""
+    world.host("alpha")
+    key = world.layout.history_key
+    world.etcd.write(key, HistoryName(id="n", number=1, by="alpha", hosts=("alpha", "beta")).to_json())
+    assert "beta have not said" in world.run("check").stdout
+    for name in ("alpha", "bta", "gamma"):
+        assert world.run("confirm-removal", name, "--yes").exit_code != 0
+    result = world.run("confirm-removal", "beta", "--yes")
+    assert result.exit_code == 0, result
+    present = HistoryName.from_json(world.etcd.data[key])
+    assert present is not None
+    assert (present.id, present.hosts, present.gone) == ("n", ("alpha", "beta"), ("beta",))
+    assert world.run("confirm-removal", "beta", "--yes").exit_code == 1
 
 
 def test_confirm_removal_of_nothing(world: World) -> None:

@@ -24,7 +24,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Deferral, LeftAlone, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Deferral, LeftAlone, Process, Stopping, Target, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -78,6 +78,7 @@ def view(**changes: object) -> View:
 
 STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
+THERE, ABSENT = Target(there=True), Target(there=False)
 MOVED = replace(WISH, host=OTHER)
 PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
 PLACED_AWAY = replace(WISH, placed=Placed(9, Placement(host=OTHER, why="failover", since="12:00", of=5)))
@@ -159,38 +160,40 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("power off of a bad wish too", view(process=running(), lock=seen(locked()),
      wish=replace(BAD, power=Power.OFF), problems=BAD.problems), Phase.STOPPING, Action.POWERDOWN),
     ("another host that is there begins with the button", view(process=running(), lock=seen(locked()),
-     wish=MOVED, target_there=True), Phase.STOPPING, Action.POWERDOWN),
-    ("one that has no session stops nothing", view(process=running(), lock=seen(locked()), wish=MOVED, target_there=False),
+     wish=MOVED, target=THERE), Phase.STOPPING, Action.POWERDOWN),
+    ("one that has no session stops nothing", view(process=running(), lock=seen(locked()), wish=MOVED, target=ABSENT),
      Phase.RUNNING, None),
     ("nor one of which nobody knows", view(process=running(), lock=seen(locked()), wish=MOVED), Phase.RUNNING, None),
+    ("nor one that stops all its guests", view(process=running(), lock=seen(locked()), wish=MOVED,
+     target=replace(THERE, drains=True)), Phase.RUNNING, None),
     ("nor while the lock cannot be handed over", view(process=running(), lock=seen(locked()), wish=MOVED,
-     target_there=True, session_held=False), Phase.RUNNING, None),
+     target=THERE, session_held=False), Phase.RUNNING, None),
     ("one that is gone again before the button was pressed stops nothing", view(process=running(stopping=Stopping(since=100.0)),
-     lock=seen(locked()), wish=MOVED, target_there=False), Phase.RUNNING, None),
-    ("power off stops it then all the same", view(process=running(), lock=seen(locked()), target_there=False,
+     lock=seen(locked()), wish=MOVED, target=ABSENT), Phase.RUNNING, None),
+    ("power off stops it then all the same", view(process=running(), lock=seen(locked()), target=ABSENT,
      wish=replace(MOVED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
     ("so does a host that is taken away", view(process=running(), lock=seen(locked()), wish=replace(WISH, host=None)),
      Phase.STOPPING, Action.POWERDOWN),
-    ("so does a restart that is asked for", view(process=running(), lock=seen(locked()), target_there=False,
+    ("so does a restart that is asked for", view(process=running(), lock=seen(locked()), target=ABSENT,
      wish=replace(MOVED, restart_request="r1")), Phase.STOPPING, Action.POWERDOWN),
     ("what never ran is let run here meanwhile", view(process=paused(), lock=seen(locked()), wish=MOVED,
-     target_there=False), Phase.STARTING, Action.CONTINUE),
-    ("and killed when it moves on", view(process=paused(), lock=seen(locked()), wish=MOVED, target_there=True),
+     target=ABSENT), Phase.STARTING, Action.CONTINUE),
+    ("and killed when it moves on", view(process=paused(), lock=seen(locked()), wish=MOVED, target=THERE),
      Phase.STOPPING, Action.KILL),
-    ("what ends meanwhile is started again where it was", view(lock=seen(locked()), wish=MOVED, target_there=False,
+    ("what ends meanwhile is started again where it was", view(lock=seen(locked()), wish=MOVED, target=ABSENT,
      slot=True), Phase.STARTING, Action.TAKE),
-    ("and let go of once somebody is there", view(lock=seen(locked()), wish=MOVED, target_there=True), Phase.STOPPED,
+    ("and let go of once somebody is there", view(lock=seen(locked()), wish=MOVED, target=THERE), Phase.STOPPED,
      Action.RELEASE),
     ("law 10: where it is placed is where it runs, whatever its host", view(process=running(), lock=seen(locked()),
-     wish=PLACED_HERE, target_there=True), Phase.RUNNING, None),
+     wish=PLACED_HERE, target=THERE), Phase.RUNNING, None),
     ("law 10: and where it starts", view(wish=PLACED_HERE, slot=True), Phase.STARTING, Action.TAKE),
-    ("law 10: what is placed elsewhere does not start on its host", view(wish=PLACED_AWAY, target_there=False, slot=True),
+    ("law 10: what is placed elsewhere does not start on its host", view(wish=PLACED_AWAY, target=ABSENT, slot=True),
      Phase.STOPPED, Action.FORGET),
-    ("law 10: and moves there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target_there=True),
+    ("law 10: and moves there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target=THERE),
      Phase.STOPPING, Action.POWERDOWN),
-    ("law 10: once somebody is there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target_there=False),
+    ("law 10: once somebody is there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target=ABSENT),
      Phase.RUNNING, None),
-    ("law 10: a newer host ends a placement", view(process=running(), lock=seen(locked()), target_there=True,
+    ("law 10: a newer host ends a placement", view(process=running(), lock=seen(locked()), target=THERE,
      wish=replace(PLACED_HERE, host_revision=6)), Phase.STOPPING, Action.POWERDOWN),
     ("law 10: what is left of one is deleted by who runs it", view(process=running(), lock=seen(locked()),
      wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, Action.TIDY),
@@ -202,10 +205,10 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Phase.STOPPED, Action.TIDY),
     ("law 10: together with an instance that was removed", view(wish=replace(GONE, placed=PLACED_HERE.placed)),
      Phase.STOPPED, Action.TIDY),
-    ("law 10: a damaged one lets it run on", view(process=running(), lock=seen(locked()), wish=DAMAGED, target_there=True,
+    ("law 10: a damaged one lets it run on", view(process=running(), lock=seen(locked()), wish=DAMAGED, target=THERE,
      problems=DAMAGED.problems), Phase.RUNNING, None),
     ("law 10: elsewhere, too", view(process=running(), lock=seen(locked()), wish=replace(DAMAGED, host=OTHER),
-     target_there=True, problems=DAMAGED.problems), Phase.RUNNING, None),
+     target=THERE, problems=DAMAGED.problems), Phase.RUNNING, None),
     ("law 10: power off is an order all the same", view(process=running(), lock=seen(locked()), problems=DAMAGED.problems,
      wish=replace(DAMAGED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
     ("law 10: and nothing starts on its ground", view(wish=DAMAGED, problems=DAMAGED.problems, slot=True),
@@ -532,7 +535,7 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, target_there=True, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def guarded(self) -> bool | None:

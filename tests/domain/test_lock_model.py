@@ -26,7 +26,7 @@ from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Lock, LockState, LockView, Storage, take
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import RbdDisk, Spec, Wish, spec_to_object
-from kvmsupervisor.domain.view import Action, Deferral, Process, View
+from kvmsupervisor.domain.view import Action, Deferral, Process, Target, View
 
 HOSTS = (HostName("a"), HostName("b"))
 SPEC = Spec(ram_mib=64, rbd=RbdDisk("rbd", "vm"))
@@ -349,7 +349,7 @@ def _decide(known: Known) -> Action | None:
     view = View(
         now=2.0, me=HOSTS[me], boot_id=boot_id, wish=wish, planned=planned, process=process,
         memory=Memory(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
-        holder_has_session=False, deferral=LONG_AGO, target_there=there,
+        holder_has_session=False, deferral=LONG_AGO, target=Target(there=there),
     )  # fmt: skip
     return decide(view).action
 

@@ -29,9 +29,11 @@ from kvmsupervisor.adapters.etcd.api import (
     KeyValue,
     LeaseGone,
     Listing,
+    NoSpace,
     Op,
     Page,
     Put,
+    Reading,
     Rejected,
     Target,
     TxnResult,
@@ -57,6 +59,7 @@ class _Server:
         self.history: list[Event] = []
         self.leases: dict[int, _Lease] = {}
         self.next_lease = 0x1000
+        self.full = False
         self.wakers: set[asyncio.Event] = set()
         # How often another history has taken the place of this one: each breaks every watch.
         self.born = 0
@@ -238,6 +241,14 @@ class FakeEtcd:
         """End `deny`."""
         self._denied = False
 
+    def fill(self) -> None:
+        """Take all space, as in etcd 3.5.1: no client's transaction, write or new lease is taken any more."""
+        self._server.full = True
+
+    def make_space(self) -> None:
+        """End `fill`."""
+        self._server.full = False
+
     def lose_next_reply(self) -> None:
         """The next write is applied, its caller gets `Ambiguous`."""
         self._lose_reply = True
@@ -316,6 +327,10 @@ class FakeEtcd:
 
     def leave(self) -> None:
         pass
+
+    async def read(self, *keys: str) -> Reading:
+        await self._arrive("read")
+        return Reading([next(iter(self._server.select(key, prefix=False)), None) for key in keys], self.revision)
 
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         await self._arrive("list")
@@ -401,6 +416,8 @@ class FakeEtcd:
         if self._denied:
             raise Denied("etcdserver: permission denied")
         self._server.expire_due()
+        if self._server.full and call in {"put", "txn", "grant"}:
+            raise NoSpace("etcdserver: mvcc: database space exceeded")
 
     def _write(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op]) -> TxnResult:
         if self._lose_request:

@@ -118,9 +118,17 @@ class EtcdMember:
     """One etcd process, its ports and its data, which outlive a kill."""
 
     def __init__(
-        self, name: str, folder: Path, args: Sequence[str] = (), tls: Tls | None = None, place: Place = HERE
+        self,
+        name: str,
+        folder: Path,
+        args: Sequence[str] = (),
+        tls: Tls | None = None,
+        place: Place = HERE,
+        *,
+        program: str = "etcd",
     ) -> None:
         self.name = name
+        self.program = program
         self.place = place
         self.client_port = free_port()
         self.peer_port = free_port()
@@ -164,7 +172,7 @@ class EtcdMember:
         client = self.endpoint
         peer = f"http://{self.place.address}:{self.peer_port}"
         argv = [
-            *("etcd", "--name", self.name, "--data-dir", str(self._folder / self.name)),
+            *(self.program, "--name", self.name, "--data-dir", str(self._folder / self.name)),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", self.peer_url),
             # Plain HTTP, for readiness, whatever the clients' port asks for.
@@ -241,6 +249,21 @@ class EtcdMember:
         self.kill()
         self.start()
 
+    def lose_data(self) -> None:
+        """Kill it and delete its data; `start` begins with an empty store."""
+        self.kill()
+        shutil.rmtree(self._folder / self.name)
+
+    def restore(self, snapshot: Path) -> None:
+        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
+        self.lose_data()
+        argv = ["etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)]
+        argv += ["--name", self.name, "--initial-cluster", f"{self.name}={self.peer_url}"]
+        argv += ["--initial-advertise-peer-urls", self.peer_url]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
+        self._initial_cluster = f"{self.name}={self.peer_url}"
+
     @property
     def leads(self) -> bool:
         """Whether it says that it leads."""
@@ -306,6 +329,7 @@ class EtcdCluster:
         prepare: called with the members before their first start, to put something between them.
         places: where each member is; by default all are here.
         around: makes `etcdctl`'s command line, where its members cannot be reached from here.
+        program: which etcd.
     """
 
     def __init__(
@@ -318,6 +342,7 @@ class EtcdCluster:
         prepare: Callable[[Sequence[EtcdMember]], None] | None = None,
         places: Sequence[Place] = (),
         around: Callable[..., list[str]] = HERE.around,
+        program: str = "etcd",
     ) -> None:
         timing = ("--heartbeat-interval", str(heartbeat_ms), "--election-timeout", str(10 * heartbeat_ms))
         self._size = size
@@ -326,6 +351,7 @@ class EtcdCluster:
         self._prepare = prepare
         self._places = tuple(places) or (HERE,) * size
         self._around = around
+        self._program = program
         self._folder = Path()
         self.members: list[EtcdMember] = []
 
@@ -344,7 +370,7 @@ class EtcdCluster:
     def _lay_out(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
         self.members = [
-            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number])
+            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number], program=self._program)
             for number in range(self._size)
         ]
 
@@ -448,8 +474,8 @@ class EtcdCluster:
 class EtcdServer(EtcdCluster):
     """One member. Its elections need nobody else, so it serves after 0.1 s."""
 
-    def __init__(self, *, args: Sequence[str] = (), tls: Tls | None = None) -> None:
-        super().__init__(1, args=args, tls=tls, heartbeat_ms=10)
+    def __init__(self, *, args: Sequence[str] = (), tls: Tls | None = None, program: str = "etcd") -> None:
+        super().__init__(1, args=args, tls=tls, heartbeat_ms=10, program=program)
 
     @property
     def member(self) -> EtcdMember:

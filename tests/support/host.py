@@ -270,6 +270,9 @@ class Host:
             await self.die()
         shutil.rmtree(self.path)
 
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return self.recorded_for(client)
+
     def _surroundings(self) -> Surroundings:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
@@ -302,13 +305,20 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_drains=lambda host: False,
             sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
             era=lambda: self.history.present,
-            recorded_for=self.recorded_for,
+            recorded_for=self._recorded_for,
+            mismatch=None,
+            objection=lambda record: None,
+            draining=lambda: False,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
+            takeover_wait_s=60.0,
             guard=cast("GuardPost | None", self.guard),
         )
 

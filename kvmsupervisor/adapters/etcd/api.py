@@ -58,7 +58,11 @@ class Denied(EtcdError):
 
 
 class Rejected(EtcdError):
-    """etcd refuses this very request (too large, no space, malformed): change it or tell the operator."""
+    """etcd refuses this very request (too large, malformed): change it or tell the operator."""
+
+
+class NoSpace(Rejected):
+    """etcd takes no writes until an operator has made space. Nothing was written; reads and leases go on."""
 
 
 class LeaseGone(Rejected):
@@ -80,6 +84,14 @@ class Listing:
     """All keys below a prefix at one `revision`, in key order."""
 
     kvs: Sequence[KeyValue]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Some keys as they were at one `revision`, in the order asked for; None for one that did not exist."""
+
+    kvs: Sequence[KeyValue | None]
     revision: int
 
 
@@ -202,6 +214,14 @@ class Store(Protocol):
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:
         """Read one key, linearizably."""
+        ...
+
+    async def read(self, *keys: str) -> Reading:
+        """Read several keys at one revision, linearizably, also where etcd has no space left.
+
+        A transaction that only reads would be one round trip, but etcd 3.5.0 to 3.5.6 refuse all transactions then
+        (https://github.com/etcd-io/etcd/issues/14884).
+        """
         ...
 
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmsupervisor.adapters.etcd.api import Ahead, Compacted, Denied, LeaseGone, Rejected
+from kvmsupervisor.adapters.etcd.api import Ahead, Compacted, Denied, LeaseGone, NoSpace, Rejected
 from kvmsupervisor.adapters.etcd.protocol import grpc
 
 
@@ -132,6 +132,8 @@ def judge_text(text: str, what: str) -> Exception | None:
             return Compacted(0)
         case "etcdserver: mvcc: required revision is a future revision":
             return Ahead(f"{what}: etcd has not come to that revision")
+        case "etcdserver: mvcc: database space exceeded":
+            return NoSpace(f"{what}: etcd has no space left ({text}): see docs/etcd.md")
         case "etcdserver: requested lease not found":
             return LeaseGone(f"{what}: {text}")
         case "etcdserver: lease already exists":
