@@ -288,6 +288,7 @@ class Start:
             storage=storage_of(wish.spec),
             epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
+            doubted=bool(self._around.era().awaited),
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation

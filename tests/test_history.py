@@ -21,7 +21,7 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.history import FILE_NAME
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
-from tests.fakes.storage import FakeDisks, FakeStorage
+from tests.fakes.storage import FakeDisks, FakeStorage, address_of
 from tests.test_supervisor import ME, Bench
 
 LAYOUT = Layout()
@@ -452,6 +452,29 @@ async def test_files_wait_for_a_host_for_ever_and_others_for_a_while(
     bench.etcd.write(LAYOUT.history_key, replace(present, gone=("b",)).to_json())
     await bench.clock.advance(30.0)
     assert bench.of("1").keys() == {"1"}
+
+
+async def test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced(
+    bench: Bench, other: Bench, storage: FakeStorage
+) -> None:
+    """Two writers are impossible: the lock of the backup does not know the client that runs now, storage does."""
+    backup, theirs = await moved(bench, other, "rbd")
+    address = address_of(theirs.pid)
+    storage.users_of["pool/image-1"] = storage.watching["pool/image-1"] = {address}
+    other.client.away()
+    await bench.clock.advance(5.0)
+    storage.fenced.clear()
+    bench.etcd.restore(backup)
+    await bench.clock.advance(PATIENCE_S - 1)
+    assert address not in storage.fenced
+    assert list(bench.of("1").values()) == [theirs]
+    await bench.clock.advance_until(lambda: len(bench.qemus.alive) == 2, 60.0)
+    assert address in storage.fenced
+    await bench.clock.advance_until(lambda: lock(bench, "1").host == ME and lock(bench, "1").pid, 60.0)
+    epoch = lock(bench, "1").epoch
+    other.client.back()
+    await bench.clock.advance_until(lambda: not theirs.alive, 60.0)
+    assert (lock(bench, "1").host, lock(bench, "1").epoch) == (ME, epoch)
 
 
 async def test_once_all_have_spoken_nobody_is_waited_for(bench: Bench, other: Bench) -> None:
