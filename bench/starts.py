@@ -30,7 +30,7 @@ def measure(rig: Rig, *, pairs: int) -> Iterator[Figure]:
         starts.append(_start(rig, host, name))
         bares.append(bare.spawn(host.record("warm-up"), host.run_dir / "warm-up", rig.folder / "bare"))
         restarts.append(_restart(host, name))
-        rig.keys.put({key: "nobody" for key in host.wish([name]) if key.endswith("/host")})
+        rig.keys.put({f"{key.removesuffix('host')}power": "off" for key in host.wish([name]) if key.endswith("/host")})
         host.wait_gone(name)
     host.clear()
     reference = Sample.of(one.answered_s for one in bares)

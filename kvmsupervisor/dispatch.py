@@ -11,9 +11,10 @@ from typing import Protocol
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.domain.removal import Hold, RemovalGuard, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance import Instance
@@ -23,9 +24,9 @@ log = structlog.get_logger(__name__)
 
 
 class Admit(Protocol):
-    """Makes an instance that was not known here; None when what is kept of it is to be left alone."""
+    """Makes an instance that was not known here."""
 
-    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance | None:
+    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance:
         """Make it; `fresh`: its keys were just written."""
         ...
 
@@ -69,13 +70,44 @@ class Dispatch:
         self._on_held = on_held
         # The wishes of the instances that are this host's, and the keys that they were parsed from.
         self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
+        # The keys that each was last told of.
+        self._told: dict[InstanceId, Mapping[bytes, RawValue]] = {}
+        # Why removals and other orders are held, where more is known of that.
+        self._holds: dict[InstanceId, Hold] = {}
         # Before keys and locks were all listed, an absent one means nothing.
         self._listed = False
 
     def begin(self) -> None:
         """All is listed: look at all of it, and at what runs here although it has neither keys nor a lock."""
         self._listed = True
-        self.tell(self._wishes.naming(self._me.encode()) | self._instances.keys(), fresh=False)
+        if self._wishes.era:
+            # It is not what a predecessor acted on.
+            self.begin_anew()
+        else:
+            self.tell(self._everything(), fresh=False)
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: look at all of it. What it would end here is held, whatever its number."""
+        if not self._listed:
+            return
+        for name in self._everything():
+            instance = self._instances.get(name)
+            if instance is None:
+                continue
+            keys, wish = self._wishes.keys_of(name), self._wish(name)
+            former, before = instance.wish, self._told.get(name)
+            instance.begin_anew(wish)
+            if instance.pid is None or not ends_it(wish, self._me):
+                self._release({name})
+            elif former is None or name in self._guard.held or not ends_it(former, self._me):
+                held = self._holds.get(name) or instance.hold
+                stood: Mapping[str, str] = {"host": str(self._me)} if before is None else differing(before, keys)
+                stood = stood if held is None else held.stood
+                self._holds[name] = Hold(order=order_of(wish), why=why_held(wish), stood=stood)
+        self.tell(self._everything(), fresh=False)
+
+    def _everything(self) -> Set[InstanceId]:
+        return self._wishes.naming(self._me.encode()) | self._instances.keys()
 
     def tell(self, changed: Set[InstanceId], *, fresh: bool = True) -> None:
         """Tell each of these instances that is, or was, this host's what its keys and its lock are now.
@@ -90,39 +122,52 @@ class Dispatch:
             self._on_candidates()
         ours = {name for name in changed if name in self._instances or self._is_ours(name)}
         wishes = {name: self._wish(name) for name in ours}
-        held = self._judge_removals(wishes)
+        held = self._judge_orders(wishes) | self._judge_removals(wishes)
         for name, wish in wishes.items():
             known = self._instances.get(name)
             instance = known or self._admit(name, fresh=fresh)
-            if instance is None:
-                continue
             lock = self._wishes.lock_of(name)
             instance.saw_lock(
                 data=None if lock is None else lock.value,
                 mod_revision=0 if lock is None else lock.mod_revision,
                 as_of=self._wishes.locks_revision,
             )
-            instance.update(wish, held=name in held, fresh=fresh)
+            instance.update(wish, held=name in held, fresh=fresh, hold=self._holds.get(name))
+            self._told[name] = self._wishes.keys_of(name)
             if known is None:
                 self._start(instance)
 
     def let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
+        self._release(freed)
         for name in freed & self._instances.keys():
-            self._instances[name].update(parse_wish(name, self._wishes.keys_of(name)), held=False, fresh=False)
+            self._instances[name].update(self._wish(name), held=False, fresh=False)
+
+    def links_differ(self, changed: Set[int]) -> None:
+        """Network interfaces of this host differ, told by their indexes: one may be a guest's."""
+        for instance in self._instances.values():
+            if instance.plugs.concern(changed):
+                instance.notify()
 
     def forget(self, name: InstanceId) -> None:
         """Nothing of an instance is this host's any more."""
         self._read.pop(name, None)
+        self._told.pop(name, None)
+        self._release({name})
 
     def is_wanted_here(self, name: InstanceId) -> bool:
-        """Whether the key `host` names this host."""
+        """Whether this host is where it shall run: by the key `host`, or by the placement that stands in for it."""
         host = self._wishes.keys_of(name).get(b"host")
-        return host is not None and host.value.strip() == self._me.encode()
+        if host is None:
+            return False
+        placement = self._wishes.placed(name).placement
+        if placement is not None and placement.stands(host.mod_revision):
+            return placement.host == self._me
+        return names(host.value, self._me.encode())
 
     def _is_ours(self, name: InstanceId) -> bool:
         """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
-        if self.is_wanted_here(name):
+        if self.is_wanted_here(name) or self._left_its_placement(name):
             return True
         entry = self._wishes.lock_of(name)
         # Looking for the name costs less than reading JSON, but it may also be part of another host's.
@@ -131,43 +176,82 @@ class Dispatch:
         lock = Lock.from_json(entry.value)
         return lock is not None and lock.host == self._me
 
+    def _left_its_placement(self, name: InstanceId) -> bool:
+        """Whether nothing but a placement here is left of an instance, while nobody was here to take it away."""
+        placement = self._wishes.placed(name).placement
+        return placement is not None and placement.host == self._me and not self._wishes.keys_of(name)
+
     def _wish(self, name: InstanceId) -> Wish:
         """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""
-        keys = self._wishes.keys_of(name)
+        keys, placed = self._wishes.keys_of(name), self._wishes.placed(name)
         read = self._read.get(name)
-        if read is None or read[0] != keys:
-            read = self._read[name] = (keys, parse_wish(name, keys))
+        if read is None or read[0] != keys or read[1].placed != placed:
+            read = self._read[name] = (keys, parse_wish(name, keys, placed))
         return read[1]
 
-    def _judge_removals(self, wishes: dict[InstanceId, Wish]) -> Set[InstanceId]:
+    def _judge_orders(self, wishes: Mapping[InstanceId, Wish]) -> Set[InstanceId]:
+        """Which of these instances go on as they are, because what would end them came with another history.
+
+        Until an operator says that it is meant, or gives another order: keys that are written again are one.
+        """
+        held = set()
+        for name, wish in wishes.items():
+            instance = self._instances.get(name)
+            hold = self._holds.get(name) or (None if instance is None else instance.hold)
+            if hold is None or not hold.order or instance is None:
+                continue
+            if instance.pid is None or not ends_it(wish, self._me) or order_of(wish) != hold.order:
+                self._release({name})
+                continue
+            if name not in self._guard.held:
+                log.error("removal.held", instances=[name], reason=hold.why, stood=dict(hold.stood))
+            self._holds[name] = hold
+            held.add(name)
+        self._guard.held |= held
+        if held:
+            self._on_held()
+        return held
+
+    def _judge_removals(self, wishes: Mapping[InstanceId, Wish]) -> Set[InstanceId]:
         """Which of these instances go on as they are, because too many lost their keys at once."""
         guard = self._guard
-        without = {name for name, wish in wishes.items() if _names_no_host(wish)}
-        guard.release(wishes.keys() - without)
+        ordered = {name for name, hold in self._holds.items() if hold.order}
+        without = {name for name, wish in wishes.items() if names_no_host(wish)} - ordered
+        self._release(wishes.keys() - without - ordered)
         fresh = {name for name in without - guard.held if self._was_ours(name)}
         # What an earlier supervisor held stays so, however few are left of it.
         held = {name for name in fresh if self._instances[name].was_held}
         guard.held |= held
-        if fresh - held:
-            held |= guard.judge(fresh - held, self._instances.keys(), self._clock.now())
+        running = {name for name, instance in self._instances.items() if instance.pid is not None}
+        if news := (fresh & running) - held:
+            held |= guard.judge(news, running, self._clock.now())
         if held:
+            for name in held:
+                self._holds[name] = self._instances[name].hold or Hold(order="", why="", stood=self._before(name))
             log.error(
                 "removal.held",
                 instances=sorted(held),
-                reason="more than half of this host's instances lost their keys at once; they run on until "
+                reason="more than half of this host's running instances lost their keys at once; they run on until "
                 f"`kvmsupervisor confirm-removal {self._me}`, or until their keys are back",
             )
             self._on_held()
         return guard.held & without
+
+    def _before(self, name: InstanceId) -> Mapping[str, str]:
+        """The values that its keys had when it was last told of them, of those that differ now."""
+        told = self._told.get(name)
+        return {} if told is None else differing(told, self._wishes.keys_of(name))
+
+    def _release(self, names: Set[InstanceId]) -> None:
+        self._guard.release(names)
+        for name in names:
+            self._holds.pop(name, None)
 
     def _was_ours(self, name: InstanceId) -> bool:
         """Whether the last that was known of an instance made it this host's: its keys, or a process found here."""
         instance = self._instances.get(name)
         if instance is None:
             return False
-        return instance.pid is not None if instance.wish is None else instance.wish.host == self._me
-
-
-def _names_no_host(wish: Wish) -> bool:
-    """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
-    return wish.host is None and not any(problem.key == "host" for problem in wish.problems)
+        wish = instance.wish
+        # Also what runs here until the host that its keys name is there.
+        return instance.pid is not None or (wish is not None and wish.runs_on == self._me)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from kvmsupervisor import ladder
 from kvmsupervisor.adapters.clock import Clock, boot_id
+from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
@@ -20,14 +22,60 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.timing import RETRY_CAP_S
 from kvmsupervisor.domain.view import View
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.marks import pid_of
+from kvmsupervisor.session import Session
 
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 0.2
 """How often it is looked whether the guests have gone; arbitrary, little beside a shutdown."""
+
+
+class DrainMark:
+    """What a supervisor knows of it: the mark in the run directory; and its session says so to other hosts.
+
+    Args:
+        run_dir: `KVM_RUN_DIR`.
+        boot_id: of this boot; a mark of another one means nothing.
+        clock: the machine's.
+        on_change: called when it came or went.
+
+    Attributes:
+        on: whether this host stops all its guests.
+    """
+
+    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock, on_change: Callable[[], None]) -> None:
+        self.on = False
+        self._run_dir = run_dir
+        self._boot_id = boot_id
+        self._clock = clock
+        self._on_change = on_change
+        self._changed = asyncio.Event()
+
+    def heed(self) -> None:
+        """Look whether the mark came or went."""
+        on = self._run_dir.is_draining(self._boot_id)
+        if on != self.on:
+            self.on = on
+            log.info("host.draining" if on else "host.drain_ended")
+            self._changed.set()
+            self._on_change()
+
+    async def run_telling(self, session: Session) -> None:
+        """Have the session say it, for ever: nobody moves a guest here meanwhile."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                await session.restate(replace(session.value, draining=self.on))
+            except EtcdError as error:
+                log.warning("host.drain_untold", reason=str(error))
+                await self._clock.sleep(RETRY_CAP_S)
+                self._changed.set()
 
 
 class Drain:
@@ -47,6 +95,7 @@ class Drain:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._clock = Clock()
         self._boot_id = boot_id()
+        self._logs = GuestLogs(clock=self._clock)
 
     def running(self) -> tuple[InstanceId, ...]:
         """The instances whose QEMU lives on this host."""
@@ -115,6 +164,7 @@ class Drain:
                     if record is not None:
                         group.create_task(self._shut_down(directory, record))
         finally:
+            self._logs.close()
             self._run_dir.release()
 
     async def _shut_down(self, directory: InstanceDir, record: Incarnation) -> None:
@@ -127,6 +177,7 @@ class Drain:
             user=None,
             notify=wake.set,
             on_reset=lambda: None,
+            logs=self._logs.of(directory),
             log=log.bind(instance=record.instance),
         )
         memory = _memory_of(directory, self._boot_id)

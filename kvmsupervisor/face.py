@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.orphans import count_orphans
+from kvmsupervisor.domain.run_state import RunState
+from kvmsupervisor.domain.status import Status
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.session import Session
@@ -20,37 +23,50 @@ class Face:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
+        host: this host.
         instances: those of this host; a live mapping.
         hosts: the session keys of all hosts; a live table.
+        alive: tells the names of the hosts that have a session; none while that is not known.
         session: of this host.
+        history: that etcd has.
         wishes: the keys.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container, and the next one can adopt them.
+        mismatch: why nothing is started or stopped here (law 12); None when all goes its way.
         guard_unlocked: tells why the guard's memory is not locked; None when it is, or there is none.
     """
 
     def __init__(
         self,
         *,
+        host: HostName,
         instances: Mapping[InstanceId, Instance],
         hosts: Flat,
+        alive: Callable[[], Collection[str]],
         session: Session,
+        history: History,
         wishes: Wishes,
         removals_held: Callable[[], int],
         qemu_privileged: bool,
         guests_survive: bool,
         guard_unlocked: Callable[[], str | None],
+        mismatch: str | None,
     ) -> None:
-        self.counters = Metrics(self.snapshot, version=__version__)
+        self.counters = Metrics(self.snapshot, host=host, version=__version__)
         self._instances = instances
         self._hosts = hosts
+        self._alive = alive
+        # What the last count of orphans was made of, and what it came to: most scrapes see nothing new.
+        self._counted: tuple[object, int] = (None, 0)
         self._session = session
+        self._history = history
         self._wishes = wishes
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
         self._guests_survive = guests_survive
         self._guard_unlocked = guard_unlocked
+        self._mismatch = mismatch
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, by id."""
@@ -71,11 +87,15 @@ class Face:
         return True
 
     def ready(self) -> tuple[bool, str]:
-        """Whether the session is held and the watch in step."""
+        """Whether the session is held and the watch in step, and this host is who it was."""
+        if self._mismatch is not None:
+            return False, self._mismatch
         if not self._session.held:
             return False, f"no session: {self._session.problem or 'etcd has not answered yet'}"
         if not self._wishes.in_step:
             return False, f"not in step: {self._wishes.problem}"
+        if self._wishes.era != self._history.era:
+            return False, "etcd has another history than before: its keys are being read anew"
         return True, f"session held, in step with revision {self._wishes.revision}"
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
@@ -91,9 +111,23 @@ class Face:
             qemu_privileged=self._qemu_privileged,
             guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
+            orphans=self._orphans(),
+            history_changes=self._history.changes,
             guard_memory_locked=self._guard_unlocked() is None,
+            identity_mismatch=self._mismatch is not None,
             instances=[self._sample(instance) for instance in self._instances.values()],
         )
+
+    def _orphans(self) -> int | None:
+        """How many instances of the cluster nobody looks after; None while this host does not know."""
+        alive = frozenset(self._alive())
+        if not alive or not self._wishes.in_step:
+            return None
+        wishes = self._wishes
+        seen = (wishes.era, wishes.revision, wishes.locks_revision, wishes.placements_revision, alive)
+        if self._counted[0] != seen:
+            self._counted = (seen, count_orphans(self._wishes, alive))
+        return self._counted[1]
 
     def _sample(self, instance: Instance) -> InstanceSample:
         status = instance.report.status
@@ -101,16 +135,21 @@ class Face:
         return InstanceSample(
             id=instance.id,
             phase=status.phase,
-            up=instance.pid is not None and status.phase in {Phase.RUNNING, Phase.STOPPING},
+            run_state=None if status.pid is None else RunState.of(status.run_state),
             epoch=status.epoch,
             pending=len(status.pending),
             invalid=bool(status.problems),
             unguarded=status.guarded is False,
+            placed_for=status.placed_for,
+            host_absent=status.awaited_host is not None,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
             disks=instance.counts.disks,
             guest_memory=instance.counts.memory,
-            nics=[(name, found) for name, tap in instance.nics if (found := traffic_of(tap)) is not None],
+            nics=[
+                (one.nic, found) for one in instance.plugs.attachments() if (found := traffic_of(one.tap)) is not None
+            ],
+            plugged=[(plug.nic, plug.plugged) for plug in instance.plugs.seen] if instance.pid is not None else (),
             accelerator=status.accelerator,
             machine=status.machine,
         )

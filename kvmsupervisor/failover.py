@@ -1,4 +1,6 @@
-"""Failover, where the key `hosts` asks for it: the first live candidate with room takes an orphan's lock, and `host`.
+"""Failover, where the key `hosts` asks for it: the first live candidate with room takes an orphan's lock.
+
+Wishes are people's: `host` stays as they wrote it, and a placement beside it says where it runs instead (law 10).
 
 Nothing is done, and nothing asked, while every host has its session. What is decided is in `domain.failover`; fencing,
 and the start, follow as for any takeover (law 4), by the instance's own loop, which finds the lock to be this host's.
@@ -9,17 +11,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Set
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
 
 import structlog
 
-from kvmsupervisor.adapters.etcd import Compare, EtcdError, Put, Target
+from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Store, Target
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.failover import STEP_S, place
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
+from kvmsupervisor.domain.single import name_of
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
@@ -57,6 +62,10 @@ class AllWishes(Protocol):
 
     def lock_of(self, instance: InstanceId) -> LockEntry | None:
         """The lock of one."""
+        ...
+
+    def placed(self, instance: InstanceId) -> Placed:
+        """The placement of one."""
         ...
 
 
@@ -114,12 +123,14 @@ class Failover:
         mark = me.encode()
         for name in self._wishes.ids():
             keys = self._wishes.keys_of(name)
-            candidates = keys.get(b"hosts")
-            entry = self._wishes.lock_of(name)
+            hosts, home = keys.get(b"hosts"), keys.get(b"host")
+            entry, placed = self._wishes.lock_of(name), self._wishes.placed(name)
             # Cheap for the many that this host is no candidate for.
-            if candidates is None or mark not in candidates.value or entry is None:
+            if hosts is None or home is None or entry is None:
                 continue
-            wish, lock = parse_wish(name, keys), Lock.from_json(entry.value)
+            if mark not in hosts.value and not (placed.revision and mark in home.value):
+                continue
+            wish, lock = parse_wish(name, keys, placed), Lock.from_json(entry.value)
             rank = place(wish, lock, me=me, has_session=self._around.host_has_session)
             if rank is None:
                 continue
@@ -132,7 +143,7 @@ class Failover:
                     spec=wish.spec,
                     lock=lock,
                     lock_revision=entry.mod_revision,
-                    hosts_revision=candidates.mod_revision,
+                    hosts_revision=hosts.mod_revision,
                     place=rank,
                 )
             )
@@ -150,6 +161,9 @@ class Failover:
         since = self._since.setdefault((orphan.id, orphan.lock.incarnation), now) + orphan.place * STEP_S
         if now < since or around.draining() or not around.session.held:
             return
+        if around.era().keeps_waiting(storage_of(orphan.spec), now):
+            # Another host may run it, and has not said so in the history that etcd has now.
+            return
         has_room = around.admission.has_room(orphan.id, need_mib(orphan.spec))
         if not has_room or host_problems(orphan.spec, around.host_side):
             return
@@ -160,7 +174,10 @@ class Failover:
         await self._take(orphan)
 
     async def _take(self, orphan: _Orphan) -> None:
-        """The takeover's transaction (law 4), with `host` in it: nobody can have the one and not the other."""
+        """The takeover's transaction (law 4), with the placement in it: nobody can have the one and not the other.
+
+        Where the instance comes home by it, what goes with the lock is the placement's end.
+        """
         around, layout = self._around, self._around.layout
         lock = take(
             orphan.lock,
@@ -168,22 +185,35 @@ class Failover:
             boot_id=around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(orphan.spec),
+            epoch_floor=around.era().epoch_floor,
         )
-        host_key, lock_key = layout.wish_key(orphan.id, "host"), layout.lock_key(orphan.id)
-        gone = {orphan.lock.host, HostName(orphan.wish.host or "")}
+        wish, lock_key = orphan.wish, layout.lock_key(orphan.id)
+        placement_key = layout.placement_key(orphan.id)
+        placed = Placement(host=around.me, why=FAILOVER, since=around.clock.wall(), of=wish.host_revision)
+        gone = {orphan.lock.host, HostName(wish.runs_on or "")}
         result = await around.store.txn(
             [
                 around.session.compare(),
                 *(Compare(layout.session_key(host), Target.MOD_REVISION, 0) for host in sorted(gone)),
                 Compare(lock_key, Target.MOD_REVISION, orphan.lock_revision),
-                Compare(host_key, Target.MOD_REVISION, orphan.wish.host_revision),
+                Compare(layout.wish_key(orphan.id, "host"), Target.MOD_REVISION, wish.host_revision),
+                Compare(placement_key, Target.MOD_REVISION, wish.placed.revision),
                 Compare(layout.wish_key(orphan.id, "hosts"), Target.MOD_REVISION, orphan.hosts_revision),
             ],
-            [Put(lock_key, lock.to_json()), Put(host_key, around.me.encode())],
+            [
+                Put(lock_key, lock.to_json()),
+                Delete(placement_key) if wish.host == around.me else Put(placement_key, placed.to_json()),
+            ],
         )
         if result.succeeded:
             around.metrics.took_over()
-            log.warning("failover.taken", instance=orphan.id, epoch=lock.epoch, previous=orphan.lock.host)
+            log.warning(
+                "failover.taken",
+                instance=orphan.id,
+                epoch=lock.epoch,
+                previous=orphan.lock.host,
+                in_place_of=wish.host if wish.host != around.me else None,
+            )
 
 
 def instance_of_client(wishes: AllWishes, client: str) -> InstanceId | None:
@@ -195,4 +225,25 @@ def instance_of_client(wishes: AllWishes, client: str) -> InstanceId | None:
         lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
         if lock is not None and client in lock.clients:
             return name
+    return None
+
+
+async def other_of_client(store: Store, layout: Layout, client: str, *, own: str) -> InstanceId | None:
+    """The same, asked of etcd by somebody who follows only the lock `own`: whose it is beside that one's instance.
+
+    Everything below the prefixes of locks is read, so it is for the rare question.
+
+    Raises:
+        EtcdError: etcd does not say, so nobody knows.
+    """
+    mark = json.dumps(client).encode()
+    # In single mode the lock may lie anywhere; those of supervisors are where the settings say, or the usual place.
+    for prefix in {layout.wishes_prefix, layout.locks_prefix() or layout.wishes_prefix}:
+        async with aclosing(store.pages(prefix)) as pages:
+            async for page in pages:
+                for raw, value, *_ in page.entries:
+                    key = raw.decode(errors="replace")
+                    lock = Lock.from_json(value) if mark in value and key != own else None
+                    if lock is not None and client in lock.clients:
+                        return InstanceId(name_of(key, prefix=layout.prefix))
     return None

@@ -12,27 +12,35 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import ladder
+from kvmsupervisor import keeping, ladder
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
-from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.lifecycle import decide
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.ownership import LOCK_POLL_S
+from kvmsupervisor.domain.placement import NOT_PLACED
+from kvmsupervisor.domain.removal import Hold, hold_of, noting
+from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.fencing import NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
+from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
 from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.target import target_of
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
@@ -52,6 +60,7 @@ class Instance:
     Attributes:
         id: which.
         report: what is said of it.
+        plugs: its NICs.
         wish: as last told; None before that.
     """
 
@@ -77,11 +86,14 @@ class Instance:
             clock=around.clock,
             user=around.user,
             notify=self._wake.set,
-            on_reset=lambda: self.report.tell("instance.guest_reset"),
+            on_reset=self._saw_reset,
+            on_event=lambda: around.metrics.heard_event(instance),
+            logs=around.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
         self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare
         )
@@ -92,16 +104,21 @@ class Instance:
         self._etcd_trouble: str | None = None
         self._quiet_at = 0.0
         self._adopting = False
+        self._inheritance = Inheritance(
+            directory, boot_id=around.boot_id, clock=around.clock, objection=around.objection
+        )
+        self._memory_kept = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
-    def update(self, wish: Wish, *, held: bool, fresh: bool) -> None:
+    def update(self, wish: Wish, *, held: bool, fresh: bool, hold: Hold | None = None) -> None:
         """Take the latest wish.
 
         Args:
             wish: the keys as they are.
-            held: they are gone, and that waits for an operator's word: the instance goes on as it is.
+            held: what they come to waits for an operator's word: the instance goes on as it is.
             fresh: somebody has just written them, so that more may follow.
+            hold: more of what is held.
         """
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
@@ -114,12 +131,22 @@ class Instance:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = replace(self._memory, held=held)
+        memory = noting(self._memory, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
         self._remember(memory)
         self._wake.set()
+
+    def begin_anew(self, wish: Wish) -> None:
+        """Etcd has another history, in which these are the keys: nothing that they had before tells a new order.
+
+        Called right before the lock and the keys of that history are told.
+        """
+        self._lock.begin_anew()
+        self.report.begin_anew()
+        self._start.claimed_by = None
+        self._remember(in_another_history(self._memory, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -132,10 +159,20 @@ class Instance:
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
-        self._adopting = self._machine.adopt(record, boot_id=self._around.boot_id)
+        around = self._around
+        under = HostIdentity.of(around.me, around.layout)
+        self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
         spec = self._machine.spec
         if spec is not None:
             self._start.lives(spec)
+
+    def inherit(self) -> None:
+        """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
+        self._remember(self._inheritance.take(self.adopt))
+        if self._inheritance.news is not None:
+            self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
+        if self._inheritance.alone is None and self.wish is not None:
+            self.update(self.wish, held=self._held, fresh=False)
 
     @property
     def was_held(self) -> bool:
@@ -143,22 +180,29 @@ class Instance:
         return self._memory.held
 
     @property
+    def hold(self) -> Hold | None:
+        """What is held, where it was told more of it than that."""
+        return hold_of(self._memory)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether its lock says what runs here, in the history that etcd has now: only a QEMU has to be told of."""
+        if self._machine.pid is None:
+            return True
+        view = self._observe()
+        return view.claim in {Claim.MINE, Claim.UNREADABLE} or (view.claim is Claim.STRANGER and view.is_strange)
+
+    @property
     def pid(self) -> int | None:
-        """Of the living QEMU."""
-        return self._machine.pid
+        """Of the living QEMU, ours or left alone."""
+        alone = self._inheritance.alone
+        return self._machine.pid if alone is None else alone.pid
 
     @property
     def starttime(self) -> int | None:
         """Of the QEMU on record, clock ticks since boot."""
-        return None if self._machine.record is None else self._machine.record.starttime
-
-    @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
-        spec, record = self._machine.spec, self._machine.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+        known = self._inheritance.alone or self._machine.record
+        return None if known is None else known.starttime
 
     @property
     def counts(self) -> GuestCounts:
@@ -179,6 +223,9 @@ class Instance:
         """
         while True:
             self._wake.clear()
+            if not self._memory_kept and self._machine.record is not None:
+                self._keep_memory()
+            self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -196,7 +243,11 @@ class Instance:
             except Unavailable as error:
                 self._pause(ETCD_RETRY_S, f"etcd does not answer: {error}")
             except NotReady as error:
-                self._start.wait_for_host(error)
+                if self._machine.record is None:
+                    self._start.wait_for_host(error)
+                else:
+                    # QEMU is there, paused, and waits for it.
+                    self._pause(error.retry_s, str(error))
             except StorageAway as error:
                 self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
@@ -231,13 +282,18 @@ class Instance:
         lock = self._lock.view.lock
         now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
+        target = target_of(self.id, self.wish, around)
         view = View(
             now=now,
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
-            problems=self._problems,
+            problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
+            left_alone=self._inheritance.alone,
+            mismatch=around.mismatch,
             held=self._held,
+            held_why=self._memory.held_why,
+            era=around.era(),
             draining=around.draining(),
             leaving=around.leaving(),
             session_held=around.session.held,
@@ -248,17 +304,18 @@ class Instance:
             buried=self._start.buried,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
-            holdover=self._holdover(lock) if process is None else None,
+            target=target,
+            holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
-            process=process,
+            process=None if process is None else self.plugs.look(process),
             memory=self._memory,
             slot=around.admission.state(self.id),
             shortage=around.admission.shortage(self.id),
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
-            guarded=self._is_guarded(),
+            guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet_at,
@@ -287,30 +344,13 @@ class Instance:
 
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
         """The wish's problems, and what this host lacks for it."""
-        if wish.spec is None or wish.host != self._around.me:
+        if wish.spec is None:
             return wish.problems
         return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
 
-    def _holdover(self, lock: Lock | None) -> int | None:
-        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
-            return None
-        if lock.incarnation == self._start.planned:
-            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
-            return None
-        return self._machine.holdover(lock)
-
-    def _is_guarded(self) -> bool | None:
-        """Whether the guard watches the living QEMU; None when it need not."""
-        guard, record = self._around.guard, self._machine.record
-        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
-        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
-            return None
-        return guard.holds(record.incarnation)
-
     # --- acting -----------------------------------------------------------------------------------------------
 
-    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912 - a table: one line per action
+    async def _act(self, decision: Decision, view: View) -> None:  # noqa: C901, PLR0912, PLR0915 - a table of actions
         """Do one action on what `view` showed: the wish may change meanwhile, the lock's compare tells."""
         machine, start, action, wish = self._machine, self._start, decision.action, view.wish
         match action:
@@ -320,6 +360,8 @@ class Instance:
                 start.queue(wanted(wish))
             case Action.PREPARE:
                 await start.prepare(wanted(wish))
+            case Action.READ:
+                self.inherit()
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:
@@ -333,53 +375,42 @@ class Instance:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                machine.directory.write_memory(self._memory)
+                self._keep_memory()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.PLUG:
+                await self.plugs.plug()
             case Action.GROW:
                 await start.grow()
             case Action.REASSERT:
-                await self._reassert()
+                await keeping.reassert(machine, self._lock, self.report, self._around)
+            case Action.TIDY:
+                assert wish is not None
+                await self._lock.tidy(wish.stale_placement)
+                if self.wish is wish:
+                    self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await self._rename()
+                await keeping.rename(self._lock, self.report, self._around)
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
                 await self._release()
-            case Action.CONNECT | Action.PROBE | Action.POWERDOWN | Action.QUIT | Action.KILL | Action.GIVE_UP:
+            case (
+                Action.CONNECT
+                | Action.PROBE
+                | Action.POWERDOWN
+                | Action.FINISH
+                | Action.QUIT
+                | Action.KILL
+                | Action.GIVE_UP
+            ):
                 await ladder.step(machine, decision)
             case _:
                 assert_never(action)
-
-    async def _reassert(self) -> None:
-        record = self._machine.record
-        assert record is not None
-        lock = Lock(
-            host=self._around.me,
-            boot_id=record.boot_id,
-            epoch=record.epoch,
-            state=LockState.STARTING if self._machine.never_ran else LockState.RUNNING,
-            incarnation=record.incarnation,
-            pid=record.pid,
-            starttime=record.starttime,
-            clients=record.clients,
-            storage=record.storage,
-        )
-        other = await self._lock.reassert(lock)
-        if other is not None:
-            await self._machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
-            return
-        self.report.tell("lock.reasserted", level="warning", epoch=record.epoch)
-
-    async def _rename(self) -> None:
-        lock = self._lock.view.lock
-        assert lock is not None
-        await self._lock.write(replace(lock, host=self._around.me), None)
-        self.report.tell("lock.renamed", level="warning", epoch=lock.epoch, former=lock.host)
 
     async def _bury(self) -> None:
         process = self._machine.view()
@@ -417,21 +448,40 @@ class Instance:
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
 
+    def _saw_reset(self) -> None:
+        self._around.metrics.guest_reset(self.id)
+        self.report.tell_sparingly("instance.guest_reset")
+
     def _remember(self, memory: Memory) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
         if memory != self._memory:
             self._memory = memory
             if self._machine.record is not None:
-                self._machine.directory.write_memory(memory)
+                self._keep_memory()
+
+    def _keep_memory(self) -> None:
+        """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
+        try:
+            self._machine.directory.write_memory(self._memory)
+        except OSError as error:
+            if self._memory_kept:
+                said = explain(error, self._machine.directory.path)
+                self.report.tell("instance.memory_unwritten", level="warning", reason=said)
+            self._memory_kept = False
+        else:
+            self._memory_kept = True
 
     async def _release(self) -> None:
         publisher = self._around.publisher
         await self._start.shut_out_the_dead()
+        stale = 0 if self.wish is None or self._held else self.wish.stale_placement
         if self.wish is not None and self.wish.keys > 0:
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last))
+            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
-            await self._lock.release(None)
+            await self._lock.release(None, stale_placement=stale)
             publisher.forget(self.id)
+        if stale and self.wish is not None:
+            self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None
         self.report.tell("lock.released")

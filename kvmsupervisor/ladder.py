@@ -15,6 +15,8 @@ async def step(machine: Machine, decision: Decision) -> bool:
             await machine.probe()
         case Action.POWERDOWN:
             await machine.press_power_button()
+        case Action.FINISH:
+            await machine.finish()
         case Action.QUIT:
             await machine.quit()
         case Action.KILL:

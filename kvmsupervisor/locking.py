@@ -6,12 +6,18 @@ was lost is settled by reading: each value names an incarnation, so our own is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target
+from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
+from kvmsupervisor.domain.history import Era, is_older
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockView
+from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
+
+T = TypeVar("T")
 
 
 class SwapFailed(Exception):
@@ -28,7 +34,17 @@ class InstanceLock:
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
         self._host_key = layout.wish_key(instance, "host")
+        self._placement_key = layout.placement_key(instance)
         self._session = session
+        self._era = 0
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: what is heard next is news, whatever its revision, and what was asked before none.
+
+        What is known stays until then.
+        """
+        self._era += 1
+        self.view = replace(self.view, as_of=0)
 
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take note of what a watch or listing says; older news than what is known is left out."""
@@ -37,15 +53,13 @@ class InstanceLock:
 
     async def look(self) -> Status | None:
         """Read lock and status in one linearizable step; return the status, whoever wrote it."""
-        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
-        self._read(result.reads[0], result.revision)
-        found = result.reads[1]
-        return Status.from_json(found[0].value) if found else None
+        _, status = await self._look()
+        return status
 
     async def write(
         self,
         lock: Lock,
-        host_revision: int | None,
+        ground: Ground | None,
         *,
         if_new: bool = False,
         gone: HostName | None = None,
@@ -53,18 +67,19 @@ class InstanceLock:
     ) -> None:
         """Take the lock, or write its next state on the way to `cont`.
 
-        Only if our session holds and the key `host` is still the one of `host_revision`.
+        Only if our session holds, and what says that it runs here (`host`, and its placement) is still as it was seen.
 
         Args:
             lock: what to write.
-            host_revision: `mod_revision` of the key `host` as last seen; None where no such key has a say.
+            ground: those two keys as last seen; None where they have no say.
             if_new: only if there is no status either: no host has ever had this instance.
             gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
             status: what to write into the status key in the same step.
         """
         compares = [self._session()]
-        if host_revision is not None:
-            compares.append(Compare(self._host_key, Target.MOD_REVISION, host_revision))
+        if ground is not None:
+            compares.append(Compare(self._host_key, Target.MOD_REVISION, ground.host_revision))
+            compares.append(Compare(self._placement_key, Target.MOD_REVISION, ground.placement_revision))
         if if_new:
             compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
         if gone is not None:
@@ -72,31 +87,59 @@ class InstanceLock:
         also = () if status is None else (Put(self._status_key, status.to_json()),)
         await self._swap(lock.to_json(), compares, also)
 
-    async def reassert(self, lock: Lock) -> Status | None:
-        """Write our own lock again after it was deleted, if our session holds and nobody had it meanwhile.
+    async def reassert(self, lock: Lock, era: Era) -> Status | None:
+        """Write our own lock again where it is missing or older, if our session holds and nobody had it meanwhile.
 
-        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written.
+        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written. The
+        status of another cluster's host says nothing of that.
+
+        Args:
+            lock: ours.
+            era: the history that it is written in.
         """
-        result = await self._store.txn([], [Get(self._key), Get(self._status_key)])
-        self._read(result.reads[0], result.revision)
-        found = result.reads[1]
-        status = Status.from_json(found[0].value) if found else None
-        if self.view.data is not None:
+        found, status = await self._look()
+        known = self.view.lock
+        if self.view.data is not None and (
+            known is None or not is_older(known, epoch=lock.epoch, incarnation=lock.incarnation)
+        ):
             raise SwapFailed("the lock changed meanwhile")
-        if status is not None and status.epoch > lock.epoch:
+        strange = status is not None and found is not None and era.is_strange(status.host, found.mod_revision)
+        if status is not None and status.epoch > lock.epoch and not strange:
             return status
         # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
         await self._swap(lock.to_json(), [self._session()])
         return None
 
-    async def release(self, status: Status | None) -> int:
+    async def release(self, status: Status | None, *, stale_placement: int = 0) -> int:
         """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).
 
-        So whoever takes the lock next finds in the status up to which epoch this host came. Returns the revision.
+        So whoever takes the lock next finds in the status up to which epoch this host came. A placement that has ended
+        goes in the same step, too: later, it would change under whoever has taken the lock meanwhile. Returns the
+        revision.
+
+        Args:
+            status: the last one.
+            stale_placement: `mod_revision` of that placement, 0 when there is none.
         """
-        last: Op = Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())
-        await self._swap(None, [], [last])
+        last: list[Op] = [Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())]
+        compares = []
+        if stale_placement:
+            compares.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
+            last.append(Delete(self._placement_key))
+        await self._swap(None, compares, last)
         return self.view.as_of
+
+    async def tidy(self, stale_placement: int) -> None:
+        """Delete a placement that has ended, unless another was written since: then the watch shows that.
+
+        Raises:
+            SwapFailed: it is another one by now, or none.
+            EtcdError: etcd did not do it, or nobody knows.
+        """
+        seen = Compare(self._placement_key, Target.MOD_REVISION, stale_placement)
+        result = await self._store.txn([seen], [Delete(self._placement_key)])
+        if not result.succeeded:
+            raise SwapFailed("its placement changed meanwhile")
 
     async def drop(self) -> None:
         """Delete our lock, its process proven gone, where there is no status."""
@@ -113,7 +156,7 @@ class InstanceLock:
         change: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
         try:
-            result = await self._store.txn([expected, *compares], [change, *also], [Get(self._key)])
+            result = await self._txn([expected, *compares], [change, *also], [Get(self._key)])
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:
@@ -123,13 +166,39 @@ class InstanceLock:
             revision = 0 if data is None else result.revision
             self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision)
             return
-        self._read(result.reads[0], result.revision)
+        self._read(next(iter(result.reads[0]), None), result.revision)
         if self.view.data == before:
-            raise SwapFailed("a session or the key `host` changed meanwhile")
+            raise SwapFailed("a session, the key `host` or the placement changed meanwhile")
         raise SwapFailed("the lock changed meanwhile")
 
-    def _read(self, found: Sequence[KeyValue], revision: int) -> None:
-        if found:
-            self.seen(data=found[0].value, mod_revision=found[0].mod_revision, as_of=revision)
-        else:
+    async def _txn(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
+        """Run a transaction, whose result is worth something only in the history that it was asked in.
+
+        Raises:
+            SwapFailed: that has become another one; the mirror tells what is there now.
+        """
+        return await self._in_this_era(self._store.txn(compare, success, failure))
+
+    async def _in_this_era(self, asked: Coroutine[Any, Any, T]) -> T:
+        era = self._era
+        result = await asked
+        if self._era != era:
+            raise SwapFailed("etcd has another history since that was asked")
+        return result
+
+    async def _look(self) -> tuple[KeyValue | None, Status | None]:
+        """Read lock and status at one revision, also where etcd has no space; the status, as found and as read.
+
+        Raises:
+            SwapFailed: see `_txn`.
+        """
+        reading = await self._in_this_era(self._store.read(self._key, self._status_key))
+        lock, found = reading.kvs
+        self._read(lock, reading.revision)
+        return found, None if found is None else Status.from_json(found.value)
+
+    def _read(self, found: KeyValue | None, revision: int) -> None:
+        if found is None:
             self.seen(data=None, mod_revision=0, as_of=revision)
+        else:
+            self.seen(data=found.value, mod_revision=found.mod_revision, as_of=revision)

@@ -6,7 +6,7 @@ It joins three adapters (process, QMP, run directory) and decides nothing.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
-from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.qmp import MonitorRefused
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.agent_watch import AgentWatch
@@ -27,22 +27,17 @@ from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
-from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitStatus, classify
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.spec import Spec, spec_from_object
-from kvmsupervisor.domain.view import NEVER_RAN, PANICKED, RUNNING, Stopping
+from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.growing import Growth
-
-ANSWER_S = 5.0
-"""How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
-
-RECONNECT_S = 0.5
-"""Pause between attempts to connect to a QEMU that lives and does not listen."""
-
-DRAIN_S = 1.0
-"""How long the last QMP events may take to arrive after the process has ended."""
+from kvmsupervisor.guest_logs import MachineLogs
+from kvmsupervisor.monitor import Conversation
+from kvmsupervisor.spawning import spawn
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
@@ -71,6 +66,8 @@ class Machine:
         user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
+        on_event: Callable[[], None] = lambda: None,
+        logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -82,11 +79,15 @@ class Machine:
         self._user = user
         self._notify = notify
         self._on_reset = on_reset
+        self._count_event = on_event
+        self._logs = logs
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
         self._process: kernel.Process | None = None
-        self._monitor: Monitor | None = None
+        self._talk = Conversation(
+            socket=directory.qmp_socket, clock=clock, on_event=self._on_event, notify=notify, log=log
+        )
         self._settling: asyncio.Task[None] | None = None
         self._clear()
 
@@ -95,15 +96,13 @@ class Machine:
         self._exit: Exit | None = None
         self._verdict: Exit | None = None
         self._shutdown: str | None = None
-        self._run_state: str | None = None
-        self._connect_at = 0.0
-        self._probe_at = 0.0
-        self.growth = Growth(self._clock, self._command)
-        self._silent_since: float | None = None
+        self.growth = Growth(self._clock, self._talk.command)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
-        self._answered = False
+        # Invariant: whether the record lies in the run directory as it is here.
+        self._kept = True
+        self._talk.reset()
         self.agent.reset()
 
     # --- what is observed -------------------------------------------------------------------------------------
@@ -116,12 +115,12 @@ class Machine:
             incarnation=self.record,
             spec=self.spec,
             exit=self._exit,
-            connected=self._monitor is not None and self._answered,
-            run_state=self._run_state,
-            connect_at=self._connect_at,
-            probe_at=self._probe_at,
+            connected=self._talk.answered,
+            run_state=self._talk.run_state,
+            connect_at=self._talk.connect_at,
+            probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
-            silent_since=self._silent_since,
+            silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
         )
@@ -137,6 +136,19 @@ class Machine:
         return self._process.pidfd if self._process is not None and self._process.pidfd >= 0 else None
 
     @property
+    def run_state(self) -> str | None:
+        """QMP's, of the living process; None without one, while it does not answer, and before it has."""
+        return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
+
+    @property
+    def nics(self) -> tuple[tuple[str, str], ...]:
+        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        spec, record = self.spec, self.record
+        if spec is None or record is None:
+            return ()
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+
+    @property
     def wait_status(self) -> WaitStatus:
         """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
         return WaitStatus() if self._process is None else self._process.status
@@ -144,7 +156,7 @@ class Machine:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
-        return self._run_state == NEVER_RAN
+        return self._talk.run_state == NEVER_RAN
 
     def holdover(self, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
@@ -159,158 +171,120 @@ class Machine:
         argv: Callable[[Provision], Sequence[str]],
         home: Home,
     ) -> None:
-        """Put the incarnation on record, then start QEMU, then put its pid on record.
+        """Put the incarnation on record, then start QEMU, then put its pid on record; the arguments: see `spawning`.
 
         Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
         process by its environment. That the process cannot be started at all is its end, told like any other.
 
-        Args:
-            record: of the process to come, without pid, argv and log offset.
-            build: makes whole what QEMU needs, from the sockets that listen for it.
-            argv: makes the command line of that.
-            home: what the process enters before it becomes QEMU; the caller sees it settled.
+        Raises:
+            OSError: the host is short of something (room, open files, memory): nothing was begun.
         """
-        directory = self.directory
-        directory.create()
         self._clear()
-        with (
-            directory.listen(directory.qmp_socket) as main,
-            directory.listen(directory.spare_socket) as spare,
-            directory.listen(directory.console_socket) as console,
-            directory.listen(directory.agent_socket) as agent,
-        ):
-            provision = build(
-                Channels(qmp=main.fileno(), spare=spare.fileno(), console=console.fileno(), agent=agent.fileno())
+        try:
+            self._process = spawn(
+                self.directory,
+                record,
+                build,
+                argv,
+                home,
+                prefix=self._prefix,
+                user=self._user,
+                logs=self._logs,
+                on_record=self._begin,
+                on_end=self._on_end,
             )
-            words = tuple(argv(provision))
-            record = replace(record, argv=words, log_offset=directory.log_size())
-            if self._user is not None:
-                directory.give_console_log(self._user.uid, self._user.gid)
-            log_fd = directory.open_log()
-            try:
-                directory.write_incarnation(record)
-                # Not before: what cannot be put on record (no space) was not begun.
-                self.record = record
-                self.spec = spec_from_object(record.spec)
-                self._process = kernel.spawn(
-                    home.wrap(words if self._user is None else (*self._user.become(), *words)),
-                    environment=marks.environment_of(marks.Marks.of(record, self._prefix)),
-                    log_fd=log_fd,
-                    pass_fds=provision.descriptors,
-                    on_end=self._on_end,
-                    stdin=home.stdin,
-                )
-            except SpawnFailed as error:
-                self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
-                return
-            finally:
-                os.close(log_fd)
-        self._run_state = NEVER_RAN
-        self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-        directory.write_incarnation(self.record)
+        except SpawnFailed as error:
+            self._exit = Exit(ExitClass.FAILED, f"failed: {error}")
+            return
+        except OSError:
+            self.record = self.spec = None
+            raise
+        assert self.record is not None
+        self._talk.run_state = NEVER_RAN
+        # A successor finds it without that, too. The next `note` comes before the guest runs, and tries again.
+        with contextlib.suppress(OSError):
+            self.note(pid=self._process.pid, starttime=self._process.starttime)
 
-    def adopt(self, record: Incarnation, *, boot_id: str) -> bool:
+    def _begin(self, record: Incarnation) -> None:
+        self.record = record
+        self.spec = spec_from_object(record.spec)
+
+    def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
         """Take over what an earlier supervisor spawned; False when that process is gone.
 
-        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock.
+        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock. Where its record does
+        not say what it was started under, as of an earlier release, that is `under`.
 
         Raises:
             process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
+        found = marks.reopen(record, on_end=self._on_end) if record.boot_id == boot_id else None
         self._clear()
-        self.record = record
-        self.spec = spec_from_object(record.spec)
-        if record.boot_id == boot_id:
-            self._process = marks.reopen(record, on_end=self._on_end)
-            if self._process is not None:
-                if record.pid is None:
-                    self.record = replace(record, pid=self._process.pid, starttime=self._process.starttime)
-                    self.directory.write_incarnation(self.record)
-                return True
-            if record.pid is None:
-                self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
-                self._asked = True
-            else:
-                self._exit = self._classify(WaitStatus())
-                self._asked = self._exit.kind is ExitClass.GUARD
-        else:
+        self._begin(record)
+        self._process = found
+        if found is not None:
+            self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
+            with contextlib.suppress(OSError):
+                self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
+            return True
+        if record.boot_id != boot_id:
             self._exit = Exit(ExitClass.UNKNOWN, "ended with the host's last boot")
-            self._asked = True
+        elif record.pid is None:
+            self._exit = Exit(ExitClass.UNKNOWN, "was not started: its supervisor was cut off before")
+        else:
+            self._exit = self._classify(WaitStatus())
+        self._asked = record.pid is None or record.boot_id != boot_id or self._exit.kind is ExitClass.GUARD
         return False
 
     async def connect(self) -> None:
         """Connect to QMP and learn the run state. Failing is observed: when to try again, since when it is silent."""
-        try:
-            if self._monitor is None:
-                self._answered = False
-                self._monitor = await Monitor.connect(
-                    str(self.directory.qmp_socket),
-                    on_event=self._on_event,
-                    on_lost=self._on_monitor_lost,
-                    timeout_s=ANSWER_S,
-                )
-                await self._check_identity()
-            # QEMU greets before its devices are there: only an answered command means that it is up.
-            await self.probe()
-            if not self._answered:
-                self._connect_at = self._clock.now() + RECONNECT_S
-            elif self._run_state != NEVER_RAN:
-                await self.agent.look(self._command)
-        except MonitorLost as error:
-            self._connect_at = self._clock.now() + RECONNECT_S
-            self._log.debug("qmp.lost", error=str(error))
-        except MonitorError as error:
-            self._fell_silent(error)
-            self._connect_at = self._clock.now() + RECONNECT_S
+        if not await self._talk.open(self._uuid_to_check):
+            return
+        # QEMU greets before its devices are there: only an answered command means that it is up.
+        await self.probe()
+        if not self._talk.answered:
+            self._talk.retry()
+        elif not self.never_ran:
+            await self.agent.look(self._talk.command)
 
-    async def _check_identity(self) -> None:
-        """Law 8: who answers at the socket of a process that was found is the machine that was started.
+    @property
+    def _uuid_to_check(self) -> str | None:
+        """Of the machine that has to answer at the socket of a process that was found (law 8).
 
         A child is known: it was given the socket itself, which listened before it was there.
-
-        Raises:
-            MonitorLost: another machine does; the connection is closed.
         """
         assert self.record is not None
         argv = self.record.argv
         is_child = self._process is not None and self._process.is_child
-        if self._monitor is None or is_child or "-uuid" not in argv:
-            return
-        answer = await self._command("query-uuid")
-        expected = argv[argv.index("-uuid") + 1]
-        if answer is not None and answer["UUID"] != expected:
-            monitor, self._monitor = self._monitor, None
-            await monitor.close()
-            raise MonitorLost(f"machine {answer['UUID']} answers on {self.directory.qmp_socket}, this is {expected}")
+        return None if is_child or "-uuid" not in argv else argv[argv.index("-uuid") + 1]
 
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
         """Ask for the run state."""
-        answer = await self._command("query-status")
-        if answer is not None:
-            self._run_state = str(answer["status"])
-            self._probe_at = self._clock.now() + PROBE_EVERY_S
-        if self._run_state == RUNNING:
+        await self._talk.probe()
+        if self._talk.run_state == RUNNING:
             # Not on the way to a running guest: it has counted nothing yet.
-            self.counts = await count(self._command, self.spec)
+            self.counts = await count(self._talk.command, self.spec)
 
     async def resume(self) -> bool:
         """Let the guest run; True when QEMU says that it does.
 
         Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
         """
-        self._run_state = None
+        self._talk.run_state = None
+        # QEMU has opened it by now, and would not write into it as it is.
+        self._logs.look()
         try:
-            answer = await self._ask("cont")
+            answer = await self._talk.ask("cont")
         except MonitorRefused as error:
-            self._run_state = NEVER_RAN
+            self._talk.run_state = NEVER_RAN
             await self.give_up(str(error))
             return False
         if answer is None:
-            self._probe_at = 0.0
+            self._talk.probe_at = 0.0
             return False
-        self._run_state = RUNNING
+        self._talk.run_state = RUNNING
         return True
 
     async def press_power_button(self) -> None:
@@ -319,19 +293,29 @@ class Machine:
         begun = self._stopping or Stopping(since=now)
         self._stopping = replace(begun, pressed_at=now)
         self._asked = self._pressed = True
-        await self._command("system_powerdown")
+        await self._talk.command("system_powerdown")
+
+    async def finish(self) -> None:
+        """End a QEMU that lives on although its guest has powered itself off: the guest's own end, as without that."""
+        kind = SHUTDOWN_REASONS.get(self._shutdown or "", ExitClass.GUEST_SHUTDOWN)
+        self._verdict = Exit(kind, kind.value)
+        await self._quit()
 
     async def quit(self) -> None:
         """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
+        self._asked = True
+        await self._quit()
+
+    async def _quit(self) -> None:
         now = self._clock.now()
         self._stopping = replace(self._stopping or Stopping(since=now), quit_at=now)
-        self._asked = True
-        if await self._command("quit") is None and self._process is not None:
+        if await self._talk.command("quit") is None and self._process is not None:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
         """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
-        self._asked = True
+        # What its guest has brought to an end is no order of ours, however QEMU has to be made to end.
+        self._asked |= self._verdict is None
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
     async def give_up(self, why: str) -> None:
@@ -352,12 +336,19 @@ class Machine:
             self._stopping = None
             self._asked = self._verdict is not None
 
-    def note_clients(self, clients: tuple[str, ...]) -> None:
-        """Keep the Ceph client addresses with the record, as they stand in the lock."""
+    def note(self, **known: Any) -> None:
+        """Keep with the record what became known of its process: fields of `Incarnation`.
+
+        Raises:
+            OSError: the record cannot be written; it is tried again with the next call.
+        """
         assert self.record is not None
-        if clients != self.record.clients:
-            self.record = replace(self.record, clients=clients)
-            self.directory.write_incarnation(self.record)
+        before, self.record = self.record, replace(self.record, **known)
+        if self._kept and self.record == before:
+            return
+        self._kept = False
+        self.directory.write_incarnation(self.record)
+        self._kept = True
 
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
@@ -369,67 +360,24 @@ class Machine:
 
     async def detach(self) -> None:
         """Let go of the process without touching it: the next supervisor adopts it."""
+        process, settling = self._process, self._settling
+        self._process = self._settling = None
+        if process is not None:
+            # First: noticed while the rest is being closed, its end would begin another task.
+            process.close()
+        if settling is not None:
+            settling.cancel()
+            await asyncio.gather(settling, return_exceptions=True)
+        self._logs.close()
         await self.agent.close()
-        if self._settling is not None:
-            self._settling.cancel()
-            await asyncio.gather(self._settling, return_exceptions=True)
-            self._settling = None
-        if self._monitor is not None:
-            monitor, self._monitor = self._monitor, None
-            await monitor.close()
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        await self._talk.close()
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    async def _command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when it was not done, which is on record then."""
-        try:
-            return await self._ask(command, arguments)
-        except MonitorRefused as error:
-            self._log.warning("qmp.refused", command=command, error=str(error))
-            return None
-
-    async def _ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when there was no answer, which is on record then.
-
-        Raises:
-            MonitorRefused: QEMU's answer is no.
-        """
-        monitor = self._monitor
-        if monitor is None:
-            return None
-        try:
-            answer = await monitor.execute(command, arguments, timeout_s=ANSWER_S)
-        except MonitorSilent as error:
-            self._fell_silent(error)
-            return None
-        except MonitorLost:
-            # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
-            await monitor.drained(DRAIN_S)
-            return None
-        except MonitorRefused:
-            self._heard()
-            raise
-        self._heard()
-        return answer
-
-    def _heard(self) -> None:
-        self._answered = True
-        self._silent_since = None
-
-    def _fell_silent(self, error: MonitorError) -> None:
-        now = self._clock.now()
-        self._probe_at = now + PROBE_EVERY_S
-        if self._silent_since is None:
-            self._silent_since = now - ANSWER_S
-            self._log.warning("qmp.silent", error=str(error))
 
     async def _kill(self, verdict: Exit) -> None:
         if self._process is None:
             return
-        self._verdict = verdict
+        self._verdict = self._verdict or verdict
         if self.never_ran:
             # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
             await self._process.terminate()
@@ -443,18 +391,10 @@ class Machine:
             self._log.error("instance.unkillable", pid=self._process.pid)
 
     def _on_event(self, name: str, data: Mapping[str, Any]) -> None:
+        self._count_event()
         match name:
             case "SHUTDOWN":
                 self._shutdown = str(data.get("reason"))
-            case "RESUME":
-                self._run_state = RUNNING
-            case "GUEST_PANICKED":
-                self._run_state = PANICKED
-            case "STOP" if self._run_state == PANICKED:
-                # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.
-                return
-            case "STOP" | "SUSPEND" | "WAKEUP":
-                self._probe_at = 0.0
             case "VSERPORT_CHANGE":
                 if data.get("id") == AGENT_PORT:
                     self.agent.turn(is_open=bool(data.get("open")))
@@ -462,13 +402,8 @@ class Machine:
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
-            case _:
+            case _ if not self._talk.hears(name, data):
                 return
-        self._notify()
-
-    def _on_monitor_lost(self) -> None:
-        self._monitor = None
-        self._connect_at = self._clock.now()
         self._notify()
 
     def _on_end(self) -> None:
@@ -478,8 +413,7 @@ class Machine:
         """Name the end, once the last QMP events were heard."""
         assert self._process is not None
         self.agent.turn(is_open=False)
-        if self._monitor is not None:
-            await self._monitor.drained(DRAIN_S)
+        await self._talk.drained()
         if self._caught_up is not None and self._verdict is None and self._process.status.code is None:
             # A guard kills first, and writes it down then.
             await self._caught_up()
@@ -489,6 +423,6 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        log_tail = self.directory.log_tail(self.record.log_offset)
+        log_tail = self._logs.tail(self.record.log_offset)
         killed_at = self.directory.guard_killed_at(self.record.incarnation)
         return classify(shutdown=self._shutdown, status=status, log_tail=log_tail, guard_killed_at=killed_at)

@@ -8,8 +8,10 @@ it was started: a supervisor with another one finds it all the same.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.process import Hidden, Process
@@ -28,29 +30,32 @@ KEPT_ENVIRONMENT = (
 )
 """What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
 
-PREFIX_MARK, INSTANCE_MARK, INCARNATION_MARK = (
-    "KVMSUPERVISOR_PREFIX",
-    "KVMSUPERVISOR_INSTANCE",
-    "KVMSUPERVISOR_INCARNATION",
-)
+PREFIX_MARK = "KVMSUPERVISOR_PREFIX"
+INSTANCE_MARK = "KVMSUPERVISOR_INSTANCE"
+INCARNATION_MARK = "KVMSUPERVISOR_INCARNATION"
+FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation."""
+    """The environment variables by which a QEMU process is known to be one certain incarnation.
+
+    Attributes:
+        prefix: `KVM_PREFIX`, below which it was started.
+        instance: whose it is.
+        incarnation: its name.
+        folder: where its record lies.
+    """
 
     prefix: str
     instance: str
     incarnation: str
-
-    @classmethod
-    def of(cls, record: Incarnation, prefix: str) -> Marks:
-        """Those of an incarnation below `prefix`."""
-        return cls(prefix=prefix, instance=record.instance, incarnation=record.incarnation)
+    folder: Path
 
     def environment(self) -> dict[str, str]:
         """As variables."""
-        return {PREFIX_MARK: self.prefix} | name_of(self.instance, self.incarnation)
+        told = {PREFIX_MARK: self.prefix, FOLDER_MARK: str(self.folder)}
+        return told | name_of(self.instance, self.incarnation)
 
 
 def name_of(instance: str, incarnation: str) -> dict[str, str]:
@@ -94,3 +99,38 @@ def pid_of(instance: str, incarnation: str, *, pid: int | None, starttime: int |
     if pid is not None and starttime is not None:
         return pid if kernel.is_alive(pid, starttime) else None
     return next(kernel.find(name_of(instance, incarnation)), None)
+
+
+def prefix_of(pid: int) -> str | None:
+    """The prefix that a QEMU was started below; None when that cannot be seen."""
+    return kernel.environment_of(pid).get(PREFIX_MARK)
+
+
+def seek(folder: Path) -> tuple[int, int] | None:
+    """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
+
+    For a record that cannot be read.
+    """
+    for pid in kernel.find({INSTANCE_MARK: folder.name}):
+        starttime = kernel.starttime_of(pid)
+        if _folder_of(pid, folder.name) == folder and starttime is not None:
+            return pid, starttime
+    return None
+
+
+def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+    """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
+    found: dict[int, tuple[str, Path | None]] = {}
+    for pid in kernel.having(INSTANCE_MARK):
+        instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
+        found[pid] = instance, _folder_of(pid, instance)
+    return found
+
+
+def _folder_of(pid: int, instance: str) -> Path | None:
+    """The instance's folder of a QEMU. Those of earlier releases do not name it, but open files in it."""
+    named = kernel.environment_of(pid).get(FOLDER_MARK)
+    if named is not None:
+        return Path(named)
+    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in kernel.command_line_of(pid))
+    return next((Path(word[1]) for word in words if word), None)

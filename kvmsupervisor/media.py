@@ -23,6 +23,7 @@ from uuid import UUID
 
 from kvmsupervisor.adapters import medium
 from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain import media
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import MediumKind, NotUserData
@@ -158,8 +159,7 @@ async def furnish(
     except (FetchFailed, NotUserData) as error:
         raise MediaTrouble(f"cloud-config {shown}: {error}") from error
     except OSError as error:
-        found = f"{error.filename or directory} cannot be read or written ({error.strerror})"
-        raise MediaTrouble(f"cloud-config {shown}: {found}; see to space and rights of the run directory") from error
+        raise MediaTrouble(f"cloud-config {shown}: its media cannot be made: {explain(error, directory)}") from error
     paths = [directory / name for name in files.names]
     if kind is MediumKind.IGNITION:
         return Media(cdroms=(), ignition=paths[0], notice=notice)

@@ -10,7 +10,8 @@ import asyncio
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from contextlib import aclosing
-from typing import Generic, Never, TypeVar
+from operator import itemgetter
+from typing import Generic, Never, Protocol, TypeVar
 
 import structlog
 
@@ -24,8 +25,9 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
     Watch,
 )
-from kvmsupervisor.domain.grouping import Entry, Groups, Stage, Table
-from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
+from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.timing import RETRY_CAP_S, retry_delay
 
@@ -37,6 +39,30 @@ SLICE = 1000
 """Keys that are applied before others get their turn: at most 2 ms of work."""
 
 
+_BY_REVISION = itemgetter(2)
+
+
+class Proof(Protocol):
+    """What a mirror needs of `history.History`."""
+
+    @property
+    def era(self) -> int:
+        """Another number in another history."""
+        ...
+
+    async def prove(self) -> None:
+        """Make sure that etcd has the history that was acted on, or begin another era."""
+        ...
+
+    def saw(self, key: bytes, revision: int, value: bytes | None) -> None:
+        """A key was observed: written, or deleted (None)."""
+        ...
+
+
+class AnotherHistory(EtcdError):
+    """What was listed is of a history that is no more: list again."""
+
+
 class Mirror(Generic[LabelT]):
     """Keeps `table` in step with the keys below `prefix`.
 
@@ -44,13 +70,15 @@ class Mirror(Generic[LabelT]):
         store: etcd.
         clock: the machine's.
         prefix: of the keys.
+        history: asked before anything is applied that was heard on a new connection.
         table: what holds them; its labels are what changes are told by (`grouping.Flat`: the keys).
         on_change: called with the labels that differ and the revision, once per batch that changed
             anything, after the whole of it is in the table. It runs in the mirror's own task: it must
-            neither block nor raise.
+            neither block nor raise. It is called after the first list of another era, too, whatever differs.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
+        era: the history's, of what is in the table.
         synced: set once the first list is in the table and `on_change` was told of it.
         revision: of etcd, up to which everything below the prefix is in the table; 0 before the first list.
     """
@@ -60,6 +88,7 @@ class Mirror(Generic[LabelT]):
         *,
         store: Store,
         clock: Clock,
+        history: Proof,
         prefix: str,
         table: Table[LabelT],
         on_change: Callable[[Set[LabelT], int], None],
@@ -67,6 +96,8 @@ class Mirror(Generic[LabelT]):
     ) -> None:
         self.synced = asyncio.Event()
         self.revision = 0
+        self.era = history.era
+        self._history = history
         self._store = store
         self._clock = clock
         self._prefix = prefix
@@ -105,40 +136,63 @@ class Mirror(Generic[LabelT]):
                 # One that went well for a while is no part of the row that lets the delay grow.
                 failures = 1 if self._clock.now() - began > RETRY_CAP_S else failures + 1
                 self._note(error)
-                if not isinstance(error, Compacted) or failures > 1:
+                if not isinstance(error, Compacted | AnotherHistory) or failures > 1:
                     await self._clock.sleep(retry_delay(failures, self._rand()))
 
     async def _list(self) -> None:
         stage = self._table.begin(fresh=True)
         revision = 0
+        newest: list[tuple[bytes, bytes, int, int, int]] = []
         async with aclosing(self._store.pages(self._prefix)) as pages:
             async for page in pages:
                 for begin in range(0, len(page.entries), SLICE):
-                    stage.put_all(page.entries[begin : begin + SLICE])
+                    entries = page.entries[begin : begin + SLICE]
+                    stage.put_all(entries)
+                    newest.append(max(entries, key=_BY_REVISION))
                     await asyncio.sleep(0)
                 revision = page.revision
+        # Behind the list: what answered it is asked, and not what was there before.
+        await self._history.prove()
         self._listed = True
         self._well()
-        self._commit(stage, revision)
+        for key, value, mod_revision, _, _ in newest:
+            self._history.saw(key, mod_revision, value)
+        self._commit(stage, revision, era=self._history.era)
         self.synced.set()
 
     async def _follow(self) -> Never:
-        async with self._store.watch(self._prefix, self.revision + 1) as watch:
+        async with self._store.watch(self._prefix, self.revision + 1, prove=self._prove) as watch:
             self._watch = watch
             try:
                 async for batch in watch:
                     stage = self._table.begin(fresh=False)
                     await _fill(stage, batch.events)
                     self._well()
-                    self._commit(stage, batch.revision)
+                    if self._history.era != self.era:
+                        # Heard on an older connection than the proof that found another history.
+                        raise AnotherHistory("etcd has another history")
+                    last = batch.events[-1]
+                    self._history.saw(last.kv.key, last.kv.mod_revision, None if last.deleted else last.kv.value)
+                    self._commit(stage, batch.revision, era=self.era)
             finally:
                 self._watch = None
         raise Unavailable(f"the watch on {self._prefix} has ended")
 
-    def _commit(self, stage: Stage[LabelT], revision: int) -> None:
+    async def _prove(self) -> None:
+        """Before anything is applied that a new connection tells.
+
+        Raises:
+            AnotherHistory: what is in the table is not what this connection goes on from.
+        """
+        await self._history.prove()
+        if self._history.era != self.era:
+            raise AnotherHistory("etcd has another history")
+
+    def _commit(self, stage: Stage[LabelT], revision: int, *, era: int) -> None:
         changed = stage.commit()
+        anew, self.era = era != self.era, era
         self.revision = revision
-        if changed:
+        if changed or anew:
             self._on_change(changed, revision)
 
     def _note(self, error: EtcdError) -> None:
@@ -148,6 +202,8 @@ class Mirror(Generic[LabelT]):
             case Compacted():
                 self._listed = False
                 log.info("mirror.compacted", prefix=self._prefix, since=self.revision, oldest=error.revision)
+            case AnotherHistory():
+                self._listed = False
             case _ if before is not None and before[0] is type(error):
                 pass
             case Denied():
@@ -173,16 +229,22 @@ async def _fill(stage: Stage[LabelT], events: Iterable[Event]) -> None:
 
 
 class Wishes:
-    """Every instance's wish keys and lock, in step with etcd.
+    """Every instance's wish keys, lock and placement, in step with etcd.
 
-    Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
+    Placements are facts, but they say where an instance runs as `host` does: what they say is known before anything is
+    decided. Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
 
     Args:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
+        history: see `Mirror`.
         on_change: called with the ids whose keys or lock differ, and the revision; see `Mirror`.
+        on_anew: called instead once everything is of another era: nothing that was known before is to be compared with.
         rand: random numbers, 0 ≤ x < 1.
+
+    Attributes:
+        era: of all that is here.
     """
 
     def __init__(
@@ -191,12 +253,25 @@ class Wishes:
         store: Store,
         clock: Clock,
         layout: Layout,
+        history: Proof,
         on_change: Callable[[Set[InstanceId], int], None],
+        on_anew: Callable[[], None],
         rand: Callable[[], float] = random.random,
     ) -> None:
         def follow(prefix: str, table: Groups) -> Mirror[InstanceId]:
-            return Mirror(store=store, clock=clock, prefix=prefix, table=table, on_change=on_change, rand=rand)
+            return Mirror(
+                store=store,
+                clock=clock,
+                history=history,
+                prefix=prefix,
+                table=table,
+                on_change=self._changed,
+                rand=rand,
+            )
 
+        self.era = history.era
+        self._on_change = on_change
+        self._on_anew = on_anew
         self._keys = Groups(layout)
         self._mirrors = [follow(layout.wishes_prefix, self._keys)]
         self._locks = self._keys
@@ -204,32 +279,57 @@ class Wishes:
         if locks_prefix is not None:
             self._locks = Groups(layout, locks_only=True)
             self._mirrors.append(follow(locks_prefix, self._locks))
+        self._of_locks = self._mirrors[-1]
+        self._layout = layout
+        self._placements = Flat()
+        self._of_placements = Mirror(
+            store=store,
+            clock=clock,
+            history=history,
+            prefix=layout.placements_prefix,
+            table=self._placements,
+            on_change=lambda keys, revision: self._changed(self._ids_of_placements(keys), revision),
+            rand=rand,
+        )
 
     async def run(self) -> None:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            for mirror in self._mirrors:
+            for mirror in self._all:
                 tasks.create_task(mirror.run())
+
+    def _changed(self, changed: Set[InstanceId], revision: int) -> None:
+        eras = {mirror.era for mirror in self._all}
+        if eras == {self.era}:
+            self._on_change(changed, revision)
+        elif len(eras) == 1:
+            (self.era,) = eras
+            self._on_anew()
+        # Otherwise half of it is of another history: nothing is told before the other half is, too.
+
+    @property
+    def _all(self) -> tuple[Mirror[InstanceId] | Mirror[bytes], ...]:
+        return (*self._mirrors, self._of_placements)
 
     async def wait_synced(self) -> None:
         """Return once everything was listed for the first time."""
-        for mirror in self._mirrors:
+        for mirror in self._all:
             await mirror.synced.wait()
 
     @property
     def synced(self) -> bool:
         """Whether everything was listed for the first time: before, an absent key means nothing."""
-        return all(mirror.synced.is_set() for mirror in self._mirrors)
+        return all(mirror.synced.is_set() for mirror in self._all)
 
     @property
     def in_step(self) -> bool:
         """Whether wishes and locks are what etcd holds."""
-        return all(mirror.in_step for mirror in self._mirrors)
+        return all(mirror.in_step for mirror in self._all)
 
     @property
     def problem(self) -> str:
         """What keeps them from being in step, for people; empty while they are."""
-        return "; ".join(mirror.problem for mirror in self._mirrors if mirror.problem)
+        return "; ".join(mirror.problem for mirror in self._all if mirror.problem)
 
     @property
     def revision(self) -> int:
@@ -239,16 +339,33 @@ class Wishes:
     @property
     def locks_revision(self) -> int:
         """Of etcd, up to which all locks are known."""
-        return self._mirrors[-1].revision
+        return self._of_locks.revision
+
+    @property
+    def placements_revision(self) -> int:
+        """Of etcd, up to which all placements are known."""
+        return self._of_placements.revision
 
     def ids(self) -> Set[InstanceId]:
         """Every instance that has a wish key or a lock (`keys_of` may be empty)."""
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
 
     def naming(self, host: bytes) -> Set[InstanceId]:
-        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's."""
+        """The instances whose `host` is this name, or whose lock or placement holds it, maybe as part of another's."""
         found = self._keys.naming(host)
-        return found if self._locks is self._keys else found | self._locks.naming(host)
+        placed = self._ids_of_placements(key for key, entry in self._placements.entries.items() if host in entry.value)
+        return found | placed if self._locks is self._keys else found | placed | self._locks.naming(host)
+
+    def placed(self, instance: InstanceId) -> Placed:
+        """The placement of one instance (law 10). Cheap for the many that have none."""
+        entries = self._placements.entries
+        entry = entries.get(self._layout.placement_key(instance).encode()) if entries else None
+        return NOT_PLACED if entry is None else Placed.read(entry.value, entry.mod_revision)
+
+    def _ids_of_placements(self, keys: Iterable[bytes]) -> Set[InstanceId]:
+        length = len(self._layout.placements_prefix.encode())
+        found = (parse_id(key[length:].decode(errors="replace")) for key in keys)
+        return {instance for instance in found if instance is not None}
 
     def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
         """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""

@@ -17,11 +17,12 @@ from pathlib import Path
 from uuid import UUID
 
 from kvmsupervisor import media
-from kvmsupervisor.adapters import devices, network, ports
+from kvmsupervisor.adapters import devices, network, ports, resources
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks, DiskTrouble
@@ -37,6 +38,12 @@ HOST_RETRY_S = 5.0
 
 MEDIA_RETRY_S = 10.0
 """The same for boot media, whose server others use, too. Arbitrary: people who mend it stand and wait."""
+
+START_FILES = 16
+"""What one start opens at most, its taps apart: four sockets, logs, cgroup, pipes of the programs that it runs."""
+
+SPARE_FILES = 16
+"""What stays free beside it, for etcd, HTTP and QMP to connect again. Arbitrary; each of them needs one or two."""
 
 ANYWHERE = frozenset({"0.0.0.0", "::"})
 """Addresses that stand for all addresses of the host."""
@@ -120,6 +127,7 @@ class Opened:
         ready: what was prepared.
         machine: the versioned machine type.
         taps: of the NICs.
+        bridges: that these are plugged into.
         spice_password: path of that file.
         home: the cgroup that the process enters.
         closing: what ends our hold of the descriptors: QEMU has its own then, or nobody has them.
@@ -128,6 +136,7 @@ class Opened:
     ready: Prepared
     machine: str
     taps: tuple[Tap, ...]
+    bridges: tuple[str, ...]
     spice_password: str | None
     home: Home
     closing: contextlib.ExitStack
@@ -196,14 +205,18 @@ class Provisioner:
         Raises:
             NotReady: an image is not as it must be, the user data cannot be had, or a file cannot be written.
         """
-        directory.create()
+        try:
+            directory.create()
+        except OSError as error:
+            raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
         nvram = None
         ceph_key = await self._look_at_disks(spec, directory)
         try:
             if spec.firmware is Firmware.UEFI:
                 nvram = await self._nvram(instance, spec)
         except OSError as error:
-            raise NotReady(f"its UEFI variables cannot be made: {error}", HOST_RETRY_S) from error
+            said = explain(error, _file_of_variables(self._files.state_dir, instance))
+            raise NotReady(f"its UEFI variables cannot be made: {said}", HOST_RETRY_S) from error
         if spec.cloud_config is None:
             media.discard(directory.path)
             return Prepared(spec=spec, nvram=nvram, ceph_key=ceph_key)
@@ -238,7 +251,8 @@ class Provisioner:
         except DiskTrouble as error:
             raise NotReady(str(error), error.retry_s) from error
         except OSError as error:
-            raise NotReady(f"the key to Ceph cannot be kept for QEMU: {error}", HOST_RETRY_S) from error
+            said = explain(error, directory.ceph_key)
+            raise NotReady(f"the key to Ceph cannot be kept for QEMU: {said}", HOST_RETRY_S) from error
 
     async def _nvram(self, instance: InstanceId, spec: Spec) -> Nvram:
         """Where the machine's UEFI variables are. A file is made of the firmware's own when there is none."""
@@ -291,9 +305,12 @@ class Provisioner:
             directory: its run directory.
 
         Raises:
-            NotReady: a bridge is missing or not allowed, a port is taken, a file or image cannot be made.
+            NotReady: a bridge is missing or not allowed, a port is taken, a file or image cannot be made, or opened.
         """
         spec = ready.spec
+        lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.all_nics))
+        if lack is not None:
+            raise NotReady(f"it cannot be started: {lack}", HOST_RETRY_S)
         self._check_display(instance, spec)
         machine = machine or await self._types.versioned(spec.machine)
         if ready.nvram is not None and ready.nvram.rbd is not None:
@@ -308,11 +325,13 @@ class Provisioner:
             except (NetworkTrouble, HomeFailed) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
-                raise NotReady(f"a file for QEMU cannot be written: {error}", HOST_RETRY_S) from error
+                said = explain(error, directory.path)
+                raise NotReady(f"a file for QEMU cannot be written: {said}", HOST_RETRY_S) from error
             return Opened(
                 ready=ready,
                 machine=machine,
                 taps=tuple(taps),
+                bridges=self._bridges(spec),
                 spice_password=password,
                 home=home,
                 closing=stack.pop_all(),
@@ -326,11 +345,15 @@ class Provisioner:
             with contextlib.suppress(DeviceTrouble):
                 # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
                 devices.ensure(device)
-        bridges = [nic.bridge or self._host.bridge_if for nic in spec.all_nics]
-        wanted = [bridge for bridge in bridges if bridge is not None]
+        wanted = self._bridges(spec)
         network.allow_bridges(wanted)
         for bridge in wanted:
             yield await network.open_tap(bridge, helper=self._files.bridge_helper)
+
+    def _bridges(self, spec: Spec) -> tuple[str, ...]:
+        """The bridge of each NIC."""
+        bridges = (nic.bridge or self._host.bridge_if for nic in spec.all_nics)
+        return tuple(bridge for bridge in bridges if bridge is not None)
 
     def _write_password(self, spec: Spec, directory: InstanceDir) -> str | None:
         """Put the SPICE password where only QEMU reads it; None without one."""

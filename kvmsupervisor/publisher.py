@@ -23,7 +23,6 @@ from kvmsupervisor.adapters.etcd.api import (
     Delete,
     Denied,
     EtcdError,
-    Get,
     KeyValue,
     Put,
     Rejected,
@@ -131,6 +130,7 @@ class Publisher:
         self._hurry = asyncio.Event()
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
+        self._era = 0
 
     def prime(self, kvs: Iterable[KeyValue]) -> None:
         """Tell what the status keys hold at the start. Those of other hosts are passed over."""
@@ -142,6 +142,16 @@ class Publisher:
                 instance = parse_id(kv.key[len(prefix) :].decode(errors="replace"))
                 if instance is not None:
                     self._learn(instance, kv.value, kv.mod_revision)
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: nothing is known of what the keys hold, and whoever wants something says it again.
+
+        What was sent before says nothing of them either.
+        """
+        self._era += 1
+        for known in (self._wanted, self._known, self._dirty):
+            known.clear()
+        self._clean.set()
 
     def ids(self) -> Set[InstanceId]:
         """The instances whose status keys are ours, as far as known: written here, or primed."""
@@ -310,8 +320,9 @@ class Publisher:
 
     async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
         ops = [Put(self._layout.status_key(instance), value) for instance, value in puts.items()]
+        era = self._era
         done = await self._store.txn([self._session.compare()], ops)
-        if done.succeeded:
+        if done.succeeded and era == self._era:
             for instance, value in puts.items():
                 self._learn(instance, value, done.revision)
                 self._judge(instance)
@@ -325,14 +336,12 @@ class Publisher:
                 self._gone(instance)
         if not known:
             return True
-        looks = [Get(self._layout.status_key(instance)) for instance in known]
-        seen = await self._store.txn([self._session.compare()], looks)
-        if not seen.succeeded:
-            return False
+        # What is deleted is compared with this, and with the session, in the transaction below.
+        seen = await self._store.read(*(self._layout.status_key(instance) for instance in known))
         ours: dict[InstanceId, KeyValue] = {}
-        for instance, found in zip(known, seen.reads, strict=True):
-            if found and self._is_ours(found[0].value):
-                ours[instance] = found[0]
+        for instance, found in zip(known, seen.kvs, strict=True):
+            if found is not None and self._is_ours(found.value):
+                ours[instance] = found
             else:
                 self._gone(instance)
         if not ours:

@@ -9,11 +9,16 @@ from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.view import Action, Decision, View
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.surroundings import Surroundings
+
+CHANGED = "instance.changes_untold"
+CHANGES_A_MINUTE = 20
+"""How often a changed reason is logged within a minute. Arbitrary: more than a person brings about, or a start."""
 
 
 class Report:
@@ -42,6 +47,7 @@ class Report:
         self.notice: str | None = None
         self.looked = False
         self._published: Status | None = None
+        self._sparing: dict[str, Sparing] = {"instance.guest_reset": Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -61,6 +67,11 @@ class Report:
         self.looked = True
         if written is not None:
             self._remember(written)
+
+    def begin_anew(self) -> None:
+        """Etcd has another history: what was read of the status key, or written into it, was in the former one."""
+        self.looked = False
+        self._published = None
 
     @property
     def knows_machine(self) -> bool:
@@ -92,7 +103,7 @@ class Report:
             phase=decision.phase,
             reason=decision.reason,
             since=before.since if before.phase is decision.phase else around.clock.wall(),
-            pid=self._machine.pid,
+            pid=self._machine.pid if view.left_alone is None else view.left_alone.pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
             # Asked at every turn, and hardly ever different.
@@ -106,8 +117,13 @@ class Report:
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,
             held=view.held,
+            stood=view.memory.stood if view.held else None,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
+            run_state=self._machine.run_state,
+            unplugged=() if view.process is None else view.process.unplugged,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            awaited_host=wish.runs_on if wish is not None and view.stays else None,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -126,6 +142,9 @@ class Report:
         What another host says of itself there is evidence: of the machine that it runs, and, once its lock is gone, of
         the epoch up to which it came. It is not written over before it was read.
         """
+        if view.claim is Claim.STRANGER and view.is_strange:
+            # Another cluster's instance of that name.
+            return False
         if view.process is not None:
             return True
         match view.claim:
@@ -141,15 +160,36 @@ class Report:
 
     def _tell_change(self, before: Status, now: Status) -> None:
         """Log what a person would want to know: phases, and why it is in one; the steps of a start are details."""
+        untold: dict[str, int] = {}
         if now.phase is not before.phase or now.problems != before.problems or now.pending != before.pending:
             level = "info"
         elif now.reason != before.reason:
             level = "debug" if now.phase is Phase.STARTING else "info"
+            more = self._sparing[CHANGED].note(self._around.clock.now())
+            if more is None:
+                return
+            untold = {"untold": more} if more else {}
         else:
             return
         lists = {"problems": list(now.problems), "pending": list(now.pending)}
         said = {name: values for name, values in lists.items() if values}
-        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said)
+        self.tell(f"instance.{now.phase}", level=level, reason=now.reason, **said, **untold)
+
+    def tell_sparingly(self, event: str) -> None:
+        """Log what a guest can bring about as often as it likes: at most once a minute, and how often it was untold."""
+        more = self._sparing[event].note(self._around.clock.now())
+        if more is not None:
+            self._tell_with(event, untold=more)
+
+    def tell_rest(self) -> None:
+        """Tell how often something has happened that was not told each time, once it is over."""
+        for event, kind in self._sparing.items():
+            if untold := kind.rest(self._around.clock.now()):
+                self._tell_with(event, untold=untold)
+
+    def _tell_with(self, event: str, *, untold: int) -> None:
+        details: dict[str, Any] = {"untold": untold} if untold else {}
+        self.tell(event, **details)
 
     def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
         """Log an event of this instance; every such line names its present epoch and incarnation."""

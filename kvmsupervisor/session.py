@@ -7,6 +7,7 @@ wait until it is back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from kvmsupervisor.adapters.etcd.api import (
     Delete,
     Denied,
     EtcdError,
-    Get,
     KeyValue,
+    NoSpace,
     Put,
     Rejected,
     Store,
@@ -62,11 +63,13 @@ class Session:
         value: what the session key says; `host`, `boot_id` and `machine` decide whose an old key is.
         run_dir: where the lease's id is kept for a successor on the same boot; it exists.
         ttl_s: of the lease (`KVM_SESSION_TTL`).
+        yields: whether to go on waiting, and not to give up, where another supervisor lives under this name.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
         key: of the session in etcd.
-        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started.
+        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started,
+            and by `restate`.
         lost_count: how often a session that was held was lost.
         problem: what keeps it from being won or renewed, for people; empty when nothing does.
     """
@@ -80,6 +83,7 @@ class Session:
         value: HostSession,
         run_dir: Path,
         ttl_s: int = 15,
+        yields: bool = False,
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.key = layout.session_key(HostName(value.host))
@@ -89,6 +93,7 @@ class Session:
         self._store = store
         self._clock = clock
         self._ttl_s = ttl_s
+        self._yields = yields
         self._rand = rand
         self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
         self._lease = 0
@@ -145,7 +150,7 @@ class Session:
         """Keep the session, for ever. Cancelling leaves it in etcd for the successor to resume.
 
         Raises:
-            HostnameTaken: another supervisor holds it, and this one never did.
+            HostnameTaken: another supervisor holds it, and this one never did (unless it `yields`).
         """
         self._lease = self._file.load()
         self._won_on_this_boot = self._lease != 0
@@ -171,6 +176,16 @@ class Session:
             # After a suspend, or a freeze, it may have passed in the sleep.
             self._announce()
 
+    async def restate(self, value: HostSession) -> bool:
+        """Have the key say `value` from now on; return whether it does. Without a session it will once it is won.
+
+        Raises:
+            EtcdError: it may or may not do so.
+        """
+        self.value = value
+        mine = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
+        return (await self._store.txn(mine, [Put(self.key, value.to_json(), self._lease)])).succeeded
+
     async def end(self) -> None:
         """Give the session up, so that nobody waits for its lease to run out. `run` was cancelled before.
 
@@ -189,23 +204,27 @@ class Session:
         if ttl_s <= 0:
             self._lose("its lease has run out in etcd")
             return
-        if await self._confirmed():
-            self._confirm(self._create_revision, sent, ttl_s)
-        else:
+        found = await self._confirmed()
+        if found is None:
             self._lose(f"{self.key} was deleted or replaced")
+            return
+        self._confirm(self._create_revision, sent, ttl_s)
+        if found.value != (value := self.value.to_json()):
+            # It could not be written when it was to be.
+            with contextlib.suppress(NoSpace):
+                await self._rewrite(found, value)
 
-    async def _confirmed(self) -> bool:
-        """Ask a quorum whether our key exists, writing nothing.
+    async def _confirmed(self) -> KeyValue | None:
+        """Ask a quorum for our key, writing nothing; None when it is not ours any more.
 
         Still on our lease: whoever writes over the key takes it from the lease, and it would outlive this host.
 
-        The `Get` is what makes etcd ask: a transaction without any operation is answered by one member
-        from what it has, also when that member is cut off (etcd, server/etcdserver/v3_server.go: a
-        transaction counts as serializable when every operation in it is, and so does an empty one).
+        By a read, not by a transaction that compares: etcd 3.5.0 to 3.5.6 refuse every transaction when they have no
+        space (https://github.com/etcd-io/etcd/issues/14884), and the session would be lost for that.
         """
-        look = Get(self.key)
-        ours = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
-        return (await self._store.txn(ours, [look], [look], timeout_s=self._timeout())).succeeded
+        found = await self._store.get(self.key, timeout_s=self._timeout())
+        ours = found is not None and (found.create_revision, found.lease) == (self._create_revision, self._lease)
+        return found if ours else None
 
     def _timeout(self) -> float:
         # While the session is held no call outlasts it, so that its loss is announced in time.
@@ -253,20 +272,29 @@ class Session:
 
     async def _resume(self, found: KeyValue, sent: float, ttl_s: int) -> None:
         """Go on with a session that is ours: a predecessor's, or one whose making got no reply."""
-        if ttl_s != self._ttl_s:
-            # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
-            sent, ttl_s = await self._grant()
         value = self.value.to_json()
-        if (found.value, found.lease) != (value, self._lease):
-            mine = [
-                Compare(self.key, Target.CREATE_REVISION, found.create_revision),
-                Compare(self.key, Target.LEASE, found.lease),
-            ]
-            done = await self._store.txn(mine, [Put(self.key, value, self._lease)], timeout_s=self._timeout())
-            if not done.succeeded:
+        try:
+            if ttl_s != self._ttl_s:
+                # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
+                sent, ttl_s = await self._grant()
+            if (found.value, found.lease) != (value, self._lease) and not await self._rewrite(found, value):
                 return
+        except NoSpace as error:
+            if ttl_s <= 0 or found.lease != self._lease:
+                raise
+            # The key is on our lease, which lives: that is a session. What it says is mended by a renewal to come.
+            log.warning("session.not_restated", key=self.key, reason=str(error))
         log.info("session.resumed", key=self.key, lease=f"{self._lease:x}", revision=found.create_revision)
         self._confirm(found.create_revision, sent, ttl_s)
+
+    async def _rewrite(self, found: KeyValue, value: bytes) -> bool:
+        """Have our key, as found, say `value`, on our present lease; False when it changed meanwhile."""
+        mine = [
+            Compare(self.key, Target.CREATE_REVISION, found.create_revision),
+            Compare(self.key, Target.LEASE, found.lease),
+        ]
+        put = Put(self.key, value, self._lease)
+        return (await self._store.txn(mine, [put], timeout_s=self._timeout())).succeeded
 
     def _is_leftover(self, found: KeyValue) -> bool:
         """Whether nobody can be alive behind a session key that is not ours.
@@ -308,7 +336,7 @@ class Session:
         )
         if self._rival.alive:
             message = self._taken(found)
-            if not self._won_by_this_process:
+            if not self._won_by_this_process and not self._yields:
                 raise HostnameTaken(message)
             self._tell_of("taken", message)
         else:
@@ -384,6 +412,15 @@ class Session:
             self._reminder = reminder
             tell = log.error if kind in ("denied", "rejected", "taken") else log.warning
             tell(f"session.{kind}", problem=problem, remaining_s=round(self.remaining_s, 1))
+
+
+def last_key(run_dir: Path, *, boot_id: str) -> str | None:
+    """The key of the session that was last kept from this run directory on this boot; None when none is noted."""
+    try:
+        found = json.loads((run_dir / FILE_NAME).read_bytes())
+        return str(found["key"]) if found["boot_id"] == boot_id else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 class LeaseFile:

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout
+from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
 from kvmsupervisor.domain.wishes import WISH_KEYS
 from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
@@ -319,8 +319,8 @@ def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
 def _complete_keys(found: dict[str, Any], sources: _Sources) -> None:
     """Work out where things lie in etcd, and see that nothing lies on something else."""
     prefix = found["prefix"]
-    facts = found["facts_prefix"] = found["facts_prefix"] or f"{prefix}supervisor"
-    lock = found["lock"] = found["lock"] or f"{prefix}/{LOCK_PLACEHOLDER}/lock"
+    facts = found["facts_prefix"] = found["facts_prefix"] or default_facts(prefix)
+    lock = found["lock"] = found["lock"] or default_lock(prefix)
     if f"{facts}/".startswith(f"{prefix}/") or prefix.startswith(f"{facts}/"):
         sources.blame("facts_prefix", f"it lies outside KVM_PREFIX ({prefix}), and KVM_PREFIX outside it")
     if lock in {f"{prefix}/{LOCK_PLACEHOLDER}/{name}" for name in WISH_KEYS}:

@@ -304,7 +304,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting(
         "mass_removal_window_s",
         values.seconds(0, 3600, "it"),
-        "Seconds within which the removal of more than half of this host's instances (and more than two) is "
+        "Seconds within which the removal of more than half of this host's running instances (and more than two) is "
         "held for confirmation.",
         default="10",
     ),

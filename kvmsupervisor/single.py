@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.connection import etcd_config
@@ -30,16 +31,21 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.grouping import Flat
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
+from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
+from kvmsupervisor.failover import other_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror
+from kvmsupervisor.neighbours import Neighbours
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.setting_values import SOCKET_PATH_LIMIT
@@ -54,9 +60,6 @@ LOOK_S = 0.2
 
 FLUSH_S = 2.0
 """How long the last status may take to be written."""
-
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at, as in the supervisor."""
 
 
 class NotHere(Exception):
@@ -85,9 +88,12 @@ class Single:
         self._clock = Clock()
         self._keys = Flat()
         self._locks = Flat()
-        self._hosts = Flat()
+        self._placements = Flat()
         self._mirrors: list[Mirror[bytes]] = []
+        self._era = 0
+        self._hold: Hold | None = None
         self._instance: Instance | None = None
+        self._links = Links(self._on_links)
         self._told: int | None = None
         self._hurried = False
         self._leaving: str | None = None
@@ -157,7 +163,11 @@ class Single:
         """
         prefix = self._stand.layout.instance_prefix(self._id)
         found = await store.list(prefix)
-        wish = self._wish_of({kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs})
+        placement = await store.get(self._stand.layout.placement_key(self._id))
+        wish = self._wish_of(
+            {kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
         problems = wish.problems
         if wish.spec is not None:
             problems = (*problems, *host_problems(wish.spec, equipment.host_side))
@@ -213,10 +223,14 @@ class Single:
                 parts.create_task(part)
                 for part in (
                     around.session.run(),
+                    self._links.run(),
                     *(mirror.run() for mirror in self._mirrors),
+                    self._neighbours.run(),
+                    self._history.run(),
+                    self._history.run_speaking(self._may_speak, self._speak),
                     self._publish(store, instance),
                     self._first_look(instance),
-                    self._rotate_logs(instance),
+                    around.logs.run(),
                 )
             ]
             loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
@@ -228,6 +242,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
+        around.logs.close()
         await end_session(around.session)
         return instance
 
@@ -240,8 +255,22 @@ class Single:
         log.warning("lock.not_released", instance=self._id, reason="etcd did not do it in time")
         loop.cancel()
 
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        """The instance, other than this one, whose lock has a storage client on record; asked of etcd, for a takeover.
+
+        Raises:
+            EtcdError: etcd does not say.
+        """
+        return await other_of_client(
+            self._around.store, self._settings.layout, client, own=self._stand.layout.lock_key(self._id)
+        )
+
     def _surroundings(self, store: Store, equipment: Equipment) -> Surroundings:
         settings, stand, clock = self._settings, self._stand, self._clock
+        self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
+        self._neighbours = Neighbours(
+            store=store, clock=clock, layout=stand.layout, history=self._history, on_change=self._notify
+        )
         session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
         ceph = Ceph(equipment.ceph_access)
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
@@ -268,16 +297,27 @@ class Single:
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
+                host=stand.holder,
                 version=__version__,
             ),
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
             disks=disks,
+            logs=GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
+            links=self._links,
+            era=lambda: self._history.present,
             takeover_wait_s=settings.takeover_wait_s,
-            host_has_session=self._host_has_session,
+            host_has_session=self._neighbours.has_session,
+            sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=0.0,
+            guard=None,
+            recorded_for=self._recorded_for,
+            mismatch=None,
+            objection=lambda record: None,
+            draining=lambda: False,
             leaving=lambda: self._leaving,
             ended=self._ended,
         )
@@ -289,12 +329,13 @@ class Single:
         tables = {
             layout.instance_prefix(self._id): self._keys,
             layout.lock_key(self._id): self._locks,
-            layout.hosts_prefix: self._hosts,
+            layout.placement_key(self._id): self._placements,
         }
         self._mirrors = [
             Mirror(
                 store=store,
                 clock=self._clock,
+                history=self._history,
                 prefix=prefix,
                 table=table,
                 on_change=lambda changed, revision: self._tell(instance),
@@ -310,25 +351,59 @@ class Single:
     def _tell(self, instance: Instance) -> None:
         """Tell the instance what its keys and its lock are now."""
         wishes, locks, _ = self._mirrors
-        if not (wishes.synced.is_set() and locks.synced.is_set()):
+        listed = all(mirror.synced.is_set() for mirror in self._mirrors)
+        if not listed or len({mirror.era for mirror in self._mirrors}) > 1:
             instance.notify()
             return
+        anew, self._era = wishes.era != self._era, wishes.era
+        entries = self._keys.entries.items()
+        placement = self._placements.get(self._stand.layout.placement_key(self._id).encode())
+        wish = self._wish_of(
+            {key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries},
+            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+        )
+        if anew:
+            instance.begin_anew(wish)
+            self._around.publisher.begin_anew()
+        self._judge(instance, wish, anew=anew)
         lock = self._locks.get(self._stand.layout.lock_key(self._id).encode())
         instance.saw_lock(
             data=None if lock is None else lock.value,
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=locks.revision,
         )
-        entries = self._keys.entries.items()
-        wish = self._wish_of({key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries})
         if self._hurried:
             wish = replace(wish, shutdown_timeout_s=0.0)
-        instance.update(wish, held=False, fresh=False)
-        if wish.power is Power.OFF and self._leaving is None:
+        instance.update(wish, held=self._hold is not None, fresh=False, hold=self._hold)
+        if wish.power is Power.OFF and self._leaving is None and self._hold is None:
             self._go("`power` is off")
 
-    def _wish_of(self, found: Mapping[str, tuple[bytes, int]]) -> Wish:
-        """The wish, of keys by their full names."""
+    def _judge(self, instance: Instance, wish: Wish, *, anew: bool) -> None:
+        """What would end it is held when it came with another history of etcd, until somebody writes it again."""
+        ends = instance.pid is not None and ends_it(wish, self._stand.holder)
+        former = instance.wish
+        if anew and ends and (self._hold is not None or former is None or not ends_it(former, self._stand.holder)):
+            why = why_held(wish, "what is written since then is heeded, and so is the end of its container")
+            self._hold = Hold(order=order_of(wish), why=why, stood={})
+            log.error("removal.held", instance=self._id, reason=why)
+        elif not ends or (self._hold is not None and order_of(wish) != self._hold.order):
+            self._hold = None
+
+    def _notify(self) -> None:
+        if self._instance is not None:
+            self._instance.notify()
+
+    def _may_speak(self) -> bool:
+        """Whether the lock says what runs here, in the history that etcd has now."""
+        known = self._era == self._history.era and all(mirror.synced.is_set() for mirror in self._mirrors)
+        return known and self._around.session.held and self._instance is not None and self._instance.has_spoken
+
+    async def _speak(self, history: str) -> bool:
+        session = self._around.session
+        return await session.restate(replace(session.value, history=history))
+
+    def _wish_of(self, found: Mapping[str, tuple[bytes, int]], placed: Placed) -> Wish:
+        """The wish, of keys by their full names, and of the placement."""
         layout = self._stand.layout
         lock, prefix = layout.lock_key(self._id), layout.instance_prefix(self._id)
         keys = {
@@ -338,13 +413,17 @@ class Single:
             if key not in {lock, f"{prefix}lock"}
         }
         return single_wish(
-            self._id, keys, overrides=self._overrides, host=self._settings.hostname, holder=self._stand.holder
+            self._id,
+            keys,
+            overrides=self._overrides,
+            host=self._settings.hostname,
+            holder=self._stand.holder,
+            placed=placed,
         )
 
-    def _host_has_session(self, host: HostName) -> bool | None:
-        if not self._mirrors[2].synced.is_set():
-            return None
-        return self._hosts.get(self._stand.layout.session_key(host).encode()) is not None
+    def _on_links(self, changed: Set[int]) -> None:
+        if self._instance is not None and self._instance.plugs.concern(changed):
+            self._instance.notify()
 
     # --- around -----------------------------------------------------------------------------------------------
 
@@ -365,11 +444,3 @@ class Single:
             if written is not None and written.host == self._stand.holder:
                 instance.report.recall(written)
         await self._around.publisher.run()
-
-    async def _rotate_logs(self, instance: Instance) -> None:
-        settings = self._settings
-        directory = self._stand.run_dir.instance(self._id)
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                instance.report.tell("log.rotated", file=str(path))

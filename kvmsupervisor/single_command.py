@@ -113,6 +113,7 @@ class SingleCommand:
             stack.push_async_callback(store.close)
             session = stand.session(store=store, clock=self._clock, ttl_s=settings.session_ttl_s)
             lock = SingleLock(
+                history=stand.history(store=store, clock=self._clock, patience_s=settings.takeover_wait_s),
                 stand=stand,
                 store=store,
                 session=session,

@@ -17,18 +17,22 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory
 from kvmsupervisor.domain.keys import HostName, parse_id
-from kvmsupervisor.domain.lifecycle import LOCK_POLL_S, decide
+from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, take
+from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.fencing import Fencing, NotFenced
+from kvmsupervisor.history import History
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.marks import Marks, pid_of
 from kvmsupervisor.mirror import Mirror
+from kvmsupervisor.neighbours import Neighbours
 from kvmsupervisor.session import Session
 from kvmsupervisor.single_stand import LET_GO_S, Stand
 
@@ -53,23 +57,34 @@ class SingleLock:
         stand: who takes it.
         store: etcd.
         session: of the holder.
+        history: that etcd has.
         clock: the machine's.
         options: of QEMU, to tell what it may write to.
         fencing: of the storage, for a lock whose last holder has left clients there.
     """
 
     def __init__(
-        self, *, stand: Stand, store: Store, session: Session, clock: Clock, options: Sequence[str], fencing: Fencing
+        self,
+        *,
+        stand: Stand,
+        store: Store,
+        session: Session,
+        history: History,
+        clock: Clock,
+        options: Sequence[str],
+        fencing: Fencing,
     ) -> None:
         self.incarnation = str(uuid4())
         self._stand = stand
         self._clock = clock
         self._session = session
+        self._history = history
         self._fencing = fencing
         self._spec = Spec(ram_mib=1, extra_flags=tuple(options))
         self._lock = InstanceLock(store=store, layout=stand.layout, instance=stand.name, session=session.compare)
         self._key = stand.layout.lock_key(stand.name)
-        self._taken = False
+        self._taken, self._epoch = False, 0
+        self._recorded: Lock | None = None
         # The instance's status as last read. None: there is none, or this lock is no instance's.
         self._status: Status | None = None
         self._claimed_by: HostName | None = None
@@ -77,43 +92,54 @@ class SingleLock:
         self._trouble: str | None = None
         self._wake = asyncio.Event()
         self._own = Flat()
-        self._hosts = Flat()
-        self._mirrors = [
-            Mirror(store=store, clock=clock, prefix=self._key, table=self._own, on_change=self._on_change),
-            Mirror(
-                store=store,
-                clock=clock,
-                prefix=stand.layout.hosts_prefix,
-                table=self._hosts,
-                on_change=lambda changed, revision: self._wake.set(),
-            ),
-        ]
+        self._mirror = Mirror(
+            store=store, clock=clock, history=history, prefix=self._key, table=self._own, on_change=self._on_change
+        )
+        self._era = self._mirror.era
+        self._neighbours = Neighbours(
+            store=store, clock=clock, layout=stand.layout, history=history, on_change=self._wake.set
+        )
 
     @property
     def marks(self) -> Marks:
         """What tells of the process to come that it is this one."""
-        return Marks(prefix=self._stand.layout.prefix, instance=self._stand.name, incarnation=self.incarnation)
+        stand = self._stand
+        folder = stand.run_dir.instance(stand.name).path
+        return Marks(prefix=stand.layout.prefix, instance=stand.name, incarnation=self.incarnation, folder=folder)
 
     async def run(self) -> None:
         """Follow the lock and the hosts' sessions, for ever."""
         end_listening = self._session.listen(self._wake.set)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for mirror in self._mirrors:
-                    tasks.create_task(mirror.run())
-                await self._mirrors[0].synced.wait()
-                self._on_change(frozenset(), self._mirrors[0].revision)
+                tasks.create_task(self._mirror.run())
+                tasks.create_task(self._neighbours.run())
+                tasks.create_task(self._history.run())
+                tasks.create_task(self._history.run_speaking(self._may_speak, self._speak))
+                await self._mirror.synced.wait()
+                self._on_change(frozenset(), self._mirror.revision)
         finally:
             end_listening()
 
     def _on_change(self, changed: Set[bytes], revision: int) -> None:
         entry = self._own.get(self._key.encode())
+        if self._era != self._mirror.era:
+            self._era = self._mirror.era
+            self._lock.begin_anew()
         self._lock.seen(
             data=None if entry is None else entry.value,
             mod_revision=0 if entry is None else entry.mod_revision,
             as_of=revision,
         )
         self._wake.set()
+
+    def _may_speak(self) -> bool:
+        """Whether the lock says what runs here, in the history that etcd has now."""
+        known = self._mirror.synced.is_set() and self._era == self._history.era and self._session.held
+        return known and (not self._taken or self._claim() is Claim.MINE)
+
+    async def _speak(self, history: str) -> bool:
+        return await self._session.restate(replace(self._session.value, history=history))
 
     # --- before QEMU ------------------------------------------------------------------------------------------
 
@@ -164,17 +190,13 @@ class SingleLock:
             etcd_trouble=self._trouble or self._session.problem or None,
             lock=self._lock.view,
             planned=self.incarnation if self._taken else None,
-            holder_has_session=None if lock is None else self._has_session(lock.host),
+            holder_has_session=None if lock is None else self._neighbours.has_session(lock.host),
+            era=self._history.present,
             holdover=self._holdover(lock),
             claimed_by=self._claimed_by,
             memory=Memory(boot_id=self._stand.boot_id),
             slot=True,
         )
-
-    def _has_session(self, host: HostName) -> bool | None:
-        if not self._mirrors[1].synced.is_set():
-            return None
-        return self._hosts.get(self._stand.layout.session_key(host).encode()) is not None
 
     def _holdover(self, lock: Lock | None) -> int | None:
         """The pid of an earlier container's QEMU that lives. The holder's name sees to it that pids mean something."""
@@ -223,10 +245,10 @@ class SingleLock:
             boot_id=self._stand.boot_id,
             incarnation=self.incarnation,
             storage=storage_of(self._spec),
-            epoch_floor=floor,
+            epoch_floor=max(floor, self._history.present.epoch_floor),
         )
         # Before it is written: a write whose reply is lost is recognised by it.
-        self._taken = True
+        self._taken, self._epoch = True, lock.epoch
         await self._lock.write(lock, None)
         log.info("lock.taken", key=self._key, holder=lock.host, epoch=lock.epoch, incarnation=lock.incarnation)
 
@@ -253,11 +275,13 @@ class SingleLock:
             if lock is None:
                 raise Lost(f"{self._key} was deleted, or overwritten, before the guest ran")
             if lock.state is LockState.RUNNING:
+                self._recorded = lock
                 return
             try:
                 recorded = lock.recorded(pid=pid, starttime=starttime, clients=())
                 said = self._said(recorded, Phase.RUNNING, "runs in single mode, with options of its own")
                 await self._lock.write(recorded, None, status=said)
+                self._recorded = recorded
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_recorded", key=self._key, reason=str(error))
                 await self._clock.sleep(RETRY_S)
@@ -270,21 +294,27 @@ class SingleLock:
         Raises:
             Lost: it was *read* to name another one (law 6). Nothing else ends a guest.
         """
-        ours = self._still_ours()
+        ours = self._recorded
         while True:
             self._wake.clear()
             lock = self._still_ours()
             until = None
             if lock is not None:
                 ours = lock
-            elif ours is not None and self._lock.view.data is None:
+            elif ours is not None and self._may_write_again():
                 try:
-                    await self._lock.reassert(ours.recorded(pid=pid, starttime=starttime, clients=()))
+                    again = ours.recorded(pid=pid, starttime=starttime, clients=())
+                    await self._lock.reassert(again, self._history.present)
                     log.warning("lock.reasserted", key=self._key, epoch=ours.epoch)
                 except (SwapFailed, EtcdError) as error:
                     log.warning("lock.not_reasserted", key=self._key, reason=str(error))
                     until = self._clock.now() + RETRY_S
             await self._clock.wait(self._wake, until)
+
+    def _may_write_again(self) -> bool:
+        """Whether the lock, which is not ours, is absent, or older than our QEMU."""
+        lock = self._lock.view.lock
+        return self._lock.view.data is None or (lock is not None and not self._is_strange(lock))
 
     def _said(self, lock: Lock, phase: Phase, reason: str) -> Status | None:
         """What the status key is to say, which keeps the epoch beyond the lock; None where this is no instance's lock.
@@ -314,19 +344,27 @@ class SingleLock:
         )
 
     def _still_ours(self) -> Lock | None:
-        """The lock when it is ours; None when it is absent or cannot be read.
+        """The lock when it is ours; None when it is absent or cannot be read, is older, or another cluster's.
 
         Raises:
-            Lost: it is somebody else's.
+            Lost: it is somebody else's, or an operator has broken it (docs/decisions/0012-a-broken-lock.md).
         """
         lock = self._lock.view.lock
-        claim = self._lock.view.claim(
-            host=self._stand.holder, boot_id=self._stand.boot_id, incarnation=self.incarnation
-        )
-        if claim in {Claim.STRANGER, Claim.LEFTOVER}:
+        if self._claim() is Claim.BROKEN:
+            raise Lost(f"{self._key} was broken by an operator (`break-lock`), so that another may run it")
+        if self._claim() in {Claim.STRANGER, Claim.LEFTOVER}:
             assert lock is not None
+            if self._is_strange(lock) or is_older(lock, epoch=self._epoch, incarnation=self.incarnation):
+                return None
             raise Lost(f"{self._key} has gone to {lock.host}, epoch {lock.epoch}, incarnation {lock.incarnation}")
         return lock
+
+    def _claim(self) -> Claim:
+        stand = self._stand
+        return self._lock.view.claim(host=stand.holder, boot_id=stand.boot_id, incarnation=self.incarnation)
+
+    def _is_strange(self, lock: Lock) -> bool:
+        return self._history.present.is_strange(lock.host, self._lock.view.mod_revision)
 
     async def let_go(self) -> None:
         """Release it, if it is ours, its QEMU proven gone or never started (law 9)."""
@@ -336,10 +374,7 @@ class SingleLock:
                 # A write of ours may have been cut off: what is known here may be older than it.
                 await self._lock.look()
                 lock = self._lock.view.lock
-                claim = self._lock.view.claim(
-                    host=self._stand.holder, boot_id=self._stand.boot_id, incarnation=self.incarnation
-                )
-                if claim is not Claim.MINE or lock is None:
+                if self._claim() is not Claim.MINE or lock is None:
                     return
                 said = self._said(lock, Phase.STOPPED, "its QEMU in single mode has ended")
                 await (self._lock.drop() if said is None else self._lock.release(said))

@@ -18,6 +18,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.single import holder_of, name_of
+from kvmsupervisor.history import History
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings
 
@@ -58,6 +59,17 @@ class Stand:
             boot_id=boot_id(),
             layout=replace(settings.layout, lock=lock_key),
             run_dir=RunDir(settings.run_dir / f"_{digest}"),
+        )
+
+    def history(self, *, store: Store, clock: Clock, patience_s: float) -> History:
+        """The history of etcd that it acts on; see `History`."""
+        return History(
+            store=store,
+            clock=clock,
+            layout=self.layout,
+            me=self.holder,
+            run_dir=self.run_dir.path,
+            patience_s=patience_s,
         )
 
     def session(self, *, store: Store, clock: Clock, ttl_s: int) -> Session:

@@ -11,12 +11,17 @@ from functools import partial
 from uuid import uuid4
 
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.links import index_of
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.concurrently import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, take
+from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.nics import ELSEWHERE
+from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral
@@ -24,7 +29,7 @@ from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.guarding import Unguarded
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
-from kvmsupervisor.provisioning import NotReady, Opened, Prepared
+from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
 
@@ -45,7 +50,7 @@ class Wanted:
     """The part of a runnable wish that starting needs."""
 
     spec: Spec
-    host_revision: int
+    ground: Ground
     restart_request: str | None
     revision: int
     priority: int
@@ -63,7 +68,7 @@ def wanted(wish: Wish | None) -> Wanted:
     assert wish.spec is not None
     return Wanted(
         spec=wish.spec,
-        host_revision=wish.host_revision,
+        ground=wish.ground,
         restart_request=wish.restart_request,
         revision=wish.revision,
         priority=wish.priority,
@@ -131,6 +136,23 @@ class Start:
         ):
             self._deferral = None
         return None if self._deferral is None else self._deferral[1]
+
+    def holdover(self, lock: Lock | None) -> int | None:
+        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
+        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
+            return None
+        if lock.incarnation == self.planned:
+            # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
+            return None
+        return self._machine.holdover(lock)
+
+    def is_guarded(self) -> bool | None:
+        """Whether the guard watches the living QEMU; None when it need not."""
+        guard, record = self._around.guard, self._machine.record
+        # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
+        if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
+            return None
+        return guard.holds(record.incarnation)
 
     def note_wanted(self, now: float) -> None:
         """Count the time to a running guest from now, unless it is being counted."""
@@ -229,7 +251,7 @@ class Start:
         # A lock with a former name of this host is no other host's: its process was buried here.
         ours = previous is None or previous.host == around.me or previous.incarnation == self.buried
         foreign = None if previous is None or ours else previous.host
-        await self._lock.write(self._plan(wish, floor), wish.host_revision, gone=foreign)
+        await self._lock.write(self._plan(wish, floor), wish.ground, gone=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
@@ -240,7 +262,7 @@ class Start:
     async def _take_if_new(self, wish: Wanted) -> bool:
         """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
         try:
-            await self._lock.write(self._plan(wish, 0), wish.host_revision, if_new=True)
+            await self._lock.write(self._plan(wish, 0), wish.ground, if_new=True)
         except SwapFailed:
             return False
         self._report.key_was_read(None)
@@ -256,8 +278,9 @@ class Start:
             boot_id=self._around.boot_id,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=epoch_floor,
+            epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
+            doubted=bool(self._around.era().awaited),
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation
@@ -283,7 +306,7 @@ class Start:
         _, used = await both(around.fencing.fence(lock.fence), around.fencing.users(images))
         others = [address for address in used if address not in lock.fence]
         for address in others:
-            other = around.recorded_for(address)
+            other = await around.recorded_for(address)
             if other not in {None, self._id}:
                 raise NotFenced(
                     f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "
@@ -292,9 +315,7 @@ class Start:
         await around.fencing.fence(others)
         everyone = (*lock.fence, *others)
         around.metrics.fenced(len(everyone))
-        await self._lock.write(
-            lock.fenced(address for address in everyone if address not in self._gone), wish.host_revision
-        )
+        await self._lock.write(lock.fenced(address for address in everyone if address not in self._gone), wish.ground)
         self._gone.clear()
         if everyone:
             self._report.tell("lock.fenced", addresses=list(everyone), taken_from=lock.taken_from)
@@ -342,7 +363,11 @@ class Start:
             self.lives(wish.spec)
             record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
-            self._machine.spawn(record, build, argv, opened.home)
+            try:
+                self._machine.spawn(record, build, argv, opened.home)
+            except OSError as error:
+                said = explain(error, directory.path)
+                raise NotReady(f"QEMU cannot be started: {said}", HOST_RETRY_S) from error
             if self._machine.pid is not None:
                 await self._settle(opened.home, self._machine.pid)
         self._report.notice = ready.notice
@@ -371,10 +396,13 @@ class Start:
             accelerator=around.host_side.accel,
             machine=opened.machine,
             taps=opened.tap_names,
+            tap_indexes=tuple(index_of(tap) or ELSEWHERE for tap in opened.tap_names),
+            bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,
             spawned_at=around.clock.now(),
+            under=HostIdentity.of(around.me, around.layout),
         )
 
     def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
@@ -386,6 +414,7 @@ class Start:
 
         Raises:
             SwapFailed, EtcdError: see `take`.
+            NotReady: our own record of it cannot be kept.
         """
         lock, record = self._lock.view.lock, self._machine.record
         assert lock is not None
@@ -393,12 +422,16 @@ class Start:
         assert record.pid is not None
         assert record.starttime is not None
         clients = await self._around.fencing.clients(record, known=lock.fence)
-        self._machine.note_clients(clients)
+        try:
+            self._machine.note(clients=clients)
+        except OSError as error:
+            said = explain(error, self._machine.directory.path)
+            raise NotReady(f"its record cannot be written: {said}", HOST_RETRY_S) from error
         # QEMU has read it.
         self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
-        await self._lock.write(replace(recorded, storage=record.storage), wish.host_revision)
+        await self._lock.write(replace(recorded, storage=record.storage), wish.ground)
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""

@@ -15,12 +15,12 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters import cgroup, resources
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
-from kvmsupervisor.adapters.etcd import Etcd, EtcdError
+from kvmsupervisor.adapters.etcd import Etcd
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
-from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
@@ -28,31 +28,39 @@ from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.incarnation import Unreadable
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.identity import HostIdentity, Mismatch
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.timing import retry_delay
+from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
+from kvmsupervisor.history import History
+from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Mirror, Wishes
+from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.neighbours import Neighbours
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
+from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 
-ROTATE_EVERY_S = 60.0
-"""How often the logs' sizes are looked at. A machine that writes 1 MB/s overshoots by 60 MB at most."""
+WORD_POLL_S = 2.0
+"""How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
+
+SUPERVISOR_FILES, MACHINE_FILES = 80, 5
+"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
+both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
@@ -62,20 +70,26 @@ class Supervisor:
     """Everything of one host.
 
     Made outside of any event loop; `run` does the rest.
+
+    Attributes:
+        again: whether `run` returned because another supervisor is to go on in its place: the host's identity changed.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._layout = settings.layout
-        self._me = settings.hostname
+        # What the settings say, until the run directory is ours and says otherwise (law 12).
+        self._identity = HostIdentity.of(settings.hostname, settings.layout)
+        self._mismatch: Mismatch | None = None
+        self.again = False
         self._clock = Clock()
         self._boot_id = boot_id()
         self._run_dir = RunDir(settings.run_dir)
+        self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
-        self._hosts_table = Flat()
-        self._unreadable: dict[InstanceId, str] = {}
-        self._draining = False
+        self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=self._clock, on_change=self._notify_all)
+        self._logs = GuestLogs(clock=self._clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep)
+        self._most_files = 0
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -89,11 +103,7 @@ class Supervisor:
 
     def heed_draining(self) -> None:
         """Look whether this host is to stop all its guests: the mark in the run directory came or went."""
-        draining = self._run_dir.is_draining(self._boot_id)
-        if draining != self._draining:
-            self._draining = draining
-            log.info("host.draining" if draining else "host.drain_ended")
-            self._notify_all()
+        self._drain.heed()
 
     async def run(self, on_started: Callable[[], None] = lambda: None) -> None:
         """Supervise until `stop`.
@@ -110,11 +120,16 @@ class Supervisor:
                 from one of the parts.
         """
         settings = self._settings
+        self._most_files = resources.raise_limit()
         equipment = look_around(settings)
         self._run_dir.acquire()
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._run_dir.release)
+            stack.callback(self._logs.close)
+            self._identity, self._mismatch = self._standing.settle()
+            if self._mismatch is not None:
+                log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
             self._etcd = Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
             chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
@@ -124,14 +139,15 @@ class Supervisor:
             if self._around.guard is None:
                 await self._post.dismiss()
             self._adopt()
-            self._session.value = replace(self._session.value, url=await serve(self.face, settings, stack))
+            url = await serve(self.face, settings, stack)
+            self._session.value = replace(self._session.value, url=url, draining=self._drain.on)
             stack.callback(self._session.listen(self._notify_all))
             log.info(
                 "supervisor.started",
                 version=__version__,
-                host=self._me,
+                host=self._identity.host,
                 etcd=list(settings.etcd_endpoints),
-                prefix=self._layout.prefix,
+                prefix=self._identity.prefix,
                 run_dir=str(settings.run_dir),
                 accelerator=equipment.accelerator.name,
                 why_no_kvm=equipment.accelerator.fallback,
@@ -152,9 +168,11 @@ class Supervisor:
 
     def _wire(self, equipment: Equipment, chosen: cgroup.Chosen) -> None:
         """Make the parts that need etcd, none of which does anything yet."""
-        settings, layout, clock, store = self._settings, self._layout, self._clock, self._etcd
+        settings, layout, clock, store = self._settings, self._identity.layout, self._clock, self._etcd
+        mismatch = None if self._mismatch is None else str(self._mismatch)
         self._admission = Admission(settings.start_parallel, equipment.memory_mib)
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+        self._me, self._layout = self._identity.host, layout
         me = HostSession(
             host=self._me,
             version=__version__,
@@ -164,9 +182,26 @@ class Supervisor:
             started=clock.wall(),
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
+            notice=mismatch or "",
         )
+        self._history = History(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=self._me,
+            run_dir=settings.run_dir,
+            patience_s=settings.takeover_wait_s,
+        )
+        me = replace(me, history=self._history.spoken_name)
         self._session = Session(
-            store=store, clock=clock, layout=layout, value=me, run_dir=settings.run_dir, ttl_s=settings.session_ttl_s
+            store=store,
+            clock=clock,
+            layout=layout,
+            value=me,
+            run_dir=settings.run_dir,
+            ttl_s=settings.session_ttl_s,
+            # Somebody else may have this host's former name by now. What lives here is to be seen all the same.
+            yields=mismatch is not None,
         )
         self._publisher = Publisher(
             store=store,
@@ -177,7 +212,14 @@ class Supervisor:
             gather_s=GATHER_S,
             spread_s=SPREAD_S,
         )
-        self._wishes = Wishes(store=store, clock=clock, layout=layout, on_change=self._on_keys)
+        self._wishes = Wishes(
+            store=store,
+            clock=clock,
+            layout=layout,
+            history=self._history,
+            on_change=self._on_keys,
+            on_anew=self._on_anew,
+        )
         self._confirmations = Confirmations(
             store=store,
             clock=clock,
@@ -193,21 +235,38 @@ class Supervisor:
             notify=self._notify_all,
         )
         self._session.follow(self._post.renewed)
-        self._hosts = Mirror(
-            store=store, clock=clock, prefix=layout.hosts_prefix, table=self._hosts_table, on_change=self._on_hosts
+        self._neighbours = Neighbours(
+            store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
+        )
+        self._statuses = Statuses(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=self._me,
+            publisher=self._publisher,
+            wishes=self._wishes,
+            instances=self._instances,
+            # Whether a status without keys is the last word on an instance is known under one's own settings only.
+            drops=mismatch is None,
+            rand=random.random,
         )
         self.face = Face(
+            host=self._me,
             instances=self._instances,
-            hosts=self._hosts_table,
+            hosts=self._neighbours.table,
+            alive=self._neighbours.names,
             session=self._session,
+            history=self._history,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=equipment.privileged,
             guests_survive=chosen.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
+            mismatch=mismatch,
         )
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
+        self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -226,20 +285,29 @@ class Supervisor:
                 disks=disks,
             ),
             disks=disks,
+            logs=self._logs,
+            links=self._links,
             user=equipment.user,
             clock=clock,
             jitter=random.random,
             metrics=self._metrics,
             fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
-            host_has_session=self._host_has_session,
+            host_has_session=self._neighbours.has_session,
+            sessions=self._neighbours.names,
+            host_drains=self._neighbours.drains,
             host_side=equipment.host_side,
             shutdown_timeout_s=settings.shutdown_timeout_s,
             start_timeout_s=settings.start_timeout_s,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             takeover_wait_s=settings.takeover_wait_s,
-            recorded_for=lambda client: instance_of_client(self._wishes, client),
-            draining=lambda: self._draining,
+            era=lambda: self._history.present,
+            recorded_for=self._recorded_for,
+            mismatch=mismatch,
+            objection=self._objection,
+            draining=lambda: self._drain.on,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
         )
         self._failover = Failover(self._around, self._wishes)
         self._dispatch = Dispatch(
@@ -261,19 +329,26 @@ class Supervisor:
                 parts.create_task(part)
                 for part in (
                     self._wishes.run(),  # first: reading a large cluster takes longest
-                    self._hosts.run(),
+                    self._neighbours.run(),
+                    self._history.run(),
+                    self._history.run_speaking(self._may_speak, self._speak),
                     self._session.run(),
-                    self._publish(),
+                    self._drain.run_telling(self._session),
+                    self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._rotate_logs(),
+                    self._around.logs.run(),
+                    self._links.run(),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._hosts.synced.wait),
+                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
+                    if self._mismatch is None
+                    else self._await_word(),
                 )
             ]
             await self._run_instances()
             if self._session.held:
                 await self._publisher.flush(FLUSH_S)
+            self._history.save()
             for task in serving:
                 task.cancel()
 
@@ -296,28 +371,40 @@ class Supervisor:
     def _adopt(self) -> None:
         """Find what an earlier supervisor left running. Needs no etcd; what it means is decided once etcd is read."""
         for name in self._run_dir.instances():
-            try:
-                record = self._run_dir.instance(name).read_incarnation()
-                if record is not None and (instance := self._instance(name)) is not None:
-                    instance.adopt(record)
-            except (Unreadable, Hidden) as error:
-                self._instances.pop(name, None)
-                self._leave_alone(name, error)
+            if self._run_dir.instance(name).has_record:
+                self._instance(name)
 
-    def _instance(self, name: InstanceId) -> Instance | None:
-        """The instance of that name, made if there is none yet; None when what is kept of it cannot be read."""
-        if name not in self._instances and name not in self._unreadable:
+    def _instance(self, name: InstanceId) -> Instance:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+        if name not in self._instances:
             directory = self._run_dir.instance(name)
-            try:
-                memory = directory.read_memory(self._boot_id)
-            except Unreadable as error:
-                self._leave_alone(name, error)
-            else:
-                self._instances[name] = Instance(name, around=self._around, directory=directory, memory=memory, log=log)
-        return self._instances.get(name)
+            fresh = Memory(boot_id=self._boot_id)
+            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name].inherit()
+        return self._instances[name]
 
-    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance | None:
-        """An instance that was not known here has become this host's; None when it is left alone.
+    def _objection(self, record: Incarnation) -> str | None:
+        """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
+        pid = self._standing.pid_of(record)
+        under = self._identity if pid is None else self._standing.under(record, pid)
+        if under == self._identity:
+            return None
+        return (
+            f"QEMU {pid} of this instance was started under {under.unlike(self._identity)}, and this supervisor works "
+            f"under {self._identity.unlike(under)}: it is left alone; a supervisor under its own settings takes it over"
+        )
+
+    async def _await_word(self) -> None:
+        """Go on under what the settings say once a person has said so, or nothing lives that says otherwise."""
+        while True:
+            await self._clock.sleep(WORD_POLL_S)
+            note = self._standing.note()
+            if (note is not None and note.confirmed) or self._standing.judge()[1] is None:
+                self.again = True
+                self.stop()
+
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
+        """An instance that was not known here has become this host's.
 
         Args:
             name: which.
@@ -326,11 +413,6 @@ class Supervisor:
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)
-
-    def _leave_alone(self, name: InstanceId, error: Unreadable | Hidden) -> None:
-        """Touch nothing of an instance, nor what may run of it: only another release, or one with more rights, can."""
-        self._unreadable[name] = str(error)
-        log.error("instance.unreadable", instance=name, reason=str(error))
 
     def _start(self, instance: Instance) -> None:
         if self._tasks is not None:
@@ -352,7 +434,9 @@ class Supervisor:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._run_dir.instance(name).remove()
+            directory = self._run_dir.instance(name)
+            self._logs.writer.drop(directory.path)
+            directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._publisher.abandon(name)
@@ -367,10 +451,32 @@ class Supervisor:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
         self._dispatch.begin()
+        needed = SUPERVISOR_FILES + MACHINE_FILES * len(self._instances)
+        if needed > self._most_files:
+            log.warning(
+                "files.too_few",
+                limit=self._most_files,
+                needed=needed,
+                machines=len(self._instances),
+                reason=f"some machines will wait for files that can be opened: {resources.RAISE_IT}",
+            )
 
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
         """Keys or locks of these instances differ."""
         self._dispatch.tell(changed)
+
+    def _on_anew(self) -> None:
+        """Keys and locks are those of another history of etcd."""
+        self._dispatch.begin_anew()
+        self._statuses.begin_anew()
+
+    def _may_speak(self) -> bool:
+        """Whether everything that runs here has its lock in the history that etcd has now."""
+        known = self._wishes.synced and self._wishes.era == self._history.era
+        return known and self._session.held and all(one.has_spoken for one in self._instances.values())
+
+    async def _speak(self, history: str) -> bool:
+        return await self._session.restate(replace(self._session.value, history=history))
 
     def _let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
@@ -378,48 +484,14 @@ class Supervisor:
 
     # --- around -----------------------------------------------------------------------------------------------
 
-    def _on_hosts(self, changed: Set[bytes], revision: int) -> None:
-        """A host came or went: whoever waits for its lock looks again."""
+    def _on_hosts(self) -> None:
+        """A host came or went, or has spoken: whoever waits looks again."""
         self._notify_all()
         self._failover.look()
+
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return instance_of_client(self._wishes, client)
 
     def _notify_all(self) -> None:
         for instance in self._instances.values():
             instance.notify()
-
-    def _host_has_session(self, host: HostName) -> bool | None:
-        if not self._hosts.synced.is_set():
-            return None
-        return self._hosts_table.get(self._layout.session_key(host).encode()) is not None
-
-    async def _publish(self) -> None:
-        """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""
-        failures = 0
-        while True:
-            try:
-                listing = await self._etcd.list(self._layout.statuses_prefix)
-                break
-            except EtcdError as error:
-                failures += 1
-                log.warning("statuses.unread", reason=str(error))
-                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
-        self._publisher.prime(listing.kvs)
-        for kv in listing.kvs:
-            instance = self._instances.get(InstanceId(kv.key.decode(errors="replace").rpartition("/")[2]))
-            written = None if instance is None else Status.from_json(kv.value)
-            if instance is not None and written is not None and written.host == self._me:
-                instance.report.recall(written)
-        await self._wishes.wait_synced()
-        for name in self._publisher.ids() - self._instances.keys():
-            if not self._wishes.keys_of(name):
-                self._publisher.forget(name)
-        await self._publisher.run()
-
-    async def _rotate_logs(self) -> None:
-        settings = self._settings
-        while True:
-            await self._clock.sleep(ROTATE_EVERY_S)
-            for instance in list(self._instances.values()):
-                directory = self._run_dir.instance(instance.id)
-                for path in await directory.rotate_logs(max_bytes=settings.log_max_bytes, keep=settings.log_keep):
-                    instance.report.tell("log.rotated", file=str(path))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.history import Era
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
@@ -40,14 +44,22 @@ class Surroundings:
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
+        host_drains: whether a host says that it stops all its guests.
+        sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        logs: of all guests.
+        links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
-        recorded_for: the instance whose lock has a storage client on record, None when none has.
+        recorded_for: the instance whose lock has a storage client on record, None when none has; raises `EtcdError`
+            where that is not known.
+        mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
+        objection: why a QEMU on record is not ours to touch; None when it is.
+        era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
         leaving: why an instance is to be stopped and let go of; None when it is not.
         ended: told how a QEMU ended that was not merely discarded before its guest ran.
@@ -67,14 +79,22 @@ class Surroundings:
     metrics: Metrics
     fencing: Fencing
     host_has_session: Callable[[HostName], bool | None]
+    host_drains: Callable[[HostName], bool]
+    sessions: Callable[[], Collection[str]]
     host_side: HostSide
     shutdown_timeout_s: float
     start_timeout_s: float
     settle_s: float
     disks: Disks
-    guard: GuardPost | None = None
-    takeover_wait_s: float = 60.0
-    recorded_for: Callable[[str], InstanceId | None] = lambda client: None
-    draining: Callable[[], bool] = lambda: False
-    leaving: Callable[[], str | None] = lambda: None
-    ended: Callable[[Exit, WaitStatus], None] = lambda end, status: None
+    logs: GuestLogs
+    links: Links
+    era: Callable[[], Era]
+    # Without defaults: a quiet "nobody", or "nothing against it", where a hook was forgotten would be a guest's end.
+    guard: GuardPost | None
+    takeover_wait_s: float
+    recorded_for: Callable[[str], Awaitable[InstanceId | None]]
+    mismatch: str | None
+    objection: Callable[[Incarnation], str | None]
+    draining: Callable[[], bool]
+    leaving: Callable[[], str | None]
+    ended: Callable[[Exit, WaitStatus], None]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
+from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.failover import STEP_S
-from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
-from kvmsupervisor.failover import Failover
+from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.failover import Failover, other_of_client
+from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
@@ -25,6 +29,10 @@ HELD = Lock(
     host=HostName("z"), boot_id="boot-z", epoch=7, state=LockState.RUNNING, incarnation="i7", pid=5, starttime=5,
     clients=(OLD,), storage=Storage.RBD,
 )  # fmt: skip
+
+
+def placed_on(host: str, of: int) -> bytes:
+    return Placement(host=HostName(host), why="failover", since="", of=of).to_json()
 
 
 class Candidate:
@@ -82,14 +90,17 @@ async def taken(one: Candidate, limit_s: float, *, of: str = "z") -> Lock:
     return one.host.lock
 
 
-async def test_the_first_takes_lock_and_host_at_once(candidates: Callable[..., list[Candidate]]) -> None:
+async def test_the_first_takes_lock_and_placement_at_once(candidates: Callable[..., list[Candidate]]) -> None:
     """Law 4: one transaction; what was on record goes on to be fenced before anything starts."""
     first, second = candidates(hosts="b a")
     lock = await taken(second, STEP_S - 1.0)
     assert (lock.host, lock.epoch, lock.state, lock.fence) == ("b", 8, LockState.FENCING, (OLD,))
     assert lock.taken_from == "z"
     etcd = first.host.etcd
-    assert etcd.data[LAYOUT.wish_key(ONE, "host")] == b"b"
+    assert etcd.data[LAYOUT.wish_key(ONE, "host")] == b"z"
+    placement = Placement.from_json(etcd.data[LAYOUT.placement_key(ONE)])
+    assert placement is not None
+    assert (placement.host, placement.why) == ("b", "failover")
     assert b"kvmsupervisor_takeovers_total 1.0" in second.host.around.metrics.render("")[0]
     await first.host.clock.advance(60.0)
     assert first.host.lock is not None
@@ -146,9 +157,9 @@ async def test_disks_in_use_are_waited_for(candidates: Callable[..., list[Candid
     assert (await taken(first, 5.0)).host == "a"
 
 
-@pytest.mark.parametrize("what", ["lock", "host", "hosts"])
+@pytest.mark.parametrize("what", ["lock", "host", "hosts", "placement"])
 async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[Candidate]], what: str) -> None:
-    """Law 2: the transaction compares lock, `host` and `hosts`: who comes second, or too late, has nothing of it."""
+    """Law 2: the transaction compares lock, `host`, `hosts` and placement: who comes second has nothing of it."""
     first, second = candidates(hosts="b a")
     etcd = first.host.etcd
     other = take(HELD, host=HostName("a"), boot_id="boot-a", incarnation="i8", storage=Storage.RBD)
@@ -156,6 +167,7 @@ async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[
         "lock": (LAYOUT.lock_key(ONE), other.to_json()),
         "host": (LAYOUT.wish_key(ONE, "host"), b"y"),
         "hosts": (LAYOUT.wish_key(ONE, "hosts"), b"y"),
+        "placement": (LAYOUT.placement_key(ONE), placed_on("y", 10**6)),
     }
     key, value = before[what]
 
@@ -167,7 +179,7 @@ async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[
     first.host.sessions = second.host.sessions = {"a", "b", "y"}
     await second.host.until(lambda: second.host.store.writes_begun)
     await second.host.clock.advance(30.0)
-    found = {name: etcd.data[name] for name, _ in before.values()}
+    found = {name: etcd.data[name] for name, _ in before.values() if name in etcd.data}
     assert found == {
         LAYOUT.lock_key(ONE): HELD.to_json(),
         LAYOUT.wish_key(ONE, "host"): b"z",
@@ -205,7 +217,7 @@ async def test_a_candidate_may_die_before_any_write(
     host.store.before = die
     await host.until(lambda: first.task.done() or (host.lock is not None and host.lock.host == "a"))
     if not first.task.done():
-        # Now that `host` names it, its supervisor has a loop for the instance.
+        # Now that it is placed there, its supervisor has a loop for the instance.
         await host.die()
         host.begin()
         await host.until(lambda: host.loop.done() or host.running)
@@ -233,3 +245,31 @@ async def test_a_session_that_is_there_after_all(candidates: Callable[..., list[
     first.host.etcd.write(LAYOUT.session_key(HostName("z")), "{}")
     await first.host.clock.advance(60.0)
     assert first.host.lock == HELD
+
+
+@pytest.mark.parametrize(
+    ("lock", "key", "name"),
+    [
+        ("/kvm/%i/lock", "/kvm/2/lock", "2"),
+        ("/locks/%i", "/locks/2", "locks/2"),
+        ("/locks/%i", "/kvm/2/lock", "2"),
+    ],
+)
+async def test_whose_client_it_is_asked_of_etcd(lock: str, key: str, name: str) -> None:
+    """Law 4: who follows one lock only learns that a client is another instance's, wherever that one's lock is."""
+    etcd = FakeEtcd()
+    layout = replace(LAYOUT, lock=lock)
+    own = layout.lock_key(ONE)
+    etcd.write(own, replace(HELD, clients=(OLD,)).to_json())
+    assert await other_of_client(etcd, layout, OLD, own=own) is None
+    etcd.write(key, HELD.to_json())
+    assert await other_of_client(etcd, layout, OLD, own=own) == InstanceId(name)
+    etcd.away()
+    with pytest.raises(Unavailable):
+        await other_of_client(etcd, layout, OLD, own=own)
+
+
+def test_no_hook_of_safety_has_a_quiet_default() -> None:
+    """Laws 4 and 12: whoever runs instances says who may be fenced and what may be touched; nothing is "nobody"."""
+    quiet = [one.name for one in fields(Surroundings) if one.default is not MISSING]
+    assert quiet == []

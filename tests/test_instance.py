@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
+from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Denied, EtcdError, Unavailable
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -154,6 +159,7 @@ async def test_a_host_key_that_changed_meanwhile_stops_the_start(host: Host, ste
             host.put(host="b")
 
     host.wish()
+    host.sessions = {"a", "b"}
     host.store.before = move_away
     host.begin()
     await host.until(lambda: host.gone, HOUR_S)
@@ -355,6 +361,7 @@ STOPS: dict[str, Callable[[Host], None]] = {
 async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) -> None:
     """Law 9: the power button first; the lock is deleted only when the process is gone."""
     host.wish()
+    host.sessions = {"a", "b"}
     host.begin()
     qemu = await host.runs()
 
@@ -386,7 +393,7 @@ async def test_all_keys_removed_leave_nothing_behind(host: Host) -> None:
     qemu.shut_down()
     await host.until(lambda: host.gone)
     await host.told()
-    assert host.etcd.data.keys() == {host.session.key}
+    assert host.etcd.data.keys() == {host.session.key, LAYOUT.history_key}
 
 
 async def test_the_last_status_of_a_stopped_machine_stays(host: Host) -> None:
@@ -663,6 +670,69 @@ async def test_a_program_that_is_not_there_is_a_failure_like_others(host: Host) 
     await host.runs()
 
 
+def full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_a_record_that_cannot_be_completed_keeps_the_guest_paused(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room for the pid of a QEMU that was started: its guest does not run before that is on record, then it does."""
+    write, room = InstanceDir.write_incarnation, False
+
+    def scarce(directory: InstanceDir, record: Incarnation) -> None:
+        if record.pid is not None and not room:
+            raise full()
+        write(directory, record)
+
+    monkeypatch.setattr(InstanceDir, "write_incarnation", scarce)
+    host.wish()
+    host.begin()
+    await host.clock.advance(120.0)
+    (qemu,) = host.qemus.all
+    assert (qemu.alive, qemu.run_state) == (True, "prelaunch")
+    assert host.status.phase is Phase.WAITING
+    assert "its record cannot be written: " in host.status.reason
+    room = True
+    assert await host.runs() is qemu
+
+
+async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine is started, changed and stopped without it; it is told once, and written once there is room."""
+    write, room = InstanceDir.write_memory, False
+
+    def scarce(directory: InstanceDir, memory: Memory) -> None:
+        if not room:
+            raise full()
+        write(directory, memory)
+
+    monkeypatch.setattr(InstanceDir, "write_memory", scarce)
+    host.wish()
+    host.begin()
+    with capture_logs() as logs:
+        await host.runs()
+        host.wish(shutdown_timeout="7")
+        await host.clock.advance(120.0)
+    assert [one["event"] for one in logs].count("instance.memory_unwritten") == 1
+    room = True
+    await host.clock.advance(120.0)
+    assert host.run_dir.instance(ONE).read_memory(host.boot_id).shutdown_timeout_s == 7.0
+
+
+async def test_a_host_that_cannot_start_a_program_is_waited_for(host: Host) -> None:
+    """No descriptor, no memory, no process left: no failure of QEMU's, so there is no backoff and nothing on record."""
+    host.wish()
+    host.qemus.shortage = errno.EMFILE
+    host.begin()
+    await host.until(lambda: "QEMU cannot be started: " in host.status.reason)
+    assert "Too many open files" in host.status.reason
+    assert host.status.phase is Phase.WAITING
+    assert not host.run_dir.instance(ONE).has_record
+    host.qemus.shortage = None
+    await host.runs()
+    assert host.status.restarts == 0
+
+
 async def test_a_qemu_that_never_answers_is_given_up(host: Host) -> None:
     """A start has its time (`KVM_START_TIMEOUT`); after it QEMU is killed, and that is a failure."""
 
@@ -720,9 +790,123 @@ async def test_a_guest_that_is_paused_is_told(host: Host) -> None:
     await settle()
     assert host.status.phase is Phase.RUNNING
     assert "QMP says io-error" in host.status.reason
+    assert (host.status.run_state, host.status.up) == ("io-error", False)
     qemu.run_state = "running"
     qemu.event("RESUME")
     await settle()
+    assert host.status.reason == "runs"
+    assert (host.status.run_state, host.status.up) == ("running", True)
+
+
+async def test_a_qemu_that_does_not_answer_is_not_up(host: Host) -> None:
+    """Nobody knows then whether its guest runs; it is up again with its next answer, without having been touched."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    assert host.status.up
+    qemu.frozen = True
+    await host.clock.advance(90.0)
+    assert (host.status.phase, host.status.run_state, host.status.up) == (Phase.RUNNING, None, False)
+    qemu.frozen = False
+    await host.clock.advance(60.0)
+    assert (host.status.run_state, host.status.up, host.qemus.all) == ("running", True, [qemu])
+
+
+async def test_a_panic_that_the_guest_survives_leaves_it_up(host: Host) -> None:
+    """`-action panic=none`: QEMU tells of the panic and lets the guest run on."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.event("GUEST_PANICKED", action="run")
+    await settle()
+    assert host.status.up
+
+
+@pytest.mark.parametrize(
+    ("restart", "reason", "again"),
+    [
+        ("always", "guest-shutdown", True),
+        ("on-failure", "guest-shutdown", False),
+        ("never", "guest-shutdown", False),
+        ("on-failure", "guest-reset", True),
+    ],
+)
+async def test_a_power_off_is_a_power_off_though_qemu_lives_on(
+    host: Host, restart: str, reason: str, again: bool
+) -> None:
+    """§4: under `-no-shutdown` QEMU is ended, and the policy decides, as if QEMU had ended by itself."""
+    host.wish(restart=restart)
+    host.begin()
+    qemu = await host.runs()
+    qemu.power_off(reason)
+    await host.until(lambda: not qemu.alive, 1.0)
+    await host.clock.advance(1.0)
+    assert host.status.last_exit == reason
+    assert len(host.qemus.all) == (2 if again else 1)
+    assert host.status.phase is (Phase.RUNNING if again else Phase.STOPPED)
+    assert host.status.restarts == again
+
+
+async def test_a_powered_off_qemu_that_does_not_end_is_killed_and_still_a_power_off(host: Host) -> None:
+    """The guest's end was its own, whatever its QEMU makes of `quit`: `restart=on-failure` leaves it so."""
+    host.wish(restart="on-failure")
+    host.begin()
+    qemu = await host.runs()
+    qemu.stubborn = True
+    qemu.power_off()
+    await settle()
+    assert (qemu.alive, host.status.phase) == (True, Phase.STOPPING)
+    await host.clock.advance(11.0)
+    assert not qemu.alive
+    assert (host.status.phase, host.status.last_exit) == (Phase.STOPPED, "guest-shutdown")
+
+
+async def test_a_successor_ends_what_has_powered_itself_off_meanwhile(host: Host) -> None:
+    """Nobody has heard the event: the run state alone tells that the guest is at its end."""
+    host.wish(restart="on-failure")
+    host.begin()
+    qemu = await host.runs()
+    await host.die()
+    qemu.run_state = "shutdown"
+    host.begin()
+    await host.until(lambda: not qemu.alive, 5.0)
+    await settle()
+    assert (host.status.phase, host.status.last_exit) == (Phase.STOPPED, "guest-shutdown")
+
+
+async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minute(host: Host) -> None:
+    """One line at once, one a minute that says how many more there were, a metric that has them all."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    with capture_logs() as logs:
+        for _ in range(22):
+            for _ in range(1000):
+                qemu.event("RESET", guest=True, reason="guest-reset")
+            await host.clock.advance(0.5)
+        await host.clock.advance(120.0)
+        qemu.event("RESET", guest=True, reason="guest-reset")
+    told = [one.get("untold", 0) for one in logs if one["event"] == "instance.guest_reset"]
+    assert told == [0, 21_999, 0]
+    text = host.around.metrics.render()[0].decode()
+    assert f'kvmsupervisor_instance_resets_total{{host="a",instance="{ONE}"}} 22001.0' in text
+
+
+async def test_a_guest_that_flaps_is_not_asked_nor_told_of_without_end(host: Host) -> None:
+    """A flood of events that bear on the run state: few questions, few lines, and in the end the right word."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    asked = qemu.commands.count("query-status")
+    with capture_logs() as logs:
+        for _ in range(300):
+            for state, event in (("suspended", "SUSPEND"), ("paused", "STOP"), ("running", "RESUME")):
+                qemu.run_state = state
+                qemu.event(event)
+                await host.clock.advance(0.1)
+    assert qemu.commands.count("query-status") - asked <= 100
+    assert sum(one["event"] == "instance.running" for one in logs) <= 2 * 20 + 2
+    await host.clock.advance(120.0)
     assert host.status.reason == "runs"
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
+from kvmsupervisor.domain.history import FIRST_ERA
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from tests.fakes.etcd import FakeEtcd
@@ -17,6 +19,7 @@ ONE = InstanceId("1")
 LOCK_KEY, HOST_KEY, STATUS_KEY = "/kvm/1/lock", "/kvm/1/host", "/kvmsupervisor/instances/1"
 SESSION_KEY = "/kvmsupervisor/hosts/a"
 MINE = Lock(host=HostName("a"), boot_id="boot-1", epoch=1, state=LockState.STARTING, incarnation="x")
+PLACEMENT_KEY = "/kvmsupervisor/placements/1"
 NEXT = MINE.recorded(pid=7, starttime=8, clients=())
 THEIRS = replace(MINE, host=HostName("b"), epoch=2, incarnation="y")
 LAST = Status(id="1", host="a", phase=Phase.STOPPED, reason="it has no `host`", since="now", epoch=1)
@@ -30,7 +33,7 @@ class Bench:
         self.etcd.write(SESSION_KEY, "{}")
         session = Compare(SESSION_KEY, Target.CREATE_REVISION, self.etcd.revision)
         self.etcd.write(HOST_KEY, "a")
-        self.host_revision = self.etcd.revision
+        self.ground = Ground(self.etcd.revision)
         self.lock = InstanceLock(store=self.etcd, layout=Layout(), instance=ONE, session=lambda: session)
 
     @property
@@ -39,7 +42,7 @@ class Bench:
         return None if data is None else Lock.from_json(data)
 
     async def write(self, lock: Lock = MINE) -> None:
-        await self.lock.write(lock, self.host_revision)
+        await self.lock.write(lock, self.ground)
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ async def test_without_a_key_host_none_is_compared(bench: Bench) -> None:
 async def test_nothing_is_written_without_the_session(bench: Bench) -> None:
     """Law 2: "my session exists" is compared, by etcd and in the same transaction."""
     bench.etcd.erase(SESSION_KEY)
-    with pytest.raises(SwapFailed, match="session or the key `host` changed"):
+    with pytest.raises(SwapFailed, match="a session, the key `host`"):
         await bench.write()
     assert bench.stored is None
 
@@ -91,6 +94,36 @@ async def test_a_session_that_came_back_is_another_one(bench: Bench) -> None:
         await bench.write()
 
 
+async def test_nothing_is_written_once_a_placement_came_or_went(bench: Bench) -> None:
+    """Laws 2 and 10: what stands in for `host` is compared like it, and its absence, too."""
+    bench.etcd.write(PLACEMENT_KEY, "{}")
+    with pytest.raises(SwapFailed, match="or the placement changed"):
+        await bench.write()
+    bench.ground = replace(bench.ground, placement_revision=bench.etcd.revision)
+    await bench.write()
+    bench.etcd.erase(PLACEMENT_KEY)
+    with pytest.raises(SwapFailed, match="or the placement changed"):
+        await bench.write(NEXT)
+    assert bench.stored == MINE
+
+
+async def test_a_release_takes_a_placement_that_has_ended_along(bench: Bench) -> None:
+    """Law 10: in one step with the lock, and not when it is another one by now."""
+    bench.etcd.write(PLACEMENT_KEY, "{}")
+    ended = bench.etcd.revision
+    bench.ground = replace(bench.ground, placement_revision=ended)
+    await bench.write()
+    bench.etcd.write(PLACEMENT_KEY, "{}")
+    with pytest.raises(SwapFailed):
+        await bench.lock.release(LAST, stale_placement=ended)
+    with pytest.raises(SwapFailed):
+        await bench.lock.tidy(ended)
+    assert bench.stored == MINE
+    await bench.lock.release(LAST, stale_placement=bench.etcd.revision)
+    assert bench.stored is None
+    assert PLACEMENT_KEY not in bench.etcd.data
+
+
 @pytest.mark.parametrize("change", ["b", "a", None])
 async def test_nothing_is_written_once_the_host_key_changed(bench: Bench, change: str | None) -> None:
     """Law 2: "`host` is still me" is compared by revision: also a key that was rewritten is looked at again first."""
@@ -98,7 +131,7 @@ async def test_nothing_is_written_once_the_host_key_changed(bench: Bench, change
         bench.etcd.erase(HOST_KEY)
     else:
         bench.etcd.write(HOST_KEY, change)
-    with pytest.raises(SwapFailed, match="session or the key `host` changed"):
+    with pytest.raises(SwapFailed, match="a session, the key `host`"):
         await bench.write()
     assert bench.stored is None
 
@@ -133,16 +166,16 @@ async def test_the_same_value_written_by_somebody_else_is_a_change(bench: Bench)
 async def test_a_reassertion_needs_an_absent_lock_and_the_session(bench: Bench) -> None:
     """A deleted lock is written again by its living QEMU's host only, and never over somebody who was faster."""
     bench.etcd.write(HOST_KEY, "b")
-    await bench.lock.reassert(NEXT)
+    await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored == NEXT
     bench.etcd.write(LOCK_KEY, THEIRS.to_json())
     with pytest.raises(SwapFailed):
-        await bench.lock.reassert(NEXT)
+        await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored == THEIRS
     bench.etcd.erase(LOCK_KEY, SESSION_KEY)
     await bench.lock.look()
     with pytest.raises(SwapFailed):
-        await bench.lock.reassert(NEXT)
+        await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored is None
 
 
@@ -195,10 +228,9 @@ async def test_a_lost_reply_whose_reading_fails_stays_open(bench: Bench) -> None
     """When neither reply nor reading came, nothing is claimed; the next look tells."""
 
     async def away_afterwards(call: str) -> None:
-        if bench.etcd.calls["txn"] > done + 1:
+        if call == "read":
             bench.etcd.away()
 
-    done = bench.etcd.calls["txn"]
     bench.etcd.hook = away_afterwards
     bench.etcd.lose_next_reply()
     with pytest.raises(Unavailable) as raised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import select
 import shutil
@@ -17,7 +18,7 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor import machine as module
+from kvmsupervisor import monitor
 from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
@@ -27,8 +28,10 @@ from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
-from kvmsupervisor.domain.view import NEVER_RAN, Process
+from kvmsupervisor.domain.view import Process
+from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from tests.support.processes import freeze, stat_of
 
@@ -88,6 +91,7 @@ class Bench:
         self.prefix = "/kvm"
         self.resets: list[str] = []
         self.changed = asyncio.Event()
+        self.logs = GuestLogs(clock=Clock())
         self.machine = self.make()
 
     def make(self) -> Machine:
@@ -98,6 +102,7 @@ class Bench:
             user=None,
             notify=self.changed.set,
             on_reset=lambda: self.resets.append("reset"),
+            logs=self.logs.of(self.directory),
             log=structlog.get_logger(),
         )
 
@@ -451,9 +456,10 @@ async def test_an_end_between_two_supervisors_is_told_from_the_log(bench: Bench)
     """Law 8 and §4: nobody saw how it ended; its last words are what is known."""
     await bench.up()
     await bench.machine.kill("in secret")
-    log = bench.directory.open_log()
-    os.write(log, b"qemu-system-x86_64: out of luck\n")
-    os.close(log)
+    await bench.machine.detach()
+    bench.logs.writer.close()
+    with bench.directory.qemu_log.open("ab") as log:
+        log.write(b"qemu-system-x86_64: out of luck\n")
     assert not await bench.successor()
     assert bench.view.exit is not None
     assert bench.view.exit.text == "ended while no supervisor watched; last words: out of luck"
@@ -485,7 +491,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     """A QEMU that is stopped is told as silent since its last question; the first answer ends that."""
     await bench.up()
     await bench.machine.resume()
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
     await bench.machine.probe()
@@ -493,7 +499,7 @@ async def test_a_frozen_qemu_is_silent_until_it_answers(bench: Bench, monkeypatc
     assert since is not None
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.connected, bench.view.exit) == (since, True, None)
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert (bench.view.silent_since, bench.view.run_state) == (None, "running")
@@ -504,7 +510,7 @@ async def test_a_frozen_qemu_can_be_adopted_and_killed(bench: Bench, monkeypatch
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert await bench.successor()
     await bench.machine.connect()
     view = bench.view
@@ -520,11 +526,11 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
     await bench.up()
     assert bench.machine.pid is not None
     freeze(bench.machine.pid)
-    monkeypatch.setattr(module, "ANSWER_S", 0.05)
+    monkeypatch.setattr(monitor, "ANSWER_S", 0.05)
     assert not await bench.machine.resume()
     assert not bench.machine.never_ran
     assert bench.view.probe_at == 0.0
-    monkeypatch.setattr(module, "ANSWER_S", LIMIT_S)
+    monkeypatch.setattr(monitor, "ANSWER_S", LIMIT_S)
     os.kill(bench.machine.pid, signal.SIGCONT)
     await bench.machine.probe()
     assert bench.view.run_state == "running"
@@ -539,3 +545,19 @@ async def test_letting_go_in_the_middle_of_its_end(bench: Bench) -> None:
     await_zombie(bench.machine.pid)
     assert not await bench.successor()
     assert bench.view.exit is not None
+
+
+async def test_an_end_that_is_noticed_while_it_is_let_go_of(bench: Bench) -> None:
+    """Law: a machine that was let go of leaves no task behind, at whatever instant its QEMU ends."""
+    failed: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
+    await bench.up()
+    pidfd = bench.machine.pidfd
+    assert pidfd is not None
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [], LIMIT_S)
+    # The loop has had no turn: it notices the end in one of those that letting go takes.
+    await bench.machine.detach()
+    assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    gc.collect()
+    assert failed == []

@@ -100,7 +100,7 @@ async def test_without_user_data_a_first_boot_waits(tmp_path: Path) -> None:
 async def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """Law: the host's own trouble is a reason to wait, too."""
     async with site(a=ok(OLD)) as server:
-        with pytest.raises(MediaTrouble, match=r"media.json.new cannot be read or written \(No such file"):
+        with pytest.raises(MediaTrouble, match=r"its media cannot be made: .*media.json.new: No such file"):
             await made(server.url("/a"), tmp_path / "absent")
 
 

@@ -18,6 +18,7 @@ from kvmsupervisor.domain.wishes import VALUE_LIMIT
 from kvmsupervisor.mirror import SLICE, Mirror, Wishes
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.history import SameHistory
 
 ONE = InstanceId("1")
 
@@ -50,6 +51,7 @@ class Bench:
         return Mirror(
             store=etcd or self.etcd,
             clock=self.clock,
+            history=SameHistory(),
             prefix="/p/",
             table=self.table,
             on_change=self.note,
@@ -130,7 +132,9 @@ async def test_the_whole_batch_is_there_when_it_is_told_of(bench: Bench) -> None
         seen.extend((len(keys), len(bench.table.entries)))
         told.set()
 
-    mirror: Mirror[bytes] = Mirror(store=bench.etcd, clock=bench.clock, prefix="/p/", table=bench.table, on_change=note)
+    mirror: Mirror[bytes] = Mirror(
+        store=bench.etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=note
+    )
     sizes: set[int] = set()
 
     async def onlooker() -> None:
@@ -307,7 +311,9 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
                 copy[key] = entry.value
 
     etcd = bench.etcd.peer()
-    mirror: Mirror[bytes] = Mirror(store=etcd, clock=bench.clock, prefix="/p/", table=bench.table, on_change=follow)
+    mirror: Mirror[bytes] = Mirror(
+        store=etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=follow
+    )
     async with running(mirror):
         for _ in range(300):
             match dice.randrange(12):
@@ -336,7 +342,14 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
 
 def wishes_on(etcd: FakeEtcd, clock: FakeClock, layout: Layout) -> tuple[Wishes, list[set[str]]]:
     told: list[set[str]] = []
-    wishes = Wishes(store=etcd, clock=clock, layout=layout, on_change=lambda ids, _: told.append(set(ids)))
+    wishes = Wishes(
+        store=etcd,
+        clock=clock,
+        layout=layout,
+        history=SameHistory(),
+        on_change=lambda ids, _: told.append(set(ids)),
+        on_anew=lambda: None,
+    )
     return wishes, told
 
 
@@ -409,13 +422,14 @@ async def test_batches_need_not_come_from_the_fake() -> None:
     etcd = FakeEtcd()
 
     @asynccontextmanager
-    async def watch(prefix: str, start_revision: int) -> AsyncIterator[Once]:
+    async def watch(prefix: str, start_revision: int, *, prove: object) -> AsyncIterator[Once]:
         yield Once()
 
     etcd.watch = watch  # type: ignore[method-assign,assignment]
     mirror: Mirror[bytes] = Mirror(
         store=etcd,
         clock=FakeClock(),
+        history=SameHistory(),
         prefix="/p/",
         table=table,
         on_change=lambda keys, revision: told.append((set(keys), revision)),

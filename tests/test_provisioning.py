@@ -37,7 +37,7 @@ UUID_OF_ONE = UUID(int=1)
 TINY = Spec(ram_mib=64)
 NOBODY = pwd.getpwnam("nobody")
 AS_NOBODY = QemuUser(name="nobody", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, groups=(NOBODY.pw_gid,), setpriv="setpriv")
-CHANNELS = Channels(qmp=1, spare=2, console=3, agent=4)
+CHANNELS = Channels(qmp=1, spare=2, console=3, agent=4, console_log=5)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
@@ -401,6 +401,7 @@ async def test_a_tap_for_each_nic(bench: Bench) -> None:
     opened = await bench.open(NICS)
     assert bench.allowed == ["br0", "br1", "br2"]
     assert opened.taps == tuple(bench.taps)
+    assert opened.bridges == ("br0", "br1", "br2")
     with opened.closing:
         provision = opened.provision(bench.directory(), CHANNELS)
         assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.taps)

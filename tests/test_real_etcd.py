@@ -22,6 +22,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import HostnameTaken, Session
+from tests.fakes.history import SameHistory
 from tests.support.etcd import EtcdCluster, EtcdServer
 
 ME = HostSession(host="a", version="1", url="http://a:9746", boot_id="boot-1", machine="machine-a")
@@ -178,7 +179,9 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             yield listing
 
     etcd.pages = late  # type: ignore[method-assign]
-    mirror: Mirror[bytes] = Mirror(store=etcd, clock=Clock(), prefix="/p/", table=table, on_change=note)
+    mirror: Mirror[bytes] = Mirror(
+        store=etcd, clock=Clock(), history=SameHistory(), prefix="/p/", table=table, on_change=note
+    )
     async with running(mirror.run()):
         while len(told) < 2:
             news.clear()

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -87,33 +86,62 @@ async def test_a_free_name_is_won_at_once(bench: Bench) -> None:
 
 
 async def test_renewals_come_every_fifth_of_the_ttl_and_write_nothing(bench: Bench) -> None:
-    """Law 1: at idle, per 3 s one keepalive and one read-only transaction, and the store's revision stands still."""
+    """Law 1: at idle, per 3 s one keepalive and one linearizable read, and the store's revision stands still."""
     async with bench.running() as session:
         revision = bench.etcd.revision
         bench.etcd.calls.clear()
         await bench.clock.advance(30)
-        assert bench.etcd.calls == {"keep_alive": 10, "txn": 10}
+        assert bench.etcd.calls == {"keep_alive": 10, "get": 10}
         assert bench.etcd.revision == revision
         assert session.held
         assert session.lost_count == 0
 
 
-async def test_the_confirming_transaction_reads_so_that_a_quorum_is_asked(bench: Bench) -> None:
-    """Law 1: a transaction without operations would be answered by one member alone: each branch holds a `Get`."""
-    seen: list[Any] = []
+async def test_a_full_etcd_takes_no_session(bench: Bench) -> None:
+    """Law 1: an etcd without space keeps the session, also through a restart, and the key is mended when it has some.
+
+    etcd 3.5.0 to 3.5.6 refuse every transaction then; a renewal needs none.
+    """
     async with bench.running() as session:
-        real = bench.etcd.txn
-
-        async def txn(*args: object, **kwargs: object) -> object:
-            seen.append(args)
-            return await real(*args, **kwargs)  # type: ignore[arg-type]
-
-        bench.etcd.txn = txn  # type: ignore[method-assign,assignment]
+        bench.etcd.fill()
+        await bench.clock.advance(60)
+        assert session.held
+        assert session.lost_count == 0
+    newer = replace(ME, version="2")
+    async with bench.running(bench.session(newer)) as session:
+        assert session.held
+        await bench.clock.advance(60)
+        assert session.held
+        assert session.lost_count == 0
+        assert HostSession.from_json(bench.etcd.data[KEY]) == ME
+        bench.etcd.make_space()
         await bench.clock.advance(3)
-        [(compare, success, failure)] = seen
-        assert compare[0] == session.compare()
-        assert success == failure
-        assert type(success[0]).__name__ == "Get"
+        assert HostSession.from_json(bench.etcd.data[KEY]) == newer
+        assert session.held
+
+
+async def test_a_full_etcd_gives_no_session_until_it_has_space(bench: Bench) -> None:
+    """What needs a write waits, says why, and comes by itself."""
+    bench.etcd.fill()
+    async with bench.running() as session:
+        await bench.clock.advance(30)
+        assert not session.held
+        assert "database space exceeded" in session.problem
+        bench.etcd.make_space()
+        await bench.clock.advance(5)
+        assert session.held
+
+
+async def test_another_ttl_waits_for_space(bench: Bench) -> None:
+    """A changed `KVM_SESSION_TTL` needs a new lease; until there is space the session goes on with the old one."""
+    async with bench.running():
+        pass
+    bench.etcd.fill()
+    async with bench.running(bench.session(ttl_s=30)) as session:
+        assert 0 < session.remaining_s <= 15
+        await bench.clock.advance(60)
+        assert session.held
+        assert session.lost_count == 0
 
 
 async def test_a_slow_renewal_is_dated_from_before_it_was_sent(bench: Bench) -> None:
@@ -153,11 +181,11 @@ async def test_who_follows_it_is_told_until_when_it_holds(bench: Bench) -> None:
 
 
 async def test_keepalive_alone_does_not_count(bench: Bench) -> None:
-    """Law 1: a leader without a quorum may answer keepalives; without the transaction the session is lost."""
+    """Law 1: a leader without a quorum may answer keepalives; without the read the session is lost."""
     async with bench.running() as session:
 
         async def no_quorum(call: str) -> None:
-            if call == "txn":
+            if call == "get":
                 raise Unavailable("no quorum")
 
         bench.etcd.hook = no_quorum

@@ -53,6 +53,7 @@ class Bench:
             stand=stand,
             store=self.store,
             session=cast("Session", self.session),
+            history=stand.history(store=self.etcd.peer(), clock=self.clock, patience_s=60.0),
             clock=self.clock,
             options=options,
             fencing=Diskless(),
@@ -218,6 +219,61 @@ async def test_a_guard_writes_it_again_and_tells_when_it_is_lost(bench: Bench) -
         await guard
 
 
+async def test_a_broken_lock_ends_it_and_stays_broken(bench: Bench) -> None:
+    """Decision 0012: whoever reads an operator's word that another may run it lets no guest run, and writes no more."""
+    await bench.begin()
+    assert await bench.taking()
+    assert bench.stored is not None
+    broken = bench.stored.broken()
+    bench.etcd.write(KEY, broken.to_json())
+    await settle()
+    with pytest.raises(Lost, match="broken by an operator"):
+        await bench.lock.record(pid=7, starttime=8)
+    await bench.lock.let_go()
+    assert bench.stored == broken
+
+
+async def test_a_lock_that_is_broken_while_the_guest_runs(bench: Bench) -> None:
+    """Decision 0012: the guard tells, so that QEMU is killed; the lock is whose turn it is."""
+    await bench.begin()
+    assert await bench.taking()
+    await bench.lock.record(pid=7, starttime=8)
+    guard = asyncio.create_task(bench.lock.guard(pid=7, starttime=8))
+    await settle()
+    assert bench.stored is not None
+    broken = bench.stored.broken()
+    bench.etcd.write(KEY, broken.to_json())
+    await bench.clock.advance(5.0)
+    assert guard.done()
+    with pytest.raises(Lost, match="broken by an operator"):
+        await guard
+    await bench.lock.let_go()
+    assert bench.stored == broken
+
+
+async def test_a_full_etcd_ends_no_guest(bench: Bench) -> None:
+    """Law 6: without space the guest runs on; what was to be written is, once there is some."""
+    await bench.begin()
+    assert await bench.taking()
+    bench.etcd.fill()
+    recording = asyncio.create_task(bench.lock.record(pid=7, starttime=8))
+    await bench.clock.advance(60.0)
+    assert not recording.done()
+    bench.etcd.make_space()
+    await bench.clock.advance(2.0)
+    await recording
+    guard = asyncio.create_task(bench.lock.guard(pid=7, starttime=8))
+    bench.etcd.fill()
+    bench.etcd.erase(KEY)
+    await bench.clock.advance(60.0)
+    assert not guard.done()
+    bench.etcd.make_space()
+    await bench.clock.advance(2.0)
+    assert bench.stored is not None
+    assert bench.stored.pid == 7
+    guard.cancel()
+
+
 async def test_the_end_does_not_wait_for_etcd_for_ever(bench: Bench) -> None:
     """Law: a lock that cannot be released stays, and its holder ends."""
     await bench.begin()
@@ -229,3 +285,28 @@ async def test_the_end_does_not_wait_for_etcd_for_ever(bench: Bench) -> None:
     assert letting_go.done()
     await letting_go
     assert bench.stored is not None
+
+
+async def test_an_older_lock_is_no_loss(bench: Bench) -> None:
+    """Law 11: a lower epoch, of a stranger or of an earlier container, was restored; it is written over, with ours."""
+    bench.etcd.write(KEY, replace(stranger(), epoch=7, state=LockState.BROKEN).to_json())
+    await bench.begin()
+    assert await bench.taking()
+    await bench.lock.record(pid=7, starttime=8)
+    ours = bench.stored
+    assert ours is not None
+    assert ours.epoch == 8
+    guard = asyncio.create_task(bench.lock.guard(pid=7, starttime=8))
+    for older in (replace(stranger(), epoch=3), replace(ours, incarnation="earlier", epoch=7)):
+        bench.etcd.write(KEY, older.to_json())
+        await bench.clock.advance(5.0)
+        assert not guard.done()
+        assert bench.stored is not None
+        assert (bench.stored.incarnation, bench.stored.epoch) == (ours.incarnation, 8)
+    bench.etcd.write(KEY, replace(stranger(), epoch=9).to_json())
+    await bench.clock.advance(5.0)
+    assert isinstance(guard.exception(), Lost)
+
+
+def stranger() -> Lock:
+    return Lock(host=HostName("b"), boot_id="boot-b", epoch=1, state=LockState.RUNNING, incarnation="y")

@@ -91,6 +91,10 @@ class Bench:
             self.etcd.write(f"/kvm/{name}/ram", "64")
             self.etcd.write(f"/kvm/{name}/host", host)
 
+    def there(self, host: str) -> None:
+        """Another host has a session."""
+        self.etcd.write(f"/kvmsupervisor/hosts/{host}", "{}")
+
     def remove(self, *names: str) -> None:
         """All keys at once, the locks too."""
         self.etcd.erase(*(key for key in self.etcd.data if key.split("/")[1] == "kvm" and key.split("/")[2] in names))
@@ -161,6 +165,7 @@ async def test_a_host_whose_name_is_in_anothers_lock_does_not_spin(bench: Bench)
 
 async def test_a_lock_of_ours_without_a_wish_is_released(bench: Bench) -> None:
     """Law 9: a lock left over from our own dead process goes, also when the instance is another host's by now."""
+    bench.there("b")
     bench.create("1", host="b")
     bench.etcd.write("/kvm/1/lock", lock_of(ME))
     bench.etcd.write("/kvm/2/lock", lock_of(ME))
@@ -380,12 +385,45 @@ ORDERS: dict[str, Callable[[Bench, str], None]] = {
 @pytest.mark.parametrize("order", ORDERS)
 async def test_an_order_is_no_removal(bench: Bench, order: str) -> None:
     """§4: draining a host or switching all off is done at once: somebody wrote it."""
+    bench.there("b")
     await bench.begin()
     await bench.running("1", "2", "3", "4")
     for name in "1234":
         ORDERS[order](bench, name)
     await bench.clock.advance(30.0)
     assert bench.of("1", "2", "3", "4") == {}
+
+
+async def test_only_machines_that_run_count(bench: Bench) -> None:
+    """§4: what does not run has no guest to lose: among 50 that are off, the loss of the three that run is held."""
+    await bench.begin()
+    off = [str(number) for number in range(100, 150)]
+    for name in off:
+        bench.etcd.write(f"/kvm/{name}/power", "off")
+    bench.create(*off)
+    qemus = await bench.running("1", "2", "3")
+    bench.remove(*off)
+    await bench.clock.advance(60.0)
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+    assert not any(bench.status(name) for name in off)
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2", "3") == qemus
+    assert bench.metric("kvmsupervisor_removals_held") == 3.0
+    assert [status.stood for status in bench.supervisor.face.instances()] == [{"host": ME, "ram": "64"}] * 3
+
+
+async def test_running_machines_are_held_among_many_that_are_off(bench: Bench) -> None:
+    """§4: the same while those that are off stay."""
+    await bench.begin()
+    off = [str(number) for number in range(100, 150)]
+    for name in off:
+        bench.etcd.write(f"/kvm/{name}/power", "off")
+    bench.create(*off)
+    qemus = await bench.running("1", "2", "3")
+    bench.remove("1", "2", "3")
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2", "3") == qemus
 
 
 async def test_few_removals_are_not_held(bench: Bench) -> None:
@@ -424,7 +462,7 @@ async def test_a_bug_in_one_instance_leaves_the_others_alone(bench: Bench, monke
     errors = [line for line in logs if line["event"] == "instance.error"]
     assert [line["pause_s"] for line in errors] == [1.0, 2.0, 4.0, 8.0]
     assert {line["instance"] for line in errors} == {"1"}
-    assert bench.metric('kvmsupervisor_internal_errors_total{instance="1"}') == 4.0
+    assert bench.metric('kvmsupervisor_internal_errors_total{host="a",instance="1"}') == 4.0
     assert [qemus[name].alive for name in "12"] == [True, False]
     broken = False
     await bench.clock.advance(60.0)
@@ -465,6 +503,26 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert len(bench.of(*names)) == 7
     assert max(starting) == 2
+
+
+async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Bench) -> None:
+    """A silent QEMU gives its start slot back long before its own time is up; its memory stays promised to it."""
+    bench.more |= {"KVM_START_PARALLEL": "4", "KVM_START_TIMEOUT": "60"}
+
+    def freeze(qemu: FakeQemu) -> None:
+        qemu.frozen = qemu.instance.startswith("silent")
+
+    bench.qemus.prepare = freeze
+    silent, well = [f"silent{number}" for number in range(4)], [f"well{number}" for number in range(8)]
+    await bench.begin()
+    bench.create(*silent)
+    await bench.clock.advance_until(lambda: len(bench.qemus.alive) == 4, 10.0)
+    bench.create(*well)
+    await bench.clock.advance_until(lambda: len(bench.of(*well)) == 8, 15.0)
+    # They are not given up for it.
+    assert sum(qemu.frozen for qemu in bench.qemus.alive) == 4
+    await bench.clock.advance(60.0)
+    assert len(bench.of(*well)) == 8
 
 
 async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

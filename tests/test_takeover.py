@@ -223,6 +223,7 @@ async def test_who_lets_go_shuts_out_its_dead(host: Host) -> None:
     host.begin()
     qemu = await host.runs()
     qemu.crash()
+    host.sessions = {"a", "b"}
     host.put(host="b")
     await host.until(lambda: host.gone)
     assert host.lock is None
@@ -236,6 +237,7 @@ async def test_who_cannot_shut_out_its_dead_lets_go_all_the_same(host: Host) -> 
     host.begin()
     (await host.runs()).crash()
     host.fencing.away = True
+    host.sessions = {"a", "b"}
     host.put(host="b")
     await host.until(lambda: host.gone)
     assert (host.lock, host.fencing.fenced) == (None, [])

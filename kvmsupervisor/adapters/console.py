@@ -1,9 +1,9 @@
 """An instance's serial console, as people use it: all read its log, one of them has the keyboard.
 
 QEMU's socket serves one client at a time and keeps nothing for the next. So whatever is shown comes from the log, which
-QEMU writes beside it, and the socket is for typing only. Who may type holds an flock beside it.
+the supervisor writes beside it, and the socket is for typing only. Who may type holds an flock beside it.
 
-    console.log    read by everybody; the supervisor rotates it by copying and truncating
+    console.log    read by everybody; set aside as console.log.1 (that of an earlier release's QEMU: copied, and cut)
     console.sock   connected by whoever has the keyboard; what comes from it is dropped, so that the guest never waits
     console.lock   flock of whoever has the keyboard; holds words that say who that is
     console.want   words of somebody who wants the keyboard; whoever has it lets go then
@@ -59,8 +59,13 @@ class ConsoleLog:
             now = self._path.stat()
         except FileNotFoundError:
             return b""
-        if self._fd < 0 or not os.path.samestat(now, os.fstat(self._fd)):
-            # The instance was removed, and came back.
+        if self._fd < 0:
+            self._reopen()
+        elif not os.path.samestat(now, os.fstat(self._fd)):
+            # It was set aside, and is whole by now; or the instance was removed, and came back.
+            if missed := os.pread(self._fd, READ_BYTES, self._at):
+                self._at += len(missed)
+                return missed
             self._reopen()
         elif now.st_size < self._at:
             missed, self._at = self._missed(self._at), 0
@@ -139,14 +144,19 @@ class Keyboard:
         if self.ours:
             return True
         self.release()
-        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with contextlib.suppress(PermissionError):
+            # Whoever may read a file may lock it (flock(2)). One of an earlier release is made so, too.
+            os.fchmod(descriptor, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return False
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, self._who, 0)
+        # On a full disk it is had all the same; only who has it is not told.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, self._who, 0)
         self._lock = descriptor
         # Of somebody who gave up, or was killed: who still wants it says so again.
         self.want_no_more()
@@ -167,7 +177,7 @@ class Keyboard:
     def want(self) -> None:
         """Ask whoever has it to let go."""
         descriptor = os.open(
-            self._want_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+            self._want_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         with os.fdopen(descriptor, "wb") as want:
             want.write(self._who)

@@ -1,8 +1,8 @@
 """What Prometheus scrapes: every `kvmsupervisor_` metric, with a registry of its own.
 
 Gauges are read from a `Snapshot` while Prometheus waits; counters are methods that the supervisor calls. No
-metric has labels but the instances of this host and small fixed sets. docs/metrics.md explains each to
-people.
+metric has labels but the instances of this host and small fixed sets; what has the label `instance` also has `host`,
+which `Metrics.collect` adds. docs/metrics.md explains each to people.
 
 What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
 start should wait.
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
 
 if TYPE_CHECKING:
@@ -54,15 +55,18 @@ class InstanceSample:
     Attributes:
         id: the instance.
         phase: where it is in its life.
-        up: whether its QEMU process runs the guest.
+        run_state: of its guest, None without a process.
         epoch: of its lock, 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
         unguarded: whether its QEMU should be watched by the guard, and is not.
+        placed_for: the host in whose place this one runs it, None where it is its own.
+        host_absent: whether its keys would have it run where nobody has a session, so that it stays here.
         cpu_s: CPU seconds that its QEMU has used, None without a process.
         memory_bytes: resident memory of its QEMU, None without a process.
         disks: bytes of each disk.
         nics: bytes of each NIC, by its name.
+        plugged: of each NIC, by its name, whether it is plugged into a bridge.
         guest_memory: bytes by kind, as the guest's balloon driver tells.
         accelerator: what its QEMU runs with, None without a process.
         machine: the versioned machine type, None when it is not known.
@@ -70,15 +74,18 @@ class InstanceSample:
 
     id: InstanceId
     phase: Phase
-    up: bool = False
+    run_state: RunState | None = None
     epoch: int = 0
     pending: int = 0
     invalid: bool = False
     unguarded: bool = False
+    placed_for: str | None = None
+    host_absent: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
     disks: Sequence[DiskCounts] = ()
     nics: Sequence[tuple[str, Traffic]] = ()
+    plugged: Sequence[tuple[str, bool]] = ()
     guest_memory: Sequence[tuple[str, int]] = ()
     accelerator: str | None = None
     machine: str | None = None
@@ -94,7 +101,11 @@ class Snapshot:
         watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
+        history_changes: how often etcd had another history than before.
+        orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
         removals_held: instances whose removal waits for an operator's confirmation.
+        identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
+            lives here.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
         instances: those that this host is responsible for, the invalid ones too.
     """
@@ -104,7 +115,10 @@ class Snapshot:
     watch_revision: int
     qemu_privileged: bool = False
     guests_survive: bool = True
+    orphans: int | None = None
     removals_held: int = 0
+    identity_mismatch: bool = False
+    history_changes: int = 0
     guard_memory_locked: bool = True
     instances: Sequence[InstanceSample] = ()
 
@@ -115,20 +129,24 @@ class _InstanceCounts:
 
     starts: int = 0
     internal_errors: int = 0
+    resets: int = 0
+    events: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
 
 
 class Metrics:
     """All metrics of one supervisor. Used from the event loop only; nothing here waits."""
 
-    def __init__(self, snapshot: Callable[[], Snapshot], *, version: str) -> None:
+    def __init__(self, snapshot: Callable[[], Snapshot], *, host: HostName, version: str) -> None:
         """Make the registry.
 
         Args:
             snapshot: called once per scrape.
+            host: this host.
             version: of the supervisor, for `build_info`.
         """
         self._snapshot = snapshot
+        self._host = host
         self._version = version
         self._instances: dict[InstanceId, _InstanceCounts] = {}
         self._adopted = 0
@@ -155,6 +173,14 @@ class Metrics:
     def internal_error(self, instance: InstanceId) -> None:
         """Count an error of ours that was contained in one instance."""
         self._counts(instance).internal_errors += 1
+
+    def guest_reset(self, instance: InstanceId) -> None:
+        """Count a reboot that the guest began."""
+        self._counts(instance).resets += 1
+
+    def heard_event(self, instance: InstanceId) -> None:
+        """Count something that its QEMU told unasked."""
+        self._counts(instance).events += 1
 
     def adopted(self) -> None:
         """Count a running QEMU process taken over from a former supervisor."""
@@ -205,8 +231,19 @@ class Metrics:
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield every metric; called by the registry at each scrape."""
-        now = self._snapshot()
+        """Yield every metric; called by the registry at each scrape.
+
+        Every series of an instance gets the label `host` here: while an instance changes hosts both tell of it, and
+        Prometheus would make one series of two that have the same labels.
+        """
+        for family in self._families(self._snapshot()):
+            for series in family.samples:
+                if "instance" in series.labels:
+                    series.labels["host"] = self._host
+            yield family
+
+    def _families(self, now: Snapshot) -> Iterator[Metric]:
+        """Every metric; those of an instance without the label `host`."""
         for sample in now.instances:
             self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
         yield from self._host_metrics(now)
@@ -232,15 +269,25 @@ class Metrics:
             ("qemu_privileged", "Whether QEMU runs as root.", now.qemu_privileged),
             ("guests_survive", "Whether guests outlive the supervisor's container.", now.guests_survive),
             ("guard_memory_locked", "0 while the guard's memory could not be locked.", now.guard_memory_locked),
+            (
+                "identity_mismatch",
+                "1 while the settings name another host or prefix than what lives.",
+                now.identity_mismatch,
+            ),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
             gauge.add_metric([], value)
             yield gauge
+        orphans = _gauge("orphans", "Instances of the cluster that no host with a session looks after.")
+        if now.orphans is not None:
+            orphans.add_metric([], now.orphans)
+        yield orphans
         for name, documentation, value in (
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)
             counter.add_metric([], value)
@@ -265,11 +312,14 @@ class Metrics:
 
     def _instance_gauges(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         phase = _gauge("instance_phase", "1 for the phase that the instance is in, else 0.", "instance", "phase")
-        up = _gauge("instance_up", "Whether the instance's QEMU runs its guest.", "instance")
+        up = _gauge("instance_up", "Whether the instance's guest runs.", "instance")
+        run_state = _gauge("instance_run_state", "1 for the state that its guest is in, else 0.", "instance", "state")
         epoch = _gauge("instance_lock_epoch", "Epoch of the instance's lock; it grows at each start.", "instance")
         pending = _gauge("instance_pending_changes", "Keys that take effect at the next restart.", "instance")
         invalid = _gauge("instance_invalid", "Whether any key of the instance has a problem.", "instance")
         unguarded = _gauge("instance_unguarded", "Whether QEMU should be watched by the guard, and is not.", "instance")
+        absent = _gauge("instance_host_absent", "Whether its `host` has no session, so that it stays here.", "instance")
+        placed = _gauge("instance_placed", "1 while it runs in the place of its home.", "instance", "home")
         info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
@@ -277,24 +327,30 @@ class Metrics:
             label = [sample.id]
             for each in Phase:
                 phase.add_metric([sample.id, each], sample.phase is each)
-            up.add_metric(label, sample.up)
+            up.add_metric(label, sample.run_state is RunState.RUNNING)
+            for state in RunState:
+                run_state.add_metric([sample.id, state], sample.run_state is state)
             epoch.add_metric(label, sample.epoch)
             pending.add_metric(label, sample.pending)
             invalid.add_metric(label, sample.invalid)
             unguarded.add_metric(label, sample.unguarded)
+            absent.add_metric(label, sample.host_absent)
+            if sample.placed_for is not None:
+                placed.add_metric([sample.id, sample.placed_for], 1)
             if sample.accelerator is not None:
                 info.add_metric([sample.id, sample.accelerator, sample.machine or ""], 1)
             if sample.cpu_s is not None:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
-        yield from (phase, up, epoch, pending, invalid, unguarded, info, cpu, memory)
+        yield from (phase, up, run_state, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")
         written = _counter("instance_disk_written_bytes_total", "Bytes that the guest wrote.", "instance", "disk")
         received = _counter("instance_network_received_bytes_total", "Bytes to the guest.", "instance", "nic")
         sent = _counter("instance_network_sent_bytes_total", "Bytes from the guest.", "instance", "nic")
+        plugged = _gauge("instance_nic_plugged", "Whether frames pass between a NIC and a bridge.", "instance", "nic")
         memory = _gauge("instance_guest_memory_bytes", "Memory as the guest itself counts it.", "instance", "kind")
         for sample in samples:
             for disk in sample.disks:
@@ -303,20 +359,26 @@ class Metrics:
             for name, traffic in sample.nics:
                 received.add_metric([sample.id, name], traffic.received_bytes)
                 sent.add_metric([sample.id, name], traffic.sent_bytes)
+            for name, is_plugged in sample.plugged:
+                plugged.add_metric([sample.id, name], is_plugged)
             for kind, value in sample.guest_memory:
                 memory.add_metric([sample.id, kind], value)
-        yield from (read, written, received, sent, memory)
+        yield from (read, written, received, sent, plugged, memory)
 
     def _instance_counters(self) -> Iterator[Metric]:
         starts = _counter("instance_starts_total", "QEMU processes that began to run the guest.", "instance")
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
+        resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
-        yield from (starts, exits, errors)
+            resets.add_metric([instance], counts.resets)
+            events.add_metric([instance], counts.events)
+        yield from (starts, exits, errors, resets, events)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

@@ -158,6 +158,15 @@ def allow_bridges(bridges: Iterable[str], path: Path = BRIDGE_CONF) -> tuple[str
     return added
 
 
+def denial_of(bridge: str, path: Path = BRIDGE_CONF) -> str | None:
+    """Why no guest may be plugged into this bridge, by an administrator's word; None when nobody denies it."""
+    try:
+        rule = _read_acl(path).denial(bridge)
+    except BrokenAcl as error:
+        return f"qemu-bridge-helper cannot read {error}"
+    return None if rule is None else f"an administrator denies {bridge} in {rule.place}"
+
+
 # --- the helper -----------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -34,6 +35,10 @@ FIRST_PID_NAMESPACE = "4026531836"
 
 TERM_S = 3.0
 """How long a QEMU may take to heed SIGTERM. One that runs no guest needs 20 ms to close its disks on a quiet host."""
+
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""What a host lacks when a program cannot be started (fork(2), pidfd_open(2)): no fault of the program's."""
 
 
 class SpawnFailed(Exception):
@@ -132,7 +137,8 @@ def spawn(
         stdin: its standard input; None for one from which nothing comes.
 
     Raises:
-        SpawnFailed: no such program, not executable, no memory.
+        SpawnFailed: no such program, not executable.
+        OSError: the host is short of something (`SHORTAGES`); no process is left.
     """
     try:
         child = subprocess.Popen(
@@ -145,9 +151,11 @@ def spawn(
             pass_fds=pass_fds,
             start_new_session=True,
         )
+        return _watched(child, on_end)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         raise SpawnFailed(f"cannot start {argv[0]}: {error.strerror or error}") from error
-    return _watched(child, argv[0], on_end)
 
 
 def spawn_in_front(
@@ -170,29 +178,30 @@ def spawn_in_front(
     """
     try:
         child = subprocess.Popen(argv, env=dict(environment), pass_fds=pass_fds, start_new_session=True)
+        return _watched(child, on_end)
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else None
         raise SpawnFailed(f"cannot start {argv[0]}: {said or error}") from error
-    return _watched(child, argv[0], on_end)
 
 
-def _watched(child: subprocess.Popen[bytes], program: str, on_end: Callable[[], None]) -> Process:
+def _watched(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> Process:
     """Watch a child by its pidfd.
 
     Raises:
-        SpawnFailed: there is no descriptor left; it is killed then.
+        OSError: there is no descriptor left; it is killed then.
     """
-    try:
-        pidfd = os.pidfd_open(child.pid)
-    except OSError as error:
+    with contextlib.ExitStack() as undo:
         # What cannot be watched is not kept.
-        child.kill()
-        child.wait()
-        raise SpawnFailed(f"cannot watch {program}: {error.strerror or error}") from error
+        undo.callback(child.wait)
+        undo.callback(child.kill)
+        pidfd = os.pidfd_open(child.pid)
+        undo.callback(os.close, pidfd)
+        # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
+        starttime = _starttime(child.pid) or 0
+        undo.pop_all()
     # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
     child.returncode = 0
-    # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
-    return Process(child.pid, pidfd, _starttime(child.pid) or 0, is_child=True, on_end=on_end)
+    return Process(child.pid, pidfd, starttime, is_child=True, on_end=on_end)
 
 
 def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]) -> Process | None:
@@ -205,11 +214,29 @@ def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end:
         on_end: called once when it ends.
 
     Raises:
-        Hidden: its environment may not be read.
+        Hidden: its environment may not be read, or we cannot open what we would have to.
     """
+    with _seen(f"process {pid}"):
+        return _reopen(pid, starttime=starttime, marks=marks, on_end=on_end)
+
+
+@contextlib.contextmanager
+def _seen(what: str) -> Iterator[None]:
+    """Have it said when we are short of something just then: that is no sign that a process has gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            raise
+        raise Hidden(f"{what} cannot be looked at: {error.strerror}") from error
+
+
+def _reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]) -> Process | None:
     try:
         pidfd = os.pidfd_open(pid)
-    except (OSError, OverflowError):
+    except (OSError, OverflowError) as error:
+        if _is_shortage(error):
+            raise
         return None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, pidfd)
@@ -238,26 +265,70 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
 
     What `spawn` starts leads a session; its own children, which inherit the environment, do not. What may not be read
     is taken for somebody else's, as most processes are where we are not root.
+
+    Raises:
+        Hidden: we cannot open what we would have to.
     """
+    with _seen("what runs on this host"):
+        entries = list(PROC.iterdir())
+    for entry in entries:
+        found = False
+        with contextlib.suppress(PermissionError), _seen(f"process {entry.name}"):
+            found = entry.name.isdigit() and _has_marks(int(entry.name), marks) and _leads_session(int(entry.name))
+        if found:
+            yield int(entry.name)
+
+
+def having(name: str) -> Iterator[int]:
+    """The pids of all processes that lead a session and have an environment variable of this name; see `find`."""
     for entry in PROC.iterdir():
-        with contextlib.suppress(PermissionError):
-            if entry.name.isdigit() and _has_marks(pid := int(entry.name), marks) and _leads_session(pid):
-                yield pid
+        if entry.name.isdigit() and name in environment_of(pid := int(entry.name)) and _leads_session(pid):
+            yield pid
+
+
+def environment_of(pid: int) -> Mapping[str, str]:
+    """The environment that a process was started with; nothing where it is gone, or may not be looked at."""
+    try:
+        words = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (word.decode(errors="replace").partition("=") for word in words)
+    return {name: value for name, _, value in pairs}
+
+
+def command_line_of(pid: int) -> tuple[str, ...]:
+    """The words that a process was started with; nothing where it is gone."""
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ()
+    return tuple(word.decode(errors="replace") for word in words[:-1])
+
+
+def starttime_of(pid: int) -> int | None:
+    """Clock ticks since boot at which a process started; None when it is gone."""
+    return _starttime(pid)
 
 
 def is_alive(pid: int, starttime: int) -> bool:
-    """Whether the process that had this pid and start time lives."""
+    """Whether the process that had this pid and start time lives. One that cannot be looked at does, to be safe."""
     try:
         pidfd = os.pidfd_open(pid)
-    except (OSError, OverflowError):
-        return False
+    except (OSError, OverflowError) as error:
+        return _is_shortage(error)
     try:
         fields = _stat_fields(pid)
         # One that was killed is a zombie before its last thread has ended, and its pidfd tells.
         ending = fields is None or fields[0] in {"Z", "X"}
         return not ending and _starttime(pid) == starttime and not _is_over(pidfd)
+    except OSError as error:
+        return _is_shortage(error)
     finally:
         os.close(pidfd)
+
+
+def _is_shortage(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 def pid_namespace() -> str | None:
@@ -280,7 +351,9 @@ def _stat_fields(pid: int) -> list[str] | None:
     """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold anything."""
     try:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
+    except OSError as error:
+        if _is_shortage(error):
+            raise
         return None
     return text.rpartition(")")[2].split()
 
@@ -300,7 +373,9 @@ def _has_marks(pid: int, marks: Mapping[str, str]) -> bool:
         environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except PermissionError:
         raise
-    except OSError:
+    except OSError as error:
+        if _is_shortage(error):
+            raise
         return False
     return all(f"{name}={value}".encode() in environment for name, value in marks.items())
 
@@ -314,7 +389,10 @@ def _leads_session(pid: int) -> bool:
 
 def _status_of_foreigner(pid: int, pidfd: int, starttime: int) -> WaitStatus:
     """How a process that is not our child ended: from its zombie, or from the pidfd once it was reaped."""
-    fields = _stat_fields(pid)
+    try:
+        fields = _stat_fields(pid)
+    except OSError:
+        fields = None
     if fields and len(fields) > 52 - 3 and int(fields[22 - 3]) == starttime and fields[0] == "Z":
         return _from_wait(int(fields[52 - 3]))
     buffer = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(64, b"\0"))

@@ -2,6 +2,7 @@
 
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
+    <run>/_identity.json           there while the settings say another name or prefix than what lives was started under
     <run>/_draining                there while this host stops all its guests; holds the boot that this is about
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
     <run>/_guard.sock, .log        where it is spoken to; what it says
@@ -19,14 +20,14 @@
     <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
-they are read and written in the event loop; logs, which may be large, are rotated in a thread. Records are replaced
+they are read and written in the event loop; logs, which may be large, are written by a thread. Records are replaced
 whole (write aside, rename), so a reader sees the old or the new one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -85,11 +86,11 @@ class InstanceDir:
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
         """
-        data = _read(self._incarnation)
-        if data is None:
-            return None
         try:
-            return Incarnation.from_json(data)
+            data = _read(self._incarnation)
+            return None if data is None else Incarnation.from_json(data)
+        except OSError as error:
+            raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
 
@@ -104,13 +105,13 @@ class InstanceDir:
 
     def drop_incarnation(self) -> None:
         """Delete the record: the process is proven gone."""
-        self._incarnation.unlink(missing_ok=True)
-        self.guard_note.unlink(missing_ok=True)
+        _drop(self._incarnation)
+        _drop(self.guard_note)
 
     def guard_killed_at(self, incarnation: str) -> str | None:
         """When the guard killed that QEMU process; None when it did not, or nobody can read what it has written."""
-        data = _read(self.guard_note)
         try:
+            data = _read(self.guard_note)
             note = None if data is None else GuardNote.from_json(data)
         except Unreadable:
             return None
@@ -122,11 +123,11 @@ class InstanceDir:
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
         """
-        data = _read(self._memory)
-        if data is None:
-            return Memory(boot_id=boot_id)
         try:
-            memory = Memory.from_json(data)
+            data = _read(self._memory)
+            memory = Memory(boot_id=boot_id) if data is None else Memory.from_json(data)
+        except OSError as error:
+            raise Unreadable(f"{self._memory}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
             raise Unreadable(f"{self._memory}: {error}") from error
         return memory if memory.boot_id == boot_id else Memory(boot_id=boot_id)
@@ -137,7 +138,7 @@ class InstanceDir:
 
     def drop_memory(self) -> None:
         """Forget: the instance starts from nothing when it comes back."""
-        self._memory.unlink(missing_ok=True)
+        _drop(self._memory)
 
     def write_ceph_key(self, key: str, *, group: int | None) -> Path:
         """Keep the key to Ceph where QEMU reads it, once, when it starts; return where.
@@ -162,7 +163,7 @@ class InstanceDir:
 
     def drop_ceph_key(self) -> None:
         """Delete the key to Ceph: QEMU has read it."""
-        self.ceph_key.unlink(missing_ok=True)
+        _drop(self.ceph_key)
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
@@ -175,18 +176,6 @@ class InstanceDir:
             listener.close()
             raise
         return listener
-
-    def open_log(self) -> int:
-        """QEMU's log, opened for appending, so that truncating it does not leave a hole; the caller closes it."""
-        return os.open(self.qemu_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def give_console_log(self, uid: int, gid: int) -> None:
-        """Make the console's log, to be written by QEMU's own user."""
-        descriptor = os.open(self.console_log, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-        try:
-            os.fchown(descriptor, uid, gid)
-        finally:
-            os.close(descriptor)
 
     def log_size(self) -> int:
         """Bytes in QEMU's log."""
@@ -203,17 +192,6 @@ class InstanceDir:
                 return log.read(limit).decode(errors="replace").splitlines()
         except FileNotFoundError:
             return []
-
-    async def rotate_logs(self, *, max_bytes: int, keep: int) -> list[Path]:
-        """Cut logs that have grown beyond `max_bytes`; return those that were.
-
-        The writers go on with the file that they have open, so it is copied and truncated; what is written between
-        the two is lost, which is why only long logs are touched.
-        """
-        long = [log for log in (self.qemu_log, self.console_log) if log.exists() and log.stat().st_size > max_bytes]
-        for log in long:
-            await asyncio.to_thread(_rotate, log, keep)
-        return long
 
 
 class RunDir:
@@ -233,7 +211,7 @@ class RunDir:
         """
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = self.path / "_supervisor.lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = _open_lock(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -243,9 +221,16 @@ class RunDir:
                 f"{lock} is held by process {holder}: a supervisor runs here already; "
                 "stop it first, or give this one another KVM_RUN_DIR and KVM_HOSTNAME"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
+        # Only people read it, and whoever signals us: a full or read-only file system is no reason not to supervise.
+        # Written over what is there, which takes no new room.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
+
+    @property
+    def was_used(self) -> bool:
+        """Whether a supervisor ever ran with it, since the host booted."""
+        return (self.path / "_supervisor.lock").exists()
 
     def release(self) -> None:
         """Let the next supervisor in."""
@@ -255,17 +240,17 @@ class RunDir:
 
     def guard(self) -> tuple[int, int] | None:
         """Pid and start time of the last guard, which may be gone; None when there was none."""
-        words = (_read(self.guard_lock) or b"").split()
+        words = _glimpse(self.guard_lock).split()
         return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(bytes.isdigit, words)) else None
 
     def open_guard_log(self) -> int:
         """The guard's log, opened for appending; the caller closes it."""
         log = self.path / "_guard.log"
-        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def is_draining(self, boot_id: str) -> bool:
         """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
-        return (_read(self._draining) or b"").decode(errors="replace").strip() == boot_id
+        return _glimpse(self._draining).decode(errors="replace").strip() == boot_id
 
     def mark_draining(self, boot_id: str) -> None:
         """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
@@ -337,12 +322,21 @@ class RunDir:
                 yield instance
 
 
-def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new."""
+def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new.
+
+    Raises:
+        OSError: it cannot be written, and is what it was; names `path`.
+    """
     aside = path.with_name(path.name + ".new")
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
-        file.write(data)
-    aside.replace(path)
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+            file.write(data)
+        aside.replace(path)
+    except OSError as error:
+        # On a full file system half a file keeps others from being written.
+        _drop(aside)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _has_open(pid: int, file: os.stat_result) -> bool:
@@ -354,18 +348,45 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
     return False
 
 
+def _open_lock(path: Path) -> int:
+    """A file to be locked; one that is there can be on a read-only file system, too.
+
+    For its owner only: whoever may read a file may lock it (flock(2)). One of an earlier release is made so.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS or not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
 def _read(path: Path) -> bytes | None:
+    """What is in the file; None when there is none.
+
+    Raises:
+        Unreadable: there is one that cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror or error}") from error
 
 
-def _rotate(log: Path, keep: int) -> None:
-    for number in range(keep - 1, 0, -1):
-        older = log.with_name(f"{log.name}.{number}")
-        if older.exists():
-            older.replace(log.with_name(f"{log.name}.{number + 1}"))
-    if keep > 0:
-        shutil.copyfile(log, log.with_name(f"{log.name}.1"))
-    os.truncate(log, 0)
+def _glimpse(path: Path) -> bytes:
+    """What is in the file; nothing when there is none, or it cannot be read."""
+    try:
+        return _read(path) or b""
+    except Unreadable:
+        return b""
+
+
+def _drop(path: Path) -> None:
+    """Delete a file. On a file system that refuses nothing new is begun either, and it is written over later."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -5,14 +5,15 @@ Only wishes are written here, never a lock, a status or a session: those belong 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
+from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.goal import where_else
+from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.wishes import WISH_KEYS, parse_wish
@@ -53,10 +54,10 @@ async def create(
         layout: where the keys lie.
         instance: its id.
         values: key name → value.
-        force: write although a value has a problem.
+        force: write although a value has a problem, or `host` has no session.
 
     Raises:
-        Refused: it has a key already, or a value has a problem.
+        Refused: it has a key already, a value has a problem, or `host` names nobody who has a session.
     """
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
@@ -67,6 +68,8 @@ async def create(
     wish = parse_wish(instance, keys)
     if wish.problems and not force:
         raise Refused(_problems_message(f"{instance} was not created", wish.problems))
+    if not force:
+        _refuse_absent_host(f"{instance} was not created", wish, cluster)
     result = await store.txn(
         [
             Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
@@ -102,14 +105,14 @@ async def change(
         instance: its id.
         values: key name → new value.
         unset: keys to delete; one that is not there is not an error.
-        force: write although a value has a problem.
+        force: write although a value has a problem, or a new `host` has no session.
 
     Raises:
-        Refused: there is no such instance, or the change brings a problem.
+        Refused: there is no such instance, the change brings a problem, or a `host` that nobody has a session under.
     """
     _only_wishes(layout, instance, [*values, *unset])
 
-    def plan(found: Instance) -> Sequence[Op]:
+    def plan(found: Instance, cluster: Cluster) -> Sequence[Op]:
         merged = dict(found.keys)
         for name in unset:
             merged.pop(name.encode(), None)
@@ -119,6 +122,8 @@ async def change(
         new = _new_problems(found, merged, values)
         if new and not force:
             raise Refused(_problems_message(f"{instance} was not changed", new))
+        if "host" in values and not force:
+            _refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
@@ -139,7 +144,7 @@ async def switch(store: Store, layout: Layout, instance: InstanceId, power: Powe
         store,
         layout,
         instance,
-        lambda _: [Put(layout.wish_key(instance, "power"), power.value.encode())],
+        lambda _, __: [Put(layout.wish_key(instance, "power"), power.value.encode())],
         ["power"],
     )
 
@@ -151,7 +156,7 @@ async def restart(store: Store, layout: Layout, instance: InstanceId, request: s
         Refused: there is no such instance, or it is switched off.
     """
 
-    def plan(found: Instance) -> Sequence[Op]:
+    def plan(found: Instance, _: Cluster) -> Sequence[Op]:
         if found.wish.power is Power.OFF:
             raise Refused(f"{instance} is switched off (power=off): start it with `start {instance}`")
         return [Put(layout.wish_key(instance, "restart_request"), request.encode())]
@@ -164,8 +169,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
 
     One transaction, unless it has more than a hundred keys: then `host` goes in the first one.
 
+    What is left of an instance that has no keys any more is taken away when no host does it, see `leftovers`.
+
     Raises:
-        Refused: it has no keys.
+        Refused: it has no keys, and nothing that could be taken away.
     """
     found, cluster = await read_instance(store, layout, instance)
     listing = await list_all(store, layout.instance_prefix(instance))
@@ -173,7 +180,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     host = layout.wish_key(instance, "host")
     doomed = sorted((kv.key for kv in listing.kvs if kv.key != lock.encode()), key=lambda key: key != host.encode())
     if not doomed:
-        raise Refused(_no_such(instance, found))
+        if found.status is None and found.lock is None:
+            raise Refused(_no_such(instance, found))
+        left = await leftovers.take_away(store, layout, found, cluster)
+        return Written(instance=instance, revision=left, wish=found.wish, before=found.status)
     if lock.startswith(layout.instance_prefix(instance)):
         readable = [key for key in doomed if _is_text(key)]
         if len(readable) < len(doomed):
@@ -189,9 +199,11 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
     notes: list[str] = []
     holder = found.status.host if found.status is not None else None
-    if holder is not None and not cluster.alive(holder):
+    swept = await leftovers.sweep(store, layout, found, cluster)
+    if not swept and holder is not None and not cluster.alive(holder):
         notes.append(
-            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is back"
+            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is "
+            f"back; if it is gone for good, `delete {instance}` once more takes away what is left"
         )
     return Written(
         instance=instance,
@@ -202,27 +214,11 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     )
 
 
-async def held_removals(store: Store, layout: Layout, host: HostName) -> tuple[InstanceId, ...]:
-    """The instances whose removal `host` holds back until a person confirms it, in key order."""
-    listing = await list_all(store, layout.statuses_prefix)
-    statuses = (Status.from_json(kv.value) for kv in listing.kvs)
-    ids = (parse_id(status.id) for status in statuses if status is not None and status.host == host and status.held)
-    return tuple(instance for instance in ids if instance is not None)
-
-
-async def confirm_removal(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
-    """Confirm the removal of exactly these instances; return the revision of the word.
-
-    The host acts on it and deletes the key.
-    """
-    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
-
-
 async def _rewrite(
     store: Store,
     layout: Layout,
     instance: InstanceId,
-    plan: Callable[[Instance], Sequence[Op]],
+    plan: Callable[[Instance, Cluster], Sequence[Op]],
     touched: Sequence[str],
 ) -> Written:
     """Read an instance, plan, and write if nothing changed meanwhile; again when something did.
@@ -241,7 +237,7 @@ async def _rewrite(
         found, cluster = await read_instance(store, layout, instance)
         if not found.keys:
             raise Refused(_no_such(instance, found))
-        ops = plan(found)
+        ops = plan(found, cluster)
         result = await store.txn(_unchanged(layout, found, touched), ops)
         if result.succeeded:
             after, cluster = await read_instance(store, layout, instance)
@@ -316,9 +312,45 @@ def _problem_notes(problems: Sequence[Problem]) -> list[str]:
 
 
 def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """What a person should know when nobody will act on a wish."""
+    """What a person should know when nobody will act on a wish, or take over by it."""
+    return [*_candidate_notes(wish, cluster), *_target_notes(wish, cluster)]
+
+
+def _candidate_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Candidates for a failover that are not there: down just now, or typos."""
+    absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if not cluster.alive(host)]
+    return [f"no session, so nobody to take it over, in `hosts`: {', '.join(absent)}"] if absent else []
+
+
+def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
+    """Where it is to run, when nobody is there."""
     if wish.host is None:
         return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
-    if not cluster.alive(wish.host):
-        return [f"`host` names {wish.host}, which has no session ({cluster.who_has_sessions()})"]
+    if not cluster.takes(wish.instance, wish.runs_on):
+        named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
+        return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
+    target = cluster.sessions.get(wish.runs_on or "")
+    if target is not None and target.draining:
+        return [f"{wish.runs_on} stops all its guests just now: what runs elsewhere stays there until that ends"]
     return []
+
+
+def _refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:
+    """Refuse to name a host that nobody has a session under: a typo, or one that is down.
+
+    Raises:
+        Refused: it is so; the message says who was probably meant, and what --force comes to.
+    """
+    if wish.host is None or cluster.takes(wish.instance, wish.host):
+        return
+    if not cluster.sessions:
+        raise Refused(
+            f"{what}: `host` names {wish.host}, and no host has a session with this etcd under this prefix: no "
+            "supervisor runs yet, or this is another etcd (ETCD_ENDPOINTS) or prefix (KVM_PREFIX) than theirs. "
+            "--force writes it all the same"
+        )
+    raise Refused(
+        f"{what}: `host` names {wish.host}, which has no session ({cluster.who_has_sessions()}"
+        f"{cluster.meant_by(wish.host)}). --force writes it all the same: what runs stays where it is, and what does "
+        f"not waits, until {wish.host} is there"
+    )

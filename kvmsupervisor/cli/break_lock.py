@@ -47,8 +47,8 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
     if not with_store(tools, work):
         raise Refused(f"the lock of {instance} has changed meanwhile, or {lock.host} is back: nothing was written")
     click.echo(f"the lock of {instance} is broken")
-    if found.wish.host == lock.host:
-        note(f"its `host` is still {lock.host}: name another one for it to run there")
+    if found.wish.runs_on == lock.host:
+        note(f"it is still to run on {lock.host}: name another one in `host` for it to run there")
 
 
 async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:

@@ -11,12 +11,18 @@ from typing import Any
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import printable_bytes
-from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout
+from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.values import invisible
+from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
 SETTLE_S = 2.0
 """Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts say something
 within milliseconds of a write, and a person who has just written does not want an alarm."""
+
+NOT_WELL = frozenset({Phase.BACKOFF, Phase.WAITING})
+"""Phases of a machine that should run, does not, and is not about to without something else happening."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,51 +69,78 @@ def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
     """Everything that is wrong, in the order of the instances; what belongs to none comes last."""
     findings: list[Finding] = []
     for instance in cluster.instances.values():
-        findings += _of_wish(instance, cluster)
+        findings += _of_wish(instance, cluster, layout)
         findings += _of_status(instance, cluster, layout)
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
+    findings += _of_hosts(cluster, layout)
     findings += _of_nobody(cluster, layout)
+    findings += _of_history(cluster, layout)
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
 
 
-def _of_wish(instance: Instance, cluster: Cluster) -> Iterator[Finding]:
+def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
     """Problems of the keys that people write."""
     for problem in instance.wish.problems:
         yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
-    host = instance.wish.host
-    if host is not None and not cluster.alive(host) and not cluster.runs_alone(instance):
+    yield from _of_characters(instance)
+    host = instance.wish.runs_on
+    if host is not None and not cluster.takes(instance.id, host) and not cluster.runs_alone(instance):
         yield Finding(
             instances=(instance.id,),
-            key="host",
+            key="host" if instance.wish.placement is None else layout.placement_key(instance.id),
             found=f"{host!r}, which has no session",
-            wanted=f"a host {cluster.who_has_sessions()}"
+            wanted=f"a host {cluster.who_has_sessions()}{cluster.meant_by(host)}"
             if cluster.sessions
             else "a running supervisor: no host has one",
         )
+
+
+def _of_characters(instance: Instance) -> Iterator[Finding]:
+    """Values with characters that nobody sees, in keys that have no problem by themselves."""
+    bad = {problem.key for problem in instance.wish.problems}
+    for raw_name, raw in instance.keys.items():
+        name = raw_name.decode("utf-8", "backslashreplace")
+        for_people = name == FREE_KEY or name.startswith(FREE_KEY_PREFIX)
+        held = None if for_people or name in bad else invisible(raw.value.decode("utf-8", "replace"))
+        if held is not None:
+            yield Finding(
+                instances=(instance.id,),
+                key=name,
+                found=f"a value that holds {held}",
+                wanted="the value without it: nobody sees it there",
+            )
 
 
 def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
     """What its host should have said by now, and facts that nobody keeps true."""
     status, wish = instance.status, instance.wish
     key = layout.status_key(instance.id)
+    if status is not None and status.held and cluster.speaks(status):
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=status.reason,
+            wanted=f"its keys as they were, or `kvmsupervisor confirm-removal {status.host}`",
+        )
     if wish.keys == 0:
         if status is not None and not cluster.speaks(status):
             yield Finding(
                 instances=(instance.id,),
                 key=key,
                 found=f"the status of an instance without keys, by {status.host}, which has no session",
-                wanted=f"nothing: {status.host} deletes it when it is back",
+                wanted=f"nothing: {status.host} deletes it when it is back; if it is gone for good, "
+                f"`kvmsupervisor delete {instance.id}` does",
             )
         return
-    if wish.host is None or not cluster.alive(wish.host):
+    if wish.host is None or not cluster.alive(wish.runs_on):
         return
     if status is None:
         yield Finding(
             instances=(instance.id,),
             key=key,
             found="nothing",
-            wanted=f"a status from host {wish.host}",
+            wanted=f"a status from host {wish.runs_on}",
             late=True,
         )
     elif status.revision < wish.revision:
@@ -117,6 +150,36 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             found=f"revision {status.revision}, by {status.host}: {status.phase.value}, {status.reason}",
             wanted=f"revision {wish.revision}, the newest of its keys",
             late=True,
+        )
+    elif cluster.speaks(status) and status.halted is not None:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"its guest does not run: {status.halted}, by {status.host}",
+            wanted=f"a guest that runs; {status.reason}",
+        )
+    elif cluster.speaks(status) and status.unplugged:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{'; '.join(status.unplugged)}, by {status.host}",
+            wanted="each NIC plugged into the bridge of its key",
+        )
+    elif cluster.speaks(status) and status.phase in NOT_WELL:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{status.phase.value} on {status.host} since {status.since}: {status.reason}",
+            wanted="running",
+            late=True,
+        )
+    elif cluster.speaks(status) and not wish.problems and status.problems:
+        # Of what its keys want and that host does not have.
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{status.phase.value} on {status.host} since {status.since}: {'; '.join(status.problems)}",
+            wanted=f"a host that has what its keys ask for, or other keys, for {status.host} to run it",
         )
 
 
@@ -139,6 +202,18 @@ def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
             found=f"held by {lock.host} (epoch {lock.epoch}, {lock.state.value}), which has no session",
             wanted=f"a holder {cluster.who_has_sessions()}" if cluster.sessions else "a holder with a session",
         )
+
+
+def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """What hosts say that a person should know of them."""
+    for host, session in cluster.sessions.items():
+        if session is not None and session.notice:
+            yield Finding(
+                instances=(),
+                key=layout.session_key(HostName(host)),
+                found=session.notice,
+                wanted="a host that supervises",
+            )
 
 
 def _used_twice(cluster: Cluster) -> Iterator[Finding]:
@@ -164,7 +239,7 @@ def _duplicates(
     """One finding for each value that several instances have."""
     users: dict[Hashable, list[InstanceId]] = defaultdict(list)
     for instance in cluster.instances.values():
-        value = value_of(instance.wish.host, instance.wish.spec) if instance.wish.spec is not None else None
+        value = value_of(instance.wish.runs_on, instance.wish.spec) if instance.wish.spec is not None else None
         if value is not None:
             users[value].append(instance.id)
     for value, ids in users.items():
@@ -188,6 +263,23 @@ def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             key=printable_bytes(kv.key),
             found=printable_bytes(kv.value, limit=80),
             wanted="what a supervisor of this release writes; its host writes it anew when it starts",
+        )
+
+
+def _of_history(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """Hosts that are waited for since etcd has another history."""
+    name = cluster.history
+    if name is None or not name.hosts:
+        return
+    said = {host for host, session in cluster.sessions.items() if session is not None and session.history == name.id}
+    waited_for = sorted((cluster.sessions.keys() | set(name.hosts)) - said - set(name.gone))
+    if waited_for:
+        yield Finding(
+            instances=(),
+            key=layout.history_key,
+            found=f"another history of etcd than before (restored, or its data lost), as {name.by} has noticed; "
+            f"{', '.join(waited_for)} {'have' if len(waited_for) > 1 else 'has'} not said there yet what runs",
+            wanted="a session of each, or `kvmsupervisor confirm-removal HOST` of one that is gone for good",
         )
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
-from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.goal import where_else
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession, resembling
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.single import is_same_host, is_single
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
+from kvmsupervisor.domain.single import is_in_container, is_same_host, is_single
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import VALUE_LIMIT, parse_wish
@@ -40,6 +43,7 @@ class Instance:
         keys: its wishes: key name → value, without the lock.
         wish: what they mean (`wish.keys` is 0 when there are none).
         status: what its host observed, None when no status key is there.
+        status_revision: `mod_revision` of that key, 0 when it is not there.
         lock: its lock, None when it is free.
     """
 
@@ -47,6 +51,7 @@ class Instance:
     keys: Mapping[bytes, RawValue]
     wish: Wish
     status: Status | None = None
+    status_revision: int = 0
     lock: LockFact | None = None
 
     @property
@@ -72,12 +77,14 @@ class Cluster:
         sessions: the hosts that have one; None where the value is unreadable (the key is what counts).
         strays: keys below the wishes' prefix that belong to no valid id.
         unreadable: status and session keys whose value is not one.
+        history: what the present history of etcd is called, None where it has no name, or was not asked for.
     """
 
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
     sessions: Mapping[str, HostSession | None] = field(default_factory=dict)
     strays: tuple[KeyValue, ...] = ()
     unreadable: tuple[KeyValue, ...] = ()
+    history: HistoryName | None = None
 
     def alive(self, host: str | None) -> bool:
         """Whether `host` has a session."""
@@ -89,8 +96,17 @@ class Cluster:
 
     def runs_alone(self, instance: Instance) -> bool:
         """Whether it runs on its host in single mode, which needs no supervisor there."""
-        status, host = instance.status, instance.wish.host
+        status, host = instance.status, instance.wish.runs_on
         return status is not None and self.alive(status.host) and is_same_host(status.host, host)
+
+    def takes(self, instance: InstanceId, host: str | None) -> bool:
+        """Whether somebody is on `host` to run this instance: its supervisor, or a container in single mode."""
+        return self.alive(host) or (host is not None and is_in_container(instance, host, self.sessions))
+
+    def meant_by(self, host: str | None) -> str:
+        """A clause that names the host with a session that was probably meant by one that has none; or nothing."""
+        meant = None if host is None else resembling(host, self.sessions)
+        return "" if meant is None else f"; did you mean {meant}?"
 
     def who_has_sessions(self) -> str:
         """A clause that names the hosts that have a session."""
@@ -100,11 +116,19 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How an instance is shown: `phase` is a `Phase` or `UNKNOWN`; `reason` is one sentence."""
+    """How an instance is shown.
+
+    Attributes:
+        host: that tells of it, or shall run it.
+        phase: a `Phase`, or `UNKNOWN`.
+        reason: one sentence.
+        halted: the run state of a guest that does not run although its QEMU lives.
+    """
 
     host: str | None
     phase: str
     reason: str
+    halted: str | None = None
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
@@ -121,18 +145,24 @@ def shown(instance: Instance, cluster: Cluster) -> Shown:
     """
     status, wish = instance.status, instance.wish
     if status is None:
-        return Shown(wish.host, Phase.WAITING.value, _why_no_status(instance, cluster))
+        return Shown(wish.runs_on, Phase.WAITING.value, _why_no_status(instance, cluster))
     if not cluster.speaks(status):
         sessions = cluster.who_has_sessions()
         reason = f"host {status.host} has no session ({sessions}); last seen: {status.phase.value}"
-        if wish.keys and wish.host != status.host:
-            reason += f"; the `host` key now says {wish.host}"
+        if wish.keys and wish.runs_on != status.host:
+            reason += f"; {_where_now(wish)}"
         return Shown(status.host, UNKNOWN, reason)
     reason = status.reason
-    if wish.keys and wish.host is not None and not is_same_host(status.host, wish.host):
-        away = "" if cluster.alive(wish.host) else f", which has no session ({cluster.who_has_sessions()})"
-        reason += f"; the `host` key now says {wish.host}{away}"
-    return Shown(status.host, status.phase.value, reason)
+    said = status.awaited_host is not None and status.awaited_host == wish.runs_on
+    if wish.keys and wish.host is not None and not said and not is_same_host(status.host, wish.runs_on):
+        away = "" if cluster.alive(wish.runs_on) else f", which has no session ({cluster.who_has_sessions()})"
+        reason += f"; {_where_now(wish)}{away}"
+    return Shown(status.host, status.phase.value, reason, status.halted)
+
+
+def _where_now(wish: Wish) -> str:
+    """Where the keys would have it run, as a clause."""
+    return f"the `host` key now says {wish.host}" if wish.placement is None else where_else(wish)
 
 
 def _why_no_status(instance: Instance, cluster: Cluster) -> str:
@@ -142,9 +172,10 @@ def _why_no_status(instance: Instance, cluster: Cluster) -> str:
         return f"no keys; a lock is left, {instance.held_by}"
     if wish.host is None:
         return f"no host: nothing runs it until `host` is set ({cluster.who_has_sessions()})"
-    if not cluster.alive(wish.host):
-        return f"`host` names {wish.host}, which has no session ({cluster.who_has_sessions()})"
-    return f"host {wish.host} has not said anything yet"
+    if not cluster.alive(wish.runs_on):
+        named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
+        return f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"
+    return f"host {wish.runs_on} has not said anything yet"
 
 
 def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
@@ -155,6 +186,7 @@ def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
     view = shown(instance, cluster)
     if instance.status is None:
         status = Status(id=instance.id, host=view.host or "", phase=Phase(view.phase), reason=view.reason, since="")
+        status = replace(status, placed_for=None if instance.wish.placement is None else instance.wish.host)
         return replace(status, problems=instance.problems).to_object() | {"host": view.host, "since": None}
     found = instance.status.to_object()
     last = {"last_phase": found["phase"]} if view.phase == UNKNOWN else {}
@@ -180,20 +212,31 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
     wishes = await list_all(store, layout.wishes_prefix)
     locks_prefix = layout.locks_prefix()
     locks = () if locks_prefix is None else (await list_all(store, locks_prefix)).kvs
+    placements = await list_all(store, layout.placements_prefix)
     statuses = await list_all(store, layout.statuses_prefix)
     sessions = await list_all(store, layout.hosts_prefix)
-    return assemble(layout, wishes=[*wishes.kvs, *locks], statuses=statuses.kvs, sessions=sessions.kvs)
+    named = await store.get(layout.history_key)
+    cluster = assemble(
+        layout,
+        wishes=[*wishes.kvs, *locks],
+        placements=placements.kvs,
+        statuses=statuses.kvs,
+        sessions=sessions.kvs,
+    )
+    return cluster if named is None else replace(cluster, history=HistoryName.from_json(named.value))
 
 
 async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> tuple[Instance, Cluster]:
     """Read what concerns one instance, and who has a session; an instance that is not there has nothing."""
     wishes = await list_all(store, layout.instance_prefix(instance))
     lock = await store.get(layout.lock_key(instance))
+    placement = await store.get(layout.placement_key(instance))
     status = await store.get(layout.status_key(instance))
     sessions = await list_all(store, layout.hosts_prefix)
     cluster = assemble(
         layout,
         wishes=[*wishes.kvs, *([lock] if lock is not None else [])],
+        placements=[placement] if placement is not None else [],
         statuses=[status] if status is not None else [],
         sessions=sessions.kvs,
     )
@@ -206,7 +249,12 @@ def absent(instance: InstanceId) -> Instance:
 
 
 def assemble(
-    layout: Layout, *, wishes: Iterable[KeyValue], statuses: Iterable[KeyValue], sessions: Iterable[KeyValue]
+    layout: Layout,
+    *,
+    wishes: Iterable[KeyValue],
+    placements: Iterable[KeyValue] = (),
+    statuses: Iterable[KeyValue],
+    sessions: Iterable[KeyValue],
 ) -> Cluster:
     """Put keys together. `wishes` are those below the wishes' prefix and the locks, wherever they lie."""
     keys: dict[InstanceId, dict[bytes, RawValue]] = {}
@@ -224,7 +272,13 @@ def assemble(
         else:
             keys.setdefault(instance, {})[name] = RawValue(kv.value[: VALUE_LIMIT + 1], kv.mod_revision)
 
+    placed = {
+        kv.key.decode("utf-8", "replace").removeprefix(layout.placements_prefix): Placed.read(kv.value, kv.mod_revision)
+        for kv in placements
+    }
+    statuses = tuple(statuses)
     found, unreadable = _read_statuses(layout, statuses)
+    revisions = {_id_of(layout, kv): kv.mod_revision for kv in statuses}
     hosts: dict[str, HostSession | None] = {}
     for kv in sessions:
         host = kv.key.decode("utf-8", "backslashreplace").removeprefix(layout.hosts_prefix)
@@ -236,8 +290,9 @@ def assemble(
         instance: Instance(
             id=instance,
             keys=keys.get(instance, {}),
-            wish=parse_wish(instance, keys.get(instance, {})),
+            wish=parse_wish(instance, keys.get(instance, {}), placed.get(instance, NOT_PLACED)),
             status=found.get(instance),
+            status_revision=revisions.get(instance, 0),
             lock=locks.get(instance),
         )
         for instance in sorted(keys.keys() | locks.keys() | found.keys(), key=natural)
@@ -245,12 +300,17 @@ def assemble(
     return Cluster(instances=instances, sessions=hosts, strays=tuple(strays), unreadable=tuple(unreadable))
 
 
+def _id_of(layout: Layout, status: KeyValue) -> InstanceId | None:
+    """Whose status a key holds."""
+    return parse_id(status.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
+
+
 def _read_statuses(layout: Layout, statuses: Iterable[KeyValue]) -> tuple[dict[InstanceId, Status], list[KeyValue]]:
     """Read the status keys; the second part are those that are none."""
     found: dict[InstanceId, Status] = {}
     unreadable: list[KeyValue] = []
     for kv in statuses:
-        instance = parse_id(kv.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
+        instance = _id_of(layout, kv)
         status = Status.from_json(kv.value)
         if instance is None or status is None:
             unreadable.append(kv)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -20,7 +20,8 @@ from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.wishes import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.spec import Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
 P = ParamSpec("P")
@@ -32,6 +33,14 @@ Work = Callable[[Store, Settings], Awaitable[T]]
 COMPLETION_DEADLINE_S = 1.0
 """Seconds that a shell may wait for names from etcd. Arbitrary: longer, and people think that it hangs."""
 
+VALUES: Mapping[str, Sequence[str]] = {
+    "power": tuple(Power),
+    "restart": tuple(RestartPolicy),
+    "firmware": tuple(Firmware),
+    "hugepages": tuple(HugePages),
+}
+"""The values of the wishes that have few, for completion."""
+
 WAIT_TIMEOUT_S = 300.0
 """Default of `--timeout`: more than twice the default `shutdown_timeout`, so a deaf guest is waited for."""
 
@@ -41,7 +50,7 @@ def connect(settings: Settings) -> Store:
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
     from kvmsupervisor.connection import etcd_config  # noqa: PLC0415
 
-    return Etcd(etcd_config(settings))
+    return Etcd(replace(etcd_config(settings), impatient=True))
 
 
 def _utc_now() -> datetime:
@@ -118,7 +127,7 @@ def _translate(error: EtcdError, settings: Settings) -> NoReturn:
                 "look with `show` before you repeat it"
             ) from error
         case Unavailable():
-            raise EtcdAway(f"etcd is unreachable ({endpoints}): {printable(error)}") from error
+            raise EtcdAway(f"etcd is unreachable (ETCD_ENDPOINTS): {printable(error)}") from error
         case Denied():
             raise Refused(f"etcd ({endpoints}) does not allow this: {printable(error)}") from error
         case _:
@@ -170,13 +179,13 @@ class KeyType(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check that it can be the end of a key. Whether it is known is told with the other problems."""
-        if not isinstance(value, str) or not value or "/" in value or " " in value or not value.isprintable():
-            self.fail(f"{value!r} cannot be the name of a key", param, ctx)
+        if not isinstance(value, str) or " " in value or not value.isprintable() or not all(value.split("/")):
+            self.fail(f"{value!r} cannot be the name of a key; names are like ram, disk/1 or nic/1/mac", param, ctx)
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Name the known keys."""
-        return [CompletionItem(name) for name in (*WISH_KEYS, FREE_KEY) if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in _key_names(incomplete)]
 
 
 class AssignmentType(click.ParamType):  # type: ignore[type-arg]
@@ -194,12 +203,24 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
         return KEY_NAME.convert(name, param, ctx), text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Name the known keys, each with its `=`; and the hosts after `host=`."""
-        if incomplete.startswith("host="):
-            names = (f"host={name}" for name in host_names(ctx))
+        """Name the known keys, each with its `=`; and behind that the values, where there are few."""
+        key, equals, _ = incomplete.partition("=")
+        if not equals:
+            names = [name if name.endswith("/") else f"{name}=" for name in _key_names(incomplete)]
+        elif key in {"host", "hosts"}:
+            names = [f"{key}={name}" for name in host_names(ctx)]
         else:
-            names = (f"{name}=" for name in (*WISH_KEYS, FREE_KEY))
+            names = [f"{key}={value}" for value in VALUES.get(key, ())]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _key_names(incomplete: str) -> list[str]:
+    """The known keys that begin so. The numbered ones are named once one of their kinds was begun: there are many."""
+    numbered = [name for name in ALL_NUMBERED_KEYS if name.startswith(incomplete)]
+    if "/" in incomplete:
+        return numbered
+    kinds = dict.fromkeys(name.partition("/")[0] + "/" for name in numbered)
+    return [*(name for name in (*WISH_KEYS, FREE_KEY) if name.startswith(incomplete)), *kinds]
 
 
 def host_names(ctx: click.Context) -> list[str]:

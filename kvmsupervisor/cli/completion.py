@@ -26,8 +26,8 @@ _kvmsupervisor_completion() {
         IFS=, read -r type value <<<"$completion"
         [[ $type == plain ]] || continue
         COMPREPLY+=("${value#"$prefix"}")
-        # The value follows at once.
-        [[ $value == *= ]] && compopt -o nospace
+        # The value, or the number, follows at once.
+        [[ $value == *[=/] ]] && compopt -o nospace
     done
 }
 complete -o nosort -F _kvmsupervisor_completion kvmsupervisor
@@ -35,18 +35,23 @@ complete -o nosort -F _kvmsupervisor_completion kvmsupervisor
 """For bash ≥ 4.4. It speaks to click as click's own script does: lines of `type,value`."""
 
 
-@click.command()
+HELP = """\
+Print the completion script for SHELL.
+
+\b
+bash: kvmsupervisor completion bash > /etc/bash_completion.d/kvmsupervisor
+zsh:  kvmsupervisor completion zsh > "${fpath[1]}/_kvmsupervisor"
+fish: kvmsupervisor completion fish > ~/.config/fish/completions/kvmsupervisor.fish
+
+Ids and hosts are asked of etcd, with the settings of the shell's environment.
+"""
+"""click fills no lines behind one that holds a backspace alone (its manual, "Preventing Rewrapping")."""
+
+
+@click.command(help=HELP)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    r"""Print the completion script for SHELL.
-
-    \b
-    bash: kvmsupervisor completion bash > /etc/bash_completion.d/kvmsupervisor
-    zsh:  kvmsupervisor completion zsh > "${fpath[1]}/_kvmsupervisor"
-    fish: kvmsupervisor completion fish > ~/.config/fish/completions/kvmsupervisor.fish
-
-    Ids and hosts are asked of etcd, with the settings of the shell's environment.
-    """
+    """Print the completion script for a shell."""
     if shell == "bash":
         click.echo(BASH_SCRIPT, nl=False)
         return

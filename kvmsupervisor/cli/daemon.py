@@ -84,9 +84,9 @@ class PidFile:
         return self._file.fileno()
 
     def write(self, pid: int) -> None:
-        """Write the pid of the process that holds it from now on."""
-        self._file.write(b"%d\n" % pid)
-        self._file.flush()
+        """Write the pid of the process that holds it from now on. The lock counts: a full disk is no reason to end."""
+        with suppress(OSError):
+            os.write(self.fileno(), b"%d\n" % pid)
 
     def release(self) -> None:
         """Remove the file, then give up the lock."""

@@ -6,11 +6,12 @@ import asyncio
 
 import click
 
-from kvmsupervisor.adapters.rundir import OutOfReach
+from kvmsupervisor.adapters.rundir import OutOfReach, RunDir
 from kvmsupervisor.cli.common import Tools
 from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.draining import Drain
+from kvmsupervisor.marks import folders_of_all
 
 
 def check(instances: tuple[InstanceId, ...], *, everything: bool, local: bool) -> None:
@@ -31,10 +32,11 @@ def stop_all(tools: Tools, *, timeout_s: float) -> None:
     """Shut down all guests of this host, wait for them, and keep them from being started.
 
     Raises:
-        Refused: the supervisor cannot be told.
+        Refused: the supervisor cannot be told, or this is not its run directory, or we are not root.
         TimedOut: some still run.
     """
     drain = _drain(tools)
+    _look_elsewhere(tools)
 
     def say(left: tuple[InstanceId, ...]) -> None:
         if left:
@@ -44,6 +46,8 @@ def stop_all(tools: Tools, *, timeout_s: float) -> None:
         done = asyncio.run(drain.begin(timeout_s=timeout_s, on_change=say))
     except OutOfReach as error:
         raise Refused(str(error)) from error
+    except OSError as error:
+        raise _refused("stop", error) from error
     if not done:
         raise TimedOut(f"still running after {timeout_s:g} s: {', '.join(drain.running())}")
     click.echo("no guest runs on this host; they start again with its next boot, or by `start --all --local`")
@@ -55,11 +59,43 @@ def start_all(tools: Tools) -> None:
     Raises:
         Refused: the supervisor cannot be told.
     """
+    _look_elsewhere(tools)
     try:
         _drain(tools).end()
     except OutOfReach as error:
         raise Refused(str(error)) from error
+    except OSError as error:
+        raise _refused("start", error) from error
     click.echo("this host's supervisor starts what the keys ask for")
+
+
+def _refused(verb: str, error: OSError) -> Refused:
+    """What to say when a file or process cannot be touched."""
+    said = f"{error.filename or 'a process of this host'}: {error.strerror}"
+    if isinstance(error, PermissionError):
+        said += f": `{verb} --all --local` is for root, as the supervisor is"
+    return Refused(said)
+
+
+def _look_elsewhere(tools: Tools) -> None:
+    """See that the run directory is the one that is used on this host: a shell does not have the unit's settings.
+
+    Raises:
+        Refused: it was never used, and guests run that have theirs elsewhere.
+    """
+    run_dir = tools.settings().run_dir
+    if RunDir(run_dir).was_used:
+        return
+    found = folders_of_all().values()
+    if not found:
+        return
+    names = ", ".join(sorted(instance for instance, _ in found))
+    others = sorted({str(folder.parent) for _, folder in found if folder is not None})
+    there = f" in {', '.join(others)}" if others else ""
+    raise Refused(
+        f"no supervisor has used KVM_RUN_DIR={run_dir} since this host booted, and {len(found)} guests run here whose "
+        f"files are elsewhere{there}: {names}. Set KVM_RUN_DIR as their supervisor has it"
+    )
 
 
 def _drain(tools: Tools) -> Drain:

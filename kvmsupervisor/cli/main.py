@@ -46,7 +46,10 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line that an instance's keys give."),
     "check-config": LazyCommand("config_command", "check_config", "Check this host's settings and print them."),
     "confirm-removal": LazyCommand(
-        "write_commands", "confirm_removal", "Confirm a mass removal that a host holds back."
+        "confirm_removal", "confirm_removal", "Confirm removals, moves and power=off that a host holds back."
+    ),
+    "confirm-identity": LazyCommand(
+        "identity_command", "confirm_identity", "Let a host's guests go on under its new name, prefix or lock."
     ),
     "break-lock": LazyCommand(
         "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."

@@ -265,9 +265,9 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-def phase_cell(phase: str) -> Cell:
-    """A phase in its colour."""
-    return Cell(phase, PHASE_STYLES.get(phase, ""))
+def phase_cell(phase: str, halted: str | None = None) -> Cell:
+    """A phase in its colour; with the run state of a guest that is halted, in that of what needs a person."""
+    return Cell(phase, PHASE_STYLES.get(phase, "")) if halted is None else Cell(f"{phase} ({halted})", "red")
 
 
 def note(text: str) -> None:

@@ -168,7 +168,7 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
     ready = foresee(instance.id, spec, directory=directory, state_dir=settings.state_dir)
     provision = Provision(
         run_dir=str(directory.path),
-        channels=Channels(qmp=3, spare=4, console=5, agent=6),
+        channels=Channels(qmp=3, spare=4, console=5, agent=6, console_log=7),
         machine=None if status is None or status.machine_key != spec.machine else status.machine,
         taps=tuple(TapFds(fd=7 + number) for number in range(len(spec.all_nics))),
         media=ready.media,

@@ -73,13 +73,18 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     gc.enable()
 
     async def supervise() -> None:
-        supervisor = Supervisor(settings)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, supervisor.stop)
-        # Before the run directory is ours: whoever finds us by it may signal at once.
-        loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
-        await supervisor.run(started)
+        tell = started
+        while True:
+            supervisor = Supervisor(settings)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, supervisor.stop)
+            # Before the run directory is ours: whoever finds us by it may signal at once.
+            loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
+            await supervisor.run(tell)
+            if not supervisor.again:
+                return
+            tell = lambda: None  # noqa: E731 - it has been told
 
     log = configure(
         level=settings.log_level,

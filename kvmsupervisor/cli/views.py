@@ -53,8 +53,8 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
         reason += f" ({count} problem{'s' if count > 1 else ''}: see check {instance.id})"
     cells = [
         Cell(instance.id, "bold"),
-        _or_nothing(view.host),
-        phase_cell(view.phase),
+        _or_nothing(_where(instance, view.host)),
+        phase_cell(view.phase, view.halted),
         Cell(age(status.since, now) if status is not None else NOTHING),
         _or_nothing(status.pid if status is not None else None),
         _or_nothing(status.epoch if status is not None else None),
@@ -73,16 +73,22 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
     return [*cells, _or_nothing("; ".join(instance.problems), "red")] if wide else cells
 
 
+def _where(instance: Instance, host: str | None) -> str | None:
+    """Where it runs, and for whom, where it is placed there in place of its own host."""
+    placement = instance.wish.placement
+    return host if placement is None or placement.host != host else f"{host} (for {instance.wish.host})"
+
+
 def show_blocks(
     instance: Instance, cluster: Cluster, layout: Layout, now: datetime, agent_seen: str | None = None
 ) -> list[Block]:
     """Everything about one instance; `agent_seen` is when the guest's agent last answered, None when not known."""
     view, status = shown(instance, cluster), instance.status
     since = f" for {age(status.since, now)}" if status is not None else ""
-    where = f" on {view.host}" if view.host is not None else ""
+    where = f" on {_where(instance, view.host)}" if view.host is not None else ""
     blocks: list[Block] = [
         (
-            f"{instance.id}{where}: {view.phase}{since}",
+            f"{instance.id}{where}: {phase_cell(view.phase, view.halted).text}{since}",
             [("", Cell(view.reason)), *(("problem", Cell(text, "red")) for text in instance.problems)],
         ),
         (
@@ -106,7 +112,9 @@ def show_blocks(
         if status.agent is not None:
             blocks.append(("Guest (as its agent tells)", _guest_lines(status.agent, agent_seen, now)))
     blocks.append((f"Lock ({layout.lock_key(instance.id)})", _lock_lines(instance)))
-    host = instance.wish.host or (status.host if status is not None else None)
+    if instance.wish.placed.revision:
+        blocks.append((f"Placement ({layout.placement_key(instance.id)})", _placement_lines(instance)))
+    host = instance.wish.runs_on or (status.host if status is not None else None)
     if host is not None:
         blocks.append((f"Session of host {host}", _session_lines(host, cluster)))
     return blocks
@@ -119,7 +127,7 @@ def _public(name: bytes, value: bytes) -> bytes:
 
 def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = None) -> dict[str, Any]:
     """Everything about one instance, for `show -o json`; see `show_blocks`."""
-    host = instance.wish.host or (instance.status.host if instance.status is not None else None)
+    host = instance.wish.runs_on or (instance.status.host if instance.status is not None else None)
     session = cluster.sessions.get(host) if host is not None else None
     return {
         "id": instance.id,
@@ -134,6 +142,7 @@ def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = N
         "problems": list(instance.problems),
         "status": as_object(instance, cluster),
         "lock": _lock_object(instance),
+        "placement": None if instance.wish.placement is None else asdict(instance.wish.placement),
         "session": session.to_object() if session is not None else None,
         "agent_seen": agent_seen,
     }
@@ -195,6 +204,16 @@ def _lock_lines(instance: Instance) -> Sequence[tuple[str, Cell]]:
         for name, value in fields
         if name != "version"
     ]
+
+
+def _placement_lines(instance: Instance) -> Sequence[tuple[str, Cell]]:
+    """The placement's fields."""
+    placement = instance.wish.placed.placement
+    if placement is None:
+        return [("", Cell("there, but this release cannot read it", "red"))]
+    ended = [] if instance.wish.placement is not None else [("", Cell("ended: `host` was written since", "dim"))]
+    fields: Iterable[tuple[str, Any]] = asdict(placement).items()
+    return [*ended, *((name, Cell(str(value))) for name, value in fields if name != "version")]
 
 
 def _session_lines(host: str, cluster: Cluster) -> Sequence[tuple[str, Cell]]:

@@ -117,8 +117,17 @@ def until_gone(sighting: Sighting) -> Verdict:
 
 
 def until_as_written(written: Written) -> Goal:
-    """Until what the keys say now is a fact: running, or stopped with power=off."""
-    return until_stopped(written) if written.wish.power is Power.OFF else until_running(written)
+    """Until what the keys say now is a fact: running, on the host that they name, or stopped with power=off."""
+    if written.wish.power is Power.OFF:
+        return until_stopped(written)
+    running = until_running(written)
+
+    def judge(sighting: Sighting) -> Verdict:
+        status = sighting.status
+        stays = status is not None and status.awaited_host is not None
+        return None if stays else running(sighting)
+
+    return judge
 
 
 def _running(status: Status) -> str:
@@ -163,8 +172,8 @@ async def _wait(
             while True:
                 bell.clear()
                 try:
-                    sighting = await _look(store, layout, instance, written.wish.host)
-                    verdict, saying = goal(sighting), _saying(sighting, written.wish.host)
+                    sighting = await _look(store, layout, instance, written.wish.runs_on)
+                    verdict, saying = goal(sighting), _saying(sighting, written.wish.runs_on)
                 except Unavailable as error:
                     verdict, saying = None, ("waiting", f"etcd does not answer: {error}")
                 if verdict is not None:

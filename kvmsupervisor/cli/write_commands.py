@@ -13,7 +13,6 @@ from kvmsupervisor.cli import actions, waiting
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.common import (
     ASSIGNMENT,
-    HOST,
     INSTANCE,
     KEY_NAME,
     Tools,
@@ -25,13 +24,13 @@ from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
 from kvmsupervisor.cli.output import note, on_terminal, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
-from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Power
 from kvmsupervisor.settings import Settings
 
 Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
 
-force_option = click.option("--force", is_flag=True, help="Write although a value has a problem.")
+force_option = click.option("--force", is_flag=True, help="Write although a value has a problem, or `host` no session.")
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="All guests; only together with --local.")
@@ -197,42 +196,6 @@ def restart(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s
         wait=wait,
         timeout_s=timeout_s,
     )
-
-
-@click.command("confirm-removal")
-@click.argument("host", type=HOST, metavar="[HOST]", required=False)
-@yes_option
-@wait_options
-@pass_tools
-def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeout_s: float) -> None:
-    """Confirm a mass removal that HOST (by default this host) holds back.
-
-    A host that loses more than half of its instances at once keeps them running until a person says that
-    this was meant. Names the instances and asks; without a terminal, --yes is needed.
-    """
-
-    async def ask(store: Store, settings: Settings) -> tuple[HostName, tuple[InstanceId, ...]]:
-        name = HostName(host if host is not None else settings.hostname)
-        return name, await actions.held_removals(store, settings.layout, name)
-
-    name, held = with_store(tools, ask)
-    if not held:
-        raise Refused(f"host {printable(name)} holds no removal back")
-    click.echo(f"host {printable(name)} holds back the removal of {len(held)} instances: {', '.join(held)}")
-    confirm(f"Shut down and remove these {len(held)} instances?", yes=yes)
-
-    async def work(store: Store, settings: Settings) -> bool:
-        revision = await actions.confirm_removal(store, settings.layout, name, held)
-        key = settings.layout.confirmation_key(name)
-        if not wait:
-            return True
-        with progress() as report:
-            report(name, "waiting", "for the host to take the confirmation")
-            return await waiting.wait_until_deleted(store, key, revision, timeout_s=timeout_s)
-
-    if not with_store(tools, work):
-        raise TimedOut(f"host {printable(name)} has not taken the confirmation within {timeout_s:g} s")
-    click.echo("confirmed" if not wait else "confirmed, and taken by the host")
 
 
 def _act(

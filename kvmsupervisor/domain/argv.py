@@ -5,8 +5,9 @@ The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 from uuid import UUID, uuid5
 
@@ -29,6 +30,11 @@ AGENT_SOCKET = "agent.sock"
 
 AGENT_PORT = "agent0"
 """Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
+
+LOG_SET = 97469746
+"""Number of the set of open files that holds the console's log. Arbitrary: one that nobody takes in `extra_flags`."""
+
+_LOG_SET = f"set={LOG_SET}"
 
 IGNITION_NAME = "opt/com.coreos/config"
 """Where Ignition looks for its configuration: a file of QEMU's fw_cfg device
@@ -85,12 +91,14 @@ class Channels:
         spare: QMP for its successor and for people.
         console: of the serial console.
         agent: of the guest agent.
+        console_log: not a socket: what QEMU logs the console into, open for writing only.
     """
 
     qmp: int
     spare: int
     console: int
     agent: int
+    console_log: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +132,13 @@ class Provision:
         """All that QEMU inherits."""
         channels = self.channels
         vhost = (tap.vhost_fd for tap in self.taps if tap.vhost_fd is not None)
-        fixed = (channels.qmp, channels.spare, channels.console, channels.agent)
+        fixed = (channels.qmp, channels.spare, channels.console, channels.agent, channels.console_log)
         return (*fixed, *(tap.fd for tap in self.taps), *vhost)
+
+
+def logs_into_memory(argv: Sequence[str]) -> bool:
+    """Whether a QEMU with that command line has its logs as open files; an earlier release's opens them itself."""
+    return any(option == "-add-fd" and _LOG_SET in value.split(",") for option, value in pairwise(argv))
 
 
 def instance_uuid(prefix: str, instance: InstanceId) -> UUID:
@@ -203,8 +216,13 @@ def _monitors(provision: Provision) -> Iterator[str]:
 
 
 def _channels(provision: Provision) -> Iterator[str]:
-    """The serial console, which is also logged, and the channel of the guest agent."""
-    log = f"logfile={escaped(provision.run_dir)}/{CONSOLE_LOG},logappend=on"
+    """The serial console, which is also logged, and the channel of the guest agent.
+
+    A log is opened by name, so it gets one that stands for an open file. Not to append would mean to truncate it.
+    """
+    name = f"{escaped(provision.run_dir)}/{CONSOLE_LOG}"
+    yield from ("-add-fd", f"fd={provision.channels.console_log},{_LOG_SET},opaque={name}")
+    log = f"logfile=/dev/fdset/{LOG_SET},logappend=on"
     yield from ("-chardev", f"socket,id=serial0,fd={provision.channels.console},server=on,wait=off,{log}")
     yield from ("-serial", "chardev:serial0")
     yield from ("-chardev", f"socket,id=agent0,fd={provision.channels.agent},server=on,wait=off")

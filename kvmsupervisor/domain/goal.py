@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from kvmsupervisor.domain.restart import rests
-from kvmsupervisor.domain.spec import Power, Problem
+from kvmsupervisor.domain.spec import Power, Problem, Wish
 from kvmsupervisor.domain.view import View
 
 
@@ -26,18 +26,16 @@ def goal(view: View) -> tuple[Goal, str]:
     if wish is None:
         return Goal.KEEP, "its keys have not been read yet, since this supervisor started"
     if view.held:
-        return (
-            Goal.KEEP,
-            "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on",
-        )
+        held = "its removal is held, with many others at once; `kvmsupervisor confirm-removal` lets it go on"
+        return Goal.KEEP, view.held_why or held
     if wish.keys == 0:
         return Goal.STOP, "its keys were removed"
     if wish.host is None:
         if any(problem.key == "host" for problem in wish.problems):
             return Goal.KEEP, _first(view.problems)
         return Goal.STOP, "it has no `host`"
-    if wish.host != view.me:
-        return Goal.STOP, f"its `host` is {wish.host}"
+    if wish.is_elsewhere(view.me) and not view.stays:
+        return Goal.STOP, where_else(wish)
     if wish.power is None:
         return Goal.KEEP, _first(view.problems)
     if wish.power is Power.OFF:
@@ -51,6 +49,29 @@ def goal(view: View) -> tuple[Goal, str]:
             f"it ended by itself ({ended.reason}) and `restart` is {wish.restart}; `start` runs it again",
         )
     return Goal.RUN, "its keys ask for it"
+
+
+def where_else(wish: Wish) -> str:
+    """Where it shall run, as a clause; for one that shall run on another host."""
+    placement = wish.placement
+    if placement is None:
+        return f"its `host` is {wish.host}"
+    return f"it is placed on {placement.host} since {placement.since}, in place of {wish.host} ({placement.why})"
+
+
+def why_it_stays(view: View) -> str:
+    """Why it is here although it shall run elsewhere, and what would end that; for one that `stays`."""
+    wish = view.wish
+    assert wish is not None
+    target = view.target
+    if target.receives:
+        return f"{where_else(wish)}: it goes there once this host has a session with etcd again"
+    if target.drains:
+        return f"{where_else(wish)}, which stops all its guests just now: it stays here until that ends"
+    if target.there is None:
+        return f"{where_else(wish)}; it is not known yet whether that has a session: it stays here"
+    meant = "" if target.meant is None else f" (did you mean {target.meant}?)"
+    return f"{where_else(wish)}, which has no session{meant}: it stays here until {wish.runs_on} is there"
 
 
 def order(view: View) -> str | None:

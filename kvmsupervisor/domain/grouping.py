@@ -68,6 +68,15 @@ def _same(old: Entry | RawValue | None, value: bytes, mod_revision: int) -> bool
     return old is not None and old.mod_revision == mod_revision and old.value == value
 
 
+def names(value: bytes, host: bytes) -> bool:
+    """Whether the value of a key `host` is this host's name. Cheap: asked of every instance.
+
+    White space around it is what text has of it (a no-break space, too), as for whoever parses the wish: an instance
+    that counts as one host's for others and not for itself would be let go of there and run nowhere.
+    """
+    return value == host or (host in value and value.decode(errors="replace").strip().encode() == host)
+
+
 class Flat:
     """A table of keys by themselves; the label of a change is the key."""
 
@@ -189,7 +198,7 @@ class Groups:
             for instance, group in self._groups.items()
             if instance is not None
             and (
-                ((wish := group.keys.get(b"host")) is not None and wish.value.strip() == host)
+                ((wish := group.keys.get(b"host")) is not None and names(wish.value, host))
                 or (group.lock is not None and host in group.lock.value)
             )
         }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.values import nearest, plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,9 @@ class HostSession:
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.
+        notice: what a person should know of it; empty when there is nothing.
+        draining: whether it stops all its guests (`stop --all --local`), and starts none.
+        history: the name of the history of etcd in which it has said what runs here; empty where none ever changed.
     """
 
     host: str
@@ -32,6 +37,9 @@ class HostSession:
     started: str = ""
     cpus: int = 0
     memory_mib: int = 0
+    notice: str = ""
+    draining: bool = False
+    history: str = ""
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -49,3 +57,17 @@ class HostSession:
             return parse(cls, data)
         except Unfit:
             return None
+
+
+def resembling(name: str, sessions: Collection[str]) -> str | None:
+    """The host with a session that was probably meant by `name`, which has none; None when none comes close.
+
+    Args:
+        name: as somebody wrote it.
+        sessions: who has one, containers in single mode (with a slash in their names) among them.
+    """
+    hosts = {plain(host): host for host in sorted(sessions) if "/" not in host}
+    label = plain(name).partition(".")[0]
+    # A short name for the full one, or the other way round, is the most frequent mistake, and not alike in letters.
+    same = [host for key, host in hosts.items() if key.partition(".")[0] == label]
+    return same[0] if same else nearest(name, hosts)

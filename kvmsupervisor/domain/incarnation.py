@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.identity import HostIdentity
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.records import Unfit, lined, parse
 
 VERSION = 1
@@ -35,6 +37,8 @@ class Incarnation:
         accelerator: `kvm` or `tcg`.
         machine: the versioned machine type, None when it was not known.
         taps: names of its NICs' interfaces on the host, in their order.
+        tap_indexes: numbers of these interfaces, 0 for one that is in another network namespace.
+        bridges: that they were plugged into.
         restart_request: the value of that key that it was started under.
         revision: etcd revision of the wish that it was started from.
         log_offset: where its words begin in the instance's QEMU log, in bytes.
@@ -42,6 +46,8 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        under: what the supervisor worked under that started it, or took it over by a person's word (law 12); None when
+            a release wrote the record that did not say.
     """
 
     instance: str
@@ -58,10 +64,32 @@ class Incarnation:
     spawned_at: float
     machine: str | None = None
     taps: tuple[str, ...] = ()
+    tap_indexes: tuple[int, ...] = ()
+    bridges: tuple[str, ...] = ()
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    under: HostIdentity | None = None
     version: int = VERSION
+
+    def as_lock(self, host: HostName, *, ran: bool) -> Lock:
+        """The lock that says of this process what is so.
+
+        Args:
+            host: this one, by its present name.
+            ran: whether its guest may have run.
+        """
+        return Lock(
+            host=host,
+            boot_id=self.boot_id,
+            epoch=self.epoch,
+            state=LockState.RUNNING if ran else LockState.STARTING,
+            incarnation=self.incarnation,
+            pid=self.pid,
+            starttime=self.starttime,
+            clients=self.clients,
+            storage=self.storage,
+        )
 
     def to_json(self) -> bytes:
         """As `incarnation.json` holds it."""
@@ -105,6 +133,10 @@ class Memory:
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
         held: whether the removal of its keys waits for an operator's word: a successor does not ask again.
+        held_as: the order that is held, as `removal.order_of` tells it; None for a mass removal.
+        held_why: how that came about, for people.
+        stood: the values that its keys had before, of those that differ.
+        restart_seen: a value of `restart_request` that came with another history of etcd: nobody asked for a restart.
         shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
             gone and the machine is to be shut down for it.
         ended: set while the policy says to leave it.
@@ -119,6 +151,10 @@ class Memory:
     restarts: int = 0
     last_exit: str | None = None
     held: bool = False
+    held_as: str | None = None
+    held_why: str = ""
+    stood: Mapping[str, str] | None = None
+    restart_seen: str | None = None
     shutdown_timeout_s: float | None = None
     ended: Ended | None = None
     version: int = VERSION

@@ -17,6 +17,16 @@ ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, 
 LOCK_PLACEHOLDER = "%i"
 
 
+def default_facts(prefix: str) -> str:
+    """`KVM_FACTS_PREFIX` where it is not set."""
+    return f"{prefix}supervisor"
+
+
+def default_lock(prefix: str) -> str:
+    """`LOCK` where it is not set."""
+    return f"{prefix}/{LOCK_PLACEHOLDER}/lock"
+
+
 def parse_id(text: str) -> InstanceId | None:
     """Return `text` as an id, or None when it is not one (see `ID_RULE`)."""
     return InstanceId(text) if ID_PATTERN.fullmatch(text) else None
@@ -52,6 +62,16 @@ class Layout:
         return f"{self.facts}/instances/"
 
     @property
+    def history_key(self) -> str:
+        """Key that says what the present history of the store is called."""
+        return f"{self.facts}/history"
+
+    @property
+    def placements_prefix(self) -> str:
+        """The prefix of the placements (law 10)."""
+        return f"{self.facts}/placements/"
+
+    @property
     def confirmations_prefix(self) -> str:
         """The prefix of the operators' words on removals that are held."""
         return f"{self.facts}/confirm-removal/"
@@ -71,6 +91,10 @@ class Layout:
     def status_key(self, instance: InstanceId) -> str:
         """Key of the instance's status."""
         return self.statuses_prefix + instance
+
+    def placement_key(self, instance: InstanceId) -> str:
+        """Key of the instance's placement."""
+        return self.placements_prefix + instance
 
     def session_key(self, host: HostName) -> str:
         """Key of a host's session."""

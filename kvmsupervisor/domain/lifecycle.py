@@ -8,9 +8,15 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
 
     process   lock        goal        further                      action
     --------  ----------  ----------  ---------------------------  --------------------------
+    left alone: what was left of it cannot be read                 Read, now and then, or none
+    mismatch: the settings are others than those of what lives     Connect, Probe, Guard, Bury, or none (law 12)
     ended     any         any         keys not read yet            none
               any         any                                      Bury
-    alive     stranger    any                                      Kill         (law 6)
+    alive     stranger    any         another cluster's            as if it were ours, but never written (law 11)
+              any other's any         older, never ran             Kill         (nothing to lose)
+              any other's any         older, session held          Reassert     (law 11)
+              any other's any         older                        as if it were ours
+              stranger    any                                      Kill         (law 6)
               broken      any                                      Kill         (law 7)
               renamed     any         session held                 Rename       (law 12)
               absent      any         never ran, session held      Kill         (nothing to lose)
@@ -23,12 +29,16 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
-              any         any         ran, not under guard         Guard, before all but Quit and Kill (law 7)
+              any         any         powered itself off           Finish … Kill
+              any         any         ran, not under guard         Guard, before all but the end (law 7)
               any         stop        ran                          Powerdown … Quit … Kill
-              any         run, keep   ran                          none, Probe, or Grow
+              mine        run         its placement has ended      Tidy         (law 10)
+              any         run, keep   ran                          none, Probe, Plug, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
+    any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
               mine/left   not run                                  Release      (law 9)
+              any         stop        its placement has ended      Tidy         (law 10)
               any         stop                                     Forget (not ours), or none
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
@@ -55,8 +65,14 @@ from dataclasses import replace
 from typing import assert_never
 
 from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.hands_off import hands_off
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
+from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
+from kvmsupervisor.domain.reasons import while_it_runs
 from kvmsupervisor.domain.restart import pauses
+from kvmsupervisor.domain.run_state import POWERED_OFF
+from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -70,12 +86,15 @@ PROBE_EVERY_S = 60.0
 """How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
 costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
 
-LOCK_POLL_S = 5.0
-"""How often a wait that no watch ends is looked at again."""
+SLOT_S = 5.0
+"""How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
+(docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
 
 
 def decide(view: View) -> Decision:
     """Decide what is next. Pure, total; the table is above."""
+    if (untouched := hands_off(view)) is not None:
+        return untouched
     if view.process is None:
         return _without_process(view)
     if view.process.exit is not None and view.wish is None:
@@ -88,47 +107,8 @@ def decide(view: View) -> Decision:
 
 
 def _with_process(view: View, process: Process) -> Decision:
-    match view.claim:
-        case Claim.STRANGER | Claim.LEFTOVER:
-            lock = view.lock.lock
-            assert lock is not None
-            return Decision(
-                phase=Phase.STOPPING,
-                reason=f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.BROKEN:
-            return Decision(
-                phase=Phase.STOPPING,
-                reason="its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.RENAMED if view.session_held and view.now >= view.etcd_at:
-            lock = view.lock.lock
-            assert lock is not None
-            return Decision(
-                phase=_phase(process),
-                reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
-                action=Action.RENAME,
-            )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at and process.never_ran:
-            # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
-            return Decision(
-                phase=Phase.STARTING,
-                reason="its lock is gone and its guest has not run yet: QEMU is started anew",
-                action=Action.KILL,
-                wake_at=view.now + LOCK_POLL_S,
-            )
-        case Claim.ABSENT if view.session_held and view.now >= view.etcd_at:
-            return Decision(
-                phase=_phase(process),
-                reason="its lock was deleted: it is written again",
-                action=Action.REASSERT,
-            )
-        case _:
-            pass
+    if (ruled := by_its_lock(view, process)) is not None:
+        return ruled
     if process.never_ran:
         return _before_it_runs(view, process)
     return _under_guard(view, _while_it_runs(view, process))
@@ -156,8 +136,12 @@ def _before_it_runs(view: View, process: Process) -> Decision:
                 reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
                 action=Action.GIVE_UP,
             )
-        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=give_up_at)
-        return replace(due, slot=True)
+        # Its own time goes on; others need not wait for one that is silent.
+        slot_until = process.incarnation.spawned_at + SLOT_S
+        slot = view.now < slot_until
+        next_at = min(slot_until, give_up_at) if slot else give_up_at
+        due = _when(view, process.connect_at, Action.CONNECT, Phase.STARTING, "QEMU is starting", or_at=next_at)
+        return replace(due, slot=slot)
     lock = view.lock.lock
     if view.claim is not Claim.MINE or lock is None:
         return Decision(
@@ -183,7 +167,7 @@ def _before_it_runs(view: View, process: Process) -> Decision:
 
 def _under_guard(view: View, decision: Decision) -> Decision:
     """`decision`, once a process that runs is under guard: nothing but its forced end goes before that."""
-    if view.guarded is not False or decision.action in {Action.QUIT, Action.KILL}:
+    if view.guarded is not False or decision.action in {Action.FINISH, Action.QUIT, Action.KILL}:
         return decision
     if view.now >= view.guard_at:
         return replace(decision, action=Action.GUARD, wake_at=None)
@@ -194,13 +178,15 @@ def _under_guard(view: View, decision: Decision) -> Decision:
 
 def _while_it_runs(view: View, process: Process) -> Decision:
     """The guest runs, or may have run."""
+    if process.run_state == POWERED_OFF and (over := _power_off(view, process)) is not None:
+        return over
     aim, why = goal(view)
     wish = view.wish
     restart = (
         aim is Goal.RUN
         and wish is not None
         and wish.restart_request is not None
-        and (wish.restart_request != process.incarnation.restart_request)
+        and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
     )
     if aim is Goal.STOP or restart:
         return _stop(view, process, "a restart was asked for" if restart else why)
@@ -208,32 +194,41 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         reason = "runs, but QEMU does not answer on QMP" if process.silent_since else "runs; QMP is being connected"
         return _when(view, process.connect_at, Action.CONNECT, Phase.RUNNING, reason)
     if view.now >= process.probe_at:
-        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.PROBE)
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.PROBE)
+    tidy = _has_to_tidy(view, aim)
+    if tidy and view.session_held and view.now >= view.etcd_at:
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.TIDY)
+    if view.now >= process.plug_at:
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.PLUG)
     if view.now >= process.grow_at:
-        return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), action=Action.GROW)
-    next_at = min(process.probe_at, process.grow_at)
-    again_at = min(next_at, view.etcd_at) if view.claim is Claim.ABSENT else next_at
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.GROW)
+    next_at = min(process.probe_at, process.grow_at, process.plug_at)
+    again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
-    return Decision(phase=Phase.RUNNING, reason=_running(view, process, aim, why), wake_at=wake_at)
+    return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), wake_at=wake_at)
 
 
-def _running(view: View, process: Process, aim: Goal, why: str) -> str:
-    """The sentence for a machine that runs and shall."""
-    said = []
-    if process.run_state not in {"running", None}:
-        said.append(f"QEMU lives, its guest does not run (QMP says {process.run_state})")
-    if process.silent_since is not None:
-        said.append("QEMU does not answer on QMP")
-    if aim is Goal.KEEP:
-        said.append(f"it runs on as it was: {why}")
-    if view.claim is Claim.UNREADABLE:
-        said.append("its lock holds what this release cannot read; delete that key and it is written anew")
-    if view.guarded is False:
-        said.append(f"no guard watches it{'' if view.guard_trouble is None else f': {view.guard_trouble}'}")
-    if not view.session_held and view.wish is not None:
-        what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
-        said.append(f"etcd is away; {what}")
-    return "; ".join(said) or "runs"
+def _has_to_tidy(view: View, aim: Goal) -> bool:
+    """Whether a placement is to be deleted that has ended, by the host that runs it now (law 10)."""
+    wish = view.wish
+    if wish is None or not wish.stale_placement or aim is not Goal.RUN:
+        return False
+    return view.claim is Claim.MINE and not view.stays
+
+
+def _power_off(view: View, process: Process) -> Decision | None:
+    """Its guest has powered itself off, and QEMU lives on (`-no-shutdown`): nothing is left of it to be kept.
+
+    None while that cannot be told to QEMU: what is last known of one that does not answer may be over.
+    """
+    said = "its guest has powered itself off, but QEMU lives on (`-no-shutdown`)"
+    stopping = process.stopping
+    if stopping is not None and stopping.quit_at is not None:
+        said += ": it was told to end"
+        return _when(view, stopping.quit_at + QUIT_WAIT_S, Action.KILL, Phase.STOPPING, said)
+    if not process.connected:
+        return None
+    return Decision(phase=Phase.STOPPING, reason=f"{said}: it is told to end", action=Action.FINISH)
 
 
 def _stop(view: View, process: Process, why: str) -> Decision:
@@ -257,21 +252,10 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
-    if claim in {Claim.LEFTOVER, Claim.BROKEN} and view.holdover is not None:
-        return Decision(
-            phase=Phase.WAITING,
-            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
-            "adopted; end that process and the instance goes on",
-            wake_at=view.now + LOCK_POLL_S,
-        )
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if view.wish is not None and pauses(view.memory, view.wish, view.now):
-        return Decision(
-            phase=Phase.BACKOFF,
-            reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
-            wake_at=view.memory.not_before,
-        )
+    if (not_yet := for_other_hosts(view) or _pause(view)) is not None:
+        return not_yet
     match claim:
         case Claim.UNKNOWN:
             return Decision(phase=Phase.WAITING, reason=f"its lock has not been read yet: {_etcd_trouble(view)}")
@@ -306,6 +290,17 @@ def _without_process(view: View) -> Decision:
             assert_never(claim)
 
 
+def _pause(view: View) -> Decision | None:
+    """Wait after an end that nobody asked for."""
+    if view.wish is None or not pauses(view.memory, view.wish, view.now):
+        return None
+    return Decision(
+        phase=Phase.BACKOFF,
+        reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
+        wake_at=view.memory.not_before,
+    )
+
+
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     """No process, and none wanted."""
     if view.wish is None:
@@ -320,12 +315,21 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
             # Deleted, the lock would take with it what there is to fence.
             return _with_etcd(view, Action.FENCE, phase, f"{why}; the earlier ones of its QEMUs are being fenced")
         return _with_etcd(view, Action.RELEASE, phase, why)
-    if aim is Goal.STOP and (view.leaving is not None or view.wish.keys == 0 or view.wish.host != view.me):
+    if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
+        return _with_etcd(view, Action.TIDY, phase, why)
+    left = view.leaving is not None or view.wish.keys == 0 or view.wish.runs_on != view.me
+    if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
         return _with_etcd(view, Action.LOOK, phase, why)
     return Decision(phase=phase, reason=why)
+
+
+def _is_placed_by_us(wish: Wish, me: HostName) -> bool:
+    """Whether a placement that has ended is this host's to delete: it was placed here, or nothing is left of it."""
+    placement = wish.placed.placement
+    return wish.keys == 0 or wish.runs_on == me or (placement is not None and placement.host == me)
 
 
 def _held_elsewhere(view: View) -> Decision:
@@ -436,7 +440,3 @@ def _etcd_trouble(view: View) -> str:
     if view.etcd_trouble is not None:
         return view.etcd_trouble
     return "etcd is being asked" if view.session_held else "this host has no session with etcd"
-
-
-def _phase(process: Process) -> Phase:
-    return Phase.STARTING if process.never_ran else Phase.RUNNING

@@ -18,6 +18,10 @@ VERSION = 1
 """Version of the lock's value. A reader leaves a newer one alone, as a stranger's."""
 
 
+ANOTHER_HISTORY = "another history of etcd"
+"""Stands for a host in `Lock.taken_from` where nobody knows which."""
+
+
 class LockState(StrEnum):
     """How far the holder has come."""
 
@@ -119,6 +123,7 @@ def take(
     storage: Storage,
     epoch_floor: int = 0,
     closed: bool = False,
+    doubted: bool = False,
 ) -> Lock:
     """The value with which `host` takes a lock: a free one, its own dead incarnation's, or a dead host's (law 4).
 
@@ -131,12 +136,15 @@ def take(
         incarnation: name of the QEMU process to come.
         storage: what that process may write to.
         epoch_floor: the last epoch known from elsewhere (the status key), for a lock that was deleted.
+        doubted: whoever had it since may not be on record, because etcd has another history.
         closed: the process of `previous` is proven gone, and has closed its disks in order: nothing of it is left.
     """
     unproven = (
         () if previous is None else tuple(dict.fromkeys((*previous.fence, *(() if closed else previous.clients))))
     )
     taken_from = None if previous is None else _taken_from(previous, host, boot_id)
+    if taken_from is None and doubted:
+        taken_from = ANOTHER_HISTORY
     last = epoch_floor if previous is None else max(previous.epoch, epoch_floor)
     return Lock(
         host=host,

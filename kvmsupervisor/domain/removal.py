@@ -1,24 +1,32 @@
-"""The mass-removal hold: many machines of one host lose their keys at once, and a person shall say that it is meant.
+"""Orders that are held until a person confirms them, because they may be nobody's order.
 
-A wrong prefix, an empty etcd or a slipped `etcdctl del --prefix` looks like an order to shut everything down.
+A wrong prefix, an empty etcd or a slipped `etcdctl del --prefix` looks like an order to shut everything down; an etcd
+that was restored from a backup looks like one to remove, move or switch off whatever has changed since.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
 
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.incarnation import Memory
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.spec import Power, RawValue, Wish
+from kvmsupervisor.domain.wishes import SECRET_KEYS
 
 ALWAYS_ALLOWED = 2
 """So many removals within the window are never held, however few instances there are."""
+
+SHOWN_CHARS = 200
+"""How much of a value is kept to be shown. Arbitrary: a line or two."""
 
 
 class RemovalGuard:
     """Judges removals of one host's instances.
 
     Attributes:
-        held: the instances whose removal waits for an operator's word.
+        held: the instances of which an order waits for an operator's word.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -26,22 +34,22 @@ class RemovalGuard:
         self._window_s = window_s
         self._recent: deque[tuple[float, InstanceId]] = deque()
 
-    def judge(self, removed: Set[InstanceId], present: Set[InstanceId], now: float) -> Set[InstanceId]:
-        """Tell which of the instances that were just `removed` are to be held.
+    def judge(self, removed: Set[InstanceId], running: Set[InstanceId], now: float) -> Set[InstanceId]:
+        """Tell which of the running instances that were just `removed` are to be held.
 
-        Held are all of this batch, when it and what the window has seen before it make more than half of what the
-        host had, and more than two.
+        Held are all of this batch, when it and what the window has seen before it make more than half of what ran on
+        the host, and more than two. What does not run has no guest to lose.
 
         Args:
-            removed: those whose `host` or all keys went in one batch.
-            present: all instances of this host, those that are being shut down included.
+            removed: those whose `host` or all keys went in one batch, and whose QEMU lives.
+            running: all instances of this host whose QEMU lives, those that are being shut down included.
             now: CLOCK_BOOTTIME.
         """
         while self._recent and self._recent[0][0] <= now - self._window_s:
             self._recent.popleft()
         self._recent.extend((now, instance) for instance in removed)
         gone = {instance for _, instance in self._recent}
-        if len(gone) > ALWAYS_ALLOWED and 2 * len(gone) > len(gone | present):
+        if len(gone) > ALWAYS_ALLOWED and 2 * len(gone) > len(gone | running):
             self.held |= removed
         return self.held & removed
 
@@ -51,3 +59,74 @@ class RemovalGuard:
         self.held -= freed
         self._recent = deque(entry for entry in self._recent if entry[1] not in freed)
         return freed
+
+
+def names_no_host(wish: Wish) -> bool:
+    """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
+    return wish.host is None and not any(problem.key == "host" for problem in wish.problems)
+
+
+def ends_it(wish: Wish, me: str) -> bool:
+    """Whether these keys would end the machine that runs on this host."""
+    bad_host = wish.host is None and not names_no_host(wish)
+    elsewhere = names_no_host(wish) or wish.is_elsewhere(HostName(me))
+    return (elsewhere and not bad_host) or wish.power is Power.OFF
+
+
+def order_of(wish: Wish) -> str:
+    """What tells an order from another one: a person who writes `host` or `power` again has given another."""
+    written = f"{wish.host_revision}:{wish.power_revision}:{wish.placed.revision}"
+    return written if wish.host is not None else "removed"
+
+
+def why_held(wish: Wish, way_out: str = "`kvmsupervisor confirm-removal` lets it go on") -> str:
+    """The same for people, of an order that came with another history, and what ends the hold."""
+    what = "its removal" if wish.host is None else f"its move to {wish.runs_on}"
+    if wish.host is not None and wish.power is Power.OFF:
+        what = "`power=off`"
+    return f"{what} came with another history of etcd (restored, or its data lost) and is held; {way_out}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """An order that came with another history.
+
+    Attributes:
+        order: which, see `order_of`.
+        why: for people.
+        stood: the values that its keys had before, of those that differ; empty where they are not known.
+    """
+
+    order: str
+    why: str
+    stood: Mapping[str, str]
+
+
+def noting(memory: Memory, wish: Wish, *, held: bool, hold: Hold | None) -> Memory:
+    """What to remember of an order that is held, for a successor."""
+    return replace(
+        memory,
+        held=held,
+        held_as=None if hold is None else hold.order or None,
+        held_why="" if hold is None else hold.why,
+        stood=None if hold is None else hold.stood,
+        restart_seen=memory.restart_seen if wish.restart_request == memory.restart_seen else None,
+    )
+
+
+def hold_of(memory: Memory) -> Hold | None:
+    """What is held, where more than that is remembered."""
+    if not memory.held or (memory.stood is None and memory.held_as is None):
+        return None
+    return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
+
+
+def differing(before: Mapping[bytes, RawValue], now: Mapping[bytes, RawValue]) -> dict[str, str]:
+    """The values that keys had before, of those that are gone or differ now; cut to `SHOWN_CHARS`."""
+    return {
+        (key := name.decode(errors="replace")): (
+            "(not shown)" if key in SECRET_KEYS else raw.value.decode(errors="replace").strip()[:SHOWN_CHARS]
+        )
+        for name, raw in sorted(before.items())
+        if name not in now or now[name].value != raw.value
+    }

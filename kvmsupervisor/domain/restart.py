@@ -77,6 +77,18 @@ def rests(ended: Ended, wish: Wish) -> bool:
     return not fresh_order and _stays_down(wish.restart, clean=ended.clean)
 
 
+def in_another_history(memory: Memory, wish: Wish) -> Memory:
+    """What to remember once etcd has another history, in which the wish is this: its revisions tell no new order."""
+    ended = memory.ended and replace(
+        memory.ended,
+        host_revision=wish.host_revision,
+        power_revision=wish.power_revision,
+        restart_request=wish.restart_request,
+    )
+    pause = (wish.revision, wish.keys) if memory.keys else (memory.revision, memory.keys)
+    return replace(memory, restart_seen=wish.restart_request, ended=ended, revision=pause[0], keys=pause[1])
+
+
 def _stays_down(policy: RestartPolicy, *, clean: bool) -> bool:
     match policy:
         case RestartPolicy.ALWAYS:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import HostName, InstanceId, parse_id
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, RestartPolicy, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 
@@ -57,6 +59,12 @@ def is_same_host(holder: str, host: str | None) -> bool:
     return host is not None and holder.partition("/")[0] == host
 
 
+def is_in_container(instance: InstanceId, host: str, holders: Collection[str]) -> bool:
+    """Whether one of these is a container in single mode on `host` that runs, or wants to run, this very instance."""
+    mine = f"{host}/{instance}"
+    return any(one == mine or one.startswith(f"{mine}@") for one in holders)
+
+
 def is_single(holder: str) -> bool:
     """Whether this is the name of a container in single mode."""
     return "/" in holder
@@ -74,6 +82,7 @@ def single_wish(
     overrides: Mapping[str, str],
     host: HostName,
     holder: HostName,
+    placed: Placed = NOT_PLACED,
 ) -> Wish:
     """The wish of an instance that runs in single mode.
 
@@ -81,10 +90,13 @@ def single_wish(
     there is no instance, whatever the environment says. What limits it are the container's own limits.
     """
     over = {key.encode(): RawValue(text.encode(errors="surrogateescape"), 0) for key, text in overrides.items()}
-    wish = parse_wish(instance, {**keys, **over} if keys else {})
+    wish = parse_wish(instance, {**keys, **over} if keys else {}, placed)
     spec = None if wish.spec is None else replace(wish.spec, cpu_shares=None, memory_limit_mib=None)
-    wish = replace(wish, spec=spec)
-    return replace(wish, host=holder if wish.host == host else wish.host, restart=RestartPolicy.NEVER)
+    wish = replace(wish, spec=spec, restart=RestartPolicy.NEVER)
+    placement = wish.placed.placement
+    if placement is not None and placement.host == host:
+        wish = replace(wish, placed=replace(wish.placed, placement=replace(placement, host=holder)))
+    return replace(wish, host=holder if wish.host == host else wish.host)
 
 
 def refusal(wish: Wish, *, holder: HostName, host: HostName, problems: tuple[Problem, ...], prefix: str) -> str | None:
@@ -100,8 +112,9 @@ def refusal(wish: Wish, *, holder: HostName, host: HostName, problems: tuple[Pro
     where = f"{prefix}/{wish.instance}"
     if wish.keys == 0:
         return f"there is no instance {wish.instance}: no key below {where}/"
-    if wish.host not in {None, holder}:
-        return f"{where}/host is {wish.host}, this host is {host}: {wish.instance} is not run here"
+    if wish.is_elsewhere(holder):
+        said = f"{where}/host is {wish.host}" if wish.placement is None else f"{wish.instance}: {where_else(wish)}"
+        return f"{said}, this host is {host}: {wish.instance} is not run here"
     if wish.host is None and not any(problem.key == "host" for problem in problems):
         return f"{where}/host is missing; it names the host that runs {wish.instance}, and this host is {host}"
     if problems:

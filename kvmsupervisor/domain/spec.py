@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kvmsupervisor.domain import records
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
 
 DEFAULT_MACHINE = "q35"
 
@@ -211,6 +212,7 @@ class Wish:
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
+        placed: its placement key, a fact that stands beside them.
     """
 
     instance: InstanceId
@@ -227,6 +229,34 @@ class Wish:
     problems: tuple[Problem, ...] = ()
     revision: int = 0
     keys: int = 0
+    placed: Placed = NOT_PLACED
+
+    @property
+    def placement(self) -> Placement | None:
+        """The placement that stands in for `host`; None when none does."""
+        placement = self.placed.placement
+        return placement if placement is not None and placement.stands(self.host_revision) else None
+
+    @property
+    def runs_on(self) -> str | None:
+        """Where it shall run (law 10): on `host`, or where it is placed while that stands in for it."""
+        placement = self.placement
+        return self.host if placement is None else placement.host
+
+    def is_elsewhere(self, me: str) -> bool:
+        """Whether it shall run on another host than `me`. Where it is placed by what cannot be read, nobody knows."""
+        return self.runs_on not in {None, me} and not self.placed.is_damaged
+
+    @property
+    def stale_placement(self) -> int:
+        """`mod_revision` of a placement that stands in for nothing any more; 0 when there is none."""
+        ended = self.keys == 0 or (self.placement is None and not self.placed.is_damaged)
+        return self.placed.revision if ended else 0
+
+    @property
+    def ground(self) -> Ground:
+        """What a write of its lock compares (law 2)."""
+        return Ground(self.host_revision, self.placed.revision)
 
 
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:

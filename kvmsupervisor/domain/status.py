@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse, shallow
+from kvmsupervisor.domain.run_state import RUNNING
 from kvmsupervisor.domain.words import is_name
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -49,9 +51,15 @@ class Status:
         machine: the versioned machine type that the guest knows, from its first start on.
         machine_key: the value of `machine` that this was found for: another value is looked up anew.
         notice: what else a person should know of the running machine, or None.
-        held: whether the removal of its keys waits for `confirm-removal`.
+        held: whether what its keys have come to waits for `confirm-removal`.
+        stood: while it does, the values that its keys had before, of those that differ.
         agent: what the guest's agent said last of the guest, None when it never did.
+        run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
+            `running` only.
+        unplugged: what is to be said of its NICs while one is not plugged into its bridge.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
+        placed_for: the host in whose place this one runs it (law 10), None where it is its own.
+        awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
     """
 
     id: str
@@ -74,6 +82,21 @@ class Status:
     held: bool = False
     agent: GuestFacts | None = None
     guarded: bool | None = None
+    stood: Mapping[str, str] | None = None
+    run_state: str | None = None
+    unplugged: tuple[str, ...] = ()
+    placed_for: str | None = None
+    awaited_host: str | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether its guest runs."""
+        return self.pid is not None and self.run_state == RUNNING
+
+    @property
+    def halted(self) -> str | None:
+        """The run state of a guest that should run and does not although its QEMU lives; None for any other."""
+        return self.run_state if self.phase is Phase.RUNNING and self.run_state != RUNNING else None
 
     @property
     def tells_of_a_process(self) -> bool:
@@ -87,6 +110,7 @@ class Status:
             "phase": self.phase.value,
             "pending": list(self.pending),
             "problems": list(self.problems),
+            "unplugged": list(self.unplugged),
             "agent": None if self.agent is None else asdict(self.agent),
         }
 

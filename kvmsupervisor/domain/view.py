@@ -7,26 +7,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
 from kvmsupervisor.domain.status import Phase
-
-NEVER_RAN = "prelaunch"
-"""QMP run state of a QEMU started with -S whose guest has not run."""
-
-
-RUNNING = "running"
-"""QMP run state of a machine whose guest runs."""
-
-PANICKED = "guest-panicked"
-"""QMP run state of a machine whose guest has panicked; by default QEMU ends then."""
 
 
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
+    READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch would tell"
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
@@ -41,11 +34,14 @@ class Action(Enum):
     GUARD = "have the guard watch it"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
+    PLUG = "plug its NICs in again"
     GROW = "look whether its images were grown, and tell QEMU"
     POWERDOWN = "press the power button"
+    FINISH = "tell QEMU to end whose guest has powered itself off"
     QUIT = "tell QEMU to end"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
+    TIDY = "delete a placement that stands in for nothing any more"
     BURY = "take the process's end to the books, delete its record"
     RELEASE = "delete the lock of a process that is proven gone"
     FORGET = "nothing of it is ours any more"
@@ -73,6 +69,8 @@ class Process:
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
         grow_at: when its images are to be looked at again; never for a machine without.
+        unplugged: what is to be said of its NICs, for people; empty when all are plugged in as they were.
+        plug_at: when a NIC is to be plugged in again; never while all are.
         silent_since: since when it owes an answer, None when it answers.
         stopping: how far a stop has come, None when none was begun.
         asked: whether this supervisor has asked it to end; its end is no failure then.
@@ -86,6 +84,8 @@ class Process:
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
+    unplugged: tuple[str, ...] = ()
+    plug_at: float = math.inf
     silent_since: float | None = None
     stopping: Stopping | None = None
     asked: bool = False
@@ -94,6 +94,43 @@ class Process:
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
         return self.run_state == NEVER_RAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftAlone:
+    """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
+
+    Attributes:
+        reason: why, and what would end it, for people.
+        pid: of the living QEMU that it tells of, as far as that is known.
+        starttime: of that process, clock ticks since boot.
+        look_at: when it is to be read again, CLOCK_BOOTTIME.
+    """
+
+    reason: str
+    pid: int | None = None
+    starttime: int | None = None
+    look_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Another host where an instance shall run, as it is seen from here.
+
+    Attributes:
+        there: whether it has a session; None when not known.
+        drains: whether it says that it stops all its guests.
+        meant: a host that has a session and was probably meant, when it has none; None when none comes close.
+    """
+
+    there: bool | None = None
+    drains: bool = False
+    meant: str | None = None
+
+    @property
+    def receives(self) -> bool:
+        """Whether somebody is there to move to."""
+        return self.there is True and not self.drains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +160,11 @@ class View:
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
-        held: removal of its keys waits for an operator's word; `wish` is what stood before.
+        left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
+        mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
+        held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
+        held_why: how that came about, for people; empty for a mass removal.
+        era: the history of etcd that it is decided in.
         draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
         leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
@@ -134,6 +175,7 @@ class View:
         buried: incarnation of the last process whose end was taken to the books here; None when there was none.
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
+        target: the host where it shall run, when that is another, as it is seen from here.
         holdover: pid of a QEMU of ours that lives without a record in the run directory.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
@@ -158,7 +200,11 @@ class View:
     boot_id: str
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
+    left_alone: LeftAlone | None = None
+    mismatch: str | None = None
     held: bool = False
+    held_why: str = ""
+    era: Era = FIRST_ERA
     draining: bool = False
     leaving: str | None = None
     session_held: bool = True
@@ -169,6 +215,7 @@ class View:
     buried: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
+    target: Target = field(default_factory=Target)
     holdover: int | None = None
     claimed_by: HostName | None = None
     looked: bool = True
@@ -187,10 +234,35 @@ class View:
     shutdown_timeout_s: float = 120.0
 
     @property
+    def is_strange(self) -> bool:
+        """Whether the lock is another cluster's, so that it says nothing of this process."""
+        lock = self.lock.lock
+        return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the lock is older than the process: it was restored, or written by hand, and is no takeover."""
+        lock, process = self.lock.lock, self.process
+        if lock is None or process is None:
+            return False
+        return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
+
+    @property
     def claim(self) -> Claim:
         """What the lock means to us: to the process's incarnation, or to the one that is planned."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
         return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it stays here although it shall run elsewhere: a move needs somebody to move to (DESIGN §4).
+
+        It begins when that host has a session, and this one has, to hand the lock over. Here is where its QEMU is, or
+        where its lock says that it was.
+        """
+        if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
+            return False
+        return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

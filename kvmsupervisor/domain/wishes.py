@@ -13,6 +13,7 @@ from typing import TypeVar
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import media_url
+from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     Disk,
@@ -28,7 +29,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show_bytes
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, invisible, nearest, plain, show_bytes
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -67,6 +68,12 @@ WISH_KEYS = (
 NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
 """The names of the wishes that a machine may have several of, n counting from 1."""
 
+ALL_NUMBERED_KEYS = (
+    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge")),
+    *(f"disk/{number}" for number in range(1, DISKS)),
+)
+"""Every name that those can have."""
+
 SECRET_KEYS = frozenset({"spice_password"})
 """Keys whose values are shown nowhere."""
 
@@ -95,7 +102,12 @@ RESERVED_FLAGS = {
 """QEMU options that `extra_flags` may not hold, and why: with them a running QEMU would be lost sight of."""
 
 
-def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
+_A_PLACEMENT = (
+    "JSON with host, why, since, of, as supervisors write it; delete that key, and `host` alone says where it runs"
+)
+
+
+def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Placed = NOT_PLACED) -> Wish:
     """Parse the keys of one instance. Never raises, whatever the bytes are.
 
     A key that is sound counts even where another is not: `power=off` beside a bad `ram` stops the machine.
@@ -104,9 +116,10 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         instance: whose keys they are.
         keys: what follows `/kvm/<id>/` in each key, as bytes (it may be anything, slashes included), with
             its value. The lock is not among them.
+        placed: its placement key. One that cannot be read is a problem: nothing is started on its ground.
     """
     if not keys:
-        return Wish(instance=instance)
+        return Wish(instance=instance, placed=placed)
     reader = _Reader(keys)
     host = reader.read("host", values.host_name, None)
     hosts = reader.read("hosts", _hosts, ())
@@ -139,6 +152,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
     reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
     reader.limit(spec)
+    if placed.is_damaged:
+        reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
     return Wish(
         instance=instance,
@@ -155,6 +170,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue]) -> Wish:
         problems=problems,
         revision=max(raw.mod_revision for raw in keys.values()),
         keys=len(keys),
+        placed=placed,
     )
 
 
@@ -233,17 +249,14 @@ class _Reader:
         return (*known, _unknown_keys(unknown)) if unknown else known
 
 
-_WISH_KEY_BYTES = frozenset(name.encode() for name in WISH_KEYS)
-
-
 _NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
 _DISK_KEY = re.compile(rf"disk/([1-9]|1[0-{DISKS - 11}])".encode())
 
+_KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
+
 
 def _is_known(key: bytes) -> bool:
-    if key in _WISH_KEY_BYTES or key == FREE_KEY.encode() or key.startswith(FREE_KEY_PREFIX.encode()):
-        return True
-    return bool(_NIC_KEY.fullmatch(key) or _DISK_KEY.fullmatch(key))
+    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode())
 
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:
@@ -330,7 +343,8 @@ def _shown(name: str, value: bytes) -> str:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
-    return show_bytes(public_value(name, value))
+    held = invisible(value.decode(errors="replace"))
+    return show_bytes(public_value(name, value)) + ("" if held is None else f", which holds {held}")
 
 
 _power = values.choice(Power, "it")

@@ -20,9 +20,11 @@ from kvmsupervisor.adapters.metrics import (
 )
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
 
+HERE = HostName("alpha")
 ONE, TWO = InstanceId("1"), InstanceId("web.two-2_x")
 
 CONTRACT = {
@@ -33,13 +35,19 @@ CONTRACT = {
     "qemu_privileged": "gauge",
     "guests_survive": "gauge",
     "guard_memory_locked": "gauge",
+    "identity_mismatch": "gauge",
     "removals_held": "gauge",
+    "orphans": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",
+    "instance_run_state": "gauge",
+    "instance_nic_plugged": "gauge",
     "instance_lock_epoch": "gauge",
     "instance_pending_changes": "gauge",
     "instance_invalid": "gauge",
     "instance_unguarded": "gauge",
+    "instance_host_absent": "gauge",
+    "instance_placed": "gauge",
     "instance_info": "gauge",
     "instance_memory_bytes": "gauge",
     "instance_guest_memory_bytes": "gauge",
@@ -50,10 +58,13 @@ CONTRACT = {
     "instance_cpu_seconds_total": "counter",
     "instance_starts_total": "counter",
     "instance_exits_total": "counter",
+    "instance_resets_total": "counter",
+    "instance_events_total": "counter",
     "internal_errors_total": "counter",
     "adopted_total": "counter",
     "fences_total": "counter",
     "takeovers_total": "counter",
+    "history_changes_total": "counter",
     "migrations_total": "counter",
     "start_seconds": "histogram",
 }
@@ -64,18 +75,19 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.now = Snapshot(etcd_up=False, session_remaining_s=0.0, watch_revision=0)
-        self.metrics = Metrics(lambda: self.now, version="1.2.3")
+        self.metrics = Metrics(lambda: self.now, host=HERE, version="1.2.3")
 
     def show(self, *instances: InstanceSample) -> None:
         self.now = Snapshot(
-            etcd_up=True, session_remaining_s=12.5, watch_revision=4711, removals_held=3, instances=instances
+            etcd_up=True, session_remaining_s=12.5, watch_revision=4711, removals_held=3, orphans=2, instances=instances
         )
 
     def text(self) -> str:
         return self.metrics.render()[0].decode()
 
     def value(self, name: str, **labels: str) -> float | None:
-        """The value of one sample, or None without it."""
+        """The value of one sample, or None without it; of an instance's, on this host."""
+        labels |= {"host": HERE} if "instance" in labels else {}
         for family in text_string_to_metric_families(self.text()):
             for sample in family.samples:
                 if sample.name == f"kvmsupervisor_{name}" and sample.labels == labels:
@@ -99,15 +111,17 @@ def busy(supervisor: Supervisor) -> None:
         InstanceSample(
             id=ONE,
             phase=Phase.RUNNING,
-            up=True,
+            run_state=RunState.RUNNING,
             epoch=7,
             pending=2,
             cpu_s=1.5,
             memory_bytes=123_456_789,
             accelerator="kvm",
             machine="pc-q35-7.2",
+            placed_for="beta",
             disks=[DiskCounts(name="disk0", read_bytes=11, written_bytes=12)],
             nics=[("nic0", Traffic(received_bytes=21, sent_bytes=22))],
+            plugged=[("nic0", True), ("nic1", False)],
             guest_memory=[("available", 31)],
         ),
         InstanceSample(id=TWO, phase=Phase.INVALID, invalid=True),
@@ -133,10 +147,20 @@ def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
         ("instance_network_received_bytes_total", {"nic": "nic0"}, 21),
         ("instance_network_sent_bytes_total", {"nic": "nic0"}, 22),
         ("instance_guest_memory_bytes", {"kind": "available"}, 31),
+        ("instance_nic_plugged", {"nic": "nic0"}, 1),
+        ("instance_nic_plugged", {"nic": "nic1"}, 0),
         ("instance_info", {"accelerator": "kvm", "machine": "pc-q35-7.2"}, 1),
     ):
         assert supervisor.value(name, instance=ONE, **labels) == value
     assert "instance_info{" + f'instance="{TWO}"' not in supervisor.text()
+
+
+def test_every_series_of_an_instance_names_its_host(supervisor: Supervisor) -> None:
+    """§7: two hosts that tell of one instance, while it moves, never tell of one series."""
+    busy(supervisor)
+    families = list(text_string_to_metric_families(supervisor.text()))
+    of_instances = [sample for family in families for sample in family.samples if "instance" in sample.labels]
+    assert {sample.labels.get("host") for sample in of_instances} == {HERE}
 
 
 def test_how_guests_are_kept_is_told(supervisor: Supervisor) -> None:
@@ -194,12 +218,14 @@ def test_the_alerts_of_the_page_are_rules(tmp_path: Path) -> None:
 def test_gauges_follow_the_snapshot(supervisor: Supervisor) -> None:
     """Gauges tell what is so at the scrape, not what was so at some call before."""
     assert supervisor.value("etcd_up") == 0
+    assert supervisor.value("orphans") is None
     busy(supervisor)
     assert supervisor.value("build_info", version="1.2.3") == 1
     assert supervisor.value("etcd_up") == 1
     assert supervisor.value("session_remaining_seconds") == 12.5
     assert supervisor.value("watch_revision") == 4711
     assert supervisor.value("removals_held") == 3
+    assert supervisor.value("orphans") == 2
     assert supervisor.value("instance_up", instance=ONE) == 1
     assert supervisor.value("instance_lock_epoch", instance=ONE) == 7
     assert supervisor.value("instance_pending_changes", instance=ONE) == 2
@@ -223,6 +249,23 @@ def test_exactly_one_phase_is_1(supervisor: Supervisor, phase: Phase) -> None:
     supervisor.show(InstanceSample(id=ONE, phase=phase))
     found = {each: supervisor.value("instance_phase", instance=ONE, phase=each) for each in Phase}
     assert found == {each: float(each is phase) for each in Phase}
+
+
+@pytest.mark.parametrize("state", RunState)
+def test_up_means_that_the_guest_runs(supervisor: Supervisor, state: RunState) -> None:
+    """§4: a guest that does not run although QEMU lives is `running`, but not up, and its run state is told."""
+    supervisor.show(InstanceSample(id=ONE, phase=Phase.RUNNING, run_state=state))
+    assert supervisor.value("instance_up", instance=ONE) == (state is RunState.RUNNING)
+    found = {each: supervisor.value("instance_run_state", instance=ONE, state=each) for each in RunState}
+    assert found == {each: float(each is state) for each in RunState}
+
+
+def test_run_states_are_a_small_set() -> None:
+    """A label has a fixed set of values, whatever a newer QEMU says."""
+    told = ("running", "io-error", "prelaunch", "other", "unknown", "a-new-one", None)
+    assert [RunState.of(state).value for state in told] == [
+        "running", "io-error", "other", "other", "other", "other", "unknown",
+    ]  # fmt: skip
 
 
 def test_without_a_process_there_is_no_usage(supervisor: Supervisor) -> None:
@@ -299,4 +342,4 @@ def test_making_metrics_asks_for_nothing() -> None:
     def premature() -> Snapshot:
         raise AssertionError("asked before anybody scraped")
 
-    Metrics(premature, version="1")
+    Metrics(premature, host=HERE, version="1")

@@ -17,6 +17,7 @@ import pytest
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.process import (
+    Hidden,
     Process,
     SpawnFailed,
     find,
@@ -227,9 +228,27 @@ async def test_what_cannot_be_watched_is_not_kept(start: Spawn, monkeypatch: pyt
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "pidfd_open", refused)
-    with pytest.raises(SpawnFailed, match="cannot watch /bin/sleep: Too many open files"):
+    with pytest.raises(OSError, match="Too many open files"):
         start("/bin/sleep", "61.25", environment={"KVS_UNWATCHED": "1"})
     assert list(find({"KVS_UNWATCHED": "1"})) == []
+
+
+async def test_a_shortage_is_no_sign_that_a_process_has_gone(start: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor to look with, what lives is not taken for gone: it would be started a second time."""
+    process = start("/bin/sleep", "60")
+    await begun(process)
+
+    def refused(*args: object, **more: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for function in ("pidfd_open", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, refused)
+            if function == "open":
+                patch.setattr("pathlib.Path.read_text", refused)
+            assert is_alive(process.pid, process.starttime)
+            with pytest.raises(Hidden, match="Too many open files"):
+                reopen(process.pid, starttime=process.starttime, marks=MARKS, on_end=nothing)
 
 
 # --- found again (law 8) --------------------------------------------------------------------------------------

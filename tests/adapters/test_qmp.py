@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.adapters.qmp import Monitor, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.qmp import TURN_MESSAGES, Monitor, MonitorLost, MonitorRefused, MonitorSilent
 
 LIMIT_S = 5.0
 SHORT_S = 0.05
@@ -250,6 +250,49 @@ async def test_events_come_in_order_and_before_the_loss(server: Server, told: To
         server.writer.close()
         await told.end()
     assert told.all == [*(f"E {{'n': {number}}}" for number in range(50)), "BARE", "lost"]
+
+
+async def test_a_flood_of_events_leaves_the_loop_to_others(server: Server, told: Told) -> None:
+    """However many events come at once, others have their turn after a few; none is lost, an answer comes through."""
+    between: list[int] = []
+    flood = [{"event": "RESET", "data": {"number": number}} for number in range(3000)]
+
+    async def flooded(server: Server, request: Mapping[str, Any]) -> None:
+        server.writer.write(b"".join(json.dumps(event).encode() + b"\n" for event in flood))
+        await server.done(request)
+
+    async def look() -> None:
+        seen = 0
+        while True:
+            await asyncio.sleep(0)
+            between.append(len(told.all) - seen)
+            seen = len(told.all)
+
+    async with connected(server.path, told) as monitor:
+        server.answer = flooded
+        looking = asyncio.create_task(look())
+        assert await monitor.execute("query-status", timeout_s=LIMIT_S) == {"to": "query-status"}
+        looking.cancel()
+        assert told.all == [f"RESET {event['data']}" for event in flood]
+        assert max(between) <= TURN_MESSAGES
+        # It reads on afterwards.
+        assert await monitor.execute("query-status", timeout_s=LIMIT_S) == {"to": "query-status"}
+    assert len(told.all) == 6000
+
+
+async def test_the_end_of_a_flood_is_heard(server: Server, told: Told) -> None:
+    """A QEMU that ends in the middle of it: every event it has sent comes before the loss, in order."""
+
+    async def last_words(server: Server, request: Mapping[str, Any]) -> None:
+        server.writer.write(b"".join(b'{"event": "E%d"}\n' % number for number in range(1000)))
+        server.writer.close()
+
+    async with connected(server.path, told) as monitor:
+        server.answer = last_words
+        with pytest.raises(MonitorLost):
+            await monitor.execute("query-status", timeout_s=LIMIT_S)
+        await told.end()
+    assert told.all == [*(f"E{number}" for number in range(1000)), "lost"]
 
 
 async def test_drained_waits_for_the_last_event(server: Server, told: Told) -> None:

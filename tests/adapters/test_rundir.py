@@ -226,9 +226,8 @@ def test_a_socket_that_cannot_be_bound_leaves_no_descriptor(path: Path) -> None:
 
 
 def say(directory: InstanceDir, text: bytes) -> None:
-    descriptor = directory.open_log()
-    os.write(descriptor, text)
-    os.close(descriptor)
+    with directory.qemu_log.open("ab") as log:
+        log.write(text)
 
 
 def test_the_tail_begins_behind_the_offset(directory: InstanceDir) -> None:
@@ -250,39 +249,13 @@ def test_only_the_end_of_a_long_log_is_read(directory: InstanceDir) -> None:
     assert len(tail[0]) < 100
 
 
-async def test_a_rotated_log_is_all_newer_than_the_offset(directory: InstanceDir) -> None:
+def test_a_rotated_log_is_all_newer_than_the_offset(directory: InstanceDir) -> None:
     """Law: after a rotation the words behind a greater offset are found all the same."""
     say(directory, b"x" * 1000)
     offset = directory.log_size()
-    assert await directory.rotate_logs(max_bytes=10, keep=1) == [directory.qemu_log]
+    directory.qemu_log.rename(directory.path / "qemu.log.1")
     say(directory, b"why\n")
     assert directory.log_tail(offset) == ["why"]
-
-
-async def test_rotation_keeps_so_many_and_the_writer_goes_on(directory: InstanceDir) -> None:
-    """Law: whoever has the log open goes on writing at its beginning, without a hole; old ones are counted up."""
-    writer = directory.open_log()
-    try:
-        for number in range(5):
-            os.write(writer, f"{number}".encode() * 100)
-            assert await directory.rotate_logs(max_bytes=99, keep=3) == [directory.qemu_log]
-            assert directory.log_size() == 0
-        os.write(writer, b"end")
-    finally:
-        os.close(writer)
-    logs = {entry.name: entry.read_bytes()[:3] for entry in directory.path.iterdir()}
-    assert logs == {"qemu.log": b"end", "qemu.log.1": b"444", "qemu.log.2": b"333", "qemu.log.3": b"222"}
-
-
-async def test_short_logs_are_left_alone_and_none_may_be_kept(directory: InstanceDir) -> None:
-    """Law: only what is longer than the limit is cut, the console's log too; `keep` may be 0."""
-    say(directory, b"x" * 10)
-    directory.console_log.write_bytes(b"y" * 11)
-    assert await directory.rotate_logs(max_bytes=10, keep=0) == [directory.console_log]
-    assert {entry.name: entry.stat().st_size for entry in directory.path.iterdir()} == {
-        "qemu.log": 10,
-        "console.log": 0,
-    }
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
@@ -348,3 +321,24 @@ def test_a_number_that_is_another_process_is_never_signalled(tmp_path: Path, pid
             RunDir(tmp_path).signal_supervisor()
     finally:
         holder.release()
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_locks_and_records_are_for_their_owner_only(path: Path, umask: int) -> None:
+    """Law: whoever may read a file may lock it, so nobody else may read one; an earlier release's is made so."""
+    path.mkdir(exist_ok=True)
+    (path / "_supervisor.lock").touch()
+    (path / "_supervisor.lock").chmod(0o644)
+    before = os.umask(umask)
+    try:
+        run_dir = RunDir(path)
+        run_dir.acquire()
+        run_dir.mark_draining("boot")
+        os.close(run_dir.open_guard_log())
+        run_dir.instance(InstanceId("a")).create()
+        run_dir.instance(InstanceId("a")).write_memory(Memory(boot_id="boot"))
+        run_dir.release()
+    finally:
+        os.umask(before)
+    found = {file.name: file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
+    assert found == dict.fromkeys(("_supervisor.lock", "_draining", "_guard.log", "memory.json"), 0o600)

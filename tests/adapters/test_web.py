@@ -255,6 +255,13 @@ class TestPage:
         ):  # fmt: skip
             assert expected in words
 
+    def test_a_guest_that_does_not_run_is_told_from_one_that_does(self, face: Face) -> None:
+        """§4: the phase says what QEMU does; a guest that is halted in it is marked, with its run state."""
+        face.view.statuses = [a_status("1", run_state="running"), a_status("2", run_state="io-error")]
+        page = face.page()
+        assert page.count('<td class="phase running">running</td>') == 1
+        assert page.count('<td class="phase halted">running (io-error)</td>') == 1
+
     def test_says_whether_it_is_in_step(self, face: Face) -> None:
         """A page of old facts says so."""
         face.view.is_ready = (False, "no session: etcd is away")
@@ -268,7 +275,13 @@ class TestPage:
         face.view.statuses = [a_status()]
         face.view.sessions = [a_host()]
         harmless = Elements(face.page())
-        fields: dict[str, Any] = {"reason": hostile, "last_exit": hostile, "since": hostile, "problems": (hostile,)}
+        fields: dict[str, Any] = {
+            "run_state": hostile,
+            "reason": hostile,
+            "last_exit": hostile,
+            "since": hostile,
+            "problems": (hostile,),
+        }
         face.view.statuses = [a_status(**fields, pending=(hostile,))]
         face.view.sessions = [a_host(hostile, url=hostile, version=hostile, started=hostile)]
         face.view.is_ready = (True, hostile)

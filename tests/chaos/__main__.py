@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if os.geteuid() != 0 and not options.list:
         # Namespaces of an ordinary user's own: there it is root.
-        user = ["unshare", "--user", "--map-root-user", "--net"]
+        user = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
         os.execvp(user[0], [*user, sys.executable, "-m", "tests.chaos", *argv])  # noqa: S606 - the same program again
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
     terms = Terms(

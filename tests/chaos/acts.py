@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import permutations
 
-from tests.chaos.faults import Fault, Kind
+from tests.chaos.faults import PARTS, Fault, Kind, Part, Reach
 from tests.chaos.world import ChaosHost, World
 from tests.support.cluster import Qemu
 from tests.support.processes import freeze
@@ -18,6 +20,16 @@ End = Callable[[], None]
 
 WAKE_S = 0.5
 """How long a host's QEMUs have been awake before its supervisor is: they are what could do harm."""
+
+BACK_S = 2.0
+"""Between two parts of a site that come back one after the other: long enough for a supervisor to have tried."""
+
+NAMES = ("{}.example.org", "{}0", "localhost")
+"""Under what a host is started by mistake: its full name, a typo, a name that DHCP did not give."""
+
+FLOOD_LIMIT = 4 << 20
+"""What the run directory of a host may hold with one machine that floods its console, bytes: the limit of its logs
+(`KVM_LOG_MAX_BYTES` as the world sets it, times `KVM_LOG_KEEP` and one) and as much again."""
 
 
 def _nothing() -> None:
@@ -68,11 +80,48 @@ class Acts:
             Kind.MOVE: self._move,
             Kind.GARBAGE: self._garbage,
             Kind.GUARD_KILL: self._guard_kill,
+            Kind.HISTORY: self._history,
+            Kind.STORE: self._store,
+            Kind.NAME: self._name,
+            Kind.RUN_DIR: self._run_dir,
+            Kind.FLOOD: self._flood,
+            Kind.SITE_POWER: self._site_power,
         }
+        # What each fault that has begun and not ended has hold of, by its number.
+        self._held: dict[int, frozenset[tuple[Part, str]]] = {}
 
     def begin(self, fault: Fault) -> Act:
-        """Let it happen."""
-        return self._kinds[fault.kind](fault)
+        """Let it happen, unless another one has hold of what it would hit: then there is nothing to hit."""
+        wanted = self._parts(fault)
+        for other, held in self._held.items():
+            if both := sorted(f"{part.value} of {whose}" for part, whose in wanted & held):
+                return _void(fault, f"fault {other} has hold of {both[0]}")
+        act = self._kinds[fault.kind](fault)
+        if act.void:
+            return act
+        self._held[fault.number] = wanted
+
+        def end() -> None:
+            del self._held[fault.number]
+            act.end()
+
+        return replace(act, end=end)
+
+    def _parts(self, fault: Fault) -> frozenset[tuple[Part, str]]:
+        """What it has hold of, part by part; `whose` is a host or a machine, or both where all are hit."""
+        world = self._world
+        hosts = [host.name for host in world.hosts]
+        if fault.reach is not Reach.ALL:
+            hosts = [world.host_of(self._machine(fault)).name]
+        machines = [self._machine(fault)] if fault.reach is Reach.MACHINE else world.machines
+        machines = [machine for machine in machines if world.host_of(machine).name in hosts]
+        whose = {
+            Part.QEMU: machines,
+            Part.MEMBERS: ["etcd"],
+            Part.CEPH: ["the cluster"],
+            Part.KEYS: ["people"],
+        }
+        return frozenset((part, one) for part in PARTS[fault.kind] for one in whose.get(part, hosts))
 
     # --- hosts ------------------------------------------------------------------------------------------------
 
@@ -149,6 +198,48 @@ class Acts:
         host.node.lose(addresses, fault.way)
         return Act(fault=fault, whom=host.name, machines=machines, end=host.node.hear)
 
+    def _name(self, fault: Fault) -> Act:
+        host, machines = self._hit(fault)
+        if not host.running:
+            return _void(fault, host.name)
+        name = NAMES[fault.other % len(NAMES)].format(host.name)
+        host.kill9()
+        host.launch(name)
+
+        def end() -> None:
+            if host.running:
+                host.kill9()
+            host.launch()
+
+        return Act(fault=fault, whom=f"{host.name} as {name}", machines=machines, end=end)
+
+    def _run_dir(self, fault: Fault) -> Act:
+        host, machines = self._hit(fault)
+        if not host.running:
+            return _void(fault, host.name)
+        free = host.fill_run_dir()
+        host.kill9()
+        host.launch()
+
+        def end() -> None:
+            free()
+            # That it serves in a full one is promised; it is started anew only where it did not.
+            assert host.running, f"the supervisor of {host.name} ended in a full run directory:\n{host.log[-2000:]}"
+
+        return Act(fault=fault, whom=host.name, machines=machines, end=end)
+
+    def _flood(self, fault: Fault) -> Act:
+        world = self._world
+        host, machines = self._hit(fault)
+        written = world.begin_flood(host)
+
+        def end() -> None:
+            size = host.run_dir_used
+            _persistently(world.end_flood)
+            assert size < FLOOD_LIMIT, f"the run directory of {host.name} holds {size} bytes under a flood"
+
+        return Act(fault=fault, whom=host.name, machines=machines, end=end, void=not written)
+
     # --- what all share ---------------------------------------------------------------------------------------
 
     @property
@@ -157,10 +248,14 @@ class Acts:
 
     def _leader_freeze(self, fault: Fault) -> Act:
         leader = self._world.leader()
+        if leader is None:
+            return _void(fault, "nobody leads")
         return Act(fault=fault, whom=leader.name, machines=self._all, end=self._world.freeze_members([leader]))
 
     def _leader_kill(self, fault: Fault) -> Act:
         leader = self._world.leader()
+        if leader is None:
+            return _void(fault, "nobody leads")
         return Act(fault=fault, whom=leader.name, machines=self._all, end=self._world.kill_member(leader))
 
     def _quorum_loss(self, fault: Fault) -> Act:
@@ -177,6 +272,55 @@ class Acts:
     def _mon_freeze(self, fault: Fault) -> Act:
         self._world.ceph.stop_mon()
         return Act(fault=fault, whom="monitor", machines=self._all, end=self._world.ceph.thaw)
+
+    def _history(self, fault: Fault) -> Act:
+        world = self._world
+        return self._other_etcd(fault, world.restore, dict.fromkeys(world.machines, ("host",)))
+
+    def _store(self, fault: Fault) -> Act:
+        world = self._world
+        names = {machine: ("host", *world.wishes(machine)) for machine in world.machines}
+        return self._other_etcd(fault, world.wipe, names)
+
+    def _other_etcd(self, fault: Fault, change: Callable[[], None], names: Mapping[str, Sequence[str]]) -> Act:
+        """Change what etcd holds; a person writes keys again, after a while: `host` as it was, the others as ever."""
+        world = self._world
+        hosts = {machine: world.host_of(machine) for machine in world.machines}
+        change()
+
+        def end() -> None:
+            for machine, host in hosts.items():
+                wishes = {**world.wishes(machine), "host": host.name}
+                for name in sorted(names[machine], key=lambda name: name == "host"):
+                    _persistently(partial(world.keys.try_write, world.wish_key(machine, name), wishes[name]))
+            world.back_up()
+
+        return Act(fault=fault, whom="all members", machines=self._all, end=end)
+
+    def _site_power(self, fault: Fault) -> Act:
+        world = self._world
+        for host in world.hosts:
+            host.crash()
+        world.etcd.kill()
+        world.ceph.lose_power()
+
+        def boot() -> None:
+            for host in world.hosts:
+                host.reboot()
+
+        backs: dict[str, Callable[[], None]] = {
+            "hosts": boot,
+            "etcd": world.etcd.start,
+            "Ceph": world.ceph.get_power,
+        }
+        order = list(permutations(backs))[fault.other % 6]
+
+        def end() -> None:
+            for name in order:
+                backs[name]()
+                time.sleep(BACK_S)
+
+        return Act(fault=fault, whom=f"back as {', '.join(order)}", machines=self._all, end=end)
 
     # --- keys -------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ LAUNCH_S = 10.0
 """How long a supervisor may take from its start until it holds its session, for a fault to count as one that a
 successor was in time for. It takes one second; ten on a machine that is busy."""
 
+SITE_S = 20.0
+"""How long etcd, Ceph and the supervisors of a whole site may take, one after the other, until all serve again."""
+
 EARLY = 0.75
 """What part of its TTL a session has left at least when its host goes silent: it is renewed every fifth."""
 
@@ -77,7 +80,7 @@ def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # 
     # When a host is silent towards Ceph too, and not yet taken for dead.
     unnoticed = duration < EARLY * terms.ttl_s + min(terms.wait_s, PING_S)
     match fault.kind:
-        case Kind.SUPERVISOR_KILL:
+        case Kind.SUPERVISOR_KILL | Kind.NAME:
             return NOTHING if duration + LAUNCH_S < patience else fenced
         case Kind.SUPERVISOR_FREEZE | Kind.ETCD_CUT:
             return NOTHING if duration < patience else fenced
@@ -105,7 +108,11 @@ def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # 
             return Promise(away_s=LAUNCH_S, boots=1, restarts=1)
         case Kind.GUARD_KILL:
             return NOTHING
+        case Kind.SITE_POWER:
+            return Promise(away_s=duration + SITE_S + terms.dead_s, boots=1, restarts=1)
         case Kind.LEADER_FREEZE | Kind.LEADER_KILL | Kind.QUORUM_LOSS | Kind.MON_FREEZE | Kind.GARBAGE:
+            return NOTHING
+        case Kind.HISTORY | Kind.STORE | Kind.RUN_DIR | Kind.FLOOD:
             return NOTHING
 
 

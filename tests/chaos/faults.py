@@ -53,6 +53,19 @@ class Kind(StrEnum):
     """Somebody writes nonsense: into an instance's keys, and beside them. Mended after the fault's duration."""
     GUARD_KILL = "guard-kill"
     """SIGKILL for the guard of law 7, on the host of the machine that it watches; drawn where there is one."""
+    HISTORY = "another-history"
+    """etcd's data is an older backup's: of the run's beginning, or of the end of the last such fault. A person writes
+    `host` again as it was, after the fault's duration."""
+    STORE = "another-store"
+    """etcd's data is gone. A person writes all keys again, after the fault's duration."""
+    NAME = "another-name"
+    """The supervisor is killed, runs as `KVM_HOSTNAME` for the fault's duration, and then under its own name again."""
+    RUN_DIR = "run-dir-full"
+    """No byte is free in the run directory, and the supervisor is killed and started again meanwhile."""
+    FLOOD = "log-flood"
+    """One more machine on the host writes to its serial port without end."""
+    SITE_POWER = "site-power"
+    """All hosts, etcd and Ceph lose their power, and come back in an order of chance."""
 
 
 class Way(Enum):
@@ -61,6 +74,22 @@ class Way(Enum):
     BOTH = "both ways"
     IN = "nothing comes in"
     OUT = "nothing goes out"
+
+
+class Part(Enum):
+    """What a fault has hold of until it ends.
+
+    Two faults never have hold of the same part of the same host or machine: whoever ended first would mend the other,
+    and nobody could say what was promised. Faults of different parts may meet: that is what riders are for.
+    """
+
+    SUPERVISOR = "the supervisor"
+    QEMU = "its QEMU"
+    LINKS = "the links"
+    FILES = "the run directory"
+    MEMBERS = "etcd's members"
+    CEPH = "Ceph"
+    KEYS = "keys"
 
 
 class Reach(Enum):
@@ -82,7 +111,43 @@ _REACH = {
     Kind.CEPH_FREEZE: Reach.ALL,
     Kind.MON_FREEZE: Reach.ALL,
     Kind.GARBAGE: Reach.ALL,
+    Kind.HISTORY: Reach.ALL,
+    Kind.STORE: Reach.ALL,
+    Kind.SITE_POWER: Reach.ALL,
 }
+
+_HOST = frozenset({Part.SUPERVISOR, Part.QEMU})
+
+PARTS: dict[Kind, frozenset[Part]] = {
+    Kind.SUPERVISOR_KILL: frozenset({Part.SUPERVISOR}),
+    Kind.SUPERVISOR_FREEZE: frozenset({Part.SUPERVISOR}),
+    Kind.QEMU_KILL: frozenset({Part.QEMU}),
+    Kind.QEMU_FREEZE: frozenset({Part.QEMU}),
+    Kind.HOST_CRASH: _HOST,
+    Kind.HOST_REBOOT: _HOST,
+    Kind.HOST_FREEZE: _HOST,
+    Kind.STRAY_FENCE: _HOST,
+    Kind.ETCD_CUT: frozenset({Part.LINKS}),
+    Kind.CEPH_CUT: frozenset({Part.LINKS}),
+    Kind.BOTH_CUT: frozenset({Part.LINKS}),
+    Kind.LEADER_FREEZE: frozenset({Part.MEMBERS}),
+    Kind.LEADER_KILL: frozenset({Part.MEMBERS}),
+    Kind.QUORUM_LOSS: frozenset({Part.MEMBERS}),
+    Kind.CEPH_FREEZE: frozenset({Part.CEPH}),
+    Kind.MON_FREEZE: frozenset({Part.CEPH}),
+    # One write, which is over at once: it may meet anything.
+    Kind.MOVE: frozenset(),
+    Kind.GARBAGE: frozenset({Part.KEYS}),
+    Kind.GUARD_KILL: frozenset(),
+    # People who restore a store, or bring a site back, write no nonsense just then.
+    Kind.HISTORY: frozenset({Part.MEMBERS, Part.KEYS}),
+    Kind.STORE: frozenset({Part.MEMBERS, Part.KEYS}),
+    Kind.NAME: frozenset({Part.SUPERVISOR}),
+    Kind.RUN_DIR: frozenset({Part.SUPERVISOR, Part.FILES}),
+    Kind.FLOOD: frozenset({Part.FILES}),
+    Kind.SITE_POWER: frozenset(Part),
+}
+"""What each kind has hold of: of one host, one machine, or all, as its reach says."""
 
 _DEATHS = frozenset({Kind.HOST_CRASH, Kind.HOST_FREEZE, Kind.BOTH_CUT})
 """What makes a host look dead, if it lasts: half of them do."""
@@ -265,4 +330,4 @@ def _draw(rng: random.Random, kind: Kind, number: int, at: float, terms: Terms, 
 
 def _reckoned(kind: Kind, terms: Terms) -> float:
     """For how long a fault is felt however short it is."""
-    return terms.dead_s if kind is Kind.HOST_CRASH else 0.0
+    return terms.dead_s if kind in {Kind.HOST_CRASH, Kind.SITE_POWER} else 0.0

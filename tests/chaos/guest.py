@@ -7,6 +7,7 @@ busybox for each sector. The firmware's disk calls have no cache and no queue, a
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -97,6 +98,28 @@ def build(folder: Path, *, log_records: int = LOG_RECORDS) -> ChaosGuest:
         file.write(content)
         file.truncate(records.IMAGE_SIZE)
     return ChaosGuest(image=image)
+
+
+_FLOOD = """
+.code16
+.intel_syntax noprefix
+    mov dx, 0x3f8
+    mov al, 'x'
+1:  out dx, al
+    jmp 1b
+    .org 510
+    .word 0xaa55
+"""
+
+
+def build_flood(folder: Path) -> Path:
+    """A disk from which a guest boots that writes to its serial port without end."""
+    assembled, image = folder / "flood.o", folder / "flood.img"
+    _run("as", "--32", "-o", str(assembled), "-", text=_FLOOD)
+    _run("ld", "-m", "elf_i386", "-Ttext=0x7c00", "-e", "0x7c00", "--oformat=binary", "-o", str(image), str(assembled))
+    # The firmware boots from no disk that is smaller than a cylinder.
+    os.truncate(image, 1 << 20)
+    return image
 
 
 def _run(program: str, *args: str, text: str | None = None) -> None:

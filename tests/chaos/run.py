@@ -107,6 +107,7 @@ class Run:
             try:
                 self._boot_s = max(self._begin(machine, observer) for machine in world.machines)
                 self._settle(observer)
+                world.back_up()
                 self._say(f"{len(world.machines)} machines write, {self._boot_s:.1f} s after their keys; faults follow")
                 self._began = time.monotonic()
                 for episode in _episodes(faults):

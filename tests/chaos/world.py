@@ -14,6 +14,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,8 +30,23 @@ from tests.chaos.fabric import Fabric, Node, new_fabric
 from tests.chaos.faults import Terms
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
 from tests.support.cluster import ROOT, Host, Keys, Qemu, eventually
-from tests.support.etcd import EtcdCluster, EtcdMember, _reaper
+from tests.support.etcd import EtcdCluster, EtcdMember, EtcdStartError, _reaper
 from tests.support.net import Namespace
+
+FLOOD = "flood"
+"""The machine of `World.begin_flood`."""
+
+RUN_DIR_SIZE = 32 << 20
+"""Bytes of a host's run directory: twenty times what its machines need, and soon full."""
+
+FILL_S = 0.005
+"""Between two looks whether there is room again in a run directory that is to be full."""
+
+ELECTION_S = 10.0
+"""How long members may take to choose a leader: ten times what they do on a busy machine."""
+
+LOOK_S = 0.2
+"""Between two questions who leads."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
@@ -88,12 +105,13 @@ class ChaosHost(Host):
     Args:
         keys: of its cluster.
         node: where it is.
+        run_dir: on a file system of its own, which can be filled.
         programs: a folder in which its supervisor looks for programs first.
         settings: further environment variables.
     """
 
-    def __init__(self, keys: Keys, node: Node, programs: Path | None, **settings: str) -> None:
-        super().__init__(keys, node.name, run_dir=None, **settings)
+    def __init__(self, keys: Keys, node: Node, run_dir: Path, programs: Path | None, **settings: str) -> None:
+        super().__init__(keys, node.name, run_dir=run_dir, **settings)
         self.node = node
         self._programs = programs
         self.around = lambda *argv: node.inside.command("env", "-C", str(ROOT), *argv)
@@ -104,7 +122,9 @@ class ChaosHost(Host):
         found = super().environment
         return found if self._programs is None else found | {"PATH": f"{self._programs}:{found['PATH']}"}
 
-    def launch(self) -> None:
+    def launch(self, name: str | None = None) -> None:
+        """Start the supervisor, under another host's name maybe; does not wait for anything."""
+        self.settings["KVM_HOSTNAME"] = name or self.name
         super().launch()
         self._watch(self._watched | {self.pid})
 
@@ -140,6 +160,34 @@ class ChaosHost(Host):
         file.write_text(f"{uuid.uuid4()}\n")
         self.node.inside.run("mount", "--bind", str(file), _BOOT_ID)
         self.launch()
+
+    def fill_run_dir(self) -> Callable[[], None]:
+        """Leave no byte free in the run directory, whoever frees one; returns what ends that."""
+        filler = self.run_dir / "filler"
+        done = threading.Event()
+
+        def fill() -> None:
+            with filler.open("ab", buffering=0) as file:
+                while not done.wait(FILL_S):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            file.write(bytes(4096))
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+
+        def end() -> None:
+            done.set()
+            thread.join()
+            filler.unlink()
+
+        return end
+
+    @property
+    def run_dir_used(self) -> int:
+        """Bytes of its file system that are taken."""
+        found = os.statvfs(self.run_dir)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
 
     def close(self) -> None:
         super().close()
@@ -180,14 +228,22 @@ class World:
             "KVM_SESSION_TTL": f"{terms.ttl_s:.0f}",
             "KVM_TAKEOVER_WAIT": f"{terms.wait_s:g}",
             "KVM_SHUTDOWN_TIMEOUT": "0",
+            "KVM_LOG_MAX_BYTES": "256K",
             **({"KVM_UNFENCED": "guard"} if terms.guarded else {}),
         }
         self.hosts: list[ChaosHost] = []
         for number in range(terms.hosts):
-            host = ChaosHost(self.keys, fabric.node(f"h{number}"), programs, **settings)
+            # Before the host's namespace is made, which takes a copy of all mounts.
+            run_dir = stack.enter_context(_small(folder / f"run{number}"))
+            host = ChaosHost(self.keys, fabric.node(f"h{number}"), run_dir, programs, **settings)
             stack.callback(host.close)
             self.hosts.append(host)
+        self._flood = guest.build_flood(folder)
         self._where: dict[str, ChaosHost] = {}
+        self._backup, self._backup_revision = folder / "backup", 0
+        # What each lock was in former histories of etcd, and up to which revision the present one shares them.
+        self._former: dict[str, list[Lock | None]] = {machine: [] for machine in self.machines}
+        self._shared_revision = 0
 
     def begin(self) -> None:
         """Make the disks, and start the supervisors."""
@@ -286,19 +342,58 @@ class World:
         return self.keys.layout.session_key(HostName(host.name))
 
     def locks(self, machine: str) -> list[Lock | None]:
-        """Each value that its lock ever had; None where it was deleted. What nobody can read is left out."""
-        found: list[Lock | None] = []
-        for _, value in self.keys.values(self.lock_key(machine)):
+        """Each value that its lock ever had, in all histories; None where it was deleted.
+
+        What nobody can read is left out.
+        """
+        found = list(self._former[machine])
+        for revision, value in self.keys.values(self.lock_key(machine)):
             lock = None if value is None else Lock.from_json(value)
-            if value is None or lock is not None:
+            if revision > self._shared_revision and (value is None or lock is not None):
                 found.append(lock)
         return found
 
+    # --- etcd's data ------------------------------------------------------------------------------------------
+
+    def back_up(self) -> None:
+        """Make the backup that `restore` goes back to."""
+        self._backup_revision = self.etcd.back_up(self._backup)
+
+    def restore(self) -> None:
+        """Have etcd begin again with the backup."""
+        self._begin_history(self._backup, self._backup_revision)
+
+    def wipe(self) -> None:
+        """Have etcd begin again with nothing."""
+        self._begin_history(None, 0)
+
+    def _begin_history(self, backup: Path | None, revision: int) -> None:
+        self._former = {machine: self.locks(machine) for machine in self.machines}
+        self._shared_revision = revision
+        self.etcd.restore(backup)
+
+    # --- one more machine -------------------------------------------------------------------------------------
+
+    def begin_flood(self, host: ChaosHost) -> bool:
+        """Have a machine on this host that floods its console; False when its keys may not be written."""
+        drive = f"-drive file={self._flood},format=raw,if=virtio,readonly=on"
+        wishes = {"ram": "16", "extra_flags": drive, "host": host.name}
+        return all(self.keys.try_write(self.wish_key(FLOOD, name), value) for name, value in wishes.items())
+
+    def end_flood(self) -> bool:
+        """Take its keys away; False when etcd did not answer."""
+        return all(self.keys.try_delete(self.wish_key(FLOOD, name)) for name in ("ram", "extra_flags", "host"))
+
     # --- etcd's members ---------------------------------------------------------------------------------------
 
-    def leader(self) -> EtcdMember:
-        """Who leads now."""
-        return self.etcd.leader()
+    def leader(self) -> EtcdMember | None:
+        """Who leads now; None when nobody does for a while."""
+        deadline = time.monotonic() + ELECTION_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(EtcdStartError):
+                return self.etcd.leader()
+            time.sleep(LOOK_S)
+        return None
 
     def freeze_members(self, members: Sequence[EtcdMember]) -> Callable[[], None]:
         """Freeze them; returns what ends that. The test itself asks another one meanwhile."""
@@ -329,6 +424,18 @@ class World:
     def _ask_the_living(self) -> None:
         living = [member.endpoint for member in self.etcd.members if member.running and not member.frozen]
         self.keys.endpoint = living[0] if living else None
+
+
+@contextmanager
+def _small(folder: Path) -> Iterator[Path]:
+    """A file system of its own that is soon full, in memory as /run is."""
+    folder.mkdir()
+    options = f"size={RUN_DIR_SIZE},mode=755"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, timeout=10)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=10)
 
 
 @contextmanager

@@ -60,6 +60,24 @@ def test_keys_and_hosts_are_completed(full: World) -> None:
     assert complete(full, "completion", "f") == ["fish"]
 
 
+def test_numbered_keys_and_values_are_completed(full: World) -> None:
+    """Keys with a number once their kind is begun, and the values of wishes that have few."""
+    assert complete(full, "set", "9", "di") == ["disk/"]
+    assert complete(full, "set", "9", "disk/1")[:2] == ["disk/1=", "disk/10="]
+    assert complete(full, "set", "9", "nic/2/") == ["nic/2/mac=", "nic/2/bridge="]
+    assert complete(full, "set", "9", "--unset", "nic/7/m") == ["nic/7/mac"]
+    assert complete(full, "set", "9", "restart=o") == ["restart=on-failure"]
+    assert complete(full, "create", "x", "power=of") == ["power=off"]
+    assert complete(full, "set", "9", "hosts=b") == ["hosts=beta"]
+    assert complete(full, "set", "9", "ram=") == []
+
+
+def test_the_help_shows_no_escapes(world: World) -> None:
+    """What the source needs to keep lines apart is not for people."""
+    assert "\b" not in world.run("completion", "--help").stdout
+    assert "bash: kvmsupervisor completion bash" in world.run("completion", "--help").stdout
+
+
 def test_errors_are_silent(full: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Etcd away, rights missing, settings bad, too slow: nothing is offered and nothing is said."""
 
@@ -108,6 +126,7 @@ def test_the_script_names_the_program(world: World, shell: str) -> None:
             "host=",
             "compopt -o nospace\nhost=",
         ),
+        ("kvmsupervisor set x di", 3, "kvmsupervisor set x di @3", "disk/", "compopt -o nospace\ndisk/"),
     ],
 )
 def test_bash_completes_with_the_script(

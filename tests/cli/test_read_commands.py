@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase
-from tests.cli.conftest import World
+from tests.cli.conftest import SINCE, World
 
 Acting = Callable[[Callable[[str], None]], None]
 
@@ -35,6 +37,32 @@ def test_list_shows_what_the_host_observed(world: World) -> None:
     assert world.rows("list")["1"] == ["alpha", "running", "3m", "77", "3", "2", "ram,mac", "all is well"]
 
 
+def test_a_guest_that_does_not_run_is_told_from_one_that_does(world: World) -> None:
+    """§4: `running` is what QEMU does; `list`, `show` and `check` tell a guest that is halted, JSON keeps the phase."""
+    world.host("alpha")
+    for name, run_state in (("1", "running"), ("2", "io-error")):
+        world.running(name)
+        world.status(name, "alpha", Phase.RUNNING, pid=4321, run_state=run_state)
+    rows = world.rows("list")
+    assert (rows["1"][1], rows["2"][1]) == ("running", "running (io-error)")
+    assert [(one["phase"], one["run_state"]) for one in world.json("list")] == [
+        ("running", "running"),
+        ("running", "io-error"),
+    ]
+    assert "running (io-error) for" in world.run("show", "2").output
+    assert found(world) == [("2", "/kvmsupervisor/instances/2", "its guest does not run: io-error, by alpha")]
+
+
+def test_check_finds_a_guest_without_network(world: World) -> None:
+    """A NIC that is plugged in nowhere is wrong, although its guest runs."""
+    world.host("alpha")
+    world.running("1")
+    world.status("1", "alpha", Phase.RUNNING, pid=4321, unplugged=("its nic0 (tap3) has no network: tap3 is down",))
+    assert found(world) == [
+        ("1", "/kvmsupervisor/instances/1", "its nic0 (tap3) has no network: tap3 is down, by alpha")
+    ]
+
+
 def test_list_calls_a_status_without_a_session_unknown(world: World) -> None:
     """A fact outlives its host: without a session nobody knows, whatever the status says."""
     world.host("beta")
@@ -53,7 +81,8 @@ def test_list_says_when_host_names_nobody_and_who_could_be_meant(world: World) -
     world.keys("2", ram="1G")
     world.keys("3", host="beta", ram="1G")
     rows = world.rows("list")
-    assert rows["1"][-1] == "`host` names Alpha, which has no session (with a session: alpha, beta)"
+    said = "(with a session: alpha, beta; did you mean alpha?)"
+    assert rows["1"][-1] == f"`host` names Alpha, which has no session {said}"
     assert rows["2"][-1] == "no host: nothing runs it until `host` is set (with a session: alpha, beta)"
     assert rows["3"][-1] == "host beta has not said anything yet"
     assert {row[0] for row in (rows["1"][1:], rows["3"][1:])} == {"waiting"}
@@ -67,6 +96,57 @@ def test_list_says_where_an_instance_is_wanted(world: World) -> None:
     assert world.rows("list")["1"][-1] == (
         "so it is; the `host` key now says gamma, which has no session (with a session: alpha)"
     )
+
+
+def placed(world: World, on: str = "beta") -> None:
+    """A machine of alpha's that runs elsewhere in its place."""
+    of = world.keys("1", ram="1G", host="alpha")
+    placement = Placement(host=HostName(on), why="failover", since=SINCE, of=of)
+    world.etcd.write(world.layout.placement_key(InstanceId("1")), placement.to_json())
+    world.lock("1", on)
+    world.status("1", on, Phase.RUNNING, "runs in place of alpha", placed_for="alpha", pid=1)
+
+
+def test_a_placed_instance_is_shown_with_both_hosts(world: World) -> None:
+    """Law 10: where it runs, and for whom; that its own host is away is nothing wrong with it."""
+    world.host("beta")
+    placed(world)
+    row = world.rows("list")["1"]
+    assert (row[0], row[1], row[-1]) == ("beta (for alpha)", "running", "runs in place of alpha")
+    (found,) = world.json("list")
+    assert (found["host"], found["placed_for"]) == ("beta", "alpha")
+    shown = world.run("show", "1").stdout
+    assert shown.startswith("1 on beta (for alpha): running")
+    assert "Placement (/kvmsupervisor/placements/1)" in shown
+    assert "Session of host beta" in shown
+    assert world.json("show", "1")["placement"]["why"] == "failover"
+    assert world.run("check").exit_code == 0
+
+
+def test_a_placement_on_a_host_that_is_gone(world: World) -> None:
+    """Law 10: it is the host of the placement that is missed."""
+    world.host("gamma")
+    placed(world)
+    assert "host beta has no session" in world.rows("list")["1"][-1]
+    checked = world.run("check")
+    assert checked.exit_code == 1
+    assert "/kvmsupervisor/placements/1" in checked.stdout
+    assert "'beta', which has no session" in checked.stdout
+
+
+def test_a_placement_that_has_ended_or_is_damaged_says_nothing(world: World) -> None:
+    """Law 10: a newer `host` ends it; one that cannot be read is a problem, and `show` says what to do."""
+    world.host("alpha", "beta")
+    placed(world)
+    world.keys("1", host="alpha")
+    assert "beta (for" not in world.run("list").stdout
+    assert "the `host` key now says alpha" in world.rows("list")["1"][-1]
+    assert "ended: `host` was written since" in world.run("show", "1").stdout
+    world.etcd.write(world.layout.placement_key(InstanceId("1")), b"?")
+    assert "cannot read" in world.run("show", "1").stdout
+    checked = world.run("check", "1")
+    assert checked.exit_code == 1
+    assert "delete that key" in checked.stdout
 
 
 def test_list_counts_problems_and_wide_names_them(world: World) -> None:

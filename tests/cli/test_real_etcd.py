@@ -36,6 +36,7 @@ def run(etcd_server: EtcdServer, etcd_prefix: str) -> Run:
 def test_an_instance_comes_changes_and_goes(run: Run, etcd_server: EtcdServer, etcd_prefix: str) -> None:
     """Create, refuse to create again, set, list, check and delete do what they say, in real transactions."""
     etcd_server.ctl("put", f"{etcd_prefix}/1/lock", "garbage")
+    etcd_server.ctl("put", f"{etcd_prefix}supervisor/hosts/alpha", "{}")
     assert run("create", "1", "host=alpha", "ram=1G").exit_code == 0
     assert run("create", "1", "host=alpha", "ram=1G").exit_code == 1
     assert run("set", "1", "ram=2G", "cpus=2", "--unset", "mac").exit_code == 0
@@ -63,6 +64,7 @@ def test_an_instance_with_more_keys_than_a_transaction_takes(
     run: Run, etcd_server: EtcdServer, etcd_prefix: str
 ) -> None:
     """A transaction of etcd has at most 128 operations; set and delete stay below."""
+    etcd_server.ctl("put", f"{etcd_prefix}supervisor/hosts/alpha", "{}")
     assert run("create", "1", "host=alpha", "ram=1G").exit_code == 0
     asyncio.run(litter(etcd_server, f"{etcd_prefix}/1/", 150))
     assert run("set", "1", "ram=2G").exit_code == 0
@@ -79,6 +81,7 @@ def test_wait_sees_what_a_supervisor_writes(run: Run, etcd_server: EtcdServer, e
         status = Status(id="1", host="alpha", phase=Phase.RUNNING, reason="up", since=SINCE, revision=2**40, pid=77)
         etcd_server.ctl("put", f"{etcd_prefix}supervisor/instances/1", status.to_json().decode())
 
+    etcd_server.ctl("put", f"{etcd_prefix}supervisor/hosts/alpha", "{}")
     run("create", "1", "host=alpha", "ram=1G")
     acting = threading.Thread(target=supervisor)
     acting.start()

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.status import Phase
 from tests.cli.conftest import World
 
@@ -80,7 +83,74 @@ def test_create_says_when_nothing_will_run_it(world: World) -> None:
     """Without `host`, or with one that has no session."""
     world.host("alpha")
     assert "nothing runs 1 until `host` is set (with a session: alpha)" in world.run("create", "1", "ram=1G").stderr
-    assert "which has no session" in world.run("create", "2", "ram=1G", "host=beta").stderr
+    assert "which has no session" in world.run("create", "2", "ram=1G", "host=beta", "--force").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("aplha", "which has no session (with a session: alpha, gamma; did you mean alpha?)"),
+        ("alpha.example.org", "did you mean alpha?"),
+        ("ALPHA", "did you mean alpha?"),
+        ("zeta", "which has no session (with a session: alpha, gamma). --force"),
+    ],
+)
+@pytest.mark.parametrize("command", ["create", "set"])
+def test_a_host_that_nobody_has_a_session_under_is_refused(world: World, command: str, typed: str, said: str) -> None:
+    """§7: a move to nobody, exit code 1, and nothing is written; `--force` does it, for a host that is down."""
+    world.host("alpha", "gamma")
+    if command == "set":
+        world.running("1")
+    before = wishes(world)
+    args = (command, "1", "ram=1G", f"host={typed}")
+    refused = world.run(*args)
+    assert refused.exit_code == 1
+    assert said in refused.stderr
+    assert wishes(world) == before
+    assert world.run(*args, "--force").exit_code == 0
+    assert world.value("1", "host") == typed
+
+
+def test_a_cluster_without_any_supervisor_is_told_so(world: World) -> None:
+    """§7: nobody has a session: nothing runs yet, or this is another etcd or prefix than theirs."""
+    refused = world.run("create", "1", "ram=1G", "host=alpha")
+    assert refused.exit_code == 1
+    assert "no host has a session" in refused.stderr
+    assert "ETCD_ENDPOINTS" in refused.stderr
+    assert wishes(world) == {}
+
+
+def test_other_keys_may_change_while_its_host_is_away(world: World) -> None:
+    """§7: only a `host` that is written now is looked at."""
+    world.keys("1", host="alpha", ram="1G")
+    assert world.run("set", "1", "ram=2G").exit_code == 0
+    assert world.run("set", "1", "host= alpha ").exit_code == 1
+    world.host("alpha")
+    assert world.run("set", "1", "host= alpha ").exit_code == 0
+
+
+def test_candidates_that_are_not_there_are_told_of(world: World) -> None:
+    """A typo in `hosts` would be noticed on the day of the failover only."""
+    world.host("alpha", "beta")
+    done = world.run("create", "1", "ram=1G", "host=alpha", "hosts=alpha btea")
+    assert done.exit_code == 0
+    assert "in `hosts`: btea; did you mean beta?" in done.stderr
+
+
+def test_a_host_that_stops_all_its_guests_is_told_of(world: World) -> None:
+    """§4: it is there, and nobody to move to before that ends."""
+    session = HostSession(host="beta", version="1", url="", boot_id="b", draining=True)
+    world.etcd.write(world.layout.session_key(HostName("beta")), session.to_json())
+    done = world.run("create", "1", "ram=1G", "host=beta")
+    assert done.exit_code == 0
+    assert "beta stops all its guests just now" in done.stderr
+
+
+def test_a_container_that_waits_for_the_lock_is_somebody(world: World) -> None:
+    """§7: in single mode no supervisor has a session under the host's name, but the instance's own container has."""
+    world.host("beta/1@4026531836")
+    assert world.run("create", "2", "ram=1G", "host=beta").exit_code == 1
+    assert world.run("create", "1", "ram=1G", "host=beta").exit_code == 0
 
 
 def test_create_says_when_an_old_lock_is_there(world: World) -> None:
@@ -98,7 +168,7 @@ def test_create_says_when_an_old_lock_is_there(world: World) -> None:
         ["1"],
         ["1", "ram"],
         ["1", "=1G"],
-        ["1", "a/b=1"],
+        ["1", "a//b=1"],
         ["1", "ram=1G", "ram=2G"],
         ["../1", "ram=1G"],
     ],
@@ -277,6 +347,7 @@ def test_delete_needs_a_person_or_yes(world: World) -> None:
 def test_delete_of_nobody(world: World) -> None:
     """No such instance: exit code 1; one on its way out is said to be."""
     assert world.run("delete", "1", "--yes").exit_code == 1
+    world.host("alpha")
     world.status("1", "alpha", Phase.STOPPING)
     assert "host alpha says stopping" in world.run("delete", "1", "--yes").stderr
 
@@ -303,6 +374,35 @@ def test_confirm_removal_names_and_writes_exactly_what_is_held(world: World) -> 
     assert json.loads(world.etcd.data["/kvmsupervisor/confirm-removal/beta"]) == ["4"]
 
 
+def test_confirm_removal_shows_what_was_and_what_is(world: World) -> None:
+    """§4: nobody confirms what he cannot see; passwords are not shown."""
+    world.running("1", host="beta", ram="2G", spice_password="secret")
+    stood = {"host": "alpha", "ram": "1G", "mac": "52:54:00:00:00:01", "spice_password": "(not shown)"}
+    world.status("1", "alpha", Phase.RUNNING, held=True, stood=stood)
+    shown = world.run("confirm-removal", "--yes").stdout
+    assert "1: host was 'alpha', now 'beta'" in shown
+    assert "1: ram was '1G', now '2G'" in shown
+    assert "1: mac was '52:54:00:00:00:01', now removed" in shown
+    assert "1: spice_password was '(not shown)', now differs" in shown
+    assert "secret" not in shown
+
+
+def test_confirm_removal_gives_up_on_a_host_that_others_wait_for(world: World) -> None:
+    """Law 11: an operator's word that a host is gone for good; not of one that lives, nor of a mistyped one."""
+    world.host("alpha")
+    key = world.layout.history_key
+    world.etcd.write(key, HistoryName(id="n", number=1, by="alpha", hosts=("alpha", "beta")).to_json())
+    assert "beta have not said" in world.run("check").stdout
+    for name in ("alpha", "bta", "gamma"):
+        assert world.run("confirm-removal", name, "--yes").exit_code != 0
+    result = world.run("confirm-removal", "beta", "--yes")
+    assert result.exit_code == 0, result
+    present = HistoryName.from_json(world.etcd.data[key])
+    assert present is not None
+    assert (present.id, present.hosts, present.gone) == ("n", ("alpha", "beta"), ("beta",))
+    assert world.run("confirm-removal", "beta", "--yes").exit_code == 1
+
+
 def test_confirm_removal_of_nothing(world: World) -> None:
     """Nothing is held: it says so, exit code 1, and writes nothing."""
     world.running("1")
@@ -319,3 +419,18 @@ def test_confirm_removal_waits_until_the_host_took_it(world: World, acting: Acti
     assert world.run("confirm-removal", "--yes", "--wait", "--timeout", "0.05").exit_code == 4
     acting(lambda call: world.etcd.erase(key) if call == "get" else None)
     assert world.run("confirm-removal", "--yes", "--wait").exit_code == 0
+
+
+def test_keys_with_a_slash_are_keys(world: World) -> None:
+    """Further disks and NICs are created, changed and taken away like every other wish."""
+    world.host("alpha")
+    made = world.run("create", "web1", "host=alpha", "ram=1G", "rbd=rbd/a", "nic/1/mac=52:54:00:00:00:01")
+    assert made.exit_code == 0, made.stderr
+    assert world.run("set", "web1", "disk/1=rbd/foo").exit_code == 0
+    assert world.value("web1", "disk/1") == "rbd/foo"
+    assert world.run("set", "web1", "--unset", "disk/1", "--unset", "nic/1/mac").exit_code == 0
+    assert world.value("web1", "disk/1") is None
+    assert world.value("web1", "nic/1/mac") is None
+    refused = world.run("set", "web1", "disk/99=rbd/foo")
+    assert refused.exit_code == 1
+    assert "disk/99" in refused.stderr

@@ -40,8 +40,12 @@ class Secured:
         with pytest.raises(AssertionError, match="permission denied"):
             self.etcd.ctl(*args, user=f"{user}:{user}{user}")
 
-    def host(self, user: str, name: str = "alpha") -> Host:
-        return Host(Keys(self.etcd), name, LOCK=LOCK, ETCD_USERNAME=user, ETCD_PASSWORD_FILE=str(self.folder / user))
+    def host(self, user: str, name: str = "alpha", **settings: str) -> Host:
+        access = {"ETCD_USERNAME": user, "ETCD_PASSWORD_FILE": str(self.folder / user), "LOCK": LOCK}
+        return Host(Keys(self.etcd), name, run_dir=None, **access, **settings)
+
+    def get(self, key: str) -> str:
+        return self.etcd.ctl("get", "--print-value-only", key, user="root:rootroot").strip()
 
 
 @pytest.fixture
@@ -71,6 +75,37 @@ def test_each_may_do_its_part_and_no_more(secured: Secured, tiny: str) -> None:
     for user in ("supervisor", "operator"):
         secured.refused(user, "get", "/elsewhere")
         secured.refused(user, "user", "list")
+
+
+def test_failover_needs_no_more(secured: Secured, tiny: str) -> None:
+    """Law 10: with exactly these roles a machine is taken over by itself, comes home, and leaves nothing behind."""
+    secured.set_up()
+    fast = {"KVM_SESSION_TTL": "2", "KVM_SHUTDOWN_TIMEOUT": "1"}
+    with (
+        secured.host("supervisor", "alpha", **fast) as alpha,
+        secured.host("supervisor", "beta", **fast) as beta,
+        secured.host("operator") as people,
+    ):
+        alpha.start()
+        beta.start()
+        wishes = ("host=alpha", "hosts=alpha beta", "ram=16", "shutdown_timeout=0", f"extra_flags={tiny}")
+        made = people.cli("create", "one", *wishes, "--wait")
+        assert made.returncode == 0, made.stderr
+        alpha.kill9()
+        for qemu in alpha.qemus():
+            qemu.kill()
+        beta.wait_running("one")
+        assert beta.wait_for("one", lambda s: s.placed_for == "alpha").phase is Phase.RUNNING
+        assert secured.get("/kvm/one/host") == "alpha"
+        assert "beta (for alpha)" in people.cli("list").stdout
+        alpha.start()
+        back = people.cli("set", "one", "host=alpha", "--wait")
+        assert back.returncode == 0, back.stderr
+        alpha.wait_running("one")
+        assert secured.get("/kvmsupervisor/placements/one") == ""
+        assert not [line for line in beta.log.splitlines() + alpha.log.splitlines() if "permission denied" in line]
+    # People may take a placement away.
+    secured.put("operator", "/kvmsupervisor/placements/two", "?")
 
 
 def test_the_default_lock_needs_the_wishes_prefix(secured: Secured) -> None:

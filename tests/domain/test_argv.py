@@ -20,6 +20,7 @@ from kvmsupervisor.domain.argv import (
     build_argv,
     host_problems,
     instance_uuid,
+    logs_into_memory,
 )
 from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
@@ -29,7 +30,7 @@ from kvmsupervisor.domain.wishes import parse_wish
 VM = InstanceId("vm-1")
 IDENTITY = Identity(instance=VM, uuid=UUID("8b1cf5f6-4d2e-4b8a-9d5e-1f6a2a3c4d5e"))
 HOST = HostSide(qemu="/usr/bin/qemu-system-x86_64", accel="kvm")
-READY = Provision(run_dir="/run/k/vm-1", channels=Channels(qmp=7, spare=9, console=11, agent=13))
+READY = Provision(run_dir="/run/k/vm-1", channels=Channels(qmp=7, spare=9, console=11, agent=13, console_log=15))
 TINY = Spec(ram_mib=64)
 
 
@@ -68,8 +69,9 @@ def test_tiny_diskless() -> None:
         *("-smp", "cpus=1"),
         *("-chardev", "socket,id=qmp0,fd=7,server=on,wait=off", "-mon", "chardev=qmp0,mode=control"),
         *("-chardev", "socket,id=qmp1,fd=9,server=on,wait=off", "-mon", "chardev=qmp1,mode=control"),
+        *("-add-fd", "fd=15,set=97469746,opaque=/run/k/vm-1/console.log"),
         "-chardev",
-        "socket,id=serial0,fd=11,server=on,wait=off,logfile=/run/k/vm-1/console.log,logappend=on",
+        "socket,id=serial0,fd=11,server=on,wait=off,logfile=/dev/fdset/97469746,logappend=on",
         *("-serial", "chardev:serial0"),
         *("-chardev", "socket,id=agent0,fd=13,server=on,wait=off"),
         *("-device", "virtio-serial-pci,id=virtio-serial0,addr=0x12"),
@@ -106,7 +108,7 @@ def test_nics() -> None:
         "virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:12:34:56,addr=0x10",
         "virtio-net-pci,id=nic3,netdev=net3,mac=52:54:00:12:34:57,bus=more0,addr=0x3",
     } < set(values_of(words, "-device"))
-    assert replace(READY, taps=taps).descriptors == (7, 9, 11, 13, 20, 22, 21)
+    assert replace(READY, taps=taps).descriptors == (7, 9, 11, 13, 15, 20, 22, 21)
 
 
 def test_a_bridge_alone_makes_no_nic() -> None:
@@ -266,7 +268,14 @@ def test_slots_do_not_depend_on_what_else_there_is() -> None:
 def test_run_dir_with_a_comma() -> None:
     """Law: commas of the run directory are doubled."""
     words = argv(TINY, run_dir="/run/a,b")
-    assert "logfile=/run/a,b/console.log" in parts(values_of(words, "-chardev")[2])
+    assert "opaque=/run/a,b/console.log" in parts(value_of(words, "-add-fd"))
+
+
+def test_where_logs_go_is_told_by_the_command_line() -> None:
+    """A successor cuts the files of a QEMU that opened them itself, and takes the memory of one that did not."""
+    assert logs_into_memory(argv(TINY))
+    assert not logs_into_memory(("qemu", "-chardev", "socket,id=serial0,logfile=/run/x/console.log", "-add-fd"))
+    assert not logs_into_memory(("qemu", "-add-fd", "fd=3,set=1"))
 
 
 def test_uuid_is_stable() -> None:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import firmware
+from kvmsupervisor.adapters.log_buffer import LogBuffer
 from kvmsupervisor.cli.demo_guest import Guest
 from kvmsupervisor.domain.argv import (
     AGENT_SOCKET,
@@ -77,7 +78,8 @@ class Machine:
         listeners = [stack.enter_context(_listener(run_dir / name)) for name in names]
         self._qmp = _connect(stack, run_dir / QMP_SOCKET)
         first, spare, console, agent = (listener.fileno() for listener in listeners)
-        channels = Channels(qmp=first, spare=spare, console=console, agent=agent)
+        log = _log(stack)
+        channels = Channels(qmp=first, spare=spare, console=console, agent=agent, console_log=log)
         provision = Provision(run_dir=f"{run_dir}", channels=channels, **ready)
         words = build_argv(spec, identity=Identity(instance=instance, uuid=UUID), host=host, provision=provision)
         # Its words show up in pytest's report of what was printed, when a test fails.
@@ -151,7 +153,7 @@ def last_words(spec: Spec, run_dir: Path, *, host: HostSide = HOST, **ready: Any
     """What QEMU says at the end, when it refuses to start."""
     with ExitStack() as stack:
         fds = [stack.enter_context(_listener(run_dir / name)).fileno() for name in ("a", "b", "c", "d")]
-        channels = Channels(qmp=fds[0], spare=fds[1], console=fds[2], agent=fds[3])
+        channels = Channels(qmp=fds[0], spare=fds[1], console=fds[2], agent=fds[3], console_log=_log(stack))
         provision = Provision(run_dir=f"{run_dir}", channels=channels, **ready)
         words = build_argv(spec, identity=Identity(instance=VM, uuid=UUID), host=host, provision=provision)
         done = subprocess.run(
@@ -159,6 +161,12 @@ def last_words(spec: Spec, run_dir: Path, *, host: HostSide = HOST, **ready: Any
         )
     assert done.returncode == 1
     return done.stderr.strip().splitlines()[-1]
+
+
+def _log(stack: ExitStack) -> int:
+    log = LogBuffer.make("console.log")
+    stack.callback(log.close)
+    return log.fd
 
 
 def _listener(path: Path) -> socket.socket:
@@ -187,7 +195,7 @@ def test_tiny_machine_starts_paused(run_dir: Path) -> None:
         assert machine.nodes == {}
         assert machine.slots == {name: (0, slot) for name, slot in OWN_SLOTS.items()}
         assert {path.name for path in run_dir.iterdir()} == {
-            *(QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, AGENT_SOCKET)
+            *(QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET)
         }
         assert b"QMP" in _connect(stack, run_dir / QMP_SPARE_SOCKET).readline()
 
@@ -415,7 +423,8 @@ def test_what_qemu_understands_is_the_value(
             "firmware": str(paths[2]),
             "nvram": str(paths[3]),
         }
-        assert (run_dir / CONSOLE_LOG).exists()
+        (log,) = machine.ask("query-fdsets")
+        assert [one["opaque"] for one in log["fds"]] == [f"{run_dir}/{CONSOLE_LOG}"]
         assert machine.objects == {"spice0"}
         assert machine.ask("qom-get", path="/objects/spice0", property="file") == str(paths[1])
         assert machine.chardevs == OWN_CHARDEVS

@@ -9,6 +9,7 @@ import pytest
 from kvmsupervisor.domain.failover import place
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Spec, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 
@@ -20,6 +21,11 @@ WISH = Wish(
 LOCK = Lock(
     host=HostName("a"), boot_id="x", epoch=1, state=LockState.RUNNING, incarnation="i", storage=Storage.RBD
 )  # fmt: skip
+
+
+def placed(on: str, *, of: int = 3, **changes: object) -> Wish:
+    wish = replace(WISH, placed=Placed(9, Placement(host=HostName(on), why="failover", since="", of=of)))
+    return replace(wish, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,22 @@ LOCK = Lock(
         pytest.param(replace(WISH, host="b"), LOCK, "cd", 0, id="a dead one does not count"),
         pytest.param(WISH, replace(LOCK, host=HostName("b")), "bcd", None, id="nor while somebody else holds it"),
         pytest.param(replace(WISH, host="c"), LOCK, "c", None, id="what is ours already goes its own way"),
+        pytest.param(placed("b"), LOCK, "bcd", None, id="law 10: where it is placed somebody lives"),
+        pytest.param(placed("b"), replace(LOCK, host=HostName("b")), "cd", 0, id="law 10: who lost it is gone, too"),
+        pytest.param(
+            placed("b"), replace(LOCK, host=HostName("b")), "acd", 1, id="law 10: its host is a candidate in turn"
+        ),
+        pytest.param(placed("b", hosts=("c",)), replace(LOCK, host=HostName("b")), "ac", 0, id="law 10: or comes last"),
+        pytest.param(placed("b", host="c", hosts=("b",)), replace(LOCK, host=HostName("b")), "c", 0, id="law 10: home"),
+        pytest.param(placed("c"), LOCK, "c", None, id="law 10: what is placed here goes its own way"),
+        pytest.param(placed("b", of=2), LOCK, "bcd", 1, id="law 10: one that has ended says nothing"),
+        pytest.param(
+            replace(WISH, placed=Placed(9), problems=(Problem("placement", "x", "y"),)),
+            LOCK,
+            "c",
+            None,
+            id="law 10: nothing on the ground of a damaged one",
+        ),
         pytest.param(replace(WISH, host=None), LOCK, "c", None, id="what nobody shall run stays so"),
         pytest.param(replace(WISH, power=Power.OFF), LOCK, "c", None, id="what is off stays off"),
         pytest.param(replace(WISH, spec=None, problems=(Problem("ram", "x", "y"),)), LOCK, "c", None, id="bad keys"),

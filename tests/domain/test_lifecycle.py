@@ -19,10 +19,12 @@ from kvmsupervisor.domain.incarnation import Ended, Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
+from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.restart import after
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import NEVER_RAN, Action, Deferral, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Deferral, LeftAlone, Process, Stopping, Target, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -76,6 +78,11 @@ def view(**changes: object) -> View:
 
 STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
+THERE, ABSENT = Target(there=True), Target(there=False)
+MOVED = replace(WISH, host=OTHER)
+PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
+PLACED_AWAY = replace(WISH, placed=Placed(9, Placement(host=OTHER, why="failover", since="12:00", of=5)))
+DAMAGED = replace(WISH, spec=None, problems=(Problem("placement", "x", "y"),), placed=Placed(9))
 BAD = replace(WISH, spec=None, problems=(Problem("ram", "'x'", "a size"),))
 ENDED = Ended(reason="guest-shutdown", clean=True, host_revision=5, power_revision=0, restart_request=None)
 
@@ -102,6 +109,27 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("law 12: what was buried under another name is let go of", view(lock=seen(locked(host=OTHER)), buried="x", wish=OFF),
      Phase.STOPPED, Action.RELEASE),
     ("law 12: or taken anew", view(lock=seen(locked(host=OTHER)), buried="x", slot=True), Phase.STARTING, Action.TAKE),
+    ("what cannot be read is left alone", view(left_alone=LeftAlone(reason="r", look_at=102.0)), Phase.WAITING, None),
+    ("and read again", view(left_alone=LeftAlone(reason="r", look_at=101.0)), Phase.WAITING, Action.READ),
+    ("its QEMU runs", view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0), wish=OFF), Phase.RUNNING, None),
+    ("whatever is told of its lock", view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0),
+     lock=seen(locked(host=OTHER, name="y"))), Phase.RUNNING, None),
+    ("what others say of it is read before it is written over", view(left_alone=LeftAlone(reason="r", look_at=102.0),
+     looked=False), Phase.WAITING, Action.LOOK),
+    ("law 12: under other settings nothing is started", view(mismatch="m", slot=True), Phase.WAITING, None),
+    ("law 12: nor let go of", view(mismatch="m", wish=OFF, lock=seen(locked())), Phase.STOPPED, None),
+    ("law 12: nor forgotten", view(mismatch="m", wish=GONE), Phase.STOPPED, None),
+    ("law 12: nor stopped", view(mismatch="m", process=running(), lock=seen(locked()), wish=OFF), Phase.RUNNING, None),
+    ("law 12: nor killed", view(mismatch="m", process=running(), lock=seen(locked(host=OTHER, name="y"))),
+     Phase.RUNNING, None),
+    ("law 12: nor its lock written", view(mismatch="m", process=running()), Phase.RUNNING, None),
+    ("law 12: nor let run", view(mismatch="m", process=paused(), lock=seen(locked())), Phase.STARTING, None),
+    ("law 12: but it is watched", view(mismatch="m", process=running(connected=False)), Phase.RUNNING, Action.CONNECT),
+    ("law 12: and asked", view(mismatch="m", process=running(probe_at=101.0)), Phase.RUNNING, Action.PROBE),
+    ("law 12: its end is taken to the books", view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
+     Phase.STOPPING, Action.BURY),
+    ("law 12: who shuts the host down is heeded", view(mismatch="m", process=running(), draining=True,
+     lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
     ("law 6: losing the session kills nothing", view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
     ("law 6: an unreadable lock kills nothing", view(process=running(), lock=LockView(known=True, data=b"?", as_of=9)),
@@ -131,8 +159,62 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Action.POWERDOWN),
     ("power off of a bad wish too", view(process=running(), lock=seen(locked()),
      wish=replace(BAD, power=Power.OFF), problems=BAD.problems), Phase.STOPPING, Action.POWERDOWN),
-    ("another host begins with the button", view(process=running(), lock=seen(locked()),
-     wish=replace(WISH, host=OTHER)), Phase.STOPPING, Action.POWERDOWN),
+    ("another host that is there begins with the button", view(process=running(), lock=seen(locked()),
+     wish=MOVED, target=THERE), Phase.STOPPING, Action.POWERDOWN),
+    ("one that has no session stops nothing", view(process=running(), lock=seen(locked()), wish=MOVED, target=ABSENT),
+     Phase.RUNNING, None),
+    ("nor one of which nobody knows", view(process=running(), lock=seen(locked()), wish=MOVED), Phase.RUNNING, None),
+    ("nor one that stops all its guests", view(process=running(), lock=seen(locked()), wish=MOVED,
+     target=replace(THERE, drains=True)), Phase.RUNNING, None),
+    ("nor while the lock cannot be handed over", view(process=running(), lock=seen(locked()), wish=MOVED,
+     target=THERE, session_held=False), Phase.RUNNING, None),
+    ("one that is gone again before the button was pressed stops nothing", view(process=running(stopping=Stopping(since=100.0)),
+     lock=seen(locked()), wish=MOVED, target=ABSENT), Phase.RUNNING, None),
+    ("power off stops it then all the same", view(process=running(), lock=seen(locked()), target=ABSENT,
+     wish=replace(MOVED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("so does a host that is taken away", view(process=running(), lock=seen(locked()), wish=replace(WISH, host=None)),
+     Phase.STOPPING, Action.POWERDOWN),
+    ("so does a restart that is asked for", view(process=running(), lock=seen(locked()), target=ABSENT,
+     wish=replace(MOVED, restart_request="r1")), Phase.STOPPING, Action.POWERDOWN),
+    ("what never ran is let run here meanwhile", view(process=paused(), lock=seen(locked()), wish=MOVED,
+     target=ABSENT), Phase.STARTING, Action.CONTINUE),
+    ("and killed when it moves on", view(process=paused(), lock=seen(locked()), wish=MOVED, target=THERE),
+     Phase.STOPPING, Action.KILL),
+    ("what ends meanwhile is started again where it was", view(lock=seen(locked()), wish=MOVED, target=ABSENT,
+     slot=True), Phase.STARTING, Action.TAKE),
+    ("and let go of once somebody is there", view(lock=seen(locked()), wish=MOVED, target=THERE), Phase.STOPPED,
+     Action.RELEASE),
+    ("law 10: where it is placed is where it runs, whatever its host", view(process=running(), lock=seen(locked()),
+     wish=PLACED_HERE, target=THERE), Phase.RUNNING, None),
+    ("law 10: and where it starts", view(wish=PLACED_HERE, slot=True), Phase.STARTING, Action.TAKE),
+    ("law 10: what is placed elsewhere does not start on its host", view(wish=PLACED_AWAY, target=ABSENT, slot=True),
+     Phase.STOPPED, Action.FORGET),
+    ("law 10: and moves there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target=THERE),
+     Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: once somebody is there", view(process=running(), lock=seen(locked()), wish=PLACED_AWAY, target=ABSENT),
+     Phase.RUNNING, None),
+    ("law 10: a newer host ends a placement", view(process=running(), lock=seen(locked()), target=THERE,
+     wish=replace(PLACED_HERE, host_revision=6)), Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: what is left of one is deleted by who runs it", view(process=running(), lock=seen(locked()),
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, Action.TIDY),
+    ("law 10: not without a session", view(process=running(), lock=seen(locked()), session_held=False,
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, None),
+    ("law 10: nor right after etcd failed", view(process=running(), lock=seen(locked()), etcd_at=102.0,
+     wish=replace(PLACED_AWAY, host_revision=6)), Phase.RUNNING, None),
+    ("law 10: or by who ran it, where nobody holds the lock", view(wish=replace(PLACED_HERE, host_revision=6)),
+     Phase.STOPPED, Action.TIDY),
+    ("law 10: together with an instance that was removed", view(wish=replace(GONE, placed=PLACED_HERE.placed)),
+     Phase.STOPPED, Action.TIDY),
+    ("law 10: a damaged one lets it run on", view(process=running(), lock=seen(locked()), wish=DAMAGED, target=THERE,
+     problems=DAMAGED.problems), Phase.RUNNING, None),
+    ("law 10: elsewhere, too", view(process=running(), lock=seen(locked()), wish=replace(DAMAGED, host=OTHER),
+     target=THERE, problems=DAMAGED.problems), Phase.RUNNING, None),
+    ("law 10: power off is an order all the same", view(process=running(), lock=seen(locked()), problems=DAMAGED.problems,
+     wish=replace(DAMAGED, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("law 10: and nothing starts on its ground", view(wish=DAMAGED, problems=DAMAGED.problems, slot=True),
+     Phase.INVALID, None),
+    ("law 10: what is another's then is left to that", view(wish=replace(DAMAGED, host=OTHER), problems=DAMAGED.problems),
+     Phase.STOPPED, Action.FORGET),
     ("the button is pressed again, not at once", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()),
      wish=OFF), Phase.STOPPING, None),
     ("but repeatedly", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF,
@@ -145,6 +227,25 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      wish=OFF, now=170.0 + QUIT_WAIT_S - 0.1), Phase.STOPPING, None),
     ("then SIGKILL", view(process=running(stopping=replace(STOPPED_BY_US, quit_at=170.0)), lock=seen(locked()),
      wish=OFF, now=170.0 + QUIT_WAIT_S), Phase.STOPPING, Action.KILL),
+    ("a power-off is a power-off, though QEMU lives on", view(process=running(run_state="shutdown"), lock=seen(locked())),
+     Phase.STOPPING, Action.FINISH),
+    ("whatever the wish", view(process=running(run_state="shutdown", stopping=STOPPED_BY_US), lock=seen(locked()),
+     wish=OFF), Phase.STOPPING, Action.FINISH),
+    ("its keys read or not", view(process=running(run_state="shutdown"), lock=LockView(), wish=None), Phase.STOPPING,
+     Action.FINISH),
+    ("before it is put under guard", view(process=running(run_state="shutdown"), lock=seen(locked()), guarded=False),
+     Phase.STOPPING, Action.FINISH),
+    ("QEMU has its time for it", view(process=running(run_state="shutdown", stopping=Stopping(since=100.0, quit_at=100.0)),
+     lock=seen(locked())), Phase.STOPPING, None),
+    ("then SIGKILL, connected or not", view(process=running(run_state="shutdown", connected=False,
+     stopping=Stopping(since=100.0, quit_at=100.0)), lock=seen(locked()), now=100.0 + QUIT_WAIT_S), Phase.STOPPING,
+     Action.KILL),
+    ("one that does not answer may have been let go on", view(process=running(run_state="shutdown", connected=False),
+     lock=seen(locked())), Phase.RUNNING, Action.CONNECT),
+    ("a guest that a person has paused is left alone", view(process=running(run_state="paused"), lock=seen(locked())),
+     Phase.RUNNING, None),
+    ("so is one that a disk has failed", view(process=running(run_state="io-error"), lock=seen(locked())), Phase.RUNNING,
+     None),
     ("a silent QEMU goes down the ladder too", view(process=running(connected=False, connect_at=1e9,
      stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF, now=170.0), Phase.STOPPING, Action.QUIT),
     ("a restart request stops first", view(process=running(), lock=seen(locked()),
@@ -242,6 +343,11 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("law 7: a missing guard is sought again, and all goes on meanwhile", view(process=running(probe_at=101.0),
      lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, Action.PROBE),
     ("law 7: in time", view(process=running(), lock=seen(locked()), guarded=False, guard_at=102.0), Phase.RUNNING, None),
+    ("a NIC that has lost its bridge is plugged in again", view(process=running(plug_at=101.0), lock=seen(locked())),
+     Phase.RUNNING, Action.PLUG),
+    ("not at once again", view(process=running(plug_at=102.0), lock=seen(locked())), Phase.RUNNING, None),
+    ("also of what its bad wish lets run on", view(process=running(plug_at=101.0), lock=seen(locked()), wish=BAD,
+     problems=BAD.problems), Phase.RUNNING, Action.PLUG),
     ("images are looked at now and then", view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
     ("law 7: nor what cannot be fenced", view(lock=seen(replace(locked(host=OTHER, name="y"), storage=Storage.UNFENCEABLE)),
@@ -429,7 +535,7 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def guarded(self) -> bool | None:
@@ -495,6 +601,8 @@ class Supervisor:
                 assert self.record is not None
                 lock = locked(name=self.record.incarnation, pid=self.record.pid)
                 world.step(lambda: self.write(replace(lock, epoch=self.record.epoch if self.record else 0)))
+            case Action.READ:
+                raise AssertionError("all that is left can be read here")
             case Action.RENAME:
                 assert world.lock is not None
                 renamed = replace(world.lock, host=ME)
@@ -506,7 +614,17 @@ class Supervisor:
                 epoch = world.lock.epoch if world.lock else 0
                 world.step(lambda: self.write(None, epoch))
                 self.planned = None
-            case Action.GIVE_UP | Action.PROBE | Action.GROW | Action.QUEUE | Action.LOOK | Action.FORGET:
+            case (
+                Action.GIVE_UP
+                | Action.PROBE
+                | Action.GROW
+                | Action.PLUG
+                | Action.FINISH
+                | Action.QUEUE
+                | Action.LOOK
+                | Action.TIDY
+                | Action.FORGET
+            ):
                 raise AssertionError(action)
             case _:
                 assert_never(action)

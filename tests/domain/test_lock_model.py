@@ -4,7 +4,9 @@ Every state is visited that two supervisors can come to who decide by `domain.li
 says, each step of theirs at any time, on what they saw at any earlier time. A supervisor that is frozen is one that is
 not scheduled: there is nothing special about it. Sessions come and go, the key `host` changes, QEMUs crash, supervisors
 die and adopt, a host reboots. What etcd compares of sessions comes out as it is worst: any swap may fail for it, and a
-host that is taken over has none just then, although it lives. A takeover never waits: that is kindness, not safety.
+host that is taken over has none just then, although it lives; and whether the other host is there to move to is seen
+either way at any time. A takeover never waits: that is kindness, not safety. The key `host` stands for all that says
+where it runs: a placement is written and compared like it.
 
 Invariant: never do two QEMUs run that storage still lets write.
 """
@@ -22,8 +24,9 @@ from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Lock, LockState, LockView, Storage, take
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import RbdDisk, Spec, Wish, spec_to_object
-from kvmsupervisor.domain.view import NEVER_RAN, Action, Deferral, Process, View
+from kvmsupervisor.domain.view import Action, Deferral, Process, Target, View
 
 HOSTS = (HostName("a"), HostName("b"))
 SPEC = Spec(ram_mib=64, rbd=RbdDisk("rbd", "vm"))
@@ -165,12 +168,16 @@ class Model:
             seen = seen._replace(qemu=None, ran=False)
         if seen != local:
             yield _with(world, me, seen)
-        step = self._action(me, local)
-        if step and (step != "TAKE" or local.used < self.incarnations):
-            yield from self._act(world, me, local, step)
+        for step in self._actions(me, local):
+            if step != "TAKE" or local.used < self.incarnations:
+                yield from self._act(world, me, local, step)
 
-    def _action(self, me: int, local: Local) -> str:
-        action = _decide(Known(me, local.lock, local.host, local.planned, local.qemu, local.ran, local.boot))
+    def _actions(self, me: int, local: Local) -> set[str]:
+        """What is done where the other host is there to move to, and where it is not."""
+        return {self._action(me, local, there) for there in (True, False)} - {""}
+
+    def _action(self, me: int, local: Local, there: bool) -> str:
+        action = _decide(Known(me, local.lock, local.host, local.planned, local.qemu, local.ran, local.boot, there))
         if not self.records and action is Action.RECORD:
             action = Action.CONTINUE
         return "" if action is None or action is Action.FORGET else action.name
@@ -276,8 +283,8 @@ class Model:
     def _local_merged(self, me: int, local: Local, etcd: Etcd) -> Local:
         if self.compares and not (_same(etcd, local) and local.host_is):
             # Who does nothing but what etcd will refuse might as well look at once; it can look again later.
-            step = local.step or self._action(me, local)
-            if step not in UNCOMPARED:
+            steps = {local.step} if local.step else self._actions(me, local)
+            if not steps & UNCOMPARED:
                 local = _seen(local, etcd)
         if local.closed is None and not local.gone and (local.qemu or local.step or not local.epoch):
             return local
@@ -321,12 +328,13 @@ class Known(NamedTuple):
     qemu: str | None
     ran: bool
     boot: int
+    there: bool
 
 
 @cache
 def _decide(known: Known) -> Action | None:
     """What `domain.lifecycle` says to what a supervisor knows."""
-    me, lock, host, planned, qemu, ran, boot = known
+    me, lock, host, planned, qemu, ran, boot, there = known
     process = None
     boot_id = f"boot{boot}"
     if qemu is not None:
@@ -341,7 +349,7 @@ def _decide(known: Known) -> Action | None:
     view = View(
         now=2.0, me=HOSTS[me], boot_id=boot_id, wish=wish, planned=planned, process=process,
         memory=Memory(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
-        holder_has_session=False, deferral=LONG_AGO,
+        holder_has_session=False, deferral=LONG_AGO, target=Target(there=there),
     )  # fmt: skip
     return decide(view).action
 

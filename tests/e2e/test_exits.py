@@ -69,6 +69,44 @@ def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, guest: Guest) -> No
     assert host.metric("instance_exits_total", instance="reboots", reason="guest-reset") == 0
 
 
+def test_a_guest_that_does_not_run_is_not_up(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """§4: paused by a person it is `running`, stays so, and is not up; list and metrics tell it at once."""
+    host = hosts().start()
+    keys.put("1", ram=16, extra_flags=tiny, host=host.name)
+    qemu = host.wait_running("1")["1"]
+    host.wait_for("1", lambda status: status.up)
+    assert host.metric("instance_up", instance="1") == 1
+    host.ask("1", "stop")
+    status = host.wait_for("1", lambda status: status.run_state == "paused")
+    assert (status.phase, host.metric("instance_up", instance="1")) == (Phase.RUNNING, 0)
+    assert host.metric("instance_run_state", instance="1", state="paused") == 1
+    listed = host.cli("list")
+    assert "running (paused)" in listed.stdout
+    assert host.cli("check").returncode == 1
+    host.ask("1", "cont")
+    host.wait_for("1", lambda status: status.up)
+    assert host.qemu("1") == qemu
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_a_guest_powers_off_under_a_qemu_that_is_told_to_live_on(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+    """§4: a power-off is a power-off, also with `-no-shutdown`; `restart` decides what follows."""
+    host = hosts().start()
+    flags = f"{guest.extra_flags()} -no-shutdown"
+    for policy in ("always", "on-failure"):
+        keys.put(policy, host=host.name, ram=MINIMUM_RAM_MIB, restart=policy, extra_flags=flags)
+    host.wait_running("always", "on-failure")
+    for one in ("always", "on-failure"):
+        host.hears(one, HELLO)
+        host.say(one, "poweroff")
+    status = host.wait_for("on-failure", Phase.STOPPED)
+    assert status.last_exit == "guest-shutdown"
+    status = host.wait_for("always", lambda s: s.phase is Phase.RUNNING and s.restarts == 1)
+    assert status.last_exit == "guest-shutdown"
+    assert host.metric("instance_exits_total", instance="always", reason="guest-shutdown") == 1
+
+
 def test_a_qemu_is_killed(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """`crashed (signal N)` for SIGKILL and SIGSEGV, `host-signal` for a SIGTERM that QEMU ends by itself on."""
     host = hosts().start()

@@ -149,3 +149,21 @@ def test_half_of_it_is_a_usage_error(hosts: Hosts, args: list[str], said: str) -
     done = hosts().cli(*args)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_in_a_shell_without_the_units_settings(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law: another run directory than the supervisor's is not taken for a host without guests."""
+    host = hosts().start()
+    keys.put("web1", ram=16, extra_flags=tiny, host=host.name)
+    host.wait_running("web1")
+    other = host.folder / "other"
+    for verb in ("stop", "start"):
+        shell = {**host.environment, "KVM_RUN_DIR": str(other)}
+        argv = [sys.executable, "-m", "kvmsupervisor", verb, "--all", "--local"]
+        done = subprocess.run(argv, cwd=ROOT, env=shell, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1, done.stdout
+        assert "Set KVM_RUN_DIR" in done.stderr
+        assert "web1" in done.stderr
+        assert str(host.run_dir) in done.stderr
+        assert not other.exists()
+    assert host.qemus()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
 
 SIX = [str(number) for number in range(1, 7)]
@@ -89,6 +89,7 @@ def test_a_few_are_not_held(keys: Keys, host: Host, six: dict[str, Qemu]) -> Non
 
 def test_moving_away_is_no_removal(keys: Keys, host: Host, six: dict[str, Qemu]) -> None:
     """All get another `host`, or `power=off`: that is an order."""
+    keys.write(keys.layout.session_key(HostName("beta")), "{}")
     for one in SIX[:3]:
         keys.put(one, power="off")
     keys.machines("beta", *SIX[3:], ram=16)

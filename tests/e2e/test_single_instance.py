@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
@@ -122,7 +122,10 @@ def test_its_end_is_the_containers(keys: Keys, containers: Containers, tiny: str
 
 
 def test_keys_that_change_end_it(keys: Keys, containers: Containers, tiny: str) -> None:
-    """Law: `power=off`, and another `host`, shut it down and end the container; a restart is its starter's to do."""
+    """Law: `power=off`, and another `host`, shut it down and end the container; a restart is its starter's to do.
+
+    Another `host` does once somebody is there to run it.
+    """
     keys.put("1", ram=16, extra_flags=tiny, host="alpha")
     container = containers.instance("1", KVM_SHUTDOWN_TIMEOUT="0").begin()
     container.wait_running()
@@ -137,7 +140,11 @@ def test_keys_that_change_end_it(keys: Keys, containers: Containers, tiny: str) 
     revision = keys.put("1", ram="lots")
     keys.wait_status("1", lambda status: bool(status.problems) and status.revision >= revision)
     assert container.running
+    # Another host: once that has a session, or a container there that waits for the lock.
     keys.put("1", host="beta")
+    keys.wait_status("1", lambda status: status.awaited_host == "beta")
+    assert container.running
+    keys.write(keys.layout.session_key(HostName(holder("beta", "1"))), "{}")
     assert container.wait_ended() == 0
     assert keys.lock("1") is None
     assert container.begin().wait_ended() == 1

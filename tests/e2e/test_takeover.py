@@ -133,7 +133,9 @@ def test_failover(farm: Farm) -> None:
     print(f"killed to writing again: {time.monotonic() - begin:.1f} s")  # noqa: T201 - a figure for docs/ceph.md
     lock = farm.lock()
     assert (lock.host, set(lock.fence)) == ("alpha", set(before.clients))
-    assert farm.keys.get(farm.keys.layout.wish_key(InstanceId("1"), "host")) == b"alpha"
+    # Its keys stay as people wrote them (law 10).
+    assert farm.keys.get(farm.keys.layout.wish_key(InstanceId("1"), "host")) == b"beta"
+    assert alpha.wait_for("1", lambda s: s.placed_for == "beta").host == "alpha"
     assert set(before.clients) <= farm.ceph.blocklist()
     # Back again, beta finds nothing that is its own.
     beta.start()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
@@ -70,13 +71,70 @@ def test_moving(keys: Keys, hosts: Hosts, tiny: str) -> None:
         assert (status.host, status.pid) == ("beta", after.pid)
         keys.put("1", host="alpha")
         alpha.wait_running("1")
-        # To a host that does not exist: stopped, and nobody runs it.
-        keys.put("1", host="nowhere")
-        alpha.wait_forgotten("1")
-        eventually("the release", lambda: keys.lock("1") is None)
-        assert alpha.qemus() == beta.qemus() == []
     locks = check_lock_history(keys, "1")
     assert [lock.host for lock in locks if lock.state is LockState.RUNNING] == ["alpha", "beta", "alpha"]
+
+
+def test_a_move_to_nobody(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """§4: a `host` that has no session (a typo, a host that is down) stops nothing; everybody says so.
+
+    It moves when that host is there, and not before.
+    """
+    alpha = hosts("alpha", KVM_SHUTDOWN_TIMEOUT="1").start()
+    beta = hosts("beta", KVM_SHUTDOWN_TIMEOUT="1")
+    with watched(alpha, beta):
+        keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+        before = alpha.wait_running("1")["1"]
+        keys.put("1", host="apha")
+        status = alpha.wait_for("1", lambda s: s.awaited_host == "apha")
+        assert status.phase is Phase.RUNNING
+        assert "`host` is apha, which has no session (did you mean alpha?)" in status.reason
+        assert alpha.metric("instance_host_absent", instance="1") == 1
+        assert "did you mean alpha?" in alpha.cli("list").stdout
+        found = alpha.cli("check", "1")
+        assert found.returncode == 1
+        assert "apha" in found.stdout
+        keys.put("1", host="beta")
+        alpha.wait_for("1", lambda s: s.awaited_host == "beta")
+        # A supervisor that starts meanwhile adopts it, and leaves it running, too.
+        alpha.kill9()
+        alpha.start()
+        alpha.wait_for("1", lambda s: s.awaited_host == "beta" and s.phase is Phase.RUNNING)
+        assert before.alive
+        beta.start()
+        beta.wait_running("1")
+        assert not before.alive
+        alpha.wait_forgotten("1")
+    check_lock_history(keys, "1")
+
+
+def test_failover_by_a_placement(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law 10: who takes over by itself writes no wish, says in whose place it runs, and is left by a new `host`."""
+    alpha, beta = (hosts(name, KVM_SESSION_TTL="2", KVM_SHUTDOWN_TIMEOUT="1").start() for name in ("alpha", "beta"))
+    keys.machines("alpha", "1", ram=16, extra_flags=tiny, hosts="alpha beta")
+    alpha.wait_running("1")
+    alpha.kill9()
+    for qemu in alpha.qemus():
+        qemu.kill()
+    placed = beta.wait_running("1")["1"]
+    host_key = keys.layout.wish_key(InstanceId("1"), "host")
+    assert keys.get(host_key) == b"alpha"
+    assert beta.wait_for("1", lambda s: s.placed_for == "alpha").host == "beta"
+    assert beta.metric("instance_placed", instance="1", home="alpha") == 1
+    listed = beta.cli("list").stdout
+    assert "beta (for alpha)" in listed
+    assert "runs in place of alpha" in listed
+    assert '"placed_for": "alpha"' in beta.cli("list", "-o", "json").stdout
+    # Back again, alpha starts nothing; on both, all is as it should be.
+    alpha.start()
+    assert beta.cli("check", "1").returncode == 0
+    assert alpha.qemus() == []
+    assert beta.wait_running("1")["1"] == placed
+    keys.put("1", host="alpha")
+    alpha.wait_running("1")
+    assert not placed.alive
+    assert keys.get(keys.layout.placement_key(InstanceId("1"))) is None
+    check_lock_history(keys, "1", takeovers=["alpha"])
 
 
 @pytest.mark.timeout(3600)

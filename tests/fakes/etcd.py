@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from kvmsupervisor.adapters.etcd.api import (
+    Ahead,
     Ambiguous,
     Batch,
     Compacted,
@@ -28,9 +29,11 @@ from kvmsupervisor.adapters.etcd.api import (
     KeyValue,
     LeaseGone,
     Listing,
+    NoSpace,
     Op,
     Page,
     Put,
+    Reading,
     Rejected,
     Target,
     TxnResult,
@@ -56,7 +59,31 @@ class _Server:
         self.history: list[Event] = []
         self.leases: dict[int, _Lease] = {}
         self.next_lease = 0x1000
+        self.full = False
         self.wakers: set[asyncio.Event] = set()
+        # How often another history has taken the place of this one: each breaks every watch.
+        self.born = 0
+
+    def at(self, key: bytes, revision: int) -> KeyValue | None:
+        """A key as it was at a revision."""
+        if revision > self.revision:
+            raise Ahead("etcdserver: mvcc: required revision is a future revision")
+        if revision < self.compacted:
+            raise Compacted(self.compacted)
+        before = (event for event in reversed(self.history) if event.kv.mod_revision <= revision)
+        last = next((event for event in before if event.kv.key == key), None)
+        return None if last is None or last.deleted else last.kv
+
+    def become(self, other: _Server) -> None:
+        """Hold what `other` holds, from its first revision on."""
+        self.revision, self.compacted = other.revision, other.compacted
+        self.keys, self.history = dict(other.keys), list(other.history)
+        self.leases = {
+            lease_id: _Lease(lease.ttl_s, self.now(), set(lease.keys)) for lease_id, lease in other.leases.items()
+        }
+        self.next_lease = max(self.next_lease, other.next_lease)
+        self.born += 1
+        self.wake()
 
     def index_of(self, revision: int) -> int:
         """Where in the history the first event at or after `revision` is."""
@@ -214,6 +241,14 @@ class FakeEtcd:
         """End `deny`."""
         self._denied = False
 
+    def fill(self) -> None:
+        """Take all space, as in etcd 3.5.1: no client's transaction, write or new lease is taken any more."""
+        self._server.full = True
+
+    def make_space(self) -> None:
+        """End `fill`."""
+        self._server.full = False
+
     def lose_next_reply(self) -> None:
         """The next write is applied, its caller gets `Ambiguous`."""
         self._lose_reply = True
@@ -246,6 +281,16 @@ class FakeEtcd:
         """Delete keys as a person with etcdctl would, in one revision."""
         self._server.delete(_bytes(key) for key in keys)
 
+    def backup(self) -> FakeEtcd:
+        """What `etcdctl snapshot save` would save now, leases included; for `restore`."""
+        copy = _Server(self._server.clock)
+        copy.become(self._server)
+        return FakeEtcd(server=copy)
+
+    def restore(self, backup: FakeEtcd) -> None:
+        """Put another history, or a wholly other store, in the place of this one; every watch breaks."""
+        self._server.become(backup._server)
+
     @property
     def revision(self) -> int:
         """The store's revision."""
@@ -272,6 +317,21 @@ class FakeEtcd:
         found = self._server.select(key, prefix=False)
         return found[0] if found else None
 
+    async def get_at(self, key: str, revision: int) -> KeyValue | None:
+        await self._arrive("get_at")
+        return self._server.at(key.encode(), revision)
+
+    @property
+    def members(self) -> int:
+        return 1
+
+    def leave(self) -> None:
+        pass
+
+    async def read(self, *keys: str) -> Reading:
+        await self._arrive("read")
+        return Reading([next(iter(self._server.select(key, prefix=False)), None) for key in keys], self.revision)
+
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         await self._arrive("list")
         return Listing(self._server.select(prefix, prefix=True), self.revision)
@@ -281,9 +341,11 @@ class FakeEtcd:
         yield Page(listing.kvs, listing.revision)
 
     @asynccontextmanager
-    async def watch(self, prefix: str, start_revision: int) -> AsyncIterator[FakeWatch]:
+    async def watch(
+        self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[FakeWatch]:
         self.calls["watch"] += 1
-        watch = FakeWatch(self, self._server, prefix, start_revision)
+        watch = FakeWatch(self, self._server, prefix, start_revision, prove)
         self._server.wakers.add(watch.waker)
         try:
             yield watch
@@ -354,6 +416,8 @@ class FakeEtcd:
         if self._denied:
             raise Denied("etcdserver: permission denied")
         self._server.expire_due()
+        if self._server.full and call in {"put", "txn", "grant"}:
+            raise NoSpace("etcdserver: mvcc: database space exceeded")
 
     def _write(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op]) -> TxnResult:
         if self._lose_request:
@@ -374,17 +438,26 @@ class FakeEtcd:
 class FakeWatch:
     """A watch of the fake. History that was compacted away meanwhile shows when it (re)connects."""
 
-    def __init__(self, client: FakeEtcd, server: _Server, prefix: str, start_revision: int) -> None:
+    def __init__(
+        self,
+        client: FakeEtcd,
+        server: _Server,
+        prefix: str,
+        start_revision: int,
+        prove: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        self._prove = prove
         self._client = client
         self._server = server
         self._prefix = prefix.encode()
         self._next = start_revision
         self._linked = False
+        self._born = server.born
         self.waker = asyncio.Event()
 
     @property
     def connected(self) -> bool:
-        return not (self._client._away or self._client._closed or self._client._denied)
+        return self._linked and not (self._client._away or self._client._closed or self._client._denied)
 
     def __aiter__(self) -> AsyncIterator[Batch]:
         return self
@@ -394,10 +467,14 @@ class FakeWatch:
             self.waker.clear()
             if self._client._closed:
                 raise StopAsyncIteration
-            if self._client._away:
+            if self._client._away or self._born != self._server.born:
                 self._linked = False
-            else:
-                self._link()
+                self._born = self._server.born
+            if not self._client._away:
+                if not await self._link():
+                    # Connected to nobody, and the proof cannot be had: tried again, as the real one does.
+                    await asyncio.sleep(0)
+                    continue
                 news = self._server.history[self._server.index_of(self._next) :]
                 events = [event for event in news if event.kv.key.startswith(self._prefix)]
                 if events:
@@ -406,10 +483,21 @@ class FakeWatch:
                     return Batch(events, revision)
             await self.waker.wait()
 
-    def _link(self) -> None:
+    async def _link(self) -> bool:
+        """Connect, unless it is; False when the proof could not be had."""
         if self._client._denied:
             raise Denied("etcdserver: permission denied")
-        if not self._linked and self._next < self._server.compacted:
+        if self._linked:
+            return True
+        if self._next < self._server.compacted:
             raise Compacted(self._server.compacted)
+        if self._prove is not None:
+            try:
+                await self._prove()
+            except Unavailable:
+                return False
+        if self._client._away:
+            return False
         self._linked = True
         self._client._up = True
+        return True

@@ -82,7 +82,7 @@ class FakeQemu:
 
     def is_in(self, directory: Path) -> bool:
         """Whether that is its run directory: its sockets were opened there, and it knows their numbers only."""
-        return any(f"logfile={directory}/console.log" in word for word in self.argv)
+        return any(f"opaque={directory}/console.log" in word for word in self.argv)
 
     def event(self, name: str, **data: Any) -> None:
         for monitor in self._monitors:
@@ -98,6 +98,12 @@ class FakeQemu:
         if self.alive:
             self.event("SHUTDOWN", guest=reason.startswith("guest"), reason=reason)
             self.end(WaitStatus(code=0))
+
+    def power_off(self, reason: str = "guest-shutdown") -> None:
+        """Its guest powers itself off under `-no-shutdown`: QEMU says so, stops the guest, and lives on."""
+        self.run_state = "shutdown"
+        self.event("SHUTDOWN", guest=True, reason=reason)
+        self.event("STOP")
 
     def crash(self, number: int = 9) -> None:
         self.end(WaitStatus(signal=number))
@@ -230,6 +236,7 @@ class FakeQemus:
         all: every QEMU that was ever spawned, in order.
         prepare: called with each before it begins.
         no_program: spawning fails with these words.
+        shortage: spawning fails for want of what this errno names.
         lose_answer_to: the next such QMP command is done, and the connection lost before its answer.
         on_record: whether a QEMU's guest may run; what law 3 asks. True unless a test says otherwise.
         ran_off_the_record: those that were let run all the same.
@@ -240,6 +247,7 @@ class FakeQemus:
         self.all: list[FakeQemu] = []
         self.prepare: Callable[[FakeQemu], None] = lambda qemu: None
         self.no_program: str | None = None
+        self.shortage: int | None = None
         self.lose_answer_to: str | None = None
         self.on_record: Callable[[FakeQemu], bool] = lambda qemu: True
         self.ran_off_the_record: list[FakeQemu] = []
@@ -248,7 +256,8 @@ class FakeQemus:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("kvmsupervisor.machine.kernel", self)
         monkeypatch.setattr("kvmsupervisor.marks.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.Monitor", self)
+        monkeypatch.setattr("kvmsupervisor.spawning.kernel", self)
+        monkeypatch.setattr("kvmsupervisor.monitor.Monitor", self)
         monkeypatch.setattr("kvmsupervisor.agent_watch.agent", self)
 
     @property
@@ -274,6 +283,8 @@ class FakeQemus:
     ) -> FakeProcess:
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)
+        if self.shortage is not None:
+            raise OSError(self.shortage, os.strerror(self.shortage))
         qemu = FakeQemu(self, next(self._pids), argv, environment)
         self.all.append(qemu)
         self.prepare(qemu)
@@ -296,6 +307,15 @@ class FakeQemus:
 
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
+
+    def environment_of(self, pid: int) -> Mapping[str, str]:
+        return next((qemu.environment for qemu in self.alive if qemu.pid == pid), {})
+
+    def command_line_of(self, pid: int) -> tuple[str, ...]:
+        return next((qemu.argv for qemu in self.alive if qemu.pid == pid), ())
+
+    def starttime_of(self, pid: int) -> int | None:
+        return next((qemu.starttime for qemu in self.alive if qemu.pid == pid), None)
 
     # What stands for adapters.agent.
 

@@ -78,6 +78,8 @@ paxos min wait = 0.01
 mon osd full ratio = 0.99
 osd data = {folder}/osd
 osd objectstore = memstore
+# Otherwise it ends at once, and what it has in memory is gone (`lose_power`).
+osd fast shutdown = false
 memstore device bytes = 1073741824
 osd erasure code plugins =
 # Since Ceph 18, of a plugin in a package of its own; OSDs in memory have no block devices.
@@ -185,14 +187,31 @@ class Ceph:
         self._continue("osd")
         self._continue("mon")
 
+    def lose_power(self) -> None:
+        """Kill the monitor, and end the OSD so that it writes down what it has in memory, as a disk would have it."""
+        self._end("mon", signal.SIGKILL)
+        self._end("osd", signal.SIGTERM)
+
+    def get_power(self) -> None:
+        """End `lose_power`; does not wait."""
+        self._spawn_daemons()
+
     def close(self) -> None:
         """End the daemons and delete their data."""
         for name in list(self._daemons):
-            daemon = self._daemons.pop(name)
-            daemon.kill()
-            daemon.wait(timeout=10)
-            _reaper().forget(daemon.pid)
+            self._end(name, signal.SIGKILL)
         shutil.rmtree(self.folder)
+
+    def _end(self, name: str, number: signal.Signals) -> None:
+        daemon = self._daemons.pop(name)
+        daemon.send_signal(number)
+        daemon.send_signal(signal.SIGCONT)
+        daemon.wait(timeout=READY_S)
+        _reaper().forget(daemon.pid)
+
+    def _spawn_daemons(self) -> None:
+        self._spawn("mon", "ceph-mon", "-i", "a")
+        self._spawn("osd", "ceph-osd", "-i", "0")
 
     # --- inside -----------------------------------------------------------------------------------------------
 

@@ -463,7 +463,8 @@ class Host:
         eventually(f"{instance} to be forgotten by {self.name}", lambda: self.status(instance) is None)
 
     def metric(self, name: str, **labels: str) -> float:
-        """One sample of `/metrics`; `name` comes without its `kvmsupervisor_`."""
+        """One sample of `/metrics`; `name` comes without its `kvmsupervisor_`, and an instance's without `host`."""
+        labels |= {"host": self.name} if "instance" in labels else {}
         name = f"kvmsupervisor_{name}"
         for family in text_string_to_metric_families(self.metrics()):
             for sample in family.samples:

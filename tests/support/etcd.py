@@ -118,9 +118,17 @@ class EtcdMember:
     """One etcd process, its ports and its data, which outlive a kill."""
 
     def __init__(
-        self, name: str, folder: Path, args: Sequence[str] = (), tls: Tls | None = None, place: Place = HERE
+        self,
+        name: str,
+        folder: Path,
+        args: Sequence[str] = (),
+        tls: Tls | None = None,
+        place: Place = HERE,
+        *,
+        program: str = "etcd",
     ) -> None:
         self.name = name
+        self.program = program
         self.place = place
         self.client_port = free_port()
         self.peer_port = free_port()
@@ -164,7 +172,7 @@ class EtcdMember:
         client = self.endpoint
         peer = f"http://{self.place.address}:{self.peer_port}"
         argv = [
-            *("etcd", "--name", self.name, "--data-dir", str(self._folder / self.name)),
+            *(self.program, "--name", self.name, "--data-dir", str(self._folder / self.name)),
             *("--listen-client-urls", client, "--advertise-client-urls", client),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", self.peer_url),
             # Plain HTTP, for readiness, whatever the clients' port asks for.
@@ -190,6 +198,21 @@ class EtcdMember:
             )
         self.frozen = False
         _reaper().watch(self._process.pid)
+
+    def forget(self, file: Path | None) -> None:
+        """While it does not run: replace its data by those of a snapshot, or by nothing."""
+        data = self._folder / self.name
+        shutil.rmtree(data, ignore_errors=True)
+        if file is None:
+            return
+        argv = [
+            *("etcdctl", "snapshot", "restore", str(file), "--name", self.name, "--data-dir", str(data)),
+            *("--initial-cluster", self._initial_cluster, "--initial-advertise-peer-urls", self.peer_url),
+        ]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=READY_S, env=environment, check=False)
+        if done.returncode != 0:
+            raise EtcdStartError(f"{' '.join(argv)}: {done.stderr}")
 
     def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Wait until the member serves, which takes a leader and a quorum."""
@@ -225,6 +248,21 @@ class EtcdMember:
         """Kill it if need be and start it again; does not wait for it to serve."""
         self.kill()
         self.start()
+
+    def lose_data(self) -> None:
+        """Kill it and delete its data; `start` begins with an empty store."""
+        self.kill()
+        shutil.rmtree(self._folder / self.name)
+
+    def restore(self, snapshot: Path) -> None:
+        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
+        self.lose_data()
+        argv = ["etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)]
+        argv += ["--name", self.name, "--initial-cluster", f"{self.name}={self.peer_url}"]
+        argv += ["--initial-advertise-peer-urls", self.peer_url]
+        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
+        subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
+        self._initial_cluster = f"{self.name}={self.peer_url}"
 
     @property
     def leads(self) -> bool:
@@ -291,6 +329,7 @@ class EtcdCluster:
         prepare: called with the members before their first start, to put something between them.
         places: where each member is; by default all are here.
         around: makes `etcdctl`'s command line, where its members cannot be reached from here.
+        program: which etcd.
     """
 
     def __init__(
@@ -303,6 +342,7 @@ class EtcdCluster:
         prepare: Callable[[Sequence[EtcdMember]], None] | None = None,
         places: Sequence[Place] = (),
         around: Callable[..., list[str]] = HERE.around,
+        program: str = "etcd",
     ) -> None:
         timing = ("--heartbeat-interval", str(heartbeat_ms), "--election-timeout", str(10 * heartbeat_ms))
         self._size = size
@@ -311,6 +351,7 @@ class EtcdCluster:
         self._prepare = prepare
         self._places = tuple(places) or (HERE,) * size
         self._around = around
+        self._program = program
         self._folder = Path()
         self.members: list[EtcdMember] = []
 
@@ -329,7 +370,7 @@ class EtcdCluster:
     def _lay_out(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="kvs"))
         self.members = [
-            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number])
+            EtcdMember(f"m{number}", self._folder, self._args, self.tls, self._places[number], program=self._program)
             for number in range(self._size)
         ]
 
@@ -367,6 +408,22 @@ class EtcdCluster:
         """SIGKILL for all members."""
         for member in self.members:
             member.kill()
+
+    def back_up(self, file: Path) -> int:
+        """Save a snapshot into `file`; return its revision."""
+        file.unlink(missing_ok=True)
+        self.ctl("snapshot", "save", str(file), endpoint=self.leader().endpoint)
+        return int(json.loads(self.ctl("snapshot", "status", str(file), "--write-out", "json"))["revision"])
+
+    def restore(self, file: Path | None) -> None:
+        """Kill all members and have them begin with what the snapshot in `file` holds; with nothing, when it is None.
+
+        The cluster keeps its id: etcd makes it of the members' names and URLs, and of a token, which are the same.
+        """
+        self.kill()
+        for member in self.members:
+            member.forget(file)
+        self.start()
 
     def repair(self) -> None:
         """Undo what a test did to the members: all run, none is frozen, all serve."""
@@ -417,8 +474,8 @@ class EtcdCluster:
 class EtcdServer(EtcdCluster):
     """One member. Its elections need nobody else, so it serves after 0.1 s."""
 
-    def __init__(self, *, args: Sequence[str] = (), tls: Tls | None = None) -> None:
-        super().__init__(1, args=args, tls=tls, heartbeat_ms=10)
+    def __init__(self, *, args: Sequence[str] = (), tls: Tls | None = None, program: str = "etcd") -> None:
+        super().__init__(1, args=args, tls=tls, heartbeat_ms=10, program=program)
 
     @property
     def member(self) -> EtcdMember:

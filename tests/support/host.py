@@ -6,7 +6,8 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import structlog
 
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import RunDir
@@ -21,9 +23,12 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guest_logs import GuestLogs
+from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
@@ -70,6 +75,35 @@ class KnownTypes(MachineTypes):
     def __init__(self) -> None:
         super().__init__("qemu")
         self._aliases = {"q35": "pc-q35-7.2"}
+
+
+class FakeLinks(Links):
+    """Network interfaces that a test makes up.
+
+    Attributes:
+        refuses: what the kernel says to who wants to plug one in; None: it does it, and tells.
+        plugged: what was plugged in, in order: the index of the tap, the name of the bridge.
+    """
+
+    def __init__(self, on_change: Callable[[Set[int]], None]) -> None:
+        super().__init__(on_change)
+        self.refuses: OSError | None = None
+        self.plugged: list[tuple[int, str]] = []
+
+    def set(self, *links: Link) -> None:
+        """These are there now, and no others."""
+        before = self.all or {}
+        self.all = {link.index: link for link in links}
+        self._on_change(before.keys() | self.all.keys())
+
+    async def plug(self, tap: int, bridge: str) -> None:
+        await asyncio.sleep(0)
+        if self.refuses is not None:
+            raise self.refuses
+        self.plugged.append((tap, bridge))
+        assert self.all is not None
+        (master,) = [link.index for link in self.all.values() if link.name == bridge]
+        self.set(*(replace(link, master=master) if link.index == tap else link for link in self.all.values()))
 
 
 class LockStore(FakeEtcd):
@@ -127,6 +161,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.links = FakeLinks(self._on_links)
         self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
         self.phases: list[Phase] = []
@@ -150,6 +185,9 @@ class Host:
 
     def begin(self) -> None:
         """Start a supervisor of this one instance; it adopts what is there."""
+        self.history = History(
+            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, me=self.me, run_dir=self.path, patience_s=60.0
+        )
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -163,7 +201,13 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.wishes = Wishes(
-            store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, on_change=self._on_change, rand=lambda: 0.5
+            store=self.etcd.peer(),
+            clock=self.clock,
+            layout=LAYOUT,
+            history=self.history,
+            on_change=self._on_change,
+            on_anew=self._on_anew,
+            rand=lambda: 0.5,
         )
         self.end_listening = self.session.listen(self.instance.notify)
         self.loop = asyncio.create_task(self._run())
@@ -185,6 +229,11 @@ class Host:
         if self.wishes.synced:
             self._tell(fresh=True)
 
+    def _on_anew(self) -> None:
+        self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
+        self.around.publisher.begin_anew()
+        self._on_change(None, 0)
+
     def _tell(self, *, fresh: bool) -> None:
         lock = self.wishes.lock_of(ONE)
         self.instance.saw_lock(
@@ -192,7 +241,12 @@ class Host:
             mod_revision=0 if lock is None else lock.mod_revision,
             as_of=self.wishes.locks_revision,
         )
-        self.instance.update(parse_wish(ONE, self.wishes.keys_of(ONE)), held=False, fresh=fresh)
+        wish = parse_wish(ONE, self.wishes.keys_of(ONE), self.wishes.placed(ONE))
+        self.instance.update(wish, held=False, fresh=fresh)
+
+    def _on_links(self, changed: Set[int]) -> None:
+        if not self.dead and self.instance.plugs.concern(changed):
+            self.instance.notify()
 
     async def die(self) -> None:
         """End the supervisor between two steps; its QEMU goes on."""
@@ -216,6 +270,9 @@ class Host:
             await self.die()
         shutil.rmtree(self.path)
 
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return self.recorded_for(client)
+
     def _surroundings(self) -> Surroundings:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
@@ -238,17 +295,30 @@ class Host:
                 disks=self.disks,
             ),
             disks=self.disks,
+            logs=GuestLogs(clock=self.clock),
+            links=self.links,
             user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
-            metrics=Metrics(lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), version="0"),
+            metrics=Metrics(
+                lambda: Snapshot(etcd_up=True, session_remaining_s=1, watch_revision=1), host=self.me, version="0"
+            ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_drains=lambda host: False,
+            sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
-            recorded_for=self.recorded_for,
+            era=lambda: self.history.present,
+            recorded_for=self._recorded_for,
+            mismatch=None,
+            objection=lambda record: None,
+            draining=lambda: False,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
+            takeover_wait_s=60.0,
             guard=cast("GuardPost | None", self.guard),
         )
 

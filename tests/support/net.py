@@ -11,16 +11,19 @@ is. QEMU only gets a descriptor, which works wherever QEMU is.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -33,6 +36,8 @@ HELPER = next(
     Path("/usr/lib/qemu/qemu-bridge-helper"),
 )
 LIMIT_S = 20.0
+CLONE_NEWNET = 0x40000000
+T = TypeVar("T")
 AS_ROOT = os.geteuid() == 0
 
 _MOUNTS = 'mount --bind /etc "$0/real" && mount --bind "$0/etc" /etc'
@@ -84,6 +89,29 @@ class Namespace:
         assert done.returncode == 0, f"{shlex.join(map(str, argv))}: {done.stdout}"
         return done.stdout
 
+    def inside(self, main: Callable[[], T]) -> T:
+        """Call `main` in a thread of this process that is in this network (root only); return what it returns.
+
+        Sockets that it makes, and threads that it starts, are there as well.
+        """
+
+        def enter() -> T:
+            with self.entered():
+                return main()
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(enter).result(LIMIT_S)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have the calling thread in this network meanwhile (root only): what it starts, and connects to, is there."""
+        with Path("/proc/thread-self/ns/net").open("rb") as before, Path(f"/proc/{self.pid}/ns/net").open("rb") as here:
+            _set_network(here.fileno())
+            try:
+                yield
+            finally:
+                _set_network(before.fileno())
+
     def program(self, name: str, *argv: str | Path) -> Path:
         """A program outside that runs `argv` inside, with its own arguments behind."""
         path = self.folder / name
@@ -96,6 +124,11 @@ class Namespace:
     def helper(self) -> Path:
         """The real qemu-bridge-helper, run inside."""
         return self.program("helper", HELPER)
+
+
+def _set_network(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 @contextmanager

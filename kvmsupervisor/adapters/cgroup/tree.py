@@ -231,7 +231,8 @@ def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) ->
     elif "cpuset" in hierarchy.controllers:
         # A new cpuset of v1 has neither processors nor memory, and takes no process before it has.
         _inherit(parent)
-    folder.mkdir()
+    # There is one already where a start of this very incarnation did not get as far as its process.
+    folder.mkdir(exist_ok=True)
     if "cpuset" in hierarchy.controllers:
         _inherit(folder)
     if limits.cpu_shares is not None and hierarchy.has("cpu"):

@@ -1,6 +1,7 @@
 """The adapter for etcd v3: the only place that knows etcd3 and gRPC."""
 
 from kvmsupervisor.adapters.etcd.api import (
+    Ahead,
     Ambiguous,
     Batch,
     Compacted,
@@ -13,9 +14,11 @@ from kvmsupervisor.adapters.etcd.api import (
     KeyValue,
     LeaseGone,
     Listing,
+    NoSpace,
     Op,
     Page,
     Put,
+    Reading,
     Rejected,
     Store,
     Target,
@@ -27,6 +30,7 @@ from kvmsupervisor.adapters.etcd.client import Etcd
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 
 __all__ = [
+    "Ahead",
     "Ambiguous",
     "Batch",
     "Compacted",
@@ -41,9 +45,11 @@ __all__ = [
     "KeyValue",
     "LeaseGone",
     "Listing",
+    "NoSpace",
     "Op",
     "Page",
     "Put",
+    "Reading",
     "Rejected",
     "Store",
     "Target",

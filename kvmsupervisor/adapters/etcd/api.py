@@ -6,7 +6,7 @@ reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +19,18 @@ class EtcdError(Exception):
 
 class Unavailable(EtcdError):
     """No answer in time from any endpoint, or no quorum: wait and try again. Nothing was written."""
+
+
+class Unreachable(Unavailable):
+    """No endpoint can be connected to, and none ever answered this client, which does not wait for one.
+
+    Attributes:
+        causes: each endpoint's URL, and what is wrong with it.
+    """
+
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{url}: {cause}" for url, cause in causes.items()))
+        self.causes = causes
 
 
 class Ambiguous(Unavailable):
@@ -37,12 +49,20 @@ class Compacted(EtcdError):
         self.revision = revision
 
 
+class Ahead(EtcdError):
+    """The revision asked for is greater than the store's own: whoever saw it, saw it in another store."""
+
+
 class Denied(EtcdError):
     """Wrong user, password, certificate or role: tell the operator. Trying again will not help."""
 
 
 class Rejected(EtcdError):
-    """etcd refuses this very request (too large, no space, malformed): change it or tell the operator."""
+    """etcd refuses this very request (too large, malformed): change it or tell the operator."""
+
+
+class NoSpace(Rejected):
+    """etcd takes no writes until an operator has made space. Nothing was written; reads and leases go on."""
 
 
 class LeaseGone(Rejected):
@@ -64,6 +84,14 @@ class Listing:
     """All keys below a prefix at one `revision`, in key order."""
 
     kvs: Sequence[KeyValue]
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Some keys as they were at one `revision`, in the order asked for; None for one that did not exist."""
+
+    kvs: Sequence[KeyValue | None]
     revision: int
 
 
@@ -188,6 +216,14 @@ class Store(Protocol):
         """Read one key, linearizably."""
         ...
 
+    async def read(self, *keys: str) -> Reading:
+        """Read several keys at one revision, linearizably, also where etcd has no space left.
+
+        A transaction that only reads would be one round trip, but etcd 3.5.0 to 3.5.6 refuse all transactions then
+        (https://github.com/etcd-io/etcd/issues/14884).
+        """
+        ...
+
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         """Read all keys below `prefix` at one revision, page by page.
 
@@ -203,10 +239,36 @@ class Store(Protocol):
         """
         ...
 
-    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+    async def get_at(self, key: str, revision: int) -> KeyValue | None:
+        """Read one key as it was at `revision`, None when it did not exist then; a quorum is asked.
+
+        Raises:
+            Compacted: what was then is gone.
+            Ahead: the store has not come so far.
+        """
+        ...
+
+    @property
+    def members(self) -> int:
+        """How many endpoints there are to ask."""
+        ...
+
+    def leave(self) -> None:
+        """Ask another endpoint from now on, where there is one. Watches connect again."""
+        ...
+
+    def watch(
+        self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[Watch]:
         """Follow all changes below `prefix` from `start_revision` on, none lost, none repeated.
 
         Reconnects by itself, for ever, to any endpoint, and says so in its `connected` meanwhile.
+
+        Args:
+            prefix: of the keys.
+            start_revision: the first revision that is told of.
+            prove: awaited after each connection, the first one included, before anything that is heard on it is handed
+                on. What it raises ends the watch; `Unavailable` only has it connect again.
         """
         ...
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable
+from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable, Unreachable
 from kvmsupervisor.adapters.etcd.auth import Auth, Metadata
-from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints
+from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints, speaks_tls
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
@@ -42,6 +42,8 @@ class Caller:
         self.endpoints = Endpoints(config)
         self.auth = Auth(config)
         self.up = False
+        # Whether any endpoint ever answered.
+        self._met = False
 
     async def call(
         self, what: str, request: Request[Reply], *, timeout_s: float | None = None, repeatable: bool
@@ -57,6 +59,7 @@ class Caller:
         Raises:
             Ambiguous: it is not repeatable, and an endpoint left open whether it was carried out.
             Unavailable: nobody answered by the deadline; the message says what each endpoint said.
+            Unreachable: nobody can be connected to, where the configuration is impatient.
             EtcdError: any other final answer.
             ReplyTooLarge: the answer is larger than this client takes.
         """
@@ -82,10 +85,10 @@ class Caller:
                     await self._try_elsewhere(endpoint, progress)
                 progress.relogged_in = True
             except (EtcdError, ReplyTooLarge):
-                self.up = True
+                self.up = self._met = True
                 raise
             else:
-                self.up = True
+                self.up = self._met = True
                 return reply
         self.up = False
         raise Unavailable(_CLOSED if self.closed else progress.gave_up(timeout_s))
@@ -106,7 +109,7 @@ class Caller:
                     await endpoint.connect()
                     return await self.auth.metadata(endpoint, timeout_s=deadline - loop.time())
         except TimeoutError as error:
-            raise AttemptFailed("no connection in time", done_maybe=False) from error
+            raise AttemptFailed("no connection in time", done_maybe=False, connected=False) from error
 
     async def revision(self) -> int:
         """Return the store's revision, as a quorum knows it.
@@ -159,6 +162,8 @@ class Caller:
     async def _try_elsewhere(self, endpoint: Endpoint, progress: _Progress) -> None:
         self.endpoints.leave(endpoint)
         progress.attempts += 1
+        if self._config.impatient and not self._met and progress.nobody_connects(len(self.endpoints)):
+            raise Unreachable(await _causes(progress.failed))
         if len(progress.failed) == len(self.endpoints) and all(
             failure.permanent for failure in progress.failed.values()
         ):
@@ -166,6 +171,17 @@ class Caller:
         if progress.attempts % len(self.endpoints) == 0:
             await asyncio.sleep(min(progress.pause_s, max(progress.left_s(), 0)))
             progress.pause_s = min(2 * progress.pause_s, _LONGEST_PAUSE_S)
+
+
+async def _causes(failed: Mapping[str, AttemptFailed]) -> dict[str, str]:
+    """What is wrong with each endpoint. A TLS port says nothing to who speaks none, so it is asked."""
+
+    async def cause(url: str, failure: AttemptFailed) -> str:
+        if await speaks_tls(url):
+            return "what answers there speaks TLS: write https:// and not http://"
+        return failure.reason
+
+    return dict(zip(failed, await asyncio.gather(*(cause(*one) for one in failed.items())), strict=True))
 
 
 class _Progress:
@@ -181,6 +197,10 @@ class _Progress:
 
     def left_s(self) -> float:
         return self.deadline - asyncio.get_running_loop().time()
+
+    def nobody_connects(self, endpoints: int) -> bool:
+        """Whether each of so many endpoints was tried, and there was no connection to any."""
+        return len(self.failed) == endpoints and not any(failure.connected for failure in self.failed.values())
 
     def said(self) -> str:
         return "; ".join(f"{url}: {failure.reason}" for url, failure in self.failed.items())

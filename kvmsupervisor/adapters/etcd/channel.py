@@ -7,6 +7,8 @@ that answers pings but not calls can be left: gRPC itself never leaves it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,10 @@ _OPTIONS = (
     # Two clients in one process must not share a connection, or one's timeouts would be the other's.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+TLS_ANSWER_S = 0.5
+"""How long a port may take to answer a greeting of TLS: a person waits. Arbitrary; three times a slow link's."""
 
 
 class Endpoint:
@@ -116,6 +122,29 @@ class Endpoints:
     async def close(self) -> None:
         """Close all channels."""
         await asyncio.gather(*(endpoint.close() for endpoint in self._all))
+
+
+async def speaks_tls(url: str) -> bool:
+    """Whether what listens at a plain endpoint wants TLS; false for one that is written with https."""
+    target, secure = split_endpoint(url)
+    if secure:
+        return False
+    host, _, port = target.rpartition(":")
+    # Nothing is told to it, and nothing that it says is believed: whoever it is.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(TLS_ANSWER_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+    except ssl.SSLError as error:
+        # It has a mind about our certificate, say: that is TLS, too. What is no TLS at all is not.
+        return error.reason not in {"WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "HTTP_REQUEST"}
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError, ssl.SSLError):
+        await writer.wait_closed()
+    return True
 
 
 def _channel(url: str, credentials: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import (
+    Compacted,
     Compare,
     Get,
     KeyValue,
@@ -16,8 +17,10 @@ from kvmsupervisor.adapters.etcd.api import (
     Listing,
     Op,
     Page,
+    Reading,
     Rejected,
     TxnResult,
+    Unavailable,
     Watch,
 )
 from kvmsupervisor.adapters.etcd.auth import Metadata
@@ -28,6 +31,7 @@ from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, Reply
 from kvmsupervisor.adapters.etcd.messages import compare_message, entries, key_value, op_message, range_of
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
+from kvmsupervisor.concurrently import all_of
 
 _SHRINK = 8
 """A page that is too large for one reply is asked for again with so many times fewer keys."""
@@ -64,6 +68,42 @@ class Etcd:
         request = rpc.RangeRequest(**range_of(key, prefix=False))
         reply = await self._range(f"get {key}", request, timeout_s)
         return key_value(reply.kvs[0]) if reply.kvs else None
+
+    async def read(self, *keys: str) -> Reading:
+        """Read several keys at one revision: that of the first read, by which the others are asked for.
+
+        Raises:
+            Unavailable: that revision was compacted meanwhile, too: ask again.
+        """
+        first, *rest = keys
+        reply = await self._range(f"get {first}", rpc.RangeRequest(**range_of(first, prefix=False)), None)
+        revision = int(reply.header.revision)
+
+        async def then(key: str) -> Any:
+            request = rpc.RangeRequest(**range_of(key, prefix=False), revision=revision)
+            return await self._range(f"get {key}", request, None)
+
+        try:
+            replies = [reply, *await all_of(map(then, rest))]
+        except Compacted as error:
+            raise Unavailable(f"get {', '.join(keys)}: compacted between the first and the last; ask again") from error
+        return Reading([key_value(one.kvs[0]) if one.kvs else None for one in replies], revision)
+
+    async def get_at(self, key: str, revision: int) -> KeyValue | None:
+        """Read one key as it was at `revision`; see `Store.get_at`."""
+        request = rpc.RangeRequest(**range_of(key, prefix=False), revision=revision)
+        reply = await self._range(f"get {key} at revision {revision}", request, None)
+        return key_value(reply.kvs[0]) if reply.kvs else None
+
+    @property
+    def members(self) -> int:
+        """How many endpoints there are to ask."""
+        return len(self._caller.endpoints)
+
+    def leave(self) -> None:
+        """Ask another endpoint from now on, where there is one."""
+        if self.members > 1:
+            self._caller.endpoints.leave(self._caller.endpoints.current)
 
     async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
         """Read all keys below `prefix` at one revision; the deadline is that of each page.
@@ -112,9 +152,11 @@ class Etcd:
                     raise Rejected(f"a value below {prefix} is larger than this client receives") from error
                 page = max(page // _SHRINK, 1)
 
-    def watch(self, prefix: str, start_revision: int) -> AbstractAsyncContextManager[Watch]:
+    def watch(
+        self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[Watch]:
         """Follow all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
-        return EtcdWatch(self._caller, prefix, start_revision)
+        return EtcdWatch(self._caller, prefix, start_revision, prove=prove)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         """Write one key without a condition; return the revision.
@@ -192,7 +234,7 @@ class Etcd:
     async def keep_alive(self, lease: int, *, timeout_s: float | None = None) -> int:
         """Renew a lease once; return its TTL in seconds, 0 when it no longer exists.
 
-        The leader answers alone, without a quorum: what must be certain needs a transaction beside it.
+        The leader answers alone, without a quorum: what must be certain needs a read beside it.
         """
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:

@@ -23,6 +23,7 @@ class EtcdConfig:
         call_timeout_s: deadline of a call that names none.
         attempt_timeout_s: how long one endpoint may take, connecting included, before the next one is
             asked. 2 s is far above any healthy answer, so three members get their turn within 5 s.
+        impatient: a person waits: until one endpoint has answered, each is tried once only.
     """
 
     endpoints: tuple[str, ...]
@@ -33,6 +34,7 @@ class EtcdConfig:
     password_file: Path | None = None
     call_timeout_s: float = 5.0
     attempt_timeout_s: float = 2.0
+    impatient: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.

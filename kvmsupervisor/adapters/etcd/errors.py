@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmsupervisor.adapters.etcd.api import Compacted, Denied, LeaseGone, Rejected
+from kvmsupervisor.adapters.etcd.api import Ahead, Compacted, Denied, LeaseGone, NoSpace, Rejected
 from kvmsupervisor.adapters.etcd.protocol import grpc
 
 
@@ -21,13 +21,15 @@ class AttemptFailed(Exception):
         reason: for people.
         done_maybe: whether the request may have been carried out all the same.
         permanent: whether this endpoint will say the same until somebody changes certificates.
+        connected: whether there was a connection.
     """
 
-    def __init__(self, reason: str, *, done_maybe: bool, permanent: bool = False) -> None:
+    def __init__(self, reason: str, *, done_maybe: bool, permanent: bool = False, connected: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
         self.done_maybe = done_maybe
         self.permanent = permanent
+        self.connected = connected
 
 
 class TokenRefused(Exception):
@@ -128,6 +130,10 @@ def judge_text(text: str, what: str) -> Exception | None:
     match text:
         case "etcdserver: mvcc: required revision has been compacted":
             return Compacted(0)
+        case "etcdserver: mvcc: required revision is a future revision":
+            return Ahead(f"{what}: etcd has not come to that revision")
+        case "etcdserver: mvcc: database space exceeded":
+            return NoSpace(f"{what}: etcd has no space left ({text}): see docs/etcd.md")
         case "etcdserver: requested lease not found":
             return LeaseGone(f"{what}: {text}")
         case "etcdserver: lease already exists":
@@ -135,9 +141,21 @@ def judge_text(text: str, what: str) -> Exception | None:
     return None
 
 
+_NO_CONNECTION = {
+    "Connection refused": "connection refused: nothing listens there",
+    "WRONG_VERSION_NUMBER": "what answers there speaks no TLS: write http:// and not https://",
+    # etcd itself hangs up in the middle.
+    "Handshake read failed": "what answers there breaks the handshake off: if it speaks no TLS, write http://",
+    "errors resolving": "this host name cannot be resolved",
+    "Failed parsing HTTP/2": "what answers there is no etcd",
+}
+"""What gRPC 1.76 to 1.85 say of a connection that cannot be made, in people's words."""
+
+
 def no_connection(text: str) -> AttemptFailed:
     """Say why a connection could not be made, from gRPC's words."""
     for mark, meaning in _CERTIFICATES.items():
         if mark in text:
-            return AttemptFailed(f"{meaning} ({text})", done_maybe=False, permanent=True)
-    return AttemptFailed(text, done_maybe=False)
+            return AttemptFailed(f"{meaning} ({text})", done_maybe=False, permanent=True, connected=False)
+    said = next((meaning for mark, meaning in _NO_CONNECTION.items() if mark in text), text)
+    return AttemptFailed(said, done_maybe=False, connected=False)

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, Rejected
+from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, Rejected, Unavailable
 from kvmsupervisor.adapters.etcd.auth import Metadata
 from kvmsupervisor.adapters.etcd.caller import Caller
 from kvmsupervisor.adapters.etcd.channel import Endpoint
@@ -50,8 +50,16 @@ _EVENT_BYTES = 256
 class EtcdWatch:
     """Implements `Watch`; an asynchronous context manager, whose end ends the task and the stream."""
 
-    def __init__(self, caller: Caller, prefix: str, start_revision: int) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        prefix: str,
+        start_revision: int,
+        *,
+        prove: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._caller = caller
+        self._prove = prove
         self._prefix = prefix
         self._buffer = _Buffer(start_revision)
         self._connected = False
@@ -173,9 +181,19 @@ class EtcdWatch:
     async def _check_history(self, header: Any) -> None:
         """Notice an etcd that was restored from a backup: it would wait in silence for our revision.
 
+        Without somebody who can prove more (`Store.watch`), by what the member says of itself.
+
         Raises:
             Compacted: what was watched is not this cluster's history.
+            AttemptFailed: that could not be found out now.
+            EtcdError: what the proof says.
         """
+        if self._prove is not None:
+            try:
+                await self._prove()
+            except Unavailable as error:
+                raise AttemptFailed(str(error), done_maybe=False) from error
+            return
         if self._cluster_id is None:
             self._cluster_id = header.cluster_id
         if header.cluster_id != self._cluster_id:

@@ -58,7 +58,7 @@ td ul { margin: 0; padding-left: 1.1rem; }
 .running, .ready { color: var(--good); }
 .starting, .stopping, .migrating { color: var(--busy); }
 .waiting, .backoff { color: var(--warn); }
-.invalid, .unready { color: var(--bad); }
+.invalid, .unready, .halted { color: var(--bad); }
 .stopped { color: var(--idle); }
 """
 
@@ -183,12 +183,13 @@ def _instance_row(status: Status, now: datetime) -> str:
     notes = _items(status.problems, "problem") + _items(
         (f"{key} changes at the next restart" for key in status.pending), "pending"
     )
+    phase = f"{status.phase} ({_text(status.halted)})" if status.halted else status.phase
     # Ids are made of characters that mean nothing in HTML or in a path (domain.keys), but a fact may be
     # anybody's.
     link = _link(f"/api/v1/instances/{status.id}", status.id)
     return (
         f'<tr><td class="id">{link}</td>'
-        f'<td class="phase {status.phase}">{status.phase}</td>'
+        f'<td class="phase {"halted" if status.halted else status.phase}">{phase}</td>'
         f'<td class="number" title="{_text(status.since)}">{age(status.since, now)}</td>'
         f'<td class="text">{_text(status.reason)}{last_exit}</td>'
         f'<td class="text">{notes}</td>'

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters.etcd import Denied, Etcd, EtcdConfig, Unavailable
+from kvmsupervisor.adapters.etcd.api import Unreachable
 from tests.adapters.etcd.traffic import SOON_S, follow
 from tests.support.certificates import Authority
-from tests.support.etcd import EtcdServer, Tls
+from tests.support.etcd import EtcdServer, Tls, free_port
 
 ROOT = "root:rootpw"
 SECRET = "secret"  # noqa: S105 - of a server that lives for one test
@@ -201,3 +202,48 @@ class TestCertificates:
 
     def with_server_certificate(self, tls: Tls, cert: Path, key: Path) -> Tls:
         return Tls(ca=tls.ca, cert=cert, key=key, client_cert=tls.client_cert, client_key=tls.client_key)
+
+
+class TestAnswersToPeople:
+    """A client that does not wait: what is wrong with each endpoint, at once, and in words that help."""
+
+    async def cause(self, url: str, *others: str, cacert: Path | None = None) -> str:
+        """What it says of `url`."""
+        async with connected(EtcdConfig(endpoints=(url, *others), cacert=cacert, impatient=True)) as etcd:
+            with pytest.raises(Unreachable) as caught:
+                await etcd.get("/kvm/1/host")
+        assert [*caught.value.causes] == [url, *others]
+        assert str(caught.value).count(url) == 1
+        return caught.value.causes[url]
+
+    async def test_nobody_listens(self) -> None:
+        """Each endpoint is tried, and named once."""
+        other = f"http://127.0.0.1:{free_port()}"
+        assert "connection refused" in await self.cause(f"http://127.0.0.1:{free_port()}", other)
+
+    async def test_a_name_that_does_not_exist(self) -> None:
+        """A typo in a host's name."""
+        assert "cannot be resolved" in await self.cause("http://etcd.invalid:2379")
+
+    async def test_the_wrong_scheme(self, tls: Tls) -> None:
+        """Http for a server with TLS, and https for one without."""
+        with EtcdServer(tls=tls) as server:
+            assert "write https://" in await self.cause(server.endpoint.replace("https", "http"))
+        with EtcdServer() as server:
+            assert "no TLS, write http://" in await self.cause(server.endpoint.replace("http", "https"), cacert=tls.ca)
+
+    async def test_a_stranger(self, tls: Tls) -> None:
+        """A server of another authority."""
+        other = Authority.make(tls.ca.parent / "other")
+        with EtcdServer(tls=tls) as server:
+            assert "not issued by the CA" in await self.cause(server.endpoint, cacert=other.certificate)
+
+    async def test_one_that_was_met_is_waited_for(self) -> None:
+        """Once somebody has answered, an outage is one: the deadline counts, as for every other client."""
+        with EtcdServer() as server:
+            async with connected(EtcdConfig(endpoints=server.endpoints, impatient=True)) as etcd:
+                assert await etcd.get("/kvm/1/host") is None
+                server.kill()
+                with pytest.raises(Unavailable) as caught:
+                    await etcd.get("/kvm/1/host", timeout_s=0.5)
+        assert not isinstance(caught.value, Unreachable)

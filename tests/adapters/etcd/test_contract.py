@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kvmsupervisor.adapters.etcd import (
+    Ahead,
     Batch,
     Compacted,
     Compare,
@@ -77,6 +78,20 @@ async def test_a_key_is_read_as_it_was_written(store: Store, etcd_prefix: str) -
     second = await store.put(key, b"\xff\x00")
     assert second > first
     assert versions(await store.get(key)) == (b"\xff\x00", first, second)
+
+
+async def test_several_keys_are_read_at_one_revision(store: Store, etcd_prefix: str) -> None:
+    """`read` shows all keys as they were at one revision, in the order asked for; an absent one is None."""
+    one, two = f"{etcd_prefix}/1", f"{etcd_prefix}/2"
+    first = await store.put(one, b"1")
+    second = await store.put(two, b"2")
+    reading = await store.read(two, f"{etcd_prefix}/none", one)
+    assert [None if kv is None else versions(kv) for kv in reading.kvs] == [
+        (b"2", second, second),
+        None,
+        (b"1", first, first),
+    ]
+    assert reading.revision >= second
 
 
 async def test_a_listing_is_one_revision_in_key_order(store: Store, etcd_prefix: str) -> None:
@@ -281,3 +296,57 @@ async def test_history_that_is_gone_is_said_to_be_compacted(kind: str, request: 
             assert [value for _, value, *_ in events_of(await batches_until(watch, last))] == [b"2", b"3"]
     finally:
         await store.close()
+
+
+@pytest.mark.parametrize("kind", ["fake", "real"])
+async def test_a_key_is_read_as_it_was(kind: str, request: pytest.FixtureRequest) -> None:
+    """At its own revision, before it, after its deletion, ahead of the store, and behind a compaction."""
+    store: Store = FakeEtcd()
+    alone: EtcdServer | None = None
+    if kind == "real":
+        alone = request.getfixturevalue("etcd_alone")
+        store = Etcd(EtcdConfig(endpoints=alone.endpoints))
+    try:
+        first = await store.put("/a", b"1")
+        second = await store.put("/a", b"2")
+        gone = (await store.txn([], [Delete("/a")])).revision
+        assert versions(await store.get_at("/a", first)) == (b"1", first, first)
+        assert versions(await store.get_at("/a", second)) == (b"2", first, second)
+        assert await store.get_at("/a", first - 1) is None
+        assert await store.get_at("/a", gone) is None
+        with pytest.raises(Ahead):
+            await store.get_at("/a", gone + 1)
+        if isinstance(store, FakeEtcd):
+            store.compact(second)
+        else:
+            assert alone is not None
+            await asyncio.to_thread(alone.ctl, "compact", str(second))
+        with pytest.raises(Compacted):
+            await store.get_at("/a", first)
+        assert versions(await store.get_at("/a", second)) == (b"2", first, second)
+    finally:
+        await store.close()
+
+
+async def test_a_watch_is_proven_before_it_tells_anything(store: Store, etcd_prefix: str) -> None:
+    """Law 11: the proof is asked for once a connection; what it raises ends the watch, but for an etcd that is away."""
+    first = await store.put(f"{etcd_prefix}/a", b"1")
+    asked: list[str] = []
+    answers: list[Exception | None] = [Unavailable("away"), None]
+
+    async def prove() -> None:
+        asked.append("proof")
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    async with store.watch(f"{etcd_prefix}/", first, prove=prove) as watch:
+        await batches_until(watch, first)
+        assert watch.connected
+        last = await store.put(f"{etcd_prefix}/a", b"2")
+        await batches_until(watch, last)
+    assert asked == ["proof", "proof"]
+    answers.append(Rejected("another history"))
+    async with store.watch(f"{etcd_prefix}/", first, prove=prove) as watch, asyncio.timeout(SOON_S):
+        with pytest.raises(Rejected):
+            await anext(aiter(watch))
+        assert not watch.connected

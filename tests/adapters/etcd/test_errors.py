@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from grpc import StatusCode as Code
 
-from kvmsupervisor.adapters.etcd import Compacted, Denied, LeaseGone, Rejected
+from kvmsupervisor.adapters.etcd import Compacted, Denied, LeaseGone, NoSpace, Rejected
 from kvmsupervisor.adapters.etcd.errors import (
     AttemptFailed,
     LeaseExists,
@@ -83,7 +83,7 @@ def test_whatever_else_may_have_been_done(code: Code, details: str | None) -> No
         (Code.FAILED_PRECONDITION, "etcdserver: lease already exists", LeaseExists),
         (Code.INVALID_ARGUMENT, "etcdserver: request is too large", Rejected),
         (Code.INVALID_ARGUMENT, "etcdserver: duplicate key given in txn request", Rejected),
-        (Code.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", Rejected),
+        (Code.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", NoSpace),
         (Code.RESOURCE_EXHAUSTED, "grpc: received message larger than max (9 vs. 8)", Rejected),
         (Code.RESOURCE_EXHAUSTED, "CLIENT: Received message larger than max (9 vs. 8)", ReplyTooLarge),
     ],

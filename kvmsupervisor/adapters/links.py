@@ -1,0 +1,209 @@
+"""The network interfaces of this host, as the kernel tells them: listed once, then every change by rtnetlink.
+
+It costs nothing while nothing changes, whatever the number of interfaces. Only what `domain.nics` asks for is kept.
+
+Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_link.h; bridge ports: the ioctl
+SIOCBRADDIF (include/uapi/linux/sockios.h, net/bridge/br_ioctl.c), which qemu-bridge-helper uses, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Never
+
+import structlog
+
+from kvmsupervisor.domain.nics import Link
+
+log = structlog.get_logger(__name__)
+
+GROUP_LINK = 1
+"""RTMGRP_LINK: changes of interfaces."""
+
+NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
+ERROR, DONE = 2, 3
+REQUEST, DUMP = 0x001, 0x300
+EXT_MASK, SKIP_STATS = 29, 1 << 3
+NAME, MASTER, LINK_INFO, INFO_KIND = 3, 10, 18, 1
+NEST = 0x3FFF
+"""The type of an attribute without its flags."""
+
+IFF_UP = 1
+SIOCBRADDIF = 0x89A2
+
+_HEADER = struct.Struct("=IHHII")
+_LINK = struct.Struct("=BxHiII")
+_ATTRIBUTE = struct.Struct("=HH")
+_IFREQ = struct.Struct("=16si20x")
+
+MESSAGE_BYTES = 64 << 10
+"""Of one read. The kernel sends at most 32 KiB of a list at a time (net/netlink/af_netlink.c)."""
+
+AGAIN_S = 1.0
+"""Pause before all is listed again: after the kernel had more to tell than the socket holds, or refused. Arbitrary: a
+second without news hurts nobody, and a host whose interfaces change so fast should not be asked in a loop."""
+
+Changed = Callable[[Set[int]], None]
+"""Called with the indexes of interfaces that differ, in the event loop."""
+
+
+class Links:
+    """All interfaces of the network namespace that this process is in.
+
+    Attributes:
+        all: by index; None while they are not known.
+    """
+
+    def __init__(self, on_change: Changed) -> None:
+        self.all: Mapping[int, Link] | None = None
+        self._on_change = on_change
+        self._trouble: str | None = None
+
+    async def run(self) -> Never:
+        """Follow them, for ever."""
+        while True:
+            try:
+                with _open() as kernel:
+                    await self._follow(kernel)
+            except OSError as error:
+                # More changed than the socket holds: what was kept is not to be relied on.
+                if error.errno != errno.ENOBUFS and str(error) != self._trouble:
+                    self._trouble = str(error)
+                    log.warning("links.untold", reason=f"the kernel does not tell of network interfaces: {error}")
+                await asyncio.sleep(AGAIN_S)
+
+    async def _follow(self, kernel: socket.socket) -> None:
+        """List all, then take every change; the kernel tells both on this socket, in their order."""
+        loop = asyncio.get_running_loop()
+        listed: dict[int, Link] = {}
+        kernel.send(_list_request())
+        done = False
+        while not done:
+            for kind, payload in _messages(await loop.sock_recv(kernel, MESSAGE_BYTES)):
+                done |= kind == DONE
+                _apply(listed, kind, payload)
+        before, self.all = self.all or {}, listed
+        self._trouble = None
+        self._tell({index for index in before.keys() | listed.keys() if before.get(index) != listed.get(index)})
+        while True:
+            changed: set[int] = set()
+            for kind, payload in _messages(await loop.sock_recv(kernel, MESSAGE_BYTES)):
+                changed |= _apply(listed, kind, payload)
+            self._tell(changed)
+            # What is there already is read without a pause: others shall get their turn in a flood.
+            await asyncio.sleep(0)
+
+    def _tell(self, changed: Set[int]) -> None:
+        if changed:
+            self._on_change(changed)
+
+    async def plug(self, tap: int, bridge: str) -> None:
+        """Make an interface a port of a bridge, unless it is a port of anything by now: nothing is ever taken away.
+
+        Done in a thread: the kernel may have to wait for others who change interfaces.
+
+        Args:
+            tap: its index.
+            bridge: the bridge's name.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        await asyncio.to_thread(_plug, tap, bridge)
+
+
+def index_of(name: str) -> int | None:
+    """The index of an interface of this network namespace; None when it has none of that name."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _plug(tap: int, bridge: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            fcntl.ioctl(any_socket, SIOCBRADDIF, _IFREQ.pack(bridge.encode(), tap))
+        except OSError as error:
+            # It has a master: who has put it there wants it there.
+            if error.errno != errno.EBUSY:
+                raise
+
+
+def _open() -> socket.socket:
+    kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    try:
+        kernel.bind((0, GROUP_LINK))
+    except OSError:
+        kernel.close()
+        raise
+    return kernel
+
+
+def _list_request() -> bytes:
+    """Ask for all interfaces, without their counters."""
+    mask = _ATTRIBUTE.pack(8, EXT_MASK) + struct.pack("=I", SKIP_STATS)
+    body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + mask
+    return _HEADER.pack(_HEADER.size + len(body), GET_LINK, REQUEST | DUMP, 1, 0) + body
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The messages in what was read at once: their types, and what follows their headers.
+
+    Raises:
+        OSError: the kernel says so.
+    """
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size:
+            return
+        payload = data[offset + _HEADER.size : offset + length]
+        if kind == ERROR and (number := -int.from_bytes(payload[:4], sys.byteorder, signed=True)):
+            raise OSError(number, f"rtnetlink refuses: {errno.errorcode.get(number, number)}")
+        yield kind, payload
+        offset += _aligned(length)
+
+
+def _apply(links: dict[int, Link], kind: int, payload: bytes) -> set[int]:
+    """Take one message; return the index of the interface that it has changed, if any."""
+    if kind not in {NEW_LINK, DEL_LINK} or len(payload) < _LINK.size:
+        return set()
+    family, _, index, flags, _ = _LINK.unpack_from(payload)
+    if family != socket.AF_UNSPEC:
+        # A bridge tells of its ports by the same types.
+        return set()
+    if kind == DEL_LINK:
+        return set() if links.pop(index, None) is None else {index}
+    found = dict(_attributes(payload[_LINK.size :]))
+    link = Link(
+        index=index,
+        name=found.get(NAME, b"").rstrip(b"\0").decode(errors="replace"),
+        kind=dict(_attributes(found.get(LINK_INFO, b""))).get(INFO_KIND, b"").rstrip(b"\0").decode(errors="replace"),
+        master=int.from_bytes(found.get(MASTER, b""), sys.byteorder),
+        up=bool(flags & IFF_UP),
+    )
+    if links.get(index) == link:
+        return set()
+    links[index] = link
+    return {index}
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & NEST, data[offset + _ATTRIBUTE.size : offset + length]
+        offset += _aligned(length)
+
+
+def _aligned(length: int) -> int:
+    return (length + 3) & ~3

@@ -1,0 +1,85 @@
+"""What a host may be short of (room on a disk, open files, memory), in words for people; the limit of open files.
+
+Sources: errno(3), statvfs(3), getrlimit(2), open(2): a process gets the lowest number that is free.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+MOST_FILES = 1 << 20
+"""More open files are never asked for: `fs.nr_open`, the kernel's own bound, is this by default."""
+
+RAISE_IT = "raise that limit (`ulimit -n`, LimitNOFILE= in its unit, `docker run --ulimit nofile=`)"
+
+
+def raise_limit() -> int:
+    """Raise our limit of open files to what is allowed without asking anybody; return what it is then.
+
+    What we start inherits it. QEMU needs many where its disks are in Ceph: a socket for each OSD.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return _limit()
+
+
+def lack_of_files(needed: int) -> str | None:
+    """Why `needed` more files cannot be opened, for people; None when they can. Two system calls, no list is read."""
+    limit = _limit()
+    try:
+        lowest = os.dup(0)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            return None
+        lowest = limit
+    else:
+        os.close(lowest)
+    if lowest + needed <= limit:
+        return None
+    return f"of the {limit} files that this supervisor may have open, {lowest} are, and it needs {needed}: {RAISE_IT}"
+
+
+def explain(error: OSError, path: Path) -> str:
+    """What went wrong at `path`, or at the file that `error` names, and the limit that was met."""
+    # Of two, the second is the one that is written (shutil.copyfile, os.replace).
+    named = error.filename2 or error.filename
+    place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
+    said = f"{place}: {error.strerror or error}"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"{said}; {_room(place)}"
+        case errno.EROFS:
+            return f"{said}; mount it for writing, or have it checked: a kernel does this to a file system with errors"
+        case errno.EIO:
+            return f"{said}; its disk fails: see the kernel's log"
+        case errno.EMFILE:
+            return f"{said}: {_limit()} files are open; {RAISE_IT}"
+        case errno.ENFILE:
+            return f"{said}: all programs of this host together have met its limit, fs.file-max (sysctl); raise it"
+        case errno.ENOMEM | errno.EAGAIN:
+            return f"{said}; this host, or the container's cgroup, has no memory or no process left to give"
+        case _:
+            return said
+
+
+def _limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def _room(path: Path) -> str:
+    """How full the file system is that `path` is on, or would be."""
+    there = next((one for one in (path, *path.parents) if one.exists()), Path("/"))
+    try:
+        found = os.statvfs(there)
+    except OSError as error:
+        return f"how full it is cannot be told: {error.strerror}"
+    size_mib, free_kib = found.f_blocks * found.f_frsize >> 20, found.f_bavail * found.f_frsize >> 10
+    # A file system without a fixed number of inodes (btrfs) tells of none.
+    inodes = f" and {found.f_favail} of {found.f_files} inodes" if found.f_files else ""
+    return f"of the {size_mib} MiB of its file system {free_kib} KiB{inodes} are free: make room there"

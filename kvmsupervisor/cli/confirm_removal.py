@@ -1,0 +1,122 @@
+"""`confirm-removal`: an operator's word that orders which a host holds back were meant, or that a host is gone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
+from kvmsupervisor.cli import waiting
+from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster
+from kvmsupervisor.cli.common import HOST, Tools, pass_tools, wait_options, with_store
+from kvmsupervisor.cli.errors import Refused, TimedOut
+from kvmsupervisor.cli.output import printable
+from kvmsupervisor.cli.progress import progress
+from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.removal import SHOWN_CHARS
+from kvmsupervisor.domain.wishes import SECRET_KEYS
+from kvmsupervisor.settings import Settings
+
+
+@click.command("confirm-removal")
+@click.argument("host", type=HOST, metavar="[HOST]", required=False)
+@yes_option
+@wait_options
+@pass_tools
+def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeout_s: float) -> None:
+    """Confirm what HOST (by default this host) holds back: removals, moves, power=off.
+
+    A host that loses more than half of its running instances at once keeps them running until a person says that this
+    was meant. So it does with each order that came with another history of etcd: one that was restored, or emptied.
+    Names the instances, with the values that their keys had and have, and asks; without a terminal, --yes is needed.
+
+    Of a HOST that has no session, and that others wait for since etcd was restored, it says that it is gone for good.
+    """
+
+    async def look(store: Store, settings: Settings) -> tuple[HostName, Cluster]:
+        name = HostName(host if host is not None else settings.hostname)
+        return name, await read_cluster(store, settings.layout)
+
+    name, cluster = with_store(tools, look)
+    held = [one for one in cluster.instances.values() if one.status and one.status.host == name and one.status.held]
+    if not held and _is_awaited(cluster, name):
+        _give_up_on(tools, name, yes=yes)
+        return
+    if not held:
+        raise Refused(f"host {printable(name)} holds no removal back")
+    names = ", ".join(one.id for one in held)
+    click.echo(f"host {printable(name)} holds back the removal of {len(held)} instances: {names}")
+    for line in (line for one in held for line in _what_differs(one)):
+        click.echo(printable(line))
+    confirm(f"Shut these {len(held)} instances down here, as their keys say now?", yes=yes)
+
+    async def work(store: Store, settings: Settings) -> bool:
+        revision = await write(store, settings.layout, name, [one.id for one in held])
+        key = settings.layout.confirmation_key(name)
+        if not wait:
+            return True
+        with progress() as report:
+            report(name, "waiting", "for the host to take the confirmation")
+            return await waiting.wait_until_deleted(store, key, revision, timeout_s=timeout_s)
+
+    if not with_store(tools, work):
+        raise TimedOut(f"host {printable(name)} has not taken the confirmation within {timeout_s:g} s")
+    click.echo("confirmed" if not wait else "confirmed, and taken by the host")
+
+
+async def write(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
+    """Confirm what is held of exactly these instances; return the revision of the word.
+
+    The host acts on it and deletes the key.
+    """
+    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
+
+
+def _what_differs(held: Instance) -> Iterator[str]:
+    """The values that its keys had before, and have now."""
+    assert held.status is not None
+    for key, before in (held.status.stood or {}).items():
+        raw = held.keys.get(key.encode())
+        if raw is None:
+            now = "removed"
+        elif key in SECRET_KEYS:
+            now = "differs"
+        else:
+            now = repr(raw.value.decode(errors="replace").strip()[:SHOWN_CHARS])
+        yield f"  {held.id}: {key} was {before!r}, now {now}"
+
+
+def _is_awaited(cluster: Cluster, host: HostName) -> bool:
+    """Whether others wait for this host to say what runs there, since etcd has another history."""
+    name = cluster.history
+    return name is not None and host in name.hosts and host not in name.gone and not cluster.alive(host)
+
+
+def _give_up_on(tools: Tools, host: HostName, *, yes: bool) -> None:
+    click.echo(
+        f"host {printable(host)} has no session and has not said what runs there since etcd has another history; "
+        "machines whose disks nobody can fence wait for it"
+    )
+    confirm(f"Is every QEMU on {printable(host)} certainly gone?", yes=yes)
+
+    async def work(store: Store, settings: Settings) -> bool:
+        key = settings.layout.history_key
+        found = await store.get(key)
+        name = None if found is None else HistoryName.from_json(found.value)
+        if found is None or name is None:
+            return False
+        gone = replace(name, gone=tuple(sorted({*name.gone, host})))
+        unchanged = [
+            Compare(key, Target.MOD_REVISION, found.mod_revision),
+            Compare(settings.layout.session_key(host), Target.MOD_REVISION, 0),
+        ]
+        return (await store.txn(unchanged, [Put(key, gone.to_json())])).succeeded
+
+    if not with_store(tools, work):
+        raise Refused(f"{printable(host)} is back, or has been given up meanwhile: nothing was written")
+    click.echo(f"{printable(host)} is waited for no longer")

@@ -1,0 +1,71 @@
+"""`confirm-identity`: a person's word that this host's guests go on under its present name, prefix or lock (law 12)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import click
+
+from kvmsupervisor.adapters.clock import boot_id
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cli.common import Tools, pass_tools, with_store
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import printable, printable_bytes
+from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.domain.identity import HostIdentity
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.identity import Standing
+from kvmsupervisor.settings import Settings
+
+
+@click.command("confirm-identity")
+@yes_option
+@pass_tools
+def confirm_identity(tools: Tools, yes: bool) -> None:
+    """Let what runs on this host go on under its supervisor's present settings: another name, prefix or lock.
+
+    A supervisor whose settings name another host, prefix or lock than what lives was started under starts and stops
+    nothing, until those settings are back or this word is given. Run it on the host itself, after the key `host` of
+    each of those instances has its present name. Names them and asks; without a terminal, --yes is needed. Guests run
+    on.
+    """
+    settings = tools.settings()
+    wanted = HostIdentity.of(settings.hostname, settings.layout)
+    standing = Standing(RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
+    note = standing.note()
+    if note is None:
+        raise Refused(
+            f"nothing to confirm: no supervisor with the run directory {settings.run_dir} (KVM_RUN_DIR) has found "
+            "guests that were started under other settings than its own"
+        )
+    former, present = note.recorded.unlike(note.wanted), note.wanted.unlike(note.recorded)
+    names = [name for name, under in standing.living() if under == note.recorded]
+
+    async def look(store: Store, settings: Settings) -> list[str]:
+        return await _not_ready(store, note.wanted, names)
+
+    missing = with_store(tools, look)
+    if missing:
+        raise Refused("\n".join(["first, so that no guest is shut down for it:", *(f"  {one}" for one in missing)]))
+    click.echo(printable(f"started here under {former}: {', '.join(names) or 'nothing that lives'}"))
+    click.echo(printable(f"going on under {present}"))
+    confirm("Is that so?", yes=yes)
+    try:
+        standing.confirm(note)
+    except OSError as error:
+        raise Refused(f"{error.filename}: {error.strerror}; run it as the user that the supervisor runs as") from error
+    click.echo("said: the supervisor goes on under its settings within seconds, or when it is started; guests run on")
+
+
+async def _not_ready(store: Store, wanted: HostIdentity, names: Sequence[InstanceId]) -> list[str]:
+    """What has to be written first, one line for each key."""
+    keys = [wanted.layout.wish_key(name, "host") for name in names]
+    found = await asyncio.gather(*(store.get(key) for key in keys))
+    return [
+        printable(f"{key} has to be {wanted.host}, it is ")
+        + ("missing" if kv is None else printable_bytes(kv.value, limit=80))
+        for key, kv in zip(keys, found, strict=True)
+        if kv is None or kv.value.strip() != wanted.host.encode()
+    ]

@@ -1,0 +1,56 @@
+"""What is decided of an instance that must not be touched: its QEMU is watched and told, and that is all. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvmsupervisor.domain.goal import Goal, goal, order
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.view import Action, Decision, LeftAlone, Process, View
+
+HOLDOVER_POLL_S = 5.0
+"""How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
+
+
+def hands_off(view: View) -> Decision | None:
+    """The decision where nothing may be touched; None where the instance goes its way."""
+    if view.left_alone is not None:
+        return _left_alone(view, view.left_alone)
+    if view.process is None and view.holdover is not None and view.claim in {Claim.LEFTOVER, Claim.BROKEN}:
+        return Decision(
+            phase=Phase.WAITING,
+            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
+            "adopted; end that process and the instance goes on",
+            wake_at=view.now + HOLDOVER_POLL_S,
+        )
+    if view.mismatch is None or order(view) is not None:
+        return None
+    if view.process is None:
+        # The keys may be another's as well as ours: nothing is taken, and nothing let go of.
+        runs = view.wish is None or goal(view)[0] is Goal.RUN
+        return Decision(phase=Phase.WAITING if runs else Phase.STOPPED, reason=view.mismatch)
+    # An end is taken to the books as ever: it is a fact.
+    return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
+
+
+def _left_alone(view: View, left: LeftAlone) -> Decision:
+    """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
+    said = Decision(phase=Phase.WAITING if left.pid is None else Phase.RUNNING, reason=left.reason)
+    if view.now >= left.look_at:
+        return replace(said, action=Action.READ)
+    if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
+        return replace(said, action=Action.LOOK)
+    return replace(said, wake_at=left.look_at)
+
+
+def _watched(view: View, process: Process, mismatch: str) -> Decision:
+    """The settings are others than those that it was started under (law 12). Its guard watches it on."""
+    said = Decision(phase=Phase.STARTING if process.never_ran else Phase.RUNNING, reason=f"QEMU lives, but {mismatch}")
+    guard_at = view.guard_at if view.guarded is False else None
+    if guard_at is not None and view.now >= guard_at:
+        return replace(said, action=Action.GUARD)
+    due_at, action = (process.probe_at, Action.PROBE) if process.connected else (process.connect_at, Action.CONNECT)
+    if view.now >= due_at:
+        return replace(said, action=action)
+    return replace(said, wake_at=due_at if guard_at is None else min(due_at, guard_at))

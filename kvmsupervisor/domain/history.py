@@ -1,0 +1,243 @@
+"""One history of one store: how it is told from another one, and what it is called (law 11).
+
+A revision, an epoch or a missing key means something within one history only. A store that was restored from a backup
+has another one from that backup on, whatever its revision and cluster id say, and so has another store at the same
+address. Histories are told apart by *witnesses*: the newest keys that were observed, each with the revision that wrote
+it. Read at its own revision, such a key is the same in the same history and in no other; it vouches for all that came
+before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from kvmsupervisor.domain.lock import Lock, Storage
+from kvmsupervisor.domain.records import Unfit, compact, lined, parse
+
+VERSION = 1
+"""Of the key and of the file. A newer one is left alone."""
+
+KEPT = 16
+"""Witnesses that are kept. The newest alone decides while etcd has its revision; after a compaction the others still
+contradict another history. Arbitrary: several, and cheap to write."""
+
+EPOCHS_PER_HISTORY = 1_000_000
+"""What is taken in the n-th history of a cluster gets an epoch above n times this: a backup does not know how often a
+machine was started since it was made. Arbitrary; a machine that restarts every five minutes needs nine years for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witness:
+    """A key as it was observed.
+
+    Attributes:
+        key: which.
+        revision: that wrote it, or deleted it.
+        digest: of the value; empty for a deletion.
+    """
+
+    key: str
+    revision: int
+    digest: str
+
+    def is_value(self, value: bytes) -> bool:
+        """Whether this is the value that was observed."""
+        return self.digest == digest_of(value)
+
+
+def digest_of(value: bytes) -> str:
+    """What stands for a value: never empty."""
+    return hashlib.blake2b(value, digest_size=12).hexdigest()
+
+
+class Witnesses:
+    """The newest keys that were observed."""
+
+    def __init__(self, known: Iterable[Witness] = ()) -> None:
+        self._by_key = {one.key: one for one in known}
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._by_key)
+
+    def saw(self, key: bytes, revision: int, value: bytes | None) -> bool:
+        """Take note of a key that was written, or deleted (None); return whether it is among the newest."""
+        try:
+            name = key.decode()
+        except UnicodeDecodeError:
+            return False  # nobody's key; the next one serves as well
+        before = self._by_key.get(name)
+        if before is not None and before.revision >= revision:
+            return False
+        self._by_key[name] = Witness(key=name, revision=revision, digest="" if value is None else digest_of(value))
+        if len(self._by_key) > 2 * KEPT:
+            self._by_key = {one.key: one for one in self.newest()}
+        return name in self._by_key
+
+    def newest(self) -> list[Witness]:
+        """At most `KEPT`, the newest first."""
+        return heapq.nlargest(KEPT, self._by_key.values(), key=lambda one: one.revision)
+
+
+class Verdict(Enum):
+    """What a proof came to."""
+
+    FIRST = "nothing was observed before"
+    SAME = "the same history"
+    OTHER = "another history"
+    UNPROVEN = "what could prove it is compacted away"
+
+
+def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Verdict:
+    """What a key says as it is now, where its own revision is compacted away.
+
+    Args:
+        witness: the key as it was observed.
+        revision: its `mod_revision` now, None when it is absent.
+        value: its value now.
+    """
+    if revision is None or revision > witness.revision:
+        # Written or deleted since: both are so in any history.
+        return Verdict.UNPROVEN
+    if revision == witness.revision and value is not None and witness.is_value(value):
+        return Verdict.SAME
+    # A key never goes back to an older revision.
+    return Verdict.OTHER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryName:
+    """The value of the key `<facts>/history`: what the present history is called.
+
+    A restored backup still holds the former name, so the first host that notices gives it a new one.
+
+    Attributes:
+        id: the name, random.
+        number: how many there were before it in this cluster.
+        after: the name of the one that it followed, empty for the first.
+        by: the host that gave it.
+        hosts: those that had a session when it was noticed: nothing unfenceable starts before they have spoken. Emptied
+            once they have.
+        gone: those of them of which an operator has said that they are gone for good.
+    """
+
+    id: str
+    number: int = 0
+    after: str = ""
+    by: str = ""
+    hosts: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
+    version: int = VERSION
+
+    def to_json(self) -> bytes:
+        """As the key holds it."""
+        return compact(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> HistoryName | None:
+        """Read the key, which anybody may have written; None when it is not one that this release understands."""
+        try:
+            name = parse(cls, data)
+        except Unfit:
+            return None
+        return name if name.version == VERSION else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryFile:
+    """`_history.json` in the run directory: what a supervisor acted on, for its successor.
+
+    Attributes:
+        id: what the history was called, empty when it had no name yet.
+        number: how many there were before it.
+        since: the revision with which it became what it is, 0 for the first: what is not newer came with the change.
+        foreign: whether it was a store that this host's cluster was never in, as far as its name tells.
+        members: hosts of which it is known all the same that they are of this host's cluster.
+        spoken: whether this host's machines have their locks in it.
+        hosts: those that had a session.
+        witnesses: the newest keys that were observed.
+    """
+
+    id: str = ""
+    number: int = 0
+    since: int = 0
+    foreign: bool = False
+    members: tuple[str, ...] = ()
+    spoken: bool = True
+    hosts: tuple[str, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
+    version: int = VERSION
+
+    def to_json(self) -> bytes:
+        """As the file holds it."""
+        return lined(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> HistoryFile | None:
+        """Read the file; None when it is damaged, or a newer release's."""
+        try:
+            found = parse(cls, data)
+        except Unfit:
+            return None
+        return found if found.version == VERSION else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Era:
+    """What a decision needs to know of the history that it is made in.
+
+    Attributes:
+        number: how many histories this cluster had before it.
+        since: the revision up to which everything came with the last change of history; 0 when there was none.
+        foreign: whether it is a store that this host's cluster was never in, as far as its name tells.
+        members: hosts of which it is known all the same that they are of this host's cluster.
+        awaited: the hosts that have not spoken in it yet.
+        until: how long what can be fenced waits for them, CLOCK_BOOTTIME.
+    """
+
+    number: int = 0
+    since: int = 0
+    foreign: bool = False
+    members: frozenset[str] = frozenset()
+    awaited: tuple[str, ...] = ()
+    until: float = 0.0
+
+    @property
+    def epoch_floor(self) -> int:
+        """Above which every epoch is that is given in this history."""
+        return self.number * EPOCHS_PER_HISTORY
+
+    def keeps_waiting(self, storage: Storage, now: float) -> bool:
+        """Whether a machine with this storage is not to be started yet, because another host may be running it."""
+        return bool(self.awaited) and (storage is Storage.UNFENCEABLE or now < self.until)
+
+    def is_strange(self, host: str, revision: int) -> bool:
+        """Whether what this host wrote is another cluster's, so that it says nothing of our machines.
+
+        Args:
+            host: who wrote it.
+            revision: of the key.
+        """
+        return self.foreign and revision <= self.since and host not in self.members
+
+
+FIRST_ERA = Era()
+"""Of a cluster whose etcd has always had one history."""
+
+
+def is_older(lock: Lock, *, epoch: int, incarnation: str) -> bool:
+    """Whether a lock is older than the incarnation that runs: it was restored, and is no takeover.
+
+    Epochs grow within one history; of two that are equal, which only a change of history can bring about, one must win
+    on both hosts: the greater name.
+    """
+    return (lock.epoch, lock.incarnation) < (epoch, incarnation)
+
+
+def spoken_in(sessions: Mapping[str, str], name: str) -> frozenset[str]:
+    """The hosts whose session (host → the name of the history that it has spoken in) says that they have."""
+    return frozenset(host for host, said in sessions.items() if said == name)

@@ -1,0 +1,104 @@
+"""Where an instance runs instead of on its `host`, and why: a fact that supervisors write (law 10).
+
+Wishes are people's: a failover does not write `host`, it writes a placement beside it, which stands in for the `host`
+that was there. Whoever writes `host` again, with whatever value, ends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.records import Unfit, compact, parse
+from kvmsupervisor.domain.values import Unfit as UnfitValue
+from kvmsupervisor.domain.values import host_name
+
+VERSION = 1
+"""Version of the value. What a newer release wrote is not acted on."""
+
+FAILOVER = "failover"
+"""Why: its host was gone, and another that the key `hosts` names has taken it over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The value of `/kvmsupervisor/placements/<id>`.
+
+    Attributes:
+        host: where it runs.
+        why: one word, for people (`failover`).
+        since: when it was placed there, RFC 3339 in UTC, for people (no decision uses it).
+        of: `mod_revision` of the key `host` that it stands in for.
+    """
+
+    host: HostName
+    why: str
+    since: str
+    of: int
+    version: int = VERSION
+
+    def to_json(self) -> bytes:
+        """As the key holds it."""
+        return compact(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Placement | None:
+        """Read a placement's value; None when it is not one that this release understands."""
+        try:
+            found = parse(cls, data)
+            host_name(found.host)
+        except (Unfit, UnfitValue):
+            return None
+        return found if found.version == VERSION and found.of > 0 else None
+
+    def stands(self, host_revision: int) -> bool:
+        """Whether it still stands in for the key `host`, whose `mod_revision` is this (0: there is no such key).
+
+        Only a newer write of `host` ends it. In one history of etcd no older one can be seen than that which it was
+        written for; where etcd was restored or filled anew, a smaller revision is no order of anybody's to move.
+        """
+        return 0 < host_revision <= self.of
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The placement key of one instance as last seen.
+
+    Attributes:
+        revision: its `mod_revision`, 0 when it is absent: what a compare-and-swap compares with.
+        placement: its value; None when it is absent, or cannot be read, or cannot be true.
+    """
+
+    revision: int = 0
+    placement: Placement | None = None
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether there is one that this release cannot read: where the instance runs is not known then."""
+        return self.revision > 0 and self.placement is None
+
+    @classmethod
+    def read(cls, value: bytes, revision: int) -> Placed:
+        """The key as etcd holds it.
+
+        One that stands in for a `host` written later than itself was not written so in this history of etcd, and would
+        stand against whatever people write: it is damaged.
+        """
+        placement = Placement.from_json(value)
+        return cls(revision, placement if placement is not None and placement.of < revision else None)
+
+
+NOT_PLACED = Placed()
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a host's right to run an instance stands on: the two keys that may say so, by their `mod_revision`.
+
+    Attributes:
+        host_revision: of the key `host`.
+        placement_revision: of the placement, 0 when there is none.
+    """
+
+    host_revision: int
+    placement_revision: int = 0

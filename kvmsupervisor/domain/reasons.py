@@ -1,0 +1,38 @@
+"""The sentence about a machine that runs: everything about it that a person should know. Pure."""
+
+from __future__ import annotations
+
+from kvmsupervisor.domain.goal import Goal, why_it_stays
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.run_state import why_not_running
+from kvmsupervisor.domain.view import Process, View
+
+
+def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
+    """Of a machine that runs, and shall, or is left as it is; `why` is the clause for that."""
+    said = []
+    placement = None if view.wish is None or view.stays else view.wish.placement
+    if placement is not None and view.wish is not None:
+        since = f"since {placement.since} ({placement.why})"
+        said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
+    if (still := why_not_running(process.run_state)) is not None:
+        said.append(still)
+    if process.silent_since is not None:
+        said.append("QEMU does not answer on QMP")
+    said += process.unplugged
+    if aim is Goal.KEEP:
+        said.append(f"it runs on as it was: {why}")
+    if view.claim is Claim.STRANGER and view.is_strange:
+        said.append(
+            "etcd is another cluster's than before, in which its lock is another machine's: it is not touched there"
+        )
+    if view.claim is Claim.UNREADABLE:
+        said.append("its lock holds what this release cannot read; delete that key and it is written anew")
+    if view.guarded is False:
+        said.append(f"no guard watches it{'' if view.guard_trouble is None else f': {view.guard_trouble}'}")
+    if not view.session_held and view.wish is not None:
+        what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
+        said.append(f"etcd is away; {what}")
+    if view.stays:
+        said = [*(said or ["runs"]), why_it_stays(view)]
+    return "; ".join(said) or "runs"

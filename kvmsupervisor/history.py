@@ -1,0 +1,443 @@
+"""Makes sure that the store still has the history that this host acts on (law 11), and notices when it has another one.
+
+Whoever connects to etcd anew, a mirror or its watch, asks for the proof before anything that it heard is applied.
+It costs one read of one key. What follows another history is the mirrors', the instances' and the dispatch's; here is
+how it is noticed, named, remembered for a successor, and which hosts have spoken in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Never
+from uuid import uuid4
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd.api import (
+    Ahead,
+    Compacted,
+    Compare,
+    Denied,
+    EtcdError,
+    Put,
+    Rejected,
+    Store,
+    Target,
+)
+from kvmsupervisor.adapters.rundir import write_whole
+from kvmsupervisor.domain.history import (
+    Era,
+    HistoryFile,
+    HistoryName,
+    Verdict,
+    Witness,
+    Witnesses,
+    judge_now,
+    spoken_in,
+)
+from kvmsupervisor.domain.keys import HostName, Layout
+
+log = structlog.get_logger(__name__)
+
+FILE_NAME = "_history.json"
+
+CHANGED = (
+    "etcd has another history than the one that was acted on: it was restored from a backup, its data was lost, or it "
+    "is another etcd. Machines run on and their locks are written again; removals, moves and `power=off` that came "
+    "with it wait for `kvmsupervisor confirm-removal`"
+)
+
+UNPROVEN = (
+    "etcd has compacted away what could prove that its history is the one that was acted on: removals, moves and "
+    "`power=off` since then wait for `kvmsupervisor confirm-removal`"
+)
+
+SPEAK_POLL_S = 0.2
+"""How often it is looked whether all locks are written again, after a change. Arbitrary: seldom, and soon over."""
+
+SAVE_EVERY_S = 1.0
+"""How often the file is written at most. A supervisor that is killed leaves a file that may be so much older; what it
+vouches for is that much older, too. Arbitrary: a busy cluster then costs 0.1 ms a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What a store says of its history.
+
+    Attributes:
+        name: what it is called; None where that cannot be read or written.
+        since: the revision up to which all is older than the name, or than this look at it.
+        missing: whether it had no name before.
+        written: whether the name was written just now, in the revision `since`.
+    """
+
+    name: HistoryName | None
+    since: int
+    missing: bool = False
+    written: bool = False
+
+
+class History:
+    """The history that this host acts on.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        layout: of the keys.
+        me: this host.
+        run_dir: where the file is; it exists.
+        patience_s: how long what can be fenced waits for other hosts to speak (`KVM_TAKEOVER_WAIT`).
+
+    Attributes:
+        era: how often another history took the place of the former one since this supervisor started.
+        changes: the same, but for those where that could only not be disproven.
+    """
+
+    def __init__(
+        self, *, store: Store, clock: Clock, layout: Layout, me: HostName, run_dir: Path, patience_s: float
+    ) -> None:
+        self.era = 0
+        self.changes = 0
+        self._store = store
+        self._clock = clock
+        self._key = layout.history_key
+        self._me = me
+        self._path = run_dir / FILE_NAME
+        self._patience_s = patience_s
+        self._leave_file_alone = False
+        found = self._load()
+        self._witnesses = Witnesses(found.witnesses)
+        self._id, self._number, self._since = found.id, found.number, found.since
+        self._foreign, self._members = found.foreign, frozenset(found.members)
+        self.spoken = found.spoken
+        # The hosts of the former history, which are waited for where this one cannot be named.
+        self._former: frozenset[str] = frozenset()
+        self._named: HistoryName | None = None
+        # Hosts that have a session, and the history that each has spoken in.
+        self._sessions: Mapping[str, str] = dict.fromkeys(found.hosts, "")
+        self._sessions_era = 0
+        self._until = clock.now() + patience_s
+        self._proving = asyncio.Lock()
+        # How many proofs were begun, and the last one that was had.
+        self._begun = self._had = 0
+        self._dirty = asyncio.Event()
+        self._unspoken = asyncio.Event()
+        if not self.spoken:
+            self._unspoken.set()
+
+    # --- what others tell and ask -------------------------------------------------------------------------------
+
+    def saw(self, key: bytes, revision: int, value: bytes | None) -> None:
+        """A key that was observed, and applied: written, or deleted (None)."""
+        if self._witnesses.saw(key, revision, value):
+            self._dirty.set()
+
+    def sessions_are(self, sessions: Mapping[str, str], *, era: int) -> None:
+        """Which hosts have a session, and the history that each says it has spoken in, as seen in `era`."""
+        if sessions != self._sessions or era != self._sessions_era:
+            self._dirty.set()
+        self._sessions, self._sessions_era = sessions, era
+
+    @property
+    def id(self) -> str:
+        """What it is called; empty while it has no name."""
+        return self._id
+
+    @property
+    def spoken_name(self) -> str:
+        """What this host's session is to say: the history that it has spoken in, where one ever changed."""
+        return self._id if self.spoken and self._number else ""
+
+    @property
+    def present(self) -> Era:
+        """What a decision needs to know of it."""
+        return Era(
+            number=self._number,
+            since=self._since,
+            foreign=self._foreign,
+            members=self._members,
+            awaited=self.awaited,
+            until=self._until,
+        )
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """The hosts that have not spoken in it yet; none where the history never changed, or all have."""
+        if self._number == 0:
+            return ()
+        name = self._named
+        current = self._sessions if self._sessions_era == self.era else {}
+        if name is None or name.id != self._id:
+            # It could not be named, so nobody can say that he has spoken in it.
+            return tuple(sorted((self._former | current.keys()) - {self._me}))
+        if not name.hosts:
+            return ()
+        said = spoken_in(current, self._id) | ({self._me} if self.spoken else frozenset())
+        return tuple(sorted((current.keys() | set(name.hosts)) - said - set(name.gone)))
+
+    # --- the proof ----------------------------------------------------------------------------------------------
+
+    async def prove(self) -> None:
+        """Make sure that etcd has the history that was acted on; otherwise begin another `era`.
+
+        A proof that somebody else began since then serves as well.
+
+        Raises:
+            EtcdError: nobody can tell now.
+        """
+        asked = self._begun
+        async with self._proving:
+            if self._had > asked:
+                return
+            self._begun += 1
+            verdict = await self._judge()
+            match verdict:
+                case Verdict.OTHER | Verdict.UNPROVEN:
+                    await self._begin(verdict)
+                case Verdict.FIRST if not self._id:
+                    await self._name_first()
+                case _:
+                    pass
+            self._had = self._begun
+
+    async def _judge(self) -> Verdict:
+        """Ask every member before another history is believed: one that was restored alone is left."""
+        if not self._witnesses:
+            return Verdict.FIRST
+        for _ in range(self._store.members):
+            verdict = await self._ask()
+            if verdict is not Verdict.OTHER:
+                return verdict
+            self._store.leave()
+        return Verdict.OTHER
+
+    async def _ask(self) -> Verdict:
+        newest, *older = self._witnesses.newest()
+        verdict = await self._read(newest)
+        if verdict is not Verdict.UNPROVEN:
+            return verdict
+        for witness in older:
+            if await self._read(witness) is Verdict.OTHER:
+                return Verdict.OTHER
+        return Verdict.UNPROVEN
+
+    async def _read(self, witness: Witness) -> Verdict:
+        """Read one key at the revision at which it was observed."""
+        try:
+            found = await self._store.get_at(witness.key, witness.revision)
+            if witness.digest:
+                same = found is not None and found.mod_revision == witness.revision and witness.is_value(found.value)
+            else:
+                # Deleted then: so it was there just before.
+                same = found is None and await self._store.get_at(witness.key, witness.revision - 1) is not None
+        except Ahead:
+            return Verdict.OTHER
+        except Compacted:
+            now = await self._store.get(witness.key)
+            return judge_now(witness, now and now.mod_revision, now and now.value)
+        return Verdict.SAME if same else Verdict.OTHER
+
+    # --- another one --------------------------------------------------------------------------------------------
+
+    async def _begin(self, verdict: Verdict) -> None:
+        """Another history, or one of which nobody can tell: everything begins anew."""
+        # First what may fail.
+        former = self._id
+        found = await (self._rename() if verdict is Verdict.OTHER else self._look())
+        name, since = found.name, found.since
+        self.era += 1
+        self._since = since
+        self._witnesses = Witnesses()
+        if name is not None and found.written:
+            # So that even an empty store is known again.
+            self.saw(self._key.encode(), since, name.to_json())
+        self._dirty.set()
+        if verdict is Verdict.UNPROVEN:
+            log.warning("history.unproven", history=self._id, since=since, reason=UNPROVEN)
+            return
+        self.changes += 1
+        # Without a name it is a new store, or another cluster's that never had one: hosts tell which.
+        follows = name is not None and former in {name.id, name.after}
+        self._foreign = found.missing or not follows
+        self._members = frozenset(self._sessions) if found.missing else frozenset()
+        self._former = frozenset(self._sessions) - {self._me}
+        self._named = name
+        self._id = "" if name is None else name.id
+        self._number = self._number + 1 if name is None else name.number
+        self._until = self._clock.now() + self._patience_s
+        self._must_speak()
+        log.error(
+            "history.changed",
+            history=self._id,
+            former=former,
+            number=self._number,
+            foreign=self._foreign,
+            since=since,
+            reason=CHANGED,
+        )
+
+    async def _look(self) -> _Found:
+        """The store's name."""
+        reading = await self._store.read(self._key)
+        (found,) = reading.kvs
+        name = HistoryName.from_json(found.value) if found is not None else None
+        return _Found(name=name, since=reading.revision, missing=found is None)
+
+    async def _rename(self) -> _Found:
+        """Give the store a new name, unless another host has done so."""
+        while True:
+            reading = await self._store.read(self._key)
+            (found,) = reading.kvs
+            name = HistoryName.from_json(found.value) if found is not None else None
+            if found is not None and (name is None or name.id != self._id):
+                # Another host's word, or another cluster's, or a newer release's.
+                follows = name is not None and name.after == self._id
+                return _Found(name=name, since=found.mod_revision if follows else reading.revision)
+            fresh = HistoryName(
+                id=str(uuid4()),
+                number=max(self._number, 0 if name is None else name.number) + 1,
+                after=self._id,
+                by=self._me,
+                hosts=tuple(sorted({*self._sessions, self._me})),
+            )
+            unchanged = Compare(self._key, Target.MOD_REVISION, found.mod_revision if found is not None else 0)
+            try:
+                done = await self._store.txn([unchanged], [Put(self._key, fresh.to_json())])
+            except (Denied, Rejected) as error:
+                log.warning("history.unnamed", key=self._key, reason=str(error))
+                return _Found(name=None, since=reading.revision, missing=found is None)
+            if done.succeeded:
+                return _Found(name=fresh, since=done.revision, missing=found is None, written=True)
+
+    async def _name_first(self) -> None:
+        """Learn what the store is called; call it something where it has no name."""
+        found = await self._look()
+        if found.missing:
+            name = HistoryName(id=str(uuid4()), by=self._me)
+            absent = Compare(self._key, Target.MOD_REVISION, 0)
+            try:
+                done = await self._store.txn([absent], [Put(self._key, name.to_json())])
+            except (Denied, Rejected) as error:
+                # It is needed only once there is another history.
+                log.warning("history.unnamed", key=self._key, reason=str(error))
+                return
+            if done.succeeded:
+                self.saw(self._key.encode(), done.revision, name.to_json())
+                self.heard(name, done.revision)
+                return
+            found = await self._look()
+        if found.name is not None:
+            self.heard(found.name, found.since)
+
+    def heard(self, name: HistoryName, revision: int) -> None:
+        """Take what the key says: another host has given a new name, or all have spoken, or an operator for them.
+
+        Args:
+            name: as read.
+            revision: of the key, or a later one.
+        """
+        if name.id != self._id:
+            log.info("history.named", history=name.id, number=name.number, by=name.by, after=name.after)
+            if name.number > self._number:
+                # Nothing that was seen here is lost in it; what others have not told is.
+                self._since, self._until = revision, self._clock.now() + self._patience_s
+            if name.number:
+                self._must_speak()
+            self._id, self._number = name.id, name.number
+            self._dirty.set()
+        self._named = name
+
+    def _must_speak(self) -> None:
+        self.spoken = False
+        self._unspoken.set()
+
+    # --- for a successor, and for all -----------------------------------------------------------------------------
+
+    async def run(self) -> Never:
+        """Keep the file, and tell once all have spoken, for ever."""
+        while True:
+            await self._clock.wait(self._dirty, None)
+            self._dirty.clear()
+            self.save()
+            await self._settle()
+            await self._clock.sleep(SAVE_EVERY_S)
+
+    async def run_speaking(self, ready: Callable[[], bool], say: Callable[[str], Awaitable[bool]]) -> Never:
+        """Have this host say that it has spoken, after each change, for ever.
+
+        Args:
+            ready: whether everything that runs here has its lock in the history that etcd has now.
+            say: puts the name of that history into this host's session; tells whether it is there.
+        """
+        while True:
+            await self._clock.wait(self._unspoken, None)
+            name = self._id
+            if name and ready():
+                try:
+                    if await say(name) and name == self._id:
+                        self._unspoken.clear()
+                        self.spoken = True
+                        self._dirty.set()
+                        log.info("history.spoken", history=name)
+                        continue
+                except EtcdError as error:
+                    log.warning("history.not_spoken", reason=str(error))
+            await self._clock.sleep(SPEAK_POLL_S)
+
+    async def _settle(self) -> None:
+        """Once all have spoken, have the key say so: who comes later waits for nobody."""
+        name = self._named
+        if name is None or name.id != self._id or self.awaited:
+            return
+        if not name.hosts or (name.by != self._me and name.by in self._sessions):
+            return
+        try:
+            found = await self._store.get(self._key)
+            if found is None or HistoryName.from_json(found.value) != name:
+                return
+            settled = replace(name, hosts=(), gone=())
+            unchanged = Compare(self._key, Target.MOD_REVISION, found.mod_revision)
+            if (await self._store.txn([unchanged], [Put(self._key, settled.to_json())])).succeeded:
+                self._named = settled
+                log.info("history.settled", history=name.id)
+        except EtcdError as error:
+            log.warning("history.unsettled", reason=str(error))
+
+    def _load(self) -> HistoryFile:
+        """What a predecessor has left. Never raises: without it nothing is known of what was acted on."""
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return HistoryFile()
+        except OSError as error:
+            log.warning("history.file_unreadable", path=str(self._path), error=str(error))
+            return HistoryFile()
+        found = HistoryFile.from_json(data)
+        if found is None:
+            self._leave_file_alone = True
+            log.warning("history.file_unfit", path=str(self._path), problem="left as it is; remove it to mend that")
+            return HistoryFile()
+        return found
+
+    def save(self) -> None:
+        """Write the file, whole or not at all. Never raises: it is only needed by a successor."""
+        if self._leave_file_alone:
+            return
+        noted = HistoryFile(
+            id=self._id,
+            number=self._number,
+            since=self._since,
+            foreign=self._foreign,
+            members=tuple(sorted(self._members)),
+            spoken=self.spoken,
+            hosts=tuple(sorted(self._sessions)),
+            witnesses=tuple(self._witnesses.newest()),
+        )
+        try:
+            write_whole(self._path, noted.to_json(), mode=0o600)
+        except OSError as error:
+            log.warning("history.file_unwritable", path=str(self._path), error=str(error))

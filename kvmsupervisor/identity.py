@@ -1,0 +1,138 @@
+"""Under which identity this host's QEMUs go on: theirs, until a person has said otherwise (law 12).
+
+Each record says under which settings its QEMU was started. A supervisor whose settings say something else works under
+what is on record, where it starts and stops nothing, and asks: `_identity.json` in the run directory holds the question
+until `kvmsupervisor confirm-identity` writes the word into it, or the old settings are back, or none of those QEMUs
+lives any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import structlog
+
+from kvmsupervisor import marks
+from kvmsupervisor.adapters.rundir import RunDir, write_whole
+from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, judge
+from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
+from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
+from kvmsupervisor.session import last_key
+
+log = structlog.get_logger(__name__)
+
+
+class Standing:
+    """What lives on this host, and under which identity.
+
+    Args:
+        run_dir: whose records are read.
+        wanted: what the settings say.
+        boot_id: of this boot.
+    """
+
+    def __init__(self, run_dir: RunDir, *, wanted: HostIdentity, boot_id: str) -> None:
+        self._run_dir = run_dir
+        self._wanted = wanted
+        self._boot_id = boot_id
+        self._file = run_dir.path / "_identity.json"
+
+    def settle(self) -> tuple[HostIdentity, Mismatch | None]:
+        """Under which identity to work, and whether that is another one than the settings say.
+
+        A person's word is heeded first: those QEMUs are put on record as the present identity's. Without a mismatch
+        the question is taken away; with one it is asked.
+        """
+        note = self.note()
+        if note is not None and note.confirmed and note.wanted == self._wanted:
+            self._heed(note)
+        identity, mismatch = self.judge()
+        if mismatch is None:
+            self._file.unlink(missing_ok=True)
+        else:
+            asked = IdentityNote(boot_id=self._boot_id, recorded=mismatch.recorded, wanted=mismatch.wanted)
+            self._write(asked)
+        return identity, mismatch
+
+    def judge(self) -> tuple[HostIdentity, Mismatch | None]:
+        """The same, without doing anything about it."""
+        return judge(self._wanted, self.living())
+
+    def living(self) -> list[tuple[InstanceId, HostIdentity]]:
+        """Each QEMU that lives here with a record, readable or not, and what it was started under."""
+        found = []
+        for name in self._run_dir.instances():
+            directory = self._run_dir.instance(name)
+            try:
+                record = directory.read_incarnation()
+            except Unreadable:
+                hidden = marks.seek(directory.path)
+                if hidden is not None:
+                    found.append((name, self._derived(hidden[0])))
+                continue
+            pid = None if record is None else self.pid_of(record)
+            if record is not None and pid is not None:
+                found.append((name, self.under(record, pid)))
+        return found
+
+    def under(self, record: Incarnation, pid: int) -> HostIdentity:
+        """What a living QEMU was started under; what its record does not say is told by what is known otherwise."""
+        return record.under or self._derived(pid)
+
+    def note(self) -> IdentityNote | None:
+        """The question, or the word on it; None when there is none, or it is of an earlier boot."""
+        try:
+            note = IdentityNote.from_json(self._file.read_bytes())
+        except OSError:
+            return None
+        return note if note is not None and note.boot_id == self._boot_id else None
+
+    def confirm(self, note: IdentityNote) -> None:
+        """Put a person's word down: what lives goes on under what the settings of its supervisor say.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(self._file, replace(note, confirmed=True).to_json())
+
+    def _heed(self, note: IdentityNote) -> None:
+        for name in self._run_dir.instances():
+            directory = self._run_dir.instance(name)
+            try:
+                record = directory.read_incarnation()
+            except Unreadable:
+                continue
+            pid = None if record is None else self.pid_of(record)
+            if record is not None and pid is not None and self.under(record, pid) == note.recorded:
+                directory.write_incarnation(replace(record, under=note.wanted))
+        log.warning(
+            "identity.confirmed",
+            former=note.recorded.unlike(note.wanted),
+            present=note.wanted.unlike(note.recorded),
+        )
+
+    def _write(self, note: IdentityNote) -> None:
+        try:
+            write_whole(self._file, note.to_json())
+        except OSError as error:
+            # Without it nobody can answer, which is told; all else goes on.
+            log.error("identity.not_asked", file=str(self._file), reason=str(error))  # noqa: TRY400 - no bug of ours
+
+    def pid_of(self, record: Incarnation) -> int | None:
+        """Of the living QEMU of a record; None when it is gone."""
+        if record.boot_id != self._boot_id:
+            return None
+        return marks.pid_of(record.instance, record.incarnation, pid=record.pid, starttime=record.starttime)
+
+    def _derived(self, pid: int) -> HostIdentity:
+        """What a record does not say: its process knows the prefix, the session's file the host and where facts lie.
+
+        The lock's template is nowhere: it is the present one, or what it is by default below that prefix.
+        """
+        wanted = self._wanted
+        prefix = marks.prefix_of(pid) or wanted.prefix
+        facts, found, host = (last_key(self._run_dir.path, boot_id=self._boot_id) or "").rpartition("/hosts/")
+        lock = default_lock(prefix) if wanted.lock == default_lock(wanted.prefix) else wanted.lock
+        if not found:
+            facts, host = (wanted.facts if prefix == wanted.prefix else default_facts(prefix)), wanted.host
+        return HostIdentity(host=HostName(host), prefix=prefix, facts=facts, lock=lock)

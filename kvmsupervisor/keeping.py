@@ -1,0 +1,38 @@
+"""The lock of a QEMU that lives: written again where it is missing or older, or with this host's present name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvmsupervisor.locking import InstanceLock
+from kvmsupervisor.machine import Machine
+from kvmsupervisor.report import Report
+from kvmsupervisor.surroundings import Surroundings
+
+
+async def reassert(machine: Machine, lock: InstanceLock, report: Report, around: Surroundings) -> None:
+    """Write it again; kill the QEMU instead when somebody has had it meanwhile.
+
+    Raises:
+        SwapFailed: somebody was faster, or our session is gone.
+        EtcdError: etcd did not do it.
+    """
+    record = machine.record
+    assert record is not None
+    other = await lock.reassert(record.as_lock(around.me, ran=not machine.never_ran), around.era())
+    if other is not None:
+        await machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
+        return
+    report.tell("lock.reasserted", level="warning", epoch=record.epoch)
+
+
+async def rename(lock: InstanceLock, report: Report, around: Surroundings) -> None:
+    """Write it with this host's present name (law 12).
+
+    Raises:
+        SwapFailed, EtcdError: see `reassert`.
+    """
+    held = lock.view.lock
+    assert held is not None
+    await lock.write(replace(held, host=around.me), None)
+    report.tell("lock.renamed", level="warning", epoch=held.epoch, former=held.host)

@@ -1,0 +1,95 @@
+"""The hosts of the cluster: which of them have a session, and in which history of etcd each has spoken (law 11)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Set
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.history import History
+from kvmsupervisor.mirror import Mirror
+
+
+class Neighbours:
+    """Follows the sessions of all hosts, and what the present history is called.
+
+    Args:
+        store: etcd.
+        clock: the machine's.
+        layout: of the keys.
+        history: is told of both.
+        on_change: called when either differs; see `mirror.Mirror`.
+
+    Attributes:
+        table: the session keys; a live table.
+        synced: set once they were listed.
+    """
+
+    def __init__(
+        self, *, store: Store, clock: Clock, layout: Layout, history: History, on_change: Callable[[], None]
+    ) -> None:
+        def follow(prefix: str, table: Flat, told: Callable[[Set[bytes], int], None]) -> Mirror[bytes]:
+            return Mirror(store=store, clock=clock, history=history, prefix=prefix, table=table, on_change=told)
+
+        self.table = Flat()
+        self._layout = layout
+        self._history = history
+        self._on_change = on_change
+        self._name_table = Flat()
+        # Host → the history that it says it has spoken in. None before the first list of an era.
+        self._sessions: dict[str, str] | None = None
+        self._era = history.era
+        self._hosts = follow(layout.hosts_prefix, self.table, self._hosts_differ)
+        self._name = follow(layout.history_key, self._name_table, self._name_differs)
+        self.synced = self._hosts.synced
+
+    async def run(self) -> None:
+        """Follow them, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._hosts.run())
+            tasks.create_task(self._name.run())
+
+    def has_session(self, host: HostName) -> bool | None:
+        """Whether a host has a session; None when that is not known in the history that etcd has now."""
+        if not self.synced.is_set() or self._hosts.era != self._history.era:
+            return None
+        return self.table.get(self._layout.session_key(host).encode()) is not None
+
+    def drains(self, host: HostName) -> bool:
+        """Whether a host that has a session says that it stops all its guests."""
+        entry = self.table.get(self._layout.session_key(host).encode())
+        found = None if entry is None else HostSession.from_json(entry.value)
+        return found is not None and found.draining
+
+    def names(self) -> Collection[str]:
+        """The hosts that have a session."""
+        return () if self._sessions is None else self._sessions.keys()
+
+    def _hosts_differ(self, changed: Set[bytes], revision: int) -> None:
+        if self._era != self._hosts.era:
+            self._sessions = None
+        # Some of a thousand only, but for the first time.
+        news = self.table.entries if self._sessions is None else changed
+        sessions = {} if self._sessions is None else self._sessions
+        for key in news:
+            host, entry = key[len(self._layout.hosts_prefix) :].decode(errors="replace"), self.table.get(key)
+            if entry is None:
+                sessions.pop(host, None)
+            else:
+                found = HostSession.from_json(entry.value)
+                sessions[host] = "" if found is None else found.history
+        self._sessions, self._era = sessions, self._hosts.era
+        self._history.sessions_are(dict(sessions), era=self._era)
+        self._on_change()
+
+    def _name_differs(self, changed: Set[bytes], revision: int) -> None:
+        entry = self._name_table.get(self._layout.history_key.encode())
+        name = None if entry is None else HistoryName.from_json(entry.value)
+        if entry is not None and name is not None and self._name.era == self._history.era:
+            self._history.heard(name, entry.mod_revision)
+            self._on_change()

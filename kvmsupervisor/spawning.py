@@ -1,0 +1,89 @@
+"""One QEMU process comes to be: its sockets listen, it is put on record, it is started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kvmsupervisor import marks
+from kvmsupervisor.adapters import process as kernel
+from kvmsupervisor.adapters.cgroup import Home
+from kvmsupervisor.adapters.process import Process
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.domain.argv import Channels, Provision
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.guest_logs import MachineLogs
+
+
+def spawn(
+    directory: InstanceDir,
+    record: Incarnation,
+    build: Callable[[Channels], Provision],
+    argv: Callable[[Provision], Sequence[str]],
+    home: Home,
+    *,
+    prefix: str,
+    user: QemuUser | None,
+    logs: MachineLogs,
+    on_record: Callable[[Incarnation], None],
+    on_end: Callable[[], None],
+) -> Process:
+    """Put the incarnation on record, then start QEMU.
+
+    Args:
+        directory: its folder in the run directory; made when it is missing.
+        record: of the process to come, without pid, argv and log offset.
+        build: makes whole what QEMU needs, from the sockets that listen for it.
+        argv: makes the command line of that.
+        home: what the process enters before it becomes QEMU; the caller sees it settled.
+        prefix: below which its keys are.
+        user: that QEMU runs as; None for our own.
+        logs: what it writes its logs into is made there.
+        on_record: called with the whole record once that is written, before there is a process.
+        on_end: called once when the process has ended.
+
+    Raises:
+        SpawnFailed: the program cannot be started; the record is there.
+        OSError: the host is short of something (room, open files, memory): nothing was begun, nothing is on record.
+    """
+    directory.create()
+    with contextlib.ExitStack() as stack:
+
+        def listen(name: str) -> int:
+            return stack.enter_context(directory.listen(directory.path / name)).fileno()
+
+        console_log, own_log = logs.begin()
+        channels = Channels(
+            qmp=listen(directory.qmp_socket.name),
+            spare=listen(directory.spare_socket.name),
+            console=listen(directory.console_socket.name),
+            agent=listen(directory.agent_socket.name),
+            console_log=console_log,
+        )
+        provision = build(channels)
+        words = tuple(argv(provision))
+        record = replace(record, argv=words, log_offset=directory.log_size())
+        try:
+            directory.write_incarnation(record)
+            # Not before: what cannot be put on record (no space) was not begun.
+            on_record(record)
+            return kernel.spawn(
+                home.wrap(words if user is None else (*user.become(), *words)),
+                environment=marks.environment_of(
+                    marks.Marks(
+                        prefix=prefix,
+                        instance=record.instance,
+                        incarnation=record.incarnation,
+                        folder=directory.path,
+                    )
+                ),
+                log_fd=own_log,
+                pass_fds=provision.descriptors,
+                on_end=on_end,
+                stdin=home.stdin,
+            )
+        except OSError:
+            directory.drop_incarnation()
+            raise

@@ -1,0 +1,196 @@
+"""The alerts of docs/metrics.md, by `promtool test rules`: each fires where it is meant to, and is silent elsewhere.
+
+Every case gives series, one value a minute, and says which alerts of one name fire at the end of them. Series are as
+Prometheus keeps them with `honor_labels`: `instance` of a host's own series is the address that was scraped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+ALPHA = 'instance="alpha:9746",job="kvmsupervisor"'
+ON_ALPHA = 'instance="web1",host="alpha",job="kvmsupervisor"'
+ON_BETA = 'instance="web1",host="beta",job="kvmsupervisor"'
+HOST = {"instance": "alpha:9746", "job": "kvmsupervisor"}
+WEB1 = {"instance": "web1", "host": "alpha", "job": "kvmsupervisor"}
+SUMMED = {"instance": "web1", "host": "alpha"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is seen, after how many minutes, and the labels of the alerts that fire then."""
+
+    what: str
+    alert: str
+    series: Mapping[str, str]
+    minutes: int
+    fires: list[dict[str, str]] = field(default_factory=list)
+
+
+def phases(where: str, **values: str) -> dict[str, str]:
+    return {f'kvmsupervisor_instance_phase{{{where},phase="{phase}"}}': value for phase, value in values.items()}
+
+
+def gauge(name: str, labels: str, values: str) -> dict[str, str]:
+    return {f"kvmsupervisor_{name}{{{labels}}}": values}
+
+
+def of_a_host(alert: str, name: str, bad: str, good: str, minutes: int) -> list[Case]:
+    return [
+        Case("bad", alert, gauge(name, ALPHA, bad), minutes, [HOST]),
+        Case("good", alert, gauge(name, ALPHA, good), minutes),
+    ]
+
+
+def of_an_instance(alert: str, name: str, bad: str, good: str, minutes: int) -> list[Case]:
+    return [
+        Case("bad", alert, gauge(name, ON_ALPHA, bad), minutes, [WEB1]),
+        Case("good", alert, gauge(name, ON_ALPHA, good), minutes),
+    ]
+
+
+NIC = f'{ON_ALPHA},nic="nic0"'
+CRASHED, SHUTDOWN = f'{ON_ALPHA},reason="crashed"', f'{ON_ALPHA},reason="guest-shutdown"'
+
+CASES = [
+    Case("a dead supervisor", "KvmHostSilent", {f"up{{{ALPHA}}}": "1 0x5"}, 4, [HOST]),
+    Case("an upgrade", "KvmHostSilent", {f"up{{{ALPHA}}}": "1 0 1x5"}, 4),
+    *of_a_host("KvmHostWithoutSession", "session_remaining_seconds", "12 0x5", "12 0 14x5", 4),
+    *of_a_host("KvmIdentityMismatch", "identity_mismatch", "0 1", "0 0", 1),
+    *of_a_host("KvmHistoryChanged", "history_changes_total", "0 0 1x5", "1x20", 5),
+    *of_a_host("KvmRemovalsHeld", "removals_held", "0 3", "0 0", 1),
+    Case(
+        "a host died, and two others tell so", "KvmOrphans",
+        {**gauge("orphans", 'instance="beta:9746"', "0 3x5"), **gauge("orphans", 'instance="gamma:9746"', "0 3x5")},
+        4, [{}],
+    ),
+    Case("a failover in time", "KvmOrphans", gauge("orphans", 'instance="beta:9746"', "0 3 0x5"), 4),
+
+    Case(
+        "halted although its QEMU lives", "KvmInstanceDown",
+        {**gauge("instance_up", ON_ALPHA, "1 0x9"), **phases(ON_ALPHA, running="1x10")}, 7, [{"instance": "web1"}],
+    ),
+    Case(
+        "waits for its bridge", "KvmInstanceDown",
+        {**gauge("instance_up", ON_ALPHA, "0x10"), **phases(ON_ALPHA, waiting="1x10", running="0x10")}, 7,
+        [{"instance": "web1"}],
+    ),
+    Case(
+        "stopped on purpose", "KvmInstanceDown",
+        {**gauge("instance_up", ON_ALPHA, "1 0x9"), **phases(ON_ALPHA, stopped="0 1x9", running="1 0x9")}, 9,
+    ),
+    Case(
+        "on its way: it runs on one host, and the other waits for it", "KvmInstanceDown",
+        {
+            **gauge("instance_up", ON_ALPHA, "1x10"), **phases(ON_ALPHA, running="1x10"),
+            **gauge("instance_up", ON_BETA, "0x10"), **phases(ON_BETA, waiting="1x10"),
+        }, 9,
+    ),
+
+    Case("every 12 minutes, and up between", "KvmCrashLoop",
+         gauge("instance_exits_total", CRASHED, "0x5 1x12 2x12 3x12 4x12 5x12"), 65, [SUMMED]),
+    Case("at once, again and again", "KvmCrashLoop", gauge("instance_exits_total", CRASHED, "0+2x5"), 4,
+         [SUMMED]),
+    Case("once, and once more a day later", "KvmCrashLoop",
+         gauge("instance_exits_total", CRASHED, "0x5 1x1440 2x60"), 1500),
+    Case("its guest shuts down as people ask", "KvmCrashLoop", gauge("instance_exits_total", SHUTDOWN, "0+1x10"), 9),
+    Case(
+        # Two hosts that tell of one instance in turn, 7 and 0 ends: one series of both would count 7 a turn.
+        "a mover, of whom two hosts tell", "KvmCrashLoop",
+        {
+            **gauge("instance_exits_total", CRASHED, "7x30"),
+            **gauge("instance_exits_total", CRASHED.replace("alpha", "beta"), "0x30"),
+        }, 29,
+    ),
+
+    Case("powers itself off when it is up", "KvmRestartLoop",
+         gauge("instance_starts_total", ON_ALPHA, "0+1x20"), 19, [WEB1]),
+    Case("restarted by a person", "KvmRestartLoop", gauge("instance_starts_total", ON_ALPHA, "0+1x3 3x17"), 19),
+    Case(
+        "a mover, of whom two hosts tell", "KvmRestartLoop",
+        {
+            **gauge("instance_starts_total", ON_ALPHA, "40x30"), **gauge("instance_starts_total", ON_BETA, "1x30"),
+        }, 29,
+    ),
+    *of_an_instance("KvmGuestResets", "instance_resets_total", "0+3x10", "0+1x2 2x8", 9),
+    Case("its bridge is gone", "KvmNicUnplugged",
+         gauge("instance_nic_plugged", NIC, "1 0x5"), 5, [{**WEB1, "nic": "nic0"}]),
+    Case("its bridge was made again", "KvmNicUnplugged", gauge("instance_nic_plugged", NIC, "1 0 1x5"), 5),
+    *of_an_instance("KvmInstanceInvalid", "instance_invalid", "0 1x9", "0 1 0x9", 8),
+    *of_an_instance("KvmHostAbsent", "instance_host_absent", "0 1x9", "0 1 0x9", 8),
+    *of_an_instance("KvmInstanceUnguarded", "instance_unguarded", "0 1x5", "0 0x5", 4),
+    *of_an_instance("KvmInternalErrors", "internal_errors_total", "0 0 1x5", "1x20", 5),
+]  # fmt: skip
+
+
+def rules() -> str:
+    return PAGE.read_text().partition("```yaml\n")[2].partition("```")[0]
+
+
+def alerts() -> list[str]:
+    (group,) = yaml.safe_load(rules())["groups"]
+    return [rule["alert"] for rule in group["rules"]]
+
+
+def judge(folder: Path, *cases: Case, rewritten: str | None = None) -> subprocess.CompletedProcess[str]:
+    """What `promtool test rules` makes of the cases; by their labels, for what is said of them is prose."""
+    bare = [
+        {key: value for key, value in rule.items() if key != "annotations"}
+        for rule in yaml.safe_load(rewritten or rules())["groups"][0]["rules"]
+    ]
+    (folder / "rules.yaml").write_text(json.dumps({"groups": [{"name": "kvmsupervisor", "rules": bare}]}))
+    tests = [
+        {
+            "name": f"{case.alert}: {case.what}",
+            "interval": "1m",
+            "input_series": [{"series": series, "values": values} for series, values in case.series.items()],
+            "alert_rule_test": [
+                {
+                    "eval_time": f"{case.minutes}m",
+                    "alertname": case.alert,
+                    "exp_alerts": [{"exp_labels": labels} for labels in case.fires],
+                }
+            ],
+        }
+        for case in cases
+    ]
+    document = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
+    (folder / "tests.yaml").write_text(json.dumps(document))
+    return subprocess.run(
+        ["promtool", "test", "rules", folder / "tests.yaml"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_each_alert_fires_and_is_silent(tmp_path: Path) -> None:
+    """`promtool test rules` passes for every case."""
+    done = judge(tmp_path, *CASES)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_alert_is_untested() -> None:
+    """Each alert of the page has a case in which it fires and one in which it is silent, and there is no other."""
+    assert {case.alert for case in CASES if case.fires} == set(alerts())
+    assert {case.alert for case in CASES if not case.fires} == set(alerts())
+
+
+def test_the_cases_would_fail(tmp_path: Path) -> None:
+    """A rule that looks at one host at a time does not pass: the case of an instance on its way tells."""
+    up = "max by (instance) (kvmsupervisor_instance_up)"
+    broken = rules().replace(up, "kvmsupervisor_instance_up")
+    assert broken != rules()
+    failed = judge(tmp_path, *CASES, rewritten=broken)
+    assert failed.returncode != 0
+    assert "it runs on one host, and the other waits for it" in failed.stdout + failed.stderr
+
+
+def test_without_the_label_host_two_hosts_would_be_one_series(tmp_path: Path) -> None:
+    """What `honor_labels` makes of two hosts' counters with the same labels, 7 and 0: ends that never were."""
+    merged = gauge("instance_exits_total", 'instance="web1",reason="crashed"', " ".join(["7", "0"] * 5))
+    assert judge(tmp_path, Case("merged", "KvmCrashLoop", merged, 9, [{"instance": "web1"}])).returncode == 0

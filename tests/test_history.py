@@ -1,0 +1,532 @@
+"""Law 11, one history: an etcd that was restored, emptied or swapped for another one ends no guest and doubles none.
+
+Whole supervisors in virtual time; the etcd of the tests is given another history under their feet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from kvmsupervisor.adapters.etcd import Denied
+from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.history import FILE_NAME
+from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemu
+from tests.fakes.storage import FakeDisks, FakeStorage, address_of
+from tests.test_supervisor import ME, Bench
+
+LAYOUT = Layout()
+CONFIRMATION = LAYOUT.confirmation_key(HostName(ME))
+PATIENCE_S = 60.0
+
+KINDS = {
+    "diskless": {},
+    "a file": {"extra_flags": "-drive file=/tmp/x,format=raw"},
+    "rbd": {"rbd": "pool/image-{name}"},
+}
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> FakeStorage:
+    made = FakeStorage()
+    monkeypatch.setattr("kvmsupervisor.supervisor.CephFencing", lambda *args, **kwargs: made)
+    monkeypatch.setattr("kvmsupervisor.supervisor.Disks", lambda *args, **kwargs: FakeDisks())
+    return made
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch, storage: FakeStorage) -> AsyncIterator[Bench]:
+    made = Bench(monkeypatch)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    """The host `b` of the same cluster."""
+    made = Bench(monkeypatch)
+    made.clock, made.etcd, made.qemus, made.more = bench.clock, bench.etcd, bench.qemus, {"KVM_HOSTNAME": "b"}
+    bench.qemus.install(monkeypatch)
+    monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: bench.clock)
+    yield made
+    await made.close()
+
+
+def make(etcd: FakeEtcd, *names: str, kind: str = "diskless", host: str = ME) -> None:
+    for name in names:
+        for key, value in KINDS[kind].items():
+            etcd.write(f"/kvm/{name}/{key}", value.format(name=name))
+        etcd.write(f"/kvm/{name}/ram", "64")
+        etcd.write(f"/kvm/{name}/host", host)
+
+
+async def run(bench: Bench, *names: str, kind: str = "diskless", host: str = ME) -> dict[str, FakeQemu]:
+    """Create machines and let them run."""
+    make(bench.etcd, *names, kind=kind, host=host)
+    await bench.clock.advance_until(lambda: len(bench.of(*names)) == len(names), 60.0)
+    await bench.clock.advance(2.0)
+    return bench.of(*names)
+
+
+async def restart(bench: Bench, name: str) -> FakeQemu:
+    """Have a machine started again, so that its epoch grows."""
+    before = bench.of(name)[name]
+    bench.etcd.write(f"/kvm/{name}/restart_request", f"r{bench.etcd.revision}")
+    await bench.clock.advance_until(lambda: bench.of(name) and bench.of(name)[name] is not before, 200.0)
+    await bench.clock.advance(2.0)
+    return bench.of(name)[name]
+
+
+def lock(bench: Bench, name: str) -> Lock:
+    found = Lock.from_json(bench.etcd.data[LAYOUT.lock_key(InstanceId(name))])
+    assert found is not None
+    return found
+
+
+def untouched(qemus: dict[str, FakeQemu]) -> bool:
+    return all(qemu.alive and not qemu.presses for qemu in qemus.values())
+
+
+def written_past(etcd: FakeEtcd, backup: FakeEtcd) -> FakeEtcd:
+    """The backup, after so many writes that its revision is beyond the one that was seen."""
+    copy = backup.backup()
+    while copy.revision <= etcd.revision + 3:
+        copy.write("/elsewhere", str(copy.revision))
+    return copy
+
+
+# --- guests go on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["older revision", "written past"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, past: bool) -> None:
+    """Law 11: a lock with a lower epoch is a restored one, no takeover: it is written again, as what runs has it."""
+    await bench.begin()
+    await run(bench, "1", kind=kind)
+    backup = bench.etcd.backup()
+    qemu = await restart(bench, "1")
+    epoch = lock(bench, "1").epoch
+    bench.etcd.restore(written_past(bench.etcd, backup) if past else backup)
+    await bench.clock.advance(600.0)
+    assert untouched({"1": qemu} | bench.of("1"))
+    assert (lock(bench, "1").epoch, lock(bench, "1").pid) == (epoch, qemu.pid)
+    assert bench.supervisor.face.ready()[0]
+    assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 20])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_machines_outlive_an_empty_etcd(bench: Bench, kind: str, count: int) -> None:
+    """Law 11: keys that are missing with another store are no removal, however few; their locks are written there."""
+    names = [str(number) for number in range(count)]
+    await bench.begin()
+    qemus = await run(bench, *names, kind=kind)
+    bench.etcd.restore(FakeEtcd(bench.clock.now))
+    await bench.clock.advance(3600.0)
+    assert bench.of(*names) == qemus
+    assert untouched(qemus)
+    assert {lock(bench, name).pid for name in names} == {qemu.pid for qemu in qemus.values()}
+    assert bench.metric("kvmsupervisor_removals_held") == count
+    make(bench.etcd, *names, kind=kind)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+
+
+@pytest.mark.parametrize("order", ["host", "power", "removed"])
+async def test_orders_that_come_with_a_backup_wait_for_a_person(bench: Bench, order: str) -> None:
+    """Law 11: removals, moves and `power=off` that a backup brings are held, however few; what stood is shown."""
+    await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
+    if order != "removed":
+        make(bench.etcd, "1", host="b")
+        if order == "power":
+            bench.etcd.write("/kvm/1/host", ME)
+            bench.etcd.write("/kvm/1/power", "off")
+            await bench.clock.advance(5.0)
+    backup = bench.etcd.backup()
+    if order == "power":
+        bench.etcd.write("/kvm/1/power", "on")
+    qemus = await run(bench, "1")
+    bench.etcd.restore(written_past(bench.etcd, backup))
+    await bench.clock.advance(600.0)
+    assert untouched(qemus)
+    status = bench.status("1")
+    assert status is not None
+    assert (status.phase, status.held) == (Phase.RUNNING, True)
+    assert "another history" in status.reason
+    stood = {"host": {"host": ME}, "power": {"power": "on"}, "removed": {"host": ME, "ram": "64"}}
+    assert status.stood == stood[order]
+    bench.etcd.write(CONFIRMATION, json.dumps(["1"]))
+    await bench.clock.advance(30.0)
+    assert bench.of("1") == {}
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+
+
+@pytest.mark.parametrize("order", ["host", "power"])
+async def test_an_order_that_is_written_since_is_one(bench: Bench, order: str) -> None:
+    """Whoever writes the key again means it: the hold ends, and the order is followed."""
+    await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
+    make(bench.etcd, "1", host="b")
+    backup = bench.etcd.backup()
+    qemus = await run(bench, "1")
+    bench.etcd.restore(backup)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    bench.etcd.write("/kvm/1/description", "no order at all")
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    if order == "host":
+        bench.etcd.write("/kvm/1/host", "b")
+    else:
+        bench.etcd.write("/kvm/1/host", ME)
+        bench.etcd.write("/kvm/1/power", "off")
+    await bench.clock.advance(30.0)
+    assert bench.of("1") == {}
+
+
+async def test_a_hold_outlives_the_supervisor(bench: Bench) -> None:
+    """A successor neither follows an order that is held nor forgets what stood before."""
+    await bench.begin()
+    bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
+    make(bench.etcd, "1", host="b")
+    backup = bench.etcd.backup()
+    qemus = await run(bench, "1")
+    bench.etcd.restore(backup)
+    await bench.clock.advance(60.0)
+    await bench.end()
+    await bench.begin(virtual_s=600.0)
+    assert untouched(qemus)
+    status = bench.status("1")
+    assert status is not None
+    assert (status.held, status.stood) == (True, {"host": ME})
+    bench.etcd.write("/kvm/1/host", ME)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    status = bench.status("1")
+    assert status is not None
+    assert (status.held, status.stood) == (False, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_successor_knows_what_its_predecessor_acted_on(bench: Bench, kind: str) -> None:
+    """Law 11: an etcd that is restored, or lost, while no supervisor runs: the next one notices all the same."""
+    await bench.begin()
+    await run(bench, "1", kind=kind)
+    backup = bench.etcd.backup()
+    second = await restart(bench, "1")
+    qemus = await run(bench, "2", kind=kind) | {"1": second}
+    await bench.end()
+    bench.etcd.restore(written_past(bench.etcd, backup))
+    await bench.begin(virtual_s=600.0)
+    assert untouched(qemus)
+    assert lock(bench, "1").pid == second.pid
+    assert bench.metric("kvmsupervisor_removals_held") == 1.0
+
+
+async def test_an_old_request_for_a_restart_is_none(bench: Bench) -> None:
+    """`restart_request` of a backup differs from the one that was followed last, and nobody has asked for it now."""
+    await bench.begin()
+    await run(bench, "1")
+    await restart(bench, "1")
+    backup = bench.etcd.backup()
+    qemu = await restart(bench, "1")
+    bench.etcd.restore(backup)
+    await bench.clock.advance(600.0)
+    assert untouched({"1": qemu})
+    assert await restart(bench, "1") is not qemu
+
+
+async def test_another_clusters_etcd_is_not_touched(bench: Bench) -> None:
+    """Law 11: a wrong endpoint: another cluster's lock of the same id, with any epoch, says nothing, and stays."""
+    await bench.begin()
+    qemus = await run(bench, "1", "2", kind="a file")
+    ours = bench.etcd.backup()
+    foreign = FakeEtcd(bench.clock.now)
+    foreign.write(LAYOUT.history_key, HistoryName(id="theirs").to_json())
+    make(foreign, "1", "2", host="x")
+    theirs = {
+        name: Lock(host=HostName("x"), boot_id="bx", epoch=epoch, state=LockState.RUNNING, incarnation="i").to_json()
+        for name, epoch in (("1", 900), ("2", 0))
+    }
+    for name, value in theirs.items():
+        foreign.write(LAYOUT.lock_key(InstanceId(name)), value)
+    bench.etcd.restore(written_past(bench.etcd, foreign))
+    await bench.clock.advance(600.0)
+    assert untouched(qemus)
+    assert {name: bench.etcd.data[LAYOUT.lock_key(InstanceId(name))] for name in theirs} == theirs
+    assert not any(key.startswith(LAYOUT.statuses_prefix) for key in bench.etcd.data)
+    bench.etcd.restore(ours)
+    await bench.clock.advance(600.0)
+    assert untouched(qemus)
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+    assert {lock(bench, name).pid for name in qemus} == {qemu.pid for qemu in qemus.values()}
+
+
+async def test_a_machine_that_rests_goes_on_resting(bench: Bench) -> None:
+    """A machine that its guest has switched off is not started because its keys have other revisions now."""
+    await bench.begin()
+    bench.etcd.write("/kvm/1/restart", "never")
+    backup = bench.etcd.backup()
+    qemus = await run(bench, "1")
+    make(backup, "1")
+    qemus["1"].shut_down()
+    await bench.clock.advance(30.0)
+    assert bench.of("1") == {}
+    bench.etcd.restore(written_past(bench.etcd, backup))
+    await bench.clock.advance(600.0)
+    assert bench.of("1") == {}
+
+
+# --- the same history -----------------------------------------------------------------------------------------
+
+
+async def test_a_lost_connection_is_no_other_history(bench: Bench) -> None:
+    """What changes meanwhile in the same history is followed at once, whatever it is."""
+    await bench.begin()
+    await run(bench, "1", "2")
+    bench.client.away()
+    bench.etcd.write("/kvm/1/power", "off")
+    bench.remove("2")
+    await bench.clock.advance(5.0)
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2") == {}
+    assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
+
+
+async def test_a_proof_costs_two_reads(bench: Bench) -> None:
+    """Law 11: whoever connects again at one time shares a proof; while nothing is lost there is none, and no write."""
+    await bench.begin()
+    await run(bench, "1", "2")
+    await bench.clock.advance(5.0)
+    before, written = bench.client.calls.copy(), (bench.path / FILE_NAME).stat().st_mtime_ns
+    await bench.clock.advance(600.0)
+    assert bench.client.calls["get_at"] == before["get_at"]
+    assert (bench.path / FILE_NAME).stat().st_mtime_ns == written
+    bench.client.away()
+    await bench.clock.advance(5.0)
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert 1 <= bench.client.calls["get_at"] - before["get_at"] <= 2
+    assert bench.client.calls["list"] == before["list"]
+
+
+async def test_a_compaction_meanwhile_is_no_other_history(bench: Bench) -> None:
+    """A key that is as it was vouches for what came before it, also where its revision is gone."""
+    await bench.begin()
+    await run(bench, "1", "2")
+    bench.client.away()
+    await bench.clock.advance(5.0)
+    bench.etcd.write("/kvm/1/power", "off")
+    bench.etcd.compact()
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert bench.of("1", "2").keys() == {"2"}
+    assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
+
+
+async def test_what_cannot_be_proven_any_more_is_held(bench: Bench) -> None:
+    """Its witnesses rewritten and compacted away, nobody can tell: what would end a guest waits for a person."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    bench.client.away()
+    await bench.clock.advance(5.0)
+    for key, value in bench.etcd.data.items():
+        bench.etcd.write(key, value)
+    bench.etcd.write("/kvm/1/power", "off")
+    bench.etcd.compact()
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    assert bench.metric("kvmsupervisor_removals_held") == 1.0
+    assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
+
+
+# --- nothing twice --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def never_twice(bench: Bench) -> Iterator[None]:
+    """No instance has two guests that run at any time."""
+    twice: list[str] = []
+    spawn = bench.qemus.spawn
+
+    def look(*args: object, **kwargs: object) -> object:
+        made = spawn(*args, **kwargs)  # type: ignore[arg-type]
+        names = [qemu.instance for qemu in bench.qemus.running]
+        environment = kwargs["environment"]
+        assert isinstance(environment, dict)
+        twice.extend(name for name in names if name == environment["KVMSUPERVISOR_INSTANCE"])
+        return made
+
+    bench.qemus.spawn = look  # type: ignore[method-assign,assignment]
+    yield
+    bench.qemus.spawn = spawn  # type: ignore[method-assign]
+    assert not twice
+
+
+async def moved(bench: Bench, other: Bench, kind: str) -> tuple[FakeEtcd, FakeQemu]:
+    """A machine that ran here when the backup was made, and runs on `b` now."""
+    await bench.begin()
+    await other.begin()
+    await run(bench, "1", kind=kind)
+    backup = bench.etcd.backup()
+    bench.etcd.write("/kvm/1/host", "b")
+    await bench.clock.advance_until(lambda: lock(bench, "1").host == "b" and bench.of("1"), 200.0)
+    await bench.clock.advance(5.0)
+    return backup, bench.of("1")["1"]
+
+
+@pytest.mark.parametrize("first", ["a", "b", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_machine_that_moved_since_the_backup_runs_once(
+    bench: Bench, other: Bench, kind: str, first: str
+) -> None:
+    """Law 11: keys and lock of the backup say that it is this host's; it waits until the other has spoken."""
+    backup, qemu = await moved(bench, other, kind)
+    clients = {"a": bench.client, "b": other.client}
+    bench.client.away()
+    other.client.away()
+    bench.etcd.restore(written_past(bench.etcd, backup))
+    with never_twice(bench):
+        for name, client in clients.items():
+            if first in {name, "both"}:
+                client.back()
+        await bench.clock.advance(10.0)
+        for client in clients.values():
+            client.back()
+        await bench.clock.advance(600.0)
+    assert bench.of("1") == {"1": qemu}
+    assert untouched({"1": qemu})
+    assert (lock(bench, "1").host, lock(bench, "1").pid) == ("b", qemu.pid)
+    status = other.status("1")
+    assert status is not None
+    assert status.held
+    bench.etcd.write(LAYOUT.confirmation_key(HostName("b")), json.dumps(["1"]))
+    await bench.clock.advance_until(lambda: lock(bench, "1").host == "a" and bench.of("1"), 200.0)
+
+
+async def test_files_wait_for_a_host_for_ever_and_others_for_a_while(
+    bench: Bench, other: Bench, storage: FakeStorage
+) -> None:
+    """What no storage can fence waits for a host that has not spoken until a person says that it is gone for good."""
+    await bench.begin()
+    await other.begin()
+    make(bench.etcd, "1", kind="a file")
+    make(bench.etcd, "2")
+    backup = bench.etcd.backup()
+    await bench.clock.advance(10.0)
+    for name in "12":
+        bench.etcd.write(f"/kvm/{name}/power", "off")
+    await bench.clock.advance(30.0)
+    assert bench.of("1", "2") == {}
+    other.client.away()
+    await bench.clock.advance(5.0)
+    bench.etcd.restore(backup)
+    await bench.clock.advance(PATIENCE_S / 2)
+    assert bench.of("1", "2") == {}
+    status = bench.status("1")
+    assert status is not None
+    assert "until b has said there what runs" in status.reason
+    assert "confirm-removal b" in status.reason
+    await bench.clock.advance(PATIENCE_S)
+    assert bench.of("1", "2").keys() == {"2"}
+    assert lock(bench, "2").epoch == EPOCHS_PER_HISTORY + 1
+    await bench.clock.advance(3600.0)
+    assert bench.of("1") == {}
+    present = HistoryName.from_json(bench.etcd.data[LAYOUT.history_key])
+    assert present is not None
+    bench.etcd.write(LAYOUT.history_key, replace(present, gone=("b",)).to_json())
+    await bench.clock.advance(30.0)
+    assert bench.of("1").keys() == {"1"}
+
+
+async def test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced(
+    bench: Bench, other: Bench, storage: FakeStorage
+) -> None:
+    """Law 11: no two writers: the lock of the backup does not know the client that runs now, storage does."""
+    backup, theirs = await moved(bench, other, "rbd")
+    address = address_of(theirs.pid)
+    storage.users_of["pool/image-1"] = storage.watching["pool/image-1"] = {address}
+    other.client.away()
+    await bench.clock.advance(5.0)
+    storage.fenced.clear()
+    bench.etcd.restore(backup)
+    await bench.clock.advance(PATIENCE_S - 1)
+    assert address not in storage.fenced
+    assert list(bench.of("1").values()) == [theirs]
+    await bench.clock.advance_until(lambda: len(bench.qemus.alive) == 2, 60.0)
+    assert address in storage.fenced
+    await bench.clock.advance_until(lambda: lock(bench, "1").host == ME and lock(bench, "1").pid, 60.0)
+    epoch = lock(bench, "1").epoch
+    other.client.back()
+    await bench.clock.advance_until(lambda: not theirs.alive, 60.0)
+    assert (lock(bench, "1").host, lock(bench, "1").epoch) == (ME, epoch)
+
+
+async def test_once_all_have_spoken_nobody_is_waited_for(bench: Bench, other: Bench) -> None:
+    """The key says so, and a new file machine starts at once, also under a new supervisor."""
+    await bench.begin()
+    await other.begin()
+    await run(bench, "1", kind="a file")
+    bench.etcd.restore(FakeEtcd(bench.clock.now))
+    await bench.clock.advance(30.0)
+    name = HistoryName.from_json(bench.etcd.data[LAYOUT.history_key])
+    assert name is not None
+    assert (name.number, name.hosts) == (1, ())
+    for host in "ab":
+        session = HostSession.from_json(bench.etcd.data[LAYOUT.session_key(HostName(host))])
+        assert session is not None
+        assert session.history == name.id
+    await other.end()
+    (bench.path / FILE_NAME).unlink()
+    await bench.end()
+    await bench.begin()
+    assert (await run(bench, "2", kind="a file")).keys() == {"2"}
+
+
+# --- the proof itself -----------------------------------------------------------------------------------------
+
+
+async def test_a_history_without_a_name_is_acted_on_all_the_same(bench: Bench) -> None:
+    """An etcd that takes no writes (no space, no right) keeps nobody from being adopted or kept running."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+
+    refuse = {"txn"}
+
+    async def hook(call: str) -> None:
+        if call in refuse:
+            raise Denied("etcdserver: permission denied")
+
+    bench.client.hook = hook
+    bench.etcd.restore(FakeEtcd(bench.clock.now))
+    await bench.clock.advance(600.0)
+    assert untouched(qemus)
+    refuse.clear()
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    assert lock(bench, "1").pid == qemus["1"].pid
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 99}', '{"version": 1, "witnesses": 5}'])
+async def test_a_file_that_cannot_be_read_is_left_alone(bench: Bench, content: str) -> None:
+    """What a newer release wrote, or a full disk cut, is no reason not to run."""
+    (bench.path / FILE_NAME).write_text(content)
+    await bench.begin()
+    assert (await run(bench, "1")).keys() == {"1"}
+    await bench.end()
+    assert (bench.path / FILE_NAME).read_text() == content
