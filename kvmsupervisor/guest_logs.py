@@ -16,7 +16,7 @@ import structlog
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.inotify import Inotify
-from kvmsupervisor.adapters.log_buffer import SIZE, LogBuffer
+from kvmsupervisor.adapters.log_buffer import SIZE, LogBuffer, numbers_of
 from kvmsupervisor.adapters.log_writer import LogWriter
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.argv import logs_into_memory
@@ -75,19 +75,19 @@ class MachineLogs:
         """Take those that a QEMU has which an earlier supervisor started, with that command line."""
         self.close()
         paths = (self._directory.console_log, self._directory.qemu_log)
-        if not logs_into_memory(argv):
-            self._foreign = paths
+        if logs_into_memory(argv):
+            try:
+                numbers = numbers_of(pid, [path.name for path in paths])
+                for path in paths:
+                    self._buffers[path] = LogBuffer.of_process(pidfd, numbers.get(path.name, -1))
+            except OSError as error:
+                log.warning(
+                    "log.out_of_reach",
+                    instance=self._directory.path.name,
+                    reason=f"{error.strerror}; it takes Linux 5.6 and CAP_SYS_PTRACE",
+                )
         else:
-            for path in paths:
-                try:
-                    self._buffers[path] = LogBuffer.of_process(pid, pidfd, path.name)
-                except OSError as error:
-                    log.warning(
-                        "log.out_of_reach",
-                        instance=self._directory.path.name,
-                        file=str(path),
-                        reason=f"{error.strerror}; it takes Linux 5.6 and CAP_SYS_PTRACE",
-                    )
+            self._foreign = paths
         self._watch()
         self.look()
 

@@ -22,8 +22,8 @@ UNREAD_LIMIT = 4096
 
 TURN_MESSAGES, TURN_S = 64, 0.01
 """How many messages of one QEMU are taken before the event loop turns to others, and the pause before the next ones, if
-there are more: 6,400 a second, which take 5 % of a processor. A guest that resets itself all the time tells of 2,300 a
-second. What comes faster waits in QEMU."""
+there are more: 6,400 a second. A guest that resets itself 1,360 times a second costs 12 % of a processor
+(docs/reliability.md). What comes faster waits in QEMU."""
 
 Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
 """Runs a QMP command; None when it was not done."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
+from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.goal import where_else
@@ -168,8 +169,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
 
     One transaction, unless it has more than a hundred keys: then `host` goes in the first one.
 
+    What is left of an instance that has no keys any more is taken away when no host does it, see `leftovers`.
+
     Raises:
-        Refused: it has no keys.
+        Refused: it has no keys, and nothing that could be taken away.
     """
     found, cluster = await read_instance(store, layout, instance)
     listing = await list_all(store, layout.instance_prefix(instance))
@@ -177,7 +180,10 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     host = layout.wish_key(instance, "host")
     doomed = sorted((kv.key for kv in listing.kvs if kv.key != lock.encode()), key=lambda key: key != host.encode())
     if not doomed:
-        raise Refused(_no_such(instance, found))
+        if found.status is None and found.lock is None:
+            raise Refused(_no_such(instance, found))
+        left = await leftovers.take_away(store, layout, found, cluster)
+        return Written(instance=instance, revision=left, wish=found.wish, before=found.status)
     if lock.startswith(layout.instance_prefix(instance)):
         readable = [key for key in doomed if _is_text(key)]
         if len(readable) < len(doomed):
@@ -193,9 +199,11 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
     notes: list[str] = []
     holder = found.status.host if found.status is not None else None
-    if holder is not None and not cluster.alive(holder):
+    swept = await leftovers.sweep(store, layout, found, cluster)
+    if not swept and holder is not None and not cluster.alive(holder):
         notes.append(
-            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is back"
+            f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is "
+            f"back; if it is gone for good, `delete {instance}` once more takes away what is left"
         )
     return Written(
         instance=instance,

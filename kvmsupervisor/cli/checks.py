@@ -13,10 +13,16 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import printable_bytes
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.values import invisible
+from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
 SETTLE_S = 2.0
 """Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts say something
 within milliseconds of a write, and a person who has just written does not want an alarm."""
+
+NOT_WELL = frozenset({Phase.BACKOFF, Phase.WAITING})
+"""Phases of a machine that should run, does not, and is not about to without something else happening."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,7 @@ def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
     """Problems of the keys that people write."""
     for problem in instance.wish.problems:
         yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
+    yield from _of_characters(instance)
     host = instance.wish.runs_on
     if host is not None and not cluster.takes(instance.id, host) and not cluster.runs_alone(instance):
         yield Finding(
@@ -87,6 +94,22 @@ def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
             if cluster.sessions
             else "a running supervisor: no host has one",
         )
+
+
+def _of_characters(instance: Instance) -> Iterator[Finding]:
+    """Values with characters that nobody sees, in keys that have no problem by themselves."""
+    bad = {problem.key for problem in instance.wish.problems}
+    for raw_name, raw in instance.keys.items():
+        name = raw_name.decode("utf-8", "backslashreplace")
+        for_people = name == FREE_KEY or name.startswith(FREE_KEY_PREFIX)
+        held = None if for_people or name in bad else invisible(raw.value.decode("utf-8", "replace"))
+        if held is not None:
+            yield Finding(
+                instances=(instance.id,),
+                key=name,
+                found=f"a value that holds {held}",
+                wanted="the value without it: nobody sees it there",
+            )
 
 
 def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
@@ -106,7 +129,8 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
                 instances=(instance.id,),
                 key=key,
                 found=f"the status of an instance without keys, by {status.host}, which has no session",
-                wanted=f"nothing: {status.host} deletes it when it is back",
+                wanted=f"nothing: {status.host} deletes it when it is back; if it is gone for good, "
+                f"`kvmsupervisor delete {instance.id}` does",
             )
         return
     if wish.host is None or not cluster.alive(wish.runs_on):
@@ -140,6 +164,22 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             key=key,
             found=f"{'; '.join(status.unplugged)}, by {status.host}",
             wanted="each NIC plugged into the bridge of its key",
+        )
+    elif cluster.speaks(status) and status.phase in NOT_WELL:
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{status.phase.value} on {status.host} since {status.since}: {status.reason}",
+            wanted="running",
+            late=True,
+        )
+    elif cluster.speaks(status) and not wish.problems and status.problems:
+        # Of what its keys want and that host does not have.
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"{status.phase.value} on {status.host} since {status.since}: {'; '.join(status.problems)}",
+            wanted=f"a host that has what its keys ask for, or other keys, for {status.host} to run it",
         )
 
 

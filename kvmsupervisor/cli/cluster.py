@@ -43,6 +43,7 @@ class Instance:
         keys: its wishes: key name → value, without the lock.
         wish: what they mean (`wish.keys` is 0 when there are none).
         status: what its host observed, None when no status key is there.
+        status_revision: `mod_revision` of that key, 0 when it is not there.
         lock: its lock, None when it is free.
     """
 
@@ -50,6 +51,7 @@ class Instance:
     keys: Mapping[bytes, RawValue]
     wish: Wish
     status: Status | None = None
+    status_revision: int = 0
     lock: LockFact | None = None
 
     @property
@@ -274,7 +276,9 @@ def assemble(
         kv.key.decode("utf-8", "replace").removeprefix(layout.placements_prefix): Placed.read(kv.value, kv.mod_revision)
         for kv in placements
     }
+    statuses = tuple(statuses)
     found, unreadable = _read_statuses(layout, statuses)
+    revisions = {_id_of(layout, kv): kv.mod_revision for kv in statuses}
     hosts: dict[str, HostSession | None] = {}
     for kv in sessions:
         host = kv.key.decode("utf-8", "backslashreplace").removeprefix(layout.hosts_prefix)
@@ -288,6 +292,7 @@ def assemble(
             keys=keys.get(instance, {}),
             wish=parse_wish(instance, keys.get(instance, {}), placed.get(instance, NOT_PLACED)),
             status=found.get(instance),
+            status_revision=revisions.get(instance, 0),
             lock=locks.get(instance),
         )
         for instance in sorted(keys.keys() | locks.keys() | found.keys(), key=natural)
@@ -295,12 +300,17 @@ def assemble(
     return Cluster(instances=instances, sessions=hosts, strays=tuple(strays), unreadable=tuple(unreadable))
 
 
+def _id_of(layout: Layout, status: KeyValue) -> InstanceId | None:
+    """Whose status a key holds."""
+    return parse_id(status.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
+
+
 def _read_statuses(layout: Layout, statuses: Iterable[KeyValue]) -> tuple[dict[InstanceId, Status], list[KeyValue]]:
     """Read the status keys; the second part are those that are none."""
     found: dict[InstanceId, Status] = {}
     unreadable: list[KeyValue] = []
     for kv in statuses:
-        instance = parse_id(kv.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
+        instance = _id_of(layout, kv)
         status = Status.from_json(kv.value)
         if instance is None or status is None:
             unreadable.append(kv)

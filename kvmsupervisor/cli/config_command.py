@@ -10,7 +10,9 @@ from typing import Any
 import click
 
 from kvmsupervisor.cli.common import Tools, output_option, pass_tools
-from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, echo_json, echo_table
+from kvmsupervisor.cli.config_checks import problems_here
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, echo_json, echo_table, printable
 from kvmsupervisor.settings import DEFAULT_CONFIG, Setting, Settings, describe
 
 COLUMNS = (
@@ -29,8 +31,8 @@ def check_config(tools: Tools, output: OutputFormat) -> None:
     """Check this host's settings and print each with its value and where it comes from.
 
     The environment wins over the TOML file (/etc/kvmsupervisor/kvmsupervisor.toml, or what KVM_CONFIG
-    names), which wins over the default. Every problem is named; then the exit code is 1. `-o wide` explains
-    each setting.
+    names), which wins over the default. It is also looked whether this host has what they name: programs, users,
+    folders, bridges. Every problem is named; then the exit code is 1. `-o wide` explains each setting.
     """
     settings = tools.settings()
     origin = Origin(tools.environ)
@@ -41,8 +43,15 @@ def check_config(tools: Tools, output: OutputFormat) -> None:
                 for setting in describe()
             ]
         )
-        return
-    wide = output == "wide"
+    else:
+        _echo_settings(settings, origin, wide=output == "wide")
+    problems = problems_here(settings)
+    if problems:
+        lines = (f"  {printable(problem)}" for problem in problems)
+        raise Refused("\n".join(["the settings name what this host does not have:", *lines]))
+
+
+def _echo_settings(settings: Settings, origin: Origin, *, wide: bool) -> None:
     rows = []
     for setting in describe():
         value, source = text_of(settings, setting), origin.of(setting)

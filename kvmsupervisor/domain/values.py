@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import TypeVar
@@ -56,6 +57,17 @@ def show_bytes(data: bytes) -> str:
     except UnicodeDecodeError as error:
         shown = repr(data[:SHOWN_LENGTH])[: SHOWN_LENGTH + 2]
         return f"{shown} (not UTF-8 at byte {error.start})"
+
+
+def invisible(text: str) -> str | None:
+    """The first character of `text` that nobody sees, or takes for a plain space, by its code point; None without.
+
+    Control characters are not meant: messages show them, and a line feed is what `echo` leaves at the end.
+    """
+    for char in text:
+        if char != " " and unicodedata.category(char) in {"Cf", "Zs", "Zl", "Zp"}:
+            return f"U+{ord(char):04X} {unicodedata.name(char)}"
+    return None
 
 
 def without_userinfo(text: str) -> str:

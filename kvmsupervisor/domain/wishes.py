@@ -29,7 +29,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show_bytes
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, invisible, nearest, plain, show_bytes
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -343,7 +343,8 @@ def _shown(name: str, value: bytes) -> str:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
-    return show_bytes(public_value(name, value))
+    held = invisible(value.decode(errors="replace"))
+    return show_bytes(public_value(name, value)) + ("" if held is None else f", which holds {held}")
 
 
 _power = values.choice(Power, "it")

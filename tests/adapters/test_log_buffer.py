@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmsupervisor.adapters.log_buffer import PAGE, SIZE, LogBuffer
+from kvmsupervisor.adapters.log_buffer import PAGE, SIZE, LogBuffer, numbers_of
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_successor_takes_it_over(buffer: LogBuffer) -> None:
         try:
             while os.lseek(buffer.fd, 0, os.SEEK_CUR) < 6:
                 os.sched_yield()
-            other = LogBuffer.of_process(process.pid, pidfd, "test")
+            other = LogBuffer.of_process(pidfd, numbers_of(process.pid, ["test"])["test"])
             assert other.take() == (b"before", False)
             process.stdin.write(b"\n")
             process.stdin.flush()
@@ -115,8 +115,9 @@ def test_a_successor_takes_it_over(buffer: LogBuffer) -> None:
                 os.sched_yield()
             assert other.take() == (b" after", False)
             other.close()
-            with pytest.raises(OSError, match="no such file open"):
-                LogBuffer.of_process(process.pid, pidfd, "tes")
+            assert numbers_of(process.pid, ["tes", "tests"]) == {}
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                LogBuffer.of_process(pidfd, -1)
         finally:
             os.close(pidfd)
             process.kill()
@@ -131,7 +132,7 @@ def test_what_a_process_calls_its_log_is_looked_at() -> None:
         pidfd = os.pidfd_open(process.pid)
         try:
             with pytest.raises(OSError, match="no log of ours"):
-                LogBuffer.of_process(process.pid, pidfd, "test")
+                LogBuffer.of_process(pidfd, numbers_of(process.pid, ["test"])["test"])
         finally:
             os.close(pidfd)
             process.kill()

@@ -43,3 +43,44 @@ def test_problems_are_all_named(world: World) -> None:
     assert result.exit_code == 1
     assert "KVM_ACCEL: found 'fast'" in result.stderr
     assert "KVM_LISTEN: found 'everywhere'" in result.stderr
+
+
+def test_what_the_settings_name_is_looked_for(world: World, tmp_path: Path) -> None:
+    """A program, a user, a bridge, a folder that this host does not have: each with what was found and what is right.
+
+    The settings are printed all the same; the exit code is 1.
+    """
+    file = tmp_path / "file"
+    file.write_text("")
+    world.environ |= {
+        "KVM_QEMU": "/nowhere/qemu",
+        "KVM_QEMU_USER": "nobody-of-that-name",
+        "KVM_BRIDGE_HELPER": str(file),
+        "BRIDGE_IF": "br-none",
+        "KVM_STATE_DIR": f"{file}/state",
+        "KVM_MEDIA_ROOT": f"{tmp_path}/none",
+        "CEPH_CONF": f"{tmp_path}/ceph.conf",
+    }
+    result = world.run("check-config")
+    assert result.exit_code == 1
+    assert "/nowhere/qemu" in result.stdout
+    assert "KVM_QEMU: found '/nowhere/qemu', no such program; install QEMU" in result.stderr
+    assert "KVM_QEMU_USER: found 'nobody-of-that-name', and there is no such user; create it" in result.stderr
+    assert f"KVM_BRIDGE_HELPER: found '{file}', a file that is not executable; " in result.stderr
+    assert "BRIDGE_IF: found 'br-none', no such interface; a bridge of this host" in result.stderr
+    assert f"KVM_STATE_DIR: found '{file}/state', and {file} is no folder; " in result.stderr
+    assert f"KVM_MEDIA_ROOT: found '{tmp_path}/none', which does not exist; " in result.stderr
+    assert f"CEPH_CONF: found '{tmp_path}/ceph.conf', which is no file; " in result.stderr
+
+
+def test_what_this_host_has_is_no_problem(world: World, tmp_path: Path) -> None:
+    """Programs by name and by path, a user that exists, folders that can be made."""
+    program = tmp_path / "qemu"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    world.environ |= {"KVM_QEMU": str(program), "KVM_QEMU_USER": "root", "KVM_STATE_DIR": f"{tmp_path}/a/b"}
+    result = world.run("check-config")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert not (tmp_path / "a").exists()
+    world.environ["KVM_QEMU"] = "sh"
+    assert world.run("check-config").exit_code == 0

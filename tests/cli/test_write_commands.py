@@ -347,6 +347,7 @@ def test_delete_needs_a_person_or_yes(world: World) -> None:
 def test_delete_of_nobody(world: World) -> None:
     """No such instance: exit code 1; one on its way out is said to be."""
     assert world.run("delete", "1", "--yes").exit_code == 1
+    world.host("alpha")
     world.status("1", "alpha", Phase.STOPPING)
     assert "host alpha says stopping" in world.run("delete", "1", "--yes").stderr
 

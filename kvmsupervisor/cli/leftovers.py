@@ -1,0 +1,107 @@
+"""Facts of an instance that has no keys any more, where no host takes them away: `delete` does.
+
+A supervisor deletes the status and the lock of a machine that it has shut down. One that is gone for good never does,
+and one whose name was mistyped never was. What a lock protects is not taken away: each write here compares that nothing
+has changed since it was judged, and that the host in question still has no session.
+"""
+
+from __future__ import annotations
+
+from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Store, Target
+from kvmsupervisor.cli.cluster import Cluster, Instance
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Phase
+
+UNDER_WAY = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING})
+"""Phases in which a living host has something to do yet, and deletes the status itself then."""
+
+
+async def take_away(store: Store, layout: Layout, found: Instance, cluster: Cluster) -> int:
+    """Delete what is left of an instance without keys; return the revision.
+
+    Raises:
+        Refused: a host sees to it, or what is left protects a disk; the message says what is right instead.
+    """
+    status, lock = found.status, found.lock
+    compares = [Compare(layout.wish_key(found.id, "host"), Target.MOD_REVISION, 0)]
+    ops: list[Op] = []
+    if lock is None:
+        compares.append(Compare(layout.lock_key(found.id), Target.MOD_REVISION, 0))
+        if status is not None and cluster.alive(status.host) and status.phase in UNDER_WAY:
+            raise Refused(f"{found.id} has no keys any more; host {status.host} says {status.phase.value}")
+        if status is not None and status.tells_of_a_process:
+            raise Refused(
+                f"{found.id} has no keys and no lock any more, but its status says that QEMU {status.pid} runs on "
+                f"{status.host}: that host shuts it down; if it is gone for good, delete the key "
+                f"{layout.status_key(found.id)} with etcdctl"
+            )
+    else:
+        compares += _lock_is_worthless(layout, found, lock.lock, cluster)
+        ops.append(Delete(layout.lock_key(found.id)))
+    if status is not None:
+        compares.append(Compare(layout.status_key(found.id), Target.MOD_REVISION, found.status_revision))
+        ops.append(Delete(layout.status_key(found.id)))
+    ops.append(Delete(layout.placement_key(found.id)))
+    result = await store.txn(compares, ops)
+    if not result.succeeded:
+        raise Refused(f"what is left of {found.id} has changed at this moment: look with `show {found.id}`")
+    return result.revision
+
+
+def _lock_is_worthless(layout: Layout, found: Instance, lock: Lock | None, cluster: Cluster) -> list[Compare]:
+    """What must stay so for the lock to protect nothing.
+
+    Raises:
+        Refused: it protects something.
+    """
+    assert found.lock is not None
+    key = layout.lock_key(found.id)
+    if lock is None:
+        raise Refused(
+            f"the lock of {found.id} holds what this release cannot read: delete {key} with etcdctl "
+            "once no host runs it"
+        )
+    if cluster.alive(lock.host):
+        raise Refused(
+            f"{found.id} has no keys any more; {lock.host}, which holds its lock, shuts it down and deletes it"
+        )
+    if lock.state is not LockState.BROKEN and lock.storage is not Storage.NONE:
+        way = (
+            f"give it keys again with `host` naming a host that has a session ({cluster.who_has_sessions()}): that "
+            "takes the lock over, fences its disks and runs it; then delete it"
+            if lock.storage is Storage.RBD
+            else f"`break-lock {found.id}` is your word that no QEMU of it runs there any more; then delete it"
+        )
+        raise Refused(
+            f"{found.id} is held by {lock.host}, which has no session, and may still write to its disks: {way}"
+        )
+    if lock.is_unfenced:
+        raise Refused(f"the lock of {found.id} names clients of Ceph that are not fenced yet: it stays until they are")
+    return [
+        Compare(key, Target.MOD_REVISION, found.lock.kv.mod_revision),
+        Compare(layout.session_key(HostName(lock.host)), Target.MOD_REVISION, 0),
+    ]
+
+
+async def sweep(store: Store, layout: Layout, found: Instance, cluster: Cluster) -> bool:
+    """Delete the status of an instance whose keys were just deleted, if no host will; whether that was so.
+
+    None will where it was written by a host that is gone, or by one that its `host` had not named any more, and which
+    runs nothing of it.
+    """
+    status = found.status
+    if status is None or status.tells_of_a_process or found.lock is not None:
+        return False
+    if cluster.alive(status.host) and found.wish.runs_on == status.host:
+        return False
+    result = await store.txn(
+        [
+            Compare(layout.lock_key(found.id), Target.MOD_REVISION, 0),
+            Compare(layout.wish_key(found.id, "host"), Target.MOD_REVISION, 0),
+            Compare(layout.status_key(found.id), Target.MOD_REVISION, found.status_revision),
+        ],
+        [Delete(layout.status_key(found.id))],
+    )
+    return result.succeeded
