@@ -17,6 +17,7 @@ from bench.qmp import Answer, await_answers
 from bench.rig import PATIENCE_S, kill
 
 _FD = re.compile(r"\bfd=(\d+)\b")
+_LOG = re.compile(r"/dev/fdset/\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
     with contextlib.ExitStack() as stack:
         # The first is QMP; the others nobody connects to.
         descriptors = []
-        for number in range(sum(len(_FD.findall(word)) for word in record["argv"])):
+        words = _logging_by_itself(record["argv"], folder)
+        for number in range(sum(len(_FD.findall(word)) for word in words)):
             listener = stack.enter_context(socket.socket(socket.AF_UNIX))
             at = folder / f"{number}.sock" if number else path
             at.unlink(missing_ok=True)
@@ -49,9 +51,7 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
             listener.listen(4)
             descriptors.append(listener.fileno())
         numbers = iter(descriptors)
-        argv = [
-            _FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder)) for word in record["argv"]
-        ]
+        argv = [_FD.sub(lambda _: f"fd={next(numbers)}", word).replace(str(run_dir), str(folder)) for word in words]
         begun = time.monotonic()
         process = subprocess.Popen(
             argv,
@@ -112,7 +112,15 @@ def _confined_less(argv: Sequence[str]) -> list[str]:
     return [*argv[:at], ",".join(kept), *argv[at + 1 :]]
 
 
+def _logging_by_itself(argv: Sequence[str], folder: Path) -> list[str]:
+    """The command line with a file for its console's log: nobody is there who would read a pipe."""
+    at = [index for index, word in enumerate(argv) if word == "-add-fd"]
+    kept = [word for index, word in enumerate(argv) if index not in at and index - 1 not in at]
+    return [_LOG.sub(str(folder / "console.log"), word) for word in kept]
+
+
 def _moved(argv: Sequence[str], monitors: Sequence[str], run_dir: Path, folder: Path) -> list[str]:
     """The command line with other sockets for its monitors, in their order, and another folder."""
     left = iter(monitors)
-    return [_FD.sub(lambda _: next(left), word).replace(str(run_dir), str(folder)) for word in argv]
+    words = _logging_by_itself(argv, folder)
+    return [_FD.sub(lambda _: next(left), word).replace(str(run_dir), str(folder)) for word in words]

@@ -112,10 +112,15 @@ def seek(folder: Path) -> tuple[int, int] | None:
     For a record that cannot be read.
     """
     for pid in kernel.find({INSTANCE_MARK: folder.name}):
-        starttime = kernel.starttime_of(pid)
-        if _folder_of(pid, folder.name) == folder and starttime is not None:
+        found, starttime = folder_of(pid, folder.name), kernel.starttime_of(pid)
+        if found is not None and is_same(found, folder) and starttime is not None:
             return pid, starttime
     return None
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same place: /var/run is /run on most hosts."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def folders_of_all() -> dict[int, tuple[str, Path | None]]:
@@ -123,12 +128,15 @@ def folders_of_all() -> dict[int, tuple[str, Path | None]]:
     found: dict[int, tuple[str, Path | None]] = {}
     for pid in kernel.having(INSTANCE_MARK):
         instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
-        found[pid] = instance, _folder_of(pid, instance)
+        found[pid] = instance, folder_of(pid, instance)
     return found
 
 
-def _folder_of(pid: int, instance: str) -> Path | None:
-    """The instance's folder of a QEMU. Those of earlier releases do not name it, but open files in it."""
+def folder_of(pid: int, instance: str) -> Path | None:
+    """The instance's folder of a QEMU; None when that cannot be seen.
+
+    Those of earlier releases do not name it, but open files in it.
+    """
     named = kernel.environment_of(pid).get(FOLDER_MARK)
     if named is not None:
         return Path(named)

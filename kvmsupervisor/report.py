@@ -103,7 +103,7 @@ class Report:
             phase=decision.phase,
             reason=decision.reason,
             since=before.since if before.phase is decision.phase else around.clock.wall(),
-            pid=self._machine.pid if view.left_alone is None else view.left_alone.pid,
+            pid=self._machine.pid or view.unadopted_pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
             # Asked at every turn, and hardly ever different.

@@ -26,7 +26,7 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
-from kvmsupervisor.domain.view import Action, View
+from kvmsupervisor.domain.view import Action, Holdover, View
 from kvmsupervisor.fencing import Fencing, NotFenced
 from kvmsupervisor.history import History
 from kvmsupervisor.locking import InstanceLock, SwapFailed
@@ -192,7 +192,7 @@ class SingleLock:
             planned=self.incarnation if self._taken else None,
             holder_has_session=None if lock is None else self._neighbours.has_session(lock.host),
             era=self._history.present,
-            holdover=self._holdover(lock),
+            holdover=None if (pid := self._holdover(lock)) is None else Holdover(pid=pid),
             claimed_by=self._claimed_by,
             memory=Memory(boot_id=self._stand.boot_id),
             slot=True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from uuid import uuid4
 
+from kvmsupervisor import marks
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
@@ -24,7 +25,7 @@ from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
-from kvmsupervisor.domain.view import Deferral
+from kvmsupervisor.domain.view import Deferral, Holdover
 from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.guarding import Unguarded
 from kvmsupervisor.locking import InstanceLock, SwapFailed
@@ -137,14 +138,21 @@ class Start:
             self._deferral = None
         return None if self._deferral is None else self._deferral[1]
 
-    def holdover(self, lock: Lock | None) -> int | None:
-        """The pid of a QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or (lock.host, lock.boot_id) != (self._around.me, self._around.boot_id):
+    def holdover(self, lock: Lock | None) -> Holdover | None:
+        """A QEMU that the lock says is ours, that lives, and of which there is no record."""
+        if lock is None or lock.boot_id != self._around.boot_id:
             return None
-        if lock.incarnation == self.planned:
+        is_ours = lock.host == self._around.me
+        if lock.incarnation == self.planned or (lock.pid is None and not is_ours):
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
-        return self._machine.holdover(lock)
+        pid = self._machine.holdover(lock)
+        if pid is None:
+            return None
+        folder = marks.folder_of(pid, self._id)
+        # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
+        is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
+        return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
 
     def is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""

@@ -110,7 +110,7 @@ def written_past(etcd: FakeEtcd, backup: FakeEtcd) -> FakeEtcd:
 @pytest.mark.parametrize("past", [False, True], ids=["older revision", "written past"])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, past: bool) -> None:
-    """A lock with a lower epoch is a restored one, no takeover: it is written again, with the epoch of what runs."""
+    """Law 11: a lock with a lower epoch is a restored one, no takeover: it is written again, as what runs has it."""
     await bench.begin()
     await run(bench, "1", kind=kind)
     backup = bench.etcd.backup()
@@ -128,7 +128,7 @@ async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, pas
 @pytest.mark.parametrize("count", [1, 2, 20])
 @pytest.mark.parametrize("kind", KINDS)
 async def test_machines_outlive_an_empty_etcd(bench: Bench, kind: str, count: int) -> None:
-    """Keys that are missing with another store are no removal, however few; their locks are written there."""
+    """Law 11: keys that are missing with another store are no removal, however few; their locks are written there."""
     names = [str(number) for number in range(count)]
     await bench.begin()
     qemus = await run(bench, *names, kind=kind)
@@ -146,7 +146,7 @@ async def test_machines_outlive_an_empty_etcd(bench: Bench, kind: str, count: in
 
 @pytest.mark.parametrize("order", ["host", "power", "removed"])
 async def test_orders_that_come_with_a_backup_wait_for_a_person(bench: Bench, order: str) -> None:
-    """Removals, moves and `power=off` that a backup brings are held, one machine or many; what stood is shown."""
+    """Law 11: removals, moves and `power=off` that a backup brings are held, however few; what stood is shown."""
     await bench.begin()
     bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
     if order != "removed":
@@ -222,7 +222,7 @@ async def test_a_hold_outlives_the_supervisor(bench: Bench) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_successor_knows_what_its_predecessor_acted_on(bench: Bench, kind: str) -> None:
-    """An etcd that is restored, or lost, while no supervisor runs: the next one notices all the same."""
+    """Law 11: an etcd that is restored, or lost, while no supervisor runs: the next one notices all the same."""
     await bench.begin()
     await run(bench, "1", kind=kind)
     backup = bench.etcd.backup()
@@ -250,7 +250,7 @@ async def test_an_old_request_for_a_restart_is_none(bench: Bench) -> None:
 
 
 async def test_another_clusters_etcd_is_not_touched(bench: Bench) -> None:
-    """A wrong endpoint: another cluster's lock under the same id, with any epoch, says nothing, and stays as it is."""
+    """Law 11: a wrong endpoint: another cluster's lock of the same id, with any epoch, says nothing, and stays."""
     await bench.begin()
     qemus = await run(bench, "1", "2", kind="a file")
     ours = bench.etcd.backup()
@@ -308,7 +308,7 @@ async def test_a_lost_connection_is_no_other_history(bench: Bench) -> None:
 
 
 async def test_a_proof_costs_two_reads(bench: Bench) -> None:
-    """Whoever connects again at one time shares a proof; while nothing is lost there is none, and no file written."""
+    """Law 11: whoever connects again at one time shares a proof; while nothing is lost there is none, and no write."""
     await bench.begin()
     await run(bench, "1", "2")
     await bench.clock.advance(5.0)
@@ -395,7 +395,7 @@ async def moved(bench: Bench, other: Bench, kind: str) -> tuple[FakeEtcd, FakeQe
 async def test_a_machine_that_moved_since_the_backup_runs_once(
     bench: Bench, other: Bench, kind: str, first: str
 ) -> None:
-    """Keys and lock of the backup say that it is this host's; it waits until the other has said that it runs it."""
+    """Law 11: keys and lock of the backup say that it is this host's; it waits until the other has spoken."""
     backup, qemu = await moved(bench, other, kind)
     clients = {"a": bench.client, "b": other.client}
     bench.client.away()
@@ -457,7 +457,7 @@ async def test_files_wait_for_a_host_for_ever_and_others_for_a_while(
 async def test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced(
     bench: Bench, other: Bench, storage: FakeStorage
 ) -> None:
-    """Two writers are impossible: the lock of the backup does not know the client that runs now, storage does."""
+    """Law 11: no two writers: the lock of the backup does not know the client that runs now, storage does."""
     backup, theirs = await moved(bench, other, "rbd")
     address = address_of(theirs.pid)
     storage.users_of["pool/image-1"] = storage.watching["pool/image-1"] = {address}

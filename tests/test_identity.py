@@ -6,6 +6,8 @@ Whatever one setting says for one run: nothing ends, nothing is deleted, and aft
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from kvmsupervisor import marks
 from kvmsupervisor.adapters.clock import boot_id
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch, judge
@@ -323,6 +326,30 @@ async def test_one_of_another_identity_among_ours(bench: Bench) -> None:
     assert bench.of("1", "2").keys() == {"2"}
 
 
+async def test_renamed_and_without_its_records(bench: Bench) -> None:
+    """Law 12: another name and an empty run directory at once, the keys with the new name: no second QEMU.
+
+    So does a container that has neither a name nor a run directory of its host's (kubernetes#13860, nomad#9512).
+    """
+    qemus = await two_run(bench)
+    await bench.end()
+    for name in qemus:
+        shutil.rmtree(bench.path / name)
+    (bench.path / "_session.json").unlink()
+    bench.more = {"KVM_HOSTNAME": "b"}
+    bench.create("1", "2", host="b")
+    await bench.begin(virtual_s=600.0)
+    assert bench.of("1", "2") == qemus
+    assert len(bench.qemus.all) == 2
+    status = bench.status("1")
+    assert status is not None
+    assert (status.phase, status.pid) == (Phase.WAITING, qemus["1"].pid)
+    assert f"its record was kept in {bench.path}/1" in status.reason
+    qemus["1"].crash()
+    await bench.clock.advance(600.0)
+    assert len(bench.of("1")) == 1
+
+
 # --- records that cannot be read ------------------------------------------------------------------------------
 
 
@@ -382,6 +409,50 @@ async def test_what_cannot_be_read_is_told(bench: Bench, spoilt: Callable[[Path]
     status = bench.status("1")
     assert status is not None
     assert (status.phase, status.reason) == (Phase.RUNNING, "runs")
+
+
+async def test_a_folder_that_was_copied(bench: Bench) -> None:
+    """A record of another instance is none of this one: two loops would have one QEMU."""
+    qemus = await two_run(bench)
+    await bench.end()
+    shutil.copytree(bench.path / "1", bench.path / "3", ignore=shutil.ignore_patterns("*.sock"))
+    bench.create("3")
+    await bench.begin(virtual_s=60.0)
+    assert bench.of("1", "2", "3") == qemus
+    status = bench.status("3")
+    assert status is not None
+    assert (status.phase, status.pid) == (Phase.WAITING, None)
+    assert "incarnation.json: it is the record of instance 1" in status.reason
+
+
+async def test_a_run_directory_by_another_path(bench: Bench) -> None:
+    """/var/run is /run: the QEMU of a record that cannot be read is found all the same."""
+    qemus = await two_run(bench)
+    await bench.end()
+    spoil(bench.path / "1" / "incarnation.json")
+    link = f"{bench.path}l"
+    os.symlink(bench.path, link)  # noqa: PTH211 - in memory
+    try:
+        bench.more = {"KVM_RUN_DIR": link}
+        await bench.begin(virtual_s=60.0)
+        assert bench.of("1", "2") == qemus
+        status = bench.status("1")
+        assert status is not None
+        assert status.pid == qemus["1"].pid
+    finally:
+        os.unlink(link)  # noqa: PTH108 - in memory
+
+
+@pytest.mark.parametrize("release", ["this one", "an earlier one"])
+async def test_the_qemu_of_a_record_is_sought(bench: Bench, release: str) -> None:
+    """By the folder in its environment; one of an earlier release by the files that it opened there."""
+    qemus = await two_run(bench)
+    qemu = qemus["1"]
+    if release == "an earlier one":
+        del qemu.environment["KVMSUPERVISOR_FOLDER"]
+    assert marks.seek(bench.path / "1") == (qemu.pid, qemu.starttime)
+    assert marks.seek(bench.path / "3") is None
+    assert marks.seek(Path("/elsewhere/1")) is None
 
 
 async def test_what_cannot_be_read_and_has_ended(bench: Bench) -> None:

@@ -68,6 +68,19 @@ TABLE = [
     (10, "a placement is compared", "test_locking.py::test_nothing_is_written_once_a_placement_came_or_went"),
     (10, "a newer `host` ends it", "test_moves.py::test_a_newer_host_ends_a_placement"),
     (10, "somebody to move to", "test_moves.py::test_a_move_begins_when_somebody_is_there"),
+    (11, "proven after each loss", "test_history.py::test_a_proof_costs_two_reads"),
+    (
+        11,
+        "before anything is applied",
+        "adapters/etcd/test_contract.py::test_a_watch_is_proven_before_it_tells_anything",
+    ),
+    (11, "at each start", "test_history.py::test_a_successor_knows_what_its_predecessor_acted_on"),
+    (11, "an older lock is no takeover", "test_history.py::test_a_machine_outlives_a_restored_backup"),
+    (11, "a missing key is no removal", "test_history.py::test_machines_outlive_an_empty_etcd"),
+    (11, "a person is asked", "test_history.py::test_orders_that_come_with_a_backup_wait_for_a_person"),
+    (11, "all have spoken", "test_history.py::test_a_machine_that_moved_since_the_backup_runs_once"),
+    (11, "or are fenced", "test_history.py::test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced"),
+    (11, "another cluster's", "test_history.py::test_another_clusters_etcd_is_not_touched"),
 ]
 
 

@@ -88,11 +88,15 @@ class InstanceDir:
         """
         try:
             data = _read(self._incarnation)
-            return None if data is None else Incarnation.from_json(data)
+            record = None if data is None else Incarnation.from_json(data)
         except OSError as error:
             raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
+        if record is not None and record.instance != self.path.name:
+            # A folder that was copied. Two instances would have one process.
+            raise Unreadable(f"{self._incarnation}: it is the record of instance {record.instance}")
+        return record
 
     @property
     def has_record(self) -> bool:

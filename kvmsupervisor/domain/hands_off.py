@@ -7,7 +7,7 @@ from dataclasses import replace
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, LeftAlone, Process, View
+from kvmsupervisor.domain.view import Action, Decision, Holdover, LeftAlone, Process, View
 
 HOLDOVER_POLL_S = 5.0
 """How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
@@ -17,13 +17,9 @@ def hands_off(view: View) -> Decision | None:
     """The decision where nothing may be touched; None where the instance goes its way."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
-    if view.process is None and view.holdover is not None and view.claim in {Claim.LEFTOVER, Claim.BROKEN}:
-        return Decision(
-            phase=Phase.WAITING,
-            reason=f"QEMU {view.holdover} of this instance lives, but its run directory is gone, so it cannot be "
-            "adopted; end that process and the instance goes on",
-            wake_at=view.now + HOLDOVER_POLL_S,
-        )
+    in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
+    if view.process is None and view.holdover is not None and in_the_way:
+        return _held_over(view, view.holdover)
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:
@@ -32,6 +28,17 @@ def hands_off(view: View) -> Decision | None:
         return Decision(phase=Phase.WAITING if runs else Phase.STOPPED, reason=view.mismatch)
     # An end is taken to the books as ever: it is a fact.
     return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
+
+
+def _held_over(view: View, holdover: Holdover) -> Decision:
+    """Its lock is ours and its process lives, but nothing is known of it here."""
+    kept = "" if holdover.folder is None else f" (its record was kept in {holdover.folder})"
+    return Decision(
+        phase=Phase.WAITING,
+        reason=f"QEMU {holdover.pid} of this instance lives, but has no record in this run directory{kept}, so it "
+        "cannot be adopted; start the supervisor with the KVM_RUN_DIR that has it, or end that process",
+        wake_at=view.now + HOLDOVER_POLL_S,
+    )
 
 
 def _left_alone(view: View, left: LeftAlone) -> Decision:

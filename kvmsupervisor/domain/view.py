@@ -97,6 +97,19 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holdover:
+    """A QEMU that lives here and has no record in the run directory.
+
+    Attributes:
+        pid: of it.
+        folder: where it was put on record; None when that is not known.
+    """
+
+    pid: int
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeftAlone:
     """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
 
@@ -176,7 +189,7 @@ class View:
         holder_has_session: of the lock's host; None when not known.
         deferral: how long a takeover has waited, None when it has not begun to.
         target: the host where it shall run, when that is another, as it is seen from here.
-        holdover: pid of a QEMU of ours that lives without a record in the run directory.
+        holdover: a QEMU of ours that lives without a record in the run directory; None when there is none.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         looked: whether the status key was read, which another host may have written; only then it is written over.
         process: None when there is none.
@@ -216,7 +229,7 @@ class View:
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
     target: Target = field(default_factory=Target)
-    holdover: int | None = None
+    holdover: Holdover | None = None
     claimed_by: HostName | None = None
     looked: bool = True
     process: Process | None = None
@@ -246,6 +259,13 @@ class View:
         if lock is None or process is None:
             return False
         return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
+
+    @property
+    def unadopted_pid(self) -> int | None:
+        """Of the QEMU that is known to live here and is not this supervisor's to touch; None when there is none."""
+        if self.left_alone is not None:
+            return self.left_alone.pid
+        return None if self.holdover is None else self.holdover.pid
 
     @property
     def claim(self) -> Claim:

@@ -24,7 +24,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Deferral, LeftAlone, Process, Stopping, Target, View
+from kvmsupervisor.domain.view import Action, Deferral, Holdover, LeftAlone, Process, Stopping, Target, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -286,7 +286,7 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("and its turn", view(slot=False), Phase.WAITING, None),
     ("then it is taken", view(slot=True), Phase.STARTING, Action.TAKE),
     ("so is one that a dead incarnation left", view(slot=True, lock=seen(locked())), Phase.STARTING, Action.TAKE),
-    ("unless that incarnation lives without its records", view(slot=True, lock=seen(locked()), holdover=42),
+    ("unless that incarnation lives without its records", view(slot=True, lock=seen(locked()), holdover=Holdover(pid=42)),
      Phase.WAITING, None),
     ("law 2: not without a session", view(slot=True, session_held=False), Phase.WAITING, None),
     ("nor right after etcd failed", view(slot=True, etcd_at=102.0, etcd_trouble="no"), Phase.WAITING, None),
@@ -530,7 +530,7 @@ class Supervisor:
         world = self.world
         holdover = None
         if process is None and world.lock is not None and world.alive is not None:
-            holdover = world.alive.pid
+            holdover = Holdover(pid=world.alive.pid)
         data = None if world.lock is None else world.lock.to_json()
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,

@@ -329,7 +329,7 @@ async def test_a_key_is_read_as_it_was(kind: str, request: pytest.FixtureRequest
 
 
 async def test_a_watch_is_proven_before_it_tells_anything(store: Store, etcd_prefix: str) -> None:
-    """The proof is asked for once a connection; what it raises ends the watch, but for an etcd that is away."""
+    """Law 11: the proof is asked for once a connection; what it raises ends the watch, but for an etcd that is away."""
     first = await store.put(f"{etcd_prefix}/a", b"1")
     asked: list[str] = []
     answers: list[Exception | None] = [Unavailable("away"), None]
