@@ -251,7 +251,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting(
         "ceph_id",
-        read.line,
+        read.ceph_user,
         "Name of the Ceph user, without client. before it.",
         shown="librbd's own default, admin",
         example="kvm",
