@@ -84,6 +84,7 @@ def look_around(settings: Settings) -> Equipment:
             bridge_helper=settings.bridge_helper,
             media_root=settings.media_root,
             media_cacert=settings.media_cacert,
+            media_inward=settings.media_inward_redirects,
         ),
         memory_mib=max(0, memory_for_guests_mib() - settings.memory_reserve_mib),
         ceph_access=ceph_access(settings),

@@ -268,7 +268,9 @@ class Guard:
         # All that can fail of itself comes before the former guard's end.
         aside = f"{self._path}.new"
         listener = _listen(aside)
-        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Whoever may read a file may lock it. One of an earlier release is made so, too.
+        os.fchmod(lock, 0o600)
         if former is not None:
             _end(former)
         try:
@@ -325,7 +327,7 @@ def _write_note(charge: Charge) -> None:
     _say(f"{at} killed {charge.incarnation}: its host's session has run out")
     text = f'{{"version": 1, "incarnation": "{charge.incarnation}", "at": "{at}"}}\n'
     try:
-        note = os.open(f"{charge.note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        note = os.open(f"{charge.note}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(note, text.encode())
         finally:

@@ -117,6 +117,7 @@ async def furnish(
     file_root: Path | None,
     gid: int | None,
     ca_file: Path | None = None,
+    follow_inward: bool = False,
     timeout_s: float = TIMEOUT_S,
     network_config: bytes | None = None,
 ) -> Media:
@@ -135,6 +136,7 @@ async def furnish(
         file_root: folder below which `file:` may read, or None.
         gid: QEMU's group, which may read the media; None: their owner only.
         ca_file: authorities that are trusted beside the system's.
+        follow_inward: follow redirects to this host's own addresses, too.
         timeout_s: for the fetch.
         network_config: for the NoCloud medium; None: no such file.
 
@@ -146,7 +148,9 @@ async def furnish(
     notice = None
     try:
         try:
-            data = await fetch(url, file_root=file_root, ca_file=ca_file, timeout_s=timeout_s)
+            data = await fetch(
+                url, file_root=file_root, ca_file=ca_file, timeout_s=timeout_s, follow_inward=follow_inward
+            )
             kind = media.detect(data)
         except (FetchFailed, NotUserData) as error:
             kept = await _in_thread(lambda: _kept(directory, source))

@@ -111,12 +111,14 @@ class HostFiles:
         bridge_helper: QEMU's bridge helper, None to look for it.
         media_root: folder below which `file:` URLs of user data are allowed, None for nowhere.
         media_cacert: authorities, beside the system's, that servers of user data are checked against.
+        media_inward: whether redirects of user data may lead to this host's own addresses.
     """
 
     state_dir: Path
     bridge_helper: Path | None = None
     media_root: Path | None = None
     media_cacert: Path | None = None
+    media_inward: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +230,7 @@ class Provisioner:
                 uuid=uuid,
                 file_root=self._files.media_root,
                 ca_file=self._files.media_cacert,
+                follow_inward=self._files.media_inward,
                 gid=None if self._user is None else self._user.gid,
             )
         except media.MediaTrouble as error:

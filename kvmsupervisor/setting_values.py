@@ -18,6 +18,7 @@ from kvmsupervisor.domain import argv, values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
 from kvmsupervisor.domain.values import Unfit
+from kvmsupervisor.domain.words import may_begin_a_word
 
 SOCKET_PATH_LIMIT = 107
 """Bytes of a Unix socket's path on Linux, unix(7): 108 with the NUL behind it."""
@@ -124,7 +125,11 @@ def file(text: str) -> Path:
 
 def program(text: str) -> str:
     """A program, by name or absolute path."""
-    return str(absolute(text)) if "/" in text else line(text)
+    if "/" in text:
+        return str(absolute(text))
+    if not may_begin_a_word(text):
+        raise Unfit("it is a program's name, which does not begin with '-', or its absolute path")
+    return line(text)
 
 
 def program_file(text: str) -> Path:
@@ -136,6 +141,13 @@ def line(text: str) -> str:
     """Text without control characters."""
     if not text.isprintable():
         raise Unfit("it is text without control characters")
+    return text
+
+
+def ceph_user(text: str) -> str:
+    """A Ceph user's name, which is an argument of Ceph's tools and the name of a section in a keyring."""
+    if not may_begin_a_word(text) or not text.isprintable() or set(text) & set(" []"):
+        raise Unfit("it is the name of a Ceph user without 'client.', without white space, not beginning with '-'")
     return text
 
 

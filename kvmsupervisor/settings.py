@@ -75,6 +75,7 @@ class Settings:
     ovmf_vars: Path | None
     media_root: Path | None
     media_cacert: Path | None
+    media_inward_redirects: bool
     ceph_conf: Path | None
     ceph_id: str | None
     allow_unfenced: bool

@@ -236,6 +236,12 @@ SETTINGS: tuple[Setting, ...] = (
         example="/etc/kvmsupervisor/media-ca.pem",
     ),
     _setting(
+        "media_inward_redirects",
+        read.switch,
+        "1: a server of user data may redirect to this host's own addresses (loopback, link-local), too.",
+        default="0",
+    ),
+    _setting(
         "ceph_conf",
         read.absolute,
         "Ceph's configuration file.",
@@ -245,7 +251,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting(
         "ceph_id",
-        read.line,
+        read.ceph_user,
         "Name of the Ceph user, without client. before it.",
         shown="librbd's own default, admin",
         example="kvm",

@@ -89,6 +89,7 @@ def test_defaults() -> None:
         ovmf_vars=None,
         media_root=None,
         media_cacert=None,
+        media_inward_redirects=False,
         ceph_conf=None,
         ceph_id=None,
         allow_unfenced=False,

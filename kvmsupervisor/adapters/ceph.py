@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -35,6 +36,7 @@ from kvmsupervisor.domain.ceph import (
 )
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.spec import RbdDisk
+from kvmsupervisor.domain.words import option
 
 ANSWER_S = 10.0
 """How long one call may take. A healthy cluster answers `rbd` in 0.05 s and `ceph` in 0.3 to 1 s (a change waits for
@@ -159,10 +161,9 @@ class Ceph:
         with contextlib.suppress(NoSuchImage):
             await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
-        target = ("--dest-pool", aside.pool, "--dest", aside.image)
-        await self._run("rbd", "import", "--no-progress", *features, str(file), *target, limit_s=IMPORT_S)
-        destination = ("--dest-pool", image.pool, "--dest", image.image)
-        await self._run("rbd", "rename", *_located(aside), *destination)
+        source = option("--path", str(file))
+        await self._run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
+        await self._run("rbd", "rename", *_located(aside), *_destined(image))
         return True
 
     # --- shutting out -----------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ class Ceph:
         raise CephRefused(f"there is no key for {self.access.entity} ({where}): see `ceph auth get-or-create`")
 
     async def _keyring_paths(self) -> tuple[str, ...]:
-        names = ("--name", self.access.entity, "--show-config-value", "keyring")
-        conf = () if self.access.conf is None else ("--conf", self.access.conf)
+        names = (option("--name", self.access.entity), "--show-config-value", "keyring")
+        conf = () if self.access.conf is None else (option("--conf", self.access.conf),)
         answer, _ = await self._execute("ceph-conf", *conf, *names, limit_s=self._answer_s)
         return keyring_paths(answer.decode(errors="replace"))
 
@@ -273,11 +274,11 @@ class Ceph:
     async def _run(self, program: str, *args: str, limit_s: float = 0.0) -> tuple[bytes, bytes]:
         """Run a tool as this client, for no less than any answer may take; what it printed to its two outputs."""
         access = self.access
-        who = ["--id", access.user]
+        who = [option("--id", access.user)]
         if access.conf is not None:
-            who += ["--conf", access.conf]
+            who.append(option("--conf", access.conf))
         if access.keyring is not None:
-            who += ["--keyring", access.keyring]
+            who.append(option("--keyring", access.keyring))
         try:
             return await self._execute(program, *args, *who, limit_s=max(limit_s, self._answer_s))
         except _NoAnswerInTime as silence:
@@ -347,9 +348,14 @@ class Ceph:
                 return CephFailed(told)
 
 
-def _located(image: RbdDisk) -> tuple[str, str, str, str]:
+def _located(image: RbdDisk) -> tuple[str, str]:
     """An image as options: in `POOL/IMAGE` an `@` or another slash would mean more."""
-    return "--pool", image.pool, "--image", image.image
+    return option("--pool", image.pool), option("--image", image.image)
+
+
+def _destined(image: RbdDisk) -> tuple[str, str]:
+    """An image to be made, as options."""
+    return option("--dest-pool", image.pool), option("--dest", image.image)
 
 
 def _exactly(clients: Iterable[str]) -> tuple[Client, ...]:
@@ -376,7 +382,7 @@ def _shown(program: str, args: Iterable[str]) -> str:
     """A command for messages, as a person would type it."""
     words = [program]
     for word in args:
-        if word in {"--id", "--conf", "--keyring", "--format"}:
+        if word.partition("=")[0] in {"--id", "--name", "--conf", "--keyring", "--format"}:
             break
         words.append(word)
-    return " ".join(words)
+    return shlex.join(words)

@@ -144,7 +144,10 @@ class Keyboard:
         if self.ours:
             return True
         self.release()
-        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with contextlib.suppress(PermissionError):
+            # Whoever may read a file may lock it (flock(2)). One of an earlier release is made so, too.
+            os.fchmod(descriptor, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -174,7 +177,7 @@ class Keyboard:
     def want(self) -> None:
         """Ask whoever has it to let go."""
         descriptor = os.open(
-            self._want_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
+            self._want_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         with os.fdopen(descriptor, "wb") as want:
             want.write(self._who)

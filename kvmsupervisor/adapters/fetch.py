@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ipaddress
 import os
+import socket
 import ssl
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,11 +56,24 @@ class _Rules:
     limit_bytes: int
     max_redirects: int
     ca_file: Path | None
+    follow_inward: bool
+    is_inward: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class _Redirect:
     location: str
+
+
+def is_inward(address: str) -> bool:
+    """Whether an address is this host's own, or leads to what answers to hosts only: a cloud's metadata, say.
+
+    Loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux takes for loopback) and multicast; an
+    IPv4 address in IPv6's clothes is judged as what it is.
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_loopback or found.is_link_local or found.is_unspecified or found.is_multicast
 
 
 async def fetch(
@@ -68,6 +84,8 @@ async def fetch(
     timeout_s: float = TIMEOUT_S,
     max_redirects: int = MAX_REDIRECTS,
     ca_file: Path | None = None,
+    follow_inward: bool = False,
+    is_inward: Callable[[str], bool] = is_inward,
 ) -> bytes:
     """Return what is at `url`.
 
@@ -82,11 +100,21 @@ async def fetch(
         timeout_s: for everything, redirects included.
         max_redirects: how many are followed; from https never to http, and never to a file.
         ca_file: certificates of authorities, PEM, that are trusted beside the system's.
+        follow_inward: follow redirects to this host's own addresses, too (see `is_inward`). The URL itself may name
+            such an address in any case, and then its redirects may, too: a person has written it.
+        is_inward: which addresses those are.
 
     Raises:
         FetchFailed: it could not be had.
     """
-    rules = _Rules(file_root=file_root, limit_bytes=limit_bytes, max_redirects=max_redirects, ca_file=ca_file)
+    rules = _Rules(
+        file_root=file_root,
+        limit_bytes=limit_bytes,
+        max_redirects=max_redirects,
+        ca_file=ca_file,
+        follow_inward=follow_inward,
+        is_inward=is_inward,
+    )
     try:
         first = media_url(url)
     except Unfit as error:
@@ -105,11 +133,16 @@ async def fetch(
 
 async def _follow(first: SplitResult, rules: _Rules) -> bytes:
     at = first
+    # Anywhere for the URL that a person has written.
+    inward = True
     for _ in range(rules.max_redirects + 1):
         where = "" if at == first else f"redirected to {shown_url(urlunsplit(at))}: "
         try:
             # The user's name and password are for the host that they were written for.
-            found = await _get(at, first if _origin(at) == _origin(first) else at, rules)
+            credentials = first if _origin(at) == _origin(first) else at
+            found, peer = await _get(at, credentials, rules, inward=inward)
+            if at == first:
+                inward = rules.follow_inward or rules.is_inward(peer)
             if isinstance(found, bytes):
                 return found
             at = _next(at, found.location)
@@ -133,12 +166,19 @@ def _next(at: SplitResult, location: str) -> SplitResult:
     return following
 
 
-async def _get(at: SplitResult, credentials: SplitResult, rules: _Rules) -> bytes | _Redirect:
+async def _get(
+    at: SplitResult, credentials: SplitResult, rules: _Rules, *, inward: bool
+) -> tuple[bytes | _Redirect, str]:
+    """One answer, and the address that gave it."""
     tls = await asyncio.to_thread(_tls, rules.ca_file) if at.scheme == "https" else None
     port = at.port or DEFAULT_PORTS[at.scheme]
     try:
         reader, writer = await asyncio.open_connection(
-            at.hostname, port, ssl=tls, happy_eyeballs_delay=HAPPY_EYEBALLS_S
+            at.hostname if inward else await _outward(at.hostname or "", port, rules),
+            port,
+            ssl=tls,
+            server_hostname=at.hostname if tls is not None else None,
+            happy_eyeballs_delay=HAPPY_EYEBALLS_S,
         )
     except ssl.SSLCertVerificationError as error:
         wanted = "have its authority in the system's store or in KVM_MEDIA_CACERT, and its name in the certificate"
@@ -150,7 +190,7 @@ async def _get(at: SplitResult, credentials: SplitResult, rules: _Rules) -> byte
         connection = h11.Connection(our_role=h11.CLIENT)
         writer.write((connection.send(_request(at, credentials)) or b"") + (connection.send(h11.EndOfMessage()) or b""))
         await writer.drain()
-        return await _reply(connection, reader, rules.limit_bytes)
+        return await _reply(connection, reader, rules.limit_bytes), writer.get_extra_info("peername")[0]
     except h11.RemoteProtocolError as error:
         found = f"an answer that breaks off or is no HTTP ({show(str(error))})"
         raise FetchFailed(f"{found}; see whether its server is well") from error
@@ -158,6 +198,24 @@ async def _get(at: SplitResult, credentials: SplitResult, rules: _Rules) -> byte
         raise FetchFailed(f"the connection broke ({_said(error)}); see whether its server is well") from error
     finally:
         writer.transport.abort()
+
+
+async def _outward(host: str, port: int, rules: _Rules) -> str:
+    """An address of a host to which a stranger has led; the connection goes to it, so a name cannot change meanwhile.
+
+    Raises:
+        FetchFailed: one of its addresses is this host's own.
+        OSError: it has none.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(one[4][0]) for one in found]
+    for address in addresses:
+        if rules.is_inward(address):
+            raise FetchFailed(
+                f"a redirect to {address}, which is this host's own or answers to hosts only; give the URL of the file "
+                "itself, or set KVM_MEDIA_INWARD_REDIRECTS=1"
+            )
+    return addresses[0]
 
 
 def _request(at: SplitResult, credentials: SplitResult) -> h11.Request:

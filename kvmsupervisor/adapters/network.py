@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines
+from kvmsupervisor.domain.words import option
 
 HELPERS = (
     Path("/usr/lib/qemu/qemu-bridge-helper"),  # Debian, Ubuntu, Arch, Alpine
@@ -213,7 +214,7 @@ async def _run_helper(program: Path, bridge: str, timeout_s: float) -> int:
 
 def _start(program: Path, bridge: str, fd: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [program, "--use-vnet", f"--fd={fd}", f"--br={bridge}"],
+        [program, "--use-vnet", option("--fd", str(fd)), option("--br", bridge)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -250,7 +250,7 @@ class RunDir:
     def open_guard_log(self) -> int:
         """The guard's log, opened for appending; the caller closes it."""
         log = self.path / "_guard.log"
-        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def is_draining(self, boot_id: str) -> bool:
         """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
@@ -326,7 +326,7 @@ class RunDir:
                 yield instance
 
 
-def write_whole(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new.
 
     Raises:
@@ -353,13 +353,19 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """A file to be locked; one that is there can be on a read-only file system, too."""
+    """A file to be locked; one that is there can be on a read-only file system, too.
+
+    For its owner only: whoever may read a file may lock it (flock(2)). One of an earlier release is made so.
+    """
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS or not path.exists():
             raise
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def _read(path: Path) -> bytes | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, lacking, what_is_lacking
+from kvmsupervisor.domain.words import option
 
 DEFAULT_USER = "qemu"
 """Used where it exists and no other is named (DESIGN §5)."""
@@ -52,9 +53,9 @@ class QemuUser:
         """The words that stand before a command that shall run as this user: no capability, and none to be had."""
         return (
             self.setpriv,
-            f"--reuid={self.uid}",
-            f"--regid={self.gid}",
-            f"--groups={','.join(map(str, self.groups))}",
+            option("--reuid", str(self.uid)),
+            option("--regid", str(self.gid)),
+            option("--groups", ",".join(map(str, self.groups))),
             "--inh-caps=-all",
             "--ambient-caps=-all",
             "--bounding-set=-all",

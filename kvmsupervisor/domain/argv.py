@@ -13,9 +13,10 @@ from uuid import UUID, uuid5
 
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
-from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds, escaped, json_option
+from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Firmware, Problem, Spec
+from kvmsupervisor.domain.words import escaped, json_option
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
 """Drawn once. It must never change: guests, and licences in them, know the machine by its uuid."""

@@ -9,12 +9,12 @@ QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kvmsupervisor.domain.spec import RbdDisk, Spec
+from kvmsupervisor.domain.words import escaped, json_option
 
 # PCI slots are fixed, so that a display or disk that comes later does not rename the guest's NIC. They begin
 # above those that QEMU gives out by itself, from the lowest, to `-vga` and to the devices of extra_flags.
@@ -82,16 +82,6 @@ OWN_DEFAULTS = Ceph()
 
 _CEPH_KEY = "ceph0"
 """Name of QEMU's object that holds the key."""
-
-
-def escaped(value: str) -> str:
-    """`value` as part of an option: QEMU reads two commas as one that does not separate."""
-    return value.replace(",", ",,")
-
-
-def json_option(value: Mapping[str, Any]) -> str:
-    """An option's argument in JSON, from which nothing can break out."""
-    return json.dumps(value, separators=(",", ":"))
 
 
 def common() -> Iterator[str]:

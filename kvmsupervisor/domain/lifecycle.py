@@ -25,6 +25,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         not run     guest never ran              Kill         (nothing to lose)
               mine        run         never ran, keys changed      Kill         (start again)
               mine        run         never ran, keys still moving wait until they are quiet
+              any         run         never ran, another's image   Kill         (who waits holds nothing)
               mine        run         never ran, not on record     Record       (law 3)
               mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
@@ -44,6 +45,9 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
               any         run         too early                    none: backoff
+              mine/left   run         another's image, not fenced  Fence
+              mine/left   run         another has its image        Release
+              any         run         … and has it still           none: wait, or Ask
               any         run         something was missing        none: wait, or Look
               stranger    run         no session, nothing to lose  Take         (law 7)
               stranger    run         no session, RBD, not asked   Watch        (law 4)
@@ -129,6 +133,8 @@ def _before_it_runs(view: View, process: Process) -> Decision:
             reason="its keys changed before its guest ran: QEMU is started anew",
             action=Action.KILL,
         )
+    if view.rival is not None:
+        return Decision(phase=Phase.WAITING, reason=view.rival, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
     give_up_at = process.incarnation.spawned_at + view.start_timeout_s
     if not process.connected:
         if view.now >= give_up_at:
@@ -274,7 +280,7 @@ def _without_process(view: View) -> Decision:
     claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if (not_yet := for_other_hosts(view) or _pause(view)) is not None:
+    if (not_yet := for_other_hosts(view) or _pause(view) or _share(view)) is not None:
         return not_yet
     match claim:
         case Claim.UNKNOWN:
@@ -319,6 +325,21 @@ def _pause(view: View) -> Decision | None:
         reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
         wake_at=view.memory.not_before,
     )
+
+
+def _share(view: View) -> Decision | None:
+    """Wait while another instance has an image of this one's, and hold nothing meanwhile; see `sharing.py`."""
+    if view.rival is None:
+        return None
+    lock = view.lock.lock
+    if lock is not None and view.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}:
+        return _with_etcd(view, Action.FENCE if lock.is_unfenced else Action.RELEASE, Phase.WAITING, view.rival)
+    if view.claim is not Claim.ABSENT:
+        return None
+    due = _with_etcd(view, Action.ASK, Phase.WAITING, view.rival)
+    if due.action is None or view.now >= view.ask_at:
+        return due
+    return _told(view, replace(due, action=None, wake_at=view.ask_at))
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:

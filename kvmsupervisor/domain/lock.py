@@ -12,6 +12,7 @@ from enum import Enum, StrEnum
 
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
+from kvmsupervisor.domain.words import is_name
 
 VERSION = 1
 """Version of the lock's value. A reader leaves a newer one alone, as a stranger's."""
@@ -85,7 +86,8 @@ class Lock:
             lock = parse(cls, data)
         except Unfit:
             return None
-        return lock if lock.version == VERSION else None
+        # The incarnation's name becomes that of a cgroup, and a variable of an environment.
+        return lock if lock.version == VERSION and is_name(lock.incarnation) else None
 
     def recorded(self, *, pid: int, starttime: int, clients: tuple[str, ...]) -> Lock:
         """The value that says "this process may run its guest"."""

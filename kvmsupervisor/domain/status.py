@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.records import Unfit, parse, shallow
 from kvmsupervisor.domain.run_state import RUNNING
+from kvmsupervisor.domain.words import is_name
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -122,6 +123,9 @@ class Status:
     def from_json(cls, data: bytes) -> Status | None:
         """Read a status key, which anybody may have written; None when it is not one."""
         try:
-            return parse(cls, data)
+            found = parse(cls, data)
         except Unfit:
             return None
+        # It becomes an argument of QEMU's.
+        fits = found.machine is None or is_name(found.machine)
+        return found if fits else replace(found, machine=None, machine_key=None)

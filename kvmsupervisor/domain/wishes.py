@@ -364,7 +364,9 @@ def _cloud_config(text: str) -> str:
     return text
 
 
-_RBD_NAME = r"[^/@\s\x00-\x1f\x7f]+"
+_RBD_NAME = r"[^-/@\s\x00-\x1f\x7f][^/@\s\x00-\x1f\x7f]*"
+"""None begins with a hyphen: Ceph's own tools would take it for an option, whoever types it."""
+
 _RBD = re.compile(f"/?({_RBD_NAME})/({_RBD_NAME})")
 
 
@@ -373,8 +375,8 @@ def _rbd_disk(text: str) -> RbdDisk:
     match = _RBD.fullmatch(name)
     if match is None or not name.isprintable():
         raise Unfit(
-            "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@); options follow after white space: "
-            "ro, discard, iops=N"
+            "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@), no name beginning with '-'; options follow after "
+            "white space: ro, discard, iops=N"
         )
     given: dict[str, int] = {}
     for option in options:
@@ -459,13 +461,13 @@ _cpus = values.integer(1, 512, "the number of vCPUs")
 _shutdown_timeout_s = values.seconds(0, values.SHUTDOWN_TIMEOUT_MAX_S, "the time for a shutdown")
 _cpu = _not_help(
     values.matching(
-        r"[A-Za-z0-9._+=,-]{1,1024}",
+        r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,1023}",
         "it is a CPU model of QEMU's, with features if need be, such as host or qemu64,+aes",
     )
 )
 _machine = _not_help(
     values.matching(
-        r"[A-Za-z0-9._-]{1,64}",
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
         "it is a machine type of QEMU's, without options, such as q35 or pc-q35-7.2",
     )
 )

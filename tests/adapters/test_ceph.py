@@ -110,7 +110,7 @@ async def test_what_is_not_there_is_named(vm: CephAccess) -> None:
     """Law: pool and image are told apart; each question that names an image says so."""
     cluster = Ceph(vm)
     for ask in (cluster.image_info, cluster.watchers, cluster.lock_owners):
-        with pytest.raises(NoSuchImage, match=r"no such image: `rbd .* --pool rbd --image gone`: rbd: error"):
+        with pytest.raises(NoSuchImage, match=r"no such image: `rbd .* --pool=rbd --image=gone`: rbd: error"):
             await ask(RbdDisk(pool=POOL, image="gone"))
         with pytest.raises(NoSuchImage, match="no such pool: "):
             await ask(RbdDisk(pool="lake", image="gone"))
@@ -357,3 +357,13 @@ async def test_a_missing_key_is_named_with_the_places(ceph: Cluster, tmp_path: P
     (tmp_path / "keys").write_text("[client.other]\n")
     with pytest.raises(CephRefused, match=r"keys: it has no key of \[client\.vm\]"):
         await Ceph(CephAccess(user="vm", keyring=str(tmp_path / "keys"))).key()
+
+
+@pytest.mark.parametrize("hostile", ["--log-file={}/made", "-c{}/made", "--mon-host=v1:192.0.2.1:6789", "-"])
+async def test_no_name_is_an_option_of_the_tool(ceph: Cluster, vm: CephAccess, hostile: str, tmp_path: Path) -> None:
+    """Law: what a key says is an argument; the tool neither writes the file nor asks the monitor that it names."""
+    name = hostile.format(tmp_path)
+    for image in (RbdDisk(pool=name, image="a"), RbdDisk(pool=POOL, image=name)):
+        with pytest.raises(NoSuchImage):
+            await Ceph(vm).image_info(image)
+    assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - it is one look

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.fetch import FetchFailed, fetch
+from kvmsupervisor.adapters.fetch import FetchFailed, fetch, is_inward
 from tests.support.certificates import Authority
 from tests.support.web import Answer, Site, drip, ok, raw, redirect, reset, site
 
@@ -297,3 +297,50 @@ async def test_nothing_else_is_read(tmp_path: Path) -> None:
     assert (await failure("file:///dev/zero", root=Path("/"))).startswith("what is no regular file")
     said = await failure(f"file://{outside}")
     assert said == "file: is not allowed on this host; set KVM_MEDIA_ROOT to the folder that it may read"
+
+
+# --- redirects to this host -----------------------------------------------------------------------------------
+
+OUTSIDE = "127.0.0.2"
+"""An address of loopback that these tests take for one somewhere else."""
+
+
+def inward(address: str) -> bool:
+    return address != OUTSIDE and is_inward(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "inside"),
+    [
+        ("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", True),
+        ("169.254.169.254", True), ("fe80::1%eth0", True), ("::ffff:169.254.169.254", True), ("::", True),
+        ("224.0.0.1", True), ("ff02::1", True),
+        ("10.0.0.1", False), ("192.168.1.1", False), ("203.0.113.7", False), ("fd00::1", False), ("2001:db8::1", False),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_this_hosts_own(address: str, inside: bool) -> None:
+    """Law: loopback, link-local, unspecified and multicast, in every spelling; a private network is none of them."""
+    assert is_inward(address) is inside
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1"])
+async def test_no_stranger_leads_to_this_host(name: str) -> None:
+    """Law: a redirect to a service that only this host reaches is not followed, however its address is written."""
+    async with site(secret=ok(DATA)) as service, site(address=OUTSIDE) as server:
+        server.answers["/a"] = redirect(f"http://{name}:{service.port}/secret")
+        url = server.url("/a", host=OUTSIDE)
+        with pytest.raises(FetchFailed, match="redirect"):
+            await fetch(url, file_root=None, timeout_s=20, is_inward=inward)
+        assert service.requests == []
+        # With a person's word it is.
+        if name == "127.0.0.1":
+            assert await fetch(url, file_root=None, timeout_s=20, is_inward=inward, follow_inward=True) == DATA
+
+
+async def test_a_url_of_this_host_may_lead_anywhere() -> None:
+    """Law: who writes a loopback URL means this host, with all its services; elsewhere redirects go on as ever."""
+    async with site(b=ok(DATA)) as other, site(a=redirect("/b"), b=ok(DATA), address=OUTSIDE) as server:
+        async with site(a=redirect(other.url("/b"))) as here:
+            assert await fetch(here.url("/a"), file_root=None, timeout_s=20, is_inward=inward) == DATA
+        url = server.url("/a", host=OUTSIDE)
+        assert await fetch(url, file_root=None, timeout_s=20, is_inward=inward) == DATA

@@ -321,3 +321,24 @@ def test_a_number_that_is_another_process_is_never_signalled(tmp_path: Path, pid
             RunDir(tmp_path).signal_supervisor()
     finally:
         holder.release()
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_locks_and_records_are_for_their_owner_only(path: Path, umask: int) -> None:
+    """Law: whoever may read a file may lock it, so nobody else may read one; an earlier release's is made so."""
+    path.mkdir(exist_ok=True)
+    (path / "_supervisor.lock").touch()
+    (path / "_supervisor.lock").chmod(0o644)
+    before = os.umask(umask)
+    try:
+        run_dir = RunDir(path)
+        run_dir.acquire()
+        run_dir.mark_draining("boot")
+        os.close(run_dir.open_guard_log())
+        run_dir.instance(InstanceId("a")).create()
+        run_dir.instance(InstanceId("a")).write_memory(Memory(boot_id="boot"))
+        run_dir.release()
+    finally:
+        os.umask(before)
+    found = {file.name: file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
+    assert found == dict.fromkeys(("_supervisor.lock", "_draining", "_guard.log", "memory.json"), 0o600)

@@ -391,6 +391,13 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("what is missing on the host is waited for", view(planned="x", slot=True, obstacle="no bridge br0", start_at=102.0,
      lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.WAITING, None),
     ("before the lock is taken, too", view(obstacle="no bridge br0", start_at=102.0), Phase.WAITING, None),
+    ("another instance's image is waited for", view(rival="2 has it", ask_at=105.0), Phase.WAITING, None),
+    ("which is told", view(rival="2 has it", ask_at=105.0, looked=False), Phase.WAITING, Action.LOOK),
+    ("asked for", view(rival="2 has it", ask_at=100.0), Phase.WAITING, Action.ASK),
+    ("and nothing is held", view(rival="2 has it", planned="x", lock=seen(locked(state=LockState.STARTING, pid=None))),
+     Phase.WAITING, Action.RELEASE),
+    ("but what is to be fenced", view(rival="2 has it", planned="x", lock=seen(locked(state=LockState.FENCING, pid=None))),
+     Phase.WAITING, Action.FENCE),
     ("a long wait is told, so the status key is read before it", view(looked=False, obstacle="no server",
      start_at=102.0), Phase.WAITING, Action.LOOK),
     ("one for memory, too", view(looked=False, slot=False, shortage="it needs more"), Phase.WAITING, Action.LOOK),
@@ -648,6 +655,7 @@ class Supervisor:
                 | Action.FINISH
                 | Action.QUEUE
                 | Action.LOOK
+                | Action.ASK
                 | Action.TIDY
                 | Action.RESET
                 | Action.FORGET

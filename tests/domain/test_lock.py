@@ -24,7 +24,7 @@ locks = st.builds(
     boot_id=_texts,
     epoch=st.integers(1, 2**63 - 1),
     state=st.sampled_from(LockState),
-    incarnation=_texts,
+    incarnation=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", fullmatch=True),
     pid=_numbers,
     starttime=_numbers,
     clients=_addresses,

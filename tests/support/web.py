@@ -54,8 +54,10 @@ class Site:
 
 
 @asynccontextmanager
-async def site(certificate: tuple[Path, Path] | None = None, **answers: Answer) -> AsyncIterator[Site]:
-    """Run a server; `user_data=…` answers the path `/user_data`."""
+async def site(
+    certificate: tuple[Path, Path] | None = None, *, address: str = "127.0.0.1", **answers: Answer
+) -> AsyncIterator[Site]:
+    """Run a server at an address of loopback; `user_data=…` answers the path `/user_data`."""
     made = Site(answers={f"/{name}": answer for name, answer in answers.items()})
     tls = None
     if certificate is not None:
@@ -69,7 +71,7 @@ async def site(certificate: tuple[Path, Path] | None = None, **answers: Answer) 
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
+    server = await asyncio.start_server(connected, address, 0, ssl=tls)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made
