@@ -27,6 +27,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Rejected,
     Store,
     Target,
+    Unavailable,
 )
 from kvmsupervisor.adapters.rundir import write_whole
 from kvmsupervisor.domain.history import (
@@ -121,6 +122,8 @@ class History:
         self._sessions: Mapping[str, str] = dict.fromkeys(found.hosts, "")
         self._sessions_era = 0
         self._until = clock.now() + patience_s
+        # Since when only members with another history answer.
+        self._doubted_at: float | None = None
         self._proving = asyncio.Lock()
         # How many proofs were begun, and the last one that was had.
         self._begun = self._had = 0
@@ -205,14 +208,29 @@ class History:
             self._had = self._begun
 
     async def _judge(self) -> Verdict:
-        """Ask every member before another history is believed: one that was restored alone is left."""
+        """Ask every member before another history is believed: one that was restored alone is left.
+
+        Raises:
+            Unavailable: some have another history, and the others have not answered, for less than the patience.
+        """
         if not self._witnesses:
             return Verdict.FIRST
-        for _ in range(self._store.members):
+        strangers: set[str] = set()
+        for _ in range(2 * self._store.members):
             verdict = await self._ask()
             if verdict is not Verdict.OTHER:
+                self._doubted_at = None
                 return verdict
+            # Whoever did not answer was passed over.
+            strangers.add(self._store.endpoint)
+            if len(strangers) == self._store.members:
+                break
             self._store.leave()
+        now = self._clock.now()
+        self._doubted_at = now if self._doubted_at is None else self._doubted_at
+        if len(strangers) < self._store.members and now < self._doubted_at + self._patience_s:
+            raise Unavailable(f"{', '.join(sorted(strangers))}: another history; the other members do not answer")
+        self._doubted_at = None
         return Verdict.OTHER
 
     async def _ask(self) -> Verdict:

@@ -322,6 +322,10 @@ class FakeEtcd:
         return self._server.at(key.encode(), revision)
 
     @property
+    def endpoint(self) -> str:
+        return "http://fake"
+
+    @property
     def members(self) -> int:
         return 1
 

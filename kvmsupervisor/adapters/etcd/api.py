@@ -249,6 +249,11 @@ class Store(Protocol):
         ...
 
     @property
+    def endpoint(self) -> str:
+        """URL of the member that is asked now: after an answer, of the one that gave it."""
+        ...
+
+    @property
     def members(self) -> int:
         """How many endpoints there are to ask."""
         ...
