@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
 from tests.support.etcd import EtcdCluster, EtcdServer
 
@@ -41,9 +42,9 @@ def save(etcd: EtcdCluster, folder: Path) -> Path:
 def again(host: Host, one: str, before: dict[str, Qemu]) -> Qemu:
     """Have a machine started again, so that its epoch grows."""
     host.keys.put(one, restart_request=str(time.time()))
-    return eventually(
-        f"{one} to be started again", lambda: ((found := host.wait_running(one)[one]) != before[one] and found) or None
-    )
+    # Its old process may be gone while the status still tells of it.
+    host.wait_for(one, lambda status: status.phase is Phase.RUNNING and status.pid not in {None, before[one].pid})
+    return host.qemu(one)
 
 
 def changed(host: Host) -> None:
