@@ -239,18 +239,18 @@ async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: Rb
     for call in (cluster.image_info(image), cluster.watchers(image), cluster.fence([NOBODY])):
         with pytest.raises(CephAway, match=r"took longer than 0\.3 s"):
             await call
-    assert running(image.image) == []
+    assert running(f"--image={image.image}") == []
     assert running(NOBODY) == []
 
 
 async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, image: RbdDisk) -> None:
     """Law: the tool is killed and reaped before the cancellation reaches the caller."""
     question = asyncio.create_task(Ceph(vm).watchers(image))
-    await until(lambda: running(image.image))
+    await until(lambda: running(f"--image={image.image}"))
     question.cancel()
     with pytest.raises(asyncio.CancelledError):
         await question
-    assert running(image.image) == []
+    assert running(f"--image={image.image}") == []
 
 
 async def test_the_cluster_comes_back(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
