@@ -110,10 +110,11 @@ $(VENV)/.run: pyproject.toml | system-run
 	@$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | system-dev
+$(VENV)/.dev: pyproject.toml tools/install-etcds | system-dev
 	@echo 'Python packages: installing into $(VENV), with those for development'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --editable '.[dev]'
+	@tools/install-etcds $(BIN)/pip
 	@touch $(VENV)/.run $@
 
 .venv-lowest/.dev: pyproject.toml tools/lowest-constraints | system-dev

@@ -28,6 +28,18 @@ class NotFenced(Exception):
     """
 
 
+class InUse(NotFenced):
+    """An image is open elsewhere, too: by another instance, by somebody's tool, or by a QEMU that has just died.
+
+    Attributes:
+        clients: who has it open, this QEMU among them.
+    """
+
+    def __init__(self, message: str, clients: Collection[str]) -> None:
+        super().__init__(message)
+        self.clients = tuple(clients)
+
+
 class StorageAway(NotFenced):
     """The storage does not answer: wait. Nothing is known of anybody's address."""
 
@@ -141,9 +153,10 @@ class CephFencing:
         if not own:
             raise NotFenced(f"Ceph does not name this QEMU as having {name} open: may {name} be read only for it?")
         if len(own) > 1:
-            raise NotFenced(
+            raise InUse(
                 f"{name} is open elsewhere, too: of {', '.join(sorted(own))} one is this QEMU's. End the other; "
-                "one that was killed is forgotten after 30 s"
+                "one that was killed is forgotten after 30 s",
+                sorted(own),
             )
         return own
 

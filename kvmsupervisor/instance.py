@@ -32,7 +32,7 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
-from kvmsupervisor.fencing import NotFenced, StorageAway
+from kvmsupervisor.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.plugs import Plugs
@@ -248,7 +248,7 @@ class Instance:
                 else:
                     # QEMU is there, paused, and waits for it.
                     self._pause(error.retry_s, str(error))
-            except StorageAway as error:
+            except (StorageAway, InUse) as error:
                 self._pause(STORAGE_RETRY_S, str(error))
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
@@ -315,6 +315,8 @@ class Instance:
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
+            rival=self._start.sharing.rival,
+            ask_at=self._start.sharing.ask_at,
             guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
@@ -368,6 +370,8 @@ class Instance:
                     self._etcd_at = self._around.clock.now() + LOCK_POLL_S
             case Action.WATCH:
                 await start.watch(wanted(wish))
+            case Action.ASK:
+                await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:
                 await start.take(wanted(wish))
             case Action.FENCE:
@@ -382,6 +386,8 @@ class Instance:
                 await start.guard()
             case Action.CONTINUE:
                 await start.go_on()
+            case Action.RESET:
+                await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
             case Action.GROW:

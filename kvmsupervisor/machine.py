@@ -297,6 +297,13 @@ class Machine:
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
 
+    async def reset(self, request: str | None) -> None:
+        """Reset the machine for this `restart_request`: at most once, also when a successor asks what was done."""
+        # What cannot be written is known to this supervisor all the same.
+        with contextlib.suppress(OSError):
+            self.note(restart_request=request)
+        await self._talk.command("system_reset")
+
     async def finish(self) -> None:
         """End a QEMU that lives on although its guest has powered itself off: the guest's own end, as without that."""
         kind = SHUTDOWN_REASONS.get(self._shutdown or "", ExitClass.GUEST_SHUTDOWN)

@@ -315,6 +315,8 @@ class Single:
             settle_s=0.0,
             guard=None,
             recorded_for=self._recorded_for,
+            # It follows its own keys only: of others it knows what etcd says of a client.
+            holders=lambda instance, images: (),
             mismatch=None,
             objection=lambda record: None,
             draining=lambda: False,

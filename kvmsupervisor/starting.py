@@ -26,12 +26,13 @@ from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral, Holdover
-from kvmsupervisor.fencing import NotFenced
+from kvmsupervisor.fencing import InUse, NotFenced
 from kvmsupervisor.guarding import Unguarded
 from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
+from kvmsupervisor.sharing import Sharing
 from kvmsupervisor.surroundings import Surroundings
 
 WATCH_EVERY_S = 2.0
@@ -80,6 +81,7 @@ class Start:
     """The start of one instance, over and over.
 
     Attributes:
+        sharing: of its images with other instances, a mistake of the keys.
         planned: incarnation that the lock was taken for and that has no process yet.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         at: when the host is worth the next attempt, after something was missing on it.
@@ -101,6 +103,7 @@ class Start:
         report: Report,
         wake: Callable[[], None],
     ) -> None:
+        self.sharing = Sharing(instance, around=around)
         self.planned: str | None = None
         self.claimed_by: HostName | None = None
         self.at = 0.0
@@ -170,6 +173,7 @@ class Start:
     def begin_anew(self) -> None:
         """Another machine is wanted: what was missing, and the place in the line, were the former one's."""
         self.obstacle = None
+        self.sharing.begin_anew()
         if self._machine.record is None:
             self._around.admission.release(self._id)
 
@@ -245,6 +249,8 @@ class Start:
         around = self._around
         floor = 0
         if self._lock.view.data is None:
+            if self.sharing.has_to_wait(wish.spec):
+                return
             # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
             if self._report.status.epoch == 0 and await self._take_if_new(wish):
                 return
@@ -429,7 +435,12 @@ class Start:
         assert record is not None
         assert record.pid is not None
         assert record.starttime is not None
-        clients = await self._around.fencing.clients(record, known=lock.fence)
+        try:
+            clients = await self._around.fencing.clients(record, known=lock.fence)
+        except InUse as conflict:
+            if await self.sharing.gives_way(wish.spec, conflict):
+                return
+            raise
         try:
             self._machine.note(clients=clients)
         except OSError as error:

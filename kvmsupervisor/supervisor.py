@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Set
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -50,6 +51,7 @@ from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
+from kvmsupervisor.sharing import holders
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
@@ -303,6 +305,7 @@ class Supervisor:
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
             recorded_for=self._recorded_for,
+            holders=partial(holders, self._wishes),
             mismatch=mismatch,
             objection=self._objection,
             draining=lambda: self._drain.on,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
@@ -55,6 +55,7 @@ class Surroundings:
         links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
+        holders: the other instances whose keys name one of these images for writing, and which have a lock.
         recorded_for: the instance whose lock has a storage client on record, None when none has; raises `EtcdError`
             where that is not known.
         mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
@@ -92,6 +93,7 @@ class Surroundings:
     # Without defaults: a quiet "nobody", or "nothing against it", where a hook was forgotten would be a guest's end.
     guard: GuardPost | None
     takeover_wait_s: float
+    holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     recorded_for: Callable[[str], Awaitable[InstanceId | None]]
     mismatch: str | None
     objection: Callable[[Incarnation], str | None]

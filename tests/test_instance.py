@@ -603,6 +603,50 @@ async def test_a_restart_request_restarts_once_and_gracefully(host: Host) -> Non
     assert (host.status.restarts, host.status.pending) == (0, ())
 
 
+async def test_a_restart_at_once_asks_no_guest_and_has_no_pause(host: Host) -> None:
+    """§4: a request that begins with `now:` ends QEMU without the power button, and the next one starts at once."""
+    host.wish()
+    host.begin()
+    first = await host.runs()
+    first.deaf = True
+    host.put(restart_request="now:1")
+    await host.until(lambda: not first.alive)
+    assert first.presses == []
+    second = await host.runs()
+    assert host.running is second
+    assert host.status.restarts == 0
+
+
+async def test_a_stop_at_once_ends_a_shutdown_that_drags_on(host: Host) -> None:
+    """§4: `power=off-now` for a guest that is deaf to `power=off`: QEMU is told to end there and then."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = True
+    host.put(power="off")
+    await host.clock.advance(10.0)
+    assert qemu.alive
+    host.put(power="off-now")
+    await host.until(lambda: not qemu.alive)
+    assert "quit" in qemu.commands
+
+
+async def test_a_reset_is_done_once_and_the_process_stays(host: Host) -> None:
+    """§4: a request that begins with `reset:` presses the reset button once, whatever else changes afterwards."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    host.put(restart_request="reset:1")
+    await host.clock.advance(1.0)
+    host.put(description="x")
+    await host.clock.advance(HOUR_S)
+    assert (host.running is qemu, qemu.presses) == (True, [])
+    assert qemu.commands.count("system_reset") == 1
+    host.put(restart_request="reset:2")
+    await host.clock.advance(1.0)
+    assert qemu.commands.count("system_reset") == 2
+
+
 async def test_changed_keys_are_pending_by_name(host: Host) -> None:
     """§2: a change that needs a restart is shown as the names of its keys, and never applied by surprise."""
     host.wish()

@@ -132,7 +132,7 @@ async def change(
     return await _rewrite(store, layout, instance, plan, [*values, *unset])
 
 
-async def switch(store: Store, layout: Layout, instance: InstanceId, power: Power) -> Written:
+async def switch(store: Store, layout: Layout, instance: InstanceId, power: str) -> Written:
     """Write `power`, also when it holds that value already: a new write is a fresh order.
 
     That is how a machine that ended by itself, with `restart=never`, starts again.
@@ -144,7 +144,7 @@ async def switch(store: Store, layout: Layout, instance: InstanceId, power: Powe
         store,
         layout,
         instance,
-        lambda _, __: [Put(layout.wish_key(instance, "power"), power.value.encode())],
+        lambda _, __: [Put(layout.wish_key(instance, "power"), power.encode())],
         ["power"],
     )
 

@@ -20,7 +20,7 @@ from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.spec import Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
@@ -34,7 +34,7 @@ COMPLETION_DEADLINE_S = 1.0
 """Seconds that a shell may wait for names from etcd. Arbitrary: longer, and people think that it hangs."""
 
 VALUES: Mapping[str, Sequence[str]] = {
-    "power": tuple(Power),
+    "power": (*Power, OFF_NOW),
     "restart": tuple(RestartPolicy),
     "firmware": tuple(Firmware),
     "hugepages": tuple(HugePages),

@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "start": LazyCommand("write_commands", "start", "Start instances."),
     "stop": LazyCommand("write_commands", "stop", "Shut instances down, and leave them off."),
     "restart": LazyCommand("write_commands", "restart", "Restart instances gracefully, once."),
+    "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
     "console": LazyCommand("console_command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a .vv file that opens an instance's display."),
     "check": LazyCommand("read_commands", "check", "Look for everything that is wrong with the keys."),

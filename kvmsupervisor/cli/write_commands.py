@@ -25,7 +25,7 @@ from kvmsupervisor.cli.output import note, on_terminal, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.spec import Power
+from kvmsupervisor.domain.spec import OFF_NOW, Power
 from kvmsupervisor.settings import Settings
 
 Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
@@ -35,6 +35,7 @@ yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="All guests; only together with --local.")
 local_option = click.option("--local", is_flag=True, help="On this host itself, without etcd; only with --all.")
+now_option = click.option("--now", is_flag=True, help="At once: without the guest's consent, as by a power cut.")
 ids_argument = click.argument("instances", type=INSTANCE, metavar="ID...", nargs=-1, required=True)
 
 
@@ -151,13 +152,21 @@ def start(
 @click.command()
 @some_ids_argument
 @all_option
+@now_option
 @local_option
 @wait_options
 @pass_tools
 def stop(
-    tools: Tools, *, instances: tuple[InstanceId, ...], everything: bool, local: bool, wait: bool, timeout_s: float
+    tools: Tools,
+    *,
+    instances: tuple[InstanceId, ...],
+    now: bool,
+    everything: bool,
+    local: bool,
+    wait: bool,
+    timeout_s: float,
 ) -> None:
-    """Shut instances down gracefully, and leave them off (power=off).
+    """Shut instances down gracefully, and leave them off (power=off; with --now, power=off-now).
 
     With --all --local: shut down all guests of this host, wait for them, and start none until the host boots again.
     Touches no key, and needs no etcd. It is for the host's own shutdown.
@@ -165,27 +174,31 @@ def stop(
     from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
 
     here.check(instances, everything=everything, local=local)
+    if everything and now:
+        raise click.UsageError("--now is for instances by their ID: the guests of a whole host get their time.")
     if everything:
         here.stop_all(tools, timeout_s=timeout_s)
         return
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        return await actions.switch(store, settings.layout, instance, Power.OFF)
+        return await actions.switch(store, settings.layout, instance, OFF_NOW if now else Power.OFF)
 
     _act(tools, instances, action, "to be stopped", waiting.until_stopped, wait=wait, timeout_s=timeout_s)
 
 
 @click.command()
 @ids_argument
+@now_option
 @wait_options
 @pass_tools
-def restart(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
-    """Restart instances gracefully, once: shut down, then start with all pending changes."""
+def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: bool, timeout_s: float) -> None:
+    """Restart instances gracefully, once: shut down, then start with all pending changes.
+
+    With --now they are not shut down but ended, as by a power cut.
+    """
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        # Unique even when two people ask in the same second.
-        request = f"{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
-        return await actions.restart(store, settings.layout, instance, request)
+        return await actions.restart(store, settings.layout, instance, _request(tools, "now:" if now else ""))
 
     _act(
         tools,
@@ -196,6 +209,24 @@ def restart(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s
         wait=wait,
         timeout_s=timeout_s,
     )
+
+
+@click.command()
+@ids_argument
+@wait_options
+@pass_tools
+def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
+    """Press the reset button of instances, once: QEMU stays, the guest boots anew without being asked."""
+
+    async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
+        return await actions.restart(store, settings.layout, instance, _request(tools, "reset:"))
+
+    _act(tools, instances, action, "to be reset", waiting.until_running, wait=wait, timeout_s=timeout_s)
+
+
+def _request(tools: Tools, kind: str) -> str:
+    """A `restart_request` that was never used before, also when two people ask in the same second."""
+    return f"{kind}{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
 def _act(

@@ -25,13 +25,15 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         not run     guest never ran              Kill         (nothing to lose)
               mine        run         never ran, keys changed      Kill         (start again)
               mine        run         never ran, keys still moving wait until they are quiet
+              any         run         never ran, another's image   Kill         (who waits holds nothing)
               mine        run         never ran, not on record     Record       (law 3)
               mine        run         never ran, not under guard   Guard        (law 7)
               mine        run         never ran, on record         Continue
               any         run         never answered in time       GiveUp
               any         any         powered itself off           Finish … Kill
               any         any         ran, not under guard         Guard, before all but the end (law 7)
-              any         stop        ran                          Powerdown … Quit … Kill
+              any         stop        ran                          Powerdown … Quit … Kill; at once: Quit … Kill
+              any         run         ran, a new reset asked for   Reset
               mine        run         its placement has ended      Tidy         (law 10)
               any         run, keep   ran                          none, Probe, Plug, or Grow
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
@@ -43,6 +45,9 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               absent      stop, keep  status not read yet          Look
               any         keep, rest                               none
               any         run         too early                    none: backoff
+              mine/left   run         another's image, not fenced  Fence
+              mine/left   run         another has its image        Release
+              any         run         … and has it still           none: wait, or Ask
               any         run         something was missing        none: wait, or Look
               stranger    run         no session, nothing to lose  Take         (law 7)
               stranger    run         no session, RBD, not asked   Watch        (law 4)
@@ -72,7 +77,7 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_h
 from kvmsupervisor.domain.reasons import while_it_runs
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
-from kvmsupervisor.domain.spec import Wish
+from kvmsupervisor.domain.spec import Power, Request, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, Process, Stopping, View
 
@@ -128,6 +133,8 @@ def _before_it_runs(view: View, process: Process) -> Decision:
             reason="its keys changed before its guest ran: QEMU is started anew",
             action=Action.KILL,
         )
+    if view.rival is not None:
+        return Decision(phase=Phase.WAITING, reason=view.rival, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
     give_up_at = process.incarnation.spawned_at + view.start_timeout_s
     if not process.connected:
         if view.now >= give_up_at:
@@ -188,6 +195,10 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         and wish.restart_request is not None
         and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
     )
+    if restart and wish is not None and wish.request is Request.RESET:
+        restart = False
+        if process.connected:
+            return Decision(phase=Phase.RUNNING, reason="a reset was asked for", action=Action.RESET)
     if aim is Goal.STOP or restart:
         return _stop(view, process, "a restart was asked for" if restart else why)
     if not process.connected:
@@ -234,13 +245,18 @@ def _power_off(view: View, process: Process) -> Decision | None:
 def _stop(view: View, process: Process, why: str) -> Decision:
     """The ladder: power button, repeated; QEMU's own quit; SIGKILL. Each rung has its time."""
     stopping = process.stopping or Stopping(since=view.now)
-    force_at = stopping.since + view.shutdown_timeout_s
+    at_once = _needs_no_consent(view)
+    force_at = stopping.since + (0.0 if at_once else view.shutdown_timeout_s)
     phase = Phase.STOPPING
     if stopping.quit_at is not None:
         kill_at = stopping.quit_at + QUIT_WAIT_S
         return _when(view, kill_at, Action.KILL, phase, f"{why}: QEMU was told to end")
     if view.now >= force_at:
-        reason = f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
+        reason = (
+            f"{why}, at once: QEMU is told to end"
+            if at_once
+            else f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
+        )
         return Decision(phase=phase, reason=reason, action=Action.QUIT)
     left = f"{why}: its guest is asked to shut down, by force {view.shutdown_timeout_s:g} s after the first time"
     if not process.connected:
@@ -249,12 +265,22 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     return _when(view, press_at, Action.POWERDOWN, phase, left, or_at=force_at)
 
 
+def _needs_no_consent(view: View) -> bool:
+    """Whether a person wants its end at once: by `power`, or by a request to restart it so."""
+    wish = view.wish
+    if wish is None or wish.keys == 0:
+        return False
+    if wish.power is Power.OFF:
+        return wish.power_off_now
+    return goal(view)[0] is Goal.RUN and wish.request is Request.RESTART_NOW
+
+
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if (not_yet := for_other_hosts(view) or _pause(view)) is not None:
+    if (not_yet := for_other_hosts(view) or _pause(view) or _share(view)) is not None:
         return not_yet
     match claim:
         case Claim.UNKNOWN:
@@ -299,6 +325,21 @@ def _pause(view: View) -> Decision | None:
         reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
         wake_at=view.memory.not_before,
     )
+
+
+def _share(view: View) -> Decision | None:
+    """Wait while another instance has an image of this one's, and hold nothing meanwhile; see `sharing.py`."""
+    if view.rival is None:
+        return None
+    lock = view.lock.lock
+    if lock is not None and view.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}:
+        return _with_etcd(view, Action.FENCE if lock.is_unfenced else Action.RELEASE, Phase.WAITING, view.rival)
+    if view.claim is not Claim.ABSENT:
+        return None
+    due = _with_etcd(view, Action.ASK, Phase.WAITING, view.rival)
+    if due.action is None or view.now >= view.ask_at:
+        return due
+    return _told(view, replace(due, action=None, wake_at=view.ask_at))
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:

@@ -11,7 +11,7 @@ from typing import Protocol
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placed
-from kvmsupervisor.domain.spec import RawValue
+from kvmsupervisor.domain.spec import OFF_NOW, RawValue
 
 _HOST = b'"host":"'
 """Where a lock names its holder, as supervisors write it. Parsing each lock would cost twenty times as much."""
@@ -71,7 +71,7 @@ def _is_orphan(name: InstanceId, wishes: AllWishes, alive: Container[str]) -> bo
     if lock is not None:
         return True
     power = keys.get(b"power")
-    return host is not None and (power is None or _text(power) != "off")
+    return host is not None and (power is None or _text(power) not in {"off", OFF_NOW})
 
 
 def _holder(value: bytes) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, field, fields, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from kvmsupervisor.domain import records
@@ -22,6 +22,18 @@ class Power(StrEnum):
 
     ON = "on"
     OFF = "off"
+
+
+OFF_NOW = "off-now"
+"""`power`: off, and without the guest's consent. An earlier release finds it invalid, and lets the guest run on."""
+
+
+class Request(Enum):
+    """What a `restart_request` asks for, by what stands before the first colon (decision 0023)."""
+
+    RESTART = "any other text"
+    RESTART_NOW = "now"
+    RESET = "reset"
 
 
 class RestartPolicy(StrEnum):
@@ -203,7 +215,8 @@ class Wish:
         host: the value of `host`, or None without that key (or with one that is no host name).
         host_revision: `mod_revision` of the `host` key, 0 without one.
         hosts: those that may take it over by themselves, in order.
-        power: None when the key is there and holds neither `on` nor `off`.
+        power: None when the key is there and holds none of `on`, `off` and `off-now`.
+        power_off_now: whether it is off without its guest's consent (`off-now`).
         power_revision: `mod_revision` of the `power` key, 0 without one.
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
@@ -220,6 +233,7 @@ class Wish:
     host_revision: int = 0
     hosts: tuple[str, ...] = ()
     power: Power | None = Power.ON
+    power_off_now: bool = False
     power_revision: int = 0
     restart: RestartPolicy = RestartPolicy.ALWAYS
     restart_request: str | None = None
@@ -230,6 +244,12 @@ class Wish:
     revision: int = 0
     keys: int = 0
     placed: Placed = NOT_PLACED
+
+    @property
+    def request(self) -> Request:
+        """What `restart_request` asks for."""
+        kind = (self.restart_request or "").partition(":")[0]
+        return {"now": Request.RESTART_NOW, "reset": Request.RESET}.get(kind, Request.RESTART)
 
     @property
     def placement(self) -> Placement | None:

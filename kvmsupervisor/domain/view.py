@@ -21,6 +21,7 @@ class Action(Enum):
 
     READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch would tell"
+    ASK = "look whether its images, which another instance names, too, are free"
     WATCH = "ask storage who has the disks of a host's machine open that has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock again that somebody deleted under a living QEMU"
@@ -39,6 +40,7 @@ class Action(Enum):
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end whose guest has powered itself off"
     QUIT = "tell QEMU to end"
+    RESET = "reset the machine, as its button would: the process stays"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
     TIDY = "delete a placement that stands in for nothing any more"
@@ -199,6 +201,8 @@ class View:
         prepared: whether what takes its time was made ready for the wish as it stands.
         start_at: when the host is worth the next attempt, after something was missing on it; the past when now.
         obstacle: what was missing, None when nothing was.
+        rival: for which other instance of the same image it waits, for people; None when for none.
+        ask_at: when it is to be asked again whether that image is free.
         guarded: whether the guard watches the process, which may write to what no storage can fence; None when it need
             not be watched.
         guard_at: when the guard is worth the next attempt; the past when now.
@@ -239,6 +243,8 @@ class View:
     prepared: bool = True
     start_at: float = 0.0
     obstacle: str | None = None
+    rival: str | None = None
+    ask_at: float = 0.0
     guarded: bool | None = None
     guard_at: float = 0.0
     guard_trouble: str | None = None

@@ -17,6 +17,7 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import cleaned, cleaned_flags
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
+    OFF_NOW,
     Disk,
     Firmware,
     HugePages,
@@ -124,7 +125,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     reader = _Reader(keys)
     host = reader.read("host", values.host_name, None)
     hosts = reader.read("hosts", _hosts, ())
-    power = reader.read("power", _power, Power.ON)
+    power, off_now = reader.read("power", _power, (Power.ON, False))
     restart = reader.read("restart", _restart, RestartPolicy.ALWAYS)
     restart_request = reader.read("restart_request", _restart_request, None)
     shutdown_timeout_s = reader.read("shutdown_timeout", _shutdown_timeout_s, None)
@@ -162,6 +163,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         host_revision=reader.revision("host"),
         hosts=hosts,
         power=None if "power" in reader.problems else power,
+        power_off_now=off_now,
         power_revision=reader.revision("power"),
         restart=restart,
         restart_request=restart_request,
@@ -349,7 +351,6 @@ def _shown(name: str, value: bytes) -> str:
     return show_bytes(shown) + ("" if held is None else f", which holds {held}")
 
 
-_power = values.choice(Power, "it")
 _restart = values.choice(RestartPolicy, "it")
 _firmware = values.choice(Firmware, "it")
 _any_hugepages = values.choice(HugePages, "it")
@@ -427,6 +428,15 @@ def _priority(text: str) -> int:
     if not _PRIORITY.fullmatch(text) or not -1000 <= int(text) <= 1000:
         raise Unfit("it is a whole number from -1000 to 1000; who has the greater one starts first")
     return int(text)
+
+
+def _power(text: str) -> tuple[Power, bool]:
+    """Whether it runs, and whether its end needs no consent of its guest."""
+    if text == OFF_NOW:
+        return Power.OFF, True
+    if text not in tuple(Power):
+        raise Unfit(f"it is on, off or {OFF_NOW}")
+    return Power(text), False
 
 
 def _restart_request(text: str) -> str:

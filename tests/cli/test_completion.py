@@ -67,7 +67,7 @@ def test_numbered_keys_and_values_are_completed(full: World) -> None:
     assert complete(full, "set", "9", "nic/2/") == ["nic/2/mac=", "nic/2/bridge="]
     assert complete(full, "set", "9", "--unset", "nic/7/m") == ["nic/7/mac"]
     assert complete(full, "set", "9", "restart=o") == ["restart=on-failure"]
-    assert complete(full, "create", "x", "power=of") == ["power=off"]
+    assert complete(full, "create", "x", "power=of") == ["power=off", "power=off-now"]
     assert complete(full, "set", "9", "hosts=b") == ["hosts=beta"]
     assert complete(full, "set", "9", "ram=") == []
 

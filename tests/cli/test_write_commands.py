@@ -434,3 +434,21 @@ def test_keys_with_a_slash_are_keys(world: World) -> None:
     refused = world.run("set", "web1", "disk/99=rbd/foo")
     assert refused.exit_code == 1
     assert "disk/99" in refused.stderr
+
+
+# --- at once ---------------------------------------------------------------------------------------------------
+
+
+def test_at_once_is_a_value_of_its_own(world: World) -> None:
+    """`stop --now`, `restart --now`, `reset`: keys that etcdctl can write, too; no other key is touched."""
+    world.host("alpha")
+    world.running("1")
+    assert world.run("restart", "1", "--now").exit_code == 0
+    assert (world.value("1", "restart_request") or "").startswith("now:2026-03-01T12:00:00Z-")
+    assert world.run("reset", "1").stdout == "1 to be reset\n"
+    assert (world.value("1", "restart_request") or "").startswith("reset:2026-03-01T12:00:00Z-")
+    assert world.run("stop", "1", "--now").exit_code == 0
+    assert world.value("1", "power") == "off-now"
+    assert world.value("1", "shutdown_timeout") is None
+    assert "switched off" in world.run("reset", "1").stderr
+    assert world.run("stop", "--all", "--local", "--now").exit_code == 2

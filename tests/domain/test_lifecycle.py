@@ -78,6 +78,7 @@ def view(**changes: object) -> View:
 
 STOPPED_BY_US = Stopping(since=50.0, pressed_at=100.5)
 OFF = replace(WISH, power=Power.OFF)
+OFF_NOW = replace(OFF, power_off_now=True)
 THERE, ABSENT = Target(there=True), Target(there=False)
 MOVED = replace(WISH, host=OTHER)
 PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
@@ -130,6 +131,31 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
      Phase.STOPPING, Action.BURY),
     ("law 12: who shuts the host down is heeded", view(mismatch="m", process=running(), draining=True,
      lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
+    ("at once, a stop asks no guest", view(process=running(), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
+     Action.QUIT),
+    ("nor one that is shutting down", view(process=running(stopping=STOPPED_BY_US), lock=seen(locked()), wish=OFF_NOW),
+     Phase.STOPPING, Action.QUIT),
+    ("nor one whose QEMU is silent", view(process=running(connected=False), lock=seen(locked()), wish=OFF_NOW),
+     Phase.STOPPING, Action.QUIT),
+    ("nor a paused one", view(process=running(run_state="paused"), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
+     Action.QUIT),
+    ("QEMU has its time to flush", view(process=running(stopping=Stopping(since=100.0, quit_at=100.0)),
+     lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING, None),
+    ("and is killed then", view(process=running(stopping=Stopping(since=90.0, quit_at=90.0)), lock=seen(locked()),
+     wish=OFF_NOW, now=90.0 + QUIT_WAIT_S), Phase.STOPPING, Action.KILL),
+    ("at once, a restart asks no guest", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="now:1")), Phase.STOPPING, Action.QUIT),
+    ("an earlier request is no hurry for another stop", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="now:1", power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("a reset leaves the process", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.RESET),
+    ("a reset is done once", view(process=running(incarnation=replace(record(), restart_request="reset:1")),
+     lock=seen(locked()), wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, None),
+    ("a reset waits for QMP", view(process=running(connected=False), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.CONNECT),
+    ("a reset that came with another history was asked of nobody", view(process=running(), lock=seen(locked()),
+     wish=replace(WISH, restart_request="reset:1"), memory=Memory(boot_id=BOOT, restart_seen="reset:1")),
+     Phase.RUNNING, None),
     ("law 6: losing the session kills nothing", view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
     ("law 6: an unreadable lock kills nothing", view(process=running(), lock=LockView(known=True, data=b"?", as_of=9)),
@@ -365,6 +391,13 @@ TABLE: list[tuple[str, View, Phase, Action | None]] = [
     ("what is missing on the host is waited for", view(planned="x", slot=True, obstacle="no bridge br0", start_at=102.0,
      lock=seen(locked(state=LockState.STARTING, pid=None))), Phase.WAITING, None),
     ("before the lock is taken, too", view(obstacle="no bridge br0", start_at=102.0), Phase.WAITING, None),
+    ("another instance's image is waited for", view(rival="2 has it", ask_at=105.0), Phase.WAITING, None),
+    ("which is told", view(rival="2 has it", ask_at=105.0, looked=False), Phase.WAITING, Action.LOOK),
+    ("asked for", view(rival="2 has it", ask_at=100.0), Phase.WAITING, Action.ASK),
+    ("and nothing is held", view(rival="2 has it", planned="x", lock=seen(locked(state=LockState.STARTING, pid=None))),
+     Phase.WAITING, Action.RELEASE),
+    ("but what is to be fenced", view(rival="2 has it", planned="x", lock=seen(locked(state=LockState.FENCING, pid=None))),
+     Phase.WAITING, Action.FENCE),
     ("a long wait is told, so the status key is read before it", view(looked=False, obstacle="no server",
      start_at=102.0), Phase.WAITING, Action.LOOK),
     ("one for memory, too", view(looked=False, slot=False, shortage="it needs more"), Phase.WAITING, Action.LOOK),
@@ -622,7 +655,9 @@ class Supervisor:
                 | Action.FINISH
                 | Action.QUEUE
                 | Action.LOOK
+                | Action.ASK
                 | Action.TIDY
+                | Action.RESET
                 | Action.FORGET
             ):
                 raise AssertionError(action)

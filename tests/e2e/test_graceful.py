@@ -70,6 +70,38 @@ def test_guests_are_shut_down_by_acpi(keys: Keys, hosts: Hosts, guest: Guest) ->
     assert keys.lock("again") is None
 
 
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_what_is_done_at_once_asks_no_guest(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+    """A deaf guest is reset once, in its process, also when its supervisor is replaced; then restarted, and stopped."""
+    host = hosts().start()
+    put_guest(keys, host, "deaf", guest.extra_flags(deaf=True), shutdown_timeout=3600)
+    first = host.wait_running("deaf")["deaf"]
+    host.hears("deaf", "HELLO from")
+
+    keys.put("deaf", restart_request="reset:1")
+    host.hears("deaf", "HELLO from", 2)
+    assert host.qemu("deaf") == first
+    host.kill9()
+    host.start()
+    revision = keys.put("deaf", description="seen by the next supervisor")
+    host.wait_for("deaf", lambda s: s.revision >= revision and s.phase is Phase.RUNNING)
+    assert host.qemu("deaf") == first
+    assert host.console("deaf").count("HELLO from") == 2
+
+    keys.put("deaf", restart_request="now:1")
+    status = host.wait_for("deaf", lambda s: s.phase is Phase.RUNNING and s.pid not in {None, first.pid})
+    assert (status.last_exit, status.restarts) == ("host-quit", 0)
+    host.hears("deaf", "HELLO from", 3)
+
+    keys.put("deaf", power="off")
+    host.wait_for("deaf", Phase.STOPPING)
+    keys.put("deaf", power="off-now")
+    assert host.wait_for("deaf", Phase.STOPPED).last_exit == "host-quit"
+    assert GOODBYE not in host.console("deaf")
+    eventually("the lock to go", lambda: keys.lock("deaf") is None)
+
+
 def _first(host: Host, instance: str, reason: str) -> datetime:
     """When this reason was first told of the instance."""
     lines = host.events(instance=instance)

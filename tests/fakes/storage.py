@@ -10,7 +10,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
 from kvmsupervisor.domain.storage import growable, images_of
-from kvmsupervisor.fencing import NotFenced, StorageAway
+from kvmsupervisor.fencing import InUse, NotFenced, StorageAway
 
 
 def address_of(pid: int) -> str:
@@ -24,6 +24,7 @@ class FakeStorage:
     Attributes:
         users_of: by image, whom storage names as using it.
         watching: by image, who of them is alive.
+        elsewhere: by image, who else has it open when a QEMU's own client is asked for.
         fenced: in order, also those that were fenced again.
         away: it does not answer.
         refused: what it says instead of fencing.
@@ -33,6 +34,7 @@ class FakeStorage:
     def __init__(self) -> None:
         self.users_of: dict[str, set[str]] = {}
         self.watching: dict[str, set[str]] = {}
+        self.elsewhere: dict[str, set[str]] = {}
         self.fenced: list[str] = []
         self.away = False
         self.refused: str | None = None
@@ -45,6 +47,8 @@ class FakeStorage:
         spec = spec_from_object(record.spec)
         assert spec is not None
         assert record.pid is not None
+        if others := {client for image in images_of(spec) for client in self.elsewhere.get(image.name, ())}:
+            raise InUse("the image is open elsewhere, too", sorted({address_of(record.pid), *others}))
         return tuple(address_of(record.pid) for _ in images_of(spec)[:1])
 
     async def fence(self, addresses: Collection[str]) -> None:

@@ -264,6 +264,11 @@ class EtcdMember:
         subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
         self._initial_cluster = f"{self.name}={self.peer_url}"
 
+    def begin_anew(self) -> None:
+        """Forget all data: at the next start it joins the cluster that it was added to."""
+        shutil.rmtree(self._folder / self.name)
+        self._args = (*self._args, "--initial-cluster-state", "existing")
+
     @property
     def leads(self) -> bool:
         """Whether it says that it leads."""

@@ -34,6 +34,7 @@ from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
+from kvmsupervisor.sharing import holders
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
@@ -313,6 +314,7 @@ class Host:
             settle_s=SETTLE_S,
             era=lambda: self.history.present,
             recorded_for=self._recorded_for,
+            holders=lambda instance, images: holders(self.wishes, instance, images),
             mismatch=None,
             objection=lambda record: None,
             draining=lambda: False,
