@@ -22,6 +22,7 @@ from kvmsupervisor.adapters.qmp import Monitor, MonitorError
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
+from kvmsupervisor.domain.secrecy import cleaned, secrets_in
 
 log = structlog.get_logger(__name__)
 
@@ -176,7 +177,7 @@ class Foreground:
             await monitor.execute(command, timeout_s=ANSWER_S)
         except MonitorError as error:
             if not self.ended.is_set():
-                log.warning("qmp.failed", command=command, error=str(error))
+                log.warning("qmp.failed", command=command, error=cleaned(str(error), secrets_in(self._options)))
             return False
         return True
 

@@ -32,6 +32,7 @@ from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
+from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.growing import Growth
@@ -207,6 +208,7 @@ class Machine:
 
     def _begin(self, record: Incarnation) -> None:
         self.record = record
+        self._talk.secrets = secrets_in(record.argv)
         self.spec = spec_from_object(record.spec)
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
@@ -432,4 +434,10 @@ class Machine:
         assert self.record is not None
         log_tail = self._logs.tail(self.record.log_offset)
         killed_at = self.directory.guard_killed_at(self.record.incarnation)
-        return classify(shutdown=self._shutdown, status=status, log_tail=log_tail, guard_killed_at=killed_at)
+        return classify(
+            shutdown=self._shutdown,
+            status=status,
+            log_tail=log_tail,
+            guard_killed_at=killed_at,
+            secrets=self._talk.secrets,
+        )

@@ -27,6 +27,7 @@ from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain import media
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import MediumKind, NotUserData
+from kvmsupervisor.domain.secrecy import cleaned, secrets_of_url
 
 USER_DATA = "user-data"
 LEDGER = "media.json"
@@ -143,7 +144,8 @@ async def furnish(
     Raises:
         MediaTrouble: there is neither fitting user data nor a copy, or the files cannot be written.
     """
-    shown = media.shown_url(url)
+    # A server may repeat them.
+    shown, secrets = media.shown_url(url), secrets_of_url(url)
     source = _digest(media.without_user(url).encode())
     notice = None
     try:
@@ -157,11 +159,12 @@ async def furnish(
             if kept is None:
                 raise
             data, kind = kept, media.detect(kept)
-            notice = f"cloud-config {shown}: {error}; until then the copy that the last start had is used"
+            why = cleaned(str(error), secrets)
+            notice = f"cloud-config {shown}: {why}; until then the copy that the last start had is used"
         files = _files(kind, instance, uuid, data, network_config)
         await _in_thread(lambda: _write(directory, data=data, source=source, files=files, gid=gid))
     except (FetchFailed, NotUserData) as error:
-        raise MediaTrouble(f"cloud-config {shown}: {error}") from error
+        raise MediaTrouble(f"cloud-config {shown}: {cleaned(str(error), secrets)}") from error
     except OSError as error:
         raise MediaTrouble(f"cloud-config {shown}: its media cannot be made: {explain(error, directory)}") from error
     paths = [directory / name for name in files.names]

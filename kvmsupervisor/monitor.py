@@ -6,7 +6,7 @@ It decides nothing, and knows of no record: `machine.py` tells it where to conne
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.run_state import PANICKED, RUNNING
+from kvmsupervisor.domain.secrecy import cleaned
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -43,6 +44,7 @@ class Conversation:
         connect_at: when the next attempt to connect is due, CLOCK_BOOTTIME.
         probe_at: when QEMU is to be asked for its run state again.
         silent_since: since when it owes an answer, None when it answers.
+        secrets: what stands in its command line and in no public word, whatever it says back.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Conversation:
         self.probe_at = 0.0
         self._raised_at = -math.inf
         self.silent_since: float | None = None
+        self.secrets: Collection[str] = ()
         self._answered = False
 
     @property
@@ -157,9 +160,9 @@ class Conversation:
             # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
             await monitor.drained(DRAIN_S)
             return None
-        except MonitorRefused:
+        except MonitorRefused as error:
             self._heard()
-            raise
+            raise MonitorRefused(cleaned(str(error), self.secrets)) from None
         self._heard()
         return answer
 

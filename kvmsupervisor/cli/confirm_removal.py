@@ -19,7 +19,7 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.removal import SHOWN_CHARS
-from kvmsupervisor.domain.wishes import SECRET_KEYS
+from kvmsupervisor.domain.wishes import public_value
 from kvmsupervisor.settings import Settings
 
 
@@ -84,10 +84,9 @@ def _what_differs(held: Instance) -> Iterator[str]:
         raw = held.keys.get(key.encode())
         if raw is None:
             now = "removed"
-        elif key in SECRET_KEYS:
-            now = "differs"
         else:
-            now = repr(raw.value.decode(errors="replace").strip()[:SHOWN_CHARS])
+            shown = public_value(key, raw.value).decode(errors="replace").strip()[:SHOWN_CHARS]
+            now = "differs" if shown == before else repr(shown)
         yield f"  {held.id}: {key} was {before!r}, now {now}"
 
 

@@ -24,6 +24,7 @@ from kvmsupervisor.cli.output import (
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.hardware import TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.secrecy import cleaned_words
 from kvmsupervisor.settings import Settings
 
 
@@ -128,10 +129,10 @@ def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
 
     Descriptors (fd=3 and so on) and files below the run directory are made ready by the supervisor, and the machine
     type is the one that the guest was first started with. User data that was not fetched on this host yet is taken for
-    cloud-config.
+    cloud-config. Secrets in extra_flags are left out.
     """
     found, _, settings = _existing(tools, instance)
-    words = command_line(found, settings)
+    words = cleaned_words(command_line(found, settings))
     if shell:
         click.echo(shlex.join(words))
     elif output == "json":

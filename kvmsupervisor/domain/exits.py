@@ -6,9 +6,11 @@ Sources: QMP `SHUTDOWN` event and `ShutdownCause` (QEMU QMP reference manual, "r
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from kvmsupervisor.domain.secrecy import cleaned
 
 
 class ExitClass(StrEnum):
@@ -75,7 +77,12 @@ class Exit:
 
 
 def classify(
-    *, shutdown: str | None, status: WaitStatus, log_tail: Sequence[str], guard_killed_at: str | None = None
+    *,
+    shutdown: str | None,
+    status: WaitStatus,
+    log_tail: Sequence[str],
+    guard_killed_at: str | None = None,
+    secrets: Collection[str] = (),
 ) -> Exit:
     """Name the end of a QEMU process.
 
@@ -84,17 +91,18 @@ def classify(
         status: how it ended, as far as the kernel tells.
         log_tail: the last lines that this process wrote on its standard error.
         guard_killed_at: when its guard killed it, as that has written down; None when it has not.
+        secrets: what stands in its command line and in no public word (`secrecy.secrets_in`).
     """
     if guard_killed_at is not None and status in {WaitStatus(), WaitStatus(signal=SIGKILL)}:
         text = f"killed by its guard at {guard_killed_at}, because its host's session had run out (KVM_UNFENCED=guard)"
         return Exit(ExitClass.GUARD, text)
     if status.signal is not None:
         # Whatever it announced before, it was killed while at it. Who aborts has just said why.
-        words = last_error(log_tail) if status.signal == SIGABRT else None
+        words = _last_words(log_tail, secrets) if status.signal == SIGABRT else None
         return Exit(ExitClass.CRASHED, f"crashed (signal {status.signal})" + (f": {words}" if words else ""))
     if shutdown is not None and (kind := SHUTDOWN_REASONS.get(shutdown)) is not None:
         return Exit(kind, kind.value)
-    last = last_error(log_tail)
+    last = _last_words(log_tail, secrets)
     if status.code:
         return Exit(ExitClass.FAILED, f"failed: {last or f'exit status {status.code}, and no word in its log'}")
     if status.code == 0:
@@ -103,6 +111,11 @@ def classify(
             f"ended with status 0 and did not say why ({shutdown or 'no SHUTDOWN event seen'})",
         )
     return Exit(ExitClass.UNKNOWN, "ended while no supervisor watched" + (f"; last words: {last}" if last else ""))
+
+
+def _last_words(log_tail: Sequence[str], secrets: Collection[str]) -> str | None:
+    words = last_error(log_tail)
+    return None if words is None else cleaned(words, secrets)
 
 
 def last_error(log_tail: Sequence[str]) -> str | None:

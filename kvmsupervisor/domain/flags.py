@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvmsupervisor.domain.secrecy import cleaned_words
 from kvmsupervisor.domain.spec import Problem
 
 WITHOUT_ARGUMENT = frozenset(
@@ -65,7 +66,7 @@ class AllowedFlags:
             return ()
         allowed = f"allows {self}" if self.options else "allows none"
         wanted = f"leave that out: this host's KVM_EXTRA_FLAGS {allowed}"
-        return (Problem("extra_flags", " ".join(dict.fromkeys(map(repr, refused))), wanted),)
+        return (Problem("extra_flags", " ".join(dict.fromkeys(map(repr, cleaned_words(refused)))), wanted),)
 
 
 ANY_FLAGS = AllowedFlags()

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 from uuid import UUID, uuid5
 
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.secrecy import hidden_url
 from kvmsupervisor.domain.values import Unfit
 
 NOCLOUD_LABEL = "cidata"
@@ -247,10 +248,7 @@ def shown_url(text: str) -> str:
     try:
         url = media_url(text)
     except Unfit:
-        # Where the password ends nobody can tell: the last @ is the safe guess.
-        scheme, _, rest = text.rpartition("@")[0].partition("//") if "@" in text else ("", "", "")
-        hidden = f"{scheme}//…@{text.rpartition('@')[2]}" if rest else text
-        return hidden.partition("?")[0].partition("#")[0]
+        return hidden_url(text)
     user, _, host = url.netloc.rpartition("@")
     shown = urlunsplit((url.scheme, f"…@{host}" if user else host, url.path, "", ""))
     return f"{shown}?…" if url.query else shown

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from kvmsupervisor.domain.incarnation import Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.domain.wishes import SECRET_KEYS
+from kvmsupervisor.domain.wishes import public_value
 
 ALWAYS_ALLOWED = 2
 """So many removals within the window are never held, however few instances there are."""
@@ -125,7 +125,7 @@ def differing(before: Mapping[bytes, RawValue], now: Mapping[bytes, RawValue]) -
     """The values that keys had before, of those that are gone or differ now; cut to `SHOWN_CHARS`."""
     return {
         (key := name.decode(errors="replace")): (
-            "(not shown)" if key in SECRET_KEYS else raw.value.decode(errors="replace").strip()[:SHOWN_CHARS]
+            public_value(key, raw.value).decode(errors="replace").strip()[:SHOWN_CHARS]
         )
         for name, raw in sorted(before.items())
         if name not in now or now[name].value != raw.value

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.media import media_url
+from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
+from kvmsupervisor.domain.secrecy import cleaned, cleaned_flags
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     OFF_NOW,
@@ -333,10 +334,10 @@ def public_value(name: str, value: bytes) -> bytes:
     """A key's value for people: without what is nobody else's business."""
     if name in SECRET_KEYS:
         return b"(not shown)"
-    if name == "cloud-config":
-        text = values.without_userinfo(value.decode(errors="surrogateescape"))
-        return text.encode(errors="surrogateescape")
-    return value
+    hide = {"cloud-config": shown_url, "extra_flags": cleaned_flags}.get(name)
+    if hide is None:
+        return value
+    return hide(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def _shown(name: str, value: bytes) -> str:
@@ -346,7 +347,8 @@ def _shown(name: str, value: bytes) -> str:
     if name in SECRET_KEYS:
         return "a value that is not shown"
     held = invisible(value.decode(errors="replace"))
-    return show_bytes(public_value(name, value)) + ("" if held is None else f", which holds {held}")
+    shown = cleaned(public_value(name, value).decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    return show_bytes(shown) + ("" if held is None else f", which holds {held}")
 
 
 _restart = values.choice(RestartPolicy, "it")

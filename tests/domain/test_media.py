@@ -178,7 +178,9 @@ def test_what_is_no_url_is_refused_without_repeating_it(text: str) -> None:
         ("https://host/a?token=secret#part", "https://host/a?…"),
         ("file:///srv/a", "file:///srv/a"),
         ("nothing", "nothing"),
-        ("http://u:a?b@c@host/x", "http://…@host/x"),
+        ("http://u:a?b@c@host/x", "http://…"),
+        ("http://host:0/x?mail=a@b&token=secret", "http://…"),
+        ("user:secret@host/x?a=b", "…@host/x?…"),
     ],
 )
 def test_shown_urls_hide_what_may_be_secret(text: str, shown: str) -> None:

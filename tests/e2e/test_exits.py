@@ -181,3 +181,26 @@ def test_no_qemu(keys: Keys, hosts: Hosts, tiny: str) -> None:
     status = host.wait_for("1", lambda s: s.phase is Phase.BACKOFF and s.restarts > 1)
     assert status.last_exit == "failed: cannot start /nonexistent/qemu: No such file or directory"
     assert status.pid is None
+
+
+def test_qemu_repeats_a_secret(keys: Keys, hosts: Hosts) -> None:
+    """What QEMU says of an option is told without the secret in it, wherever anybody may read it."""
+    host = hosts().start()
+    wrong = "-object secret,id=s,data=hunter2hunter2,wrong=1"
+    keys.put("1", host=host.name, ram=16, extra_flags=wrong, **{"cloud-config": "nowhere/a?token=letmein"})
+    status = host.wait_for("1", Phase.INVALID)
+    assert "nowhere/a?…" in str(status.problems)
+    keys.delete("1", "cloud-config")
+    status = host.wait_for("1", lambda s: s.phase is Phase.BACKOFF and s.restarts > 1)
+    assert "data=…,wrong=1" in str(status.last_exit)
+    told = {
+        "API": host.page("/api/v1/instances/1"),
+        "page": host.page("/"),
+        "status key": str(keys.status("1")),
+        "log": host.log,
+        **{name: host.cli(name, "1").stdout for name in ("show", "argv")},
+        "check": host.cli("check").stdout,
+    }
+    assert {name: text for name, text in told.items() if "data=…" in text}.keys() == told.keys()
+    for secret in ("hunter2hunter2", "letmein"):
+        assert [name for name, text in told.items() if secret in text] == []

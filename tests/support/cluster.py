@@ -462,6 +462,10 @@ class Host:
         """Wait until the host has nothing to do with the instance any more."""
         eventually(f"{instance} to be forgotten by {self.name}", lambda: self.status(instance) is None)
 
+    def page(self, path: str = "/") -> str:
+        """What it answers over HTTP, as text."""
+        return self._fetch(path)[1]
+
     def metric(self, name: str, **labels: str) -> float:
         """One sample of `/metrics`; `name` comes without its `kvmsupervisor_`, and an instance's without `host`."""
         labels |= {"host": self.name} if "instance" in labels else {}

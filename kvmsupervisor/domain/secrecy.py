@@ -1,0 +1,151 @@
+"""Secrets in words that others may read: what QEMU says back, what a message quotes, what a command shows.
+
+QEMU repeats a wrong option as it was written, `-object secret,data=…` too, and a URL may hold a password or a token.
+There are two nets. One knows the secrets: they are read from the options or the URL in which they were given, and are
+hidden wherever they appear. The other knows how secrets are written (`password=`, `?token=`, `user:password@`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from urllib.parse import unquote
+
+from kvmsupervisor.domain.values import Unfit, shell_words
+
+HIDDEN = "…"
+
+SHORTEST = 4
+"""Characters of a secret that is looked for everywhere. Arbitrary: a shorter one protects nothing, and would make holes
+in words that have nothing to do with it. Where an option names it, it is hidden all the same."""
+
+_NAME = (
+    r"(?<![\w.-])(?:"
+    r"[\w.-]*(?:password|passwd|passphrase|token|cookie|api[_-]?key)"
+    # Whole names: `key-secret` and `password-secret` name an object, which is no secret.
+    r"|(?:[\w-]+\.)*(?:data|key|pass|secret|string|value(?==io\.systemd\.credential))"
+    r")"
+)
+"""Names of QEMU's options whose values may be secret: `data` of `-object secret`, `password` and `cookie` of block
+drivers, `key` of RBD, `string` of `-fw_cfg` and credentials in `-smbios`, by which guests are given theirs."""
+
+_GIVEN = re.compile(rf"(?P<name>{_NAME})=(?P<value>(?:,,|[^,])*(?:,[^,=]+(?=,|\Z))*)", re.IGNORECASE)
+"""In an option, where two commas stand for one. A part without `=` that follows is taken for the secret's rest: who has
+a comma in a password mistypes it just so."""
+
+_SAID = re.compile(rf"(?P<name>{_NAME})=(?:,,|[^,\s:]|:(?!\s|\Z))+", re.IGNORECASE)
+"""In a sentence, where white space ends it, or a colon before white space."""
+
+_JSON = re.compile(
+    rf"""(?P<name>(?P<quote>["']){_NAME}(?P=quote)\s*:\s*)(?P<open>["'])(?P<value>(?:\\.|(?!(?P=open))[^\\])*)""",
+    re.IGNORECASE,
+)
+"""In an option that is JSON, to which QEMU takes single quotes, too."""
+
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])(?:[A-Za-z0-9+.-]*:)?//\S*")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_QUERY = re.compile(r"[?#]")
+
+
+def cleaned(text: str, secrets: Collection[str] = ()) -> str:
+    """`text` without `secrets`, and without what is written as secrets are.
+
+    Args:
+        text: for people; one line at a time, or part of one.
+        secrets: as `secrets_in` or `secrets_of_url` found them.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    for secret in secrets:
+        text = _without_part(text, secret)
+    text = _JSON.sub(rf"\g<name>\g<open>{HIDDEN}", text)
+    text = _SAID.sub(rf"\g<name>={HIDDEN}", text)
+    return _URL.sub(lambda found: hidden_url(found[0]), text)
+
+
+def cleaned_words(words: Sequence[str]) -> tuple[str, ...]:
+    """A command line without the secrets in it."""
+    secrets = secrets_in(words)
+    return tuple(cleaned(_GIVEN.sub(rf"\g<name>={HIDDEN}", word), secrets) for word in words)
+
+
+def cleaned_flags(text: str) -> str:
+    """The value of `extra_flags` without the secrets in it; as it is without any."""
+    try:
+        words = shell_words(text)
+    except Unfit:
+        # Where a value ends nobody can tell.
+        begins = [found.end() for found in re.finditer(rf"{_NAME}[\"']?\s*[=:]|://", text, re.IGNORECASE)]
+        return text[: min(begins)] + HIDDEN if begins else text
+    shown = cleaned_words(words)
+    return text if shown == words else shlex.join(shown)
+
+
+def hidden_url(text: str) -> str:
+    """What may be a URL, without user and password, query and fragment, whether it is well written or not."""
+    head, at, tail = text.rpartition("@")
+    if at:
+        scheme, slashes, _ = head.partition("//")
+        begin = f"{scheme}//" if slashes and _SCHEME.fullmatch(scheme) else ""
+        if _QUERY.search(head):
+            # The @ ends a password, or stands in the query: all behind it is secret then.
+            return begin + HIDDEN
+        text = f"{begin}{HIDDEN}@{tail}"
+    shown, *query = _QUERY.split(text, maxsplit=1)
+    return f"{shown}?{HIDDEN}" if query else shown
+
+
+def secrets_in(words: Iterable[str]) -> frozenset[str]:
+    """The secrets in a command line of QEMU's, in the forms in which they may come back."""
+    found: set[str] = set()
+    for word in words:
+        for pattern in (_GIVEN, _JSON):
+            for match in pattern.finditer(word):
+                found.update(_forms(match["value"]))
+        for match in _URL.finditer(word):
+            url = re.split(r"(?<!,),(?!,)|[\"']", match[0], maxsplit=1)[0]
+            found |= secrets_of_url(url)
+    return frozenset(found)
+
+
+def secrets_of_url(url: str) -> frozenset[str]:
+    """The secrets in a URL: user and password, and the query with each of its values."""
+    user = (url.partition("//")[2] or url).rpartition("@")[0]
+    query = "".join(_QUERY.split(url, maxsplit=1)[1:])
+    # Which @ ends the password nobody can tell where there are several.
+    parts = {user, query, *user.split("@"), *(part.partition("=")[2] for part in re.split(r"[&;\s]", query))}
+    parts |= {part.partition(":")[2] for part in (user, *user.split("@"))}
+    return frozenset(form for part in parts for form in _forms(part))
+
+
+def _forms(value: str) -> Iterator[str]:
+    """A secret as it was written, as it was meant, and in pieces: QEMU takes it apart at commas, a log at its lines."""
+    forms = {value, value.replace(",,", ","), unquote(value), *re.split(r"(?<!,),(?!,)", value)}
+    for quoted in (f'"{value}"', f'"{value.replace(chr(34), chr(92) + chr(34))}"'):
+        try:
+            forms.add(str(json.loads(quoted, strict=False)))
+        except ValueError:
+            continue
+    for form in forms | {json.dumps(form)[1:-1] for form in forms}:
+        for line in (form, *form.splitlines()):
+            for shown in (line, line.strip()):
+                if len(shown) >= SHORTEST:
+                    yield shown
+
+
+def _without_part(text: str, secret: str) -> str:
+    """`text` without the part of a secret that a log cut off in its midst begins or ends with."""
+    at = secret.find(text[:SHORTEST], max(1, len(secret) - len(text)))
+    while len(text) >= SHORTEST and at != -1:
+        if text.startswith(secret[at:]) and len(secret) - at >= SHORTEST:
+            text = HIDDEN + text[len(secret) - at :]
+            break
+        at = secret.find(text[:SHORTEST], at + 1)
+    at = secret.find(text[-SHORTEST:])
+    while len(text) >= SHORTEST and at != -1:
+        if text.endswith(secret[: at + SHORTEST]):
+            return text[: -(at + SHORTEST)] + HIDDEN
+        at = secret.find(text[-SHORTEST:], at + 1)
+    return text
