@@ -2,7 +2,8 @@
 
 It is a memfd of fixed size, sealed so that it cannot grow. QEMU has it as an open file with a position, writes up to
 its end, and gets EPERM behind it, which it takes as "not logged" (QEMU, chardev/char.c, qemu_chr_write_log). Whoever
-reads what was written sets the position back, and QEMU goes on from there. The position belongs to the open file that
+reads what was written sets the position back, and QEMU goes on from there: first in the other half, so that it never
+writes over what is being read, then at the beginning. The position belongs to the open file that
 both have, so a successor takes that very file out of the process (pidfd_getfd). Nothing of it is on a file system: it
 cannot be replaced, leased, made longer, or be full for somebody else.
 
@@ -23,6 +24,8 @@ from typing import Self
 SIZE = 256 << 10
 """Bytes; a whole number of pages. The messages of a Linux that boots are some 60 KiB. It takes memory only where it was
 written to, and that counts as QEMU's."""
+
+HALF = SIZE // 2
 
 PAGE = 4096
 """A write that does not fit is cut at the end of a page, or of the last one."""
@@ -86,22 +89,30 @@ class LogBuffer:
         if fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND:
             # QEMU opens its logs for appending, and would never write before the end.
             fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
-        end = min(os.lseek(self.fd, 0, os.SEEK_CUR), SIZE)
-        if end == self._taken:
+        begun = os.lseek(self.fd, 0, os.SEEK_CUR)
+        if begun == self._taken:
             return b"", False
         reader = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            data = os.pread(reader, max(0, end - self._taken), self._taken)
-            # Set back by what was seen, in one step: how far behind 0 it is then was written meanwhile, behind `end`.
-            try:
-                self._taken = os.lseek(self.fd, -end, os.SEEK_CUR)
-            except OSError:
-                # It was moved by somebody else in QEMU: that log is his.
-                self._taken = os.lseek(self.fd, 0, os.SEEK_SET)
-            late = os.pread(reader, min(self._taken, SIZE), end)
+            # By the other half: what QEMU leaves behind stands still then, while it goes on. Where it wrote more than a
+            # half, which only happens without a reader, it would have to write as much again to come across it.
+            data = self._move(reader, HALF) if begun < HALF else b""
+            data += self._move(reader, 0)
         finally:
             os.close(reader)
-        return data + late, end + len(late) > SIZE - PAGE
+        return data, begun > SIZE - PAGE
+
+    def _move(self, reader: int, to: int) -> bytes:
+        """Have QEMU write on at `to`; return what it wrote before that."""
+        end = min(os.lseek(self.fd, 0, os.SEEK_CUR), SIZE)
+        try:
+            # By how far, in one step: so much behind `to` it is then was written meanwhile, behind `end`.
+            at = os.lseek(self.fd, to - end, os.SEEK_CUR)
+        except OSError:
+            # It was moved by somebody else in QEMU: that log is his.
+            at = os.lseek(self.fd, to, os.SEEK_SET)
+        begin, self._taken = self._taken, at
+        return os.pread(reader, max(0, min(end + at - to, SIZE) - begin), min(begin, SIZE))
 
     def close(self) -> None:
         """Let go of it; a QEMU that lives writes on. Closing twice is no error."""

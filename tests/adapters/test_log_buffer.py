@@ -136,3 +136,24 @@ def test_what_a_process_calls_its_log_is_looked_at() -> None:
         finally:
             os.close(pidfd)
             process.kill()
+
+
+def test_nothing_is_lost_or_changed_however_fast_it_is_written() -> None:
+    """Law: every byte once and in order, also when some are written between any two steps of the reader."""
+    buffer = LogBuffer.make("console.log")
+    count = 60_000
+    writer = f"""
+import os
+for number in range({count}):
+    os.write(1, bytes([number % 251]))
+"""
+    found = bytearray()
+    with subprocess.Popen([sys.executable, "-c", writer], stdout=buffer.fd) as process:
+        while process.poll() is None:
+            data, full = buffer.take()
+            assert not full
+            found += data
+    found += buffer.take()[0]
+    buffer.close()
+    assert len(found) == count
+    assert found == bytes(number % 251 for number in range(count))
