@@ -81,6 +81,10 @@ TABLE = [
     (11, "all have spoken", "test_history.py::test_a_machine_that_moved_since_the_backup_runs_once"),
     (11, "or are fenced", "test_history.py::test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced"),
     (11, "another cluster's", "test_history.py::test_another_clusters_etcd_is_not_touched"),
+    (12, "that process, whatever its settings", "test_machine.py::test_the_prefix_does_not_tell_who_it_is"),
+    (12, "never taken for gone", "test_machine.py::test_a_living_process_is_never_taken_for_gone"),
+    (12, "touches nothing", "test_identity.py::test_one_run_under_other_settings_touches_nothing"),
+    (12, "each setting, in every order", "e2e/test_identity.py::test_each_setting_wrong_for_one_run"),
 ]
 
 
