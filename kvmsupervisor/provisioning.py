@@ -397,12 +397,20 @@ class Provisioner:
                     HOST_RETRY_S,
                 )
         trouble = ports.trouble_with(address, spec.spice_port)
-        if trouble is not None:
+        if trouble is None:
+            return
+        if trouble == ports.TAKEN:
             raise NotReady(
                 f"spice_port: port {spec.spice_port} on {address} cannot be had: {trouble}; "
                 "give the instance another port, or end that program",
                 HOST_RETRY_S,
             )
+        key = "spice_addr" if spec.spice_addr is not None else "SPICE_ADDR"
+        raise NotReady(
+            f"{key}: {address} cannot be listened on ({trouble}): it is an address of this host, such as 127.0.0.1, or "
+            "0.0.0.0 for all of them",
+            HOST_RETRY_S,
+        )
 
 
 def _limits(spec: Spec) -> Limits:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import socket
 
+TAKEN = "another program listens there"
+"""The trouble that is the port's; every other one is the address's."""
+
 
 def trouble_with(address: str, port: int) -> str | None:
     """Why a server cannot listen there, for people; None when it can. Nothing listens afterwards."""
@@ -17,6 +20,6 @@ def trouble_with(address: str, port: int) -> str | None:
             probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return "another program listens there"
+                return TAKEN
             return error.strerror or str(error)
     return None

@@ -117,3 +117,14 @@ def test_no_etcd_at_all_ends_with_one_line() -> None:
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("\n") == 1
     assert "http://127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lsit", "list"), ("chek", "check"), ("confirm-removl", "confirm-removal")]
+)
+def test_a_command_that_is_none_gets_a_suggestion(world: World, typed: str, meant: str) -> None:
+    """A typo is usage, exit code 2, and what was probably meant is named; nonsense gets no suggestion."""
+    result = world.run(typed)
+    assert result.exit_code == 2
+    assert f"Did you mean {meant}?" in result.stderr
+    assert "Did you mean" not in world.run("xyzzy").stderr
