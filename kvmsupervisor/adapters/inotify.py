@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import weakref
 
 IN_MODIFY = 0x2
 IN_DONT_FOLLOW = 0x02000000
@@ -29,6 +30,8 @@ class Inotify:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.fd = self._checked(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        # A user has few of them (128 by default): one that is forgotten without `close` is not kept, either.
+        self._end = weakref.finalize(self, os.close, self.fd)
 
     def watch(self, path: str, *, follow: bool) -> int:
         """Watch a file, without opening it; return the number that its events have.
@@ -62,8 +65,8 @@ class Inotify:
                 return numbers
 
     def close(self) -> None:
-        """End all of it."""
-        os.close(self.fd)
+        """End all of it. Closing twice is no error."""
+        self._end()
 
     def _checked(self, result: int) -> int:
         if result < 0:
