@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def used(folder: Path) -> int:
     return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir() if ".log" in entry.name)
 
 
-@pytest.mark.skipif(shutil.which("as") is None, reason="needs binutils")
 def test_a_console_that_is_flooded_is_bounded(hosts: Hosts, keys: Keys, firmware: dict[str, str], tiny: str) -> None:
     """With and without a supervisor, in bytes; the neighbour's console and the supervisor do not notice."""
     host = hosts(KVM_LOG_MAX_BYTES="64K", KVM_LOG_KEEP="2").start()
@@ -102,7 +100,6 @@ def room_of(pid: int) -> int:
     raise AssertionError("it has none")
 
 
-@pytest.mark.skipif(shutil.which("as") is None, reason="needs binutils")
 def test_a_guest_that_resets_all_the_time(hosts: Hosts, keys: Keys, firmware: dict[str, str]) -> None:
     """It is counted, and told of at most once a minute."""
     host = hosts().start()

@@ -200,14 +200,16 @@ class EtcdMember:
         _reaper().watch(self._process.pid)
 
     def forget(self, file: Path | None) -> None:
-        """While it does not run: replace its data by those of a snapshot, or by nothing."""
-        data = self._folder / self.name
-        shutil.rmtree(data, ignore_errors=True)
-        if file is None:
-            return
+        """Kill it and replace its data by those of a snapshot, or by nothing, in its cluster; does not start it."""
+        self.lose_data()
+        if file is not None:
+            self._unpack(file)
+
+    def _unpack(self, snapshot: Path) -> None:
         argv = [
-            *("etcdctl", "snapshot", "restore", str(file), "--name", self.name, "--data-dir", str(data)),
-            *("--initial-cluster", self._initial_cluster, "--initial-advertise-peer-urls", self.peer_url),
+            *("etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)),
+            *("--name", self.name, "--initial-cluster", self._initial_cluster),
+            *("--initial-advertise-peer-urls", self.peer_url),
         ]
         environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
         done = subprocess.run(argv, capture_output=True, text=True, timeout=READY_S, env=environment, check=False)
@@ -256,13 +258,8 @@ class EtcdMember:
 
     def restore(self, snapshot: Path) -> None:
         """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
-        self.lose_data()
-        argv = ["etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)]
-        argv += ["--name", self.name, "--initial-cluster", f"{self.name}={self.peer_url}"]
-        argv += ["--initial-advertise-peer-urls", self.peer_url]
-        environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
-        subprocess.run(argv, check=True, capture_output=True, timeout=READY_S, env=environment)
         self._initial_cluster = f"{self.name}={self.peer_url}"
+        self.forget(snapshot)
 
     def begin_anew(self) -> None:
         """Forget all data: at the next start it joins the cluster that it was added to."""
