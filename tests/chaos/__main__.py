@@ -74,6 +74,8 @@ def _play(faults: tuple[Fault, ...], terms: Terms, seed: int, replay: str, optio
                     options.keep.mkdir(parents=True, exist_ok=True)
                     for host in world.hosts:
                         shutil.copy(host.folder / "log", options.keep / f"{host.name}.log")
+                    for log in world.ceph.logs:
+                        shutil.copy(log, options.keep / f"ceph-{log.name}")
 
 
 def _first(faults: tuple[Fault, ...], number: int) -> tuple[Fault, ...]:
@@ -143,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the schedule, and do nothing")
     parser.add_argument("--json", type=Path, help="write everything that was seen into this file")
-    parser.add_argument("--keep", type=Path, help="copy the supervisors' logs into this folder")
+    parser.add_argument("--keep", type=Path, help="copy the logs of supervisors and Ceph into this folder")
     parser.add_argument(
         "--sabotage",
         action="store_true",

@@ -132,6 +132,11 @@ class Ceph:
         """The keyring of `client.admin`."""
         return self.folder / "client.admin.keyring"
 
+    @property
+    def logs(self) -> list[Path]:
+        """What its daemons wrote, and said."""
+        return sorted((*self.folder.glob("*.log"), *self.folder.glob("*.out")))
+
     # --- its tools --------------------------------------------------------------------------------------------
 
     def ceph(self, *args: str) -> str:
@@ -288,7 +293,7 @@ class Ceph:
 
     def _log_end(self) -> str:
         texts = []
-        for path in (*self.folder.glob("*.out"), *self.folder.glob("*.log")):
+        for path in self.logs:
             with contextlib.suppress(OSError):
                 texts += [f"{path.name}: {line}" for line in path.read_text(errors="replace").splitlines()[-10:]]
         return "\n".join(texts)
