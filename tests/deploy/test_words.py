@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor import setting_values
+from kvmsupervisor.domain.values import Unfit
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 
@@ -66,7 +67,7 @@ def test_a_name_of_ceph_is_a_name(ceph_client: Script, word: str) -> None:
 def test_the_client_is_named_without_its_kind(ceph_client: Script) -> None:
     """Law: `client.kvm`, as Ceph shows it, is told to be `kvm` here, and in CEPH_ID."""
     ceph_client.refuses("put before it: kvm", "client.kvm")
-    with pytest.raises(setting_values.Unfit, match=r"without 'client\."):
+    with pytest.raises(Unfit, match=r"without 'client\."):
         setting_values.ceph_user("client.kvm")
 
 
