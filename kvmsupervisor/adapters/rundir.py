@@ -338,7 +338,7 @@ class RunDir:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, whatever the umask: others may pass through, and write nothing.
+    """Make a folder, and those above it that are missing, whatever the umask: others may pass, not write.
 
     QEMU, which runs as another user, opens its files in there. One that is there is left as it is.
     """

@@ -230,7 +230,7 @@ class TestPidFile:
         assert not path.exists()
 
     def test_nobody_else_can_hold_it(self, tmp_path: Path) -> None:
-        """Whoever may read a file may lock it: it is its owner's only, whatever the umask, and one of before is, too."""
+        """Whoever may read a file may lock it: it is its owner's only, whatever the umask, also one of before."""
         path = tmp_path / "pid"
         before = os.umask(0)
         try:
