@@ -23,7 +23,7 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
@@ -283,10 +283,12 @@ class Provisioner:
             raise NotReady(f"its UEFI variables cannot be made: {error}", error.retry_s) from error
 
     def _copy_variables(self, template: Path, file: Path) -> None:
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(file.parent)
         aside = file.with_name(file.name + ".new")
+        aside.unlink(missing_ok=True)
+        # Before there is anything in it, or others could open it meanwhile.
+        aside.touch(mode=0o600, exist_ok=False)
         shutil.copyfile(template, aside)
-        aside.chmod(0o600)
         self._give(aside)
         aside.replace(file)
 
