@@ -299,11 +299,9 @@ def _listen(path: str) -> socket.socket:
     except FileNotFoundError:
         pass
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    before = os.umask(0o177)
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(before)
+    # Of the socket to be, so that it is never there with another mode (unix_bind in the kernel).
+    os.fchmod(listener.fileno(), 0o600)
+    listener.bind(path)
     listener.listen(4)
     listener.setblocking(False)
     return listener

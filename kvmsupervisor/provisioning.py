@@ -23,7 +23,7 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
@@ -109,12 +109,14 @@ class HostFiles:
     Attributes:
         state_dir: folder of what outlives a boot.
         bridge_helper: QEMU's bridge helper, None to look for it.
+        bridge_owner: as whom bridges are allowed in bridge.conf: a name that no other supervisor has.
         media_root: folder below which `file:` URLs of user data are allowed, None for nowhere.
         media_cacert: authorities, beside the system's, that servers of user data are checked against.
         media_inward: whether redirects of user data may lead to this host's own addresses.
     """
 
     state_dir: Path
+    bridge_owner: str
     bridge_helper: Path | None = None
     media_root: Path | None = None
     media_cacert: Path | None = None
@@ -281,10 +283,12 @@ class Provisioner:
             raise NotReady(f"its UEFI variables cannot be made: {error}", error.retry_s) from error
 
     def _copy_variables(self, template: Path, file: Path) -> None:
-        file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(file.parent)
         aside = file.with_name(file.name + ".new")
+        aside.unlink(missing_ok=True)
+        # Before there is anything in it, or others could open it meanwhile.
+        aside.touch(mode=0o600, exist_ok=False)
         shutil.copyfile(template, aside)
-        aside.chmod(0o600)
         self._give(aside)
         aside.replace(file)
 
@@ -349,7 +353,7 @@ class Provisioner:
                 # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
                 devices.ensure(device)
         wanted = self._bridges(spec)
-        network.allow_bridges(wanted)
+        network.allow_bridges(wanted, owner=self._files.bridge_owner)
         for bridge in wanted:
             yield await network.open_tap(bridge, helper=self._files.bridge_helper)
 

@@ -146,7 +146,8 @@ def line(text: str) -> str:
 
 def ceph_user(text: str) -> str:
     """A Ceph user's name, which is an argument of Ceph's tools and the name of a section in a keyring."""
-    if not may_begin_a_word(text) or not text.isprintable() or set(text) & set(" []"):
+    is_entity = text.startswith("client.")
+    if not may_begin_a_word(text) or not text.isprintable() or set(text) & set(" []") or is_entity:
         raise Unfit("it is the name of a Ceph user without 'client.', without white space, not beginning with '-'")
     return text
 

@@ -33,6 +33,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class InstanceDir:
 
     def create(self) -> None:
         """Make the folder; it may be there already."""
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(self.path)
 
     def remove(self) -> None:
         """Delete the folder with all that is in it."""
@@ -174,6 +175,8 @@ class InstanceDir:
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            # Of the socket to be, so that it is never there with another mode (unix_bind in the kernel).
+            os.fchmod(listener.fileno(), 0o600)
             listener.bind(str(path))
             listener.listen(BACKLOG)
         except OSError:
@@ -213,7 +216,7 @@ class RunDir:
         Raises:
             AlreadyRunning: another one is.
         """
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(self.path)
         lock = self.path / "_supervisor.lock"
         descriptor = _open_lock(lock)
         try:
@@ -230,6 +233,14 @@ class RunDir:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
+        self._tighten()
+
+    def _tighten(self) -> None:
+        """Take from others what an earlier release left open to them: locks, logs, sockets."""
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    _keep_from_others(Path(folder, name))
 
     @property
     def was_used(self) -> bool:
@@ -258,7 +269,7 @@ class RunDir:
 
     def mark_draining(self, boot_id: str) -> None:
         """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(self.path)
         write_whole(self._draining, f"{boot_id}\n".encode())
 
     def unmark_draining(self) -> None:
@@ -326,6 +337,22 @@ class RunDir:
                 yield instance
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, whatever the umask: others may pass, not write.
+
+    QEMU, which runs as another user, opens its files in there. One that is there is left as it is.
+    """
+    if not path.parent.exists():
+        make_folder(path.parent)
+    try:
+        path.mkdir(mode=0o755)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    else:
+        path.chmod(0o755)
+
+
 def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new.
 
@@ -335,6 +362,8 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     aside = path.with_name(path.name + ".new")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
+            # One that was left behind by an earlier release may have another.
+            os.fchmod(file.fileno(), mode)
             file.write(data)
         aside.replace(path)
     except OSError as error:
@@ -366,6 +395,21 @@ def _open_lock(path: Path) -> int:
     with contextlib.suppress(PermissionError):
         os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+def _keep_from_others(path: Path) -> None:
+    """Take away what others may do with a file or a socket; with a lock, its group too, as in `_open_lock`.
+
+    It is not opened, because a QEMU may own it: a link, a pipe or a lease could lead astray or hold up who opens it.
+    """
+    found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(found).st_mode
+        theirs = 0o077 if path.suffix == ".lock" else 0o007
+        if (stat.S_ISREG(mode) or stat.S_ISSOCK(mode)) and mode & theirs:
+            Path(f"/proc/self/fd/{found}").chmod(stat.S_IMODE(mode) & ~theirs)
+    finally:
+        os.close(found)
 
 
 def _read(path: Path) -> bytes | None:

@@ -61,7 +61,10 @@ class PidFile:
             OSError: it cannot be opened.
         """
         while True:
-            file = path.open("a+b")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "a+b")
+            with suppress(PermissionError):
+                # Whoever may read a file may lock it (flock(2)). One of an earlier release is made so, too.
+                os.fchmod(file.fileno(), 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

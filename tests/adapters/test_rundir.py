@@ -342,3 +342,53 @@ def test_locks_and_records_are_for_their_owner_only(path: Path, umask: int) -> N
         os.umask(before)
     found = {file.name: file.stat().st_mode & 0o777 for file in path.rglob("*") if file.is_file()}
     assert found == dict.fromkeys(("_supervisor.lock", "_draining", "_guard.log", "memory.json"), 0o600)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_modes_are_no_umasks(path: Path, umask: int) -> None:
+    """Law: folders can be passed through and only written to by their owner, sockets are their owner's alone."""
+    before = os.umask(umask)
+    try:
+        directory = RunDir(path / "above" / "run").instance(ONE)
+        directory.create()
+        directory.listen(directory.qmp_socket).close()
+    finally:
+        os.umask(before)
+    modes = {entry.name: entry.stat().st_mode & 0o777 for entry in path.rglob("*")}
+    assert modes == {"above": 0o755, "run": 0o755, ONE: 0o755, "qmp.sock": 0o600}
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(path: Path) -> None:
+    """Law: a folder that cannot be made is an error that names it."""
+    (path / "run").touch()
+    with pytest.raises(FileExistsError, match="run"):
+        RunDir(path / "run").acquire()
+
+
+def test_what_was_open_to_others_is_closed(path: Path) -> None:
+    """Law: who becomes the supervisor takes from others what an earlier release left them, and follows no link."""
+    outside = path / "outside"
+    outside.touch(mode=0o644)
+    run_dir = RunDir(path / "run")
+    directory = run_dir.instance(ONE)
+    directory.create()
+    for name in ("console.lock", "console.log", "ceph.key"):
+        (directory.path / name).touch()
+        (directory.path / name).chmod(0o644)
+    directory.listen(directory.qmp_socket).close()
+    directory.qmp_socket.chmod(0o777)
+    os.mkfifo(directory.path / "pipe", 0o644)
+    (directory.path / "link").symlink_to(outside)
+    run_dir.acquire()
+    run_dir.release()
+    modes = {entry.name: entry.lstat().st_mode & 0o777 for entry in directory.path.iterdir() if not entry.is_symlink()}
+    assert modes == {"console.lock": 0o600, "console.log": 0o640, "ceph.key": 0o640, "qmp.sock": 0o770, "pipe": 0o644}
+    assert outside.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_record_is_for_its_owner_also_over_what_was_left(path: Path) -> None:
+    """Law: half a file of an earlier release, with another mode, changes nothing."""
+    (path / "one.new").touch()
+    (path / "one.new").chmod(0o644)
+    write_whole(path / "one", b"x")
+    assert (path / "one").stat().st_mode & 0o777 == 0o600

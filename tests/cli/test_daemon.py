@@ -7,6 +7,7 @@ import os
 import resource
 import select
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -228,24 +229,39 @@ class TestPidFile:
         held.release()
         assert not path.exists()
 
+    def test_nobody_else_can_hold_it(self, tmp_path: Path) -> None:
+        """Whoever may read a file may lock it: it is its owner's only, whatever the umask, also one of before."""
+        path = tmp_path / "pid"
+        before = os.umask(0)
+        try:
+            for _ in range(2):
+                held = PidFile.acquire(path)
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600
+                held.drop()
+                path.chmod(0o644)
+        finally:
+            os.umask(before)
+
     def test_a_file_removed_between_open_and_lock_is_no_ones(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """When the last owner removes the file just then, a new one is made: a lock on no file keeps nobody out."""
         path = tmp_path / "pid"
         last = PidFile.acquire(path)
-        real_open, opened = Path.open, 0
+        real_open, opened = os.open, 0
 
-        def open_then_lose(self: Path, *arguments: Any) -> Any:
+        def open_then_lose(file: Any, *arguments: Any, **more: Any) -> int:
             nonlocal opened
-            opened += 1
-            file = real_open(self, *arguments)
-            if opened == 1:
-                last.release()
-            return file
+            descriptor = real_open(file, *arguments, **more)
+            if file == path:
+                opened += 1
+                if opened == 1:
+                    last.release()
+            return descriptor
 
-        monkeypatch.setattr(Path, "open", open_then_lose)
+        monkeypatch.setattr(os, "open", open_then_lose)
         held = PidFile.acquire(path)
+        assert opened == 2
         with pytest.raises(AlreadyRunningError):
             PidFile.acquire(path)
         held.release()

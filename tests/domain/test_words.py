@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor import setting_values
@@ -45,6 +45,7 @@ def _spec(texts: dict[str, str]) -> Spec | None:
     return parse_wish(VM, {name.encode(): RawValue(text.encode(), 1) for name, text in texts.items()}).spec
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(sorted(_SOUND)), _hostile, max_size=4))
 def test_no_key_makes_an_option_of_qemu(texts: dict[str, str]) -> None:
     """Law: of all keys but `extra_flags`, no text becomes a word that begins with a hyphen, or holds a line's end."""

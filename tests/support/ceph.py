@@ -78,6 +78,9 @@ paxos min wait = 0.01
 mon osd full ratio = 0.99
 osd data = {folder}/osd
 osd objectstore = memstore
+# An OSD that is alone and was frozen for longer than its lease on reads serves nobody ever again: what would renew the
+# lease is an answer of other OSDs (Ceph's tracker, 80404; ceph-container #1682). In share of the heartbeat's 20 s.
+osd pool default read lease ratio = 100
 # Otherwise it ends at once, and what it has in memory is gone (`lose_power`).
 osd fast shutdown = false
 memstore device bytes = 1073741824

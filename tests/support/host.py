@@ -290,7 +290,7 @@ class Host:
             admission=Admission(4),
             provisioner=Provisioner(
                 host=host_side,
-                files=HostFiles(state_dir=self.path / "_state"),
+                files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
                 user=None,
                 types=KnownTypes(),
                 homes=Nowhere(survives_container=True),

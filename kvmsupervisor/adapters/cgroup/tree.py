@@ -223,7 +223,7 @@ def _wanted(limits: Limits) -> set[str]:
 def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) -> None:
     """Make one folder and write its limits; note in `kept` the controllers of those that were written."""
     parent = folder.parent
-    parent.mkdir(exist_ok=True)
+    parent.mkdir(mode=0o755, exist_ok=True)
     if hierarchy.unified:
         controllers = sorted(one for one in _wanted(limits) if hierarchy.has(one))
         for above in (hierarchy.top, parent) if controllers else ():
@@ -232,7 +232,7 @@ def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) ->
         # A new cpuset of v1 has neither processors nor memory, and takes no process before it has.
         _inherit(parent)
     # There is one already where a start of this very incarnation did not get as far as its process.
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o755, exist_ok=True)
     if "cpuset" in hierarchy.controllers:
         _inherit(folder)
     if limits.cpu_shares is not None and hierarchy.has("cpu"):
