@@ -271,7 +271,12 @@ class Single:
         settings, stand, clock = self._settings, self._stand, self._clock
         self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=stand.layout, history=self._history, on_change=self._notify
+            store=store,
+            clock=clock,
+            layout=stand.layout,
+            me=stand.holder,
+            history=self._history,
+            on_change=self._notify,
         )
         session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
         ceph = Ceph(equipment.ceph_access)
@@ -320,6 +325,8 @@ class Single:
             # It follows its own keys only: of others it knows what etcd says of a client.
             holders=lambda instance, images: (),
             mismatch=None,
+            # Its lock is a literal key, which its unit names.
+            dissent=lambda: None,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: self._leaving,

@@ -182,6 +182,7 @@ class Supervisor:
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
             notice=mismatch or "",
+            lock=layout.lock,
         )
         self._history = History(
             store=store,
@@ -235,7 +236,7 @@ class Supervisor:
         )
         self._session.follow(self._post.renewed)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
+            store=store, clock=clock, layout=layout, me=self._me, history=self._history, on_change=self._on_hosts
         )
         self._statuses = Statuses(
             publisher=self._publisher,
@@ -299,6 +300,7 @@ class Supervisor:
             recorded_for=self._recorded_for,
             holders=partial(holders, self._wishes),
             mismatch=mismatch,
+            dissent=self._neighbours.dissent,
             objection=self._objection,
             draining=lambda: self._drain.on,
             leaving=lambda: None,

@@ -160,6 +160,7 @@ class Host:
         self.session = FakeSession(etcd, name)
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
+        self.dissent: str | None = None
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
@@ -317,6 +318,7 @@ class Host:
             recorded_for=self._recorded_for,
             holders=lambda instance, images: holders(self.wishes, instance, images),
             mismatch=None,
+            dissent=lambda: self.dissent,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: None,
