@@ -10,6 +10,7 @@ import structlog
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, KeyValue, Store
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
@@ -74,7 +75,7 @@ class Statuses:
         await self._wishes.wait_synced()
         self._drop()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_again())
+            start_part(tasks, self._read_again())
             await self._publisher.run()
 
     async def _read_again(self) -> Never:
