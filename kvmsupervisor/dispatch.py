@@ -44,6 +44,7 @@ class Dispatch:
         start: called with an instance that was just made, once it was told its wish.
         on_candidates: keys of an instance with candidates (`hosts`) differ.
         on_held: a removal is held.
+        on_told: it is known anew which instances are this host's, and what they want.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Dispatch:
         start: Callable[[Instance], None],
         on_candidates: Callable[[], None],
         on_held: Callable[[], None],
+        on_told: Callable[[], None],
     ) -> None:
         self._me = me
         self._clock = clock
@@ -68,6 +70,7 @@ class Dispatch:
         self._start = start
         self._on_candidates = on_candidates
         self._on_held = on_held
+        self._on_told = on_told
         # The wishes of the instances that are this host's, and the keys that they were parsed from.
         self._read: dict[InstanceId, tuple[Mapping[bytes, RawValue], Wish]] = {}
         # The keys that each was last told of.
@@ -85,6 +88,8 @@ class Dispatch:
             self.begin_anew()
         else:
             self.tell(self._everything(), fresh=False)
+        # Also where that is nothing: it is known now.
+        self._on_told()
 
     def begin_anew(self) -> None:
         """Etcd has another history: look at all of it. What it would end here is held, whatever its number."""
@@ -136,6 +141,8 @@ class Dispatch:
             self._told[name] = self._wishes.keys_of(name)
             if known is None:
                 self._start(instance)
+        if ours:
+            self._on_told()
 
     def let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
@@ -154,6 +161,7 @@ class Dispatch:
         self._read.pop(name, None)
         self._told.pop(name, None)
         self._release({name})
+        self._on_told()
 
     def is_wanted_here(self, name: InstanceId) -> bool:
         """Whether this host is where it shall run: by the key `host`, or by the placement that stands in for it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from kvmsupervisor.adapters import accelerator, devices, firmware, users
+from kvmsupervisor.adapters import accelerator, devices, firmware, resources, users
 from kvmsupervisor.adapters.ceph import CephAccess
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.usage import memory_for_guests_mib
@@ -23,6 +23,10 @@ log = structlog.get_logger(__name__)
 
 CEPH_USER = "admin"
 """What Ceph's tools and librbd call themselves when nothing else is said."""
+
+SUPERVISOR_FILES, MACHINE_FILES = 80, 5
+"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
+both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
 
 KVM_GROUP = "kvm"
 """The group that distributions give /dev/kvm to."""
@@ -82,6 +86,7 @@ def look_around(settings: Settings) -> Equipment:
         files=HostFiles(
             state_dir=settings.state_dir,
             bridge_helper=settings.bridge_helper,
+            bridge_owner=settings.layout.session_key(settings.hostname),
             media_root=settings.media_root,
             media_cacert=settings.media_cacert,
             media_inward=settings.media_inward_redirects,
@@ -96,6 +101,19 @@ def look_at_bridge(settings: Settings) -> None:
     missing = lacking(users.effective_capabilities(), (NET_ADMIN,))
     if settings.bridge_if is not None and os.geteuid() == 0 and missing:
         log.warning("bridge.out_of_reach", bridge=settings.bridge_if, reason=what_is_lacking(missing))
+
+
+def look_at_files(limit: int, machines: int) -> None:
+    """Tell of a limit of open files that does not do for so many machines."""
+    needed = SUPERVISOR_FILES + MACHINE_FILES * machines
+    if needed > limit:
+        log.warning(
+            "files.too_few",
+            limit=limit,
+            needed=needed,
+            machines=machines,
+            reason=f"some machines will wait for files that can be opened: {resources.RAISE_IT}",
+        )
 
 
 def ceph_access(settings: Settings) -> CephAccess:

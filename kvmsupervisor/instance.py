@@ -92,7 +92,7 @@ class Instance:
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
         )
-        self.report = Report(instance, around=around, machine=self._machine, log=log)
+        self.report = Report(instance, around=around, machine=self._machine, wake=self._wake.set, log=log)
         self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
         self._lock = InstanceLock(
             store=around.store, layout=around.layout, instance=instance, session=around.session.compare

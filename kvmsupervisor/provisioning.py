@@ -109,12 +109,14 @@ class HostFiles:
     Attributes:
         state_dir: folder of what outlives a boot.
         bridge_helper: QEMU's bridge helper, None to look for it.
+        bridge_owner: as whom bridges are allowed in bridge.conf: a name that no other supervisor has.
         media_root: folder below which `file:` URLs of user data are allowed, None for nowhere.
         media_cacert: authorities, beside the system's, that servers of user data are checked against.
         media_inward: whether redirects of user data may lead to this host's own addresses.
     """
 
     state_dir: Path
+    bridge_owner: str
     bridge_helper: Path | None = None
     media_root: Path | None = None
     media_cacert: Path | None = None
@@ -351,7 +353,7 @@ class Provisioner:
                 # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
                 devices.ensure(device)
         wanted = self._bridges(spec)
-        network.allow_bridges(wanted)
+        network.allow_bridges(wanted, owner=self._files.bridge_owner)
         for bridge in wanted:
             yield await network.open_tap(bridge, helper=self._files.bridge_helper)
 

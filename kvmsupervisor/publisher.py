@@ -1,8 +1,9 @@
 """Writes what is observed of each instance into its status key, and nothing while nothing changes.
 
 Level-triggered: for every instance it knows the value wanted and the value that the key holds, and writes
-where they differ, the latest value only. Every write holds only while this host's session exists, so a
-supervisor that was frozen cannot overwrite what the next owner has written meanwhile.
+where they differ, the latest value only. Every write holds only while this host's session exists, and while the
+key is as this host knows it: what another host has written since is read first. It stays where it tells of a later
+epoch, because once a lock is let go of, the status alone says how far its instance has come (law 2).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Never, Protocol
 
@@ -23,11 +24,13 @@ from kvmsupervisor.adapters.etcd.api import (
     Delete,
     Denied,
     EtcdError,
+    Get,
     KeyValue,
     Put,
     Rejected,
     Store,
     Target,
+    TxnResult,
 )
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.status import Status
@@ -121,6 +124,10 @@ class Publisher:
         # None: the key shall go.
         self._wanted: dict[InstanceId, bytes | None] = {}
         self._known: dict[InstanceId, _Known] = {}
+        # Where another host has come further: to which epoch, as its status says.
+        self._later: dict[InstanceId, int] = {}
+        # Whom to tell when that is found.
+        self._overtaken: dict[InstanceId, Callable[[], None]] = {}
         # In the order in which they became so. Invariant: holds every id whose key may differ from what is
         # wanted; `_clean` is set exactly while it is empty.
         self._dirty: dict[InstanceId, None] = {}
@@ -149,7 +156,7 @@ class Publisher:
         What was sent before says nothing of them either.
         """
         self._era += 1
-        for known in (self._wanted, self._known, self._dirty):
+        for known in (self._wanted, self._known, self._later, self._overtaken, self._dirty):
             known.clear()
         self._clean.set()
 
@@ -157,8 +164,18 @@ class Publisher:
         """The instances whose status keys are ours, as far as known: written here, or primed."""
         return self._known.keys() | {i for i, value in self._wanted.items() if value is not None}
 
-    def set(self, instance: InstanceId, status: Status) -> None:
-        """Have the status key hold `status`. The last call counts."""
+    def set(self, instance: InstanceId, status: Status, *, overtaken: Callable[[], None] = lambda: None) -> None:
+        """Have the status key hold `status`, unless it holds one of a later epoch. The last call counts.
+
+        Args:
+            instance: whose status it is.
+            status: what is to be written.
+            overtaken: called when a later epoch is found; from then on only a status of that epoch is written.
+        """
+        if status.epoch < self._later.get(instance, 0):
+            return
+        self._later.pop(instance, None)
+        self._overtaken[instance] = overtaken
         self._want(instance, _encode(status))
 
     def forget(self, instance: InstanceId) -> None:
@@ -172,7 +189,7 @@ class Publisher:
 
     def abandon(self, instance: InstanceId) -> None:
         """Leave the status key to the host that has the instance now, whatever it holds."""
-        for known in (self._wanted, self._known, self._dirty):
+        for known in (self._wanted, self._known, self._later, self._overtaken, self._dirty):
             known.pop(instance, None)
         if not self._dirty:
             self._clean.set()
@@ -319,14 +336,51 @@ class Publisher:
         return puts, deletes
 
     async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
-        ops = [Put(self._layout.status_key(instance), value) for instance, value in puts.items()]
+        keys = {instance: self._layout.status_key(instance) for instance in puts}
+        seen = {instance: self._known[instance].revision if instance in self._known else 0 for instance in puts}
         era = self._era
-        done = await self._store.txn([self._session.compare()], ops)
-        if done.succeeded and era == self._era:
-            for instance, value in puts.items():
-                self._learn(instance, value, done.revision)
+        done = await self._store.txn(
+            [self._session.compare(), *(Compare(keys[one], Target.MOD_REVISION, seen[one]) for one in puts)],
+            [Put(keys[instance], value) for instance, value in puts.items()],
+            [Get(key) for key in keys.values()],
+        )
+        if era != self._era:
+            return done.succeeded
+        if not done.succeeded:
+            return self._heed(seen, done)
+        for instance, value in puts.items():
+            self._learn(instance, value, done.revision)
+            self._judge(instance)
+        return True
+
+    def _heed(self, seen: Mapping[InstanceId, int], done: TxnResult) -> bool:
+        """Take note of what others have written into the keys since; return whether it was that which kept us.
+
+        Args:
+            seen: the revisions that were compared with.
+            done: what was found instead, in the same order.
+        """
+        differs = False
+        for (instance, revision), kvs in zip(seen.items(), done.reads, strict=True):
+            found = next(iter(kvs), None)
+            found_at = 0 if found is None else found.mod_revision
+            if found_at == revision:
+                continue
+            differs = True
+            known, wanted = self._known.get(instance), self._wanted.get(instance)
+            if known is None or known.revision == revision:
+                self._known[instance] = _Known(None if found is None else found.value, found_at)
+            theirs = None if found is None else Status.from_json(found.value)
+            ours = None if wanted is None else Status.from_json(wanted)
+            if theirs is None or ours is None or theirs.epoch <= ours.epoch:
                 self._judge(instance)
-        return done.succeeded
+                continue
+            overtaken = self._overtaken.get(instance)
+            self.abandon(instance)
+            self._later[instance] = theirs.epoch
+            if overtaken is not None:
+                overtaken()
+        return differs
 
     async def _delete(self, instances: Sequence[InstanceId]) -> bool:
         """Delete those keys that hold a status of this host: another host may have written its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,13 @@ class Report:
     """
 
     def __init__(
-        self, instance: InstanceId, *, around: Surroundings, machine: Machine, log: FilteringBoundLogger
+        self,
+        instance: InstanceId,
+        *,
+        around: Surroundings,
+        machine: Machine,
+        wake: Callable[[], None],
+        log: FilteringBoundLogger,
     ) -> None:
         self.status = Status(
             id=instance,
@@ -43,6 +50,7 @@ class Report:
         self._instance = instance
         self._around = around
         self._machine = machine
+        self._wake = wake
         self._log = log.bind(instance=instance)
         self.notice: str | None = None
         self.looked = False
@@ -59,7 +67,7 @@ class Report:
             now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, now)
+            self._around.publisher.set(self._instance, now, overtaken=self._was_overtaken)
         self.status = now
 
     def key_was_read(self, written: Status | None) -> None:
@@ -72,6 +80,11 @@ class Report:
         """Etcd has another history: what was read of the status key, or written into it, was in the former one."""
         self.looked = False
         self._published = None
+
+    def _was_overtaken(self) -> None:
+        """Another host has had the instance since the status key was read: what was read of it is worth nothing."""
+        self.begin_anew()
+        self._wake()
 
     @property
     def knows_machine(self) -> bool:
@@ -134,7 +147,7 @@ class Report:
             self._tell_change(before, status)
         if status != self._published and self._may_publish(view):
             self._published = status
-            around.publisher.set(self._instance, status)
+            around.publisher.set(self._instance, status, overtaken=self._was_overtaken)
 
     def _may_publish(self, view: View) -> bool:
         """Whether the status key is ours to write.

@@ -24,6 +24,7 @@ from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
+from kvmsupervisor.bridges import withdraw
 from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
@@ -86,6 +87,8 @@ class Single:
         self._id = instance
         self._overrides = dict(overrides)
         self._stand = Stand.of(settings, lock_key)
+        # Not the holder: in a PID namespace the next container has another one, and takes away what this one left.
+        self._bridge_owner = f"{lock_key}@{settings.hostname}"
         self._clock = Clock()
         self._keys = Flat()
         self._locks = Flat()
@@ -243,6 +246,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
+        await withdraw(self._bridge_owner)
         around.logs.close()
         await end_session(around.session)
         return instance
@@ -285,7 +289,7 @@ class Single:
             admission=Admission(1, equipment.memory_mib),
             provisioner=Provisioner(
                 host=equipment.host_side,
-                files=equipment.files,
+                files=replace(equipment.files, bridge_owner=self._bridge_owner),
                 user=equipment.user,
                 types=MachineTypes(settings.qemu),
                 # It ends with its container, which has the cgroup that the operator gave it.

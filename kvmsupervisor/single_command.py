@@ -45,9 +45,12 @@ def furnish(settings: Settings) -> None:
     if settings.bridge_if is not None:
         look_at_bridge(settings)
         try:
+            # Without an owner: nobody here knows what of the options needs it, and until when.
             network.allow_bridges([settings.bridge_if])
         except NetworkTrouble as error:
             log.warning("bridge.not_allowed", reason=str(error))
+        if (lack := network.lack_of(settings.bridge_if)) is not None:
+            log.warning("bridge.not_allowed", reason=lack)
 
 
 class SingleCommand:

@@ -23,6 +23,7 @@ from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.bridges import Bridges
 from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
@@ -36,7 +37,7 @@ from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.draining import DrainMark
-from kvmsupervisor.equipment import Equipment, look_around
+from kvmsupervisor.equipment import Equipment, look_around, look_at_files
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover, instance_of_client
 from kvmsupervisor.fencing import CephFencing
@@ -60,10 +61,6 @@ log = structlog.get_logger(__name__)
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
-
-SUPERVISOR_FILES, MACHINE_FILES = 80, 5
-"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
-both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
 
 FLUSH_S = 2.0
 """How long a stopping supervisor tries to write its last statuses."""
@@ -314,6 +311,13 @@ class Supervisor:
             ended=lambda end, status: None,
         )
         self._failover = Failover(self._around, self._wishes)
+        self._bridges = Bridges(
+            me=self._me,
+            owner=equipment.files.bridge_owner,
+            bridge_if=equipment.host_side.bridge_if,
+            instances=self._instances,
+            clock=clock,
+        )
         self._dispatch = Dispatch(
             me=self._me,
             clock=clock,
@@ -324,6 +328,7 @@ class Supervisor:
             start=self._start,
             on_candidates=self._failover.look,
             on_held=self._confirmations.look,
+            on_told=self._bridges.heed,
         )
 
     async def _supervise(self) -> None:
@@ -343,6 +348,7 @@ class Supervisor:
                     self._confirmations.run(),
                     self._around.logs.run(),
                     self._links.run(),
+                    *(() if self._mismatch is not None else (self._bridges.run(),)),
                     *(() if self._around.guard is None else (self._around.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
@@ -450,15 +456,7 @@ class Supervisor:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
         self._dispatch.begin()
-        needed = SUPERVISOR_FILES + MACHINE_FILES * len(self._instances)
-        if needed > self._most_files:
-            log.warning(
-                "files.too_few",
-                limit=self._most_files,
-                needed=needed,
-                machines=len(self._instances),
-                reason=f"some machines will wait for files that can be opened: {resources.RAISE_IT}",
-            )
+        look_at_files(self._most_files, len(self._instances))
 
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
         """Keys or locks of these instances differ."""

@@ -1231,6 +1231,35 @@ async def test_the_epoch_goes_on_after_a_lock_was_released(host: Host) -> None:
         assert host.lock.epoch == epoch
 
 
+async def test_the_epoch_goes_on_though_a_host_was_behind(host: Host, other: Host) -> None:
+    """Law 2: who was behind while another host had the instance does not write over how far that one came."""
+    host.qemus.on_record = lambda qemu: host.is_on_record(qemu) or other.is_on_record(qemu)
+    host.disks.trouble = "Ceph does not answer"
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    await host.until(lambda: host.published)
+    host.keys.away()
+    host.put(host="b")
+    other.begin()
+    for epoch in (1, 2, 3):
+        host.put(power="on")
+        await other.runs()
+        assert other.lock is not None
+        assert other.lock.epoch == epoch
+        host.put(power="off")
+        await host.until(lambda: host.lock is None)
+    await other.told()
+    # What it says of itself differs, and nothing of what it knows.
+    host.disks.trouble = "Ceph still does not answer"
+    await host.clock.advance(60.0)
+    host.put(host="a", power="on")
+    host.disks.trouble = None
+    host.keys.back()
+    await host.runs()
+    assert host.lock is not None
+    assert host.lock.epoch == 4
+
+
 async def test_since_survives_a_new_supervisor(host: Host) -> None:
     """§7: `since` is when the phase began, whoever supervised then."""
     host.wish()

@@ -32,7 +32,7 @@ async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
         return Tap(fd=os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     monkeypatch.setattr(network, "open_tap", open_tap)
-    monkeypatch.setattr(network, "allow_bridges", lambda bridges: ())
+    monkeypatch.setattr(network, "allow_bridges", lambda bridges, **options: ())
     monkeypatch.setattr(network, "tap_name", lambda fd: "tap7")
     monkeypatch.setattr(network, "denial_of", lambda bridge: None)
     monkeypatch.setattr("kvmsupervisor.starting.index_of", lambda name: 7)

@@ -94,7 +94,7 @@ class Bench:
     def make(self, user: QemuUser | None = None) -> Provisioner:
         self.provisioner = Provisioner(
             host=self.host,
-            files=HostFiles(state_dir=self.state, media_root=self.path),
+            files=HostFiles(state_dir=self.state, bridge_owner="of-a", media_root=self.path),
             user=user,
             types=KnownTypes(),
             homes=self.homes,
@@ -120,7 +120,8 @@ class Bench:
 
     # What stands for adapters.network.
 
-    def allow(self, bridges: Sequence[str]) -> tuple[str, ...]:
+    def allow(self, bridges: Sequence[str], *, owner: str) -> tuple[str, ...]:
+        assert owner == "of-a"
         self.allowed += bridges
         return ()
 

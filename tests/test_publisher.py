@@ -85,8 +85,12 @@ def bench() -> Bench:
     return Bench()
 
 
-def status(instance: InstanceId, reason: str = "", *, host: str = "a", problems: tuple[str, ...] = ()) -> Status:
-    return Status(id=instance, host=host, phase=Phase.RUNNING, reason=reason, since="now", problems=problems)
+def status(
+    instance: InstanceId, reason: str = "", *, host: str = "a", problems: tuple[str, ...] = (), epoch: int = 0
+) -> Status:
+    return Status(
+        id=instance, host=host, phase=Phase.RUNNING, reason=reason, since="now", problems=problems, epoch=epoch
+    )
 
 
 async def test_a_status_is_written_once(bench: Bench) -> None:
@@ -398,6 +402,50 @@ async def test_what_another_host_may_have_written_is_written_over(bench: Bench) 
         publisher.doubt(ONE)
         await bench.clock.advance(1)
         assert bench.value(ONE) is None
+
+
+@pytest.mark.parametrize("ours", ["unknown", "written before", "on its way"])
+async def test_a_later_epoch_stays(bench: Bench, ours: str) -> None:
+    """Law 2: it alone says how far the instance came while nobody holds its lock. Who is behind is told, once."""
+    theirs = status(ONE, host="b", epoch=3)
+    told: list[str] = []
+
+    async def meanwhile(call: str) -> None:
+        bench.etcd.hook = None
+        bench.etcd.write(Layout().status_key(ONE), theirs.to_json())
+
+    async with bench.running() as publisher:
+        if ours == "written before":
+            publisher.set(ONE, status(ONE, epoch=1))
+            await settle()
+        if ours == "on its way":
+            bench.etcd.hook = meanwhile
+        else:
+            await meanwhile("")
+        publisher.set(ONE, status(ONE, "late", epoch=2), overtaken=lambda: told.append("once"))
+        publisher.set(TWO, status(TWO))
+        await settle()
+        assert bench.value(ONE) == theirs.to_json()
+        assert bench.value(TWO) == status(TWO).to_json()
+        publisher.set(ONE, status(ONE, "later still", epoch=2), overtaken=lambda: told.append("again"))
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == theirs.to_json()
+        assert told == ["once"]
+        publisher.set(ONE, status(ONE, epoch=3))
+        await settle()
+        assert bench.value(ONE) == status(ONE, epoch=3).to_json()
+        assert await publisher.flush(0)
+
+
+async def test_a_key_that_was_deleted_is_written(bench: Bench) -> None:
+    """By hand, say: what is not there tells of no epoch."""
+    async with bench.running() as publisher:
+        publisher.set(ONE, status(ONE, epoch=2))
+        await settle()
+        bench.etcd.erase(Layout().status_key(ONE))
+        publisher.set(ONE, status(ONE, "again", epoch=2))
+        await settle()
+        assert bench.value(ONE) == status(ONE, "again", epoch=2).to_json()
 
 
 @pytest.mark.parametrize("fault", ["none", "reply", "request", "rejected"])

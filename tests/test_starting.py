@@ -60,7 +60,7 @@ class World:
         return Media(cdroms=(self._path / url.rpartition("/")[2],), ignition=None, notice=None)
 
 
-def allow_bridges(bridges: Sequence[str]) -> tuple[str, ...]:
+def allow_bridges(bridges: Sequence[str], *, owner: str) -> tuple[str, ...]:
     return ()
 
 

@@ -19,11 +19,11 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines
+from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines, without_lines
 from kvmsupervisor.domain.words import option
 
 HELPERS = (
@@ -48,6 +48,9 @@ SAID_LIMIT = 4096
 NEW_MODE = 0o640
 """Of a bridge.conf that did not exist. Where the helper is setuid it reads the file as the user who calls it: what
 is allowed here for this supervisor shall not be allowed to every user of the host."""
+
+EDIT_TRIES = 10
+"""How often the file is read anew because somebody else has written it meanwhile. Arbitrary: once is rare."""
 
 TUNGETIFF = 0x800454D2
 """`_IOR('T', 210, unsigned int)`."""
@@ -128,34 +131,63 @@ def tap_name(fd: int) -> str:
     return request[:IFNAMSIZ].rstrip(b"\0").decode(errors="replace")
 
 
-def allow_bridges(bridges: Iterable[str], path: Path = BRIDGE_CONF) -> tuple[str, ...]:
+def allow_bridges(
+    bridges: Iterable[str], path: Path = BRIDGE_CONF, *, owner: str | None = None, net: Path = NET
+) -> tuple[str, ...]:
     """See to it that the helper may use these bridges; return those for which a line was added.
 
-    Everything else in the file stays byte for byte. A bridge that an administrator denies is left alone; `open_tap`
-    says so when it is refused. Nothing is written when nothing is to be added, which takes 0.1 ms. Otherwise the file
-    is replaced whole, and this waits for the disk once.
+    Everything else in the file stays byte for byte. A bridge that an administrator denies is left alone, and so is one
+    that is not there; `open_tap` says so when it is refused. Nothing is written when nothing is to be added, which
+    takes 0.1 ms. Otherwise the file is replaced whole, and this waits for the disk once.
+
+    Args:
+        bridges: their names.
+        path: of the file.
+        owner: who takes the lines away again (`withdraw_bridges`); None: nobody but people.
+        net: the folder of all interfaces in sysfs.
 
     Raises:
         NetworkTrouble: the file cannot be read or written, or the helper could not read it.
     """
-    with _writing:
-        try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            content = None
-        except OSError as error:
-            raise NetworkTrouble(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            added = missing(_read_acl(path, content), bridges)
-        except BrokenAcl as error:
-            raise NetworkTrouble(f"no bridge can be allowed before this line is mended: {error}") from error
-        if added:
-            try:
-                _replace(path, with_lines(content or b"", added), is_new=content is None)
-            except OSError as error:
-                lines = ", ".join(f"'allow {bridge}'" for bridge in added)
-                raise NetworkTrouble(f"{path} needs {lines}, but cannot be written: {error.strerror}") from error
+    here = [bridge for bridge in bridges if lack_of(bridge, net) is None]
+    added: tuple[str, ...] = ()
+
+    def change(content: bytes | None) -> bytes:
+        nonlocal added
+        added = missing(_read_acl(path, content), here, owner)
+        return with_lines(content or b"", added, owner)
+
+    try:
+        _edit(path, change)
+    except BrokenAcl as error:
+        raise NetworkTrouble(f"no bridge can be allowed before this line is mended: {error}") from error
+    except OSError as error:
+        lines = ", ".join(f"'allow {bridge}'" for bridge in added)
+        raise NetworkTrouble(f"{path} needs {lines}, but cannot be written: {error.strerror}") from error
     return added
+
+
+def withdraw_bridges(wanted: Container[str], path: Path = BRIDGE_CONF, *, owner: str) -> tuple[str, ...]:
+    """Take the owner's own lines away that allow other bridges than these; return those bridges.
+
+    What a person has written, or changed, stays byte for byte. Waits for the disk where there is such a line.
+
+    Raises:
+        NetworkTrouble: the file cannot be read or written.
+    """
+    gone: tuple[str, ...] = ()
+
+    def change(content: bytes | None) -> bytes:
+        nonlocal gone
+        kept, gone = without_lines(content or b"", wanted, owner)
+        return kept
+
+    try:
+        _edit(path, change)
+    except OSError as error:
+        lines = ", ".join(f"'allow {bridge}'" for bridge in gone)
+        raise NetworkTrouble(f"{path} needs {lines} no more, but cannot be written: {error.strerror}") from error
+    return gone
 
 
 def denial_of(bridge: str, path: Path = BRIDGE_CONF) -> str | None:
@@ -300,7 +332,9 @@ def _open_vhost(device: Path) -> int | None:
 
 def _explain(said: str, bridge: str, program: Path, acl: Path, net: Path) -> str:
     """A sentence for people: what stands in the way, and what would end it."""
-    if "access denied by acl file" in said or "parse default acl file" in said:
+    by_acl = "access denied by acl file" in said or "parse default acl file" in said
+    # What is not there is not allowed either: its line is written once it is.
+    if by_acl and (lack_of(bridge, net) is None or _is_kept_off(bridge, acl)):
         return _explain_acl(said, bridge, acl)
     if "/dev/net/tun" in said:
         return (
@@ -312,16 +346,26 @@ def _explain(said: str, bridge: str, program: Path, acl: Path, net: Path) -> str
             f"no tap for bridge {bridge}: {said}; the supervisor needs CAP_NET_ADMIN, and /dev/net/tun must be "
             "the tun device"
         )
+    return lack_of(bridge, net) or f"no tap for bridge {bridge}: {program} says: {said}"
+
+
+def lack_of(bridge: str, net: Path = NET) -> str | None:
+    """What to say of a bridge that is not there; None where it is, or where sysfs does not show it either way."""
     interface = net / bridge
-    if net.is_dir() and not interface.exists():
-        here = ", ".join(sorted(entry.name for entry in net.iterdir() if (entry / "bridge").is_dir())) or "none"
-        return f"there is no bridge {bridge} on this host (bridges here: {here}); ip link add {bridge} type bridge"
-    if interface.exists() and not (interface / "bridge").is_dir():
+    if not net.is_dir() or (interface / "bridge").is_dir():
+        return None
+    if interface.exists():
         return (
             f"{bridge} is a network interface of this host, but no bridge; name a bridge, or make one and add "
             f"{bridge} to it (ip link set {bridge} master BRIDGE)"
         )
-    return f"no tap for bridge {bridge}: {program} says: {said}"
+    here = ", ".join(sorted(entry.name for entry in net.iterdir() if (entry / "bridge").is_dir())) or "none"
+    return f"there is no bridge {bridge} on this host (bridges here: {here}); ip link add {bridge} type bridge"
+
+
+def _is_kept_off(bridge: str, acl: Path) -> bool:
+    """Whether it would be refused, too, if it were there: a person has to mend that."""
+    return not can_be_named(bridge) or denial_of(bridge, acl) is not None
 
 
 def _explain_acl(said: str, bridge: str, path: Path) -> str:
@@ -357,8 +401,37 @@ def _read_acl(path: Path, content: bytes | None = None) -> Acl:
     return read_acl(str(path), read)
 
 
-def _replace(path: Path, content: bytes, *, is_new: bool) -> None:
-    """Write the file whole, beside it first, with the mode and owner that it had."""
+def _edit(path: Path, change: Callable[[bytes | None], bytes]) -> None:
+    """Have `change` make the file's new content of the present one (None: there is no file); write it if it differs.
+
+    Another supervisor, or a person, may have the same file open. It is not locked: whoever may read it could keep such
+    a lock. It is looked at again right before it is replaced; who loses a line in the moment between is refused by the
+    helper, and writes it again before the next start.
+
+    Raises:
+        NetworkTrouble: the file cannot be read, or is written by others all the time.
+        OSError: it cannot be written.
+    """
+    with _writing:
+        for _ in range(EDIT_TRIES):
+            content = _content(path)
+            new = change(content)
+            if new == (content or b"") or _replace(path, content, new):
+                return
+    raise NetworkTrouble(f"{path} is being written by somebody else all the time")
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise NetworkTrouble(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
+    """Write the file whole, beside it first, with its mode and owner; False if it is not as `before` any more."""
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -366,7 +439,7 @@ def _replace(path: Path, content: bytes, *, is_new: bool) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            if is_new:
+            if before is None:
                 os.fchmod(descriptor, NEW_MODE)
             else:
                 was = path.stat()
@@ -375,22 +448,31 @@ def _replace(path: Path, content: bytes, *, is_new: bool) -> None:
             file.flush()
             # An administrator's deny lines must not be lost with the power.
             os.fsync(descriptor)
+        if _content(path) != before:
+            return False
         try:
             aside.replace(path)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            # A file that is mounted into a container cannot be replaced. What is new is at its end, so writing it
-            # where it is keeps every byte that was there.
-            _append(path, content)
+            # A file that is mounted into a container cannot be replaced.
+            _write_over(path, before or b"", content)
+        return True
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _append(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+def _write_over(path: Path, before: bytes, content: bytes) -> None:
+    """Write it where it is. Cut off anywhere, it is a file that the helper can read, with every line of people's."""
+    is_longer = content.startswith(before)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if is_longer else 0))
     try:
-        os.write(descriptor, content[os.fstat(descriptor).st_size :])
+        if is_longer:
+            os.write(descriptor, content[len(before) :])
+        else:
+            # First blank lines where its end was, then without them.
+            os.pwrite(descriptor, content.ljust(len(before), b"\n"), 0)
+            os.ftruncate(descriptor, len(content))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

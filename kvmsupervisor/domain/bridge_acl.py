@@ -3,17 +3,25 @@
 Source: `parse_acl_file` and `main` in QEMU's qemu-bridge-helper.c, which is the only description of the file. A line
 is `allow NAME`, `deny NAME`, `include FILE`, a comment that begins with `#`, or blank; `all` stands for every bridge.
 The order does not matter: a bridge is refused that no line allows, and one that any line denies.
+
+A line of ours has a comment right above it that names who wrote it and for which bridge. So it is told from those of
+people, and from those of another supervisor that has the same file, by nothing but what stands there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 NAME_LIMIT = 15
 """Bytes of a name that the helper looks at (IFNAMSIZ without its NUL)."""
 
+OWNER_LIMIT = 1000
+"""Bytes of an owner's name. The helper reads 4095 bytes of a line at once, and takes what follows for another line."""
+
 _ALL = b"all"
+_LINE = re.compile(rb"[^\n]*\n|[^\n]+\Z")
 
 
 class BrokenAcl(ValueError):
@@ -28,15 +36,23 @@ class Rule:
         allow: whether it allows.
         bridge: the bridge's name, `all` for every one.
         place: file, line number and text, for people.
+        above: the line above it.
     """
 
     allow: bool
     bridge: bytes
     place: str
+    above: bytes = b""
 
     def names(self, bridge: str) -> bool:
         """Whether it speaks of this bridge."""
-        return self.bridge in {_ALL, bridge.encode(errors="surrogateescape")}
+        return self.bridge in {_ALL, _bytes(bridge)}
+
+    def is_of_another(self, owner: str | None) -> bool:
+        """Whether it is a supervisor's own, and not `owner`'s: it may go at any time."""
+        words = self.above.split(b" ")
+        is_own = len(words) == _MARK_WORDS and self.above == _mark(words[2], self.bridge)
+        return is_own and (owner is None or self.above != _mark(_bytes(owner), self.bridge))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +85,8 @@ def read_acl(path: str, read: Callable[[str], bytes | None]) -> Acl:
 
 
 def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...]) -> Iterator[Rule]:
-    for number, line in enumerate((read(path) or b"").split(b"\n"), start=1):
+    lines = (read(path) or b"").split(b"\n")
+    for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith(b"#"):
             continue
@@ -78,7 +95,8 @@ def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...
         word, separator, rest = text.partition(b" " if b" " in text else b"\t")
         name = rest.strip()
         if separator and word in {b"allow", b"deny"}:
-            yield Rule(allow=word == b"allow", bridge=name[:NAME_LIMIT], place=place)
+            before = lines[number - 2] if number > 1 else b""
+            yield Rule(allow=word == b"allow", bridge=name[:NAME_LIMIT], place=place, above=before)
         elif separator and word == b"include":
             file = name.decode(errors="surrogateescape")
             # The helper would follow a circle until it dies; there is nothing new in it.
@@ -93,22 +111,83 @@ def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...
 
 def can_be_named(bridge: str) -> bool:
     """Whether a line can allow this bridge and no other: not one that is called `all`, nor one with white space."""
-    name = bridge.encode(errors="surrogateescape")
+    name = _bytes(bridge)
     return 0 < len(name) <= NAME_LIMIT and name != _ALL and not bridge.startswith("#") and name.split() == [name]
 
 
-def missing(acl: Acl, bridges: Iterable[str]) -> tuple[str, ...]:
+def missing(acl: Acl, bridges: Iterable[str], owner: str | None = None) -> tuple[str, ...]:
     """Those bridges for which an `allow` line is to be added, each once.
 
     Not those that are allowed already, nor those that are denied: such a line would change nothing, and only look as
-    if it did.
+    if it did. What another supervisor has written for itself is nothing to rely on.
     """
     wanted = dict.fromkeys(bridge for bridge in bridges if can_be_named(bridge))
-    return tuple(bridge for bridge in wanted if acl.denial(bridge) is None and acl.permission(bridge) is None)
+    return tuple(
+        bridge
+        for bridge in wanted
+        if acl.denial(bridge) is None
+        and not any(rule.allow and rule.names(bridge) and not rule.is_of_another(owner) for rule in acl.rules)
+    )
 
 
-def with_lines(content: bytes, bridges: Iterable[str]) -> bytes:
-    """`content` as it is, with an `allow` line for each bridge behind it."""
-    lines = b"".join(b"allow " + bridge.encode(errors="surrogateescape") + b"\n" for bridge in bridges)
+def with_lines(content: bytes, bridges: Iterable[str], owner: str | None = None) -> bytes:
+    """`content` as it is, with an `allow` line for each bridge behind it.
+
+    Args:
+        content: of the file.
+        bridges: to be allowed.
+        owner: who takes the lines away again; None: they stay, as those of people do.
+    """
+    lines = b"".join(_own(owner, bridge) if owner is not None else _line(bridge) for bridge in bridges)
     # A last line without an end would otherwise swallow the first of ours.
     return content + (b"\n" if lines and content and not content.endswith(b"\n") else b"") + lines
+
+
+def without_lines(content: bytes, wanted: Container[str], owner: str) -> tuple[bytes, tuple[str, ...]]:
+    """`content` without those lines of the owner's that allow other bridges than those wanted; and these bridges.
+
+    Everything else stays byte for byte, also a line of the owner's that a person has changed or moved.
+    """
+    lines = _LINE.findall(content)
+    kept: list[bytes] = []
+    gone: list[str] = []
+    place = 0
+    while place < len(lines):
+        bridge = _named(lines[place])
+        own = b"".join(lines[place : place + 2])
+        if bridge is None or bridge in wanted or own.removesuffix(b"\n") != _own(owner, bridge).removesuffix(b"\n"):
+            kept.append(lines[place])
+            place += 1
+        else:
+            gone.append(bridge)
+            place += 2
+    return b"".join(kept), tuple(gone)
+
+
+# --- lines of ours --------------------------------------------------------------------------------------------
+
+_MARK_WORDS = 5
+
+
+def _mark(owner: bytes, bridge: bytes) -> bytes:
+    # White space in it would make the line another one than it is taken for.
+    return b"# kvmsupervisor " + b"".join(owner.split())[:OWNER_LIMIT] + b" wants " + bridge + b":"
+
+
+def _line(bridge: str) -> bytes:
+    return b"allow " + _bytes(bridge) + b"\n"
+
+
+def _own(owner: str, bridge: str) -> bytes:
+    return _mark(_bytes(owner), _bytes(bridge)) + b"\n" + _line(bridge)
+
+
+def _named(line: bytes) -> str | None:
+    """The bridge that a mark names, whoever has written it; None where the line is no mark."""
+    words = line.removesuffix(b"\n").split(b" ")
+    is_mark = len(words) == _MARK_WORDS and line.startswith(_mark(words[2], words[-1].removesuffix(b":")))
+    return words[-1].removesuffix(b":").decode(errors="surrogateescape") if is_mark else None
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")

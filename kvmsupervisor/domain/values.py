@@ -164,11 +164,13 @@ def interface_name(text: str) -> str:
     """Return the name of a network interface.
 
     The rule is Linux's own (`dev_valid_name` in net/core/dev.c); control characters, which it would let
-    through, have no place in QEMU's bridge.conf.
+    through, have no place in QEMU's bridge.conf, and with a hyphen at its beginning it would be an option of `ip`.
     """
-    unfit = not 1 <= len(text.encode()) <= 15 or text in {".", ".."}
+    unfit = not 1 <= len(text.encode()) <= 15 or text in {".", ".."} or text.startswith("-")
     if unfit or any(c in "/:" or c.isspace() or not c.isprintable() for c in text):
-        raise Unfit("the name of a network interface has 1 to 15 bytes, no white space, no '/' and no ':'")
+        raise Unfit(
+            "the name of a network interface has 1 to 15 bytes, no white space, '/' or ':', no '-' to begin with"
+        )
     return text
 
 

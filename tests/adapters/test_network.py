@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.network import NetworkTrouble, Tap, allow_bridges, open_tap, tap_name
+from kvmsupervisor.adapters.network import NetworkTrouble, Tap, allow_bridges, open_tap, tap_name, withdraw_bridges
 from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
-from kvmsupervisor.domain.bridge_acl import BrokenAcl, read_acl
+from kvmsupervisor.domain.bridge_acl import BrokenAcl, read_acl, with_lines
 from tests.support.net import AS_ROOT, HELPER, Lan, Namespace, new_lan
 
 LIMIT_S = 30.0
@@ -113,7 +114,7 @@ async def test_many_at_once(place: Namespace) -> None:
 
 async def test_a_bridge_that_was_just_allowed(place: Namespace) -> None:
     """Law: the line that `allow_bridges` adds is one that the helper goes by."""
-    assert allow_bridges(["br0", "br1"], place.bridge_conf) == ("br1",)
+    assert allow_bridges(["br0", "br1"], place.bridge_conf, net=place.net) == ("br1",)
     tap = await opened(place, "br1")
     assert len(ports(place, "br1")) == 1
     tap.close()
@@ -168,9 +169,10 @@ async def test_a_helper_that_cannot_be_executed_after_all(place: Namespace, tmp_
     assert await refused(place, helper=broken) == f"{broken} cannot be run: Exec format error"
 
 
-async def test_no_such_bridge(place: Namespace) -> None:
-    """Law: the bridges that are there are named, and how to make one."""
-    place.bridge_conf.write_text("allow all\n")
+@pytest.mark.parametrize("conf", ["allow all\n", "# nothing\n"])
+async def test_no_such_bridge(place: Namespace, conf: str) -> None:
+    """Law: the bridges that are there are named, and how to make one, whether bridge.conf speaks of it or not."""
+    place.bridge_conf.write_text(conf)
     said = await refused(place, "br9")
     assert said == "there is no bridge br9 on this host (bridges here: br0, br1); ip link add br9 type bridge"
 
@@ -327,10 +329,14 @@ async def test_the_file_is_read_as_the_helper_reads_it(place: Namespace, conf: s
         assert "qemu-bridge-helper may not use bridge br0: " in await refused(place)
 
 
+UNSEEN = Path("/nonexistent")
+"""No sysfs: every bridge may be there."""
+
+
 def test_a_file_that_is_missing_is_made(tmp_path: Path) -> None:
     """Law: with its folder, readable for root's group at most."""
     path = tmp_path / "qemu" / "bridge.conf"
-    assert allow_bridges(["br0", "br-x", "br0"], path) == ("br0", "br-x")
+    assert allow_bridges(["br0", "br-x", "br0"], path, net=UNSEEN) == ("br0", "br-x")
     assert path.read_text() == "allow br0\nallow br-x\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [entry.name for entry in path.parent.iterdir()] == ["bridge.conf"]
@@ -346,7 +352,7 @@ def test_what_others_wrote_stays(tmp_path: Path) -> None:
         os.chown(real, 12001, 12002)
     owner = (real.stat().st_uid, real.stat().st_gid)
     path.symlink_to(real)
-    assert allow_bridges(["br1", "br9", "br0"], path) == ("br1",)
+    assert allow_bridges(["br1", "br9", "br0"], path, net=UNSEEN) == ("br1",)
     assert path.is_symlink()
     assert real.read_bytes() == before + b"\nallow br1\n"
     assert stat.S_IMODE(real.stat().st_mode) == 0o604
@@ -362,14 +368,14 @@ def test_nothing_is_written_when_nothing_is_to_be_added(tmp_path: Path, content:
     path = tmp_path / "bridge.conf"
     path.write_text(content.format(other=tmp_path / "other"))
     before = path.stat()
-    assert allow_bridges(["br0", "all", "a b", ""], path) == ()
+    assert allow_bridges(["br0", "all", "a b", ""], path, net=UNSEEN) == ()
     after = path.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_nothing_is_made_for_nobody(tmp_path: Path) -> None:
     """Law: a host without bridges in use gets no file."""
-    assert allow_bridges([], tmp_path / "qemu" / "bridge.conf") == ()
+    assert allow_bridges([], tmp_path / "qemu" / "bridge.conf", net=UNSEEN) == ()
     assert not (tmp_path / "qemu").exists()
 
 
@@ -378,7 +384,7 @@ def test_a_file_that_the_helper_cannot_read(tmp_path: Path) -> None:
     path = tmp_path / "bridge.conf"
     path.write_text("allow br0\nallow: br1\n")
     with pytest.raises(NetworkTrouble, match=r"before this line is mended: .*bridge\.conf line 2: allow: br1"):
-        allow_bridges(["br1"], path)
+        allow_bridges(["br1"], path, net=UNSEEN)
     assert path.read_text() == "allow br0\nallow: br1\n"
 
 
@@ -387,9 +393,9 @@ def test_a_file_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "bridge.conf"
     with pytest.raises(NetworkTrouble, match=rf"{path} needs 'allow br0', 'allow br1', but cannot be written: "):
-        allow_bridges(["br0", "br1"], path)
+        allow_bridges(["br0", "br1"], path, net=UNSEEN)
     with pytest.raises(NetworkTrouble, match=rf"{tmp_path} cannot be read: Is a directory"):
-        allow_bridges(["br0"], tmp_path)
+        allow_bridges(["br0"], tmp_path, net=UNSEEN)
 
 
 def test_calls_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
@@ -398,7 +404,7 @@ def test_calls_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     path.write_text("deny br0\n")
     names = [f"br{number}" for number in range(1, 41)]
     with ThreadPoolExecutor(8) as threads:
-        added = list(threads.map(lambda name: allow_bridges([name, "br1"], path), names))
+        added = list(threads.map(lambda name: allow_bridges([name, "br1"], path, net=UNSEEN), names))
     lines = path.read_text().splitlines()
     assert lines[0] == "deny br0"
     assert sorted(lines[1:]) == sorted(f"allow {name}" for name in names)
@@ -419,6 +425,72 @@ async def test_a_file_that_is_mounted_is_written_where_it_is(place: Namespace) -
     tap.close()
 
 
+async def test_own_lines_of_a_file_that_is_mounted_go(place: Namespace) -> None:
+    """Law: where the file cannot be replaced, too, and what a person has written behind them stays."""
+    host = place.folder / "of-the-host"
+    host.write_bytes(with_lines(b"deny br7\n", ["br0", "br9"], "me") + b"allow br1\n")
+    place.run("mount", "--bind", host, "/etc/qemu/bridge.conf")
+    code = "from kvmsupervisor.adapters.network import withdraw_bridges; print(withdraw_bridges(['br0'], owner='me'))"
+    assert place.run(sys.executable, "-c", code).strip() == "('br9',)"
+    assert host.read_bytes() == with_lines(b"deny br7\n", ["br0"], "me") + b"allow br1\n"
+
+
+def test_no_line_for_what_is_no_bridge(place: Namespace) -> None:
+    """Law: neither for what is not there nor for another interface; it is written once the bridge is there."""
+    place.bridge_conf.unlink()
+    assert allow_bridges(["br9", "lo"], place.bridge_conf, owner="me", net=place.net) == ()
+    assert not place.bridge_conf.exists()
+    place.run("ip", "link", "add", "br9", "type", "bridge")
+    assert allow_bridges(["br9", "lo"], place.bridge_conf, owner="me", net=place.net) == ("br9",)
+
+
+async def test_lines_of_two_supervisors(place: Namespace) -> None:
+    """Law: each takes away what it has written, and never what the other one, or a person, still needs."""
+    path = place.bridge_conf
+    for owner in ("one", "two"):
+        assert allow_bridges(["br0", "br1"], path, owner=owner, net=place.net) == ("br1",)
+        assert allow_bridges(["br0", "br1"], path, owner=owner, net=place.net) == ()
+    assert withdraw_bridges({"br0"}, path, owner="one") == ("br1",)
+    assert withdraw_bridges({"br0"}, path, owner="one") == ()
+    (await opened(place, "br1")).close()
+    assert withdraw_bridges((), path, owner="two") == ("br1",)
+    assert path.read_text() == "allow br0\n"
+
+
+def test_a_line_that_is_written_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what somebody else has written since the file was read stays, or nothing is written."""
+    path = tmp_path / "bridge.conf"
+    path.write_text("allow br0\n")
+    others = iter([b"deny br7\n", b"deny br8\n"])
+    make = tempfile.mkstemp
+
+    def meanwhile(**options: Any) -> tuple[int, str]:
+        path.write_bytes(path.read_bytes() + next(others, b""))
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", meanwhile)
+    assert allow_bridges(["br1"], path, net=UNSEEN) == ("br1",)
+    assert path.read_text() == "allow br0\ndeny br7\ndeny br8\nallow br1\n"
+    others = iter([b"# again\n"] * 100)
+    with pytest.raises(NetworkTrouble, match="is being written by somebody else all the time"):
+        allow_bridges(["br2"], path, net=UNSEEN)
+    assert b"br2" not in path.read_bytes()
+
+
+def test_own_lines_that_cannot_be_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the file stays as it is, and is named with the line and the cause."""
+    path = tmp_path / "bridge.conf"
+    path.write_bytes(before := with_lines(b"", ["br1"], "me"))
+
+    def full(**options: Any) -> tuple[int, str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(NetworkTrouble, match="needs 'allow br1' no more, but cannot be written: No space left"):
+        withdraw_bridges((), path, owner="me")
+    assert path.read_bytes() == before
+
+
 def status_of(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return dict(line.split(":", 1) for line in lines)
@@ -430,7 +502,7 @@ def status_of(pid: int) -> dict[str, str]:
 @pytest.mark.guest
 async def test_a_guest_on_the_tap_gets_an_address_and_answers(lan: Lan, guest: Guest) -> None:
     """Law: an unprivileged, sandboxed QEMU needs nothing but the descriptor."""
-    allow_bridges([lan.bridge], lan.inside.bridge_conf)
+    allow_bridges([lan.bridge], lan.inside.bridge_conf, net=lan.inside.net)
     tap = await open_tap(lan.bridge, helper=lan.inside.helper(), acl=lan.inside.bridge_conf, net=lan.inside.net)
     unprivileged = (
         *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
@@ -482,7 +554,7 @@ def test_nothing_is_left_of_a_lan_that_fails() -> None:
 @pytest.mark.skipif(not AS_ROOT, reason="a supervisor under test with mounts of its own runs as root")
 def test_a_program_around_a_lan_finds_its_bridge(lan: Lan, tmp_path: Path) -> None:
     """Law: it sees the test's bridge.conf and the host's other files, and its helper works where the bridge is."""
-    allow_bridges([lan.bridge], lan.inside.bridge_conf)
+    allow_bridges([lan.bridge], lan.inside.bridge_conf, net=lan.inside.net)
     ours, its = socket.socketpair()
     with ours, its:
         done = subprocess.run(

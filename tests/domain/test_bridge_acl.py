@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines
+from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines, without_lines
 
 
 def acl(text: str, **others: str) -> Acl:
@@ -100,3 +102,66 @@ def test_what_was_there_stays(before: bytes) -> None:
     assert after[len(before) :].lstrip(b"\n") == b"allow br1\nallow br2\n"
     assert b"\n\n" not in after
     assert with_lines(before, []) == before
+
+
+OURS = "/kvmsupervisor/hosts/a"
+
+
+@pytest.mark.parametrize("before", [b"", b"allow br0\n", b"# no end", b"\xff\r\ndeny br9"])
+@pytest.mark.parametrize("behind", [b"", b"allow br5", b"\n\n# theirs\nallow br5\n"])
+def test_own_lines_go_and_all_others_stay(before: bytes, behind: bytes) -> None:
+    """Law: whatever stands around them, nothing but an own line and its mark goes, and no line runs into the next."""
+    ends = b"" if not before or before.endswith(b"\n") else b"\n"
+    both = with_lines(before, ["br1", "br2"], OURS) + behind
+    one, gone = without_lines(both, {"br2"}, OURS)
+    assert (one, gone) == (with_lines(before, ["br2"], OURS) + behind, ("br1",))
+    assert without_lines(one, set(), OURS) == (before + ends + behind, ("br2",))
+    assert without_lines(both, {"br1", "br2"}, OURS) == (both, ())
+
+
+def test_the_last_line_may_have_lost_its_end() -> None:
+    """Law: an editor that writes none makes an own line no other one's."""
+    content = with_lines(b"", ["br1"], OURS).rstrip(b"\n")
+    assert without_lines(content, set(), OURS) == (b"", ("br1",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("allow br1", "deny br1"),
+        lambda text: text.replace("allow br1", "allow br2"),
+        lambda text: text.replace("allow br1", "  allow br1"),
+        lambda text: text.replace("\nallow", "\n\nallow"),
+        lambda text: text.partition("\n")[2],
+        lambda text: text.partition("\n")[0] + "\nallow br3\n",
+        lambda text: text.replace(OURS, OURS + "b"),
+        lambda text: "  " + text,
+    ],
+)
+def test_a_line_that_a_person_has_touched_is_the_persons(change: Callable[[str], str]) -> None:
+    """Law: changed, moved, without its mark, or under another name, it stays."""
+    content = change(with_lines(b"", ["br1"], OURS).decode()).encode()
+    assert without_lines(content, set(), OURS) == (content, ())
+
+
+def test_another_supervisors_line_is_nothing_to_rely_on() -> None:
+    """Law: it may go at any time, so there is an own one beside it; a person's line, and an own one, are enough."""
+    theirs = acl(with_lines(b"", ["br1"], "/other/hosts/a").decode())
+    assert allowed(theirs, "br1")
+    assert missing(theirs, ["br1"], OURS) == missing(theirs, ["br1"]) == ("br1",)
+    assert missing(theirs, ["br1"], "/other/hosts/a") == ()
+    assert missing(acl("allow br1\n"), ["br1"], OURS) == ()
+    # One that denies is heeded, whatever stands above it.
+    denied = with_lines(b"", ["br1"], "/other/hosts/a").replace(b"allow", b"deny").decode()
+    assert missing(acl(denied), ["br1"], OURS) == ()
+
+
+@pytest.mark.parametrize("owner", ["a b", "a\nallow all", "\t", "x" * 5000, "ü/\u2028", "a\r"])
+def test_no_owner_makes_another_line_of_its_mark(owner: str) -> None:
+    """Law: a strange prefix or lock opens no bridge, and breaks no file."""
+    content = with_lines(b"", ["br1"], owner)
+    assert len(content.splitlines()) == content.count(b"\n") == 2
+    assert max(map(len, content.split(b"\n"))) < 4000
+    rules = acl(content.decode())
+    assert [rule.bridge for rule in rules.rules] == [b"br1"]
+    assert without_lines(content, {"br1"}, owner) == (content, ())

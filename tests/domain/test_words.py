@@ -3,60 +3,138 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor import setting_values
+from kvmsupervisor.domain.hardware import Nvram, Ovmf
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.spec import RawValue, Spec
+from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.values import Unfit
-from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.domain.wishes import NUMBERED_KEYS, WISH_KEYS, parse_wish
 from kvmsupervisor.domain.words import escaped, is_name, json_option, option
-from tests.domain.test_argv import VM, argv
+from tests.domain.test_argv import HOST, VM, argv, parts
 from tests.domain.test_lock import LOCK
 
 _SOUND = {
+    "host": "h",
+    "hosts": "h i",
     "ram": "64",
     "mac": "52:54:00:00:00:01",
     "bridge": "B",
-    "rbd": "P/I",
-    "disk/1": "P/J",
+    "rbd": "P/I discard iops=7",
+    "disk/1": "P/J ro",
     "nic/1/mac": "52:54:00:00:00:02",
     "nic/1/bridge": "C",
     "spice_port": "1",
     "spice_addr": "::1",
     "spice_password": "secret",
-    "machine": "M",
-    "cpu": "C",
-    "cpus": "2",
-    "shutdown_timeout": "3",
-    "memory_limit": "1G",
     "cloud-config": "http://h/x",
+    "cpus": "2",
+    "cpu": "C",
+    "machine": "M",
+    "firmware": "uefi",
+    "hugepages": "2M",
+    "cpu_shares": "2",
+    "memory_limit": "1G",
+    "priority": "-3",
+    "power": "on",
+    "restart": "never",
+    "restart_request": "today",
+    "shutdown_timeout": "3",
 }
-_hostile = st.text(st.sampled_from("-,=:@\\/.ab%\"'{}[] é\n\0+S"), max_size=12) | st.sampled_from(
+"""A value of every key but `extra_flags`, which is QEMU's own options."""
+
+TEXTS = {"restart_request", "spice_password", "priority"}
+"""What may begin with a hyphen: it is no word of any command line."""
+
+_hostile = st.text(st.sampled_from("-,=:@\\/.ab%\"'{}[] é\n\0\x7f+S"), max_size=12) | st.sampled_from(
     ["-S", "--log-file=x/y", "--mon-host=v1:192.0.2.1:6789/x", "-x/y", "x/-y", "-q35", "-host", "q35,accel=tcg", "a\nb"]
 )
 
 
+def _wish(texts: dict[str, str]) -> Wish:
+    return parse_wish(VM, {name.encode(): RawValue(text.encode(), 1) for name, text in texts.items()})
+
+
 def _spec(texts: dict[str, str]) -> Spec | None:
-    return parse_wish(VM, {name.encode(): RawValue(text.encode(), 1) for name, text in texts.items()}).spec
+    return _wish(texts).spec
+
+
+def _words(spec: Spec) -> tuple[str, ...]:
+    ready = {"spice_password": "/r/p", "nvram": Nvram(file="/r/n"), "media": ("/r/m",), "ignition": "/r/i"}
+    return argv(spec, replace(HOST, ovmf=Ovmf(code="/c", variables="/v")), **ready)
+
+
+def _names(word: str) -> Iterator[str]:
+    """The names of the parameters in one option's argument, as QEMU takes it apart; of JSON those at every depth."""
+    if word.startswith("{"):
+        found = [json.loads(word)]
+        while found:
+            one = found.pop()
+            if isinstance(one, dict):
+                yield from one
+                found += one.values()
+        return
+    first, *rest = parts(word)
+    yield from (part.partition("=")[0] for part in ([first, *rest] if "=" in first else rest))
+
+
+def _shape(spec: Spec) -> set[tuple[str, str]]:
+    """Every option of the command line, and with it the name of every parameter."""
+    words = _words(spec)[1:]
+    options = {(word, "") for word in words if word.startswith("-")}
+    # A CPU's features are the user's own, in letters that QEMU's other options have no use for.
+    given = {
+        (o, name) for o, word in pairwise(words) if o[0] == "-" != word[0] and o != "-cpu" for name in _names(word)
+    }
+    return options | given
+
+
+def _sound_shapes() -> set[tuple[str, str]]:
+    usual = [
+        _SOUND,
+        _SOUND | {"rbd": "P/I", "disk/1": "P/J discard"},
+        {n: _SOUND[n] for n in _SOUND if n != "firmware"},
+    ]
+    usual += [{name: text for name, text in _SOUND.items() if name not in {"spice_password", "hugepages"}}]
+    specs = [_spec(texts) for texts in usual]
+    return {one for spec in specs if spec is not None for one in _shape(spec)}
+
+
+def test_every_key_is_in_these_tests() -> None:
+    """Law: a key that is added is tried with hostile texts, too."""
+    numbered = {name.replace("<n>", "1") for name in NUMBERED_KEYS}
+    assert _SOUND.keys() | {"extra_flags"} == {*WISH_KEYS, *numbered}
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(sorted(_SOUND)), _hostile, max_size=4))
 def test_no_key_makes_an_option_of_qemu(texts: dict[str, str]) -> None:
-    """Law: of all keys but `extra_flags`, no text becomes a word that begins with a hyphen, or holds a line's end."""
-    usual = _spec(_SOUND)
-    assert usual is not None
-    ours = {word for word in argv(usual, spice_password="/r/p") if word.startswith("-")}
+    """Law: whatever is let through, the command line has no option, no parameter and no control character more."""
     spec = _spec(_SOUND | texts)
     if spec is not None:
-        words = argv(spec, spice_password="/r/p")
-        assert {word for word in words if word.startswith("-")} <= ours
-        assert not any(set(word) & set("\n\0") for word in words)
+        assert _shape(spec) <= _sound_shapes()
+        assert all(word.isprintable() for word in _words(spec))
+
+
+@pytest.mark.parametrize("key", sorted(_SOUND.keys() - TEXTS))
+@pytest.mark.parametrize("text", ["-", "-x", "--log-file=x", "-x/y", "a\0b", "a\x1bb", "\x7f"])
+def test_what_is_refused_is_named(key: str, text: str) -> None:
+    """Law: no key takes a hyphen at its beginning or a control character, and the problem names that key."""
+    assert [problem.key for problem in _wish(_SOUND | {key: text}).problems] == [key]
+
+
+@pytest.mark.parametrize("key", sorted(_SOUND.keys() - TEXTS - {"hosts"}))
+def test_no_value_has_two_lines(key: str) -> None:
+    """Law: the same of a line's end; names of hosts may stand in lines of their own."""
+    assert [problem.key for problem in _wish(_SOUND | {key: f"{_SOUND[key]}\n{_SOUND[key]}"}).problems] == [key]
 
 
 @pytest.mark.parametrize("key", ["rbd", "disk/1", "cpu", "machine"])

@@ -87,7 +87,59 @@ def test_a_denied_bridge_is_waited_for(keys: Keys, lan: Lan, host: Host, tiny: s
     host.wait_for("net", lambda status: status.phase is Phase.WAITING and "bridge.conf" in status.reason)
     lan.inside.bridge_conf.write_text("# open\n")
     host.wait_running("net")
-    assert lan.inside.bridge_conf.read_text() == f"# open\nallow {lan.bridge}\n"
+    assert own_lines(lan, host) == [lan.bridge]
+    assert lan.inside.bridge_conf.read_text().startswith("# open\n# kvmsupervisor ")
+
+
+def own_lines(lan: Lan, host: Host) -> list[str]:
+    """The bridges that bridge.conf allows by lines of this host's supervisor."""
+    owner = f"{host.keys.layout.facts}/hosts/{host.name}"
+    text = lan.inside.bridge_conf.read_text() if lan.inside.bridge_conf.exists() else ""
+    found = re.findall(r"^# kvmsupervisor (\S+) wants (\S+):\nallow (\S+)$", text, flags=re.MULTILINE)
+    return [bridge for its, bridge, allowed in found if its == owner and bridge == allowed]
+
+
+def test_lines_of_bridge_conf_come_and_go(keys: Keys, lan: Lan, host: Host, tiny: str) -> None:
+    """None before the bridge is there; own ones go with the last instance that wants them; people's stay for ever."""
+    theirs = "# of people\nallow br-theirs\n# kvmsupervisor /other/hosts/b wants br-two:\nallow br-two\n"
+    lan.inside.bridge_conf.write_text(theirs)
+    host.start()
+    for name, bridge, mac in (
+        ("one", "br-two", MAC),
+        ("two", "br-two", MAC[:-1] + "8"),
+        ("three", "br-three", MAC[:-1] + "9"),
+    ):
+        keys.put(name, mac=mac, bridge=bridge, ram=16, extra_flags=tiny, shutdown_timeout=0, host=host.name)
+    host.wait_for("three", lambda status: "there is no bridge br-three" in status.reason)
+    assert lan.inside.bridge_conf.read_text() == theirs
+    for bridge in ("br-two", "br-three"):
+        lan.inside.run("ip", "link", "add", bridge, "type", "bridge")
+    host.wait_running("one", "two", "three")
+    assert sorted(own_lines(lan, host)) == ["br-three", "br-two"]
+
+    # A stopped machine wants its bridge, a removed one does not; of two, one is enough to want it.
+    keys.put("one", power="off")
+    host.wait_for("one", lambda status: status.phase is Phase.STOPPED)
+    keys.delete("two")
+    keys.delete("three")
+    eventually("br-three to go", lambda: own_lines(lan, host) == ["br-two"])
+    keys.delete("one")
+    eventually("br-two to go", lambda: own_lines(lan, host) == [])
+    assert lan.inside.bridge_conf.read_text() == theirs
+
+
+def test_lines_that_a_killed_supervisor_left_go(keys: Keys, lan: Lan, host: Host, tiny: str) -> None:
+    """What is ours is told by the file itself: the next supervisor takes away what nobody wants by then."""
+    host.start()
+    keys.put("net", mac=MAC, bridge=lan.bridge, ram=16, extra_flags=tiny, shutdown_timeout=0, host=host.name)
+    host.wait_running("net")
+    keys.put("net", power="off")
+    host.wait_for("net", lambda status: status.phase is Phase.STOPPED)
+    host.kill9()
+    assert own_lines(lan, host) == [lan.bridge]
+    keys.delete("net")
+    host.start()
+    eventually("its line to go", lambda: own_lines(lan, host) == [])
 
 
 def test_two_nics(keys: Keys, lan: Lan, host: Host, tiny: str) -> None:

@@ -146,7 +146,7 @@ class LockStore(FakeEtcd):
 class Host:
     """A host with one instance's loop, which `begin` starts and `die` ends as SIGKILL would.
 
-    Several hosts share `etcd`, `clock` and `qemus`.
+    Several hosts share `etcd`, `clock` and `qemus`. Keys and locks are followed by `keys`, which may be cut off alone.
     """
 
     def __init__(self, etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus, *, name: str = "a") -> None:
@@ -156,6 +156,7 @@ class Host:
         self.path = Path(tempfile.mkdtemp(prefix="kvs"))
         self.run_dir = RunDir(self.path)
         self.store = LockStore(etcd)
+        self.keys = etcd.peer()
         self.session = FakeSession(etcd, name)
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
@@ -202,7 +203,7 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.wishes = Wishes(
-            store=self.etcd.peer(),
+            store=self.keys,
             clock=self.clock,
             layout=LAYOUT,
             history=self.history,
@@ -289,7 +290,7 @@ class Host:
             admission=Admission(4),
             provisioner=Provisioner(
                 host=host_side,
-                files=HostFiles(state_dir=self.path / "_state"),
+                files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
                 user=None,
                 types=KnownTypes(),
                 homes=Nowhere(survives_container=True),

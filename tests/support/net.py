@@ -5,8 +5,8 @@ pipe is closed, the process ends, and the kernel removes bridge, veths and taps:
 host's firewall (Docker's, for instance) has no say in it, and an ordinary user can do it all in a user namespace.
 
 A supervisor under test stays in the host's network, where it reaches etcd on loopback. `Lan.around` starts it with
-mounts of its own, in which `/etc/qemu` is the test's and `qemu-bridge-helper` is the real helper, run where the bridge
-is. QEMU only gets a descriptor, which works wherever QEMU is.
+mounts of its own, in which `/etc/qemu` and the interfaces in `/sys` are the test's and `qemu-bridge-helper` is the real
+helper, run where the bridge is. QEMU only gets a descriptor, which works wherever QEMU is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ AS_ROOT = os.geteuid() == 0
 
 _MOUNTS = 'mount --bind /etc "$0/real" && mount --bind "$0/etc" /etc'
 """Puts a test's /etc in place, `$0` being its folder. The host's own is to be seen at `real`."""
+
+
+_SYSFS = (
+    'mkdir -p "$0/sys" && nsenter --net="$3" mount -t sysfs sysfs "$0/sys"'
+    ' && for it in class/net devices/virtual/net; do mount --bind "$0/sys/$it" "/sys/$it" || exit; done'
+)
+"""Puts the interfaces of a test's network, `$3`, in place, and nothing else: cgroups are to be seen below /sys, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +211,8 @@ class Lan:
 
     def around(self, *argv: str | Path) -> list[str]:
         """The command line that starts a supervisor (as root) so that its helper finds this bridge."""
-        script = f'{_MOUNTS} && mount --bind "$1" "$2" && shift 2 && exec "$@"'
-        words = (self.inside.folder, self.inside.helper(), HELPER, *argv)
+        script = f'{_MOUNTS} && mount --bind "$1" "$2" && {_SYSFS} && shift 3 && exec "$@"'
+        words = (self.inside.folder, self.inside.helper(), HELPER, f"/proc/{self.inside.pid}/ns/net", *argv)
         return ["unshare", "--mount", "--propagation=private", "sh", "-c", script, *map(str, words)]
 
 
