@@ -20,7 +20,7 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.etcd import Etcd, Store
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
@@ -38,8 +38,6 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.failover import other_of_client
 from kvmsupervisor.fencing import CephFencing
@@ -232,7 +230,7 @@ class Single:
                     self._neighbours.run(),
                     self._history.run(),
                     self._history.run_speaking(self._may_speak, self._speak),
-                    self._publish(store, instance),
+                    self._publish(instance),
                     self._first_look(instance),
                     around.logs.run(),
                 )
@@ -434,20 +432,9 @@ class Single:
 
     # --- around -----------------------------------------------------------------------------------------------
 
-    async def _publish(self, store: Store, instance: Instance) -> None:
+    async def _publish(self, instance: Instance) -> None:
         """Learn what the status key holds, then keep it up."""
-        failures = 0
-        while True:
-            try:
-                found = await store.get(self._stand.layout.status_key(self._id))
-                break
-            except EtcdError as error:
-                failures += 1
-                log.warning("statuses.unread", reason=str(error))
-                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
-        if found is not None:
-            self._around.publisher.prime([found])
-            written = Status.from_json(found.value)
-            if written is not None and written.host == self._stand.holder:
-                instance.report.recall(written)
+        written = (await self._around.publisher.learn(self._id)).get(self._id)
+        if written is not None:
+            instance.report.recall(written)
         await self._around.publisher.run()

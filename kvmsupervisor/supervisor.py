@@ -239,16 +239,11 @@ class Supervisor:
             store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
         )
         self._statuses = Statuses(
-            store=store,
-            clock=clock,
-            layout=layout,
-            me=self._me,
             publisher=self._publisher,
             wishes=self._wishes,
             instances=self._instances,
             # Whether a status without keys is the last word on an instance is known under one's own settings only.
             drops=mismatch is None,
-            rand=random.random,
         )
         self.face = Face(
             host=self._me,
