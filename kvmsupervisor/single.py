@@ -320,6 +320,7 @@ class Single:
             recorded_for=self._recorded_for,
             # It follows its own keys only: of others it knows what etcd says of a client.
             holders=lambda instance, images: (),
+            namesakes=lambda instance, images: (),
             mismatch=None,
             objection=lambda record: None,
             draining=lambda: False,

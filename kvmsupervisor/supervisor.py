@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Callable, Set
 from dataclasses import replace
-from functools import partial
 
 import structlog
 
@@ -53,7 +52,7 @@ from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
-from kvmsupervisor.sharing import holders
+from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
@@ -262,6 +261,7 @@ class Supervisor:
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
         self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
+        namesakes = Namesakes(self._wishes)
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -298,7 +298,8 @@ class Supervisor:
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
             recorded_for=self._recorded_for,
-            holders=partial(holders, self._wishes),
+            holders=namesakes.holders,
+            namesakes=namesakes.of,
             mismatch=mismatch,
             objection=self._objection,
             draining=lambda: self._drain.on,
@@ -318,6 +319,7 @@ class Supervisor:
             clock=clock,
             wishes=self._wishes,
             instances=self._instances,
+            namesakes=namesakes,
             guard=self._guard,
             admit=self._admit,
             start=self._start,
