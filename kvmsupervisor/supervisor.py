@@ -23,6 +23,7 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.bridges import Bridges
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
@@ -331,7 +332,7 @@ class Supervisor:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
         async with asyncio.TaskGroup() as parts:
             serving = [
-                parts.create_task(part)
+                start_part(parts, part)
                 for part in (
                     self._wishes.run(),  # first: reading a large cluster takes longest
                     self._neighbours.run(),
@@ -410,12 +411,7 @@ class Supervisor:
                 self.stop()
 
     def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
-        """An instance that was not known here has become this host's.
-
-        Args:
-            name: which.
-            fresh: its keys were just written, so that its status key may be older than what was read of it.
-        """
+        """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)
