@@ -1232,7 +1232,7 @@ async def test_the_epoch_goes_on_after_a_lock_was_released(host: Host) -> None:
 
 
 async def test_the_epoch_goes_on_after_a_release_that_the_watch_has_not_shown(host: Host) -> None:
-    """Law 2: what was let go of here a moment ago still looks as if it were held; the status alone knows how far it came."""
+    """Law 2: what was let go of here a moment ago still looks held; the status alone knows how far it came."""
     left = theirs(host=HostName("a"), boot_id="boot-a", pid=None, starttime=None)
     host.etcd.write(LOCK_KEY, left.to_json())
     last = Status(id=ONE, host="a", phase=Phase.STOPPED, reason="", since="", epoch=left.epoch)
