@@ -318,6 +318,7 @@ class Instance:
             obstacle=self._start.obstacle,
             rival=self._start.sharing.rival,
             ask_at=self._start.sharing.ask_at,
+            shared=self._start.sharing.shared(self._machine.spec),
             guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Set
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, dissent
@@ -63,8 +64,8 @@ class Neighbours:
     async def run(self) -> None:
         """Follow them, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._hosts.run())
-            tasks.create_task(self._name.run())
+            start_part(tasks, self._hosts.run())
+            start_part(tasks, self._name.run())
 
     def has_session(self, host: HostName) -> bool | None:
         """Whether a host has a session; None when that is not known in the history that etcd has now."""

@@ -25,6 +25,7 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.bridges import withdraw
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
@@ -221,7 +222,7 @@ class Single:
         )
         async with asyncio.TaskGroup() as parts:
             serving = [
-                parts.create_task(part)
+                start_part(parts, part)
                 for part in (
                     around.session.run(),
                     self._links.run(),
@@ -234,8 +235,8 @@ class Single:
                     around.logs.run(),
                 )
             ]
-            loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
-            impatient = parts.create_task(self._give_up_on_etcd(instance, loop))
+            loop = start_part(parts, keep_going(instance, clock=self._clock, on_error=lambda: None))
+            impatient = start_part(parts, self._give_up_on_etcd(instance, loop))
             await asyncio.wait([loop])
             if around.session.held:
                 await around.publisher.flush(FLUSH_S)
@@ -324,6 +325,7 @@ class Single:
             recorded_for=self._recorded_for,
             # It follows its own keys only: of others it knows what etcd says of a client.
             holders=lambda instance, images: (),
+            namesakes=lambda instance, images: (),
             mismatch=None,
             # Its lock is a literal key, which its unit names.
             dissent=lambda: None,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Never
 
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
@@ -44,7 +45,7 @@ class Statuses:
         await self._wishes.wait_synced()
         self._drop()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._read_again())
+            start_part(tasks, self._read_again())
             await self._publisher.run()
 
     async def _read_again(self) -> Never:

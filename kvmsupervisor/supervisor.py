@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Callable, Set
 from dataclasses import replace
-from functools import partial
 
 import structlog
 
@@ -24,6 +23,7 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.bridges import Bridges
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
@@ -52,7 +52,7 @@ from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
-from kvmsupervisor.sharing import holders
+from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
@@ -262,6 +262,7 @@ class Supervisor:
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
         self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
+        namesakes = Namesakes(self._wishes)
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -298,7 +299,8 @@ class Supervisor:
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
             recorded_for=self._recorded_for,
-            holders=partial(holders, self._wishes),
+            holders=namesakes.holders,
+            namesakes=namesakes.of,
             mismatch=mismatch,
             dissent=self._neighbours.dissent,
             objection=self._objection,
@@ -319,6 +321,7 @@ class Supervisor:
             clock=clock,
             wishes=self._wishes,
             instances=self._instances,
+            namesakes=namesakes,
             guard=self._guard,
             admit=self._admit,
             start=self._start,
@@ -331,7 +334,7 @@ class Supervisor:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
         async with asyncio.TaskGroup() as parts:
             serving = [
-                parts.create_task(part)
+                start_part(parts, part)
                 for part in (
                     self._wishes.run(),  # first: reading a large cluster takes longest
                     self._neighbours.run(),
@@ -410,12 +413,7 @@ class Supervisor:
                 self.stop()
 
     def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
-        """An instance that was not known here has become this host's.
-
-        Args:
-            name: which.
-            fresh: its keys were just written, so that its status key may be older than what was read of it.
-        """
+        """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)

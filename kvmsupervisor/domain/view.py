@@ -204,6 +204,7 @@ class View:
         obstacle: what was missing, None when nothing was.
         rival: for which other instance of the same image it waits, for people; None when for none.
         ask_at: when it is to be asked again whether that image is free.
+        shared: which others name an image of the machine that runs, for people; None when none does.
         guarded: whether the guard watches the process, which may write to what no storage can fence; None when it need
             not be watched.
         guard_at: when the guard is worth the next attempt; the past when now.
@@ -247,6 +248,7 @@ class View:
     obstacle: str | None = None
     rival: str | None = None
     ask_at: float = 0.0
+    shared: str | None = None
     guarded: bool | None = None
     guard_at: float = 0.0
     guard_trouble: str | None = None
