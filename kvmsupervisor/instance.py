@@ -291,6 +291,7 @@ class Instance:
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
             mismatch=around.mismatch,
+            dissent=around.dissent(),
             held=self._held,
             held_why=self._memory.held_why,
             era=around.era(),

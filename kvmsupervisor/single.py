@@ -272,7 +272,12 @@ class Single:
         settings, stand, clock = self._settings, self._stand, self._clock
         self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=stand.layout, history=self._history, on_change=self._notify
+            store=store,
+            clock=clock,
+            layout=stand.layout,
+            me=stand.holder,
+            history=self._history,
+            on_change=self._notify,
         )
         session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
         ceph = Ceph(equipment.ceph_access)
@@ -322,6 +327,8 @@ class Single:
             holders=lambda instance, images: (),
             namesakes=lambda instance, images: (),
             mismatch=None,
+            # Its lock is a literal key, which its unit names.
+            dissent=lambda: None,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: self._leaving,

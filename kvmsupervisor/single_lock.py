@@ -98,7 +98,12 @@ class SingleLock:
         )
         self._era = self._mirror.era
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=stand.layout, history=history, on_change=self._wake.set
+            store=store,
+            clock=clock,
+            layout=stand.layout,
+            me=stand.holder,
+            history=history,
+            on_change=self._wake.set,
         )
 
     @property

@@ -182,6 +182,7 @@ class Supervisor:
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
             notice=mismatch or "",
+            lock=layout.lock,
         )
         self._history = History(
             store=store,
@@ -235,7 +236,7 @@ class Supervisor:
         )
         self._session.follow(self._post.renewed)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
+            store=store, clock=clock, layout=layout, me=self._me, history=self._history, on_change=self._on_hosts
         )
         self._statuses = Statuses(
             publisher=self._publisher,
@@ -301,6 +302,7 @@ class Supervisor:
             holders=namesakes.holders,
             namesakes=namesakes.of,
             mismatch=mismatch,
+            dissent=self._neighbours.dissent,
             objection=self._objection,
             draining=lambda: self._drain.on,
             leaving=lambda: None,

@@ -60,6 +60,7 @@ class Surroundings:
         recorded_for: the instance whose lock has a storage client on record, None when none has; raises `EtcdError`
             where that is not known.
         mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
+        dissent: why no lock is taken where none is: other hosts look for it elsewhere; None when all agree.
         objection: why a QEMU on record is not ours to touch; None when it is.
         era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
@@ -98,6 +99,7 @@ class Surroundings:
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     recorded_for: Callable[[str], Awaitable[InstanceId | None]]
     mismatch: str | None
+    dissent: Callable[[], str | None]
     objection: Callable[[Incarnation], str | None]
     draining: Callable[[], bool]
     leaving: Callable[[], str | None]

@@ -177,6 +177,7 @@ class View:
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
         mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
+        dissent: why no lock is taken where none is (law 12): other hosts look for it elsewhere; None when all agree.
         held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
         held_why: how that came about, for people; empty for a mass removal.
         era: the history of etcd that it is decided in.
@@ -220,6 +221,7 @@ class View:
     problems: tuple[Problem, ...] = ()
     left_alone: LeftAlone | None = None
     mismatch: str | None = None
+    dissent: str | None = None
     held: bool = False
     held_why: str = ""
     era: Era = FIRST_ERA

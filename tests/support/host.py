@@ -160,6 +160,7 @@ class Host:
         self.session = FakeSession(etcd, name)
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
+        self.dissent: str | None = None
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
@@ -322,6 +323,7 @@ class Host:
             holders=self.namesakes.holders,
             namesakes=self.namesakes.of,
             mismatch=None,
+            dissent=lambda: self.dissent,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: None,
