@@ -59,7 +59,11 @@ class Standing:
         return judge(self._wanted, self.living())
 
     def living(self) -> list[tuple[InstanceId, HostIdentity]]:
-        """Each QEMU that lives here with a record, readable or not, and what it was started under."""
+        """Each QEMU on record here, readable or not, and what it was started under.
+
+        One that has ended on this boot counts until its end is taken to the books, which is done under its identity:
+        under another name its lock would look like one to go on with, and a second name would start it.
+        """
         found = []
         for name in self._run_dir.instances():
             directory = self._run_dir.instance(name)
@@ -70,10 +74,17 @@ class Standing:
                 if hidden is not None:
                     found.append((name, self._derived(hidden[0])))
                 continue
-            pid = None if record is None else self.pid_of(record)
-            if record is not None and pid is not None:
-                found.append((name, self.under(record, pid)))
+            under = None if record is None else self._known(record)
+            if under is not None:
+                found.append((name, under))
         return found
+
+    def _known(self, record: Incarnation) -> HostIdentity | None:
+        """What a QEMU of this boot was started under; None where that is not known of one that has ended."""
+        pid = self.pid_of(record)
+        if pid is not None:
+            return self.under(record, pid)
+        return record.under if record.boot_id == self._boot_id else None
 
     def under(self, record: Incarnation, pid: int) -> HostIdentity:
         """What a living QEMU was started under; what its record does not say is told by what is known otherwise."""
@@ -102,8 +113,7 @@ class Standing:
                 record = directory.read_incarnation()
             except Unreadable:
                 continue
-            pid = None if record is None else self.pid_of(record)
-            if record is not None and pid is not None and self.under(record, pid) == note.recorded:
+            if record is not None and self._known(record) == note.recorded:
                 directory.write_incarnation(replace(record, under=note.wanted))
         log.warning(
             "identity.confirmed",

@@ -167,6 +167,32 @@ async def test_once_nothing_lives_any_more_the_settings_count(bench: Bench) -> N
     assert not (bench.path / "_identity.json").exists()
 
 
+async def test_what_ended_while_nobody_watched_is_not_started_under_another_name(bench: Bench) -> None:
+    """Law 12: a guard, or the kernel, killed all guests, and the next supervisor has a wrong name for one run.
+
+    It started them, for their locks were of this boot, and `host` named somebody without a session; back under its own
+    name nothing could be done without a person.
+    """
+    qemus = await two_run(bench)
+    await bench.end()
+    for qemu in qemus.values():
+        qemu.crash()
+    locks = told_of(bench, {"kvm"})
+    bench.more = {"KVM_HOSTNAME": "b"}
+    await bench.begin(virtual_s=60.0)
+    assert bench.supervisor.again
+    await bench.end()
+    await bench.begin(virtual_s=3600.0)
+    assert bench.supervisor.face.ready()[0]
+    assert len(bench.qemus.all) == 2
+    assert locks.items() <= bench.etcd.data.items()
+    await bench.end()
+    bench.more = {}
+    await bench.begin(virtual_s=600.0)
+    assert {name: bench.phases[name] for name in qemus} == dict.fromkeys(qemus, Phase.RUNNING)
+    assert len(bench.qemus.all) == 4
+
+
 async def test_a_host_that_shuts_down_stops_its_guests_under_any_name(bench: Bench) -> None:
     """Law 12: `stop --all --local` is a person's clear order; it goes by what lives, not by settings."""
     qemus = await two_run(bench)
