@@ -22,7 +22,7 @@ from kvmsupervisor.cli.errors import INTERRUPTED
 PROGRAM = "kvmsupervisor"
 
 NOT_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
-"""What a file says that standard output leads to, and that takes no more. A closed pipe is click's affair: 1, quietly."""
+"""What a file says that standard output leads to, and that takes no more. A closed pipe is click's: 1, quietly."""
 
 
 @dataclass(frozen=True, slots=True)
