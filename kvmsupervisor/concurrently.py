@@ -1,19 +1,54 @@
-"""Several things done at once, where the first failure is the failure of all.
+"""Several things done at once, where the first failure is the failure of all, and nothing ends in silence.
 
-Not `asyncio.TaskGroup`: in Python 3.11.2, which Debian 12 has, a task that has seen a group fail takes its next
-`asyncio.timeout` for a cancellation of its own, and ends. A command can live with that; an instance's loop would stand
-still.
+`all_of` is no `asyncio.TaskGroup`: in Python 3.11.2, which Debian 12 has, a task that has seen a group fail takes its
+next `asyncio.timeout` for a cancellation of its own, and ends. A command can live with that; an instance's loop would
+stand still.
+
+A group takes a part that was cancelled for one that was told to end. But libraries raise `CancelledError` by
+themselves, too: gRPC does when it gives a stream up (`_raise_for_status` in grpc/aio/_call.py). So parts are started by
+`start_part`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 One = TypeVar("One")
 Other = TypeVar("Other")
+
+
+class StrayCancellation(Exception):
+    """What was awaited was cancelled, and nobody had cancelled who awaits it."""
+
+
+@contextmanager
+def no_stray_cancellation() -> Iterator[None]:
+    """Let a cancellation through only if somebody asked the present task to end.
+
+    Raises:
+        StrayCancellation: nobody did.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise StrayCancellation("cancelled by nobody of ours") from error
+
+
+def start_part(group: asyncio.TaskGroup, part: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Start one part of a group; a cancellation that nobody asked for is its failure, `StrayCancellation`."""
+    return group.create_task(_part(part))
+
+
+async def _part(part: Coroutine[Any, Any, T]) -> T:
+    with no_stray_cancellation():
+        return await part
 
 
 async def all_of(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.concurrently import no_stray_cancellation
 from kvmsupervisor.instance import Instance
 
 ERROR_PAUSE_S = (1.0, 60.0)
@@ -16,7 +17,8 @@ async def keep_going(instance: Instance, *, clock: Clock, on_error: Callable[[],
     pause_s = ERROR_PAUSE_S[0]
     while True:
         try:
-            await instance.run()
+            with no_stray_cancellation():
+                await instance.run()
             break
         except Exception:  # noqa: BLE001 - the only one: a bug in one instance must not stop the others
             on_error()

@@ -19,6 +19,7 @@ from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
+from kvmsupervisor.sharing import Namesakes
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,7 @@ class Dispatch:
         clock: the machine's.
         wishes: the keys and locks of all instances.
         instances: those of this host; `admit` adds to them.
+        namesakes: which instances name which images; told of every change of the keys.
         guard: judges removals.
         admit: makes an instance that was not known here.
         start: called with an instance that was just made, once it was told its wish.
@@ -54,6 +56,7 @@ class Dispatch:
         clock: Clock,
         wishes: Wishes,
         instances: Mapping[InstanceId, Instance],
+        namesakes: Namesakes,
         guard: RemovalGuard,
         admit: Admit,
         start: Callable[[Instance], None],
@@ -65,6 +68,7 @@ class Dispatch:
         self._clock = clock
         self._wishes = wishes
         self._instances = instances
+        self._namesakes = namesakes
         self._guard = guard
         self._admit = admit
         self._start = start
@@ -93,6 +97,7 @@ class Dispatch:
 
     def begin_anew(self) -> None:
         """Etcd has another history: look at all of it. What it would end here is held, whatever its number."""
+        self._namesakes.heard_anew()
         if not self._listed:
             return
         for name in self._everything():
@@ -121,6 +126,8 @@ class Dispatch:
             changed: whose keys or lock differ.
             fresh: somebody has just written them.
         """
+        for name in self._namesakes.heard(changed) & self._instances.keys():
+            self._instances[name].notify()
         if not self._listed:
             return
         if any(b"hosts" in self._wishes.keys_of(name) for name in changed):

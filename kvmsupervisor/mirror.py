@@ -25,6 +25,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
     Watch,
 )
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
@@ -296,7 +297,7 @@ class Wishes:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
             for mirror in self._all:
-                tasks.create_task(mirror.run())
+                start_part(tasks, mirror.run())
 
     def _changed(self, changed: Set[InstanceId], revision: int) -> None:
         eras = {mirror.era for mirror in self._all}

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Set
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
-from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.host import HostSession, dissent
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.history import History
 from kvmsupervisor.mirror import Mirror
@@ -22,6 +23,7 @@ class Neighbours:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
+        me: this host.
         history: is told of both.
         on_change: called when either differs; see `mirror.Mirror`.
 
@@ -31,16 +33,27 @@ class Neighbours:
     """
 
     def __init__(
-        self, *, store: Store, clock: Clock, layout: Layout, history: History, on_change: Callable[[], None]
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        layout: Layout,
+        me: HostName,
+        history: History,
+        on_change: Callable[[], None],
     ) -> None:
         def follow(prefix: str, table: Flat, told: Callable[[Set[bytes], int], None]) -> Mirror[bytes]:
             return Mirror(store=store, clock=clock, history=history, prefix=prefix, table=table, on_change=told)
 
         self.table = Flat()
         self._layout = layout
+        self._me = me
         self._history = history
         self._on_change = on_change
         self._name_table = Flat()
+        # Where each other host looks for locks, as far as they say it.
+        self._locks: dict[str, str] = {}
+        self._dissent: str | None = "which other hosts there are has not been read yet"
         # Host → the history that it says it has spoken in. None before the first list of an era.
         self._sessions: dict[str, str] | None = None
         self._era = history.era
@@ -51,8 +64,8 @@ class Neighbours:
     async def run(self) -> None:
         """Follow them, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._hosts.run())
-            tasks.create_task(self._name.run())
+            start_part(tasks, self._hosts.run())
+            start_part(tasks, self._name.run())
 
     def has_session(self, host: HostName) -> bool | None:
         """Whether a host has a session; None when that is not known in the history that etcd has now."""
@@ -66,23 +79,32 @@ class Neighbours:
         found = None if entry is None else HostSession.from_json(entry.value)
         return found is not None and found.draining
 
+    def dissent(self) -> str | None:
+        """Why no lock may be taken where none is; None when the other hosts look for locks where this one does."""
+        return self._dissent
+
     def names(self) -> Collection[str]:
         """The hosts that have a session."""
         return () if self._sessions is None else self._sessions.keys()
 
     def _hosts_differ(self, changed: Set[bytes], revision: int) -> None:
         if self._era != self._hosts.era:
-            self._sessions = None
+            self._sessions, self._locks = None, {}
         # Some of a thousand only, but for the first time.
         news = self.table.entries if self._sessions is None else changed
         sessions = {} if self._sessions is None else self._sessions
         for key in news:
             host, entry = key[len(self._layout.hosts_prefix) :].decode(errors="replace"), self.table.get(key)
+            found = None if entry is None else HostSession.from_json(entry.value)
             if entry is None:
                 sessions.pop(host, None)
             else:
-                found = HostSession.from_json(entry.value)
                 sessions[host] = "" if found is None else found.history
+            if found is not None and found.lock and host != self._me:
+                self._locks[host] = found.lock
+            else:
+                self._locks.pop(host, None)
+        self._dissent = dissent(self._layout.lock, self._locks)
         self._sessions, self._era = sessions, self._hosts.era
         self._history.sessions_are(dict(sessions), era=self._era)
         self._on_change()

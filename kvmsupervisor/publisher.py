@@ -139,16 +139,37 @@ class Publisher:
         self._trouble: type[EtcdError] | None = None
         self._era = 0
 
-    def prime(self, kvs: Iterable[KeyValue]) -> None:
-        """Tell what the status keys hold at the start. Those of other hosts are passed over."""
+    async def learn(self, only: InstanceId | None = None) -> Mapping[InstanceId, Status]:
+        """Read what the status keys hold, as soon as etcd says; return what this host has written there.
+
+        Args:
+            only: the one instance whose key is read; None for all.
+        """
+        failures = 0
+        while True:
+            try:
+                if only is None:
+                    return self.prime((await self._store.list(self._layout.statuses_prefix)).kvs)
+                found = await self._store.get(self._layout.status_key(only))
+                return self.prime([] if found is None else [found])
+            except EtcdError as error:
+                failures += 1
+                log.warning("statuses.unread", reason=str(error))
+                await self._clock.sleep(retry_delay(failures, self._rand()))
+
+    def prime(self, kvs: Iterable[KeyValue]) -> Mapping[InstanceId, Status]:
+        """Tell what the status keys hold; return what this host has written there. Those of others are passed over."""
+        ours: dict[InstanceId, Status] = {}
         mark = json.dumps(self._host, ensure_ascii=False).encode()
         prefix = self._layout.statuses_prefix.encode()
         for kv in kvs:
             # Reading JSON costs more than looking for the name in it, and most are other hosts'.
-            if mark in kv.value and self._is_ours(kv.value) and kv.key.startswith(prefix):
-                instance = parse_id(kv.key[len(prefix) :].decode(errors="replace"))
-                if instance is not None:
-                    self._learn(instance, kv.value, kv.mod_revision)
+            status = self._ours(kv.value) if mark in kv.value and kv.key.startswith(prefix) else None
+            instance = None if status is None else parse_id(kv.key[len(prefix) :].decode(errors="replace"))
+            if status is not None and instance is not None:
+                self._learn(instance, kv.value, kv.mod_revision)
+                ours[instance] = status
+        return ours
 
     def begin_anew(self) -> None:
         """Etcd has another history: nothing is known of what the keys hold, and whoever wants something says it again.
@@ -291,9 +312,10 @@ class Publisher:
         if not self._dirty:
             self._clean.set()
 
-    def _is_ours(self, value: bytes) -> bool:
+    def _ours(self, value: bytes) -> Status | None:
+        """The status that a key holds; None when it is none, or another host's."""
         status = Status.from_json(value)
-        return status is not None and status.host == self._host
+        return status if status is not None and status.host == self._host else None
 
     # Writing.
 
@@ -394,7 +416,7 @@ class Publisher:
         seen = await self._store.read(*(self._layout.status_key(instance) for instance in known))
         ours: dict[InstanceId, KeyValue] = {}
         for instance, found in zip(known, seen.kvs, strict=True):
-            if found is not None and self._is_ours(found.value):
+            if found is not None and self._ours(found.value) is not None:
                 ours[instance] = found
             else:
                 self._gone(instance)

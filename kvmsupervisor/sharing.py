@@ -7,11 +7,14 @@ A mistake of the keys, such as a clone that kept its original's `rbd`. That neve
    QEMU is being started anew, and who waits has neither lock nor QEMU.
 2. Two that were started at the same instant find each other when theirs are ready and paused: who sees a client that is
    on another's record gives way; when nobody is on record, the one with the greater id does.
+
+Who runs says so, too, whatever host the other one is on: it is the keys of either that are to be mended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Set
 from typing import Protocol
 
 from kvmsupervisor.domain.keys import InstanceId
@@ -24,6 +27,10 @@ from kvmsupervisor.surroundings import Surroundings
 ASK_EVERY_S = 5.0
 """How often one that waits for an image asks whether it is free. One short program each; arbitrary: a mistake of the
 keys is mended by hand, which takes longer."""
+
+
+SHOWN = 3
+"""How many others are named. Arbitrary: one line."""
 
 
 class LockEntry(Protocol):
@@ -51,19 +58,63 @@ class AllWishes(Protocol):
         ...
 
 
-def holders(wishes: AllWishes, me: InstanceId, images: Collection[str]) -> Iterator[InstanceId]:
-    """The other instances whose keys name one of these images for writing, and which have a lock."""
-    marks = [image.rpartition("/")[2].encode() for image in images]
-    for name in wishes.ids() if marks else ():
-        # Looking for the names costs less than reading the wishes of all.
-        if name == me or wishes.lock_of(name) is None:
-            continue
-        keys = wishes.keys_of(name)
-        if not any(mark in value.value for value in keys.values() for mark in marks):
-            continue
-        spec = parse_wish(name, keys).spec
-        if spec is not None and any(image.name in images for image in images_of(spec)):
-            yield name
+class Namesakes:
+    """Which instances name which images, told by the images' names alone: so that few keys have to be read.
+
+    Args:
+        wishes: of the whole cluster. `heard` is to be told of every change of them.
+    """
+
+    def __init__(self, wishes: AllWishes) -> None:
+        self._wishes = wishes
+        self._named: dict[InstanceId, frozenset[bytes]] = {}
+        self._naming: defaultdict[bytes, set[InstanceId]] = defaultdict(set)
+
+    def heard(self, changed: Set[InstanceId]) -> Set[InstanceId]:
+        """Take note of these instances' keys; return the others for which something may differ by that."""
+        concerned: set[InstanceId] = set()
+        for one in changed:
+            before, now = self._named.get(one, frozenset()), _named(self._wishes.keys_of(one))
+            if now == before:
+                continue
+            if now:
+                self._named[one] = now
+            else:
+                self._named.pop(one, None)
+            for name in before - now:
+                self._naming[name].discard(one)
+            for name in before ^ now:
+                concerned |= self._naming[name] - {one}
+                if name in now:
+                    self._naming[name].add(one)
+        return concerned
+
+    def heard_anew(self) -> None:
+        """All keys are another history's."""
+        self.heard(self._named.keys() | self._wishes.ids())
+
+    def holders(self, me: InstanceId, images: Collection[str]) -> list[InstanceId]:
+        """Those of `of` that have a lock."""
+        return [one for one in self.of(me, images) if self._wishes.lock_of(one) is not None]
+
+    def of(self, me: InstanceId, images: Collection[str]) -> list[InstanceId]:
+        """The other instances whose keys name one of these images for writing, whether they have a lock or none."""
+        found = []
+        for name in {one for image in images for one in self._naming.get(_last(image.encode()), ()) if one != me}:
+            spec = parse_wish(name, self._wishes.keys_of(name)).spec
+            if spec is not None and any(image.name in images for image in images_of(spec)):
+                found.append(name)
+        return sorted(found)
+
+
+def _named(keys: Mapping[bytes, RawValue]) -> frozenset[bytes]:
+    """The last parts of the names of all images, in Ceph or elsewhere, that these keys name."""
+    words = (raw.value.split(None, 1) for key, raw in keys.items() if key == b"rbd" or key.startswith(b"disk/"))
+    return frozenset(_last(word[0]) for word in words if word)
+
+
+def _last(image: bytes) -> bytes:
+    return image.rpartition(b"/")[2]
 
 
 class Sharing:
@@ -83,6 +134,15 @@ class Sharing:
     def begin_anew(self) -> None:
         """Other keys, other images."""
         self.rival = None
+
+    def shared(self, spec: Spec | None) -> str | None:
+        """What is to be said of a machine that runs, where others name its images, too; None where none does."""
+        mine = [] if spec is None else [image.name for image in images_of(spec)]
+        others = list(self._around.namesakes(self._id, mine))
+        if not others:
+            return None
+        who = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
+        return f"{' or '.join(mine)} is named by the keys of {who}, too: only one of them can run"
 
     def has_to_wait(self, spec: Spec) -> bool:
         """Whether another instance has a lock for one of its images, while this one has none."""

@@ -20,11 +20,12 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import Etcd, EtcdError, Store
+from kvmsupervisor.adapters.etcd import Etcd, Store
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.bridges import withdraw
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
@@ -37,8 +38,6 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.timing import retry_delay
 from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.failover import other_of_client
 from kvmsupervisor.fencing import CephFencing
@@ -223,7 +222,7 @@ class Single:
         )
         async with asyncio.TaskGroup() as parts:
             serving = [
-                parts.create_task(part)
+                start_part(parts, part)
                 for part in (
                     around.session.run(),
                     self._links.run(),
@@ -231,13 +230,13 @@ class Single:
                     self._neighbours.run(),
                     self._history.run(),
                     self._history.run_speaking(self._may_speak, self._speak),
-                    self._publish(store, instance),
+                    self._publish(instance),
                     self._first_look(instance),
                     around.logs.run(),
                 )
             ]
-            loop = parts.create_task(keep_going(instance, clock=self._clock, on_error=lambda: None))
-            impatient = parts.create_task(self._give_up_on_etcd(instance, loop))
+            loop = start_part(parts, keep_going(instance, clock=self._clock, on_error=lambda: None))
+            impatient = start_part(parts, self._give_up_on_etcd(instance, loop))
             await asyncio.wait([loop])
             if around.session.held:
                 await around.publisher.flush(FLUSH_S)
@@ -273,7 +272,12 @@ class Single:
         settings, stand, clock = self._settings, self._stand, self._clock
         self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=stand.layout, history=self._history, on_change=self._notify
+            store=store,
+            clock=clock,
+            layout=stand.layout,
+            me=stand.holder,
+            history=self._history,
+            on_change=self._notify,
         )
         session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
         ceph = Ceph(equipment.ceph_access)
@@ -321,7 +325,10 @@ class Single:
             recorded_for=self._recorded_for,
             # It follows its own keys only: of others it knows what etcd says of a client.
             holders=lambda instance, images: (),
+            namesakes=lambda instance, images: (),
             mismatch=None,
+            # Its lock is a literal key, which its unit names.
+            dissent=lambda: None,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: self._leaving,
@@ -433,20 +440,9 @@ class Single:
 
     # --- around -----------------------------------------------------------------------------------------------
 
-    async def _publish(self, store: Store, instance: Instance) -> None:
+    async def _publish(self, instance: Instance) -> None:
         """Learn what the status key holds, then keep it up."""
-        failures = 0
-        while True:
-            try:
-                found = await store.get(self._stand.layout.status_key(self._id))
-                break
-            except EtcdError as error:
-                failures += 1
-                log.warning("statuses.unread", reason=str(error))
-                await self._clock.sleep(retry_delay(failures, self._around.jitter()))
-        if found is not None:
-            self._around.publisher.prime([found])
-            written = Status.from_json(found.value)
-            if written is not None and written.host == self._stand.holder:
-                instance.report.recall(written)
+        written = (await self._around.publisher.learn(self._id)).get(self._id)
+        if written is not None:
+            instance.report.recall(written)
         await self._around.publisher.run()

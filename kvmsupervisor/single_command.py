@@ -20,6 +20,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.equipment import ceph_access, look_at_bridge
 from kvmsupervisor.fencing import CephFencing
@@ -125,7 +126,7 @@ class SingleCommand:
                 fencing=CephFencing(Ceph(ceph_access(settings))),
             )
             async with asyncio.TaskGroup() as parts:
-                serving = [parts.create_task(session.run()), parts.create_task(lock.run())]
+                serving = [start_part(parts, session.run()), start_part(parts, lock.run())]
                 try:
                     status = await self._locked(lock)
                 finally:

@@ -16,6 +16,7 @@ import structlog
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory
@@ -97,7 +98,12 @@ class SingleLock:
         )
         self._era = self._mirror.era
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=stand.layout, history=history, on_change=self._wake.set
+            store=store,
+            clock=clock,
+            layout=stand.layout,
+            me=stand.holder,
+            history=history,
+            on_change=self._wake.set,
         )
 
     @property
@@ -112,10 +118,10 @@ class SingleLock:
         end_listening = self._session.listen(self._wake.set)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._mirror.run())
-                tasks.create_task(self._neighbours.run())
-                tasks.create_task(self._history.run())
-                tasks.create_task(self._history.run_speaking(self._may_speak, self._speak))
+                start_part(tasks, self._mirror.run())
+                start_part(tasks, self._neighbours.run())
+                start_part(tasks, self._history.run())
+                start_part(tasks, self._history.run_speaking(self._may_speak, self._speak))
                 await self._mirror.synced.wait()
                 self._on_change(frozenset(), self._mirror.revision)
         finally:

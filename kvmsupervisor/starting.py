@@ -259,8 +259,12 @@ class Start:
                 # Somebody has it: the next decision is made on what was read.
                 return
         elif not self._report.knows_machine:
+            before = self._lock.view.data
             # The machine type that the guest was installed on is in the status, whoever wrote it.
             await self.look()
+            if self._lock.view.data != before:
+                # Let go of meanwhile, maybe: then the status alone knows the last epoch.
+                return
         previous = self._lock.view.lock
         # A lock with a former name of this host is no other host's: its process was buried here.
         ours = previous is None or previous.host == around.me or previous.incarnation == self.buried

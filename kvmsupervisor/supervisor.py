@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Callable, Set
 from dataclasses import replace
-from functools import partial
 
 import structlog
 
@@ -24,6 +23,7 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.bridges import Bridges
+from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
@@ -52,7 +52,7 @@ from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
 from kvmsupervisor.settings import Settings, Unfenced
-from kvmsupervisor.sharing import holders
+from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings
 
@@ -182,6 +182,7 @@ class Supervisor:
             cpus=os.cpu_count() or 0,
             memory_mib=memory_mib,
             notice=mismatch or "",
+            lock=layout.lock,
         )
         self._history = History(
             store=store,
@@ -235,19 +236,14 @@ class Supervisor:
         )
         self._session.follow(self._post.renewed)
         self._neighbours = Neighbours(
-            store=store, clock=clock, layout=layout, history=self._history, on_change=self._on_hosts
+            store=store, clock=clock, layout=layout, me=self._me, history=self._history, on_change=self._on_hosts
         )
         self._statuses = Statuses(
-            store=store,
-            clock=clock,
-            layout=layout,
-            me=self._me,
             publisher=self._publisher,
             wishes=self._wishes,
             instances=self._instances,
             # Whether a status without keys is the last word on an instance is known under one's own settings only.
             drops=mismatch is None,
-            rand=random.random,
         )
         self.face = Face(
             host=self._me,
@@ -266,6 +262,7 @@ class Supervisor:
         self._metrics = self.face.counters
         ceph = Ceph(equipment.ceph_access)
         self._links = Links(lambda changed: self._dispatch.links_differ(changed))  # noqa: PLW0108 - it is made below
+        namesakes = Namesakes(self._wishes)
         disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
         self._around = Surroundings(
             me=self._me,
@@ -302,8 +299,10 @@ class Supervisor:
             takeover_wait_s=settings.takeover_wait_s,
             era=lambda: self._history.present,
             recorded_for=self._recorded_for,
-            holders=partial(holders, self._wishes),
+            holders=namesakes.holders,
+            namesakes=namesakes.of,
             mismatch=mismatch,
+            dissent=self._neighbours.dissent,
             objection=self._objection,
             draining=lambda: self._drain.on,
             leaving=lambda: None,
@@ -322,6 +321,7 @@ class Supervisor:
             clock=clock,
             wishes=self._wishes,
             instances=self._instances,
+            namesakes=namesakes,
             guard=self._guard,
             admit=self._admit,
             start=self._start,
@@ -334,7 +334,7 @@ class Supervisor:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections."""
         async with asyncio.TaskGroup() as parts:
             serving = [
-                parts.create_task(part)
+                start_part(parts, part)
                 for part in (
                     self._wishes.run(),  # first: reading a large cluster takes longest
                     self._neighbours.run(),
@@ -413,12 +413,7 @@ class Supervisor:
                 self.stop()
 
     def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
-        """An instance that was not known here has become this host's.
-
-        Args:
-            name: which.
-            fresh: its keys were just written, so that its status key may be older than what was read of it.
-        """
+        """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)

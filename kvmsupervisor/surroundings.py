@@ -56,9 +56,11 @@ class Surroundings:
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         holders: the other instances whose keys name one of these images for writing, and which have a lock.
+        namesakes: the other instances whose keys name one of these images for writing, in the order of their ids.
         recorded_for: the instance whose lock has a storage client on record, None when none has; raises `EtcdError`
             where that is not known.
         mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
+        dissent: why no lock is taken where none is: other hosts look for it elsewhere; None when all agree.
         objection: why a QEMU on record is not ours to touch; None when it is.
         era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
@@ -94,8 +96,10 @@ class Surroundings:
     guard: GuardPost | None
     takeover_wait_s: float
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
+    namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     recorded_for: Callable[[str], Awaitable[InstanceId | None]]
     mismatch: str | None
+    dissent: Callable[[], str | None]
     objection: Callable[[Incarnation], str | None]
     draining: Callable[[], bool]
     leaving: Callable[[], str | None]

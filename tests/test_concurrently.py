@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvmsupervisor.concurrently import all_of, both
+from kvmsupervisor.concurrently import StrayCancellation, all_of, both, start_part
 
 
 async def give(value: int) -> int:
@@ -69,4 +69,35 @@ async def test_cancelled() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert endless.cancelled
+
+
+async def give_up() -> None:
+    """What gRPC does with a stream that it cannot write to."""
+    raise asyncio.CancelledError
+
+
+async def test_a_part_that_nobody_cancelled_fails_its_group() -> None:
+    """Law: a group learns of a part that was cancelled by a library; the others end, and the failure is told."""
+    endless = Endless()
+
+    async def both_parts() -> None:
+        async with asyncio.TaskGroup() as group:
+            start_part(group, endless.run())
+            start_part(group, give_up())
+
+    with pytest.raises(ExceptionGroup) as failure:
+        await both_parts()
+    assert [type(error) for error in failure.value.exceptions] == [StrayCancellation]
+    assert endless.cancelled
+
+
+async def test_a_part_that_was_cancelled_ends_as_it_was_told() -> None:
+    """Law: no failure, neither of a part that is cancelled nor of one whose group is."""
+    endless = Endless()
+    async with asyncio.TaskGroup() as group:
+        part = start_part(group, endless.run())
+        await asyncio.sleep(0)
+        part.cancel()
+    assert part.cancelled()
     assert endless.cancelled

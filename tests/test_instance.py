@@ -1231,6 +1231,26 @@ async def test_the_epoch_goes_on_after_a_lock_was_released(host: Host) -> None:
         assert host.lock.epoch == epoch
 
 
+async def test_the_epoch_goes_on_after_a_release_that_the_watch_has_not_shown(host: Host) -> None:
+    """Law 2: what was let go of here a moment ago still looks held; the status alone knows how far it came."""
+    left = theirs(host=HostName("a"), boot_id="boot-a", pid=None, starttime=None)
+    host.etcd.write(LOCK_KEY, left.to_json())
+    last = Status(id=ONE, host="a", phase=Phase.STOPPED, reason="", since="", epoch=left.epoch)
+    host.etcd.write(STATUS_KEY, last.to_json())
+
+    async def released(call: str) -> None:
+        if call == "read":
+            host.store.hook = None
+            host.etcd.erase(LOCK_KEY)
+
+    host.store.hook = released
+    host.wish()
+    host.begin()
+    await host.runs()
+    assert host.lock is not None
+    assert host.lock.epoch == left.epoch + 1
+
+
 async def test_the_epoch_goes_on_though_a_host_was_behind(host: Host, other: Host) -> None:
     """Law 2: who was behind while another host had the instance does not write over how far that one came."""
     host.qemus.on_record = lambda qemu: host.is_on_record(qemu) or other.is_on_record(qemu)

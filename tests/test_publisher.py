@@ -123,6 +123,23 @@ async def test_what_the_key_held_at_the_start_is_not_written_again(bench: Bench)
         assert bench.value(TWO) == status(TWO).to_json()
 
 
+@pytest.mark.parametrize("only", [None, ONE])
+async def test_what_the_keys_hold_is_learnt_as_soon_as_etcd_says(bench: Bench, only: InstanceId | None) -> None:
+    """This host's statuses, and nobody else's; while etcd is away it is asked again, not in a loop."""
+    bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
+    bench.etcd.write(Layout().status_key(TWO), status(TWO, host="b").to_json())
+    bench.etcd.away()
+    learning = asyncio.create_task(bench.publisher.learn(only))
+    await bench.clock.advance(60)
+    assert not learning.done()
+    assert 1 < bench.etcd.calls.total() < 30
+    bench.etcd.back()
+    await bench.clock.advance(60)
+    assert await learning == {ONE: status(ONE)}
+    assert bench.publisher.ids() == {ONE}
+    assert await bench.publisher.learn(TWO) == {}
+
+
 async def test_changes_wait_for_each_other(bench: Bench) -> None:
     """What changes shortly after another change is written with it, once: a start has five statuses in a moment."""
     bench.publisher = bench.make(gather_s=0.05)

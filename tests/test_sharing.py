@@ -139,3 +139,34 @@ async def test_of_two_at_the_same_instant_one_runs(host: Host, name: InstanceId,
         assert [qemu.alive for qemu in host.qemus.all] == [True]
         let_go(host, name)
         assert (await host.runs()) is host.qemus.all[0]
+
+
+async def test_who_runs_tells_of_the_other(host: Host) -> None:
+    """As soon as keys of another name its image, and no longer; a disk that nobody writes to may be everybody's."""
+    other(host, InstanceId("3"), None, image="rbd/another")
+    host.wish(rbd=IMAGE)
+    host.begin()
+    await host.runs()
+    assert host.status.reason == "runs"
+    for name in (AFTER, BEFORE):
+        other(host, name, None)
+    await host.told()
+    assert (
+        host.status.reason == f"runs; {IMAGE} is named by the keys of {BEFORE}, {AFTER}, too: only one of them can run"
+    )
+    assert host.published is not None
+    assert host.published.reason == host.status.reason
+    host.etcd.write(LAYOUT.wish_key(BEFORE, "rbd"), "rbd/mine")
+    await host.told()
+    assert f"of {AFTER}, too" in host.status.reason
+    host.etcd.write(LAYOUT.wish_key(AFTER, "rbd"), f"{IMAGE} ro")
+    await host.told()
+    assert host.status.reason == "runs"
+    # By its own keys, pending until it starts again: what it has open is what counts.
+    host.etcd.write(LAYOUT.wish_key(AFTER, "rbd"), f"/{IMAGE}")
+    host.put(rbd="rbd/new")
+    await host.told()
+    assert f"of {AFTER}, too" in host.status.reason
+    host.etcd.erase(LAYOUT.wish_key(AFTER, "rbd"))
+    await host.told()
+    assert host.status.reason == "runs"

@@ -42,6 +42,10 @@ ANSWER_S = 10.0
 """How long one call may take. A healthy cluster answers `rbd` in 0.05 s and `ceph` in 0.3 to 1 s (a change waits for
 the monitors' next proposal, `paxos_propose_interval`); one that is electing a monitor needs some seconds."""
 
+LONGEST_ANSWER_S = 40.0
+"""How long one call may take at most: each that was given up gives the next one twice the time. On a host that is so
+busy that `ceph`, a program in Python, needs more than `ANSWER_S` to begin, it would be given up for ever otherwise."""
+
 MONITORS_S = 3.0
 """How long the monitors alone may take, when the OSDs have not answered: it only makes that message better."""
 
@@ -54,6 +58,10 @@ own default of an hour has been seen to let two writers through. An entry is one
 
 FENCE_MIN_S = 30 * 86_400.0
 """The shortest expiry that counts as a fence (law 4)."""
+
+REMEMBER_S = 3600.0
+"""How long it is known that an entry was added, so that a fence whose second call was given up goes on with that one.
+That an entry is still there is looked at each time. Arbitrary: longer than any row of tries, short beside `FENCE_S`."""
 
 ADDS_AT_ONCE = 4
 """Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 40 MB."""
@@ -108,12 +116,26 @@ class CephAccess:
         return f"client.{self.user}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Added:
+    """An entry of the blocklist that this process has added.
+
+    Attributes:
+        at_s: when, by the loop's clock.
+        at: when, by the monitors' clock.
+    """
+
+    at_s: float
+    at: datetime
+
+
 class Ceph:
     """The cluster as one client sees it. Holds no connection."""
 
     def __init__(self, access: CephAccess, *, answer_s: float = ANSWER_S) -> None:
         self.access = access
-        self._answer_s = answer_s
+        self._answer_s = self._patience_s = answer_s
+        self._added: dict[Client, _Added] = {}
 
     # --- images -----------------------------------------------------------------------------------------------
 
@@ -188,6 +210,9 @@ class Ceph:
                 _, said = await self._run("ceph", *command)
             with _understood("ceph", command):
                 until[client] = parse_added(said.decode(errors="replace"))
+            # Whatever becomes of the others: this one need not be added again.
+            at = until[client] - timedelta(seconds=expire_s)
+            self._added[client] = _Added(at_s=asyncio.get_running_loop().time(), at=at)
 
         # Each is checked before the first is added.
         await all_of([add(client) for client in _exactly(clients)])
@@ -203,6 +228,7 @@ class Ceph:
         `profile rbd` alone does not allow it; see docs/ceph.md.
         """
         for client in _exactly(clients):
+            self._added.pop(client, None)
             await self._run("ceph", "osd", "blocklist", "rm", client)
 
     async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
@@ -227,15 +253,23 @@ class Ceph:
             raise CephFailed(f"the entries of {', '.join(short)} in `ceph osd blocklist ls` end in less than 30 days")
 
     async def _add_and_check(self, clients: tuple[Client, ...], expire_s: float) -> tuple[Client, ...]:
-        """Add them; return those that are listed for a shorter time than counts as a fence."""
-        added = await self.blocklist_add(clients, expire_s)
+        """Add those that were not added lately; return those whose entries end too soon for a fence."""
+        now_s = asyncio.get_running_loop().time()
+        self._added = {client: one for client, one in self._added.items() if now_s - one.at_s < REMEMBER_S}
+        added = {client: self._added[client].at for client in clients if client in self._added}
+        fresh = await self.blocklist_add([client for client in clients if client not in added], expire_s)
+        added |= {client: until - timedelta(seconds=expire_s) for client, until in fresh.items()}
         listed = await self.blocklist_ls()
-        missing = [client for client in clients if client not in listed]
-        if missing:
-            raise CephFailed(f"`ceph osd blocklist ls` does not name {', '.join(missing)}, which were just added")
+        if missing := [client for client in clients if client not in listed]:
+            for client in missing:
+                self._added.pop(client, None)
+            if not fresh.keys().isdisjoint(missing):
+                raise CephFailed(f"`ceph osd blocklist ls` does not name {', '.join(missing)}, which were just added")
+            # Somebody has taken them away since.
+            return await self._add_and_check(clients, expire_s)
         # Both times are the monitors': this host's clock may be wrong.
-        allowance = timedelta(seconds=expire_s - FENCE_MIN_S)
-        return tuple(client for client in clients if listed[client] < added[client] - allowance)
+        least = timedelta(seconds=FENCE_MIN_S)
+        return tuple(client for client in clients if listed[client] < added[client] + least)
 
     # --- the key ----------------------------------------------------------------------------------------------
 
@@ -280,8 +314,9 @@ class Ceph:
         if access.keyring is not None:
             who.append(option("--keyring", access.keyring))
         try:
-            return await self._execute(program, *args, *who, limit_s=max(limit_s, self._answer_s))
+            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s))
         except _NoAnswerInTime as silence:
+            self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
             if program == "rbd" and await self._monitors_answer(who):
                 raise CephAway(
@@ -289,6 +324,8 @@ class Ceph:
                     "see docs/ceph.md"
                 ) from silence
             raise
+        self._patience_s = self._answer_s
+        return answer
 
     async def _monitors_answer(self, who: Iterable[str]) -> bool:
         try:

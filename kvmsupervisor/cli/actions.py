@@ -6,7 +6,7 @@ Only wishes are written here, never a lock, a status or a session: those belong 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli import leftovers
@@ -16,7 +16,8 @@ from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.wishes import WISH_KEYS, parse_wish
+from kvmsupervisor.domain.values import nearest, plain, show
+from kvmsupervisor.domain.wishes import WISH_KEYS, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
 """How often a change is made anew after somebody else was faster. Arbitrary: people do not type faster."""
@@ -104,7 +105,7 @@ async def change(
         layout: where the keys lie.
         instance: its id.
         values: key name → new value.
-        unset: keys to delete; one that is not there is not an error.
+        unset: keys to delete; one that is not there is told, and refused if it could not be there: it is a typo.
         force: write although a value has a problem, or a new `host` has no session.
 
     Raises:
@@ -112,10 +113,15 @@ async def change(
     """
     _only_wishes(layout, instance, [*values, *unset])
 
+    absent: dict[str, None] = {}
+
     def plan(found: Instance, cluster: Cluster) -> Sequence[Op]:
+        absent.clear()
         merged = dict(found.keys)
+        _refuse_unknown(instance, found, [] if force else unset)
         for name in unset:
-            merged.pop(name.encode(), None)
+            if merged.pop(name.encode(), None) is None:
+                absent.setdefault(name)
         if not merged and not values:
             raise Refused(f"this would leave {instance} without keys: remove it with `delete`")
         merged |= {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
@@ -129,7 +135,8 @@ async def change(
             *(Delete(layout.wish_key(instance, name)) for name in unset),
         ]
 
-    return await _rewrite(store, layout, instance, plan, [*values, *unset])
+    written = await _rewrite(store, layout, instance, plan, [*values, *unset])
+    return replace(written, notes=(*(f"`{name}` was not there" for name in absent), *written.notes))
 
 
 async def switch(store: Store, layout: Layout, instance: InstanceId, power: str) -> Written:
@@ -285,6 +292,21 @@ def _new_problems(found: Instance, merged: Mapping[bytes, RawValue], values: Map
 def _subject(problem: Problem) -> str:
     """What a problem is about: one key, or all those that nobody knows."""
     return "unknown keys" if problem.key.startswith("unknown key") else problem.key
+
+
+def _refuse_unknown(instance: InstanceId, found: Instance, unset: Sequence[str]) -> None:
+    """Refuse to delete what is not there and cannot be.
+
+    Raises:
+        Refused: it is so; the message says which key was probably meant.
+    """
+    for name in unset:
+        if name.encode() in found.keys or is_known(name.encode()):
+            continue
+        there = {plain(key): key for key in (raw.decode(errors="replace") for raw in found.keys)}
+        near = nearest(name, there)
+        meant = "" if near is None else f"; did you mean {near}?"
+        raise Refused(f"{instance} was not changed: it has no key {show(name)}{meant} (--force ignores it)")
 
 
 def _only_wishes(layout: Layout, instance: InstanceId, names: Sequence[str] | Mapping[str, str]) -> None:

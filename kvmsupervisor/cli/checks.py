@@ -6,14 +6,15 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
-from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.cli.output import parse_time, printable_bytes
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
-from kvmsupervisor.domain.spec import Spec
-from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
+from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.values import invisible
 from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
@@ -21,8 +22,12 @@ SETTLE_S = 2.0
 """Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts say something
 within milliseconds of a write, and a person who has just written does not want an alarm."""
 
-NOT_WELL = frozenset({Phase.BACKOFF, Phase.WAITING})
-"""Phases of a machine that should run, does not, and is not about to without something else happening."""
+OVERDUE_S = 60.0
+"""Seconds that a shutdown may last beyond the time that its guest has. QEMU is killed by then, which takes
+milliseconds; the rest is for clocks that differ: when it began is by its host's. Arbitrary."""
+
+NOT_RUNNING = frozenset({Phase.BACKOFF, Phase.WAITING, Phase.STARTING, Phase.STOPPING})
+"""Phases of a machine that does not run, or not for long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,27 +55,40 @@ class Finding:
         return found | {"instances": list(self.instances)}
 
 
-async def check_all(store: Store, layout: Layout, *, settle_s: float) -> tuple[Cluster, list[Finding]]:
-    """Read everything and return what is wrong, in the order of the instances.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long things may last.
 
-    What may be a matter of moments is looked at twice, `settle_s` apart, and only told when it stays.
+    Attributes:
+        settle_s: what may be a matter of moments is looked at twice, so far apart, and only told when it stays.
+        shutdown_timeout_s: that a guest has where no key says otherwise.
+        now: the time by this machine's clock.
     """
+
+    settle_s: float
+    shutdown_timeout_s: float
+    now: datetime
+
+
+async def check_all(store: Store, layout: Layout, patience: Patience) -> tuple[Cluster, list[Finding]]:
+    """Read everything and return what is wrong, in the order of the instances."""
     cluster = await read_cluster(store, layout)
-    findings = find_all(cluster, layout)
+    findings = find_all(cluster, layout, patience)
     early = {finding.instances for finding in findings if finding.late}
     if early:
-        await asyncio.sleep(settle_s)
+        await asyncio.sleep(patience.settle_s)
         cluster = await read_cluster(store, layout)
-        findings = [f for f in find_all(cluster, layout) if not f.late or f.instances in early]
+        findings = [f for f in find_all(cluster, layout, patience) if not f.late or f.instances in early]
     return cluster, findings
 
 
-def find_all(cluster: Cluster, layout: Layout) -> list[Finding]:
+def find_all(cluster: Cluster, layout: Layout, patience: Patience) -> list[Finding]:
     """Everything that is wrong, in the order of the instances; what belongs to none comes last."""
     findings: list[Finding] = []
     for instance in cluster.instances.values():
         findings += _of_wish(instance, cluster, layout)
         findings += _of_status(instance, cluster, layout)
+        findings += _of_a_stop(instance, cluster, layout, patience)
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
     findings += _of_hosts(cluster, layout)
@@ -133,7 +151,7 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
                 f"`kvmsupervisor delete {instance.id}` does",
             )
         return
-    if wish.host is None or not cluster.alive(wish.runs_on):
+    if wish.host is None or not cluster.takes(instance.id, wish.runs_on):
         return
     if status is None:
         yield Finding(
@@ -165,7 +183,15 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             found=f"{'; '.join(status.unplugged)}, by {status.host}",
             wanted="each NIC plugged into the bridge of its key",
         )
-    elif cluster.speaks(status) and status.phase in NOT_WELL:
+    elif not cluster.speaks(status):
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"nothing newer than what {status.host} wrote, which has no session: {status.phase.value}",
+            wanted=f"a status from host {wish.runs_on}",
+            late=True,
+        )
+    elif _is_down(status, wish, cluster):
         yield Finding(
             instances=(instance.id,),
             key=key,
@@ -180,6 +206,35 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             key=key,
             found=f"{status.phase.value} on {status.host} since {status.since}: {'; '.join(status.problems)}",
             wanted=f"a host that has what its keys ask for, or other keys, for {status.host} to run it",
+        )
+
+
+def _is_down(status: Status, wish: Wish, cluster: Cluster) -> bool:
+    """Whether it should run, and does not, or not for long; not where its keys or its host do not let it: see there."""
+    if wish.power is not Power.ON or wish.problems or status.problems:
+        return False
+    if status.phase is Phase.STOPPED:
+        # With another policy it may have ended by itself, and is well.
+        session = cluster.sessions.get(status.host)
+        return wish.restart is RestartPolicy.ALWAYS or (session is not None and session.draining)
+    return status.phase in NOT_RUNNING
+
+
+def _of_a_stop(instance: Instance, cluster: Cluster, layout: Layout, patience: Patience) -> Iterator[Finding]:
+    """A shutdown that lasts longer than it can: QEMU does not even end by force."""
+    status, wish = instance.status, instance.wish
+    if status is None or status.phase is not Phase.STOPPING or not cluster.speaks(status):
+        return
+    given_s = patience.shutdown_timeout_s if wish.shutdown_timeout_s is None else wish.shutdown_timeout_s
+    began = parse_time(status.since)
+    # One that should run is found anyway.
+    should_run = wish.host is not None and wish.power is Power.ON
+    if not should_run and began is not None and patience.now - began > timedelta(seconds=given_s + OVERDUE_S):
+        yield Finding(
+            instances=(instance.id,),
+            key=layout.status_key(instance.id),
+            found=f"{status.phase.value} on {status.host} since {status.since}: {status.reason}",
+            wanted="stopped",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.values import show, strange
 from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
 from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
@@ -146,7 +148,9 @@ class InstanceType(click.ParamType):  # type: ignore[type-arg]
         """Check that it is an id."""
         instance = parse_id(value)
         if instance is None:
-            self.fail(f"{value!r} is no id: {ID_RULE}", param, ctx)
+            held = strange(str(value))
+            said = show(str(value)) + ("" if held is None else f", which holds {held},")
+            self.fail(f"{said} is no id: {ID_RULE}", param, ctx)
         return instance
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -180,7 +184,9 @@ class KeyType(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check that it can be the end of a key. Whether it is known is told with the other problems."""
         if not isinstance(value, str) or " " in value or not value.isprintable() or not all(value.split("/")):
-            self.fail(f"{value!r} cannot be the name of a key; names are like ram, disk/1 or nic/1/mac", param, ctx)
+            self.fail(
+                f"{show(str(value))} cannot be the name of a key; names are like ram, disk/1 or nic/1/mac", param, ctx
+            )
         return value
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -199,7 +205,7 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
             return value
         name, equals, text = value.partition("=")
         if not equals:
-            self.fail(f"{value!r} is not KEY=VALUE", param, ctx)
+            self.fail(f"{show(value)} is not KEY=VALUE", param, ctx)
         return KEY_NAME.convert(name, param, ctx), text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -263,6 +269,13 @@ output_option = click.option(
 )
 
 
+def _some_time(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """`nan` is neither below nor above any limit; nothing would ever be late."""
+    if math.isnan(value):
+        raise click.BadParameter("'nan' is no number of seconds.", ctx, param)
+    return value
+
+
 def wait_options(command: Callable[..., T]) -> Callable[..., T]:
     """Add `--wait` and `--timeout` to a command."""
     command = click.option(
@@ -272,6 +285,7 @@ def wait_options(command: Callable[..., T]) -> Callable[..., T]:
         default=WAIT_TIMEOUT_S,
         show_default=True,
         metavar="SECONDS",
+        callback=_some_time,
         help="How long --wait waits.",
     )(command)
     return click.option("--wait", is_flag=True, help="Wait until it is a fact, and show the progress.")(command)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
+
+from kvmsupervisor.domain.values import BLANKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,16 +77,26 @@ BELOW_INDENT = 4
 Block = tuple[str, Sequence[tuple[str, Cell]]]
 """A heading, and lines of (name, value) below it; a line without a name stands for itself."""
 
+MARKS = 3
+"""Marks (accents, vowels) that one character may have. Arbitrary: languages need two, and rarely three."""
+
 NARROW = 100
 """Columns below which a terminal's table leaves out what is `spare`, for a reason of some width."""
 
 
 def printable(text: object) -> str:
-    """Return `text` in one line that cannot move a cursor: what is not printable is shown escaped."""
+    """Return `text` in one line that cannot move a cursor: what is not printable, or not seen, is shown escaped."""
     plain = str(text)
-    if plain.isprintable():
+    if plain.isascii() and plain.isprintable():
         return plain
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in plain)
+    shown = []
+    # What is drawn over the character before it must not be drawn over many, nor over what stands before the text.
+    marks = MARKS
+    for char in plain:
+        marks = marks + 1 if unicodedata.combining(char) or unicodedata.category(char) in {"Mn", "Me"} else 0
+        visible = char.isprintable() and char not in BLANKS and marks <= MARKS
+        shown.append(char if visible else char.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def printable_bytes(value: bytes, *, limit: int = 200) -> str:

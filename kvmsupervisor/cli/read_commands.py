@@ -90,12 +90,16 @@ def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> No
     """Look for everything that is wrong with the keys of ID, or of all instances.
 
     Named are: every bad value and unknown key; keys that belong to no valid id; a `host` that has no session,
-    and who has one; wishes that their host has not acted on; locks whose holder has no session, or that
+    and who has one; wishes that their host has not acted on; instances that should run and do not, since when and
+    why; shutdowns that last longer than they can; locks whose holder has no session, or that
     cannot be read; MACs, RBD images and SPICE ports that two instances use. Exit code 1 if anything is found.
     """
 
     async def work(store: Store, settings: Settings) -> tuple[Cluster, list[checks.Finding]]:
-        return await checks.check_all(store, settings.layout, settle_s=tools.settle_s)
+        patience = checks.Patience(
+            settle_s=tools.settle_s, shutdown_timeout_s=settings.shutdown_timeout_s, now=tools.now()
+        )
+        return await checks.check_all(store, settings.layout, patience)
 
     cluster, findings = with_store(tools, work)
     if instance is not None:

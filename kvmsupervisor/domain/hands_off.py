@@ -20,6 +20,8 @@ def hands_off(view: View) -> Decision | None:
     in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
     if view.process is None and view.holdover is not None and in_the_way:
         return _held_over(view, view.holdover)
+    if view.mismatch is None and view.dissent is not None and view.process is None and view.claim is Claim.ABSENT:
+        return Decision(phase=Phase.WAITING, reason=view.dissent) if goal(view)[0] is Goal.RUN else None
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:

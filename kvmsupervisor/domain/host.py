@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvmsupervisor.domain.records import Unfit, parse
 from kvmsupervisor.domain.values import nearest, plain
+
+SOME = 3
+"""How many hosts a sentence names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,7 @@ class HostSession:
         notice: what a person should know of it; empty when there is nothing.
         draining: whether it stops all its guests (`stop --all --local`), and starts none.
         history: the name of the history of etcd in which it has said what runs here; empty where none ever changed.
+        lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
     """
 
     host: str
@@ -40,6 +44,7 @@ class HostSession:
     notice: str = ""
     draining: bool = False
     history: str = ""
+    lock: str = ""
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -57,6 +62,25 @@ class HostSession:
             return parse(cls, data)
         except Unfit:
             return None
+
+
+def dissent(mine: str, others: Mapping[str, str]) -> str | None:
+    """Why no lock may be taken where none is: nobody knows where the others look for it. None where all agree.
+
+    With one that agrees this host is not the one that is wrong.
+
+    Args:
+        mine: the `LOCK` of this host.
+        others: that of each other host that says one.
+    """
+    if not others or mine in others.values():
+        return None
+    said = ", ".join(f"{host}: {lock}" for host, lock in sorted(others.items())[:SOME])
+    more = f" and {len(others) - SOME} more" if len(others) > SOME else ""
+    return (
+        f"LOCK is {mine} here, and another one on every other host ({said}{more}), which may run it under that: it is "
+        "not started before they are the same"
+    )
 
 
 def resembling(name: str, sessions: Collection[str]) -> str | None:

@@ -10,6 +10,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
     --------  ----------  ----------  ---------------------------  --------------------------
     left alone: what was left of it cannot be read                 Read, now and then, or none
     mismatch: the settings are others than those of what lives     Connect, Probe, Guard, Bury, or none (law 12)
+    none      absent      run         others seek it elsewhere     none         (law 12)
     ended     any         any         keys not read yet            none
               any         any                                      Bury
     alive     stranger    any         another cluster's            as if it were ours, but never written (law 11)

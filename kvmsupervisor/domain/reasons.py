@@ -33,6 +33,8 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
+    if view.shared is not None:
+        said = [*(said or ["runs"]), view.shared]
     if view.stays:
         said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"

@@ -23,6 +23,9 @@ RAM_MAX_MIB = 16 * 1024 * 1024
 SHUTDOWN_TIMEOUT_MAX_S = 86_400.0
 """A day. Arbitrary: whoever waits longer for a guest wants `power`, not a time limit."""
 
+BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and signs that are drawn as nothing: fillers of Hangul, and the pattern of Braille without a dot."""
+
 SUGGESTION_CUTOFF = 0.75
 """How alike two names must be (`difflib`'s ratio). Arbitrary: `sipce_port` passes, `tag` does not."""
 
@@ -72,9 +75,22 @@ def invisible(text: str) -> str | None:
     Control characters are not meant: messages show them, and a line feed is what `echo` leaves at the end.
     """
     for char in text:
-        if char != " " and unicodedata.category(char) in {"Cf", "Zs", "Zl", "Zp"}:
-            return f"U+{ord(char):04X} {unicodedata.name(char)}"
+        if char in BLANKS or (char != " " and unicodedata.category(char) in {"Cf", "Zs", "Zl", "Zp"}):
+            return _code_point(char)
     return None
+
+
+def strange(text: str) -> str | None:
+    """The first character of `text` that nobody sees, or may take for one of ASCII, by its code point; None without.
+
+    For messages about what should be ASCII: a Cyrillic `a` in a name, or a full-width digit, looks as it should.
+    """
+    other = next((char for char in text if not char.isascii() and char.isprintable()), None)
+    return invisible(text) or (None if other is None else _code_point(other))
+
+
+def _code_point(char: str) -> str:
+    return f"U+{ord(char):04X} {unicodedata.name(char, '')}".rstrip()
 
 
 def without_userinfo(text: str) -> str:

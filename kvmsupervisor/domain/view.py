@@ -177,6 +177,7 @@ class View:
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
         mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
+        dissent: why no lock is taken where none is (law 12): other hosts look for it elsewhere; None when all agree.
         held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
         held_why: how that came about, for people; empty for a mass removal.
         era: the history of etcd that it is decided in.
@@ -203,6 +204,7 @@ class View:
         obstacle: what was missing, None when nothing was.
         rival: for which other instance of the same image it waits, for people; None when for none.
         ask_at: when it is to be asked again whether that image is free.
+        shared: which others name an image of the machine that runs, for people; None when none does.
         guarded: whether the guard watches the process, which may write to what no storage can fence; None when it need
             not be watched.
         guard_at: when the guard is worth the next attempt; the past when now.
@@ -219,6 +221,7 @@ class View:
     problems: tuple[Problem, ...] = ()
     left_alone: LeftAlone | None = None
     mismatch: str | None = None
+    dissent: str | None = None
     held: bool = False
     held_why: str = ""
     era: Era = FIRST_ERA
@@ -245,6 +248,7 @@ class View:
     obstacle: str | None = None
     rival: str | None = None
     ask_at: float = 0.0
+    shared: str | None = None
     guarded: bool | None = None
     guard_at: float = 0.0
     guard_trouble: str | None = None

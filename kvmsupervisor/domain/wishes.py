@@ -31,7 +31,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, invisible, nearest, plain, show, show_bytes
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, strange
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -247,7 +247,7 @@ class _Reader:
 
     def all_problems(self) -> tuple[Problem, ...]:
         """All problems in key order, that of the unknown keys last."""
-        unknown = sorted(key for key in self._keys if not _is_known(key))
+        unknown = sorted(key for key in self._keys if not is_known(key))
         known = tuple(self.problems[name] for name in sorted(self.problems))
         return (*known, _unknown_keys(unknown)) if unknown else known
 
@@ -258,7 +258,8 @@ _DISK_KEY = re.compile(rf"disk/([1-9]|1[0-{DISKS - 11}])".encode())
 _KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
 
 
-def _is_known(key: bytes) -> bool:
+def is_known(key: bytes) -> bool:
+    """Whether this is the name of a wish, or of a key for people."""
     return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode())
 
 
@@ -305,7 +306,9 @@ def _with_suggestion(key: bytes) -> str:
     near = suggest_wish(name)
     # Who writes `etcdctl put KEY=VALUE` makes a key whose name is the value, too.
     is_pair = bool(equals) and (near is not None or names_a_secret(name))
+    held = strange(key.decode(errors="ignore"))
     shown = show(f"{name}={HIDDEN}") if is_pair else show_bytes(key)
+    shown += "" if held is None else f", which holds {held}"
     meant = f"{near}, and its value as a word of its own" if equals else near
     return shown if near is None else f"{shown} (did you mean {meant}?)"
 
@@ -340,7 +343,7 @@ def public_value(name: str, value: bytes) -> bytes:
 
     A key that nobody knows may be a secret one that was mistyped.
     """
-    mistyped = not _is_known(name.encode()) and suggest_wish(name) in SECRET_KEYS
+    mistyped = not is_known(name.encode()) and suggest_wish(name) in SECRET_KEYS
     if name in SECRET_KEYS or mistyped or names_a_secret(name):
         return b"(not shown)"
     if len(value) > VALUE_LIMIT:
@@ -356,8 +359,9 @@ def _shown(name: str, value: bytes) -> str:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
-    held = invisible(value.decode(errors="replace"))
     shown = cleaned(public_value(name, value).decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    # Of what is shown, and not of a secret that is not.
+    held = strange(shown.decode(errors="ignore"))
     return show_bytes(shown) + ("" if held is None else f", which holds {held}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -228,6 +229,48 @@ async def test_one_failed_addition_is_told_as_itself(vm: CephAccess, tool: Calla
     tool("ceph", f'case $4 in *:0/2) echo "Error EIO: out of luck" >&2; exit 5;; *) {SAYS_SO};; esac')
     with pytest.raises(CephFailed, match=r"blocklist add 192.0.2.1:0/2.*: Error EIO: out of luck"):
         await Ceph(vm).fence(["192.0.2.1:0/1", "192.0.2.1:0/2", "192.0.2.1:0/3"])
+
+
+async def test_a_fence_adds_what_it_has_not_added_yet(
+    vm: CephAccess, tool: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    """Law 4: a try after one that was given up goes on from there, and looks whether all is there."""
+    one, other = "192.0.2.1:0/1", "192.0.2.1:0/2"
+    listed = [{"addr": address, "until": "2099-01-01T00:00:00.0+0000"} for address in (one, other)]
+    calls = tmp_path / "calls"
+    tool("ceph", f"echo $3 $4 >>{calls}; case $3 in ls) echo '{json.dumps(listed)}[]';; *) {SAYS_SO};; esac")
+    cluster = Ceph(vm)
+    await cluster.fence([one])
+    await cluster.fence([one, other])
+    told = [line.removesuffix("--id=vm").strip() for line in calls.read_text().splitlines()]
+    assert [line.partition(" --")[0] for line in told] == [f"add {one}", "ls", f"add {other}", "ls"]
+
+
+async def test_a_fence_that_somebody_took_away_is_made_again(ceph: Cluster, vm: CephAccess) -> None:
+    """Law 4: an entry that was added here is believed in only while it is listed."""
+    cluster = Ceph(vm)
+    await cluster.fence([NOBODY])
+    ceph.ceph("osd", "blocklist", "rm", NOBODY)
+    await cluster.fence([NOBODY])
+    assert NOBODY in ceph.blocklist()
+    ceph.ceph("osd", "blocklist", "rm", NOBODY)
+
+
+async def test_a_tool_that_is_slow_gets_more_time(vm: CephAccess, tool: Callable[[str, str], None]) -> None:
+    """A host that is too busy for a tool's start would give it up for ever; an answer makes it impatient again."""
+    tool("ceph", "sleep 0.5; echo '[][]'")
+    cluster = Ceph(vm, answer_s=0.1)
+    told = []
+    while True:
+        try:
+            await cluster.blocklist_ls()
+            break
+        except CephAway as error:
+            told.append(str(error).rpartition(" took ")[2])
+    assert told[:3] == ["longer than 0.1 s", "longer than 0.2 s", "longer than 0.4 s"]
+    tool("ceph", "exec sleep 3600")
+    with pytest.raises(CephAway, match=r"longer than 0\.1 s"):
+        await cluster.blocklist_ls()
 
 
 # --- how it fails ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,19 +16,20 @@ from kvmsupervisor.adapters import resources
 LIMITS = """
 import resource, sys
 from kvmsupervisor.adapters import resources
+soft, hard, needed = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 print(resources.raise_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))
-print(resources.lack_of_files(int(sys.argv[1])))
+print(resources.lack_of_files(needed))
 """
 
 
 def told_of_files(soft: int, hard: int, needed: int) -> list[str]:
     """What a process with these limits says."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITS, str(needed)],
+        [sys.executable, "-c", LIMITS, str(soft), str(hard), str(needed)],
         check=True,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
     return done.stdout.splitlines()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
 WATCH_S = 30.0
@@ -234,6 +234,10 @@ class Fault:
     def reach(self) -> Reach:
         """Whom it concerns."""
         return _REACH.get(self.kind, Reach.HOST)
+
+    def lasting(self, seconds: float) -> Fault:
+        """The same, if it was longer than planned; what is over at once stays so."""
+        return replace(self, duration_s=seconds) if seconds > self.duration_s > 0 else self
 
     def __str__(self) -> str:
         """A line for people."""

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -60,7 +60,8 @@ class _Playing:
     """An episode while it lasts."""
 
     acts: list[Act] = field(default_factory=list)
-    ends: list[tuple[float, Act]] = field(default_factory=list)
+    ends: list[tuple[float, float, Act]] = field(default_factory=list)
+    """When each is to end, when it began, and which."""
 
 
 class Run:
@@ -139,18 +140,22 @@ class Run:
             next_begin = todo[0][0] if todo else float("inf")
             playing.ends.sort(key=lambda end: end[0])
             if playing.ends and playing.ends[0][0] <= next_begin:
-                at, act = playing.ends.pop(0)
+                at, begun, act = playing.ends.pop(0)
                 if self._heal:
                     self._sleep_until(at)
                     act.end()
+                    # What is promised follows from how long it really was: a busy machine ends nothing to the second.
+                    lasted = act.fault.lasting(self._now() - begun)
+                    playing.acts[playing.acts.index(act)] = replace(act, fault=lasted)
                 else:
                     self._await_turns(at, since, observer)
                 continue
             at, fault = todo.pop(0)
             self._sleep_until(at)
+            begun = self._now()
             act = self._acts.begin(fault)
             playing.acts.append(act)
-            playing.ends.append((self._now() + fault.duration_s, act))
+            playing.ends.append((self._now() + fault.duration_s, begun, act))
             line = f"{fault}: {'nothing to hit' if act.void else act.whom}"
             told.append(line)
             self._say(line)

@@ -174,3 +174,11 @@ def test_a_bound_has_room_for_a_busy_machine() -> None:
     """Law: half as much again and some seconds, and the guest's boot as it was measured."""
     assert Promise().bound_s(boot_s=3) == 5
     assert Promise(away_s=35, boots=1).bound_s(boot_s=2) == 1.5 * 37 + 5
+
+
+def test_what_lasted_longer_is_judged_by_that() -> None:
+    """Law: a fault that was ended late has the promises of its real length; one without a length keeps none."""
+    late = a_fault(Kind.SUPERVISOR_FREEZE, 5.0).lasting(60.0)
+    assert promise(late, TERMS) == promise(a_fault(Kind.SUPERVISOR_FREEZE, 60.0), TERMS) != Promise()
+    assert a_fault(Kind.SUPERVISOR_FREEZE, 5.0).lasting(4.9).duration_s == 5.0
+    assert a_fault(Kind.QEMU_KILL).lasting(60.0).duration_s == 0.0

@@ -55,9 +55,15 @@ class Asked(Keys):
     """The keys, asked for as one asks an etcd that may be away: soon, and of a member that is well."""
 
     def try_lock(self, machine: str) -> Lock | None:
-        """The machine's lock; None when there is none, or no answer."""
+        """The machine's lock; None when there is none, or no answer.
+
+        As one member knows it: a quorum that is away would be waited for, machine after machine, and the fault that
+        took it away would last for a minute.
+        """
+        key = self.layout.lock_key(InstanceId(machine))
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            return self.lock(machine)
+            kvs = self._get("--consistency=s", "--", key).get("kvs", ())
+            return Lock.from_json(base64.b64decode(kvs[0].get("value", ""))) if kvs else None
         return None
 
     def try_write(self, key: str, value: str) -> bool:

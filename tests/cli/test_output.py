@@ -96,10 +96,20 @@ def test_a_block_folds_a_value_in_its_own_column() -> None:
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("plain", "plain"), ("é ok", "é ok"), ("\x1b[2J", r"\x1b[2J"), ("a\nb", r"a\nb"), ("\ud800", r"\ud800")],
+    [
+        ("plain", "plain"),
+        ("é ok", "é ok"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("a\nb", r"a\nb"),
+        ("\ud800", r"\ud800"),
+        ("\u0301x", r"\u0301x"),
+        ("a" + "\u0301" * 5, "a" + "\u0301" * 3 + r"\u0301" * 2),
+        ("no\u3164ne", r"no\u3164ne"),
+        ("\u202edlrow", r"\u202edlrow"),
+    ],
 )
 def test_printable_text_cannot_act(text: str, shown: str) -> None:
-    """Control characters and what no encoding can print are shown, not sent."""
+    """Control characters, what no encoding can print, what nobody sees, and piles of accents are shown, not sent."""
     assert printable(text) == shown
 
 

@@ -452,3 +452,85 @@ def test_at_once_is_a_value_of_its_own(world: World) -> None:
     assert world.value("1", "shutdown_timeout") is None
     assert "switched off" in world.run("reset", "1").stderr
     assert world.run("stop", "--all", "--local", "--now").exit_code == 2
+
+
+def test_a_key_that_is_not_there_is_not_unset_in_silence(world: World) -> None:
+    """A typo is refused and named, with nothing written; a known key that is not there is told, and is no error."""
+    world.running("1", mac="52:54:00:00:00:01", **{"x-owner": "me"})
+    before = world.etcd.revision
+    refused = world.run("set", "1", "cpus=2", "--unset", "x-owner", "--unset", "maac")
+    assert (refused.exit_code, world.etcd.revision) == (1, before)
+    assert refused.stderr == "Error: 1 was not changed: it has no key 'maac'; did you mean mac? (--force ignores it)\n"
+    assert world.run("set", "1", "cpus=2", "--unset", "maac", "--force").exit_code == 0
+    told = world.run("set", "1", "--unset", "rbd")
+    assert (told.exit_code, told.stdout) == (0, "1 changed\n")
+    assert "1: `rbd` was not there" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("set", "1", "host=\u0430lpha"), "U+0430 CYRILLIC SMALL LETTER A"),
+        (("set", "1", "ram=\uff12G"), "U+FF12 FULLWIDTH DIGIT TWO"),
+        (("set", "1", "r\u0430m=2G"), "U+0430 CYRILLIC SMALL LETTER A"),
+        (("set", "1", "host=alpha\u3164"), "U+3164 HANGUL FILLER"),
+        (("show", "w\u0435b1"), "U+0435 CYRILLIC SMALL LETTER IE"),
+        (("stop", "1\u200b"), "U+200B ZERO WIDTH SPACE"),
+    ],
+)
+def test_what_looks_right_and_is_not_is_named(world: World, args: tuple[str, ...], named: str) -> None:
+    """A letter of another script looks as it should: the message has its code point, and nothing is written."""
+    world.host("alpha")
+    world.running("1")
+    before = world.etcd.revision
+    result = world.run(*args)
+    assert result.exit_code in {1, 2}
+    assert f"which holds {named}" in result.stderr
+    assert world.etcd.revision == before
+
+
+def test_a_secret_is_not_told_by_its_letters(world: World) -> None:
+    """What is left out of a message is not described either."""
+    world.running("1")
+    refused = world.run("set", "1", "extra_flags=-object secret,data=\u00fcber,id=k 'open")
+    assert refused.exit_code == 1
+    assert "U+00FC" not in refused.stderr
+
+
+def test_a_huge_word_is_not_repeated_whole(world: World) -> None:
+    """Whatever was pasted by mistake: the message is short."""
+    for args in (("show", "w" * 100_000), ("set", "1", "w" * 100_000), ("set", "1", "a b" * 100_000 + "=1")):
+        result = world.run(*args)
+        assert result.exit_code == 2
+        assert len(result.stderr) < 1000
+
+
+def test_no_time_is_no_number_of_seconds(world: World) -> None:
+    """`nan` is neither below nor above any limit."""
+    world.running("1")
+    result = world.run("stop", "1", "--wait", "--timeout", "nan")
+    assert (result.exit_code, world.value("1", "power")) == (2, None)
+
+
+@pytest.mark.parametrize("command", ["stop", "start", "restart", "reset", "delete", "show", "set"])
+@pytest.mark.parametrize("word", ["web", "we", "w", "web*", "web1 ", "web1/", "/kvm/web1", "1", "", "WEB1", "."])
+def test_no_command_takes_a_part_for_the_whole(world: World, command: str, word: str) -> None:
+    """Neither a prefix, a pattern, a path nor another case of an id is that id; nothing is written."""
+    for name in ("web1", "web10", "web1.x"):
+        world.running(name)
+    before = world.etcd.revision
+    more = {"delete": ["--yes"], "set": ["ram=2G"]}.get(command, [])
+    assert world.run(command, word, *more).exit_code in {1, 2}
+    assert world.etcd.revision == before
+
+
+def test_what_is_asked_is_about_the_whole_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """db.customer1 is not called db when somebody is asked whether it shall go, and no other one goes with it."""
+    for name in ("db", "db.customer1", "db.customer10"):
+        world.running(name)
+    monkeypatch.setattr("kvmsupervisor.cli.write_commands.on_terminal", lambda stream: True)
+    result = world.run("delete", "db.customer1", input_text="y\n")
+    assert "Remove instance db.customer1 and shut" in result.stdout
+    left = {key.decode() if isinstance(key, bytes) else key for key in world.etcd.data}
+    assert not any(key.startswith("/kvm/db.customer1/") and not key.endswith("/lock") for key in left)
+    assert {"/kvm/db/host", "/kvm/db.customer10/host"} <= left

@@ -19,7 +19,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import show
+from kvmsupervisor.domain.values import show, strange
 from kvmsupervisor.domain.wishes import (
     DISKS,
     NICS,
@@ -252,7 +252,9 @@ def test_ram_is_required() -> None:
 )
 def test_bad_values(key: str, value: str) -> None:
     """Law: a value outside the table's rule is one problem of its key."""
-    assert problem_of(key, value).startswith(f"{key}: found {show(value)}; ")
+    held = strange(value)
+    told = "" if held is None else f", which holds {held}"
+    assert problem_of(key, value).startswith(f"{key}: found {show(value)}{told}; ")
 
 
 @pytest.mark.parametrize("key", [*WISH_KEYS, "nic/1/mac", "disk/15"])

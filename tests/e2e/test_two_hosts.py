@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +54,32 @@ A_DISK = "-blockdev driver=null-co,node-name=disk"
 def _runs(host: Host, qemu: Qemu) -> bool:
     """Whether the guest may have run: anything but the state in which QEMU waits for its first `cont`."""
     return host.run_state(qemu) not in {None, "prelaunch", "inmigrate"}
+
+
+def test_a_host_that_looks_for_locks_elsewhere(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law 12: an empty host with a wrong LOCK takes nothing over: it would not see the lock of what runs elsewhere."""
+    alpha = hosts("alpha").start()
+    keys.put("1", ram=16, extra_flags=f"{tiny} {A_DISK}", host="alpha", shutdown_timeout=3)
+    first = alpha.wait_running("1")["1"]
+    beta = hosts("beta", LOCK="/elsewhere/%i/lock").start()
+    with watched(alpha, beta):
+        keys.put("2", ram=16, extra_flags=tiny, host="beta")
+        said = beta.wait_for("2", lambda status: status.phase is Phase.WAITING and "LOCK is" in status.reason)
+        assert said.reason.startswith(
+            "LOCK is /elsewhere/%i/lock here, and another one on every other host "
+            f"(alpha: {keys.layout.lock}), which may run it under that"
+        )
+        # Who has a lock goes on, also through a crash: nobody doubts that one.
+        os.kill(first.pid, signal.SIGKILL)
+        alpha.wait_for("1", lambda status: status.phase is Phase.RUNNING and status.pid not in {None, first.pid})
+        # It is shut down there, which takes its time. Only a lock that beta does not see tells of that.
+        keys.put("1", host="beta")
+        beta.wait_for("1", lambda status: status.phase is Phase.WAITING and "LOCK is" in status.reason)
+        beta.stop()
+        del beta.settings["LOCK"]
+        beta.start()
+        beta.wait_running("1", "2")
+    check_lock_history(keys, "1")
 
 
 def test_moving(keys: Keys, hosts: Hosts, tiny: str) -> None:

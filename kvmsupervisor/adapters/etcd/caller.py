@@ -13,6 +13,7 @@ from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints, speaks_tls
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
+from kvmsupervisor.concurrently import StrayCancellation, no_stray_cancellation
 
 Reply = TypeVar("Reply")
 
@@ -24,6 +25,7 @@ _LONGEST_PAUSE_S = 0.4
 """Pauses after every endpoint has failed once: short beside an election (1 s), long beside a request."""
 
 _CLOSED = "the etcd client is closed"
+_GIVEN_UP = "gRPC gave the call up"
 
 
 class Caller:
@@ -104,7 +106,7 @@ class Caller:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         try:
-            with self._closing_is_not_cancelling(done_maybe=False):
+            with self._giving_up_is_failing(done_maybe=False):
                 async with asyncio.timeout_at(deadline):
                     await endpoint.connect()
                     return await self.auth.metadata(endpoint, timeout_s=deadline - loop.time())
@@ -138,7 +140,7 @@ class Caller:
         if self.closed:
             raise AttemptFailed(_CLOSED, done_maybe=False)
         try:
-            with self._closing_is_not_cancelling(done_maybe=True):
+            with self._giving_up_is_failing(done_maybe=True):
                 reply = await request(endpoint, metadata, deadline - loop.time())
                 endpoint.answered_at = loop.time()
                 return reply
@@ -149,15 +151,16 @@ class Caller:
             raise failure from error
 
     @contextmanager
-    def _closing_is_not_cancelling(self, *, done_maybe: bool) -> Iterator[None]:
-        """Translate a cancellation that nobody asked for: gRPC's way to say that the channel was closed."""
+    def _giving_up_is_failing(self, *, done_maybe: bool) -> Iterator[None]:
+        """Translate a cancellation that nobody asked for.
+
+        It is gRPC's way to say that the channel was closed, or that a stream could not be written to.
+        """
         try:
-            yield
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.closed and task is not None and not task.cancelling():
-                raise AttemptFailed(_CLOSED, done_maybe=done_maybe) from None
-            raise
+            with no_stray_cancellation():
+                yield
+        except StrayCancellation as error:
+            raise AttemptFailed(_CLOSED if self.closed else _GIVEN_UP, done_maybe=done_maybe) from error
 
     async def _try_elsewhere(self, endpoint: Endpoint, progress: _Progress) -> None:
         self.endpoints.leave(endpoint)

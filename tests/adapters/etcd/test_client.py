@@ -22,6 +22,9 @@ from kvmsupervisor.adapters.etcd import (
     Target,
     Unavailable,
 )
+from kvmsupervisor.adapters.etcd.auth import Metadata
+from kvmsupervisor.adapters.etcd.caller import Caller
+from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import split_endpoint
 from tests.adapters.etcd.traffic import SOON_S, client, follow
 from tests.support.etcd import EtcdServer, free_port
@@ -201,6 +204,26 @@ async def test_calls_in_flight_end_when_the_client_is_closed(proxy: Proxy) -> No
             reading, writing = await asyncio.gather(*waiting, return_exceptions=True)
     assert type(reading) is Unavailable
     assert type(writing) is Ambiguous
+
+
+@pytest.mark.parametrize(("repeatable", "kind"), [(True, Unavailable), (False, Ambiguous)])
+async def test_a_stream_that_grpc_gives_up_is_a_failure(
+    etcd_alone: EtcdServer, *, repeatable: bool, kind: type[Exception]
+) -> None:
+    """Law: nobody asked the task to end, so it does not: a session's was gone in silence, for good."""
+    caller = Caller(EtcdConfig(endpoints=tuple(etcd_alone.endpoints)))
+
+    async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
+        stream = endpoint.lease.LeaseKeepAlive(metadata=metadata, timeout=timeout_s)
+        stream.cancel()
+        async for _ in stream:
+            pass
+
+    try:
+        with pytest.raises(kind, match=r"gRPC gave the call up|unknown whether etcd did it"):
+            await caller.call("renew a lease", send, timeout_s=0.3, repeatable=repeatable)
+    finally:
+        await caller.close()
 
 
 MANY_KEYS = 80_000
