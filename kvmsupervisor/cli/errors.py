@@ -10,6 +10,12 @@ class CommandError(click.ClickException):
 
     exit_code = 1
 
+    def format_message(self) -> str:
+        """The message, line by line, in which nothing can act on a terminal: it may repeat what stands in etcd."""
+        from kvmsupervisor.cli.output import printable  # noqa: PLC0415 - only an error pays for it
+
+        return "\n".join(printable(line) for line in self.message.split("\n"))
+
 
 class Refused(CommandError):
     """Refused, or not so: the keys, or what is observed, do not allow it."""

@@ -144,9 +144,9 @@ def duration(length: timedelta) -> str:
     return f"{seconds // 86_400}d"
 
 
-def on_terminal(stream: TextIO) -> bool:
-    """Whether people watch `stream` on a terminal that can do more than print lines."""
-    return stream.isatty()
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether people watch `stream` on a terminal; it is None where the program was started without it (`>&-`)."""
+    return stream is not None and stream.isatty()
 
 
 def terminal_console(*, stderr: bool = False) -> Console:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -12,7 +12,10 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.wishes import public_value
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, WISH_KEYS, public_value
+
+OTHERS = 100
+"""How many keys `show` prints that are no wishes. Arbitrary: who may write keys shall not fill a terminal."""
 
 LIST_COLUMNS = (
     Column(title="ID"),
@@ -93,11 +96,7 @@ def show_blocks(
         ),
         (
             f"Wishes ({layout.instance_prefix(instance.id)})",
-            [
-                (printable_bytes(name), Cell(printable_bytes(_public(name, raw.value))))
-                for name, raw in sorted(instance.keys.items())
-            ]
-            or [("", Cell("none"))],
+            list(_wishes(instance)) or [("", Cell("none"))],
         ),
     ]
     if status is not None:
@@ -118,6 +117,18 @@ def show_blocks(
     if host is not None:
         blocks.append((f"Session of host {host}", _session_lines(host, cluster)))
     return blocks
+
+
+def _wishes(instance: Instance) -> Iterator[tuple[str, Cell]]:
+    """Its keys and their values; of those that nobody knows, or that are for people, the first `OTHERS`."""
+    wishes = {name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS)}
+    others = 0
+    for name, raw in sorted(instance.keys.items()):
+        others += name not in wishes
+        if name in wishes or others <= OTHERS:
+            yield printable_bytes(name), Cell(printable_bytes(_public(name, raw.value)))
+    if others > OTHERS:
+        yield "…", Cell(f"and {others - OTHERS} more, which `-o json` has")
 
 
 def _public(name: bytes, value: bytes) -> bytes:

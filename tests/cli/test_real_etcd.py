@@ -88,3 +88,49 @@ def test_wait_sees_what_a_supervisor_writes(run: Run, etcd_server: EtcdServer, e
     result = run("start", "1", "--wait", "--timeout", "30")
     acting.join()
     assert (result.exit_code, result.stdout) == (0, "1: running on alpha, pid 77\n")
+
+
+def test_a_value_that_etcd_does_not_take(run: Run, etcd_server: EtcdServer, etcd_prefix: str) -> None:
+    """More than its 1.5 MiB at once, by --force: refused, told briefly, and the instance is as it was."""
+    assert run("create", "1", "ram=1G").exit_code == 0
+    result = run("set", "1", "ram=2G", f"x-big={'b' * 1_600_000}", "--force")
+    assert result.exit_code == 1
+    assert len(result.stderr) < 1000
+    assert etcd_server.ctl("get", "--print-value-only", f"{etcd_prefix}/1/ram").strip() == "1G"
+    # What fits is taken, and is in nobody's way.
+    assert run("set", "1", f"x-big={'b' * 1_400_000}", "--force").exit_code == 0
+    for args in (("list",), ("show", "1"), ("check",)):
+        assert len(run(*args).stdout) < 2000
+    assert run("delete", "1", "--yes").exit_code == 0
+
+
+def test_somebody_who_writes_in_a_loop(run: Run, etcd_server: EtcdServer, etcd_prefix: str) -> None:
+    """A change is made whole or refused as changed by others, soon; what it was asked for is not lost in between."""
+    assert run("create", "1", "ram=1G", "x-note=0").exit_code == 0
+    ended = threading.Event()
+
+    async def write() -> None:
+        client = Etcd(EtcdConfig(endpoints=(etcd_server.endpoint,)))
+        number = 0
+        while not ended.is_set():
+            number += 1
+            await client.put(f"{etcd_prefix}/1/x-note", str(number).encode())
+        await client.close()
+
+    writer = threading.Thread(target=lambda: asyncio.run(write()))
+    writer.start()
+    try:
+        for ram in ("2G", "3G", "4G"):
+            before = etcd_server.ctl("get", "--print-value-only", f"{etcd_prefix}/1/ram").strip()
+            result = run("set", "1", f"ram={ram}")
+            after = etcd_server.ctl("get", "--print-value-only", f"{etcd_prefix}/1/ram").strip()
+            if result.exit_code == 0:
+                assert after == ram
+            else:
+                assert "was changed by others" in result.stderr
+                assert after == before
+        assert run("stop", "1").exit_code in {0, 1}
+        assert run("delete", "1", "--yes").exit_code == 0
+    finally:
+        ended.set()
+        writer.join()

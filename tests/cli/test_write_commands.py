@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName
@@ -534,3 +535,33 @@ def test_what_is_asked_is_about_the_whole_id(world: World, monkeypatch: pytest.M
     left = {key.decode() if isinstance(key, bytes) else key for key in world.etcd.data}
     assert not any(key.startswith("/kvm/db.customer1/") and not key.endswith("/lock") for key in left)
     assert {"/kvm/db/host", "/kvm/db.customer10/host"} <= left
+
+
+def test_names_of_keys_cannot_act_on_a_terminal(world: World) -> None:
+    """Who writes keys of one instance may call them anything: messages repeat none as it is, nor all of them."""
+    for number in range(10_000):
+        world.etcd.write(f"/kvm/1/k{number}", b"x")
+    world.etcd.write("/kvm/1/a\x1b[2J\r\n\u202e", b"x")
+    for args in (("create", "1", "ram=1G"), ("set", "1", "ram=1G"), ("show", "1"), ("check",), ("list", "-o", "wide")):
+        result = world.run(*args)
+        said = result.stdout + result.stderr
+        assert all(line.isprintable() for line in said.split("\n")), args
+        assert len(said) < 10_000, args
+    assert "and 9972 more" in world.run("create", "1", "ram=1G").stderr
+
+
+def test_an_error_is_printed_so_that_it_cannot_act() -> None:
+    """Law: whatever a message repeats; its own lines stay lines."""
+    assert Refused("one\x1b[2J\n  two\r\u202e").format_message() == "one\\x1b[2J\n  two\\r\\u202e"
+
+
+def test_a_huge_value_is_refused_by_name(world: World) -> None:
+    """Also in a key for people: every host would keep it, and etcd would refuse it without naming the key."""
+    world.running("1")
+    for args in (("create", "2", "ram=1G"), ("set", "1")):
+        result = world.run(*args, f"x-notes={'b' * 65_537}")
+        assert result.exit_code == 1
+        assert "x-notes: found 65537 bytes; a value has at most 65536 bytes" in result.stderr
+        assert len(result.stderr) < 300
+    assert world.value("1", "x-notes") is None
+    assert world.run("set", "1", f"x-notes={'b' * 65_536}").exit_code == 0

@@ -5,6 +5,7 @@ Real supervisors, a real etcd, QEMUs whose guests do nothing. What is waited for
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
-from tests.support.etcd import EtcdServer
+from tests.support.etcd import PROGRAMS, EtcdServer
 
 BRIEF_S = 3
 """Of sessions that are to run out: as short as a loaded machine renews in time."""
@@ -112,6 +113,39 @@ def test_etcd_is_away(etcd_alone: EtcdServer, hosts: Hosts, tiny: str, a_disk: s
     eventually("the session to be lost", lambda: pinned.events("session.lost"))
     assert lives.alive
     assert pinned.guard is None
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_etcd_without_space(program: str, hosts: Hosts, tiny: str, a_disk: str) -> None:
+    """Law 1: it confirms the session all the same, to a successor, too, for many lengths of one: nothing is killed."""
+    with EtcdServer(program=program, args=("--quota-backend-bytes", str(4 << 20))) as etcd:
+        keys = Keys(etcd)
+        host = hosts("alpha", keys=keys, **settings(LONG_S)).start()
+        guest, lock = begin(keys, host, f"{tiny} {a_disk}"), keys.lock("1")
+        with contextlib.suppress(AssertionError):
+            for _ in range(100):
+                keys.write("/fill", "x" * 100_000)
+        assert "NOSPACE" in etcd.ctl("alarm", "list")
+        full_at = now()
+        eventually("a length of a session", lambda: now() > full_at + LONG_S)
+        host.kill9()
+        host.start()
+        eventually("two more", lambda: now() > full_at + 3 * LONG_S)
+        assert guest.alive
+        assert host.metric("session_remaining_seconds") > 0
+        wait_guarded(host)
+        etcd.ctl("compact", str(keys.revision))
+        etcd.ctl("defrag")
+        etcd.ctl("alarm", "disarm")
+        revision = keys.put("1", description="x")
+        eventually("the host to follow", lambda: host.metric("watch_revision") >= revision)
+        wait_guarded(host)
+        assert host.wait_running("1") == {"1": guest}
+        assert keys.lock("1") == lock
+        assert not host.events("session.lost")
+        assert len(host.events("session.created")) == 1
 
 
 def test_what_comes_and_goes(keys: Keys, hosts: Hosts, tiny: str, a_disk: str) -> None:
