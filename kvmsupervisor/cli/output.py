@@ -7,6 +7,7 @@ as an escape sequence.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -102,6 +103,21 @@ def printable_bytes(value: bytes, *, limit: int = 200) -> str:
     """Return a value of etcd in one line, cut after `limit` characters, bytes that are no UTF-8 escaped."""
     text = printable(value.decode("utf-8", "backslashreplace"))
     return text if len(text) <= limit else f"{text[:limit]}… ({len(value)} bytes)"
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Return a command in one line, as bash reads it; what is not printable stands there escaped (`$'…'`)."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _dollar_quoted(word) for word in words)
+
+
+def _dollar_quoted(word: str) -> str:
+    escaped = (
+        char.replace("\\", r"\\").replace("'", r"\'")
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+        for char in word
+    )
+    return f"$'{''.join(escaped)}'"
 
 
 def parse_time(text: object) -> datetime | None:
