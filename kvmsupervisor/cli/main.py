@@ -6,6 +6,8 @@ nothing that they do not need.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from kvmsupervisor import __version__
 from kvmsupervisor.cli.errors import INTERRUPTED
 
 PROGRAM = "kvmsupervisor"
+
+NOT_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""What a file says that standard output leads to, and that takes no more. A closed pipe is click's: 1, quietly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,13 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is not None or error.errno not in NOT_WRITTEN:
+            raise
+        # What is still in its buffer would be tried again at the end of the process, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
     except click.Abort as error:
         # Ctrl-C, or the end of input at a question. click has ended the line, except at a question.
         if error.__cause__ is None:

@@ -7,6 +7,7 @@ as an escape sequence.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -104,6 +105,21 @@ def printable_bytes(value: bytes, *, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… ({len(value)} bytes)"
 
 
+def quoted(words: Iterable[str]) -> str:
+    """Return a command in one line, as bash reads it; what is not printable stands there escaped (`$'…'`)."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _dollar_quoted(word) for word in words)
+
+
+def _dollar_quoted(word: str) -> str:
+    escaped = (
+        char.replace("\\", r"\\").replace("'", r"\'")
+        if char.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))
+        for char in word
+    )
+    return f"$'{''.join(escaped)}'"
+
+
 def parse_time(text: object) -> datetime | None:
     """Read an RFC 3339 time with its zone; None when it is not one."""
     try:
@@ -128,9 +144,9 @@ def duration(length: timedelta) -> str:
     return f"{seconds // 86_400}d"
 
 
-def on_terminal(stream: TextIO) -> bool:
-    """Whether people watch `stream` on a terminal that can do more than print lines."""
-    return stream.isatty()
+def on_terminal(stream: TextIO | None) -> bool:
+    """Whether people watch `stream` on a terminal; it is None where the program was started without it (`>&-`)."""
+    return stream is not None and stream.isatty()
 
 
 def terminal_console(*, stderr: bool = False) -> Console:

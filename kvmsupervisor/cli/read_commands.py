@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from kvmsupervisor.cli.output import (
     echo_table,
     note,
     on_terminal,
+    quoted,
 )
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.hardware import TapFds
@@ -138,12 +138,12 @@ def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
     found, _, settings = _existing(tools, instance)
     words = cleaned_words(command_line(found, settings))
     if shell:
-        click.echo(shlex.join(words))
+        click.echo(quoted(words))
     elif output == "json":
         echo_json(words)
     else:
         for line in option_lines(words):
-            click.echo(shlex.join(line))
+            click.echo(quoted(line))
 
 
 def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:

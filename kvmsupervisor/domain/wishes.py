@@ -14,7 +14,7 @@ from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
-from kvmsupervisor.domain.secrecy import cleaned, cleaned_flags
+from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     OFF_NOW,
@@ -31,7 +31,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show_bytes, strange
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, strange
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -302,10 +302,15 @@ def suggest_wish(name: str) -> str | None:
 
 
 def _with_suggestion(key: bytes) -> str:
-    near = suggest_wish(key[:SHOWN_LENGTH].decode(errors="replace"))
+    name, equals, _ = key[:SHOWN_LENGTH].decode(errors="replace").partition("=")
+    near = suggest_wish(name)
+    # Who writes `etcdctl put KEY=VALUE` makes a key whose name is the value, too.
+    is_pair = bool(equals) and (near is not None or names_a_secret(name))
     held = strange(key.decode(errors="ignore"))
-    shown = show_bytes(key) if held is None else f"{show_bytes(key)}, which holds {held}"
-    return shown if near is None else f"{shown} (did you mean {near}?)"
+    shown = show(f"{name}={HIDDEN}") if is_pair else show_bytes(key)
+    shown += "" if held is None else f", which holds {held}"
+    meant = f"{near}, and its value as a word of its own" if equals else near
+    return shown if near is None else f"{shown} (did you mean {meant}?)"
 
 
 def _hosts(text: str) -> tuple[str, ...]:
@@ -334,12 +339,17 @@ def _text(value: bytes) -> str:
 
 
 def public_value(name: str, value: bytes) -> bytes:
-    """A key's value for people: without what is nobody else's business."""
-    if name in SECRET_KEYS:
+    """A key's value for people: without what is nobody else's business.
+
+    A key that nobody knows may be a secret one that was mistyped.
+    """
+    mistyped = not is_known(name.encode()) and suggest_wish(name) in SECRET_KEYS
+    if name in SECRET_KEYS or mistyped or names_a_secret(name):
         return b"(not shown)"
-    hide = {"cloud-config": shown_url, "extra_flags": cleaned_flags}.get(name)
-    if hide is None:
-        return value
+    if len(value) > VALUE_LIMIT:
+        # Not looked through either: whoever writes a megabyte would have it looked through again and again.
+        return f"({len(value)} bytes, not shown)".encode()
+    hide = {"cloud-config": shown_url, "extra_flags": cleaned_flags}.get(name, cleaned)
     return hide(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 

@@ -315,11 +315,14 @@ def inward(address: str) -> bool:
         ("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", True),
         ("169.254.169.254", True), ("fe80::1%eth0", True), ("::ffff:169.254.169.254", True), ("::", True),
         ("224.0.0.1", True), ("ff02::1", True),
+        ("::127.0.0.1", True), ("64:ff9b::7f00:1", True), ("64:ff9b:1::a9fe:a9fe", True), ("2002:7f00:1::", True),
+        ("2001:0:a00:1::8000:fefe", True), ("fd00:ec2::254", True), ("100.100.100.200", True), ("168.63.129.16", True),
+        ("64:ff9b::5db8:d822", False), ("2002:5db8:d822::", False),
         ("10.0.0.1", False), ("192.168.1.1", False), ("203.0.113.7", False), ("fd00::1", False), ("2001:db8::1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_this_hosts_own(address: str, inside: bool) -> None:
-    """Law: loopback, link-local, unspecified and multicast, in every spelling; a private network is none of them."""
+    """Law: loopback, link-local, unspecified, multicast and clouds' metadata, in every spelling; no private network."""
     assert is_inward(address) is inside
 
 

@@ -128,3 +128,31 @@ def test_a_command_that_is_none_gets_a_suggestion(world: World, typed: str, mean
     assert result.exit_code == 2
     assert f"Did you mean {meant}?" in result.stderr
     assert "Did you mean" not in world.run("xyzzy").stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ('"$@" completion bash | true; exit ${PIPESTATUS[0]}', {0, 1}, ""),
+        ('"$@" completion bash >&-', {0}, ""),
+        ('"$@" completion bash >/dev/full', {1}, "Error: the output cannot be written: No space left on device\n"),
+        ('"$@" list 2>&-', {3}, ""),
+        ('"$@" list >&-', {3}, "Error: etcd is unreachable"),
+        ('"$@" delete 1 <&-', {2}, "Nobody can be asked without a terminal: give --yes."),
+        ('LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@" show größe', {2}, " is no id: "),
+    ],
+)
+def test_streams_that_are_closed_full_or_ascii_are_no_traceback(line: str, status: set[int], said: str) -> None:
+    """The real program in a shell whose pipe ends early, whose streams are closed, whose disk is full, in locale C."""
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", sys.executable, "-m", "kvmsupervisor"],
+        env={"PATH": os.environ["PATH"], "KVM_HOSTNAME": "alpha", "ETCD_ENDPOINTS": "http://127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode in status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert said in done.stderr

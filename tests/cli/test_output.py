@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kvmsupervisor.cli.output import (
@@ -21,6 +24,7 @@ from kvmsupervisor.cli.output import (
     print_rich_block,
     printable,
     printable_bytes,
+    quoted,
 )
 from tests.cli.conftest import NOW
 
@@ -133,3 +137,14 @@ def test_an_age_of_no_time_is_a_hyphen(since: object) -> None:
 def test_ages_count_from_rfc_3339() -> None:
     """Z and offsets are both read."""
     assert age("2026-03-01T11:57:00Z", NOW) == age("2026-03-01T12:57:00+01:00", NOW) == "3m"
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), max_size=4))
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+def test_a_command_is_what_bash_reads_and_moves_no_cursor(words: list[str]) -> None:
+    """Law: a command that is shown can be pasted, and has no character that a terminal acts on."""
+    line = quoted(words)
+    assert line.isprintable()
+    script = f'set -- {line}\nprintf "%s\\0" "$#" "$@"'
+    done = subprocess.run(["bash", "-c", script], env={"LC_ALL": "C.UTF-8"}, capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == [str(len(words)), *words]

@@ -7,7 +7,7 @@ import shlex
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.exits import WaitStatus, classify
@@ -76,6 +76,8 @@ def test_a_line_that_was_cut_off_holds_no_part_of_a_secret(secret: str, cut: int
 
 
 @given(PLAIN)
+@example("/[0f-secret-a")
+@example("8443/secret-a")
 def test_a_url_is_shown_without_its_secrets(secret: str) -> None:
     """Law: neither password nor token of a URL is in a problem or what `show` prints, however badly it is written."""
     for url in (
@@ -139,3 +141,35 @@ def test_what_holds_no_secret_is_shown_as_it_was_written() -> None:
     """Law: `show` changes nothing without need."""
     text = "-rtc  base=localtime -append 'a \"b\"'"
     assert cleaned_flags(text) == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["spice_password", "spice_pasword", "spice-password", "spicepassword", "x-root-password", "token"],
+)
+def test_a_secret_whose_key_was_mistyped_is_not_shown(name: str) -> None:
+    """Law: what is nearly the name of a secret key, or sounds like one, has no value that others see."""
+    assert public_value(name, b"hunter2hunter2") == b"(not shown)"
+
+
+def test_a_value_in_the_name_of_a_key_is_not_shown() -> None:
+    """Law: who writes KEY=VALUE where two words belong has the value told nowhere, and learns what went wrong."""
+    keys = {b"ram": RawValue(b"64", 1), b"spice_password=hunter2hunter2": RawValue(b"", 1)}
+    (problem,) = parse_wish(InstanceId("a"), keys).problems
+    assert "hunter2" not in str(problem)
+    assert "did you mean spice_password, and its value as a word of its own?" in problem.found
+
+
+@pytest.mark.parametrize("name", ["rbd", "disk/1", "description", "nonsense"])
+def test_no_value_shows_a_secret_that_is_written_as_one(name: str) -> None:
+    """Law: a secret in a key where none belongs is hidden wherever keys are shown; so is all of what is too long."""
+    old = b"rbd:pool/image:id=admin:key=AQBsecretsecret==:conf=/etc/ceph.conf"
+    assert b"AQBsecret" not in public_value(name, old)
+    assert public_value(name, b"token=" + b"a" * 70_000) == b"(70006 bytes, not shown)"
+
+
+def test_thousands_of_secrets_cost_no_time() -> None:
+    """Law: who may write one key cannot keep the supervisor busy by it: so many are not looked for, all is hidden."""
+    words = [f"x,data=secret{number}" for number in range(1000)]
+    assert set(cleaned_words(words)) == {"…"}
+    assert cleaned_words(words[:100])[7] == "x,data=…"

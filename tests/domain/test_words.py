@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from kvmsupervisor.domain.hardware import Nvram, Ovmf
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.values import Unfit
+from kvmsupervisor.domain.values import Unfit, shell_words
 from kvmsupervisor.domain.wishes import NUMBERED_KEYS, WISH_KEYS, parse_wish
 from kvmsupervisor.domain.words import escaped, is_name, json_option, option
 from tests.domain.test_argv import HOST, VM, argv, parts
@@ -170,3 +171,19 @@ def test_the_three_forms(value: str) -> None:
     assert option("--a", value).partition("=") == ("--a", "=", value)
     assert escaped(value).replace(",,", ",") == value
     assert json.loads(json_option({"a": value})) == {"a": value}
+
+
+_shell_texts = st.text(st.sampled_from(" \t\r\n'\"\\ab-=,é\x0b\u00a0#$"), max_size=20)
+
+
+@settings(deadline=None)
+@given(_shell_texts)
+def test_words_are_those_of_a_shell(text: str) -> None:
+    """Law: the words are those that Python's shlex makes of it, and what it refuses is refused."""
+    try:
+        expected = tuple(shlex.split(text, comments=False, posix=True))
+    except ValueError:
+        with pytest.raises(Unfit, match="it lacks"):
+            shell_words(text)
+    else:
+        assert shell_words(text) == expected
