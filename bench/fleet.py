@@ -21,7 +21,12 @@ MEMORY_BUDGET = 80e6
 IDLE_BUDGET = 0.005
 ADOPTION_BUDGET_S = 1.0
 
-IMPORTS = "import kvmsupervisor.cli.main, kvmsupervisor.logs, kvmsupervisor.cli.run, kvmsupervisor.supervisor"
+IMPORTS = """
+import kvmsupervisor.cli.main
+import kvmsupervisor.logs
+import kvmsupervisor.cli.run
+import kvmsupervisor.supervisor
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -329,7 +329,7 @@ def text_of(path: Path) -> str:
 def test_rich_is_not_loaded() -> None:
     """The daemon does not pay for tracebacks that it does not draw; rich can be imported afterwards all the same."""
     program = (
-        "import sys, kvmsupervisor.logs; assert not [m for m in sys.modules if m.startswith('rich')]; import rich.table"
+        "import sys, kvmsupervisor.logs\nassert not [m for m in sys.modules if m.startswith('rich')]\nimport rich.table"
     )
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True, cwd=ROOT)
 
