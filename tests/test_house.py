@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -43,17 +44,43 @@ def broad_excepts(tree: ast.AST) -> Iterator[int]:
                 yield node.lineno
 
 
-def test_imports_point_one_way() -> None:
-    """From cli to supervisor to instance to adapters to domain; adapters do not know each other, the domain is pure."""
+def lint_imports(root: Path) -> tuple[int, str]:
+    """Hold the contracts of pyproject.toml against the package in `root`; exit status, and what was printed."""
     checked = subprocess.run(
         [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
-        cwd=ROOT,
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert checked.returncode == 0, checked.stdout
-    assert "0 broken" in checked.stdout
+    return checked.returncode, checked.stdout
+
+
+def test_imports_point_one_way() -> None:
+    """From cli to supervisor to instance to adapters to domain; adapters do not know each other, the domain is pure."""
+    status, said = lint_imports(ROOT)
+    assert status == 0, said
+    assert "0 broken" in said
+
+
+PLANTED = {
+    "gRPC outside of its adapter": ("adapters/ceph.py", "import grpc"),
+    "settings in the domain": ("domain/lifecycle.py", "import kvmsupervisor.settings"),
+    "an adapter that knows another": ("adapters/ceph.py", "import kvmsupervisor.adapters.network"),
+    "a clock in the domain": ("domain/lifecycle.py", "import time"),
+    "a module in no layer": ("stray.py", ""),
+}
+
+
+@pytest.mark.parametrize(("file", "line"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_import_is_found(file: str, line: str, tmp_path: Path) -> None:
+    """The contracts have no hole where these were planted."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / PACKAGE.name / file).open("a") as module:
+        module.write(f"\n{line}\n")
+    status, said = lint_imports(tmp_path)
+    assert (status, "1 broken" in said or file.removesuffix(".py") in said) == (1, True), said
 
 
 def test_there_is_exactly_one_broad_except() -> None:
