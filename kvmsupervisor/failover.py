@@ -9,22 +9,19 @@ and the start, follow as for any takeover (law 4), by the instance's own loop, w
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Set
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
 
 import structlog
 
-from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Store, Target
+from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.failover import STEP_S, place
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage, take
 from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
-from kvmsupervisor.domain.single import name_of
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
@@ -214,36 +211,3 @@ class Failover:
                 previous=orphan.lock.host,
                 in_place_of=wish.host if wish.host != around.me else None,
             )
-
-
-def instance_of_client(wishes: AllWishes, client: str) -> InstanceId | None:
-    """The instance whose lock has a storage client on record: its QEMU is not another instance's to fence."""
-    mark = json.dumps(client).encode()
-    for name in wishes.ids():
-        entry = wishes.lock_of(name)
-        # Looking for the text costs less than reading the JSON of every lock.
-        lock = Lock.from_json(entry.value) if entry is not None and mark in entry.value else None
-        if lock is not None and client in lock.clients:
-            return name
-    return None
-
-
-async def other_of_client(store: Store, layout: Layout, client: str, *, own: str) -> InstanceId | None:
-    """The same, asked of etcd by somebody who follows only the lock `own`: whose it is beside that one's instance.
-
-    Everything below the prefixes of locks is read, so it is for the rare question.
-
-    Raises:
-        EtcdError: etcd does not say, so nobody knows.
-    """
-    mark = json.dumps(client).encode()
-    # In single mode the lock may lie anywhere; those of supervisors are where the settings say, or the usual place.
-    for prefix in {layout.wishes_prefix, layout.locks_prefix() or layout.wishes_prefix}:
-        async with aclosing(store.pages(prefix)) as pages:
-            async for page in pages:
-                for raw, value, *_ in page.entries:
-                    key = raw.decode(errors="replace")
-                    lock = Lock.from_json(value) if mark in value and key != own else None
-                    if lock is not None and client in lock.clients:
-                        return InstanceId(name_of(key, prefix=layout.prefix))
-    return None

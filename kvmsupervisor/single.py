@@ -39,13 +39,13 @@ from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.equipment import Equipment, look_around
-from kvmsupervisor.failover import other_of_client
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Mirror
 from kvmsupervisor.neighbours import Neighbours
+from kvmsupervisor.owners import other_of_client
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.setting_values import SOCKET_PATH_LIMIT

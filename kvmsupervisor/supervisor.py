@@ -38,7 +38,7 @@ from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around, look_at_files
 from kvmsupervisor.face import Face
-from kvmsupervisor.failover import Failover, instance_of_client
+from kvmsupervisor.failover import Failover
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
@@ -47,6 +47,7 @@ from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.neighbours import Neighbours
+from kvmsupervisor.owners import instance_of_client
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve

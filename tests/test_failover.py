@@ -15,7 +15,8 @@ from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
-from kvmsupervisor.failover import Failover, other_of_client
+from kvmsupervisor.failover import Failover
+from kvmsupervisor.owners import other_of_client
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
