@@ -328,9 +328,12 @@ def text_of(path: Path) -> str:
 
 def test_rich_is_not_loaded() -> None:
     """The daemon does not pay for tracebacks that it does not draw; rich can be imported afterwards all the same."""
-    program = (
-        "import sys, kvmsupervisor.logs\nassert not [m for m in sys.modules if m.startswith('rich')]\nimport rich.table"
-    )
+    program = """
+import sys
+import kvmsupervisor.logs
+assert not [m for m in sys.modules if m.startswith('rich')]
+import rich.table
+"""
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True, cwd=ROOT)
 
 
