@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.concurrently import no_stray_cancellation
+from kvmsupervisor.aio import no_stray_cancellation
 from kvmsupervisor.instance import Instance
 
 ERROR_PAUSE_S = (1.0, 60.0)

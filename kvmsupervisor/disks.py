@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError, NoSuchImage
-from kvmsupervisor.concurrently import all_of, both
+from kvmsupervisor.aio import all_of, both
 from kvmsupervisor.domain.ceph import leaves_no_trace
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, nvram_of

@@ -13,7 +13,7 @@ from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, Protocol
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError
-from kvmsupervisor.concurrently import all_of, both
+from kvmsupervisor.aio import all_of, both
 from kvmsupervisor.domain.ceph import Client, leaves_no_trace
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage

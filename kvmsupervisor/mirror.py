@@ -25,7 +25,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
     Watch,
 )
-from kvmsupervisor.concurrently import start_part
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Set
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
-from kvmsupervisor.concurrently import start_part
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, dissent

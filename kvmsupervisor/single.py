@@ -24,8 +24,8 @@ from kvmsupervisor.adapters.etcd import Etcd, Store
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import withdraw
-from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks

@@ -20,7 +20,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
-from kvmsupervisor.concurrently import start_part
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.equipment import ceph_access, look_at_bridge
 from kvmsupervisor.fencing import CephFencing

@@ -16,7 +16,7 @@ import structlog
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
-from kvmsupervisor.concurrently import start_part
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory

@@ -14,7 +14,7 @@ from kvmsupervisor import marks
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.concurrently import both
+from kvmsupervisor.aio import both
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
 from kvmsupervisor.domain.identity import HostIdentity

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Never
 
-from kvmsupervisor.concurrently import start_part
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.mirror import Wishes

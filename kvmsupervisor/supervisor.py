@@ -22,8 +22,8 @@ from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import Bridges
-from kvmsupervisor.concurrently import start_part
 from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvmsupervisor.concurrently import StrayCancellation, all_of, both, start_part
+from kvmsupervisor.aio import StrayCancellation, all_of, both, start_part
 
 
 async def give(value: int) -> int:

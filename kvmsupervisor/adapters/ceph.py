@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from kvmsupervisor.concurrently import all_of
+from kvmsupervisor.aio import all_of
 from kvmsupervisor.domain.ceph import (
     EXCLUSIVE_LOCK,
     Client,

@@ -13,7 +13,7 @@ from kvmsupervisor.adapters.etcd.channel import Endpoint, Endpoints, speaks_tls
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
-from kvmsupervisor.concurrently import StrayCancellation, no_stray_cancellation
+from kvmsupervisor.aio import StrayCancellation, no_stray_cancellation
 
 Reply = TypeVar("Reply")
 

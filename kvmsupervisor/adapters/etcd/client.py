@@ -31,7 +31,7 @@ from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, Reply
 from kvmsupervisor.adapters.etcd.messages import compare_message, entries, key_value, op_message, range_of
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
-from kvmsupervisor.concurrently import all_of
+from kvmsupervisor.aio import all_of
 
 _SHRINK = 8
 """A page that is too large for one reply is asked for again with so many times fewer keys."""
