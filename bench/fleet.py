@@ -23,7 +23,7 @@ ADOPTION_BUDGET_S = 1.0
 
 IMPORTS = """
 import kvmsupervisor.cli.main
-import kvmsupervisor.logs
+import kvmsupervisor.config.logs
 import kvmsupervisor.cli.run
 import kvmsupervisor.supervisor
 """

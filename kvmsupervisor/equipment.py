@@ -13,11 +13,11 @@ from kvmsupervisor.adapters.ceph import CephAccess
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.usage import memory_for_guests_mib
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lacking
 from kvmsupervisor.domain.hardware import Ceph
 from kvmsupervisor.provisioning import HostFiles
-from kvmsupervisor.settings import Settings
 
 log = structlog.get_logger(__name__)
 

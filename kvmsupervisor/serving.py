@@ -6,8 +6,8 @@ import contextlib
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.web import Routes, Web
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.face import Face
-from kvmsupervisor.settings import Settings
 
 
 async def serve(face: Face, settings: Settings, stack: contextlib.AsyncExitStack) -> str:

@@ -26,7 +26,9 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import withdraw
-from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.config.etcd import etcd_config
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
@@ -48,8 +50,6 @@ from kvmsupervisor.neighbours import Neighbours
 from kvmsupervisor.owners import other_of_client
 from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import Publisher
-from kvmsupervisor.setting_values import SOCKET_PATH_LIMIT
-from kvmsupervisor.settings import Settings
 from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
 from kvmsupervisor.surroundings import Surroundings
 

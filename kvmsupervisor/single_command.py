@@ -21,11 +21,11 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.connection import etcd_config
+from kvmsupervisor.config.etcd import etcd_config
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.equipment import ceph_access, look_at_bridge
 from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import Foreground
-from kvmsupervisor.settings import Settings
 from kvmsupervisor.single_lock import Lost, SingleLock
 from kvmsupervisor.single_stand import Stand, end_session
 

@@ -24,8 +24,9 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import Bridges
+from kvmsupervisor.config.etcd import etcd_config
+from kvmsupervisor.config.settings import Settings, Unfenced
 from kvmsupervisor.confirmation import Confirmations
-from kvmsupervisor.connection import etcd_config
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
@@ -52,7 +53,6 @@ from kvmsupervisor.provisioning import Provisioner
 from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
 from kvmsupervisor.session import Session
-from kvmsupervisor.settings import Settings, Unfenced
 from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings

@@ -15,11 +15,11 @@ from kvmsupervisor import equipment
 from kvmsupervisor.adapters import accelerator, devices, users
 from kvmsupervisor.adapters.devices import Device, DeviceTrouble, Grant
 from kvmsupervisor.adapters.users import NoSuchUser
+from kvmsupervisor.config.settings import Settings, load_settings
 from kvmsupervisor.domain.capabilities import NET_ADMIN
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.hardware import Ceph, Ovmf
 from kvmsupervisor.equipment import look_around
-from kvmsupervisor.settings import Settings, load_settings
 
 NOBODY = pwd.getpwnam("nobody")
 

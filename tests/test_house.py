@@ -65,7 +65,7 @@ def test_imports_point_one_way() -> None:
 
 PLANTED = {
     "gRPC outside of its adapter": ("adapters/ceph.py", "import grpc"),
-    "settings in the domain": ("domain/lifecycle.py", "import kvmsupervisor.settings"),
+    "settings in the domain": ("domain/lifecycle.py", "import kvmsupervisor.config.settings"),
     "an adapter that knows another": ("adapters/ceph.py", "import kvmsupervisor.adapters.network"),
     "a clock in the domain": ("domain/lifecycle.py", "import time"),
     "a module in no layer": ("stray.py", ""),

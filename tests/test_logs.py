@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import structlog
 
-from kvmsupervisor.logs import (
+from kvmsupervisor.config.logs import (
     QUEUE_BYTES,
     TEXT_LIMIT,
     Logs,
@@ -25,7 +25,7 @@ from kvmsupervisor.logs import (
     configure,
     instance_logger,
 )
-from kvmsupervisor.setting_values import LogFormat, LogLevel
+from kvmsupervisor.config.values import LogFormat, LogLevel
 
 ROOT = Path(__file__).parents[1]
 
@@ -296,7 +296,7 @@ class TestRotation:
         """A daemon's descriptors 1 and 2 both go on in the new file: a crash report is not written into the old."""
         path = tmp_path / "log"
         program = (
-            "import os, sys, pathlib, structlog; from kvmsupervisor.logs import Rotation, configure\n"
+            "import os, sys, pathlib, structlog; from kvmsupervisor.config.logs import Rotation, configure\n"
             f"logs = configure(rotation=Rotation(path=pathlib.Path({str(path)!r}), limit_bytes=2000))\n"
             "structlog.get_logger().info('instance.pending', text='x' * 3000)\n"
             "sys.stdin.read(); logs.close(); os.write(1, b'from stdout\\n'); os.write(2, b'from stderr\\n')\n"
@@ -330,7 +330,7 @@ def test_rich_is_not_loaded() -> None:
     """The daemon does not pay for tracebacks that it does not draw; rich can be imported afterwards all the same."""
     program = """
 import sys
-import kvmsupervisor.logs
+import kvmsupervisor.config.logs
 assert not [m for m in sys.modules if m.startswith('rich')]
 import rich.table
 """

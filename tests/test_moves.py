@@ -14,10 +14,10 @@ import pytest
 
 from kvmsupervisor.adapters.clock import boot_id
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.config.settings import load_settings
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.settings import load_settings
 from kvmsupervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd

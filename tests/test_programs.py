@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from kvmsupervisor import setting_values
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephError
 from kvmsupervisor.adapters.cgroup.scope import WAIT
 from kvmsupervisor.adapters.cgroup.tree import ENTER
 from kvmsupervisor.adapters.network import HELPERS, NetworkTrouble, open_tap
+from kvmsupervisor.config import values as setting_values
 from kvmsupervisor.domain.ceph import client_address
 from kvmsupervisor.domain.keys import InstanceId, parse_id
 from kvmsupervisor.domain.records import Unfit

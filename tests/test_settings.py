@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.settings import (
+from kvmsupervisor.config.settings import (
     Accel,
     CgroupKind,
     Listen,
@@ -24,6 +22,8 @@ from kvmsupervisor.settings import (
     describe,
     load_settings,
 )
+from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.keys import Layout
 
 ROOT = Path(__file__).parents[1]
 MISSING = Path("/nonexistent/kvmsupervisor.toml")

@@ -10,9 +10,9 @@ from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
-from kvmsupervisor.settings import Settings
 
 
 @click.command("break-lock")

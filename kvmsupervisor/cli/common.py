@@ -20,11 +20,11 @@ from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange
 from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
-from kvmsupervisor.settings import Settings, SettingsError, load_settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,7 +50,7 @@ WAIT_TIMEOUT_S = 300.0
 def connect(settings: Settings) -> Store:
     """A client of the real etcd. gRPC takes a fifth of a second to import, so only what needs it does."""
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
-    from kvmsupervisor.connection import etcd_config  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
 
     return Etcd(replace(etcd_config(settings), impatient=True))
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmsupervisor.settings import SettingProblem, Settings
+from kvmsupervisor.config.settings import SettingProblem, Settings
 
 NETWORK = Path("/sys/class/net")
 

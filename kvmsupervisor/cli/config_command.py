@@ -13,7 +13,7 @@ from kvmsupervisor.cli.common import Tools, output_option, pass_tools
 from kvmsupervisor.cli.config_checks import problems_here
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, echo_json, echo_table, printable
-from kvmsupervisor.settings import DEFAULT_CONFIG, Setting, Settings, describe
+from kvmsupervisor.config.settings import DEFAULT_CONFIG, Setting, Settings, describe
 
 COLUMNS = (
     Column(title="SETTING"),

@@ -16,11 +16,11 @@ from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.removal import SHOWN_CHARS
 from kvmsupervisor.domain.wishes import public_value
-from kvmsupervisor.settings import Settings
 
 
 @click.command("confirm-removal")

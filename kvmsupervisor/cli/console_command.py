@@ -19,9 +19,9 @@ from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.console_session import Lacking, Mode, Session
 from kvmsupervisor.cli.console_terminal import Signalled, is_terminal
 from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.settings import Settings
 
 SCROLLBACK_LINES = 20
 """Arbitrary: a prompt with what led to it, and the greeting above it still on a small terminal."""

@@ -39,9 +39,9 @@ from kvmsupervisor.cli.demo_stage import (
     while_alive,
 )
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.config.settings import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.settings import load_settings
 
 T = TypeVar("T")
 

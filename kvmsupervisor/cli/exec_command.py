@@ -18,11 +18,11 @@ from kvmsupervisor.cli.common import Tools, pass_tools
 from kvmsupervisor.cli.entrypoint import INSTANCE
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.table import SETTINGS
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, parse_id
 from kvmsupervisor.domain.single import overrides_in, unsuitable
 from kvmsupervisor.domain.wishes import WISH_KEYS
-from kvmsupervisor.settings import Settings
-from kvmsupervisor.settings_table import SETTINGS
 
 LOCK = "LOCK"
 ENDPOINTS = "ETCD_ENDPOINTS"
@@ -95,7 +95,7 @@ def _options(
             raise Refused(reason)
     elif not wait:
         raise click.UsageError("--no-wait goes with LOCK.")
-    from kvmsupervisor.setting_values import LogLevel  # noqa: PLC0415
+    from kvmsupervisor.config.values import LogLevel  # noqa: PLC0415
 
     if not environ.get(LOG_LEVEL, "").strip() and settings.log_level is LogLevel.INFO:
         # The terminal is the guest's.
@@ -132,8 +132,8 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
     from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
+    from kvmsupervisor.config.logs import configure  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
-    from kvmsupervisor.logs import configure  # noqa: PLC0415
     from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.single import NotHere  # noqa: PLC0415
     from kvmsupervisor.single_lock import Held  # noqa: PLC0415

@@ -14,10 +14,10 @@ from kvmsupervisor.cli.common import Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable, printable_bytes
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.identity import Standing
-from kvmsupervisor.settings import Settings
 
 
 @click.command("confirm-identity")

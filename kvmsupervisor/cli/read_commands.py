@@ -21,11 +21,11 @@ from kvmsupervisor.cli.output import (
     on_terminal,
     quoted,
 )
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.hardware import TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.secrecy import cleaned_words
-from kvmsupervisor.settings import Settings
 
 
 @click.command("list")

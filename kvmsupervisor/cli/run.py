@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from kvmsupervisor.settings import Settings, SettingsError, load_settings
+from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
 
 GC_THRESHOLDS = (20_000, 20, 10)
 """While 80,000 keys were read, collections stopped the loop for 55 ms by Python's own thresholds, for 13 ms by these
@@ -65,7 +65,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
-    from kvmsupervisor.logs import Rotation, configure  # noqa: PLC0415
+    from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
     from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
 

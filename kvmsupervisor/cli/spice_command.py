@@ -20,10 +20,10 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance, shown
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,9 @@ from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
 from kvmsupervisor.cli.output import note, on_terminal, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import OFF_NOW, Power
-from kvmsupervisor.settings import Settings
 
 Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
 

@@ -13,7 +13,7 @@ from kvmsupervisor.cli import common
 from kvmsupervisor.cli.common import Tools
 from kvmsupervisor.cli.completion import BASH_SCRIPT
 from kvmsupervisor.cli.main import cli
-from kvmsupervisor.settings import Settings
+from kvmsupervisor.config.settings import Settings
 from tests.cli.conftest import World
 from tests.fakes.etcd import FakeEtcd
 

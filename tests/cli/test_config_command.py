@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvmsupervisor.settings import describe
+from kvmsupervisor.config.settings import describe
 from tests.cli.conftest import World
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor import setting_values
+from kvmsupervisor.config import values as setting_values
 from kvmsupervisor.domain.values import Unfit
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"

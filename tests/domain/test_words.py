@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmsupervisor import setting_values
+from kvmsupervisor.config import values as setting_values
 from kvmsupervisor.domain.hardware import Nvram, Ovmf
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmsupervisor.adapters.etcd import EtcdConfig
-from kvmsupervisor.settings import Settings
+from kvmsupervisor.config.settings import Settings
 
 
 def etcd_config(settings: Settings) -> EtcdConfig:

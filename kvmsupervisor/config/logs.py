@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TextIO, cast
 
-from kvmsupervisor.setting_values import LogFormat, LogLevel
+from kvmsupervisor.config.values import LogFormat, LogLevel
 
 
 @contextmanager

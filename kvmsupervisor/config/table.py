@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmsupervisor import setting_values as read
+from kvmsupervisor.config import values as read
 from kvmsupervisor.domain import values
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmsupervisor.config.table import DEFAULT_CONFIG, SETTINGS, Setting
+from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
 from kvmsupervisor.domain.wishes import WISH_KEYS
-from kvmsupervisor.setting_values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
-from kvmsupervisor.settings_table import DEFAULT_CONFIG, SETTINGS, Setting
 
 __all__ = [
     "DEFAULT_CONFIG",
