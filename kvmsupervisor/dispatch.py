@@ -11,6 +11,7 @@ from typing import Protocol
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
@@ -18,7 +19,6 @@ from kvmsupervisor.domain.removal import Hold, RemovalGuard, differing, ends_it,
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.sharing import Namesakes
 
 log = structlog.get_logger(__name__)

@@ -17,6 +17,7 @@ from kvmsupervisor.adapters.clock import Clock, boot_id
 from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
@@ -27,7 +28,6 @@ from kvmsupervisor.domain.view import View
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.marks import pid_of
-from kvmsupervisor.session import Session
 
 log = structlog.get_logger(__name__)
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.orphans import count_orphans
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
-from kvmsupervisor.session import Session
 
 
 class Face:

@@ -17,6 +17,7 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
+from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.failover import STEP_S, place
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -25,7 +26,6 @@ from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.fencing import NotFenced
 from kvmsupervisor.starting import WATCH_EVERY_S, need_mib
 from kvmsupervisor.surroundings import Surroundings
 

@@ -14,10 +14,10 @@ import structlog
 
 from kvmsupervisor import marks
 from kvmsupervisor.adapters.rundir import RunDir, write_whole
+from kvmsupervisor.cluster.session import last_key
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, judge
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
-from kvmsupervisor.session import last_key
 
 log = structlog.get_logger(__name__)
 

@@ -17,6 +17,8 @@ from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adoption import Inheritance
+from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
+from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import ExitClass
@@ -32,8 +34,6 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
-from kvmsupervisor.fencing import InUse, NotFenced, StorageAway
-from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.plugs import Plugs
 from kvmsupervisor.provisioning import NotReady

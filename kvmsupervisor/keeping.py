@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvmsupervisor.locking import InstanceLock
+from kvmsupervisor.cluster.lock import InstanceLock
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings

@@ -17,11 +17,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from typing import Protocol
 
+from kvmsupervisor.cluster.fencing import InUse
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue, Spec
 from kvmsupervisor.domain.storage import images_of
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.fencing import InUse
 from kvmsupervisor.surroundings import Surroundings
 
 ASK_EVERY_S = 5.0

@@ -26,6 +26,11 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import withdraw
+from kvmsupervisor.cluster.fencing import CephFencing
+from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.owners import other_of_client
+from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
@@ -41,15 +46,10 @@ from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.equipment import Equipment, look_around
-from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.foreground import exit_status
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Mirror
-from kvmsupervisor.neighbours import Neighbours
-from kvmsupervisor.owners import other_of_client
 from kvmsupervisor.provisioning import Provisioner
-from kvmsupervisor.publisher import Publisher
 from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
 from kvmsupervisor.surroundings import Surroundings
 

@@ -17,6 +17,12 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.aio import start_part
+from kvmsupervisor.cluster.fencing import Fencing, NotFenced
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory
@@ -28,13 +34,7 @@ from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Holdover, View
-from kvmsupervisor.fencing import Fencing, NotFenced
-from kvmsupervisor.history import History
-from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.marks import Marks, pid_of
-from kvmsupervisor.mirror import Mirror
-from kvmsupervisor.neighbours import Neighbours
-from kvmsupervisor.session import Session
 from kvmsupervisor.single_stand import LET_GO_S, Stand
 
 log = structlog.get_logger(__name__)

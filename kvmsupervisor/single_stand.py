@@ -15,12 +15,12 @@ from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.adapters.process import pid_namespace
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.single import holder_of, name_of
-from kvmsupervisor.history import History
-from kvmsupervisor.session import Session
 
 log = structlog.get_logger(__name__)
 

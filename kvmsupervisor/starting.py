@@ -15,6 +15,8 @@ from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.aio import both
+from kvmsupervisor.cluster.fencing import InUse, NotFenced
+from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
 from kvmsupervisor.domain.identity import HostIdentity
@@ -26,9 +28,7 @@ from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral, Holdover
-from kvmsupervisor.fencing import InUse, NotFenced
 from kvmsupervisor.guarding import Unguarded
-from kvmsupervisor.locking import InstanceLock, SwapFailed
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report

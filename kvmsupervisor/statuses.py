@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Never
 
 from kvmsupervisor.aio import start_part
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
-from kvmsupervisor.publisher import Publisher
 
 
 class Statuses:

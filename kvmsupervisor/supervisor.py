@@ -24,9 +24,16 @@ from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.bridges import Bridges
+from kvmsupervisor.cluster.fencing import CephFencing
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.owners import instance_of_client
+from kvmsupervisor.cluster.removal_approval import Confirmations
+from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings, Unfenced
-from kvmsupervisor.confirmation import Confirmations
 from kvmsupervisor.containment import keep_going
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
@@ -40,19 +47,12 @@ from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around, look_at_files
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover
-from kvmsupervisor.fencing import CephFencing
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
-from kvmsupervisor.history import History
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
-from kvmsupervisor.neighbours import Neighbours
-from kvmsupervisor.owners import instance_of_client
 from kvmsupervisor.provisioning import Provisioner
-from kvmsupervisor.publisher import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.serving import serve
-from kvmsupervisor.session import Session
 from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
 from kvmsupervisor.surroundings import Surroundings

@@ -10,6 +10,9 @@ from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.cluster.fencing import Fencing
+from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
@@ -17,12 +20,9 @@ from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.fencing import Fencing
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
-from kvmsupervisor.publisher import Publisher
-from kvmsupervisor.session import Session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import pytest
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Compare, Etcd, EtcdConfig, NoSpace, Put, Target
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.session import Session
 from tests.support.etcd import PROGRAMS, READY_S, EtcdCluster, EtcdMember, EtcdServer
 
 TTL_S = 5

@@ -10,13 +10,13 @@ from dataclasses import MISSING, fields, replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Unavailable
+from kvmsupervisor.cluster.owners import other_of_client
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.failover import Failover
-from kvmsupervisor.owners import other_of_client
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd

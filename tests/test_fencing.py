@@ -13,11 +13,11 @@ import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.cluster.fencing import CephFencing, Diskless, NotFenced, StorageAway
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_to_object
-from kvmsupervisor.fencing import CephFencing, Diskless, NotFenced, StorageAway
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
 from tests.support.rbd_qemu import LIMIT_S, UNPRIVILEGED, RbdQemu, count, make_writer_image

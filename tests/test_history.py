@@ -13,12 +13,12 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Denied
+from kvmsupervisor.cluster.history import FILE_NAME
 from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.history import FILE_NAME
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
 from tests.fakes.storage import FakeDisks, FakeStorage, address_of

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
+from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.history import FIRST_ERA
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.locking import InstanceLock, SwapFailed
 from tests.fakes.etcd import FakeEtcd
 
 ONE = InstanceId("1")

@@ -12,10 +12,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, KeyValue, Listing, Unavailable
+from kvmsupervisor.cluster.informer import SLICE, Mirror, Wishes
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.wishes import VALUE_LIMIT
-from kvmsupervisor.mirror import SLICE, Mirror, Wishes
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.history import SameHistory

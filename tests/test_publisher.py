@@ -11,9 +11,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
+from kvmsupervisor.cluster.status_writer import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.publisher import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 

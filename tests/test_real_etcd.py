@@ -15,13 +15,13 @@ import pytest
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Page
+from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.session import HostnameTaken, Session
+from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.mirror import Mirror
-from kvmsupervisor.publisher import Publisher
-from kvmsupervisor.session import HostnameTaken, Session
 from tests.fakes.history import SameHistory
 from tests.support.etcd import EtcdCluster, EtcdServer
 

@@ -13,9 +13,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Delete, Put, Rejected, Target, Unavailable
+from kvmsupervisor.cluster.session import FILE_NAME, HostnameTaken, Session
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.session import FILE_NAME, HostnameTaken, Session
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 

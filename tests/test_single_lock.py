@@ -12,11 +12,11 @@ import pytest
 
 from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cluster.fencing import Diskless
+from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.fencing import Diskless
-from kvmsupervisor.session import Session
 from kvmsupervisor.single_lock import Held, Lost, SingleLock
 from kvmsupervisor.single_stand import LET_GO_S, Stand
 from tests.fakes.clock import FakeClock, settle

@@ -13,13 +13,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
 from kvmsupervisor.config.settings import Settings, load_settings
-from kvmsupervisor.confirmation import CONFIRMATION_POLL_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd

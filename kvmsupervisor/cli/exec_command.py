@@ -132,9 +132,9 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
     from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
+    from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import configure  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
-    from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.single import NotHere  # noqa: PLC0415
     from kvmsupervisor.single_lock import Held  # noqa: PLC0415
 

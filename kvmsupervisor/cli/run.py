@@ -65,8 +65,8 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
+    from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
-    from kvmsupervisor.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
 
     gc.freeze()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
 from kvmsupervisor.domain.storage import growable, images_of
-from kvmsupervisor.fencing import InUse, NotFenced, StorageAway
 
 
 def address_of(pid: int) -> str:

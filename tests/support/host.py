@@ -19,6 +19,10 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -28,12 +32,8 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guarding import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
-from kvmsupervisor.history import History
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.mirror import Wishes
 from kvmsupervisor.provisioning import HostFiles, Provisioner
-from kvmsupervisor.publisher import Publisher
-from kvmsupervisor.session import Session
 from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle

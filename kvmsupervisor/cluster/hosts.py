@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Set
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.aio import start_part
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.informer import Mirror
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, dissent
 from kvmsupervisor.domain.keys import HostName, Layout
-from kvmsupervisor.history import History
-from kvmsupervisor.mirror import Mirror
 
 
 class Neighbours:

@@ -6,10 +6,10 @@ import json
 from contextlib import aclosing
 
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.single import name_of
-from kvmsupervisor.mirror import Wishes
 
 
 def instance_of_client(wishes: Wishes, client: str) -> InstanceId | None:
