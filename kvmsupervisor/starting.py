@@ -28,7 +28,7 @@ from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral, Holdover
-from kvmsupervisor.guarding import Unguarded
+from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.machine import Machine
 from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report

@@ -47,7 +47,7 @@ from kvmsupervisor.draining import DrainMark
 from kvmsupervisor.equipment import Equipment, look_around, look_at_files
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover
-from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance

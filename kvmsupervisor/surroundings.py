@@ -20,7 +20,7 @@ from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.provisioning import Provisioner
 

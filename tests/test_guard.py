@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import guard_channel
-from kvmsupervisor.guard import IDLE_S, PROTOCOL, STEP_S, Charge, Watch
+from kvmsupervisor.guard.program import IDLE_S, PROTOCOL, STEP_S, Charge, Watch
 from tests.support.processes import freeze, starttime_of
 
 PROGRAM = Path(__file__).parents[1] / "kvmsupervisor" / "guard.py"

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor import guarding
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Nowhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
-from kvmsupervisor.guarding import GuardPost, Unguarded
+from kvmsupervisor.guard import client as guarding
+from kvmsupervisor.guard.client import GuardPost, Unguarded
 from tests.support.processes import freeze, starttime_of
 
 LIMIT_S = 30.0

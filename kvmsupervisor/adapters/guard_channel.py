@@ -1,4 +1,4 @@
-"""The socket on which the guard is spoken to; what is said on it is at the head of `kvmsupervisor/guard.py`."""
+"""The socket on which the guard is spoken to; what is said on it is at the head of `kvmsupervisor/guard/program.py`."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from kvmsupervisor.guarding import Unguarded
+from kvmsupervisor.guard.client import Unguarded
 from tests.fakes.qemu import FakeQemu
 
 

@@ -30,7 +30,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.guarding import GuardPost
+from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
 from kvmsupervisor.provisioning import HostFiles, Provisioner

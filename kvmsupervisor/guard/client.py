@@ -31,7 +31,7 @@ from kvmsupervisor.domain.limits import Limits
 
 log = structlog.get_logger(__name__)
 
-PROGRAM = Path(__file__).with_name("guard.py")
+PROGRAM = Path(__file__).with_name("program.py")
 
 MARK = "KVMSUPERVISOR_GUARD"
 """The environment variable by which a guard is known (law 8); its value is the run directory."""
