@@ -12,7 +12,6 @@ from pathlib import Path
 
 import structlog
 
-from kvmsupervisor import ladder
 from kvmsupervisor.adapters.clock import Clock, boot_id
 from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
@@ -25,9 +24,10 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.timing import RETRY_CAP_S
 from kvmsupervisor.domain.view import View
-from kvmsupervisor.guest_logs import GuestLogs
-from kvmsupervisor.machine import Machine
-from kvmsupervisor.marks import pid_of
+from kvmsupervisor.machine import actions as ladder
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.identity import pid_of
+from kvmsupervisor.machine.machine import Machine
 
 log = structlog.get_logger(__name__)
 

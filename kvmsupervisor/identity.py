@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import structlog
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters.rundir import RunDir, write_whole
 from kvmsupervisor.cluster.session import last_key
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, judge
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
+from kvmsupervisor.machine import identity as marks
 
 log = structlog.get_logger(__name__)
 

@@ -12,11 +12,10 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import keeping, ladder
+from kvmsupervisor import keeping
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.adoption import Inheritance
 from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.argv import host_problems
@@ -34,9 +33,11 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
-from kvmsupervisor.machine import Machine
+from kvmsupervisor.machine import actions as ladder
+from kvmsupervisor.machine.adoption import Inheritance
+from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.provisioning import NotReady
 from kvmsupervisor.plugs import Plugs
-from kvmsupervisor.provisioning import NotReady
 from kvmsupervisor.report import Report
 from kvmsupervisor.starting import Start, wanted
 from kvmsupervisor.surroundings import Surroundings

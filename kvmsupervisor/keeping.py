@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmsupervisor.cluster.lock import InstanceLock
-from kvmsupervisor.machine import Machine
+from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.report import Report
 from kvmsupervisor.surroundings import Surroundings
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from kvmsupervisor.adapters import network
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.nics import ELSEWHERE, Attachment, Plug, look
-from kvmsupervisor.machine import Machine
+from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.surroundings import Surroundings
 
 AGAIN_S = 5.0

@@ -35,7 +35,6 @@ from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
 from kvmsupervisor.containment import keep_going
-from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
@@ -45,11 +44,12 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.equipment import Equipment, look_around
 from kvmsupervisor.foreground import exit_status
-from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.provisioning import Provisioner
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.host import Equipment, look_around
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
 from kvmsupervisor.surroundings import Surroundings
 

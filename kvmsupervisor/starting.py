@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from uuid import uuid4
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
 from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
@@ -29,8 +28,9 @@ from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral, Holdover
 from kvmsupervisor.guard.client import Unguarded
-from kvmsupervisor.machine import Machine
-from kvmsupervisor.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
+from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 from kvmsupervisor.report import Report
 from kvmsupervisor.sharing import Sharing
 from kvmsupervisor.surroundings import Surroundings

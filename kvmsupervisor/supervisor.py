@@ -35,7 +35,6 @@ from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings, Unfenced
 from kvmsupervisor.containment import keep_going
-from kvmsupervisor.disks import Disks
 from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
@@ -44,14 +43,15 @@ from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
 from kvmsupervisor.draining import DrainMark
-from kvmsupervisor.equipment import Equipment, look_around, look_at_files
 from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.provisioning import Provisioner
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.host import Equipment, look_around, look_at_files
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.serving import serve
 from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses

@@ -13,7 +13,6 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.cluster.fencing import Fencing
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import Publisher
-from kvmsupervisor.disks import Disks
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
@@ -21,8 +20,9 @@ from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.guest_logs import GuestLogs
-from kvmsupervisor.provisioning import Provisioner
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.provisioning import Provisioner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kvmsupervisor.agent_watch import ASK_EVERY_S, LEAST_PAUSE_S
 from kvmsupervisor.domain.agent import GuestAddress, GuestFacts
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.machine.agent_watch import ASK_EVERY_S, LEAST_PAUSE_S
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus

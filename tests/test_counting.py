@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvmsupervisor.counting import count
 from kvmsupervisor.domain.counters import DiskCounts, GuestCounts
 from kvmsupervisor.domain.spec import RbdDisk, Spec
+from kvmsupervisor.machine.guest_stats import count
 
 ANSWERS: dict[str, Any] = {
     "query-blockstats": [{"node-name": "disk0", "stats": {"rd_bytes": 1, "wr_bytes": 2}}],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
-from kvmsupervisor.disks import AWAY_RETRY_S, RETRY_S, Disks, DiskTrouble
 from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
+from kvmsupervisor.machine.images import AWAY_RETRY_S, RETRY_S, Disks, DiskTrouble
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor import equipment
 from kvmsupervisor.adapters import accelerator, devices, users
 from kvmsupervisor.adapters.devices import Device, DeviceTrouble, Grant
 from kvmsupervisor.adapters.users import NoSuchUser
@@ -19,7 +18,8 @@ from kvmsupervisor.config.settings import Settings, load_settings
 from kvmsupervisor.domain.capabilities import NET_ADMIN
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.hardware import Ceph, Ovmf
-from kvmsupervisor.equipment import look_around
+from kvmsupervisor.machine import host as equipment
+from kvmsupervisor.machine.host import look_around
 
 NOBODY = pwd.getpwnam("nobody")
 

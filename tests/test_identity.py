@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters.clock import boot_id
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch, judge
@@ -23,6 +22,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.identity import Standing
+from kvmsupervisor.machine import identity as marks
 from tests.fakes.qemu import FakeQemu
 from tests.test_supervisor import ME, Bench
 

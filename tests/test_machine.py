@@ -18,7 +18,6 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor import monitor
 from kvmsupervisor.adapters.cgroup.homes import Anywhere
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
@@ -31,8 +30,9 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
 from kvmsupervisor.domain.view import Process
-from kvmsupervisor.guest_logs import GuestLogs
-from kvmsupervisor.machine import Machine
+from kvmsupervisor.machine import monitor
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.machine import Machine
 from tests.support.processes import freeze, stat_of
 
 LIMIT_S = 15.0

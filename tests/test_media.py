@@ -12,10 +12,20 @@ from uuid import UUID
 
 import pytest
 
-from kvmsupervisor import media
 from kvmsupervisor.adapters import medium
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.media import CONFIG_DRIVE, IGNITION, LEDGER, SEED, USER_DATA, Media, MediaTrouble, discard, furnish
+from kvmsupervisor.machine import boot_media as media
+from kvmsupervisor.machine.boot_media import (
+    CONFIG_DRIVE,
+    IGNITION,
+    LEDGER,
+    SEED,
+    USER_DATA,
+    Media,
+    MediaTrouble,
+    discard,
+    furnish,
+)
 from tests.support.web import Site, ok, raw, site
 
 WEB1 = InstanceId("web1")

@@ -11,7 +11,7 @@ import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import instance_id
-from kvmsupervisor.media import Media, furnish
+from kvmsupervisor.machine.boot_media import Media, furnish
 from tests.support.cloudinit import CloudInit, unpack_cloud_init
 
 ROOT = Path(__file__).resolve().parents[1]

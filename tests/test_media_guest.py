@@ -11,7 +11,7 @@ import pytest
 from kvmsupervisor.cli.demo_guest import Guest
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import IGNITION_FW_CFG, instance_id
-from kvmsupervisor.media import Media, furnish
+from kvmsupervisor.machine.boot_media import Media, furnish
 from tests.cli.test_demo_guest import LIMIT_S, Machine, machine
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(120)]

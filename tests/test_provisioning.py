@@ -27,7 +27,15 @@ from kvmsupervisor.domain.hardware import Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.domain.spec import Firmware, Nic, Secret, Spec
-from kvmsupervisor.provisioning import HOST_RETRY_S, MEDIA_RETRY_S, HostFiles, NotReady, Opened, Prepared, Provisioner
+from kvmsupervisor.machine.provisioning import (
+    HOST_RETRY_S,
+    MEDIA_RETRY_S,
+    HostFiles,
+    NotReady,
+    Opened,
+    Prepared,
+    Provisioner,
+)
 from tests.fakes.storage import FakeDisks
 from tests.support import web
 from tests.support.host import KnownTypes

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor import media
 from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.media import Media, MediaTrouble
-from kvmsupervisor.provisioning import HOST_RETRY_S, MEDIA_RETRY_S
+from kvmsupervisor.machine import boot_media as media
+from kvmsupervisor.machine.boot_media import Media, MediaTrouble
+from kvmsupervisor.machine.provisioning import HOST_RETRY_S, MEDIA_RETRY_S
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus

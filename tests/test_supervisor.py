@@ -533,7 +533,7 @@ async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Ben
 
 async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: memory is promised to guests in the order of their priority; who does not fit waits, and says for what."""
-    monkeypatch.setattr("kvmsupervisor.equipment.memory_for_guests_mib", lambda: 612)
+    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 612)
     bench.more["KVM_MEMORY_RESERVE"] = "100M"
     await bench.begin()
     for name, ram, priority in (("low", "300", "1"), ("high", "300", "2"), ("small", "64", "0")):
@@ -559,7 +559,7 @@ async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch:
 
 async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: what runs already is promised its memory before anybody else."""
-    monkeypatch.setattr("kvmsupervisor.equipment.memory_for_guests_mib", lambda: 400)
+    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 400)
     bench.more["KVM_MEMORY_RESERVE"] = "100M"
     await bench.begin()
     await bench.running("1", "2")

@@ -17,7 +17,7 @@
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            what QEMU itself says
     <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
-    <run>/<id>/media.json, …       boot media, see kvmsupervisor/media.py
+    <run>/<id>/media.json, …       boot media, see kvmsupervisor/machine/boot_media.py
 
 The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
 they are read and written in the event loop; logs, which may be large, are written by a thread. Records are replaced

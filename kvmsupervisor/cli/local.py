@@ -11,7 +11,7 @@ from kvmsupervisor.cli.common import Tools
 from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.draining import Drain
-from kvmsupervisor.marks import folders_of_all
+from kvmsupervisor.machine.identity import folders_of_all
 
 
 def check(instances: tuple[InstanceId, ...], *, everything: bool, local: bool) -> None:

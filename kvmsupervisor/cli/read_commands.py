@@ -161,8 +161,8 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
     # Imported here: the other commands do not need a host's adapters.
     from kvmsupervisor.adapters import accelerator  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import InstanceDir  # noqa: PLC0415
-    from kvmsupervisor.equipment import host_side  # noqa: PLC0415
-    from kvmsupervisor.provisioning import foresee  # noqa: PLC0415
+    from kvmsupervisor.machine.host import host_side  # noqa: PLC0415
+    from kvmsupervisor.machine.provisioning import foresee  # noqa: PLC0415
 
     host = host_side(settings, accelerator.choose(settings.accel.value))
     identity = Identity(instance=instance.id, uuid=instance_uuid(settings.layout.prefix, instance.id))

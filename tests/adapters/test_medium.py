@@ -43,7 +43,7 @@ def test_plain_iso_names_are_those_that_every_reader_takes(tmp_path: Path) -> No
 
 def test_the_library_is_loaded_when_it_is_needed() -> None:
     """Law: a supervisor without media does not pay for pycdlib."""
-    program = "import sys, kvmsupervisor.media; sys.exit('pycdlib' in sys.modules)"
+    program = "import sys, kvmsupervisor.machine.boot_media; sys.exit('pycdlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
 
 

@@ -254,11 +254,11 @@ class FakeQemus:
         self._pids = itertools.count(2_000_000_000)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvmsupervisor.machine.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.marks.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.spawning.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.monitor.Monitor", self)
-        monkeypatch.setattr("kvmsupervisor.agent_watch.agent", self)
+        monkeypatch.setattr("kvmsupervisor.machine.machine.kernel", self)
+        monkeypatch.setattr("kvmsupervisor.machine.identity.kernel", self)
+        monkeypatch.setattr("kvmsupervisor.machine.spawn.kernel", self)
+        monkeypatch.setattr("kvmsupervisor.machine.monitor.Monitor", self)
+        monkeypatch.setattr("kvmsupervisor.machine.agent_watch.agent", self)
 
     @property
     def alive(self) -> list[FakeQemu]:

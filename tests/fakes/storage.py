@@ -6,11 +6,11 @@ from collections.abc import Collection
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
 from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
-from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
 from kvmsupervisor.domain.storage import growable, images_of
+from kvmsupervisor.machine.images import Disks, DiskTrouble
 
 
 def address_of(pid: int) -> str:

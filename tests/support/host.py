@@ -31,9 +31,9 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.guest_logs import GuestLogs
 from kvmsupervisor.instance import Instance
-from kvmsupervisor.provisioning import HostFiles, Provisioner
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
 from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle

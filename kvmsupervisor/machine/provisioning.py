@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from kvmsupervisor import media
 from kvmsupervisor.adapters import devices, network, ports, resources
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
 from kvmsupervisor.adapters.devices import DeviceTrouble
@@ -25,13 +24,14 @@ from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
 from kvmsupervisor.adapters.users import QemuUser
-from kvmsupervisor.disks import Disks, DiskTrouble
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
 from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
 from kvmsupervisor.domain.storage import nvram_of
+from kvmsupervisor.machine import boot_media as media
+from kvmsupervisor.machine.images import Disks, DiskTrouble
 
 HOST_RETRY_S = 5.0
 """Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
@@ -22,8 +21,6 @@ from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorRefused
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
-from kvmsupervisor.agent_watch import AgentWatch
-from kvmsupervisor.counting import count
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
@@ -35,10 +32,13 @@ from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
-from kvmsupervisor.growing import Growth
-from kvmsupervisor.guest_logs import MachineLogs
-from kvmsupervisor.monitor import Conversation
-from kvmsupervisor.spawning import spawn
+from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine.agent_watch import AgentWatch
+from kvmsupervisor.machine.guest_logs import MachineLogs
+from kvmsupervisor.machine.guest_stats import count
+from kvmsupervisor.machine.monitor import Conversation
+from kvmsupervisor.machine.resize import Growth
+from kvmsupervisor.machine.spawn import spawn
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""

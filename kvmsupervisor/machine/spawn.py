@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.process import Process
@@ -14,7 +13,8 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.guest_logs import MachineLogs
+from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine.guest_logs import MachineLogs
 
 
 def spawn(

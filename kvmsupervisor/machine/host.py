@@ -17,7 +17,7 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lacking
 from kvmsupervisor.domain.hardware import Ceph
-from kvmsupervisor.provisioning import HostFiles
+from kvmsupervisor.machine.provisioning import HostFiles
 
 log = structlog.get_logger(__name__)
 

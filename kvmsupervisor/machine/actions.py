@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmsupervisor.domain.view import Action, Decision
-from kvmsupervisor.machine import Machine
+from kvmsupervisor.machine.machine import Machine
 
 
 async def step(machine: Machine, decision: Decision) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from kvmsupervisor import marks
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.view import LeftAlone
+from kvmsupervisor.machine import identity as marks
 
 LOOK_AGAIN_S = 10.0
 """How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
