@@ -18,8 +18,8 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.removal import Hold, RemovalGuard, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.instance import Instance
-from kvmsupervisor.sharing import Namesakes
+from kvmsupervisor.instance.sharing import Namesakes
+from kvmsupervisor.instance.worker import Instance
 
 log = structlog.get_logger(__name__)
 

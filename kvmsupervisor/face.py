@@ -16,7 +16,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.orphans import count_orphans
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.worker import Instance
 
 
 class Face:

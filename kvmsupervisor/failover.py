@@ -26,8 +26,8 @@ from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.starting import WATCH_EVERY_S, need_mib
-from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.start import WATCH_EVERY_S, need_mib
 
 log = structlog.get_logger(__name__)
 

@@ -25,7 +25,6 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.bridges import withdraw
 from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.informer import Mirror
@@ -34,7 +33,6 @@ from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
-from kvmsupervisor.containment import keep_going
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
@@ -45,13 +43,15 @@ from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.foreground import exit_status
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.bridges import withdraw
+from kvmsupervisor.instance.containment import keep_going
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
-from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 

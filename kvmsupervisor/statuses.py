@@ -10,7 +10,7 @@ from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.worker import Instance
 
 
 class Statuses:

@@ -23,7 +23,6 @@ from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.bridges import Bridges
 from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
@@ -34,7 +33,6 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings, Unfenced
-from kvmsupervisor.containment import keep_going
 from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
@@ -47,15 +45,17 @@ from kvmsupervisor.face import Face
 from kvmsupervisor.failover import Failover
 from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.identity import Standing
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.bridges import Bridges
+from kvmsupervisor.instance.containment import keep_going
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.sharing import Namesakes
+from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around, look_at_files
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.serving import serve
-from kvmsupervisor.sharing import Namesakes
 from kvmsupervisor.statuses import Statuses
-from kvmsupervisor.surroundings import Surroundings
 
 log = structlog.get_logger(__name__)
 

@@ -10,8 +10,8 @@ import pytest
 
 from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
-from kvmsupervisor.bridges import AGAIN_S, GATHER_S, Bridges
 from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.instance.bridges import AGAIN_S, GATHER_S, Bridges
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus

@@ -17,7 +17,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.failover import Failover
-from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.instance.context import Surroundings
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus

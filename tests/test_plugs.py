@@ -35,7 +35,7 @@ async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
     monkeypatch.setattr(network, "allow_bridges", lambda bridges, **options: ())
     monkeypatch.setattr(network, "tap_name", lambda fd: "tap7")
     monkeypatch.setattr(network, "denial_of", lambda bridge: None)
-    monkeypatch.setattr("kvmsupervisor.starting.index_of", lambda name: 7)
+    monkeypatch.setattr("kvmsupervisor.instance.start.index_of", lambda name: 7)
     clock = FakeClock()
     qemus = FakeQemus(clock)
     qemus.install(monkeypatch)

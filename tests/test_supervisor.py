@@ -19,7 +19,7 @@ from kvmsupervisor.config.settings import Settings, load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd

@@ -31,11 +31,11 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.sharing import Namesakes
+from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
-from kvmsupervisor.sharing import Namesakes
-from kvmsupervisor.surroundings import Surroundings
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard

@@ -28,12 +28,12 @@ from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Deferral, Holdover
 from kvmsupervisor.guard.client import Unguarded
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.sharing import Sharing
+from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
-from kvmsupervisor.report import Report
-from kvmsupervisor.sharing import Sharing
-from kvmsupervisor.surroundings import Surroundings
 
 WATCH_EVERY_S = 2.0
 """How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""

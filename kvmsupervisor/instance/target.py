@@ -7,7 +7,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.view import Target
-from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.instance.context import Surroundings
 
 HERE = Target()
 """For an instance that shall run here, or nowhere: nobody is looked for."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.aio import no_stray_cancellation
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.worker import Instance
 
 ERROR_PAUSE_S = (1.0, 60.0)
 """First and longest pause of one instance after an error of our own, doubled each time."""

@@ -12,8 +12,8 @@ from dataclasses import replace
 from kvmsupervisor.adapters import network
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.nics import ELSEWHERE, Attachment, Plug, look
+from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.machine.machine import Machine
-from kvmsupervisor.surroundings import Surroundings
 
 AGAIN_S = 5.0
 """Pause between two attempts. The kernel tells of what it did within milliseconds; an administrator who allows a bridge

@@ -16,7 +16,7 @@ from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.instance import Instance
+from kvmsupervisor.instance.worker import Instance
 
 log = structlog.get_logger(__name__)
 

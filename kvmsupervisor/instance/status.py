@@ -14,8 +14,8 @@ from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.machine.machine import Machine
-from kvmsupervisor.surroundings import Surroundings
 
 CHANGED = "instance.changes_untold"
 CHANGES_A_MINUTE = 20

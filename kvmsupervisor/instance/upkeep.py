@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmsupervisor.cluster.lock import InstanceLock
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
-from kvmsupervisor.report import Report
-from kvmsupervisor.surroundings import Surroundings
 
 
 async def reassert(machine: Machine, lock: InstanceLock, report: Report, around: Surroundings) -> None:

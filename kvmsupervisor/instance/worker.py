@@ -12,7 +12,6 @@ from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor import keeping
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -33,15 +32,16 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.instance import upkeep as keeping
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.plugs import Plugs
+from kvmsupervisor.instance.start import Start, wanted
+from kvmsupervisor.instance.status import Report
+from kvmsupervisor.instance.target import target_of
 from kvmsupervisor.machine import actions as ladder
 from kvmsupervisor.machine.adoption import Inheritance
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import NotReady
-from kvmsupervisor.plugs import Plugs
-from kvmsupervisor.report import Report
-from kvmsupervisor.starting import Start, wanted
-from kvmsupervisor.surroundings import Surroundings
-from kvmsupervisor.target import target_of
 
 ETCD_RETRY_S = 1.0
 """Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is

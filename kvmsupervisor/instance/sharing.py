@@ -22,7 +22,7 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue, Spec
 from kvmsupervisor.domain.storage import images_of
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.surroundings import Surroundings
+from kvmsupervisor.instance.context import Surroundings
 
 ASK_EVERY_S = 5.0
 """How often one that waits for an image asks whether it is free. One short program each; arbitrary: a mistake of the
