@@ -25,7 +25,7 @@ IMPORTS = """
 import kvmsupervisor.cli.main
 import kvmsupervisor.config.logs
 import kvmsupervisor.cli.run
-import kvmsupervisor.supervisor
+import kvmsupervisor.supervisor.supervisor
 """
 
 

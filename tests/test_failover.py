@@ -16,8 +16,8 @@ from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
-from kvmsupervisor.failover import Failover
 from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.supervisor.failover import Failover
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus

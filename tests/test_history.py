@@ -38,8 +38,8 @@ KINDS = {
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> FakeStorage:
     made = FakeStorage()
-    monkeypatch.setattr("kvmsupervisor.supervisor.CephFencing", lambda *args, **kwargs: made)
-    monkeypatch.setattr("kvmsupervisor.supervisor.Disks", lambda *args, **kwargs: FakeDisks())
+    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.CephFencing", lambda *args, **kwargs: made)
+    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Disks", lambda *args, **kwargs: FakeDisks())
     return made
 
 
@@ -56,7 +56,7 @@ async def other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     made = Bench(monkeypatch)
     made.clock, made.etcd, made.qemus, made.more = bench.clock, bench.etcd, bench.qemus, {"KVM_HOSTNAME": "b"}
     bench.qemus.install(monkeypatch)
-    monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: bench.clock)
+    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: bench.clock)
     yield made
     await made.close()
 

@@ -21,8 +21,8 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch, judge
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.identity import Standing
 from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.supervisor.identity import Standing
 from tests.fakes.qemu import FakeQemu
 from tests.test_supervisor import ME, Bench
 

@@ -18,7 +18,7 @@ from kvmsupervisor.config.settings import load_settings
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.supervisor import Supervisor
+from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
@@ -37,8 +37,8 @@ class Site:
         self.qemus.install(monkeypatch)
         self.hosts: dict[str, Node] = {}
         self._monkeypatch = monkeypatch
-        monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: self.clock)
-        monkeypatch.setattr("kvmsupervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
+        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
+        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
         monkeypatch.setattr("random.random", lambda: 0.5)
 
     async def start(self, *names: str) -> list[Node]:
@@ -98,7 +98,7 @@ class Node:
         }
         self.client = self.site.etcd.peer()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kvmsupervisor.supervisor.Etcd", lambda config: self.client)
+            patch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", lambda config: self.client)
             self.supervisor = Supervisor(load_settings(environ, default_config=self.path / "none.toml"))
             self._task = asyncio.create_task(self.supervisor.run())
             await self.site.clock.advance(5.0)

@@ -20,7 +20,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance.worker import Instance
-from kvmsupervisor.supervisor import Supervisor
+from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
@@ -43,10 +43,10 @@ class Bench:
         self._task: asyncio.Task[None] | None = None
         self.qemus.install(monkeypatch)
         self.client = self.etcd
-        monkeypatch.setattr("kvmsupervisor.supervisor.Etcd", self._connect)
-        monkeypatch.setattr("kvmsupervisor.supervisor.Clock", lambda: self.clock)
+        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", self._connect)
+        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
         # A real QEMU would be asked in real time, and none of the virtual one would pass meanwhile.
-        monkeypatch.setattr("kvmsupervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
+        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
         monkeypatch.setattr("random.random", lambda: 0.5)
 
     def _connect(self, config: object) -> FakeEtcd:
@@ -294,7 +294,7 @@ async def test_etcd_away_at_the_start_changes_nothing(bench: Bench) -> None:
         return client
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmsupervisor.supervisor.Etcd", away)
+        patch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", away)
         await bench.begin(virtual_s=3600.0)
         assert bench.of("1") == qemus
         assert not bench.supervisor.face.ready()[0]

@@ -17,7 +17,7 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.identity import Standing
+from kvmsupervisor.supervisor.identity import Standing
 
 
 @click.command("confirm-identity")

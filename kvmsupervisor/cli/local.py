@@ -10,8 +10,8 @@ from kvmsupervisor.adapters.rundir import OutOfReach, RunDir
 from kvmsupervisor.cli.common import Tools
 from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.draining import Drain
 from kvmsupervisor.machine.identity import folders_of_all
+from kvmsupervisor.supervisor.drain import Drain
 
 
 def check(instances: tuple[InstanceId, ...], *, everything: bool, local: bool) -> None:

@@ -67,7 +67,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
-    from kvmsupervisor.supervisor import Supervisor  # noqa: PLC0415
+    from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
 
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)

@@ -15,7 +15,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.identity import Standing
+from kvmsupervisor.supervisor.identity import Standing
 from tests.cli.conftest import World
 
 ALPHA = HostIdentity.of(HostName("alpha"), Layout())

@@ -7,7 +7,7 @@ import contextlib
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.face import Face
+from kvmsupervisor.supervisor.http_view import Face
 
 
 async def serve(face: Face, settings: Settings, stack: contextlib.AsyncExitStack) -> str:

@@ -33,18 +33,13 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings, Unfenced
-from kvmsupervisor.dispatch import Dispatch
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.draining import DrainMark
-from kvmsupervisor.face import Face
-from kvmsupervisor.failover import Failover
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.identity import Standing
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import Surroundings
@@ -54,8 +49,13 @@ from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around, look_at_files
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
-from kvmsupervisor.serving import serve
-from kvmsupervisor.statuses import Statuses
+from kvmsupervisor.supervisor.dispatch import Dispatch
+from kvmsupervisor.supervisor.drain import DrainMark
+from kvmsupervisor.supervisor.failover import Failover
+from kvmsupervisor.supervisor.http import serve
+from kvmsupervisor.supervisor.http_view import Face
+from kvmsupervisor.supervisor.identity import Standing
+from kvmsupervisor.supervisor.statuses import Statuses
 
 log = structlog.get_logger(__name__)
 
