@@ -17,8 +17,8 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.single_lock import Held, Lost, SingleLock
-from kvmsupervisor.single_stand import LET_GO_S, Stand
+from kvmsupervisor.single.identity import LET_GO_S, Stand
+from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.support.host import LAYOUT, FakeSession, LockStore

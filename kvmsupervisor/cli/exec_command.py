@@ -102,7 +102,7 @@ def _options(
         settings = replace(settings, log_level=LogLevel.WARNING)
 
     def begin() -> tuple[Coroutine[Any, Any, int], Signalled]:
-        from kvmsupervisor.single_command import SingleCommand  # noqa: PLC0415
+        from kvmsupervisor.single.command import SingleCommand  # noqa: PLC0415
 
         command = SingleCommand(settings, options, lock_key=lock_key, wait=wait)
         return command.run(), command.signalled
@@ -113,7 +113,7 @@ def _options(
 
 def _instance(settings: Settings, instance: InstanceId, environ: Mapping[str, str], *, lock_key: str) -> int:
     def begin() -> tuple[Coroutine[Any, Any, int], Signalled]:
-        from kvmsupervisor.single import Single  # noqa: PLC0415
+        from kvmsupervisor.single.instance import Single  # noqa: PLC0415
 
         single = Single(settings, instance, lock_key=lock_key, overrides=overrides_in(environ))
         return single.run(), single.signalled
@@ -135,8 +135,8 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import configure  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
-    from kvmsupervisor.single import NotHere  # noqa: PLC0415
-    from kvmsupervisor.single_lock import Held  # noqa: PLC0415
+    from kvmsupervisor.single.instance import NotHere  # noqa: PLC0415
+    from kvmsupervisor.single.lock import Held  # noqa: PLC0415
 
     async def run() -> int:
         work, signalled = begin()

@@ -42,7 +42,6 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.foreground import exit_status
 from kvmsupervisor.instance.bridges import withdraw
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import Surroundings
@@ -51,7 +50,8 @@ from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
-from kvmsupervisor.single_stand import LET_GO_S, Stand, end_session
+from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
+from kvmsupervisor.single.process import exit_status
 
 log = structlog.get_logger(__name__)
 

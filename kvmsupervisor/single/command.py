@@ -24,10 +24,10 @@ from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.foreground import Foreground
 from kvmsupervisor.machine.host import ceph_access, look_at_bridge
-from kvmsupervisor.single_lock import Lost, SingleLock
-from kvmsupervisor.single_stand import Stand, end_session
+from kvmsupervisor.single.identity import Stand, end_session
+from kvmsupervisor.single.lock import Lost, SingleLock
+from kvmsupervisor.single.process import Foreground
 
 log = structlog.get_logger(__name__)
 

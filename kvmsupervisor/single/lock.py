@@ -35,7 +35,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Holdover, View
 from kvmsupervisor.machine.identity import Marks, pid_of
-from kvmsupervisor.single_stand import LET_GO_S, Stand
+from kvmsupervisor.single.identity import LET_GO_S, Stand
 
 log = structlog.get_logger(__name__)
 
