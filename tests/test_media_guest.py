@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import IGNITION_FW_CFG, instance_id
 from kvmsupervisor.machine.boot_media import Media, furnish

@@ -36,7 +36,7 @@ class LazyCommand:
 
 COMMANDS: Mapping[str, LazyCommand] = {
     "run": LazyCommand("run", "run", "Run this host's supervisor."),
-    "demo": LazyCommand("demo", "demo", "Show it all on this machine: etcd, a supervisor, a guest that boots."),
+    "demo": LazyCommand("demo.command", "demo", "Show it all on this machine: etcd, a supervisor, a guest that boots."),
     "list": LazyCommand("read_commands", "list_command", "List the instances: who runs them, and how they are."),
     "show": LazyCommand("read_commands", "show", "Show everything about one instance."),
     "create": LazyCommand("write_commands", "create", "Create an instance from its keys."),
@@ -46,7 +46,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "stop": LazyCommand("write_commands", "stop", "Shut instances down, and leave them off."),
     "restart": LazyCommand("write_commands", "restart", "Restart instances gracefully, once."),
     "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
-    "console": LazyCommand("console_command", "console", "Use an instance's serial console, on its host."),
+    "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a .vv file that opens an instance's display."),
     "check": LazyCommand("read_commands", "check", "Look for everything that is wrong with the keys."),
     "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line that an instance's keys give."),

@@ -20,7 +20,7 @@ import pytest
 
 from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap, allow_bridges, open_tap, tap_name, withdraw_bridges
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.bridge_acl import BrokenAcl, read_acl, with_lines
 from tests.support.net import AS_ROOT, HELPER, Lan, Namespace, new_lan
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 
 LIMIT_S = 110.0
 
@@ -155,7 +155,7 @@ async def test_a_second_ctrl_c_ends_the_demo_by_force(guest: Guest, place: Path)
 async def test_a_supervisor_that_does_not_start_is_shown_with_its_log(guest: Guest, place: Path) -> None:
     """The error names the step; the demo's exit code is 1."""
     code = (
-        "import asyncio, sys; from pathlib import Path; from kvmsupervisor.cli.demo import run_demo\n"
+        "import asyncio, sys; from pathlib import Path; from kvmsupervisor.cli.demo.command import run_demo\n"
         f"command = [sys.executable, '-c', 'raise SystemExit(\"no luck today\")']\n"
         f"cache = Path({str(guest.kernel.parents[1])!r})\n"
         "sys.exit(asyncio.run(run_demo(once=True, cache=cache, supervisor=command)))"

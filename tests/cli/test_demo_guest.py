@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest, GuestError, Modules, build_guest, cpio
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest, GuestError, Modules, build_guest, cpio
 from tests.support.guest import CACHE
 
 pytestmark = pytest.mark.timeout(120)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvmsupervisor.cli.demo_keys import all_stopped, hosted, running
-from kvmsupervisor.cli.demo_stage import DemoError
+from kvmsupervisor.cli.demo.keys import all_stopped, hosted, running
+from kvmsupervisor.cli.demo.stage import DemoError
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.etcd import FakeEtcd

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvmsupervisor.cli.demo_stage import (
+from kvmsupervisor.cli.demo.stage import (
     Child,
     ChildEnded,
     DemoError,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.cluster import eventually
 from tests.support.docker import PRIVILEGED
 from tests.support.guest import heart_flags

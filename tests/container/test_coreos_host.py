@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.cluster import eventually
 from tests.support.docker import IMAGE, Docker
 from tests.support.nspawn import ROOT, BootedHost

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.boxed import Boxed, Boxes, begin
 from tests.support.cluster import Keys, eventually

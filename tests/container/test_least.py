@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, Capability
 from tests.support.boxed import Boxes, begin
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph

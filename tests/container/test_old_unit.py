@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.cluster import eventually
 from tests.support.docker import IMAGE
 from tests.support.imagehost import BRIDGE, ETCD, ImageHost

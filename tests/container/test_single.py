@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import LockState
 from tests.support.boxed import Boxed, Boxes

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.boxed import Boxed, Boxes, begin
 from tests.support.cluster import Keys, Qemu, eventually
 from tests.support.docker import Docker

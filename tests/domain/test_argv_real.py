@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.adapters import firmware
 from kvmsupervisor.adapters.log_buffer import LogBuffer
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.argv import (
     AGENT_SOCKET,
     CONSOLE_LOG,

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
 from tests.support.etcd import free_port

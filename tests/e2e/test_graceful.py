@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, eventually
 

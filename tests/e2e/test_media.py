@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.cluster import Host, Hosts, Keys, Qemu
 from tests.support.etcd import free_port

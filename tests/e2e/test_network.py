@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, eventually
 from tests.support.net import Lan

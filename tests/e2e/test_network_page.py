@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.cluster import ROOT, Hosts, Keys, eventually
 from tests.support.net import Lan, Namespace
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase

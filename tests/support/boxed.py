@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from tests.support.cluster import Host, Keys, Qemu, eventually
 from tests.support.docker import IMAGE, PRIVILEGED, Docker
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest, build_guest, cpio
+from kvmsupervisor.cli.demo.guest import Guest, build_guest, cpio
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "guest"
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import pytest
 
-from kvmsupervisor.cli.demo_guest import Guest
+from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.cluster import eventually

@@ -20,15 +20,15 @@ import click
 
 from kvmsupervisor.adapters.etcd.api import Put, Store, Unavailable
 from kvmsupervisor.cli.common import connect
-from kvmsupervisor.cli.demo_guest import MINIMUM_RAM_MIB, Guest
-from kvmsupervisor.cli.demo_keys import (
+from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
+from kvmsupervisor.cli.demo.keys import (
     all_stopped,
     changes_below,
     follow_statuses,
     hosted,
     running,
 )
-from kvmsupervisor.cli.demo_stage import (
+from kvmsupervisor.cli.demo.stage import (
     LOOK_S,
     Child,
     ChildEnded,
@@ -193,7 +193,7 @@ class Play:
     async def _prepare_guest(self, cache: Path) -> Guest:
         say("guest", f"Debian's kernel and busybox, kept in {_short(cache)}")
         # A process, so that Ctrl-C can end it in the middle of a download.
-        builder = await self._start("guest", [sys.executable, "-m", "kvmsupervisor.cli.demo_guest", str(cache)])
+        builder = await self._start("guest", [sys.executable, "-m", "kvmsupervisor.cli.demo.guest", str(cache)])
         try:
             async with asyncio.timeout(GUEST_DEADLINE_S):
                 code = await builder.wait()

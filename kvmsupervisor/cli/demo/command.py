@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from kvmsupervisor.adapters.etcd.api import EtcdError
-from kvmsupervisor.cli.demo_play import Play, say
-from kvmsupervisor.cli.demo_stage import DemoError, clear_away, make_folder
+from kvmsupervisor.cli.demo.play import Play, say
+from kvmsupervisor.cli.demo.stage import DemoError, clear_away, make_folder
 
 
 @click.command()

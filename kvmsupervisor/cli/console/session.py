@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
-from kvmsupervisor.cli.console_terminal import raw_terminal, signals_as_exceptions, write_all
+from kvmsupervisor.cli.console.terminal import raw_terminal, signals_as_exceptions, write_all
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.demo_stage import DemoError
+from kvmsupervisor.cli.demo.stage import DemoError
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.status import Phase, Status
 
