@@ -63,6 +63,23 @@ def test_imports_point_one_way() -> None:
     assert "0 broken" in said
 
 
+def test_the_rooms_are_those_of_the_page() -> None:
+    """docs/architecture.md names every room, and every module of the rooms between command line and adapters."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    told = set(re.findall(r"^\| `([\w/.]+)` \|", page, re.MULTILINE))
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    outside = rooms & {"cli", "adapters", "domain"}
+    inside = {
+        str(path.relative_to(PACKAGE))
+        for room in rooms - outside
+        for path in (PACKAGE / room).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert told == {f"{room}/" for room in rooms} | inside | {"aio.py"}
+    for room in rooms:
+        assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), room
+
+
 PLANTED = {
     "gRPC outside of its adapter": ("adapters/ceph.py", "import grpc"),
     "settings in the domain": ("domain/lifecycle.py", "import kvmsupervisor.config.settings"),

@@ -1,7 +1,7 @@
 """Settings: environment over `/etc/kvmsupervisor/kvmsupervisor.toml` over defaults (DESIGN §7).
 
 A word that nobody understands stops the start: a typing error must not turn a safety feature off in silence.
-`settings_table.py` says which settings there are.
+`config/table.py` says which settings there are.
 """
 
 from __future__ import annotations

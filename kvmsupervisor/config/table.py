@@ -1,7 +1,7 @@
 """What can be set: of each setting its name, its parser, its default and its explanation.
 
 `check-config`, the example file and the page of the settings are held against `SETTINGS`. How a value is found
-is the business of `settings.py`.
+is the business of `config/settings.py`.
 """
 
 from __future__ import annotations

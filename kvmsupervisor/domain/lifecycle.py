@@ -1,8 +1,9 @@
 """The life of an instance as one pure decision: what is observed → what to do next.
 
 `decide` looks at a `View` and names the phase, the reason for people, and at most one `Action`. The instance's loop
-(`instance.py`) acts, observes again and decides again, so nothing is remembered between two decisions that cannot be
-observed: a supervisor may be cut off between any two steps, or in the middle of one, and its successor goes on.
+(`instance/worker.py`) acts, observes again and decides again, so nothing is remembered between two decisions that
+cannot be observed: a supervisor may be cut off between any two steps, or in the middle of one, and its successor goes
+on.
 
 The table, first match wins (`claim` is what the lock means to us, see `lock.Claim`):
 
@@ -329,7 +330,7 @@ def _pause(view: View) -> Decision | None:
 
 
 def _share(view: View) -> Decision | None:
-    """Wait while another instance has an image of this one's, and hold nothing meanwhile; see `sharing.py`."""
+    """Wait while another instance has an image of this one's, and hold nothing meanwhile; see `instance/sharing.py`."""
     if view.rival is None:
         return None
     lock = view.lock.lock

@@ -1,7 +1,7 @@
 """The lock: its value, and what a value found in etcd means to one host (laws 2, 3, 8 and 9).
 
 The lock has no lease: it never vanishes by itself. Every change of it is a compare-and-swap, done in
-`instance.py`; this module says which value to write and how to read one.
+`instance/worker.py`; this module says which value to write and how to read one.
 """
 
 from __future__ import annotations

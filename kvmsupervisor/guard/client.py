@@ -1,8 +1,8 @@
 """The guard as its supervisor sees it (law 7): found or started, told the deadline, given machines to watch.
 
-`guard.py` is the guard itself. One task keeps it up, level-triggered: whatever happens only wakes it, and it brings
-about what is to be: there is a guard while there is a machine to watch, it watches all of them, and it knows until when
-this host's session holds. A guard that has ended, or answers no more, is replaced.
+`guard/program.py` is the guard itself. One task keeps it up, level-triggered: whatever happens only wakes it, and it
+brings about what is to be: there is a guard while there is a machine to watch, it watches all of them, and it knows
+until when this host's session holds. A guard that has ended, or answers no more, is replaced.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The guard: kills machines whose disks no storage can fence, once their host's session has run out (law 7).
 
-A process of its own, one for a host, started by `guarding.py` as `python -I -S guard.py LINK LOCK SOCKET VERSION`. It
-outlives the supervisor, so it must need nothing that may be gone or slow by then: all of its memory is locked, which is
-why it imports nothing of ours and little else; it holds each machine by a pidfd that the supervisor gave it; and it
-keeps nothing in files that it would have to read. A guard that is killed loses nothing but itself.
+A process of its own, one for a host, started by `guard/client.py` as
+`python -I -S program.py LINK LOCK SOCKET VERSION`. It outlives the supervisor, so it must need nothing that may be gone
+or slow by then: all of its memory is locked, which is why it imports nothing of ours and little else; it holds each
+machine by a pidfd that the supervisor gave it; and it keeps nothing in files that it would have to read. A guard that
+is killed loses nothing but itself.
 
 It is a candidate first, on the socket LINK that it inherited, and harms nobody: it collects machines and the deadline,
 and ends when that socket is closed. With `take` it becomes the guard, in this order: the former one is killed, if there

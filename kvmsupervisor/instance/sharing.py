@@ -1,7 +1,8 @@
 """Two instances that name one image in Ceph: one of them runs, and the other waits without holding anything.
 
 A mistake of the keys, such as a clone that kept its original's `rbd`. That never two write is storage's affair
-(`fencing.py`): no guest runs while somebody else has its image open. Here is who gives way, so that one of them runs:
+(`cluster/fencing.py`): no guest runs while somebody else has its image open. Here is who gives way, so that one of them
+runs:
 
 1. Who has no lock waits while an instance of the same image has one. So who had it on record goes first, also while its
    QEMU is being started anew, and who waits has neither lock nor QEMU.

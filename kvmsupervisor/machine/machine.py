@@ -1,4 +1,4 @@
-"""One QEMU process of one instance, from its record to its burial: what `instance.py` observes and acts through.
+"""One QEMU process of one instance, from its record to its burial: what `instance/worker.py` observes and acts through.
 
 It joins three adapters (process, QMP, run directory) and decides nothing.
 """

@@ -1,6 +1,6 @@
 """The conversation with one QEMU over QMP: whether it answers, what its run state is, when it is asked again.
 
-It decides nothing, and knows of no record: `machine.py` tells it where to connect and who is to answer.
+It decides nothing, and knows of no record: `machine/machine.py` tells it where to connect and who is to answer.
 """
 
 from __future__ import annotations

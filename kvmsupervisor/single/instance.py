@@ -1,7 +1,7 @@
 """`exec` with `INSTANCE`: one instance from its keys, its container's life its own.
 
-The instance's loop is the supervisor's (`instance.py`), with a session, a run directory and a name of its own. See
-docs/decisions/0013-single-mode.md.
+The instance's loop is the supervisor's (`instance/worker.py`), with a session, a run directory and a name of its own.
+See docs/decisions/0013-single-mode.md.
 """
 
 from __future__ import annotations

@@ -532,7 +532,7 @@ class World:
 
 
 class Supervisor:
-    """Acts as `instance.py` and `machine.py` do, on the model world; all its fields are lost when it dies."""
+    """Acts as `instance/worker.py` and `machine/machine.py` do, on the model world; all its fields are lost when it dies."""
 
     def __init__(self, world: World) -> None:
         self.world = world

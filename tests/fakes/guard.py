@@ -1,4 +1,4 @@
-"""A guard in virtual time: what `instance.py` sees of `guarding.GuardPost`."""
+"""A guard in virtual time: what `instance/worker.py` sees of `guard.client.GuardPost`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QEMU processes in virtual time: what `machine.py` sees of the kernel and of QMP, without either.
+"""QEMU processes in virtual time: what `machine/machine.py` sees of the kernel and of QMP, without either.
 
     qemus = FakeQemus(clock)
     qemus.install(monkeypatch)      # from now on every Machine spawns and adopts these
