@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -278,10 +278,14 @@ async def test_a_tool_that_is_slow_gets_more_time(vm: CephAccess, tool: Callable
 
 async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: RbdDisk) -> None:
     """Law 4: no answer in time is "wait", for each tool; the tool is gone then."""
-    cluster = Ceph(vm, answer_s=0.3)
-    for call in (cluster.image_info(image), cluster.watchers(image), cluster.fence([NOBODY])):
+    calls: tuple[Callable[[Ceph], Awaitable[object]], ...] = (
+        lambda cluster: cluster.image_info(image),
+        lambda cluster: cluster.watchers(image),
+        lambda cluster: cluster.fence([NOBODY]),
+    )
+    for call in calls:
         with pytest.raises(CephAway, match=r"took longer than 0\.3 s"):
-            await call
+            await call(Ceph(vm, answer_s=0.3))
     assert running(f"--image={image.image}") == []
     assert running(NOBODY) == []
 
