@@ -5,7 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# On two cores: many tests wait for a guest, a TTL or a process, so a third keeps both busy.
+WORKERS ?= 3
 # For `make chaos`. Without a seed each run draws its own, and prints it.
 SEED ?=
 MINUTES ?= 30
