@@ -208,7 +208,7 @@ class Machine:
 
     def _begin(self, record: Incarnation) -> None:
         self.record = record
-        self._talk.secrets = secrets_in(record.argv)
+        self._talk.argv = record.argv
         self.spec = spec_from_object(record.spec)
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
@@ -439,5 +439,5 @@ class Machine:
             status=status,
             log_tail=log_tail,
             guard_killed_at=killed_at,
-            secrets=self._talk.secrets,
+            secrets=secrets_in(self.record.argv),
         )

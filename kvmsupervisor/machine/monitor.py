@@ -6,7 +6,7 @@ It decides nothing, and knows of no record: `machine/machine.py` tells it where 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.run_state import PANICKED, RUNNING
-from kvmsupervisor.domain.secrecy import cleaned
+from kvmsupervisor.domain.secrecy import cleaned, secrets_in
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -44,7 +44,7 @@ class Conversation:
         connect_at: when the next attempt to connect is due, CLOCK_BOOTTIME.
         probe_at: when QEMU is to be asked for its run state again.
         silent_since: since when it owes an answer, None when it answers.
-        secrets: what stands in its command line and in no public word, whatever it says back.
+        argv: its command line: a secret in it stands in no public word, whatever QEMU says back.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Conversation:
         self.probe_at = 0.0
         self._raised_at = -math.inf
         self.silent_since: float | None = None
-        self.secrets: Collection[str] = ()
+        self.argv: Sequence[str] = ()
         self._answered = False
 
     @property
@@ -162,7 +162,7 @@ class Conversation:
             return None
         except MonitorRefused as error:
             self._heard()
-            raise MonitorRefused(cleaned(str(error), self.secrets)) from None
+            raise MonitorRefused(cleaned(str(error), secrets_in(self.argv))) from None
         self._heard()
         return answer
 
