@@ -17,7 +17,7 @@ from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.domain.values import nearest, plain, show
+from kvmsupervisor.domain.values import nearest, plain, show, some
 from kvmsupervisor.domain.wishes import VALUE_LIMIT, WISH_KEYS, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
@@ -67,9 +67,8 @@ async def create(
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
     if found.keys:
-        names = ", ".join(printable_bytes(name) for name in sorted(found.keys)[:NAMED])
-        more = f" and {len(found.keys) - NAMED} more" if len(found.keys) > NAMED else ""
-        raise Refused(f"{instance} exists already, with the keys {names}{more}: change it with `set`")
+        names = some(sorted(found.keys), NAMED, printable_bytes)
+        raise Refused(f"{instance} exists already, with the keys {names}: change it with `set`")
     if not force:
         _refuse_huge(f"{instance} was not created", values)
     keys = {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvmsupervisor.domain.records import Unfit, parse
-from kvmsupervisor.domain.values import nearest, plain
+from kvmsupervisor.domain.values import nearest, plain, some
 
 SOME = 3
 """How many hosts a sentence names."""
@@ -75,10 +75,9 @@ def dissent(mine: str, others: Mapping[str, str]) -> str | None:
     """
     if not others or mine in others.values():
         return None
-    said = ", ".join(f"{host}: {lock}" for host, lock in sorted(others.items())[:SOME])
-    more = f" and {len(others) - SOME} more" if len(others) > SOME else ""
+    said = some([f"{host}: {lock}" for host, lock in sorted(others.items())], SOME)
     return (
-        f"LOCK is {mine} here, and another one on every other host ({said}{more}), which may run it under that: it is "
+        f"LOCK is {mine} here, and another one on every other host ({said}), which may run it under that: it is "
         "not started before they are the same"
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.values import some
 from kvmsupervisor.domain.view import Action, Decision, Process, View
 
 SHOWN = 3
@@ -86,8 +87,7 @@ def for_other_hosts(view: View) -> Decision | None:
     storage = storage_of(wish.spec)
     if not era.keeps_waiting(storage, view.now):
         return None
-    more = f" and {len(era.awaited) - SHOWN} more" if len(era.awaited) > SHOWN else ""
-    hosts, have = ", ".join(era.awaited[:SHOWN]) + more, "have" if len(era.awaited) > 1 else "has"
+    hosts, have = some(era.awaited, SHOWN), "have" if len(era.awaited) > 1 else "has"
     reason = (
         "etcd was restored, has lost its data, or is another one, and another host may run this; waits until "
         f"{hosts} {have} said there what runs"

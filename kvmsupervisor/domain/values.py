@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 SUGGESTION_CUTOFF = 0.75
 """How alike two names must be (`difflib`'s ratio). Arbitrary: `sipce_port` passes, `tag` does not."""
 
+T = TypeVar("T")
 _E = TypeVar("_E", bound=StrEnum)
 
 _USERINFO = re.compile(r"//\S*@")
@@ -58,6 +59,12 @@ def show(text: str) -> str:
     if len(text) <= SHOWN_LENGTH and len(shown) <= SHOWN_LENGTH + 2:
         return shown
     return f"{shown[: SHOWN_LENGTH + 1].rstrip(shown[0])}…{shown[0]} ({len(text)} characters)"
+
+
+def some(things: Sequence[T], most: int, shown: Callable[[T], str] = str) -> str:
+    """The first of `things` for a message, at most so many, and how many more there are."""
+    named = ", ".join(map(shown, things[:most]))
+    return f"{named} and {len(things) - most} more" if len(things) > most else named
 
 
 def show_bytes(data: bytes) -> str:

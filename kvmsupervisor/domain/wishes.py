@@ -31,7 +31,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, strange
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
 """Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -265,11 +265,9 @@ def is_known(key: bytes) -> bool:
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:
     """One problem for all of them: ten thousand keys must not make ten thousand sentences."""
-    named = ", ".join(_with_suggestion(key) for key in unknown[:UNKNOWN_KEYS_NAMED])
-    more = len(unknown) - UNKNOWN_KEYS_NAMED
     return Problem(
         "unknown key" if len(unknown) == 1 else "unknown keys",
-        f"{named} and {more} more" if more > 0 else named,
+        some(unknown, UNKNOWN_KEYS_NAMED, _with_suggestion),
         f"the keys are {', '.join((*WISH_KEYS, *NUMBERED_KEYS))} (NICs to {NICS - 1}, disks to {DISKS - 1}); "
         f"{FREE_KEY} and {FREE_KEY_PREFIX}… are for people",
     )

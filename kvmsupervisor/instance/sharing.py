@@ -22,6 +22,7 @@ from kvmsupervisor.cluster.fencing import InUse
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue, Spec
 from kvmsupervisor.domain.storage import images_of
+from kvmsupervisor.domain.values import some
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.context import Surroundings
 
@@ -142,8 +143,7 @@ class Sharing:
         others = list(self._around.namesakes(self._id, mine))
         if not others:
             return None
-        who = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
-        return f"{' or '.join(mine)} is named by the keys of {who}, too: only one of them can run"
+        return f"{' or '.join(mine)} is named by the keys of {some(others, SHOWN)}, too: only one of them can run"
 
     def has_to_wait(self, spec: Spec) -> bool:
         """Whether another instance has a lock for one of its images, while this one has none."""
