@@ -39,7 +39,7 @@ def test_a_guard_and_its_container(docker: Docker, boxes: Boxes, keys: Keys, gue
     box.replace(docker.build_version("2"))
     box.adopted(1)
     wait_guarded(box)
-    # The image differs, the program does not: `tests/test_guarding.py` has guards of another release.
+    # The image differs, the program does not: `tests/guard/test_client.py` has guards of another release.
     assert box.events("guard.found")[-1]["pid"] == box.guard == guard
     assert box.qemus() == [qemu]
     box.end("stop", "--time=15")

@@ -146,7 +146,7 @@ def test_failover(farm: Farm) -> None:
 
 def test_without_ceph_nothing_is_taken(farm: Farm) -> None:
     """Law 4: while Ceph does not answer there is no takeover and no start, and it is said; then it goes on."""
-    # Ceph's tools give up by themselves then; that they are killed if they do not is held in tests/test_fencing.py.
+    # Ceph's tools give up by themselves then. That they are killed if they do not, tests/cluster/test_fencing.py holds.
     alpha = farm.host("alpha", KVM_TAKEOVER_WAIT="0", CEPH_ARGS="--client-mount-timeout=2")
     beta = farm.host("beta")
     farm.machine("beta")

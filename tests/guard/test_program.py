@@ -21,7 +21,7 @@ from kvmsupervisor.adapters import guard_channel
 from kvmsupervisor.guard.program import IDLE_S, PROTOCOL, STEP_S, Charge, Watch
 from tests.support.processes import freeze, starttime_of
 
-PROGRAM = Path(__file__).parents[1] / "kvmsupervisor" / "guard" / "program.py"
+PROGRAM = Path(__file__).parents[2] / "kvmsupervisor" / "guard" / "program.py"
 LIMIT_S = 30.0
 LATE = 1e9
 """An instant that no test lives to see, CLOCK_BOOTTIME."""

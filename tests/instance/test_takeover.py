@@ -1,4 +1,4 @@
-"""Laws 3, 4 and 7 in virtual time: who is waited for, who is fenced, and when. The world is that of `test_instance`."""
+"""Laws 3, 4 and 7 in virtual time: who is waited for, who is fenced, and when. The world is that of `test_worker`."""
 
 from __future__ import annotations
 

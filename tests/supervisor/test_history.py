@@ -22,7 +22,7 @@ from kvmsupervisor.domain.status import Phase
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
 from tests.fakes.storage import FakeDisks, FakeStorage, address_of
-from tests.test_supervisor import ME, Bench
+from tests.supervisor.test_supervisor import ME, Bench
 
 LAYOUT = Layout()
 CONFIRMATION = LAYOUT.confirmation_key(HostName(ME))

@@ -14,7 +14,7 @@ from kvmsupervisor.domain.media import instance_id
 from kvmsupervisor.machine.boot_media import Media, furnish
 from tests.support.cloudinit import CloudInit, unpack_cloud_init
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MACHINE = UUID("0c8b3f0e-9a3c-4ef4-a1f2-0d3f6f2f7a55")
 
 pytestmark = pytest.mark.timeout(300)

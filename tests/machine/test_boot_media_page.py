@@ -12,7 +12,7 @@ from kvmsupervisor.domain.argv import instance_uuid
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.machine.boot_media import furnish
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "boot-media.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "boot-media.md").read_text()
 WEB1 = InstanceId("web1")
 
 

@@ -27,7 +27,7 @@ from kvmsupervisor.config.logs import (
 )
 from kvmsupervisor.config.values import LogFormat, LogLevel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

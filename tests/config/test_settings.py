@@ -25,7 +25,7 @@ from kvmsupervisor.config.settings import (
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import Layout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MISSING = Path("/nonexistent/kvmsupervisor.toml")
 
 

@@ -24,7 +24,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.supervisor.identity import Standing
 from tests.fakes.qemu import FakeQemu
-from tests.test_supervisor import ME, Bench
+from tests.supervisor.test_supervisor import ME, Bench
 
 WRONG = {
     "another name": ({"KVM_HOSTNAME": "b"}, "KVM_HOSTNAME=b"),
