@@ -50,6 +50,7 @@ from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
 from kvmsupervisor.single.process import exit_status
 
@@ -244,7 +245,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
-        await withdraw(self._bridge_owner)
+        await withdraw(REAL.network, self._bridge_owner)
         around.logs.close()
         await end_session(around.session)
         return instance
@@ -290,7 +291,9 @@ class Single:
             session=session,
             publisher=Publisher(store=store, clock=clock, layout=stand.layout, host=stand.holder, session=session),
             admission=Admission(1, equipment.memory_mib),
+            system=REAL,
             provisioner=Provisioner(
+                system=REAL,
                 host=equipment.host_side,
                 files=replace(equipment.files, bridge_owner=self._bridge_owner),
                 user=equipment.user,

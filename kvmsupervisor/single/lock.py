@@ -35,6 +35,7 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Holdover, View
 from kvmsupervisor.machine.identity import Marks, pid_of
+from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.single.identity import LET_GO_S, Stand
 
 log = structlog.get_logger(__name__)
@@ -210,7 +211,8 @@ class SingleLock:
             return None
         if lock.incarnation == self.incarnation:
             return None
-        return pid_of(self._stand.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        name = self._stand.name
+        return pid_of(REAL.processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     async def _try(self, action: Action) -> None:
         """Make one step; what it came to is observed."""

@@ -49,6 +49,7 @@ from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around, look_at_files
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.system import System
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
 from kvmsupervisor.supervisor.failover import Failover
@@ -75,8 +76,9 @@ class Supervisor:
         again: whether `run` returned because another supervisor is to go on in its place: the host's identity changed.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, system: System) -> None:
         self._settings = settings
+        self._system = system
         # What the settings say, until the run directory is ours and says otherwise (law 12).
         self._identity = HostIdentity.of(settings.hostname, settings.layout)
         self._mismatch: Mismatch | None = None
@@ -84,7 +86,7 @@ class Supervisor:
         self._clock = Clock()
         self._boot_id = boot_id()
         self._run_dir = RunDir(settings.run_dir)
-        self._standing = Standing(self._run_dir, wanted=self._identity, boot_id=self._boot_id)
+        self._standing = Standing(system.processes, self._run_dir, wanted=self._identity, boot_id=self._boot_id)
         self._instances: dict[InstanceId, Instance] = {}
         self._guard = RemovalGuard(settings.mass_removal_window_s)
         self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=self._clock, on_change=self._notify_all)
@@ -273,7 +275,9 @@ class Supervisor:
             session=self._session,
             publisher=self._publisher,
             admission=self._admission,
+            system=self._system,
             provisioner=Provisioner(
+                system=self._system,
                 host=equipment.host_side,
                 files=equipment.files,
                 user=equipment.user,
@@ -311,6 +315,7 @@ class Supervisor:
         )
         self._failover = Failover(self._around, self._wishes)
         self._bridges = Bridges(
+            network=self._system.network,
             me=self._me,
             owner=equipment.files.bridge_owner,
             bridge_if=equipment.host_side.bridge_if,

@@ -55,7 +55,6 @@ async def other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
     """The host `b` of the same cluster."""
     made = Bench(monkeypatch)
     made.clock, made.etcd, made.qemus, made.more = bench.clock, bench.etcd, bench.qemus, {"KVM_HOSTNAME": "b"}
-    bench.qemus.install(monkeypatch)
     monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: bench.clock)
     yield made
     await made.close()

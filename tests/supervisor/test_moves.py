@@ -34,7 +34,6 @@ class Site:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.qemus = FakeQemus(self.clock)
-        self.qemus.install(monkeypatch)
         self.hosts: dict[str, Node] = {}
         self._monkeypatch = monkeypatch
         monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
@@ -99,7 +98,9 @@ class Node:
         self.client = self.site.etcd.peer()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", lambda config: self.client)
-            self.supervisor = Supervisor(load_settings(environ, default_config=self.path / "none.toml"))
+            self.supervisor = Supervisor(
+                load_settings(environ, default_config=self.path / "none.toml"), system=self.site.qemus.system
+            )
             self._task = asyncio.create_task(self.supervisor.run())
             await self.site.clock.advance(5.0)
 

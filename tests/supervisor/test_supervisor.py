@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.adapters.usage import memory_for_guests_mib
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
 from kvmsupervisor.config.settings import Settings, load_settings
@@ -41,7 +42,6 @@ class Bench:
         self.more: dict[str, str] = {}
         self.supervisor: Supervisor
         self._task: asyncio.Task[None] | None = None
-        self.qemus.install(monkeypatch)
         self.client = self.etcd
         monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", self._connect)
         monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
@@ -67,7 +67,7 @@ class Bench:
         return load_settings(environ | self.more, default_config=self.path / "none.toml")
 
     async def begin(self, *, virtual_s: float = 5.0) -> None:
-        self.supervisor = Supervisor(self.settings())
+        self.supervisor = Supervisor(self.settings(), system=self.qemus.system)
         self._task = asyncio.create_task(self.supervisor.run())
         await self.clock.advance(virtual_s)
 
@@ -531,10 +531,14 @@ async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Ben
     assert len(bench.of(*well)) == 8
 
 
-async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def all_but_mib(for_guests: int) -> str:
+    """`KVM_MEMORY_RESERVE` that leaves so many MiB of this machine's memory for guests."""
+    return f"{memory_for_guests_mib() - for_guests}M"
+
+
+async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench) -> None:
     """Law: memory is promised to guests in the order of their priority; who does not fit waits, and says for what."""
-    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 612)
-    bench.more["KVM_MEMORY_RESERVE"] = "100M"
+    bench.more["KVM_MEMORY_RESERVE"] = all_but_mib(512)
     await bench.begin()
     for name, ram, priority in (("low", "300", "1"), ("high", "300", "2"), ("small", "64", "0")):
         bench.etcd.write(f"/kvm/{name}/ram", ram)
@@ -557,10 +561,9 @@ async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch:
     assert bench.of("low", "high", "small").keys() == {"high", "small"}
 
 
-async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench) -> None:
     """Law: what runs already is promised its memory before anybody else."""
-    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 400)
-    bench.more["KVM_MEMORY_RESERVE"] = "100M"
+    bench.more["KVM_MEMORY_RESERVE"] = all_but_mib(300)
     await bench.begin()
     await bench.running("1", "2")
     await bench.end()
