@@ -67,6 +67,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
+    from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
     from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
 
     gc.freeze()
@@ -77,7 +78,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
         loop = asyncio.get_running_loop()
         tell = lambda host: started()  # noqa: E731 - a function would need the type of what is imported above
         while True:
-            supervisor = Supervisor(settings)
+            supervisor = Supervisor(settings, REAL)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, supervisor.stop)
             # Before the run directory is ours: whoever finds us by it may signal at once.

@@ -35,10 +35,12 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.system import System
 
 
 class ChooseHomes(Protocol):
@@ -56,6 +58,7 @@ class Outside:
     Attributes:
         clock: the machine's.
         jitter: random numbers, 0 ≤ x < 1.
+        system: processes, QMP, taps and bridges of this host.
         boot_id: the kernel's name for its present boot.
         machine_id: what names this machine across boots.
         connect: etcd.
@@ -69,6 +72,7 @@ class Outside:
 
     clock: Clock
     jitter: Callable[[], float]
+    system: System
     boot_id: Callable[[], str]
     machine_id: Callable[[], str]
     connect: Callable[[EtcdConfig], Store]
@@ -83,6 +87,7 @@ class Outside:
 REAL = Outside(
     clock=Clock(),
     jitter=random.random,
+    system=system.REAL,
     boot_id=boot_id,
     machine_id=machine_id,
     connect=Etcd,
@@ -266,7 +271,9 @@ def surround(
         session=member.session,
         publisher=member.publisher,
         admission=admission,
+        system=outside.system,
         provisioner=Provisioner(
+            system=outside.system,
             host=equipment.host_side,
             files=replace(equipment.files, bridge_owner=bridge_owner),
             user=equipment.user,

@@ -132,6 +132,7 @@ class SingleCommand:
                 clock=self._clock,
                 options=self._options,
                 fencing=outside.fencing(ceph_access(settings), settings.allow_unfenced),
+                processes=outside.system.processes,
                 wake=wake,
             )
             async with asyncio.TaskGroup() as parts:

@@ -242,7 +242,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
-        await withdraw(self._bridge_owner)
+        await withdraw(self._outside.system.network, self._bridge_owner)
         around.logs.close()
         await end_session(around.session)
         return instance

@@ -33,6 +33,7 @@ from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Holdover, View
 from kvmsupervisor.instance.assembly import Membership
 from kvmsupervisor.machine.identity import Marks, pid_of
+from kvmsupervisor.machine.system import Processes
 from kvmsupervisor.single.identity import LET_GO_S, Stand
 
 log = structlog.get_logger(__name__)
@@ -58,6 +59,7 @@ class SingleLock:
         clock: the machine's.
         options: of QEMU, to tell what it may write to.
         fencing: of the storage, for a lock whose last holder has left clients there.
+        processes: of this host.
         wake: set whenever sessions of hosts differ.
     """
 
@@ -69,6 +71,7 @@ class SingleLock:
         clock: Clock,
         options: Sequence[str],
         fencing: Fencing,
+        processes: Processes,
         wake: asyncio.Event,
     ) -> None:
         store, layout = member.store, stand.holder.layout
@@ -79,6 +82,7 @@ class SingleLock:
         self._session = member.session
         self._history = member.history
         self._fencing = fencing
+        self._processes = processes
         self._spec = Spec(ram_mib=1, extra_flags=tuple(options))
         self._lock = InstanceLock(store=store, layout=layout, instance=stand.name, session=member.session.compare)
         self._key = stand.lock_key
@@ -205,7 +209,8 @@ class SingleLock:
             return None
         if lock.incarnation == self.incarnation:
             return None
-        return pid_of(self._stand.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        name = self._stand.name
+        return pid_of(self._processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     async def _try(self, action: Action) -> None:
         """Make one step; what it came to is observed."""

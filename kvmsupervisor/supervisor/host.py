@@ -204,6 +204,7 @@ class Host:
         )
         self._failover = Failover(self._around, self._wishes)
         self._bridges = Bridges(
+            network=outside.system.network,
             me=me,
             owner=equipment.files.bridge_owner,
             bridge_if=equipment.host_side.bridge_if,

@@ -17,7 +17,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
-from kvmsupervisor.instance.assembly import REAL, Outside
+from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.supervisor.drain import DrainMark
 from kvmsupervisor.supervisor.host import Host, Premises
 from kvmsupervisor.supervisor.http import serve
@@ -36,7 +36,7 @@ class Supervisor:
         outside: the world.
     """
 
-    def __init__(self, settings: Settings, outside: Outside = REAL) -> None:
+    def __init__(self, settings: Settings, outside: Outside) -> None:
         self._settings = settings
         self._outside = outside
         self._boot_id = outside.boot_id()
@@ -78,7 +78,7 @@ class Supervisor:
             stack.callback(self._run_dir.release)
             # What the settings say is this host's identity, unless what lives in its run directory says otherwise.
             wanted = HostIdentity.of(settings.hostname, settings.layout)
-            standing = Standing(self._run_dir, wanted=wanted, boot_id=self._boot_id)
+            standing = Standing(outside.system.processes, self._run_dir, wanted=wanted, boot_id=self._boot_id)
             identity, mismatch = standing.settle()
             if mismatch is not None:
                 log.error("identity.mismatch", reason=str(mismatch), instances=list(mismatch.living))

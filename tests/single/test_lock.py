@@ -23,6 +23,7 @@ from kvmsupervisor.single.identity import LET_GO_S, Stand
 from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemus
 from tests.support.host import LAYOUT, FakeSession, LockStore
 from tests.support.outside import outside
 
@@ -52,7 +53,9 @@ class Bench:
         )
         wake = asyncio.Event()
         settings = load_settings({}, default_config=path / "none.toml")
-        member = stand.join(settings, outside(self.clock, self.etcd.peer), store=self.etcd.peer(), on_hosts=wake.set)
+        member = stand.join(
+            settings, outside(FakeQemus(self.clock), self.etcd.peer), store=self.etcd.peer(), on_hosts=wake.set
+        )
         member.session, member.store = cast("Session", self.session), self.store
         self.lock = SingleLock(
             stand=stand,
@@ -60,6 +63,7 @@ class Bench:
             clock=self.clock,
             options=options,
             fencing=Diskless(),
+            processes=FakeQemus(self.clock),
             wake=wake,
         )
         self._following: asyncio.Task[None] | None = None

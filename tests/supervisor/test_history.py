@@ -41,20 +41,19 @@ def storage() -> FakeStorage:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch, storage: FakeStorage) -> AsyncIterator[Bench]:
-    made = Bench(monkeypatch)
+async def bench(storage: FakeStorage) -> AsyncIterator[Bench]:
+    made = Bench()
     made.storage = storage
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def other(bench: Bench) -> AsyncIterator[Bench]:
     """The host `b` of the same cluster."""
-    made = Bench(monkeypatch)
+    made = Bench()
     made.clock, made.etcd, made.qemus, made.more = bench.clock, bench.etcd, bench.qemus, {"KVM_HOSTNAME": "b"}
     made.storage = bench.storage
-    bench.qemus.install(monkeypatch)
     yield made
     await made.close()
 

@@ -41,8 +41,8 @@ wrong = pytest.mark.parametrize(("settings", "told"), WRONG.values(), ids=WRONG)
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    made = Bench(monkeypatch)
+async def bench() -> AsyncIterator[Bench]:
+    made = Bench()
     yield made
     await made.close()
 
@@ -210,7 +210,7 @@ def word(bench: Bench) -> None:
     """A person says that what lives goes on under the present settings."""
     settings = bench.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
-    standing = Standing(RunDir(bench.path), wanted=wanted, boot_id=boot_id())
+    standing = Standing(bench.qemus, RunDir(bench.path), wanted=wanted, boot_id=boot_id())
     note = standing.note()
     assert note is not None
     assert note.wanted == wanted
@@ -476,9 +476,9 @@ async def test_the_qemu_of_a_record_is_sought(bench: Bench, release: str) -> Non
     qemu = qemus["1"]
     if release == "an earlier one":
         del qemu.environment["KVMSUPERVISOR_FOLDER"]
-    assert marks.seek(bench.path / "1") == (qemu.pid, qemu.starttime)
-    assert marks.seek(bench.path / "3") is None
-    assert marks.seek(Path("/elsewhere/1")) is None
+    assert marks.seek(bench.qemus, bench.path / "1") == (qemu.pid, qemu.starttime)
+    assert marks.seek(bench.qemus, bench.path / "3") is None
+    assert marks.seek(bench.qemus, Path("/elsewhere/1")) is None
 
 
 async def test_what_cannot_be_read_and_has_ended(bench: Bench) -> None:

@@ -31,11 +31,10 @@ NBSP = "\u00a0"
 class Site:
     """One etcd, and hosts that come and go."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.qemus = FakeQemus(self.clock)
-        self.qemus.install(monkeypatch)
         self.hosts: dict[str, Node] = {}
 
     async def start(self, *names: str) -> list[Node]:
@@ -96,7 +95,7 @@ class Node:
         }
         self.client = self.site.etcd.peer()
         settings = load_settings(environ, default_config=self.path / "none.toml")
-        self.supervisor = Supervisor(settings, outside(self.site.clock, lambda: self.client))
+        self.supervisor = Supervisor(settings, outside(self.site.qemus, lambda: self.client))
         self._task = asyncio.create_task(self.supervisor.run(self._started))
         await self.site.clock.advance(5.0)
 
@@ -156,8 +155,8 @@ class Node:
 
 
 @pytest.fixture
-async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    made = Site(monkeypatch)
+async def site() -> AsyncIterator[Site]:
+    made = Site()
     yield made
     await made.close()
 

@@ -35,7 +35,7 @@ CONFIRMATION = f"/kvmsupervisor/confirm-removal/{ME}"
 class Bench:
     """A supervisor over a fake etcd and fake QEMUs; `begin`, `end`, and `begin` again for its successor."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.qemus = FakeQemus(self.clock)
@@ -46,7 +46,6 @@ class Bench:
         self.memory_mib: int | None = None
         self.storage: FakeStorage | None = None
         self._task: asyncio.Task[bool] | None = None
-        self.qemus.install(monkeypatch)
         self.client = self.etcd
 
     def _connect(self) -> FakeEtcd:
@@ -71,7 +70,7 @@ class Bench:
 
     async def begin(self, *, virtual_s: float = 5.0, connect: Callable[[], FakeEtcd] | None = None) -> None:
         world = outside(
-            self.clock,
+            self.qemus,
             connect or self._connect,
             memory_mib=self.memory_mib,
             fencing=self.storage,
@@ -139,8 +138,8 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    made = Bench(monkeypatch)
+async def bench() -> AsyncIterator[Bench]:
+    made = Bench()
     yield made
     await made.close()
 

@@ -12,22 +12,22 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.instance.assembly import REAL, Outside
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
-from tests.fakes.clock import FakeClock
+from tests.fakes.qemu import FakeQemus
 from tests.support.host import KnownTypes
 
 
 def outside(
-    clock: FakeClock,
+    qemus: FakeQemus,
     connect: Callable[[], Store],
     *,
     memory_mib: int | None = None,
     fencing: Fencing | None = None,
     disks: Disks | None = None,
 ) -> Outside:
-    """The world with this clock and this etcd, without chance, and without a QEMU that would be asked in real time.
+    """The world with these processes, their clock and this etcd. No chance; no real QEMU is asked in real time.
 
     Args:
-        clock: everybody's.
+        qemus: the processes, and everybody's clock.
         connect: gives each supervisor its client of etcd.
         memory_mib: of the host, `KVM_MEMORY_RESERVE` included; None for what this machine has.
         fencing: of the storage; None for the real one, which has no Ceph here.
@@ -35,7 +35,8 @@ def outside(
     """
     return replace(
         REAL,
-        clock=clock,
+        clock=qemus.clock,
+        system=qemus.system,
         jitter=lambda: 0.5,
         connect=lambda config: connect(),
         look_around=look_around if memory_mib is None else partial(_with_memory, memory_mib),
