@@ -43,19 +43,23 @@ class DrainMark:
         run_dir: `KVM_RUN_DIR`.
         boot_id: of this boot; a mark of another one means nothing.
         clock: the machine's.
-        on_change: called when it came or went.
 
     Attributes:
         on: whether this host stops all its guests.
     """
 
-    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock, on_change: Callable[[], None]) -> None:
+    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock) -> None:
         self.on = False
         self._run_dir = run_dir
         self._boot_id = boot_id
         self._clock = clock
-        self._on_change = on_change
+        self._listeners: list[Callable[[], None]] = []
         self._changed = asyncio.Event()
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever it came or went; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def heed(self) -> None:
         """Look whether the mark came or went."""
@@ -64,7 +68,8 @@ class DrainMark:
             self.on = on
             log.info("host.draining" if on else "host.drain_ended")
             self._changed.set()
-            self._on_change()
+            for listener in self._listeners:
+                listener()
 
     async def run_telling(self, session: Session) -> None:
         """Have the session say it, for ever: nobody moves a guest here meanwhile."""
