@@ -231,6 +231,13 @@ class FakeQemu:
         self._requests = [one for one in self._requests if one[0] is not client]
         self._call_line()
 
+    def forsake(self) -> None:
+        """Whoever watched it and was served is gone, without a word."""
+        self._processes.clear()
+        self._clients.clear()
+        self._requests.clear()
+        self._call_line()
+
     def serves(self, client: FakeMonitor) -> bool:
         return client in self._clients
 
@@ -456,6 +463,12 @@ class FakeQemus:
     def running(self) -> list[FakeQemu]:
         """Those whose guest runs."""
         return [qemu for qemu in self.alive if qemu.run_state == "running"]
+
+    def forsake(self, run_dir: Path) -> None:
+        """The supervisor of a run directory is gone, as by SIGKILL: so are its connections and its pidfds."""
+        for qemu in self.alive:
+            if qemu.is_in(run_dir / qemu.instance):
+                qemu.forsake()
 
     # What stands for adapters.process.
 

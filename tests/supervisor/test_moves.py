@@ -118,6 +118,7 @@ class Node:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            self.site.qemus.forsake(self.path)
 
     async def die(self, *, guests: bool = True) -> None:
         """The host is gone, and its session some seconds later."""
