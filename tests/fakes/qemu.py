@@ -1,7 +1,7 @@
 """QEMU processes in virtual time: what `machine/machine.py` sees of the kernel and of QMP, without either.
 
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)      # from now on every Machine spawns and adopts these
+    qemus.system        # what spawns and adopts them, for whatever takes a `System`
 
 Each spawned process is a `FakeQemu`, whose fields say how it behaves (`deaf`, `frozen`, `stubborn`); `prepare` is
 called with each one before it begins. The run directory, its sockets and records stay real.
@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from kvmsupervisor.adapters.agent import AgentSilent
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
+from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
+from tests.fakes.network import FakeNetwork
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
@@ -240,6 +240,8 @@ class FakeQemus:
         lose_answer_to: the next such QMP command is done, and the connection lost before its answer.
         on_record: whether a QEMU's guest may run; what law 3 asks. True unless a test says otherwise.
         ran_off_the_record: those that were let run all the same.
+        network: taps and bridges.
+        system: all of it.
     """
 
     def __init__(self, clock: FakeClock) -> None:
@@ -251,14 +253,17 @@ class FakeQemus:
         self.lose_answer_to: str | None = None
         self.on_record: Callable[[FakeQemu], bool] = lambda qemu: True
         self.ran_off_the_record: list[FakeQemu] = []
+        self.network = FakeNetwork()
+        self.system = System(
+            processes=self,
+            connect=self.connect,
+            ask_agent=self.ask,
+            network=self.network,
+            index_of=self.network.index_of,
+            ensure_device=lambda device: False,
+            port_trouble=self.network.port_trouble,
+        )
         self._pids = itertools.count(2_000_000_000)
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvmsupervisor.machine.machine.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.identity.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.spawn.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.monitor.Monitor", self)
-        monkeypatch.setattr("kvmsupervisor.machine.agent_watch.agent", self)
 
     @property
     def alive(self) -> list[FakeQemu]:
@@ -304,6 +309,9 @@ class FakeQemus:
 
     def find(self, marks: Mapping[str, str]) -> Iterator[int]:
         return (qemu.pid for qemu in self.alive if marks.items() <= qemu.environment.items())
+
+    def having(self, name: str) -> Iterator[int]:
+        return (qemu.pid for qemu in self.alive if name in qemu.environment)
 
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
