@@ -71,6 +71,7 @@ class Settings:
     bridge_helper: Path | None
     memory_reserve_mib: int
     state_dir: Path
+    disk_dir: Path
     ovmf_code: Path | None
     ovmf_vars: Path | None
     media_root: Path | None

@@ -15,6 +15,9 @@ from kvmsupervisor.domain import values
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
+DISK_DIR = Path("/var/lib/kvmsupervisor/disks")
+"""Where disks that are files are, unless a host says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -208,6 +211,12 @@ SETTINGS: tuple[Setting, ...] = (
         read.absolute,
         "Folder of what outlives a boot: UEFI variables of machines without a disk in Ceph.",
         default="/var/lib/kvmsupervisor",
+    ),
+    _setting(
+        "disk_dir",
+        read.absolute,
+        "Folder of disks that are files (disk/<n>=file:NAME). One that is named here has to be there.",
+        default=str(DISK_DIR),
     ),
     _setting(
         "ovmf_code",

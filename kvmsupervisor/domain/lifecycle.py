@@ -37,7 +37,7 @@ The table, first match wins (`claim` is what the lock means to us, see `lock.Cla
               any         stop        ran                          Powerdown … Quit … Kill; at once: Quit … Kill
               any         run         ran, a new reset asked for   Reset
               mine        run         its placement has ended      Tidy         (law 10)
-              any         run, keep   ran                          none, Probe, Plug, or Grow
+              any         run, keep   ran                          none, Probe, Plug, Grow, Room
     any       any         stop        the host drains: the goal is stop, whatever the keys say, read or not
     any       any         run         another host is named, and has no session: the goal is as if this one were
     none      mine/left   not run     earlier ones not fenced      Fence        (law 4)
@@ -215,7 +215,9 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.PLUG)
     if view.now >= process.grow_at:
         return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.GROW)
-    next_at = min(process.probe_at, process.grow_at, process.plug_at)
+    if view.now >= process.room_at:
+        return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), action=Action.ROOM)
+    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at)
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(phase=Phase.RUNNING, reason=while_it_runs(view, process, aim, why), wake_at=wake_at)

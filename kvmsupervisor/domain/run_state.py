@@ -12,6 +12,9 @@ NEVER_RAN = "prelaunch"
 
 RUNNING = "running"
 
+IO_ERROR = "io-error"
+"""A disk's error has stopped the guest (`werror=stop`)."""
+
 PANICKED = "guest-panicked"
 """By default QEMU ends then. With `-no-shutdown`, or `-action panic=pause`, it waits for people to look at it."""
 
@@ -25,7 +28,7 @@ class RunState(StrEnum):
     RUNNING = RUNNING
     PAUSED = "paused"
     SUSPENDED = "suspended"
-    IO_ERROR = "io-error"
+    IO_ERROR = IO_ERROR
     INTERNAL_ERROR = "internal-error"
     WATCHDOG = "watchdog"
     GUEST_PANICKED = PANICKED
@@ -48,7 +51,7 @@ _TOLD = {state.value for state in RunState} - {RunState.OTHER, RunState.UNKNOWN}
 _WHY = {
     "paused": "somebody has paused it; `cont` over QMP lets it go on",
     "suspended": "it has suspended itself to memory; what wakes up a machine lets it go on",
-    "io-error": "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
+    IO_ERROR: "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
     "internal-error": "QEMU cannot run it on; its log may say why; a restart helps",
     "watchdog": "its watchdog has stopped it; `cont` over QMP lets it go on, a restart begins anew",
     PANICKED: "it has panicked and was left for people to look at; a restart begins anew",

@@ -37,6 +37,7 @@ class Action(Enum):
     PROBE = "ask QEMU for its run state"
     PLUG = "plug its NICs in again"
     GROW = "look whether its images were grown, and tell QEMU"
+    ROOM = "look whether a guest that lacks room on its disk's file system can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end whose guest has powered itself off"
     QUIT = "tell QEMU to end"
@@ -71,6 +72,9 @@ class Process:
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
         grow_at: when its images are to be looked at again; never for a machine without.
+        disk_trouble: what keeps its disks from the size of their keys, for people.
+        room_at: when it is to be looked whether there is room for its disks again; never while it lacks none.
+        full: what is to be said of the room that it lacks, None when nothing is.
         unplugged: what is to be said of its NICs, for people; empty when all are plugged in as they were.
         plug_at: when a NIC is to be plugged in again; never while all are.
         silent_since: since when it owes an answer, None when it answers.
@@ -86,6 +90,9 @@ class Process:
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
+    disk_trouble: tuple[str, ...] = ()
+    room_at: float = math.inf
+    full: str | None = None
     unplugged: tuple[str, ...] = ()
     plug_at: float = math.inf
     silent_since: float | None = None

@@ -32,6 +32,7 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.instance import disks
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.plugs import Plugs
@@ -392,13 +393,13 @@ class Instance:
             case Action.GUARD:
                 await start.guard()
             case Action.CONTINUE:
-                await start.go_on()
+                await start.go_on(wish)
             case Action.RESET:
                 await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
-            case Action.GROW:
-                await start.grow()
+            case Action.GROW | Action.ROOM:
+                await disks.tend(action, self.id, wish, machine=machine, report=self.report, around=self._around)
             case Action.REASSERT:
                 await keeping.reassert(machine, self._lock, self.report, self._around)
             case Action.TIDY:

@@ -1,16 +1,21 @@
-"""Images that were grown under a running QEMU: when they are looked at, and how QEMU and its guest hear of it."""
+"""Disks that grow under a running QEMU: when they are looked at, and how QEMU and its guest hear of it.
+
+An image in Ceph was grown by people, a file is grown by QEMU itself, which knows its format.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.qmp import Command
+from kvmsupervisor.adapters.qmp import Command, MonitorRefused
+from kvmsupervisor.domain.local_disk import FileDisk, size_text, too_small
 from kvmsupervisor.domain.spec import Spec
-from kvmsupervisor.domain.storage import growable
+from kvmsupervisor.domain.storage import growable, pinning
 
 log = structlog.get_logger(__name__)
 
@@ -19,25 +24,51 @@ class Growth:
     """Of one QEMU.
 
     Attributes:
-        at: when its images are to be looked at again; never for a machine without.
+        at: when its disks are to be looked at again; never for a machine without.
+        trouble: what keeps a disk from the size of its key, for people.
     """
 
-    def __init__(self, clock: Clock, command: Command) -> None:
+    def __init__(self, clock: Clock, ask: Command) -> None:
         self.at = math.inf
+        self.trouble: tuple[str, ...] = ()
         self._clock = clock
-        self._command = command
+        self._ask = ask
 
     def look(self, spec: Spec | None, after_s: float) -> None:
-        """Its images are to be looked at after some time; nothing for a machine without."""
-        if spec is not None and growable(spec):
+        """Its disks are to be looked at after some time; nothing for a machine without."""
+        if spec is not None and (growable(spec) or pinning(spec)):
             self.at = self._clock.now() + after_s
 
-    async def tell(self, sizes: Mapping[str, int]) -> None:
-        """Tell QEMU, and through it the guest, of disks that are larger now: bytes by block node. None is made less."""
-        for device in await self._command("query-block", None) or ():
+    async def tell(self, sizes: Mapping[str, int], files: Mapping[str, tuple[str, FileDisk]]) -> None:
+        """Tell QEMU, and through it the guest, of disks that are larger now, or shall be. None is made less.
+
+        Args:
+            sizes: bytes of images in Ceph, by block node.
+            files: the key of each file that has a size of its own, and the disk as it is wanted, likewise.
+        """
+        trouble = []
+        for device in await self._asked("query-block") or ():
             inserted = device.get("inserted") or {}
-            node, known = inserted.get("node-name"), (inserted.get("image") or {}).get("virtual-size")
-            size = sizes.get(str(node))
-            if size is not None and known is not None and size > known:
-                await self._command("block_resize", {"node-name": node, "size": size})
+            node, known = str(inserted.get("node-name")), (inserted.get("image") or {}).get("virtual-size")
+            key, file = files.get(node, ("", None))
+            size = sizes.get(node) if file is None else file.size
+            if size is None or known is None:
+                continue
+            if file is not None and (said := too_small(key, file, known)) is not None:
+                trouble.append(said)
+            if size <= known:
+                continue
+            try:
+                await self._ask("block_resize", {"node-name": node, "size": size})
+            except MonitorRefused as error:
+                trouble.append(f"{key or node}: it could not be grown to {size_text(size)}: {error}")
+                log.warning("disk.not_grown", disk=node, before=known, after=size, error=str(error))
+            else:
                 log.info("disk.grown", disk=node, before=known, after=size)
+        self.trouble = tuple(trouble)
+
+    async def _asked(self, command: str) -> Any:
+        try:
+            return await self._ask(command, None)
+        except MonitorRefused:
+            return None

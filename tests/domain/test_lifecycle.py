@@ -655,6 +655,7 @@ class Supervisor:
                 Action.GIVE_UP
                 | Action.PROBE
                 | Action.GROW
+                | Action.ROOM
                 | Action.PLUG
                 | Action.FINISH
                 | Action.QUEUE

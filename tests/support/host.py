@@ -40,7 +40,7 @@ from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
 from tests.fakes.qemu import FakeQemu, FakeQemus
-from tests.fakes.storage import FakeDisks, FakeStorage
+from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
 ONE = InstanceId("1")
 LAYOUT = Layout()
@@ -164,6 +164,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.local_disks = local_disks(self.path / "_disks")
         self.links = FakeLinks(self._on_links)
         self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
@@ -200,7 +201,7 @@ class Host:
             on_anew=self._on_anew,
             rand=lambda: 0.5,
         )
-        self.namesakes = Namesakes(self.wishes)
+        self.namesakes = Namesakes(self.wishes, self.me)
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -303,8 +304,10 @@ class Host:
                 types=KnownTypes(),
                 homes=Nowhere(survives_container=True),
                 disks=self.disks,
+                local_disks=self.local_disks,
             ),
             disks=self.disks,
+            local_disks=self.local_disks,
             logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,
