@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain import qcow2
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
 
@@ -39,6 +38,10 @@ that a disk which has to spin up is waited for."""
 
 class FileTrouble(Exception):
     """A disk's file is not as it must be. The message says what and which, and what would help."""
+
+
+class NoFile(FileTrouble):
+    """There is no such file."""
 
 
 class FileLocked(FileTrouble):
@@ -62,12 +65,9 @@ def make_folder(folder: Path) -> None:
     """Make the folder of all disks where it is missing.
 
     Raises:
-        FileTrouble: it cannot be made.
+        OSError: it cannot be made.
     """
-    try:
-        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileTrouble(f"the folder for disks (KVM_DISK_DIR) cannot be made: {explain(error, folder)}") from error
+    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
 
 
 def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
@@ -75,7 +75,9 @@ def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
 
     Raises:
         FileLocked: another program has it.
-        FileTrouble: it is missing, no plain file, or no image that may be opened.
+        NoFile: it is missing, and has no size.
+        FileTrouble: it is no plain file, or no image that may be opened.
+        OSError: it cannot be opened or made.
     """
     path = folder / disk.name
     for _ in range(2):
@@ -83,13 +85,11 @@ def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
             return _open(path, disk)
         except FileNotFoundError:
             if disk.size is None:
-                raise FileTrouble(
+                raise NoFile(
                     f"there is no file {path} on this host: put it there, or say by size= (such as size=20G) that an "
                     "empty disk is to be made"
                 ) from None
             _make(folder, disk)
-        except OSError as error:
-            raise FileTrouble(f"its file cannot be opened: {explain(error, path)}") from error
     raise FileTrouble(f"the file {path} was removed while it was being opened")
 
 
@@ -142,7 +142,8 @@ def _own(path: Path, fd: int, disk: FileDisk) -> None:
     except OSError as error:
         if disk.ro and error.errno == errno.EROFS:
             return
-        raise FileTrouble(f"the file cannot be made this supervisor's alone: {explain(error, path)}") from error
+        said = f"it cannot be made this supervisor's alone, mode 0600 ({error.strerror})"
+        raise OSError(error.errno, said, str(path)) from error
 
 
 def _size(path: Path, fd: int, disk: FileDisk) -> int:
@@ -181,7 +182,7 @@ def _make(folder: Path, disk: FileDisk) -> None:
                 f"{folder} is on a file system that cannot make a file before its name: make {path} by hand, "
                 "by `qemu-img create`"
             ) from None
-        raise FileTrouble(f"its file cannot be made: {explain(error, path)}") from error
+        raise
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -203,12 +204,9 @@ def room(folder: Path, *, as_root: bool) -> int:
     """Bytes that are left on the folder's file system, for root or for others.
 
     Raises:
-        FileTrouble: it cannot be told.
+        OSError: it cannot be told.
     """
-    try:
-        found = os.statvfs(folder)
-    except OSError as error:
-        raise FileTrouble(explain(error, folder)) from error
+    found = os.statvfs(folder)
     return (found.f_bfree if as_root else found.f_bavail) * found.f_frsize
 
 
@@ -239,7 +237,8 @@ class Threads:
             undo: called with the result when that came too late.
 
         Raises:
-            FileTrouble: it took too long, or an earlier one still does.
+            FileTrouble: it took too long, or an earlier one still does; or what `work` raises.
+            OSError: what `work` raises.
         """
         if name in self._held:
             raise FileTrouble("its file system does not answer")

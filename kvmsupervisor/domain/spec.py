@@ -136,6 +136,8 @@ class Disk:
     key: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if (self.rbd is None) is (self.file is None):
+            raise ValueError("a disk is an image or a file")
         if not self.key:
             object.__setattr__(self, "key", f"disk/{self.number}")
 

@@ -25,10 +25,10 @@ from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
-from kvmsupervisor.domain.view import Deferral, Holdover
+from kvmsupervisor.domain.view import Action, Deferral, Holdover
 from kvmsupervisor.guard.client import Unguarded
+from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import Surroundings
-from kvmsupervisor.instance.disks import GROWTH_EVERY_S, size_before_it_runs
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine import identity as marks
@@ -465,13 +465,18 @@ class Start:
         else:
             self.guard_trouble = None
 
+    async def tend(self, action: Action, wish: Wish | None) -> None:
+        """Do what `action` says of the disks of a running machine."""
+        around = self._around
+        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, around=around)
+
     async def go_on(self, wish: Wish | None) -> None:
         """Let the guest run, once its disks have the size that they shall have."""
-        await size_before_it_runs(self._machine, wish)
+        await disks.size_before_it_runs(self._machine, wish)
         if await self._machine.resume():
             now = self._around.clock.now()
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
-            self._machine.growth.look(self._machine.spec, GROWTH_EVERY_S)
+            self._machine.growth.look(self._machine.spec, disks.GROWTH_EVERY_S)
             self._report.tell("instance.started", pid=self._machine.pid)

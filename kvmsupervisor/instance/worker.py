@@ -32,7 +32,6 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Decision, View
-from kvmsupervisor.instance import disks
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.plugs import Plugs
@@ -399,7 +398,7 @@ class Instance:
             case Action.PLUG:
                 await self.plugs.plug()
             case Action.GROW | Action.ROOM:
-                await disks.tend(action, self.id, wish, machine=machine, report=self.report, around=self._around)
+                await start.tend(action, wish)
             case Action.REASSERT:
                 await keeping.reassert(machine, self._lock, self.report, self._around)
             case Action.TIDY:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvmsupervisor.adapters import disk_files
 from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, Threads
+from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, too_small
 from kvmsupervisor.domain.spec import Spec
@@ -25,9 +26,9 @@ class FileAccess:
     """How files are reached; tests have another one.
 
     Attributes:
-        make_folder: makes the folder of all disks; raises FileTrouble.
-        open_disk: opens, locks and checks one, and makes it where that is wanted; raises FileTrouble.
-        room: bytes left on the file system of a folder, and whether for root; raises FileTrouble.
+        make_folder: makes the folder of all disks; raises OSError.
+        open_disk: opens, locks and checks one, and makes it where that is wanted; raises FileTrouble, OSError.
+        room: bytes left on the file system of a folder, and whether for root; raises OSError.
         threads: makes what runs those of one host, as `disk_files.Threads` does.
     """
 
@@ -82,8 +83,11 @@ class LocalDisks:
                     opened = await self._threads.call(
                         instance, partial(self._open, file), undo=lambda late: os.close(late.fd)
                     )
-                except (FileTrouble, OSError) as error:
+                except FileTrouble as error:
                     raise DiskTrouble(f"{disk.key}: {error}", RETRY_S) from error
+                except OSError as error:
+                    said = explain(error, self.folder / file.name)
+                    raise DiskTrouble(f"{disk.key}: its file cannot be opened, or made: {said}", RETRY_S) from error
                 undo.callback(os.close, opened.fd)
                 if (trouble := too_small(disk.key, file, opened.size)) is not None:
                     raise DiskTrouble(trouble, RETRY_S)
@@ -102,7 +106,10 @@ class LocalDisks:
         Raises:
             FileTrouble: it cannot be told.
         """
-        return await self._threads.call(instance, partial(self._access.room, self.folder, self._as_root))
+        try:
+            return await self._threads.call(instance, partial(self._access.room, self.folder, self._as_root))
+        except OSError as error:
+            raise FileTrouble(explain(error, self.folder)) from error
 
     # --- who is here ------------------------------------------------------------------------------------------
 

@@ -146,6 +146,7 @@ def test_a_record_holds_no_secret() -> None:
         {"ram_mib": 64, "hugepages": 2},
         {"ram_mib": 64, "nics": [{"number": 1}]},
         {"ram_mib": 64, "disks": [{"number": 1, "rbd": None}]},
+        {"ram_mib": 64, "disks": [{"number": 1, "rbd": {"pool": "p", "image": "i"}, "file": {"name": "a.raw"}}]},
         {"ram_mib": 64, "spice_password": "hunter2"},
     ],
 )

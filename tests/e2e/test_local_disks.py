@@ -8,6 +8,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ def off(keys: Keys, host: Host, instance: str = "one") -> None:
 @pytest.mark.guest
 def test_a_disk_is_made_adopted_and_grown(keys: Keys, hosts: Hosts, writer: Guest, disks: Path) -> None:
     """Law 7, §5: it is made, QEMU's user has no right to it, another supervisor goes on with it, and it grows live."""
-    user = {"KVM_QEMU_USER": "nobody"} if os.geteuid() == 0 else {}
+    user: dict[str, Any] = {"KVM_QEMU_USER": "nobody"} if os.geteuid() == 0 else {}
     host = hosts(KVM_DISK_DIR=str(disks), **user).start()
     flags = writer_flags(writer)
     keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2 size=64M discard"})

@@ -118,9 +118,7 @@ class AtOnce(Threads):
         return work()
 
 
-AT_ONCE = FileAccess(threads=AtOnce)
-
-
-def local_disks(folder: Path) -> LocalDisks:
-    """Real files in a folder of the test's."""
-    return LocalDisks(folder, is_own=True, as_root=True, access=AT_ONCE)
+def local_disks(folder: Path, room: Callable[[], int] = lambda: 1 << 40) -> LocalDisks:
+    """Real files in a folder of the test's, on a file system that has as much room as a test says."""
+    access = FileAccess(threads=AtOnce, room=lambda folder, as_root: room())
+    return LocalDisks(folder, is_own=True, as_root=True, access=access)

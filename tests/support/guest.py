@@ -134,15 +134,18 @@ done
 
 
 @pytest.fixture(scope="session")
-def writer(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> Guest:
+def writer(guest: Guest) -> Iterator[Guest]:
     """The guest with an init that writes to its first disk all the time; `writer_flags` boots it."""
-    folder = tmp_path_factory.mktemp("writer")
-    folder.chmod(0o755)
-    (folder / "initramfs").write_bytes(
-        guest.initramfs.read_bytes() + cpio({"writer-init": WRITER_INIT.encode()}, {})
-    )  # fmt: skip
-    shutil.copy(guest.kernel, folder / "vmlinuz")
-    return Guest.at(folder)
+    folder = Path(tempfile.mkdtemp(prefix="kvs"))
+    try:
+        folder.chmod(0o755)
+        both = guest.initramfs.read_bytes() + cpio({"writer-init": WRITER_INIT.encode()}, {})
+        (folder / guest.initramfs.name).write_bytes(both)
+        (folder / guest.initramfs.name).chmod(0o644)
+        shutil.copy(guest.kernel, folder)
+        yield Guest.at(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def writer_flags(writer: Guest, *, tag: str = "guest", every_s: float = 0.2) -> str:

@@ -164,7 +164,8 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
-        self.local_disks = local_disks(self.path / "_disks")
+        self.room_bytes = 1 << 40
+        self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
         self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
