@@ -20,7 +20,8 @@ from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
+from kvmsupervisor.config.load import SettingsError, load_settings
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange

@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmsupervisor.config.settings import SettingProblem, Settings
+from kvmsupervisor.config.load import SettingProblem
+from kvmsupervisor.config.settings import Settings
 
 NETWORK = Path("/sys/class/net")
 

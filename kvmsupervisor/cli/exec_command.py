@@ -18,8 +18,7 @@ from kvmsupervisor.cli.common import Tools, pass_tools
 from kvmsupervisor.cli.entrypoint import INSTANCE
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.config.table import SETTINGS
+from kvmsupervisor.config.settings import SETTINGS, Settings
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, parse_id
 from kvmsupervisor.domain.single import overrides_in, unsuitable
 from kvmsupervisor.domain.wishes import WISH_KEYS

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 
 from kvmsupervisor.cli.entrypoint import INSTANCE
-from kvmsupervisor.config.settings import SettingsError, load_settings
+from kvmsupervisor.config.load import SettingsError, load_settings
 
 TIMEOUT_S = 5.0
 """Half of what Docker gives the check; a supervisor that turns answers in milliseconds."""

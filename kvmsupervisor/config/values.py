@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from kvmsupervisor.domain import argv, values
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
+from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
 
@@ -177,6 +177,11 @@ def address(text: str) -> str:
         if re.fullmatch(r"[0-9.]+", text) or ":" in text:
             raise Unfit("it is an IP address, such as 127.0.0.1 or ::1, or a host's name") from None
         return values.host_name(text)
+
+
+def hostname(text: str) -> HostName:
+    """The name of this host."""
+    return HostName(values.host_name(text))
 
 
 def run_dir(text: str) -> Path:

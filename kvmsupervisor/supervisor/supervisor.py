@@ -32,7 +32,8 @@ from kvmsupervisor.cluster.removal_approval import Confirmations
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
 from kvmsupervisor.config.etcd import etcd_config
-from kvmsupervisor.config.settings import Settings, Unfenced
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch

@@ -39,7 +39,7 @@ from kvmsupervisor.cli.demo.stage import (
     while_alive,
 )
 from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import load_settings
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
 
