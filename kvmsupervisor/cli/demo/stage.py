@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
+from kvmsupervisor.adapters.process import command_line_of, environment_of
 
 T = TypeVar("T")
 
@@ -192,23 +194,36 @@ def make_folder() -> Path:
 
 
 def clear_away(folder: Path) -> list[str]:
-    """Kill whatever still bears the folder's name, delete the folder; return what had to be killed."""
-    left = list(_bearing(str(folder)))
-    for process in left:
-        # psutil looks at the start time first: a recycled pid is not hit.
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=SWEEP_DEADLINE_S)
+    """Kill all processes that still bear the folder's name, delete the folder; return the programs that were killed."""
+    with ExitStack() as stack:
+        left = list(_bearing(str(folder), stack))
+        for pidfd, _ in left:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        deadline = time.monotonic() + SWEEP_DEADLINE_S
+        for pidfd, _ in left:
+            # A pidfd becomes readable when its process ends, pidfd_open(2).
+            gone = select.poll()
+            gone.register(pidfd, select.POLLIN)
+            gone.poll(max(0.0, deadline - time.monotonic()) * 1000)
     shutil.rmtree(folder, ignore_errors=True)
-    return [process.info["name"] for process in left]
+    return [program for _, program in left]
 
 
-def _bearing(name: str) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter(["name", "cmdline", "environ"]):
-        # What may not be read belongs to somebody else, and psutil gives None for it.
-        words = [*(process.info["cmdline"] or ()), *(process.info["environ"] or {}).values()]
-        if process.pid != os.getpid() and any(name in word for word in words):
-            yield process
+def _bearing(name: str, stack: ExitStack) -> Iterator[tuple[int, str]]:
+    """Processes with `name` in their command line or environment: a pidfd, which `stack` closes, and the program."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or (pid := int(entry.name)) == os.getpid():
+            continue
+        # Opened before the process is looked at: a pid that is given again meanwhile is not hit.
+        with suppress(ProcessLookupError), ExitStack() as unless_kept:
+            pidfd = os.pidfd_open(pid)
+            unless_kept.callback(os.close, pidfd)
+            command = command_line_of(pid)
+            # What may not be read belongs to another user, and is empty here.
+            if any(name in word for word in (*command, *environment_of(pid).values())):
+                stack.push(unless_kept.pop_all())
+                yield pidfd, Path(command[0]).name if command else entry.name
 
 
 async def follow_lines(path: Path) -> AsyncGenerator[str]:
