@@ -2,6 +2,8 @@
 
 import signal
 
+from hypothesis import settings
+
 from tests.support.ceph import ceph, ceph_image
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
 from tests.support.guest import agent_options, guest, heart
@@ -25,3 +27,7 @@ __all__ = [
 # no Ctrl-C would reach them. With a handler of its own here they begin with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes tells of the machine, not of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from kvmsupervisor.aio import leaves
 from kvmsupervisor.cli.common import Tools, pass_tools
 from kvmsupervisor.cli.entrypoint import INSTANCE
 from kvmsupervisor.cli.errors import EtcdAway, Refused
@@ -167,7 +168,7 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
         Unreadable,
         ValueError,
     ) as group:
-        refused = list(_leaves(group))
+        refused = leaves(group)
     finally:
         # Of Python's own end signals are handled by nobody: one signal more must not change what we exit with.
         for number in SIGNALS:
@@ -183,15 +184,6 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
 
 def _said(error: BaseException) -> str:
     return "\n".join(str(printable(line)) for line in str(error).splitlines())
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    """The errors in a group of groups."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
 
 
 @contextmanager

@@ -80,9 +80,6 @@ Block = tuple[str, Sequence[tuple[str, Cell]]]
 MARKS = 3
 """Marks (accents, vowels) that one character may have. Arbitrary: languages need two, and rarely three."""
 
-NARROW = 100
-"""Columns below which a terminal's table leaves out what is `spare`, for a reason of some width."""
-
 
 def printable(text: object) -> str:
     """Return `text` in one line that cannot move a cursor: what is not printable, or not seen, is shown escaped."""

@@ -66,6 +66,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
+    from kvmsupervisor.aio import leaves  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
     from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
@@ -97,17 +98,9 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     try:
         asyncio.run(supervise())
     except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
-        refused = _leaves(group)
+        refused = leaves(group)
     finally:
         log.close()
     for error in refused:
         click.echo(f"kvmsupervisor: {error}", err=True)
     return 1 if refused else 0
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The errors in a group of groups."""
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return found

@@ -85,27 +85,6 @@ class Fencing(Protocol):
         ...
 
 
-class Diskless:
-    """The storage of machines without a fenceable disk: no clients, nothing to fence."""
-
-    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    async def fence(self, addresses: Collection[str]) -> None:
-        """Nothing to do without addresses; with some it cannot be done here."""
-        if addresses:
-            raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
-
-    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Nobody."""
-        return ()
-
-    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Nobody."""
-        return ()
-
-
 class CephFencing:
     """Fencing by Ceph's blocklist.
 

@@ -56,6 +56,9 @@ four times a second, and not each of them four times. Arbitrary, as above."""
 BURST = 3
 """How many writes need no pause when there were none for a while: as many as one machine needs that starts alone."""
 
+FLUSH_S = 2.0
+"""How long the end of a supervisor, or of a container in single mode, waits for its last statuses."""
+
 VALUE_BYTES = 64 * 1024
 """A status is cut to about this: an instance with 10,000 bad keys shall not fill the store. Arbitrary."""
 
@@ -228,7 +231,7 @@ class Publisher:
         self._learn(instance, value, revision)
         self._want(instance, value)
 
-    async def flush(self, timeout_s: float) -> bool:
+    async def flush(self, timeout_s: float = FLUSH_S) -> bool:
         """Return True once every key is as wanted, or False after `timeout_s`. `run` must be running.
 
         From now on no change waits for others.

@@ -47,7 +47,7 @@ def _without(name: str) -> Iterator[None]:
 
 with _without("rich"):
     import structlog
-    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 QUEUE_BYTES = 1 << 20
 """What waits for a reader that stalls; arbitrary: some thousand lines, 1 % of the memory budget."""
@@ -249,12 +249,6 @@ def configure(
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
     return logs
-
-
-def instance_logger(instance: str) -> FilteringBoundLogger:
-    """A logger whose every line names the instance; bind `epoch` and `incarnation` with each incarnation."""
-    logger: FilteringBoundLogger = structlog.get_logger()
-    return logger.bind(instance=instance, epoch=0, incarnation=None)
 
 
 def _of_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

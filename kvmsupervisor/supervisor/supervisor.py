@@ -63,9 +63,6 @@ log = structlog.get_logger(__name__)
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
 
-FLUSH_S = 2.0
-"""How long a stopping supervisor tries to write its last statuses."""
-
 
 class Supervisor:
     """Everything of one host.
@@ -358,7 +355,7 @@ class Supervisor:
             ]
             await self._run_instances()
             if self._session.held:
-                await self._publisher.flush(FLUSH_S)
+                await self._publisher.flush()
             self._history.save()
             for task in serving:
                 task.cancel()

@@ -12,7 +12,6 @@ import pytest
 
 from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.cluster.fencing import Diskless
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -21,6 +20,7 @@ from kvmsupervisor.single.identity import LET_GO_S, Stand
 from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.storage import FakeStorage
 from tests.support.host import LAYOUT, FakeSession, LockStore
 
 KEY, STATUS_KEY = "/kvm/1/lock", "/kvmsupervisor/instances/1"
@@ -56,7 +56,7 @@ class Bench:
             history=stand.history(store=self.etcd.peer(), clock=self.clock, patience_s=60.0),
             clock=self.clock,
             options=options,
-            fencing=Diskless(),
+            fencing=FakeStorage(),
         )
         self._following: asyncio.Task[None] | None = None
 
