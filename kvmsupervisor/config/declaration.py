@@ -1,4 +1,4 @@
-"""What is declared of a setting, once, beside its field in `Settings`."""
+"""The declaration of a setting, made once, at its field in `Settings`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class SettingProblem:
 
 
 class SettingsError(Exception):
-    """The settings cannot be used: a person has to change them. Its text names every problem, one a line."""
+    """The settings cannot be used: a person has to change them. The text names every problem, one per line."""
 
     def __init__(self, problems: tuple[SettingProblem, ...]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
@@ -57,14 +57,13 @@ def load_settings(
 ) -> Settings:
     """Read the settings from `environ`, the TOML file and the defaults.
 
-    Reads the TOML file and looks whether the files that settings name can be read: call it before the event
-    loop runs.
+    Reads the TOML file and checks that the files named in settings can be read: call this before the event loop runs.
 
     Args:
         environ: the environment; `KVM_CONFIG` in it names the TOML file.
         default_config: the TOML file without `KVM_CONFIG`; it may be missing.
-        hostname: gives the host's name where no setting does.
-        cpus: gives the number of the host's CPUs, None when it is unknown.
+        hostname: gives the host's name when no setting does.
+        cpus: gives the number of the host's CPUs; None when it is unknown.
 
     Raises:
         SettingsError: with every problem found.
@@ -90,7 +89,7 @@ def origins(environ: Mapping[str, str], *, default_config: Path = DEFAULT_CONFIG
     """Where each setting of `load_settings` comes from: `environment`, the TOML file's path, or `default`.
 
     Returns:
-        By `Setting.name`. What is wrong with a setting is not looked for.
+        By `Setting.name`. Problems of settings are not looked for.
     """
     sources = _Sources(environ, default_config, [])
     return {setting.name: sources.origin(setting) for setting in SETTINGS}
@@ -100,7 +99,7 @@ _SEE_LIST = "no setting has this name; docs/settings.md lists them all"
 
 
 def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) -> dict[str, Any]:
-    """The table in the TOML file; what is wrong with the file as a whole goes to `problems`."""
+    """The table in the TOML file; problems of the file as a whole go to `problems`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -109,7 +108,9 @@ def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) ->
         return {}
     except (OSError, ValueError) as error:
         # ValueError: a NUL in the path.
-        problems.append(SettingProblem(show(str(path)), f"no readable file ({error})", "make it readable"))
+        problems.append(
+            SettingProblem(show(str(path)), f"no readable file ({error})", "it is a file that can be read")
+        )
         return {}
     # Imported here: most hosts have no such file, and every command would pay for the import.
     import tomllib  # noqa: PLC0415
@@ -117,7 +118,7 @@ def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) ->
     try:
         table = tomllib.loads(data.decode())
     except ValueError as error:
-        problems.append(SettingProblem(str(path), f"no TOML ({error})", "https://toml.io tells what is"))
+        problems.append(SettingProblem(str(path), f"no TOML ({error})", "it is TOML, see https://toml.io"))
         return {}
     names = {plain(setting.toml_key): setting.toml_key for setting in SETTINGS if setting.toml_key}
     for key in sorted(table.keys() - set(names.values())):
@@ -128,7 +129,7 @@ def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) ->
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> list[SettingProblem]:
-    """Variables that begin with `KVM_` and mean nothing, and those that look like slips of an `ETCD_` one."""
+    """Variables that begin with `KVM_` and are unknown, and those that look like a slip of an `ETCD_` one."""
     names = {plain(setting.env): setting.env for setting in SETTINGS}
     etcd_names = {key: name for key, name in names.items() if name.startswith("ETCD_")}
     with_prefix = {f"kvm-{key}": name for key, name in names.items()}
@@ -146,7 +147,7 @@ def _unknown_variables(environ: Mapping[str, str]) -> list[SettingProblem]:
 
 
 class _Written(NamedTuple):
-    """What is written of a setting: where from (`origins`), where exactly (`SettingProblem`), and what."""
+    """A written value: its source as in `origins`, its place as in `SettingProblem`, and the value."""
 
     origin: str
     where: str
@@ -175,7 +176,7 @@ class _Sources:
         return "default" if written is None else written.origin
 
     def read(self, setting: Setting) -> object:
-        """Parse one setting; None when it is not set and has no default, and when it is bad."""
+        """Parse one setting; None when it is bad, or not set and without default."""
         written = self._written(setting)
         text = setting.default
         try:
@@ -187,7 +188,7 @@ class _Sources:
             return None
 
     def blame(self, name: str, wanted: str, *, found: str | None = None) -> None:
-        """Note a problem with a setting, and where it stands."""
+        """Note a problem with a setting, and its place."""
         self.bad.add(name)
         written = self._written(_BY_NAME[name])
         shown = "nothing" if written is None else show(values.without_userinfo(str(written.held)))
@@ -195,9 +196,9 @@ class _Sources:
         self._problems.append(SettingProblem(where, found or shown, wanted))
 
     def _written(self, setting: Setting) -> _Written | None:
-        """What is written of a setting; None when nothing is."""
+        """The written value of a setting; None when there is none."""
         held = self._environ.get(setting.env)
-        # `NAME=` is how unit files leave out a variable that has no default.
+        # In a unit file, `NAME=` leaves out a variable that has no default.
         if held is not None and (held.strip() or setting.default is not None or setting.may_be_empty):
             return _Written("environment", setting.env, held)
         key = setting.toml_key
@@ -207,10 +208,10 @@ class _Sources:
 
 
 def _text(value: object, setting: Setting) -> str:
-    """What is written, as text without surrounding white space.
+    """A written value as text without surrounding white space.
 
     Raises:
-        Unfit: it is empty, or a TOML value of a kind that the setting has not.
+        Unfit: the value is empty, or a TOML value of a kind that the setting does not take.
     """
     is_list = setting.name == "etcd_endpoints"
     match value:
@@ -242,14 +243,14 @@ _PAIRS = (("etcd_cert", "etcd_key"), ("etcd_username", "etcd_password_file"), ("
 
 
 def _check_pairs(found: Mapping[str, Any], sources: _Sources) -> None:
-    """What is of no use alone."""
+    """Check the settings that need each other."""
     for given, missing in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
         if found[given] is not None and found[missing] is None and missing not in sources.bad:
             sources.blame(missing, f"{_BY_NAME[given].env} is set and needs it")
 
 
 def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
-    """What of the way to etcd hangs together."""
+    """Check that certificates come with https endpoints."""
     endpoints = found["etcd_endpoints"]
     if endpoints is not None and not any(url.startswith("https:") for url in endpoints):
         for name in ("etcd_cacert", "etcd_cert", "etcd_key"):
@@ -258,7 +259,7 @@ def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
 
 
 def _complete_keys(found: dict[str, Any], sources: _Sources) -> None:
-    """Work out where things lie in etcd, and see that nothing lies on something else."""
+    """Work out where things lie in etcd, and check that they do not overlap."""
     prefix = found["prefix"]
     facts = found["facts_prefix"] = found["facts_prefix"] or default_facts(prefix)
     lock = found["lock"] = found["lock"] or default_lock(prefix)

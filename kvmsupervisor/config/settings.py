@@ -80,7 +80,7 @@ class Settings:
     )
     hostname: HostName = setting(
         read.hostname,
-        "Name of this host: instances whose key host holds exactly this run here.",
+        "Name of this host. The instances whose key host has exactly this value run here.",
         worked_out="the host's name",
         example="node1",
     )
@@ -97,7 +97,7 @@ class Settings:
     )
     run_dir: Path = setting(
         read.run_dir,
-        "Folder of what a successor needs to adopt running guests: the host's, on a tmpfs.",
+        "Folder of the files that a successor needs to adopt running guests. It lies on a tmpfs of the host.",
         default="/run/kvmsupervisor",
     )
     listen: Listen | None = setting(
@@ -125,7 +125,8 @@ class Settings:
     )
     cgroup: CgroupKind = setting(
         values.choice(read.CgroupKind, "it"),
-        "What QEMU lives in: systemd (a scope in machine.slice), cgroup (the host's tree), none, or auto (tries them).",
+        "Where QEMU processes live: systemd (a scope in machine.slice), cgroup (the host's tree), none, or auto (tries "
+        "these in turn).",
         default="auto",
     )
     extra_flags: AllowedFlags = setting(
@@ -135,18 +136,18 @@ class Settings:
     )
     bridge_helper: Path | None = setting(
         read.program_file,
-        "QEMU's program qemu-bridge-helper, which plugs NICs into bridges.",
+        "Path of QEMU's program qemu-bridge-helper, which plugs NICs into bridges.",
         unset="looked for where distributions install it",
         example="/usr/lib/qemu/qemu-bridge-helper",
     )
     memory_reserve_mib: int = setting(
         read.ram_mib,
-        "Memory that is kept for the host: guests that would not fit into the rest wait.",
+        "Memory that is kept for the host. A guest that does not fit into the rest waits.",
         default="512M",
     )
     state_dir: Path = setting(
         read.absolute,
-        "Folder of what outlives a boot: UEFI variables of machines without a disk in Ceph.",
+        "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph.",
         default="/var/lib/kvmsupervisor",
     )
     ovmf_code: Path | None = setting(
@@ -157,23 +158,23 @@ class Settings:
     )
     ovmf_vars: Path | None = setting(
         read.file,
-        "The UEFI variables that new machines begin with, made for KVM_OVMF_CODE.",
+        "UEFI variables that a new machine begins with, made for KVM_OVMF_CODE.",
         unset="looked for where distributions install it",
         example="/usr/share/OVMF/OVMF_VARS_4M.fd",
     )
     media_root: Path | None = setting(
         read.absolute,
-        "Folder below which the key cloud-config may name files (file:///...). Without it only http and https.",
+        "Folder below which the key cloud-config may name files (file:///...). Without it only http and https work.",
         example="/etc/kvmsupervisor/user-data",
     )
     media_cacert: Path | None = setting(
         read.file,
-        "Certificates of authorities (PEM), beside the system's, that servers of user data are checked against.",
+        "Certificates of further authorities (PEM), beside the system's, to check servers of user data against.",
         example="/etc/kvmsupervisor/media-ca.pem",
     )
     media_inward_redirects: bool = setting(
         read.switch,
-        "1: a server of user data may redirect to this host's own addresses (loopback, link-local), too.",
+        "1: a server of user data may redirect to this host's own addresses, too (loopback, link-local).",
         default="0",
     )
     ceph_conf: Path | None = setting(
@@ -192,33 +193,33 @@ class Settings:
     )
     allow_unfenced: bool = setting(
         read.switch,
-        "1: images without exclusive-lock may be used, although a client that is frozen then leaves no trace.",
+        "1: images without exclusive-lock may be used, although a frozen client of such an image leaves no trace.",
         default="0",
     )
     unfenced: Unfenced = setting(
         values.choice(read.Unfenced, "it"),
-        "What becomes of machines whose disks cannot be fenced when this host's session has run out: pin (they run on) "
-        "or guard (they are killed, also while an upgrade takes longer than KVM_SESSION_TTL).",
+        "What happens to machines whose disks cannot be fenced when this host's session has run out: pin (they run on) "
+        "or guard (they are killed, also when an upgrade takes longer than KVM_SESSION_TTL).",
         default="pin",
     )
     takeover_wait_s: float = setting(
         values.seconds(0, 3600, "it"),
-        "Seconds that a takeover waits while Ceph says that the disks are in use: the host may have lost etcd only.",
+        "Seconds that a takeover waits while Ceph says that the disks are in use: their host may have lost only etcd.",
         default="60",
     )
     session_ttl_s: int = setting(
         values.integer(2, 3600, "it"),
-        "Seconds after which a host that has gone silent counts as gone.",
+        "Seconds after which a silent host counts as gone.",
         default="15",
     )
     shutdown_timeout_s: float = setting(
         values.seconds(0, values.SHUTDOWN_TIMEOUT_MAX_S, "it"),
-        "Seconds that a guest has to shut down before it is forced, without the key shutdown_timeout.",
+        "Seconds that a guest without the key shutdown_timeout has to shut down before it is forced.",
         default="120",
     )
     start_timeout_s: float = setting(
         values.seconds(1, 3600, "it"),
-        "Seconds within which a started QEMU must answer.",
+        "Seconds within which a started QEMU must answer QMP.",
         default="60",
     )
     settle_s: float = setting(
@@ -228,7 +229,7 @@ class Settings:
     )
     start_parallel: int = setting(
         values.integer(1, 1024, "it"),
-        "How many QEMUs are being started at one time.",
+        "How many QEMUs may be starting at one time.",
         worked_out="twice the number of CPUs",
         example="8",
     )
@@ -240,7 +241,7 @@ class Settings:
     )
     log_level: LogLevel = setting(
         values.choice(read.LogLevel, "it"),
-        "The least that is logged: debug, info, warning or error.",
+        "Lowest level that is logged: debug, info, warning or error.",
         default="info",
     )
     log_format: LogFormat = setting(
@@ -260,13 +261,13 @@ class Settings:
     )
     config: Path = setting(
         read.absolute,
-        "The TOML file. Without this variable it may be missing.",
+        "Path of the TOML file. The default file may be missing; a file named here must exist.",
         default=str(DEFAULT_CONFIG),
         in_file=False,
     )
     demo_once: bool = setting(
         read.switch,
-        "1: `kvmsupervisor demo` ends when its guest has said hello and was shut down.",
+        "1: `kvmsupervisor demo` ends by itself once its guest has booted and was shut down.",
         default="0",
         in_file=False,
     )
