@@ -27,11 +27,11 @@ WIDE_COLUMNS = (*COLUMNS, Column(title="DEFAULT"), Column(title="MEANING", long=
 @output_option
 @pass_tools
 def check_config(tools: Tools, output: OutputFormat) -> None:
-    """Check this host's settings and print each with its value and where it comes from.
+    """Check this host's settings, and print each with its value and its source.
 
-    The environment wins over the TOML file (/etc/kvmsupervisor/kvmsupervisor.toml, or what KVM_CONFIG
-    names), which wins over the default. It is also looked whether this host has what they name: programs, users,
-    folders, bridges. Every problem is named; then the exit code is 1. `-o wide` explains each setting.
+    The environment wins over the TOML file (/etc/kvmsupervisor/kvmsupervisor.toml, or the file in KVM_CONFIG), and the
+    file over the default. The command also looks whether this host has the programs, users, folders and bridges that
+    the settings name. It names every problem; then the exit code is 1. `-o wide` explains each setting.
     """
     settings = tools.settings()
     origin = origins(tools.environ)
@@ -47,7 +47,7 @@ def check_config(tools: Tools, output: OutputFormat) -> None:
     problems = problems_here(settings)
     if problems:
         lines = (f"  {printable(problem)}" for problem in problems)
-        raise Refused("\n".join(["the settings name what this host does not have:", *lines]))
+        raise Refused("\n".join(["the settings name things that this host does not have:", *lines]))
 
 
 def _echo_settings(settings: Settings, origin: Mapping[str, str], *, wide: bool) -> None:
@@ -64,7 +64,7 @@ def _echo_settings(settings: Settings, origin: Mapping[str, str], *, wide: bool)
 
 
 def text_of(settings: Settings, setting: Setting) -> str | None:
-    """A setting's value as it could be written; None for none."""
+    """A setting's value as a person could write it; None for no value."""
     match getattr(settings, setting.name):
         case None:
             return None

@@ -108,9 +108,7 @@ def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) ->
         return {}
     except (OSError, ValueError) as error:
         # ValueError: a NUL in the path.
-        problems.append(
-            SettingProblem(show(str(path)), f"no readable file ({error})", "it is a file that can be read")
-        )
+        problems.append(SettingProblem(show(str(path)), f"no readable file ({error})", "it is a file that can be read"))
         return {}
     # Imported here: most hosts have no such file, and every command would pay for the import.
     import tomllib  # noqa: PLC0415
