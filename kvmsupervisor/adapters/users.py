@@ -16,7 +16,7 @@ from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, lacking, what_is_la
 from kvmsupervisor.domain.words import option
 
 DEFAULT_USER = "qemu"
-"""Used where it exists and no other is named (DESIGN §5)."""
+"""Used where it exists and no other is named."""
 
 
 class NoSuchUser(ValueError):
