@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 import click
@@ -17,11 +16,12 @@ from kvmsupervisor.cli.common import (
     KEY_NAME,
     Tools,
     pass_tools,
+    tools_of,
     wait_options,
     with_store,
 )
 from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
-from kvmsupervisor.cli.output import note, on_terminal, printable
+from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
 from kvmsupervisor.config.settings import Settings
@@ -299,7 +299,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask the person at the terminal, unless `--yes` was given."""
     if yes:
         return
-    if not on_terminal(sys.stdin):
+    if not tools_of(click.get_current_context()).can_ask():
         raise click.UsageError("There is no terminal to ask on: give --yes.")
     if not click.confirm(question):
         raise Refused("nothing was done")
