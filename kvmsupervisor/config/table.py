@@ -297,7 +297,8 @@ SETTINGS: tuple[Setting, ...] = (
     _setting(
         "settle_s",
         values.seconds(0, 60, "it"),
-        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one.",
+        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one. "
+        "Keys that came in one transaction, or whose `host` was written last, are complete: their guest runs at once.",
         default="0.5",
     ),
     _setting(

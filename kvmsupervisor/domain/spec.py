@@ -224,6 +224,7 @@ class Wish:
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
+        together: how many keys of that `mod_revision` there are: one transaction wrote them.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
         placed: its placement key, a fact that stands beside them.
     """
@@ -242,6 +243,7 @@ class Wish:
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0
+    together: int = 1
     keys: int = 0
     placed: Placed = NOT_PLACED
 

@@ -157,6 +157,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
+    revisions = [raw.mod_revision for raw in keys.values()]
+    newest = max(revisions)
     return Wish(
         instance=instance,
         host=host,
@@ -171,7 +173,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         priority=priority,
         spec=None if problems else spec,
         problems=problems,
-        revision=max(raw.mod_revision for raw in keys.values()),
+        revision=newest,
+        together=revisions.count(newest),
         keys=len(keys),
         placed=placed,
     )

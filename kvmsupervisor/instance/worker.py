@@ -27,6 +27,7 @@ from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
+from kvmsupervisor.domain.quiet import quiet_at
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
@@ -124,9 +125,10 @@ class Instance:
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
+        if fresh:
+            now, settle_s = self._around.clock.now(), self._around.settle_s
+            self._quiet_at = quiet_at(self.wish, wish, at=self._quiet_at, now=now, settle_s=settle_s)
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
-            if fresh:
-                self._quiet_at = self._around.clock.now() + self._around.settle_s
             self._start.begin_anew()
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
