@@ -6,13 +6,14 @@ Only wishes are written here, never a lock, a status or a session: those belong 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
@@ -30,7 +31,7 @@ TXN_LIMIT = 100
 """Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 unless it was changed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Written:
     """A wish that was written.
 

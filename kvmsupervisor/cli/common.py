@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -21,6 +21,7 @@ from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange
@@ -59,7 +60,7 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Tools:
     """What the commands take from the world; tests give them their own."""
 

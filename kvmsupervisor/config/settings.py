@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from kvmsupervisor.config.table import DEFAULT_CONFIG, SETTINGS, Setting
 from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
 from kvmsupervisor.domain.wishes import WISH_KEYS
@@ -45,7 +45,7 @@ those are left alone. `ETCD_CA_CERT`, `ETCD_ENDPOINT` and `ETCD_PASSWORD` are sl
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """All settings, parsed. Each is explained in `SETTINGS`; times are in seconds and end in `_s`."""
 
@@ -100,7 +100,7 @@ class Settings:
         return Layout(prefix=self.prefix, facts=self.facts_prefix, lock=self.lock)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettingProblem:
     """What is wrong with one setting: `where` it stands, what was `found` there, and what would be right."""
 

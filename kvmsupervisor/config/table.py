@@ -7,16 +7,16 @@ is the business of `config/settings.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.config import values as read
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.frozen import frozen
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Setting:
     """One setting, as `describe` tells it.
 

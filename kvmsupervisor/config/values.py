@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from kvmsupervisor.domain import argv, values
 from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
@@ -75,7 +75,7 @@ class Switch(StrEnum):
     ON = "1"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Listen:
     """Where the HTTP server listens. Port 0 lets the kernel choose one."""
 

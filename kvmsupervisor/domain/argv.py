@@ -6,13 +6,14 @@ The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 from uuid import UUID, uuid5
 
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Firmware, Problem, Spec
@@ -44,7 +45,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 """Everything that QEMU's seccomp filter can deny: it never starts a program, nor gains a privilege."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Identity:
     """Who the machine is.
 
@@ -57,7 +58,7 @@ class Identity:
     uuid: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HostSide:
     """What the host chooses, for every machine on it.
 
@@ -82,7 +83,7 @@ class HostSide:
     ceph: Ceph = OWN_DEFAULTS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Channels:
     """Listening sockets that QEMU inherits, under the same numbers.
 
@@ -101,7 +102,7 @@ class Channels:
     console_log: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Provision:
     """What was made ready on the host for one QEMU process.
 

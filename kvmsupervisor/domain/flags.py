@@ -7,8 +7,8 @@ QEMU's can open any file that QEMU's user can. Who writes keys may not be truste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.secrecy import cleaned_words
 from kvmsupervisor.domain.spec import Problem
 
@@ -46,7 +46,7 @@ WITHOUT_ARGUMENT = frozenset(
 and is no option, is a disk image to QEMU."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AllowedFlags:
     """Attributes: options, without their hyphens, that may be given; None for any."""
 

@@ -6,8 +6,10 @@ All instants are seconds of `CLOCK_BOOTTIME`, handed in by the caller; all rando
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
+
+from kvmsupervisor.domain.frozen import frozen
 
 RESET_AFTER_S = 600.0
 """A machine that ran this long has recovered: its next restart is the first again (DESIGN §4)."""
@@ -60,7 +62,7 @@ def retry_delay(attempt: int, random01: float, cap_s: float = RETRY_CAP_S) -> fl
     return (0.5 + random01 / 2) * _ceiling(max(attempt, 1), min(RETRY_FIRST_S, cap_s), cap_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class SessionTimer:
     """How long a session is certainly held, as far as its own host can know.
 
@@ -93,7 +95,7 @@ class SessionTimer:
         return max(now, self.confirmed_at + self.ttl_s / RENEWALS_PER_TTL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reminder:
     """Decides when a lasting trouble is told: when its kind changes, and then once per `REMIND_EVERY_S`.
 
@@ -112,7 +114,7 @@ class Reminder:
         return Reminder(kind, now)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rival:
     """What was seen of a session key that is not ours: is its holder alive?
 

@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -25,6 +25,7 @@ from kvmsupervisor.adapters import medium
 from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain import media
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import MediumKind, NotUserData
 from kvmsupervisor.domain.secrecy import cleaned, secrets_of_url
@@ -47,7 +48,7 @@ class MediaTrouble(Exception):
     """There are no media for this start: wait and try again. The message says what was found and what is right."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Media:
     """What QEMU is to attach.
 
@@ -62,7 +63,7 @@ class Media:
     notice: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Files:
     """What shall lie in the directory, as its makings: images are made only when they are needed."""
 
@@ -82,7 +83,7 @@ class _Files:
         return tuple(name for name in FOR_QEMU if name in self.images or name in self.plain)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Ledger:
     """`media.json`.
 

@@ -6,7 +6,7 @@ See docs/decisions/0013-single-mode.md.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
@@ -18,6 +18,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.single import holder_of, name_of
@@ -29,7 +30,7 @@ LET_GO_S = 10.0
 container waits. What is not released is a leftover, which the next container takes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Stand:
     """One container in single mode.
 
