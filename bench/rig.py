@@ -25,7 +25,7 @@ from typing import Any, Self
 import psutil
 
 from bench.qmp import Answer, NotAnswered, await_answers
-from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from tests.support.etcd import EtcdServer, free_port
 
 PATIENCE_S = 120.0

@@ -17,7 +17,6 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.supervisor.identity import Standing
 
 
 @click.command("confirm-identity")
@@ -31,6 +30,9 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
     each of those instances has its present name. Names them and asks; without a terminal, --yes is needed. Guests run
     on.
     """
+    # Imported here: `--help` needs less.
+    from kvmsupervisor.supervisor.identity import Standing  # noqa: PLC0415
+
     settings = tools.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
     standing = Standing(RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())

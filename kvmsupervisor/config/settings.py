@@ -18,8 +18,8 @@ from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
-from kvmsupervisor.domain.wishes import WISH_KEYS
 
 __all__ = [
     "DEFAULT_CONFIG",

@@ -13,10 +13,11 @@ from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvmsupervisor.domain import argv, values
+from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
 
@@ -184,7 +185,7 @@ def run_dir(text: str) -> Path:
     path = absolute(text)
     if ".." in path.parts:
         raise Unfit("it is an absolute path without '..', such as /run/kvmsupervisor")
-    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{argv.QMP_SPARE_SOCKET}")
+    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{QMP_SPARE_SOCKET}")
     if len(os.fsencode(path)) > room:
         raise Unfit(f"its path has at most {room} bytes, or the sockets of instances would not fit below it")
     return path

@@ -16,18 +16,12 @@ from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import CONSOLE_LOG
 from kvmsupervisor.domain.spec import Firmware, Problem, Spec
 from kvmsupervisor.domain.words import escaped, json_option
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
 """Drawn once. It must never change: guests, and licences in them, know the machine by its uuid."""
-
-QMP_SOCKET = "qmp.sock"
-QMP_SPARE_SOCKET = "qmp-spare.sock"
-CONSOLE_SOCKET = "console.sock"
-CONSOLE_LOG = "console.log"
-AGENT_SOCKET = "agent.sock"
-"""Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
 
 AGENT_PORT = "agent0"
 """Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""

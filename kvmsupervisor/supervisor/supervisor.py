@@ -31,7 +31,7 @@ from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import Confirmations
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
-from kvmsupervisor.config.etcd import etcd_config
+from kvmsupervisor.config.etcd import connect
 from kvmsupervisor.config.settings import Settings, Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
@@ -67,16 +67,19 @@ FLUSH_S = 2.0
 
 
 class Supervisor:
-    """Everything of one host.
+    """Everything of one host. `run` does the work.
 
-    Made outside of any event loop; `run` does the rest.
+    Args:
+        settings: of this host.
+        etcd: its client, which `run` closes; None: `run` makes one.
 
     Attributes:
         again: whether `run` returned because another supervisor is to go on in its place: the host's identity changed.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, etcd: Etcd | None = None) -> None:
         self._settings = settings
+        self._given = etcd
         # What the settings say, until the run directory is ours and says otherwise (law 12).
         self._identity = HostIdentity.of(settings.hostname, settings.layout)
         self._mismatch: Mismatch | None = None
@@ -130,7 +133,7 @@ class Supervisor:
             self._identity, self._mismatch = self._standing.settle()
             if self._mismatch is not None:
                 log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
-            self._etcd = Etcd(etcd_config(settings))
+            self._etcd = self._given or connect(settings)
             stack.push_async_callback(self._etcd.close)
             chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
             stack.push_async_callback(chosen.homes.close)

@@ -1,0 +1,70 @@
+"""What `run` does once etcd has been asked: all that this imports takes longer than etcd's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+# Before all others that import structlog: it keeps rich out.
+from kvmsupervisor.config.logs import Rotation, configure
+
+# isort: split
+from kvmsupervisor.adapters.cgroup import Impossible
+from kvmsupervisor.adapters.etcd import Etcd
+from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning
+from kvmsupervisor.adapters.web import ListenError
+from kvmsupervisor.cluster.session import HostnameTaken
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.supervisor.supervisor import Supervisor
+
+
+async def supervise(
+    settings: Settings, etcd: Etcd, started: Callable[[], None], *, log_file: Path | None
+) -> list[BaseException]:
+    """Supervise until a signal says to end; return what was in the way, if anything was.
+
+    Args:
+        settings: of this host.
+        etcd: its client, which may have been asked for the wishes already.
+        started: called once it has started.
+        log_file: where standard error goes, when that is a file of ours: it is kept short then.
+    """
+    log = configure(
+        level=settings.log_level,
+        format=settings.log_format,
+        rotation=None if log_file is None else Rotation(path=log_file),
+    )
+    refused: list[BaseException] = []
+    try:
+        await _supervise(settings, etcd, started)
+    except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
+        refused = _leaves(group)
+    finally:
+        log.close()
+    return refused
+
+
+async def _supervise(settings: Settings, etcd: Etcd, started: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    supervisor = Supervisor(settings, etcd)
+    tell = started
+    while True:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, supervisor.stop)
+        # Before the run directory is ours: whoever finds us by it may signal at once.
+        loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
+        await supervisor.run(tell)
+        if not supervisor.again:
+            return
+        supervisor = Supervisor(settings)
+        tell = lambda: None  # noqa: E731 - it has been told
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group of groups."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found
