@@ -171,7 +171,8 @@ class Instance:
 
     def inherit(self) -> None:
         """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        self._remember(self._inheritance.take(self.adopt))
+        # It is what the file holds: no reason to write that again.
+        self._memory = self._inheritance.take(self.adopt)
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
