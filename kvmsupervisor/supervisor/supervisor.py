@@ -31,7 +31,7 @@ from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import Confirmations
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S, Publisher
-from kvmsupervisor.config.etcd import connect
+from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings, Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.host import HostSession
@@ -133,7 +133,7 @@ class Supervisor:
             self._identity, self._mismatch = self._standing.settle()
             if self._mismatch is not None:
                 log.error("identity.mismatch", reason=str(self._mismatch), instances=list(self._mismatch.living))
-            self._etcd = self._given or connect(settings)
+            self._etcd = self._given or Etcd(etcd_config(settings))
             stack.push_async_callback(self._etcd.close)
             chosen = await cgroup.choose(settings.cgroup.value, run_dir=settings.run_dir)
             stack.push_async_callback(chosen.homes.close)
