@@ -31,11 +31,12 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
     on.
     """
     # Imported here: `--help` needs less.
+    from kvmsupervisor.machine.system import REAL  # noqa: PLC0415
     from kvmsupervisor.supervisor.identity import Standing  # noqa: PLC0415
 
     settings = tools.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
-    standing = Standing(RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
+    standing = Standing(REAL.processes, RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
     note = standing.note()
     if note is None:
         raise Refused(

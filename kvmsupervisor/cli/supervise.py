@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 # Before all others that import structlog: it keeps rich out.
@@ -17,6 +18,8 @@ from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning
 from kvmsupervisor.adapters.web import ListenError
 from kvmsupervisor.cluster.session import HostnameTaken
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.instance.assembly import REAL
+from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.supervisor import Supervisor
 
 
@@ -48,18 +51,17 @@ async def supervise(
 
 async def _supervise(settings: Settings, etcd: Etcd, started: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
-    supervisor = Supervisor(settings, etcd)
-    tell = started
+    supervisor = Supervisor(settings, replace(REAL, connect=lambda config: etcd))
+    tell: Callable[[Host], None] = lambda host: started()  # noqa: E731 - two that are told apart by a name
     while True:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop)
         # Before the run directory is ours: whoever finds us by it may signal at once.
         loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
-        await supervisor.run(tell)
-        if not supervisor.again:
+        if not await supervisor.run(tell):
             return
-        supervisor = Supervisor(settings)
-        tell = lambda: None  # noqa: E731 - it has been told
+        supervisor = Supervisor(settings, REAL)
+        tell = lambda host: None  # noqa: E731 - it has been told
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
