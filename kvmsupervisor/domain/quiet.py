@@ -21,20 +21,25 @@ def is_complete(wish: Wish) -> bool:
     return said_where >= wish.revision or wish.together > 1
 
 
-def quiet_at(before: Wish | None, wish: Wish, *, at: float, now: float, settle_s: float) -> float:
-    """When a new guest may run, after somebody has just written or deleted keys.
+class Quiet:
+    """When the keys of one instance will have been quiet for long enough to let a new guest run.
 
     Args:
-        before: what the keys were; None for an instance that was not known here.
-        wish: what the keys are.
-        at: what this function returned for `before`; the past, when it was not asked.
-        now: CLOCK_BOOTTIME.
         settle_s: how long keys that may not be complete must be quiet (`KVM_SETTLE`).
+
+    Attributes:
+        at: from when on; the past when now. CLOCK_BOOTTIME.
     """
-    # A deletion leaves no revision behind, so the newest write that is there says nothing of it.
-    written = before is None or wish.revision > before.revision or wish.placed != before.placed
-    if written and is_complete(wish):
-        return now
-    if before is None or (wish.spec, wish.priority) != (before.spec, before.priority):
-        return now + settle_s
-    return at
+
+    def __init__(self, settle_s: float) -> None:
+        self.at = 0.0
+        self._settle_s = settle_s
+
+    def heard(self, before: Wish | None, wish: Wish, now: float) -> None:
+        """Somebody has just written or deleted keys; `before` is None for an instance that was not known here."""
+        # A deletion leaves no revision behind, so the newest write that is there says nothing of it.
+        written = before is None or wish.revision > before.revision or wish.placed != before.placed
+        if written and is_complete(wish):
+            self.at = now
+        elif before is None or (wish.spec, wish.priority) != (before.spec, before.priority):
+            self.at = now + self._settle_s

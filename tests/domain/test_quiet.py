@@ -8,7 +8,7 @@ import pytest
 
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed, Placement
-from kvmsupervisor.domain.quiet import is_complete, quiet_at
+from kvmsupervisor.domain.quiet import Quiet, is_complete
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 
@@ -34,7 +34,7 @@ class Keys:
         self._placed = NOT_PLACED
         self._revision = 0
         self._known: Wish | None = None
-        self._at = 0.0
+        self._quiet = Quiet(SETTLE_S)
 
     def put(self, **keys: str) -> None:
         """One transaction."""
@@ -60,9 +60,9 @@ class Keys:
     def waits(self) -> float:
         """Tell the supervisor; how long its guest waits from now on, seconds."""
         wish = self.wish
-        self._at = quiet_at(self._known, wish, at=self._at, now=self.now, settle_s=SETTLE_S)
+        self._quiet.heard(self._known, wish, self.now)
         self._known = wish
-        return max(0.0, self._at - self.now)
+        return max(0.0, self._quiet.at - self.now)
 
 
 @pytest.fixture
