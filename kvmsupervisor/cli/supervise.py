@@ -16,6 +16,7 @@ from kvmsupervisor.adapters.cgroup import Impossible
 from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning
 from kvmsupervisor.adapters.web import ListenError
+from kvmsupervisor.aio import leaves
 from kvmsupervisor.cluster.session import HostnameTaken
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.instance.assembly import REAL
@@ -31,8 +32,8 @@ async def supervise(
     Args:
         settings: of this host.
         etcd: its client, which may have been asked for the wishes already.
-        started: called once it has started.
-        log_file: where standard error goes, when that is a file of ours: it is kept short then.
+        started: called once the supervisor has started.
+        log_file: of standard error, when that is a file of ours, which has to be kept short.
     """
     log = configure(
         level=settings.log_level,
@@ -43,7 +44,7 @@ async def supervise(
     try:
         await _supervise(settings, etcd, started)
     except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
-        refused = _leaves(group)
+        refused = leaves(group)
     finally:
         log.close()
     return refused
@@ -56,17 +57,9 @@ async def _supervise(settings: Settings, etcd: Etcd, started: Callable[[], None]
     while True:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, supervisor.stop)
-        # Before the run directory is ours: whoever finds us by it may signal at once.
+        # Before we lock the run directory: a process that finds our pid in it may signal at once.
         loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
         if not await supervisor.run(tell):
             return
         supervisor = Supervisor(settings, REAL)
         tell = lambda host: None  # noqa: E731 - it has been told
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The errors in a group of groups."""
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return found
