@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import field, replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from kvmsupervisor.cli.agent_contact import agent_seen
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
-from kvmsupervisor.cli.output import printable
+from kvmsupervisor.cli.output import on_terminal, printable
 from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
@@ -62,6 +63,11 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+def _on_terminal() -> bool:
+    """Whether a person can answer."""
+    return on_terminal(sys.stdin)
+
+
 @frozen(kw_only=True)
 class Tools:
     """The world as the commands need it; tests give them their own."""
@@ -71,6 +77,7 @@ class Tools:
     now: Callable[[], datetime] = _utc_now
     settle_s: float = SETTLE_S
     agent_seen: Callable[[str, InstanceId], str | None] = agent_seen
+    can_ask: Callable[[], bool] = _on_terminal
 
     def settings(self) -> Settings:
         """Load this host's settings.

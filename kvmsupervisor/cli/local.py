@@ -106,7 +106,7 @@ def _drain(tools: Tools) -> Drain:
         system=REAL,
         clock=Clock(),
         boot_id=boot_id(),
-        run_dir=settings.run_dir,
+        run_dir=RunDir(settings.run_dir),
         prefix=settings.prefix,
         me=settings.hostname,
         shutdown_timeout_s=settings.shutdown_timeout_s,

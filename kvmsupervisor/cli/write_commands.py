@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 import click
@@ -17,11 +16,12 @@ from kvmsupervisor.cli.common import (
     KEY_NAME,
     Tools,
     pass_tools,
+    tools_of,
     wait_options,
     with_store,
 )
 from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
-from kvmsupervisor.cli.output import note, on_terminal, printable
+from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
 from kvmsupervisor.config.settings import Settings
@@ -58,7 +58,8 @@ def create(
 ) -> None:
     """Create an instance: write its keys, all of them or none.
 
-    The command checks every value before it writes. No host runs the instance until its key `host` is set.
+    The command checks every value before it writes, and names unknown keys; docs/instances.md lists the known ones. No
+    host runs the instance until its key `host` is set.
 
     Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=52:54:00:00:00:01
     """
@@ -72,7 +73,7 @@ def create(
 
 @click.command("set")
 @click.argument("instance", type=INSTANCE, metavar="ID")
-@click.argument("assignments", type=ASSIGNMENT, metavar="KEY=VALUE...", nargs=-1)
+@click.argument("assignments", type=ASSIGNMENT, metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--unset", type=KEY_NAME, multiple=True, metavar="KEY", help="Delete this key; may be repeated.")
 @force_option
 @wait_options
@@ -298,7 +299,7 @@ def confirm(question: str, *, yes: bool) -> None:
     """Ask the person at the terminal, unless `--yes` was given."""
     if yes:
         return
-    if not on_terminal(sys.stdin):
+    if not tools_of(click.get_current_context()).can_ask():
         raise click.UsageError("There is no terminal to ask on: give --yes.")
     if not click.confirm(question):
         raise Refused("nothing was done")

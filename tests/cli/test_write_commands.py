@@ -525,12 +525,11 @@ def test_no_command_takes_a_part_for_the_whole(world: World, command: str, word:
     assert world.etcd.revision == before
 
 
-def test_what_is_asked_is_about_the_whole_id(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_is_about_the_whole_id(world: World) -> None:
     """db.customer1 is not called db when somebody is asked whether it shall go, and no other one goes with it."""
     for name in ("db", "db.customer1", "db.customer10"):
         world.running(name)
-    monkeypatch.setattr("kvmsupervisor.cli.write_commands.on_terminal", lambda stream: True)
-    result = world.run("delete", "db.customer1", input_text="y\n")
+    result = world.run("delete", "db.customer1", input_text="y\n", asked=True)
     assert "Shut the guest of instance db.customer1 down" in result.stdout
     left = {key.decode() if isinstance(key, bytes) else key for key in world.etcd.data}
     assert not any(key.startswith("/kvm/db.customer1/") and not key.endswith("/lock") for key in left)
