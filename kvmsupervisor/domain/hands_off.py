@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, Holdover, LeftAlone, Process, View
+from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, View
 
 HOLDOVER_POLL_S = 5.0
 """How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
@@ -21,13 +22,15 @@ def hands_off(view: View) -> Decision | None:
     if view.process is None and view.holdover is not None and in_the_way:
         return _held_over(view, view.holdover)
     if view.mismatch is None and view.dissent is not None and view.process is None and view.claim is Claim.ABSENT:
-        return Decision(phase=Phase.WAITING, reason=view.dissent) if goal(view)[0] is Goal.RUN else None
+        wait = Decision(row=Row.DISSENT, phase=Phase.WAITING, reason=view.dissent)
+        return wait if goal(view)[0] is Goal.RUN else None
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:
         # The keys may be another's as well as ours: nothing is taken, and nothing let go of.
         runs = view.wish is None or goal(view)[0] is Goal.RUN
-        return Decision(phase=Phase.WAITING if runs else Phase.STOPPED, reason=view.mismatch)
+        phase = Phase.WAITING if runs else Phase.STOPPED
+        return Decision(row=Row.MISMATCH, phase=phase, reason=view.mismatch)
     # An end is taken to the books as ever: it is a fact.
     return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
 
@@ -36,6 +39,7 @@ def _held_over(view: View, holdover: Holdover) -> Decision:
     """Its lock is ours and its process lives, but nothing is known of it here."""
     kept = "" if holdover.folder is None else f" (its record was kept in {holdover.folder})"
     return Decision(
+        row=Row.HELD_OVER,
         phase=Phase.WAITING,
         reason=f"QEMU {holdover.pid} of this instance lives, but has no record in this run directory{kept}, so it "
         "cannot be adopted; start the supervisor with the KVM_RUN_DIR that has it, or end that process",
@@ -45,7 +49,8 @@ def _held_over(view: View, holdover: Holdover) -> Decision:
 
 def _left_alone(view: View, left: LeftAlone) -> Decision:
     """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
-    said = Decision(phase=Phase.WAITING if left.pid is None else Phase.RUNNING, reason=left.reason)
+    phase = Phase.WAITING if left.pid is None else Phase.RUNNING
+    said = Decision(row=Row.LEFT_ALONE, phase=phase, reason=left.reason)
     if view.now >= left.look_at:
         return replace(said, action=Action.READ)
     if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
@@ -55,7 +60,8 @@ def _left_alone(view: View, left: LeftAlone) -> Decision:
 
 def _watched(view: View, process: Process, mismatch: str) -> Decision:
     """The settings are others than those that it was started under (law 12). Its guard watches it on."""
-    said = Decision(phase=Phase.STARTING if process.never_ran else Phase.RUNNING, reason=f"QEMU lives, but {mismatch}")
+    phase = Phase.STARTING if process.never_ran else Phase.RUNNING
+    said = Decision(row=Row.MISMATCH_QEMU, phase=phase, reason=f"QEMU lives, but {mismatch}")
     guard_at = view.guard_at if view.guarded is False else None
     if guard_at is not None and view.now >= guard_at:
         return replace(said, action=Action.GUARD)

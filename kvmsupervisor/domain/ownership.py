@@ -1,15 +1,16 @@
 """Whose a machine is: what its lock says to a living QEMU, and whom a start waits for after a change of history.
 
-The first rows of the table in `lifecycle.py`. Pure.
+Pure.
 """
 
 from __future__ import annotations
 
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.values import some
-from kvmsupervisor.domain.view import Action, Decision, Process, View
+from kvmsupervisor.domain.view import Action, Process, View
 
 SHOWN = 3
 """How many hosts that are waited for are named. Arbitrary: one line."""
@@ -31,15 +32,15 @@ def by_its_lock(view: View, process: Process) -> Decision | None:
             return _write_again(view, process, "is older than its QEMU, as in an etcd that was restored")
         case Claim.STRANGER | Claim.LEFTOVER:
             assert lock is not None
-            return _kill(
-                Phase.STOPPING, view, f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed"
-            )
+            why = f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed"
+            return _kill(Row.LOCK_LOST, Phase.STOPPING, view, why)
         case Claim.BROKEN:
             why = "its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed"
-            return _kill(Phase.STOPPING, view, why)
+            return _kill(Row.LOCK_BROKEN, Phase.STOPPING, view, why)
         case Claim.RENAMED if _is_able(view):
             assert lock is not None
             return Decision(
+                row=Row.RENAME,
                 phase=_phase(process),
                 reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
                 action=Action.RENAME,
@@ -55,12 +56,14 @@ def _write_again(view: View, process: Process, why: str) -> Decision | None:
         return None
     if process.never_ran:
         # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
-        return _kill(Phase.STARTING, view, f"its lock {why}, and its guest has not run yet: QEMU is started anew")
-    return Decision(phase=_phase(process), reason=f"its lock {why}: it is written again", action=Action.REASSERT)
+        said = f"its lock {why}, and its guest has not run yet: QEMU is started anew"
+        return _kill(Row.REWRITE_PAUSED, Phase.STARTING, view, said)
+    reason = f"its lock {why}: it is written again"
+    return Decision(row=Row.REWRITE, phase=_phase(process), reason=reason, action=Action.REASSERT)
 
 
-def _kill(phase: Phase, view: View, reason: str) -> Decision:
-    return Decision(phase=phase, reason=reason, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
+def _kill(row: Row, phase: Phase, view: View, reason: str) -> Decision:
+    return Decision(row=row, phase=phase, reason=reason, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
 
 
 def _is_able(view: View) -> bool:
@@ -94,5 +97,6 @@ def for_other_hosts(view: View) -> Decision | None:
     )
     if storage is Storage.UNFENCEABLE:
         reason += f" (if {era.awaited[0]} is gone for good: `kvmsupervisor confirm-removal {era.awaited[0]}`)"
-        return Decision(phase=Phase.WAITING, reason=reason, wake_at=view.now + LOCK_POLL_S)
-    return Decision(phase=Phase.WAITING, reason=f"{reason}, at most as long as a takeover waits", wake_at=era.until)
+        return Decision(row=Row.HISTORY, phase=Phase.WAITING, reason=reason, wake_at=view.now + LOCK_POLL_S)
+    reason += ", at most as long as a takeover waits"
+    return Decision(row=Row.HISTORY, phase=Phase.WAITING, reason=reason, wake_at=era.until)

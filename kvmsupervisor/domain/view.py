@@ -1,4 +1,4 @@
-"""What a decision about an instance is made of: the `View` it sees, the `Action` and the `Decision` it may come to."""
+"""What a decision about an instance is made on, the `View`, and what it may ask for, the `Action`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
-from kvmsupervisor.domain.status import Phase
 
 
 class Action(Enum):
@@ -293,22 +292,3 @@ class View:
         if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
             return False
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """What to say and to do.
-
-    Attributes:
-        phase: for status, metrics and people.
-        reason: one sentence: the cause, and what would end it.
-        action: the next step, None to wait.
-        wake_at: when to decide again although nothing was heard, CLOCK_BOOTTIME; None: only when heard.
-        slot: whether a start slot, or a place in the line for one, is to be kept.
-    """
-
-    phase: Phase
-    reason: str
-    action: Action | None = None
-    wake_at: float | None = None
-    slot: bool = False
