@@ -1,14 +1,15 @@
-"""The lock: its value, and what a value found in etcd means to one host (laws 2, 3, 8 and 9).
+"""The lock: its value, how it may change, and what a value in etcd means to one host (laws 2, 3, 8 and 9).
 
-The lock has no lease: it never vanishes by itself. Every change of it is a compare-and-swap, done in
-`instance/worker.py`; this module says which value to write and how to read one.
+The lock has no lease: it never vanishes by itself. Each change of it is a compare-and-swap (`cluster/lock.py`), and one
+row of the table `Change`. This module says which value to write, and how to read one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum, StrEnum
+from enum import Enum, StrEnum, unique
+from typing import NamedTuple, assert_never
 
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
@@ -159,10 +160,113 @@ def take(
 
 
 def _taken_from(previous: Lock, host: HostName, boot_id: str) -> str | None:
-    """Whose disks may still be open; None when `previous` had none, or was this boot's own."""
-    if (previous.host, previous.boot_id) == (host, boot_id):
+    """Whose disks may still be open. Of a `previous` that had none, or is this boot's own: whose it said so of."""
+    if (previous.host, previous.boot_id) == (host, boot_id) or previous.storage is Storage.NONE:
         return previous.taken_from
-    return None if previous.storage is Storage.NONE else previous.host
+    return previous.host
+
+
+class Writer(Enum):
+    """Who changes a lock."""
+
+    RUNNER = "the host where the instance shall run"
+    HOLDER = "the host that has the process, or had it"
+    OPERATOR = "a person, by `break-lock`"
+
+
+class Names(Enum):
+    """Which incarnation the new value names."""
+
+    NEW = "a new one, with a greater epoch"
+    SAME = "the one that the old value names"
+    LIVING = "the one that lives; the old value is older, or absent"
+    NONE = "none: the lock is deleted"
+
+
+class Compared(Enum):
+    """What etcd compares in the transaction that changes a lock."""
+
+    LOCK = "the lock is still the one that was read"
+    SESSION = "the writer has its session"
+    GROUND = "`host` and the placement are still those that were read (nothing, in single mode)"
+    HOLDER_GONE = "the holder has no session"
+
+
+class Transition(NamedTuple):
+    """One row of the table: which state may follow which, by whom, under which compares. None: there is no lock."""
+
+    writer: Writer
+    before: frozenset[LockState | None]
+    after: frozenset[LockState | None]
+    names: Names
+    compares: tuple[Compared, ...]
+
+
+def _row(writer: Writer, before: str, after: str, names: Names, *compares: Compared) -> Transition:
+    """A row from the names of its states; `free` is no lock."""
+    return Transition(writer, _states(before), _states(after), names, (Compared.LOCK, *compares))
+
+
+def _states(names: str) -> frozenset[LockState | None]:
+    return frozenset(None if name == "free" else LockState(name) for name in names.split())
+
+
+@unique
+class Change(Enum):
+    """The lock's state table. Each row compares the lock's revision, too: `Compared.LOCK`.
+
+    The code writes by these rows, and `tests/domain/test_lock_model.py` searches them.
+    """
+
+    # fmt: off
+    #                by               before                                  after               incarnation
+    TAKE      = _row(Writer.RUNNER,   "free fencing starting running broken", "fencing starting", Names.NEW,
+                     Compared.SESSION, Compared.GROUND)
+    """It is free, or this host's own, of an incarnation that is dead."""
+    TAKE_OVER = _row(Writer.RUNNER,   "fencing starting running broken",      "fencing starting", Names.NEW,
+                     Compared.SESSION, Compared.GROUND, Compared.HOLDER_GONE)
+    """It is another host's (law 4)."""
+    FENCE     = _row(Writer.HOLDER,   "fencing broken",                       "starting",         Names.SAME,
+                     Compared.SESSION, Compared.GROUND)
+    """All addresses in `fence` are shut out (law 4)."""
+    RECORD    = _row(Writer.HOLDER,   "fencing starting running",             "running",          Names.SAME,
+                     Compared.SESSION, Compared.GROUND)
+    """QEMU is there, paused, and this names it (law 3). Only a restored etcd says `fencing` then (law 11)."""
+    REASSERT  = _row(Writer.HOLDER,   "free fencing starting running broken", "running",          Names.LIVING,
+                     Compared.SESSION)
+    """It was deleted or is older, and its QEMU lives (law 11)."""
+    RENAME    = _row(Writer.HOLDER,   "fencing starting running",             "fencing starting running", Names.SAME,
+                     Compared.SESSION)
+    """This host has another name by now (law 12). The state stays."""
+    BREAK     = _row(Writer.OPERATOR, "fencing starting running broken",      "broken",           Names.SAME,
+                     Compared.HOLDER_GONE)
+    """A person says that nothing of its holder writes any more (law 7)."""
+    RELEASE   = _row(Writer.HOLDER,   "starting running broken",              "free",             Names.NONE)
+    """The process is proven gone (law 9), and no address is left to be fenced (law 4)."""
+    # fmt: on
+
+    def allows(self, before: Lock | None, after: Lock | None) -> bool:
+        """Whether this change may lead from one value to the other; None is no lock."""
+        row = self.value
+        states = (lock and lock.state for lock in (before, after))
+        if any(state not in cell for state, cell in zip(states, (row.before, row.after), strict=True)):
+            return False
+        if self is Change.RENAME and before is not None and after is not None and before.state is not after.state:
+            return False
+        match row.names:
+            case Names.NEW:
+                return after is not None and (before is None or before.epoch < after.epoch)
+            case Names.SAME:
+                assert before is not None
+                assert after is not None
+                return (before.incarnation, before.epoch) == (after.incarnation, after.epoch)
+            case Names.LIVING:
+                assert after is not None
+                return before is None or (before.epoch, before.incarnation) < (after.epoch, after.incarnation)
+            case Names.NONE:
+                return before is not None and not before.is_unfenced
+            case _:
+                assert_never(row.names)
 
 
 class Claim(Enum):
