@@ -1,4 +1,4 @@
-"""What is decided of an instance that must not be touched: its QEMU is watched and told, and that is all. Pure."""
+"""Decisions about an instance that must not be touched: its QEMU is watched and reported, nothing else. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, View
 
 HOLDOVER_POLL_S = 5.0
-"""How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
+"""How often to look whether a QEMU without records still lives. Arbitrary: a person waits for it."""
 
 
 def hands_off(view: View) -> Decision | None:
-    """The decision where nothing may be touched; None where the instance goes its way."""
+    """The decision where nothing may be touched; None where the usual rows decide."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
     in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
@@ -27,16 +27,16 @@ def hands_off(view: View) -> Decision | None:
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:
-        # The keys may be another's as well as ours: nothing is taken, and nothing let go of.
+        # The keys may belong to another cluster or host: take nothing, release nothing.
         runs = view.wish is None or goal(view)[0] is Goal.RUN
         phase = Phase.WAITING if runs else Phase.STOPPED
         return Decision(row=Row.MISMATCH, phase=phase, reason=view.mismatch)
-    # An end is taken to the books as ever: it is a fact.
+    # An end is recorded as usual: it is a fact.
     return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
 
 
 def _held_over(view: View, holdover: Holdover) -> Decision:
-    """Its lock is ours and its process lives, but nothing is known of it here."""
+    """Its lock is ours and its process lives, but the run directory has no record of it."""
     kept = "" if holdover.folder is None else f" (its record was kept in {holdover.folder})"
     return Decision(
         row=Row.HELD_OVER,
@@ -48,7 +48,7 @@ def _held_over(view: View, holdover: Holdover) -> Decision:
 
 
 def _left_alone(view: View, left: LeftAlone) -> Decision:
-    """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
+    """Nothing is done that could be wrong, but it is reported, and read again."""
     phase = Phase.WAITING if left.pid is None else Phase.RUNNING
     said = Decision(row=Row.LEFT_ALONE, phase=phase, reason=left.reason)
     if view.now >= left.look_at:
@@ -59,7 +59,7 @@ def _left_alone(view: View, left: LeftAlone) -> Decision:
 
 
 def _watched(view: View, process: Process, mismatch: str) -> Decision:
-    """The settings are others than those that it was started under (law 12). Its guard watches it on."""
+    """It was started under other settings (law 12). Its guard goes on watching it."""
     phase = Phase.STARTING if process.never_ran else Phase.RUNNING
     said = Decision(row=Row.MISMATCH_QEMU, phase=phase, reason=f"QEMU lives, but {mismatch}")
     guard_at = view.guard_at if view.guarded is False else None

@@ -26,18 +26,18 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
-"""A guest that has not yet loaded its power button's driver loses the press in silence: repeat it."""
+"""A guest without a loaded driver for its power button loses the press in silence, so the press is repeated."""
 
 QUIT_WAIT_S = 10.0
 """How long QEMU gets for its own `quit` (flushing disks) before SIGKILL. Arbitrary; ten times what was seen."""
 
 PROBE_EVERY_S = 60.0
-"""How often a running QEMU is asked whether it still answers. A frozen one is reported, never killed for it. Each time
-costs 1 ms of processor: with a hundred machines this is most of what a resting supervisor uses."""
+"""How often to ask a running QEMU whether it still answers. A frozen one is reported, never killed for it. Each
+question costs 1 ms of processor: with a hundred machines this is most of what an idle supervisor uses."""
 
 SLOT_S = 5.0
-"""How long a QEMU that does not answer keeps others from starting. A hundred times what one needs on a quiet host
-(docs/reliability.md); on a host so slow that all need longer, a few more are starting at once, which is no worse."""
+"""How long a QEMU that does not answer keeps its start slot. A hundred times what it needs on a quiet host
+(docs/reliability.md); on a host so slow that all need longer, a few more start at once, which is no worse."""
 
 
 def decide(view: View) -> Decision:
@@ -47,7 +47,7 @@ def decide(view: View) -> Decision:
     if view.process is None:
         return _without_process(view)
     if view.process.exit is not None and view.wish is None:
-        # What follows an end is the policy's to say, which is in the keys.
+        # The policy, which is in the keys, says what follows an end.
         reason = f"QEMU {view.process.exit.text}; its keys have not been read yet, since this supervisor started"
         return Decision(row=Row.END_UNREAD, phase=Phase.WAITING, reason=reason)
     if view.process.exit is not None:
@@ -76,12 +76,12 @@ def _before_it_runs(view: View, process: Process) -> Decision:
             reason=f"{why}; its guest has not run yet",
             action=Action.KILL,
         )
-    assert view.wish is not None  # without one there is no goal but to keep it, or to stop
+    assert view.wish is not None  # without a wish the goal is to keep it, or to stop it
     if process.spec != view.wish.spec or process.incarnation.restart_request != view.wish.restart_request:
         return Decision(
             row=Row.PAUSED_CHANGED,
             phase=Phase.STARTING,
-            reason="its keys changed before its guest ran: QEMU is started anew",
+            reason="its keys changed before its guest ran: QEMU starts again",
             action=Action.KILL,
         )
     if view.rival is not None:
@@ -101,7 +101,7 @@ def _before_it_runs(view: View, process: Process) -> Decision:
                 reason=f"QEMU has not answered on QMP for {view.start_timeout_s:g} s: it is killed",
                 action=Action.GIVE_UP,
             )
-        # Its own time goes on; others need not wait for one that is silent.
+        # Its own time limit goes on; others need not wait for a silent QEMU.
         slot_until = process.incarnation.spawned_at + SLOT_S
         slot = view.now < slot_until
         next_at = min(slot_until, give_up_at) if slot else give_up_at
@@ -131,11 +131,11 @@ def _before_it_runs(view: View, process: Process) -> Decision:
         if view.guard_trouble is not None:
             said, phase = f"{said}: {view.guard_trouble}", Phase.WAITING
         return _when(view, Row.PAUSED_GUARD, Action.GUARD, phase, said, at=view.guard_at)
-    return Decision(row=Row.CONTINUE, phase=Phase.STARTING, reason="its guest is let run", action=Action.CONTINUE)
+    return Decision(row=Row.CONTINUE, phase=Phase.STARTING, reason="its guest starts to run", action=Action.CONTINUE)
 
 
 def _under_guard(view: View, decision: Decision) -> Decision:
-    """`decision`, once a process that runs is under guard: nothing but its forced end goes before that."""
+    """`decision`, once the guard watches a process that runs: only a forced end goes first."""
     if view.guarded is not False or decision.action in {Action.FINISH, Action.QUIT, Action.KILL}:
         return decision
     if view.now >= view.guard_at:
@@ -184,7 +184,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
 
 
 def _has_to_tidy(view: View, aim: Goal) -> bool:
-    """Whether a placement is to be deleted that has ended, by the host that runs it now (law 10)."""
+    """Whether this host, which runs it, has to delete a placement that has ended (law 10)."""
     wish = view.wish
     if wish is None or not wish.stale_placement or aim is not Goal.RUN:
         return False
@@ -192,9 +192,9 @@ def _has_to_tidy(view: View, aim: Goal) -> bool:
 
 
 def _power_off(view: View, process: Process) -> Decision | None:
-    """Its guest has powered itself off, and QEMU lives on (`-no-shutdown`): nothing is left of it to be kept.
+    """The guest powered itself off, and QEMU lives on (`-no-shutdown`): end QEMU.
 
-    None while that cannot be told to QEMU: what is last known of one that does not answer may be over.
+    None while QMP does not answer: the last known run state may be out of date.
     """
     said = "its guest has powered itself off, but QEMU lives on (`-no-shutdown`)"
     stopping = process.stopping
@@ -209,7 +209,7 @@ def _power_off(view: View, process: Process) -> Decision | None:
 
 
 def _stop(view: View, process: Process, why: str) -> Decision:
-    """The ladder: power button, repeated; QEMU's own quit; SIGKILL. Each rung has its time."""
+    """The stop sequence: power button, repeated; QEMU's own quit; SIGKILL. Each step has its time limit."""
     stopping = process.stopping or Stopping(since=view.now)
     at_once = _needs_no_consent(view)
     force_at = stopping.since + (0.0 if at_once else view.shutdown_timeout_s)
@@ -233,7 +233,7 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 
 
 def _needs_no_consent(view: View) -> bool:
-    """Whether a person wants its end at once: by `power`, or by a request to restart it so."""
+    """Whether a person asked for an end at once: by `power`, or by `restart_request`."""
     wish = view.wish
     if wish is None or wish.keys == 0:
         return False
@@ -288,7 +288,7 @@ def _without_process(view: View) -> Decision:
 
 
 def _pause(view: View) -> Decision | None:
-    """Wait after an end that nobody asked for."""
+    """Wait after an unrequested end."""
     if view.wish is None or not pauses(view.memory, view.wish, view.now):
         return None
     return Decision(
@@ -300,7 +300,7 @@ def _pause(view: View) -> Decision | None:
 
 
 def _share(view: View) -> Decision | None:
-    """Wait while another instance has an image of this one's, and hold nothing meanwhile; see `instance/sharing.py`."""
+    """Wait while another instance has one of its images, and hold no lock meanwhile; see `instance/sharing.py`."""
     if view.rival is None:
         return None
     lock = view.lock.lock
@@ -327,8 +327,8 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     ours = claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
     if lock is not None and (ours or (claim is Claim.BROKEN and lock.host == view.me)):
         if lock.is_unfenced:
-            # Deleted, the lock would take with it what there is to fence.
-            said = f"{why}; the earlier ones of its QEMUs are being fenced"
+            # Releasing the lock would lose the addresses that are to be fenced.
+            said = f"{why}; its earlier QEMUs are being fenced"
             return _with_etcd(view, Row.REST_FENCE, Action.FENCE, phase, said)
         return _with_etcd(view, Row.REST_RELEASE, Action.RELEASE, phase, why)
     if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
@@ -337,19 +337,19 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(row=Row.FORGET, phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
-        # What another host wrote there (up to which epoch it came, on which machine) is not to be written over.
+        # Keep what another host wrote there: its last epoch, its machine type.
         return _with_etcd(view, Row.REST_LOOK, Action.LOOK, phase, why)
     return Decision(row=Row.REST, phase=phase, reason=why)
 
 
 def _is_placed_by_us(wish: Wish, me: HostName) -> bool:
-    """Whether a placement that has ended is this host's to delete: it was placed here, or nothing is left of it."""
+    """Whether this host has to delete a placement that has ended: it was placed here, or its keys are gone."""
     placement = wish.placed.placement
     return wish.keys == 0 or wish.runs_on == me or (placement is not None and placement.host == me)
 
 
 def _held_elsewhere(view: View) -> Decision:
-    """Another host's lock. From a host without session is taken what can be fenced, or has nothing to protect."""
+    """Another host's lock. If that host has no session, take over what can be fenced, or has nothing to protect."""
     lock = view.lock.lock
     assert lock is not None
     assert view.wish is not None
@@ -367,7 +367,7 @@ def _held_elsewhere(view: View) -> Decision:
             row=Row.UNFENCEABLE,
             phase=Phase.WAITING,
             reason=f"{held}; what it may write to cannot be fenced, so it waits until {lock.host} is back, or until "
-            f"somebody makes sure that it runs no more and says so: `kvmsupervisor break-lock {view.wish.instance}`",
+            f"a person makes sure that it runs no more and says so: `kvmsupervisor break-lock {view.wish.instance}`",
         )
     deferral = view.deferral
     if deferral is not None and (view.now >= deferral.until or deferral.watchers == ()):
@@ -386,7 +386,7 @@ def _held_elsewhere(view: View) -> Decision:
 
 
 def _broken(view: View) -> Decision:
-    """An operator's word is there. A holder that lives after all lets go by itself, once it has read it."""
+    """An operator broke the lock. A holder that lives after all lets go, once it has read that."""
     lock = view.lock.lock
     assert lock is not None
     if lock.host != view.me and view.holder_has_session is not False:
@@ -401,22 +401,22 @@ def _broken(view: View) -> Decision:
 
 
 def _take(view: View, row: Row, phase: Phase, reason: str) -> Decision:
-    """Take the lock, once etcd is worth an attempt and this instance's turn has come."""
+    """Take the lock, once etcd is worth an attempt and it is this instance's turn."""
     ready = _with_etcd(view, row, Action.TAKE, phase, reason)
     return ready if ready.action is None else _in_turn(view, ready)
 
 
 def _in_turn(view: View, ready: Decision) -> Decision:
-    """`ready`, once all that takes its time was made ready, and this instance's turn has come."""
+    """`ready`, once disks and media are prepared and it is this instance's turn."""
     if view.obstacle is not None:
         if view.now < view.start_at:
             wait = Decision(row=Row.OBSTACLE, phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
             return _told(view, wait)
-        # Tried again in silence: a failure would only take back what was said and written of the attempt.
+        # Try again without a word: otherwise a failure would take back a status that was just written.
         again = _in_turn(replace(view, obstacle=None), ready)
         return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
     if not view.prepared:
-        reason = "its disks are looked at, its boot media and UEFI variables made ready"
+        reason = "its disks are checked, its boot media and UEFI variables prepared"
         return Decision(row=Row.PREPARE, phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
     if view.slot is None:
         reason = "waits for its turn to start"
@@ -431,14 +431,14 @@ def _in_turn(view: View, ready: Decision) -> Decision:
 
 
 def _told(view: View, wait: Decision) -> Decision:
-    """`wait`, which may be a long one: people shall find it in the status key, and that is read before it is ours."""
+    """`wait`, which may be long. People look into the status key, which has to be read before this host writes it."""
     if view.looked or view.claim is not Claim.ABSENT:
         return wait
     return replace(wait, action=Action.LOOK)
 
 
 def _with_etcd(view: View, row: Row, action: Action, phase: Phase, reason: str) -> Decision:
-    """`action` needs etcd: do it when that is worth an attempt."""
+    """`action`, which needs etcd, once etcd is worth an attempt."""
     if not view.session_held:
         said, again_at = f"{reason}, but {_etcd_trouble(view)}", view.now + LOCK_POLL_S
     elif view.now < view.etcd_at:

@@ -20,7 +20,7 @@ VERSION = 1
 
 
 ANOTHER_HISTORY = "another history of etcd"
-"""Stands for a host in `Lock.taken_from` where nobody knows which."""
+"""In `Lock.taken_from` in place of a host that is not known."""
 
 
 class LockState(StrEnum):
@@ -33,7 +33,8 @@ class LockState(StrEnum):
     RUNNING = "running"
     """QEMU's addresses are on record: its guest may run."""
     BROKEN = "broken"
-    """An operator has said that nothing of the holder writes any more (law 7): whoever shall run it takes the lock."""
+    """An operator said that nothing of the holder writes any more (law 7): the host where it is to run takes the
+    lock."""
 
 
 class Storage(StrEnum):
@@ -58,9 +59,9 @@ class Lock:
         starttime: of that process, in clock ticks since boot (field 22 of /proc/<pid>/stat, proc(5)).
         clients: its Ceph client addresses, all on record before the guest runs.
         fence: addresses of earlier incarnations that are not proven dead.
-        storage: what it may write to; a value that does not say may write to anything.
-        taken_from: whom it was taken from, host or earlier boot of this one, until its own guest may run: for so long,
-            others than those in `fence` may have its disks open.
+        storage: what it may write to; a lock without this field may write to anything.
+        taken_from: the host that it was taken from (this one, on an earlier boot, as well), until its own guest may
+            run: so long, clients that are not in `fence` may have its disks open.
     """
 
     host: HostName
@@ -77,7 +78,7 @@ class Lock:
     version: int = VERSION
 
     def to_json(self) -> bytes:
-        """As the lock's key holds it."""
+        """The value of the lock's key."""
         return compact(self)
 
     @classmethod
@@ -87,29 +88,29 @@ class Lock:
             lock = parse(cls, data)
         except Unfit:
             return None
-        # The incarnation's name becomes that of a cgroup, and a variable of an environment.
+        # The incarnation's name becomes the name of a cgroup, and part of an environment.
         return lock if lock.version == VERSION and is_name(lock.incarnation) else None
 
     def recorded(self, *, pid: int, starttime: int, clients: tuple[str, ...]) -> Lock:
-        """The value that says "this process may run its guest"."""
+        """The lock that lets this process run its guest."""
         return replace(self, state=LockState.RUNNING, pid=pid, starttime=starttime, clients=clients, taken_from=None)
 
     def fenced(self, addresses: Iterable[str]) -> Lock:
-        """The value that says "all of `fence` are shut out for good", with `addresses` as those still on record."""
+        """The lock once all of `fence` are shut out for good; `addresses` stay on record."""
         return replace(self, state=LockState.STARTING, fence=tuple(addresses))
 
     def broken(self, *, forget_clients: bool = False) -> Lock:
-        """The value that says "whoever shall run it may take this" (law 7), with all that there is to fence.
+        """The lock that the next host may take (law 7), with all addresses that are to be fenced.
 
         Args:
-            forget_clients: leave out what there is to fence: that storage is gone for good.
+            forget_clients: leave these addresses out: their storage is gone for good.
         """
         lock = replace(self, state=LockState.BROKEN)
         return replace(lock, clients=(), fence=()) if forget_clients else lock
 
     @property
     def is_unfenced(self) -> bool:
-        """Whether addresses of earlier incarnations may not have been shut out yet: it is not to be let go of."""
+        """Whether addresses of earlier incarnations may not be shut out yet: then it is not released."""
         if self.state is LockState.BROKEN:
             return bool(self.fence)
         return self.state is LockState.FENCING
@@ -128,17 +129,17 @@ def take(
 ) -> Lock:
     """The value with which `host` takes a lock: a free one, its own dead incarnation's, or a dead host's (law 4).
 
-    Every address that was ever recorded goes on with it, so a taker that dies before it has fenced loses none.
+    Every address ever recorded moves into `fence`, so a taker that dies before it has fenced loses none.
 
     Args:
         previous: the value that is replaced, None for an absent key.
-        host: who takes it.
+        host: the taker.
         boot_id: of its kernel.
-        incarnation: name of the QEMU process to come.
+        incarnation: name of the next QEMU process.
         storage: what that process may write to.
         epoch_floor: the last epoch known from elsewhere (the status key), for a lock that was deleted.
-        doubted: whoever had it since may not be on record, because etcd has another history.
-        closed: the process of `previous` is proven gone, and has closed its disks in order: nothing of it is left.
+        doubted: a holder may be missing on record, because etcd has another history.
+        closed: the process of `previous` is proven gone, and closed its disks in order: nothing is left to fence.
     """
     unproven = (
         () if previous is None else tuple(dict.fromkeys((*previous.fence, *(() if closed else previous.clients))))
@@ -160,7 +161,7 @@ def take(
 
 
 def _taken_from(previous: Lock, host: HostName, boot_id: str) -> str | None:
-    """Whose disks may still be open. Of a `previous` that had none, or is this boot's own: whose it said so of."""
+    """The host that may still have the disks open. A lock of this boot, or one without disks, hands on its own."""
     if (previous.host, previous.boot_id) == (host, boot_id) or previous.storage is Storage.NONE:
         return previous.taken_from
     return previous.host
@@ -270,7 +271,7 @@ class Change(Enum):
 
 
 class Claim(Enum):
-    """What a lock's value means to one host and the incarnation that it knows of."""
+    """What a lock means to one host, which knows of one incarnation."""
 
     UNKNOWN = "not read yet"
     ABSENT = "free"
@@ -290,8 +291,8 @@ class LockView:
         known: False until it was read for the first time.
         data: the raw value, None when the key is absent.
         mod_revision: of the key, 0 when it is absent: what the next compare-and-swap compares with.
-        as_of: the store revision at which this was true; the greater one of two views is the newer.
-        lock: `data` as read, None when absent or unreadable.
+        as_of: the store revision of this view; the view with the greater one is newer.
+        lock: `data` parsed, None when absent or unreadable.
     """
 
     known: bool = False
@@ -301,15 +302,15 @@ class LockView:
     lock: Lock | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the value once: a view is asked for it in every decision."""
+        """Parse the value once: every decision asks for it."""
         lock = None if self.data is None else Lock.from_json(self.data)
         object.__setattr__(self, "lock", lock)
 
     def claim(self, *, host: HostName, boot_id: str, incarnation: str | None, buried: str | None = None) -> Claim:
-        """What this lock means to `host`, which knows of `incarnation` (None: of none), and has `buried` one before.
+        """What this lock means to `host`, whose process is `incarnation` (None: none), and whose last one was `buried`.
 
-        An incarnation is a random name, given once: on the boot that it belongs to it is this process, whatever the
-        host was called when the lock was written (law 12).
+        An incarnation is a random name, given once: on its boot it is this process, whatever the host's name was when
+        the lock was written (law 12).
         """
         if not self.known:
             return Claim.UNKNOWN

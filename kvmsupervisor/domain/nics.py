@@ -1,4 +1,4 @@
-"""Whether a guest's NICs are plugged in, told from the network interfaces of the host. Pure.
+"""Whether a guest's NICs are plugged in, by the network interfaces of the host. Pure.
 
 A tap is a port of its bridge from the start of its QEMU. It is one no more when the bridge is deleted (also when that
 is made again at once, as network managers do), when somebody takes the tap out, or when either of the two is down.
