@@ -16,14 +16,14 @@ SOME = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostSession:
-    """What a host says of itself in its session key.
+    """What a host publishes of itself in its session key.
 
     Attributes:
         host: its name (`KVM_HOSTNAME`).
         version: of the supervisor.
         url: where its HTTP server answers.
         boot_id: of the kernel's present boot.
-        machine: what names the machine across boots (DMI product UUID or machine id); empty when unknown.
+        machine: names the machine across boots (DMI product UUID or machine id); empty when unknown.
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.

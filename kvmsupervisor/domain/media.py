@@ -244,14 +244,14 @@ def without_user(text: str) -> str:
 
 
 def shown_url(text: str) -> str:
-    """A URL for messages, without what may be secret: user and password, and the query, where tokens stand."""
+    """A URL for messages, without what may be secret: user, password, and the query, which may hold a token."""
     try:
         url = media_url(text)
     except Unfit:
         return hidden_url(text)
     user, _, host = url.netloc.rpartition("@")
     if ":" in host and "@" in url.path:
-        # A password with a slash in it that was not written as %2F: what stands before it looks like host and port.
+        # A password with a slash that is not written as %2F: the text before the slash looks like host and port.
         return hidden_url(text)
     shown = urlunsplit((url.scheme, f"…@{host}" if user else host, url.path, "", ""))
     return f"{shown}?…" if url.query else shown

@@ -34,7 +34,7 @@ from kvmsupervisor.domain.spec import (
 from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
-"""Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
+"""Most bytes of a value; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
 
 NICS = 8
 DISKS = 16
