@@ -2,6 +2,8 @@
 
 import signal
 
+from hypothesis import HealthCheck, settings
+
 from tests.support.ceph import ceph, ceph_image
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
 from tests.support.guest import agent_options, guest, heart
@@ -25,3 +27,7 @@ __all__ = [
 # no Ctrl-C would reach them. With a handler of its own here they begin with the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is. It is no property of the code (see bench/).
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")

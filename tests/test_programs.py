@@ -31,9 +31,8 @@ RECORD = ROOT / "docs" / "decisions" / "0021-words-that-reach-programs.md"
 
 patient = settings(
     max_examples=25,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
 """For laws that start programs."""
 

@@ -17,6 +17,7 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.supervisor.identity import Standing
 
 
@@ -33,7 +34,7 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
     """
     settings = tools.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
-    standing = Standing(RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
+    standing = Standing(REAL.processes, RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
     note = standing.note()
     if note is None:
         raise Refused(

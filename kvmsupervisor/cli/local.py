@@ -6,11 +6,13 @@ import asyncio
 
 import click
 
+from kvmsupervisor.adapters.clock import Clock, boot_id
 from kvmsupervisor.adapters.rundir import OutOfReach, RunDir
 from kvmsupervisor.cli.common import Tools
 from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.machine.identity import folders_of_all
+from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.supervisor.drain import Drain
 
 
@@ -86,7 +88,7 @@ def _look_elsewhere(tools: Tools) -> None:
     run_dir = tools.settings().run_dir
     if RunDir(run_dir).was_used:
         return
-    found = folders_of_all().values()
+    found = folders_of_all(REAL.processes).values()
     if not found:
         return
     names = ", ".join(sorted(instance for instance, _ in found))
@@ -101,6 +103,9 @@ def _look_elsewhere(tools: Tools) -> None:
 def _drain(tools: Tools) -> Drain:
     settings = tools.settings()
     return Drain(
+        system=REAL,
+        clock=Clock(),
+        boot_id=boot_id(),
         run_dir=settings.run_dir,
         prefix=settings.prefix,
         me=settings.hostname,

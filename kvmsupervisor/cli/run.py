@@ -67,6 +67,7 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
+    from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
     from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
 
     gc.freeze()
@@ -75,17 +76,16 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
 
     async def supervise() -> None:
         loop = asyncio.get_running_loop()
-        tell = started
+        tell = lambda host: started()  # noqa: E731 - a function would need the type of what is imported above
         while True:
-            supervisor = Supervisor(settings)
+            supervisor = Supervisor(settings, REAL)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, supervisor.stop)
             # Before the run directory is ours: whoever finds us by it may signal at once.
             loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
-            await supervisor.run(tell)
-            if not supervisor.again:
+            if not await supervisor.run(tell):
                 return
-            tell = lambda: None  # noqa: E731 - it has been told
+            tell = lambda host: None  # noqa: E731 - it has been told
 
     log = configure(
         level=settings.log_level,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Collection, Set
 
 from kvmsupervisor.adapters.clock import Clock
@@ -26,6 +27,7 @@ class Neighbours:
         me: this host.
         history: is told of both.
         on_change: called when either differs; see `mirror.Mirror`.
+        rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
         table: the session keys; a live table.
@@ -41,9 +43,12 @@ class Neighbours:
         me: HostName,
         history: History,
         on_change: Callable[[], None],
+        rand: Callable[[], float] = random.random,
     ) -> None:
         def follow(prefix: str, table: Flat, told: Callable[[Set[bytes], int], None]) -> Mirror[bytes]:
-            return Mirror(store=store, clock=clock, history=history, prefix=prefix, table=table, on_change=told)
+            return Mirror(
+                store=store, clock=clock, history=history, prefix=prefix, table=table, on_change=told, rand=rand
+            )
 
         self.table = Flat()
         self._layout = layout

@@ -12,11 +12,11 @@ from typing import Never
 
 import structlog
 
-from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.machine.system import Network
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ AGAIN_S = 60.0
 """The pause after the file could not be written. Arbitrary, as above."""
 
 
-async def withdraw(owner: str, wanted: Set[str] = frozenset()) -> bool:
+async def withdraw(network: Network, owner: str, wanted: Set[str] = frozenset()) -> bool:
     """Take the owner's lines away that allow other bridges than these; False when that cannot be done."""
     try:
         gone = await asyncio.to_thread(network.withdraw_bridges, wanted, owner=owner)
@@ -43,6 +43,7 @@ class Bridges:
     """Keeps the lines of one supervisor to the bridges that its instances want.
 
     Args:
+        network: bridges of this host.
         me: this host.
         owner: as whom its lines are written.
         bridge_if: the bridge of NICs that name none.
@@ -53,12 +54,14 @@ class Bridges:
     def __init__(
         self,
         *,
+        network: Network,
         me: HostName,
         owner: str,
         bridge_if: str | None,
         instances: Mapping[InstanceId, Instance],
         clock: Clock,
     ) -> None:
+        self._network = network
         self._me = me
         self._owner = owner
         self._bridge_if = bridge_if
@@ -80,7 +83,7 @@ class Bridges:
             before, wanted = wanted, self._wanted()
             if before is not None and before <= wanted:
                 continue
-            if not await withdraw(self._owner, wanted):
+            if not await withdraw(self._network, self._owner, wanted):
                 wanted = None
                 await self._clock.sleep(AGAIN_S)
                 self._changed.set()

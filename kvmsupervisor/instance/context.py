@@ -23,6 +23,7 @@ from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.system import System
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Surroundings:
         publisher: of statuses.
         admission: who may start, and how many MiB are promised to whom.
         provisioner: of what QEMUs need of this host.
+        system: processes, QMP and networks of this host.
         user: that QEMU runs as; None for our own.
         clock: the machine's.
         jitter: random numbers, 0 ≤ x < 1.
@@ -76,6 +78,7 @@ class Surroundings:
     publisher: Publisher
     admission: Admission
     provisioner: Provisioner
+    system: System
     user: QemuUser | None
     clock: Clock
     jitter: Callable[[], float]

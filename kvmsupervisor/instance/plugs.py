@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 
-from kvmsupervisor.adapters import network
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.nics import ELSEWHERE, Attachment, Plug, look
 from kvmsupervisor.instance.context import Surroundings
@@ -36,6 +35,7 @@ class Plugs:
         self.seen: Sequence[Plug] = ()
         self._machine = machine
         self._links = around.links
+        self._network = around.system.network
         self._clock = around.clock
         self._bridge_if = around.host_side.bridge_if
         self._tell = tell
@@ -89,7 +89,7 @@ class Plugs:
                 continue
             index, bridge = plug.into
             try:
-                if (denial := network.denial_of(bridge)) is not None:
+                if (denial := self._network.denial_of(bridge)) is not None:
                     self._trouble = f"{plug.nic} is not plugged in again: {denial}"
                     continue
                 await self._links.plug(index, bridge)

@@ -11,7 +11,6 @@ from functools import partial
 from uuid import uuid4
 
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed
-from kvmsupervisor.adapters.links import index_of
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.aio import both
 from kvmsupervisor.cluster.fencing import InUse, NotFenced
@@ -152,7 +151,7 @@ class Start:
         pid = self._machine.holdover(lock)
         if pid is None:
             return None
-        folder = marks.folder_of(pid, self._id)
+        folder = marks.folder_of(self._around.system.processes, pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
         is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
         return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
@@ -422,7 +421,7 @@ class Start:
             accelerator=around.host_side.accel,
             machine=opened.machine,
             taps=opened.tap_names,
-            tap_indexes=tuple(index_of(tap) or ELSEWHERE for tap in opened.tap_names),
+            tap_indexes=tuple(around.system.index_of(tap) or ELSEWHERE for tap in opened.tap_names),
             bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,

@@ -51,7 +51,6 @@ what bounds a disagreement that no event ends."""
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
 
-
 STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
 
@@ -83,6 +82,7 @@ class Instance:
         self._memory = memory
         self._wake = asyncio.Event()
         self._machine = Machine(
+            system=around.system,
             prefix=around.layout.prefix,
             directory=directory,
             clock=around.clock,
@@ -107,7 +107,11 @@ class Instance:
         self._quiet_at = 0.0
         self._adopting = False
         self._inheritance = Inheritance(
-            directory, boot_id=around.boot_id, clock=around.clock, objection=around.objection
+            around.system.processes,
+            directory,
+            boot_id=around.boot_id,
+            clock=around.clock,
+            objection=around.objection,
         )
         self._memory_kept = True
 

@@ -15,6 +15,7 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.view import LeftAlone
 from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine.system import Processes
 
 LOOK_AGAIN_S = 10.0
 """How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
@@ -25,6 +26,7 @@ class Inheritance:
     """What an earlier supervisor left of one instance.
 
     Args:
+        processes: of this host.
         directory: its folder.
         boot_id: of this boot.
         clock: the machine's.
@@ -36,10 +38,17 @@ class Inheritance:
     """
 
     def __init__(
-        self, directory: InstanceDir, *, boot_id: str, clock: Clock, objection: Callable[[Incarnation], str | None]
+        self,
+        processes: Processes,
+        directory: InstanceDir,
+        *,
+        boot_id: str,
+        clock: Clock,
+        objection: Callable[[Incarnation], str | None],
     ) -> None:
         self.alone: LeftAlone | None = None
         self.news: str | None = None
+        self._processes = processes
         self._directory = directory
         self._boot_id = boot_id
         self._clock = clock
@@ -63,7 +72,7 @@ class Inheritance:
             record = directory.read_incarnation()
             memory = directory.read_memory(self._boot_id)
         except Unreadable as error:
-            return memory, _unreadable(directory, error)
+            return memory, _unreadable(self._processes, directory, error)
         if record is None:
             return memory, None
         why = self._objection(record)
@@ -75,9 +84,9 @@ class Inheritance:
         return memory, None if why is None else LeftAlone(reason=why, pid=record.pid, starttime=record.starttime)
 
 
-def _unreadable(directory: InstanceDir, error: Unreadable) -> LeftAlone:
+def _unreadable(processes: Processes, directory: InstanceDir, error: Unreadable) -> LeftAlone:
     """A record that this release cannot read, and the QEMU that it is probably about."""
-    found = marks.seek(directory.path)
+    found = marks.seek(processes, directory.path)
     if found is None:
         reason = f"{error}; no QEMU of it is found. Start the release that wrote it, or delete that file"
         return LeftAlone(reason=f"what was kept of it cannot be read: {reason}")

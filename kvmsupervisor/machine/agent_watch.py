@@ -16,7 +16,6 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor.adapters import agent
 from kvmsupervisor.adapters.agent import AgentSilent
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.domain.agent import GuestFacts
@@ -41,7 +40,16 @@ class AgentWatch:
         seen: when it last answered this supervisor, RFC 3339 in UTC; None when it did not.
     """
 
-    def __init__(self, *, socket: Path, clock: Clock, notify: Callable[[], None], log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        *,
+        ask: Callable[[Path], Awaitable[GuestFacts]],
+        socket: Path,
+        clock: Clock,
+        notify: Callable[[], None],
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._ask = ask
         self._socket = socket
         self._clock = clock
         self._notify = notify
@@ -104,7 +112,7 @@ class AgentWatch:
     async def _ask_once(self) -> bool:
         """Ask; True when an address was told."""
         try:
-            facts = await agent.ask(self._socket)
+            facts = await self._ask(self._socket)
         except AgentSilent as error:
             self._log.debug("agent.silent", error=str(error))
             return False

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmsupervisor.adapters import process as kernel
-from kvmsupervisor.adapters.process import Hidden, Process
+from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.machine.system import Processes, QemuProcess
 
 KEPT_ENVIRONMENT = (
     "PATH",
@@ -69,10 +69,11 @@ def environment_of(marks: Marks) -> dict[str, str]:
     return kept | marks.environment()
 
 
-def reopen(record: Incarnation, *, on_end: Callable[[], None]) -> Process | None:
+def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], None]) -> QemuProcess | None:
     """The living process of a record of this boot; None when it is certainly gone.
 
     Args:
+        processes: of this host.
         record: of the process; without a pid it is sought by its name.
         on_end: called once when it ends.
 
@@ -80,12 +81,12 @@ def reopen(record: Incarnation, *, on_end: Callable[[], None]) -> Process | None
         Hidden: a process lives where it was, and whether it is that cannot be seen. It is not to be taken for gone.
     """
     names = name_of(record.instance, record.incarnation)
-    candidates = [record.pid] if record.pid is not None else list(kernel.find(names))
+    candidates = [record.pid] if record.pid is not None else list(processes.find(names))
     for pid in candidates:
-        found = kernel.reopen(pid, starttime=record.starttime, marks=names, on_end=on_end)
+        found = processes.reopen(pid, starttime=record.starttime, marks=names, on_end=on_end)
         if found is not None:
             return found
-    if record.pid is not None and record.starttime is not None and kernel.is_alive(record.pid, record.starttime):
+    if record.pid is not None and record.starttime is not None and processes.is_alive(record.pid, record.starttime):
         # A QEMU that its guest has broken into may have written over its own environment.
         raise Hidden(
             f"process {record.pid} lives with the start time on record, but its environment does not have "
@@ -94,25 +95,27 @@ def reopen(record: Incarnation, *, on_end: Callable[[], None]) -> Process | None
     return None
 
 
-def pid_of(instance: str, incarnation: str, *, pid: int | None, starttime: int | None) -> int | None:
+def pid_of(
+    processes: Processes, instance: str, incarnation: str, *, pid: int | None, starttime: int | None
+) -> int | None:
     """The pid of an incarnation's process, as far as it lives: by pid and start time where they are known."""
     if pid is not None and starttime is not None:
-        return pid if kernel.is_alive(pid, starttime) else None
-    return next(kernel.find(name_of(instance, incarnation)), None)
+        return pid if processes.is_alive(pid, starttime) else None
+    return next(processes.find(name_of(instance, incarnation)), None)
 
 
-def prefix_of(pid: int) -> str | None:
+def prefix_of(processes: Processes, pid: int) -> str | None:
     """The prefix that a QEMU was started below; None when that cannot be seen."""
-    return kernel.environment_of(pid).get(PREFIX_MARK)
+    return processes.environment_of(pid).get(PREFIX_MARK)
 
 
-def seek(folder: Path) -> tuple[int, int] | None:
+def seek(processes: Processes, folder: Path) -> tuple[int, int] | None:
     """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
 
     For a record that cannot be read.
     """
-    for pid in kernel.find({INSTANCE_MARK: folder.name}):
-        found, starttime = folder_of(pid, folder.name), kernel.starttime_of(pid)
+    for pid in processes.find({INSTANCE_MARK: folder.name}):
+        found, starttime = folder_of(processes, pid, folder.name), processes.starttime_of(pid)
         if found is not None and is_same(found, folder) and starttime is not None:
             return pid, starttime
     return None
@@ -123,22 +126,22 @@ def is_same(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def folders_of_all() -> dict[int, tuple[str, Path | None]]:
+def folders_of_all(processes: Processes) -> dict[int, tuple[str, Path | None]]:
     """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
     found: dict[int, tuple[str, Path | None]] = {}
-    for pid in kernel.having(INSTANCE_MARK):
-        instance = kernel.environment_of(pid).get(INSTANCE_MARK, "")
-        found[pid] = instance, folder_of(pid, instance)
+    for pid in processes.having(INSTANCE_MARK):
+        instance = processes.environment_of(pid).get(INSTANCE_MARK, "")
+        found[pid] = instance, folder_of(processes, pid, instance)
     return found
 
 
-def folder_of(pid: int, instance: str) -> Path | None:
+def folder_of(processes: Processes, pid: int, instance: str) -> Path | None:
     """The instance's folder of a QEMU; None when that cannot be seen.
 
     Those of earlier releases do not name it, but open files in it.
     """
-    named = kernel.environment_of(pid).get(FOLDER_MARK)
+    named = processes.environment_of(pid).get(FOLDER_MARK)
     if named is not None:
         return Path(named)
-    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in kernel.command_line_of(pid))
+    words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in processes.command_line_of(pid))
     return next((Path(word[1]) for word in words if word), None)

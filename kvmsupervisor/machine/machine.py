@@ -14,7 +14,6 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
@@ -39,6 +38,7 @@ from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.spawn import spawn
+from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
 """How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
@@ -61,6 +61,7 @@ class Machine:
     def __init__(
         self,
         *,
+        system: System,
         prefix: str,
         directory: InstanceDir,
         clock: Clock,
@@ -74,7 +75,10 @@ class Machine:
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
-        self.agent = AgentWatch(socket=directory.agent_socket, clock=clock, notify=notify, log=log)
+        self.agent = AgentWatch(
+            ask=system.ask_agent, socket=directory.agent_socket, clock=clock, notify=notify, log=log
+        )
+        self._processes = system.processes
         self._prefix = prefix
         self._clock = clock
         self._user = user
@@ -85,9 +89,14 @@ class Machine:
         self._log = log
         self._caught_up = caught_up
         self.spec: Spec | None = None
-        self._process: kernel.Process | None = None
+        self._process: QemuProcess | None = None
         self._talk = Conversation(
-            socket=directory.qmp_socket, clock=clock, on_event=self._on_event, notify=notify, log=log
+            connect=system.connect,
+            socket=directory.qmp_socket,
+            clock=clock,
+            on_event=self._on_event,
+            notify=notify,
+            log=log,
         )
         self._settling: asyncio.Task[None] | None = None
         self._clear()
@@ -161,7 +170,8 @@ class Machine:
 
     def holdover(self, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
-        return marks.pid_of(self.directory.path.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        name = self.directory.path.name
+        return marks.pid_of(self._processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -188,6 +198,7 @@ class Machine:
                 build,
                 argv,
                 home,
+                processes=self._processes,
                 prefix=self._prefix,
                 user=self._user,
                 logs=self._logs,
@@ -220,7 +231,8 @@ class Machine:
         Raises:
             process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
         """
-        found = marks.reopen(record, on_end=self._on_end) if record.boot_id == boot_id else None
+        is_of_boot = record.boot_id == boot_id
+        found = marks.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
         self._clear()
         self._begin(record)
         self._process = found

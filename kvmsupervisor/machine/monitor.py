@@ -13,10 +13,11 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.qmp import Monitor, MonitorError, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.qmp import MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.run_state import PANICKED, RUNNING
 from kvmsupervisor.domain.secrecy import cleaned, secrets_in
+from kvmsupervisor.machine.system import Connect, QmpConnection
 
 ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
@@ -48,14 +49,22 @@ class Conversation:
     """
 
     def __init__(
-        self, *, socket: Path, clock: Clock, on_event: OnEvent, notify: Callable[[], None], log: FilteringBoundLogger
+        self,
+        *,
+        connect: Connect,
+        socket: Path,
+        clock: Clock,
+        on_event: OnEvent,
+        notify: Callable[[], None],
+        log: FilteringBoundLogger,
     ) -> None:
+        self._connect = connect
         self._socket = socket
         self._clock = clock
         self._on_event = on_event
         self._notify = notify
         self._log = log
-        self._monitor: Monitor | None = None
+        self._monitor: QmpConnection | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +94,7 @@ class Conversation:
             return True
         self._answered = False
         try:
-            self._monitor = await Monitor.connect(
+            self._monitor = await self._connect(
                 str(self._socket), on_event=self._on_event, on_lost=self._on_lost, timeout_s=ANSWER_S
             )
             if uuid is not None:

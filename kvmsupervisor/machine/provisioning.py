@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from kvmsupervisor.adapters import devices, network, ports, resources
+from kvmsupervisor.adapters import devices, ports, resources
 from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
@@ -32,6 +32,7 @@ from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
 from kvmsupervisor.domain.storage import nvram_of
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.images import Disks, DiskTrouble
+from kvmsupervisor.machine.system import System
 
 HOST_RETRY_S = 5.0
 """Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
@@ -131,6 +132,7 @@ class Opened:
         ready: what was prepared.
         machine: the versioned machine type.
         taps: of the NICs.
+        tap_names: their interfaces on the host.
         bridges: that these are plugged into.
         spice_password: path of that file.
         home: the cgroup that the process enters.
@@ -140,15 +142,11 @@ class Opened:
     ready: Prepared
     machine: str
     taps: tuple[Tap, ...]
+    tap_names: tuple[str, ...]
     bridges: tuple[str, ...]
     spice_password: str | None
     home: Home
     closing: contextlib.ExitStack
-
-    @property
-    def tap_names(self) -> tuple[str, ...]:
-        """The NICs' interfaces on the host."""
-        return tuple(network.tap_name(tap.fd) for tap in self.taps)
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
         """All that the command line needs."""
@@ -169,6 +167,7 @@ class Provisioner:
     """Makes ready what machines need of this host.
 
     Args:
+        system: where taps come from, and devices.
         host: the host's choices.
         files: where things are.
         user: whom files for QEMU are given to, None when it runs as we do.
@@ -180,6 +179,7 @@ class Provisioner:
     def __init__(
         self,
         *,
+        system: System,
         host: HostSide,
         files: HostFiles,
         user: QemuUser | None,
@@ -187,6 +187,7 @@ class Provisioner:
         homes: Homes,
         disks: Disks,
     ) -> None:
+        self._system = system
         self._host = host
         self._files = files
         self._user = user
@@ -338,6 +339,7 @@ class Provisioner:
                 ready=ready,
                 machine=machine,
                 taps=tuple(taps),
+                tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
                 bridges=self._bridges(spec),
                 spice_password=password,
                 home=home,
@@ -351,11 +353,11 @@ class Provisioner:
         for device in (devices.TUN, devices.VHOST_NET):
             with contextlib.suppress(DeviceTrouble):
                 # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
-                devices.ensure(device)
+                self._system.ensure_device(device)
         wanted = self._bridges(spec)
-        network.allow_bridges(wanted, owner=self._files.bridge_owner)
+        self._system.network.allow_bridges(wanted, owner=self._files.bridge_owner)
         for bridge in wanted:
-            yield await network.open_tap(bridge, helper=self._files.bridge_helper)
+            yield await self._system.network.open_tap(bridge, helper=self._files.bridge_helper)
 
     def _bridges(self, spec: Spec) -> tuple[str, ...]:
         """The bridge of each NIC."""
@@ -400,7 +402,7 @@ class Provisioner:
                     "another port",
                     HOST_RETRY_S,
                 )
-        trouble = ports.trouble_with(address, spec.spice_port)
+        trouble = self._system.port_trouble(address, spec.spice_port)
         if trouble is None:
             return
         if trouble == ports.TAKEN:

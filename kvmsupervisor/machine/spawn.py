@@ -6,15 +6,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Home
-from kvmsupervisor.adapters.process import Process
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.guest_logs import MachineLogs
+from kvmsupervisor.machine.system import Processes, QemuProcess
 
 
 def spawn(
@@ -24,12 +23,13 @@ def spawn(
     argv: Callable[[Provision], Sequence[str]],
     home: Home,
     *,
+    processes: Processes,
     prefix: str,
     user: QemuUser | None,
     logs: MachineLogs,
     on_record: Callable[[Incarnation], None],
     on_end: Callable[[], None],
-) -> Process:
+) -> QemuProcess:
     """Put the incarnation on record, then start QEMU.
 
     Args:
@@ -38,6 +38,7 @@ def spawn(
         build: makes whole what QEMU needs, from the sockets that listen for it.
         argv: makes the command line of that.
         home: what the process enters before it becomes QEMU; the caller sees it settled.
+        processes: of this host.
         prefix: below which its keys are.
         user: that QEMU runs as; None for our own.
         logs: what it writes its logs into is made there.
@@ -69,7 +70,7 @@ def spawn(
             directory.write_incarnation(record)
             # Not before: what cannot be put on record (no space) was not begun.
             on_record(record)
-            return kernel.spawn(
+            return processes.spawn(
                 home.wrap(words if user is None else (*user.become(), *words)),
                 environment=marks.environment_of(
                     marks.Marks(

@@ -15,15 +15,12 @@ from typing import Any
 import structlog
 
 from kvmsupervisor.adapters import devices, network
-from kvmsupervisor.adapters.ceph import Ceph
-from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.devices import DeviceTrouble
-from kvmsupervisor.adapters.etcd import Etcd
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.instance.assembly import REAL, Outside
 from kvmsupervisor.machine.host import ceph_access, look_at_bridge
 from kvmsupervisor.single.identity import Stand, end_session
 from kvmsupervisor.single.lock import Lost, SingleLock
@@ -61,14 +58,24 @@ class SingleCommand:
         options: of QEMU, as they are.
         lock_key: under which it runs, with nothing left to be filled in; None for none.
         wait: whether a lock that somebody else holds is waited for.
+        outside: the world.
     """
 
-    def __init__(self, settings: Settings, options: Sequence[str], *, lock_key: str | None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        options: Sequence[str],
+        *,
+        lock_key: str | None,
+        wait: bool = True,
+        outside: Outside = REAL,
+    ) -> None:
         self._settings = settings
+        self._outside = outside
         self._lock_key = lock_key
         self._options = tuple(options)
         self._wait = wait
-        self._clock = Clock()
+        self._clock = outside.clock
         self._qemu = Foreground(
             program=settings.qemu,
             options=options,
@@ -109,21 +116,24 @@ class SingleCommand:
 
     async def _under_lock(self, lock_key: str) -> int:
         settings = self._settings
-        stand = Stand.of(settings, lock_key)
+        outside = self._outside
+        stand = Stand.of(settings, lock_key, outside)
         async with AsyncExitStack() as stack:
             stand.run_dir.acquire()
             stack.callback(stand.run_dir.release)
-            store = Etcd(etcd_config(settings))
+            store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            session = stand.session(store=store, clock=self._clock, ttl_s=settings.session_ttl_s)
+            wake = asyncio.Event()
+            member = stand.join(settings, outside, store=store, on_hosts=wake.set)
+            session = member.session
             lock = SingleLock(
-                history=stand.history(store=store, clock=self._clock, patience_s=settings.takeover_wait_s),
                 stand=stand,
-                store=store,
-                session=session,
+                member=member,
                 clock=self._clock,
                 options=self._options,
-                fencing=CephFencing(Ceph(ceph_access(settings))),
+                fencing=outside.fencing(ceph_access(settings), settings.allow_unfenced),
+                processes=outside.system.processes,
+                wake=wake,
             )
             async with asyncio.TaskGroup() as parts:
                 serving = [start_part(parts, session.run()), start_part(parts, lock.run())]

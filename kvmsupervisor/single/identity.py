@@ -6,21 +6,19 @@ See docs/decisions/0013-single-mode.md.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import structlog
 
-from kvmsupervisor import __version__
-from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.adapters.process import pid_namespace
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.single import holder_of, name_of
+from kvmsupervisor.instance.assembly import Holder, Membership, Outside
 
 log = structlog.get_logger(__name__)
 
@@ -35,55 +33,47 @@ class Stand:
 
     Attributes:
         name: of the instance, or of the lock.
-        holder: as whom it holds the lock.
-        boot_id: of this boot.
-        layout: of the keys; its lock is a literal key.
+        holder: as whom it holds the lock, whose key is a literal one.
         run_dir: its own.
     """
 
     name: InstanceId
-    holder: HostName
-    boot_id: str
-    layout: Layout
+    holder: Holder
     run_dir: RunDir
 
     @classmethod
-    def of(cls, settings: Settings, lock_key: str) -> Stand:
+    def of(cls, settings: Settings, lock_key: str, outside: Outside) -> Stand:
         """Who holds `lock_key` on this host."""
         name = name_of(lock_key, prefix=settings.prefix)
         # Eight characters, so that the sockets of the longest id fit below the longest KVM_RUN_DIR that is common.
         digest = hashlib.sha256(f"{settings.prefix}\n{lock_key}".encode()).hexdigest()[:8]
-        return cls(
-            name=InstanceId(name),
-            holder=holder_of(settings.hostname, name, pid_namespace=pid_namespace()),
-            boot_id=boot_id(),
+        run_dir = RunDir(settings.run_dir / f"_{digest}")
+        holder = Holder(
+            name=holder_of(settings.hostname, name, pid_namespace=pid_namespace()),
+            boot_id=outside.boot_id(),
             layout=replace(settings.layout, lock=lock_key),
-            run_dir=RunDir(settings.run_dir / f"_{digest}"),
+            run_dir=run_dir.path,
         )
+        return cls(name=InstanceId(name), holder=holder, run_dir=run_dir)
 
-    def history(self, *, store: Store, clock: Clock, patience_s: float) -> History:
-        """The history of etcd that it acts on; see `History`."""
-        return History(
+    @property
+    def lock_key(self) -> str:
+        """Of its lock."""
+        return self.holder.layout.lock_key(self.name)
+
+    def join(self, settings: Settings, outside: Outside, *, store: Store, on_hosts: Callable[[], None]) -> Membership:
+        """What it is in etcd; see `Membership`."""
+        return Membership(
+            self.holder,
+            settings=settings,
+            outside=outside,
             store=store,
-            clock=clock,
-            layout=self.layout,
-            me=self.holder,
-            run_dir=self.run_dir.path,
-            patience_s=patience_s,
-        )
-
-    def session(self, *, store: Store, clock: Clock, ttl_s: int) -> Session:
-        """The session under the holder's name."""
-        value = HostSession(
-            host=self.holder,
-            version=__version__,
-            url="",
-            boot_id=self.boot_id,
-            machine=machine_id(),
-            started=clock.wall(),
-        )
-        return Session(
-            store=store, clock=clock, layout=self.layout, value=value, run_dir=self.run_dir.path, ttl_s=ttl_s
+            says=self.holder.introduction(outside),
+            # Two containers of one name cannot both go on; and one status waits for no others.
+            yields=False,
+            gather_s=0.0,
+            spread_s=0.0,
+            on_hosts=on_hosts,
         )
 
 

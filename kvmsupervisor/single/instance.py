@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 from collections.abc import Mapping, Set
 from contextlib import AsyncExitStack
@@ -17,19 +16,12 @@ from dataclasses import replace
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters.ceph import Ceph
 from kvmsupervisor.adapters.cgroup import Nowhere
-from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import Etcd, Store
-from kvmsupervisor.adapters.links import Links
-from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.cluster.fencing import CephFencing
-from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.informer import Mirror
 from kvmsupervisor.cluster.owners import other_of_client
-from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
@@ -42,14 +34,12 @@ from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
+from kvmsupervisor.instance.assembly import REAL, Outside, surround
 from kvmsupervisor.instance.bridges import withdraw
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.worker import Instance
-from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.host import Equipment, look_around
-from kvmsupervisor.machine.images import Disks
-from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.host import Equipment
 from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
 from kvmsupervisor.single.process import exit_status
 
@@ -74,20 +64,28 @@ class Single:
         instance: which.
         lock_key: its lock, with nothing left to be filled in.
         overrides: values that win over its keys.
+        outside: the world.
 
     Made inside an event loop.
     """
 
     def __init__(
-        self, settings: Settings, instance: InstanceId, *, lock_key: str, overrides: Mapping[str, str]
+        self,
+        settings: Settings,
+        instance: InstanceId,
+        *,
+        lock_key: str,
+        overrides: Mapping[str, str],
+        outside: Outside = REAL,
     ) -> None:
         self._settings = settings
+        self._outside = outside
         self._id = instance
         self._overrides = dict(overrides)
-        self._stand = Stand.of(settings, lock_key)
+        self._stand = Stand.of(settings, lock_key, outside)
         # Not the holder: in a PID namespace the next container has another one, and takes away what this one left.
         self._bridge_owner = f"{lock_key}@{settings.hostname}"
-        self._clock = Clock()
+        self._clock = outside.clock
         self._keys = Flat()
         self._locks = Flat()
         self._placements = Flat()
@@ -95,7 +93,7 @@ class Single:
         self._era = 0
         self._hold: Hold | None = None
         self._instance: Instance | None = None
-        self._links = Links(self._on_links)
+        self._links = outside.links(self._on_links)
         self._told: int | None = None
         self._hurried = False
         self._leaving: str | None = None
@@ -142,9 +140,9 @@ class Single:
         too_long = len(os.fsencode(directory.path / QMP_SPARE_SOCKET)) - SOCKET_PATH_LIMIT
         if too_long > 0:
             raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
-        equipment = look_around(settings)
+        equipment = self._outside.look_around(settings)
         async with AsyncExitStack() as stack:
-            store = Etcd(etcd_config(settings))
+            store = self._outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
             await self._check(store, equipment)
             self._stand.run_dir.acquire()
@@ -163,9 +161,9 @@ class Single:
             NotHere: they do not allow it.
             EtcdError: etcd did not say what they are.
         """
-        prefix = self._stand.layout.instance_prefix(self._id)
+        prefix = self._stand.holder.layout.instance_prefix(self._id)
         found = await store.list(prefix)
-        placement = await store.get(self._stand.layout.placement_key(self._id))
+        placement = await store.get(self._stand.holder.layout.placement_key(self._id))
         wish = self._wish_of(
             {kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs},
             NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
@@ -175,7 +173,7 @@ class Single:
             problems = (*problems, *host_problems(wish.spec, equipment.host_side))
         why = refusal(
             wish,
-            holder=self._stand.holder,
+            holder=self._stand.holder.name,
             host=self._settings.hostname,
             problems=problems,
             prefix=self._settings.prefix,
@@ -192,7 +190,7 @@ class Single:
 
         def make() -> Instance:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
-            memory = replace(directory.read_memory(self._stand.boot_id), ended=None, held=False)
+            memory = replace(directory.read_memory(self._stand.holder.boot_id), ended=None, held=False)
             return Instance(self._id, around=around, directory=directory, memory=memory, log=log)
 
         instance, record = make(), directory.read_incarnation()
@@ -214,8 +212,8 @@ class Single:
             "single.started",
             version=__version__,
             instance=self._id,
-            holder=self._stand.holder,
-            lock=self._stand.layout.lock_key(self._id),
+            holder=self._stand.holder.name,
+            lock=self._stand.lock_key,
             overrides=sorted(self._overrides),
             run_dir=str(directory.path),
             qemu_user=None if equipment.user is None else equipment.user.name,
@@ -227,9 +225,9 @@ class Single:
                     around.session.run(),
                     self._links.run(),
                     *(mirror.run() for mirror in self._mirrors),
-                    self._neighbours.run(),
-                    self._history.run(),
-                    self._history.run_speaking(self._may_speak, self._speak),
+                    self._member.neighbours.run(),
+                    self._member.history.run(),
+                    self._member.history.run_speaking(self._may_speak, self._member.speak),
                     self._publish(instance),
                     self._first_look(instance),
                     around.logs.run(),
@@ -244,7 +242,7 @@ class Single:
                 task.cancel()
         end_listening()
         await instance.detach()
-        await withdraw(self._bridge_owner)
+        await withdraw(self._outside.system.network, self._bridge_owner)
         around.logs.close()
         await end_session(around.session)
         return instance
@@ -264,62 +262,27 @@ class Single:
         Raises:
             EtcdError: etcd does not say.
         """
-        return await other_of_client(
-            self._around.store, self._settings.layout, client, own=self._stand.layout.lock_key(self._id)
-        )
+        return await other_of_client(self._around.store, self._settings.layout, client, own=self._stand.lock_key)
 
     def _surroundings(self, store: Store, equipment: Equipment) -> Surroundings:
-        settings, stand, clock = self._settings, self._stand, self._clock
-        self._history = stand.history(store=store, clock=clock, patience_s=settings.takeover_wait_s)
-        self._neighbours = Neighbours(
-            store=store,
-            clock=clock,
-            layout=stand.layout,
-            me=stand.holder,
-            history=self._history,
-            on_change=self._notify,
-        )
-        session = stand.session(store=store, clock=clock, ttl_s=settings.session_ttl_s)
-        ceph = Ceph(equipment.ceph_access)
-        disks = Disks(ceph, allow_unfenced=settings.allow_unfenced)
-        return Surroundings(
-            me=stand.holder,
-            boot_id=stand.boot_id,
-            layout=stand.layout,
-            store=store,
-            session=session,
-            publisher=Publisher(store=store, clock=clock, layout=stand.layout, host=stand.holder, session=session),
+        member = self._member = self._stand.join(self._settings, self._outside, store=store, on_hosts=self._notify)
+        session = member.session
+        return surround(
+            member,
+            settings=self._settings,
+            outside=self._outside,
+            equipment=equipment,
+            # It ends with its container, which has the cgroup that the operator gave it.
+            homes=Nowhere(survives_container=False),
             admission=Admission(1, equipment.memory_mib),
-            provisioner=Provisioner(
-                host=equipment.host_side,
-                files=replace(equipment.files, bridge_owner=self._bridge_owner),
-                user=equipment.user,
-                types=MachineTypes(settings.qemu),
-                # It ends with its container, which has the cgroup that the operator gave it.
-                homes=Nowhere(survives_container=False),
-                disks=disks,
-            ),
-            user=equipment.user,
-            clock=clock,
-            jitter=random.random,
+            links=self._links,
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
-                host=stand.holder,
+                host=self._stand.holder.name,
                 version=__version__,
             ),
-            fencing=CephFencing(ceph, allow_unfenced=settings.allow_unfenced),
-            disks=disks,
-            logs=GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
-            links=self._links,
-            era=lambda: self._history.present,
-            takeover_wait_s=settings.takeover_wait_s,
-            host_has_session=self._neighbours.has_session,
-            sessions=self._neighbours.names,
-            host_drains=self._neighbours.drains,
-            host_side=equipment.host_side,
-            shutdown_timeout_s=settings.shutdown_timeout_s,
-            start_timeout_s=settings.start_timeout_s,
+            bridge_owner=self._bridge_owner,
             settle_s=0.0,
             guard=None,
             recorded_for=self._recorded_for,
@@ -338,17 +301,17 @@ class Single:
     # --- keys -------------------------------------------------------------------------------------------------
 
     def _follow(self, store: Store, instance: Instance) -> None:
-        layout = self._stand.layout
+        layout = self._stand.holder.layout
         tables = {
             layout.instance_prefix(self._id): self._keys,
-            layout.lock_key(self._id): self._locks,
+            self._stand.lock_key: self._locks,
             layout.placement_key(self._id): self._placements,
         }
         self._mirrors = [
             Mirror(
                 store=store,
                 clock=self._clock,
-                history=self._history,
+                history=self._member.history,
                 prefix=prefix,
                 table=table,
                 on_change=lambda changed, revision: self._tell(instance),
@@ -370,7 +333,7 @@ class Single:
             return
         anew, self._era = wishes.era != self._era, wishes.era
         entries = self._keys.entries.items()
-        placement = self._placements.get(self._stand.layout.placement_key(self._id).encode())
+        placement = self._placements.get(self._stand.holder.layout.placement_key(self._id).encode())
         wish = self._wish_of(
             {key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in entries},
             NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
@@ -379,7 +342,7 @@ class Single:
             instance.begin_anew(wish)
             self._around.publisher.begin_anew()
         self._judge(instance, wish, anew=anew)
-        lock = self._locks.get(self._stand.layout.lock_key(self._id).encode())
+        lock = self._locks.get(self._stand.lock_key.encode())
         instance.saw_lock(
             data=None if lock is None else lock.value,
             mod_revision=0 if lock is None else lock.mod_revision,
@@ -393,9 +356,9 @@ class Single:
 
     def _judge(self, instance: Instance, wish: Wish, *, anew: bool) -> None:
         """What would end it is held when it came with another history of etcd, until somebody writes it again."""
-        ends = instance.pid is not None and ends_it(wish, self._stand.holder)
+        ends = instance.pid is not None and ends_it(wish, self._stand.holder.name)
         former = instance.wish
-        if anew and ends and (self._hold is not None or former is None or not ends_it(former, self._stand.holder)):
+        if anew and ends and (self._hold is not None or former is None or not ends_it(former, self._stand.holder.name)):
             why = why_held(wish, "what is written since then is heeded, and so is the end of its container")
             self._hold = Hold(order=order_of(wish), why=why, stood={})
             log.error("removal.held", instance=self._id, reason=why)
@@ -408,17 +371,13 @@ class Single:
 
     def _may_speak(self) -> bool:
         """Whether the lock says what runs here, in the history that etcd has now."""
-        known = self._era == self._history.era and all(mirror.synced.is_set() for mirror in self._mirrors)
+        known = self._era == self._member.history.era and all(mirror.synced.is_set() for mirror in self._mirrors)
         return known and self._around.session.held and self._instance is not None and self._instance.has_spoken
-
-    async def _speak(self, history: str) -> bool:
-        session = self._around.session
-        return await session.restate(replace(session.value, history=history))
 
     def _wish_of(self, found: Mapping[str, tuple[bytes, int]], placed: Placed) -> Wish:
         """The wish, of keys by their full names, and of the placement."""
-        layout = self._stand.layout
-        lock, prefix = layout.lock_key(self._id), layout.instance_prefix(self._id)
+        layout = self._stand.holder.layout
+        lock, prefix = self._stand.lock_key, layout.instance_prefix(self._id)
         keys = {
             key.removeprefix(prefix).encode(errors="replace"): RawValue(value, revision)
             for key, (value, revision) in found.items()
@@ -430,7 +389,7 @@ class Single:
             keys,
             overrides=self._overrides,
             host=self._settings.hostname,
-            holder=self._stand.holder,
+            holder=self._stand.holder.name,
             placed=placed,
         )
 

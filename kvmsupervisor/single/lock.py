@@ -15,14 +15,11 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import EtcdError, Store
+from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.fencing import Fencing, NotFenced
-from kvmsupervisor.cluster.history import History
-from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.informer import Mirror
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
-from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory
@@ -34,7 +31,9 @@ from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, Holdover, View
+from kvmsupervisor.instance.assembly import Membership
 from kvmsupervisor.machine.identity import Marks, pid_of
+from kvmsupervisor.machine.system import Processes
 from kvmsupervisor.single.identity import LET_GO_S, Stand
 
 log = structlog.get_logger(__name__)
@@ -56,34 +55,37 @@ class SingleLock:
 
     Args:
         stand: who takes it.
-        store: etcd.
-        session: of the holder.
-        history: that etcd has.
+        member: what the holder is in etcd.
         clock: the machine's.
         options: of QEMU, to tell what it may write to.
         fencing: of the storage, for a lock whose last holder has left clients there.
+        processes: of this host.
+        wake: set whenever sessions of hosts differ.
     """
 
     def __init__(
         self,
         *,
         stand: Stand,
-        store: Store,
-        session: Session,
-        history: History,
+        member: Membership,
         clock: Clock,
         options: Sequence[str],
         fencing: Fencing,
+        processes: Processes,
+        wake: asyncio.Event,
     ) -> None:
+        store, layout = member.store, stand.holder.layout
         self.incarnation = str(uuid4())
         self._stand = stand
         self._clock = clock
-        self._session = session
-        self._history = history
+        self._member = member
+        self._session = member.session
+        self._history = member.history
         self._fencing = fencing
+        self._processes = processes
         self._spec = Spec(ram_mib=1, extra_flags=tuple(options))
-        self._lock = InstanceLock(store=store, layout=stand.layout, instance=stand.name, session=session.compare)
-        self._key = stand.layout.lock_key(stand.name)
+        self._lock = InstanceLock(store=store, layout=layout, instance=stand.name, session=member.session.compare)
+        self._key = stand.lock_key
         self._taken, self._epoch = False, 0
         self._recorded: Lock | None = None
         # The instance's status as last read. None: there is none, or this lock is no instance's.
@@ -91,27 +93,27 @@ class SingleLock:
         self._claimed_by: HostName | None = None
         self._etcd_at = 0.0
         self._trouble: str | None = None
-        self._wake = asyncio.Event()
+        self._wake = wake
         self._own = Flat()
         self._mirror = Mirror(
-            store=store, clock=clock, history=history, prefix=self._key, table=self._own, on_change=self._on_change
-        )
-        self._era = self._mirror.era
-        self._neighbours = Neighbours(
             store=store,
             clock=clock,
-            layout=stand.layout,
-            me=stand.holder,
-            history=history,
-            on_change=self._wake.set,
+            history=member.history,
+            prefix=self._key,
+            table=self._own,
+            on_change=self._on_change,
         )
+        self._era = self._mirror.era
+        self._neighbours = member.neighbours
 
     @property
     def marks(self) -> Marks:
         """What tells of the process to come that it is this one."""
         stand = self._stand
         folder = stand.run_dir.instance(stand.name).path
-        return Marks(prefix=stand.layout.prefix, instance=stand.name, incarnation=self.incarnation, folder=folder)
+        return Marks(
+            prefix=stand.holder.layout.prefix, instance=stand.name, incarnation=self.incarnation, folder=folder
+        )
 
     async def run(self) -> None:
         """Follow the lock and the hosts' sessions, for ever."""
@@ -121,7 +123,7 @@ class SingleLock:
                 start_part(tasks, self._mirror.run())
                 start_part(tasks, self._neighbours.run())
                 start_part(tasks, self._history.run())
-                start_part(tasks, self._history.run_speaking(self._may_speak, self._speak))
+                start_part(tasks, self._history.run_speaking(self._may_speak, self._member.speak))
                 await self._mirror.synced.wait()
                 self._on_change(frozenset(), self._mirror.revision)
         finally:
@@ -144,9 +146,6 @@ class SingleLock:
         known = self._mirror.synced.is_set() and self._era == self._history.era and self._session.held
         return known and (not self._taken or self._claim() is Claim.MINE)
 
-    async def _speak(self, history: str) -> bool:
-        return await self._session.restate(replace(self._session.value, history=history))
-
     # --- before QEMU ------------------------------------------------------------------------------------------
 
     async def take(self, *, wait: bool) -> None:
@@ -168,7 +167,7 @@ class SingleLock:
             if decision.reason != said:
                 said = decision.reason
                 tell = log.warning if decision.action is None else log.info
-                tell("lock.waiting", key=self._key, holder=self._stand.holder, reason=said)
+                tell("lock.waiting", key=self._key, holder=self._stand.holder.name, reason=said)
             if not wait and decision.action is None and self._is_elsewhere(view):
                 raise Held(said)
             if decision.action is None:
@@ -184,11 +183,11 @@ class SingleLock:
 
     def _observe(self) -> View:
         lock = self._lock.view.lock
-        holder = self._stand.holder
+        holder = self._stand.holder.name
         return View(
             now=self._clock.now(),
             me=holder,
-            boot_id=self._stand.boot_id,
+            boot_id=self._stand.holder.boot_id,
             # What a wish comes to that asks for this QEMU, and for nothing else.
             wish=Wish(instance=self._stand.name, host=holder, spec=self._spec, keys=1),
             session_held=self._session.held,
@@ -200,17 +199,18 @@ class SingleLock:
             era=self._history.present,
             holdover=None if (pid := self._holdover(lock)) is None else Holdover(pid=pid),
             claimed_by=self._claimed_by,
-            memory=Memory(boot_id=self._stand.boot_id),
+            memory=Memory(boot_id=self._stand.holder.boot_id),
             slot=True,
         )
 
     def _holdover(self, lock: Lock | None) -> int | None:
         """The pid of an earlier container's QEMU that lives. The holder's name sees to it that pids mean something."""
-        if lock is None or (lock.host, lock.boot_id) != (self._stand.holder, self._stand.boot_id):
+        if lock is None or (lock.host, lock.boot_id) != (self._stand.holder.name, self._stand.holder.boot_id):
             return None
         if lock.incarnation == self.incarnation:
             return None
-        return pid_of(self._stand.name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        name = self._stand.name
+        return pid_of(self._processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     async def _try(self, action: Action) -> None:
         """Make one step; what it came to is observed."""
@@ -248,8 +248,8 @@ class SingleLock:
         previous = self._lock.view.lock
         lock = take(
             previous,
-            host=self._stand.holder,
-            boot_id=self._stand.boot_id,
+            host=self._stand.holder.name,
+            boot_id=self._stand.holder.boot_id,
             incarnation=self.incarnation,
             storage=storage_of(self._spec),
             epoch_floor=max(floor, self._history.present.epoch_floor),
@@ -267,7 +267,7 @@ class SingleLock:
     async def _look(self) -> int:
         """Read lock and status; a status may tell of a process although the lock was deleted."""
         status = self._status = await self._lock.look()
-        claims = status is not None and status.host != self._stand.holder and status.tells_of_a_process
+        claims = status is not None and status.host != self._stand.holder.name and status.tells_of_a_process
         self._claimed_by = HostName(status.host) if status is not None and claims else None
         return status.epoch if status is not None else 0
 
@@ -335,7 +335,7 @@ class SingleLock:
         """
         if parse_id(self._stand.name) is None:
             return None
-        holder, since = self._stand.holder, self._clock.wall()
+        holder, since = self._stand.holder.name, self._clock.wall()
         running = phase is Phase.RUNNING
         before = self._status or Status(id=self._stand.name, host=holder, phase=phase, reason=reason, since=since)
         return replace(
@@ -373,7 +373,7 @@ class SingleLock:
 
     def _claim(self) -> Claim:
         stand = self._stand
-        return self._lock.view.claim(host=stand.holder, boot_id=stand.boot_id, incarnation=self.incarnation)
+        return self._lock.view.claim(host=stand.holder.name, boot_id=stand.holder.boot_id, incarnation=self.incarnation)
 
     def _is_strange(self, lock: Lock) -> bool:
         return self._history.present.is_strange(lock.host, self._lock.view.mod_revision)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from kvmsupervisor.adapters.clock import Clock, boot_id
+from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
@@ -28,6 +28,7 @@ from kvmsupervisor.machine import actions as ladder
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.identity import pid_of
 from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.system import System
 
 log = structlog.get_logger(__name__)
 
@@ -42,19 +43,23 @@ class DrainMark:
         run_dir: `KVM_RUN_DIR`.
         boot_id: of this boot; a mark of another one means nothing.
         clock: the machine's.
-        on_change: called when it came or went.
 
     Attributes:
         on: whether this host stops all its guests.
     """
 
-    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock, on_change: Callable[[], None]) -> None:
+    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock) -> None:
         self.on = False
         self._run_dir = run_dir
         self._boot_id = boot_id
         self._clock = clock
-        self._on_change = on_change
+        self._listeners: list[Callable[[], None]] = []
         self._changed = asyncio.Event()
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever it came or went; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def heed(self) -> None:
         """Look whether the mark came or went."""
@@ -63,7 +68,8 @@ class DrainMark:
             self.on = on
             log.info("host.draining" if on else "host.drain_ended")
             self._changed.set()
-            self._on_change()
+            for listener in self._listeners:
+                listener()
 
     async def run_telling(self, session: Session) -> None:
         """Have the session say it, for ever: nobody moves a guest here meanwhile."""
@@ -82,19 +88,33 @@ class Drain:
     """Shuts down what runs on this host.
 
     Args:
+        system: of this host.
+        clock: the machine's.
+        boot_id: of this boot.
         run_dir: `KVM_RUN_DIR`.
         prefix: `KVM_PREFIX`.
         me: this host's name.
         shutdown_timeout_s: default between power button and force.
     """
 
-    def __init__(self, *, run_dir: Path, prefix: str, me: HostName, shutdown_timeout_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        system: System,
+        clock: Clock,
+        boot_id: str,
+        run_dir: Path,
+        prefix: str,
+        me: HostName,
+        shutdown_timeout_s: float,
+    ) -> None:
+        self._system = system
+        self._clock = clock
+        self._boot_id = boot_id
         self._run_dir = RunDir(run_dir)
         self._prefix = prefix
         self._me = me
         self._shutdown_timeout_s = shutdown_timeout_s
-        self._clock = Clock()
-        self._boot_id = boot_id()
         self._logs = GuestLogs(clock=self._clock)
 
     def running(self) -> tuple[InstanceId, ...]:
@@ -147,7 +167,9 @@ class Drain:
         record = _record_of(directory)
         if record is None or record.boot_id != self._boot_id:
             return False
-        return pid_of(record.instance, record.incarnation, pid=record.pid, starttime=record.starttime) is not None
+        processes, pid = self._system.processes, record.pid
+        found = pid_of(processes, record.instance, record.incarnation, pid=pid, starttime=record.starttime)
+        return found is not None
 
     async def _shut_down_ourselves(self) -> None:
         """There is no supervisor: do its part for what it left behind, in its place."""
@@ -171,6 +193,7 @@ class Drain:
         """Go down the ladder that the supervisor would: the same decision, of the one process."""
         wake = asyncio.Event()
         machine = Machine(
+            system=self._system,
             prefix=self._prefix,
             directory=directory,
             clock=self._clock,

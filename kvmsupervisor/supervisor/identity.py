@@ -18,6 +18,7 @@ from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, 
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
 from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine.system import Processes
 
 log = structlog.get_logger(__name__)
 
@@ -26,12 +27,14 @@ class Standing:
     """What lives on this host, and under which identity.
 
     Args:
+        processes: of this host.
         run_dir: whose records are read.
         wanted: what the settings say.
         boot_id: of this boot.
     """
 
-    def __init__(self, run_dir: RunDir, *, wanted: HostIdentity, boot_id: str) -> None:
+    def __init__(self, processes: Processes, run_dir: RunDir, *, wanted: HostIdentity, boot_id: str) -> None:
+        self._processes = processes
         self._run_dir = run_dir
         self._wanted = wanted
         self._boot_id = boot_id
@@ -70,7 +73,7 @@ class Standing:
             try:
                 record = directory.read_incarnation()
             except Unreadable:
-                hidden = marks.seek(directory.path)
+                hidden = marks.seek(self._processes, directory.path)
                 if hidden is not None:
                     found.append((name, self._derived(hidden[0])))
                 continue
@@ -132,7 +135,8 @@ class Standing:
         """Of the living QEMU of a record; None when it is gone."""
         if record.boot_id != self._boot_id:
             return None
-        return marks.pid_of(record.instance, record.incarnation, pid=record.pid, starttime=record.starttime)
+        name, pid = record.instance, record.pid
+        return marks.pid_of(self._processes, name, record.incarnation, pid=pid, starttime=record.starttime)
 
     def _derived(self, pid: int) -> HostIdentity:
         """What a record does not say: its process knows the prefix, the session's file the host and where facts lie.
@@ -140,7 +144,7 @@ class Standing:
         The lock's template is nowhere: it is the present one, or what it is by default below that prefix.
         """
         wanted = self._wanted
-        prefix = marks.prefix_of(pid) or wanted.prefix
+        prefix = marks.prefix_of(self._processes, pid) or wanted.prefix
         facts, found, host = (last_key(self._run_dir.path, boot_id=self._boot_id) or "").rpartition("/hosts/")
         lock = default_lock(prefix) if wanted.lock == default_lock(wanted.prefix) else wanted.lock
         if not found:

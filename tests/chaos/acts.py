@@ -55,6 +55,16 @@ class Act:
     void: bool = False
 
 
+def felt_by(machine: str, acts: Sequence[Act]) -> list[Act]:
+    """By which of the acts that went on together a machine is judged.
+
+    One alone is felt by those that it hit. What mixes may spread to all: a taker that dies has machines of its own.
+    What found nothing to hit mixes with nothing.
+    """
+    real = [act for act in acts if not act.void]
+    return real if len(real) > 1 else [act for act in real if machine in act.machines]
+
+
 class Acts:
     """Does harm to a world."""
 

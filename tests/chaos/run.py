@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from kvmsupervisor.domain.lock import Lock
-from tests.chaos.acts import Act, Acts
+from tests.chaos.acts import Act, Acts, felt_by
 from tests.chaos.bounds import NOTHING, OPEN, Promise, guarded, promise, together
 from tests.chaos.disk import Away, Observer, boottime
 from tests.chaos.downtime import downtime
@@ -190,9 +190,7 @@ class Run:
         until, found = boottime(), []
         for machine in self._world.machines:
             hit = [act for act in acts if machine in act.machines]
-            # What mixes may spread: a taker that dies has machines of its own.
-            of_all = hit if len(acts) == 1 else acts
-            promised = self._promised(machine, [act for act in of_all if not act.void])
+            promised = self._promised(machine, felt_by(machine, acts))
             was = downtime(observer.samples(machine), since, until)
             bound_s = promised.bound_s(self._boot_s, max(self._tool_s, self._tool_before_s))
             found.append(

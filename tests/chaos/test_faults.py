@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.chaos.acts import Act, felt_by
 from tests.chaos.bounds import Promise, guarded, promise, together
 from tests.chaos.faults import RIDERS, WATCH_S, Fault, Kind, Reach, Terms, Way, by_hand, schedule
 
@@ -182,3 +183,14 @@ def test_what_lasted_longer_is_judged_by_that() -> None:
     assert promise(late, TERMS) == promise(a_fault(Kind.SUPERVISOR_FREEZE, 60.0), TERMS) != Promise()
     assert a_fault(Kind.SUPERVISOR_FREEZE, 5.0).lasting(4.9).duration_s == 5.0
     assert a_fault(Kind.QEMU_KILL).lasting(60.0).duration_s == 0.0
+
+
+def test_what_hit_nothing_makes_no_others_feel_it() -> None:
+    """Seed 8107: a second freeze found its host frozen already. A guest elsewhere was to be killed for the first."""
+    freeze = by_hand("supervisor-freeze:25")[0]
+    hit = Act(fault=freeze, whom="h0", machines=frozenset({"vm1"}))
+    void = Act(fault=freeze, whom="h0", machines=frozenset(), void=True)
+    assert felt_by("vm1", [hit, void]) == [hit]
+    assert felt_by("guarded", [hit, void]) == []
+    other = Act(fault=freeze, whom="h1", machines=frozenset({"vm2"}))
+    assert felt_by("guarded", [hit, other, void]) == [hit, other]

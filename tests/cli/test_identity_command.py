@@ -15,6 +15,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.supervisor.identity import Standing
 from tests.cli.conftest import World
 
@@ -42,7 +43,7 @@ def asked(world: World, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> World
 
 
 def said(path: Path) -> bool:
-    note = Standing(RunDir(path), wanted=BETA, boot_id=boot_id()).note()
+    note = Standing(REAL.processes, RunDir(path), wanted=BETA, boot_id=boot_id()).note()
     assert note is not None
     return note.confirmed
 

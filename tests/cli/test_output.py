@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -140,7 +140,7 @@ def test_ages_count_from_rfc_3339() -> None:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8), max_size=4))
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_a_command_is_what_bash_reads_and_moves_no_cursor(words: list[str]) -> None:
     """Law: a command that is shown can be pasted, and has no character that a terminal acts on."""
     line = quoted(words)

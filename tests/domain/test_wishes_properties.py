@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
@@ -41,9 +41,6 @@ from kvmsupervisor.domain.wishes import (
 
 VM = InstanceId("vm")
 
-# Time says nothing on a busy machine, and building megabytes is what this is about.
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
 NUMBERED = [f"nic/{number}/{what}" for number in range(1, NICS) for what in ("mac", "bridge")]
 NUMBERED += [f"disk/{number}" for number in range(1, DISKS)]
 _known = st.sampled_from([name.encode() for name in (*WISH_KEYS, *NUMBERED, FREE_KEY, "x-note")])
@@ -62,7 +59,6 @@ _raws = st.builds(RawValue, _values, st.integers(min_value=1, max_value=2**63 - 
 _keys = st.dictionaries(_names, _raws, max_size=12)
 
 
-@patient
 @given(_keys)
 def test_no_bytes_hurt(keys: Mapping[bytes, RawValue]) -> None:
     """Law: any keys make a wish, the same each time; it has a machine exactly when nothing is wrong."""
@@ -81,7 +77,6 @@ def test_no_bytes_hurt(keys: Mapping[bytes, RawValue]) -> None:
         assert problem.key.startswith("unknown") or len(str(problem)) < 500
 
 
-@patient
 @given(_keys)
 def test_each_bad_key_is_named(keys: Mapping[bytes, RawValue]) -> None:
     """Law: a key that makes a machine impossible by itself is named when it is among others.
@@ -172,7 +167,6 @@ def _quoted(words: tuple[str, ...]) -> str:
     return " ".join("'" + word.replace("'", "'\"'\"'") + "'" for word in words)
 
 
-@patient
 @given(_specs(), st.sampled_from(Power), st.sampled_from(RestartPolicy), st.integers(-1000, 1000), _spaces)
 def test_sound_values_round_trip(spec: Spec, power: Power, restart: RestartPolicy, number: int, space: str) -> None:
     """Law: what is written well is read as it was meant, with any white space around it."""
@@ -213,7 +207,6 @@ def test_sound_values_round_trip(spec: Spec, power: Power, restart: RestartPolic
     assert spec_from_object(json.loads(json.dumps(spec_to_object(spec)))) == spec
 
 
-@patient
 @given(st.text("hunter2\0\x1b\u202e \N{SNOWMAN}", min_size=4, max_size=100), st.binary(max_size=3))
 def test_a_password_is_never_shown(text: str, tail: bytes) -> None:
     """Law: sound or not, no part of a password is in a wish, its problems or its record."""

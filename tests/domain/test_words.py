@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.config import values as setting_values
@@ -115,7 +115,6 @@ def test_every_key_is_in_these_tests() -> None:
     assert _SOUND.keys() | {"extra_flags"} == {*WISH_KEYS, *numbered}
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(sorted(_SOUND)), _hostile, max_size=4))
 def test_no_key_makes_an_option_of_qemu(texts: dict[str, str]) -> None:
     """Law: whatever is let through, the command line has no option, no parameter and no control character more."""
@@ -176,7 +175,6 @@ def test_the_three_forms(value: str) -> None:
 _shell_texts = st.text(st.sampled_from(" \t\r\n'\"\\ab-=,é\x0b\u00a0#$"), max_size=20)
 
 
-@settings(deadline=None)
 @given(_shell_texts)
 def test_words_are_those_of_a_shell(text: str) -> None:
     """Law: the words are those that Python's shlex makes of it, and what it refuses is refused."""

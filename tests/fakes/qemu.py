@@ -1,10 +1,13 @@
 """QEMU processes in virtual time: what `machine/machine.py` sees of the kernel and of QMP, without either.
 
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)      # from now on every Machine spawns and adopts these
+    qemus.system        # what spawns and adopts them, for whatever takes a `System`
 
 Each spawned process is a `FakeQemu`, whose fields say how it behaves (`deaf`, `frozen`, `stubborn`); `prepare` is
-called with each one before it begins. The run directory, its sockets and records stay real.
+called with each one before it begins. The run directory, its sockets and records stay real: a fake finds out, as the
+real one does, which sockets its options give it by number.
+
+What it has in common with a real QEMU is held by `tests/machine/test_system.py`, which runs on both.
 
 `FakeQemus.ran_off_the_record` is what law 3 forbids: guests that were let run although `on_record` denied it.
 """
@@ -15,30 +18,61 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from kvmsupervisor.adapters.agent import AgentSilent
-from kvmsupervisor.adapters.process import SpawnFailed
+from kvmsupervisor.adapters.process import TERM_S, SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
+from kvmsupervisor.domain.run_state import NEVER_RAN, POWERED_OFF, RUNNING
+from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
+from tests.fakes.network import FakeNetwork
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+
+def listening(descriptors: Sequence[int]) -> dict[int, Path]:
+    """Where those of the open files listen that are sockets, by their numbers."""
+    found = {}
+    for fd in descriptors:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with socket.socket(fileno=os.dup(fd)) as listener:
+                found[fd] = Path(listener.getsockname())
+    return found
+
+
+@dataclass(eq=False)
+class Request:
+    """A QMP command on its way.
+
+    Attributes:
+        done: set once there is an answer, or there will be none.
+        answer: its result, or the error.
+    """
+
+    command: str
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    answer: Any = None
+
+    def end(self, answer: Any) -> None:
+        self.answer = answer
+        self.done.set()
 
 
 class FakeQemu:
     """One process.
 
     Attributes:
-        deaf: its guest ignores the power button.
+        deaf: its guest ignores the power button, or it has no guest.
         stubborn: QEMU takes `quit` and lives on.
-        frozen: it answers nothing on QMP; it can be killed all the same.
-        mute: it greets, and answers no command.
         refuses: QMP commands that it refuses, with its words.
         words: what it writes on its standard error before it exits with status 1 at once; None: it lives.
         run_state: QMP's.
@@ -47,15 +81,33 @@ class FakeQemu:
         presses: when its power button was pressed.
         commands: all QMP commands that it did, in order.
         asked: when its guest's agent was asked.
+        sockets: where its character devices listen, by their names.
+        monitors: the sockets on which it speaks QMP.
     """
 
-    def __init__(self, host: FakeQemus, pid: int, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        host: FakeQemus,
+        pid: int,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        listening: Mapping[int, Path],
+    ) -> None:
         self.pid = pid
         self.starttime = pid * 10
         self.argv = tuple(argv)
         self.environment = dict(environment)
-        self.run_state = "prelaunch"
-        self.deaf = self.stubborn = self.frozen = self.mute = False
+        self.sockets: dict[str, Path] = {}
+        self.monitors: set[Path] = set()
+        for option, value in pairwise(argv):
+            fields = dict(one.partition("=")[::2] for one in value.split(","))
+            if option == "-chardev" and int(fields.get("fd", -1)) in listening:
+                self.sockets[fields["id"]] = listening[int(fields["fd"])]
+            elif option == "-mon":
+                self.monitors.add(self.sockets[fields["chardev"]])
+        self.run_state = NEVER_RAN
+        self.deaf = ("-machine", "none") in pairwise(argv)
+        self.stubborn = False
         self.refuses: dict[str, str] = {}
         self.words: str | None = None
         self.agent: GuestFacts | None = None
@@ -64,9 +116,13 @@ class FakeQemu:
         self.presses: list[float] = []
         self.commands: list[str] = []
         self.status: WaitStatus | None = None
+        self._frozen = self._mute = self._terminated = self._pressed = False
         self._host = host
         self._processes: list[FakeProcess] = []
-        self._monitors: list[FakeMonitor] = []
+        self._clients: list[FakeMonitor] = []
+        self._requests: list[tuple[FakeMonitor, Request]] = []
+        # Set, and forgotten, whenever somebody who waits to be served has to look again.
+        self._line: list[asyncio.Event] = []
 
     @property
     def alive(self) -> bool:
@@ -80,13 +136,33 @@ class FakeQemu:
     def ram(self) -> str:
         return self.argv[self.argv.index("-m") + 1]
 
+    @property
+    def frozen(self) -> bool:
+        """Whether it does nothing at all, as after SIGSTOP. What it was asked meanwhile it does once it goes on."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, frozen: bool) -> None:
+        self._frozen = frozen
+        self._go_on()
+
+    @property
+    def mute(self) -> bool:
+        """Whether it hangs behind the negotiation of QMP: it does no command before it goes on."""
+        return self._mute
+
+    @mute.setter
+    def mute(self, mute: bool) -> None:
+        self._mute = mute
+        self._go_on()
+
     def is_in(self, directory: Path) -> bool:
-        """Whether that is its run directory: its sockets were opened there, and it knows their numbers only."""
-        return any(f"opaque={directory}/console.log" in word for word in self.argv)
+        """Whether that is its run directory."""
+        return directory in {path.parent for path in self.monitors}
 
     def event(self, name: str, **data: Any) -> None:
-        for monitor in self._monitors:
-            monitor.on_event(name, data)
+        for client in self._clients:
+            client.on_event(name, data)
 
     def open_agent(self, facts: GuestFacts | None = None, *, is_open: bool = True) -> None:
         """The guest opens (or closes) its agent's channel; `facts` is what the agent answers from now on."""
@@ -101,7 +177,7 @@ class FakeQemu:
 
     def power_off(self, reason: str = "guest-shutdown") -> None:
         """Its guest powers itself off under `-no-shutdown`: QEMU says so, stops the guest, and lives on."""
-        self.run_state = "shutdown"
+        self.run_state = POWERED_OFF
         self.event("SHUTDOWN", guest=True, reason=reason)
         self.event("STOP")
 
@@ -112,40 +188,141 @@ class FakeQemu:
         if not self.alive:
             return
         self.status = status
-        for monitor in tuple(self._monitors):
-            monitor.lose()
+        for client in tuple(self._clients):
+            client.lose()
+        self._call_line()
         for process in tuple(self._processes):
             asyncio.get_running_loop().call_soon(process.end)
 
     def signal(self, number: int) -> None:
-        if number == signal.SIGKILL:
-            self.crash(number)
-        elif number == signal.SIGTERM and not self.frozen:
-            self.shut_down("host-signal")
+        match number:
+            case signal.SIGKILL if self.alive:
+                self.crash(number)
+            case signal.SIGTERM:
+                self._terminated = True
+                self._go_on()
+            case signal.SIGSTOP | signal.SIGCONT:
+                self.frozen = number == signal.SIGSTOP
 
-    def run(self, command: str) -> Any:
+    # --- QMP --------------------------------------------------------------------------------------------------
+
+    async def serve(self, path: Path, on_event: OnEvent, on_lost: Callable[[], None], until: float) -> FakeMonitor:
+        """Serve a client at one of its sockets, as soon as nobody else is served there."""
+        while self.alive and (self.frozen or any(client.path == path for client in self._clients)):
+            turn = asyncio.Event()
+            self._line.append(turn)
+            if not await self._host.clock.wait(turn, until):
+                raise MonitorSilent(f"QEMU did not greet on {path}")
+        if not self.alive:
+            raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
+        return FakeMonitor(self, self._host, path, on_event, on_lost)
+
+    def take(self, client: FakeMonitor, request: Request) -> None:
+        """Do what a client asks, once it can."""
+        self._requests.append((client, request))
+        self._go_on()
+
+    def attach(self, client: FakeMonitor) -> None:
+        self._clients.append(client)
+
+    def detach(self, client: FakeMonitor) -> None:
+        """It is gone, and so is what it asked and was not done."""
+        self._clients.remove(client)
+        self._requests = [one for one in self._requests if one[0] is not client]
+        self._call_line()
+
+    def forsake(self) -> None:
+        """Whoever watched it and was served is gone, without a word."""
+        self._processes.clear()
+        self._clients.clear()
+        self._requests.clear()
+        self._call_line()
+
+    def serves(self, client: FakeMonitor) -> bool:
+        return client in self._clients
+
+    def _go_on(self) -> None:
+        if self.frozen:
+            return
+        self._call_line()
+        if self._terminated and not self.mute:
+            self.shut_down("host-signal")
+        while self._requests and not self.mute:
+            client, request = self._requests.pop(0)
+            try:
+                answer = self._run(request.command)
+            except MonitorRefused as error:
+                answer = error
+            if self._host.lose_answer_to == request.command:
+                self._host.lose_answer_to = None
+                client.lose()
+                answer = MonitorLost(f"QMP connection ended during {request.command}")
+            request.end(answer)
+
+    def _call_line(self) -> None:
+        line, self._line = self._line, []
+        for turn in line:
+            turn.set()
+
+    def _run(self, command: str) -> Any:
         if command in self.refuses:
             raise MonitorRefused(f"QEMU refuses {command}: {self.refuses[command]}")
+        answers = {
+            "query-status": {"status": self.run_state, "running": self.run_state == RUNNING},
+            "query-chardev": [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}],
+            "query-block": [],
+            "query-blockstats": [],
+            "qom-get": {},
+            "block_resize": {},
+        }
         self.commands.append(command)
+        if command == "query-uuid":
+            return {"UUID": self.argv[self.argv.index("-uuid") + 1]}
+        if command in answers:
+            return answers[command]
+        self._do(command)
+        return {}
+
+    def _do(self, command: str) -> None:
         match command:
-            case "query-uuid":
-                return {"UUID": self.argv[self.argv.index("-uuid") + 1]}
-            case "query-status":
-                return {"status": self.run_state, "running": self.run_state == "running"}
-            case "query-chardev":
-                return [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}]
+            case "cont" if self.run_state == POWERED_OFF:
+                raise MonitorRefused("QEMU refuses cont: Resetting the Virtual Machine is required")
             case "cont":
-                if not self._host.on_record(self):
-                    self._host.ran_off_the_record.append(self)
-                self.run_state = "running"
-                self.event("RESUME")
+                self._cont()
+            case "stop" if self.run_state == RUNNING:
+                self.run_state = "paused"
+                self.event("STOP")
             case "system_powerdown":
                 self.presses.append(self._host.clock.now())
-                if not self.deaf and self.run_state == "running":
-                    self._host.clock.call_at(self._host.clock.now() + 0.1, self.shut_down)
+                self.event("POWERDOWN")
+                # A guest that is paused heeds it when it goes on; before it has run there is none to heed it.
+                self._pressed = self.run_state != NEVER_RAN
+                self._heed_button()
+            case "system_reset":
+                self._pressed = False
+                if self.run_state != RUNNING:
+                    self.run_state = NEVER_RAN
+                self.event("RESET", guest=False, reason="host-qmp-system-reset")
             case "quit" if not self.stubborn:
                 asyncio.get_running_loop().call_soon(self.shut_down, "host-qmp-quit")
-        return {}
+            case "stop" | "quit":
+                pass
+            case _:
+                raise MonitorRefused(f"QEMU refuses {command}: The command {command} has not been found")
+
+    def _cont(self) -> None:
+        if not self._host.on_record(self):
+            self._host.ran_off_the_record.append(self)
+        if self.run_state != RUNNING:
+            self.run_state = RUNNING
+            self.event("RESUME")
+            self._heed_button()
+
+    def _heed_button(self) -> None:
+        if self._pressed and not self.deaf and self.run_state == RUNNING:
+            self._pressed = False
+            clock = self._host.clock
+            clock.call_at(clock.now() + 0.1, self.power_off if "-no-shutdown" in self.argv else self.shut_down)
 
 
 class FakeProcess:
@@ -163,22 +340,27 @@ class FakeProcess:
 
     @property
     def pidfd(self) -> int:
-        return self.pid if self._qemu.alive else -1
+        return self.pid if self._watches else -1
+
+    @property
+    def _watches(self) -> bool:
+        return self in self._qemu._processes
 
     def signal(self, number: int) -> None:
-        self._qemu.signal(number)
+        if self._watches:
+            self._qemu.signal(number)
 
     async def terminate(self) -> None:
         self.signal(signal.SIGTERM)
         clock = self._qemu._host.clock
-        await clock.wait(self.ended, clock.now() + 1.0)
+        await clock.wait(self.ended, clock.now() + TERM_S)
 
     def close(self) -> None:
-        if self in self._qemu._processes:
+        if self._watches:
             self._qemu._processes.remove(self)
 
     def end(self) -> None:
-        if self in self._qemu._processes:
+        if self._watches:
             self.close()
             self.status = self._qemu.status or WaitStatus()
             self.ended.set()
@@ -188,45 +370,53 @@ class FakeProcess:
 class FakeMonitor:
     """Stands for `adapters.qmp.Monitor`."""
 
-    def __init__(self, qemu: FakeQemu, host: FakeQemus, on_event: OnEvent, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, qemu: FakeQemu, host: FakeQemus, path: Path, on_event: OnEvent, on_lost: Callable[[], None]
+    ) -> None:
+        self.path = path
         self.on_event = on_event
         self._on_lost = on_lost
         self._qemu = qemu
         self._host = host
         self._lost = asyncio.Event()
-        qemu._monitors.append(self)
+        self._asked: set[Request] = set()
+        qemu.attach(self)
 
     async def execute(self, command: str, arguments: object = None, *, timeout_s: float = 5.0) -> Any:
         await asyncio.sleep(0)
-        if not self._lost.is_set() and (self._qemu.frozen or self._qemu.mute):
-            await self._host.clock.wait(self._lost, self._host.clock.now() + timeout_s)
-            if not self._lost.is_set():
-                raise MonitorSilent(f"QEMU did not answer {command}")
         if self._lost.is_set():
             raise MonitorLost(f"no QMP connection for {command}")
-        answer = self._qemu.run(command)
-        if self._host.lose_answer_to == command:
-            self._host.lose_answer_to = None
-            self.lose()
-            raise MonitorLost(f"QMP connection ended during {command}")
-        return answer
+        request = Request(command)
+        self._asked.add(request)
+        try:
+            self._qemu.take(self, request)
+            if not await self._host.clock.wait(request.done, self._host.clock.now() + timeout_s):
+                raise MonitorSilent(f"QEMU did not answer {command}")
+        finally:
+            self._asked.remove(request)
+        if isinstance(request.answer, Exception):
+            raise request.answer
+        return request.answer
 
     async def drained(self, timeout_s: float) -> None:
         await self._host.clock.wait(self._lost, self._host.clock.now() + timeout_s)
 
     async def close(self) -> None:
-        self._detach()
+        self._detach("it was closed")
 
     def lose(self) -> None:
         """The connection ends."""
-        if self in self._qemu._monitors:
-            self._detach()
+        if self._qemu.serves(self):
+            self._detach("the other side hung up")
             self._on_lost()
 
-    def _detach(self) -> None:
-        if self in self._qemu._monitors:
-            self._qemu._monitors.remove(self)
+    def _detach(self, why: str) -> None:
+        if self._qemu.serves(self):
+            self._qemu.detach(self)
         self._lost.set()
+        for request in self._asked:
+            if not request.done.is_set():
+                request.end(MonitorLost(f"QMP connection ended during {request.command}: {why}"))
 
 
 class FakeQemus:
@@ -240,6 +430,8 @@ class FakeQemus:
         lose_answer_to: the next such QMP command is done, and the connection lost before its answer.
         on_record: whether a QEMU's guest may run; what law 3 asks. True unless a test says otherwise.
         ran_off_the_record: those that were let run all the same.
+        network: taps and bridges.
+        system: all of it.
     """
 
     def __init__(self, clock: FakeClock) -> None:
@@ -251,14 +443,17 @@ class FakeQemus:
         self.lose_answer_to: str | None = None
         self.on_record: Callable[[FakeQemu], bool] = lambda qemu: True
         self.ran_off_the_record: list[FakeQemu] = []
+        self.network = FakeNetwork()
+        self.system = System(
+            processes=self,
+            connect=self.connect,
+            ask_agent=self.ask,
+            network=self.network,
+            index_of=self.network.index_of,
+            ensure_device=lambda device: False,
+            port_trouble=self.network.port_trouble,
+        )
         self._pids = itertools.count(2_000_000_000)
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvmsupervisor.machine.machine.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.identity.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.spawn.kernel", self)
-        monkeypatch.setattr("kvmsupervisor.machine.monitor.Monitor", self)
-        monkeypatch.setattr("kvmsupervisor.machine.agent_watch.agent", self)
 
     @property
     def alive(self) -> list[FakeQemu]:
@@ -268,6 +463,12 @@ class FakeQemus:
     def running(self) -> list[FakeQemu]:
         """Those whose guest runs."""
         return [qemu for qemu in self.alive if qemu.run_state == "running"]
+
+    def forsake(self, run_dir: Path) -> None:
+        """The supervisor of a run directory is gone, as by SIGKILL: so are its connections and its pidfds."""
+        for qemu in self.alive:
+            if qemu.is_in(run_dir / qemu.instance):
+                qemu.forsake()
 
     # What stands for adapters.process.
 
@@ -285,7 +486,9 @@ class FakeQemus:
             raise SpawnFailed(self.no_program)
         if self.shortage is not None:
             raise OSError(self.shortage, os.strerror(self.shortage))
-        qemu = FakeQemu(self, next(self._pids), argv, environment)
+        if "/" in argv[0] and not Path(argv[0]).exists():
+            raise SpawnFailed(f"cannot start {argv[0]}: No such file or directory")
+        qemu = FakeQemu(self, next(self._pids), argv, environment, listening(pass_fds))
         self.all.append(qemu)
         self.prepare(qemu)
         process = FakeProcess(qemu, on_end, is_child=True)
@@ -305,6 +508,9 @@ class FakeQemus:
     def find(self, marks: Mapping[str, str]) -> Iterator[int]:
         return (qemu.pid for qemu in self.alive if marks.items() <= qemu.environment.items())
 
+    def having(self, name: str) -> Iterator[int]:
+        return (qemu.pid for qemu in self.alive if name in qemu.environment)
+
     def is_alive(self, pid: int, starttime: int) -> bool:
         return any((qemu.pid, qemu.starttime) == (pid, starttime) for qemu in self.alive)
 
@@ -320,7 +526,7 @@ class FakeQemus:
     # What stands for adapters.agent.
 
     async def ask(self, path: Path) -> GuestFacts:
-        (qemu,) = [qemu for qemu in self.alive if qemu.is_in(path.parent)]
+        (qemu,) = [qemu for qemu in self.alive if qemu.sockets.get("agent0") == path]
         qemu.asked.append(self.clock.now())
         await asyncio.sleep(0)
         if qemu.agent is None:
@@ -335,9 +541,6 @@ class FakeQemus:
     ) -> FakeMonitor:
         await asyncio.sleep(0)
         for qemu in self.alive:
-            if qemu.is_in(Path(path).parent):
-                if qemu.frozen:
-                    await self.clock.sleep(timeout_s)
-                    raise MonitorSilent("QEMU did not greet")
-                return FakeMonitor(qemu, self, on_event, on_lost)
+            if Path(path) in qemu.monitors:
+                return await qemu.serve(Path(path), on_event, on_lost, self.clock.now() + timeout_s)
         raise MonitorLost(f"cannot connect to QMP at {path}: nobody listens")

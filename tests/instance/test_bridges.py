@@ -3,64 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator
 
 import pytest
 
-from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.instance.bridges import AGAIN_S, GATHER_S, Bridges
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.network import FakeNetwork
 from tests.fakes.qemu import FakeQemus
 from tests.support.host import Host
 
 KNOWN = ("br0", "br1", "br2")
 
 
-class Conf:
-    """Stands for bridge.conf: what was kept, of `KNOWN`, each time that somebody took lines away."""
-
-    def __init__(self) -> None:
-        self.kept: list[set[str]] = []
-        self.trouble: str | None = None
-
-    def withdraw(self, wanted: Container[str], *, owner: str) -> tuple[str, ...]:
-        assert owner == "me"
-        if self.trouble is not None:
-            raise NetworkTrouble(self.trouble)
-        self.kept.append({bridge for bridge in KNOWN if bridge in wanted})
-        return ()
-
-
 @pytest.fixture
-def conf(monkeypatch: pytest.MonkeyPatch) -> Conf:
-    made = Conf()
+async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+    """A host with a machine on br0 that runs."""
 
     async def at_once(work: object, *args: object, **options: object) -> object:
         assert callable(work)
         return work(*args, **options)
 
-    async def open_tap(bridge: str, **options: object) -> Tap:
-        return Tap(fd=os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-
     monkeypatch.setattr(asyncio, "to_thread", at_once)
-    monkeypatch.setattr(network, "withdraw_bridges", made.withdraw)
-    monkeypatch.setattr(network, "allow_bridges", lambda bridges, **options: ())
-    monkeypatch.setattr(network, "open_tap", open_tap)
-    monkeypatch.setattr(network, "tap_name", lambda fd: "tap7")
-    return made
-
-
-@pytest.fixture
-async def host(conf: Conf, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
-    """A host with a machine on br0 that runs."""
     clock = FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     made = Host(FakeEtcd(), clock, qemus)
+    qemus.network.allow_bridges(KNOWN)
     made.wish(mac="52:54:00:00:00:01", bridge="br0")
     made.begin()
     await made.runs()
@@ -69,9 +39,15 @@ async def host(conf: Conf, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hos
 
 
 @pytest.fixture
+def conf(host: Host) -> FakeNetwork:
+    return host.qemus.network
+
+
+@pytest.fixture
 async def kept(host: Host) -> AsyncIterator[Bridges]:
     """What keeps the lines, running."""
     made = Bridges(
+        network=host.qemus.network,
         me=HostName("a"),
         owner="me",
         bridge_if="br2",
@@ -88,15 +64,15 @@ async def heeded(host: Host, kept: Bridges) -> None:
     await host.clock.advance(2 * GATHER_S)
 
 
-async def test_what_an_earlier_supervisor_left_goes_first(host: Host, kept: Bridges, conf: Conf) -> None:
+async def test_what_an_earlier_supervisor_left_goes_first(host: Host, kept: Bridges, conf: FakeNetwork) -> None:
     """Law: at the start, once all is known, all that nobody wants goes; nothing is touched before."""
     await host.clock.advance(3600.0)
     assert conf.kept == []
     await heeded(host, kept)
-    assert conf.kept == [{"br0"}]
+    assert (conf.kept, conf.owner) == ([{"br0"}], "me")
 
 
-async def test_the_file_is_left_alone_while_nobody_wants_less(host: Host, kept: Bridges, conf: Conf) -> None:
+async def test_the_file_is_left_alone_while_nobody_wants_less(host: Host, kept: Bridges, conf: FakeNetwork) -> None:
     """Law: other keys, more bridges, a stopped machine: its next start needs the line, and nobody reads the file."""
     await heeded(host, kept)
     host.put(**{"nic/1/mac": "52:54:00:00:00:02", "description": "x"})
@@ -110,7 +86,7 @@ async def test_the_file_is_left_alone_while_nobody_wants_less(host: Host, kept: 
     assert conf.kept == [{"br0"}, {"br0"}]
 
 
-async def test_a_machine_keeps_the_bridge_that_it_runs_on(host: Host, kept: Bridges, conf: Conf) -> None:
+async def test_a_machine_keeps_the_bridge_that_it_runs_on(host: Host, kept: Bridges, conf: FakeNetwork) -> None:
     """Law: a changed key takes effect at the next start; until then both are wanted, and after it one."""
     await heeded(host, kept)
     host.put(bridge="br1")
@@ -122,7 +98,7 @@ async def test_a_machine_keeps_the_bridge_that_it_runs_on(host: Host, kept: Brid
     assert conf.kept == [{"br0"}, {"br1"}]
 
 
-async def test_what_cannot_be_written_is_tried_again(host: Host, kept: Bridges, conf: Conf) -> None:
+async def test_what_cannot_be_written_is_tried_again(host: Host, kept: Bridges, conf: FakeNetwork) -> None:
     """Law: without anybody's doing, and not in a loop."""
     conf.trouble = "the disk is full"
     await heeded(host, kept)

@@ -22,10 +22,9 @@ def guard() -> FakeGuard:
 
 
 @pytest.fixture
-async def host(guard: FakeGuard, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+async def host(guard: FakeGuard) -> AsyncIterator[Host]:
     clock = FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     made = Host(FakeEtcd(clock.now), clock, qemus)
     made.guard = guard
     # No guest ever runs that its guard does not watch.

@@ -10,8 +10,6 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.domain.nics import BRIDGE, TUN, Link
 from kvmsupervisor.domain.status import Phase
 from tests.fakes.clock import FakeClock, settle
@@ -25,20 +23,10 @@ UNPLUGGED = replace(TAP, master=0)
 
 
 @pytest.fixture
-async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+async def host() -> AsyncIterator[Host]:
     """A host whose one machine has a NIC on br0, the interface 7 of this host."""
-
-    async def open_tap(bridge: str, **options: object) -> Tap:
-        return Tap(fd=os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-
-    monkeypatch.setattr(network, "open_tap", open_tap)
-    monkeypatch.setattr(network, "allow_bridges", lambda bridges, **options: ())
-    monkeypatch.setattr(network, "tap_name", lambda fd: "tap7")
-    monkeypatch.setattr(network, "denial_of", lambda bridge: None)
-    monkeypatch.setattr("kvmsupervisor.instance.start.index_of", lambda name: 7)
     clock = FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     made = Host(FakeEtcd(), clock, qemus)
     made.wish(mac="52:54:00:00:00:01", bridge="br0")
     made.begin()
@@ -86,9 +74,9 @@ async def test_what_the_kernel_refuses_is_told_and_tried_again(host: Host) -> No
     assert (host.status.reason, host.links.plugged) == ("runs", [(7, "br0")])
 
 
-async def test_an_administrators_deny_counts_here_too(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_administrators_deny_counts_here_too(host: Host) -> None:
     """bridge.conf keeps guests off a bridge for good, those as well that were there before."""
-    monkeypatch.setattr(network, "denial_of", lambda bridge: f"an administrator denies {bridge} in bridge.conf line 1")
+    host.qemus.network.denied["br0"] = "an administrator denies br0 in bridge.conf line 1"
     host.links.set(BR0, UNPLUGGED)
     await host.clock.advance(60.0)
     assert "nic0 is not plugged in again: an administrator denies br0 in bridge.conf line 1" in host.status.reason

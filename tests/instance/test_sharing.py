@@ -30,10 +30,9 @@ RUNS = replace(TAKEN, state=LockState.RUNNING, pid=5, starttime=5, clients=(CLIE
 
 
 @pytest.fixture
-async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+async def host() -> AsyncIterator[Host]:
     etcd, clock = FakeEtcd(), FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     host = Host(etcd, clock, qemus)
     host.sessions = {"a", "b"}
     yield host

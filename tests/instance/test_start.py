@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor.adapters import network
-from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine import boot_media as media
@@ -46,12 +42,6 @@ class World:
         self.slow.set()
         self._path = path
 
-    async def open_tap(self, bridge: str, *, helper: Path | None = None) -> Tap:
-        await asyncio.sleep(0)
-        if bridge not in self.bridges:
-            raise NetworkTrouble(f"there is no bridge {bridge}")
-        return Tap(fd=os.open("/dev/null", os.O_RDONLY))
-
     async def furnish(self, url: str, **_: Any) -> Media:
         self.fetched.append(url)
         await self.slow.wait()
@@ -60,27 +50,19 @@ class World:
         return Media(cdroms=(self._path / url.rpartition("/")[2],), ignition=None, notice=None)
 
 
-def allow_bridges(bridges: Sequence[str], *, owner: str) -> tuple[str, ...]:
-    return ()
-
-
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
-    monkeypatch.setattr(network, "open_tap", made.open_tap)
-    monkeypatch.setattr(network, "allow_bridges", allow_bridges)
-    monkeypatch.setattr(network, "tap_name", "tap{}".format, raising=False)
-    monkeypatch.setattr("kvmsupervisor.adapters.devices.ensure", lambda device: False)
     monkeypatch.setattr(media, "furnish", made.furnish)
     return made
 
 
 @pytest.fixture
-async def host(monkeypatch: pytest.MonkeyPatch, world: World) -> AsyncIterator[Host]:
+async def host(world: World) -> AsyncIterator[Host]:
     """Host `a` with the bridge br0, its supervisor not begun."""
     clock = FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
+    qemus.network.bridges = world.bridges
     made = Host(FakeEtcd(clock.now), clock, qemus)
     made.side = {"bridge_if": "br0"}
     qemus.on_record = made.is_on_record
@@ -190,16 +172,13 @@ async def test_a_removed_machine_waits_no_longer(host: Host, world: World) -> No
 
 async def test_a_port_that_is_taken_is_waited_for(host: Host) -> None:
     """Law: a SPICE port that another program has is told and waited for, in one piece with the rest."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1)
-        port = listener.getsockname()[1]
-        host.wish(spice_port=str(port))
-        host.begin()
-        await host.clock.advance(60.0)
-        assert host.status.phase is Phase.WAITING
-        assert f"port {port} on 127.0.0.1 cannot be had" in host.status.reason
+    host.qemus.network.taken.add(5901)
+    host.wish(spice_port="5901")
+    host.begin()
+    await host.clock.advance(60.0)
+    assert host.status.phase is Phase.WAITING
+    assert "port 5901 on 127.0.0.1 cannot be had" in host.status.reason
+    host.qemus.network.taken.clear()
     await host.runs()
 
 
@@ -415,11 +394,8 @@ async def test_a_version_that_was_not_known_is_looked_up_later(host: Host) -> No
 
 async def test_the_password_is_nowhere_but_in_its_file(host: Host) -> None:
     """Law: no record, status, lock, log line, argument or variable has the SPICE password; QEMU reads it in a file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with capture_logs() as lines:
-        host.wish(spice_port=str(port), spice_password="hunter2")
+        host.wish(spice_port="5901", spice_password="hunter2")
         host.begin()
         qemu = await host.runs()
         host.put(spice_password="hunter3\x1b")
@@ -449,7 +425,7 @@ def files_of(folder: Path) -> list[Path]:
 
 async def test_a_changed_password_is_pending_for_a_successor_too(host: Host) -> None:
     """Law: the record's digest tells an adopted machine's password from another one, and from the same."""
-    host.wish(spice_port=str(free_port()), spice_password="hunter2")
+    host.wish(spice_port="5901", spice_password="hunter2")
     host.begin()
     await host.runs()
     await host.die()
@@ -459,13 +435,6 @@ async def test_a_changed_password_is_pending_for_a_successor_too(host: Host) -> 
     host.put(spice_password="hunter3")
     await settle()
     assert host.status.pending == ("spice_password",)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def test_a_stopped_machine_that_moves_keeps_what_is_on_record(host: Host, other: Host) -> None:

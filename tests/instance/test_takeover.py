@@ -28,11 +28,10 @@ MakeHost = Callable[[str], Host]
 
 
 @pytest.fixture
-async def make(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MakeHost]:
+async def make() -> AsyncIterator[MakeHost]:
     """Makes hosts of one cluster."""
     etcd, clock = FakeEtcd(), FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     hosts: list[Host] = []
 
     def make(name: str) -> Host:

@@ -38,10 +38,8 @@ def etcd(clock: FakeClock) -> FakeEtcd:
 
 
 @pytest.fixture
-def qemus(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> FakeQemus:
-    made = FakeQemus(clock)
-    made.install(monkeypatch)
-    return made
+def qemus(clock: FakeClock) -> FakeQemus:
+    return FakeQemus(clock)
 
 
 @pytest.fixture

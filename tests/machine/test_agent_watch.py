@@ -19,11 +19,10 @@ FULL = GuestFacts(hostname="web1", addresses=(GuestAddress(interface="eth0", add
 
 
 @pytest.fixture
-async def host(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
+async def host() -> AsyncIterator[Host]:
     """A host that shall run one machine."""
     clock = FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     host = Host(FakeEtcd(), clock, qemus)
     host.wish()
     host.begin()

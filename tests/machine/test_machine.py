@@ -33,6 +33,7 @@ from kvmsupervisor.domain.view import Process
 from kvmsupervisor.machine import monitor
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.system import REAL
 from tests.support.processes import freeze, stat_of
 
 LIMIT_S = 15.0
@@ -96,6 +97,7 @@ class Bench:
 
     def make(self) -> Machine:
         return Machine(
+            system=REAL,
             prefix=self.prefix,
             directory=self.directory,
             clock=Clock(),

@@ -9,17 +9,16 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
 import pytest
 
-from kvmsupervisor.adapters import network
 from kvmsupervisor.adapters.cgroup import HomeFailed
 from kvmsupervisor.adapters.cgroup.homes import Anywhere, Home, Nowhere
-from kvmsupervisor.adapters.network import NetworkTrouble, Tap
+from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, HostSide
@@ -36,6 +35,9 @@ from kvmsupervisor.machine.provisioning import (
     Prepared,
     Provisioner,
 )
+from kvmsupervisor.machine.system import REAL
+from tests.fakes.clock import settle
+from tests.fakes.network import FakeNetwork
 from tests.fakes.storage import FakeDisks
 from tests.support import web
 from tests.support.host import KnownTypes
@@ -78,17 +80,14 @@ class Bench:
     """A provisioner, with folders of its own.
 
     Attributes:
-        taps: those that the fake helper opened, in order.
-        allowed: bridges that bridge.conf was made to allow.
+        network: where its taps come from.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = path / "state"
         self.homes = Homes()
-        self.taps: list[Tap] = []
-        self.allowed: list[str] = []
-        self.missing_bridge: str | None = None
+        self.network = FakeNetwork()
         (path / "code.fd").write_bytes(b"code")
         (path / "vars.fd").write_bytes(b"variables")
         self.host = HostSide(
@@ -101,6 +100,7 @@ class Bench:
 
     def make(self, user: QemuUser | None = None) -> Provisioner:
         self.provisioner = Provisioner(
+            system=replace(REAL, network=self.network, ensure_device=lambda device: False),
             host=self.host,
             files=HostFiles(state_dir=self.state, bridge_owner="of-a", media_root=self.path),
             user=user,
@@ -126,35 +126,18 @@ class Bench:
             await self.open(spec, instance)
         return caught.value
 
-    # What stands for adapters.network.
-
-    def allow(self, bridges: Sequence[str], *, owner: str) -> tuple[str, ...]:
-        assert owner == "of-a"
-        self.allowed += bridges
-        return ()
-
-    async def open_tap(self, bridge: str, *, helper: Path | None = None) -> Tap:
-        if bridge == self.missing_bridge:
-            raise NetworkTrouble(f"there is no bridge {bridge}")
-        tap = Tap(fd=os.open("/dev/null", os.O_RDONLY), vhost_fd=os.open("/dev/null", os.O_RDONLY))
-        self.taps.append(tap)
-        return tap
-
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench() -> Iterator[Bench]:
     """Its own folders, and taps that are no taps. At the end no descriptor may be left."""
     before = descriptors()
     path = Path(tempfile.mkdtemp(prefix="kvs"))
     # QEMU's user looks into it, too.
     path.chmod(0o755)
     made = Bench(path)
-    monkeypatch.setattr(network, "allow_bridges", made.allow)
-    monkeypatch.setattr(network, "open_tap", made.open_tap)
-    monkeypatch.setattr("kvmsupervisor.adapters.devices.ensure", lambda device: False)
     yield made
     shutil.rmtree(path)
-    assert not any(is_open(tap) for tap in made.taps)
+    assert not any(is_open(tap) for tap in made.network.taps)
     assert descriptors() <= before
 
 
@@ -410,54 +393,46 @@ NICS = replace(
 async def test_a_tap_for_each_nic(bench: Bench) -> None:
     """Law: one tap a NIC, in their order, each on its bridge, the host's where none is named; all allowed before."""
     opened = await bench.open(NICS)
-    assert bench.allowed == ["br0", "br1", "br2"]
-    assert opened.taps == tuple(bench.taps)
+    assert (bench.network.allowed, bench.network.owner) == (["br0", "br1", "br2"], "of-a")
+    assert opened.taps == tuple(bench.network.taps)
     assert opened.bridges == ("br0", "br1", "br2")
     with opened.closing:
         provision = opened.provision(bench.directory(), CHANNELS)
-        assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.taps)
-        assert all(is_open(tap) for tap in bench.taps)
-    assert not any(is_open(tap) for tap in bench.taps)
+        assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.network.taps)
+        assert all(is_open(tap) for tap in bench.network.taps)
+    assert not any(is_open(tap) for tap in bench.network.taps)
     assert bench.homes.closed == 1
 
 
 @pytest.mark.parametrize(("missing", "opened_before"), [("br0", 0), ("br1", 1), ("br2", 2)])
 async def test_taps_are_closed_when_a_later_one_fails(bench: Bench, missing: str, opened_before: int) -> None:
     """Law: what was opened for a start that does not follow is closed."""
-    bench.missing_bridge = missing
+    bench.network.bridges = {"br0", "br1", "br2"} - {missing}
     refusal = await bench.refused(NICS)
     assert str(refusal) == f"there is no bridge {missing}"
     assert refusal.retry_s == HOST_RETRY_S
-    assert len(bench.taps) == opened_before
-    assert not any(is_open(tap) for tap in bench.taps)
+    assert len(bench.network.taps) == opened_before
+    assert not any(is_open(tap) for tap in bench.network.taps)
 
 
 async def test_taps_are_closed_when_the_home_fails(bench: Bench) -> None:
     """Law: the same when there is no cgroup for it."""
     bench.homes.trouble = "no cgroup"
     assert str(await bench.refused(NICS)) == "no cgroup"
-    assert len(bench.taps) == 3
-    assert not any(is_open(tap) for tap in bench.taps)
+    assert len(bench.network.taps) == 3
+    assert not any(is_open(tap) for tap in bench.network.taps)
 
 
-async def test_taps_are_closed_when_the_start_is_cut_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_taps_are_closed_when_the_start_is_cut_off(bench: Bench) -> None:
     """Law: the same when it is cancelled while the next one is being opened."""
-    begun = asyncio.Event()
-
-    async def open_tap(bridge: str, *, helper: Path | None = None) -> Tap:
-        if bridge == "br1":
-            begun.set()
-            await asyncio.Event().wait()
-        return await bench.open_tap(bridge)
-
-    monkeypatch.setattr(network, "open_tap", open_tap)
+    bench.network.hung.add("br1")
     opening = asyncio.create_task(bench.open(NICS))
-    await begun.wait()
+    await settle()
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
-    assert len(bench.taps) == 1
-    assert not is_open(bench.taps[0])
+    assert len(bench.network.taps) == 1
+    assert not is_open(bench.network.taps[0])
 
 
 async def test_a_file_that_cannot_be_written(bench: Bench) -> None:

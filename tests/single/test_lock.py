@@ -14,14 +14,18 @@ from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.fencing import Diskless
 from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.config.settings import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.instance.assembly import Holder
 from kvmsupervisor.single.identity import LET_GO_S, Stand
 from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.qemu import FakeQemus
 from tests.support.host import LAYOUT, FakeSession, LockStore
+from tests.support.outside import outside
 
 KEY, STATUS_KEY = "/kvm/1/lock", "/kvmsupervisor/instances/1"
 ME = HostName("a/1")
@@ -44,19 +48,23 @@ class Bench:
         self.session = HeldSession(self.etcd, ME)
         stand = Stand(
             name=InstanceId("1"),
-            holder=ME,
-            boot_id="boot-a",
-            layout=replace(LAYOUT, lock=KEY),
+            holder=Holder(name=ME, boot_id="boot-a", layout=replace(LAYOUT, lock=KEY), run_dir=path),
             run_dir=RunDir(path),
         )
+        wake = asyncio.Event()
+        settings = load_settings({}, default_config=path / "none.toml")
+        member = stand.join(
+            settings, outside(FakeQemus(self.clock), self.etcd.peer), store=self.etcd.peer(), on_hosts=wake.set
+        )
+        member.session, member.store = cast("Session", self.session), self.store
         self.lock = SingleLock(
             stand=stand,
-            store=self.store,
-            session=cast("Session", self.session),
-            history=stand.history(store=self.etcd.peer(), clock=self.clock, patience_s=60.0),
+            member=member,
             clock=self.clock,
             options=options,
             fencing=Diskless(),
+            processes=FakeQemus(self.clock),
+            wake=wake,
         )
         self._following: asyncio.Task[None] | None = None
 

@@ -63,11 +63,10 @@ class Candidate:
 
 
 @pytest.fixture
-async def candidates(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[], list[Candidate]]]:
+async def candidates() -> AsyncIterator[Callable[[], list[Candidate]]]:
     """Two hosts, a and b, and an orphan of z that both are candidates for."""
     etcd, clock = FakeEtcd(), FakeClock()
     qemus = FakeQemus(clock)
-    qemus.install(monkeypatch)
     made: list[Candidate] = []
 
     def make(**wishes: str) -> list[Candidate]:

@@ -21,7 +21,7 @@ from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.status import Phase
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
-from tests.fakes.storage import FakeDisks, FakeStorage, address_of
+from tests.fakes.storage import FakeStorage, address_of
 from tests.supervisor.test_supervisor import ME, Bench
 
 LAYOUT = Layout()
@@ -36,27 +36,24 @@ KINDS = {
 
 
 @pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> FakeStorage:
-    made = FakeStorage()
-    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.CephFencing", lambda *args, **kwargs: made)
-    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Disks", lambda *args, **kwargs: FakeDisks())
-    return made
+def storage() -> FakeStorage:
+    return FakeStorage()
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch, storage: FakeStorage) -> AsyncIterator[Bench]:
-    made = Bench(monkeypatch)
+async def bench(storage: FakeStorage) -> AsyncIterator[Bench]:
+    made = Bench()
+    made.storage = storage
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def other(bench: Bench) -> AsyncIterator[Bench]:
     """The host `b` of the same cluster."""
-    made = Bench(monkeypatch)
+    made = Bench()
     made.clock, made.etcd, made.qemus, made.more = bench.clock, bench.etcd, bench.qemus, {"KVM_HOSTNAME": "b"}
-    bench.qemus.install(monkeypatch)
-    monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: bench.clock)
+    made.storage = bench.storage
     yield made
     await made.close()
 
@@ -120,7 +117,7 @@ async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, pas
     await bench.clock.advance(600.0)
     assert untouched({"1": qemu} | bench.of("1"))
     assert (lock(bench, "1").epoch, lock(bench, "1").pid) == (epoch, qemu.pid)
-    assert bench.supervisor.face.ready()[0]
+    assert bench.host.face.ready()[0]
     assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
 

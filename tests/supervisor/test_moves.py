@@ -18,11 +18,12 @@ from kvmsupervisor.config.settings import load_settings
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
-from tests.support.host import KnownTypes
+from tests.support.outside import outside
 
 NBSP = "\u00a0"
 
@@ -30,16 +31,11 @@ NBSP = "\u00a0"
 class Site:
     """One etcd, and hosts that come and go."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.qemus = FakeQemus(self.clock)
-        self.qemus.install(monkeypatch)
         self.hosts: dict[str, Node] = {}
-        self._monkeypatch = monkeypatch
-        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
-        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
-        monkeypatch.setattr("random.random", lambda: 0.5)
 
     async def start(self, *names: str) -> list[Node]:
         nodes = [self.hosts.setdefault(name, Node(self, name)) for name in names]
@@ -85,7 +81,8 @@ class Node:
         self.path = Path(tempfile.mkdtemp(prefix="kvs"))
         self.client = site.etcd.peer()
         self.supervisor: Supervisor
-        self._task: asyncio.Task[None] | None = None
+        self.host: Host
+        self._task: asyncio.Task[bool] | None = None
 
     async def start(self) -> None:
         environ = {
@@ -97,11 +94,13 @@ class Node:
             "KVM_CGROUP": "none",
         }
         self.client = self.site.etcd.peer()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", lambda config: self.client)
-            self.supervisor = Supervisor(load_settings(environ, default_config=self.path / "none.toml"))
-            self._task = asyncio.create_task(self.supervisor.run())
-            await self.site.clock.advance(5.0)
+        settings = load_settings(environ, default_config=self.path / "none.toml")
+        self.supervisor = Supervisor(settings, outside(self.site.qemus, lambda: self.client))
+        self._task = asyncio.create_task(self.supervisor.run(self._started))
+        await self.site.clock.advance(5.0)
+
+    def _started(self, host: Host) -> None:
+        self.host = host
 
     async def stop(self) -> None:
         """The supervisor ends in order; its guests run on."""
@@ -119,6 +118,7 @@ class Node:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            self.site.qemus.forsake(self.path)
 
     async def die(self, *, guests: bool = True) -> None:
         """The host is gone, and its session some seconds later."""
@@ -147,17 +147,17 @@ class Node:
         return self.guests[name]
 
     def status(self, name: str = "1") -> Status | None:
-        return next((status for status in self.supervisor.face.instances() if status.id == name), None)
+        return next((status for status in self.host.face.instances() if status.id == name), None)
 
     def metric(self, line: str) -> float | None:
-        text = self.supervisor.face.metrics("")[0].decode()
+        text = self.host.face.metrics("")[0].decode()
         rows = (row.rpartition(" ") for row in text.splitlines())
         return next((float(value) for key, _, value in rows if key == f"kvmsupervisor_{line}"), None)
 
 
 @pytest.fixture
-async def site(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Site]:
-    made = Site(monkeypatch)
+async def site() -> AsyncIterator[Site]:
+    made = Site()
     yield made
     await made.close()
 

@@ -20,11 +20,13 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu, FakeQemus
-from tests.support.host import KnownTypes
+from tests.fakes.storage import FakeDisks, FakeStorage
+from tests.support.outside import outside
 
 ME = "a"
 CONFIRMATION = f"/kvmsupervisor/confirm-removal/{ME}"
@@ -33,26 +35,26 @@ CONFIRMATION = f"/kvmsupervisor/confirm-removal/{ME}"
 class Bench:
     """A supervisor over a fake etcd and fake QEMUs; `begin`, `end`, and `begin` again for its successor."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.qemus = FakeQemus(self.clock)
         self.path = Path(tempfile.mkdtemp(prefix="kvs"))
         self.more: dict[str, str] = {}
         self.supervisor: Supervisor
-        self._task: asyncio.Task[None] | None = None
-        self.qemus.install(monkeypatch)
+        self.host: Host
+        self.memory_mib: int | None = None
+        self.storage: FakeStorage | None = None
+        self._task: asyncio.Task[bool] | None = None
         self.client = self.etcd
-        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", self._connect)
-        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.Clock", lambda: self.clock)
-        # A real QEMU would be asked in real time, and none of the virtual one would pass meanwhile.
-        monkeypatch.setattr("kvmsupervisor.supervisor.supervisor.MachineTypes", lambda qemu: KnownTypes())
-        monkeypatch.setattr("random.random", lambda: 0.5)
 
-    def _connect(self, config: object) -> FakeEtcd:
+    def _connect(self) -> FakeEtcd:
         # Its own client: closing it leaves the store open.
         self.client = self.etcd.peer()
         return self.client
+
+    def _started(self, host: Host) -> None:
+        self.host = host
 
     def settings(self) -> Settings:
         environ = {
@@ -66,10 +68,23 @@ class Bench:
         }
         return load_settings(environ | self.more, default_config=self.path / "none.toml")
 
-    async def begin(self, *, virtual_s: float = 5.0) -> None:
-        self.supervisor = Supervisor(self.settings())
-        self._task = asyncio.create_task(self.supervisor.run())
+    async def begin(self, *, virtual_s: float = 5.0, connect: Callable[[], FakeEtcd] | None = None) -> None:
+        world = outside(
+            self.qemus,
+            connect or self._connect,
+            memory_mib=self.memory_mib,
+            fencing=self.storage,
+            disks=None if self.storage is None else FakeDisks(),
+        )
+        self.supervisor = Supervisor(self.settings(), world)
+        self._task = asyncio.create_task(self.supervisor.run(self._started))
         await self.clock.advance(virtual_s)
+
+    @property
+    def again(self) -> bool:
+        """Whether the supervisor has ended by itself, for another one to go on."""
+        assert self._task is not None
+        return self._task.done() and self._task.result()
 
     async def end(self) -> None:
         assert self._task is not None
@@ -110,21 +125,21 @@ class Bench:
         return {qemu.instance: qemu for qemu in self.qemus.running if qemu.instance in names}
 
     def status(self, name: str) -> Status | None:
-        return next((status for status in self.supervisor.face.instances() if status.id == name), None)
+        return next((status for status in self.host.face.instances() if status.id == name), None)
 
     @property
     def phases(self) -> dict[str, Phase]:
-        return {status.id: status.phase for status in self.supervisor.face.instances()}
+        return {status.id: status.phase for status in self.host.face.instances()}
 
     def metric(self, line: str) -> float:
-        text = self.supervisor.face.metrics("")[0].decode()
+        text = self.host.face.metrics("")[0].decode()
         (value,) = [row.rpartition(" ")[2] for row in text.splitlines() if row.rpartition(" ")[0] == line]
         return float(value)
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    made = Bench(monkeypatch)
+async def bench() -> AsyncIterator[Bench]:
+    made = Bench()
     yield made
     await made.close()
 
@@ -147,7 +162,7 @@ async def test_what_is_ours_runs_and_what_is_not_is_left_alone(bench: Bench) -> 
     await bench.running("2")
     assert bench.of("1", "2", "9").keys() == {"1", "2"}
     assert bench.phases == {"1": Phase.RUNNING, "2": Phase.RUNNING}
-    assert bench.supervisor.face.ready()[0]
+    assert bench.host.face.ready()[0]
 
 
 async def test_a_host_whose_name_is_in_anothers_lock_does_not_spin(bench: Bench) -> None:
@@ -185,8 +200,8 @@ async def test_garbage_hurts_nobody(bench: Bench, garbage: bytes) -> None:
     await bench.begin()
     await bench.running("2")
     assert bench.phases["2"] is Phase.RUNNING
-    assert [host.host for host in bench.supervisor.face.hosts()] == [ME]
-    bench.supervisor.face.metrics("")
+    assert [host.host for host in bench.host.face.hosts()] == [ME]
+    bench.host.face.metrics("")
 
 
 async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
@@ -199,7 +214,7 @@ async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
     assert not qemus["1"].alive
     assert not [key for key in bench.etcd.data if "/1" in key]
     assert [entry.name for entry in bench.path.iterdir() if entry.is_dir()] == ["2"]
-    assert 'instance="1"' not in bench.supervisor.face.metrics("")[0].decode()
+    assert 'instance="1"' not in bench.host.face.metrics("")[0].decode()
     assert bench.of("1", "2").keys() == {"2"}
 
 
@@ -208,7 +223,7 @@ async def test_a_watch_that_lags_brings_nothing_back(bench: Bench, monkeypatch: 
     await bench.begin()
     await bench.running("1")
     shown = Wishes.lock_of
-    stale = bench.supervisor._wishes.lock_of(InstanceId("1"))
+    stale = bench.host._wishes.lock_of(InstanceId("1"))
     assert stale is not None
     monkeypatch.setattr(Wishes, "lock_of", lambda self, name: shown(self, name) or stale)
     bench.remove("1")
@@ -235,7 +250,7 @@ async def test_a_stop_leaves_machines_and_a_start_adopts_them(bench: Bench) -> N
     await bench.begin()
     qemus = await bench.running("1", "2", "3")
     locks = {key: value for key, value in bench.etcd.data.items() if key.endswith("/lock")}
-    before = {status.id: status for status in bench.supervisor.face.instances()}
+    before = {status.id: status for status in bench.host.face.instances()}
     await bench.end()
     assert bench.of("1", "2", "3") == qemus
     await bench.clock.advance(3600.0)
@@ -243,7 +258,7 @@ async def test_a_stop_leaves_machines_and_a_start_adopts_them(bench: Bench) -> N
     assert bench.of("1", "2", "3") == qemus
     assert len(bench.qemus.all) == 3
     assert locks.items() <= bench.etcd.data.items()
-    assert {status.id: status for status in bench.supervisor.face.instances()} == before
+    assert {status.id: status for status in bench.host.face.instances()} == before
     assert bench.metric("kvmsupervisor_adopted_total") == 3.0
 
 
@@ -288,20 +303,17 @@ async def test_etcd_away_at_the_start_changes_nothing(bench: Bench) -> None:
     qemus = await bench.running("1")
     await bench.end()
 
-    def away(config: object) -> FakeEtcd:
+    def away() -> FakeEtcd:
         client = bench.etcd.peer()
         client.away()
         return client
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvmsupervisor.supervisor.supervisor.Etcd", away)
-        await bench.begin(virtual_s=3600.0)
-        assert bench.of("1") == qemus
-        assert not bench.supervisor.face.ready()[0]
-        status = bench.status("1")
-        assert status is not None
-        assert "its keys have not been read yet" in status.reason
-        await bench.end()
+    await bench.begin(virtual_s=3600.0, connect=away)
+    assert bench.of("1") == qemus
+    assert not bench.host.face.ready()[0]
+    status = bench.status("1")
+    assert status is not None
+    assert "its keys have not been read yet" in status.reason
 
 
 @pytest.mark.parametrize("file", ["incarnation.json", "memory.json"])
@@ -360,7 +372,7 @@ async def test_keys_that_return_end_the_hold(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2", "3") == qemus
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
-    assert all(status.held is False for status in bench.supervisor.face.instances())
+    assert all(status.held is False for status in bench.host.face.instances())
 
 
 async def test_a_hold_survives_the_supervisor(bench: Bench) -> None:
@@ -410,7 +422,7 @@ async def test_only_machines_that_run_count(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2", "3") == qemus
     assert bench.metric("kvmsupervisor_removals_held") == 3.0
-    assert [status.stood for status in bench.supervisor.face.instances()] == [{"host": ME, "ram": "64"}] * 3
+    assert [status.stood for status in bench.host.face.instances()] == [{"host": ME, "ram": "64"}] * 3
 
 
 async def test_running_machines_are_held_among_many_that_are_off(bench: Bench) -> None:
@@ -505,7 +517,7 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     names = [str(number) for number in range(1, 8)]
     bench.create(*names)
     await bench.begin(virtual_s=1.0)
-    assert "waits for its turn" in " ".join(status.reason for status in bench.supervisor.face.instances())
+    assert "waits for its turn" in " ".join(status.reason for status in bench.host.face.instances())
     await bench.clock.advance(60.0)
     assert len(bench.of(*names)) == 7
     assert max(starting) == 2
@@ -531,9 +543,9 @@ async def test_qemus_that_never_answer_keep_nobody_else_from_starting(bench: Ben
     assert len(bench.of(*well)) == 8
 
 
-async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench) -> None:
     """Law: memory is promised to guests in the order of their priority; who does not fit waits, and says for what."""
-    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 612)
+    bench.memory_mib = 612
     bench.more["KVM_MEMORY_RESERVE"] = "100M"
     await bench.begin()
     for name, ram, priority in (("low", "300", "1"), ("high", "300", "2"), ("small", "64", "0")):
@@ -557,9 +569,9 @@ async def test_guests_that_do_not_fit_wait_for_memory(bench: Bench, monkeypatch:
     assert bench.of("low", "high", "small").keys() == {"high", "small"}
 
 
-async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_successor_counts_the_memory_of_what_it_adopts(bench: Bench) -> None:
     """Law: what runs already is promised its memory before anybody else."""
-    monkeypatch.setattr("kvmsupervisor.machine.host.memory_for_guests_mib", lambda: 400)
+    bench.memory_mib = 400
     bench.more["KVM_MEMORY_RESERVE"] = "100M"
     await bench.begin()
     await bench.running("1", "2")

@@ -275,6 +275,7 @@ class Host:
     async def close(self) -> None:
         if not self.dead:
             await self.die()
+        self.around.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
@@ -293,7 +294,9 @@ class Host:
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
+            system=self.qemus.system,
             provisioner=Provisioner(
+                system=self.qemus.system,
                 host=host_side,
                 files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
                 user=None,

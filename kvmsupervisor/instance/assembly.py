@@ -1,0 +1,311 @@
+"""The one place where the parts are put together that every holder of locks needs: the supervisor, and single mode.
+
+Three steps, each of which makes whole objects: what the outer world is (`Outside`), what a holder is in etcd
+(`Membership`), what its instances share (`surround`). What differs between supervisor and single mode is an argument
+of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what each is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from kvmsupervisor import __version__
+from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.cgroup import Homes
+from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
+from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
+from kvmsupervisor.adapters.links import Changed, Links
+from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.metrics import Metrics
+from kvmsupervisor.cluster.fencing import CephFencing, Fencing
+from kvmsupervisor.cluster.history import History
+from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.machine import system
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.host import Equipment, look_around
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.system import System
+
+
+class ChooseHomes(Protocol):
+    """Chooses what QEMUs live in, as `cgroup.choose` does."""
+
+    async def __call__(self, wanted: cgroup.Wanted, *, run_dir: Path) -> cgroup.Chosen:
+        """Choose; see there."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """The outer world, as makers of what touches it. `REAL` is the world; tests and simulators give another one.
+
+    Attributes:
+        clock: the machine's.
+        jitter: random numbers, 0 ≤ x < 1.
+        system: processes, QMP, taps and bridges of this host.
+        boot_id: the kernel's name for its present boot.
+        machine_id: what names this machine across boots.
+        connect: etcd.
+        look_around: finds out what the host brings; see `machine.host.look_around`.
+        homes: chooses what QEMUs live in.
+        links: network interfaces.
+        machine_types: those that a QEMU knows.
+        disks: images in Ceph; whether some may be written to without a lock of theirs (`KVM_ALLOW_UNFENCED`).
+        fencing: of the storage; likewise.
+    """
+
+    clock: Clock
+    jitter: Callable[[], float]
+    system: System
+    boot_id: Callable[[], str]
+    machine_id: Callable[[], str]
+    connect: Callable[[EtcdConfig], Store]
+    look_around: Callable[[Settings], Equipment]
+    homes: ChooseHomes
+    links: Callable[[Changed], Links]
+    machine_types: Callable[[str], MachineTypes]
+    disks: Callable[[CephAccess, bool], Disks]
+    fencing: Callable[[CephAccess, bool], Fencing]
+
+
+REAL = Outside(
+    clock=Clock(),
+    jitter=random.random,
+    system=system.REAL,
+    boot_id=boot_id,
+    machine_id=machine_id,
+    connect=Etcd,
+    look_around=look_around,
+    homes=cgroup.choose,
+    links=Links,
+    machine_types=MachineTypes,
+    disks=lambda access, allow_unfenced: Disks(Ceph(access), allow_unfenced=allow_unfenced),
+    fencing=lambda access, allow_unfenced: CephFencing(Ceph(access), allow_unfenced=allow_unfenced),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds locks, and where that is kept.
+
+    Attributes:
+        name: what locks and statuses call it; a host, or a container in single mode.
+        boot_id: of this boot.
+        layout: of the keys.
+        run_dir: the folder that is this holder's own; it exists once the parts are put together.
+    """
+
+    name: HostName
+    boot_id: str
+    layout: Layout
+    run_dir: Path
+
+    def introduction(self, outside: Outside) -> HostSession:
+        """What every holder says of itself in its session."""
+        return HostSession(
+            host=self.name,
+            version=__version__,
+            url="",
+            boot_id=self.boot_id,
+            machine=outside.machine_id(),
+            started=outside.clock.wall(),
+        )
+
+
+class Membership:
+    """What a holder is in etcd: its session, the others', the history, its statuses. Nothing of it does anything yet.
+
+    Args:
+        holder: who it is.
+        settings: of this host.
+        outside: the world.
+        store: etcd.
+        says: what the session is to say; its `history` is filled in here.
+        yields: whether to go on waiting where another one lives under this name; see `Session`.
+        gather_s: how long the first of several statuses waits for the others; see `Publisher`.
+        spread_s: the pause between two writes of statuses.
+        on_hosts: called when a host came or went, or has spoken.
+
+    Attributes:
+        holder: who it is.
+        store: etcd.
+        history: that etcd has.
+        session: of the holder.
+        neighbours: the sessions of all.
+        publisher: of statuses.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        *,
+        settings: Settings,
+        outside: Outside,
+        store: Store,
+        says: HostSession,
+        yields: bool,
+        gather_s: float,
+        spread_s: float,
+        on_hosts: Callable[[], None],
+    ) -> None:
+        layout, clock, rand = holder.layout, outside.clock, outside.jitter
+        self.holder = holder
+        self.store = store
+        self.history = History(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=holder.name,
+            run_dir=holder.run_dir,
+            patience_s=settings.takeover_wait_s,
+        )
+        self.session = Session(
+            store=store,
+            clock=clock,
+            layout=layout,
+            value=replace(says, history=self.history.spoken_name),
+            run_dir=holder.run_dir,
+            ttl_s=settings.session_ttl_s,
+            yields=yields,
+            rand=rand,
+        )
+        self.neighbours = Neighbours(
+            store=store,
+            clock=clock,
+            layout=layout,
+            me=holder.name,
+            history=self.history,
+            on_change=on_hosts,
+            rand=rand,
+        )
+        self.publisher = Publisher(
+            store=store,
+            clock=clock,
+            layout=layout,
+            host=holder.name,
+            session=self.session,
+            gather_s=gather_s,
+            spread_s=spread_s,
+            rand=rand,
+        )
+
+    async def speak(self, history: str) -> bool:
+        """Have the session say that this holder has spoken in this history; False when that did not come about.
+
+        Raises:
+            EtcdError: nobody knows whether it says so.
+        """
+        return await self.session.restate(replace(self.session.value, history=history))
+
+
+def surround(
+    member: Membership,
+    *,
+    settings: Settings,
+    outside: Outside,
+    equipment: Equipment,
+    homes: Homes,
+    admission: Admission,
+    links: Links,
+    metrics: Metrics,
+    bridge_owner: str,
+    settle_s: float,
+    guard: GuardPost | None,
+    recorded_for: Callable[[str], Awaitable[InstanceId | None]],
+    holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
+    namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
+    mismatch: str | None,
+    dissent: Callable[[], str | None],
+    objection: Callable[[Incarnation], str | None],
+    draining: Callable[[], bool],
+    leaving: Callable[[], str | None],
+    ended: Callable[[Exit, WaitStatus], None],
+) -> Surroundings:
+    """What all instances of one holder share. The arguments are what differs between holders; see `Surroundings`.
+
+    Args:
+        member: the holder in etcd.
+        settings: of this host.
+        outside: the world.
+        equipment: what the host brings.
+        homes: what QEMUs live in.
+        admission: who may start.
+        links: network interfaces of this host.
+        metrics: where starts and ends are counted.
+        bridge_owner: as whom lines of bridge.conf are written.
+        settle_s: how long changed keys must be quiet before a new guest runs.
+        guard: of machines that may write to what cannot be fenced; None when there shall be none.
+        recorded_for: whose lock has a storage client on record.
+        holders: the other instances that name an image, and have a lock.
+        namesakes: the other instances that name an image.
+        mismatch: why nothing is started or stopped here.
+        dissent: why no lock is taken where none is.
+        objection: why a QEMU on record is not ours to touch.
+        draining: whether this host stops all its guests.
+        leaving: why an instance is to be stopped and let go of.
+        ended: told how a QEMU ended.
+    """
+    holder = member.holder
+    disks = outside.disks(equipment.ceph_access, settings.allow_unfenced)
+    return Surroundings(
+        me=holder.name,
+        boot_id=holder.boot_id,
+        layout=holder.layout,
+        store=member.store,
+        session=member.session,
+        publisher=member.publisher,
+        admission=admission,
+        system=outside.system,
+        provisioner=Provisioner(
+            system=outside.system,
+            host=equipment.host_side,
+            files=replace(equipment.files, bridge_owner=bridge_owner),
+            user=equipment.user,
+            types=outside.machine_types(settings.qemu),
+            homes=homes,
+            disks=disks,
+        ),
+        disks=disks,
+        logs=GuestLogs(clock=outside.clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
+        links=links,
+        user=equipment.user,
+        clock=outside.clock,
+        jitter=outside.jitter,
+        metrics=metrics,
+        fencing=outside.fencing(equipment.ceph_access, settings.allow_unfenced),
+        era=lambda: member.history.present,
+        host_has_session=member.neighbours.has_session,
+        sessions=member.neighbours.names,
+        host_drains=member.neighbours.drains,
+        host_side=equipment.host_side,
+        shutdown_timeout_s=settings.shutdown_timeout_s,
+        start_timeout_s=settings.start_timeout_s,
+        takeover_wait_s=settings.takeover_wait_s,
+        settle_s=settle_s,
+        guard=guard,
+        recorded_for=recorded_for,
+        holders=holders,
+        namesakes=namesakes,
+        mismatch=mismatch,
+        dissent=dissent,
+        objection=objection,
+        draining=draining,
+        leaving=leaving,
+        ended=ended,
+    )

@@ -1,0 +1,166 @@
+"""What a machine reaches outside this program: processes, QMP, its guest's agent, bridges, device nodes, TCP ports.
+
+A `System` is an argument of all that starts a program or connects to one, as the clock and the store are. `REAL` is the
+one of this host. Tests have another one (`tests/fakes/qemu.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvmsupervisor.adapters import agent, devices, links, network, ports, process
+from kvmsupervisor.adapters.devices import Device
+from kvmsupervisor.adapters.network import Tap
+from kvmsupervisor.adapters.qmp import Monitor
+from kvmsupervisor.domain.agent import GuestFacts
+from kvmsupervisor.domain.exits import WaitStatus
+
+
+class QemuProcess(Protocol):
+    """One process, as `adapters.process.Process` describes it."""
+
+    pid: int
+    starttime: int
+    is_child: bool
+    ended: asyncio.Event
+    status: WaitStatus
+
+    @property
+    def pidfd(self) -> int:
+        """-1 once it has ended, or is watched no more."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+
+    async def terminate(self) -> None:
+        """SIGTERM; returns when it has ended, or after some seconds."""
+
+    def close(self) -> None:
+        """Stop watching it. The process goes on."""
+
+
+class Processes(Protocol):
+    """The processes of a host, as the functions of `adapters.process` describe them."""
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log_fd: int,
+        pass_fds: Sequence[int],
+        on_end: Callable[[], None],
+        stdin: int | None = None,
+    ) -> QemuProcess:
+        """Start a program; raises SpawnFailed, OSError."""
+
+    def reopen(
+        self, pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]
+    ) -> QemuProcess | None:
+        """Find a process again; None when it is gone; raises Hidden."""
+
+    def find(self, marks: Mapping[str, str]) -> Iterator[int]:
+        """The pids of all that have these environment variables; raises Hidden."""
+
+    def having(self, name: str) -> Iterator[int]:
+        """The pids of all that have an environment variable of this name."""
+
+    def is_alive(self, pid: int, starttime: int) -> bool:
+        """Whether the process that had this pid and start time lives."""
+
+    def starttime_of(self, pid: int) -> int | None:
+        """Clock ticks since boot at which a process started; None when it is gone."""
+
+    def environment_of(self, pid: int) -> Mapping[str, str]:
+        """The environment that a process was started with; nothing where that cannot be seen."""
+
+    def command_line_of(self, pid: int) -> tuple[str, ...]:
+        """The words that a process was started with; nothing where it is gone."""
+
+
+class QmpConnection(Protocol):
+    """One connection to one QEMU, as `adapters.qmp.Monitor` describes it."""
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 5.0
+    ) -> Any:
+        """Run one command; raises MonitorRefused, MonitorSilent, MonitorLost."""
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until the connection has ended and its last event was handed on."""
+
+    async def close(self) -> None:
+        """End the connection. QEMU goes on."""
+
+
+class Connect(Protocol):
+    """Connects to QMP, as `adapters.qmp.Monitor.connect` does."""
+
+    async def __call__(
+        self,
+        path: str,
+        *,
+        on_event: Callable[[str, Mapping[str, Any]], None],
+        on_lost: Callable[[], None],
+        timeout_s: float,
+    ) -> QmpConnection:
+        """Connect to the socket at `path`; raises MonitorLost, MonitorSilent."""
+
+
+class Network(Protocol):
+    """Taps and bridges, as the functions of `adapters.network` describe them."""
+
+    async def open_tap(self, bridge: str, *, helper: Path | None = None) -> Tap:
+        """A new tap on the bridge; raises NetworkTrouble."""
+
+    def tap_name(self, fd: int) -> str:
+        """The name of an open tap's interface."""
+
+    def allow_bridges(self, bridges: Iterable[str], *, owner: str | None = None) -> tuple[str, ...]:
+        """See to it that taps on these bridges may be had; raises NetworkTrouble."""
+
+    def withdraw_bridges(self, wanted: Container[str], *, owner: str) -> tuple[str, ...]:
+        """Take back what was allowed for other bridges than these; raises NetworkTrouble."""
+
+    def denial_of(self, bridge: str) -> str | None:
+        """Why no guest may be plugged into this bridge; None when an administrator denies nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """What a machine reaches outside this program.
+
+    Attributes:
+        processes: of the host.
+        connect: to the QMP socket of one of them.
+        ask_agent: what a guest's agent says behind the socket at a path; raises AgentSilent.
+        network: its taps and bridges.
+        index_of: the index of a network interface; None when the host has none of that name.
+        ensure_device: makes a device node where it is missing; True when it did; raises DeviceTrouble.
+        port_trouble: why a server cannot listen at an address and a TCP port; None when it can.
+    """
+
+    processes: Processes
+    connect: Connect
+    ask_agent: Callable[[Path], Awaitable[GuestFacts]]
+    network: Network
+    index_of: Callable[[str], int | None]
+    ensure_device: Callable[[Device], bool]
+    port_trouble: Callable[[str, int], str | None]
+
+
+REAL = System(
+    processes=process,
+    connect=Monitor.connect,
+    ask_agent=agent.ask,
+    network=network,
+    index_of=links.index_of,
+    ensure_device=devices.ensure,
+    port_trouble=ports.trouble_with,
+)
+"""This host itself."""

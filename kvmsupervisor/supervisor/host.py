@@ -1,0 +1,421 @@
+"""One host, whole: session, keys, statuses, HTTP view, and one task per instance.
+
+`Supervisor` makes it once etcd and the host's equipment are known; everything that it has is there from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Set
+from dataclasses import dataclass, replace
+
+import structlog
+
+from kvmsupervisor.adapters import cgroup
+from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.aio import start_part
+from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.owners import instance_of_client
+from kvmsupervisor.cluster.removal_approval import Confirmations
+from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
+from kvmsupervisor.config.settings import Settings, Unfenced
+from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.identity import HostIdentity, Mismatch
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
+from kvmsupervisor.instance.bridges import Bridges
+from kvmsupervisor.instance.containment import keep_going
+from kvmsupervisor.instance.sharing import Namesakes
+from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.machine.host import Equipment, look_at_files
+from kvmsupervisor.supervisor.dispatch import Dispatch
+from kvmsupervisor.supervisor.drain import DrainMark
+from kvmsupervisor.supervisor.failover import Failover
+from kvmsupervisor.supervisor.http_view import Face
+from kvmsupervisor.supervisor.identity import Standing
+from kvmsupervisor.supervisor.statuses import Statuses
+
+log = structlog.get_logger(__name__)
+
+WORD_POLL_S = 2.0
+"""How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
+
+FLUSH_S = 2.0
+"""How long a stopping supervisor tries to write its last statuses."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Premises:
+    """What is known of a host before its parts are made.
+
+    Attributes:
+        run_dir: ours by now.
+        boot_id: of this boot.
+        standing: what lives on this host, and under which identity.
+        identity: as whom the host works.
+        mismatch: how that differs from what the settings say; None when it does not.
+        store: etcd.
+        equipment: what the host brings.
+        homes: what QEMUs live in, and why.
+        drain: whether the host stops all its guests.
+        most_files: how many files this process may have open.
+    """
+
+    run_dir: RunDir
+    boot_id: str
+    standing: Standing
+    identity: HostIdentity
+    mismatch: Mismatch | None
+    store: Store
+    equipment: Equipment
+    homes: cgroup.Chosen
+    drain: DrainMark
+    most_files: int
+
+
+class Host:
+    """Everything of one host. Made inside the event loop; nothing of it does anything before `take_over`.
+
+    Args:
+        settings: of this host.
+        outside: the world.
+        premises: what is known of the host.
+
+    Attributes:
+        face: what HTTP and the metrics show of it.
+    """
+
+    def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
+        identity, equipment, clock = premises.identity, premises.equipment, outside.clock
+        mismatch = None if premises.mismatch is None else str(premises.mismatch)
+        layout, me = identity.layout, identity.host
+        self._premises = premises
+        self._clock = clock
+        self._mismatch = mismatch
+        self._instances: dict[InstanceId, Instance] = {}
+        # Invariant: every instance has a task exactly while `_tasks` is set.
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: dict[InstanceId, asyncio.Task[None]] = {}
+        self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
+
+        # In etcd.
+        holder = Holder(name=me, boot_id=premises.boot_id, layout=layout, run_dir=settings.run_dir)
+        member = Membership(
+            holder,
+            settings=settings,
+            outside=outside,
+            store=premises.store,
+            says=replace(
+                holder.introduction(outside),
+                cpus=os.cpu_count() or 0,
+                memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+                notice=mismatch or "",
+                lock=layout.lock,
+            ),
+            # Somebody else may have this host's former name by now. What lives here is to be seen all the same.
+            yields=mismatch is not None,
+            gather_s=GATHER_S,
+            spread_s=SPREAD_S,
+            on_hosts=self._on_hosts,
+        )
+        self._history, self._session = member.history, member.session
+        self._session.listen(self.notify_all)
+        self._neighbours, self._publisher = member.neighbours, member.publisher
+        self._speak = member.speak
+        self._wishes = Wishes(
+            store=premises.store,
+            clock=clock,
+            layout=layout,
+            history=self._history,
+            on_change=self._on_keys,
+            on_anew=self._on_anew,
+            rand=outside.jitter,
+        )
+        self._confirmations = Confirmations(
+            store=premises.store,
+            clock=clock,
+            key=layout.confirmation_key(me),
+            guard=self._guard,
+            on_freed=self._let_go,
+        )
+        self._statuses = Statuses(
+            publisher=self._publisher,
+            wishes=self._wishes,
+            instances=self._instances,
+            # Whether a status without keys is the last word on an instance is known under one's own settings only.
+            drops=mismatch is None,
+        )
+
+        # On the host.
+        self._post = GuardPost(
+            run_dir=premises.run_dir,
+            clock=clock,
+            homes=premises.homes.homes,
+            ttl_s=settings.session_ttl_s,
+            notify=self.notify_all,
+        )
+        self._session.follow(self._post.renewed)
+        self._links = outside.links(self._on_links)
+        self.face = Face(
+            host=me,
+            instances=self._instances,
+            hosts=self._neighbours.table,
+            alive=self._neighbours.names,
+            session=self._session,
+            history=self._history,
+            wishes=self._wishes,
+            removals_held=lambda: len(self._guard.held),
+            qemu_privileged=equipment.privileged,
+            guests_survive=premises.homes.warning is None,
+            guard_unlocked=lambda: self._post.unlocked,
+            mismatch=mismatch,
+        )
+        self._metrics = self.face.counters
+
+        # For the instances.
+        namesakes = Namesakes(self._wishes)
+        self._around = surround(
+            member,
+            settings=settings,
+            outside=outside,
+            equipment=equipment,
+            homes=premises.homes.homes,
+            admission=self._admission,
+            links=self._links,
+            metrics=self._metrics,
+            bridge_owner=equipment.files.bridge_owner,
+            settle_s=settings.settle_s,
+            guard=self._post if settings.unfenced is Unfenced.GUARD else None,
+            recorded_for=self._recorded_for,
+            holders=namesakes.holders,
+            namesakes=namesakes.of,
+            mismatch=mismatch,
+            dissent=self._neighbours.dissent,
+            objection=self._objection,
+            draining=lambda: premises.drain.on,
+            leaving=lambda: None,
+            ended=lambda end, status: None,
+        )
+        self._failover = Failover(self._around, self._wishes)
+        self._bridges = Bridges(
+            network=outside.system.network,
+            me=me,
+            owner=equipment.files.bridge_owner,
+            bridge_if=equipment.host_side.bridge_if,
+            instances=self._instances,
+            clock=clock,
+        )
+        self._dispatch = Dispatch(
+            me=me,
+            clock=clock,
+            wishes=self._wishes,
+            instances=self._instances,
+            namesakes=namesakes,
+            guard=self._guard,
+            admit=self._admit,
+            start=self._start,
+            on_candidates=self._failover.look,
+            on_held=self._confirmations.look,
+            on_told=self._bridges.heed,
+        )
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    async def take_over(self) -> int:
+        """Find what an earlier supervisor left running; return of how many instances.
+
+        It needs no etcd; what it means is decided once etcd is read.
+        """
+        if self._around.guard is None:
+            await self._post.dismiss()
+        run_dir = self._premises.run_dir
+        for name in run_dir.instances():
+            if run_dir.instance(name).has_record:
+                self._instance(name)
+        return len(self._instances)
+
+    def served_at(self, url: str) -> None:
+        """Have the session say where HTTP is served. Before `run`."""
+        self._session.value = replace(self._session.value, url=url, draining=self._premises.drain.on)
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Run all parts until `stop`, then end them in order: decisions, statuses, connections.
+
+        Returns:
+            Whether another supervisor is to go on in its place: the host's identity has changed.
+
+        Raises:
+            HostnameTaken: another supervisor lives under this host's name; inside an exception group.
+        """
+        drain = self._premises.drain
+        again = asyncio.Event()
+        async with asyncio.TaskGroup() as parts:
+            serving = [
+                start_part(parts, part)
+                for part in (
+                    self._wishes.run(),  # first: reading a large cluster takes longest
+                    self._neighbours.run(),
+                    self._history.run(),
+                    self._history.run_speaking(self._may_speak, self._speak),
+                    self._session.run(),
+                    drain.run_telling(self._session),
+                    self._statuses.run(),
+                    self._look_first(),
+                    self._confirmations.run(),
+                    self._around.logs.run(),
+                    self._links.run(),
+                    *(() if self._mismatch is not None else (self._bridges.run(),)),
+                    *(() if self._around.guard is None else (self._around.guard.run(),)),
+                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
+                    if self._mismatch is None
+                    else self._await_word(stop, again),
+                )
+            ]
+            await self._run_instances(stop)
+            if self._session.held:
+                await self._publisher.flush(FLUSH_S)
+            self._history.save()
+            for task in serving:
+                task.cancel()
+        return again.is_set()
+
+    def close(self) -> None:
+        """Let go of what `run` has opened. Guests and their guard go on."""
+        self._post.close()
+        self._around.logs.close()
+
+    async def _run_instances(self, stop: asyncio.Event) -> None:
+        """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for instance in self._instances.values():
+                self._start(instance)
+            await stop.wait()
+            log.info("supervisor.stopping", running=sum(one.pid is not None for one in self._instances.values()))
+            self._tasks = None
+            for task in self._running.values():
+                task.cancel()
+        for instance in self._instances.values():
+            await instance.detach()
+
+    # --- instances --------------------------------------------------------------------------------------------
+
+    def _instance(self, name: InstanceId) -> Instance:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+        if name not in self._instances:
+            directory = self._premises.run_dir.instance(name)
+            fresh = Memory(boot_id=self._premises.boot_id)
+            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name].inherit()
+        return self._instances[name]
+
+    def _objection(self, record: Incarnation) -> str | None:
+        """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
+        standing, identity = self._premises.standing, self._premises.identity
+        pid = standing.pid_of(record)
+        under = identity if pid is None else standing.under(record, pid)
+        if under == identity:
+            return None
+        return (
+            f"QEMU {pid} of this instance was started under {under.unlike(identity)}, and this supervisor works "
+            f"under {identity.unlike(under)}: it is left alone; a supervisor under its own settings takes it over"
+        )
+
+    async def _await_word(self, stop: asyncio.Event, again: asyncio.Event) -> None:
+        """Go on under what the settings say once a person has said so, or nothing lives that says otherwise."""
+        standing = self._premises.standing
+        while True:
+            await self._clock.sleep(WORD_POLL_S)
+            note = standing.note()
+            if (note is not None and note.confirmed) or standing.judge()[1] is None:
+                again.set()
+                stop.set()
+
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
+        """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
+        if fresh:
+            self._publisher.doubt(name)
+        return self._instance(name)
+
+    def _start(self, instance: Instance) -> None:
+        if self._tasks is not None:
+            self._running[instance.id] = self._tasks.create_task(self._keep_going(instance), name=instance.id)
+
+    async def _keep_going(self, instance: Instance) -> None:
+        """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
+        await keep_going(instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id))
+        self._forget(instance)
+
+    def _forget(self, instance: Instance) -> None:
+        """Nothing of it is ours any more: let go of all that was kept of it here."""
+        name, directory = instance.id, self._premises.run_dir.instance(instance.id)
+        del self._instances[name]
+        del self._running[name]
+        self._dispatch.forget(name)
+        self._metrics.forget(name)
+        self._admission.release(name)
+        self._admission.take_back(name)
+        if instance.wish is not None and instance.wish.keys == 0:
+            self._publisher.forget(name)
+            self._around.logs.writer.drop(directory.path)
+            directory.remove()
+        else:
+            if instance.wish is None or instance.wish.host is not None:
+                self._publisher.abandon(name)
+            directory.drop_memory()
+        instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
+        # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
+        # has shown of it may be older than our own deletion.
+        if self._dispatch.is_wanted_here(name):
+            self._dispatch.tell({name})
+
+    async def _look_first(self) -> None:
+        """Once all is listed, look at all of it."""
+        await self._wishes.wait_synced()
+        self._dispatch.begin()
+        look_at_files(self._premises.most_files, len(self._instances))
+
+    # --- what it is told --------------------------------------------------------------------------------------
+
+    def notify_all(self) -> None:
+        """Something around all instances changed: each looks again."""
+        for instance in self._instances.values():
+            instance.notify()
+
+    def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
+        """Keys or locks of these instances differ."""
+        self._dispatch.tell(changed)
+
+    def _on_anew(self) -> None:
+        """Keys and locks are those of another history of etcd."""
+        self._dispatch.begin_anew()
+        self._statuses.begin_anew()
+
+    def _on_hosts(self) -> None:
+        """A host came or went, or has spoken: whoever waits looks again."""
+        self.notify_all()
+        self._failover.look()
+
+    def _on_links(self, changed: Set[int]) -> None:
+        """Network interfaces of this host differ."""
+        self._dispatch.links_differ(changed)
+
+    def _let_go(self, freed: Set[InstanceId]) -> None:
+        """An operator has confirmed these removals."""
+        self._dispatch.let_go(freed)
+
+    # --- around -----------------------------------------------------------------------------------------------
+
+    def _may_speak(self) -> bool:
+        """Whether everything that runs here has its lock in the history that etcd has now."""
+        known = self._wishes.synced and self._wishes.era == self._history.era
+        return known and self._session.held and all(one.has_spoken for one in self._instances.values())
+
+    async def _recorded_for(self, client: str) -> InstanceId | None:
+        return instance_of_client(self._wishes, client)
