@@ -45,8 +45,7 @@ from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import NotReady
 
 ETCD_RETRY_S = 1.0
-"""Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
-what bounds a disagreement that no event ends."""
+"""Pause after etcd failed, or a compare did not hold. A watch event or a won session wakes the loop earlier."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
