@@ -1,4 +1,4 @@
-"""How the settings say that etcd is reached."""
+"""The way to etcd, from the settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kvmsupervisor.config.settings import Settings
 
 
 def etcd_config(settings: Settings) -> EtcdConfig:
-    """What the settings say of etcd, as its client takes it."""
+    """The settings of etcd, in the form that the etcd client takes."""
     return EtcdConfig(
         endpoints=settings.etcd_endpoints,
         cacert=settings.etcd_cacert,

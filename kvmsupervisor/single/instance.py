@@ -48,9 +48,6 @@ log = structlog.get_logger(__name__)
 LOOK_S = 0.2
 """How often a stop looks whether QEMU is gone, to give up on etcd `LET_GO_S` later."""
 
-FLUSH_S = 2.0
-"""How long the last status may take to be written."""
-
 
 class NotHere(Exception):
     """The instance is not begun here. The message says why; whoever started the container may try again."""
@@ -237,7 +234,7 @@ class Single:
             impatient = start_part(parts, self._give_up_on_etcd(instance, loop))
             await asyncio.wait([loop])
             if around.session.held:
-                await around.publisher.flush(FLUSH_S)
+                await around.publisher.flush()
             for task in (impatient, *serving):
                 task.cancel()
         end_listening()

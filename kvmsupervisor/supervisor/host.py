@@ -20,7 +20,8 @@ from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import Confirmations
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
-from kvmsupervisor.config.settings import Settings, Unfenced
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
@@ -44,9 +45,6 @@ log = structlog.get_logger(__name__)
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
-
-FLUSH_S = 2.0
-"""How long a stopping supervisor tries to write its last statuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,7 +277,7 @@ class Host:
             ]
             await self._run_instances(stop)
             if self._session.held:
-                await self._publisher.flush(FLUSH_S)
+                await self._publisher.flush()
             self._history.save()
             for task in serving:
                 task.cancel()

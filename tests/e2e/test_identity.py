@@ -156,7 +156,7 @@ def test_a_host_that_was_renamed(walk: Walk) -> None:
         keys.put(one, host="beta")
     said = host.cli("confirm-identity", "--yes")
     assert said.returncode == 0, said.stderr
-    assert "started here under KVM_HOSTNAME=alpha: 1, 2" in said.stdout
+    assert "started under KVM_HOSTNAME=alpha: 1, 2" in said.stdout
     for one in ("1", "2"):
         keys.wait_status(one, lambda s: (s.host, s.phase, s.reason) == ("beta", Phase.RUNNING, "runs"))
     host.url = str(host.events("supervisor.started")[-1]["url"])

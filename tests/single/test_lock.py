@@ -12,9 +12,8 @@ import pytest
 
 from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.cluster.fencing import Diskless
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.config.settings import load_settings
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
@@ -24,6 +23,7 @@ from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
+from tests.fakes.storage import FakeStorage
 from tests.support.host import LAYOUT, FakeSession, LockStore
 from tests.support.outside import outside
 
@@ -62,7 +62,7 @@ class Bench:
             member=member,
             clock=self.clock,
             options=options,
-            fencing=Diskless(),
+            fencing=FakeStorage(),
             processes=FakeQemus(self.clock),
             wake=wake,
         )
