@@ -250,8 +250,8 @@ def shown_url(text: str) -> str:
     except Unfit:
         return hidden_url(text)
     user, _, host = url.netloc.rpartition("@")
-    if ":" in host and "@" in url.path + url.query + url.fragment:
-        # A password with /, ? or # that is not written as %XX: the text before it looks like host and port.
+    if (user or ":" in host) and "@" in url.path + url.query + url.fragment:
+        # A password with /, ? or # that is not written as %XX: the text before it looks like host, or host and port.
         return hidden_url(text)
     shown = urlunsplit((url.scheme, f"…@{host}" if user else host, url.path, "", ""))
     return f"{shown}?…" if url.query else shown
