@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, unique
 from typing import NamedTuple
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action
 
@@ -193,7 +193,7 @@ class Row(Enum):
     # fmt: on
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Decision:
     """What to say and to do.
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.records import Unfit, compact, lined, parse
 
@@ -31,7 +31,7 @@ often a machine started after the backup. Arbitrary; a machine that restarts eve
 it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Witness:
     """A key as it was observed.
 
@@ -110,7 +110,7 @@ def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Ve
     return Verdict.OTHER
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HistoryName:
     """The value of the key `<facts>/history`: the name of the present history.
 
@@ -148,7 +148,7 @@ class HistoryName:
         return name if name.version == VERSION else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HistoryFile:
     """`_history.json` in the run directory: what a supervisor acted on, for its successor.
 
@@ -187,7 +187,7 @@ class HistoryFile:
         return found if found.version == VERSION else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Era:
     """What a decision needs to know of the history that it is made in.
 

@@ -7,10 +7,11 @@ row of the table `Change`. This module says which value to write, and how to rea
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum, StrEnum, unique
 from typing import NamedTuple, assert_never
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
 from kvmsupervisor.domain.words import is_name
@@ -45,7 +46,7 @@ class Storage(StrEnum):
     UNFENCEABLE = "unfenceable"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Lock:
     """The value of `/kvm/<id>/lock`.
 
@@ -283,7 +284,7 @@ class Claim(Enum):
     UNREADABLE = "is no lock that this release understands"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LockView:
     """A lock as last seen.
 

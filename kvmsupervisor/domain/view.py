@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
@@ -48,7 +49,7 @@ class Action(Enum):
     FORGET = "end the loop: the instance is not this host's any more"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Stopping:
     """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
 
@@ -57,7 +58,7 @@ class Stopping:
     quit_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Process:
     """A QEMU process as observed.
 
@@ -97,7 +98,7 @@ class Process:
         return self.run_state == NEVER_RAN
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Holdover:
     """A QEMU that lives here and has no record in the run directory.
 
@@ -110,7 +111,7 @@ class Holdover:
     folder: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class LeftAlone:
     """What an earlier supervisor left of an instance, which this one cannot read, or must not touch.
 
@@ -127,7 +128,7 @@ class LeftAlone:
     look_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Target:
     """The other host where an instance is to run, as seen from here.
 
@@ -147,7 +148,7 @@ class Target:
         return self.there is True and not self.drains
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Deferral:
     """The wait of a takeover for a host that may have lost etcd only (law 4).
 
@@ -164,7 +165,7 @@ class Deferral:
     watchers: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class View:
     """All that a decision may depend on.
 
