@@ -250,7 +250,7 @@ def shown_url(text: str) -> str:
     except Unfit:
         return hidden_url(text)
     user, _, host = url.netloc.rpartition("@")
-    if (user or ":" in host) and "@" in url.path + url.query + url.fragment:
+    if ":" in url.netloc and "@" in url.path + url.query + url.fragment:
         # A password with /, ? or # that is not written as %XX: the text before it looks like host, or host and port.
         return hidden_url(text)
     shown = urlunsplit((url.scheme, f"…@{host}" if user else host, url.path, "", ""))
