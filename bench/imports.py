@@ -28,7 +28,7 @@ asyncio.run(ask())
 
 
 def measure(rig: Rig, *, rounds: int) -> Iterator[Figure]:
-    """Let both connect to a socket that nobody answers on, in turn."""
+    """Let both connect, in turn, to a socket that does not answer."""
     host = rig.host()
     supervisors, bares = [], []
     for number in range(rounds + 1):

@@ -120,7 +120,7 @@ def await_run(path: Path, *, let_it: bool, timeout_s: float, poll_s: float = 0.0
 
     Args:
         path: of the socket.
-        let_it: let the guest run (`cont`) once QEMU has answered; otherwise somebody else does.
+        let_it: let the guest run (`cont`) once QEMU has answered; otherwise the supervisor does.
         timeout_s: for all of it.
         poll_s: how often the socket is looked for.
 

@@ -402,7 +402,7 @@ def _open_lock(path: Path) -> int:
 
 @lru_cache(maxsize=256)
 def _parsed(data: bytes) -> Incarnation:
-    """A record. A supervisor that starts reads each of them twice: to find out who it is, and to adopt."""
+    """A record. A supervisor reads each record twice when it starts: to find its own identity, and to adopt."""
     return Incarnation.from_json(data)
 
 

@@ -36,7 +36,7 @@ class Quiet:
         self._settle_s = settle_s
 
     def heard(self, before: Wish | None, wish: Wish, now: float) -> None:
-        """Somebody has just written or deleted keys; `before` is None for an instance that was not known here."""
+        """Keys were just written or deleted; `before` is None for an instance that was not known here."""
         # A deletion leaves no revision behind, so the newest write that is there says nothing of it.
         written = before is None or wish.revision > before.revision or wish.placed != before.placed
         if written and is_complete(wish):

@@ -105,7 +105,7 @@ def test_what_host_was_followed_by_waits_again(keys: Keys) -> None:
     assert keys.waits() == SETTLE_S
 
 
-def test_what_shapes_no_machine_is_waited_for_by_nobody(keys: Keys) -> None:
+def test_a_key_that_shapes_no_machine_begins_no_wait(keys: Keys) -> None:
     keys.put(host="a", ram="64")
     keys.waits()
     keys.put(description="the shop")
@@ -121,7 +121,7 @@ def test_it_does_not_end_a_wait_either(keys: Keys) -> None:
 
 
 def test_several_keys_in_one_transaction_behind_others(keys: Keys) -> None:
-    """`kvmsupervisor set web1 ram=128 cpus=2`: nobody writes keys one by one in transactions of several."""
+    """`kvmsupervisor set web1 ram=128 cpus=2`: keys that come one by one do not come in transactions of several."""
     keys.put(host="a")
     assert keys.waits() == 0
     keys.put(ram="128", cpus="2")
@@ -160,7 +160,7 @@ def test_a_move_waits_for_nothing(keys: Keys) -> None:
 
 
 def test_a_takeover_waits_for_nothing(keys: Keys) -> None:
-    """The host that takes it over hears of these keys for the first time; nobody is writing them."""
+    """The host that takes it over hears of these keys for the first time, but they are not being written."""
     keys.put(host="a")
     keys.put(ram="64")
     assert not is_complete(keys.wish)

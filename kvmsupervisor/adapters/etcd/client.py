@@ -112,10 +112,15 @@ class Etcd:
         if self.members > 1:
             self._caller.endpoints.leave(self._caller.endpoints.current)
 
-    def ask_ahead(self, prefix: str) -> None:
-        """Ask now for what `pages` of this prefix will read soon. Returns at once; a failure is told to who reads."""
-        first = self._page(prefix, range_of(prefix, prefix=True), 0, _PAGE)
-        self._ahead[prefix] = (asyncio.get_running_loop().time() + _AHEAD_S, asyncio.create_task(first))
+    def ask_ahead(self, prefix: str) -> asyncio.Task[Any]:
+        """Ask now for what `pages` of this prefix will read soon. Returns at once; the reader hears of a failure.
+
+        Returns:
+            What is done once etcd has answered, or has not.
+        """
+        first = asyncio.create_task(self._page(prefix, range_of(prefix, prefix=True), 0, _PAGE))
+        self._ahead[prefix] = (asyncio.get_running_loop().time() + _AHEAD_S, first)
+        return first
 
     async def list(self, prefix: str, *, page: int = _PAGE) -> Listing:
         """Read all keys below `prefix` at one revision; the deadline is that of each page.
