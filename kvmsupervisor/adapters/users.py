@@ -17,7 +17,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.words import option
 
 DEFAULT_USER = "qemu"
-"""Used where it exists and no other is named (DESIGN §5)."""
+"""Used where it exists and no other is named."""
 
 
 class NoSuchUser(ValueError):
