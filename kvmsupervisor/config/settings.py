@@ -6,7 +6,7 @@ declarations; `make settings` writes the last two. `config/load.py` finds the va
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from kvmsupervisor.config import values as read
@@ -14,12 +14,13 @@ from kvmsupervisor.config.declaration import Setting, optional_setting, setting
 from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, Layout
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """All settings, parsed. Times are in seconds and end in `_s`."""
 
@@ -224,7 +225,8 @@ class Settings:
     )
     settle_s: float = setting(
         values.seconds(0, 60, "it"),
-        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one.",
+        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one. "
+        "Keys that came in one transaction, or whose `host` was written last, are complete: their guest runs at once.",
         default="0.5",
     )
     start_parallel: int = setting(
