@@ -14,7 +14,7 @@ MINUTES ?= 30
 # Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
-.PHONY: help demo test lint quick soak chaos container upgrade bench lowest wheel lock ignition format clean
+.PHONY: help demo test lint quick soak chaos container upgrade bench lowest wheel lock ignition settings format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -30,6 +30,7 @@ help:
 	@echo 'make wheel   wheel and sdist, each tried in an environment of its own, with pip alone'
 	@echo 'make lock    renews deploy/requirements.lock, the packages of the image'
 	@echo 'make ignition  renews deploy/coreos/*.ign'
+	@echo 'make settings  renews the table in docs/settings.md and config/kvmsupervisor.toml'
 	@echo 'make format  what ruff can mend by itself'
 	@echo 'make clean   removes all that these made'
 
@@ -88,6 +89,9 @@ lock: $(VENV)/.dev
 
 ignition: $(VENV)/.dev
 	for one in flatcar fcos; do $(BIN)/python tools/ignition deploy/coreos/$$one.bu >deploy/coreos/$$one.ign; done
+
+settings: $(VENV)/.dev
+	$(BIN)/python tools/settings-pages
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

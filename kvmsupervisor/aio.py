@@ -72,3 +72,11 @@ async def both(one: Coroutine[Any, Any, One], other: Coroutine[Any, Any, Other])
     steps: list[Coroutine[Any, Any, Any]] = [one, other]
     first, second = await all_of(steps)
     return first, second
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The errors in a group, and in the groups within it."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

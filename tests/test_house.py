@@ -44,6 +44,23 @@ def broad_excepts(tree: ast.AST) -> Iterator[int]:
                 yield node.lineno
 
 
+def string_patches(tree: ast.AST) -> Iterator[int]:
+    """Lines where something of ours is replaced whose name is in a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            targets = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "target")]
+            if called in {"setattr", "delattr", "patch"} and any(map(_names_us, targets)):
+                yield node.lineno
+
+
+def _names_us(target: ast.expr) -> bool:
+    """Whether that is, or may be, the name of something of ours; one that is put together may be."""
+    return isinstance(target, ast.JoinedStr) or (
+        isinstance(target, ast.Constant) and str(target.value).startswith(f"{PACKAGE.name}.")
+    )
+
+
 def lint_imports(root: Path) -> tuple[int, str]:
     """Hold the contracts of pyproject.toml against the package in `root`; exit status, and what was printed."""
     checked = subprocess.run(
@@ -114,6 +131,32 @@ def test_a_broad_except_is_found_in_every_shape() -> None:
     for shape in shapes:
         assert list(broad_excepts(ast.parse(f"try: pass\n{shape} pass"))) == [2], shape
     assert list(broad_excepts(ast.parse("try: pass\nexcept (OSError, ValueError): pass"))) == []
+
+
+def test_no_test_patches_our_modules_by_their_names() -> None:
+    """What a test needs to be another one is given as an argument; a name in a string holds nothing together."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in string_patches(ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "monkeypatch.setattr('kvmsupervisor.machine.spawn.kernel', fake)",
+        "patch('kvmsupervisor.supervisor.supervisor.Clock')",
+        "mock.patch(target='kvmsupervisor.cli.run')",
+        "monkeypatch.setattr(f'{module}.kernel', fake)",
+    ],
+)
+def test_a_patch_by_name_is_found(planted: str) -> None:
+    """The check above can fail, and leaves others' modules alone."""
+    assert list(string_patches(ast.parse(planted))) == [1]
+    others = "monkeypatch.setattr('random.random', fake); monkeypatch.setattr(Wishes, 'lock_of', fake)"
+    assert list(string_patches(ast.parse(others))) == []
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -1,8 +1,10 @@
 """Ceph through its own tools, `rbd` and `ceph`: images, who uses them, and shutting clients out.
 
 Each call is a process of its own with a deadline; it is killed and reaped when that passes, or when the caller is
-cancelled. Why not the C bindings: docs/decisions/0014-ceph-by-its-tools.md. What the tools print is read in
-`domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further errors are named.
+cancelled. When this process is killed, the kernel kills the tool (setpriv(1), PR_SET_PDEATHSIG in prctl(2)): a client
+of Ceph whose cluster is away waits for minutes. Why not the C bindings: docs/decisions/0014-ceph-by-its-tools.md. What
+the tools print is read in `domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further
+errors are named.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import asyncio
 import contextlib
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +36,7 @@ from kvmsupervisor.domain.ceph import (
     parse_watchers,
     trouble,
 )
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.words import option
@@ -96,7 +99,7 @@ class CephFailed(CephError):
     """A tool failed otherwise, or says what is not understood."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class CephAccess:
     """How this host reaches its cluster.
 
@@ -116,17 +119,19 @@ class CephAccess:
         return f"client.{self.user}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Added:
     """An entry of the blocklist that this process has added.
 
     Attributes:
-        at_s: when, by the loop's clock.
-        at: when, by the monitors' clock.
+        at_s: when it was added, by the loop's clock.
+        at: when it was added, by the monitors' clock.
+        until: when it ends, by the monitors' clock.
     """
 
     at_s: float
     at: datetime
+    until: datetime
 
 
 class Ceph:
@@ -201,22 +206,25 @@ class Ceph:
             CephFailed: one is not the address of a single client (an entry for a whole host would hit everything on
                 it, OSDs included); nothing was added then.
         """
+        added = await self._add(_exactly(clients), expire_s)
+        return {client: one.until for client, one in added.items()}
+
+    async def _add(self, clients: Iterable[Client], expire_s: float) -> Mapping[Client, _Added]:
         slots = asyncio.Semaphore(ADDS_AT_ONCE)
-        until: dict[Client, datetime] = {}
+        added: dict[Client, _Added] = {}
 
         async def add(client: Client) -> None:
             command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
             async with slots:
                 _, said = await self._run("ceph", *command)
             with _understood("ceph", command):
-                until[client] = parse_added(said.decode(errors="replace"))
-            # Whatever becomes of the others: this one need not be added again.
-            at = until[client] - timedelta(seconds=expire_s)
-            self._added[client] = _Added(at_s=asyncio.get_running_loop().time(), at=at)
+                until = parse_added(said.decode(errors="replace"))
+            at = until - timedelta(seconds=expire_s)
+            # Remembered at once: when the next one fails, this one need not be added again.
+            added[client] = self._added[client] = _Added(at_s=asyncio.get_running_loop().time(), at=at, until=until)
 
-        # Each is checked before the first is added.
-        await all_of([add(client) for client in _exactly(clients)])
-        return until
+        await all_of([add(client) for client in clients])
+        return added
 
     async def blocklist_ls(self) -> Mapping[Client, datetime]:
         """Who is shut out, and until when by the monitors' clock; entries for whole hosts are left out."""
@@ -256,9 +264,9 @@ class Ceph:
         """Add those that were not added lately; return those whose entries end too soon for a fence."""
         now_s = asyncio.get_running_loop().time()
         self._added = {client: one for client, one in self._added.items() if now_s - one.at_s < REMEMBER_S}
-        added = {client: self._added[client].at for client in clients if client in self._added}
-        fresh = await self.blocklist_add([client for client in clients if client not in added], expire_s)
-        added |= {client: until - timedelta(seconds=expire_s) for client, until in fresh.items()}
+        added = {client: self._added[client] for client in clients if client in self._added}
+        fresh = await self._add([client for client in clients if client not in added], expire_s)
+        added |= fresh
         listed = await self.blocklist_ls()
         if missing := [client for client in clients if client not in listed]:
             for client in missing:
@@ -269,7 +277,7 @@ class Ceph:
             return await self._add_and_check(clients, expire_s)
         # Both times are the monitors': this host's clock may be wrong.
         least = timedelta(seconds=FENCE_MIN_S)
-        return tuple(client for client in clients if listed[client] < added[client] + least)
+        return tuple(client for client in clients if listed[client] < added[client].at + least)
 
     # --- the key ----------------------------------------------------------------------------------------------
 
@@ -339,7 +347,7 @@ class Ceph:
         shown = _shown(program, args)
         try:
             tool = await asyncio.create_subprocess_exec(
-                program,
+                *(_path_of("setpriv", "util-linux"), "--pdeathsig", "KILL", _path_of(program, "ceph-common")),
                 *args,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -347,7 +355,7 @@ class Ceph:
                 env=environment,
             )
         except OSError as error:
-            raise CephRefused(f"cannot start {program}: {error.strerror or error}; it is in ceph-common") from error
+            raise CephRefused(f"cannot start {program}: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(limit_s):
                 answer, complaints = await tool.communicate()
@@ -383,6 +391,18 @@ class Ceph:
                 return CephFailed(f"Ceph 16 or newer is needed{because}: `{shown}`")
             case Trouble.EXISTS | Trouble.OTHER:
                 return CephFailed(told)
+
+
+def _path_of(program: str, package: str) -> str:
+    """Where a program is.
+
+    Raises:
+        CephRefused: it is not installed.
+    """
+    path = shutil.which(program)
+    if path is None:
+        raise CephRefused(f"cannot start {program}: no such program in PATH; it is in {package}")
+    return path
 
 
 def _located(image: RbdDisk) -> tuple[str, str]:

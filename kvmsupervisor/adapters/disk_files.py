@@ -18,11 +18,11 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from kvmsupervisor.domain import qcow2
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class FileLocked(FileTrouble):
     """Another program has the file open as a disk."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class DiskFile:
     """A file that was opened as a disk, and locked.
 

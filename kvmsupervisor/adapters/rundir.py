@@ -35,6 +35,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, Memory, Unreadable
@@ -57,21 +58,63 @@ class OutOfReach(Exception):
 
 
 class InstanceDir:
-    """One instance's folder and the names in it."""
+    """One instance's folder and the names in it. A path is made when it is asked for: a dozen of them take time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.qmp_socket = path / "qmp.sock"
-        self.spare_socket = path / "qmp-spare.sock"
-        self.qemu_log = path / "qemu.log"
-        self.console_socket = path / "console.sock"
-        self.console_log = path / "console.log"
-        self.ceph_key = path / "ceph.key"
-        self.spice_password = path / "spice-password"
-        self.agent_socket = path / "agent.sock"
-        self.guard_note = path / "guard.json"
-        self._incarnation = path / "incarnation.json"
-        self._memory = path / "memory.json"
+
+    @property
+    def qmp_socket(self) -> Path:
+        """QMP, for the supervisor."""
+        return self.path / "qmp.sock"
+
+    @property
+    def spare_socket(self) -> Path:
+        """QMP, kept free for a successor and for people."""
+        return self.path / "qmp-spare.sock"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU says on its standard output and error."""
+        return self.path / "qemu.log"
+
+    @property
+    def console_socket(self) -> Path:
+        """The serial console."""
+        return self.path / "console.sock"
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest wrote to it."""
+        return self.path / "console.log"
+
+    @property
+    def ceph_key(self) -> Path:
+        """The key to Ceph, while QEMU starts."""
+        return self.path / "ceph.key"
+
+    @property
+    def spice_password(self) -> Path:
+        """The password, while QEMU starts."""
+        return self.path / "spice-password"
+
+    @property
+    def agent_socket(self) -> Path:
+        """The guest agent's channel."""
+        return self.path / "agent.sock"
+
+    @property
+    def guard_note(self) -> Path:
+        """What the guard wrote when it killed QEMU."""
+        return self.path / "guard.json"
+
+    @property
+    def _incarnation(self) -> Path:
+        return self.path / "incarnation.json"
+
+    @property
+    def _memory(self) -> Path:
+        return self.path / "memory.json"
 
     def create(self) -> None:
         """Make the folder; it may be there already."""
@@ -89,7 +132,7 @@ class InstanceDir:
         """
         try:
             data = _read(self._incarnation)
-            record = None if data is None else Incarnation.from_json(data)
+            record = None if data is None else _parsed(data)
         except OSError as error:
             raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
@@ -240,7 +283,9 @@ class RunDir:
         for folder, _, names in os.walk(self.path):
             for name in names:
                 with contextlib.suppress(OSError):
-                    _keep_from_others(Path(folder, name))
+                    # What is closed already is most of it, and needs no second look.
+                    if os.lstat(f"{folder}/{name}").st_mode & 0o077:
+                        _keep_from_others(Path(folder, name))
 
     @property
     def was_used(self) -> bool:
@@ -395,6 +440,12 @@ def _open_lock(path: Path) -> int:
     with contextlib.suppress(PermissionError):
         os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+@lru_cache(maxsize=256)
+def _parsed(data: bytes) -> Incarnation:
+    """A record. A supervisor reads each record twice when it starts: to find its own identity, and to adopt."""
+    return Incarnation.from_json(data)
 
 
 def _keep_from_others(path: Path) -> None:

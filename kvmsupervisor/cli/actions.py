@@ -1,45 +1,47 @@
-"""What the writing commands do to etcd: each is one transaction that compares what it read.
+"""What the writing commands do in etcd: each is one transaction that compares what it read.
 
-Only wishes are written here, never a lock, a status or a session: those belong to the supervisors.
+They write wishes only, never a lock, a status or a session: those belong to the supervisors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.values import nearest, plain, show, some
-from kvmsupervisor.domain.wishes import VALUE_LIMIT, WISH_KEYS, is_known, parse_wish
+from kvmsupervisor.domain.wishes import VALUE_LIMIT, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
-"""How often a change is made anew after somebody else was faster. Arbitrary: people do not type faster."""
+"""How often a change is tried again when another writer was faster. Arbitrary: people do not type faster."""
 
 NAMED = 30
-"""How many keys of an instance a message names: as many as one that makes use of much has."""
+"""How many keys of an instance a message names: as many as an instance with many features has."""
 
 TXN_LIMIT = 100
-"""Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 unless it was changed."""
+"""Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 by default."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Written:
     """A wish that was written.
 
     Attributes:
-        instance: whose.
-        revision: of the write: a status that has acted on it has this revision or a newer one.
-        wish: as it stands now.
+        instance: of the wish.
+        revision: of the write; a status with this revision or a newer one has taken it into account.
+        wish: as it is now.
         before: the status key before the write.
-        notes: what the person should know, one sentence each.
+        notes: for the person, one sentence each.
     """
 
     instance: InstanceId
@@ -62,7 +64,7 @@ async def create(
         force: write although a value has a problem, or `host` has no session.
 
     Raises:
-        Refused: it has a key already, a value has a problem, or `host` names nobody who has a session.
+        Refused: the instance has a key already, a value has a problem, or `host` names a host without a session.
     """
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
@@ -85,10 +87,10 @@ async def create(
         [Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()],
     )
     if not result.succeeded:
-        raise Refused(f"{instance} was created by somebody else at this moment: look with `show {instance}`")
+        raise Refused(f"{instance} was not created: another writer has just created it; look with `show {instance}`")
     notes = [*_problem_notes(wish.problems), *_host_notes(wish, cluster)]
     if found.lock is not None:
-        notes.append(f"there is a lock from before, {found.held_by}: it starts when that is released")
+        notes.append(f"a lock from before is still there, {found.held_by}: {instance} starts when it is released")
     return Written(instance=instance, revision=result.revision, wish=wish, before=found.status, notes=tuple(notes))
 
 
@@ -103,19 +105,19 @@ async def change(
 ) -> Written:
     """Change keys of an instance that exists, all or none.
 
-    A problem that was there before, in a key that is not touched, is told but does not stand in the way:
-    a machine with two bad keys is mended one key at a time.
+    A problem that was there before, in another key, is told but does not prevent the change: the two bad keys of a
+    machine can be mended one at a time.
 
     Args:
         store: etcd.
         layout: where the keys lie.
         instance: its id.
         values: key name → new value.
-        unset: keys to delete; one that is not there is told, and refused if it could not be there: it is a typo.
+        unset: keys to delete. A key that is not there is told; an unknown name is refused, because it is a typo.
         force: write although a value has a problem, or a new `host` has no session.
 
     Raises:
-        Refused: there is no such instance, the change brings a problem, or a `host` that nobody has a session under.
+        Refused: there is no such instance, or the change brings a problem, or a `host` without a session.
     """
     _only_wishes(layout, instance, [*values, *unset])
 
@@ -131,7 +133,7 @@ async def change(
             if merged.pop(name.encode(), None) is None:
                 absent.setdefault(name)
         if not merged and not values:
-            raise Refused(f"this would leave {instance} without keys: remove it with `delete`")
+            raise Refused(f"{instance} was not changed: it would have no keys left; remove it with `delete {instance}`")
         merged |= {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
         new = _new_problems(found, merged, values)
         if new and not force:
@@ -148,9 +150,9 @@ async def change(
 
 
 async def switch(store: Store, layout: Layout, instance: InstanceId, power: str) -> Written:
-    """Write `power`, also when it holds that value already: a new write is a fresh order.
+    """Write `power`, also when it has that value already: a new write is a new order.
 
-    That is how a machine that ended by itself, with `restart=never`, starts again.
+    So a machine that ended by itself, with `restart=never`, starts again.
 
     Raises:
         Refused: there is no such instance.
@@ -180,14 +182,14 @@ async def restart(store: Store, layout: Layout, instance: InstanceId, request: s
 
 
 async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
-    """Delete every wish of an instance, and not its lock: its host does that when QEMU is proven gone.
+    """Delete every wish of an instance, but not its lock: its host does that once QEMU is proven gone.
 
-    One transaction, unless it has more than a hundred keys: then `host` goes in the first one.
+    This is one transaction, unless the instance has more than a hundred keys: then the first one deletes `host`.
 
-    What is left of an instance that has no keys any more is taken away when no host does it, see `leftovers`.
+    For an instance without keys, delete what is left of it when no host does that, see `leftovers`.
 
     Raises:
-        Refused: it has no keys, and nothing that could be taken away.
+        Refused: the instance has no keys, and nothing that may be deleted.
     """
     found, cluster = await read_instance(store, layout, instance)
     listing = await list_all(store, layout.instance_prefix(instance))
@@ -236,17 +238,17 @@ async def _rewrite(
     plan: Callable[[Instance, Cluster], Sequence[Op]],
     touched: Sequence[str],
 ) -> Written:
-    """Read an instance, plan, and write if nothing changed meanwhile; again when something did.
+    """Read an instance, plan, and write if nothing changed meanwhile; otherwise try again.
 
     Args:
         store: etcd.
         layout: where the keys lie.
         instance: its id.
-        plan: what to write, from what was read; it may refuse.
-        touched: names of the keys that the plan writes or depends on, there or not.
+        plan: returns what to write, from what was read; it may refuse.
+        touched: names of the keys that the plan writes or depends on, also missing ones.
 
     Raises:
-        Refused: there is no such instance, the plan refuses, or others change it all the time.
+        Refused: there is no such instance, the plan refuses, or other writers keep changing the instance.
     """
     for _ in range(CONFLICT_ATTEMPTS):
         found, cluster = await read_instance(store, layout, instance)
@@ -263,14 +265,14 @@ async def _rewrite(
                 before=found.status,
                 notes=(*_problem_notes(after.wish.problems), *_host_notes(after.wish, cluster)),
             )
-    raise Refused(f"{instance} was changed by others {CONFLICT_ATTEMPTS} times meanwhile; nothing was written")
+    raise Refused(f"{instance} was not changed: others changed it {CONFLICT_ATTEMPTS} times meanwhile; try again")
 
 
 def _unchanged(layout: Layout, found: Instance, touched: Sequence[str]) -> list[Compare]:
-    """Compare every key that was read, and that the other wishes are still not there.
+    """Compare every key that was read, and that the missing wishes are still missing.
 
-    An instance with more keys than one transaction compares is invalid anyway: of those, only as many as
-    fit are compared, the touched ones first. Names that are not UTF-8 cannot be compared.
+    An instance with more keys than one transaction can compare is invalid anyway: as many keys as fit are compared,
+    the touched ones first. Names that are not UTF-8 cannot be compared.
     """
     revisions = dict.fromkeys((*touched, *WISH_KEYS), 0)
     revisions |= {name.decode(): value.mod_revision for name, value in found.keys.items() if _is_text(name)}
@@ -286,7 +288,7 @@ def _is_text(key: bytes) -> bool:
 
 
 def _new_problems(found: Instance, merged: Mapping[bytes, RawValue], values: Mapping[str, str]) -> list[Problem]:
-    """Those problems of the merged keys that the change brings: in a key it sets, or in one that was sound."""
+    """The problems that the change brings: in a key that it sets, or in a key that was sound before."""
     before = {_subject(problem) for problem in found.wish.problems}
     touched = set(values)
     for name, text in values.items():
@@ -298,15 +300,15 @@ def _new_problems(found: Instance, merged: Mapping[bytes, RawValue], values: Map
 
 
 def _subject(problem: Problem) -> str:
-    """What a problem is about: one key, or all those that nobody knows."""
+    """The subject of a problem: one key, or all unknown keys."""
     return "unknown keys" if problem.key.startswith("unknown key") else problem.key
 
 
 def _refuse_huge(what: str, values: Mapping[str, str]) -> None:
-    """Refuse values that every host would have to keep, also those that are for people only.
+    """Refuse huge values, also of keys for people only: every host would have to keep them.
 
     Raises:
-        Refused: there is one; etcd takes no more than 1.5 MiB at once, and says so without naming the key.
+        Refused: a value is too large. etcd itself takes at most 1.5 MiB at once, and does not name the key.
     """
     huge = [
         Problem(name, f"{len(value.encode())} bytes", f"a value has at most {VALUE_LIMIT} bytes")
@@ -318,10 +320,10 @@ def _refuse_huge(what: str, values: Mapping[str, str]) -> None:
 
 
 def _refuse_unknown(instance: InstanceId, found: Instance, unset: Sequence[str]) -> None:
-    """Refuse to delete what is not there and cannot be.
+    """Refuse to delete a key that is not there and has an unknown name.
 
     Raises:
-        Refused: it is so; the message says which key was probably meant.
+        Refused: there is such a name; the message says which key was probably meant.
     """
     for name in unset:
         if name.encode() in found.keys or is_known(name.encode()):
@@ -336,11 +338,11 @@ def _only_wishes(layout: Layout, instance: InstanceId, names: Sequence[str] | Ma
     """Refuse to touch the lock as if it were a wish."""
     for name in names:
         if layout.wish_key(instance, name) == layout.lock_key(instance):
-            raise Refused(f"`{name}` is the lock of {instance}: it belongs to the host that holds it")
+            raise Refused(f"`{name}` is the lock of {instance}, no wish: only the host that holds it writes it")
 
 
 def _no_such(instance: InstanceId, found: Instance) -> str:
-    """The message for an instance without keys, which may still be on its way out."""
+    """The message for an instance without keys; its host may still be shutting it down."""
     if found.status is not None:
         return f"{instance} has no keys any more; host {found.status.host} says {found.status.phase.value}"
     return f"there is no instance {instance}"
@@ -348,27 +350,27 @@ def _no_such(instance: InstanceId, found: Instance) -> str:
 
 def _problems_message(what: str, problems: Sequence[Problem]) -> str:
     """Several problems under one heading, one line each."""
-    return "\n".join([f"{what} (--force does it all the same):", *(f"  {problem}" for problem in problems)])
+    return "\n".join([f"{what} (--force writes it all the same):", *(f"  {problem}" for problem in problems)])
 
 
 def _problem_notes(problems: Sequence[Problem]) -> list[str]:
-    """What is wrong with keys that were written."""
+    """Notes on problems of keys that were written."""
     return [f"problem: {problem}" for problem in problems]
 
 
 def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """What a person should know when nobody will act on a wish, or take over by it."""
+    """Notes for a wish on which no host will act, or which no host will take over."""
     return [*_candidate_notes(wish, cluster), *_target_notes(wish, cluster)]
 
 
 def _candidate_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """Candidates for a failover that are not there: down just now, or typos."""
+    """A note on failover candidates without a session: they are down, or typos."""
     absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if not cluster.alive(host)]
-    return [f"no session, so nobody to take it over, in `hosts`: {', '.join(absent)}"] if absent else []
+    return [f"`hosts` names hosts without a session, which cannot take it over: {', '.join(absent)}"] if absent else []
 
 
 def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
-    """Where it is to run, when nobody is there."""
+    """A note when no host is there to run the instance."""
     if wish.host is None:
         return [f"nothing runs {wish.instance} until `host` is set ({cluster.who_has_sessions()})"]
     if not cluster.takes(wish.instance, wish.runs_on):
@@ -376,26 +378,26 @@ def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
         return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
     target = cluster.sessions.get(wish.runs_on or "")
     if target is not None and target.draining:
-        return [f"{wish.runs_on} stops all its guests just now: what runs elsewhere stays there until that ends"]
+        return [f"{wish.runs_on} is stopping all its guests: a guest that runs elsewhere stays there until that ends"]
     return []
 
 
 def _refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:
-    """Refuse to name a host that nobody has a session under: a typo, or one that is down.
+    """Refuse a `host` without a session: a typo, or a host that is down.
 
     Raises:
-        Refused: it is so; the message says who was probably meant, and what --force comes to.
+        Refused: it has none; the message says which host was probably meant, and what --force does.
     """
     if wish.host is None or cluster.takes(wish.instance, wish.host):
         return
     if not cluster.sessions:
         raise Refused(
-            f"{what}: `host` names {wish.host}, and no host has a session with this etcd under this prefix: no "
-            "supervisor runs yet, or this is another etcd (ETCD_ENDPOINTS) or prefix (KVM_PREFIX) than theirs. "
+            f"{what}: `host` names {wish.host}, and no host has a session in this etcd under this prefix. Either no "
+            "supervisor runs yet, or the supervisors use another etcd (ETCD_ENDPOINTS) or prefix (KVM_PREFIX). "
             "--force writes it all the same"
         )
     raise Refused(
         f"{what}: `host` names {wish.host}, which has no session ({cluster.who_has_sessions()}"
-        f"{cluster.meant_by(wish.host)}). --force writes it all the same: what runs stays where it is, and what does "
-        f"not waits, until {wish.host} is there"
+        f"{cluster.meant_by(wish.host)}). --force writes it all the same: then a running guest stays where it is, and "
+        f"another one waits, until {wish.host} has a session"
     )

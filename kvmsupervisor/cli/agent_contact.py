@@ -1,4 +1,4 @@
-"""When a guest's agent was last heard: only its host's supervisor knows, and tells it over HTTP."""
+"""Asks when a guest's agent last answered: only its host's supervisor knows, and tells it over HTTP."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from kvmsupervisor.cli.output import parse_time
 from kvmsupervisor.domain.keys import InstanceId
 
 TIMEOUT_S = 1.0
-"""How long `show` waits for it in all. Arbitrary: longer, and people think that it hangs."""
+"""How long `show` waits for the answer in all. Arbitrary: if it took longer, people would think that it hangs."""
 
 REPLY_LIMIT = 256 * 1024
-"""Bytes that are read. A status has 64 KiB at most."""
+"""Bytes to read at most. A status has 64 KiB at most."""
 
 
 def agent_seen(url: str, instance: InstanceId, *, timeout_s: float = TIMEOUT_S) -> str | None:
-    """When the agent of `instance` last answered, RFC 3339; None when its host cannot be asked, or does not know.
+    """When the agent of `instance` last answered, RFC 3339; None when its host does not answer, or does not know.
 
     Args:
         url: of the host's supervisor, from its session key.
-        instance: whose agent.
-        timeout_s: for everything, looking up the host's name included.
+        instance: of the agent.
+        timeout_s: for everything, the look-up of the host's name included.
     """
     found: list[str] = []
 
@@ -32,7 +32,7 @@ def agent_seen(url: str, instance: InstanceId, *, timeout_s: float = TIMEOUT_S) 
         if seen is not None:
             found.append(seen)
 
-    # A resolver takes no deadline, so it is left behind in its thread when it is slow.
+    # A resolver takes no deadline: when it is slow, it is left behind in its thread.
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(timeout_s)
@@ -40,7 +40,7 @@ def agent_seen(url: str, instance: InstanceId, *, timeout_s: float = TIMEOUT_S) 
 
 
 def _look(url: str, instance: InstanceId, timeout_s: float) -> str | None:
-    # Not urllib: anybody may have written the session key, and it would follow `file:` and redirects, too.
+    # Not urllib, which follows `file:` and redirects: the session key may have been written by a stranger.
     try:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname is None:

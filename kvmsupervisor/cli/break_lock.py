@@ -1,18 +1,19 @@
-"""`break-lock`: an operator's word that nothing of a host writes any more, where storage cannot see to that (law 7)."""
+"""`break-lock`: an operator confirms that no QEMU of a dead host writes any more, where Ceph cannot fence (law 7)."""
 
 from __future__ import annotations
 
 import click
 
-from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
+from kvmsupervisor.adapters.etcd.api import Put, Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.cluster.lock import compares
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.lock import Change, Lock, LockState, Storage
 
 
 @click.command("break-lock")
@@ -20,16 +21,16 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 @click.option(
     "--ceph-is-gone",
     is_flag=True,
-    help="Also where its disks are in Ceph: that cluster is gone for good, so there is nothing to fence.",
+    help="Break the lock although the disks are in Ceph: that Ceph cluster is gone for good, so nothing can be fenced.",
 )
 @yes_option
 @pass_tools
 def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: bool) -> None:
-    """Let another host run an instance whose holder is gone, and whose disks no storage can fence.
+    """Release the lock of an instance whose host is gone, and whose disks Ceph cannot fence.
 
-    This is your word that no QEMU of it runs any more: make sure that its host is off, or cannot reach the disks.
-    Names what is at stake and asks; without a terminal, --yes is needed. The host that the key `host` names takes
-    the lock then; should the old one come back, it kills what it has.
+    With this command you confirm that no QEMU of the instance runs any more: first make sure that its host is off, or
+    cannot reach the disks. The command shows what is at stake and asks; without a terminal, --yes is needed. Then the
+    host that the key `host` names takes the lock. If the old host comes back, it kills its QEMU of the instance.
     """
 
     async def look(store: Store, settings: Settings) -> tuple[Instance, Cluster]:
@@ -45,39 +46,40 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
         return await write(store, settings.layout, found, lock.broken(forget_clients=ceph_is_gone))
 
     if not with_store(tools, work):
-        raise Refused(f"the lock of {instance} has changed meanwhile, or {lock.host} is back: nothing was written")
+        raise Refused(f"nothing was written: the lock of {instance} has changed meanwhile, or {lock.host} is back")
     click.echo(f"the lock of {instance} is broken")
     if found.wish.runs_on == lock.host:
-        note(f"it is still to run on {lock.host}: name another one in `host` for it to run there")
+        note(f"the key `host` of {instance} still names {lock.host}: name another host in it")
 
 
 async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:
-    """Write a broken lock in the place of the one that was read, if its holder has no session still."""
+    """Write a broken lock in place of the one that was read, if its holder still has no session."""
     assert found.lock is not None
-    result = await store.txn(
-        [
-            Compare(layout.lock_key(found.id), Target.MOD_REVISION, found.lock.kv.mod_revision),
-            Compare(layout.session_key(HostName(broken.host)), Target.MOD_REVISION, 0),
-        ],
-        [Put(layout.lock_key(found.id), broken.to_json())],
+    compared = compares(
+        Change.BREAK,
+        layout=layout,
+        instance=found.id,
+        revision=found.lock.kv.mod_revision,
+        holder=broken.host,
     )
+    result = await store.txn(compared, [Put(layout.lock_key(found.id), broken.to_json())])
     return result.succeeded
 
 
 def _breakable(found: Instance, cluster: Cluster, *, ceph_is_gone: bool) -> Lock:
-    """The lock, if a word is needed to take it.
+    """The lock, if only an operator can release it.
 
     Raises:
-        Refused: it is not; the message says what is right instead.
+        Refused: no operator is needed; the message says what is right instead.
     """
     if found.lock is None:
         raise Refused(f"{found.id} has no lock: there is nothing to break")
     lock = found.lock.lock
     if lock is None:
-        raise Refused(f"the lock of {found.id} is not one that this release can read; once no host runs it, delete it")
+        raise Refused(f"this release cannot read the lock of {found.id}; once no host runs {found.id}, delete the key")
     if cluster.alive(lock.host):
         raise Refused(
-            f"{lock.host}, which holds the lock of {found.id}, has a session: it stops it when its keys say so "
+            f"{lock.host}, which holds the lock of {found.id}, has a session: it stops {found.id} when the keys say so "
             "(`host`, `power`)"
         )
     if lock.state is LockState.BROKEN and not ceph_is_gone:
@@ -102,14 +104,14 @@ def _what_is_at_stake(found: Instance, lock: Lock) -> str:
 
 
 def _what_ends_it(found: Instance, lock: Lock) -> str:
-    """What would end a QEMU that still runs there, as far as its status tells."""
+    """What would stop a QEMU that still runs there, as far as its status tells."""
     free = f"Nothing can keep a QEMU that still runs on {lock.host} from writing"
     status = found.status
     if status is None or status.incarnation != lock.incarnation or status.guarded is None:
         return f"{free}: it may have lost no more than its network."
     if not status.guarded:
-        return f"{free}: it was to be watched by a guard there, and was not when it was last heard of."
+        return f"{free}: a guard should have watched it there, but did not when its host last wrote its status."
     return (
-        f"A guard watched it there, which kills it when the session of {lock.host} has run out: it is killed by now, "
-        f"unless that guard has ended as well, or hangs, which nobody can see from here. {free} otherwise."
+        f"A guard watched it there, and kills it when the session of {lock.host} has run out. So it is dead by now, "
+        f"unless the guard has ended or hangs, too; that cannot be seen from here. {free} otherwise."
     )

@@ -1,17 +1,18 @@
-"""`check`: everything that is wrong with the keys, found by reading them all."""
+"""`check`: finds all that is wrong with the keys and the instances; it reads all keys."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import parse_time, printable_bytes
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
@@ -19,27 +20,27 @@ from kvmsupervisor.domain.values import invisible
 from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
 SETTLE_S = 2.0
-"""Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts say something
-within milliseconds of a write, and a person who has just written does not want an alarm."""
+"""Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts write a status within
+milliseconds, and a person who has just written a key does not want an alarm."""
 
 OVERDUE_S = 60.0
-"""Seconds that a shutdown may last beyond the time that its guest has. QEMU is killed by then, which takes
-milliseconds; the rest is for clocks that differ: when it began is by its host's. Arbitrary."""
+"""Seconds that a shutdown may last beyond its guest's time. QEMU is killed by then, which takes milliseconds; the rest
+is for clocks that differ, because the host's clock says when the shutdown began. Arbitrary."""
 
 NOT_RUNNING = frozenset({Phase.BACKOFF, Phase.WAITING, Phase.STARTING, Phase.STOPPING})
-"""Phases of a machine that does not run, or not for long."""
+"""Phases of a machine that does not run, or only runs for moments."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Finding:
     """One thing that is wrong.
 
     Attributes:
-        instances: whom it concerns; none for keys that belong to no instance.
-        key: where: the name of a wish, or a whole key.
-        found: what stands there.
-        wanted: what would be right.
-        late: whether it may only be a matter of moments.
+        instances: that it concerns; none for keys that belong to no instance.
+        key: the name of a wish, or a whole key.
+        found: the present value or state.
+        wanted: the right value or state.
+        late: whether the finding may be over in a moment.
     """
 
     instances: tuple[InstanceId, ...]
@@ -55,13 +56,13 @@ class Finding:
         return found | {"instances": list(self.instances)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Patience:
     """How long things may last.
 
     Attributes:
-        settle_s: what may be a matter of moments is looked at twice, so far apart, and only told when it stays.
-        shutdown_timeout_s: that a guest has where no key says otherwise.
+        settle_s: time between two looks at findings that may be over in a moment; only those that stay are told.
+        shutdown_timeout_s: of a guest without the key `shutdown_timeout`.
         now: the time by this machine's clock.
     """
 
@@ -71,7 +72,7 @@ class Patience:
 
 
 async def check_all(store: Store, layout: Layout, patience: Patience) -> tuple[Cluster, list[Finding]]:
-    """Read everything and return what is wrong, in the order of the instances."""
+    """Read everything and return the findings, in the order of the instances."""
     cluster = await read_cluster(store, layout)
     findings = find_all(cluster, layout, patience)
     early = {finding.instances for finding in findings if finding.late}
@@ -83,7 +84,7 @@ async def check_all(store: Store, layout: Layout, patience: Patience) -> tuple[C
 
 
 def find_all(cluster: Cluster, layout: Layout, patience: Patience) -> list[Finding]:
-    """Everything that is wrong, in the order of the instances; what belongs to none comes last."""
+    """All findings, in the order of the instances; those without an instance come last."""
     findings: list[Finding] = []
     for instance in cluster.instances.values():
         findings += _of_wish(instance, cluster, layout)
@@ -115,7 +116,7 @@ def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
 
 
 def _of_characters(instance: Instance) -> Iterator[Finding]:
-    """Values with characters that nobody sees, in keys that have no problem by themselves."""
+    """Values with invisible characters, in keys that have no problem otherwise."""
     bad = {problem.key for problem in instance.wish.problems}
     for raw_name, raw in instance.keys.items():
         name = raw_name.decode("utf-8", "backslashreplace")
@@ -125,13 +126,13 @@ def _of_characters(instance: Instance) -> Iterator[Finding]:
             yield Finding(
                 instances=(instance.id,),
                 key=name,
-                found=f"a value that holds {held}",
-                wanted="the value without it: nobody sees it there",
+                found=f"a value with the invisible character {held}",
+                wanted="the value without that character",
             )
 
 
 def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
-    """What its host should have said by now, and facts that nobody keeps true."""
+    """Statuses that a host should have written by now, and facts that no host keeps up to date."""
     status, wish = instance.status, instance.wish
     key = layout.status_key(instance.id)
     if status is not None and status.held and cluster.speaks(status):
@@ -147,7 +148,7 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
                 instances=(instance.id,),
                 key=key,
                 found=f"the status of an instance without keys, by {status.host}, which has no session",
-                wanted=f"nothing: {status.host} deletes it when it is back; if it is gone for good, "
+                wanted=f"no status: {status.host} deletes it when it is back; if {status.host} is gone for good, "
                 f"`kvmsupervisor delete {instance.id}` does",
             )
         return
@@ -200,7 +201,7 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
             late=True,
         )
     elif cluster.speaks(status) and not wish.problems and status.problems:
-        # Of what its keys want and that host does not have.
+        # What its keys ask for and that host does not have.
         yield Finding(
             instances=(instance.id,),
             key=key,
@@ -210,24 +211,24 @@ def _of_status(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator
 
 
 def _is_down(status: Status, wish: Wish, cluster: Cluster) -> bool:
-    """Whether it should run, and does not, or not for long; not where its keys or its host do not let it: see there."""
+    """Whether the instance should run, and does not, or only for moments; other findings tell of bad keys and hosts."""
     if wish.power is not Power.ON or wish.problems or status.problems:
         return False
     if status.phase is Phase.STOPPED:
-        # With another policy it may have ended by itself, and is well.
+        # With another policy it may have ended by itself, as wanted.
         session = cluster.sessions.get(status.host)
         return wish.restart is RestartPolicy.ALWAYS or (session is not None and session.draining)
     return status.phase in NOT_RUNNING
 
 
 def _of_a_stop(instance: Instance, cluster: Cluster, layout: Layout, patience: Patience) -> Iterator[Finding]:
-    """A shutdown that lasts longer than it can: QEMU does not even end by force."""
+    """A shutdown that lasts longer than it may: not even force ends QEMU."""
     status, wish = instance.status, instance.wish
     if status is None or status.phase is not Phase.STOPPING or not cluster.speaks(status):
         return
     given_s = patience.shutdown_timeout_s if wish.shutdown_timeout_s is None else wish.shutdown_timeout_s
     began = parse_time(status.since)
-    # One that should run is found anyway.
+    # An instance that should run is found anyway.
     should_run = wish.host is not None and wish.power is Power.ON
     if not should_run and began is not None and patience.now - began > timedelta(seconds=given_s + OVERDUE_S):
         yield Finding(
@@ -239,7 +240,7 @@ def _of_a_stop(instance: Instance, cluster: Cluster, layout: Layout, patience: P
 
 
 def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[Finding]:
-    """Locks that nobody can read, or whose holder has no session."""
+    """Locks that cannot be read, or whose holder has no session."""
     if instance.lock is None:
         return
     key, lock = layout.lock_key(instance.id), instance.lock.lock
@@ -260,7 +261,7 @@ def _of_lock(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
 
 
 def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
-    """What hosts say that a person should know of them."""
+    """Troubles that hosts tell of themselves."""
     for host, session in cluster.sessions.items():
         if session is not None and session.notice:
             yield Finding(
@@ -278,13 +279,13 @@ def _used_twice(cluster: Cluster) -> Iterator[Finding]:
         cluster,
         "rbd",
         lambda host, spec: spec.rbd.name if spec.rbd is not None else None,
-        "one image for each instance: two writers destroy it",
+        "an image of its own for each instance: two writers destroy an image",
     )
     yield from _duplicates(
         cluster,
         "spice_port",
         lambda host, spec: (spec.spice_port, host) if spec.spice_port is not None and host is not None else None,
-        "one port for each instance of a host",
+        "a port of its own for each instance of a host",
     )
 
 
@@ -310,19 +311,19 @@ def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             instances=(),
             key=printable_bytes(kv.key),
             found="a key that belongs to no instance",
-            wanted=f"{layout.prefix}/<id>/<key>, an id being {ID_RULE}",
+            wanted=f"{layout.prefix}/<id>/<key>, where an id is {ID_RULE}",
         )
     for kv in cluster.unreadable:
         yield Finding(
             instances=(),
             key=printable_bytes(kv.key),
             found=printable_bytes(kv.value, limit=80),
-            wanted="what a supervisor of this release writes; its host writes it anew when it starts",
+            wanted="a value of this release; its host writes it anew when its supervisor starts",
         )
 
 
 def _of_history(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
-    """Hosts that are waited for since etcd has another history."""
+    """Hosts that others wait for since etcd has another history."""
     name = cluster.history
     if name is None or not name.hosts:
         return
@@ -333,11 +334,11 @@ def _of_history(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             instances=(),
             key=layout.history_key,
             found=f"another history of etcd than before (restored, or its data lost), as {name.by} has noticed; "
-            f"{', '.join(waited_for)} {'have' if len(waited_for) > 1 else 'has'} not said there yet what runs",
-            wanted="a session of each, or `kvmsupervisor confirm-removal HOST` of one that is gone for good",
+            f"{', '.join(waited_for)} {'have' if len(waited_for) > 1 else 'has'} not said yet what runs there",
+            wanted="a session of each, or `kvmsupervisor confirm-removal HOST` for a host that is gone for good",
         )
 
 
 def concerning(findings: Iterable[Finding], instance: InstanceId) -> list[Finding]:
-    """Those findings that concern one instance."""
+    """The findings that concern one instance."""
     return [finding for finding in findings if instance in finding.instances]

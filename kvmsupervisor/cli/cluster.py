@@ -1,13 +1,14 @@
-"""The cluster as its keys show it: wishes, status keys, sessions and locks, read and put together."""
+"""The cluster as its keys show it: reads wishes, status keys, sessions and locks, and puts them together."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
@@ -20,31 +21,31 @@ from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import VALUE_LIMIT, parse_wish
 
 UNKNOWN = "unknown"
-"""Shown instead of a phase whose host has no session: nobody knows."""
+"""Shown instead of the phase when the host has no session: the phase is not known then."""
 
 LIST_ATTEMPTS = 3
-"""How often a listing begins again after a compaction between two pages; twice in a row is unheard of."""
+"""How often a listing may begin again after a compaction between two pages. Two in a row were never seen."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LockFact:
-    """A lock key, and its value when that is one."""
+    """A lock key, and the lock in it if it can be read."""
 
     kv: KeyValue
     lock: Lock | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Instance:
     """One instance as its keys show it.
 
     Attributes:
         id: its id.
         keys: its wishes: key name → value, without the lock.
-        wish: what they mean (`wish.keys` is 0 when there are none).
-        status: what its host observed, None when no status key is there.
-        status_revision: `mod_revision` of that key, 0 when it is not there.
-        lock: its lock, None when it is free.
+        wish: parsed from the keys (`wish.keys` is 0 without any).
+        status: that its host wrote; None without a status key.
+        status_revision: `mod_revision` of the status key; 0 without one.
+        lock: its lock; None when it is free.
     """
 
     id: InstanceId
@@ -56,28 +57,28 @@ class Instance:
 
     @property
     def held_by(self) -> str:
-        """Who holds its lock, as a clause; for an instance that has one."""
+        """The holder of its lock, as a clause; for an instance that has one."""
         lock = self.lock.lock if self.lock is not None else None
         return f"held by {lock.host}" if lock is not None else "which cannot be read"
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with it: by its host, when that has seen the newest keys, otherwise by the keys."""
+        """Its problems: from its host, when that has seen the newest keys, otherwise from the keys."""
         if self.status is not None and self.status.revision >= self.wish.revision:
             return self.status.problems
         return tuple(str(problem) for problem in self.wish.problems)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Cluster:
     """All that etcd holds, at about one time.
 
     Attributes:
-        instances: everything that has a wish, a status or a lock, in the order people count.
-        sessions: the hosts that have one; None where the value is unreadable (the key is what counts).
+        instances: all that have a wish, a status or a lock, in natural order.
+        sessions: by host; None where the value cannot be read (the key itself is the session).
         strays: keys below the wishes' prefix that belong to no valid id.
-        unreadable: status and session keys whose value is not one.
-        history: what the present history of etcd is called, None where it has no name, or was not asked for.
+        unreadable: status and session keys whose value cannot be read.
+        history: name of the present history of etcd; None when it has no name, or was not read.
     """
 
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
@@ -91,20 +92,20 @@ class Cluster:
         return host in self.sessions
 
     def speaks(self, status: Status) -> bool:
-        """Whether a status says something of now: its host has a session, or it is a container's that has ended."""
+        """Whether a status is about now: its host has a session, or it is the last one of an ended container."""
         return self.alive(status.host) or (is_single(status.host) and not status.tells_of_a_process)
 
     def runs_alone(self, instance: Instance) -> bool:
-        """Whether it runs on its host in single mode, which needs no supervisor there."""
+        """Whether the instance runs on its host in single mode, which needs no supervisor there."""
         status, host = instance.status, instance.wish.runs_on
         return status is not None and self.alive(status.host) and is_same_host(status.host, host)
 
     def takes(self, instance: InstanceId, host: str | None) -> bool:
-        """Whether somebody is on `host` to run this instance: its supervisor, or a container in single mode."""
+        """Whether `host` can run this instance: it has a supervisor, or the instance's container in single mode."""
         return self.alive(host) or (host is not None and is_in_container(instance, host, self.sessions))
 
     def meant_by(self, host: str | None) -> str:
-        """A clause that names the host with a session that was probably meant by one that has none; or nothing."""
+        """A clause that names the host with a session that was probably meant; empty when there is none."""
         meant = None if host is None else resembling(host, self.sessions)
         return "" if meant is None else f"; did you mean {meant}?"
 
@@ -114,12 +115,12 @@ class Cluster:
         return f"with a session: {', '.join(hosts)}" if hosts else "no host has a session"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shown:
-    """How an instance is shown.
+    """An instance as it is shown.
 
     Attributes:
-        host: that tells of it, or shall run it.
+        host: that reports it, or has to run it.
         phase: a `Phase`, or `UNKNOWN`.
         reason: one sentence.
         halted: the run state of a guest that does not run although its QEMU lives.
@@ -132,15 +133,15 @@ class Shown:
 
 
 def natural(text: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts vm9 before vm10, as people count."""
+    """Sort key of the natural order: vm9 before vm10."""
     parts = re.findall(r"[0-9]+|[^0-9]+", text)
     return tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
 
 
 def shown(instance: Instance, cluster: Cluster) -> Shown:
-    """Say how an instance is, from all that is known.
+    """Work out phase and reason of an instance.
 
-    A status whose host has no session says nothing about now: it is `unknown`. A wish without a status is
+    A status whose host has no session says nothing about now: the phase is `unknown`. A wish without a status is
     `waiting` for the host that it names.
     """
     status, wish = instance.status, instance.wish
@@ -161,12 +162,12 @@ def shown(instance: Instance, cluster: Cluster) -> Shown:
 
 
 def _where_now(wish: Wish) -> str:
-    """Where the keys would have it run, as a clause."""
+    """The host that the keys ask for, as a clause."""
     return f"the `host` key now says {wish.host}" if wish.placement is None else where_else(wish)
 
 
 def _why_no_status(instance: Instance, cluster: Cluster) -> str:
-    """Why an instance has no status key, and what would end that."""
+    """Why an instance has no status key, and what has to happen."""
     wish = instance.wish
     if wish.keys == 0:
         return f"no keys; a lock is left, {instance.held_by}"
@@ -179,7 +180,7 @@ def _why_no_status(instance: Instance, cluster: Cluster) -> str:
 
 
 def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
-    """The JSON object of an instance: that of DESIGN §7, with what only a reader of all keys can know.
+    """The JSON object of an instance: that of the status key, and what only a reader of all keys can know.
 
     `last_phase` is there when the phase is `unknown`.
     """
@@ -194,7 +195,7 @@ def as_object(instance: Instance, cluster: Cluster) -> dict[str, Any]:
 
 
 async def list_all(store: Store, prefix: str) -> Listing:
-    """List a prefix, again from the beginning when etcd compacts between two pages."""
+    """List a prefix; begin again when etcd compacts between two pages."""
     for _ in range(LIST_ATTEMPTS):
         try:
             return await store.list(prefix)
@@ -206,8 +207,8 @@ async def list_all(store: Store, prefix: str) -> Listing:
 async def read_cluster(store: Store, layout: Layout) -> Cluster:
     """Read everything.
 
-    The prefixes are read one after the other, sessions last: a host that wrote a status which is seen here
-    has its session seen, too, unless it just lost it.
+    The prefixes are read one after the other, sessions last: so for every status the session of its host is seen, too,
+    unless the host has just lost it.
     """
     wishes = await list_all(store, layout.wishes_prefix)
     locks_prefix = layout.locks_prefix()
@@ -227,7 +228,7 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
 
 
 async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> tuple[Instance, Cluster]:
-    """Read what concerns one instance, and who has a session; an instance that is not there has nothing."""
+    """Read one instance, and all sessions; an instance that does not exist is empty."""
     wishes = await list_all(store, layout.instance_prefix(instance))
     lock = await store.get(layout.lock_key(instance))
     placement = await store.get(layout.placement_key(instance))
@@ -244,7 +245,7 @@ async def read_instance(store: Store, layout: Layout, instance: InstanceId) -> t
 
 
 def absent(instance: InstanceId) -> Instance:
-    """An instance of which etcd holds nothing."""
+    """An instance of which etcd has no key."""
     return Instance(id=instance, keys={}, wish=parse_wish(instance, {}))
 
 
@@ -256,7 +257,7 @@ def assemble(
     statuses: Iterable[KeyValue],
     sessions: Iterable[KeyValue],
 ) -> Cluster:
-    """Put keys together. `wishes` are those below the wishes' prefix and the locks, wherever they lie."""
+    """Put keys together. `wishes` are the keys below the wishes' prefix, and the locks, wherever those lie."""
     keys: dict[InstanceId, dict[bytes, RawValue]] = {}
     locks: dict[InstanceId, LockFact] = {}
     strays: list[KeyValue] = []
@@ -301,12 +302,12 @@ def assemble(
 
 
 def _id_of(layout: Layout, status: KeyValue) -> InstanceId | None:
-    """Whose status a key holds."""
+    """The instance of a status key."""
     return parse_id(status.key.decode("utf-8", "replace").removeprefix(layout.statuses_prefix))
 
 
 def _read_statuses(layout: Layout, statuses: Iterable[KeyValue]) -> tuple[dict[InstanceId, Status], list[KeyValue]]:
-    """Read the status keys; the second part are those that are none."""
+    """Parse the status keys; the second part are those that cannot be read."""
     found: dict[InstanceId, Status] = {}
     unreadable: list[KeyValue] = []
     for kv in statuses:

@@ -1,12 +1,13 @@
-"""What the commands share: their tools, the way to etcd and its errors, types of arguments, options."""
+"""Shared by the commands: their tools, the way to etcd and its errors, types of arguments, options."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import os
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -19,21 +20,24 @@ from kvmsupervisor.cli.agent_contact import agent_seen
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
-from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
+from kvmsupervisor.cli.output import on_terminal, printable
+from kvmsupervisor.config.load import SettingsError, load_settings
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 Work = Callable[[Store, Settings], Awaitable[T]]
-"""What a command does once it has etcd and the settings."""
+"""The part of a command that needs etcd and the settings."""
 
 COMPLETION_DEADLINE_S = 1.0
-"""Seconds that a shell may wait for names from etcd. Arbitrary: longer, and people think that it hangs."""
+"""Seconds that a shell waits for names from etcd. Arbitrary: if it took longer, people would think that it hangs."""
 
 VALUES: Mapping[str, Sequence[str]] = {
     "power": (*Power, OFF_NOW),
@@ -41,14 +45,14 @@ VALUES: Mapping[str, Sequence[str]] = {
     "firmware": tuple(Firmware),
     "hugepages": tuple(HugePages),
 }
-"""The values of the wishes that have few, for completion."""
+"""Wishes with few possible values, and these values, for completion."""
 
 WAIT_TIMEOUT_S = 300.0
-"""Default of `--timeout`: more than twice the default `shutdown_timeout`, so a deaf guest is waited for."""
+"""Default of `--timeout`: more than twice the default `shutdown_timeout`, enough for a guest that does not react."""
 
 
 def connect(settings: Settings) -> Store:
-    """A client of the real etcd. gRPC takes a fifth of a second to import, so only what needs it does."""
+    """A client of the real etcd. It is imported here, because gRPC takes a fifth of a second to import."""
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
     from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
 
@@ -59,21 +63,27 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _on_terminal() -> bool:
+    """Whether a person can answer."""
+    return on_terminal(sys.stdin)
+
+
+@frozen(kw_only=True)
 class Tools:
-    """What the commands take from the world; tests give them their own."""
+    """The world as the commands need it; tests give them their own."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     connect: Callable[[Settings], Store] = connect
     now: Callable[[], datetime] = _utc_now
     settle_s: float = SETTLE_S
     agent_seen: Callable[[str, InstanceId], str | None] = agent_seen
+    can_ask: Callable[[], bool] = _on_terminal
 
     def settings(self) -> Settings:
         """Load this host's settings.
 
         Raises:
-            Refused: they have problems; all are named.
+            Refused: the settings have problems; the message names all of them.
         """
         try:
             return load_settings(self.environ)
@@ -101,8 +111,8 @@ def with_store(tools: Tools, work: Work[T]) -> T:
     """Connect to etcd, do `work` and close.
 
     Raises:
-        EtcdAway: no endpoint answers, or the answer to a write was lost.
-        Refused: etcd refuses it.
+        EtcdAway: no endpoint answers, or the reply to a write was lost.
+        Refused: etcd refuses the request.
     """
     settings = tools.settings()
 
@@ -120,13 +130,13 @@ def with_store(tools: Tools, work: Work[T]) -> T:
 
 
 def _translate(error: EtcdError, settings: Settings) -> NoReturn:
-    """Raise the command's error for etcd's."""
+    """Raise the command's error for an error of etcd."""
     endpoints = ", ".join(settings.etcd_endpoints)
     match error:
         case Ambiguous():
             raise EtcdAway(
-                f"etcd ({endpoints}) did not answer in time: the change may have been made or not; "
-                "look with `show` before you repeat it"
+                f"etcd ({endpoints}) did not answer in time: the change may or may not have been made; "
+                "look with `show` before you try again"
             ) from error
         case Unavailable():
             raise EtcdAway(f"etcd is unreachable (ETCD_ENDPOINTS): {printable(error)}") from error
@@ -140,7 +150,7 @@ def _translate(error: EtcdError, settings: Settings) -> NoReturn:
 
 
 class InstanceType(click.ParamType):  # type: ignore[type-arg]
-    """An instance's id; completed from etcd."""
+    """An instance's id; completion asks etcd."""
 
     name = "id"
 
@@ -154,7 +164,7 @@ class InstanceType(click.ParamType):  # type: ignore[type-arg]
         return instance
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Name the instances that have keys and are not on the line yet."""
+        """Name the instances that have keys and are not on the command line yet."""
 
         async def work(store: Store, settings: Settings) -> set[str]:
             prefix = settings.layout.wishes_prefix
@@ -167,7 +177,7 @@ class InstanceType(click.ParamType):  # type: ignore[type-arg]
 
 
 class HostType(click.ParamType):  # type: ignore[type-arg]
-    """A host's name; completed from the sessions."""
+    """A host's name; completion reads the sessions."""
 
     name = "host"
 
@@ -182,7 +192,7 @@ class KeyType(click.ParamType):  # type: ignore[type-arg]
     name = "key"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check that it can be the end of a key. Whether it is known is told with the other problems."""
+        """Check that the name can be the end of a key. An unknown name is told later, with the other problems."""
         if not isinstance(value, str) or " " in value or not value.isprintable() or not all(value.split("/")):
             self.fail(
                 f"{show(str(value))} cannot be the name of a key; names are like ram, disk/1 or nic/1/mac", param, ctx
@@ -209,7 +219,7 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
         return KEY_NAME.convert(name, param, ctx), text
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Name the known keys, each with its `=`; and behind that the values, where there are few."""
+        """Name the known keys, each with its `=`; behind the `=` name the values, if there are few."""
         key, equals, _ = incomplete.partition("=")
         if not equals:
             names = [name if name.endswith("/") else f"{name}=" for name in _key_names(incomplete)]
@@ -221,7 +231,7 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
 
 
 def _key_names(incomplete: str) -> list[str]:
-    """The known keys that begin so. The numbered ones are named once one of their kinds was begun: there are many."""
+    """The known keys that begin so. Numbered keys are many, so they are named only once their kind was typed."""
     numbered = [name for name in ALL_NUMBERED_KEYS if name.startswith(incomplete)]
     if "/" in incomplete:
         return numbered
@@ -235,14 +245,14 @@ def host_names(ctx: click.Context) -> list[str]:
     async def work(store: Store, settings: Settings) -> list[str]:
         prefix = settings.layout.hosts_prefix
         keys = (kv.key.decode("utf-8", "replace") for kv in (await list_all(store, prefix)).kvs)
-        # A shell splits words at spaces and expands some characters: such a name is typed by hand.
+        # A shell splits words at spaces and expands some characters: a name with those is typed by hand.
         return [key.removeprefix(prefix) for key in keys if parse_id(key.removeprefix(prefix))]
 
     return sorted(_complete(ctx, work))
 
 
 def _complete(ctx: click.Context, work: Work[Any]) -> Any:
-    """Ask etcd for names, briefly. Whatever is in the way: no names, and nothing said into a shell's line."""
+    """Ask etcd for names, briefly. On any error: no names, and no message in the shell's line."""
 
     async def briefly(store: Store, settings: Settings) -> Any:
         async with asyncio.timeout(COMPLETION_DEADLINE_S):
@@ -265,12 +275,12 @@ output_option = click.option(
     type=click.Choice(["table", "wide", "json"]),
     default="table",
     show_default=True,
-    help="How to print it; json is for programs.",
+    help="Format of the output; wide has more columns, json is for programs.",
 )
 
 
 def _some_time(ctx: click.Context, param: click.Parameter, value: float) -> float:
-    """`nan` is neither below nor above any limit; nothing would ever be late."""
+    """Refuse `nan`, which is neither below nor above any limit: the wait would never time out."""
     if math.isnan(value):
         raise click.BadParameter("'nan' is no number of seconds.", ctx, param)
     return value
@@ -286,6 +296,6 @@ def wait_options(command: Callable[..., T]) -> Callable[..., T]:
         show_default=True,
         metavar="SECONDS",
         callback=_some_time,
-        help="How long --wait waits.",
+        help="How long --wait waits at most.",
     )(command)
-    return click.option("--wait", is_flag=True, help="Wait until it is a fact, and show the progress.")(command)
+    return click.option("--wait", is_flag=True, help="Wait until it is done, and show the progress.")(command)

@@ -1,4 +1,4 @@
-"""`completion`: the script that makes a shell complete this program's commands, options and names."""
+"""`completion`: the script by which a shell completes this program's commands, options and names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ bash: kvmsupervisor completion bash > /etc/bash_completion.d/kvmsupervisor
 zsh:  kvmsupervisor completion zsh > "${fpath[1]}/_kvmsupervisor"
 fish: kvmsupervisor completion fish > ~/.config/fish/completions/kvmsupervisor.fish
 
-Ids and hosts are asked of etcd, with the settings of the shell's environment.
+Completion reads ids and hosts from etcd, with the settings of the shell's environment.
 """
 """click fills no lines behind one that holds a backspace alone (its manual, "Preventing Rewrapping")."""
 

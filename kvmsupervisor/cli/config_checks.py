@@ -1,7 +1,7 @@
-"""What the settings name and `check-config` can look at on this host: programs, users, folders, bridges.
+"""`check-config`: looks whether this host has what the settings name: programs, users, folders, bridges.
 
-Nothing is changed, and nothing needs root. Files whose contents matter from the start (certificates, keys) are
-looked at whenever settings are read, see `setting_values.file`.
+Changes nothing, and needs no root. Certificates and keys are looked for whenever settings are read, see
+`config.values.file`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvmsupervisor.config.settings import SettingProblem, Settings
-from kvmsupervisor.config.table import DISK_DIR
+from kvmsupervisor.config.load import SettingProblem
+from kvmsupervisor.config.settings import DISK_DIR, Settings
 
 NETWORK = Path("/sys/class/net")
 
 
 def problems_here(settings: Settings, *, network: Path = NETWORK) -> list[SettingProblem]:
-    """What the settings name and this host does not have.
+    """Problems with things that the settings name and this host does not have.
 
     Args:
-        settings: as they were read, without a problem of their own.
+        settings: without a problem of their own.
         network: where the kernel shows its network interfaces.
     """
     return [
@@ -74,12 +74,12 @@ def _bridge(name: str | None, network: Path) -> Iterator[SettingProblem]:
 
 
 def _folder(name: str, path: Path) -> Iterator[SettingProblem]:
-    """A folder that is made when it is missing: what stands in its way."""
+    """A problem that keeps a missing folder from being made."""
     for above in (path, *path.parents):
         if above.is_dir():
             return
         if os.path.lexists(above):
-            yield SettingProblem(name, f"{str(path)!r}, and {above} is no folder", "a folder, or a path to make one at")
+            yield SettingProblem(name, f"{str(path)!r}, and {above} is no folder", "a folder, or a path for one")
             return
 
 
@@ -97,6 +97,6 @@ def _disk_dir(path: Path) -> Iterator[SettingProblem]:
 
 
 def _ceph_conf(path: Path | None) -> Iterator[SettingProblem]:
-    # The default needs not be there where no instance has an image in Ceph; one that was named does.
+    # The default file may be missing where no instance has an image in Ceph; a file that was named may not.
     if path is not None and not path.is_file():
         yield SettingProblem("CEPH_CONF", f"{str(path)!r}, which is no file", "Ceph's configuration file")

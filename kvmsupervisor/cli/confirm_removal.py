@@ -1,4 +1,4 @@
-"""`confirm-removal`: an operator's word that orders which a host holds back were meant, or that a host is gone."""
+"""`confirm-removal`: an operator confirms orders that a host holds, or that a host is gone for good."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from kvmsupervisor.domain.wishes import public_value
 @wait_options
 @pass_tools
 def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeout_s: float) -> None:
-    """Confirm what HOST (by default this host) holds back: removals, moves, power=off.
+    """Confirm the orders that HOST holds (by default this host): removals, moves, power=off.
 
-    A host that loses more than half of its running instances at once keeps them running until a person says that this
-    was meant. So it does with each order that came with another history of etcd: one that was restored, or emptied.
-    Names the instances, with the values that their keys had and have, and asks; without a terminal, --yes is needed.
+    When the keys tell a host to stop more than half of its running instances at once, the host keeps them running until
+    a person confirms this. The same holds for each such order after etcd was restored from a backup, or emptied. The
+    command shows the instances, with the former and present values of their keys, and asks; without a terminal, --yes
+    is needed.
 
-    Of a HOST that has no session, and that others wait for since etcd was restored, it says that it is gone for good.
+    When HOST has no session and other hosts wait for it since etcd was restored, the command confirms that HOST is gone
+    for good.
     """
 
     async def look(store: Store, settings: Settings) -> tuple[HostName, Cluster]:
@@ -48,12 +50,12 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
         _give_up_on(tools, name, yes=yes)
         return
     if not held:
-        raise Refused(f"host {printable(name)} holds no removal back")
+        raise Refused(f"host {printable(name)} holds no removal: there is nothing to confirm")
     names = ", ".join(one.id for one in held)
-    click.echo(f"host {printable(name)} holds back the removal of {len(held)} instances: {names}")
+    click.echo(f"host {printable(name)} holds the removal of {len(held)} instances: {names}")
     for line in (line for one in held for line in _what_differs(one)):
         click.echo(printable(line))
-    confirm(f"Shut these {len(held)} instances down here, as their keys say now?", yes=yes)
+    confirm(f"Let host {printable(name)} shut these {len(held)} instances down, as their keys say now?", yes=yes)
 
     async def work(store: Store, settings: Settings) -> bool:
         revision = await write(store, settings.layout, name, [one.id for one in held])
@@ -70,15 +72,15 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
 
 
 async def write(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
-    """Confirm what is held of exactly these instances; return the revision of the word.
+    """Confirm the held orders of exactly these instances; return the revision of the confirmation.
 
-    The host acts on it and deletes the key.
+    The host acts on the key and deletes it.
     """
     return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
 
 
 def _what_differs(held: Instance) -> Iterator[str]:
-    """The values that its keys had before, and have now."""
+    """The former and present values of its keys."""
     assert held.status is not None
     for key, before in (held.status.stood or {}).items():
         raw = held.keys.get(key.encode())
@@ -91,15 +93,15 @@ def _what_differs(held: Instance) -> Iterator[str]:
 
 
 def _is_awaited(cluster: Cluster, host: HostName) -> bool:
-    """Whether others wait for this host to say what runs there, since etcd has another history."""
+    """Whether other hosts wait for this one to say what runs there, since etcd has another history."""
     name = cluster.history
     return name is not None and host in name.hosts and host not in name.gone and not cluster.alive(host)
 
 
 def _give_up_on(tools: Tools, host: HostName, *, yes: bool) -> None:
     click.echo(
-        f"host {printable(host)} has no session and has not said what runs there since etcd has another history; "
-        "machines whose disks nobody can fence wait for it"
+        f"host {printable(host)} has no session, and has not said what runs there since etcd has another history; "
+        "machines whose disks cannot be fenced wait for that"
     )
     confirm(f"Is every QEMU on {printable(host)} certainly gone?", yes=yes)
 
@@ -117,5 +119,5 @@ def _give_up_on(tools: Tools, host: HostName, *, yes: bool) -> None:
         return (await store.txn(unchanged, [Put(key, gone.to_json())])).succeeded
 
     if not with_store(tools, work):
-        raise Refused(f"{printable(host)} is back, or has been given up meanwhile: nothing was written")
-    click.echo(f"{printable(host)} is waited for no longer")
+        raise Refused(f"nothing was written: {printable(host)} is back, or somebody has confirmed this meanwhile")
+    click.echo(f"no host waits for {printable(host)} any more")

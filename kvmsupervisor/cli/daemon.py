@@ -1,4 +1,4 @@
-"""`run --daemon`: detach by python-daemon, with a pid file and a word to the waiting parent.
+"""`run --daemon`: detaches by python-daemon, with a pid file, and tells the waiting parent when it has started.
 
 Call `run_daemon` before any thread starts and before gRPC or an event loop exist: none of them survives a
 fork (https://github.com/grpc/grpc/blob/master/doc/fork_support.md).
@@ -22,19 +22,19 @@ import click
 from daemon import DaemonContext
 
 STARTED, FAILED, TIMED_OUT = 0, 1, 4
-"""The parent's exit statuses, from the command's general ones."""
+"""The parent's exit statuses, a part of the command's."""
 
 START_TIMEOUT_S = 60.0
-"""How long the parent waits for the daemon's word; arbitrary: a start that needs etcd takes seconds."""
+"""How long the parent waits until the daemon is ready. Arbitrary: a start that needs etcd takes seconds."""
 
 READY = b"ready\n"
-"""What the daemon tells its parent when it has started."""
+"""The daemon's message to its parent when it has started."""
 
 LAST_WORDS_BYTES = 8192
-"""How much of the log the parent shows when the daemon failed; arbitrary: a screen or two."""
+"""How much of the log the parent shows when the daemon failed. Arbitrary: a screen or two."""
 
 Main = Callable[[Callable[[], None]], int]
-"""What the daemon does: called with `ready`, which it calls once when it has started; returns its exit status."""
+"""The daemon's work: it gets `ready`, calls that once when it has started, and returns its exit status."""
 
 
 class AlreadyRunningError(Exception):
@@ -44,8 +44,8 @@ class AlreadyRunningError(Exception):
 class PidFile:
     """A pid file that is locked (flock) as long as its process lives.
 
-    The lock decides, not the file: one that a killed daemon left behind is simply taken over. The lock
-    belongs to the open file, so it passes from the parent, which takes it, to the daemon, which keeps it.
+    The lock decides, not the file: a file that a killed daemon left is taken over. The lock belongs to the open file,
+    so it passes from the parent, which takes it, to the daemon, which keeps it.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -54,16 +54,16 @@ class PidFile:
 
     @classmethod
     def acquire(cls, path: Path) -> PidFile:
-        """Lock `path`, making it where it is missing.
+        """Lock `path`; make it if it is missing.
 
         Raises:
-            AlreadyRunningError: its lock is held; the message names the pid.
-            OSError: it cannot be opened.
+            AlreadyRunningError: another process holds the lock; the message names its pid.
+            OSError: the file cannot be opened.
         """
         while True:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "a+b")
             with suppress(PermissionError):
-                # Whoever may read a file may lock it (flock(2)). One of an earlier release is made so, too.
+                # A user that can read a file can lock it (flock(2)): only we can, also a file of an earlier release.
                 os.fchmod(file.fileno(), 0o600)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +75,7 @@ class PidFile:
                     f"{path}: a supervisor is already running, its pid is {pid}; stop it first, or give this one "
                     "a run directory of its own (KVM_RUN_DIR)"
                 ) from None
-            # Its last holder may have removed it between our open and our lock: then it is no longer the file.
+            # Its last holder may have removed the file between our open and our lock: then we hold another file.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     file.truncate(0)
@@ -87,17 +87,17 @@ class PidFile:
         return self._file.fileno()
 
     def write(self, pid: int) -> None:
-        """Write the pid of the process that holds it from now on. The lock counts: a full disk is no reason to end."""
+        """Write the pid of the process that holds the lock from now on. Only the lock counts: a full disk is fine."""
         with suppress(OSError):
             os.write(self.fileno(), b"%d\n" % pid)
 
     def release(self) -> None:
-        """Remove the file, then give up the lock."""
+        """Remove the file, then release the lock."""
         self._path.unlink(missing_ok=True)
         self._file.close()
 
     def drop(self) -> None:
-        """Close this process's descriptor; another process may hold the lock on."""
+        """Close this process's descriptor; the daemon may go on holding the lock."""
         self._file.close()
 
 
@@ -111,9 +111,8 @@ def run_daemon(main: Main, *, pid_file: Path, log_file: Path, timeout_s: float =
     Args:
         main: see `Main`. Only the daemon runs it.
         pid_file: locked by the daemon while it lives, removed at its end.
-        log_file: made where it is missing. What is written there before the daemon is ready is what the
-            caller sees if it fails.
-        timeout_s: how long to wait for the daemon's word, seconds.
+        log_file: made if it is missing. The caller sees what is written there before the daemon is ready, if it fails.
+        timeout_s: how long to wait until the daemon is ready, seconds.
 
     Returns:
         In the calling process: `STARTED`, `FAILED` (with the daemon's own words on standard error) or
@@ -122,7 +121,7 @@ def run_daemon(main: Main, *, pid_file: Path, log_file: Path, timeout_s: float =
     Raises:
         AlreadyRunningError: see `PidFile.acquire`.
         OSError: a file cannot be opened.
-        RuntimeError: called too late, see above.
+        RuntimeError: the process has threads already, see the module.
     """
     if threading.active_count() > 1:
         raise RuntimeError("a process with threads cannot become a daemon: they would be gone after the fork")
@@ -154,13 +153,11 @@ def _daemon(main: Main, held: PidFile, log: BinaryIO, writer: int) -> NoReturn:
     DaemonContext(
         working_directory="/",
         umask=0o022,
-        # The event loop installs its own handlers; python-daemon's would end the program in the midst of
-        # anything.
+        # The event loop installs its own handlers; python-daemon's would end the program at any point.
         signal_map={},
-        # This would set the hard limit to 0, for every QEMU too: whether they dump core is the operator's
-        # affair.
+        # python-daemon would set the hard limit to 0, for every QEMU, too: the operator decides about core dumps.
         prevent_core=False,
-        # Said outright: by default it is guessed from who the parent is.
+        # Explicit: by default python-daemon guesses from the parent process.
         detach_process=True,
         files_preserve=[held.fileno(), writer],
         stdout=log,
@@ -182,13 +179,13 @@ def _daemon(main: Main, held: PidFile, log: BinaryIO, writer: int) -> NoReturn:
 
 
 def _say(writer: int, word: bytes) -> None:
-    # Nobody hears it when the parent was interrupted or lost patience: no reason for a daemon to end.
+    # The parent may have been interrupted or timed out: no reason for the daemon to end.
     with suppress(BrokenPipeError):
         os.write(writer, word)
 
 
 def _await_word(pipe: RawIOBase, timeout_s: float) -> tuple[int, str]:
-    """In the parent: hear the daemon's pid, then `READY`; return the status and the pid, as far as heard."""
+    """In the parent: read the daemon's pid, then `READY`; return the status, and the pid if it came."""
     deadline = time.monotonic() + timeout_s
     heard = b""
     while not heard.endswith(READY):
@@ -206,7 +203,7 @@ def _pid_in(heard: bytes) -> str:
 
 
 def _report(status: int, pid: str, log_file: Path, words_begin: int) -> None:
-    """Tell the person at the terminal how it went."""
+    """Tell the person at the terminal the outcome."""
     if status == STARTED:
         click.echo(f"kvmsupervisor is running: pid {pid}, log {log_file}")
         return
@@ -215,7 +212,7 @@ def _report(status: int, pid: str, log_file: Path, words_begin: int) -> None:
         log.seek(max(words_begin, end - LAST_WORDS_BYTES))
         words = log.read().decode(errors="replace").strip()
     if status == TIMED_OUT:
-        click.echo(f"kvmsupervisor (pid {pid}) is not ready yet; it goes on trying, see {log_file}", err=True)
+        click.echo(f"kvmsupervisor (pid {pid}) is not ready yet; it goes on trying, see its log {log_file}", err=True)
     else:
         click.echo(f"kvmsupervisor (pid {pid}) ended before it was ready; log {log_file}", err=True)
     if words:

@@ -1,4 +1,4 @@
-"""How a command ends other than by success: one class for each exit code of DESIGN §7."""
+"""The ways in which a command fails: one class for each exit code of docs/cli.md."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import click
 
 
 class CommandError(click.ClickException):
-    """A command did not do what was asked. Its message is for people and needs no traceback."""
+    """A command did not do what it was asked to do. The message is for people and needs no traceback."""
 
     exit_code = 1
 
     def format_message(self) -> str:
-        """The message, line by line, in which nothing can act on a terminal: it may repeat what stands in etcd."""
+        """The message, line by line, without control characters: it may repeat values from etcd."""
         from kvmsupervisor.cli.output import printable  # noqa: PLC0415 - only an error pays for it
 
         return "\n".join(printable(line) for line in self.message.split("\n"))
 
 
 class Refused(CommandError):
-    """Refused, or not so: the keys, or what is observed, do not allow it."""
+    """The keys, or the observed state, do not allow the command; or a check found something."""
 
     exit_code = 1
 
@@ -30,7 +30,7 @@ class EtcdAway(CommandError):
 
 
 class TimedOut(CommandError):
-    """The wish is written, but was not a fact when `--timeout` passed."""
+    """The wish is written, but was not fulfilled when `--timeout` passed."""
 
     exit_code = 4
 

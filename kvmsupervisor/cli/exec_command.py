@@ -14,41 +14,41 @@ from typing import Any
 
 import click
 
+from kvmsupervisor.aio import leaves
 from kvmsupervisor.cli.common import Tools, pass_tools
 from kvmsupervisor.cli.entrypoint import INSTANCE
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.config.table import SETTINGS
+from kvmsupervisor.config.settings import SETTINGS, Settings
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, parse_id
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.single import overrides_in, unsuitable
-from kvmsupervisor.domain.wishes import WISH_KEYS
 
 LOCK = "LOCK"
 ENDPOINTS = "ETCD_ENDPOINTS"
 LOG_LEVEL = "KVM_LOG_LEVEL"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What shuts the guest down: of Docker or systemd, of a person, of a terminal that is closed."""
+"""Signals that shut the guest down: from Docker or systemd, from a person, from a terminal that is closed."""
 
 Signalled = Callable[[signal.Signals], None]
 
 
 @click.command("exec")
-@click.option("--no-wait", is_flag=True, help="With LOCK: exit with 1 while somebody else holds it.")
+@click.option("--no-wait", is_flag=True, help="With LOCK: exit with 1 when another holds the lock.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU_OPTIONS]")
 @pass_tools
 def exec_command(tools: Tools, no_wait: bool, options: tuple[str, ...]) -> int:
-    """Run one QEMU, and end with it: with these options, or the instance that INSTANCE names.
+    """Run one QEMU and exit with it: a QEMU with QEMU_OPTIONS, or the instance in the variable INSTANCE.
 
-    With options, the variables LOCK (a key; %i stands for INSTANCE) and ETCD_ENDPOINTS put it under a lock.
-    Exits with QEMU's status. SIGTERM and Ctrl-C shut the guest down.
+    With QEMU_OPTIONS, the variables LOCK (a key; %i stands for INSTANCE) and ETCD_ENDPOINTS put QEMU under a lock. The
+    exit code is QEMU's status. SIGTERM and Ctrl-C shut the guest down.
     """
     named = tools.environ.get(INSTANCE, "").strip()
     instance = parse_id(named)
     if named and instance is None:
         raise Refused(f"INSTANCE: found {printable(named)!r}, which is no id: {ID_RULE}")
-    # Filled in, as systemd does it, it is no template; the settings take templates only.
+    # systemd fills %i in, and then LOCK is no template; the setting takes templates only.
     environ = {name: value for name, value in tools.environ.items() if name != LOCK}
     settings = replace(tools, environ=environ).settings()
     given = tools.environ.get(LOCK, "").strip()
@@ -58,7 +58,7 @@ def exec_command(tools: Tools, no_wait: bool, options: tuple[str, ...]) -> int:
     if instance is None:
         raise click.UsageError("Give QEMU's options behind --, or name an instance in the variable INSTANCE.")
     if no_wait:
-        raise click.UsageError("--no-wait goes with QEMU's options: an instance waits for its lock.")
+        raise click.UsageError("--no-wait is only for QEMU's options: an instance always waits for its lock.")
     return _instance(settings, instance, tools.environ, lock_key=lock_key or settings.layout.lock_key(instance))
 
 
@@ -66,7 +66,7 @@ def _lock_key(given: str, instance: InstanceId | None, settings: Settings) -> st
     """The lock's key, with `%i` filled in.
 
     Raises:
-        Refused: it cannot be one.
+        Refused: LOCK cannot be the key of a lock.
     """
     if LOCK_PLACEHOLDER in given and instance is None:
         raise Refused(
@@ -88,13 +88,13 @@ def _options(
     default = next(one.default for one in SETTINGS if one.name == "etcd_endpoints")
     if lock_key is not None:
         if not environ.get(ENDPOINTS, "").strip() and settings.etcd_endpoints == (default,):
-            # A slip must not run it without the lock that was asked for.
-            raise Refused(f"LOCK is set and {ENDPOINTS} is not: where the lock is kept is not known")
+            # A slip must not run QEMU without the lock that was asked for.
+            raise Refused(f"{ENDPOINTS}: found nothing; LOCK is set and needs it: the lock is kept in that etcd")
         reason = unsuitable(options)
         if reason is not None:
             raise Refused(reason)
     elif not wait:
-        raise click.UsageError("--no-wait goes with LOCK.")
+        raise click.UsageError("--no-wait needs the variable LOCK.")
     from kvmsupervisor.config.values import LogLevel  # noqa: PLC0415
 
     if not environ.get(LOG_LEVEL, "").strip() and settings.log_level is LogLevel.INFO:
@@ -122,18 +122,20 @@ def _instance(settings: Settings, instance: InstanceId, environ: Mapping[str, st
 
 
 def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int], Signalled]]) -> int:
-    """Run it in an event loop, its signals handled; return what to exit with.
+    """Run the work in an event loop, with its signals handled; return the exit code.
 
     Raises:
-        Refused: it could not be begun; the message says why.
-        EtcdAway: etcd did not answer before it was begun.
+        Refused: it could not begin; the message says why.
+        EtcdAway: etcd did not answer before it began.
     """
-    # Imported here: nothing else of the command line needs them.
+    # Imported here: no other command needs them. The log first: it keeps rich out.
+    from kvmsupervisor.config.logs import configure  # noqa: PLC0415
+
+    # isort: split
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
     from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
-    from kvmsupervisor.config.logs import configure  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
     from kvmsupervisor.single.instance import NotHere  # noqa: PLC0415
     from kvmsupervisor.single.lock import Held  # noqa: PLC0415
@@ -146,7 +148,7 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
             if not loop.is_closed():
                 loop.call_soon_threadsafe(signalled, signal.Signals(number))
 
-        # Not the loop's own way, which ends with the loop.
+        # Not `loop.add_signal_handler`, whose handlers end with the loop.
         for number in SIGNALS:
             signal.signal(number, tell)
         return await work
@@ -168,9 +170,9 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
         Unreadable,
         ValueError,
     ) as group:
-        refused = list(_leaves(group))
+        refused = leaves(group)
     finally:
-        # Of Python's own end signals are handled by nobody: one signal more must not change what we exit with.
+        # During interpreter shutdown no handler runs, so ignore further signals: they must not change the exit code.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         log.close()
@@ -186,18 +188,9 @@ def _said(error: BaseException) -> str:
     return "\n".join(str(printable(line)) for line in str(error).splitlines())
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    """The errors in a group of groups."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
-        else:
-            yield error
-
-
 @contextmanager
 def _terminal_as_it_is() -> Iterator[None]:
-    """Leave the terminal as it was: a QEMU that is killed does not."""
+    """Restore the terminal at the end: a killed QEMU does not."""
     try:
         before = termios.tcgetattr(sys.stdin.fileno())
     except (termios.error, OSError, ValueError):

@@ -1,7 +1,7 @@
-"""The image's health check: asks this host's supervisor whether its loop turns. `python -m kvmsupervisor.cli.health`.
+"""The image's health check, `python -m kvmsupervisor.cli.health`: asks the supervisor whether its event loop turns.
 
-Exit status 0 is healthy, 1 is not: what Docker's HEALTHCHECK asks for. It uses Python because the image has it: a
-curl for this alone would be 5 MB.
+Exit status 0 is healthy, 1 is not, as Docker's HEALTHCHECK wants it. It is Python because the image has Python; curl
+would take 5 MB.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import sys
 from collections.abc import Mapping
 
 from kvmsupervisor.cli.entrypoint import INSTANCE
-from kvmsupervisor.config.settings import SettingsError, load_settings
+from kvmsupervisor.config.load import SettingsError, load_settings
 
 TIMEOUT_S = 5.0
-"""Half of what Docker gives the check; a supervisor that turns answers in milliseconds."""
+"""Half of the time that Docker gives the check; a supervisor whose loop turns answers in milliseconds."""
 
 
 def check(environ: Mapping[str, str]) -> str | None:
-    """What is wrong, for people; None when nothing is."""
+    """The problem, for people; None when there is none."""
     if environ.get(INSTANCE, "").strip():
-        # One guest in single mode: it lives as long as its container, and nothing serves HTTP.
+        # Single mode: the guest lives as long as its container, and there is no HTTP server.
         return None
     try:
         listen = load_settings(environ).listen
@@ -42,7 +42,7 @@ def check(environ: Mapping[str, str]) -> str | None:
 
 
 def main() -> int:
-    """Print what is wrong and return the exit status."""
+    """Print the problem, if any, and return the exit status."""
     trouble = check(os.environ)
     print(trouble or "healthy")  # noqa: T201 - Docker keeps the check's output
     return 1 if trouble else 0

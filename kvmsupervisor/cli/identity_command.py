@@ -1,4 +1,4 @@
-"""`confirm-identity`: a person's word that this host's guests go on under its present name, prefix or lock (law 12)."""
+"""`confirm-identity`: an operator confirms that guests go on under the host's present name, prefix or LOCK (law 12)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.machine.system import REAL
-from kvmsupervisor.supervisor.identity import Standing
 
 
 @click.command("confirm-identity")
 @yes_option
 @pass_tools
 def confirm_identity(tools: Tools, yes: bool) -> None:
-    """Let what runs on this host go on under its supervisor's present settings: another name, prefix or lock.
+    """Keep the guests of this host after its settings changed: another name, prefix or LOCK.
 
-    A supervisor whose settings name another host, prefix or lock than what lives was started under starts and stops
-    nothing, until those settings are back or this word is given. Run it on the host itself, after the key `host` of
-    each of those instances has its present name. Names them and asks; without a terminal, --yes is needed. Guests run
-    on.
+    When a supervisor finds guests that were started under another name, prefix or LOCK, it starts and stops nothing
+    until the old settings are back, or this command was given. First write the host's present name into the key `host`
+    of each of those instances; then run this command on the host itself. It shows the instances and asks; without a
+    terminal, --yes is needed. The guests run on.
     """
+    # Imported here: `--help` needs less.
+    from kvmsupervisor.machine.system import REAL  # noqa: PLC0415
+    from kvmsupervisor.supervisor.identity import Standing  # noqa: PLC0415
+
     settings = tools.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
     standing = Standing(REAL.processes, RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())
@@ -49,24 +51,24 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
 
     missing = with_store(tools, look)
     if missing:
-        raise Refused("\n".join(["first, so that no guest is shut down for it:", *(f"  {one}" for one in missing)]))
-    click.echo(printable(f"started here under {former}: {', '.join(names) or 'nothing that lives'}"))
-    click.echo(printable(f"going on under {present}"))
+        raise Refused("\n".join(["first, or guests would be shut down:", *(f"  {one}" for one in missing)]))
+    click.echo(printable(f"started under {former}: {', '.join(names) or 'no guest that runs'}"))
+    click.echo(printable(f"to go on under {present}"))
     confirm("Is that so?", yes=yes)
     try:
         standing.confirm(note)
     except OSError as error:
         raise Refused(f"{error.filename}: {error.strerror}; run it as the user that the supervisor runs as") from error
-    click.echo("said: the supervisor goes on under its settings within seconds, or when it is started; guests run on")
+    click.echo("confirmed: the supervisor uses its settings within seconds, or when it is started; guests run on")
 
 
 async def _not_ready(store: Store, wanted: HostIdentity, names: Sequence[InstanceId]) -> list[str]:
-    """What has to be written first, one line for each key."""
+    """The keys that have to be written first, one line each."""
     keys = [wanted.layout.wish_key(name, "host") for name in names]
     found = await asyncio.gather(*(store.get(key) for key in keys))
     return [
-        printable(f"{key} has to be {wanted.host}, it is ")
-        + ("missing" if kv is None else printable_bytes(kv.value, limit=80))
+        printable(f"write {wanted.host} into {key}; found ")
+        + ("nothing" if kv is None else printable_bytes(kv.value, limit=80))
         for key, kv in zip(keys, found, strict=True)
         if kv is None or kv.value.strip() != wanted.host.encode()
     ]

@@ -1,8 +1,8 @@
-"""Facts of an instance that has no keys any more, where no host takes them away: `delete` does.
+"""`delete` of an instance without keys: deletes its status and lock, when no host will.
 
-A supervisor deletes the status and the lock of a machine that it has shut down. One that is gone for good never does,
-and one whose name was mistyped never was. What a lock protects is not taken away: each write here compares that nothing
-has changed since it was judged, and that the host in question still has no session.
+A supervisor deletes the status and the lock of a machine that it has shut down. A host that is gone for good does not,
+and a mistyped host never existed. A lock that protects something stays: each write here compares that nothing has
+changed since it was read, and that the host in question still has no session.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 
 UNDER_WAY = frozenset({Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING})
-"""Phases in which a living host has something to do yet, and deletes the status itself then."""
+"""Phases in which a living host still has work to do, and deletes the status itself at its end."""
 
 
 async def take_away(store: Store, layout: Layout, found: Instance, cluster: Cluster) -> int:
     """Delete what is left of an instance without keys; return the revision.
 
     Raises:
-        Refused: a host sees to it, or what is left protects a disk; the message says what is right instead.
+        Refused: a host does that itself, or the lock protects a disk; the message says what is right instead.
     """
     status, lock = found.status, found.lock
     compares = [Compare(layout.wish_key(found.id, "host"), Target.MOD_REVISION, 0)]
@@ -46,22 +46,21 @@ async def take_away(store: Store, layout: Layout, found: Instance, cluster: Clus
     ops.append(Delete(layout.placement_key(found.id)))
     result = await store.txn(compares, ops)
     if not result.succeeded:
-        raise Refused(f"what is left of {found.id} has changed at this moment: look with `show {found.id}`")
+        raise Refused(f"nothing was deleted: the keys of {found.id} changed meanwhile; look with `show {found.id}`")
     return result.revision
 
 
 def _lock_is_worthless(layout: Layout, found: Instance, lock: Lock | None, cluster: Cluster) -> list[Compare]:
-    """What must stay so for the lock to protect nothing.
+    """The conditions under which the lock protects nothing.
 
     Raises:
-        Refused: it protects something.
+        Refused: the lock protects something.
     """
     assert found.lock is not None
     key = layout.lock_key(found.id)
     if lock is None:
         raise Refused(
-            f"the lock of {found.id} holds what this release cannot read: delete {key} with etcdctl "
-            "once no host runs it"
+            f"this release cannot read the lock of {found.id}: delete {key} with etcdctl once no host runs it"
         )
     if cluster.alive(lock.host):
         raise Refused(
@@ -72,7 +71,7 @@ def _lock_is_worthless(layout: Layout, found: Instance, lock: Lock | None, clust
             f"give it keys again with `host` naming a host that has a session ({cluster.who_has_sessions()}): that "
             "takes the lock over, fences its disks and runs it; then delete it"
             if lock.storage is Storage.RBD
-            else f"`break-lock {found.id}` is your word that no QEMU of it runs there any more; then delete it"
+            else f"confirm with `break-lock {found.id}` that no QEMU of it runs there any more; then delete it"
         )
         raise Refused(
             f"{found.id} is held by {lock.host}, which has no session, and may still write to its disks: {way}"
@@ -86,10 +85,10 @@ def _lock_is_worthless(layout: Layout, found: Instance, lock: Lock | None, clust
 
 
 async def sweep(store: Store, layout: Layout, found: Instance, cluster: Cluster) -> bool:
-    """Delete the status of an instance whose keys were just deleted, if no host will; whether that was so.
+    """Delete the status of an instance whose keys were just deleted, if no host will; return whether it did.
 
-    None will where it was written by a host that is gone, or by one that its `host` had not named any more, and which
-    runs nothing of it.
+    No host will when the status was written by a host that is gone, or by a host that runs nothing of the instance and
+    was not named in `host` any more.
     """
     status = found.status
     if status is None or status.tells_of_a_process or found.lock is not None:

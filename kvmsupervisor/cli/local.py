@@ -17,25 +17,25 @@ from kvmsupervisor.supervisor.drain import Drain
 
 
 def check(instances: tuple[InstanceId, ...], *, everything: bool, local: bool) -> None:
-    """See that exactly one of the command's two forms is used.
+    """Check that exactly one of the command's two forms is used.
 
     Raises:
-        click.UsageError: it is neither.
+        click.UsageError: neither form is used.
     """
     if everything != local:
-        raise click.UsageError("--all and --local go together: all guests of this host, and of no other.")
+        raise click.UsageError("--all and --local need each other: together they mean all guests of this host.")
     if everything and instances:
-        raise click.UsageError("With --all --local no ID is given: it is about all guests of this host.")
+        raise click.UsageError("--all --local takes no ID: it means all guests of this host.")
     if not everything and not instances:
         raise click.UsageError("Missing argument 'ID...'.")
 
 
 def stop_all(tools: Tools, *, timeout_s: float) -> None:
-    """Shut down all guests of this host, wait for them, and keep them from being started.
+    """Shut down all guests of this host, wait for them, and let none start.
 
     Raises:
         Refused: the supervisor cannot be told, or this is not its run directory, or we are not root.
-        TimedOut: some still run.
+        TimedOut: some guests still run.
     """
     drain = _drain(tools)
     _look_elsewhere(tools)
@@ -52,7 +52,7 @@ def stop_all(tools: Tools, *, timeout_s: float) -> None:
         raise _refused("stop", error) from error
     if not done:
         raise TimedOut(f"still running after {timeout_s:g} s: {', '.join(drain.running())}")
-    click.echo("no guest runs on this host; they start again with its next boot, or by `start --all --local`")
+    click.echo("no guest runs on this host; guests start again at its next boot, or by `start --all --local`")
 
 
 def start_all(tools: Tools) -> None:
@@ -72,18 +72,18 @@ def start_all(tools: Tools) -> None:
 
 
 def _refused(verb: str, error: OSError) -> Refused:
-    """What to say when a file or process cannot be touched."""
+    """The message when a file or process cannot be accessed."""
     said = f"{error.filename or 'a process of this host'}: {error.strerror}"
     if isinstance(error, PermissionError):
-        said += f": `{verb} --all --local` is for root, as the supervisor is"
+        said += f": run `{verb} --all --local` as root, like the supervisor"
     return Refused(said)
 
 
 def _look_elsewhere(tools: Tools) -> None:
-    """See that the run directory is the one that is used on this host: a shell does not have the unit's settings.
+    """Check that this run directory is the supervisor's: a shell does not have the settings of the unit.
 
     Raises:
-        Refused: it was never used, and guests run that have theirs elsewhere.
+        Refused: it was never used, and guests run whose files are elsewhere.
     """
     run_dir = tools.settings().run_dir
     if RunDir(run_dir).was_used:
@@ -106,7 +106,7 @@ def _drain(tools: Tools) -> Drain:
         system=REAL,
         clock=Clock(),
         boot_id=boot_id(),
-        run_dir=settings.run_dir,
+        run_dir=RunDir(settings.run_dir),
         prefix=settings.prefix,
         me=settings.hostname,
         shutdown_timeout_s=settings.shutdown_timeout_s,

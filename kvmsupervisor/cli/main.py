@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,16 +17,17 @@ import click
 
 from kvmsupervisor import __version__
 from kvmsupervisor.cli.errors import INTERRUPTED
+from kvmsupervisor.domain.frozen import frozen
 
 PROGRAM = "kvmsupervisor"
 
 NOT_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
-"""What a file says that standard output leads to, and that takes no more. A closed pipe is click's: 1, quietly."""
+"""Errors of a write to standard output when its file cannot grow. click handles a closed pipe: exit code 1, quietly."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LazyCommand:
-    """Where a command is defined, and what `--help` says of it without importing it."""
+    """Where a command is defined, and its line in `--help`, which needs no import."""
 
     module: str
     attribute: str
@@ -36,31 +36,31 @@ class LazyCommand:
 
 COMMANDS: Mapping[str, LazyCommand] = {
     "run": LazyCommand("run", "run", "Run this host's supervisor."),
-    "demo": LazyCommand("demo.command", "demo", "Show it all on this machine: etcd, a supervisor, a guest that boots."),
-    "list": LazyCommand("read_commands", "list_command", "List the instances: who runs them, and how they are."),
+    "demo": LazyCommand("demo.command", "demo", "Try it on this machine: etcd, a supervisor, a guest that boots."),
+    "list": LazyCommand("read_commands", "list_command", "List the instances: their hosts, phases and reasons."),
     "show": LazyCommand("read_commands", "show", "Show everything about one instance."),
     "create": LazyCommand("write_commands", "create", "Create an instance from its keys."),
     "set": LazyCommand("write_commands", "set_command", "Change keys of an instance."),
-    "delete": LazyCommand("write_commands", "delete", "Remove an instance: its guest is shut down."),
+    "delete": LazyCommand("write_commands", "delete", "Remove an instance, after its guest was shut down."),
     "start": LazyCommand("write_commands", "start", "Start instances."),
-    "stop": LazyCommand("write_commands", "stop", "Shut instances down, and leave them off."),
-    "restart": LazyCommand("write_commands", "restart", "Restart instances gracefully, once."),
+    "stop": LazyCommand("write_commands", "stop", "Shut instances down and keep them off."),
+    "restart": LazyCommand("write_commands", "restart", "Shut instances down and start them again."),
     "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
     "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
-    "spice": LazyCommand("spice_command", "spice", "Write a .vv file that opens an instance's display."),
-    "check": LazyCommand("read_commands", "check", "Look for everything that is wrong with the keys."),
-    "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line that an instance's keys give."),
-    "check-config": LazyCommand("config_command", "check_config", "Check this host's settings and print them."),
+    "spice": LazyCommand("spice_command", "spice", "Write a file that opens an instance's display."),
+    "check": LazyCommand("read_commands", "check", "Find all that is wrong with the keys and the instances."),
+    "argv": LazyCommand("read_commands", "argv", "Print the QEMU command line of an instance."),
+    "check-config": LazyCommand("config_command", "check_config", "Check and print this host's settings."),
     "confirm-removal": LazyCommand(
-        "confirm_removal", "confirm_removal", "Confirm removals, moves and power=off that a host holds back."
+        "confirm_removal", "confirm_removal", "Confirm removals, moves and power=off that a host holds."
     ),
     "confirm-identity": LazyCommand(
-        "identity_command", "confirm_identity", "Let a host's guests go on under its new name, prefix or lock."
+        "identity_command", "confirm_identity", "Keep this host's guests after its name, prefix or LOCK changed."
     ),
     "break-lock": LazyCommand(
-        "break_lock", "break_lock", "Let another host run what a host held that is gone, and that cannot be fenced."
+        "break_lock", "break_lock", "Release an instance that a dead host holds and Ceph cannot fence."
     ),
-    "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU, and end with it: single mode."),
+    "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU and exit with it (single mode)."),
     "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
 }
 
@@ -84,7 +84,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; for a name that is none, say which was probably meant."""
+        """Find the command; for an unknown name, say which was probably meant."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -115,8 +115,8 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Settings come from the environment over /etc/kvmsupervisor/kvmsupervisor.toml: see check-config. "
-    "Exit codes: 0 done, 1 refused or not so, 2 usage, 3 etcd unreachable, 4 timed out waiting.",
+    epilog="Settings come from the environment, then from /etc/kvmsupervisor/kvmsupervisor.toml: see check-config. "
+    "Exit codes: 0 done; 1 refused, or a problem was found; 2 usage; 3 etcd unreachable; 4 timed out waiting.",
 )
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
@@ -133,7 +133,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is not None or error.errno not in NOT_WRITTEN:
             raise
-        # What is still in its buffer would be tried again at the end of the process, and fail again.
+        # Python writes the rest of its buffer at the end of the process: to /dev/null, or that would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
         sys.exit(1)

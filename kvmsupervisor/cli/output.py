@@ -1,7 +1,7 @@
-"""What is printed: tables (coloured on a terminal, plain in a pipe), JSON, ages, and safe text.
+"""Output: tables (coloured on a terminal, plain in a pipe), JSON, ages, and safe text.
 
-Whatever stands in etcd may be printed here, so every text passes `printable`: no value reaches a terminal
-as an escape sequence.
+Any value of etcd may be printed here, so every text passes `printable`: no value reaches a terminal as an escape
+sequence.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import BLANKS
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ PHASE_STYLES = {
     "unknown": "magenta",
     "stopped": "dim",
 }
-"""Colours of the phases on a terminal; arbitrary, but red is only what needs a person."""
+"""Colours of the phases on a terminal. Arbitrary, but only what needs a person is red."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cell:
     """One cell of a table. `style` is rich's, for terminals."""
 
@@ -49,7 +49,7 @@ class Cell:
     style: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Column:
     """One column of a table.
 
@@ -57,7 +57,7 @@ class Column:
         title: its heading.
         right: whether it is aligned to the right.
         long: whether it holds sentences: a terminal folds them, or puts them below the row.
-        label: what is written before such a sentence below the row.
+        label: stands before such a sentence below the row.
         spare: whether a narrow terminal leaves it out.
     """
 
@@ -69,8 +69,8 @@ class Column:
 
 
 LEAST_WIDTH = 40
-"""Columns that a terminal must have left for each long column to stand beside the others. Arbitrary: below it,
-a sentence takes more lines than it has words to a line."""
+"""The least width of a long column beside the others; with less room its sentences go below the rows. Arbitrary: in a
+narrower column a sentence has fewer words per line than lines."""
 
 BELOW_INDENT = 4
 
@@ -80,17 +80,14 @@ Block = tuple[str, Sequence[tuple[str, Cell]]]
 MARKS = 3
 """Marks (accents, vowels) that one character may have. Arbitrary: languages need two, and rarely three."""
 
-NARROW = 100
-"""Columns below which a terminal's table leaves out what is `spare`, for a reason of some width."""
-
 
 def printable(text: object) -> str:
-    """Return `text` in one line that cannot move a cursor: what is not printable, or not seen, is shown escaped."""
+    """Return `text` in one line that cannot move a cursor: unprintable and invisible characters are escaped."""
     plain = str(text)
     if plain.isascii() and plain.isprintable():
         return plain
     shown = []
-    # What is drawn over the character before it must not be drawn over many, nor over what stands before the text.
+    # A mark is drawn over the character before it: many of them, or one at the start, would cover other text.
     marks = MARKS
     for char in plain:
         marks = marks + 1 if unicodedata.combining(char) or unicodedata.category(char) in {"Mn", "Me"} else 0
@@ -100,13 +97,13 @@ def printable(text: object) -> str:
 
 
 def printable_bytes(value: bytes, *, limit: int = 200) -> str:
-    """Return a value of etcd in one line, cut after `limit` characters, bytes that are no UTF-8 escaped."""
+    """Return a value of etcd in one line, cut after `limit` characters; bytes that are not UTF-8 are escaped."""
     text = printable(value.decode("utf-8", "backslashreplace"))
     return text if len(text) <= limit else f"{text[:limit]}… ({len(value)} bytes)"
 
 
 def quoted(words: Iterable[str]) -> str:
-    """Return a command in one line, as bash reads it; what is not printable stands there escaped (`$'…'`)."""
+    """Return a command in one line, as bash reads it; unprintable characters are escaped (`$'…'`)."""
     return " ".join(shlex.quote(word) if word.isprintable() else _dollar_quoted(word) for word in words)
 
 
@@ -145,12 +142,12 @@ def duration(length: timedelta) -> str:
 
 
 def on_terminal(stream: TextIO | None) -> bool:
-    """Whether people watch `stream` on a terminal; it is None where the program was started without it (`>&-`)."""
+    """Whether `stream` is a terminal; it is None when the program was started without it (`>&-`)."""
     return stream is not None and stream.isatty()
 
 
 def terminal_console(*, stderr: bool = False) -> Console:
-    """A rich console, which respects NO_COLOR and TERM. Imported late: most of the program needs none."""
+    """A rich console, which respects NO_COLOR and TERM. rich is imported late, because most commands do not need it."""
     from rich.console import Console  # noqa: PLC0415
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
@@ -175,7 +172,7 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> It
 
 
 def natural_widths(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[int]:
-    """How wide each column is when nothing is folded."""
+    """The width of each column when no text is folded."""
     return [
         max([len(column.title), *(len(printable(row[index].text)) for row in rows)])
         for index, column in enumerate(columns)
@@ -189,7 +186,7 @@ def aligned(cell: Cell, column: Column, width: int) -> str:
 
 
 def print_rich(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
-    """Print a table that fits the terminal: its sentences folded in their columns, or below their rows."""
+    """Print a table that fits the terminal: sentences are folded in their columns, or stand below their rows."""
     beside, below = fit(columns, natural_widths(columns, rows), console.width)
     if below:
         _print_rows_with_sentences(console, columns, rows, beside, below)
@@ -290,15 +287,15 @@ def print_rich_block(
 
 
 def echo_json(value: Any) -> None:
-    """Print JSON for programs; ASCII only, so that no value of etcd can trouble a terminal or an encoding."""
+    """Print JSON for programs: ASCII only, so that no value of etcd can harm a terminal or break an encoding."""
     click.echo(json.dumps(value, indent=2))
 
 
 def phase_cell(phase: str, halted: str | None = None) -> Cell:
-    """A phase in its colour; with the run state of a guest that is halted, in that of what needs a person."""
+    """A phase in its colour; with the run state of a halted guest, in the colour of what needs a person."""
     return Cell(phase, PHASE_STYLES.get(phase, "")) if halted is None else Cell(f"{phase} ({halted})", "red")
 
 
 def note(text: str) -> None:
-    """Say something beside the result: on standard error, so that a pipe stays clean."""
+    """Print a note on standard error, so that standard output holds results only."""
     click.echo(printable(text), err=True)

@@ -12,7 +12,7 @@ from kvmsupervisor.cli.waiting import Report
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Show progress while the body runs; what it yields is told of every change."""
+    """Show progress while the body runs; yields a function to call at every change."""
     if on_terminal(sys.stderr):
         with _live() as report:
             yield report

@@ -32,10 +32,10 @@ from kvmsupervisor.domain.secrecy import cleaned_words
 @output_option
 @pass_tools
 def list_command(tools: Tools, output: OutputFormat) -> None:
-    """List the instances: who runs them, and how they are.
+    """List the instances: their hosts, phases and reasons.
 
-    AGE is how long the phase has lasted. A status whose host has no session is shown as `unknown`: nobody
-    knows. `-o wide` adds RAM, the etcd revision acted on, the incarnation, the last exit and every problem.
+    AGE is how long the phase has lasted. The phase is `unknown` when the reporting host has no session. `-o wide` adds
+    RAM, the etcd revision that the host acted on, the incarnation, the last exit and every problem.
     """
 
     async def work(store: Store, settings: Settings) -> Cluster:
@@ -52,7 +52,7 @@ def list_command(tools: Tools, output: OutputFormat) -> None:
     if rows or not on_terminal(sys.stdout):
         echo_table(views.WIDE_COLUMNS if wide else views.LIST_COLUMNS, rows)
     else:
-        note(f"no instances ({cluster.who_has_sessions()}); make one with `create`")
+        note(f"there are no instances ({cluster.who_has_sessions()}); make one with `create`")
 
 
 @click.command()
@@ -62,8 +62,8 @@ def list_command(tools: Tools, output: OutputFormat) -> None:
 def show(tools: Tools, instance: InstanceId, output: OutputFormat) -> None:
     """Show everything about one instance: keys, status, guest, lock, its host's session, problems.
 
-    What the guest says of itself (addresses, system) is there once its agent has answered. When it last did is asked
-    of its host, which has a second for it.
+    The block "Guest" (addresses, system) is there once the guest's agent has answered. The command asks the host when
+    the agent last answered, and waits a second for that.
     """
     found, cluster, settings = _existing(tools, instance)
     seen = _agent_seen(tools, found, cluster)
@@ -87,12 +87,12 @@ def _agent_seen(tools: Tools, instance: Instance, cluster: Cluster) -> str | Non
 @output_option
 @pass_tools
 def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> None:
-    """Look for everything that is wrong with the keys of ID, or of all instances.
+    """Find all that is wrong with ID, or with all instances.
 
-    Named are: every bad value and unknown key; keys that belong to no valid id; a `host` that has no session,
-    and who has one; wishes that their host has not acted on; instances that should run and do not, since when and
-    why; shutdowns that last longer than they can; locks whose holder has no session, or that
-    cannot be read; MACs, RBD images and SPICE ports that two instances use. Exit code 1 if anything is found.
+    The command names: every bad value and unknown key; keys that belong to no valid id; a `host` that has no session;
+    wishes that their host has not acted on; instances that should run and do not, since when and why; shutdowns that
+    last too long; locks that cannot be read, or whose holder has no session; MACs, RBD images and SPICE ports that two
+    instances use. The exit code is 1 if anything was found.
     """
 
     async def work(store: Store, settings: Settings) -> tuple[Cluster, list[checks.Finding]]:
@@ -124,15 +124,15 @@ def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> No
     type=click.Choice(["lines", "json"]),
     default="lines",
     show_default=True,
-    help="How to print it.",
+    help="Format of the output.",
 )
 @click.option("--shell", is_flag=True, help="Print one line, quoted for a shell.")
 @pass_tools
 def argv(tools: Tools, instance: InstanceId, output: str, shell: bool) -> None:
-    """Print the QEMU command line that the keys of ID give on this host, one option on each line.
+    """Print the QEMU command line of ID, made of its keys and of this host's settings, one option per line.
 
-    Descriptors (fd=3 and so on) and files below the run directory are made ready by the supervisor, and the machine
-    type is the one that the guest was first started with. User data that was not fetched on this host yet is taken for
+    The supervisor opens the descriptors (fd=3 and so on) and writes the files below the run directory. The machine type
+    is the one with which the guest was first started. User data that this host has not fetched yet counts as
     cloud-config. Secrets in extra_flags are left out.
     """
     found, _, settings = _existing(tools, instance)
@@ -158,7 +158,7 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
         if not problems:
             raise Refused(f"{instance.id} has no keys any more")
         raise Refused("\n".join([f"{instance.id} has problems:", *(f"  {problem}" for problem in problems)]))
-    # Imported here: the other commands do not need a host's adapters.
+    # Imported here: other commands need no adapters of a host.
     from kvmsupervisor.adapters import accelerator  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import InstanceDir  # noqa: PLC0415
     from kvmsupervisor.machine.host import host_side  # noqa: PLC0415
@@ -198,10 +198,10 @@ def option_lines(words: Sequence[str]) -> list[list[str]]:
 
 
 def _existing(tools: Tools, instance: InstanceId) -> tuple[Instance, Cluster, Settings]:
-    """Read an instance of which etcd holds anything at all.
+    """Read an instance of which etcd has any key.
 
     Raises:
-        Refused: there is none.
+        Refused: there is no such instance.
     """
 
     async def work(store: Store, settings: Settings) -> tuple[Instance, Cluster, Settings]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import click
 
-from kvmsupervisor.config.settings import Settings, SettingsError, load_settings
+from kvmsupervisor.config.load import SettingsError, load_settings
+from kvmsupervisor.config.settings import Settings
 
 GC_THRESHOLDS = (20_000, 20, 10)
-"""While 80,000 keys were read, collections stopped the loop for 55 ms by Python's own thresholds, for 13 ms by these
-(measured on two noisy cores)."""
+"""Thresholds of the garbage collector. While 80,000 keys were read, a collection stopped the loop for 55 ms with
+Python's own thresholds, for 13 ms with these (measured on two noisy cores)."""
+
+HEAD_START_S = 0.02
+"""How long etcd may take to answer before the import of the rest begins, which slows the question down: the thread that
+imports lets others go on every 5 ms only. Arbitrary: a connection and a question take 5 ms on a quiet network."""
 
 
 @click.command()
@@ -21,10 +26,10 @@ GC_THRESHOLDS = (20_000, 20, 10)
 @click.option(
     "--pid-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="With --daemon: where its pid is written. Default: _supervisor.pid in KVM_RUN_DIR.",
+    help="With --daemon: the file for its pid. Default: _supervisor.pid in KVM_RUN_DIR.",
 )
 def run(daemon: bool, pid_file: Path | None) -> int:
-    """Run this host's supervisor until SIGTERM or Ctrl-C. Machines run on without it."""
+    """Run this host's supervisor until SIGTERM or Ctrl-C. Guests run on without it."""
     try:
         settings = load_settings(os.environ)
     except SettingsError as error:
@@ -48,65 +53,39 @@ def run(daemon: bool, pid_file: Path | None) -> int:
 
 
 def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | None = None) -> int:
-    """Supervise in this process until it is told to stop; return the exit code.
+    """Supervise in this process until told to stop; return the exit code.
 
     Args:
         settings: of this host.
-        started: called once it has started.
-        log_file: where standard error goes, when that is a file of ours: it is kept short then.
+        started: called once the supervisor has started.
+        log_file: of standard error, when that is a file of ours, which has to be kept short.
     """
-    # Imported here, behind the forks of a daemon: gRPC and event loops survive none.
+    # Imported here, after the forks of a daemon: gRPC and event loops do not survive a fork.
     import gc  # noqa: PLC0415
 
-    # What is imported stays: nothing is gained by looking through it for garbage, now or later.
+    # Imported modules stay, so the garbage collector need not look through them.
     gc.disable()
     import asyncio  # noqa: PLC0415
 
-    from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
-    from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
-    from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
-    from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
-    from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
-    from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
-    from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import connect  # noqa: PLC0415
 
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    gc.enable()
+    async def ask_and_supervise() -> list[BaseException]:
+        etcd = connect(settings)
+        # etcd is asked before the rest is imported. That takes a thread longer than etcd takes to answer.
+        asked = etcd.ask_ahead(settings.layout.wishes_prefix)
+        try:
+            await asyncio.wait((asked,), timeout=HEAD_START_S)
+            await asyncio.to_thread(import_module, "kvmsupervisor.cli.supervise")
+            from kvmsupervisor.cli.supervise import supervise  # noqa: PLC0415
 
-    async def supervise() -> None:
-        loop = asyncio.get_running_loop()
-        tell = lambda host: started()  # noqa: E731 - a function would need the type of what is imported above
-        while True:
-            supervisor = Supervisor(settings, REAL)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, supervisor.stop)
-            # Before the run directory is ours: whoever finds us by it may signal at once.
-            loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
-            if not await supervisor.run(tell):
-                return
-            tell = lambda host: None  # noqa: E731 - it has been told
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
+            gc.enable()
+            return await supervise(settings, etcd, started, log_file=log_file)
+        finally:
+            await etcd.close()
 
-    log = configure(
-        level=settings.log_level,
-        format=settings.log_format,
-        rotation=None if log_file is None else Rotation(path=log_file),
-    )
-    refused: list[BaseException] = []
-    try:
-        asyncio.run(supervise())
-    except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
-        refused = _leaves(group)
-    finally:
-        log.close()
+    refused = asyncio.run(ask_and_supervise())
     for error in refused:
         click.echo(f"kvmsupervisor: {error}", err=True)
     return 1 if refused else 0
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    """The errors in a group of groups."""
-    found: list[BaseException] = []
-    for error in group.exceptions:
-        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return found

@@ -1,6 +1,6 @@
-"""`spice`: the file with which remote-viewer opens an instance's display.
+"""`spice`: writes the file with which remote-viewer opens an instance's display.
 
-Source: remote-viewer(1), "CONNECTION FILE"; its syntax is that of GLib's key files (docs.gtk.org, "GKeyFile").
+Source: remote-viewer(1), "CONNECTION FILE"; the syntax is that of GLib's key files (docs.gtk.org, "GKeyFile").
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,21 +20,22 @@ from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.status import Phase
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Display:
     """An instance's SPICE server.
 
     Attributes:
-        instance: whose it is.
+        instance: of the server.
         host: that runs the instance.
-        address: where its SPICE server listens.
-        port: where its SPICE server listens.
-        password: what a viewer must know, None for nothing.
+        address: on which it listens.
+        port: on which it listens.
+        password: that a viewer needs; None for none.
     """
 
     instance: InstanceId
@@ -46,7 +46,7 @@ class Display:
 
     @property
     def is_local(self) -> bool:
-        """Whether it can be reached on its own host only."""
+        """Whether it can be reached from its own host only."""
         return self.address == "localhost" or _is(self.address, "is_loopback")
 
     @property
@@ -70,15 +70,15 @@ def _is(address: str, kind: str) -> bool:
     "file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write it to FILE, readable by nobody else, instead of standard output.",
+    help="Write to FILE, which only you can read, instead of standard output.",
 )
 @pass_tools
 def spice(tools: Tools, instance: InstanceId, file: Path | None) -> None:
     """Write a .vv file, with which remote-viewer opens the display of ID.
 
-    `kvmsupervisor spice ID | remote-viewer -` opens it at once; `-o ID.vv` is for double-clicking, and
-    remote-viewer deletes that file once it has read it. A display that listens on loopback is reached from another
-    machine through a tunnel: the command for it is told on standard error.
+    `kvmsupervisor spice ID | remote-viewer -` opens the display at once. A file of `-o ID.vv` is for double-clicking;
+    remote-viewer deletes it once it has read it. A display on a loopback address needs a tunnel from another machine:
+    standard error has the command for that.
     """
 
     async def work(store: Store, settings: Settings) -> tuple[Instance, Cluster, Settings]:
@@ -102,7 +102,7 @@ def display_of(instance: Instance, cluster: Cluster, settings: Settings) -> Disp
     """The instance's display, as its keys say.
 
     Raises:
-        Refused: it has none, or its keys have a value that makes none.
+        Refused: the instance has none, or a bad value in its keys.
     """
     port = _value(instance.keys, b"spice_port")
     if port is None:
@@ -111,13 +111,13 @@ def display_of(instance: Instance, cluster: Cluster, settings: Settings) -> Disp
         raise Refused(f"{instance.id} has no display: spice_port is {printable(port)!r}, not a port from 1 to 65535")
     host = shown(instance, cluster).host
     if host is None:
-        raise Refused(f"{instance.id} has a spice_port, but no host: nothing runs it until `host` is set")
+        raise Refused(f"{instance.id} has a spice_port, but no host: no host runs it until `host` is set")
     address = _value(instance.keys, b"spice_addr") or settings.spice_addr
     if not address.isprintable() or " " in address:
         raise Refused(f"{instance.id} has no display that can be reached: spice_addr is {printable(address)!r}")
     password = _value(instance.keys, b"spice_password")
     if password is not None and ("\n" in password or "\0" in password):
-        raise Refused(f"the spice_password of {instance.id} has a line break or a NUL: no viewer can be given that")
+        raise Refused(f"the spice_password of {instance.id} has a line break or a NUL, which no viewer's file can hold")
     return Display(instance=instance.id, host=host, address=address, port=int(port), password=password)
 
 
@@ -128,12 +128,12 @@ def _value(keys: Mapping[bytes, RawValue], name: bytes) -> str | None:
 
 
 def way_to(display: Display, cluster: Cluster, *, here: str) -> tuple[str, list[str]]:
-    """The address that a viewer shall use, and what to tell people about it.
+    """The address for the viewer, and a note for people about it.
 
     Args:
-        display: to be reached.
-        cluster: with the sessions, which say how hosts are reached.
-        here: name of the host that this command runs on.
+        display: of the instance.
+        cluster: its sessions say how to reach a host.
+        here: name of the host on which this command runs.
     """
     if display.is_local:
         if display.host == here:
@@ -149,26 +149,26 @@ def way_to(display: Display, cluster: Cluster, *, here: str) -> tuple[str, list[
 
 
 def _name_of(host: str, cluster: Cluster) -> str:
-    """The name or address by which others reach a host: that of its supervisor's URL, or else its name."""
+    """The name or address of a host for others: the one in its supervisor's URL, or else its name."""
     session = cluster.sessions.get(host)
     try:
         name = urlsplit(session.url).hostname if session is not None else None
     except ValueError:
         name = None
-    # A supervisor that serves on loopback says nothing of its host's address.
+    # The URL of a supervisor that serves on loopback does not tell its host's address.
     if name is None or not name.isprintable() or name == "localhost" or _is(name, "is_loopback"):
         return host
     return name
 
 
 def _doubts(instance: Instance, cluster: Cluster) -> Iterable[str]:
-    """Why the display may not answer, or not as the file says."""
+    """Reasons why the display may not answer, or not as the file says."""
     status, view = instance.status, shown(instance, cluster)
     if view.phase != Phase.RUNNING:
         yield f"{instance.id} is {view.phase}: {view.reason}"
     pending = [] if status is None else [name for name in status.pending if name.startswith("spice_")]
     if pending:
-        yield f"{', '.join(pending)} of {instance.id} is as the file says only from its next restart on"
+        yield f"{', '.join(pending)} of {instance.id} changed: the file is right from its next restart on"
 
 
 def connection_file(display: Display, address: str) -> str:
@@ -179,7 +179,7 @@ def connection_file(display: Display, address: str) -> str:
         "port": str(display.port),
         **({"password": display.password} if display.password is not None else {}),
         "title": f"{display.instance} on {display.host} - %d",
-        # The file may hold a password, and is worth nothing a minute later.
+        # The file may hold a password, and is soon out of date.
         "delete-this-file": "1",
         "toggle-fullscreen": "shift+f11",
         "release-cursor": "shift+f12",
@@ -189,13 +189,13 @@ def connection_file(display: Display, address: str) -> str:
 
 
 def _escaped(value: str) -> str:
-    """A string as a key file has it: no line breaks, and no white space at its ends that would be lost."""
+    """A string for a key file: line breaks, and white space at its ends, are escaped."""
     text = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
     return f"\\s{text[1:]}" if text.startswith(" ") else text
 
 
 def _write(file: Path, text: str) -> None:
-    """Write the file for its owner alone, whole or not at all, also over one that others could read."""
+    """Write the file for its owner alone, whole or not at all, also over a file that others could read."""
     try:
         # mkstemp makes it 0600.
         descriptor, aside = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:32]}.")

@@ -1,4 +1,4 @@
-"""How `list`, `show` and `check` look: rows and blocks, made from what was read, printed elsewhere."""
+"""The rows and blocks of `list`, `show` and `check`, made from what was read; `output` prints them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, WISH_KEYS, public_value
+from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, public_value
 
 OTHERS = 100
-"""How many keys `show` prints that are no wishes. Arbitrary: who may write keys shall not fill a terminal."""
+"""How many keys `show` prints that are no wishes. Arbitrary: a writer of keys must not fill a terminal."""
 
 LIST_COLUMNS = (
     Column(title="ID"),
@@ -77,7 +78,7 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
 
 
 def _where(instance: Instance, host: str | None) -> str | None:
-    """Where it runs, and for whom, where it is placed there in place of its own host."""
+    """The host where it runs; with a placement also its own host."""
     placement = instance.wish.placement
     return host if placement is None or placement.host != host else f"{host} (for {instance.wish.host})"
 
@@ -85,7 +86,7 @@ def _where(instance: Instance, host: str | None) -> str | None:
 def show_blocks(
     instance: Instance, cluster: Cluster, layout: Layout, now: datetime, agent_seen: str | None = None
 ) -> list[Block]:
-    """Everything about one instance; `agent_seen` is when the guest's agent last answered, None when not known."""
+    """Everything about one instance; `agent_seen`: when the guest's agent last answered, None when not known."""
     view, status = shown(instance, cluster), instance.status
     since = f" for {age(status.since, now)}" if status is not None else ""
     where = f" on {_where(instance, view.host)}" if view.host is not None else ""
@@ -120,7 +121,7 @@ def show_blocks(
 
 
 def _wishes(instance: Instance) -> Iterator[tuple[str, Cell]]:
-    """Its keys and their values; of those that nobody knows, or that are for people, the first `OTHERS`."""
+    """Its keys and their values; of unknown keys, and of those for people, the first `OTHERS`."""
     wishes = {name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS)}
     others = 0
     for name, raw in sorted(instance.keys.items()):
@@ -132,7 +133,7 @@ def _wishes(instance: Instance) -> Iterator[tuple[str, Cell]]:
 
 
 def _public(name: bytes, value: bytes) -> bytes:
-    """A key's value without what is nobody else's business."""
+    """A key's value without its secrets."""
     return public_value(name.decode(errors="replace"), value.strip())
 
 
@@ -170,7 +171,7 @@ def finding_row(finding: Finding) -> list[Cell]:
 
 
 def _or_nothing(value: object | None, style: str = "") -> Cell:
-    """A cell that shows `-` for what is not there."""
+    """A cell that shows `-` for a missing value."""
     return Cell(NOTHING, "dim") if value is None or value == "" else Cell(str(value), style)
 
 
@@ -184,7 +185,7 @@ def _field(name: str, value: object) -> Cell:
 
 
 def _guest_lines(agent: GuestFacts, seen: str | None, now: datetime) -> Sequence[tuple[str, Cell]]:
-    """What the guest says of itself."""
+    """The guest's own statements."""
     return [
         *(("address", Cell(f"{one.address} ({one.interface})")) for one in agent.addresses),
         ("os", _or_nothing(agent.os)),
@@ -228,7 +229,7 @@ def _placement_lines(instance: Instance) -> Sequence[tuple[str, Cell]]:
 
 
 def _session_lines(host: str, cluster: Cluster) -> Sequence[tuple[str, Cell]]:
-    """What a host says of itself."""
+    """A host's session."""
     if not cluster.alive(host):
         return [("", Cell(f"none ({cluster.who_has_sessions()})", "magenta"))]
     session = cluster.sessions[host]

@@ -1,6 +1,6 @@
-"""`--wait`: follow an instance until the wish is a fact.
+"""`--wait`: follows an instance until the wish is fulfilled.
 
-Level-triggered: a watch only says *when* to look; what counts is read anew each time.
+Level-triggered: a watch only says *when* to look; each look reads everything anew.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.cluster import UNKNOWN, list_all
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Power
 from kvmsupervisor.domain.status import Phase, Status
 
 LOOK_AGAIN_S = 5.0
-"""Seconds after which a wait looks without having been told to: for what no watch of it covers (a host's
-session). Arbitrary: a person does not notice less, etcd does not notice more."""
+"""Seconds after which a wait looks without an event, because no watch covers a host's session. Arbitrary: a person does
+not notice the delay, and etcd does not notice the reads."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Sighting:
-    """What is observed of an instance at one moment.
+    """An instance as observed at one moment.
 
     Attributes:
-        status: what its host says.
-        locked: whether its lock is held, or at least there.
-        holder: who holds it, None when that cannot be read.
+        status: from its host.
+        locked: whether there is a lock, readable or not.
+        holder: of the lock; None when that cannot be read.
         host_alive: whether the host in question has a session; None when no host is known.
     """
 
@@ -40,9 +40,9 @@ class Sighting:
     host_alive: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outcome:
-    """How a wait ended: `ok` when the wish is a fact; otherwise `text` says what stands in the way.
+    """The end of a wait: `ok` when the wish is fulfilled; otherwise `text` says why not.
 
     `timed_out` tells "not yet" from "never".
     """
@@ -54,16 +54,16 @@ class Outcome:
 
 
 Verdict = tuple[bool, str] | None
-"""(reached, why), or None as long as neither is certain."""
+"""(reached, why), or None as long as the outcome is open."""
 
 Goal = Callable[[Sighting], Verdict]
 
 Report = Callable[[str, str, str], None]
-"""Told (instance, phase, reason) whenever one of them changes."""
+"""Called with (instance, phase, reason) whenever one of them changes."""
 
 
 def until_running(written: Written) -> Goal:
-    """Until it runs by the wish that was written; a machine that has ended again will not get there."""
+    """Until it runs by the written wish; a machine that has ended again fails."""
     epoch_before = written.before.epoch if written.before is not None else 0
 
     def judge(sighting: Sighting) -> Verdict:
@@ -82,7 +82,7 @@ def until_running(written: Written) -> Goal:
 
 
 def until_stopped(written: Written) -> Goal:
-    """Until nothing of it runs, and its host has released the lock (a stranger's is not waited for)."""
+    """Until nothing of it runs, and its host has released the lock; another host's lock does not count."""
 
     def judge(sighting: Sighting) -> Verdict:
         status = sighting.status
@@ -99,7 +99,7 @@ def until_stopped(written: Written) -> Goal:
 
 
 def until_restarted(written: Written) -> Goal:
-    """Until another QEMU process than before runs."""
+    """Until a new QEMU process runs."""
     running = until_running(written)
     before = written.before.incarnation if written.before is not None else None
 
@@ -112,12 +112,12 @@ def until_restarted(written: Written) -> Goal:
 
 
 def until_gone(sighting: Sighting) -> Verdict:
-    """Until neither a status nor a lock is left."""
+    """Until status and lock are gone."""
     return (True, "gone") if sighting.status is None and not sighting.locked else None
 
 
 def until_as_written(written: Written) -> Goal:
-    """Until what the keys say now is a fact: running, on the host that they name, or stopped with power=off."""
+    """Until the instance is as the keys say: running on the host that they name, or stopped with power=off."""
     if written.wish.power is Power.OFF:
         return until_stopped(written)
     running = until_running(written)
@@ -131,7 +131,7 @@ def until_as_written(written: Written) -> Goal:
 
 
 def _running(status: Status) -> str:
-    """What a person wants to know of a machine that runs."""
+    """A running machine in one sentence, for people."""
     pending = f"; pending until its next restart: {', '.join(status.pending)}" if status.pending else ""
     return f"running on {status.host}, pid {status.pid}{pending}"
 
@@ -144,7 +144,7 @@ async def wait_for_all(
     timeout_s: float,
     report: Report,
 ) -> list[Outcome]:
-    """Wait for several goals at once; none keeps the others from being waited for.
+    """Wait for several goals at once, each for itself.
 
     Raises:
         Denied: the user may not read the keys.
@@ -184,11 +184,11 @@ async def _wait(
                 await _rung(bell)
     except TimeoutError:
         last = ": ".join(said) if said is not None else "nothing was seen"
-        return Outcome(instance, False, f"not so within {timeout_s:g} s; last seen {last}", timed_out=True)
+        return Outcome(instance, False, f"not reached within {timeout_s:g} s; last seen {last}", timed_out=True)
 
 
 async def wait_until_deleted(store: Store, key: str, revision: int, *, timeout_s: float) -> bool:
-    """Wait until `key` is gone; False when the time ran out first."""
+    """Wait until `key` is gone; False after the time limit."""
     try:
         async with asyncio.timeout(timeout_s), doorbell(store, (key,), revision) as bell:
             while True:
@@ -241,13 +241,13 @@ async def _ring(store: Store, key: str, revision: int, bell: asyncio.Event) -> N
 
 
 def _first(errors: ExceptionGroup[Exception]) -> Exception:
-    """The first error of a task group, however deep: a command ends by one."""
+    """The first error of a task group, at any depth: a command ends with one error."""
     error = errors.exceptions[0]
     return _first(error) if isinstance(error, ExceptionGroup) else error
 
 
 async def _look(store: Store, layout: Layout, instance: InstanceId, host: str | None) -> Sighting:
-    """Read what is observed of one instance."""
+    """Read status, lock and session of one instance."""
     status_kv = await store.get(layout.status_key(instance))
     lock_kv = await store.get(layout.lock_key(instance))
     lock = Lock.from_json(lock_kv.value) if lock_kv is not None else None
@@ -263,7 +263,7 @@ async def _look(store: Store, layout: Layout, instance: InstanceId, host: str | 
 
 
 def _saying(sighting: Sighting, host: str | None) -> tuple[str, str]:
-    """Phase and reason as they are told while waiting."""
+    """Phase and reason, as shown while waiting."""
     status = sighting.status
     if status is None:
         if host is None:

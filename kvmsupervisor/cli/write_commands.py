@@ -1,9 +1,8 @@
-"""The commands that write: `create`, `set`, `delete`, `start`, `stop`, `restart`, `confirm-removal`."""
+"""The commands that write wishes: `create`, `set`, `delete`, `start`, `stop`, `restart`, `reset`."""
 
 from __future__ import annotations
 
 import secrets
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 import click
@@ -17,11 +16,12 @@ from kvmsupervisor.cli.common import (
     KEY_NAME,
     Tools,
     pass_tools,
+    tools_of,
     wait_options,
     with_store,
 )
 from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
-from kvmsupervisor.cli.output import note, on_terminal, printable
+from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
 from kvmsupervisor.config.settings import Settings
@@ -30,12 +30,14 @@ from kvmsupervisor.domain.spec import OFF_NOW, Power
 
 Action = Callable[[Store, Settings, InstanceId], Awaitable[Written]]
 
-force_option = click.option("--force", is_flag=True, help="Write although a value has a problem, or `host` no session.")
+force_option = click.option(
+    "--force", is_flag=True, help="Write although a value has a problem, or the host has no session."
+)
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
-all_option = click.option("--all", "everything", is_flag=True, help="All guests; only together with --local.")
-local_option = click.option("--local", is_flag=True, help="On this host itself, without etcd; only with --all.")
-now_option = click.option("--now", is_flag=True, help="At once: without the guest's consent, as by a power cut.")
+all_option = click.option("--all", "everything", is_flag=True, help="All guests of this host; needs --local.")
+local_option = click.option("--local", is_flag=True, help="On this host itself, without etcd; needs --all.")
+now_option = click.option("--now", is_flag=True, help="At once, without asking the guest: like a power cut.")
 ids_argument = click.argument("instances", type=INSTANCE, metavar="ID...", nargs=-1, required=True)
 
 
@@ -54,9 +56,10 @@ def create(
     wait: bool,
     timeout_s: float,
 ) -> None:
-    """Create an instance from its keys, all at once or not at all.
+    """Create an instance: write its keys, all of them or none.
 
-    Every value is checked before anything is written. Nothing runs it until its `host` is set.
+    The command checks every value before it writes, and names unknown keys; docs/instances.md lists the known ones. No
+    host runs the instance until its key `host` is set.
 
     Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=52:54:00:00:00:01
     """
@@ -70,7 +73,7 @@ def create(
 
 @click.command("set")
 @click.argument("instance", type=INSTANCE, metavar="ID")
-@click.argument("assignments", type=ASSIGNMENT, metavar="KEY=VALUE...", nargs=-1)
+@click.argument("assignments", type=ASSIGNMENT, metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--unset", type=KEY_NAME, multiple=True, metavar="KEY", help="Delete this key; may be repeated.")
 @force_option
 @wait_options
@@ -85,10 +88,10 @@ def set_command(
     wait: bool,
     timeout_s: float,
 ) -> None:
-    """Change keys of an instance, all at once or not at all.
+    """Change keys of an instance, all of them or none.
 
-    The result is checked before anything is written. A change that needs a restart is shown as pending
-    until the instance restarts.
+    The command checks the result before it writes. A change that needs a restart is shown as pending until the instance
+    restarts.
 
     Example: kvmsupervisor set web1 ram=4G --unset mac
     """
@@ -97,7 +100,7 @@ def set_command(
         raise click.UsageError("Nothing to change: give KEY=VALUE or --unset KEY.")
     both = sorted(values.keys() & set(unset))
     if both:
-        raise click.UsageError(f"{', '.join(both)}: both set and unset.")
+        raise click.UsageError(f"{', '.join(both)}: given as KEY=VALUE and in --unset.")
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.change(store, settings.layout, instance, values, unset=unset, force=force)
@@ -111,11 +114,11 @@ def set_command(
 @wait_options
 @pass_tools
 def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s: float) -> None:
-    """Remove an instance: all its keys. Its host shuts the guest down and then releases the lock.
+    """Remove an instance: delete all its keys. Its host shuts the guest down and then releases the lock.
 
-    Disks are not touched. Asks first; without a terminal, --yes is needed.
+    Disks are not touched. The command asks first; without a terminal, --yes is needed.
     """
-    confirm(f"Remove instance {instance} and shut its guest down?", yes=yes)
+    confirm(f"Shut the guest of instance {instance} down and remove the instance?", yes=yes)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.delete(store, settings.layout, instance)
@@ -134,7 +137,7 @@ def start(
 ) -> None:
     """Start instances (power=on), also those that ended by themselves.
 
-    With --all --local: let this host's guests start again after `stop --all --local`. Touches no key.
+    With --all --local: let this host's guests start again after `stop --all --local`. This changes no key.
     """
     from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
 
@@ -166,16 +169,16 @@ def stop(
     wait: bool,
     timeout_s: float,
 ) -> None:
-    """Shut instances down gracefully, and leave them off (power=off; with --now, power=off-now).
+    """Shut instances down gracefully and keep them off (power=off; with --now, power=off-now).
 
-    With --all --local: shut down all guests of this host, wait for them, and start none until the host boots again.
-    Touches no key, and needs no etcd. It is for the host's own shutdown.
+    With --all --local: shut down all guests of this host, wait for them, and let none start until the host boots again.
+    This changes no key and needs no etcd. It is for the host's own shutdown.
     """
     from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
 
     here.check(instances, everything=everything, local=local)
     if everything and now:
-        raise click.UsageError("--now is for instances by their ID: the guests of a whole host get their time.")
+        raise click.UsageError("--now needs an ID; with --all every guest gets its time to shut down.")
     if everything:
         here.stop_all(tools, timeout_s=timeout_s)
         return
@@ -192,9 +195,9 @@ def stop(
 @wait_options
 @pass_tools
 def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: bool, timeout_s: float) -> None:
-    """Restart instances gracefully, once: shut down, then start with all pending changes.
+    """Restart instances once: shut them down gracefully, then start them with all pending changes.
 
-    With --now they are not shut down but ended, as by a power cut.
+    With --now they are not shut down but ended, like by a power cut.
     """
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
@@ -216,7 +219,7 @@ def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: b
 @wait_options
 @pass_tools
 def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: float) -> None:
-    """Press the reset button of instances, once: QEMU stays, the guest boots anew without being asked."""
+    """Press the reset button of instances: QEMU goes on, and the guest boots again without being asked."""
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.restart(store, settings.layout, instance, _request(tools, "reset:"))
@@ -225,7 +228,7 @@ def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: 
 
 
 def _request(tools: Tools, kind: str) -> str:
-    """A `restart_request` that was never used before, also when two people ask in the same second."""
+    """A new `restart_request`, unique also when two people ask in the same second."""
     return f"{kind}{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
@@ -239,9 +242,9 @@ def _act(
     wait: bool,
     timeout_s: float,
 ) -> None:
-    """Do `action` to each instance, say what was done, and wait when that is asked for.
+    """Do `action` to each instance, say what was done, and wait if `wait` is set.
 
-    One that is refused does not keep the others from it; the exit code is that of the worst.
+    A refusal for one instance does not affect the others; the exit code is the worst one.
     """
 
     async def work(store: Store, settings: Settings) -> list[CommandError]:
@@ -270,7 +273,7 @@ def _act(
 async def _wait(
     store: Store, settings: Settings, goals: Sequence[tuple[Written, Goal]], *, timeout_s: float
 ) -> list[CommandError]:
-    """Wait for every goal, say which are reached, and return what went wrong with the others."""
+    """Wait for every goal, say which are reached, and return the errors of the others."""
     with progress() as report:
         outcomes = await waiting.wait_for_all(store, settings.layout, goals, timeout_s=timeout_s, report=report)
     failures: list[CommandError] = []
@@ -283,7 +286,7 @@ async def _wait(
 
 
 def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The assignments as a mapping; a key that is given twice is a mistake."""
+    """The assignments as a mapping; a key must not be given twice."""
     values = dict(assignments)
     if len(values) < len(assignments):
         names = [name for name, _ in assignments]
@@ -293,10 +296,10 @@ def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask a person, who must be there unless `--yes` was given."""
+    """Ask the person at the terminal, unless `--yes` was given."""
     if yes:
         return
-    if not on_terminal(sys.stdin):
-        raise click.UsageError("Nobody can be asked without a terminal: give --yes.")
+    if not tools_of(click.get_current_context()).can_ask():
+        raise click.UsageError("There is no terminal to ask on: give --yes.")
     if not click.confirm(question):
         raise Refused("nothing was done")

@@ -1,10 +1,10 @@
-"""Laws 3, 4 and 5: which storage clients a QEMU has, and shutting out those of a QEMU that may still live.
+"""Laws 3, 4 and 5: finds the storage clients of a QEMU, and fences those of a QEMU that may still live.
 
-A QEMU that was started with `-S` has its images open, so Ceph names it as a watcher, and has written nothing. Nothing
-in Ceph ties a watcher to a process: its port is 0 and its nonce random. So it is told by elimination: an image of an
-instance that is about to run is open for nobody else. Whoever else has it open is somebody's tool, or another machine
-on the same disk; then nothing is continued until they are gone. That needs no listing from before the start, which
-would cost time there, and which a supervisor that adopts a paused QEMU would not have.
+A QEMU that was started with `-S` has its images open, so Ceph names it as a watcher, and it has written nothing.
+Nothing in Ceph ties a watcher to a process: its port is 0 and its nonce random. So the client is found by elimination:
+an image of an instance that is about to run has no other watcher. Another watcher is a person's tool, or another
+machine on the same disk; then QEMU stays paused until that watcher is gone. This needs no listing from before the
+start, which would cost time, and which a supervisor that adopts a paused QEMU does not have.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from kvmsupervisor.domain.storage import images_of
 
 
 class NotFenced(Exception):
-    """An address could not be proven fenced, or a QEMU's own not be told: no start, or no `cont`.
+    """An address could not be confirmed as fenced, or this QEMU's own client could not be identified: do not go on.
 
     The message says why, and what would help. Try again later.
     """
 
 
 class InUse(NotFenced):
-    """An image is open elsewhere, too: by another instance, by somebody's tool, or by a QEMU that has just died.
+    """Another client has an image open: another instance, a person's tool, or a QEMU that has just died.
 
     Attributes:
-        clients: who has it open, this QEMU among them.
+        clients: all that have it open, this QEMU's own included.
     """
 
     def __init__(self, message: str, clients: Collection[str]) -> None:
@@ -41,11 +41,11 @@ class InUse(NotFenced):
 
 
 class StorageAway(NotFenced):
-    """The storage does not answer: wait. Nothing is known of anybody's address."""
+    """The storage does not answer: wait. No address could be looked up."""
 
 
 class Fencing(Protocol):
-    """What storage offers to law 3 and 4: which clients a QEMU has, and to shut some out for good."""
+    """What laws 3 and 4 need of storage: find the clients of a QEMU, and fence clients for good."""
 
     async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
         """The addresses of the (paused) QEMU's own storage clients, all of them.
@@ -56,54 +56,33 @@ class Fencing(Protocol):
                 live migration those of the source.
 
         Raises:
-            NotFenced: they cannot be told, or are not to run (law 5).
+            NotFenced: they cannot be identified, or the image must not be used (law 5).
         """
         ...
 
     async def fence(self, addresses: Collection[str]) -> None:
-        """Shut out each address, and verify it.
+        """Fence each address, and read back that it is fenced.
 
         Raises:
-            NotFenced: one of them could not be.
+            NotFenced: one address could not be fenced.
         """
         ...
 
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Whom storage itself names as using these images, for a takeover: live ones, and dead ones that left a lock.
+        """The clients that storage names as users of these images, for a takeover: live ones, and owners of a lock.
 
         Raises:
-            NotFenced: that is not known.
+            NotFenced: storage does not say.
         """
         ...
 
     async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Who of them is alive, or was 30 s ago: while there are any, a takeover waits (law 4).
+        """The clients that are alive, or were 30 s ago: while there are any, a takeover waits (law 4).
 
         Raises:
-            NotFenced: that is not known.
+            NotFenced: storage does not say.
         """
         ...
-
-
-class Diskless:
-    """The storage of machines without a fenceable disk: no clients, nothing to fence."""
-
-    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    async def fence(self, addresses: Collection[str]) -> None:
-        """Nothing to do without addresses; with some it cannot be done here."""
-        if addresses:
-            raise NotFenced(f"this release cannot fence the storage clients {', '.join(addresses)}")
-
-    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Nobody."""
-        return ()
-
-    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        """Nobody."""
-        return ()
 
 
 class CephFencing:
@@ -119,7 +98,7 @@ class CephFencing:
         self._allow_unfenced = allow_unfenced
 
     async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
-        """See `Fencing`. Each image has a client of its own: QEMU connects once for each."""
+        """See `Fencing`. QEMU connects once for each image, so each image has a client of its own."""
         if record.storage is Storage.NONE:
             return ()
         spec = spec_from_object(record.spec)
@@ -129,7 +108,7 @@ class CephFencing:
         return await _union(self._own(image, expected) for image in images_of(spec))
 
     async def fence(self, addresses: Collection[str]) -> None:
-        """See `Fencing`. The entries last a year: longer than any host that is frozen and wakes up."""
+        """See `Fencing`. An entry lasts a year: a host that was frozen for so long does not come back."""
         try:
             await self._ceph.fence(addresses)
         except CephError as error:
@@ -145,7 +124,7 @@ class CephFencing:
         return await _union(self._ceph.watchers(image) for image in images)
 
     async def _own(self, image: RbdDisk, known: frozenset[str]) -> frozenset[Client]:
-        """The one client by which the QEMU that has just opened `image` did so; see the module."""
+        """The client of the QEMU that has just opened `image`; see the module."""
         info, listed = await both(self._ceph.image_info(image), self._ceph.watchers(image))
         if not info.has_exclusive_lock and not self._allow_unfenced:
             raise NotFenced(leaves_no_trace(image.name))
@@ -162,10 +141,10 @@ class CephFencing:
 
 
 async def _union(asked: Iterable[Coroutine[Any, Any, frozenset[Client]]]) -> tuple[str, ...]:
-    """Ask all at once; what they name together, in order.
+    """Ask all at once; return every client that an answer names, sorted.
 
     Raises:
-        NotFenced: one of them failed; the others are not waited for.
+        NotFenced: one question failed; the others are not waited for.
     """
     try:
         found = await all_of(asked)

@@ -1,15 +1,15 @@
-"""Makes sure that the store still has the history that this host acts on (law 11), and notices when it has another one.
+"""Proves that etcd still has the history that this host acts on (law 11), and notices when etcd has another one.
 
-Whoever connects to etcd anew, a mirror or its watch, asks for the proof before anything that it heard is applied.
-It costs one read of one key. What follows another history is the mirrors', the instances' and the dispatch's; here is
-how it is noticed, named, remembered for a successor, and which hosts have spoken in it.
+An informer that connects to etcd anew asks for the proof before it applies anything. A proof costs one read of one key.
+This module notices another history, names it, remembers it for a successor, and knows which hosts have spoken in it.
+What has to happen then is decided by the informers, the instances and the dispatch.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Never
 from uuid import uuid4
@@ -30,6 +30,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
 )
 from kvmsupervisor.adapters.rundir import write_whole
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import (
     Era,
     HistoryFile,
@@ -47,32 +48,32 @@ log = structlog.get_logger(__name__)
 FILE_NAME = "_history.json"
 
 CHANGED = (
-    "etcd has another history than the one that was acted on: it was restored from a backup, its data was lost, or it "
+    "etcd has another history than the one this host acted on: it was restored from a backup, its data was lost, or it "
     "is another etcd. Machines run on and their locks are written again; removals, moves and `power=off` that came "
     "with it wait for `kvmsupervisor confirm-removal`"
 )
 
 UNPROVEN = (
-    "etcd has compacted away what could prove that its history is the one that was acted on: removals, moves and "
+    "etcd has compacted away what could prove that its history is the one this host acted on: removals, moves and "
     "`power=off` since then wait for `kvmsupervisor confirm-removal`"
 )
 
 SPEAK_POLL_S = 0.2
-"""How often it is looked whether all locks are written again, after a change. Arbitrary: seldom, and soon over."""
+"""How often to look whether all locks are written again, after a change. Arbitrary: this is seldom, and soon over."""
 
 SAVE_EVERY_S = 1.0
-"""How often the file is written at most. A supervisor that is killed leaves a file that may be so much older; what it
-vouches for is that much older, too. Arbitrary: a busy cluster then costs 0.1 ms a second."""
+"""The shortest time between two writes of the file. A killed supervisor leaves a file that is at most this old, and its
+successor can prove no more than the file says. Arbitrary: a busy cluster then costs 0.1 ms a second."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Found:
-    """What a store says of its history.
+    """What etcd says of its history.
 
     Attributes:
-        name: what it is called; None where that cannot be read or written.
-        since: the revision up to which all is older than the name, or than this look at it.
-        missing: whether it had no name before.
+        name: of the history; None when it cannot be read or written.
+        since: all revisions up to this one are older than the name, or than this look at it.
+        missing: whether the history had no name before.
         written: whether the name was written just now, in the revision `since`.
     """
 
@@ -91,11 +92,11 @@ class History:
         layout: of the keys.
         me: this host.
         run_dir: where the file is; it exists.
-        patience_s: how long what can be fenced waits for other hosts to speak (`KVM_TAKEOVER_WAIT`).
+        patience_s: how long a machine that can be fenced waits for other hosts to speak (`KVM_TAKEOVER_WAIT`).
 
     Attributes:
-        era: how often another history took the place of the former one since this supervisor started.
-        changes: the same, but for those where that could only not be disproven.
+        era: how many times the history has changed since this supervisor started.
+        changes: the same, without the changes that could only not be disproven.
     """
 
     def __init__(
@@ -115,17 +116,17 @@ class History:
         self._id, self._number, self._since = found.id, found.number, found.since
         self._foreign, self._members = found.foreign, frozenset(found.members)
         self.spoken = found.spoken
-        # The hosts of the former history, which are waited for where this one cannot be named.
+        # The hosts of the former history: waited for when the present one cannot be named.
         self._former: frozenset[str] = frozenset()
         self._named: HistoryName | None = None
-        # Hosts that have a session, and the history that each has spoken in.
+        # Host with a session → the history that it has spoken in.
         self._sessions: Mapping[str, str] = dict.fromkeys(found.hosts, "")
         self._sessions_era = 0
         self._until = clock.now() + patience_s
         # Since when only members with another history answer.
         self._doubted_at: float | None = None
         self._proving = asyncio.Lock()
-        # How many proofs were begun, and the last one that was had.
+        # How many proofs were begun, and the last one that succeeded.
         self._begun = self._had = 0
         self._dirty = asyncio.Event()
         self._unspoken = asyncio.Event()
@@ -147,17 +148,17 @@ class History:
 
     @property
     def id(self) -> str:
-        """What it is called; empty while it has no name."""
+        """The name of the present history; empty while it has none."""
         return self._id
 
     @property
     def spoken_name(self) -> str:
-        """What this host's session is to say: the history that it has spoken in, where one ever changed."""
+        """What this host's session has to say: the history that it has spoken in, if the history ever changed."""
         return self._id if self.spoken and self._number else ""
 
     @property
     def present(self) -> Era:
-        """What a decision needs to know of it."""
+        """What a decision needs to know of the history."""
         return Era(
             number=self._number,
             since=self._since,
@@ -169,13 +170,13 @@ class History:
 
     @property
     def awaited(self) -> tuple[str, ...]:
-        """The hosts that have not spoken in it yet; none where the history never changed, or all have."""
+        """The hosts that have not spoken in the present history; none if it never changed, or all have spoken."""
         if self._number == 0:
             return ()
         name = self._named
         current = self._sessions if self._sessions_era == self.era else {}
         if name is None or name.id != self._id:
-            # It could not be named, so nobody can say that he has spoken in it.
+            # The history could not be named, so no host can say that it has spoken in it.
             return tuple(sorted((self._former | current.keys()) - {self._me}))
         if not name.hosts:
             return ()
@@ -185,12 +186,12 @@ class History:
     # --- the proof ----------------------------------------------------------------------------------------------
 
     async def prove(self) -> None:
-        """Make sure that etcd has the history that was acted on; otherwise begin another `era`.
+        """Prove that etcd has the history that this host acted on; otherwise begin another `era`.
 
-        A proof that somebody else began since then serves as well.
+        A proof that another caller began since then serves as well.
 
         Raises:
-            EtcdError: nobody can tell now.
+            EtcdError: etcd does not answer, so nothing is proven.
         """
         asked = self._begun
         async with self._proving:
@@ -208,10 +209,10 @@ class History:
             self._had = self._begun
 
     async def _judge(self) -> Verdict:
-        """Ask every member before another history is believed: one that was restored alone is left.
+        """Ask every member before another history is believed: a member that was restored alone is left.
 
         Raises:
-            Unavailable: some have another history, and the others have not answered, for less than the patience.
+            Unavailable: some members have another history, the others do not answer, and `patience_s` is not over.
         """
         if not self._witnesses:
             return Verdict.FIRST
@@ -221,7 +222,7 @@ class History:
             if verdict is not Verdict.OTHER:
                 self._doubted_at = None
                 return verdict
-            # Whoever did not answer was passed over.
+            # Members that did not answer were passed over.
             strangers.add(self._store.endpoint)
             if len(strangers) == self._store.members:
                 break
@@ -262,8 +263,8 @@ class History:
     # --- another one --------------------------------------------------------------------------------------------
 
     async def _begin(self, verdict: Verdict) -> None:
-        """Another history, or one of which nobody can tell: everything begins anew."""
-        # First what may fail.
+        """Begin everything anew: the history is another one, or cannot be proven."""
+        # First the steps that may fail.
         former = self._id
         found = await (self._rename() if verdict is Verdict.OTHER else self._look())
         name, since = found.name, found.since
@@ -278,7 +279,7 @@ class History:
             log.warning("history.unproven", history=self._id, since=since, reason=UNPROVEN)
             return
         self.changes += 1
-        # Without a name it is a new store, or another cluster's that never had one: hosts tell which.
+        # No name: etcd is empty, or belongs to another cluster that never had one. The hosts tell which.
         follows = name is not None and former in {name.id, name.after}
         self._foreign = found.missing or not follows
         self._members = frozenset(self._sessions) if found.missing else frozenset()
@@ -306,7 +307,7 @@ class History:
         return _Found(name=name, since=reading.revision, missing=found is None)
 
     async def _rename(self) -> _Found:
-        """Give the store a new name, unless another host has done so."""
+        """Give the history a new name, unless another host has done so."""
         while True:
             reading = await self._store.read(self._key)
             (found,) = reading.kvs
@@ -332,7 +333,7 @@ class History:
                 return _Found(name=fresh, since=done.revision, missing=found is None, written=True)
 
     async def _name_first(self) -> None:
-        """Learn what the store is called; call it something where it has no name."""
+        """Learn the name of the history; give it one if it has none."""
         found = await self._look()
         if found.missing:
             name = HistoryName(id=str(uuid4()), by=self._me)
@@ -340,7 +341,7 @@ class History:
             try:
                 done = await self._store.txn([absent], [Put(self._key, name.to_json())])
             except (Denied, Rejected) as error:
-                # It is needed only once there is another history.
+                # The name is needed only once there is another history.
                 log.warning("history.unnamed", key=self._key, reason=str(error))
                 return
             if done.succeeded:
@@ -352,7 +353,7 @@ class History:
             self.heard(found.name, found.since)
 
     def heard(self, name: HistoryName, revision: int) -> None:
-        """Take what the key says: another host has given a new name, or all have spoken, or an operator for them.
+        """Take what the key says: another host gave a new name, or all have spoken, or an operator spoke for them.
 
         Args:
             name: as read.
@@ -361,7 +362,7 @@ class History:
         if name.id != self._id:
             log.info("history.named", history=name.id, number=name.number, by=name.by, after=name.after)
             if name.number > self._number:
-                # Nothing that was seen here is lost in it; what others have not told is.
+                # Nothing that this host saw is lost in that history; what other hosts have not told is.
                 self._since, self._until = revision, self._clock.now() + self._patience_s
             if name.number:
                 self._must_speak()
@@ -376,7 +377,7 @@ class History:
     # --- for a successor, and for all -----------------------------------------------------------------------------
 
     async def run(self) -> Never:
-        """Keep the file, and tell once all have spoken, for ever."""
+        """Keep the file up to date, and note in etcd once all hosts have spoken, for ever."""
         while True:
             await self._clock.wait(self._dirty, None)
             self._dirty.clear()
@@ -385,11 +386,11 @@ class History:
             await self._clock.sleep(SAVE_EVERY_S)
 
     async def run_speaking(self, ready: Callable[[], bool], say: Callable[[str], Awaitable[bool]]) -> Never:
-        """Have this host say that it has spoken, after each change, for ever.
+        """Let this host say that it has spoken, after each change of the history, for ever.
 
         Args:
-            ready: whether everything that runs here has its lock in the history that etcd has now.
-            say: puts the name of that history into this host's session; tells whether it is there.
+            ready: whether every machine here has its lock in the present history.
+            say: puts the name of that history into this host's session; returns whether it is there.
         """
         while True:
             await self._clock.wait(self._unspoken, None)
@@ -407,7 +408,7 @@ class History:
             await self._clock.sleep(SPEAK_POLL_S)
 
     async def _settle(self) -> None:
-        """Once all have spoken, have the key say so: who comes later waits for nobody."""
+        """Once all hosts have spoken, write that into the key: a host that starts later need not wait."""
         name = self._named
         if name is None or name.id != self._id or self.awaited:
             return
@@ -426,7 +427,7 @@ class History:
             log.warning("history.unsettled", reason=str(error))
 
     def _load(self) -> HistoryFile:
-        """What a predecessor has left. Never raises: without it nothing is known of what was acted on."""
+        """Read the file of a predecessor. Never raises: without the file there is nothing to prove."""
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
@@ -442,7 +443,7 @@ class History:
         return found
 
     def save(self) -> None:
-        """Write the file, whole or not at all. Never raises: it is only needed by a successor."""
+        """Write the file, whole or not at all. Never raises: only a successor needs it."""
         if self._leave_file_alone:
             return
         noted = HistoryFile(

@@ -18,14 +18,14 @@ from kvmsupervisor.domain.keys import HostName, Layout
 
 
 class Neighbours:
-    """Follows the sessions of all hosts, and what the present history is called.
+    """Follows the sessions of all hosts, and the name of the present history.
 
     Args:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
         me: this host.
-        history: is told of both.
+        history: gets both.
         on_change: called when either differs; see `mirror.Mirror`.
         rand: random numbers, 0 ≤ x < 1.
 
@@ -56,9 +56,9 @@ class Neighbours:
         self._history = history
         self._on_change = on_change
         self._name_table = Flat()
-        # Where each other host looks for locks, as far as they say it.
+        # Where each other host looks for locks, as far as its session says.
         self._locks: dict[str, str] = {}
-        self._dissent: str | None = "which other hosts there are has not been read yet"
+        self._dissent: str | None = "the sessions of the other hosts have not been read yet"
         # Host → the history that it says it has spoken in. None before the first list of an era.
         self._sessions: dict[str, str] | None = None
         self._era = history.era
@@ -73,19 +73,19 @@ class Neighbours:
             start_part(tasks, self._name.run())
 
     def has_session(self, host: HostName) -> bool | None:
-        """Whether a host has a session; None when that is not known in the history that etcd has now."""
+        """Whether a host has a session; None when that is not known in the present history."""
         if not self.synced.is_set() or self._hosts.era != self._history.era:
             return None
         return self.table.get(self._layout.session_key(host).encode()) is not None
 
     def drains(self, host: HostName) -> bool:
-        """Whether a host that has a session says that it stops all its guests."""
+        """Whether a host has a session that says that the host stops all its guests."""
         entry = self.table.get(self._layout.session_key(host).encode())
         found = None if entry is None else HostSession.from_json(entry.value)
         return found is not None and found.draining
 
     def dissent(self) -> str | None:
-        """Why no lock may be taken where none is; None when the other hosts look for locks where this one does."""
+        """Why a free lock must not be taken; None when the other hosts look for locks where this one does."""
         return self._dissent
 
     def names(self) -> Collection[str]:

@@ -1,7 +1,7 @@
-"""The keys below a prefix, kept in step with etcd: list once, then watch; list again when history is gone.
+"""Informer: keeps the keys below a prefix in step with etcd by list and watch, and lists again after a compaction.
 
-No change is lost and none is applied twice: the watch begins right behind the list, and after a compaction
-the new list is compared with what is here, which yields exactly the changes that the watch could not tell.
+No change is lost and none is applied twice: the watch begins right behind the list, and after a compaction the new list
+is compared with the table, which yields exactly the changes that the watch could not tell.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 LabelT = TypeVar("LabelT", bound=Hashable)
 
 SLICE = 1000
-"""Keys that are applied before others get their turn: at most 2 ms of work."""
+"""Keys that are applied before other tasks get their turn: at most 2 ms of work."""
 
 
 _BY_REVISION = itemgetter(2)
@@ -48,11 +48,11 @@ class Proof(Protocol):
 
     @property
     def era(self) -> int:
-        """Another number in another history."""
+        """A number that differs in another history."""
         ...
 
     async def prove(self) -> None:
-        """Make sure that etcd has the history that was acted on, or begin another era."""
+        """Prove that etcd has the history that this host acted on, or begin another era."""
         ...
 
     def saw(self, key: bytes, revision: int, value: bytes | None) -> None:
@@ -61,7 +61,7 @@ class Proof(Protocol):
 
 
 class AnotherHistory(EtcdError):
-    """What was listed is of a history that is no more: list again."""
+    """The list belongs to a history that etcd no longer has: list again."""
 
 
 class Mirror(Generic[LabelT]):
@@ -71,17 +71,17 @@ class Mirror(Generic[LabelT]):
         store: etcd.
         clock: the machine's.
         prefix: of the keys.
-        history: asked before anything is applied that was heard on a new connection.
-        table: what holds them; its labels are what changes are told by (`grouping.Flat`: the keys).
+        history: asked before anything is applied that came over a new connection.
+        table: holds the keys; changes are told by its labels (`grouping.Flat`: the keys).
         on_change: called with the labels that differ and the revision, once per batch that changed
-            anything, after the whole of it is in the table. It runs in the mirror's own task: it must
+            anything, after the whole batch is in the table. It runs in the informer's own task: it must
             neither block nor raise. It is called after the first list of another era, too, whatever differs.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
-        era: the history's, of what is in the table.
+        era: the history's era to which the table belongs.
         synced: set once the first list is in the table and `on_change` was told of it.
-        revision: of etcd, up to which everything below the prefix is in the table; 0 before the first list.
+        revision: of etcd; the table holds all changes below the prefix up to it. 0 before the first list.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Mirror(Generic[LabelT]):
 
     @property
     def in_step(self) -> bool:
-        """Whether the table holds what etcd holds: listed, and the watch is connected."""
+        """Whether the table is in step with etcd: listed, and the watch is connected."""
         return self._listed and self._watch is not None and self._watch.connected
 
     @property
@@ -134,7 +134,7 @@ class Mirror(Generic[LabelT]):
                     await self._list()
                 await self._follow()
             except EtcdError as error:
-                # One that went well for a while is no part of the row that lets the delay grow.
+                # A connection that lasted resets the backoff.
                 failures = 1 if self._clock.now() - began > RETRY_CAP_S else failures + 1
                 self._note(error)
                 if not isinstance(error, Compacted | AnotherHistory) or failures > 1:
@@ -152,7 +152,7 @@ class Mirror(Generic[LabelT]):
                     newest.append(max(entries, key=_BY_REVISION))
                     await asyncio.sleep(0)
                 revision = page.revision
-        # Behind the list: what answered it is asked, and not what was there before.
+        # After the list: the proof then asks the member that answered the list, not an earlier one.
         await self._history.prove()
         self._listed = True
         self._well()
@@ -170,7 +170,7 @@ class Mirror(Generic[LabelT]):
                     await _fill(stage, batch.events)
                     self._well()
                     if self._history.era != self.era:
-                        # Heard on an older connection than the proof that found another history.
+                        # This came over an older connection than the proof that found another history.
                         raise AnotherHistory("etcd has another history")
                     last = batch.events[-1]
                     self._history.saw(last.kv.key, last.kv.mod_revision, None if last.deleted else last.kv.value)
@@ -180,10 +180,10 @@ class Mirror(Generic[LabelT]):
         raise Unavailable(f"the watch on {self._prefix} has ended")
 
     async def _prove(self) -> None:
-        """Before anything is applied that a new connection tells.
+        """Prove the history before anything is applied that comes over a new connection.
 
         Raises:
-            AnotherHistory: what is in the table is not what this connection goes on from.
+            AnotherHistory: the table belongs to another history than this connection.
         """
         await self._history.prove()
         if self._history.era != self.era:
@@ -197,7 +197,7 @@ class Mirror(Generic[LabelT]):
             self._on_change(changed, revision)
 
     def _note(self, error: EtcdError) -> None:
-        """Remember what is wrong; log it when it is something else than before."""
+        """Remember what is wrong; log it when it differs from what was wrong before."""
         before, self._trouble = self._trouble, (type(error), f"{self._prefix} cannot be read: {error}")
         match error:
             case Compacted():
@@ -219,7 +219,7 @@ class Mirror(Generic[LabelT]):
 
 
 async def _fill(stage: Stage[LabelT], events: Iterable[Event]) -> None:
-    """Fill a stage slice by slice, so that a large one keeps nobody waiting."""
+    """Fill a stage slice by slice, so that other tasks get their turn during a large list."""
     for index, event in enumerate(events, start=1):
         if event.deleted:
             stage.delete(event.kv.key)
@@ -232,8 +232,8 @@ async def _fill(stage: Stage[LabelT], events: Iterable[Event]) -> None:
 class Wishes:
     """Every instance's wish keys, lock and placement, in step with etcd.
 
-    Placements are facts, but they say where an instance runs as `host` does: what they say is known before anything is
-    decided. Where `LOCK` puts the locks outside the wishes' prefix, they are followed by a mirror of their own.
+    A placement is a fact, but it says where an instance runs, as `host` does: so placements are read before anything is
+    decided. When `LOCK` puts the locks outside the wishes' prefix, a further informer follows the locks.
 
     Args:
         store: etcd.
@@ -241,11 +241,11 @@ class Wishes:
         layout: of the keys.
         history: see `Mirror`.
         on_change: called with the ids whose keys or lock differ, and the revision; see `Mirror`.
-        on_anew: called instead once everything is of another era: nothing that was known before is to be compared with.
+        on_anew: called instead once everything belongs to another era: do not compare with what was known before.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
-        era: of all that is here.
+        era: of all tables.
     """
 
     def __init__(
@@ -306,7 +306,7 @@ class Wishes:
         elif len(eras) == 1:
             (self.era,) = eras
             self._on_anew()
-        # Otherwise half of it is of another history: nothing is told before the other half is, too.
+        # Half of the tables belongs to another history: tell nothing until the other half does, too.
 
     @property
     def _all(self) -> tuple[Mirror[InstanceId] | Mirror[bytes], ...]:
@@ -319,32 +319,32 @@ class Wishes:
 
     @property
     def synced(self) -> bool:
-        """Whether everything was listed for the first time: before, an absent key means nothing."""
+        """Whether everything was listed for the first time: until then an absent key means nothing."""
         return all(mirror.synced.is_set() for mirror in self._all)
 
     @property
     def in_step(self) -> bool:
-        """Whether wishes and locks are what etcd holds."""
+        """Whether wishes and locks are in step with etcd."""
         return all(mirror.in_step for mirror in self._all)
 
     @property
     def problem(self) -> str:
-        """What keeps them from being in step, for people; empty while they are."""
+        """What keeps the tables from being in step, for people; empty while they are in step."""
         return "; ".join(mirror.problem for mirror in self._all if mirror.problem)
 
     @property
     def revision(self) -> int:
-        """Of etcd, up to which all wishes are known."""
+        """The etcd revision up to which all wishes are known."""
         return self._mirrors[0].revision
 
     @property
     def locks_revision(self) -> int:
-        """Of etcd, up to which all locks are known."""
+        """The etcd revision up to which all locks are known."""
         return self._of_locks.revision
 
     @property
     def placements_revision(self) -> int:
-        """Of etcd, up to which all placements are known."""
+        """The etcd revision up to which all placements are known."""
         return self._of_placements.revision
 
     def ids(self) -> Set[InstanceId]:
@@ -352,13 +352,13 @@ class Wishes:
         return self._keys.ids() if self._locks is self._keys else self._keys.ids() | self._locks.ids()
 
     def naming(self, host: bytes) -> Set[InstanceId]:
-        """The instances whose `host` is this name, or whose lock or placement holds it, maybe as part of another's."""
+        """The instances whose `host` is this name, or whose lock or placement contains it, maybe in a longer name."""
         found = self._keys.naming(host)
         placed = self._ids_of_placements(key for key, entry in self._placements.entries.items() if host in entry.value)
         return found | placed if self._locks is self._keys else found | placed | self._locks.naming(host)
 
     def placed(self, instance: InstanceId) -> Placed:
-        """The placement of one instance (law 10). Cheap for the many that have none."""
+        """The placement of one instance (law 10). Cheap for the many instances that have none."""
         entries = self._placements.entries
         entry = entries.get(self._layout.placement_key(instance).encode()) if entries else None
         return NOT_PLACED if entry is None else Placed.read(entry.value, entry.mod_revision)
@@ -369,7 +369,7 @@ class Wishes:
         return {instance for instance in found if instance is not None}
 
     def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
-        """The wish keys of one instance by what follows `/kvm/<id>/`. A later change makes a new mapping."""
+        """The wish keys of one instance, by the part behind `/kvm/<id>/`. A later change makes a new mapping."""
         return self._keys.keys_of(instance)
 
     def lock_of(self, instance: InstanceId) -> Entry | None:

@@ -1,19 +1,19 @@
-"""One instance's lock in etcd: read, compared and swapped. What to write is decided in `domain.lock` and above.
+"""One instance's lock in etcd: read, compared and swapped. `domain.lock` and its callers decide what to write.
 
-Every change is one transaction that compares the lock's `mod_revision` with what was last seen (law 2). A reply that
-was lost is settled by reading: each value names an incarnation, so our own is recognised.
+Every change is one transaction that compares the lock's `mod_revision` with the last one seen (law 2). When a reply is
+lost, the lock is read again: each value names an incarnation, so this host recognises its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
 from kvmsupervisor.domain.history import Era, is_older
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockView
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockView
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
 
@@ -21,7 +21,50 @@ T = TypeVar("T")
 
 
 class SwapFailed(Exception):
-    """A compare did not hold: somebody was first, or our session or the wish changed. Look again, decide again."""
+    """A compare failed: another writer was first, or our session or the wish changed. Look again, decide again."""
+
+
+def compares(
+    change: Change,
+    *,
+    layout: Layout,
+    instance: InstanceId,
+    revision: int,
+    session: Compare | None = None,
+    ground: Ground | None = None,
+    holder: HostName | None = None,
+) -> list[Compare]:
+    """What the transaction of a change compares, as the table says.
+
+    Args:
+        change: the row of the table.
+        layout: of the keys.
+        instance: whose lock it is.
+        revision: `mod_revision` of the lock as last seen, 0 when it was absent.
+        session: of the writer, where the row has it.
+        ground: the two keys that say where it runs, as last seen; None where they have no say.
+        holder: who must have no session, where the row has that.
+    """
+    found = []
+    for compared in change.value.compares:
+        match compared:
+            case Compared.LOCK:
+                found.append(Compare(layout.lock_key(instance), Target.MOD_REVISION, revision))
+            case Compared.SESSION:
+                assert session is not None
+                found.append(session)
+            case Compared.GROUND if ground is not None:
+                host_key, placement_key = layout.wish_key(instance, "host"), layout.placement_key(instance)
+                found.append(Compare(host_key, Target.MOD_REVISION, ground.host_revision))
+                found.append(Compare(placement_key, Target.MOD_REVISION, ground.placement_revision))
+            case Compared.GROUND:
+                pass
+            case Compared.HOLDER_GONE:
+                assert holder is not None
+                found.append(Compare(layout.session_key(holder), Target.MOD_REVISION, 0))
+            case _:
+                assert_never(compared)
+    return found
 
 
 class InstanceLock:
@@ -31,71 +74,67 @@ class InstanceLock:
         self.view = LockView()
         self._store = store
         self._layout = layout
+        self._instance = instance
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
-        self._host_key = layout.wish_key(instance, "host")
         self._placement_key = layout.placement_key(instance)
         self._session = session
         self._era = 0
 
     def begin_anew(self) -> None:
-        """Etcd has another history: what is heard next is news, whatever its revision, and what was asked before none.
+        """Take the next value whatever its revision, and ignore replies to earlier requests: etcd has another history.
 
-        What is known stays until then.
+        The value known so far stays until then.
         """
         self._era += 1
         self.view = replace(self.view, as_of=0)
 
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
-        """Take note of what a watch or listing says; older news than what is known is left out."""
+        """Take note of a value that a watch or list told, unless it is older than the known one."""
         if not self.view.known or as_of > self.view.as_of:
             self.view = LockView(known=True, data=data, mod_revision=mod_revision, as_of=as_of)
 
     async def look(self) -> Status | None:
-        """Read lock and status in one linearizable step; return the status, whoever wrote it."""
+        """Read lock and status in one linearizable step; return the status, of whatever host."""
         _, status = await self._look()
         return status
 
     async def write(
         self,
+        change: Change,
         lock: Lock,
         ground: Ground | None,
         *,
         if_new: bool = False,
-        gone: HostName | None = None,
+        holder: HostName | None = None,
         status: Status | None = None,
     ) -> None:
-        """Take the lock, or write its next state on the way to `cont`.
-
-        Only if our session holds, and what says that it runs here (`host`, and its placement) is still as it was seen.
+        """Take the lock, or write its next state.
 
         Args:
+            change: the row of the table; what it says is compared.
             lock: what to write.
-            ground: those two keys as last seen; None where they have no say.
+            ground: `host` and the placement as last seen; None when they do not matter.
             if_new: only if there is no status either: no host has ever had this instance.
-            gone: only if this host, whose lock it was, has no session: told by etcd itself in that very step (law 4).
+            holder: the former holder, which must have no session; etcd compares that in the same step (law 4).
             status: what to write into the status key in the same step.
+
+        Raises:
+            SwapFailed, EtcdError: see `_swap`.
         """
-        compares = [self._session()]
-        if ground is not None:
-            compares.append(Compare(self._host_key, Target.MOD_REVISION, ground.host_revision))
-            compares.append(Compare(self._placement_key, Target.MOD_REVISION, ground.placement_revision))
-        if if_new:
-            compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
-        if gone is not None:
-            compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
+        more = [Compare(self._status_key, Target.MOD_REVISION, 0)] if if_new else []
         also = () if status is None else (Put(self._status_key, status.to_json()),)
-        await self._swap(lock.to_json(), compares, also)
+        await self._swap(change, lock, more, also, ground=ground, holder=holder)
 
     async def reassert(self, lock: Lock, era: Era) -> Status | None:
-        """Write our own lock again where it is missing or older, if our session holds and nobody had it meanwhile.
+        """Write our own lock again where it is missing or older, if our session holds and no other host had it since.
 
-        Whoever had it and let go has left a status with a later epoch: that one is returned, and nothing written. The
-        status of another cluster's host says nothing of that.
+        A host that had the lock and released it has left a status with a later epoch: that status is returned, and
+        nothing is written. The status of another cluster's host does not count.
 
         Args:
             lock: ours.
-            era: the history that it is written in.
+            era: of the history in which the lock is written.
         """
         found, status = await self._look()
         known = self.view.lock
@@ -106,35 +145,34 @@ class InstanceLock:
         strange = status is not None and found is not None and era.is_strange(status.host, found.mod_revision)
         if status is not None and status.epoch > lock.epoch and not strange:
             return status
-        # Had somebody been here since that was read, our QEMU is fenced: too late for the sentence, not for its guest.
-        await self._swap(lock.to_json(), [self._session()])
+        # If another host had the lock since that read, it has fenced our QEMU: this write comes late, and does no harm.
+        await self._swap(Change.REASSERT, lock)
         return None
 
     async def release(self, status: Status | None, *, stale_placement: int = 0) -> int:
-        """Delete our lock, its process proven gone, and in the same step write the last status (None: delete it).
+        """Release our lock, and write the last status in the same step (None: delete it); return the revision.
 
-        So whoever takes the lock next finds in the status up to which epoch this host came. A placement that has ended
-        goes in the same step, too: later, it would change under whoever has taken the lock meanwhile. Returns the
-        revision.
+        The process is proven gone. The next holder finds in the status up to which epoch this host came. A placement
+        that has ended is deleted in the same step: later, it would change under the next holder.
 
         Args:
             status: the last one.
-            stale_placement: `mod_revision` of that placement, 0 when there is none.
+            stale_placement: `mod_revision` of the placement that has ended, 0 when there is none.
         """
         last: list[Op] = [Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())]
-        compares = []
+        more = []
         if stale_placement:
-            compares.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
+            more.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
             last.append(Delete(self._placement_key))
-        await self._swap(None, compares, last)
+        await self._swap(Change.RELEASE, None, more, last)
         return self.view.as_of
 
     async def tidy(self, stale_placement: int) -> None:
-        """Delete a placement that has ended, unless another was written since: then the watch shows that.
+        """Delete a placement that has ended, unless a new one was written since; the watch shows that one.
 
         Raises:
-            SwapFailed: it is another one by now, or none.
-            EtcdError: etcd did not do it, or nobody knows.
+            SwapFailed: the key has changed, or is gone.
+            EtcdError: etcd did not do it, or the reply was lost.
         """
         seen = Compare(self._placement_key, Target.MOD_REVISION, stale_placement)
         result = await self._store.txn([seen], [Delete(self._placement_key)])
@@ -142,21 +180,41 @@ class InstanceLock:
             raise SwapFailed("its placement changed meanwhile")
 
     async def drop(self) -> None:
-        """Delete our lock, its process proven gone, where there is no status."""
-        await self._swap(None, [])
+        """Delete our lock where there is no status. The process is proven gone."""
+        await self._swap(Change.RELEASE, None)
 
-    async def _swap(self, data: bytes | None, compares: Sequence[Compare], also: Sequence[Op] = ()) -> None:
-        """Replace the lock as last seen by `data` (None: delete it).
+    async def _swap(
+        self,
+        change: Change,
+        lock: Lock | None,
+        more: Sequence[Compare] = (),
+        also: Sequence[Op] = (),
+        *,
+        ground: Ground | None = None,
+        holder: HostName | None = None,
+    ) -> None:
+        """Replace the lock as last seen by `lock` (None: delete it), under the compares of `change`, and `more`.
 
         Raises:
-            SwapFailed: a compare did not hold; `view` is fresh.
-            EtcdError: nothing is known but what the next watch event will say.
+            SwapFailed: a compare failed, or `change` does not lead from the lock as last seen to `lock`.
+            EtcdError: the outcome is unknown until the next watch event.
         """
-        expected = Compare(self._key, Target.MOD_REVISION, self.view.mod_revision)
-        change: Op = Delete(self._key) if data is None else Put(self._key, data)
+        if not change.allows(self.view.lock, lock):
+            raise SwapFailed("the lock changed meanwhile")
+        data = None if lock is None else lock.to_json()
+        compared = compares(
+            change,
+            layout=self._layout,
+            instance=self._instance,
+            revision=self.view.mod_revision,
+            session=self._session(),
+            ground=ground,
+            holder=holder,
+        )
+        write: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
         try:
-            result = await self._txn([expected, *compares], [change, *also], [Get(self._key)])
+            result = await self._txn([*compared, *more], [write, *also], [Get(self._key)])
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:
@@ -172,10 +230,10 @@ class InstanceLock:
         raise SwapFailed("the lock changed meanwhile")
 
     async def _txn(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()) -> TxnResult:
-        """Run a transaction, whose result is worth something only in the history that it was asked in.
+        """Run a transaction. Its result counts only in the history in which it was sent.
 
         Raises:
-            SwapFailed: that has become another one; the mirror tells what is there now.
+            SwapFailed: etcd has another history since; the informer tells what is there now.
         """
         return await self._in_this_era(self._store.txn(compare, success, failure))
 
@@ -187,7 +245,7 @@ class InstanceLock:
         return result
 
     async def _look(self) -> tuple[KeyValue | None, Status | None]:
-        """Read lock and status at one revision, also where etcd has no space; the status, as found and as read.
+        """Read lock and status at one revision, also when etcd has no space; return the status, raw and parsed.
 
         Raises:
             SwapFailed: see `_txn`.

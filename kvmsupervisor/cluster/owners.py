@@ -1,4 +1,4 @@
-"""Whose storage client an address is, as the locks of all instances say: another one's is not ours to fence."""
+"""Finds the instance to which a storage client belongs, in the locks: the client of another instance is not fenced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvmsupervisor.domain.single import name_of
 
 
 def instance_of_client(wishes: Wishes, client: str) -> InstanceId | None:
-    """The instance whose lock has a storage client on record: its QEMU is not another instance's to fence."""
+    """The instance whose lock has a storage client on record."""
     mark = json.dumps(client).encode()
     for name in wishes.ids():
         entry = wishes.lock_of(name)
@@ -25,15 +25,15 @@ def instance_of_client(wishes: Wishes, client: str) -> InstanceId | None:
 
 
 async def other_of_client(store: Store, layout: Layout, client: str, *, own: str) -> InstanceId | None:
-    """The same, asked of etcd by somebody who follows only the lock `own`: whose it is beside that one's instance.
+    """The same, read from etcd, for a caller that follows only the lock `own`; that lock is left out.
 
-    Everything below the prefixes of locks is read, so it is for the rare question.
+    This reads everything below the prefixes of locks, so it is for rare questions.
 
     Raises:
-        EtcdError: etcd does not say, so nobody knows.
+        EtcdError: etcd does not say.
     """
     mark = json.dumps(client).encode()
-    # In single mode the lock may lie anywhere; those of supervisors are where the settings say, or the usual place.
+    # In single mode the own lock may lie anywhere. Locks of supervisors are where the settings say, or at the default.
     for prefix in {layout.wishes_prefix, layout.locks_prefix() or layout.wishes_prefix}:
         async with aclosing(store.pages(prefix)) as pages:
             async for page in pages:

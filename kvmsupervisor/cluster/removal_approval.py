@@ -1,4 +1,4 @@
-"""An operator's word on removals that are held: looked for while there are any, never otherwise."""
+"""An operator's approval of removals that are held: looked for while removals are held, never otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvmsupervisor.domain.removal import RemovalGuard
 log = structlog.get_logger(__name__)
 
 CONFIRMATION_POLL_S = 2.0
-"""How often the operator's word is looked for while removals are held."""
+"""How often to look for the operator's approval while removals are held."""
 
 
 class Confirmations:
@@ -25,7 +25,7 @@ class Confirmations:
     Args:
         store: etcd.
         clock: the machine's.
-        key: where the word is written: a JSON list of the instances that it is about.
+        key: of the approval: a JSON list of instance ids.
         guard: knows which removals are held.
         on_freed: called with the instances whose removal was confirmed.
     """
@@ -41,14 +41,14 @@ class Confirmations:
         self._begun = asyncio.Event()
 
     def look(self) -> None:
-        """A removal is held: look for a word on it from now on."""
+        """A removal is held: look for an approval from now on."""
         self._begun.set()
 
     async def run(self) -> None:
-        """Look for a word whenever there is reason to, until cancelled."""
+        """Look for an approval while a removal is held, until cancelled."""
         while True:
             await self._begun.wait()
-            # A word that was said before is not about this.
+            # An earlier approval is not about this removal.
             stale = True
             while self._guard.held:
                 try:

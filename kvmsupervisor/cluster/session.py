@@ -1,8 +1,8 @@
 """The host's session in etcd (law 1): one leased key that says "this host is alive".
 
-What the session is worth is judged by this host's own clock, from before each renewal was sent, so it is
-never believed longer than etcd keeps it. Losing it kills nothing: machines run on, only changes of locks
-wait until it is back.
+This host's own clock decides how long the session holds, counted from before each renewal was sent. So this host never
+believes in its session longer than etcd keeps it. Losing the session kills nothing: machines run on, and only changes
+of locks wait until it is back.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ FILE_NAME = "_session.json"
 FILE_VERSION = 1
 
 RIVAL_POLL_S = 1.0
-"""How often a session key that is not ours is looked at: etcd tells a lease's rest in whole seconds."""
+"""How often to look at a session key that is not ours: etcd tells a lease's rest in whole seconds."""
 
 SHORTEST_TIMEOUT_S = 0.1
-"""Calls end by the session's deadline, but none is given less than this. Arbitrary: a round trip fits."""
+"""Calls end by the session's deadline, but each gets at least this long. Arbitrary: a round trip fits."""
 
 NO_SESSION = -1
-"""A create revision that no key ever has: compared with, it is always false."""
+"""A create revision that no key ever has: a compare with it is always false."""
 
 
 class HostnameTaken(Exception):
-    """Another supervisor lives under this host's name: give up, the operator must rename one of them."""
+    """Another supervisor is alive under this host's name: give up; the operator must rename one of the two."""
 
 
 class Session:
-    """Gets the host's session, keeps it, and gets it again.
+    """Acquires the host's session, renews it, and acquires it again after a loss.
 
     Args:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
-        value: what the session key says; `host`, `boot_id` and `machine` decide whose an old key is.
+        value: of the session key; `host`, `boot_id` and `machine` decide to whom an old key belongs.
         run_dir: where the lease's id is kept for a successor on the same boot; it exists.
         ttl_s: of the lease (`KVM_SESSION_TTL`).
-        yields: whether to go on waiting, and not to give up, where another supervisor lives under this name.
+        yields: whether to wait, not give up, when another supervisor is alive under this name.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:
         key: of the session in etcd.
-        value: what the key says, or will say: it may be replaced (but for `host`) until `run` is started,
-            and by `restate`.
+        value: what the key says, or will say. All but `host` may be replaced until `run` is started, and by
+            `restate`.
         lost_count: how often a session that was held was lost.
-        problem: what keeps it from being won or renewed, for people; empty when nothing does.
+        problem: what keeps the session from being won or renewed, for people; empty when nothing does.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Session:
         self._rand = rand
         self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
         self._lease = 0
-        # Every lease that this host is known to have asked for on this boot. A key that has one of them is
-        # ours, also when it hangs on an older one because the reply to its move got lost.
+        # Every lease that this host has asked for on this boot, as far as known. A key on one of them is ours, also
+        # on an older one: the reply to its move may have been lost.
         self._own_leases: set[int] = set()
         # Invariant: 0 unless the key with this create revision was ours when etcd last told of it.
         self._create_revision = 0
@@ -113,44 +113,44 @@ class Session:
 
     @property
     def held(self) -> bool:
-        """Whether the session is certainly held, by the clock, at this instant."""
+        """Whether the clock says that the session is certainly held at this instant."""
         return self._create_revision != 0 and self._timer.held(self._clock.now())
 
     @property
     def remaining_s(self) -> float:
-        """Seconds for which it is still held without another renewal; 0 when it is not held."""
+        """Seconds until the session runs out without another renewal; 0 when it is not held."""
         return self._timer.remaining(self._clock.now()) if self._create_revision else 0.0
 
     @property
     def create_revision(self) -> int:
-        """What names this session among all sessions of this host; 0 when it is not held."""
+        """The number that names this session among all sessions of this host; 0 when it is not held."""
         return self._create_revision if self.held else 0
 
     def compare(self) -> Compare:
         """The condition "my session exists" for a transaction.
 
-        etcd judges it when the transaction happens, so it stays true to its word however late that is.
-        Without a session it never holds.
+        etcd checks the condition when the transaction happens, so a late transaction is safe. Without a session the
+        condition is false.
         """
         return Compare(self.key, Target.CREATE_REVISION, self._create_revision or NO_SESSION)
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call `listener` whenever the session was won or lost; return what ends that.
+        """Call `listener` whenever the session is won or lost; return a function that ends that.
 
-        It runs in the session's own task: it must neither block nor raise. `asyncio.Event.set` is meant.
+        The listener runs in the session's own task: it must neither block nor raise. `asyncio.Event.set` is meant.
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
     def follow(self, follower: Callable[[float], None]) -> None:
-        """Tell `follower` after each confirmed renewal until when the session holds, CLOCK_BOOTTIME; see `listen`."""
+        """Tell `follower` after each confirmed renewal when the session runs out, CLOCK_BOOTTIME; see `listen`."""
         self._followers.append(follower)
 
     async def run(self) -> Never:
         """Keep the session, for ever. Cancelling leaves it in etcd for the successor to resume.
 
         Raises:
-            HostnameTaken: another supervisor holds it, and this one never did (unless it `yields`).
+            HostnameTaken: another supervisor holds the session, and this one never did (unless it `yields`).
         """
         self._lease = self._file.load()
         self._won_on_this_boot = self._lease != 0
@@ -177,20 +177,20 @@ class Session:
             self._announce()
 
     async def restate(self, value: HostSession) -> bool:
-        """Have the key say `value` from now on; return whether it does. Without a session it will once it is won.
+        """Write `value` into the key; return whether it is there. Without a session it is written once that is won.
 
         Raises:
-            EtcdError: it may or may not do so.
+            EtcdError: the value may or may not be there.
         """
         self.value = value
         mine = [self.compare(), Compare(self.key, Target.LEASE, self._lease)]
         return (await self._store.txn(mine, [Put(self.key, value.to_json(), self._lease)])).succeeded
 
     async def end(self) -> None:
-        """Give the session up, so that nobody waits for its lease to run out. `run` was cancelled before.
+        """End the session, so that no other host waits for its lease to run out. `run` was cancelled before.
 
         Raises:
-            EtcdError: it was not; its lease runs out by itself.
+            EtcdError: the session was not ended; its lease runs out by itself.
         """
         if self._lease:
             await self._store.revoke(self._lease)
@@ -198,7 +198,7 @@ class Session:
     # Renewing.
 
     async def _renew(self) -> None:
-        """Renew once. Law 1: only what a quorum confirmed counts, dated from before it was asked."""
+        """Renew once. Law 1: a renewal counts when a quorum confirmed it, dated from before it was sent."""
         sent = self._clock.now()
         ttl_s = await self._store.keep_alive(self._lease, timeout_s=self._timeout())
         if ttl_s <= 0:
@@ -210,31 +210,32 @@ class Session:
             return
         self._confirm(self._create_revision, sent, ttl_s)
         if found.value != (value := self.value.to_json()):
-            # It could not be written when it was to be.
+            # `restate` could not write the value.
             with contextlib.suppress(NoSpace):
                 await self._rewrite(found, value)
 
     async def _confirmed(self) -> KeyValue | None:
-        """Ask a quorum for our key, writing nothing; None when it is not ours any more.
+        """Ask a quorum for our key, without a write; None when the key is not ours any more.
 
-        Still on our lease: whoever writes over the key takes it from the lease, and it would outlive this host.
+        The key must still be on our lease: a write by another client takes the key off the lease, and then it would
+        outlive this host.
 
-        By a read, not by a transaction that compares: etcd 3.5.0 to 3.5.6 refuse every transaction when they have no
-        space (https://github.com/etcd-io/etcd/issues/14884), and the session would be lost for that.
+        A read, not a transaction that compares: without space, etcd 3.5.0 to 3.5.6 refuse every transaction
+        (https://github.com/etcd-io/etcd/issues/14884), and the session would be lost.
         """
         found = await self._store.get(self.key, timeout_s=self._timeout())
         ours = found is not None and (found.create_revision, found.lease) == (self._create_revision, self._lease)
         return found if ours else None
 
     def _timeout(self) -> float:
-        # While the session is held no call outlasts it, so that its loss is announced in time.
+        # While the session is held, no call lasts longer than it does, so that its loss is announced in time.
         usual = self._ttl_s / RENEWALS_PER_TTL
         return max(SHORTEST_TIMEOUT_S, min(usual, self.remaining_s)) if self.held else usual
 
     # Acquiring.
 
     async def _acquire(self) -> None:
-        """Make one attempt; without success and without an error it is simply made again."""
+        """Make one attempt. The caller makes another one when this one neither succeeds nor raises."""
         sent = self._clock.now()
         ttl_s = await self._store.keep_alive(self._lease, timeout_s=self._timeout()) if self._lease else 0
         found = await self._store.get(self.key, timeout_s=self._timeout())
@@ -248,7 +249,7 @@ class Session:
             await self._stand_off(found)
 
     async def _create(self, sent: float, ttl_s: int) -> None:
-        """Write the absent key, with our lease if it lives and has the right TTL, else with a new one."""
+        """Write the absent key, on our lease if that lives and has the right TTL, else on a new lease."""
         if ttl_s != self._ttl_s:
             sent, ttl_s = await self._grant()
         absent = Compare(self.key, Target.CREATE_REVISION, 0)
@@ -259,10 +260,10 @@ class Session:
             self._confirm(done.revision, sent, ttl_s)
 
     async def _grant(self) -> tuple[float, int]:
-        """Get a new lease; return when it was asked for, and what it is worth.
+        """Get a new lease; return when it was asked for, and its TTL.
 
-        Its id is on file before any key has it: whenever this process dies, its successor knows the
-        lease of every session key that this host ever wrote.
+        The id is on file before any key has it: so a successor knows the lease of every session key that this host
+        ever wrote, whenever this process dies.
         """
         sent = self._clock.now()
         self._lease = await self._store.grant(self._ttl_s)
@@ -271,24 +272,24 @@ class Session:
         return sent, self._ttl_s
 
     async def _resume(self, found: KeyValue, sent: float, ttl_s: int) -> None:
-        """Go on with a session that is ours: a predecessor's, or one whose making got no reply."""
+        """Go on with a session that is ours: a predecessor's, or one whose creation got no reply."""
         value = self.value.to_json()
         try:
             if ttl_s != self._ttl_s:
-                # The setting changed, or the lease is vanishing: the key moves to a new one, the old runs out.
+                # The setting changed, or the lease is about to expire: the key moves to a new lease.
                 sent, ttl_s = await self._grant()
             if (found.value, found.lease) != (value, self._lease) and not await self._rewrite(found, value):
                 return
         except NoSpace as error:
             if ttl_s <= 0 or found.lease != self._lease:
                 raise
-            # The key is on our lease, which lives: that is a session. What it says is mended by a renewal to come.
+            # The key is on our living lease: that is a session. A later renewal corrects its value.
             log.warning("session.not_restated", key=self.key, reason=str(error))
         log.info("session.resumed", key=self.key, lease=f"{self._lease:x}", revision=found.create_revision)
         self._confirm(found.create_revision, sent, ttl_s)
 
     async def _rewrite(self, found: KeyValue, value: bytes) -> bool:
-        """Have our key, as found, say `value`, on our present lease; False when it changed meanwhile."""
+        """Write `value` into our key as found, on our present lease; False when the key changed meanwhile."""
         mine = [
             Compare(self.key, Target.CREATE_REVISION, found.create_revision),
             Compare(self.key, Target.LEASE, found.lease),
@@ -297,10 +298,10 @@ class Session:
         return (await self._store.txn(mine, [put], timeout_s=self._timeout())).succeeded
 
     def _is_leftover(self, found: KeyValue) -> bool:
-        """Whether nobody can be alive behind a session key that is not ours.
+        """Whether no supervisor can be alive behind a session key that is not ours.
 
-        The same machine under another boot id has rebooted, unless it won a session on the present boot
-        already: then the two are clones that share a machine id, and the other one may well live.
+        The same machine id with another boot id: this machine has rebooted. But if this host has won a session on
+        the present boot already, the two are clones that share a machine id, and the other one may be alive.
         """
         if found.lease == 0:
             return True
@@ -313,7 +314,7 @@ class Session:
         )
 
     async def _remove(self, found: KeyValue) -> None:
-        """Delete a leftover. Creating the key anew is another step: its create revision must change."""
+        """Delete a leftover key. Creating it anew is another step, because its create revision must change."""
         unchanged = Compare(self.key, Target.MOD_REVISION, found.mod_revision)
         done = await self._store.txn([unchanged], [Delete(self.key)], timeout_s=self._timeout())
         if done.succeeded:
@@ -359,11 +360,11 @@ class Session:
             f" (it renews {self.key}): give one of the two another KVM_HOSTNAME, or stop the other one"
         )
 
-    # What has become of it.
+    # Won and lost.
 
     def _confirm(self, create_revision: int, sent: float, ttl_s: int) -> None:
-        # First, should the old deadline have passed while the reply was on its way: nobody may see the
-        # session come back without having been told that it was gone.
+        # First the loss, if the old deadline passed while the reply was on its way: no listener may see the session
+        # come back without having been told of the loss.
         self._announce()
         self._create_revision = create_revision
         self._timer = SessionTimer(ttl_s=min(ttl_s, self._ttl_s), confirmed_at=sent)
@@ -383,7 +384,7 @@ class Session:
         self._announce(reason)
 
     def _announce(self, reason: str = "no quorum confirmed it in time") -> None:
-        """Tell the listeners when `held` is no longer what they were last told."""
+        """Tell the listeners when `held` differs from what they were last told."""
         held = self.held
         if held == self._announced:
             return
@@ -415,7 +416,7 @@ class Session:
 
 
 def last_key(run_dir: Path, *, boot_id: str) -> str | None:
-    """The key of the session that was last kept from this run directory on this boot; None when none is noted."""
+    """The session key that was last used with this run directory on this boot; None when none is noted."""
     try:
         found = json.loads((run_dir / FILE_NAME).read_bytes())
         return str(found["key"]) if found["boot_id"] == boot_id else None
@@ -428,8 +429,8 @@ class LeaseFile:
 
     Args:
         path: of the file.
-        key: of the session; a lease noted for another key is not used.
-        boot_id: of the present boot; a lease noted on another one is not used.
+        key: of the session; a lease that is noted for another key is not used.
+        boot_id: of the present boot; a lease that is noted for another boot is not used.
     """
 
     def __init__(self, path: Path, *, key: str, boot_id: str) -> None:
@@ -439,7 +440,7 @@ class LeaseFile:
         self._leave_alone = False
 
     def load(self) -> int:
-        """Return the lease noted, or 0. Never raises: without the file the session is made anew."""
+        """Return the noted lease, or 0. Never raises: without the file a new session is made."""
         try:
             found = json.loads(self._path.read_bytes())
             # The version first: nothing else of a newer file has a known shape.
@@ -464,10 +465,10 @@ class LeaseFile:
         return 0
 
     def save(self, lease: int) -> None:
-        """Note the lease, whole or not at all. Never raises: a session without the file is still one.
+        """Note the lease, whole or not at all. Never raises: a session works without the file.
 
-        The directory is in memory (/run), so this does not keep the loop waiting, and needs no fsync:
-        after a power loss it is another boot.
+        The directory is in memory (/run), so this does not block the event loop, and needs no fsync: after a power
+        loss the host has another boot id.
         """
         if self._leave_alone:
             return

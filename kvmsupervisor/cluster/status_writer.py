@@ -1,9 +1,9 @@
-"""Writes what is observed of each instance into its status key, and nothing while nothing changes.
+"""Writes what is observed of each instance into its status key, and writes nothing while nothing changes.
 
-Level-triggered: for every instance it knows the value wanted and the value that the key holds, and writes
-where they differ, the latest value only. Every write holds only while this host's session exists, and while the
-key is as this host knows it: what another host has written since is read first. It stays where it tells of a later
-epoch, because once a lock is let go of, the status alone says how far its instance has come (law 2).
+Level-triggered: for every instance it knows the wanted value and the value of the key, and writes the latest value
+where they differ. Every write compares that this host's session exists, and that the key is as this host knows it: a
+value that another host has written since is read first. A value of a later epoch stays, because after the release of a
+lock only the status says which epoch its instance has reached (law 2).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Never, Protocol
 
 import structlog
@@ -32,6 +32,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Target,
     TxnResult,
 )
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
@@ -46,18 +47,20 @@ BYTES_PER_TXN = 512 * 1024
 
 GATHER_S = 0.05
 """How long a host's statuses wait for each other, to be written together. A machine that starts changes its status five
-times in a tenth of a second, and its lock would compete with them for the disk of etcd. Arbitrary: a person sees no
-difference."""
+times in a tenth of a second, and these writes would delay those of its lock. Arbitrary: a person sees no difference."""
 
 SPREAD_S = 0.25
-"""The pause between two writes while there are many. So a host that starts a hundred machines writes their statuses
-four times a second, and not each of them four times. Arbitrary, as above."""
+"""The pause between two writes while there are many: a host that starts a hundred machines makes four writes a second
+for all of them together. Arbitrary, as above."""
 
 BURST = 3
-"""How many writes need no pause when there were none for a while: as many as one machine needs that starts alone."""
+"""How many writes need no pause after a quiet time: as many as the start of one machine needs."""
+
+FLUSH_S = 2.0
+"""How long the end of a supervisor, or of a container in single mode, waits for its last statuses."""
 
 VALUE_BYTES = 64 * 1024
-"""A status is cut to about this: an instance with 10,000 bad keys shall not fill the store. Arbitrary."""
+"""A status is cut to about this: an instance with 10,000 bad keys must not fill etcd. Arbitrary."""
 
 
 class SessionView(Protocol):
@@ -73,29 +76,29 @@ class SessionView(Protocol):
         ...
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Have `listener` called when the session was won or lost; return what ends that."""
+        """Call `listener` whenever the session is won or lost; return a function that ends that."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Known:
-    """What a status key held at `revision`; `value` is None when a write got no reply since."""
+    """The value of a status key at `revision`; `value` is None when a later write got no reply."""
 
     value: bytes | None
     revision: int
 
 
 class Publisher:
-    """Keeps the status keys of this host's instances as they are wanted.
+    """Keeps the status keys of this host's instances at their wanted values.
 
     Args:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
         host: this host: only its own statuses are ever deleted.
-        session: without which nothing is written.
+        session: of this host; nothing is written without it.
         gather_s: how long the first of several changes waits for the others.
-        spread_s: the pause between two writes, but for the first `BURST` of them.
+        spread_s: the pause between two writes, except the first `BURST`.
         rand: random numbers, 0 ≤ x < 1.
     """
 
@@ -121,15 +124,15 @@ class Publisher:
         # When the next write is due at the earliest.
         self._due_at = 0.0
         self._rand = rand
-        # None: the key shall go.
+        # None: the key is to be deleted.
         self._wanted: dict[InstanceId, bytes | None] = {}
         self._known: dict[InstanceId, _Known] = {}
-        # Where another host has come further: to which epoch, as its status says.
+        # Instances of which another host has reached a later epoch: that epoch, from its status.
         self._later: dict[InstanceId, int] = {}
-        # Whom to tell when that is found.
+        # The callbacks for that.
         self._overtaken: dict[InstanceId, Callable[[], None]] = {}
-        # In the order in which they became so. Invariant: holds every id whose key may differ from what is
-        # wanted; `_clean` is set exactly while it is empty.
+        # In the order in which they became dirty. Invariant: holds every id whose key may differ from its wanted
+        # value; `_clean` is set exactly while it is empty.
         self._dirty: dict[InstanceId, None] = {}
         self._clean = asyncio.Event()
         self._clean.set()
@@ -140,7 +143,7 @@ class Publisher:
         self._era = 0
 
     async def learn(self, only: InstanceId | None = None) -> Mapping[InstanceId, Status]:
-        """Read what the status keys hold, as soon as etcd says; return what this host has written there.
+        """Read the status keys, as soon as etcd answers; return the values that this host has written.
 
         Args:
             only: the one instance whose key is read; None for all.
@@ -158,12 +161,12 @@ class Publisher:
                 await self._clock.sleep(retry_delay(failures, self._rand()))
 
     def prime(self, kvs: Iterable[KeyValue]) -> Mapping[InstanceId, Status]:
-        """Tell what the status keys hold; return what this host has written there. Those of others are passed over."""
+        """Take note of the status keys' values; return those that this host has written. Others are passed over."""
         ours: dict[InstanceId, Status] = {}
         mark = json.dumps(self._host, ensure_ascii=False).encode()
         prefix = self._layout.statuses_prefix.encode()
         for kv in kvs:
-            # Reading JSON costs more than looking for the name in it, and most are other hosts'.
+            # A search for the name costs less than reading JSON, and most statuses are other hosts'.
             status = self._ours(kv.value) if mark in kv.value and kv.key.startswith(prefix) else None
             instance = None if status is None else parse_id(kv.key[len(prefix) :].decode(errors="replace"))
             if status is not None and instance is not None:
@@ -172,9 +175,9 @@ class Publisher:
         return ours
 
     def begin_anew(self) -> None:
-        """Etcd has another history: nothing is known of what the keys hold, and whoever wants something says it again.
+        """Forget what the keys hold, because etcd has another history. Each worker sets its status again.
 
-        What was sent before says nothing of them either.
+        Replies to earlier requests do not count either.
         """
         self._era += 1
         for known in (self._wanted, self._known, self._later, self._overtaken, self._dirty):
@@ -182,15 +185,15 @@ class Publisher:
         self._clean.set()
 
     def ids(self) -> Set[InstanceId]:
-        """The instances whose status keys are ours, as far as known: written here, or primed."""
+        """The instances whose status keys are ours, as far as known: written by this process, or learnt."""
         return self._known.keys() | {i for i, value in self._wanted.items() if value is not None}
 
     def set(self, instance: InstanceId, status: Status, *, overtaken: Callable[[], None] = lambda: None) -> None:
-        """Have the status key hold `status`, unless it holds one of a later epoch. The last call counts.
+        """Let the status key become `status`, unless the key holds a status of a later epoch. The last call counts.
 
         Args:
-            instance: whose status it is.
-            status: what is to be written.
+            instance: of the status.
+            status: to be written.
             overtaken: called when a later epoch is found; from then on only a status of that epoch is written.
         """
         if status.epoch < self._later.get(instance, 0):
@@ -200,11 +203,11 @@ class Publisher:
         self._want(instance, _encode(status))
 
     def forget(self, instance: InstanceId) -> None:
-        """Have the status key deleted, if it holds a status of this host. The last call counts."""
+        """Let the status key be deleted, if it holds a status of this host. The last call counts."""
         self._want(instance, None)
 
     def doubt(self, instance: InstanceId) -> None:
-        """Another host may have written the status key since: the next status is written, whatever it is."""
+        """Write the next status in any case: another host may have written the key since."""
         if instance in self._known:
             self._known[instance] = _Known(None, self._known[instance].revision)
 
@@ -216,28 +219,26 @@ class Publisher:
             self._clean.set()
 
     def wrote(self, instance: InstanceId, value: bytes, revision: int) -> None:
-        """Tell of a value that another transaction of this host has put into the key.
-
-        It becomes what is wanted.
+        """Take note of a value that another transaction of this host has written. It becomes the wanted value.
 
         Args:
-            instance: whose status it is.
-            value: what was written.
-            revision: of that transaction (`TxnResult.revision`), which orders it among those made here.
+            instance: of the status.
+            value: as written.
+            revision: of that transaction (`TxnResult.revision`), which orders it among the writes made here.
         """
         self._learn(instance, value, revision)
         self._want(instance, value)
 
-    async def flush(self, timeout_s: float) -> bool:
-        """Return True once every key is as wanted, or False after `timeout_s`. `run` must be running.
+    async def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Return True once every key has its wanted value, or False after `timeout_s`. `run` must be running.
 
-        From now on no change waits for others.
+        From now on no change waits for other changes.
         """
         self._hurry.set()
         return await self._clock.wait(self._clean, self._clock.now() + timeout_s)
 
     async def run(self) -> Never:
-        """Write what differs, for ever. Cancelling leaves the rest unwritten (see `flush`)."""
+        """Write the values that differ, for ever. Cancelling leaves the rest unwritten (see `flush`)."""
         end_listening = self._session.listen(self._wake.set)
         try:
             failures = 0
@@ -262,7 +263,7 @@ class Publisher:
             end_listening()
 
     def _may_wait(self) -> bool:
-        """Whether what differs is to wait for more, because much was written just now."""
+        """Whether changes have to wait for more changes, because there were many writes just now."""
         early = self._clock.now() < self._due_at and not self._hurry.is_set()
         return early and len(self._dirty) < self._ops_per_txn
 
@@ -278,13 +279,13 @@ class Publisher:
             self._known[instance] = _Known(value, revision)
 
     def _doubt(self, instances: Iterable[InstanceId]) -> None:
-        """Note that the keys may hold what was just sent, or not."""
+        """Note that the keys may or may not hold the values that were just sent."""
         for instance in self._wanted.keys() & instances:
             known = self._known.get(instance)
             self._known[instance] = _Known(None, 0 if known is None else known.revision)
 
     def _judge(self, instance: InstanceId) -> None:
-        """Put the instance among the dirty ones, or take it from there."""
+        """Add the instance to the dirty ones, or remove it from them."""
         if instance not in self._wanted:
             # Abandoned while it was being written.
             self._known.pop(instance, None)
@@ -293,7 +294,7 @@ class Publisher:
         if known is not None and wanted is not None and known.value == wanted:
             self._dirty.pop(instance, None)
         else:
-            # A key that shall go is dirty even if it is not known: it may be being written right now.
+            # A key to be deleted is dirty even when it is not known: a write of it may be under way.
             self._dirty.setdefault(instance)
         if self._dirty:
             self._clean.clear()
@@ -302,7 +303,7 @@ class Publisher:
             self._clean.set()
 
     def _gone(self, instance: InstanceId) -> None:
-        """Note that the key is not, or no longer, ours to delete."""
+        """Note that this host must not delete the key, or not any more."""
         self._known.pop(instance, None)
         if self._wanted.get(instance) is None:
             self._wanted.pop(instance, None)
@@ -313,14 +314,14 @@ class Publisher:
             self._clean.set()
 
     def _ours(self, value: bytes) -> Status | None:
-        """The status that a key holds; None when it is none, or another host's."""
+        """The status in a key; None when the value is no status, or another host's."""
         status = Status.from_json(value)
         return status if status is not None and status.host == self._host else None
 
     # Writing.
 
     async def _write_some(self) -> bool:
-        """Write the dirty keys that come first, at most one transaction of them; False when it failed."""
+        """Write the first of the dirty keys, in one transaction at most; False when it failed."""
         puts, deletes = self._next()
         try:
             done = await (self._put(puts) if puts else self._delete(deletes))
@@ -334,11 +335,11 @@ class Publisher:
             self._trouble = None
         if done:
             self._ops_per_txn = min(self._ops_per_txn * 2, OPS_PER_TXN)
-        # Otherwise etcd says that the session is gone: the session will find out, and say so.
+        # Otherwise etcd says that the session is gone: the session will notice that itself.
         return done
 
     def _next(self) -> tuple[dict[InstanceId, bytes], list[InstanceId]]:
-        """Take from the front of the dirty ones either values to be put or keys to be deleted."""
+        """Take from the front of the dirty keys either values to put or keys to delete."""
         puts: dict[InstanceId, bytes] = {}
         deletes: list[InstanceId] = []
         size = 0
@@ -376,11 +377,11 @@ class Publisher:
         return True
 
     def _heed(self, seen: Mapping[InstanceId, int], done: TxnResult) -> bool:
-        """Take note of what others have written into the keys since; return whether it was that which kept us.
+        """Take note of values that other hosts have written; return whether such a value made the compare fail.
 
         Args:
-            seen: the revisions that were compared with.
-            done: what was found instead, in the same order.
+            seen: the compared revisions.
+            done: the values found instead, in the same order.
         """
         differs = False
         for (instance, revision), kvs in zip(seen.items(), done.reads, strict=True):
@@ -405,14 +406,14 @@ class Publisher:
         return differs
 
     async def _delete(self, instances: Sequence[InstanceId]) -> bool:
-        """Delete those keys that hold a status of this host: another host may have written its own."""
+        """Delete the keys that hold a status of this host: another host may have written its own."""
         known = [instance for instance in instances if instance in self._known]
         for instance in instances:
             if instance not in self._known:
                 self._gone(instance)
         if not known:
             return True
-        # What is deleted is compared with this, and with the session, in the transaction below.
+        # The transaction below compares each deleted key with this read, and the session.
         seen = await self._store.read(*(self._layout.status_key(instance) for instance in known))
         ours: dict[InstanceId, KeyValue] = {}
         for instance, found in zip(known, seen.kvs, strict=True):
@@ -436,13 +437,13 @@ class Publisher:
         return done.succeeded
 
     def _note(self, error: EtcdError, instances: Sequence[InstanceId]) -> None:
-        """Log what is wrong when it is something else than before; find out which value etcd refuses."""
+        """Log what is wrong when it differs from what was wrong before; find the value that etcd refuses."""
         if isinstance(error, Rejected):
             if len(instances) > 1:
-                # Next time fewer at once, until the refused one stands alone.
+                # Fewer keys next time, until the refused one is alone.
                 self._ops_per_txn = max(1, len(instances) // 2)
             else:
-                # The others first; this one is tried again after them, for ever: etcd may get space again.
+                # The other keys first, then this one again, for ever: etcd may get space again.
                 for instance in self._dirty.keys() & instances:
                     del self._dirty[instance]
                     self._dirty[instance] = None
@@ -459,7 +460,7 @@ class Publisher:
 
 
 def _encode(status: Status) -> bytes:
-    """The value for the key, with as many problems as fit."""
+    """The value of the key, with as many problems as fit."""
     value = status.to_json()
     if len(value) <= VALUE_BYTES:
         return value

@@ -1,5 +1,5 @@
 """What an operator sets: the settings, where they come from, and what the log looks like.
 
-Here: parsers of values, the table of settings, how etcd is reached by them. Not here: what a setting means for a
-machine. Anybody above the adapters may ask.
+Here: the declarations of the settings, how their values are found, how they say that etcd is reached. Not here: what a
+setting means for a machine. Every room above the adapters may ask.
 """

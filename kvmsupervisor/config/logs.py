@@ -1,12 +1,11 @@
 """Logs: one JSON object per line, or coloured columns on a terminal. docs/logs.md lists the events.
 
-Import this module before anything else that imports structlog. structlog loads rich whenever that is
-installed, for tracebacks that are not wanted here: 5 MB in a daemon that has 80 for everything.
+Import this module before anything else that imports structlog. structlog loads rich when that is installed, for
+tracebacks that are not wanted here: 5 MB in a daemon that has 80 for everything.
 
-Writing never blocks the event loop. A line is put into a queue of `QUEUE_BYTES` and a thread writes it; when
-whoever reads the other end stalls and the queue is full, lines are dropped and counted, and `log.lost` says
-how many as soon as there is room. What a killed process had not yet written is lost; an orderly end waits for
-the queue.
+Writing never blocks the event loop. A line is put into a queue of `QUEUE_BYTES` and a thread writes it. When the reader
+of the log stalls and the queue is full, lines are dropped and counted, and `log.lost` says how many as soon as there is
+room. A killed process loses the lines in its queue; an orderly end waits for the queue.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TextIO, cast
 
 from kvmsupervisor.config.values import LogFormat, LogLevel
+from kvmsupervisor.domain.frozen import frozen
 
 
 @contextmanager
 def _without(name: str) -> Iterator[None]:
     """Make `import name` fail inside of the block, unless it was imported before.
 
-    None in `sys.modules` stands for a module that is known to be missing (Python reference, 5.3.1).
+    None in `sys.modules` marks a module as missing (Python reference, 5.3.1).
     """
     if name in sys.modules:
         yield
@@ -47,38 +46,38 @@ def _without(name: str) -> Iterator[None]:
 
 with _without("rich"):
     import structlog
-    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 QUEUE_BYTES = 1 << 20
-"""What waits for a reader that stalls; arbitrary: some thousand lines, 1 % of the memory budget."""
+"""Size of the queue for a reader that stalls. Arbitrary: some thousand lines, 1 % of the memory budget."""
 
 TEXT_LIMIT = 16_384
-"""Characters of one value, tracebacks included; arbitrary: strangers' text must not fill a disk."""
+"""Characters of one value, tracebacks included. Arbitrary: text of strangers must not fill a disk."""
 
 GATHER_S = 0.01
-"""How long the first line waits for others. Every wake-up of the thread takes the interpreter from the event loop in
-the midst of its work, which costs more than the line itself. Arbitrary: a person sees no difference."""
+"""How long the first line waits for others. Each wake-up of the thread takes the interpreter from the event loop, which
+costs more than the line itself. Arbitrary: a person sees no difference."""
 
 CLOSE_TIMEOUT_S = 2.0
-"""How long the end of the program waits for a reader that stalls; arbitrary."""
+"""How long the end of the program waits for a reader that stalls. Arbitrary."""
 
 
 class Stream(Protocol):
-    """Where lines go: an open file, such as `sys.stderr`. Only its descriptor is used."""
+    """The target of the lines: an open file, such as `sys.stderr`. Only its descriptor is used."""
 
     def fileno(self) -> int:
         """Return the descriptor."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rotation:
     """Keeps a log file bounded: at `limit_bytes` it becomes `<path>.1`, and a new one begins.
 
     Attributes:
         path: of the file that the stream has open for appending.
-        limit_bytes: twice this is what the two files need at most, one line more or less. Arbitrary default:
-            the run directory is usually in memory.
+        limit_bytes: the two files need at most twice this, and a line. The default is arbitrary: the run directory is
+            usually in memory.
     """
 
     path: Path
@@ -98,7 +97,7 @@ class Logs:
         self._lost = 0
         self._closing = False
         self._gathering = False
-        # A daemon thread: one that is stuck in a write must not keep the process from ending.
+        # A daemon thread: a thread that is stuck in a write must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
@@ -152,13 +151,13 @@ class Logs:
                 self._rotate(self._rotation)
 
     def _write_all(self, data: bytes) -> bool:
-        """Write, waiting for the reader. False when that cannot be: full disk, closed pipe, lost terminal."""
+        """Write, and wait for the reader. False when the write fails: full disk, closed pipe, lost terminal."""
         view = memoryview(data)
         while view:
             try:
                 view = view[os.write(self._fd, view) :]
             except BlockingIOError:
-                # Somebody who shares the terminal or the pipe made it non-blocking.
+                # Another process that shares the terminal or pipe has made it non-blocking.
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll()
@@ -183,7 +182,7 @@ class Logs:
             structlog.get_logger().error("log.rotation_failed", file=str(rotation.path), error=str(error))
             self._rotation = None
             return
-        # Standard output and error share the file when a daemon runs; both move on to the new one.
+        # In a daemon standard output and error share the file; both move to the new one.
         for fd in {1, 2, self._fd}:
             with suppress(OSError):
                 if os.path.samestat(os.fstat(fd), found):
@@ -199,16 +198,16 @@ def configure(
     stream: Stream | None = None,
     rotation: Rotation | None = None,
 ) -> Logs:
-    """Set up logging for the whole process: structlog, and the standard library's for what others log.
+    """Set up logging for the whole process: structlog for our events, the standard library's logging for libraries.
 
-    Others (asyncio, grpc, Python's warnings) are heard from WARNING on. Starts a thread, so call it after the last
-    fork.
+    Libraries (asyncio, grpc, Python's warnings) are logged from WARNING on. This starts a thread: call it after the
+    last fork.
 
     Args:
-        level: from which severity on our own events are written.
-        format: how lines look; `auto` is console on a terminal, else JSON.
-        stream: where they go; default standard error.
-        rotation: for a stream that is a file of ours.
+        level: lowest level of our own events.
+        format: of the lines; `auto` is console on a terminal, else JSON.
+        stream: target of the lines; default standard error.
+        rotation: when the stream is a file of ours.
     """
     target = sys.stderr if stream is None else stream
     console = format is LogFormat.CONSOLE or (format is LogFormat.AUTO and os.isatty(target.fileno()))
@@ -233,7 +232,7 @@ def configure(
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.value.upper()]),
-        # A file to it is what has write and flush.
+        # The factory needs only write and flush.
         logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", logs)),
         cache_logger_on_first_use=False,
     )
@@ -251,19 +250,13 @@ def configure(
     return logs
 
 
-def instance_logger(instance: str) -> FilteringBoundLogger:
-    """A logger whose every line names the instance; bind `epoch` and `incarnation` with each incarnation."""
-    logger: FilteringBoundLogger = structlog.get_logger()
-    return logger.bind(instance=instance, epoch=0, incarnation=None)
-
-
 def _of_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Free text is no event's name: what others log is all one event."""
+    """Give all lines of libraries one event name: their free text is none."""
     return {**event, "event": "log.library", "message": event["event"]}
 
 
 def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Put what every line has, the time in UTC among it, where people look first."""
+    """Put the fields that every line has first: time in UTC, level, event."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
     return {"timestamp": now, "level": event.pop("level"), "event": event.pop("event"), **event}
 
@@ -276,7 +269,7 @@ def _bounded(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDic
 
 
 def _visible(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Spell out control characters: strangers' text must not command the terminal. JSON escapes them."""
+    """Spell out control characters: text of strangers must not control the terminal. JSON escapes them."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
             event[key] = "".join(

@@ -1,99 +1,286 @@
-"""Settings: environment over `/etc/kvmsupervisor/kvmsupervisor.toml` over defaults (DESIGN §7).
+"""The settings of a host: each is declared once, as a field of `Settings`.
 
-A word that nobody understands stops the start: a typing error must not turn a safety feature off in silence.
-`config/table.py` says which settings there are.
+The dataclass, `load_settings`, `check-config`, docs/settings.md and config/kvmsupervisor.toml come from these
+declarations; `make settings` writes the last two. `config/load.py` finds the values.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from kvmsupervisor.config.table import DEFAULT_CONFIG, SETTINGS, Setting
+from kvmsupervisor.config import values as read
+from kvmsupervisor.config.declaration import Setting, optional_setting, setting
 from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
-from kvmsupervisor.domain.values import Unfit, nearest, plain, show
-from kvmsupervisor.domain.wishes import WISH_KEYS
+from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.keys import HostName, Layout
 
-__all__ = [
-    "DEFAULT_CONFIG",
-    "Accel",
-    "CgroupKind",
-    "Listen",
-    "LogFormat",
-    "LogLevel",
-    "Setting",
-    "SettingProblem",
-    "Settings",
-    "SettingsError",
-    "Unfenced",
-    "describe",
-    "load_settings",
-]
+DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
-ETCD_SUGGESTION_CUTOFF = 0.83
-"""How alike an `ETCD_` variable must be to one of ours to be taken for a slip.
-
-Container platforms and etcd itself have variables of that kind (`ETCD_PORT`, `ETCD_NAME`, `ETCD_CERT_FILE`):
-those are left alone. `ETCD_CA_CERT`, `ETCD_ENDPOINT` and `ETCD_PASSWORD` are slips.
-"""
+DISK_DIR = Path("/var/lib/kvmsupervisor/disks")
+"""Folder of the disks that are files, unless a host says otherwise."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
-    """All settings, parsed. Each is explained in `SETTINGS`; times are in seconds and end in `_s`."""
+    """All settings, parsed. Times are in seconds and end in `_s`."""
 
-    etcd_endpoints: tuple[str, ...]
-    etcd_cacert: Path | None
-    etcd_cert: Path | None
-    etcd_key: Path | None
-    etcd_username: str | None
-    etcd_password_file: Path | None
-    lock: str
-    bridge_if: str | None
-    spice_addr: str
-    hostname: HostName
-    prefix: str
-    facts_prefix: str
-    run_dir: Path
-    listen: Listen | None
-    accel: Accel
-    qemu: str
-    qemu_user: str | None
-    cgroup: CgroupKind
-    extra_flags: AllowedFlags
-    bridge_helper: Path | None
-    memory_reserve_mib: int
-    state_dir: Path
-    disk_dir: Path
-    ovmf_code: Path | None
-    ovmf_vars: Path | None
-    media_root: Path | None
-    media_cacert: Path | None
-    media_inward_redirects: bool
-    ceph_conf: Path | None
-    ceph_id: str | None
-    allow_unfenced: bool
-    unfenced: Unfenced
-    takeover_wait_s: float
-    session_ttl_s: int
-    shutdown_timeout_s: float
-    start_timeout_s: float
-    settle_s: float
-    start_parallel: int
-    mass_removal_window_s: float
-    log_level: LogLevel
-    log_format: LogFormat
-    log_max_bytes: int
-    log_keep: int
-    demo_once: bool
-    config: Path
+    etcd_endpoints: tuple[str, ...] = setting(
+        read.endpoints,
+        "URLs of etcd's members, separated by commas. HOST:PORT is taken as http.",
+        default="http://127.0.0.1:2379",
+        kvm=False,
+    )
+    etcd_cacert: Path | None = optional_setting(
+        read.file,
+        "Certificates of the authority that etcd's own certificates are checked against (PEM).",
+        example="/etc/kvmsupervisor/etcd-ca.pem",
+        kvm=False,
+    )
+    etcd_cert: Path | None = optional_setting(
+        read.file,
+        "This client's certificate (PEM). Needs ETCD_KEY.",
+        example="/etc/kvmsupervisor/etcd-client.pem",
+        kvm=False,
+    )
+    etcd_key: Path | None = optional_setting(
+        read.file,
+        "The key of ETCD_CERT (PEM).",
+        example="/etc/kvmsupervisor/etcd-client-key.pem",
+        kvm=False,
+    )
+    etcd_username: str | None = optional_setting(
+        read.line,
+        "User of etcd's own authentication. Needs ETCD_PASSWORD_FILE.",
+        example="kvm",
+        kvm=False,
+    )
+    etcd_password_file: Path | None = optional_setting(
+        read.file,
+        "File that holds the password of ETCD_USERNAME; a line feed at its end does not count.",
+        example="/etc/kvmsupervisor/etcd-password",
+        kvm=False,
+    )
+    lock: str = setting(
+        read.lock,
+        "Key of an instance's lock; %i stands for its id. The same on all hosts.",
+        worked_out="KVM_PREFIX + /%i/lock",
+        example="/kvm/%i/lock",
+        kvm=False,
+    )
+    bridge_if: str | None = optional_setting(
+        values.interface_name,
+        "Bridge of the NICs of instances without the key bridge.",
+        example="br0",
+        kvm=False,
+    )
+    spice_addr: str = setting(
+        read.address,
+        "Address on which the SPICE servers of guests listen, without the key spice_addr.",
+        default="127.0.0.1",
+        kvm=False,
+    )
+    hostname: HostName = setting(
+        read.hostname,
+        "Name of this host. The instances whose key host has exactly this value run here.",
+        worked_out="the host's name",
+        example="node1",
+    )
+    prefix: str = setting(
+        read.key_prefix,
+        "Prefix of the wishes in etcd. The same on all hosts.",
+        default="/kvm",
+    )
+    facts_prefix: str = setting(
+        read.key_prefix,
+        "Prefix of sessions and statuses in etcd, outside KVM_PREFIX. The same on all hosts.",
+        worked_out="KVM_PREFIX with supervisor appended",
+        example="/kvmsupervisor",
+    )
+    run_dir: Path = setting(
+        read.run_dir,
+        "Folder of the files that a successor needs to adopt running guests. It lies on a tmpfs of the host.",
+        default="/run/kvmsupervisor",
+    )
+    listen: Listen | None = setting(
+        read.listen,
+        "Address and port of the HTTP server, IPv6 in brackets; empty or off for none.",
+        default="0.0.0.0:9746",
+        may_be_empty=True,
+    )
+    accel: Accel = setting(
+        values.choice(read.Accel, "it"),
+        "Accelerator: kvm, tcg (slow, works anywhere) or auto (kvm where /dev/kvm works).",
+        default="auto",
+    )
+    qemu: str = setting(
+        read.program,
+        "QEMU's program, a name or an absolute path.",
+        default="qemu-system-x86_64",
+    )
+    qemu_user: str | None = optional_setting(
+        read.user,
+        "User that QEMU runs as, confined by seccomp, without any privilege. Empty: as the supervisor, not confined.",
+        unset="qemu, where that user exists",
+        example="qemu",
+        may_be_empty=True,
+    )
+    cgroup: CgroupKind = setting(
+        values.choice(read.CgroupKind, "it"),
+        "Where QEMU processes live: systemd (a scope in machine.slice), cgroup (the host's tree), none, or auto (tries "
+        "these in turn).",
+        default="auto",
+    )
+    extra_flags: AllowedFlags = setting(
+        read.flags,
+        "Which QEMU options the key extra_flags may hold: any, none, or a list of options separated by commas.",
+        default="any",
+    )
+    bridge_helper: Path | None = optional_setting(
+        read.program_file,
+        "Path of QEMU's program qemu-bridge-helper, which plugs NICs into bridges.",
+        unset="looked for where distributions install it",
+        example="/usr/lib/qemu/qemu-bridge-helper",
+    )
+    memory_reserve_mib: int = setting(
+        read.ram_mib,
+        "Memory that is kept for the host. A guest that does not fit into the rest waits.",
+        default="512M",
+    )
+    state_dir: Path = setting(
+        read.absolute,
+        "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph.",
+        default="/var/lib/kvmsupervisor",
+    )
+    disk_dir: Path = setting(
+        read.absolute,
+        "Folder of disks that are files (disk/<n>=file:NAME). One that is named here has to be there.",
+        default=str(DISK_DIR),
+    )
+    ovmf_code: Path | None = optional_setting(
+        read.file,
+        "UEFI firmware for firmware=uefi. Needs KVM_OVMF_VARS.",
+        unset="looked for where distributions install it",
+        example="/usr/share/OVMF/OVMF_CODE_4M.fd",
+    )
+    ovmf_vars: Path | None = optional_setting(
+        read.file,
+        "UEFI variables that a new machine begins with, made for KVM_OVMF_CODE.",
+        unset="looked for where distributions install it",
+        example="/usr/share/OVMF/OVMF_VARS_4M.fd",
+    )
+    media_root: Path | None = optional_setting(
+        read.absolute,
+        "Folder below which the key cloud-config may name files (file:///...). Without it only http and https work.",
+        example="/etc/kvmsupervisor/user-data",
+    )
+    media_cacert: Path | None = optional_setting(
+        read.file,
+        "Certificates of further authorities (PEM), beside the system's, to check servers of user data against.",
+        example="/etc/kvmsupervisor/media-ca.pem",
+    )
+    media_inward_redirects: bool = setting(
+        read.switch,
+        "1: a server of user data may redirect to this host's own addresses, too (loopback, link-local).",
+        default="0",
+    )
+    ceph_conf: Path | None = optional_setting(
+        read.absolute,
+        "Ceph's configuration file.",
+        unset="librbd's own default, /etc/ceph/ceph.conf",
+        example="/etc/ceph/ceph.conf",
+        kvm=False,
+    )
+    ceph_id: str | None = optional_setting(
+        read.ceph_user,
+        "Name of the Ceph user, without client. before it.",
+        unset="librbd's own default, admin",
+        example="kvm",
+        kvm=False,
+    )
+    allow_unfenced: bool = setting(
+        read.switch,
+        "1: images without exclusive-lock may be used, although a frozen client of such an image leaves no trace.",
+        default="0",
+    )
+    unfenced: Unfenced = setting(
+        values.choice(read.Unfenced, "it"),
+        "What happens to machines whose disks cannot be fenced when this host's session has run out: pin (they run on) "
+        "or guard (they are killed, also when an upgrade takes longer than KVM_SESSION_TTL).",
+        default="pin",
+    )
+    takeover_wait_s: float = setting(
+        values.seconds(0, 3600, "it"),
+        "Seconds that a takeover waits while Ceph says that the disks are in use: their host may have lost only etcd.",
+        default="60",
+    )
+    session_ttl_s: int = setting(
+        values.integer(2, 3600, "it"),
+        "Seconds after which a silent host counts as gone.",
+        default="15",
+    )
+    shutdown_timeout_s: float = setting(
+        values.seconds(0, values.SHUTDOWN_TIMEOUT_MAX_S, "it"),
+        "Seconds that a guest without the key shutdown_timeout has to shut down before it is forced.",
+        default="120",
+    )
+    start_timeout_s: float = setting(
+        values.seconds(1, 3600, "it"),
+        "Seconds within which a started QEMU must answer QMP.",
+        default="60",
+    )
+    settle_s: float = setting(
+        values.seconds(0, 60, "it"),
+        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one. "
+        "Keys that came in one transaction, or whose `host` was written last, are complete: their guest runs at once.",
+        default="0.5",
+    )
+    start_parallel: int = setting(
+        values.integer(1, 1024, "it"),
+        "How many QEMUs may be starting at one time.",
+        worked_out="twice the number of CPUs",
+        example="8",
+    )
+    mass_removal_window_s: float = setting(
+        values.seconds(0, 3600, "it"),
+        "Seconds within which the removal of more than half of this host's running instances (and more than two) is "
+        "held for confirmation.",
+        default="10",
+    )
+    log_level: LogLevel = setting(
+        values.choice(read.LogLevel, "it"),
+        "Lowest level that is logged: debug, info, warning or error.",
+        default="info",
+    )
+    log_format: LogFormat = setting(
+        values.choice(read.LogFormat, "it"),
+        "json, console, or auto: console on a terminal, else json.",
+        default="auto",
+    )
+    log_max_bytes: int = setting(
+        read.log_size,
+        "Size at which the logs of QEMU and of the console are rotated, in bytes or with K, M or G (of 1024).",
+        default="1M",
+    )
+    log_keep: int = setting(
+        values.integer(0, 100, "it"),
+        "How many rotated logs of each kind are kept.",
+        default="3",
+    )
+    config: Path = setting(
+        read.absolute,
+        "Path of the TOML file. The default file may be missing; a file named here must exist.",
+        default=str(DEFAULT_CONFIG),
+        in_file=False,
+    )
+    demo_once: bool = setting(
+        read.switch,
+        "1: `kvmsupervisor demo` ends by itself once its guest has booted and was shut down.",
+        default="0",
+        in_file=False,
+    )
 
     @property
     def layout(self) -> Layout:
@@ -101,232 +288,5 @@ class Settings:
         return Layout(prefix=self.prefix, facts=self.facts_prefix, lock=self.lock)
 
 
-@dataclass(frozen=True, slots=True)
-class SettingProblem:
-    """What is wrong with one setting: `where` it stands, what was `found` there, and what would be right."""
-
-    where: str
-    found: str
-    wanted: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: found {self.found}; {self.wanted}"
-
-
-class SettingsError(Exception):
-    """The settings cannot be used: a person has to change them. Its text names every problem, one a line."""
-
-    def __init__(self, problems: tuple[SettingProblem, ...]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = problems
-
-
-def describe() -> tuple[Setting, ...]:
-    """Every setting, in the order in which they are explained."""
-    return SETTINGS
-
-
-def load_settings(
-    environ: Mapping[str, str],
-    *,
-    default_config: Path = DEFAULT_CONFIG,
-    hostname: Callable[[], str] = socket.gethostname,
-    cpus: Callable[[], int | None] = os.cpu_count,
-) -> Settings:
-    """Read the settings from `environ`, the TOML file and the defaults.
-
-    Reads the TOML file and looks whether the files that settings name can be read: call it before the event
-    loop runs.
-
-    Args:
-        environ: the environment; `KVM_CONFIG` in it names the TOML file.
-        default_config: the TOML file without `KVM_CONFIG`; it may be missing.
-        hostname: gives the host's name where no setting does.
-        cpus: gives the number of the host's CPUs, None when it is unknown.
-
-    Raises:
-        SettingsError: with every problem found.
-    """
-    problems = _unknown_variables(environ)
-    named = environ.get("KVM_CONFIG", "").strip()
-    path = Path(named) if named else default_config
-    table = _read_toml(path, required=bool(named), problems=problems)
-    sources = _Sources(environ, path, table, problems)
-    # `Any`: as many types as there are settings; a test holds the table against the fields.
-    found: dict[str, Any] = {setting.name: sources.read(setting) for setting in SETTINGS}
-    found["config"] = path
-    found["start_parallel"] = found["start_parallel"] or 2 * (cpus() or 1)
-    if found["hostname"] is None and "hostname" not in sources.bad:
-        found["hostname"] = _default_hostname(hostname(), sources)
-    _check_pairs(found, sources)
-    _check_etcd(found, sources)
-    if not sources.bad & {"prefix", "facts_prefix", "lock"}:
-        _complete_keys(found, sources)
-    if problems:
-        raise SettingsError(tuple(problems))
-    return Settings(**found)
-
-
-_SEE_LIST = "no setting has this name; docs/settings.md lists them all"
-
-
-def _read_toml(path: Path, *, required: bool, problems: list[SettingProblem]) -> dict[str, Any]:
-    """The table in the TOML file; what is wrong with the file as a whole goes to `problems`."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        if required:
-            problems.append(SettingProblem("KVM_CONFIG", show(str(path)), "it names a file that exists"))
-        return {}
-    except (OSError, ValueError) as error:
-        # ValueError: a NUL in the path.
-        problems.append(SettingProblem(show(str(path)), f"no readable file ({error})", "make it readable"))
-        return {}
-    # Imported here: most hosts have no such file, and every command would pay for the import.
-    import tomllib  # noqa: PLC0415
-
-    try:
-        table = tomllib.loads(data.decode())
-    except ValueError as error:
-        problems.append(SettingProblem(str(path), f"no TOML ({error})", "https://toml.io tells what is"))
-        return {}
-    names = {plain(setting.toml_key): setting.toml_key for setting in SETTINGS if setting.toml_key}
-    for key in sorted(table.keys() - set(names.values())):
-        near = nearest(plain(key).removeprefix("kvm-"), names)
-        wanted = f"did you mean {near}?" if near else _SEE_LIST
-        problems.append(SettingProblem(f"{path}: {show(key)[1:-1]}", "an unknown key", wanted))
-    return table
-
-
-def _unknown_variables(environ: Mapping[str, str]) -> list[SettingProblem]:
-    """Variables that begin with `KVM_` and mean nothing, and those that look like slips of an `ETCD_` one."""
-    names = {plain(setting.env): setting.env for setting in SETTINGS}
-    etcd_names = {key: name for key, name in names.items() if name.startswith("ETCD_")}
-    with_prefix = {f"kvm-{key}": name for key, name in names.items()}
-    problems = []
-    for name in sorted(environ.keys() - set(names.values())):
-        if name.startswith("KVM_"):
-            near = nearest(name, names | with_prefix)
-        elif name.startswith("ETCD_") and nearest(name, etcd_names, ETCD_SUGGESTION_CUTOFF):
-            near = nearest(name, etcd_names)
-        else:
-            continue
-        wanted = f"did you mean {near}?" if near else _SEE_LIST
-        problems.append(SettingProblem(show(name)[1:-1], "an unknown variable", wanted))
-    return problems
-
-
-class _Sources:
-    """Where a setting may stand: the environment wins over the file.
-
-    Attributes:
-        bad: names of the settings that have a problem.
-    """
-
-    def __init__(
-        self,
-        environ: Mapping[str, str],
-        path: Path,
-        table: Mapping[str, Any],
-        problems: list[SettingProblem],
-    ) -> None:
-        self._environ = environ
-        self._path = path
-        self._table = table
-        self._problems = problems
-        self.bad: set[str] = set()
-
-    def read(self, setting: Setting) -> object:
-        """Parse one setting; None when it is not set and has no default, and when it is bad."""
-        written = self._written(setting)
-        text = setting.default
-        try:
-            if written is not None:
-                text = _text(written[1], setting)
-            return None if text is None else setting.parse(text)
-        except Unfit as unfit:
-            self.blame(setting.name, str(unfit))
-            return None
-
-    def blame(self, name: str, wanted: str, *, found: str | None = None) -> None:
-        """Note a problem with a setting, and where it stands."""
-        self.bad.add(name)
-        where, held = self._written(_BY_NAME[name]) or (_BY_NAME[name].env, None)
-        shown = "nothing" if held is None else show(values.without_userinfo(str(held)))
-        self._problems.append(SettingProblem(where, found or shown, wanted))
-
-    def _written(self, setting: Setting) -> tuple[str, object] | None:
-        """Where a setting is written, and what stands there; None when it is not written."""
-        held = self._environ.get(setting.env)
-        # `NAME=` is how unit files leave out a variable that has no default.
-        if held is not None and (held.strip() or setting.default is not None or setting.may_be_empty):
-            return setting.env, held
-        key = setting.toml_key
-        if key is not None and key in self._table:
-            return f"{self._path}: {key}", self._table[key]
-        return None
-
-
-def _text(value: object, setting: Setting) -> str:
-    """What is written, as text without surrounding white space.
-
-    Raises:
-        Unfit: it is empty, or a TOML value of a kind that the setting has not.
-    """
-    is_list = setting.name == "etcd_endpoints"
-    match value:
-        case str():
-            text = value.strip()
-        case int() | float() if not isinstance(value, bool):
-            text = str(value)
-        case list() if is_list and all(isinstance(item, str) for item in value):
-            text = ",".join(value)
-        case _:
-            raise Unfit("it is a list of strings, or a string" if is_list else "it is a string or a number")
-    if not text and not setting.may_be_empty:
-        raise Unfit("it is not empty: leave it out to have its default")
-    return text
-
-
-_BY_NAME = {setting.name: setting for setting in SETTINGS}
-
-
-def _default_hostname(name: str, sources: _Sources) -> HostName | None:
-    try:
-        return HostName(values.host_name(name))
-    except Unfit as unfit:
-        sources.blame("hostname", f"set it: {unfit}", found=f"nothing, and the host calls itself {show(name)}")
-        return None
-
-
-_PAIRS = (("etcd_cert", "etcd_key"), ("etcd_username", "etcd_password_file"), ("ovmf_code", "ovmf_vars"))
-
-
-def _check_pairs(found: Mapping[str, Any], sources: _Sources) -> None:
-    """What is of no use alone."""
-    for given, missing in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
-        if found[given] is not None and found[missing] is None and missing not in sources.bad:
-            sources.blame(missing, f"{_BY_NAME[given].env} is set and needs it")
-
-
-def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
-    """What of the way to etcd hangs together."""
-    endpoints = found["etcd_endpoints"]
-    if endpoints is not None and not any(url.startswith("https:") for url in endpoints):
-        for name in ("etcd_cacert", "etcd_cert", "etcd_key"):
-            if found[name] is not None:
-                sources.blame(name, "with http endpoints it would do nothing: see ETCD_ENDPOINTS")
-
-
-def _complete_keys(found: dict[str, Any], sources: _Sources) -> None:
-    """Work out where things lie in etcd, and see that nothing lies on something else."""
-    prefix = found["prefix"]
-    facts = found["facts_prefix"] = found["facts_prefix"] or default_facts(prefix)
-    lock = found["lock"] = found["lock"] or default_lock(prefix)
-    if f"{facts}/".startswith(f"{prefix}/") or prefix.startswith(f"{facts}/"):
-        sources.blame("facts_prefix", f"it lies outside KVM_PREFIX ({prefix}), and KVM_PREFIX outside it")
-    if lock in {f"{prefix}/{LOCK_PLACEHOLDER}/{name}" for name in WISH_KEYS}:
-        sources.blame("lock", "it is not the key of a wish")
-    layout = Layout(prefix=prefix, facts=facts, lock=lock)
-    if lock.startswith((layout.hosts_prefix, layout.statuses_prefix, layout.confirmations_prefix)):
-        sources.blame("lock", f"it is not among the sessions and statuses below {facts}")
+SETTINGS = tuple(Setting(name=one.name, **one.metadata) for one in fields(Settings))
+"""Every setting, in the order in which they are explained."""

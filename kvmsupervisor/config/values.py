@@ -1,7 +1,7 @@
-"""Parsers of settings: text of the environment or of the TOML file, turned into values.
+"""Parsers of settings: they turn text of the environment or of the TOML file into values.
 
-Like those of `domain.values`, each takes text without surrounding white space and returns the value, or raises `Unfit`,
-whose text says what would be right. Unlike those, some of them look whether a file is there.
+Each parser takes text without surrounding white space and returns the value, or raises `Unfit`, whose text says what
+would be right. The parsers of `domain.values` do the same; some of these also look whether a file is there.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvmsupervisor.domain import argv, values
+from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER
+from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
 
@@ -36,7 +37,7 @@ class Accel(StrEnum):
 
 
 class CgroupKind(StrEnum):
-    """`KVM_CGROUP`: what gives QEMU processes their homes."""
+    """`KVM_CGROUP`: where QEMU processes live."""
 
     AUTO = "auto"
     SYSTEMD = "systemd"
@@ -45,14 +46,14 @@ class CgroupKind(StrEnum):
 
 
 class Unfenced(StrEnum):
-    """`KVM_UNFENCED`: what becomes of machines whose disks no storage can fence when the session is lost."""
+    """`KVM_UNFENCED`: what happens to machines whose disks cannot be fenced when the session is lost."""
 
     PIN = "pin"
     GUARD = "guard"
 
 
 class LogLevel(StrEnum):
-    """`KVM_LOG_LEVEL`: the least that is logged."""
+    """`KVM_LOG_LEVEL`: the lowest level that is logged."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -69,13 +70,13 @@ class LogFormat(StrEnum):
 
 
 class Switch(StrEnum):
-    """How a setting of yes or no is written."""
+    """The text of a setting that is on or off."""
 
     OFF = "0"
     ON = "1"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Listen:
     """Where the HTTP server listens. Port 0 lets the kernel choose one."""
 
@@ -114,7 +115,7 @@ def absolute(text: str) -> Path:
 
 
 def file(text: str) -> Path:
-    """A file that can be read. It is not read here: it may be a pipe."""
+    """A file that can be read. The parser does not read it: it may be a pipe."""
     path = absolute(text)
     if not path.exists():
         raise Unfit("it names a file that exists")
@@ -133,7 +134,7 @@ def program(text: str) -> str:
 
 
 def program_file(text: str) -> Path:
-    """A program by its path; whether it is there is told when it is needed, so that it can be installed later."""
+    """The path of a program, which may be installed later: the program is looked for when it is needed."""
     return absolute(text)
 
 
@@ -179,19 +180,24 @@ def address(text: str) -> str:
         return values.host_name(text)
 
 
+def hostname(text: str) -> HostName:
+    """The name of this host."""
+    return HostName(values.host_name(text))
+
+
 def run_dir(text: str) -> Path:
     """The run directory, short enough for the sockets below it."""
     path = absolute(text)
     if ".." in path.parts:
         raise Unfit("it is an absolute path without '..', such as /run/kvmsupervisor")
-    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{argv.QMP_SPARE_SOCKET}")
+    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{QMP_SPARE_SOCKET}")
     if len(os.fsencode(path)) > room:
         raise Unfit(f"its path has at most {room} bytes, or the sockets of instances would not fit below it")
     return path
 
 
 def listen(text: str) -> Listen | None:
-    """Where HTTP is served; None for nowhere."""
+    """The address and port of the HTTP server; None for no server."""
     if text in {"", "off"}:
         return None
     wanted = "it is ADDRESS:PORT, such as 0.0.0.0:9746 or [::]:9746, or off"
@@ -219,29 +225,29 @@ def log_size(text: str) -> int:
 
 
 def ram_mib(text: str) -> int:
-    """Memory, or none of it."""
+    """Memory in MiB, or 0."""
     return 0 if text == "0" else values.ram_mib(text)
 
 
 def flags(text: str) -> AllowedFlags:
-    """Which options `extra_flags` may hold."""
+    """The options that `extra_flags` may hold."""
     if text == "any":
         return AllowedFlags()
     if text == "none":
         return AllowedFlags(frozenset())
     words = [word.strip().lstrip("-") for word in text.split(",")]
     if not all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", word) for word in words):
-        raise Unfit("it is any, none, or options of QEMU's separated by commas, such as device,netdev,cdrom")
+        raise Unfit("it is any, none, or names of QEMU options separated by commas, such as device,netdev,cdrom")
     return AllowedFlags(frozenset(words))
 
 
 def user(text: str) -> str:
-    """The name of a user, or nothing."""
+    """The name of a user, or empty text."""
     if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", text):
         raise Unfit("it is the name of a user, such as qemu, or empty")
     return text
 
 
 def switch(text: str) -> bool:
-    """Yes or no."""
+    """On (1) or off (0)."""
     return values.choice(Switch, "it")(text) is Switch.ON

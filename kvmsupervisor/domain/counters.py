@@ -1,6 +1,6 @@
-"""What QEMU counts of its guest: bytes of each disk, and the memory that the guest's balloon driver tells of.
+"""What QEMU counts of its guest: bytes of each disk, and the memory that the guest's balloon driver reports.
 
-Read from answers of QMP, whose parts come from the guest: nothing in them is believed to be of its type.
+Parts of these QMP answers come from the guest, so the type of every part is checked.
 
 Sources: `query-blockstats` and the property `guest-stats` of the balloon device
 (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html, docs/interop/virtio-balloon-stats.rst).
@@ -9,10 +9,11 @@ Sources: `query-blockstats` and the property `guest-stats` of the balloon device
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from kvmsupervisor.domain.frozen import frozen
 
 UNKNOWN = 2**64 - 1
-"""What the balloon says of a figure that its driver has not told."""
+"""The balloon's value for a figure that its driver did not report."""
 
 BALLOON = "/machine/peripheral/balloon0"
 
@@ -20,7 +21,7 @@ MEMORY_KINDS = {"total": "stat-total-memory", "free": "stat-free-memory", "avail
 """Figures that are kept, by the names that people use: `available` is what Linux calls MemAvailable."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class DiskCounts:
     """One disk since QEMU started. `name` is that of its block node, such as `disk0`."""
 
@@ -29,7 +30,7 @@ class DiskCounts:
     written_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Traffic:
     """Bytes of one NIC, as its guest sees them."""
 
@@ -37,13 +38,13 @@ class Traffic:
     sent_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GuestCounts:
     """What was counted when QEMU was asked last.
 
     Attributes:
         disks: each of them.
-        memory: bytes by kind (`MEMORY_KINDS`), empty while no balloon driver tells.
+        memory: bytes by kind (`MEMORY_KINDS`), empty while no balloon driver reports.
     """
 
     disks: tuple[DiskCounts, ...] = ()

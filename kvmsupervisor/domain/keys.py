@@ -1,16 +1,17 @@
-"""Where things lie in etcd: the names of DESIGN §2, built and taken apart in one place."""
+"""Where things lie in etcd: the names of all keys, built and taken apart in one place."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NewType
+
+from kvmsupervisor.domain.frozen import frozen
 
 InstanceId = NewType("InstanceId", str)
 HostName = NewType("HostName", str)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-"""What an instance id looks like. It becomes a folder name and part of a socket path, so it stays short."""
+"""The form of an instance id. It becomes a folder name and part of a socket path, so it is short."""
 
 ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 63 characters"
 
@@ -32,14 +33,14 @@ def parse_id(text: str) -> InstanceId | None:
     return InstanceId(text) if ID_PATTERN.fullmatch(text) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Layout:
     """The prefixes in use: `prefix` for wishes, `facts` for what supervisors write, `lock` for locks.
 
     Attributes:
         prefix: `KVM_PREFIX`, without a slash at its end.
         facts: `KVM_FACTS_PREFIX`, without a slash at its end.
-        lock: `LOCK`, a key with `%i` once, where the id goes (the settings see to it).
+        lock: `LOCK`, a key with `%i` once, in place of the id (the settings ensure that).
     """
 
     prefix: str = "/kvm"
@@ -63,7 +64,7 @@ class Layout:
 
     @property
     def history_key(self) -> str:
-        """Key that says what the present history of the store is called."""
+        """Key with the name of the present history of the store."""
         return f"{self.facts}/history"
 
     @property
@@ -73,7 +74,7 @@ class Layout:
 
     @property
     def confirmations_prefix(self) -> str:
-        """The prefix of the operators' words on removals that are held."""
+        """The prefix of the keys that confirm held removals."""
         return f"{self.facts}/confirm-removal/"
 
     def wish_key(self, instance: InstanceId, name: str) -> str:
@@ -105,7 +106,7 @@ class Layout:
         return self.confirmations_prefix + host
 
     def locks_prefix(self) -> str | None:
-        """What else must be watched to see every lock: None where the wishes' prefix covers them."""
+        """The prefix to watch for the locks; None where the prefix of the wishes covers them."""
         static = self.lock.partition(LOCK_PLACEHOLDER)[0]
         return None if static.startswith(self.wishes_prefix) else static
 

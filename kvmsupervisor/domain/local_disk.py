@@ -7,9 +7,9 @@ disk would choose what QEMU reads (https://www.qemu.org/docs/master/system/image
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import MIB_PER_UNIT, Unfit
 
 SCHEME = "file:"
@@ -34,7 +34,7 @@ class DiskFormat(StrEnum):
     RAW = "raw"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class FileDisk:
     """A file of the host as a disk of the machine.
 

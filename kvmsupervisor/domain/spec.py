@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from kvmsupervisor.domain import records
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
@@ -19,7 +20,7 @@ DEFAULT_MACHINE = "q35"
 
 
 class Power(StrEnum):
-    """`power`: whether the machine shall run."""
+    """`power`: whether the machine is to run."""
 
     ON = "on"
     OFF = "off"
@@ -30,7 +31,7 @@ OFF_NOW = "off-now"
 
 
 class Request(Enum):
-    """What a `restart_request` asks for, by what stands before the first colon (decision 0023)."""
+    """What a `restart_request` asks for, by its text before the first colon (decision 0023)."""
 
     RESTART = "any other text"
     RESTART_NOW = "now"
@@ -70,7 +71,7 @@ class RawValue(NamedTuple):
     mod_revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Problem:
     """What is wrong with one key: `found` there, and what would be right."""
 
@@ -82,7 +83,7 @@ class Problem:
         return f"{self.key}: found {self.found}; {self.wanted}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RbdDisk:
     """An RBD image as a disk of the machine.
 
@@ -119,7 +120,7 @@ FIRST_DISK = "disk/0"
 """The keys of the first disk: of an image in Ceph alone, and of any disk."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Disk:
     """One of the machine's disks: an image in Ceph, or a file of its host.
 
@@ -159,7 +160,7 @@ class Disk:
         return self.source.ro
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Nic:
     """One of the machine's NICs: `number` 0 is the keys `mac` and `bridge`, n is `nic/<n>/…`.
 
@@ -179,7 +180,7 @@ class Nic:
         return f"nic/{self.number}/" if self.number else ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Secret:
     """Text that is shown nowhere. Two are equal when their texts are; a record keeps the digest alone.
 
@@ -197,7 +198,7 @@ class Secret:
         return cls(hashlib.sha256(text.encode()).hexdigest(), text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Spec:
     """The machine that the keys describe. Only the keys that shape its process are here.
 
@@ -253,7 +254,7 @@ class Spec:
         return tuple((disk, disk.file) for disk in self.all_disks if disk.file is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Wish:
     """All that people want of one instance.
 
@@ -266,12 +267,13 @@ class Wish:
         power_revision: `mod_revision` of the `power` key, 0 without one.
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
-        priority: who is greater starts first when several wait.
+        priority: of several that wait, the greatest starts first.
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
+        together: how many keys of that `mod_revision` there are: one transaction wrote them.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
-        placed: its placement key, a fact that stands beside them.
+        placed: its placement key.
     """
 
     instance: InstanceId
@@ -288,6 +290,7 @@ class Wish:
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0
+    together: int = 1
     keys: int = 0
     placed: Placed = NOT_PLACED
 
@@ -299,23 +302,23 @@ class Wish:
 
     @property
     def placement(self) -> Placement | None:
-        """The placement that stands in for `host`; None when none does."""
+        """The placement that stands in for `host`, or None."""
         placement = self.placed.placement
         return placement if placement is not None and placement.stands(self.host_revision) else None
 
     @property
     def runs_on(self) -> str | None:
-        """Where it shall run (law 10): on `host`, or where it is placed while that stands in for it."""
+        """The host where it is to run (law 10): `host`, or that of the placement that stands in for it."""
         placement = self.placement
         return self.host if placement is None else placement.host
 
     def is_elsewhere(self, me: str) -> bool:
-        """Whether it shall run on another host than `me`. Where it is placed by what cannot be read, nobody knows."""
+        """Whether it is to run on another host than `me`. False with a damaged placement: not known then."""
         return self.runs_on not in {None, me} and not self.placed.is_damaged
 
     @property
     def stale_placement(self) -> int:
-        """`mod_revision` of a placement that stands in for nothing any more; 0 when there is none."""
+        """`mod_revision` of a placement that has ended; 0 without one."""
         ended = self.keys == 0 or (self.placement is None and not self.placed.is_damaged)
         return self.placed.revision if ended else 0
 
@@ -326,7 +329,7 @@ class Wish:
 
 
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
-    """Names of the wishes that differ between the machine that runs and the one that is wanted.
+    """Names of the wishes in which the running machine differs from the wanted one.
 
     The size of a file is none of them: a disk grows while its machine runs.
     """

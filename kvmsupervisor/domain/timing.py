@@ -1,4 +1,4 @@
-"""Arithmetic of waiting: backoff, the session's deadline, and how often a lasting trouble is told.
+"""Arithmetic of waiting: backoff, the session's deadline, and how often a lasting trouble is logged.
 
 All instants are seconds of `CLOCK_BOOTTIME`, handed in by the caller; all randomness too.
 """
@@ -6,15 +6,21 @@ All instants are seconds of `CLOCK_BOOTTIME`, handed in by the caller; all rando
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
+from kvmsupervisor.domain.frozen import frozen
+
 RESET_AFTER_S = 600.0
-"""A machine that ran this long has recovered: its next restart is the first again (DESIGN §4)."""
+"""A machine that ran this long has recovered: its next restart is the first again."""
 
 RESTART_FIRST_S = 1.0
 RESTART_CAP_S = 300.0
-"""The ceiling of the restart delay grows from 1 s to 5 min (DESIGN §4)."""
+"""The ceiling of the restart delay grows from 1 s to 5 min."""
+
+BEAT_S = 5.0
+"""What is due within so many seconds, and can be done a little sooner, is done together. A processor that is woken once
+for ten guests does less than one that is woken ten times. Arbitrary: with a hundred guests eight fall together."""
 
 RETRY_FIRST_S = 0.2
 """First delay before etcd is asked again. Arbitrary: well above a round trip, far below a session's TTL."""
@@ -26,7 +32,12 @@ RENEWALS_PER_TTL = 5
 """Law 1: four renewals may fail before the session is lost."""
 
 REMIND_EVERY_S = 60.0
-"""How often a trouble that lasts is told again. Arbitrary: found in any log excerpt, floods none."""
+"""How often a lasting trouble is logged again. Arbitrary: it is in any log excerpt, and floods none."""
+
+
+def on_a_beat(instant: float) -> float:
+    """The last beat that is not behind `instant`: for what may be done sooner by `BEAT_S`. CLOCK_BOOTTIME, both."""
+    return instant - instant % BEAT_S
 
 
 def _ceiling(attempt: int, first_s: float, cap_s: float) -> float:
@@ -50,7 +61,7 @@ def restart_delay(attempt: int, random01: float) -> float:
 def retry_delay(attempt: int, random01: float, cap_s: float = RETRY_CAP_S) -> float:
     """Seconds to wait before a failed request is sent again: between half a doubling ceiling and all of it.
 
-    Never 0, unlike `restart_delay`: here a delay of nothing would be a busy loop.
+    Never 0, unlike `restart_delay`: that would be a busy loop.
 
     Args:
         attempt: failures in a row, from 1.
@@ -60,7 +71,7 @@ def retry_delay(attempt: int, random01: float, cap_s: float = RETRY_CAP_S) -> fl
     return (0.5 + random01 / 2) * _ceiling(max(attempt, 1), min(RETRY_FIRST_S, cap_s), cap_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class SessionTimer:
     """How long a session is certainly held, as far as its own host can know.
 
@@ -68,7 +79,7 @@ class SessionTimer:
     left ends earlier, never later, however long the reply took or this process slept.
 
     Attributes:
-        ttl_s: what the lease is worth after a renewal.
+        ttl_s: TTL of the lease after a renewal.
         confirmed_at: when the last confirmed renewal was *sent*; minus infinity when there is none.
     """
 
@@ -77,7 +88,7 @@ class SessionTimer:
 
     @property
     def deadline(self) -> float:
-        """The instant from which on the session counts as lost."""
+        """The instant from which the session counts as lost."""
         return self.confirmed_at + self.ttl_s
 
     def remaining(self, now: float) -> float:
@@ -89,16 +100,16 @@ class SessionTimer:
         return now < self.deadline
 
     def next_renewal(self, now: float) -> float:
-        """When the next renewal shall be sent: a fifth of the TTL after the last one, or at once."""
+        """When to send the next renewal: a fifth of the TTL after the last one, or at once."""
         return max(now, self.confirmed_at + self.ttl_s / RENEWALS_PER_TTL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reminder:
-    """Decides when a lasting trouble is told: when its kind changes, and then once per `REMIND_EVERY_S`.
+    """Decides when a lasting trouble is logged: when its kind changes, and then once per `REMIND_EVERY_S`.
 
     Attributes:
-        kind: of the trouble told last; empty for none.
+        kind: of the trouble that was logged last; empty for none.
         told_at: when that was.
     """
 
@@ -106,15 +117,15 @@ class Reminder:
     told_at: float = -math.inf
 
     def tell(self, kind: str, now: float) -> Reminder | None:
-        """Return the reminder to keep when `kind` shall be told now, or None when it shall not."""
+        """The reminder to keep when `kind` is to be logged now, or None when it is not."""
         if kind == self.kind and now < self.told_at + REMIND_EVERY_S:
             return None
         return Reminder(kind, now)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rival:
-    """What was seen of a session key that is not ours: is its holder alive?
+    """Observations of a session key that is not ours: is its holder alive?
 
     A dead holder's lease only ever runs down. A single rise proves nothing: etcd itself extends leases when
     its leader changes, and a renewal may have been on its way when the holder died. Two of them in one wait
@@ -123,8 +134,8 @@ class Rival:
     Attributes:
         lease: of the key.
         mod_revision: of the key.
-        ttl_s: what etcd said last that the lease still has.
-        due: when it must be gone unless somebody renews it.
+        ttl_s: remaining TTL of the lease, as etcd last said.
+        due: when the key must be gone unless its holder renews it.
         signs: of life, so far.
     """
 
@@ -151,5 +162,5 @@ class Rival:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody certainly renews it."""
+        """Whether its holder certainly lives."""
         return self.signs >= self.SIGNS_WANTED

@@ -1,8 +1,8 @@
-"""The guard as its supervisor sees it (law 7): found or started, told the deadline, given machines to watch.
+"""The supervisor's side of the guard (law 7): finds or starts it, tells it the deadline, gives it machines to watch.
 
-`guard/program.py` is the guard itself. One task keeps it up, level-triggered: whatever happens only wakes it, and it
-brings about what is to be: there is a guard while there is a machine to watch, it watches all of them, and it knows
-until when this host's session holds. A guard that has ended, or answers no more, is replaced.
+`guard/program.py` is the guard itself. One task keeps it up, level-triggered: an event only wakes the task, and the
+task then brings about three things. There is a guard while there is a machine to watch; the guard watches all of them;
+it knows until when this host's session holds. A guard that has ended, or does not answer any more, is replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvmsupervisor.adapters.cgroup import HomeFailed, Homes
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.guard_channel import PROTOCOL, Channel, ChannelLost, ChannelRefused
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 
@@ -34,25 +35,25 @@ log = structlog.get_logger(__name__)
 PROGRAM = Path(__file__).with_name("program.py")
 
 MARK = "KVMSUPERVISOR_GUARD"
-"""The environment variable by which a guard is known (law 8); its value is the run directory."""
+"""The environment variable that identifies a guard (law 8); its value is the run directory."""
 
 HOME = InstanceId("_guard")
-"""What its cgroup is named after. No instance has that name."""
+"""The name of its cgroup. No instance id begins with an underscore."""
 
 ANSWER_S = 2.0
-"""Within which a guard answers; it takes less than a millisecond. One that does not is replaced."""
+"""How long a guard may take to answer; it takes less than a millisecond. One that takes longer is replaced."""
 
 START_S = 10.0
-"""Within which a new one gives its first answer: it takes 30 ms, or seconds on a loaded host."""
+"""How long a new guard may take for its first answer: it takes 30 ms, or seconds on a loaded host."""
 
 WATCH_S = 3.0
-"""How long a machine waits to be put under guard before its loop looks at other things again."""
+"""How long a worker waits for its machine to be put under guard before it looks at other things again."""
 
 END_S = 5.0
-"""Within which a killed guard ends."""
+"""How long a killed guard may take to end."""
 
 RETRY_S = 1.0
-"""Pause after a guard could not be had. Arbitrary: machines that wait for it do not run."""
+"""Pause after a guard could not be started. Arbitrary; short, because machines that wait for it do not run."""
 
 
 class Unguarded(Exception):
@@ -63,9 +64,9 @@ class _Trouble(Exception):
     """There is no guard now. The message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Charge:
-    """One machine to watch: a pidfd of our own, and the file in which the guard is to say that it killed it."""
+    """One machine to watch: a pidfd of our own, and the file in which the guard notes that it killed the machine."""
 
     pidfd: int
     note: Path
@@ -73,14 +74,14 @@ class Charge:
 
 @dataclass(slots=True, kw_only=True)
 class _Line:
-    """A guard that is spoken to.
+    """A guard with an open channel.
 
     Attributes:
-        process: of it.
-        channel: to it.
-        holds: the machines that it has answered for on this channel.
-        told: the deadline that it was told last on this channel.
-        outdated: whether it is another version's.
+        process: of the guard.
+        channel: to the guard.
+        holds: the machines that the guard has confirmed on this channel.
+        told: the last deadline that the guard was told on this channel.
+        outdated: whether the guard is of another version.
     """
 
     process: kernel.Process
@@ -91,19 +92,19 @@ class _Line:
 
 
 class GuardPost:
-    """Keeps the guard up while there is something to watch.
+    """Keeps the guard up while there is a machine to watch.
 
     Args:
-        run_dir: ours already.
+        run_dir: locked by this supervisor.
         clock: the machine's.
         homes: cgroups outside the supervisor's container.
         ttl_s: of this host's session.
-        notify: called, in the event loop, when machines have come under guard or lost it.
-        version: of this program; a guard of another one is replaced.
+        notify: called, in the event loop, when machines come under guard or are no longer under guard.
+        version: of this program; a guard of another version is replaced.
 
     Attributes:
-        trouble: why there is no guard, although one is wanted; None when there is.
-        unlocked: why the guard's memory is not locked; None when it is, or there is no guard.
+        trouble: why there is no guard, although one is wanted; None when there is one.
+        unlocked: why the guard's memory is not locked; None when it is locked, or there is no guard.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class GuardPost:
         # Until when the session holds; None before this supervisor has confirmed it once.
         self._until: float | None = None
         self._line: _Line | None = None
-        # A guard that lives and is not spoken to: not yet, or it does not answer.
+        # A living guard without a channel: not connected yet, or it does not answer.
         self._mute: kernel.Process | None = None
         self._looked = False
         self._wake = asyncio.Event()
@@ -137,7 +138,7 @@ class GuardPost:
     # --- what it is told and asked ----------------------------------------------------------------------------
 
     def renewed(self, until: float) -> None:
-        """The session was confirmed; it holds until then, CLOCK_BOOTTIME. Does not block."""
+        """Note that the session was confirmed and holds until then, CLOCK_BOOTTIME. Does not block."""
         self._until = until
         self._wake.set()
 
@@ -146,10 +147,10 @@ class GuardPost:
         return self._line is not None and incarnation in self._line.holds
 
     async def watch(self, incarnation: str, *, pidfd: int, note: Path) -> None:
-        """Put a machine under guard; return once it is. It stays so, with whatever guard, until `release`.
+        """Put a machine under guard; return once it is. It stays under guard, also of a later one, until `release`.
 
         Raises:
-            Unguarded: it is not yet.
+            Unguarded: the machine is not under guard yet.
         """
         if incarnation not in self._charges:
             try:
@@ -162,7 +163,7 @@ class GuardPost:
             raise Unguarded(self.trouble or "the guard is being started")
 
     def release(self, incarnation: str) -> None:
-        """The machine has ended: the guard sees that by itself."""
+        """Forget a machine that has ended. The guard sees its end by itself."""
         charge = self._charges.pop(incarnation, None)
         if charge is not None:
             os.close(charge.pidfd)
@@ -170,13 +171,13 @@ class GuardPost:
             self._line.holds.discard(incarnation)
 
     async def caught_up(self) -> None:
-        """Return once the guard has written down what it did until now, or cannot be asked."""
+        """Return once the guard has written down what it did until now, or does not answer."""
         if self._line is not None:
             with contextlib.suppress(Unguarded):
                 await self._attempt()
 
     async def dismiss(self) -> None:
-        """End a guard that an earlier supervisor has left: none shall be (KVM_UNFENCED=pin). Machines live on."""
+        """Stop a guard left by an earlier supervisor, because KVM_UNFENCED=pin wants none. Machines live on."""
         self._find()
         if self._mute is None:
             return
@@ -188,7 +189,7 @@ class GuardPost:
         self.close()
 
     def close(self) -> None:
-        """Let go of the guard, which goes on."""
+        """Close the channel. The guard goes on."""
         for incarnation in tuple(self._charges):
             self.release(incarnation)
         if self._line is not None:
@@ -200,10 +201,10 @@ class GuardPost:
             self._mute = None
 
     async def _attempt(self) -> None:
-        """Wait until all that is wanted now was asked of the guard.
+        """Wait until the guard knows everything that is wanted now.
 
         Raises:
-            Unguarded: that was not possible, or takes its time.
+            Unguarded: there is no guard, or it takes too long.
         """
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
@@ -217,7 +218,7 @@ class GuardPost:
     # --- the task ---------------------------------------------------------------------------------------------
 
     async def run(self) -> Never:
-        """Keep the guard as it is to be, for ever. Cancelling leaves it as it is."""
+        """Keep the guard up, for ever. Cancelling leaves the guard as it is."""
         while True:
             self._wake.clear()
             waiting, self._waiting = self._waiting, []
@@ -237,7 +238,7 @@ class GuardPost:
                 await self._clock.wait(self._wake)
 
     async def _bring_up(self) -> None:
-        """One turn. Cut off anywhere, the next one goes on.
+        """One turn of the task. It may be cut off anywhere; the next turn goes on.
 
         Raises:
             _Trouble: there is no guard now.
@@ -257,20 +258,20 @@ class GuardPost:
             except (ChannelLost, ChannelRefused) as error:
                 self._lose(str(error))
             else:
-                # What it watches and we do not know (a record of another release) would be lost with it.
+                # A machine that only the guard knows (a record of another release) would be lost with it.
                 if self._line.outdated and set(greeting[4:]) <= self._charges.keys():
                     await self._begin(self._line.process)
         if self._line is None and self._charges:
             await self._begin(self._mute)
 
     async def _tell(self, line: _Line) -> list[str]:
-        """Tell a guard what it does not know; return its greeting, as evidence that it is there.
+        """Tell a guard what it does not know yet; return its greeting, as evidence that it is alive.
 
         Raises:
-            ChannelLost, ChannelRefused: it does not take it.
+            ChannelLost, ChannelRefused: the guard does not take it.
         """
         for name, charge in tuple(self._charges.items()):
-            # It may have been released meanwhile, and its descriptor be another's by now.
+            # The machine may have been released meanwhile, and its descriptor reused.
             if name not in line.holds and name in self._charges:
                 await line.channel.ask(f"watch {name} {charge.note}", charge.pidfd, timeout_s=ANSWER_S)
                 if name in self._charges:
@@ -284,7 +285,7 @@ class GuardPost:
     # --- finding one, starting one ----------------------------------------------------------------------------
 
     def _find(self) -> None:
-        """Look for a guard that an earlier supervisor has started: by pidfd, start time and environment (law 8)."""
+        """Find a guard that an earlier supervisor has started: by pidfd, start time and environment (law 8)."""
         found = self._run_dir.guard()
         if found is not None:
             pid, starttime = found
@@ -292,7 +293,7 @@ class GuardPost:
             self._mute = kernel.reopen(pid, starttime=starttime, marks=marks, on_end=self._wake.set)
 
     async def _connect(self, process: kernel.Process) -> None:
-        """Go on with a guard that lives. One that does not answer, or not as we expect, is left to be replaced."""
+        """Connect to a living guard. One that does not answer, or answers something unknown, will be replaced."""
         try:
             channel = Channel.connect(self._run_dir.guard_socket)
             greeting = (await channel.ask("hello", timeout_s=ANSWER_S)).split()
@@ -311,13 +312,13 @@ class GuardPost:
         self._notify()
 
     async def _begin(self, former: kernel.Process | None) -> None:
-        """Start a guard, in the place of `former`, if there is one.
+        """Start a guard. It replaces `former`, if there is one.
 
         Raises:
-            _Trouble: it was not possible.
+            _Trouble: no guard could be started.
         """
         if self._until is None:
-            # Nobody watched until now; whoever runs is not killed before this supervisor could find its session.
+            # There was no guard until now: kill no machine before this supervisor had time to find its session.
             self._until = self._clock.now() + self._ttl_s
         try:
             line = await self._start()
@@ -343,7 +344,7 @@ class GuardPost:
         """Start the program, as a candidate.
 
         Raises:
-            HomeFailed, SpawnFailed, OSError: it cannot be.
+            HomeFailed, SpawnFailed, OSError: it could not be started.
         """
         files = self._run_dir
         with contextlib.ExitStack() as always, contextlib.ExitStack() as on_error:
@@ -368,10 +369,10 @@ class GuardPost:
             on_error.pop_all()
             return _Line(process=process, channel=channel)
 
-    # --- what became of it ------------------------------------------------------------------------------------
+    # --- its end ----------------------------------------------------------------------------------------------
 
     def _lose(self, why: str) -> None:
-        """The guard does not answer. While its process lives it is there to be replaced."""
+        """Note that the guard does not answer. While its process lives, a new guard has to replace it."""
         assert self._line is not None
         line, self._line = self._line, None
         line.channel.close()

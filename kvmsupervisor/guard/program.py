@@ -1,20 +1,19 @@
 """The guard: kills machines whose disks no storage can fence, once their host's session has run out (law 7).
 
-A process of its own, one for a host, started by `guard/client.py` as
-`python -I -S program.py LINK LOCK SOCKET VERSION`. It outlives the supervisor, so it must need nothing that may be gone
-or slow by then: all of its memory is locked, which is why it imports nothing of ours and little else; it holds each
-machine by a pidfd that the supervisor gave it; and it keeps nothing in files that it would have to read. A guard that
-is killed loses nothing but itself.
+A process of its own, one per host, started by `guard/client.py` as `python -I -S program.py LINK LOCK SOCKET VERSION`.
+It outlives the supervisor, so it must need nothing that may be gone or slow by then. All of its memory is locked, which
+is why it imports nothing of ours and little else. It holds each machine by a pidfd that the supervisor gave it, and has
+no state in files. Killing a guard harms no machine.
 
-It is a candidate first, on the socket LINK that it inherited, and harms nobody: it collects machines and the deadline,
-and ends when that socket is closed. With `take` it becomes the guard, in this order: the former one is killed, if there
-is one, then the file LOCK locked, then SOCKET put in its place. So there is no instant at which nobody watches.
+It is first a candidate, on the inherited socket LINK, and kills nothing: it collects machines and the deadline, and
+ends when that socket is closed. With `take` it becomes the guard, in this order: it kills the former guard, if there is
+one, then locks the file LOCK, then puts SOCKET in place. It watches its machines already then, so there is no gap.
 
 One request is one message of a SOCK_SEQPACKET socket, which arrives whole or not at all, and gets one answer:
 
     hello                      guard 1 VERSION ERRNO INCARNATION…   ERRNO: of locking the memory, 0 for locked
     until SECONDS              ok      the machines may live until then, on CLOCK_BOOTTIME
-    watch INCARNATION NOTE     ok      with the machine's pidfd; NOTE: the file that is to say that it was killed
+    watch INCARNATION NOTE     ok      with the machine's pidfd; NOTE: the file to write when it is killed
     take                       ok      with the former guard's pidfd, if there is one
     anything else              no WHY
 """
@@ -33,30 +32,30 @@ import sys
 import time
 
 PROTOCOL = 1
-"""Of what is said on the socket."""
+"""Version of the messages on the socket."""
 
 STEP_S = 1.0
 """The longest sleep while a machine is watched. poll(2) counts on CLOCK_MONOTONIC, which stands still while the host is
-suspended: a deadline that passed meanwhile is seen this much after the host is back, at most."""
+suspended: a deadline that passes meanwhile is noticed at most this long after the host is back."""
 
 IDLE_S = 3.0
 """How long a guard without any machine waits for the next one. Arbitrary: a restart of a machine fits."""
 
 END_S = 5.0
-"""How long the former guard may take to end. It does not hang in the kernel; a frozen one ends like any other."""
+"""How long the former guard may take to end. It does not hang in the kernel; SIGKILL also ends a frozen one."""
 
 LONGEST = 4096 + 256
 """Bytes of a request: the longest path, and words."""
 
 BURST = 64
-"""Requests that are taken in before the deadline is judged again. Each connection has one at a time."""
+"""Requests that are handled before the deadline is checked again. Each connection has one at a time."""
 
 MCL_CURRENT, MCL_FUTURE = 1, 2
 """mlockall(2)."""
 
 
 class Charge:
-    """One machine: its incarnation, the pidfd, where the note goes, and whether it was killed."""
+    """One machine: its incarnation, its pidfd, the file of the note, and whether it was killed."""
 
     __slots__ = ("incarnation", "killed", "note", "pidfd")
 
@@ -68,11 +67,11 @@ class Charge:
 
 
 class Watch:
-    """Who is watched, and until when they may live. Pure: `now` is CLOCK_BOOTTIME.
+    """The machines that are watched, and until when they may live. Pure: `now` is CLOCK_BOOTTIME.
 
     Attributes:
-        until: None before it was told.
-        charges: by incarnation; a killed one stays until it has ended.
+        until: the deadline; None before it was told.
+        charges: by incarnation; a killed machine stays until it has ended.
     """
 
     def __init__(self) -> None:
@@ -81,13 +80,13 @@ class Watch:
         self._idle_since = -math.inf
 
     def add(self, charge: Charge) -> Charge | None:
-        """Watch a machine; return what was known under that name."""
+        """Watch a machine; return the one that was known under that name."""
         former = self.charges.get(charge.incarnation)
         self.charges[charge.incarnation] = charge
         return former
 
     def ended(self, charge: Charge, now: float) -> None:
-        """A machine has ended, whoever ended it."""
+        """Forget a machine that has ended, for whatever reason."""
         del self.charges[charge.incarnation]
         self._idle_since = now
 
@@ -96,17 +95,17 @@ class Watch:
         self._idle_since = now
 
     def due(self, now: float) -> list[Charge]:
-        """Who is to be killed now."""
+        """The machines to kill now."""
         if self.until is None or now < self.until:
             return []
         return [charge for charge in self.charges.values() if not charge.killed]
 
     def is_idle(self, now: float) -> bool:
-        """Whether nobody needs it any more."""
+        """Whether no guard is needed any more."""
         return not self.charges and now >= self._idle_since + IDLE_S
 
     def wait_s(self, now: float) -> float:
-        """How long nothing needs to be looked at."""
+        """How long the process may sleep."""
         if not self.charges:
             return max(0.0, self._idle_since + IDLE_S - now)
         if self.until is None or now >= self.until:
@@ -115,18 +114,18 @@ class Watch:
 
 
 class Refused(Exception):
-    """A request that is not done. The message says why."""
+    """A request was not done. The message says why."""
 
 
 class Guard:
     """The process.
 
     Args:
-        link: the socket that it was started with.
-        lock: path of the file that holds the guard's pid and start time; whoever has it locked is the guard.
-        path: of the socket on which the guard is spoken to.
-        version: of the program, as it is to tell it.
-        errno: of locking its memory.
+        link: the socket that the process inherited.
+        lock: path of the file with the guard's pid and start time; the process that has it locked is the guard.
+        path: of the guard's socket.
+        version: of the program, for the greeting.
+        errno: of locking its memory; 0 when it is locked.
     """
 
     def __init__(self, link: socket.socket, lock: str, path: str, version: str, errno: int) -> None:
@@ -141,14 +140,14 @@ class Guard:
         self._join(link)
 
     def run(self) -> None:
-        """Watch until nobody needs it; or, a candidate, until nobody speaks to it."""
+        """Watch until no guard is needed; a candidate: until its socket is closed."""
         while True:
             ready = {fd for fd, _ in self._poll.poll(math.ceil(1000 * self._wait_s()))}
             for charge in [charge for charge in self._watch.charges.values() if charge.pidfd in ready]:
                 self._bury(charge)
             if self._listener is not None and self._listener.fileno() in ready:
                 self._accept(self._listener)
-            # What was told in time counts, also when this process slept: it is heard before the deadline is judged.
+            # A message that came in time counts, also when this process slept: read before checking the deadline.
             for peer in [peer for fd, peer in self._peers.items() if fd in ready]:
                 self._hear(peer)
             if self._listener is None:
@@ -166,7 +165,7 @@ class Guard:
     # --- machines ---------------------------------------------------------------------------------------------
 
     def _kill(self, due: list[Charge]) -> None:
-        """Kill all of them, then write it down: no file may be in the way of that."""
+        """Kill all of them, then write the notes: no file may delay a kill."""
         for charge in due:
             try:
                 signal.pidfd_send_signal(charge.pidfd, signal.SIGKILL)
@@ -185,7 +184,7 @@ class Guard:
         os.close(charge.pidfd)
         self._watch.ended(charge, _now())
 
-    # --- those who speak to it --------------------------------------------------------------------------------
+    # --- connections ------------------------------------------------------------------------------------------
 
     def _join(self, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -231,7 +230,7 @@ class Guard:
                 return
 
     def _do(self, request: str, descriptors: list[int]) -> str:
-        """Do one request and return the answer. A descriptor that is kept is taken out of `descriptors`."""
+        """Do one request and return the answer. A descriptor that is kept is removed from `descriptors`."""
         word, _, rest = request.partition(" ")
         match word:
             case "hello":
@@ -259,18 +258,18 @@ class Guard:
         return "ok"
 
     def _take(self, former: int | None) -> None:
-        """Become the guard in the place of the former one.
+        """Become the guard in place of the former one.
 
         Raises:
-            Refused, OSError: it cannot; it is a candidate still.
+            Refused, OSError: this process is still a candidate.
         """
         if self._watch.until is None or self._listener is not None:
             raise Refused("it is the guard already, or was not told until when")
-        # All that can fail of itself comes before the former guard's end.
+        # All steps that can fail come before the former guard's end.
         aside = f"{self._path}.new"
         listener = _listen(aside)
         lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        # Whoever may read a file may lock it. One of an earlier release is made so, too.
+        # A user that can read a file can lock it, so only we can. The mode is set on a file of an earlier release, too.
         os.fchmod(lock, 0o600)
         if former is not None:
             _end(former)
@@ -294,13 +293,13 @@ def _now() -> float:
 
 
 def _listen(path: str) -> socket.socket:
-    """A listening socket that nobody but this user can connect to."""
+    """A listening socket to which only this user can connect."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         pass
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Of the socket to be, so that it is never there with another mode (unix_bind in the kernel).
+    # The mode of the socket, set before bind: no other mode is ever seen (unix_bind in the kernel).
     os.fchmod(listener.fileno(), 0o600)
     listener.bind(path)
     listener.listen(4)
@@ -321,7 +320,7 @@ def _end(former: int) -> None:
 
 
 def _write_note(charge: Charge) -> None:
-    """Tell whoever looks after the machine next who killed it, and when."""
+    """Leave a note for the next supervisor: the guard killed this machine, and when."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     _say(f"{at} killed {charge.incarnation}: its host's session has run out")
     text = f'{{"version": 1, "incarnation": "{charge.incarnation}", "at": "{at}"}}\n'
@@ -337,7 +336,7 @@ def _write_note(charge: Charge) -> None:
 
 
 def _say(line: str) -> None:
-    """Write a line to the log, if that can be."""
+    """Write a line to the log, if possible."""
     try:
         os.write(2, f"{line}\n".encode())
     except OSError:
@@ -345,7 +344,7 @@ def _say(line: str) -> None:
 
 
 def _starttime() -> int:
-    """Of this process, clock ticks since boot: field 22 of proc_pid_stat(5)."""
+    """The start time of this process, clock ticks since boot: field 22 of proc_pid_stat(5)."""
     stat = os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return int(os.read(stat, 4096).rpartition(b")")[2].split()[22 - 3])
@@ -354,7 +353,7 @@ def _starttime() -> int:
 
 
 def lock_memory() -> int:
-    """Keep all of this process's memory, what is to come too, from being paged out; return 0 or the errno."""
+    """Lock all memory of this process, present and future; return 0 or the errno."""
     libc = ctypes.CDLL(None, use_errno=True)
     return 0 if libc.mlockall(MCL_CURRENT | MCL_FUTURE) == 0 else ctypes.get_errno()
 

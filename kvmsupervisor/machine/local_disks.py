@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from kvmsupervisor.adapters import disk_files
 from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, Threads
 from kvmsupervisor.adapters.resources import explain
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, too_small
 from kvmsupervisor.domain.spec import Spec
@@ -21,7 +21,7 @@ RETRY_S = 5.0
 """Pause before a file is looked at again that is not as it must be: how late one is noticed that was put there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class FileAccess:
     """How files are reached; tests have another one.
 

@@ -26,10 +26,11 @@ from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
+from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
@@ -47,9 +48,6 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 0.2
 """How often a stop looks whether QEMU is gone, to give up on etcd `LET_GO_S` later."""
-
-FLUSH_S = 2.0
-"""How long the last status may take to be written."""
 
 
 class NotHere(Exception):
@@ -237,7 +235,7 @@ class Single:
             impatient = start_part(parts, self._give_up_on_etcd(instance, loop))
             await asyncio.wait([loop])
             if around.session.held:
-                await around.publisher.flush(FLUSH_S)
+                await around.publisher.flush()
             for task in (impatient, *serving):
                 task.cancel()
         end_listening()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import structlog
 
@@ -91,7 +90,7 @@ class Drain:
         system: of this host.
         clock: the machine's.
         boot_id: of this boot.
-        run_dir: `KVM_RUN_DIR`.
+        run_dir: of the supervisor.
         prefix: `KVM_PREFIX`.
         me: this host's name.
         shutdown_timeout_s: default between power button and force.
@@ -103,7 +102,7 @@ class Drain:
         system: System,
         clock: Clock,
         boot_id: str,
-        run_dir: Path,
+        run_dir: RunDir,
         prefix: str,
         me: HostName,
         shutdown_timeout_s: float,
@@ -111,7 +110,7 @@ class Drain:
         self._system = system
         self._clock = clock
         self._boot_id = boot_id
-        self._run_dir = RunDir(run_dir)
+        self._run_dir = run_dir
         self._prefix = prefix
         self._me = me
         self._shutdown_timeout_s = shutdown_timeout_s
@@ -136,18 +135,18 @@ class Drain:
         """
         self._run_dir.mark_draining(self._boot_id)
         ours = asyncio.create_task(self._shut_down_ourselves()) if not self._run_dir.signal_supervisor() else None
+        until = self._clock.now() + timeout_s
+        told: tuple[InstanceId, ...] | None = None
         try:
-            async with asyncio.timeout(timeout_s):
-                told: tuple[InstanceId, ...] | None = None
-                while (left := self.running()) or (ours is not None and not ours.done()):
-                    if left != told:
-                        on_change(left)
-                        told = left
-                    await asyncio.sleep(LOOK_EVERY_S)
-                if ours is not None:
-                    await ours
-        except TimeoutError:
-            return not self.running()
+            while (left := self.running()) or (ours is not None and not ours.done()):
+                if left != told:
+                    on_change(left)
+                    told = left
+                if self._clock.now() >= until:
+                    return not left
+                await self._clock.sleep(LOOK_EVERY_S)
+            if ours is not None:
+                await ours
         finally:
             if ours is not None:
                 ours.cancel()
@@ -240,7 +239,11 @@ class Drain:
                     now=self._clock.now(),
                     jitter=0.0,
                 )
-                directory.write_memory(ended)
+                try:
+                    directory.write_memory(ended)
+                except OSError as error:
+                    # Who finds no memory is told less, and that is all. The other guests are not given up for it.
+                    log.warning("instance.memory_unwritten", instance=record.instance, reason=str(error))
                 await machine.bury()
         finally:
             await machine.detach()

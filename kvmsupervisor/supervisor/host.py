@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
@@ -20,8 +20,10 @@ from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import Confirmations
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
-from kvmsupervisor.config.settings import Settings, Unfenced
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
@@ -45,11 +47,8 @@ log = structlog.get_logger(__name__)
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
 
-FLUSH_S = 2.0
-"""How long a stopping supervisor tries to write its last statuses."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Premises:
     """What is known of a host before its parts are made.
 
@@ -279,7 +278,7 @@ class Host:
             ]
             await self._run_instances(stop)
             if self._session.held:
-                await self._publisher.flush(FLUSH_S)
+                await self._publisher.flush()
             self._history.save()
             for task in serving:
                 task.cancel()
@@ -318,6 +317,8 @@ class Host:
     def _objection(self, record: Incarnation) -> str | None:
         """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
         standing, identity = self._premises.standing, self._premises.identity
+        if record.under == identity:
+            return None  # also when it has ended: nobody needs to look
         pid = standing.pid_of(record)
         under = identity if pid is None else standing.under(record, pid)
         if under == identity:

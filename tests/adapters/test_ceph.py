@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -300,6 +302,22 @@ async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, i
     assert running(f"--image={image.image}") == []
 
 
+async def test_a_tool_does_not_outlive_its_caller(away: None, vm: CephAccess, image: RbdDisk) -> None:
+    """Law: the kernel kills the tool when the process that asks is killed, also while no monitor answers."""
+    ask = (
+        "import asyncio\n"
+        "from kvmsupervisor.adapters.ceph import Ceph, CephAccess\n"
+        "from kvmsupervisor.domain.spec import RbdDisk\n"
+        f"access = CephAccess(user={vm.user!r}, conf={vm.conf!r})\n"
+        f"asyncio.run(Ceph(access).watchers(RbdDisk(pool={image.pool!r}, image={image.image!r})))\n"
+    )
+    asking = await asyncio.create_subprocess_exec(sys.executable, "-c", ask)
+    await until(lambda: running(f"--image={image.image}"))
+    asking.kill()
+    assert await asking.wait() == -signal.SIGKILL
+    await until(lambda: not running(f"--image={image.image}"))
+
+
 async def test_the_cluster_comes_back(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
     """Law: an outage leaves no state here; the next question is answered."""
     ceph.stop_mon()
@@ -356,7 +374,7 @@ async def test_osds_that_do_not_answer(ceph: Cluster, vm: CephAccess, image: Rbd
 async def test_without_the_tools(vm: CephAccess, image: RbdDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a missing program is named, with the package that has it."""
     monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(CephRefused, match=r"cannot start rbd: No such file or directory; it is in ceph-common"):
+    with pytest.raises(CephRefused, match=r"cannot start setpriv: no such program in PATH; it is in util-linux"):
         await Ceph(vm).image_info(image)
 
 

@@ -66,13 +66,20 @@ class World:
         found = self.etcd.data.get(self.layout.wish_key(InstanceId(instance), name))
         return None if found is None else found.decode()
 
-    def run(self, *args: str, input_text: str | None = None) -> Result:
-        """Run the command line, its output in a pipe."""
+    def run(self, *args: str, input_text: str | None = None, asked: bool = False) -> Result:
+        """Run the command line, its output in a pipe.
+
+        Args:
+            args: of the command line.
+            input_text: what comes from its standard input.
+            asked: whether a person writes that.
+        """
         tools = Tools(
             environ=self.environ,
             connect=lambda settings: self.etcd.peer(),
             now=lambda: NOW,
             settle_s=0,
+            can_ask=lambda: asked,
             agent_seen=lambda url, instance: self.agents_seen.get((url, instance)),
         )
         return CliRunner().invoke(cli, args, obj=tools, input=input_text)

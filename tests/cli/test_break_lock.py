@@ -48,8 +48,8 @@ def test_what_is_at_stake_is_said_and_all_there_is_to_fence_is_kept(held: World)
 @pytest.mark.parametrize(
     ("guarded", "incarnation", "said"),
     [
-        (True, "i3", "it is killed by now, unless that guard has ended as well, or hangs"),
-        (False, "i3", "was to be watched by a guard there, and was not"),
+        (True, "i3", "it is dead by now, unless the guard has ended or hangs"),
+        (False, "i3", "a guard should have watched it there, but did not"),
         (None, "i3", "lost no more than its network"),
         (True, "an earlier one", "lost no more than its network"),
     ],
@@ -99,7 +99,7 @@ def test_what_is_no_lock(world: World) -> None:
     world.keys("1", host="alpha", ram="1G")
     assert "has no lock" in world.run("break-lock", "1", "--yes").stderr
     world.etcd.write(world.layout.lock_key(ONE), "?")
-    assert "is not one that this release can read" in world.run("break-lock", "1", "--yes").stderr
+    assert "this release cannot read the lock of 1" in world.run("break-lock", "1", "--yes").stderr
 
 
 def test_a_ceph_that_is_gone(held: World) -> None:
@@ -112,4 +112,4 @@ def test_a_ceph_that_is_gone(held: World) -> None:
 def test_its_host_is_still_the_old_one(held: World) -> None:
     """It says what is missing for it to run."""
     held.keys("1", host="beta")
-    assert "name another one" in held.run("break-lock", "1", "--yes").stderr
+    assert "name another host in it" in held.run("break-lock", "1", "--yes").stderr

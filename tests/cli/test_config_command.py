@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kvmsupervisor.config.settings import describe
+from kvmsupervisor.config.settings import SETTINGS
 from tests.cli.conftest import World
 
 
@@ -20,7 +20,7 @@ def test_every_setting_is_there_with_its_origin(world: World, tmp_path: Path) ->
     file.write_text('prefix = "/vms"\nqemu = "qemu-kvm"\nbridge_if = "br0"\n')
     world.environ |= {"KVM_CONFIG": str(file), "KVM_QEMU": "/opt/qemu", "ETCD_ENDPOINTS": "a:1,b:2", "LOCK": ""}
     found = settings(world)
-    assert list(found) == [setting.env for setting in describe()]
+    assert list(found) == [setting.env for setting in SETTINGS]
     assert found["KVM_PREFIX"] == ("/vms", str(file))
     assert found["BRIDGE_IF"] == ("br0", str(file))
     assert found["KVM_QEMU"] == ("/opt/qemu", "environment")
@@ -33,7 +33,7 @@ def test_every_setting_is_there_with_its_origin(world: World, tmp_path: Path) ->
 def test_wide_explains_each_setting(world: World) -> None:
     """`-o wide` has the default and the meaning."""
     out = world.run("check-config", "-o", "wide").stdout
-    assert all(setting.help in out for setting in describe())
+    assert all(setting.help in out for setting in SETTINGS)
 
 
 def test_problems_are_all_named(world: World) -> None:

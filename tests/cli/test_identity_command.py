@@ -54,7 +54,7 @@ def test_a_word_is_put_down(asked: World, run_dir: Path) -> None:
         asked.keys(name, host="beta")
     result = asked.run("confirm-identity", "--yes")
     assert result.exit_code == 0, result.output
-    assert "started here under KVM_HOSTNAME=alpha: 1, 2\ngoing on under KVM_HOSTNAME=beta" in result.output
+    assert "started under KVM_HOSTNAME=alpha: 1, 2\nto go on under KVM_HOSTNAME=beta" in result.output
     assert said(run_dir)
 
 
@@ -63,8 +63,8 @@ def test_the_keys_come_first(asked: World, run_dir: Path) -> None:
     asked.keys("1", host="alpha")
     result = asked.run("confirm-identity", "--yes")
     assert result.exit_code == 1
-    assert "/kvm/1/host has to be beta, it is alpha" in result.output
-    assert "/kvm/2/host has to be beta, it is missing" in result.output
+    assert "write beta into /kvm/1/host; found alpha" in result.output
+    assert "write beta into /kvm/2/host; found nothing" in result.output
     assert not said(run_dir)
 
 

@@ -14,7 +14,7 @@ from tests.cli.conftest import World
 @pytest.mark.parametrize(("verb", "method"), [("stop", "mark_draining"), ("start", "unmark_draining")])
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.EACCES, "is for root"), (errno.EROFS, "Read-only file system"), (errno.ENOSPC, "No space")],
+    [(errno.EACCES, "as root"), (errno.EROFS, "Read-only file system"), (errno.ENOSPC, "No space")],
 )
 def test_a_run_directory_that_cannot_be_written_to(
     world: World, monkeypatch: pytest.MonkeyPatch, *, verb: str, method: str, number: int, said: str

@@ -127,7 +127,7 @@ def test_somebody_who_writes_in_a_loop(run: Run, etcd_server: EtcdServer, etcd_p
             if result.exit_code == 0:
                 assert after == ram
             else:
-                assert "was changed by others" in result.stderr
+                assert "others changed it" in result.stderr
                 assert after == before
         assert run("stop", "1").exit_code in {0, 1}
         assert run("delete", "1", "--yes").exit_code == 0

@@ -163,6 +163,6 @@ def test_doubts_are_told(shown: World) -> None:
     shown.status("web1", "beta", Phase.RUNNING, pid=1, pending=("spice_port",))
     result = shown.run("spice", "web1")
     assert result.exit_code == 0
-    assert "spice_port of web1 is as the file says only from its next restart on" in result.stderr
+    assert "spice_port of web1 changed: the file is right from its next restart on" in result.stderr
     shown.status("web1", "beta", Phase.STOPPED, "its key power is off")
     assert "web1 is stopped: its key power is off" in shown.run("spice", "web1").stderr

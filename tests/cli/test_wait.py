@@ -197,7 +197,7 @@ def test_timed_out_exits_4_and_says_what_was_last_seen(world: World) -> None:
     assert result.exit_code == 4
     assert result.stderr.splitlines() == [
         "1: waiting: host alpha has not said anything yet",
-        "Error: 1: not so within 0.05 s; last seen waiting: host alpha has not said anything yet",
+        "Error: 1: not reached within 0.05 s; last seen waiting: host alpha has not said anything yet",
     ]
     assert world.value("1", "power") == "on"
 

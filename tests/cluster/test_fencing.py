@@ -13,7 +13,7 @@ import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.cluster.fencing import CephFencing, Diskless, NotFenced, StorageAway
+from kvmsupervisor.cluster.fencing import CephFencing, NotFenced, StorageAway
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
@@ -101,12 +101,8 @@ async def test_two_on_one_image_are_never_mixed_up(ceph: Cluster, fencing: CephF
 
 
 async def test_what_has_no_disk_has_no_client(fencing: CephFencing) -> None:
-    """Law 7: nothing is asked for a machine without a disk; the storage of diskless hosts says the same."""
+    """Law 7: nothing is asked for a machine without a disk."""
     assert await fencing.clients(record(None, Storage.NONE)) == ()
-    assert await Diskless().clients(record(None, Storage.NONE)) == ()
-    await Diskless().fence([])
-    with pytest.raises(NotFenced, match=r"192\.0\.2\.1:0/1"):
-        await Diskless().fence(["192.0.2.1:0/1"])
 
 
 async def test_a_machine_that_is_not_understood_is_not_continued(fencing: CephFencing) -> None:

@@ -23,7 +23,6 @@ from kvmsupervisor.config.logs import (
     Logs,
     Rotation,
     configure,
-    instance_logger,
 )
 from kvmsupervisor.config.values import LogFormat, LogLevel
 
@@ -70,19 +69,6 @@ def test_a_line_is_an_object_with_time_level_and_event(path: Path) -> None:
     assert json.loads(line)["pid"] == 7
 
 
-def test_every_line_of_an_instance_names_it(path: Path) -> None:
-    """`instance`, `epoch` and `incarnation` are there before anything is known, and follow what is bound."""
-
-    def happen() -> None:
-        logger = instance_logger("web")
-        logger.info("instance.waiting")
-        logger.bind(epoch=3, incarnation="abc").info("instance.started")
-
-    first, second = events(path, happen)
-    assert (first["instance"], first["epoch"], first["incarnation"]) == ("web", 0, None)
-    assert (second["instance"], second["epoch"], second["incarnation"]) == ("web", 3, "abc")
-
-
 def test_a_file_gets_json_by_itself(path: Path) -> None:
     """What is no terminal gets JSON lines without being told."""
     (line,) = logged(path, lambda: structlog.get_logger().info("supervisor.started"))
@@ -118,7 +104,7 @@ def test_an_exception_is_text_in_its_line(path: Path) -> None:
         try:
             int("boom")
         except ValueError:
-            instance_logger("1").exception("instance.error")
+            structlog.get_logger().exception("instance.error")
 
     (event,) = events(path, happen)
     assert event["exception"].startswith("Traceback")

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.config.settings import (
-    Accel,
-    CgroupKind,
-    Listen,
-    LogFormat,
-    LogLevel,
-    Setting,
-    Settings,
-    SettingsError,
-    Unfenced,
-    describe,
-    load_settings,
-)
+from kvmsupervisor.config.load import SettingsError, load_settings, origins
+from kvmsupervisor.config.settings import SETTINGS, Settings
+from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import Layout
 
@@ -364,27 +356,37 @@ def test_named_files_must_exist(tmp_path: Path) -> None:
     assert "no readable file" in problem_of({}, default_config=tmp_path)
 
 
-def _literal(setting: Setting) -> str:
-    bare = re.fullmatch(r"[0-9]+(\.[0-9]+)?", setting.example)
-    return setting.example if bare else f'"{setting.example}"'
+def test_each_setting_is_whole() -> None:
+    """Law: each field of `Settings` has an explanation, an example and a variable of its own; times say their unit."""
+    assert [setting.name for setting in SETTINGS] == [field.name for field in fields(Settings)]
+    assert len({setting.env for setting in SETTINGS}) == len(SETTINGS)
+    for setting in SETTINGS:
+        assert setting.help.endswith(".")
+        assert setting.example
+        assert setting.name.endswith("_s") == setting.help.startswith("Seconds ")
 
 
-def test_the_table_fills_every_field() -> None:
-    """Law: there is a setting for each field of `Settings` and no other, with an example and a distinct variable."""
-    assert sorted(setting.name for setting in describe()) == sorted(field.name for field in fields(Settings))
-    assert len({setting.env for setting in describe()}) == len(describe())
-    assert all(setting.help.endswith(".") and setting.example for setting in describe())
+def test_page_and_example_file_are_the_declarations() -> None:
+    """Law: docs/settings.md and config/kvmsupervisor.toml tell every setting as it is declared."""
+    told = subprocess.run(
+        [sys.executable, ROOT / "tools" / "settings-pages", "--check"], capture_output=True, text=True, check=False
+    )
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
 
 
-def test_the_example_file_tells_every_setting() -> None:
-    """Law: config/kvmsupervisor.toml holds each setting commented out, explained, and nothing else."""
-    blocks = (ROOT / "config" / "kvmsupervisor.toml").read_text().rstrip("\n").split("\n\n")
-    assert blocks[1:] == [
-        f"# {setting.help}\n# Default: {setting.shown_default}. Environment: {setting.env}.\n"
-        f"#{setting.toml_key} = {_literal(setting)}"
-        for setting in describe()
-        if setting.toml_key
-    ]
+def test_origins(toml: Path) -> None:
+    """Law: where a setting comes from is where `load_settings` reads it, empty variables included."""
+    toml.write_text("bridge_if = 'br0'\nsession_ttl = 20\n")
+    environ = {"BRIDGE_IF": "", "KVM_LISTEN": "", "KVM_ACCEL": "tcg", "KVM_CONFIG": str(toml)}
+    found = origins(environ)
+    assert load(environ).bridge_if == "br0"
+    assert {name: origin for name, origin in found.items() if origin != "default"} == {
+        "bridge_if": str(toml),
+        "session_ttl_s": str(toml),
+        "listen": "environment",
+        "accel": "environment",
+        "config": "environment",
+    }
 
 
 def test_the_example_file_holds_the_defaults(toml: Path) -> None:
@@ -392,20 +394,8 @@ def test_the_example_file_holds_the_defaults(toml: Path) -> None:
     example = (ROOT / "config" / "kvmsupervisor.toml").read_text()
     assert tomllib.loads(example) == {}
     lines = re.findall(r"^#(\w+ = .*)$", example, flags=re.MULTILINE)
-    fixed = {setting.toml_key for setting in describe() if setting.default is not None}
+    fixed = {setting.toml_key for setting in SETTINGS if setting.default is not None}
     toml.write_text("\n".join(line for line in lines if line.split(" = ")[0] in fixed))
     assert load({"KVM_CONFIG": str(toml)}) == load({}, default_config=toml)
     found, default = load({}, default_config=toml), load()
     assert {f.name for f in fields(Settings) if getattr(found, f.name) != getattr(default, f.name)} == {"config"}
-
-
-def test_the_page_tells_every_setting() -> None:
-    """Law: docs/settings.md has one row for each setting, with its names, its default and its meaning."""
-    page = (ROOT / "docs" / "settings.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    for row, setting in zip(rows, describe(), strict=True):
-        variable, key, default, meaning = (cell.strip() for cell in row.strip("|").split("|"))
-        assert variable == f"`{setting.env}`"
-        assert key == (f"`{setting.toml_key}`" if setting.toml_key else "–")
-        assert default.strip("`") == setting.shown_default
-        assert meaning == setting.help

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvmsupervisor.config.table import SETTINGS
+from kvmsupervisor.config.settings import SETTINGS
 from tests.support.etcd import EtcdServer, Tls
 from tests.support.pages import documented
 

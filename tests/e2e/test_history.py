@@ -137,7 +137,7 @@ def holds(host: Host, ids: list[str]) -> None:
     wait(host, ids, lambda status: status.held)
     eventually("the metric", lambda: host.metric("removals_held") == len(ids))
     checked, shown = host.cli("check").stdout, host.cli("confirm-removal").stdout
-    assert f"holds back the removal of {len(ids)} instances: {', '.join(ids)}" in shown.replace("\n", " ")
+    assert f"holds the removal of {len(ids)} instances: {', '.join(ids)}" in shown.replace("\n", " ")
     for one in ids:
         assert f"{one}: host was 'alpha', now " in shown or f"{one}: power was 'on', now 'off'" in shown, shown
     assert checked.count("confirm-removal alpha") >= len(ids), checked

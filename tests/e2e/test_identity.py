@@ -150,13 +150,13 @@ def test_a_host_that_was_renamed(walk: Walk) -> None:
     host.wait_for("1", lambda s: "KVM_HOSTNAME=beta" in s.reason)
     refused = host.cli("confirm-identity", "--yes")
     assert refused.returncode == 1
-    assert f"{keys.layout.prefix}/1/host has to be beta, it is alpha" in refused.stderr
+    assert f"write beta into {keys.layout.prefix}/1/host; found alpha" in refused.stderr
     assert "no session" not in host.cli("check").stderr
     for one in ("1", "2", "off"):
         keys.put(one, host="beta")
     said = host.cli("confirm-identity", "--yes")
     assert said.returncode == 0, said.stderr
-    assert "started here under KVM_HOSTNAME=alpha: 1, 2" in said.stdout
+    assert "started under KVM_HOSTNAME=alpha: 1, 2" in said.stdout
     for one in ("1", "2"):
         keys.wait_status(one, lambda s: (s.host, s.phase, s.reason) == ("beta", Phase.RUNNING, "runs"))
     host.url = str(host.events("supervisor.started")[-1]["url"])

@@ -156,7 +156,7 @@ def test_a_full_file_system(keys: Keys, hosts: Hosts, writer: Guest, small: Path
     assert "FAILED" not in host.console("one")
     # What a person has stopped stays stopped, room or none.
     host.ask("one", "stop")
-    host.wait_for("one", lambda s: "somebody has paused it" in s.reason)
+    host.wait_for("one", lambda s: "it is paused" in s.reason)
     assert host.wait_running("one")["one"] == qemu
     off(keys, host)
     check(small / "a.qcow2")

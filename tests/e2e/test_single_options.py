@@ -172,7 +172,7 @@ def test_a_lock_needs_all_that_it_is_made_of(containers: Containers) -> None:
     container = containers.locked("-m", "16")
     del container.settings["ETCD_ENDPOINTS"]
     assert container.begin().wait_ended() == 1
-    assert "LOCK is set and ETCD_ENDPOINTS is not" in container.log
+    assert "ETCD_ENDPOINTS: found nothing; LOCK is set and needs it" in container.log
     container = containers.locked("-daemonize").begin()
     assert container.wait_ended() == 1
     assert "-daemonize cannot be used with LOCK" in container.log

@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 from kvmsupervisor.adapters import accelerator, devices, users
 from kvmsupervisor.adapters.devices import Device, DeviceTrouble, Grant
 from kvmsupervisor.adapters.users import NoSuchUser
-from kvmsupervisor.config.settings import Settings, load_settings
+from kvmsupervisor.config.load import load_settings
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.capabilities import NET_ADMIN
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.hardware import Ceph, Ovmf

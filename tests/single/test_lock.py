@@ -12,9 +12,8 @@ import pytest
 
 from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.cluster.fencing import Diskless
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.config.settings import load_settings
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
@@ -24,6 +23,7 @@ from kvmsupervisor.single.lock import Held, Lost, SingleLock
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
+from tests.fakes.storage import FakeStorage
 from tests.support.host import LAYOUT, FakeSession, LockStore
 from tests.support.outside import outside
 
@@ -62,7 +62,7 @@ class Bench:
             member=member,
             clock=self.clock,
             options=options,
-            fencing=Diskless(),
+            fencing=FakeStorage(),
             processes=FakeQemus(self.clock),
             wake=wake,
         )
@@ -225,6 +225,27 @@ async def test_a_guard_writes_it_again_and_tells_when_it_is_lost(bench: Bench) -
     await bench.clock.advance(5.0)
     with pytest.raises(Lost, match="gone to b, epoch 5"):
         await guard
+
+
+async def test_what_is_not_fenced_stays_locked(bench: Bench) -> None:
+    """Law 4: stopped before it has fenced, it keeps the lock: a free one would tell the next holder of no client."""
+    theirs = replace(BETA, state=LockState.BROKEN, clients=("192.0.2.1:0/1",))
+    bench.etcd.write(KEY, theirs.to_json())
+    await bench.begin()
+    assert not await bench.taking()
+    await bench.lock.let_go()
+    assert bench.stored is not None
+    assert (bench.stored.host, bench.stored.state, bench.stored.fence) == (ME, LockState.FENCING, theirs.clients)
+
+
+async def test_a_holder_that_comes_back_is_not_robbed(bench: Bench) -> None:
+    """Law 4: etcd itself tells, in the step that takes a lock over, that its holder has no session."""
+    bench.etcd.write(KEY, replace(BETA, state=LockState.BROKEN).to_json())
+    await bench.begin()
+    bench.store.before = lambda number: bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
+    assert not await bench.taking()
+    assert bench.stored is not None
+    assert bench.stored.host == "b"
 
 
 async def test_a_broken_lock_ends_it_and_stays_broken(bench: Bench) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from kvmsupervisor.adapters.clock import boot_id
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.config.settings import load_settings
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase, Status

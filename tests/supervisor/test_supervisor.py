@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
-from kvmsupervisor.config.settings import Settings, load_settings
+from kvmsupervisor.config.load import load_settings
+from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status

@@ -106,7 +106,6 @@ class Ceph:
         self.place = place
         self.folder = Path()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        self._frozen: set[str] = set()
 
     def __enter__(self) -> Self:
         start_again(

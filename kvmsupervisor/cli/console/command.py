@@ -24,33 +24,33 @@ from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import InstanceId
 
 SCROLLBACK_LINES = 20
-"""Arbitrary: a prompt with what led to it, and the greeting above it still on a small terminal."""
+"""Default of `--lines`. Arbitrary: a prompt and the lines that led to it, and the greeting fits on a small terminal."""
 
 
 @click.command()
 @click.argument("instance", type=INSTANCE, metavar="ID")
-@click.option("--read-only", is_flag=True, help="Only look; leave the keyboard to others.")
-@click.option("--take", is_flag=True, help="Take the keyboard from whoever has it.")
+@click.option("--read-only", is_flag=True, help="Only read; never take the keyboard.")
+@click.option("--take", is_flag=True, help="Take the keyboard from the person who has it.")
 @click.option(
     "--lines",
     type=click.IntRange(min=0),
     default=SCROLLBACK_LINES,
     show_default=True,
     metavar="N",
-    help="How many lines to show of what was written before.",
+    help="How many earlier lines to show.",
 )
 @pass_tools
 def console(tools: Tools, instance: InstanceId, read_only: bool, take: bool, lines: int) -> None:
-    """Use the serial console of ID, on the host that runs it. Ctrl-] and q detach.
+    """Use the serial console of ID, on the host that runs it. Ctrl-] followed by q detaches.
 
-    Any number of people may look; one of them has the keyboard, the others are told who. When QEMU is started again,
-    the session goes on with it.
+    Any number of people may read. One person has the keyboard; the others see who that is. When QEMU is started again,
+    the session goes on.
 
-    Without a terminal, standard input is sent to the guest as it comes; after its end the output goes on until QEMU
-    ends or Ctrl-C.
+    Without a terminal, the command sends standard input to the guest, and then shows the output until QEMU ends or
+    Ctrl-C.
     """
     if read_only and take:
-        raise click.UsageError("--read-only and --take exclude each other")
+        raise click.UsageError("--read-only and --take exclude each other.")
     settings = tools.settings()
     folder = RunDir(settings.run_dir).find(instance)
     record = _living(folder)
@@ -74,21 +74,21 @@ def console(tools: Tools, instance: InstanceId, read_only: bool, take: bool, lin
         # As shells have it.
         click.get_current_context().exit(128 + signalled.number)
     except BrokenPipeError:
-        # Whoever read the output has seen enough. Python itself shall not try to flush into it.
+        # The reader of the output has closed it. Python itself must not try to flush into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PermissionError as error:
         raise Refused(f"the console of {instance} cannot be opened: {error}") from error
     except OSError as error:
-        # The terminal is gone, and its person with it.
+        # The terminal is gone, and with it the person.
         if error.errno != errno.EIO:
             raise
 
 
 def _living(folder: InstanceDir) -> Incarnation | None:
-    """The record of the QEMU that lives on this host; None when there is none.
+    """The record of the living QEMU on this host; None when there is none.
 
     Raises:
-        Refused: what is on record cannot be read.
+        Refused: the record cannot be read.
     """
     try:
         record = folder.read_incarnation()
@@ -100,7 +100,7 @@ def _living(folder: InstanceDir) -> Incarnation | None:
 
 
 def _keyboard(folder: InstanceDir) -> Callable[[Callable[[], None]], Keyboard]:
-    """What makes a keyboard that is known to others by this process's user and terminal."""
+    """Makes a keyboard; other sessions see this process's user and terminal as its holder."""
 
     def make(wake: Callable[[], None]) -> Keyboard:
         return Keyboard(folder.path, who=_who(), wake=wake)
@@ -109,7 +109,7 @@ def _keyboard(folder: InstanceDir) -> Callable[[Callable[[], None]], Keyboard]:
 
 
 def _who() -> str:
-    """Words that tell others who sits here."""
+    """This person, described for others."""
     user = os.environ.get("SUDO_USER")
     if not user:
         try:
@@ -121,7 +121,7 @@ def _who() -> str:
 
 
 def _why_not_here(tools: Tools, instance: InstanceId, folder: InstanceDir) -> str:
-    """Why there is no console of it on this host, and where it is. Only now etcd is needed."""
+    """Why the console is not on this host, and where it is. Only this needs etcd."""
 
     async def work(store: Store, settings: Settings) -> tuple[Instance, Cluster, Settings]:
         return *await read_instance(store, settings.layout, instance), settings

@@ -1,7 +1,7 @@
-"""One person, or one program, at a serial console: what is shown, what is typed, and the escape.
+"""One person, or one program, at a serial console: output, input, and the escape key.
 
-No event loop: one wait for the keyboard, the connection and a wake-up pipe. The log has no wake-up, so it is looked at
-again and again while somebody sits there.
+No event loop: one wait for the keyboard, the connection and a wake-up pipe. The log has no wake-up, so the session
+looks at it again and again.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import re
 import select
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
 from kvmsupervisor.cli.console.terminal import raw_terminal, signals_as_exceptions, write_all
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
 
@@ -27,16 +27,16 @@ HELP = "q (or Ctrl-] again): detach; s: send Ctrl-] to the guest; t: take the ke
 
 BUSY_S = 0.02
 REST_S = 0.1
-"""How often the log is looked at, shortly after something was typed or shown, and otherwise. Arbitrary: people notice
-no delay, and it costs them 0.5 % of a core."""
+"""How often to look at the log: shortly after input or output, and otherwise. Arbitrary: people notice no delay, and it
+costs 0.5 % of a core."""
 
 BUSY_FOR_S = 2.0
 
 LOOK_EVERY_S = 0.3
-"""How often QEMU's process, its record and the wishes for the keyboard are looked at."""
+"""How often to look at QEMU's process, its record, and requests for the keyboard."""
 
 TAKE_S = 3.0
-"""How long whoever has the keyboard may take to let go of it: ten times what a living one needs (`LOOK_EVERY_S`)."""
+"""How long the holder of the keyboard may take to release it: ten times what a living one needs (`LOOK_EVERY_S`)."""
 
 _CONTROL = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI
@@ -44,22 +44,22 @@ _CONTROL = re.compile(
     rb"|\x1b[ -/]*[0-~]?"  # the other escape sequences
     rb"|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
 )
-"""What makes a terminal do more than print (ECMA-48)."""
+"""Control sequences, which make a terminal do more than print (ECMA-48)."""
 
 
 class Lacking(Exception):
-    """A program wants to type and cannot. The message says why, and what would help."""
+    """A program has input for the guest and cannot send it. The message says why, and what would help."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Mode:
-    """How the console shall be used.
+    """How to use the console.
 
     Attributes:
-        read_only: never type.
-        take: take the keyboard from whoever has it.
+        read_only: never send input.
+        take: take the keyboard from its holder.
         lines: of scroll-back.
-        terminal: whether a person types, on a terminal; otherwise standard input is sent as it comes.
+        terminal: whether a person types on a terminal; otherwise standard input is sent as it comes.
     """
 
     read_only: bool
@@ -72,13 +72,13 @@ class Session:
     """A console in use.
 
     Args:
-        instance: whose console.
+        instance: of the console.
         record: of its QEMU.
-        living: finds the record of a QEMU that lives, None when there is none.
-        is_here: tells whether the instance is still this host's.
-        log: what is shown.
-        keyboard: makes what types, from what wakes this session.
-        mode: how it shall be.
+        living: finds the record of a living QEMU; None when there is none.
+        is_here: tells whether this host still runs the instance.
+        log: of the console, to show.
+        keyboard: makes a keyboard, from a function that wakes this session.
+        mode: see `Mode`.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Session:
         self._done = False
 
     def run(self) -> None:
-        """Be at the console until the person detaches, or (without a terminal) until QEMU ends.
+        """Run until the person detaches, or (without a terminal) until QEMU ends.
 
         Raises:
-            Lacking: without a terminal, the keyboard is somebody else's.
+            Lacking: without a terminal, and another session has the keyboard.
             Signalled: by SIGTERM or SIGHUP.
-            BrokenPipeError: nobody reads the output any more.
+            BrokenPipeError: the reader of the output has closed it.
         """
         try:
             with raw_terminal() if self._mode.terminal else signals_as_exceptions():
@@ -138,7 +138,7 @@ class Session:
         self._say(f"console of {self._instance}, QEMU {self._record.pid}, epoch {self._record.epoch}. {how}")
         shown = self._log.begin(self._mode.lines)
         if os.isatty(self._stdout):
-            # Replayed, a program's questions to its terminal would be answered again, into the guest.
+            # Old questions of a program to its terminal would be answered again, into the guest.
             shown = _CONTROL.sub(b"", shown)
         self._print(shown)
 
@@ -160,7 +160,7 @@ class Session:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        """Show what is new, look around, wait for what comes next."""
+        """Show new output, look at QEMU and the keyboard, wait for the next event."""
         data = self._log.read()
         if data:
             self._print(data)
@@ -205,7 +205,7 @@ class Session:
             self._keyboard.type(data)
 
     def _without_escapes(self, data: bytes) -> bytes:
-        """Do what follows an escape key; return what is for the guest."""
+        """Handle the key after an escape; return the input for the guest."""
         kept = bytearray()
         for key in data:
             if self._escaped:
@@ -300,7 +300,7 @@ class Session:
     # --- QEMU -------------------------------------------------------------------------------------------------
 
     def _look_at_qemu(self) -> None:
-        """Notice its end, its return, and that the instance is not here any more."""
+        """Notice the end of QEMU, its next start, and that this host does not run the instance any more."""
         found = self._living()
         if self._record is not None and (found is None or found.incarnation != self._record.incarnation):
             self._record = None
@@ -316,7 +316,7 @@ class Session:
                 self._say(f"{self._instance} is not on this host any more")
                 self._done = True
         if self._record is not None and self._keyboard.ours and not self._keyboard.connected:
-            # A QEMU that has just begun does not listen yet: the next look tries again.
+            # A QEMU that has just been started does not listen yet: the next look tries again.
             self._keyboard.connect()
 
     def _print_rest(self) -> None:
@@ -326,7 +326,7 @@ class Session:
     # --- output -----------------------------------------------------------------------------------------------
 
     def _say(self, words: str) -> None:
-        """Tell the person something, apart from what the guest writes."""
+        """Tell the person something, apart from the guest's output."""
         line = printable(words).encode(errors="replace")
         write_all(self._stderr, b"\r\n[" + line + b"]\r\n" if self._mode.terminal else line + b"\n")
 

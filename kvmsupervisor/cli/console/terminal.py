@@ -1,4 +1,4 @@
-"""The terminal of somebody at a console: raw meanwhile, and as it was before in the end, whatever ends it."""
+"""The terminal of a person at a console: raw during the session, and restored at any end of it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def is_terminal() -> bool:
 
 @contextmanager
 def raw_terminal() -> Iterator[None]:
-    """Have the terminal pass every key on.
+    """Make the terminal pass every key on, and restore it at the end.
 
     Raises:
-        Signalled: by SIGTERM or SIGHUP, once the terminal is as it was.
+        Signalled: by SIGTERM or SIGHUP, once the terminal is restored.
     """
     before = termios.tcgetattr(STDIN)
 
@@ -46,10 +46,10 @@ def raw_terminal() -> Iterator[None]:
             set_raw()
             yield
         finally:
-            # What fails here is the terminal's end.
+            # An error here means that the terminal is gone.
             with contextlib.suppress(termios.error, OSError):
                 termios.tcsetattr(STDIN, termios.TCSANOW, before)
-                # Keys that were meant for the guest are not for the shell.
+                # Keys for the guest must not reach the shell.
                 termios.tcflush(STDIN, termios.TCIFLUSH)
                 # The guest may have left colours on, or the cursor off.
                 os.write(STDERR, b"\x1b[m\x1b[?25h\n" if os.isatty(STDERR) else b"")
@@ -79,7 +79,7 @@ def signals_as_exceptions(on_continued: Callable[[], None] = lambda: None) -> It
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of it, also to a descriptor that somebody has made non-blocking."""
+    """Write all of it, also to a descriptor that another process has made non-blocking."""
     view = memoryview(data)
     while view:
         try:

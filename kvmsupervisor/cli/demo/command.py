@@ -19,20 +19,20 @@ from kvmsupervisor.cli.demo.stage import DemoError, clear_away, make_folder
 
 @click.command()
 @click.option(
-    "--once", is_flag=True, envvar="KVM_DEMO_ONCE", help="Do not wait for Ctrl-C: end once the guest said hello."
+    "--once", is_flag=True, envvar="KVM_DEMO_ONCE", help="Do not wait for Ctrl-C: end once the guest has booted."
 )
 @click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("~/.cache/kvmsupervisor/guest"),
     show_default=True,
-    help="Where the guest is kept for the next time.",
+    help="Folder that keeps the built guest for the next time.",
 )
 def demo(once: bool, cache: Path) -> None:
-    """Show it all on this machine: etcd, a supervisor, a guest that boots.
+    """Try it on this machine: the demo starts an etcd, a supervisor and a guest that boots.
 
-    Ctrl-C shuts the guest down and takes everything away; a second Ctrl-C does so by force. Exit code 0 says
-    that the guest booted and was shut down gracefully.
+    Ctrl-C shuts the guest down and removes everything; a second Ctrl-C does so by force. Exit code 0 means that the
+    guest booted and was shut down gracefully.
     """
     sys.exit(asyncio.run(run_demo(once=once, cache=cache.expanduser().absolute())))
 
@@ -49,7 +49,7 @@ async def run_demo(
     Args:
         once: end as soon as the guest has said hello, instead of waiting for a signal.
         cache: folder where the guest is kept; absolute.
-        environ: the environment; what is meant for other supervisors in it is left out.
+        environ: the environment; variables for other supervisors are left out.
         supervisor: the command that runs the supervisor.
     """
     problems: list[str] = []
@@ -79,7 +79,7 @@ async def run_demo(
 
 
 class Interrupts:
-    """What Ctrl-C asks for: the first time the end, the second time an end by force."""
+    """The effect of Ctrl-C: the first one asks for the end, the second one for an end by force."""
 
     def __init__(self) -> None:
         self.end = asyncio.Event()
@@ -92,7 +92,7 @@ class Interrupts:
 
 @contextmanager
 def _interrupts() -> Iterator[Interrupts]:
-    """Turn signals into events while the body runs, to its very end: cleaning up is not cut short."""
+    """Turn signals into events while the body runs, so that they do not interrupt the clean-up."""
     interrupts = Interrupts()
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -107,7 +107,7 @@ def _interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def _told(problems: list[str]) -> Iterator[None]:
-    """Note what fails in the body, for people, and go on behind it."""
+    """Note a failure in the body, for people, and go on after the body."""
     try:
         yield
     except (DemoError, EtcdError) as error:

@@ -1,4 +1,4 @@
-"""What the demo reads in etcd: who runs, and when."""
+"""What the demo reads in etcd: the statuses of its instances."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def running(store: Store, layout: Layout, instance: InstanceId) -> Status:
     """Wait until an instance runs.
 
     Raises:
-        DemoError: it will not.
+        DemoError: it will not run.
     """
     async with aclosing(follow_statuses(store, layout)) as changes:
         async for statuses in changes:

@@ -1,6 +1,6 @@
-"""The demo's course: what is started and shown, step by step, and how it ends.
+"""The demo's course, step by step: start, show, end.
 
-It uses the program as its users do: it writes keys, reads status keys and calls `list`.
+It uses the program like a user: it writes keys, reads status keys and calls `list`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kvmsupervisor.cli.demo.stage import (
     while_alive,
 )
 from kvmsupervisor.cli.output import printable
-from kvmsupervisor.config.settings import load_settings
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
 
@@ -50,8 +50,8 @@ HOST = HostName("demo")
 HELLO = f"HELLO from {INSTANCE}"
 HEARTBEAT = "HB "
 
-# Deadlines, in seconds. Arbitrary: each is far above what a slow, busy machine needs, and below what a person
-# waits without a word.
+# Deadlines, in seconds. Arbitrary: each is far above what a slow, busy machine needs, and short enough for a person who
+# waits.
 GUEST_DEADLINE_S = 900.0
 ETCD_DEADLINE_S = 30.0
 SUPERVISOR_DEADLINE_S = 30.0
@@ -87,11 +87,11 @@ class Play:
     """The demo: `begin`, `end`, `stop`, `kill`, in this order; each may be cut off anywhere."""
 
     def __init__(self, *, folder: Path, environ: Mapping[str, str], supervisor: Sequence[str]) -> None:
-        """Prepare it; nothing is started.
+        """Prepare the demo, without starting anything.
 
         Args:
-            folder: where everything lies; its name is in all that is started.
-            environ: the environment; what is meant for other supervisors in it is left out.
+            folder: of all files; every process has its name in its command line or environment.
+            environ: the environment; variables for other supervisors are left out.
             supervisor: the command that runs the supervisor.
         """
         self.said_hello = False
@@ -129,8 +129,8 @@ class Play:
         """Start everything and show it; with `stay`, go on showing what changes until cancelled.
 
         Raises:
-            DemoError: a step failed; what was started by then runs on.
-            EtcdError: etcd did.
+            DemoError: a step failed; the programs that were started by then run on.
+            EtcdError: etcd failed.
         """
         click.secho("etcd, a supervisor and a virtual machine on this machine. Ctrl-C ends it.\n", bold=True)
         guest = await self._prepare_guest(cache)
@@ -147,7 +147,7 @@ class Play:
         """Shut all guests down, through their keys.
 
         Raises:
-            DemoError: they did not end, or not gracefully.
+            DemoError: the guests did not end, or not gracefully.
             EtcdError: etcd did not answer.
         """
         if self._store is None or not self._all_alive():
@@ -164,7 +164,7 @@ class Play:
             doing="waiting for the guests to shut down",
             deadline_s=SHUTDOWN_TIMEOUT_S + STOP_DEADLINE_S,
         )
-        # What the guest said last may not have been shown yet.
+        # The guest's last output may not have been shown yet.
         await asyncio.sleep(2 * LOOK_S)
         say("stopped", *(f"{instance}: {status.last_exit or 'never ran'}" for instance, status in last.items()))
         how = last[INSTANCE].last_exit if INSTANCE in last else None
@@ -180,7 +180,7 @@ class Play:
                 await child.stop(deadline_s=STOP_DEADLINE_S)
 
     async def kill(self) -> None:
-        """End at once what still runs."""
+        """End all programs that still run, at once."""
         if self._console is not None:
             self._console.cancel()
             await asyncio.gather(self._console, return_exceptions=True)
@@ -324,7 +324,7 @@ class Play:
         for command, meaning in commands:
             comment = click.style(f"# {meaning}", dim=True) if meaning else ""
             click.echo(f"  {command:{width}}  {comment}".rstrip())
-        click.secho("\nWhat changes shows below. Ctrl-C shuts the guest down and takes it all away.\n", bold=True)
+        click.secho("\nChanges are shown below. Ctrl-C shuts the guest down and removes everything.\n", bold=True)
 
     async def _stay(self, store: Store) -> None:
         """Show what changes, until cancelled; a supervisor that was told to end gets a successor."""
@@ -332,7 +332,7 @@ class Play:
             try:
                 await self._while_alive(show_changes(store, self._layout), doing="watching its guests")
             except ChildEnded as ended:
-                # By a signal, or in order: the person wants to see what becomes of the guests.
+                # Ended by a signal, or in order: the person wants to see what happens to the guests.
                 if ended.child is not self._supervisor or ended.code > 0:
                     raise
                 await self._start_supervisor(store)
@@ -364,7 +364,7 @@ async def show_changes(store: Store, layout: Layout) -> None:
 
 
 def say(name: str, *lines: str, fold: bool = True) -> None:
-    """Print what happens: a word, and lines beside it, which on a terminal are folded or cut to its width."""
+    """Print a word, and lines beside it, which a terminal folds or cuts to its width."""
     width = shutil.get_terminal_size().columns - MARGIN if sys.stdout.isatty() else None
     word = name
     for line in map(printable, lines):

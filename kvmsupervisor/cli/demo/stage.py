@@ -1,23 +1,25 @@
-"""What the demo starts and must take away again: child processes and one temporary folder.
+"""The demo's child processes and its temporary folder: started here, and removed here.
 
-Everything that the demo makes bears the folder's name, in its command line or its environment. That is how
-the last sweep finds what no orderly end has reached: a QEMU outlives its supervisor on purpose.
+Every process of the demo has the folder's name in its command line or its environment. By that name the last sweep
+finds processes that are still there: a QEMU outlives its supervisor on purpose.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import select
 import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
+from kvmsupervisor.adapters.process import command_line_of, environment_of
 
 T = TypeVar("T")
 
@@ -25,22 +27,22 @@ TAIL_LINES = 12
 """Lines of a log that an error shows. Arbitrary: a traceback's end fits."""
 
 LOOK_S = 0.05
-"""How often a log is looked at; `tail -f` does the same, less often."""
+"""How often to look at a log; `tail -f` does the same, less often."""
 
 SWEEP_DEADLINE_S = 10.0
-"""For processes to be gone after SIGKILL: a moment, but the machine may be busy."""
+"""How long to wait for processes to be gone after SIGKILL: a moment, but the machine may be busy."""
 
 PLACE_LIMIT = 12
-"""Bytes of the folder in which the demo's lies: 28 of KVM_RUN_DIR, less `/kvsXXXXXXXX/run`."""
+"""Longest path, in bytes, of the folder around the demo's: 28 of KVM_RUN_DIR, less `/kvsXXXXXXXX/run`."""
 
 FOREIGN = ("KVM_", "ETCD_", "ETCDCTL_", "VM_")
-"""Beginnings of the variables that would change what the children do."""
+"""Prefixes of variables that would change what the children do."""
 
 FOREIGN_NAMES = ("LOCK", "BRIDGE_IF", "INSTANCE", "SPICE_PORT", "EXTRA_FLAGS", "NOTIFY_SOCKET")
 
 
 class DemoError(Exception):
-    """A step of the demo did not work; the message names the step, and what its log says."""
+    """A step of the demo failed; the message names the step, and has the end of its log."""
 
 
 class ChildEnded(DemoError):
@@ -94,7 +96,7 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended yet."""
+        """Whether it still runs."""
         return self._process.returncode is None
 
     @property
@@ -103,7 +105,7 @@ class Child:
         return self._log.read_text(errors="replace")
 
     def with_log(self, what: str) -> str:
-        """A sentence about it, and the end of its log."""
+        """A sentence about the program, and the end of its log."""
         lines = self.output.splitlines()[-TAIL_LINES:]
         said = "\n".join(f"  {line}" for line in lines) if lines else "  (nothing)"
         return f"{self.name}: {what}; the last lines of its log:\n{said}"
@@ -113,7 +115,7 @@ class Child:
         return await self._process.wait()
 
     async def stop(self, *, deadline_s: float, by: signal.Signals = signal.SIGTERM) -> bool:
-        """End it and its process group: politely, then with SIGKILL. Return whether politeness was enough."""
+        """End it and its process group: by SIGTERM, then by SIGKILL. Return whether SIGTERM was enough."""
         if self._process.returncode is not None:
             return True
         self._signal(by)
@@ -136,10 +138,10 @@ class Child:
 async def while_alive(
     children: Sequence[Child], work: Awaitable[T], *, doing: str, deadline_s: float | None = None
 ) -> T:
-    """Do `work` as long as all `children` run, and not for longer than `deadline_s`.
+    """Do `work` as long as all `children` run, and not longer than `deadline_s`.
 
     Args:
-        children: the programs that it needs, the one that it needs most last.
+        children: the programs that the work needs; the most important one last.
         work: cancelled when it cannot be done.
         doing: words for errors: "waiting for …".
         deadline_s: None to go on for ever.
@@ -165,14 +167,14 @@ async def while_alive(
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without what is meant for another supervisor or another etcd."""
+    """`environ` without variables for another supervisor or another etcd."""
     return {
         name: value for name, value in environ.items() if not name.startswith(FOREIGN) and name not in FOREIGN_NAMES
     }
 
 
 def free_ports(number: int) -> list[int]:
-    """Different TCP ports of 127.0.0.1 that nobody listens on now."""
+    """Different TCP ports of 127.0.0.1 on which no program listens now."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:
@@ -181,7 +183,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def make_folder() -> Path:
-    """A new folder, below TMPDIR where that is short: the sockets of an instance must fit below it."""
+    """A new folder, below TMPDIR if that is short, because the sockets of an instance must fit below it."""
     place = tempfile.gettempdir()
     if len(place) > PLACE_LIMIT:
         place = "/tmp"  # noqa: S108 - mkdtemp takes care of what is wrong with it
@@ -192,23 +194,36 @@ def make_folder() -> Path:
 
 
 def clear_away(folder: Path) -> list[str]:
-    """Kill whatever still bears the folder's name, delete the folder; return what had to be killed."""
-    left = list(_bearing(str(folder)))
-    for process in left:
-        # psutil looks at the start time first: a recycled pid is not hit.
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=SWEEP_DEADLINE_S)
+    """Kill all processes that still bear the folder's name, delete the folder; return the programs that were killed."""
+    with ExitStack() as stack:
+        left = list(_bearing(str(folder), stack))
+        for pidfd, _ in left:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        deadline = time.monotonic() + SWEEP_DEADLINE_S
+        for pidfd, _ in left:
+            # A pidfd becomes readable when its process ends, pidfd_open(2).
+            gone = select.poll()
+            gone.register(pidfd, select.POLLIN)
+            gone.poll(max(0.0, deadline - time.monotonic()) * 1000)
     shutil.rmtree(folder, ignore_errors=True)
-    return [process.info["name"] for process in left]
+    return [program for _, program in left]
 
 
-def _bearing(name: str) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter(["name", "cmdline", "environ"]):
-        # What may not be read belongs to somebody else, and psutil gives None for it.
-        words = [*(process.info["cmdline"] or ()), *(process.info["environ"] or {}).values()]
-        if process.pid != os.getpid() and any(name in word for word in words):
-            yield process
+def _bearing(name: str, stack: ExitStack) -> Iterator[tuple[int, str]]:
+    """Processes with `name` in their command line or environment: a pidfd, which `stack` closes, and the program."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or (pid := int(entry.name)) == os.getpid():
+            continue
+        # Opened before the process is looked at: a pid that is given again meanwhile is not hit.
+        with suppress(ProcessLookupError), ExitStack() as unless_kept:
+            pidfd = os.pidfd_open(pid)
+            unless_kept.callback(os.close, pidfd)
+            command = command_line_of(pid)
+            # What may not be read belongs to another user, and is empty here.
+            if any(name in word for word in (*command, *environment_of(pid).values())):
+                stack.push(unless_kept.pop_all())
+                yield pidfd, Path(command[0]).name if command else entry.name
 
 
 async def follow_lines(path: Path) -> AsyncGenerator[str]:
