@@ -19,6 +19,7 @@ from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
+from kvmsupervisor.domain.storage import files_elsewhere
 from kvmsupervisor.domain.values import nearest, plain, show, some
 from kvmsupervisor.domain.wishes import VALUE_LIMIT, is_known, parse_wish
 
@@ -140,6 +141,7 @@ async def change(
             raise Refused(_problems_message(f"{instance} was not changed", new))
         if "host" in values and not force:
             _refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
+            _refuse_to_leave_files(f"{instance} was not changed", parse_wish(instance, merged), found)
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
@@ -380,6 +382,22 @@ def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
     if target is not None and target.draining:
         return [f"{wish.runs_on} is stopping all its guests: a guest that runs elsewhere stays there until that ends"]
     return []
+
+
+def _refuse_to_leave_files(what: str, wish: Wish, found: Instance) -> None:
+    """Refuse a `host` that has not its local disks: they do not go along.
+
+    Raises:
+        Refused: it is so; the message says which disks, and what to do first.
+    """
+    files = None if found.status is None else found.status.files
+    left = {} if wish.spec is None else files_elsewhere(wish.spec, files, wish.host)
+    if left:
+        disks = ", ".join(f"{key} is on {host}" for key, host in left.items())
+        raise Refused(
+            f"{what}: {disks}, in a file that does not go along. Shut it down, copy its files to {wish.host}'s "
+            "KVM_DISK_DIR, then write `host` with --force; without the files it waits there, and nothing is lost"
+        )
 
 
 def _refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:

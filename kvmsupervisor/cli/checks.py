@@ -16,6 +16,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.storage import files_elsewhere, pinning
 from kvmsupervisor.domain.values import invisible
 from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
@@ -103,6 +104,7 @@ def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
     for problem in instance.wish.problems:
         yield Finding(instances=(instance.id,), key=problem.key, found=problem.found, wanted=problem.wanted)
     yield from _of_characters(instance)
+    yield from _of_local_disks(instance)
     host = instance.wish.runs_on
     if host is not None and not cluster.takes(instance.id, host) and not cluster.runs_alone(instance):
         yield Finding(
@@ -112,6 +114,28 @@ def _of_wish(instance: Instance, cluster: Cluster, layout: Layout) -> Iterator[F
             wanted=f"a host {cluster.who_has_sessions()}{cluster.meant_by(host)}"
             if cluster.sessions
             else "a running supervisor: no host has one",
+        )
+
+
+def _of_local_disks(instance: Instance) -> Iterator[Finding]:
+    """Disks that are files of another host than that where it is to run, or that keep others from taking it over."""
+    wish, status = instance.wish, instance.status
+    if wish.spec is None:
+        return
+    for key, host in files_elsewhere(wish.spec, None if status is None else status.files, wish.runs_on).items():
+        yield Finding(
+            instances=(instance.id,),
+            key=key,
+            found=f"a file of {host}, and `host` is {wish.runs_on}",
+            wanted=f"the file copied to {wish.runs_on} while the machine is off, or `host` as it was",
+        )
+    local = pinning(wish.spec)
+    if wish.hosts and local:
+        yield Finding(
+            instances=(instance.id,),
+            key="hosts",
+            found=f"hosts to take it over, and {', '.join(local)} in a file of one host",
+            wanted="all its disks in Ceph, or no key `hosts`: no other host can take it over",
         )
 
 

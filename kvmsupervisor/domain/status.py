@@ -59,6 +59,7 @@ class Status:
         unplugged: what people should know of its NICs while one is not plugged into its bridge.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
         placed_for: the host for which this one runs it (law 10), None for its own host.
+        files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
 
@@ -87,6 +88,7 @@ class Status:
     unplugged: tuple[str, ...] = ()
     placed_for: str | None = None
     awaited_host: str | None = None
+    files: Mapping[str, str] | None = None
 
     @property
     def up(self) -> bool:

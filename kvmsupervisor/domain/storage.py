@@ -6,7 +6,7 @@ unfenceable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.lock import Storage
@@ -58,6 +58,14 @@ def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk]]
         node: wish
         for node, (wish, file) in found.items()
         if wish is not None and wish[1].name == file.name and wish[1].size is not None
+    }
+
+
+def files_elsewhere(spec: Spec, files: Mapping[str, str] | None, host: str | None) -> dict[str, str]:
+    """Which of its disks another host than `host` has, by key, as its status tells (`Status.files`)."""
+    known = files or {}
+    return {
+        key: had for key, file in pinning(spec).items() if (had := known.get(file.title)) not in {None, host} and had
     }
 
 

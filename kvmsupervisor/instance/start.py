@@ -5,7 +5,7 @@ What is to be done is decided in `domain.lifecycle`; here are the steps, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -196,6 +196,7 @@ class Start:
 
         Raises:
             NotReady: something is missing on this host.
+            EtcdError: it is not known which host has its files.
         """
         around = self._around
         self._prepared = await around.provisioner.prepare(
@@ -203,9 +204,16 @@ class Start:
             uuid=instance_uuid(around.layout.prefix, self._id),
             spec=wish.spec,
             directory=self._machine.directory,
+            files=await self._known_files(wish.spec),
         )
         if self._prepared.notice is not None:
             self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)
+
+    async def _known_files(self, spec: Spec) -> Mapping[str, str]:
+        """Which host has each of its files: one that it has run with is never made anew (`Status.files`)."""
+        if spec.files and not self._report.looked:
+            await self.look()
+        return self._report.status.files or {}
 
     async def look(self) -> int:
         """Read lock and status; return the last epoch that the status tells of."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.sparing import Sparing
-from kvmsupervisor.domain.spec import Spec, pending
+from kvmsupervisor.domain.spec import Spec, Wish, pending
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.machine.machine import Machine
@@ -102,6 +103,8 @@ class Report:
         """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
         if self.status.machine is None and written.machine is not None:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
+        if self.status.files is None and written.files is not None:
+            self.status = replace(self.status, files=written.files)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
 
@@ -139,6 +142,7 @@ class Report:
             unplugged=() if view.process is None else view.process.unplugged,
             placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
+            files=self._files(wish, running),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -150,6 +154,16 @@ class Report:
         if status != self._published and self._may_publish(view):
             self._published = status
             around.publisher.set(self._instance, status, overtaken=self._was_overtaken)
+
+    def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
+        """Which host has its files: this one those that its QEMU writes to, others those that they had."""
+        files = dict(self.status.files or {})
+        if running is not None:
+            files |= dict.fromkeys((file.title for file in pinning(running).values()), self._around.me)
+        if wish is not None and wish.spec is not None:
+            named = {file.title for spec in (wish.spec, running) if spec is not None for _, file in spec.files}
+            files = {title: host for title, host in files.items() if title in named}
+        return files or None
 
     def _may_publish(self, view: View) -> bool:
         """Whether the status key is ours to write.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from kvmsupervisor.adapters import disk_files
-from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, Threads
+from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, NoFile, Threads
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
@@ -58,31 +59,47 @@ class LocalDisks:
         # Invariant: the files of the machines that live here, or are being started.
         self._users: dict[InstanceId, Spec] = {}
 
-    async def check(self, instance: InstanceId, spec: Spec) -> None:
+    async def check(self, instance: InstanceId, spec: Spec, known: Mapping[str, str]) -> None:
         """Look whether all files of `spec` can be had; make those that are missing and have a size.
+
+        A file that the instance has run with is not new. Where it is missing, it lies on another host, or its file
+        system is not mounted: an empty disk in its place would look as if all were lost.
+
+        Args:
+            instance: whose.
+            spec: of the machine.
+            known: the host that has each file, by its name, as far as the instance has run with it.
 
         Raises:
             DiskTrouble: one is missing, in use or refused.
         """
-        for fd in await self.open(instance, spec):
+        for fd in await self._open_all(instance, spec, known, make=True):
             os.close(fd)
 
     async def open(self, instance: InstanceId, spec: Spec) -> tuple[int, ...]:
-        """Descriptors of all files of `spec`, locked, in their order, to be closed by who gets them.
+        """Descriptors of all files of `spec`, locked, in their order, to be closed by the caller. None is made.
 
         Raises:
             DiskTrouble: see `check`.
         """
+        return await self._open_all(instance, spec, {}, make=False)
+
+    async def _open_all(
+        self, instance: InstanceId, spec: Spec, known: Mapping[str, str], *, make: bool
+    ) -> tuple[int, ...]:
         if not spec.files:
             return ()
         self._look_for_users(instance, spec)
         with contextlib.ExitStack() as undo:
             found: list[int] = []
             for disk, file in spec.files:
+                wanted = file if make and file.title not in known else replace(file, size=None)
                 try:
                     opened = await self._threads.call(
-                        instance, partial(self._open, file), undo=lambda late: os.close(late.fd)
+                        instance, partial(self._open, wanted), undo=lambda late: os.close(late.fd)
                     )
+                except NoFile as error:
+                    raise DiskTrouble(f"{disk.key}: {self._missing(file, known, str(error))}", RETRY_S) from error
                 except FileTrouble as error:
                     raise DiskTrouble(f"{disk.key}: {error}", RETRY_S) from error
                 except OSError as error:
@@ -94,6 +111,15 @@ class LocalDisks:
                 found.append(opened.fd)
             undo.pop_all()
         return tuple(found)
+
+    def _missing(self, file: FileDisk, known: Mapping[str, str], said: str) -> str:
+        host = known.get(file.title)
+        if host is None:
+            return said
+        return (
+            f"there is no file {self.folder / file.name} on this host, and the disk is not new: the machine has run with "
+            f"it on {host}. Copy it from there, or mount its file system; for an empty disk give it another name"
+        )
 
     def _open(self, file: FileDisk) -> DiskFile:
         if self._is_own:

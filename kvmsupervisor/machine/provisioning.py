@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -211,8 +211,17 @@ class Provisioner:
         """Whether `prepare` has anything to do for such a machine."""
         return spec.cloud_config is not None or spec.firmware is Firmware.UEFI or bool(spec.all_disks)
 
-    async def prepare(self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir) -> Prepared:
+    async def prepare(
+        self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
+    ) -> Prepared:
         """Look at its disks, make boot media and UEFI variables. Cut off anywhere, it can be done again.
+
+        Args:
+            instance: which.
+            uuid: of the machine.
+            spec: likewise.
+            directory: its run directory.
+            files: the host that has each of its disks that are files, as far as it has run with them.
 
         Raises:
             NotReady: an image is not as it must be, the user data cannot be had, or a file cannot be written.
@@ -222,7 +231,7 @@ class Provisioner:
         except OSError as error:
             raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
         nvram = None
-        ceph_key = await self._look_at_disks(instance, spec, directory)
+        ceph_key = await self._look_at_disks(instance, spec, directory, files)
         try:
             if spec.firmware is Firmware.UEFI:
                 nvram = await self._nvram(instance, spec)
@@ -254,10 +263,12 @@ class Provisioner:
             notice=made.notice,
         )
 
-    async def _look_at_disks(self, instance: InstanceId, spec: Spec, directory: InstanceDir) -> str | None:
+    async def _look_at_disks(
+        self, instance: InstanceId, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
+    ) -> str | None:
         """Whether its disks can be opened; put the key to images where QEMU reads it. Nothing without an image."""
         try:
-            await self._local_disks.check(instance, spec)
+            await self._local_disks.check(instance, spec, files)
         except DiskTrouble as error:
             raise NotReady(str(error), error.retry_s) from error
         if not spec.images:
