@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.status import Status
 
-from bench import fleet, prefix, starts
+from bench import fleet, imports, prefix, starts
 from bench.figures import Figure, markdown, show
 from bench.rig import Rig
 
@@ -26,12 +26,14 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 Benchmark = Callable[[Rig], Iterator[Figure]]
 
 FULL: Mapping[str, Benchmark] = {
+    "imports": lambda rig: imports.measure(rig, rounds=15),
     "starts": lambda rig: starts.measure(rig, pairs=25),
     "fleet": lambda rig: fleet.measure(rig, machines=100, rounds=3, settle_s=20.0, idle_s=60.0, adoptions=5),
     "prefix": lambda rig: prefix.measure(rig, instances=10_000, rounds=5),
 }
 
 QUICK: Mapping[str, Benchmark] = {
+    "imports": lambda rig: imports.measure(rig, rounds=1),
     "starts": lambda rig: starts.measure(rig, pairs=2),
     "fleet": lambda rig: fleet.measure(rig, machines=4, rounds=1, settle_s=1.0, idle_s=2.0, adoptions=1),
     "prefix": lambda rig: prefix.measure(rig, instances=100, rounds=1),

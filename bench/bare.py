@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.qmp import Answer, await_answers
+from bench.qmp import await_answers, await_run
 from bench.rig import PATIENCE_S, kill
 
 _FD = re.compile(r"\bfd=(\d+)\b")
@@ -22,14 +22,14 @@ _LOG = re.compile(r"/dev/fdset/\d+")
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """How long one spawn took, in seconds."""
+    """How long one spawn took, in seconds: until QEMU answered, and until its guest ran."""
 
-    greeted_s: float
     answered_s: float
+    runs_s: float
 
 
 def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
-    """Spawn the QEMU of an incarnation again, ask it over QMP, end it.
+    """Spawn the QEMU of an incarnation again, ask it over QMP, let its guest run, end it.
 
     Args:
         record: of the incarnation, which names the command line.
@@ -62,11 +62,11 @@ def spawn(record: dict[str, Any], run_dir: Path, folder: Path) -> Bare:
             start_new_session=True,
         )
     try:
-        answer: Answer = await_answers([path], timeout_s=PATIENCE_S)[path]
+        run = await_run(path, let_it=True, timeout_s=PATIENCE_S)
     finally:
         process.kill()
         process.wait()
-    return Bare(answer.greeted_at - begun, answer.answered_at - begun)
+    return Bare(run.answered_at - begun, run.runs_at - begun)
 
 
 def shell_loop(records: Sequence[tuple[dict[str, Any], Path]], folder: Path, width: int) -> float:

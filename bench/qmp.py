@@ -24,6 +24,14 @@ class Answer:
     run_state: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """When a QEMU answered `query-status`, and when its guest ran (`time.monotonic`)."""
+
+    answered_at: float
+    runs_at: float
+
+
 class NotAnswered(Exception):
     """Some QEMU did not answer in time; the message names its socket."""
 
@@ -105,6 +113,51 @@ def await_answers(paths: Collection[Path], *, timeout_s: float, poll_s: float = 
             for key in list(selector.get_map().values()):
                 key.data.link.close()
     return answers
+
+
+def await_run(path: Path, *, let_it: bool, timeout_s: float, poll_s: float = 0.0005) -> Run:
+    """Connect as soon as the socket listens, return when the guest runs: QEMU tells everybody by RESUME.
+
+    Args:
+        path: of the socket.
+        let_it: let the guest run (`cont`) once QEMU has answered; otherwise the supervisor does.
+        timeout_s: for all of it.
+        poll_s: how often the socket is looked for.
+
+    Raises:
+        NotAnswered: not within `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        talk = _connect(path)
+        # Of the QEMU before, on whose socket we were still waiting, nothing is heard but its end.
+        run = None if talk is None else _run_of(talk, let_it=let_it, timeout_s=timeout_s)
+        if run is not None:
+            return run
+        time.sleep(poll_s)
+    raise NotAnswered(f"{path}: its guest does not run within {timeout_s} s")
+
+
+def _run_of(talk: _Talk, *, let_it: bool, timeout_s: float) -> Run | None:
+    """Ask, and listen until the guest runs; None when the connection ends before."""
+    answered_at = 0.0
+    with talk.link as link, suppress(OSError):
+        link.settimeout(timeout_s)
+        for line in link.makefile("rb"):
+            now = time.monotonic()
+            message: dict[str, Any] = json.loads(line)
+            runs = message.get("event") == "RESUME"
+            if "return" in message and talk.sent == len(_COMMANDS) and not answered_at:
+                answered_at = now
+                runs = runs or message["return"]["status"] == "running"
+                if let_it and not runs:
+                    link.sendall(b'{"execute": "cont"}')
+            elif ("QMP" in message or "return" in message) and talk.sent < len(_COMMANDS):
+                link.sendall(json.dumps({"execute": _COMMANDS[talk.sent]}).encode())
+                talk.sent += 1
+            if runs:
+                return Run(answered_at=answered_at or now, runs_at=now)
+    return None
 
 
 def _connect(path: Path) -> _Talk | None:

@@ -24,8 +24,8 @@ from typing import Any, Self
 
 import psutil
 
-from bench.qmp import Answer, NotAnswered, await_answers
-from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET
+from bench.qmp import Answer, NotAnswered, Run, await_answers, await_run
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from tests.support.etcd import EtcdServer, free_port
 
 PATIENCE_S = 120.0
@@ -156,11 +156,15 @@ class Host:
         keys = {"host": self.name, **self._rig.machine_keys(), **more}
         return {f"{self._prefix}/{name}/{key}": value for name in names for key, value in keys.items()}
 
-    def start(self) -> float:
-        """Start the supervisor; return when (`time.monotonic`). Does not wait for anything."""
+    def start(self, endpoint: str | None = None) -> float:
+        """Start the supervisor; return when (`time.monotonic`). Does not wait for anything.
+
+        Args:
+            endpoint: of another etcd than the rig's.
+        """
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ},
-            "ETCD_ENDPOINTS": self._rig.etcd.endpoint,
+            "ETCD_ENDPOINTS": endpoint or self._rig.etcd.endpoint,
             "KVM_HOSTNAME": self.name,
             "KVM_PREFIX": self._prefix,
             "KVM_RUN_DIR": str(self.run_dir),
@@ -234,6 +238,13 @@ class Host:
         except NotAnswered as error:
             raise NotAnswered(f"{error}; the supervisor's last words:\n{self._log_end()}") from error
         return {paths[path]: answer for path, answer in found.items()}
+
+    def run_of(self, name: str) -> Run:
+        """Wait until the guest of an instance runs."""
+        try:
+            return await_run(self.spare(name), let_it=False, timeout_s=PATIENCE_S)
+        except NotAnswered as error:
+            raise NotAnswered(f"{error}; the supervisor's last words:\n{self._log_end()}") from error
 
     def record(self, name: str) -> dict[str, Any]:
         """The instance's incarnation, as the supervisor wrote it down."""

@@ -13,7 +13,7 @@ from bench.figures import Figure, Sample, markdown, milliseconds, within
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["starts", "prefix"])
+@pytest.mark.parametrize("name", ["imports", "starts", "prefix"])
 def test_a_benchmark_yields_its_figures(name: str) -> None:
     """With real programs, and without touching the results that are on record."""
     before = [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]
@@ -26,7 +26,7 @@ def test_a_benchmark_yields_its_figures(name: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"starts": "bare spawn", "prefix": "etcdctl get"}[name] in done.stdout
+    assert {"imports": "grpc.aio", "starts": "bare spawn", "prefix": "etcdctl get"}[name] in done.stdout
     assert before == [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]
 
 

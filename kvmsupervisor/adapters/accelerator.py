@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from kvmsupervisor.domain.frozen import frozen
 
 KVM_DEVICE = Path("/dev/kvm")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Choice:
     """What all guests of this host run with.
 

@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +36,7 @@ from kvmsupervisor.domain.ceph import (
     parse_watchers,
     trouble,
 )
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.words import option
@@ -99,7 +99,7 @@ class CephFailed(CephError):
     """A tool failed otherwise, or says what is not understood."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class CephAccess:
     """How this host reaches its cluster.
 
@@ -119,7 +119,7 @@ class CephAccess:
         return f"client.{self.user}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Added:
     """An entry of the blocklist that this process has added.
 

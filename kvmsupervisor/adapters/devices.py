@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
+
+from kvmsupervisor.domain.frozen import frozen
 
 PROC_MISC = Path("/proc/misc")
 
@@ -28,7 +29,7 @@ class DeviceTrouble(Exception):
     """A device cannot be used as it is; the message says which and what would help. Somebody has to change the host."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Device:
     """A device of /proc/misc.
 
@@ -48,7 +49,7 @@ TUN = Device(path=Path("/dev/net/tun"), name="tun", module="tun")
 VHOST_NET = Device(path=Path("/dev/vhost-net"), name="vhost-net", module="vhost_net")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Grant:
     """How QEMU's user gets at a node.
 

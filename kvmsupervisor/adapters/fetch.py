@@ -15,7 +15,6 @@ import socket
 import ssl
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlunsplit
@@ -23,6 +22,7 @@ from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urluns
 import h11
 
 from kvmsupervisor import __version__
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.values import Unfit, show
 
@@ -59,7 +59,7 @@ class FetchFailed(Exception):
     """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Rules:
     file_root: Path | None
     limit_bytes: int
@@ -69,7 +69,7 @@ class _Rules:
     is_inward: Callable[[str], bool]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Redirect:
     location: str
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.counters import DiskCounts, Traffic
 from kvmsupervisor.domain.exits import ExitClass
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Phase
@@ -48,7 +49,7 @@ class MigrationResult(StrEnum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class InstanceSample:
     """One instance at the moment of a scrape.
 
@@ -91,7 +92,7 @@ class InstanceSample:
     machine: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Snapshot:
     """The whole supervisor at the moment of a scrape.
 

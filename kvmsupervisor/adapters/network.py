@@ -20,10 +20,10 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines, without_lines
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.words import option
 
 HELPERS = (
@@ -65,7 +65,7 @@ class NetworkTrouble(Exception):
     """No tap for now: wait and try again. The message names what was found and what would be right."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Tap:
     """An open tap that is a port of its bridge. Whoever holds this closes it.
 

@@ -35,6 +35,7 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, Memory, Unreadable
@@ -89,7 +90,7 @@ class InstanceDir:
         """
         try:
             data = _read(self._incarnation)
-            record = None if data is None else Incarnation.from_json(data)
+            record = None if data is None else _parsed(data)
         except OSError as error:
             raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
@@ -240,7 +241,9 @@ class RunDir:
         for folder, _, names in os.walk(self.path):
             for name in names:
                 with contextlib.suppress(OSError):
-                    _keep_from_others(Path(folder, name))
+                    # What is closed already is most of it, and needs no second look.
+                    if os.lstat(f"{folder}/{name}").st_mode & 0o077:
+                        _keep_from_others(Path(folder, name))
 
     @property
     def was_used(self) -> bool:
@@ -395,6 +398,12 @@ def _open_lock(path: Path) -> int:
     with contextlib.suppress(PermissionError):
         os.fchmod(descriptor, 0o600)
     return descriptor
+
+
+@lru_cache(maxsize=256)
+def _parsed(data: bytes) -> Incarnation:
+    """A record. A supervisor reads each record twice when it starts: to find its own identity, and to adopt."""
+    return Incarnation.from_json(data)
 
 
 def _keep_from_others(path: Path) -> None:

@@ -7,10 +7,10 @@ proc(5), `/proc/[pid]/stat` (https://man7.org/linux/man-pages/man5/proc_pid_stat
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.domain.counters import Traffic
+from kvmsupervisor.domain.frozen import frozen
 
 PROC = Path("/proc")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -22,7 +22,7 @@ _STATE, _UTIME, _STIME, _STARTTIME, _RSS = (field - 3 for field in (3, 14, 15, 2
 _GONE_STATES = (b"Z", b"X", b"x")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Usage:
     """What a process has used and holds now.
 

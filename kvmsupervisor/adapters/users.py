@@ -9,10 +9,11 @@ import os
 import pwd
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, lacking, what_is_lacking
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.words import option
 
 DEFAULT_USER = "qemu"
@@ -27,7 +28,7 @@ class Unprivileged(ValueError):
     """This process is root, and lacks what it takes to have QEMU run as another user. The message names all of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class QemuUser:
     """An unprivileged user.
 

@@ -6,19 +6,21 @@ They write wishes only, never a lock, a status or a session: those belong to the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli import leftovers
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.values import nearest, plain, show, some
-from kvmsupervisor.domain.wishes import VALUE_LIMIT, WISH_KEYS, is_known, parse_wish
+from kvmsupervisor.domain.wishes import VALUE_LIMIT, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
 """How often a change is tried again when another writer was faster. Arbitrary: people do not type faster."""
@@ -30,7 +32,7 @@ TXN_LIMIT = 100
 """Compares or operations in one transaction; etcd's `--max-txn-ops` is 128 by default."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Written:
     """A wish that was written.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import parse_time, printable_bytes
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
@@ -30,7 +31,7 @@ NOT_RUNNING = frozenset({Phase.BACKOFF, Phase.WAITING, Phase.STARTING, Phase.STO
 """Phases of a machine that does not run, or only runs for moments."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Finding:
     """One thing that is wrong.
 
@@ -55,7 +56,7 @@ class Finding:
         return found | {"instances": list(self.instances)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Patience:
     """How long things may last.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Compacted, KeyValue, Listing, Store, Unavailable
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
@@ -26,7 +27,7 @@ LIST_ATTEMPTS = 3
 """How often a listing may begin again after a compaction between two pages. Two in a row were never seen."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LockFact:
     """A lock key, and the lock in it if it can be read."""
 
@@ -34,7 +35,7 @@ class LockFact:
     lock: Lock | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Instance:
     """One instance as its keys show it.
 
@@ -68,7 +69,7 @@ class Instance:
         return tuple(str(problem) for problem in self.wish.problems)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Cluster:
     """All that etcd holds, at about one time.
 
@@ -114,7 +115,7 @@ class Cluster:
         return f"with a session: {', '.join(hosts)}" if hosts else "no host has a session"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Shown:
     """An instance as it is shown.
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from datetime import UTC, datetime
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -23,10 +23,12 @@ from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import on_terminal, printable
 from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,7 +68,7 @@ def _on_terminal() -> bool:
     return on_terminal(sys.stdin)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Tools:
     """The world as the commands need it; tests give them their own."""
 

@@ -21,8 +21,8 @@ from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.config.settings import SETTINGS, Settings
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, parse_id
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.single import overrides_in, unsuitable
-from kvmsupervisor.domain.wishes import WISH_KEYS
 
 LOCK = "LOCK"
 ENDPOINTS = "ETCD_ENDPOINTS"
@@ -128,12 +128,14 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
         Refused: it could not begin; the message says why.
         EtcdAway: etcd did not answer before it began.
     """
-    # Imported here: no other command needs them.
+    # Imported here: no other command needs them. The log first: it keeps rich out.
+    from kvmsupervisor.config.logs import configure  # noqa: PLC0415
+
+    # isort: split
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
     from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
-    from kvmsupervisor.config.logs import configure  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
     from kvmsupervisor.single.instance import NotHere  # noqa: PLC0415
     from kvmsupervisor.single.lock import Held  # noqa: PLC0415

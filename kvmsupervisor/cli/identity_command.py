@@ -17,8 +17,6 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.machine.system import REAL
-from kvmsupervisor.supervisor.identity import Standing
 
 
 @click.command("confirm-identity")
@@ -32,6 +30,10 @@ def confirm_identity(tools: Tools, yes: bool) -> None:
     of each of those instances; then run this command on the host itself. It shows the instances and asks; without a
     terminal, --yes is needed. The guests run on.
     """
+    # Imported here: `--help` needs less.
+    from kvmsupervisor.machine.system import REAL  # noqa: PLC0415
+    from kvmsupervisor.supervisor.identity import Standing  # noqa: PLC0415
+
     settings = tools.settings()
     wanted = HostIdentity.of(settings.hostname, settings.layout)
     standing = Standing(REAL.processes, RunDir(settings.run_dir), wanted=wanted, boot_id=boot_id())

@@ -10,7 +10,6 @@ import errno
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +17,7 @@ import click
 
 from kvmsupervisor import __version__
 from kvmsupervisor.cli.errors import INTERRUPTED
+from kvmsupervisor.domain.frozen import frozen
 
 PROGRAM = "kvmsupervisor"
 
@@ -25,7 +25,7 @@ NOT_WRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
 """Errors of a write to standard output when its file cannot grow. click handles a closed pipe: exit code 1, quietly."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LazyCommand:
     """Where a command is defined, and its line in `--help`, which needs no import."""
 

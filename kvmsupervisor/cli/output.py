@@ -11,12 +11,12 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import BLANKS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ PHASE_STYLES = {
 """Colours of the phases on a terminal. Arbitrary, but only what needs a person is red."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cell:
     """One cell of a table. `style` is rich's, for terminals."""
 
@@ -49,7 +49,7 @@ class Cell:
     style: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Column:
     """One column of a table.
 

@@ -124,7 +124,7 @@ def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> No
     type=click.Choice(["lines", "json"]),
     default="lines",
     show_default=True,
-    help="How to print it.",
+    help="Format of the output.",
 )
 @click.option("--shell", is_flag=True, help="Print one line, quoted for a shell.")
 @pass_tools

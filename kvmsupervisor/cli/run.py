@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -15,6 +15,10 @@ from kvmsupervisor.config.settings import Settings
 GC_THRESHOLDS = (20_000, 20, 10)
 """Thresholds of the garbage collector. While 80,000 keys were read, a collection stopped the loop for 55 ms with
 Python's own thresholds, for 13 ms with these (measured on two noisy cores)."""
+
+HEAD_START_S = 0.02
+"""How long etcd may take to answer before the import of the rest begins, which slows the question down: the thread that
+imports lets others go on every 5 ms only. Arbitrary: a connection and a question take 5 ms on a quiet network."""
 
 
 @click.command()
@@ -63,44 +67,25 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     gc.disable()
     import asyncio  # noqa: PLC0415
 
-    from kvmsupervisor.adapters.cgroup import Impossible  # noqa: PLC0415
-    from kvmsupervisor.adapters.rundir import DRAIN_SIGNAL, AlreadyRunning  # noqa: PLC0415
-    from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
-    from kvmsupervisor.aio import leaves  # noqa: PLC0415
-    from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
-    from kvmsupervisor.config.logs import Rotation, configure  # noqa: PLC0415
-    from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
-    from kvmsupervisor.supervisor.supervisor import Supervisor  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import connect  # noqa: PLC0415
 
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
-    gc.enable()
+    async def ask_and_supervise() -> list[BaseException]:
+        etcd = connect(settings)
+        # etcd is asked before the rest is imported. That takes a thread longer than etcd takes to answer.
+        asked = etcd.ask_ahead(settings.layout.wishes_prefix)
+        try:
+            await asyncio.wait((asked,), timeout=HEAD_START_S)
+            await asyncio.to_thread(import_module, "kvmsupervisor.cli.supervise")
+            from kvmsupervisor.cli.supervise import supervise  # noqa: PLC0415
 
-    async def supervise() -> None:
-        loop = asyncio.get_running_loop()
-        tell = lambda host: started()  # noqa: E731 - a function would need the type of what is imported above
-        while True:
-            supervisor = Supervisor(settings, REAL)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, supervisor.stop)
-            # Before we lock the run directory: a process that finds our pid in it may signal at once.
-            loop.add_signal_handler(DRAIN_SIGNAL, supervisor.heed_draining)
-            if not await supervisor.run(tell):
-                return
-            tell = lambda host: None  # noqa: E731 - it has been told
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLDS)
+            gc.enable()
+            return await supervise(settings, etcd, started, log_file=log_file)
+        finally:
+            await etcd.close()
 
-    log = configure(
-        level=settings.log_level,
-        format=settings.log_format,
-        rotation=None if log_file is None else Rotation(path=log_file),
-    )
-    refused: list[BaseException] = []
-    try:
-        asyncio.run(supervise())
-    except* (AlreadyRunning, Impossible, ListenError, HostnameTaken, ValueError, OSError) as group:
-        refused = leaves(group)
-    finally:
-        log.close()
+    refused = asyncio.run(ask_and_supervise())
     for error in refused:
         click.echo(f"kvmsupervisor: {error}", err=True)
     return 1 if refused else 0

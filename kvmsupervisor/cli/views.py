@@ -12,7 +12,8 @@ from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, WISH_KEYS, public_value
+from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, public_value
 
 OTHERS = 100
 """How many keys `show` prints that are no wishes. Arbitrary: a writer of keys must not fill a terminal."""

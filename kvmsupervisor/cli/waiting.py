@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.cluster import UNKNOWN, list_all
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import Power
@@ -23,7 +23,7 @@ LOOK_AGAIN_S = 5.0
 not notice the delay, and etcd does not notice the reads."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Sighting:
     """An instance as observed at one moment.
 
@@ -40,7 +40,7 @@ class Sighting:
     host_alive: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Outcome:
     """The end of a wait: `ok` when the wish is fulfilled; otherwise `text` says why not.
 

@@ -58,7 +58,8 @@ def create(
 ) -> None:
     """Create an instance: write its keys, all of them or none.
 
-    The command checks every value before it writes. No host runs the instance until its key `host` is set.
+    The command checks every value before it writes, and names unknown keys; docs/instances.md lists the known ones. No
+    host runs the instance until its key `host` is set.
 
     Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=52:54:00:00:00:01
     """
@@ -72,7 +73,7 @@ def create(
 
 @click.command("set")
 @click.argument("instance", type=INSTANCE, metavar="ID")
-@click.argument("assignments", type=ASSIGNMENT, metavar="KEY=VALUE...", nargs=-1)
+@click.argument("assignments", type=ASSIGNMENT, metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--unset", type=KEY_NAME, multiple=True, metavar="KEY", help="Delete this key; may be repeated.")
 @force_option
 @wait_options

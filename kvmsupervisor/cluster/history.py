@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Never
 from uuid import uuid4
@@ -30,6 +30,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
 )
 from kvmsupervisor.adapters.rundir import write_whole
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import (
     Era,
     HistoryFile,
@@ -65,7 +66,7 @@ SAVE_EVERY_S = 1.0
 successor can prove no more than the file says. Arbitrary: a busy cluster then costs 0.1 ms a second."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Found:
     """What etcd says of its history.
 

@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Never, Protocol
 
 import structlog
@@ -32,6 +32,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Target,
     TxnResult,
 )
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.timing import retry_delay
@@ -79,7 +80,7 @@ class SessionView(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Known:
     """The value of a status key at `revision`; `value` is None when a later write got no reply."""
 

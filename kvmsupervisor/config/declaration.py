@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeVar, overload
+from dataclasses import field
+from typing import TypeVar
+
+from kvmsupervisor.domain.frozen import frozen
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Setting:
     """One setting. A name's ending gives the unit: `_s` seconds, `_mib` MiB, `_bytes` bytes.
 
@@ -50,76 +52,36 @@ class Setting:
         return self.name.removesuffix("_s").removesuffix("_mib")
 
 
-@overload
-def setting(
-    parse: Callable[[str], _T],
-    text: str,
-    *,
-    default: str,
-    kvm: bool = True,
-    in_file: bool = True,
-    may_be_empty: bool = False,
-) -> _T: ...
-
-
-@overload
-def setting(
-    parse: Callable[[str], _T],
-    text: str,
-    *,
-    worked_out: str,
-    example: str,
-    kvm: bool = True,
-    in_file: bool = True,
-    may_be_empty: bool = False,
-) -> _T: ...
-
-
-@overload
-def setting(
-    parse: Callable[[str], _T],
-    text: str,
-    *,
-    unset: str = "not set",
-    example: str,
-    kvm: bool = True,
-    in_file: bool = True,
-    may_be_empty: bool = False,
-) -> _T | None: ...
-
-
 def setting(
     parse: Callable[[str], _T],
     text: str,
     *,
     default: str | None = None,
     worked_out: str | None = None,
-    unset: str = "not set",
     example: str = "",
     kvm: bool = True,
     in_file: bool = True,
     may_be_empty: bool = False,
-) -> _T | None:
-    """Declare a setting: the value of a field of `Settings`. mypy holds the field's type against the parser's.
+) -> _T:
+    """Declare a setting that always has a value, as a field of `Settings`; mypy holds its type against the parser's.
 
     Args:
         parse: as in `Setting`.
         text: the explanation, `Setting.help`.
         default: as in `Setting`.
-        worked_out: how `load_settings` works the default out.
-        unset: what holds while the setting is None.
-        example: a value for people, where there is no `default`.
+        worked_out: without `default`: how `load_settings` works it out.
+        example: without `default`: a value for people.
         kvm: as in `Setting`.
         in_file: as in `Setting`.
         may_be_empty: as in `Setting`.
     """
     # A field without a default of its own: only `load_settings` makes `Settings`, and gives every value.
-    declared: _T | None = field(
+    declared: _T = field(
         metadata={
             "parse": parse,
             "help": text,
             "default": default,
-            "shown_default": worked_out or default or unset,
+            "shown_default": worked_out or default,
             "example": default or example,
             "kvm": kvm,
             "in_file": in_file,
@@ -127,3 +89,25 @@ def setting(
         }
     )
     return declared
+
+
+def optional_setting(
+    parse: Callable[[str], _T],
+    text: str,
+    *,
+    example: str,
+    unset: str = "not set",
+    kvm: bool = True,
+    may_be_empty: bool = False,
+) -> _T | None:
+    """Declare a setting that may be None; see `setting`.
+
+    Args:
+        parse: as in `Setting`.
+        text: the explanation, `Setting.help`.
+        example: a value for people.
+        unset: what holds while the setting is None.
+        kvm: as in `Setting`.
+        may_be_empty: as in `Setting`.
+    """
+    return setting(parse, text, worked_out=unset, example=example, kvm=kvm, may_be_empty=may_be_empty)

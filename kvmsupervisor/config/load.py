@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,10 @@ from kvmsupervisor.config import values as read
 from kvmsupervisor.config.declaration import Setting
 from kvmsupervisor.config.settings import DEFAULT_CONFIG, SETTINGS, Settings
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName, Layout, default_facts, default_lock
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.values import Unfit, nearest, plain, show
-from kvmsupervisor.domain.wishes import WISH_KEYS
 
 ETCD_SUGGESTION_CUTOFF = 0.83
 """How alike an `ETCD_` variable must be to one of ours to be taken for a slip.
@@ -28,7 +28,7 @@ those are left alone. `ETCD_CA_CERT`, `ETCD_ENDPOINT` and `ETCD_PASSWORD` are sl
 """
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettingProblem:
     """What is wrong with one setting: `where` it stands, what was `found` there, and what would be right."""
 

@@ -19,13 +19,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TextIO, cast
 
 from kvmsupervisor.config.values import LogFormat, LogLevel
+from kvmsupervisor.domain.frozen import frozen
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class Stream(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rotation:
     """Keeps a log file bounded: at `limit_bytes` it becomes `<path>.1`, and a new one begins.
 

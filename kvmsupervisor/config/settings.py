@@ -6,20 +6,21 @@ declarations; `make settings` writes the last two. `config/load.py` finds the va
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 from kvmsupervisor.config import values as read
-from kvmsupervisor.config.declaration import Setting, setting
+from kvmsupervisor.config.declaration import Setting, optional_setting, setting
 from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, Layout
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Settings:
     """All settings, parsed. Times are in seconds and end in `_s`."""
 
@@ -29,31 +30,31 @@ class Settings:
         default="http://127.0.0.1:2379",
         kvm=False,
     )
-    etcd_cacert: Path | None = setting(
+    etcd_cacert: Path | None = optional_setting(
         read.file,
         "Certificates of the authority that etcd's own certificates are checked against (PEM).",
         example="/etc/kvmsupervisor/etcd-ca.pem",
         kvm=False,
     )
-    etcd_cert: Path | None = setting(
+    etcd_cert: Path | None = optional_setting(
         read.file,
         "This client's certificate (PEM). Needs ETCD_KEY.",
         example="/etc/kvmsupervisor/etcd-client.pem",
         kvm=False,
     )
-    etcd_key: Path | None = setting(
+    etcd_key: Path | None = optional_setting(
         read.file,
         "The key of ETCD_CERT (PEM).",
         example="/etc/kvmsupervisor/etcd-client-key.pem",
         kvm=False,
     )
-    etcd_username: str | None = setting(
+    etcd_username: str | None = optional_setting(
         read.line,
         "User of etcd's own authentication. Needs ETCD_PASSWORD_FILE.",
         example="kvm",
         kvm=False,
     )
-    etcd_password_file: Path | None = setting(
+    etcd_password_file: Path | None = optional_setting(
         read.file,
         "File that holds the password of ETCD_USERNAME; a line feed at its end does not count.",
         example="/etc/kvmsupervisor/etcd-password",
@@ -66,7 +67,7 @@ class Settings:
         example="/kvm/%i/lock",
         kvm=False,
     )
-    bridge_if: str | None = setting(
+    bridge_if: str | None = optional_setting(
         values.interface_name,
         "Bridge of the NICs of instances without the key bridge.",
         example="br0",
@@ -116,7 +117,7 @@ class Settings:
         "QEMU's program, a name or an absolute path.",
         default="qemu-system-x86_64",
     )
-    qemu_user: str | None = setting(
+    qemu_user: str | None = optional_setting(
         read.user,
         "User that QEMU runs as, confined by seccomp, without any privilege. Empty: as the supervisor, not confined.",
         unset="qemu, where that user exists",
@@ -134,7 +135,7 @@ class Settings:
         "Which QEMU options the key extra_flags may hold: any, none, or a list of options separated by commas.",
         default="any",
     )
-    bridge_helper: Path | None = setting(
+    bridge_helper: Path | None = optional_setting(
         read.program_file,
         "Path of QEMU's program qemu-bridge-helper, which plugs NICs into bridges.",
         unset="looked for where distributions install it",
@@ -150,24 +151,24 @@ class Settings:
         "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph.",
         default="/var/lib/kvmsupervisor",
     )
-    ovmf_code: Path | None = setting(
+    ovmf_code: Path | None = optional_setting(
         read.file,
         "UEFI firmware for firmware=uefi. Needs KVM_OVMF_VARS.",
         unset="looked for where distributions install it",
         example="/usr/share/OVMF/OVMF_CODE_4M.fd",
     )
-    ovmf_vars: Path | None = setting(
+    ovmf_vars: Path | None = optional_setting(
         read.file,
         "UEFI variables that a new machine begins with, made for KVM_OVMF_CODE.",
         unset="looked for where distributions install it",
         example="/usr/share/OVMF/OVMF_VARS_4M.fd",
     )
-    media_root: Path | None = setting(
+    media_root: Path | None = optional_setting(
         read.absolute,
         "Folder below which the key cloud-config may name files (file:///...). Without it only http and https work.",
         example="/etc/kvmsupervisor/user-data",
     )
-    media_cacert: Path | None = setting(
+    media_cacert: Path | None = optional_setting(
         read.file,
         "Certificates of further authorities (PEM), beside the system's, to check servers of user data against.",
         example="/etc/kvmsupervisor/media-ca.pem",
@@ -177,14 +178,14 @@ class Settings:
         "1: a server of user data may redirect to this host's own addresses, too (loopback, link-local).",
         default="0",
     )
-    ceph_conf: Path | None = setting(
+    ceph_conf: Path | None = optional_setting(
         read.absolute,
         "Ceph's configuration file.",
         unset="librbd's own default, /etc/ceph/ceph.conf",
         example="/etc/ceph/ceph.conf",
         kvm=False,
     )
-    ceph_id: str | None = setting(
+    ceph_id: str | None = optional_setting(
         read.ceph_user,
         "Name of the Ceph user, without client. before it.",
         unset="librbd's own default, admin",
@@ -224,7 +225,8 @@ class Settings:
     )
     settle_s: float = setting(
         values.seconds(0, 60, "it"),
-        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one.",
+        "Seconds that new or changed keys must be quiet before their guest first runs: people write them one by one. "
+        "Keys that came in one transaction, or whose `host` was written last, are complete: their guest runs at once.",
         default="0.5",
     )
     start_parallel: int = setting(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvmsupervisor.domain import argv, values
+from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
 
@@ -75,7 +76,7 @@ class Switch(StrEnum):
     ON = "1"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Listen:
     """Where the HTTP server listens. Port 0 lets the kernel choose one."""
 
@@ -189,7 +190,7 @@ def run_dir(text: str) -> Path:
     path = absolute(text)
     if ".." in path.parts:
         raise Unfit("it is an absolute path without '..', such as /run/kvmsupervisor")
-    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{argv.QMP_SPARE_SOCKET}")
+    room = SOCKET_PATH_LIMIT - len(f"/{'i' * LONGEST_ID}/{QMP_SPARE_SOCKET}")
     if len(os.fsencode(path)) > room:
         raise Unfit(f"its path has at most {room} bytes, or the sockets of instances would not fit below it")
     return path

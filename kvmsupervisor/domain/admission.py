@@ -7,8 +7,8 @@ has its OOM killer end some guest, and no one could say which.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 
 OVERHEAD_MIB = 64
@@ -16,7 +16,7 @@ OVERHEAD_MIB = 64
 serves disks and a display under load (some hundred); the reserve makes up for the rest."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Waiting:
     """Somebody in the line."""
 

@@ -7,8 +7,9 @@ Source: the QEMU Guest Agent Protocol Reference (qemu.org, docs/interop/qemu-ga-
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from kvmsupervisor.domain.frozen import frozen
 
 TEXT_LIMIT = 128
 """Characters kept of each text. Arbitrary: Debian's pretty name has 33, a host's name has at most 64 on Linux."""
@@ -20,7 +21,7 @@ LOOKED_AT_LIMIT = 256
 """Interfaces, and addresses of each, that are looked at all. Arbitrary, above what machines have."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GuestAddress:
     """One address of the guest.
 
@@ -33,7 +34,7 @@ class GuestAddress:
     address: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GuestFacts:
     """What the guest says. All of it may be a lie; none of it can break a line or fill a store.
 

@@ -6,27 +6,22 @@ The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 from uuid import UUID, uuid5
 
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import CONSOLE_LOG
 from kvmsupervisor.domain.spec import Firmware, Problem, Spec
 from kvmsupervisor.domain.words import escaped, json_option
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
 """Drawn once. It must never change: guests, and licences in them, know the machine by its uuid."""
-
-QMP_SOCKET = "qmp.sock"
-QMP_SPARE_SOCKET = "qmp-spare.sock"
-CONSOLE_SOCKET = "console.sock"
-CONSOLE_LOG = "console.log"
-AGENT_SOCKET = "agent.sock"
-"""Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
 
 AGENT_PORT = "agent0"
 """Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
@@ -44,7 +39,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 """Everything that QEMU's seccomp filter can deny: it never starts a program, nor gains a privilege."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Identity:
     """Who the machine is.
 
@@ -57,7 +52,7 @@ class Identity:
     uuid: UUID
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HostSide:
     """What the host chooses, for every machine on it.
 
@@ -82,7 +77,7 @@ class HostSide:
     ceph: Ceph = OWN_DEFAULTS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Channels:
     """Listening sockets that QEMU inherits, under the same numbers.
 
@@ -101,7 +96,7 @@ class Channels:
     console_log: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Provision:
     """What was made ready on the host for one QEMU process.
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+
+from kvmsupervisor.domain.frozen import frozen
 
 NAME_LIMIT = 15
 """Bytes of a name that the helper looks at (IFNAMSIZ without its NUL)."""
@@ -28,7 +29,7 @@ class BrokenAcl(ValueError):
     """The helper refuses the whole file for one line. The message names file and line."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rule:
     """One `allow` or `deny` line.
 
@@ -55,7 +56,7 @@ class Rule:
         return is_own and (owner is None or self.above != _mark(_bytes(owner), self.bridge))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Acl:
     """All rules of a file and of those that it includes."""
 

@@ -10,10 +10,11 @@ after the other: docs/container.md has what happened, tests/container/test_least
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from kvmsupervisor.domain.frozen import frozen
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Capability:
     """One capability.
 

@@ -12,11 +12,11 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import NewType
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.values import show
 
@@ -30,7 +30,7 @@ _TYPED = re.compile(r"(?:v1|v2|any):")
 _CLIENT = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([0-9.]{7,15})):([0-9]{1,5})/([0-9]{1,10})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class ImageInfo:
     """An RBD image.
 

@@ -9,7 +9,8 @@ Sources: `query-blockstats` and the property `guest-stats` of the balloon device
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from kvmsupervisor.domain.frozen import frozen
 
 UNKNOWN = 2**64 - 1
 """What the balloon says of a figure that its driver has not told."""
@@ -20,7 +21,7 @@ MEMORY_KINDS = {"total": "stat-total-memory", "free": "stat-free-memory", "avail
 """Figures that are kept, by the names that people use: `available` is what Linux calls MemAvailable."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class DiskCounts:
     """One disk since QEMU started. `name` is that of its block node, such as `disk0`."""
 
@@ -29,7 +30,7 @@ class DiskCounts:
     written_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Traffic:
     """Bytes of one NIC, as its guest sees them."""
 
@@ -37,7 +38,7 @@ class Traffic:
     sent_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GuestCounts:
     """What was counted when QEMU was asked last.
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.secrecy import cleaned
 
 
@@ -50,7 +50,7 @@ SIGABRT = 6
 """Of x86 (signal(7))."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class WaitStatus:
     """How the kernel says that a process ended. Both None: nobody could tell (see `adapters.process`).
 
@@ -63,7 +63,7 @@ class WaitStatus:
     signal: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Exit:
     """Why a QEMU process ended: its kind, and the words for people, such as `crashed (signal 9)`."""
 

@@ -7,10 +7,13 @@ QEMU's can open any file that QEMU's user can. Who writes keys may not be truste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.secrecy import cleaned_words
-from kvmsupervisor.domain.spec import Problem
+
+if TYPE_CHECKING:
+    from kvmsupervisor.domain.spec import Problem
 
 WITHOUT_ARGUMENT = frozenset(
     {
@@ -46,7 +49,7 @@ WITHOUT_ARGUMENT = frozenset(
 and is no option, is a disk image to QEMU."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class AllowedFlags:
     """Attributes: options, without their hyphens, that may be given; None for any."""
 
@@ -61,6 +64,9 @@ class AllowedFlags:
         """The problem with `words`, the value of `extra_flags` split: all that this host does not allow in it."""
         if self.options is None:
             return ()
+        # Imported here: the settings, which are read before anything else, need the rest only.
+        from kvmsupervisor.domain.spec import Problem  # noqa: PLC0415
+
         refused = tuple(word for word in _options(words) if word.lstrip("-") not in self.options or word[:1] != "-")
         if not refused:
             return ()

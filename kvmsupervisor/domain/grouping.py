@@ -13,6 +13,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.wishes import VALUE_LIMIT
@@ -25,7 +26,7 @@ NAMES_SHARED = 256
 _NOTHING: Mapping[bytes, RawValue] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Entry:
     """One key as etcd held it at `mod_revision`; the value is cut to `VALUE_LIMIT` + 1 bytes."""
 

@@ -10,9 +10,9 @@ QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.words import escaped, json_option
 
@@ -38,7 +38,7 @@ _MORE = "more0"
 _MORE_DISKS = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class TapFds:
     """A NIC's other end: descriptors of its tap device and, where the host has vhost-net, of its accelerator."""
 
@@ -46,7 +46,7 @@ class TapFds:
     vhost_fd: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Ovmf:
     """UEFI firmware: paths of its code, and of the variables that a new machine begins with."""
 
@@ -54,7 +54,7 @@ class Ovmf:
     variables: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Nvram:
     """Where a machine's UEFI variables are: in a file of this host, or in an RBD image."""
 
@@ -62,7 +62,7 @@ class Nvram:
     rbd: RbdDisk | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Ceph:
     """How QEMU reaches Ceph; None for librbd's own defaults.
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.records import Unfit, compact, lined, parse
 
@@ -30,7 +30,7 @@ EPOCHS_PER_HISTORY = 1_000_000
 machine was started since it was made. Arbitrary; a machine that restarts every five minutes needs nine years for it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Witness:
     """A key as it was observed.
 
@@ -109,7 +109,7 @@ def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Ve
     return Verdict.OTHER
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HistoryName:
     """The value of the key `<facts>/history`: what the present history is called.
 
@@ -147,7 +147,7 @@ class HistoryName:
         return name if name.version == VERSION else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HistoryFile:
     """`_history.json` in the run directory: what a supervisor acted on, for its successor.
 
@@ -186,7 +186,7 @@ class HistoryFile:
         return found if found.version == VERSION else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Era:
     """What a decision needs to know of the history that it is made in.
 

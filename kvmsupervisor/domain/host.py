@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit, parse
 from kvmsupervisor.domain.values import nearest, plain, some
 
@@ -14,7 +15,7 @@ SOME = 3
 """How many hosts a sentence names."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HostSession:
     """What a host says of itself in its session key.
 

@@ -7,15 +7,15 @@ one run. What lives goes on under the identity that it was started under, untouc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, default_facts, default_lock
 from kvmsupervisor.domain.records import Unfit, lined, parse
 
 VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HostIdentity:
     """The settings that say who a supervisor is.
 
@@ -57,7 +57,7 @@ class HostIdentity:
         yield "LOCK", "" if self.lock == default_lock(self.prefix) else self.lock
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Mismatch:
     """What lives here was started under another identity than the settings say.
 
@@ -101,7 +101,7 @@ def judge(
     return recorded, Mismatch(recorded=recorded, wanted=wanted, living=names)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class IdentityNote:
     """`_identity.json`: a mismatch that waits for a person's word, and then that word.
 

@@ -7,9 +7,9 @@ version; a newer one is left alone with a reason, see `Unreadable`. A third one 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -22,7 +22,7 @@ class Unreadable(Exception):
     """A record that this release cannot read. The message says why; the file is left as it is."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Incarnation:
     """One QEMU process, on record before it is spawned and until it is buried.
 
@@ -105,7 +105,7 @@ class Incarnation:
         return _read(cls, data)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Ended:
     """A machine that ended by itself and whose policy says: leave it.
 
@@ -119,7 +119,7 @@ class Ended:
     restart_request: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Memory:
     """What outlives one QEMU process, but not a reboot of the host.
 
@@ -173,7 +173,7 @@ class Memory:
         return _read(cls, data)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class GuardNote:
     """What the guard writes of a machine that it has killed: which, and when, RFC 3339 in UTC."""
 
@@ -205,6 +205,6 @@ def _read(cls: type[RecordT], data: bytes) -> RecordT:
         raise Unreadable(str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Versioned:
     version: int

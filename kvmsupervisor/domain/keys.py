@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NewType
+
+from kvmsupervisor.domain.frozen import frozen
 
 InstanceId = NewType("InstanceId", str)
 HostName = NewType("HostName", str)
@@ -32,7 +33,7 @@ def parse_id(text: str) -> InstanceId | None:
     return InstanceId(text) if ID_PATTERN.fullmatch(text) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Layout:
     """The prefixes in use: `prefix` for wishes, `facts` for what supervisors write, `lock` for locks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from kvmsupervisor.domain.frozen import frozen
 
 SHARES_DEFAULT, WEIGHT_DEFAULT = 1024, 100
 """What a cgroup has when nothing was said: `cpu.shares` of v1, `cpu.weight` of v2."""
@@ -11,7 +11,7 @@ WEIGHT_MIN, WEIGHT_MAX = 1, 10_000
 """What `cpu.weight` takes (kernel, Documentation/admin-guide/cgroup-v2)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Limits:
     """Limits of one QEMU process, None where there is none.
 

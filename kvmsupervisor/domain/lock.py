@@ -7,9 +7,10 @@ The lock has no lease: it never vanishes by itself. Every change of it is a comp
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum, StrEnum
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
 from kvmsupervisor.domain.words import is_name
@@ -43,7 +44,7 @@ class Storage(StrEnum):
     UNFENCEABLE = "unfenceable"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Lock:
     """The value of `/kvm/<id>/lock`.
 
@@ -178,7 +179,7 @@ class Claim(Enum):
     UNREADABLE = "is no lock that this release understands"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LockView:
     """A lock as last seen.
 

@@ -7,7 +7,8 @@ is made again at once, as network managers do), when somebody takes the tap out,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from kvmsupervisor.domain.frozen import frozen
 
 BRIDGE, TUN = "bridge", "tun"
 """Kinds of interfaces, as the kernel calls them (IFLA_INFO_KIND); a tap is of the second."""
@@ -16,7 +17,7 @@ ELSEWHERE = 0
 """Stands for the index of a tap in another network namespace than the supervisor's: nothing can be said of it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Link:
     """One network interface of the host.
 
@@ -35,7 +36,7 @@ class Link:
     up: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Attachment:
     """How a NIC of a guest that was started is attached to its host.
 
@@ -52,7 +53,7 @@ class Attachment:
     bridge: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Plug:
     """Where a NIC is plugged in.
 

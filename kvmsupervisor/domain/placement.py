@@ -6,8 +6,7 @@ that was there. Whoever writes `host` again, with whatever value, ends it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
 from kvmsupervisor.domain.values import Unfit as UnfitValue
@@ -20,7 +19,7 @@ FAILOVER = "failover"
 """Why: its host was gone, and another that the key `hosts` names has taken it over."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Placement:
     """The value of `/kvmsupervisor/placements/<id>`.
 
@@ -60,7 +59,7 @@ class Placement:
         return 0 < host_revision <= self.of
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Placed:
     """The placement key of one instance as last seen.
 
@@ -91,7 +90,7 @@ class Placed:
 NOT_PLACED = Placed()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ground:
     """What a host's right to run an instance stands on: the two keys that may say so, by their `mod_revision`.
 

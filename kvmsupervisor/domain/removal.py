@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Memory
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
@@ -87,7 +88,7 @@ def why_held(wish: Wish, way_out: str = "`kvmsupervisor confirm-removal` lets it
     return f"{what} came with another history of etcd (restored, or its data lost) and is held; {way_out}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Hold:
     """An order that came with another history.
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from kvmsupervisor.domain import records
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
 
@@ -69,7 +70,7 @@ class RawValue(NamedTuple):
     mod_revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Problem:
     """What is wrong with one key: `found` there, and what would be right."""
 
@@ -81,7 +82,7 @@ class Problem:
         return f"{self.key}: found {self.found}; {self.wanted}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RbdDisk:
     """An RBD image as a disk of the machine.
 
@@ -113,7 +114,7 @@ class RbdDisk:
         return f"{self.pool}/{self.image}"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Disk:
     """One of the machine's disks: `number` 0 is the key `rbd`, n is `disk/<n>`."""
 
@@ -126,7 +127,7 @@ class Disk:
         return f"disk/{self.number}" if self.number else "rbd"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Nic:
     """One of the machine's NICs: `number` 0 is the keys `mac` and `bridge`, n is `nic/<n>/…`.
 
@@ -146,7 +147,7 @@ class Nic:
         return f"nic/{self.number}/" if self.number else ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Secret:
     """Text that is shown nowhere. Two are equal when their texts are; a record keeps the digest alone.
 
@@ -164,7 +165,7 @@ class Secret:
         return cls(hashlib.sha256(text.encode()).hexdigest(), text)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Spec:
     """The machine that the keys describe. Only the keys that shape its process are here.
 
@@ -207,7 +208,7 @@ class Spec:
         return self.disks if self.rbd is None else (Disk(0, self.rbd), *self.disks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Wish:
     """All that people want of one instance.
 
@@ -224,6 +225,7 @@ class Wish:
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
+        together: how many keys of that `mod_revision` there are: one transaction wrote them.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
         placed: its placement key, a fact that stands beside them.
     """
@@ -242,6 +244,7 @@ class Wish:
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0
+    together: int = 1
     keys: int = 0
     placed: Placed = NOT_PLACED
 

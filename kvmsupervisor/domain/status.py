@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any
 
 from kvmsupervisor.domain.agent import GuestFacts
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit, parse, shallow
 from kvmsupervisor.domain.run_state import RUNNING
 from kvmsupervisor.domain.words import is_name
@@ -29,7 +30,7 @@ class Phase(StrEnum):
     MIGRATING = "migrating"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Status:
     """One instance as its host sees it.
 

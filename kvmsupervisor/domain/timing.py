@@ -6,8 +6,10 @@ All instants are seconds of `CLOCK_BOOTTIME`, handed in by the caller; all rando
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
+
+from kvmsupervisor.domain.frozen import frozen
 
 RESET_AFTER_S = 600.0
 """A machine that ran this long has recovered: its next restart is the first again (DESIGN §4)."""
@@ -15,6 +17,10 @@ RESET_AFTER_S = 600.0
 RESTART_FIRST_S = 1.0
 RESTART_CAP_S = 300.0
 """The ceiling of the restart delay grows from 1 s to 5 min (DESIGN §4)."""
+
+BEAT_S = 5.0
+"""What is due within so many seconds, and can be done a little sooner, is done together. A processor that is woken once
+for ten guests does less than one that is woken ten times. Arbitrary: with a hundred guests eight fall together."""
 
 RETRY_FIRST_S = 0.2
 """First delay before etcd is asked again. Arbitrary: well above a round trip, far below a session's TTL."""
@@ -27,6 +33,11 @@ RENEWALS_PER_TTL = 5
 
 REMIND_EVERY_S = 60.0
 """How often a trouble that lasts is told again. Arbitrary: found in any log excerpt, floods none."""
+
+
+def on_a_beat(instant: float) -> float:
+    """The last beat that is not behind `instant`: for what may be done sooner by `BEAT_S`. CLOCK_BOOTTIME, both."""
+    return instant - instant % BEAT_S
 
 
 def _ceiling(attempt: int, first_s: float, cap_s: float) -> float:
@@ -60,7 +71,7 @@ def retry_delay(attempt: int, random01: float, cap_s: float = RETRY_CAP_S) -> fl
     return (0.5 + random01 / 2) * _ceiling(max(attempt, 1), min(RETRY_FIRST_S, cap_s), cap_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class SessionTimer:
     """How long a session is certainly held, as far as its own host can know.
 
@@ -93,7 +104,7 @@ class SessionTimer:
         return max(now, self.confirmed_at + self.ttl_s / RENEWALS_PER_TTL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reminder:
     """Decides when a lasting trouble is told: when its kind changes, and then once per `REMIND_EVERY_S`.
 
@@ -112,7 +123,7 @@ class Reminder:
         return Reminder(kind, now)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Rival:
     """What was seen of a session key that is not ours: is its holder alive?
 

@@ -6,7 +6,6 @@ says what would be right. None of them looks at the world.
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -112,8 +111,10 @@ def plain(name: str) -> str:
 
 def nearest(name: str, candidates: Mapping[str, str], cutoff: float = SUGGESTION_CUTOFF) -> str | None:
     """The one of `candidates` (`plain` name → name) that was probably meant by `name`."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only a typo pays for it
+
     # Longer names resemble none, and comparing takes the square of the length.
-    near = difflib.get_close_matches(plain(name[:40]), candidates, n=1, cutoff=cutoff)
+    near = get_close_matches(plain(name[:40]), candidates, n=1, cutoff=cutoff)
     return candidates[near[0]] if near else None
 
 

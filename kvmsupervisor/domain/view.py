@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 
 from kvmsupervisor.domain.exits import Exit
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
@@ -49,7 +50,7 @@ class Action(Enum):
     FORGET = "nothing of it is ours any more"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Stopping:
     """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
 
@@ -58,7 +59,7 @@ class Stopping:
     quit_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Process:
     """A QEMU process as observed.
 
@@ -98,7 +99,7 @@ class Process:
         return self.run_state == NEVER_RAN
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Holdover:
     """A QEMU that lives here and has no record in the run directory.
 
@@ -111,7 +112,7 @@ class Holdover:
     folder: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class LeftAlone:
     """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
 
@@ -128,7 +129,7 @@ class LeftAlone:
     look_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Target:
     """Another host where an instance shall run, as it is seen from here.
 
@@ -148,7 +149,7 @@ class Target:
         return self.there is True and not self.drains
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Deferral:
     """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
 
@@ -165,7 +166,7 @@ class Deferral:
     watchers: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class View:
     """All that a decision may depend on.
 
@@ -295,7 +296,7 @@ class View:
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Decision:
     """What to say and to do.
 

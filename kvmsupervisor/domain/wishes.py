@@ -13,6 +13,7 @@ from typing import TypeVar
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import media_url, shown_url
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
 from kvmsupervisor.domain.spec import (
@@ -39,33 +40,6 @@ VALUE_LIMIT = 65_536
 NICS = 8
 DISKS = 16
 """How many NICs and disks a machine may have, the first included: so many PCI slots are kept for them (`argv.py`)."""
-
-WISH_KEYS = (
-    "host",
-    "hosts",
-    "ram",
-    "mac",
-    "bridge",
-    "rbd",
-    "spice_port",
-    "spice_addr",
-    "spice_password",
-    "extra_flags",
-    "cloud-config",
-    "cpus",
-    "cpu",
-    "machine",
-    "firmware",
-    "hugepages",
-    "cpu_shares",
-    "memory_limit",
-    "priority",
-    "power",
-    "restart",
-    "restart_request",
-    "shutdown_timeout",
-)
-"""The names of all wishes but the numbered ones, in the order in which they are explained."""
 
 NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
 """The names of the wishes that a machine may have several of, n counting from 1."""
@@ -157,6 +131,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
+    revisions = [raw.mod_revision for raw in keys.values()]
+    newest = max(revisions)
     return Wish(
         instance=instance,
         host=host,
@@ -171,7 +147,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         priority=priority,
         spec=None if problems else spec,
         problems=problems,
-        revision=max(raw.mod_revision for raw in keys.values()),
+        revision=newest,
+        together=revisions.count(newest),
         keys=len(keys),
         placed=placed,
     )

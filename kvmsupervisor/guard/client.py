@@ -26,6 +26,7 @@ from kvmsupervisor.adapters.cgroup import HomeFailed, Homes
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.guard_channel import PROTOCOL, Channel, ChannelLost, ChannelRefused
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 
@@ -63,7 +64,7 @@ class _Trouble(Exception):
     """There is no guard now. The message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Charge:
     """One machine to watch: a pidfd of our own, and the file in which the guard notes that it killed the machine."""
 

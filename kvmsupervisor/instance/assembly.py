@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,7 @@ from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -51,7 +52,7 @@ class ChooseHomes(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Outside:
     """The outer world, as makers of what touches it. `REAL` is the world; tests and simulators give another one.
 
@@ -100,7 +101,7 @@ REAL = Outside(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Holder:
     """Who holds locks, and where that is kept.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from dataclasses import dataclass
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
@@ -16,6 +15,7 @@ from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.exits import Exit, WaitStatus
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -26,7 +26,7 @@ from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.system import System
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Surroundings:
     """What all instances of a host share.
 

@@ -6,7 +6,7 @@ What is to be done is decided in `domain.lifecycle`; here are the steps, and wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
@@ -17,6 +17,7 @@ from kvmsupervisor.cluster.fencing import InUse, NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -46,7 +47,7 @@ GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Wanted:
     """The part of a runnable wish that starting needs."""
 

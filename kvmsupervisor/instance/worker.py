@@ -27,6 +27,7 @@ from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
+from kvmsupervisor.domain.quiet import Quiet
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
@@ -103,7 +104,7 @@ class Instance:
         )
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
-        self._quiet_at = 0.0
+        self._quiet = Quiet(around.settle_s)
         self._adopting = False
         self._inheritance = Inheritance(
             around.system.processes,
@@ -128,9 +129,9 @@ class Instance:
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
+        if fresh:
+            self._quiet.heard(self.wish, wish, self._around.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
-            if fresh:
-                self._quiet_at = self._around.clock.now() + self._around.settle_s
             self._start.begin_anew()
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
@@ -167,13 +168,12 @@ class Instance:
         around = self._around
         under = HostIdentity.of(around.me, around.layout)
         self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
-        spec = self._machine.spec
-        if spec is not None:
+        if (spec := self._machine.spec) is not None:
             self._start.lives(spec)
 
     def inherit(self) -> None:
         """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        self._remember(self._inheritance.take(self.adopt))
+        self._memory = self._inheritance.take(self.adopt)  # as its file holds it: that is not written again
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -327,7 +327,7 @@ class Instance:
             guarded=self._start.is_guarded(),
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
-            quiet_at=self._quiet_at,
+            quiet_at=self._quiet.at,
             start_timeout_s=around.start_timeout_s,
             shutdown_timeout_s=(
                 around.shutdown_timeout_s

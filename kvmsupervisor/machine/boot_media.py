@@ -16,15 +16,15 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
 from kvmsupervisor.adapters import medium
-from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain import media
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import MediumKind, NotUserData
 from kvmsupervisor.domain.secrecy import cleaned, secrets_of_url
@@ -47,7 +47,7 @@ class MediaTrouble(Exception):
     """There are no media for this start: wait and try again. The message says what was found and what is right."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Media:
     """The files that QEMU attaches.
 
@@ -62,7 +62,7 @@ class Media:
     notice: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Files:
     """The content of the media, before any file is made: images are made only when they are needed."""
 
@@ -82,7 +82,7 @@ class _Files:
         return tuple(name for name in FOR_QEMU if name in self.images or name in self.plain)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Ledger:
     """`media.json`.
 
@@ -119,7 +119,7 @@ async def furnish(
     gid: int | None,
     ca_file: Path | None = None,
     follow_inward: bool = False,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     network_config: bytes | None = None,
 ) -> Media:
     """Make the media for one start. Only one call at a time for each directory.
@@ -138,12 +138,16 @@ async def furnish(
         gid: QEMU's group, which may read the media; None: only the owner may.
         ca_file: CA certificates in addition to the system's.
         follow_inward: whether to follow redirects to addresses of this host.
-        timeout_s: for the fetch, in seconds.
+        timeout_s: for the fetch, in seconds; None for its default.
         network_config: this file of the NoCloud medium; None for no such file.
 
     Raises:
         MediaTrouble: there is neither usable user data nor a copy, or the files cannot be written.
     """
+    # Imported here: a supervisor starts sooner without HTTP, and may have no guest with user data.
+    from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch  # noqa: PLC0415
+
+    limit_s = TIMEOUT_S if timeout_s is None else timeout_s
     # A server may repeat the secrets of the URL.
     shown, secrets = media.shown_url(url), secrets_of_url(url)
     source = _digest(media.without_user(url).encode())
@@ -151,7 +155,7 @@ async def furnish(
     try:
         try:
             data = await fetch(
-                url, file_root=file_root, ca_file=ca_file, timeout_s=timeout_s, follow_inward=follow_inward
+                url, file_root=file_root, ca_file=ca_file, timeout_s=limit_s, follow_inward=follow_inward
             )
             kind = media.detect(data)
         except (FetchFailed, NotUserData) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grp
 import os
-from dataclasses import dataclass
 
 import structlog
 
@@ -16,6 +15,7 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lacking
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import Ceph
 from kvmsupervisor.machine.provisioning import HostFiles
 
@@ -32,7 +32,7 @@ KVM_GROUP = "kvm"
 """The group that owns /dev/kvm in most distributions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Equipment:
     """What the host offers.
 

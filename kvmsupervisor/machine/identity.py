@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.adapters.process import Hidden
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.machine.system import Processes, QemuProcess
 
@@ -36,7 +36,7 @@ INCARNATION_MARK = "KVMSUPERVISOR_INCARNATION"
 FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Marks:
     """The environment variables that identify a QEMU process as one incarnation.
 

@@ -17,6 +17,7 @@ from kvmsupervisor.adapters.qmp import MonitorError, MonitorLost, MonitorRefused
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.run_state import PANICKED, RUNNING
 from kvmsupervisor.domain.secrecy import cleaned, secrets_in
+from kvmsupervisor.domain.timing import on_a_beat
 from kvmsupervisor.machine.system import Connect, QmpConnection
 
 ANSWER_S = 5.0
@@ -141,7 +142,7 @@ class Conversation:
         answer = await self.command("query-status")
         if answer is not None:
             self.run_state = str(answer["status"])
-            self.probe_at = self._clock.now() + PROBE_EVERY_S
+            self.probe_at = on_a_beat(self._clock.now() + PROBE_EVERY_S)
 
     async def command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run a QMP command; return None when QEMU refused it or did not answer, or the connection ended."""

@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
@@ -25,6 +24,7 @@ from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
@@ -62,7 +62,7 @@ class NotReady(Exception):
         self.retry_s = retry_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Prepared:
     """What `prepare` made for one start.
 
@@ -103,7 +103,7 @@ def _file_of_variables(state_dir: Path, instance: InstanceId) -> Path:
     return state_dir / instance / "nvram.fd"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class HostFiles:
     """Paths and choices of this host.
 
@@ -124,7 +124,7 @@ class HostFiles:
     media_inward: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Opened:
     """What was opened for one start.
 

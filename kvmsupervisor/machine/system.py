@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.adapters.qmp import Monitor
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
+from kvmsupervisor.domain.frozen import frozen
 
 
 class QemuProcess(Protocol):
@@ -131,7 +131,7 @@ class Network(Protocol):
         """Why an administrator denies taps on this bridge; None when nothing denies them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class System:
     """The ports to one host.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
@@ -16,6 +16,7 @@ from kvmsupervisor.adapters.process import pid_namespace
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.single import holder_of, name_of
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside
@@ -27,7 +28,7 @@ LET_GO_S = 10.0
 container waits. What is not released is a leftover, which the next container takes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Stand:
     """One container in single mode.
 

@@ -26,10 +26,11 @@ from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import SOCKET_PATH_LIMIT
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.argv import QMP_SPARE_SOCKET, host_problems
+from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Set
-from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
 
@@ -20,6 +19,7 @@ from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
 from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.failover import STEP_S, place
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage, take
 from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
@@ -66,7 +66,7 @@ class AllWishes(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class _Orphan:
     """An instance that this host may take."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
@@ -23,6 +23,7 @@ from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
@@ -47,7 +48,7 @@ WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Premises:
     """What is known of a host before its parts are made.
 
@@ -316,6 +317,8 @@ class Host:
     def _objection(self, record: Incarnation) -> str | None:
         """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
         standing, identity = self._premises.standing, self._premises.identity
+        if record.under == identity:
+            return None  # also when it has ended: nobody needs to look
         pid = standing.pid_of(record)
         under = identity if pid is None else standing.under(record, pid)
         if under == identity:

@@ -24,11 +24,6 @@ from kvmsupervisor.adapters import firmware
 from kvmsupervisor.adapters.log_buffer import LogBuffer
 from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.argv import (
-    AGENT_SOCKET,
-    CONSOLE_LOG,
-    CONSOLE_SOCKET,
-    QMP_SOCKET,
-    QMP_SPARE_SOCKET,
     Channels,
     HostSide,
     Identity,
@@ -38,6 +33,7 @@ from kvmsupervisor.domain.argv import (
 )
 from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import AGENT_SOCKET, CONSOLE_LOG, CONSOLE_SOCKET, QMP_SOCKET, QMP_SPARE_SOCKET
 from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
 from tests.support.ceph import POOL
 from tests.support.ceph import Ceph as Cluster

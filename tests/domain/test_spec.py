@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import (
     Disk,
     Firmware,
@@ -18,7 +19,6 @@ from kvmsupervisor.domain.spec import (
     spec_from_object,
     spec_to_object,
 )
-from kvmsupervisor.domain.wishes import WISH_KEYS
 from tests.support.spec import FULL
 
 

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.timing import (
+    BEAT_S,
     REMIND_EVERY_S,
     RESTART_CAP_S,
     RETRY_CAP_S,
     Reminder,
     Rival,
     SessionTimer,
+    on_a_beat,
     restart_delay,
     retry_delay,
 )
@@ -98,3 +100,12 @@ def test_a_lease_looked_at_just_after_each_renewal_is_alive_too() -> None:
 def test_a_key_rewritten_or_on_another_lease_is_a_sign_of_life() -> None:
     """Somebody must have done that."""
     assert observe((0, 7, 50, 14), (1, 7, 51, 13), (2, 8, 52, 12)).alive
+
+
+@given(st.floats(0, 1e9))
+def test_a_beat_is_sooner_and_not_by_much(instant: float) -> None:
+    """What is done on a beat is never late, and what is due within one beat falls together."""
+    beat = on_a_beat(instant)
+    assert instant - BEAT_S < beat <= instant
+    assert on_a_beat(beat) == beat
+    assert {on_a_beat(number * BEAT_S + BEAT_S / 2) for number in (7, 8)} == {7 * BEAT_S, 8 * BEAT_S}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import (
     Disk,
     HugePages,
@@ -28,7 +29,6 @@ from kvmsupervisor.domain.wishes import (
     SECRET_KEYS,
     UNKNOWN_KEYS_NAMED,
     VALUE_LIMIT,
-    WISH_KEYS,
     parse_wish,
 )
 from tests.support.spec import FULL

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import (
     Disk,
     Firmware,
@@ -35,7 +36,6 @@ from kvmsupervisor.domain.wishes import (
     SPICE_PASSWORD_LENGTH,
     UNKNOWN_KEYS_NAMED,
     VALUE_LIMIT,
-    WISH_KEYS,
     parse_wish,
 )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor.adapters.etcd import Denied, EtcdError, Unavailable
+from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import HostName
@@ -221,6 +221,21 @@ async def test_a_guest_waits_until_its_keys_are_quiet(host: Host) -> None:
     qemu = await host.runs()
     assert host.clock.now() >= changed + SETTLE_S
     assert "cpus=4" in qemu.argv
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["one transaction", "`host` last"])
+async def test_a_guest_whose_keys_are_complete_waits_for_nothing(host: Host, at_once: bool) -> None:
+    host.put(host="-")  # which is no host's name
+    host.begin()
+    await settle()
+    written = host.clock.now()
+    keys = {"ram": b"64", "cpus": b"2", "host": host.me.encode()}
+    ops = [Put(LAYOUT.wish_key(ONE, name), value) for name, value in keys.items()]
+    for some in [ops] if at_once else [[op] for op in ops]:
+        await host.etcd.txn([], some)
+    qemu = await host.runs()
+    assert "cpus=2" in qemu.argv
+    assert host.clock.now() < written + SETTLE_S
 
 
 async def test_what_may_be_written_to_is_told_of_the_machine_that_runs(host: Host) -> None:

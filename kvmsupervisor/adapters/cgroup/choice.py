@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
@@ -11,11 +11,12 @@ from kvmsupervisor.adapters.cgroup.homes import Homes, Impossible, Nowhere
 from kvmsupervisor.adapters.cgroup.place import Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import BUS, open_scopes
 from kvmsupervisor.adapters.cgroup.tree import open_tree
+from kvmsupervisor.domain.frozen import frozen
 
 Wanted = Literal["auto", "systemd", "cgroup", "none"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Chosen:
     """What was chosen.
 

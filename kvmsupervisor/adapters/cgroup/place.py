@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.adapters.cgroup.homes import PROC, cgroups_of
+from kvmsupervisor.domain.frozen import frozen
 
 CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))
 """What Docker and Podman leave in a container's root."""
@@ -16,7 +16,7 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"
 """The kernel's own, with a number that never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Place:
     """Where this process is.
 

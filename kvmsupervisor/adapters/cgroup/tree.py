@@ -15,11 +15,11 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from kvmsupervisor.adapters.cgroup.homes import PROC, Home, HomeFailed, Impossible, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import Place, unescaped
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits, cpu_weight
 
@@ -41,7 +41,7 @@ STALE_S = 60.0
 milliseconds; one that finds its home swept, because that clock jumped, ends and is started again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Hierarchy:
     """One hierarchy of the host.
 
@@ -122,7 +122,7 @@ def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
     return mounts
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TreeHome:
     """Folders that are made, and the files by which a process enters them."""
 

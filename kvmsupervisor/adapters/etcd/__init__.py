@@ -1,4 +1,9 @@
-"""The adapter for etcd v3: the only place that knows etcd3 and gRPC."""
+"""The adapter for etcd v3: the only place that knows etcd3 and gRPC.
+
+The client, and gRPC with it, is imported when its name is asked for: most who import this package want an error's name.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from kvmsupervisor.adapters.etcd.api import (
     Ahead,
@@ -26,8 +31,10 @@ from kvmsupervisor.adapters.etcd.api import (
     Unavailable,
     Watch,
 )
-from kvmsupervisor.adapters.etcd.client import Etcd
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
+
+if TYPE_CHECKING:
+    from kvmsupervisor.adapters.etcd.client import Etcd
 
 __all__ = [
     "Ahead",
@@ -57,3 +64,12 @@ __all__ = [
     "Unavailable",
     "Watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client (PEP 562)."""
+    if name == "Etcd":
+        from kvmsupervisor.adapters.etcd.client import Etcd  # noqa: PLC0415
+
+        return Etcd
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
+
+from kvmsupervisor.domain.frozen import frozen
 
 
 class EtcdError(Exception):
@@ -79,7 +80,7 @@ class KeyValue(NamedTuple):
     lease: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listing:
     """All keys below a prefix at one `revision`, in key order."""
 
@@ -87,7 +88,7 @@ class Listing:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reading:
     """Some keys as they were at one `revision`, in the order asked for; None for one that did not exist."""
 
@@ -95,7 +96,7 @@ class Reading:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Page:
     """Some of the keys below a prefix at one `revision`, in key order, each as the fields of a `KeyValue` in order.
 
@@ -106,7 +107,7 @@ class Page:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Event:
     """One change. For a deletion `kv.value` is empty and `kv.mod_revision` the revision of the deletion."""
 
@@ -114,7 +115,7 @@ class Event:
     deleted: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Batch:
     """Events in revision order, never half of a revision. `revision` is that of the last event."""
 
@@ -131,7 +132,7 @@ class Target(Enum):
     LEASE = "lease"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Compare:
     """True when the key's `target` equals `value`. An absent key has revision and lease 0, and no value."""
 
@@ -140,7 +141,7 @@ class Compare:
     value: int | bytes
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Put:
     """Write a key, attached to `lease` unless that is 0."""
 
@@ -149,7 +150,7 @@ class Put:
     lease: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Delete:
     """Delete one key, or with `prefix` every key that begins with it."""
 
@@ -157,7 +158,7 @@ class Delete:
     prefix: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Get:
     """Read one key, or with `prefix` every key that begins with it (for small prefixes: not paged)."""
 
@@ -168,7 +169,7 @@ class Get:
 Op = Put | Delete | Get
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TxnResult:
     """What a transaction did.
 

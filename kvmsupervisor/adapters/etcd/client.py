@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Any
@@ -40,6 +39,12 @@ _TURNS_TO_SEND = 3
 """How often the loop turns until a request has left: its task, gRPC's own, one more. etcd works on the next page then
 while this one is worked on here."""
 
+_PAGE = 10_000
+"""Keys of one page."""
+
+_AHEAD_S = 10.0
+"""How long a page that was asked for ahead is of use. Arbitrary: a start takes less, and its keys are news."""
+
 
 class Etcd:
     """An etcd v3 store, reached through any of its members.
@@ -52,6 +57,8 @@ class Etcd:
 
     def __init__(self, config: EtcdConfig) -> None:
         self._caller = Caller(config)
+        # What was asked for ahead, by its prefix, and until when it is of use.
+        self._ahead: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
     @property
     def up(self) -> bool:
@@ -105,7 +112,17 @@ class Etcd:
         if self.members > 1:
             self._caller.endpoints.leave(self._caller.endpoints.current)
 
-    async def list(self, prefix: str, *, page: int = 10_000) -> Listing:
+    def ask_ahead(self, prefix: str) -> asyncio.Task[Any]:
+        """Ask now for what `pages` of this prefix will read soon. Returns at once; the reader hears of a failure.
+
+        Returns:
+            What is done once etcd has answered, or has not.
+        """
+        first = asyncio.create_task(self._page(prefix, range_of(prefix, prefix=True), 0, _PAGE))
+        self._ahead[prefix] = (asyncio.get_running_loop().time() + _AHEAD_S, first)
+        return first
+
+    async def list(self, prefix: str, *, page: int = _PAGE) -> Listing:
         """Read all keys below `prefix` at one revision; the deadline is that of each page.
 
         Raises:
@@ -119,11 +136,11 @@ class Etcd:
                 revision = one.revision
         return Listing(kvs, revision)
 
-    async def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page, None]:
+    async def pages(self, prefix: str, *, page: int = _PAGE) -> AsyncGenerator[Page, None]:
         """Read all keys below `prefix` at one revision, a page at a time; see `list`."""
         bounds = range_of(prefix, prefix=True)
         revision = 0
-        coming: asyncio.Task[Any] | None = None
+        coming = await self._asked_ahead(prefix)
         try:
             while True:
                 reply = await (coming or self._page(prefix, bounds, revision, page))
@@ -138,8 +155,15 @@ class Etcd:
                     return
         finally:
             if coming is not None:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+                await _given_up(coming)
+
+    async def _asked_ahead(self, prefix: str) -> asyncio.Task[Any] | None:
+        """The first page, if it was asked for ahead and is no old news; once only."""
+        until, task = self._ahead.pop(prefix, (0.0, None))
+        if task is not None and asyncio.get_running_loop().time() > until:
+            await _given_up(task)
+            return None
+        return task
 
     async def _page(self, prefix: str, bounds: Mapping[str, Any], revision: int, page: int) -> Any:
         """One page, of fewer keys when so many do not fit into one reply."""
@@ -221,6 +245,8 @@ class Etcd:
         The id is chosen here, so that a request whose reply was lost can be repeated: at worst the lease
         exists already, since a moment after it was first asked for.
         """
+        import secrets  # noqa: PLC0415 - it brings hashing along, and few clients need a lease
+
         message = rpc.LeaseGrantRequest(TTL=ttl_s, ID=secrets.randbelow(2**63 - 1) + 1)
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
@@ -270,6 +296,8 @@ class Etcd:
 
     async def close(self) -> None:
         """Close every channel. Watches end; calls in flight raise `Unavailable`."""
+        while self._ahead:
+            await _given_up(self._ahead.popitem()[1][1])
         await self._caller.close()
 
     async def _range(self, what: str, message: Any, timeout_s: float | None) -> Any:
@@ -277,3 +305,9 @@ class Etcd:
             return await endpoint.kv.Range(message, metadata=metadata, timeout=timeout_s)
 
         return await self._caller.call(what, send, timeout_s=timeout_s, repeatable=True)
+
+
+async def _given_up(task: asyncio.Task[Any]) -> None:
+    """End a request whose reply is not wanted any more."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -10,10 +10,10 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.status import Phase, Status
 
@@ -70,7 +70,7 @@ SECURITY_POLICY = (
 """Allows this page's own style sheet, by its hash, and nothing else."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Content:
     """What the page shows.
 

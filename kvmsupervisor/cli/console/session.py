@@ -12,11 +12,11 @@ import re
 import select
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
 from kvmsupervisor.cli.console.terminal import raw_terminal, signals_as_exceptions, write_all
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
 
@@ -51,7 +51,7 @@ class Lacking(Exception):
     """A program has input for the guest and cannot send it. The message says why, and what would help."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Mode:
     """How to use the console.
 

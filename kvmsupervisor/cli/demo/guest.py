@@ -19,9 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+
+from kvmsupervisor.domain.frozen import frozen
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 """Depends on Debian's present kernel for virtual machines: small, boots in 3 s under TCG."""
@@ -61,7 +62,7 @@ class GuestError(Exception):
     """The guest cannot be built here; the message says what is missing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@frozen(kw_only=True)
 class Guest:
     """A guest that is ready to boot."""
 

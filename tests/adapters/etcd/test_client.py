@@ -294,3 +294,34 @@ def test_ipv6_endpoints_keep_their_brackets() -> None:
     """`http://[::1]:2379` reaches gRPC as `[::1]:2379`."""
     assert split_endpoint("http://[::1]:2379") == ("[::1]:2379", False)
     assert split_endpoint("https://etcd.example:2379/") == ("etcd.example:2379", True)
+
+
+async def test_a_page_that_was_asked_for_ahead_is_read_once(etcd_server: EtcdServer, etcd_prefix: str) -> None:
+    """It is of the moment at which it was asked for; the watch goes on from there. Other prefixes are not touched."""
+    async with client(etcd_server.endpoints) as etcd:
+        before = await etcd.put(f"{etcd_prefix}/a", b"1")
+        etcd.ask_ahead(f"{etcd_prefix}/")
+        await etcd._ahead[f"{etcd_prefix}/"][1]
+        after = await etcd.put(f"{etcd_prefix}/b", b"2")
+        assert len((await etcd.list(f"{etcd_prefix}/")).kvs) == 1
+        etcd.ask_ahead(f"{etcd_prefix}/a")
+        listing = await etcd.list(f"{etcd_prefix}/")
+        assert (before, after) == (listing.kvs[0].mod_revision, listing.kvs[1].mod_revision)
+
+
+async def test_a_page_that_nobody_reads_in_time_is_old_news(etcd_server: EtcdServer, etcd_prefix: str) -> None:
+    async with client(etcd_server.endpoints) as etcd:
+        etcd.ask_ahead(f"{etcd_prefix}/")
+        _, page = etcd._ahead[f"{etcd_prefix}/"]
+        await page
+        await etcd.put(f"{etcd_prefix}/a", b"1")
+        etcd._ahead[f"{etcd_prefix}/"] = (asyncio.get_running_loop().time() - 1, page)
+        assert len((await etcd.list(f"{etcd_prefix}/")).kvs) == 1
+
+
+async def test_a_failure_is_told_to_who_reads() -> None:
+    async with client(["http://127.0.0.1:1"]) as etcd:
+        etcd.ask_ahead("/a/")
+        with pytest.raises(Unavailable, match="nothing listens"):
+            await etcd.list("/a/")
+        etcd.ask_ahead("/b/")  # closed with the client

@@ -1,0 +1,37 @@
+"""Names that several rooms need before the rest of the domain: importing this module costs nothing."""
+
+from __future__ import annotations
+
+WISH_KEYS = (
+    "host",
+    "hosts",
+    "ram",
+    "mac",
+    "bridge",
+    "rbd",
+    "spice_port",
+    "spice_addr",
+    "spice_password",
+    "extra_flags",
+    "cloud-config",
+    "cpus",
+    "cpu",
+    "machine",
+    "firmware",
+    "hugepages",
+    "cpu_shares",
+    "memory_limit",
+    "priority",
+    "power",
+    "restart",
+    "restart_request",
+    "shutdown_timeout",
+)
+"""The names of all wishes but the numbered ones, in the order in which they are explained."""
+
+QMP_SOCKET = "qmp.sock"
+QMP_SPARE_SOCKET = "qmp-spare.sock"
+CONSOLE_SOCKET = "console.sock"
+CONSOLE_LOG = "console.log"
+AGENT_SOCKET = "agent.sock"
+"""Names in an instance's run directory. Settings make sure that the longest makes a valid socket address."""
