@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import click
 
-from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
+from kvmsupervisor.adapters.etcd.api import Put, Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.cluster.lock import compares
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.lock import Change, Lock, LockState, Storage
 
 
 @click.command("break-lock")
@@ -54,13 +55,14 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
 async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:
     """Write a broken lock in place of the one that was read, if its holder still has no session."""
     assert found.lock is not None
-    result = await store.txn(
-        [
-            Compare(layout.lock_key(found.id), Target.MOD_REVISION, found.lock.kv.mod_revision),
-            Compare(layout.session_key(HostName(broken.host)), Target.MOD_REVISION, 0),
-        ],
-        [Put(layout.lock_key(found.id), broken.to_json())],
+    compared = compares(
+        Change.BREAK,
+        layout=layout,
+        instance=found.id,
+        revision=found.lock.kv.mod_revision,
+        holder=broken.host,
     )
+    result = await store.txn(compared, [Put(layout.lock_key(found.id), broken.to_json())])
     return result.succeeded
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, assert_never
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
 from kvmsupervisor.domain.history import Era, is_older
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockView
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockView
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
 
@@ -24,6 +24,49 @@ class SwapFailed(Exception):
     """A compare failed: another writer was first, or our session or the wish changed. Look again, decide again."""
 
 
+def compares(
+    change: Change,
+    *,
+    layout: Layout,
+    instance: InstanceId,
+    revision: int,
+    session: Compare | None = None,
+    ground: Ground | None = None,
+    holder: HostName | None = None,
+) -> list[Compare]:
+    """What the transaction of a change compares, as the table says.
+
+    Args:
+        change: the row of the table.
+        layout: of the keys.
+        instance: whose lock it is.
+        revision: `mod_revision` of the lock as last seen, 0 when it was absent.
+        session: of the writer, where the row has it.
+        ground: the two keys that say where it runs, as last seen; None where they have no say.
+        holder: who must have no session, where the row has that.
+    """
+    found = []
+    for compared in change.value.compares:
+        match compared:
+            case Compared.LOCK:
+                found.append(Compare(layout.lock_key(instance), Target.MOD_REVISION, revision))
+            case Compared.SESSION:
+                assert session is not None
+                found.append(session)
+            case Compared.GROUND if ground is not None:
+                host_key, placement_key = layout.wish_key(instance, "host"), layout.placement_key(instance)
+                found.append(Compare(host_key, Target.MOD_REVISION, ground.host_revision))
+                found.append(Compare(placement_key, Target.MOD_REVISION, ground.placement_revision))
+            case Compared.GROUND:
+                pass
+            case Compared.HOLDER_GONE:
+                assert holder is not None
+                found.append(Compare(layout.session_key(holder), Target.MOD_REVISION, 0))
+            case _:
+                assert_never(compared)
+    return found
+
+
 class InstanceLock:
     """The lock of one instance, as last seen."""
 
@@ -31,9 +74,9 @@ class InstanceLock:
         self.view = LockView()
         self._store = store
         self._layout = layout
+        self._instance = instance
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
-        self._host_key = layout.wish_key(instance, "host")
         self._placement_key = layout.placement_key(instance)
         self._session = session
         self._era = 0
@@ -58,34 +101,30 @@ class InstanceLock:
 
     async def write(
         self,
+        change: Change,
         lock: Lock,
         ground: Ground | None,
         *,
         if_new: bool = False,
-        gone: HostName | None = None,
+        holder: HostName | None = None,
         status: Status | None = None,
     ) -> None:
-        """Take the lock, or write its next state on the way to `cont`.
-
-        Only if our session holds, and `host` and the placement are still as they were seen.
+        """Take the lock, or write its next state.
 
         Args:
+            change: the row of the table; what it says is compared.
             lock: what to write.
-            ground: those two keys as last seen; None when they do not matter.
+            ground: `host` and the placement as last seen; None when they do not matter.
             if_new: only if there is no status either: no host has ever had this instance.
-            gone: only if this host, the former holder, has no session; etcd compares that in the same step (law 4).
+            holder: the former holder, which must have no session; etcd compares that in the same step (law 4).
             status: what to write into the status key in the same step.
+
+        Raises:
+            SwapFailed, EtcdError: see `_swap`.
         """
-        compares = [self._session()]
-        if ground is not None:
-            compares.append(Compare(self._host_key, Target.MOD_REVISION, ground.host_revision))
-            compares.append(Compare(self._placement_key, Target.MOD_REVISION, ground.placement_revision))
-        if if_new:
-            compares.append(Compare(self._status_key, Target.MOD_REVISION, 0))
-        if gone is not None:
-            compares.append(Compare(self._layout.session_key(gone), Target.MOD_REVISION, 0))
+        more = [Compare(self._status_key, Target.MOD_REVISION, 0)] if if_new else []
         also = () if status is None else (Put(self._status_key, status.to_json()),)
-        await self._swap(lock.to_json(), compares, also)
+        await self._swap(change, lock, more, also, ground=ground, holder=holder)
 
     async def reassert(self, lock: Lock, era: Era) -> Status | None:
         """Write our own lock again where it is missing or older, if our session holds and no other host had it since.
@@ -107,7 +146,7 @@ class InstanceLock:
         if status is not None and status.epoch > lock.epoch and not strange:
             return status
         # If another host had the lock since that read, it has fenced our QEMU: this write comes late, and does no harm.
-        await self._swap(lock.to_json(), [self._session()])
+        await self._swap(Change.REASSERT, lock)
         return None
 
     async def release(self, status: Status | None, *, stale_placement: int = 0) -> int:
@@ -121,11 +160,11 @@ class InstanceLock:
             stale_placement: `mod_revision` of the placement that has ended, 0 when there is none.
         """
         last: list[Op] = [Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())]
-        compares = []
+        more = []
         if stale_placement:
-            compares.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
+            more.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
             last.append(Delete(self._placement_key))
-        await self._swap(None, compares, last)
+        await self._swap(Change.RELEASE, None, more, last)
         return self.view.as_of
 
     async def tidy(self, stale_placement: int) -> None:
@@ -142,20 +181,40 @@ class InstanceLock:
 
     async def drop(self) -> None:
         """Delete our lock where there is no status. The process is proven gone."""
-        await self._swap(None, [])
+        await self._swap(Change.RELEASE, None)
 
-    async def _swap(self, data: bytes | None, compares: Sequence[Compare], also: Sequence[Op] = ()) -> None:
-        """Replace the lock as last seen by `data` (None: delete it).
+    async def _swap(
+        self,
+        change: Change,
+        lock: Lock | None,
+        more: Sequence[Compare] = (),
+        also: Sequence[Op] = (),
+        *,
+        ground: Ground | None = None,
+        holder: HostName | None = None,
+    ) -> None:
+        """Replace the lock as last seen by `lock` (None: delete it), under the compares of `change`, and `more`.
 
         Raises:
-            SwapFailed: a compare failed; `view` is fresh.
+            SwapFailed: a compare failed, or `change` does not lead from the lock as last seen to `lock`.
             EtcdError: the outcome is unknown until the next watch event.
         """
-        expected = Compare(self._key, Target.MOD_REVISION, self.view.mod_revision)
-        change: Op = Delete(self._key) if data is None else Put(self._key, data)
+        if not change.allows(self.view.lock, lock):
+            raise SwapFailed("the lock changed meanwhile")
+        data = None if lock is None else lock.to_json()
+        compared = compares(
+            change,
+            layout=self._layout,
+            instance=self._instance,
+            revision=self.view.mod_revision,
+            session=self._session(),
+            ground=ground,
+            holder=holder,
+        )
+        write: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
         try:
-            result = await self._txn([expected, *compares], [change, *also], [Get(self._key)])
+            result = await self._txn([*compared, *more], [write, *also], [Get(self._key)])
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:

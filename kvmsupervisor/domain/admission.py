@@ -1,7 +1,7 @@
-"""Admission: who may start a QEMU on this host now. So many may be starting at once, and their memory must fit.
+"""Admission: which instance may start its QEMU on this host now. Slots limit the starts at one time; memory must fit.
 
 Memory is counted by what is promised to the guests, not by what they have touched so far: a host that runs out of it
-has its OOM killer end some guest, and no one could say which.
+lets its OOM killer end some guest, and which one cannot be foreseen.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ serves disks and a display under load (some hundred); the reserve makes up for t
 
 @frozen(kw_only=True)
 class _Waiting:
-    """Somebody in the line."""
+    """One instance in the line."""
 
     need_mib: int
     priority: int
@@ -28,10 +28,10 @@ class _Waiting:
 class Admission:
     """`width` slots for starting, `memory_mib` for all guests together, and a line.
 
-    The line is served by priority, then first come, first served. Who waits for memory is passed over by those behind
-    it whose memory fits.
+    The line is served by priority, then first come, first served. An instance that waits for memory lets
+    those behind it pass whose memory fits.
 
-    Invariant: nobody whose memory fits stands in the line while a slot is free.
+    Invariant: while a slot is free, no instance in the line has memory that fits.
 
     Args:
         width: how many QEMUs may be starting at one time.
@@ -52,7 +52,7 @@ class Admission:
         return False if instance in self._line else None
 
     def shortage(self, instance: InstanceId) -> str | None:
-        """What the memory of one in the line does not fit into, for people; None when it waits for a slot only."""
+        """Why the memory of an instance in the line does not fit, for people; None when it waits for a slot only."""
         waiting = self._line.get(instance)
         if waiting is None or self._fits(instance, waiting.need_mib):
             return None
@@ -79,7 +79,7 @@ class Admission:
             self._line[instance] = _Waiting(need_mib=need_mib, priority=priority, notify=notify)
 
     def release(self, instance: InstanceId) -> None:
-        """Give the slot, or the place in the line, away. Memory that was promised stays so."""
+        """Give the slot, or the place in the line, away. Promised memory stays promised."""
         self._line.pop(instance, None)
         if instance in self._holders:
             self._holders.remove(instance)
@@ -91,7 +91,7 @@ class Admission:
         self._serve()
 
     def take_back(self, instance: InstanceId) -> None:
-        """Its QEMU is gone and shall not come back: others may have its memory."""
+        """Free the memory: the QEMU is gone and will not come back."""
         if self._promised.pop(instance, None) is not None:
             self._serve()
 
@@ -114,6 +114,6 @@ class Admission:
                 del self._line[name]
                 self._grant(name, waiting.need_mib)
                 waiting.notify()
-                # It may need less than was promised to it before: there may be room for one that was passed over.
+                # It may need less than it was promised before, so one that was passed over may fit now.
                 self._serve()
                 return

@@ -1,4 +1,4 @@
-"""What a guest says of itself through its agent, made safe: it is told by a stranger, and shown to people.
+"""What a guest says of itself through its agent, made safe: the guest is a stranger, and people read it.
 
 Source: the QEMU Guest Agent Protocol Reference (qemu.org, docs/interop/qemu-ga-ref): `guest-info`, `guest-get-osinfo`,
 `guest-get-host-name`, `guest-network-get-interfaces`.
@@ -15,7 +15,7 @@ TEXT_LIMIT = 128
 """Characters kept of each text. Arbitrary: Debian's pretty name has 33, a host's name has at most 64 on Linux."""
 
 ADDRESS_LIMIT = 32
-"""Addresses kept. Arbitrary: a machine with more (a router, a container host) is not told apart by them."""
+"""Addresses kept. Arbitrary: a machine with more (a router, a container host) is not recognised by its addresses."""
 
 LOOKED_AT_LIMIT = 256
 """Interfaces, and addresses of each, that are looked at all. Arbitrary, above what machines have."""
@@ -40,9 +40,9 @@ class GuestFacts:
 
     Attributes:
         addresses: without loopback and link-local ones, unless there are no others; in the guest's order.
-        os: the system's name for people, None when it is not told.
-        hostname: the guest's own, None when it is not told.
-        version: of the agent, None when it is not told.
+        os: the system's name for people, None when the guest does not say.
+        hostname: the guest's own, None when the guest does not say.
+        version: of the agent, None when the guest does not say.
     """
 
     addresses: tuple[GuestAddress, ...] = ()
@@ -66,10 +66,10 @@ def _member(found: object, name: str) -> object:
 
 
 def _text(found: object) -> str | None:
-    """A text in one line of bounded length; None for what is none, or empty."""
+    """A text as one line of bounded length; None when it is empty, or no text."""
     if not isinstance(found, str):
         return None
-    # Cut first: nobody shall make us look at a quarter of a megabyte. Direction marks and lone surrogates are not
+    # Cut first: a guest could send a quarter of a megabyte. Direction marks and lone surrogates are not
     # printable either.
     kept = "".join(char for char in found[: 4 * TEXT_LIMIT] if char.isprintable()).strip()
     return kept[:TEXT_LIMIT].rstrip() or None
@@ -80,7 +80,7 @@ def _items(found: object) -> list[object]:
 
 
 def _addresses(interfaces: object) -> tuple[GuestAddress, ...]:
-    """The addresses to show: the best kind that there is."""
+    """The addresses to show: those of the best kind."""
     kinds: tuple[list[GuestAddress], ...] = ([], [], [])
     for name, address in _all_addresses(interfaces):
         kind = kinds[2 if address.is_loopback else 1 if address.is_link_local else 0]
@@ -99,7 +99,7 @@ def _all_addresses(interfaces: object) -> Iterator[tuple[str, IPv4Address | IPv6
             if not isinstance(text, str):
                 continue
             try:
-                # Without the scope that a link-local one may come with (`fe80::1%eth0`): the interface is named.
+                # Without the scope of a link-local address (`fe80::1%eth0`): the interface is named already.
                 address = ip_address(text.partition("%")[0])
             except ValueError:
                 continue

@@ -1,4 +1,4 @@
-"""The command line of QEMU, made of a machine's wishes, the host's choices and what was made ready for it (DESIGN §5).
+"""QEMU's command line, made of the wish, the host's choices and what was made ready (DESIGN §5).
 
 The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x86_64(1).
 """
@@ -21,13 +21,13 @@ from kvmsupervisor.domain.spec import Firmware, Problem, Spec
 from kvmsupervisor.domain.words import escaped, json_option
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
-"""Drawn once. It must never change: guests, and licences in them, know the machine by its uuid."""
+"""Drawn once. It must never change: guests, and licences in them, identify the machine by its uuid."""
 
 AGENT_PORT = "agent0"
 """Name of the guest agent's channel, both of the device (in QMP events) and of its chardev (in `query-chardev`)."""
 
 LOG_SET = 97469746
-"""Number of the set of open files that holds the console's log. Arbitrary: one that nobody takes in `extra_flags`."""
+"""Number of the set of open files that holds the console's log. Arbitrary: unlikely in `extra_flags`."""
 
 _LOG_SET = f"set={LOG_SET}"
 
@@ -41,7 +41,7 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 
 @frozen(kw_only=True)
 class Identity:
-    """Who the machine is.
+    """The identity of a machine.
 
     Attributes:
         instance: its id.
@@ -60,8 +60,8 @@ class HostSide:
         qemu: QEMU's program, a name or a path.
         accel: the accelerator to use.
         sandbox: whether QEMU is confined by seccomp.
-        bridge_if: bridge of NICs whose `bridge` is not given, or None.
-        spice_addr: address on which SPICE servers listen whose `spice_addr` is not given.
+        bridge_if: bridge of NICs without `bridge`, or None.
+        spice_addr: where SPICE servers without `spice_addr` listen.
         flags: which options `extra_flags` may hold.
         ovmf: the firmware of `firmware=uefi`, None when the host has none.
         ceph: how QEMU reaches Ceph.
@@ -86,7 +86,7 @@ class Channels:
         spare: QMP for its successor and for people.
         console: of the serial console.
         agent: of the guest agent.
-        console_log: not a socket: what QEMU logs the console into, open for writing only.
+        console_log: no socket: the log of the console, open for writing only.
     """
 
     qmp: int
@@ -103,7 +103,7 @@ class Provision:
     Attributes:
         run_dir: the instance's own run directory, an absolute path without a slash at its end.
         channels: sockets that listen already, so that connecting needs no waiting for QEMU.
-        machine: the versioned machine type that the wish's stands for; None to leave that to QEMU.
+        machine: the versioned machine type for the wish's `machine`; None: QEMU chooses.
         taps: of the NICs, in their order.
         media: paths of the read-only media for the guest's first boot.
         ignition: path of the Ignition configuration.
@@ -137,12 +137,12 @@ def logs_into_memory(argv: Sequence[str]) -> bool:
 
 
 def instance_uuid(prefix: str, instance: InstanceId) -> UUID:
-    """The machine's uuid: the same for the same prefix and id, on every host, for ever."""
+    """The machine's uuid. Prefix and id determine it, on every host."""
     return uuid5(UUID_NAMESPACE, f"{prefix}/{instance}")
 
 
 def host_problems(spec: Spec, host: HostSide) -> tuple[Problem, ...]:
-    """What this host lacks for a sound wish, or does not allow it. Empty ⇔ `build_argv` can be called."""
+    """What this host lacks for a sound wish, or forbids. Empty ⇔ `build_argv` can be called."""
     return tuple(_host_problems(spec, host))
 
 
@@ -160,8 +160,8 @@ def _host_problems(spec: Spec, host: HostSide) -> Iterator[Problem]:
 def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Provision) -> tuple[str, ...]:
     """The whole command line, the program first.
 
-    QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. The host has no problem with the wish
-    (`host_problems`), and what it needs was made ready: as many taps as it has NICs, and so on.
+    QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. Precondition: `host_problems` is empty,
+    and everything was made ready, such as one tap for each NIC.
     """
     ceph = replace(host.ceph, key_file=provision.ceph_key)
     return (
@@ -172,7 +172,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *("-uuid", str(identity.uuid)),
         *(hardware.ceph_key(ceph) if spec.all_disks else ()),
         *_machine(spec, host, ceph, provision),
-        # A CPU's features are separated by commas, so these are not doubled.
+        # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
         *("-m", f"size={spec.ram_mib}M"),
         *("-smp", f"cpus={spec.cpus}"),
@@ -190,7 +190,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
 
 
 def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> Iterator[str]:
-    """The machine type, with what hangs on it: memory of huge pages, and flash memory that holds the firmware."""
+    """The machine type with its parts: memory of huge pages, and flash memory with the firmware."""
     options = [escaped(provision.machine or spec.machine), f"accel={host.accel}"]
     if spec.hugepages is not None:
         options.append("memory-backend=ram0")
@@ -213,7 +213,7 @@ def _monitors(provision: Provision) -> Iterator[str]:
 def _channels(provision: Provision) -> Iterator[str]:
     """The serial console, which is also logged, and the channel of the guest agent.
 
-    A log is opened by name, so it gets one that stands for an open file. Not to append would mean to truncate it.
+    QEMU opens a log by name, so it gets a name that stands for an open file. Without append, QEMU would truncate it.
     """
     name = f"{escaped(provision.run_dir)}/{CONSOLE_LOG}"
     yield from ("-add-fd", f"fd={provision.channels.console_log},{_LOG_SET},opaque={name}")

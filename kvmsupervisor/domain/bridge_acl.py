@@ -2,10 +2,10 @@
 
 Source: `parse_acl_file` and `main` in QEMU's qemu-bridge-helper.c, which is the only description of the file. A line
 is `allow NAME`, `deny NAME`, `include FILE`, a comment that begins with `#`, or blank; `all` stands for every bridge.
-The order does not matter: a bridge is refused that no line allows, and one that any line denies.
+The order does not matter: the helper refuses a bridge that no line allows, or that any line denies.
 
-A line of ours has a comment right above it that names who wrote it and for which bridge. So it is told from those of
-people, and from those of another supervisor that has the same file, by nothing but what stands there.
+A comment right above a line of ours names the writer and the bridge. It alone tells the line from those of people, and
+from those of another supervisor with the same file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME_LIMIT = 15
 """Bytes of a name that the helper looks at (IFNAMSIZ without its NUL)."""
 
 OWNER_LIMIT = 1000
-"""Bytes of an owner's name. The helper reads 4095 bytes of a line at once, and takes what follows for another line."""
+"""Bytes of an owner's name. The helper reads 4095 bytes of a line at once; it takes the rest for another line."""
 
 _ALL = b"all"
 _LINE = re.compile(rb"[^\n]*\n|[^\n]+\Z")
@@ -50,7 +50,7 @@ class Rule:
         return self.bridge in {_ALL, _bytes(bridge)}
 
     def is_of_another(self, owner: str | None) -> bool:
-        """Whether it is a supervisor's own, and not `owner`'s: it may go at any time."""
+        """Whether another supervisor than `owner` wrote it: such a line may go at any time."""
         words = self.above.split(b" ")
         is_own = len(words) == _MARK_WORDS and self.above == _mark(words[2], self.bridge)
         return is_own and (owner is None or self.above != _mark(_bytes(owner), self.bridge))
@@ -76,8 +76,8 @@ def read_acl(path: str, read: Callable[[str], bytes | None]) -> Acl:
 
     Args:
         path: of the file.
-        read: returns a file's content, None where it cannot be read. The helper passes over a file that is included
-            and cannot be read, so this does too.
+        read: returns a file's content, None where it cannot be read. The helper skips an included file
+            that it cannot read, and so does this.
 
     Raises:
         BrokenAcl: a line of the file itself (an included file only ends early there).
@@ -92,7 +92,7 @@ def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...
         if not text or text.startswith(b"#"):
             continue
         place = f"{path} line {number}: {text.decode(errors='replace')}"
-        # A blank ends the word if there is any in the line; only otherwise a tab does.
+        # A blank ends the word. Only in a line without blanks a tab does.
         word, separator, rest = text.partition(b" " if b" " in text else b"\t")
         name = rest.strip()
         if separator and word in {b"allow", b"deny"}:
@@ -100,7 +100,7 @@ def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...
             yield Rule(allow=word == b"allow", bridge=name[:NAME_LIMIT], place=place, above=before)
         elif separator and word == b"include":
             file = name.decode(errors="surrogateescape")
-            # The helper would follow a circle until it dies; there is nothing new in it.
+            # The helper would follow a circle until it dies; a circle adds no rule.
             if file not in above:
                 try:
                     yield from _rules(file, read, (*above, file))
@@ -111,7 +111,7 @@ def _rules(path: str, read: Callable[[str], bytes | None], above: tuple[str, ...
 
 
 def can_be_named(bridge: str) -> bool:
-    """Whether a line can allow this bridge and no other: not one that is called `all`, nor one with white space."""
+    """Whether a line can allow this bridge and no other. Impossible for the name `all`, and with white space."""
     name = _bytes(bridge)
     return 0 < len(name) <= NAME_LIMIT and name != _ALL and not bridge.startswith("#") and name.split() == [name]
 
@@ -119,8 +119,8 @@ def can_be_named(bridge: str) -> bool:
 def missing(acl: Acl, bridges: Iterable[str], owner: str | None = None) -> tuple[str, ...]:
     """Those bridges for which an `allow` line is to be added, each once.
 
-    Not those that are allowed already, nor those that are denied: such a line would change nothing, and only look as
-    if it did. What another supervisor has written for itself is nothing to rely on.
+    Allowed bridges need no line; for a denied one a line would look as if it helped. A line that another supervisor
+    wrote for itself does not count.
     """
     wanted = dict.fromkeys(bridge for bridge in bridges if can_be_named(bridge))
     return tuple(
@@ -132,22 +132,22 @@ def missing(acl: Acl, bridges: Iterable[str], owner: str | None = None) -> tuple
 
 
 def with_lines(content: bytes, bridges: Iterable[str], owner: str | None = None) -> bytes:
-    """`content` as it is, with an `allow` line for each bridge behind it.
+    """`content`, followed by an `allow` line for each bridge.
 
     Args:
         content: of the file.
         bridges: to be allowed.
-        owner: who takes the lines away again; None: they stay, as those of people do.
+        owner: the supervisor that takes the lines away later; None: they stay, like those of people.
     """
     lines = b"".join(_own(owner, bridge) if owner is not None else _line(bridge) for bridge in bridges)
-    # A last line without an end would otherwise swallow the first of ours.
+    # Otherwise our first line would continue a last line that has no end.
     return content + (b"\n" if lines and content and not content.endswith(b"\n") else b"") + lines
 
 
 def without_lines(content: bytes, wanted: Container[str], owner: str) -> tuple[bytes, tuple[str, ...]]:
-    """`content` without those lines of the owner's that allow other bridges than those wanted; and these bridges.
+    """Drop the owner's lines for bridges that are not wanted; return the content, and these bridges.
 
-    Everything else stays byte for byte, also a line of the owner's that a person has changed or moved.
+    Everything else stays byte for byte, also a line of the owner's that a person changed or moved.
     """
     lines = _LINE.findall(content)
     kept: list[bytes] = []
@@ -171,7 +171,7 @@ _MARK_WORDS = 5
 
 
 def _mark(owner: bytes, bridge: bytes) -> bytes:
-    # White space in it would make the line another one than it is taken for.
+    # White space in it would change what the line means.
     return b"# kvmsupervisor " + b"".join(owner.split())[:OWNER_LIMIT] + b" wants " + bridge + b":"
 
 
@@ -184,7 +184,7 @@ def _own(owner: str, bridge: str) -> bytes:
 
 
 def _named(line: bytes) -> str | None:
-    """The bridge that a mark names, whoever has written it; None where the line is no mark."""
+    """The bridge that a mark names, of any writer; None where the line is no mark."""
     words = line.removesuffix(b"\n").split(b" ")
     is_mark = len(words) == _MARK_WORDS and line.startswith(_mark(words[2], words[-1].removesuffix(b":")))
     return words[-1].removesuffix(b":").decode(errors="surrogateescape") if is_mark else None

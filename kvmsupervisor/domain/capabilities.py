@@ -1,10 +1,10 @@
-"""Which of root's capabilities a supervisor cannot do without, and what for.
+"""Which of root's capabilities a supervisor needs, and why.
 
-Root in a container has what its starter gives it, and a call that needs more fails in the middle of something else: a
-QEMU that cannot be recognised looks like one that is gone. So what is missing is named before anything is begun.
+Root in a container has the capabilities that its starter gives. A call that needs more fails in the middle of something
+else: a QEMU that cannot be recognised looks like one that is gone. So missing ones are named before anything begins.
 
-Sources: capabilities(7); include/uapi/linux/capability.h for the numbers. What needs which was found by leaving out one
-after the other: docs/container.md has what happened, tests/container/test_least.py holds it.
+Sources: capabilities(7); include/uapi/linux/capability.h for the numbers. The needs were found by leaving out one
+after the other: docs/container.md has the results, tests/container/test_least.py holds them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Capability:
 
     Attributes:
         number: its bit.
-        name: as `docker run --cap-add` has it; the kernel's begins with `CAP_`.
-        why: what cannot be done without it.
+        name: as in `docker run --cap-add`; the kernel's begins with `CAP_`.
+        why: what needs it.
     """
 
     number: int
@@ -40,16 +40,16 @@ TO_BE_ANOTHER = (
     Capability(number=8, name="SETPCAP", why="QEMU's bounding set is emptied, so that it never gets any of these"),
     Capability(number=19, name="SYS_PTRACE", why="a QEMU that runs already is recognised by its environment"),
 )
-"""What root needs whose QEMU runs as somebody else, from the first start to the adoption by the next supervisor."""
+"""What root needs when QEMU runs as another user, from the first start to the adoption by the next supervisor."""
 
 
 def lacking(effective: int, wanted: Iterable[Capability]) -> tuple[Capability, ...]:
-    """Those of `wanted` that are not in the set `effective`, as /proc/<pid>/status has it."""
+    """Those of `wanted` that are not in the set `effective` (a number, as in /proc/<pid>/status)."""
     return tuple(one for one in wanted if not effective >> one.number & 1)
 
 
 def what_is_lacking(missing: Iterable[Capability]) -> str:
-    """For people: each with its reason, and what gives them to a container."""
+    """For people: each capability with its reason, and how to give them to a container."""
     missing = tuple(missing)
     named = "; ".join(f"CAP_{one.name} ({one.why})" for one in missing)
     return f"{named}. Run the container with {' '.join(f'--cap-add={one.name}' for one in missing)}"

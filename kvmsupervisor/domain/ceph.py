@@ -1,7 +1,7 @@
-"""What Ceph's tools print, read: images, who has them open, who is shut out, and what went wrong.
+"""Parsers for the output of Ceph's tools: images, their users, the blocklist, and errors.
 
-Sources: rbd(8) and ceph(8) of Ceph 16 to 18 with `--format json`. All that comes from a tool may be anything: what
-is not understood raises `Unfit`, and nothing half-read is ever decided upon.
+Sources: rbd(8) and ceph(8) of Ceph 16 to 18 with `--format json`. A tool may print anything: what
+is not understood raises `Unfit`, so no decision is based on a part of it.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class ImageInfo:
 
     @property
     def has_exclusive_lock(self) -> bool:
-        """Whether a client that was frozen leaves a trace in it (law 5)."""
+        """Whether a frozen client leaves a trace in it (law 5)."""
         return EXCLUSIVE_LOCK in self.features
 
 
 def leaves_no_trace(name: str) -> str:
-    """Law 5: what is said of an image without `exclusive-lock`."""
+    """Law 5: the message about an image without `exclusive-lock`."""
     return (
         f"the image {name} lacks the feature exclusive-lock, without which a frozen client leaves no trace: "
         f"`rbd feature enable {name} exclusive-lock`, or KVM_ALLOW_UNFENCED=1 on this host"
@@ -57,7 +57,7 @@ def leaves_no_trace(name: str) -> str:
 
 
 class Trouble(Enum):
-    """Why a tool failed, told apart by what helps."""
+    """Why a tool failed; each kind needs another remedy."""
 
     AWAY = "the cluster does not answer"
     REFUSED = "the cluster refuses this client, or the client's settings are incomplete"
@@ -73,14 +73,14 @@ class Trouble(Enum):
 
 
 def client_address(text: str) -> Client:
-    """The address of one client, in the one form in which they are compared and given to `osd blocklist add`.
+    """The address of one client, in the form in which addresses are compared and given to `osd blocklist add`.
 
-    `v1:`, `v2:` and `any:` in front say by which protocol it came; the blocklist does not distinguish them, and the
-    tool of Ceph 16 does not understand all three.
+    A `v1:`, `v2:` or `any:` in front names the protocol; it is dropped, because the blocklist does not distinguish
+    them, and the tool of Ceph 16 does not understand all three.
 
     Raises:
-        Unfit: it is none, or it would name a whole host: without a nonce, or with port and nonce 0, which stand for
-            all clients and daemons of that address.
+        Unfit: it is no such address, or it names a whole host: without a nonce, or with nonce 0, which stands for all
+            clients and daemons of that address.
     """
     found = _CLIENT.fullmatch(_TYPED.sub("", text, count=1))
     if found is None:
@@ -90,7 +90,7 @@ def client_address(text: str) -> Client:
         address = ipaddress.ip_address(six or four)
     except ValueError as error:
         raise Unfit(f"{show(text)} begins with no IP address ({error})") from error
-    # `int` drops leading zeros, which Ceph would not print either.
+    # `int` drops leading zeros, as Ceph does.
     if int(port) > 65535 or int(nonce) >= 1 << 32:
         raise Unfit(f"{show(text)} has a port above 65535, or a nonce of more than 32 bits")
     if int(nonce) == 0:
@@ -115,7 +115,7 @@ def parse_info(data: bytes) -> ImageInfo:
 
 
 def parse_watchers(data: bytes) -> frozenset[Client]:
-    """Read `rbd status --format json`: who has the image open for writing."""
+    """Read `rbd status --format json`: the clients that have the image open for writing."""
     watchers = _object(_one(data)).get("watchers")
     if not isinstance(watchers, list):
         raise Unfit("it has no list of watchers")
@@ -123,15 +123,15 @@ def parse_watchers(data: bytes) -> frozenset[Client]:
 
 
 def parse_lock_owners(data: bytes) -> frozenset[Client]:
-    """Read `rbd lock ls --format json`: who holds the image's exclusive lock, or held it and did not let go."""
+    """Read `rbd lock ls --format json`: the clients that hold the image's exclusive lock, or did not release it."""
     return frozenset(_addresses(_list(_one(data)), "address"))
 
 
 def parse_blocklist(data: bytes) -> Mapping[Client, datetime]:
-    """Read `ceph osd blocklist ls --format json`: who is shut out, and until when by the monitors' clock.
+    """Read `ceph osd blocklist ls --format json`: each fenced client, and until when by the monitors' clock.
 
-    Two lists are printed since Ceph 16.2, the second one of address ranges. Entries for whole hosts are somebody
-    else's: they are left out, like the ranges, because they prove nothing of one client.
+    Since Ceph 16.2 there are two lists, the second one of address ranges. Ranges and entries for whole hosts are not
+    ours, and prove nothing of one client: they are left out.
     """
     first = next(_documents(data), None)
     if first is None:
@@ -153,7 +153,7 @@ _ADDED = re.compile(r"^blocklisting \S+ until (\S+)", re.MULTILINE)
 
 
 def parse_added(stderr: str) -> datetime:
-    """Read what `ceph osd blocklist add` says: until when the entry would last if it is a new one."""
+    """Read the words of `ceph osd blocklist add`: until when a new entry lasts."""
     found = _ADDED.search(stderr)
     if found is None:
         raise Unfit(f"{show(stderr)} does not say until when")
@@ -164,7 +164,7 @@ def parse_keyring(text: str, entity: str) -> str:
     """The key of `entity` (`client.NAME`) in a keyring file, base64 as it stands there.
 
     Raises:
-        Unfit: it is not there, or no key. The message does not repeat what is.
+        Unfit: it is missing, or no key. The message does not repeat it.
     """
     section, key = None, None
     for line in text.splitlines():
@@ -187,7 +187,7 @@ def parse_keyring(text: str, entity: str) -> str:
 
 
 def keyring_paths(text: str) -> tuple[str, ...]:
-    """Read `ceph-conf --show-config-value keyring`: the files that a client looks at, in order."""
+    """Read `ceph-conf --show-config-value keyring`: the files that a client reads, in order."""
     return tuple(path for path in re.split(r"[,;\s]+", text) if path)
 
 
@@ -197,11 +197,11 @@ _UNKNOWN_CLIENT = "its key is wrong, or the cluster has no such client"
 _ABSENT = "its keyring is not there, or no ceph.conf names the monitors"
 
 _WORDS: tuple[tuple[str, Trouble, str], ...] = (
-    # These come from a cluster that let the client in; what they name may hold any words, so they are looked for first.
+    # These come from a cluster that let the client in; the names in them may hold any words, so they are matched first.
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
     ("delete error", Trouble.NO_IMAGE, "there is no such image"),
-    # The cause before what follows from it. Who was turned away had a key, whatever places were looked at in vain.
+    # The cause before its consequences. A client that was refused had a key, wherever else the tool looked for one.
     ("allowed_methods", Trouble.REFUSED, _UNKNOWN_CLIENT),
     ("rados permission denied", Trouble.REFUSED, _UNKNOWN_CLIENT),
     ("find a keyring", Trouble.REFUSED, "its keyring is not there, or not to be read"),
@@ -213,7 +213,7 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     ("access denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("permission denied", Trouble.REFUSED, "its capabilities do not allow it"),
     ("not permitted", Trouble.REFUSED, "its capabilities do not allow it"),
-    # Without what it logs, which a tool that ends at once may take with it.
+    # For a tool that ended before its log was written.
     ("object not found (error connecting", Trouble.REFUSED, _ABSENT),
 )
 _STATUS = {1: Trouble.REFUSED, 13: Trouble.REFUSED, 16: Trouble.BUSY, 17: Trouble.EXISTS}
@@ -228,10 +228,10 @@ _STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\S+ \S+ +-?\d+ ")
 
 
 def trouble(status: int, stderr: str) -> tuple[Trouble, str]:
-    """What the exit status of a tool and its words mean: the kind, and the cause in plain words if it is known.
+    """The meaning of a tool's exit status and words: the kind, and the cause in plain words if it is known.
 
-    `rbd` exits with the errno of what failed, and names the step; `ceph` does so for answers of the monitors, and exits
-    with 1 for what fails before. "No such file" alone may be an image or a keyring.
+    `rbd` exits with the errno of the failed step, and names the step. `ceph` does so for answers of the monitors, and
+    exits with 1 for an earlier failure. "No such file" alone may be an image or a keyring.
     """
     if status in _AWAY_STATUS:
         return Trouble.AWAY, "the cluster is away, or has no quorum"
@@ -247,7 +247,7 @@ def trouble(status: int, stderr: str) -> tuple[Trouble, str]:
 
 
 def last_words(stderr: str) -> str:
-    """The line of a tool's complaints that is for people: the last one, without time and thread."""
+    """The line of a tool's complaints for people: the last one, without time and thread."""
     lines = [_STAMP.sub("", line).strip() for line in stderr.splitlines()]
     # `ceph` explains after "Error", `rbd` begins its own line with its name.
     told = [line for line in lines if line.startswith(("rbd: ", "Error ", "[errno"))]

@@ -1,6 +1,6 @@
-"""What QEMU counts of its guest: bytes of each disk, and the memory that the guest's balloon driver tells of.
+"""What QEMU counts of its guest: bytes of each disk, and the memory that the guest's balloon driver reports.
 
-Read from answers of QMP, whose parts come from the guest: nothing in them is believed to be of its type.
+Parts of these QMP answers come from the guest, so the type of every part is checked.
 
 Sources: `query-blockstats` and the property `guest-stats` of the balloon device
 (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html, docs/interop/virtio-balloon-stats.rst).
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from kvmsupervisor.domain.frozen import frozen
 
 UNKNOWN = 2**64 - 1
-"""What the balloon says of a figure that its driver has not told."""
+"""The balloon's value for a figure that its driver did not report."""
 
 BALLOON = "/machine/peripheral/balloon0"
 
@@ -44,7 +44,7 @@ class GuestCounts:
 
     Attributes:
         disks: each of them.
-        memory: bytes by kind (`MEMORY_KINDS`), empty while no balloon driver tells.
+        memory: bytes by kind (`MEMORY_KINDS`), empty while no balloon driver reports.
     """
 
     disks: tuple[DiskCounts, ...] = ()

@@ -1,4 +1,4 @@
-"""Why a QEMU process ended: told from QMP's SHUTDOWN reason, the wait status and its log's last lines.
+"""Why a QEMU process ended, by QMP's SHUTDOWN reason, the wait status and the last lines of its log.
 
 Sources: QMP `SHUTDOWN` event and `ShutdownCause` (QEMU QMP reference manual, "run-state"), waitid(2).
 """
@@ -52,7 +52,7 @@ SIGABRT = 6
 
 @frozen(kw_only=True)
 class WaitStatus:
-    """How the kernel says that a process ended. Both None: nobody could tell (see `adapters.process`).
+    """How a process ended, as the kernel says. Both None: not known (see `adapters.process`).
 
     Attributes:
         code: exit code, when it exited.
@@ -88,23 +88,23 @@ def classify(
 
     Args:
         shutdown: `reason` of the last QMP SHUTDOWN event seen, or None.
-        status: how it ended, as far as the kernel tells.
+        status: how it ended, as far as the kernel says.
         log_tail: the last lines that this process wrote on its standard error.
-        guard_killed_at: when its guard killed it, as that has written down; None when it has not.
-        secrets: what stands in its command line and in no public word (`secrecy.secrets_in`).
+        guard_killed_at: when the guard killed it, as the guard noted; None without such a note.
+        secrets: of its command line (`secrecy.secrets_in`); they are hidden in the text.
     """
     if guard_killed_at is not None and status in {WaitStatus(), WaitStatus(signal=SIGKILL)}:
         text = f"killed by its guard at {guard_killed_at}, because its host's session had run out (KVM_UNFENCED=guard)"
         return Exit(ExitClass.GUARD, text)
     if status.signal is not None:
-        # Whatever it announced before, it was killed while at it. Who aborts has just said why.
+        # The signal ended it, whatever it announced before. After an abort, the log's last words say why.
         words = _last_words(log_tail, secrets) if status.signal == SIGABRT else None
         return Exit(ExitClass.CRASHED, f"crashed (signal {status.signal})" + (f": {words}" if words else ""))
     if shutdown is not None and (kind := SHUTDOWN_REASONS.get(shutdown)) is not None:
         return Exit(kind, kind.value)
     last = _last_words(log_tail, secrets)
     if status.code:
-        return Exit(ExitClass.FAILED, f"failed: {last or f'exit status {status.code}, and no word in its log'}")
+        return Exit(ExitClass.FAILED, f"failed: {last or f'exit status {status.code}, and nothing in its log'}")
     if status.code == 0:
         return Exit(
             ExitClass.UNKNOWN,
@@ -119,10 +119,10 @@ def _last_words(log_tail: Sequence[str], secrets: Collection[str]) -> str | None
 
 
 def last_error(log_tail: Sequence[str]) -> str | None:
-    """The line that tells most: the last that is not a warning, else the last.
+    """The most telling line: the last that is not a warning, else the last.
 
-    QEMU prefixes what it says with its program's name; that part is left out for people. The SPICE server tells its
-    cause (a port that is taken) in a warning, before QEMU says no more than that SPICE failed: both are told then.
+    QEMU begins its lines with its program's name, which is left out. The SPICE server gives its cause (a port that is
+    taken) in a warning, and QEMU then says only that SPICE failed: both are returned then.
     """
     lines = [line.strip() for line in log_tail if line.strip()]
     telling = [line for line in lines if "warning:" not in line.lower()] or lines

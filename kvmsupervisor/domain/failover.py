@@ -1,4 +1,4 @@
-"""Who takes over by itself what a dead host ran, where people have said that somebody may: the key `hosts`."""
+"""Which host takes over an orphaned instance by itself, where the key `hosts` allows that."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.spec import Power, Wish
 
 STEP_S = 5.0
-"""How long each live candidate gives those before it, from the moment when the lock may be taken. Long beside the time
-that a takeover takes to be written; a host without room, or that drains, costs the next one this much."""
+"""How long each live candidate waits for each one before it, from the moment when the lock may be taken. Much longer
+than the write of a takeover takes; a candidate without room, or one that drains, delays the next one by this."""
 
 
 def place(wish: Wish, lock: Lock | None, *, me: HostName, has_session: Callable[[HostName], bool | None]) -> int | None:
     """This host's place among the live candidates for an orphan, 0 being the first; None when it is not to take it.
 
-    An orphan is an instance whose lock is held by a host that is known to have no session, and which shall run on one
-    (`host`, or its placement) that has none either. A lock that is free is nobody's loss: its machine has ended, or was
-    never started.
+    An instance is an orphan when two hosts are known to have no session: the holder of its lock, and the host where it
+    is to run (`host`, or its placement). An instance with a free lock is none: it has ended, or never started.
 
     Args:
         wish: its keys.
@@ -37,7 +36,7 @@ def place(wish: Wish, lock: Lock | None, *, me: HostName, has_session: Callable[
 
 
 def candidates(wish: Wish) -> tuple[str, ...]:
-    """Who may take it over, in order: those of `hosts`, and last its own host, where it runs in the place of that."""
+    """The hosts that may take it over, in order: those of `hosts`, then `host`, where a placement stands in for it."""
     if wish.placement is None or wish.host is None or wish.host in wish.hosts:
         return wish.hosts
     return (*wish.hosts, wish.host)

@@ -1,7 +1,7 @@
 """Which QEMU options `extra_flags` may hold on a host: the setting `KVM_EXTRA_FLAGS`.
 
-What stands in `extra_flags` is the only part of an instance's keys that becomes options of its own, and an option of
-QEMU's can open any file that QEMU's user can. Who writes keys may not be trusted with that.
+Only `extra_flags` lets the writer of keys choose QEMU's options, and such an option can open any file that QEMU's user
+can. The writers of keys may not be trusted with that.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ WITHOUT_ARGUMENT = frozenset(
         *("win2k-hack", "xen-attach", "xen-domid-restrict"),
     }
 )
-"""Options of qemu-system-x86_64 that take no argument (qemu-options.hx, QEMU 7.2 to 10.0): what follows one of them,
-and is no option, is a disk image to QEMU."""
+"""Options of qemu-system-x86_64 that take no argument (qemu-options.hx, QEMU 7.2 to 10.0): QEMU takes a word
+behind one of them, if it is no option, for a disk image."""
 
 
 @frozen
@@ -79,16 +79,15 @@ ANY_FLAGS = AllowedFlags()
 
 
 def _options(words: Sequence[str]) -> list[str]:
-    """What QEMU would take for an option, or (without a hyphen) for a disk image.
+    """The words that QEMU takes for options, or (without a hyphen) for disk images.
 
-    An option's argument never begins with a hyphen here: QEMU would take it, so it is refused unless it is allowed as
-    an option, which errs on the safe side.
+    A word with a hyphen always counts as an option, although QEMU may take it for an argument: the safe side.
     """
     found, expects_argument = [], False
     for word in words:
         if word.startswith("-") and word != "-":
             found.append(word)
-            # Where an argument is expected, it is that to QEMU, and what follows it is an option or an image again.
+            # Where QEMU expects an argument, this word is it, and an option or image follows again.
             expects_argument = not expects_argument and word.lstrip("-") not in WITHOUT_ARGUMENT
         elif expects_argument:
             expects_argument = False

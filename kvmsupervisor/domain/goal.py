@@ -52,7 +52,7 @@ def goal(view: View) -> tuple[Goal, str]:
 
 
 def where_else(wish: Wish) -> str:
-    """Where it shall run, as a clause; for one that shall run on another host."""
+    """Where an instance is to run that is to run on another host, as a clause."""
     placement = wish.placement
     if placement is None:
         return f"its `host` is {wish.host}"
@@ -60,7 +60,7 @@ def where_else(wish: Wish) -> str:
 
 
 def why_it_stays(view: View) -> str:
-    """Why it is here although it shall run elsewhere, and what would end that; for one that `stays`."""
+    """Why an instance that `stays` is still here, and what would end that."""
     wish = view.wish
     assert wish is not None
     target = view.target
@@ -75,7 +75,7 @@ def why_it_stays(view: View) -> str:
 
 
 def order(view: View) -> str | None:
-    """Why it is to be stopped whatever the wish; None when nothing says so."""
+    """Why it is to be stopped whatever the wish; None without such an order."""
     if view.leaving is not None:
         return view.leaving
     if view.draining:

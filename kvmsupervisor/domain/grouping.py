@@ -1,8 +1,8 @@
-"""Keys below a watched prefix, kept so that a change costs what it touches, however many others there are.
+"""Keys below a watched prefix. The cost of a change depends on the keys that it touches, not on how many there are.
 
 A table is changed by stages: one is begun, filled (in as many steps as its filler likes) and committed.
-Until the commit readers see nothing of it; the commit itself is short. What was handed out before stays as
-it was: groups are replaced, never changed.
+Until the commit readers see nothing of it; the commit itself is short. What readers got before stays as it
+was: groups are replaced, never changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kvmsupervisor.domain.wishes import VALUE_LIMIT
 LabelT_co = TypeVar("LabelT_co", bound=Hashable, covariant=True)
 
 NAMES_SHARED = 256
-"""Key names that are kept once for all instances; above this they are nobody's wishes. Arbitrary."""
+"""Key names that are stored once for all instances. Arbitrary; above the number of known names."""
 
 _NOTHING: Mapping[bytes, RawValue] = MappingProxyType({})
 
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Stage(Protocol[LabelT_co]):
-    """A change of a table in the making."""
+    """A change of a table, not yet committed."""
 
     def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
         """Note a key that was written."""
@@ -52,7 +52,7 @@ class Stage(Protocol[LabelT_co]):
         ...
 
     def commit(self) -> Set[LabelT_co]:
-        """Make it so, at once; return the labels of what differs now."""
+        """Apply the change at once; return the labels of what differs now."""
         ...
 
 
@@ -60,7 +60,7 @@ class Table(Protocol[LabelT_co]):
     """What a `mirror.Mirror` fills."""
 
     def begin(self, *, fresh: bool) -> Stage[LabelT_co]:
-        """Begin a stage: on top of what is here, or `fresh`, which drops all that is not put again."""
+        """Begin a stage: on top of the present keys, or `fresh`: keys that are not put again are dropped."""
         ...
 
 
@@ -72,8 +72,8 @@ def _same(old: Entry | RawValue | None, value: bytes, mod_revision: int) -> bool
 def names(value: bytes, host: bytes) -> bool:
     """Whether the value of a key `host` is this host's name. Cheap: asked of every instance.
 
-    White space around it is what text has of it (a no-break space, too), as for whoever parses the wish: an instance
-    that counts as one host's for others and not for itself would be let go of there and run nowhere.
+    Surrounding white space is stripped as the parser of the wish does it (a no-break space, too). If the two differed,
+    an instance could belong to a host for all others, and not for the host itself: it would run nowhere.
     """
     return value == host or (host in value and value.decode(errors="replace").strip().encode() == host)
 
@@ -150,20 +150,20 @@ class _Group:
 class Groups:
     """A table of wishes and locks by instance; the label of a change is the instance's id.
 
-    Keys that belong to no instance are set aside with the reason, see `foreign`.
+    Keys that belong to no instance are kept apart with the reason, see `foreign`.
 
     Args:
         layout: of the keys.
-        locks_only: take the locks alone and look at nothing else, for a prefix that is watched for them.
+        locks_only: take the locks only, for a prefix that is watched for them.
 
     Attributes:
-        lock_before: what every lock's key begins with.
-        lock_after: what it ends with.
-        names: those names of keys that are kept once for all instances.
+        lock_before: the beginning of every lock's key.
+        lock_after: its end.
+        names: the names of keys that are stored once for all instances.
     """
 
     def __init__(self, layout: Layout, *, locks_only: bool = False) -> None:
-        # Under None: the foreign keys, whole, with no value kept.
+        # Under None: the foreign keys, whole, without values.
         self._groups: dict[InstanceId | None, _Group] = {}
         self._layout = layout
         self._locks_only = locks_only
@@ -171,7 +171,7 @@ class Groups:
         before, _, after = layout.lock.partition(LOCK_PLACEHOLDER)
         self.lock_before, self.lock_after = before.encode(), after.encode()
         self.names: dict[bytes, bytes] = {}
-        # Invariant: the id that `_last_head` is, None when it is none. (The empty one is none.)
+        # Invariant: the id in `_last_head`, None when that is no id. (The empty one is no id.)
         self._last_head = b""
         self._last_id: InstanceId | None = None
 
@@ -190,7 +190,7 @@ class Groups:
         return None if group is None else group.lock
 
     def naming(self, host: bytes) -> Set[InstanceId]:
-        """The instances whose key `host` is this name, or whose lock holds it, maybe as a part of another's.
+        """The instances whose key `host` is this name, or whose lock contains it, maybe as a part of another name.
 
         One walk, for the first look at a large cluster.
         """
@@ -214,9 +214,9 @@ class Groups:
         return _GroupStage(self, self._groups, self._replace if fresh else None)
 
     def place(self, key: bytes) -> tuple[InstanceId | None, bytes | None] | None:
-        """Tell whose `key` is: (id, name), (id, None) for a lock, (None, key) for a foreign one.
+        """The owner of `key`: (id, name), (id, None) for a lock, (None, key) for a foreign one.
 
-        None means that it is none of this table's business.
+        None: the key is not for this table.
         """
         if key.endswith(self.lock_after) and key.startswith(self.lock_before):
             owner = self._layout.id_of_lock(key.decode(errors="replace"))
@@ -228,7 +228,7 @@ class Groups:
         if not slash:
             return None, key
         if head != self._last_head:
-            # A list comes in key order: all keys of an instance in a row.
+            # A list comes in key order: all keys of an instance come together.
             self._last_head, self._last_id = head, parse_id(head.decode(errors="replace"))
         instance = self._last_id
         if instance is None:
@@ -236,7 +236,7 @@ class Groups:
         return instance, self.share(name)
 
     def share(self, name: bytes) -> bytes:
-        """The one object that stands for a key's name, where it is among those that are shared."""
+        """The shared object for a key's name, where the name is shared."""
         if len(self.names) < NAMES_SHARED:
             return self.names.setdefault(name, name)
         return self.names.get(name, name)
@@ -286,11 +286,11 @@ class _GroupStage:
             self._changed.add(instance)
 
     def put_all(self, entries: Iterable[tuple[bytes, bytes, int, int, int]]) -> None:
-        """See `Stage.put_all`. A list comes in key order: what all keys of an instance share is found out once."""
+        """See `Stage.put_all`. A list comes in key order, so the instance is looked up once for all its keys."""
         table, make = self._table, partial(tuple.__new__, RawValue)
         before, after, names = table.lock_before, table.lock_after, table.names
-        # Invariant: what begins with `run` and is no lock is a wish of one instance, new here and staged with `keys`.
-        # (A key without a prefix is nobody's.)
+        # Invariant: a key that begins with `run` and is no lock is a wish of one instance, new here and staged with
+        # `keys`. (The first value fits no key.)
         run, length = b"\0", 1
         keys: dict[bytes, RawValue] = {}
         for entry in entries:
@@ -319,7 +319,7 @@ class _GroupStage:
 
     def commit(self) -> Set[InstanceId]:
         if self._replace is not None:
-            # What changed or is new was noted by `put`; what is left to find has lost keys.
+            # `put` noted what changed or is new; here the instances are found that lost keys.
             for instance, before in self._old.items():
                 now = self._new.get(instance)
                 if now is None or len(now.keys) < len(before.keys) or (before.lock and not now.lock):

@@ -1,41 +1,45 @@
-"""What is decided of an instance that must not be touched: its QEMU is watched and told, and that is all. Pure."""
+"""Decisions about an instance that must not be touched: its QEMU is watched and reported, nothing else. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, Holdover, LeftAlone, Process, View
+from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, View
 
 HOLDOVER_POLL_S = 5.0
-"""How often it is looked whether a QEMU without records still lives. Arbitrary: a person waits for it."""
+"""How often to look whether a QEMU without records still lives. Arbitrary: a person waits for it."""
 
 
 def hands_off(view: View) -> Decision | None:
-    """The decision where nothing may be touched; None where the instance goes its way."""
+    """The decision where nothing may be touched; None where the usual rows decide."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
     in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
     if view.process is None and view.holdover is not None and in_the_way:
         return _held_over(view, view.holdover)
     if view.mismatch is None and view.dissent is not None and view.process is None and view.claim is Claim.ABSENT:
-        return Decision(phase=Phase.WAITING, reason=view.dissent) if goal(view)[0] is Goal.RUN else None
+        wait = Decision(row=Row.DISSENT, phase=Phase.WAITING, reason=view.dissent)
+        return wait if goal(view)[0] is Goal.RUN else None
     if view.mismatch is None or order(view) is not None:
         return None
     if view.process is None:
-        # The keys may be another's as well as ours: nothing is taken, and nothing let go of.
+        # The keys may belong to another cluster or host: take nothing, release nothing.
         runs = view.wish is None or goal(view)[0] is Goal.RUN
-        return Decision(phase=Phase.WAITING if runs else Phase.STOPPED, reason=view.mismatch)
-    # An end is taken to the books as ever: it is a fact.
+        phase = Phase.WAITING if runs else Phase.STOPPED
+        return Decision(row=Row.MISMATCH, phase=phase, reason=view.mismatch)
+    # An end is recorded as usual: it is a fact.
     return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
 
 
 def _held_over(view: View, holdover: Holdover) -> Decision:
-    """Its lock is ours and its process lives, but nothing is known of it here."""
+    """Its lock is ours and its process lives, but the run directory has no record of it."""
     kept = "" if holdover.folder is None else f" (its record was kept in {holdover.folder})"
     return Decision(
+        row=Row.HELD_OVER,
         phase=Phase.WAITING,
         reason=f"QEMU {holdover.pid} of this instance lives, but has no record in this run directory{kept}, so it "
         "cannot be adopted; start the supervisor with the KVM_RUN_DIR that has it, or end that process",
@@ -44,8 +48,9 @@ def _held_over(view: View, holdover: Holdover) -> Decision:
 
 
 def _left_alone(view: View, left: LeftAlone) -> Decision:
-    """Nothing is done that could be wrong whatever lives there. But it is told, and looked at again."""
-    said = Decision(phase=Phase.WAITING if left.pid is None else Phase.RUNNING, reason=left.reason)
+    """Nothing is done that could be wrong, but it is reported, and read again."""
+    phase = Phase.WAITING if left.pid is None else Phase.RUNNING
+    said = Decision(row=Row.LEFT_ALONE, phase=phase, reason=left.reason)
     if view.now >= left.look_at:
         return replace(said, action=Action.READ)
     if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
@@ -54,8 +59,9 @@ def _left_alone(view: View, left: LeftAlone) -> Decision:
 
 
 def _watched(view: View, process: Process, mismatch: str) -> Decision:
-    """The settings are others than those that it was started under (law 12). Its guard watches it on."""
-    said = Decision(phase=Phase.STARTING if process.never_ran else Phase.RUNNING, reason=f"QEMU lives, but {mismatch}")
+    """It was started under other settings (law 12). Its guard goes on watching it."""
+    phase = Phase.STARTING if process.never_ran else Phase.RUNNING
+    said = Decision(row=Row.MISMATCH_QEMU, phase=phase, reason=f"QEMU lives, but {mismatch}")
     guard_at = view.guard_at if view.guarded is False else None
     if guard_at is not None and view.now >= guard_at:
         return replace(said, action=Action.GUARD)

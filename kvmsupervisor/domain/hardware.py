@@ -1,7 +1,7 @@
 """The devices of a machine as words of QEMU's command line.
 
-What comes from keys is written as JSON where QEMU takes that (`-blockdev`, `-object`), and escaped where it does not:
-no value can become an option.
+Values from keys are written as JSON where QEMU accepts it (`-blockdev`, `-object`), and escaped elsewhere, so no value
+can become an option.
 
 Sources: qemu-system-x86_64(1); `BlockdevOptionsRbd`, `BlockdevOptionsThrottle` and `MemoryBackendMemfdProperties` of
 QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html).
@@ -16,8 +16,8 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.words import escaped, json_option
 
-# PCI slots are fixed, so that a display or disk that comes later does not rename the guest's NIC. They begin
-# above those that QEMU gives out by itself, from the lowest, to `-vga` and to the devices of extra_flags.
+# PCI slots are fixed, so that a later display or disk does not rename the guest's NIC. They begin above those that QEMU
+# itself assigns, from the lowest, to `-vga` and to the devices of extra_flags.
 _NIC_SLOT = 0x10
 _DISK_SLOT = 0x11
 _SERIAL_SLOT = 0x12
@@ -28,19 +28,19 @@ _BRIDGE_SLOT = 0x16
 _MEDIA_SLOTS = (0x17, 0x18)
 
 _FIRST_DISK_BOOTS = 10
-"""Its place in the boot order. QEMU gives 0 to a `-kernel`, and what `extra_flags` bring may come before it, too."""
+"""Its place in the boot order. A `-kernel` gets 0 from QEMU, and devices of `extra_flags` may come before it, too."""
 
 _BALLOON_STATISTICS = "guest-stats-polling-interval=60"
-"""Seconds between two times that the guest's driver is asked for its memory: as often as QEMU is asked in turn."""
+"""Seconds between two questions to the guest's driver about its memory: as often as QEMU itself is asked."""
 
-# Behind the PCI bridge, which is there only for them: NIC n in slot n, disk n in slot 8 + n.
+# Behind the PCI bridge, which exists only for them: NIC n in slot n, disk n in slot 8 + n.
 _MORE = "more0"
 _MORE_DISKS = 8
 
 
 @frozen(kw_only=True)
 class TapFds:
-    """A NIC's other end: descriptors of its tap device and, where the host has vhost-net, of its accelerator."""
+    """The host's end of a NIC: descriptors of its tap device and, where the host has vhost-net, of its accelerator."""
 
     fd: int
     vhost_fd: int | None = None
@@ -85,7 +85,7 @@ _CEPH_KEY = "ceph0"
 
 
 def common() -> Iterator[str]:
-    """What every machine has: the agent's channel, random numbers, a balloon, a device that tells of a panic."""
+    """The devices of every machine: the agent's channel, random numbers, a balloon, a device that reports a panic."""
     yield from ("-device", f"virtio-serial-pci,id=virtio-serial0,addr={_SERIAL_SLOT:#x}")
     agent = "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"
     yield from ("-device", agent)
@@ -95,13 +95,13 @@ def common() -> Iterator[str]:
 
 
 def bridge(spec: Spec) -> Iterator[str]:
-    """Room for more NICs and disks than the machine's own bus has slots for."""
+    """Slots for more NICs and disks than the machine's own bus has."""
     if spec.nics or spec.disks:
         yield from ("-device", f"pci-bridge,id={_MORE},chassis_nr=1,addr={_BRIDGE_SLOT:#x}")
 
 
 def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
-    """The NICs, on taps that are open already: QEMU itself may start no helper."""
+    """The NICs, on open taps: QEMU itself must not start a helper."""
     for nic, tap in zip(spec.all_nics, taps, strict=True):
         vhost = "" if tap.vhost_fd is None else f",vhost=on,vhostfd={tap.vhost_fd}"
         yield from ("-netdev", f"tap,id=net{nic.number},fd={tap.fd}{vhost}")
@@ -111,18 +111,18 @@ def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
 
 
 def ceph_key(ceph: Ceph) -> Iterator[str]:
-    """The object that reads the key, once, before any disk: it is not on the command line."""
+    """The object that reads the key from its file, once, before any disk; the key is not on the command line."""
     if ceph.key_file is not None:
         secret = {"qom-type": "secret", "id": _CEPH_KEY, "file": ceph.key_file, "format": "base64"}
         yield from ("-object", json_option(secret))
 
 
 def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
-    """The disks. librbd caches writes back, and a flush of the guest's reaches the image. The first one is booted.
+    """The disks. librbd caches writes back, and a guest's flush reaches the image. The first disk boots.
 
-    An I/O error stops the guest (`io-error`): Ceph does not fail but waits while it is away, so an error means that
-    this QEMU was fenced, and must not go on as if it lived, or that an object is damaged, where a guest that is
-    stopped loses nothing (docs/decisions/0014-ceph-by-its-tools.md).
+    An I/O error stops the guest (`io-error`). While Ceph is away a request waits and does not fail. So an error means
+    that this QEMU was fenced and must not go on, or that an object is damaged, where a stopped guest loses nothing
+    (docs/decisions/0014-ceph-by-its-tools.md).
     """
     for disk in spec.all_disks:
         name, rbd = f"disk{disk.number}", disk.rbd
@@ -143,7 +143,7 @@ def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
 
 
 def media(paths: Sequence[str]) -> Iterator[str]:
-    """Read-only media, as virtio disks: a guest that has a driver for its own disk has one for these."""
+    """Read-only media, as virtio disks: a guest with a driver for its own disk has one for these."""
     for number, (path, slot) in enumerate(zip(paths, _MEDIA_SLOTS, strict=False)):
         yield from ("-blockdev", json_option({"node-name": f"medium{number}", **_file_node(path, read_only=True)}))
         yield from ("-device", f"virtio-blk-pci,id=medium{number}-dev,drive=medium{number},addr={slot:#x}")
@@ -160,7 +160,7 @@ def flash(ovmf: Ovmf, nvram: Nvram, ceph: Ceph) -> Iterator[dict[str, Any]]:
 
 
 def huge_memory(spec: Spec) -> dict[str, Any]:
-    """The memory backend of a guest on huge pages: all of it is taken at the start, or the start fails."""
+    """The memory backend of a guest on huge pages: the start takes all of it, or fails."""
     return {
         "qom-type": "memory-backend-memfd",
         "id": "ram0",

@@ -1,10 +1,10 @@
-"""One history of one store: how it is told from another one, and what it is called (law 11).
+"""One history of one store: how it is told from another one, and its name (law 11).
 
 A revision, an epoch or a missing key means something within one history only. A store that was restored from a backup
-has another one from that backup on, whatever its revision and cluster id say, and so has another store at the same
+has another history from that backup on, whatever its revision and cluster id say. So has another store at the same
 address. Histories are told apart by *witnesses*: the newest keys that were observed, each with the revision that wrote
-it. Read at its own revision, such a key is the same in the same history and in no other; it vouches for all that came
-before it.
+it. Read at its own revision, such a key is the same in the same history and in no other; so all that came before it is
+proven, too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ KEPT = 16
 contradict another history. Arbitrary: several, and cheap to write."""
 
 EPOCHS_PER_HISTORY = 1_000_000
-"""What is taken in the n-th history of a cluster gets an epoch above n times this: a backup does not know how often a
-machine was started since it was made. Arbitrary; a machine that restarts every five minutes needs nine years for it."""
+"""A lock that is taken in the n-th history of a cluster gets an epoch above n times this: a backup does not know how
+often a machine started after the backup. Arbitrary; a machine that restarts every five minutes needs nine years for
+it."""
 
 
 @frozen(kw_only=True)
@@ -35,8 +36,8 @@ class Witness:
     """A key as it was observed.
 
     Attributes:
-        key: which.
-        revision: that wrote it, or deleted it.
+        key: its name.
+        revision: of the write or deletion.
         digest: of the value; empty for a deletion.
     """
 
@@ -50,7 +51,7 @@ class Witness:
 
 
 def digest_of(value: bytes) -> str:
-    """What stands for a value: never empty."""
+    """The digest of a value: never empty."""
     return hashlib.blake2b(value, digest_size=12).hexdigest()
 
 
@@ -61,15 +62,15 @@ class Witnesses:
         self._by_key = {one.key: one for one in known}
 
     def __bool__(self) -> bool:
-        """Whether there is any."""
+        """Whether there are any."""
         return bool(self._by_key)
 
     def saw(self, key: bytes, revision: int, value: bytes | None) -> bool:
-        """Take note of a key that was written, or deleted (None); return whether it is among the newest."""
+        """Note a key that was written, or deleted (None); return whether it is among the newest."""
         try:
             name = key.decode()
         except UnicodeDecodeError:
-            return False  # nobody's key; the next one serves as well
+            return False  # no key of ours; the next one serves as well
         before = self._by_key.get(name)
         if before is not None and before.revision >= revision:
             return False
@@ -93,7 +94,7 @@ class Verdict(Enum):
 
 
 def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Verdict:
-    """What a key says as it is now, where its own revision is compacted away.
+    """The verdict by a key as it is now, where its own revision is compacted away.
 
     Args:
         witness: the key as it was observed.
@@ -101,7 +102,7 @@ def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Ve
         value: its value now.
     """
     if revision is None or revision > witness.revision:
-        # Written or deleted since: both are so in any history.
+        # Written or deleted since: that can happen in any history.
         return Verdict.UNPROVEN
     if revision == witness.revision and value is not None and witness.is_value(value):
         return Verdict.SAME
@@ -111,18 +112,18 @@ def judge_now(witness: Witness, revision: int | None, value: bytes | None) -> Ve
 
 @frozen(kw_only=True)
 class HistoryName:
-    """The value of the key `<facts>/history`: what the present history is called.
+    """The value of the key `<facts>/history`: the name of the present history.
 
     A restored backup still holds the former name, so the first host that notices gives it a new one.
 
     Attributes:
         id: the name, random.
-        number: how many there were before it in this cluster.
-        after: the name of the one that it followed, empty for the first.
-        by: the host that gave it.
+        number: how many histories this cluster had before it.
+        after: the name of the history before it, empty for the first.
+        by: the host that gave the name.
         hosts: those that had a session when it was noticed: nothing unfenceable starts before they have spoken. Emptied
             once they have.
-        gone: those of them of which an operator has said that they are gone for good.
+        gone: those of them that are gone for good, as an operator said.
     """
 
     id: str
@@ -152,11 +153,11 @@ class HistoryFile:
     """`_history.json` in the run directory: what a supervisor acted on, for its successor.
 
     Attributes:
-        id: what the history was called, empty when it had no name yet.
-        number: how many there were before it.
-        since: the revision with which it became what it is, 0 for the first: what is not newer came with the change.
-        foreign: whether it was a store that this host's cluster was never in, as far as its name tells.
-        members: hosts of which it is known all the same that they are of this host's cluster.
+        id: the name of the history, empty before it had one.
+        number: how many histories there were before it.
+        since: the revision of the change to it, 0 for the first: keys that are not newer came with the change.
+        foreign: whether, by its name, this host's cluster was never in that store.
+        members: hosts in a foreign store that are known to be of this host's cluster.
         spoken: whether this host's machines have their locks in it.
         hosts: those that had a session.
         witnesses: the newest keys that were observed.
@@ -193,8 +194,8 @@ class Era:
     Attributes:
         number: how many histories this cluster had before it.
         since: the revision up to which everything came with the last change of history; 0 when there was none.
-        foreign: whether it is a store that this host's cluster was never in, as far as its name tells.
-        members: hosts of which it is known all the same that they are of this host's cluster.
+        foreign: whether, by its name, this host's cluster was never in this store.
+        members: hosts in a foreign store that are known to be of this host's cluster.
         awaited: the hosts that have not spoken in it yet.
         until: how long what can be fenced waits for them, CLOCK_BOOTTIME.
     """
@@ -208,36 +209,36 @@ class Era:
 
     @property
     def epoch_floor(self) -> int:
-        """Above which every epoch is that is given in this history."""
+        """Every epoch of this history is greater than this."""
         return self.number * EPOCHS_PER_HISTORY
 
     def keeps_waiting(self, storage: Storage, now: float) -> bool:
-        """Whether a machine with this storage is not to be started yet, because another host may be running it."""
+        """Whether a machine with this storage must wait, because another host may be running it."""
         return bool(self.awaited) and (storage is Storage.UNFENCEABLE or now < self.until)
 
     def is_strange(self, host: str, revision: int) -> bool:
-        """Whether what this host wrote is another cluster's, so that it says nothing of our machines.
+        """Whether a key belongs to another cluster, so that it says nothing of our machines.
 
         Args:
-            host: who wrote it.
+            host: the writer.
             revision: of the key.
         """
         return self.foreign and revision <= self.since and host not in self.members
 
 
 FIRST_ERA = Era()
-"""Of a cluster whose etcd has always had one history."""
+"""The era of a cluster whose etcd has always had one history."""
 
 
 def is_older(lock: Lock, *, epoch: int, incarnation: str) -> bool:
     """Whether a lock is older than the incarnation that runs: it was restored, and is no takeover.
 
-    Epochs grow within one history; of two that are equal, which only a change of history can bring about, one must win
-    on both hosts: the greater name.
+    Epochs grow within one history. Two equal ones come only from a change of history; then the greater name wins, on
+    both hosts.
     """
     return (lock.epoch, lock.incarnation) < (epoch, incarnation)
 
 
 def spoken_in(sessions: Mapping[str, str], name: str) -> frozenset[str]:
-    """The hosts whose session (host → the name of the history that it has spoken in) says that they have."""
+    """The hosts that have spoken in a history, by their sessions (host → the history in which it has spoken)."""
     return frozenset(host for host, said in sessions.items() if said == name)

@@ -17,20 +17,20 @@ SOME = 3
 
 @frozen(kw_only=True)
 class HostSession:
-    """What a host says of itself in its session key.
+    """What a host publishes of itself in its session key.
 
     Attributes:
         host: its name (`KVM_HOSTNAME`).
         version: of the supervisor.
         url: where its HTTP server answers.
         boot_id: of the kernel's present boot.
-        machine: what names the machine across boots (DMI product UUID or machine id); empty when unknown.
+        machine: names the machine across boots (DMI product UUID or machine id); empty when unknown.
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.
-        notice: what a person should know of it; empty when there is nothing.
+        notice: what a person should know of it, or empty.
         draining: whether it stops all its guests (`stop --all --local`), and starts none.
-        history: the name of the history of etcd in which it has said what runs here; empty where none ever changed.
+        history: the history of etcd in which its locks say what runs here; empty where none ever changed.
         lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
     """
 
@@ -66,13 +66,13 @@ class HostSession:
 
 
 def dissent(mine: str, others: Mapping[str, str]) -> str | None:
-    """Why no lock may be taken where none is: nobody knows where the others look for it. None where all agree.
+    """Why an absent lock may not be taken: the other hosts look for it under another key. None where all agree.
 
-    With one that agrees this host is not the one that is wrong.
+    If one other host agrees with this one, this host is not the wrong one.
 
     Args:
         mine: the `LOCK` of this host.
-        others: that of each other host that says one.
+        others: host → its `LOCK`, of the other hosts that say one.
     """
     if not others or mine in others.values():
         return None
@@ -87,11 +87,11 @@ def resembling(name: str, sessions: Collection[str]) -> str | None:
     """The host with a session that was probably meant by `name`, which has none; None when none comes close.
 
     Args:
-        name: as somebody wrote it.
-        sessions: who has one, containers in single mode (with a slash in their names) among them.
+        name: as written.
+        sessions: the holders of sessions, containers in single mode (with a slash in their names) among them.
     """
     hosts = {plain(host): host for host in sorted(sessions) if "/" not in host}
     label = plain(name).partition(".")[0]
-    # A short name for the full one, or the other way round, is the most frequent mistake, and not alike in letters.
+    # The most frequent mistake is a short name for the full one, or the reverse; their letters are not alike.
     same = [host for key, host in hosts.items() if key.partition(".")[0] == label]
     return same[0] if same else nearest(name, hosts)

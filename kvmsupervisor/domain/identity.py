@@ -1,7 +1,7 @@
-"""Under what a supervisor works: which host it is, and where its keys lie (law 12). Pure.
+"""The identity of a supervisor: which host it is, and where its keys lie (law 12). Pure.
 
-QEMUs outlive their supervisor, and the next one may come with other settings: a host was renamed, a prefix mistyped for
-one run. What lives goes on under the identity that it was started under, untouched, until a person has decided.
+QEMUs outlive their supervisor, and the next one may have other settings: a host was renamed, or a prefix mistyped for
+one run. Living QEMUs go on, untouched, under the identity that they were started under, until a person decides.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VERSION = 1
 
 @frozen(kw_only=True)
 class HostIdentity:
-    """The settings that say who a supervisor is.
+    """The settings that identify a supervisor.
 
     Attributes:
         host: `KVM_HOSTNAME`.
@@ -33,7 +33,7 @@ class HostIdentity:
 
     @classmethod
     def of(cls, host: HostName, layout: Layout) -> HostIdentity:
-        """That of a host whose keys lie so."""
+        """The identity of a host with this layout of keys."""
         return cls(host=host, prefix=layout.prefix, facts=layout.facts, lock=layout.lock)
 
     @property
@@ -42,7 +42,7 @@ class HostIdentity:
         return Layout(prefix=self.prefix, facts=self.facts, lock=self.lock)
 
     def unlike(self, other: HostIdentity) -> str:
-        """The settings by which it differs from `other`, as people write them; empty when it does not differ."""
+        """The settings that differ from those of `other`, as people write them; empty when none does."""
         return ", ".join(
             f"{name}={mine}"
             for (name, mine), (_, theirs) in zip(self._settings(), other._settings(), strict=True)
@@ -50,7 +50,7 @@ class HostIdentity:
         )
 
     def _settings(self) -> Iterator[tuple[str, str]]:
-        """What a person has to write; what follows from the prefix by default is not written."""
+        """What a person has to write: defaults that follow from the prefix are left out."""
         yield "KVM_HOSTNAME", self.host
         yield "KVM_PREFIX", self.prefix
         yield "KVM_FACTS_PREFIX", "" if self.facts == default_facts(self.prefix) else self.facts
@@ -59,11 +59,11 @@ class HostIdentity:
 
 @frozen(kw_only=True)
 class Mismatch:
-    """What lives here was started under another identity than the settings say.
+    """QEMUs live here that were started under another identity than the settings say.
 
     Attributes:
-        recorded: under what it was started.
-        wanted: what the settings say.
+        recorded: the identity that they were started under.
+        wanted: the identity in the settings.
         living: the instances whose QEMUs live here under `recorded`.
     """
 
@@ -76,22 +76,22 @@ class Mismatch:
         was, now = self.recorded.unlike(self.wanted), self.wanted.unlike(self.recorded)
         return (
             f"this supervisor's settings say {now}, but what runs on this host was started under {was}: nothing is "
-            f"started or stopped until the settings are so again, or `kvmsupervisor confirm-identity` on this host "
-            "says that it goes on under the present ones"
+            f"started or stopped until the settings are as before, or `kvmsupervisor confirm-identity` on this "
+            "host accepts the present ones"
         )
 
 
 def judge(
     wanted: HostIdentity, living: Sequence[tuple[InstanceId, HostIdentity]]
 ) -> tuple[HostIdentity, Mismatch | None]:
-    """Under which identity a supervisor works whose settings say `wanted`, and whether that is another one.
+    """The identity that a supervisor works under, and the mismatch when that is not `wanted`.
 
     Args:
-        wanted: what the settings say.
-        living: each QEMU that lives here, and what it was started under.
+        wanted: the identity in the settings.
+        living: each QEMU that lives here, and the identity that it was started under.
 
     Returns:
-        `wanted` where nothing lives, or any of it was started under that. Otherwise what most of it was started under.
+        `wanted` where no QEMU lives, or any was started under it. Otherwise the identity of most of them.
     """
     kinds = [identity for _, identity in living]
     if not kinds or wanted in kinds:
@@ -106,10 +106,10 @@ class IdentityNote:
     """`_identity.json`: a mismatch that waits for a person's word, and then that word.
 
     Attributes:
-        boot_id: of the boot on which that is so.
-        recorded: under what most of the host's QEMUs were started.
-        wanted: what the settings of its supervisor say.
-        confirmed: whether a person has said that those QEMUs go on under `wanted`.
+        boot_id: of the boot that it was written on.
+        recorded: the identity that most of the host's QEMUs were started under.
+        wanted: the identity in the supervisor's settings.
+        confirmed: whether a person said that those QEMUs go on under `wanted`.
     """
 
     boot_id: str
@@ -124,7 +124,7 @@ class IdentityNote:
 
     @classmethod
     def from_json(cls, data: bytes) -> IdentityNote | None:
-        """Read the file; None when this release cannot: nobody has said anything then."""
+        """Read the file; None when this release cannot, which counts as no note."""
         try:
             note = parse(cls, data)
         except Unfit:

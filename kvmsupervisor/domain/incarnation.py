@@ -1,7 +1,8 @@
 """What a supervisor keeps in the run directory so that its successor can adopt (law 8).
 
 Two small records per instance: the incarnation (one QEMU process) and the memory (what outlives it). Both carry a
-version; a newer one is left alone with a reason, see `Unreadable`. A third one is the guard's, of a machine it killed.
+version; a newer one is left alone with a reason, see `Unreadable`. A third one is the guard's note of a machine that it
+killed.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ class Incarnation:
         accelerator: `kvm` or `tcg`.
         machine: the versioned machine type, None when it was not known.
         taps: names of its NICs' interfaces on the host, in their order.
-        tap_indexes: numbers of these interfaces, 0 for one that is in another network namespace.
-        bridges: that they were plugged into.
-        restart_request: the value of that key that it was started under.
+        tap_indexes: numbers of these interfaces, 0 for one in another network namespace.
+        bridges: the bridges that they were plugged into.
+        restart_request: the value of that key at its start.
         revision: etcd revision of the wish that it was started from.
-        log_offset: where its words begin in the instance's QEMU log, in bytes.
+        log_offset: where its part of the instance's QEMU log begins, in bytes.
         spawned_at: when it was spawned, CLOCK_BOOTTIME seconds.
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
-        under: what the supervisor worked under that started it, or took it over by a person's word (law 12); None when
-            a release wrote the record that did not say.
+        under: the identity of the supervisor that started it, or took it over by a person's word (law 12); None in a
+            record of an older release.
     """
 
     instance: str
@@ -73,7 +74,7 @@ class Incarnation:
     version: int = VERSION
 
     def as_lock(self, host: HostName, *, ran: bool) -> Lock:
-        """The lock that says of this process what is so.
+        """The lock for this process.
 
         Args:
             host: this one, by its present name.
@@ -107,9 +108,9 @@ class Incarnation:
 
 @frozen(kw_only=True)
 class Ended:
-    """A machine that ended by itself and whose policy says: leave it.
+    """A machine that ended by itself, and stays so by its policy.
 
-    It starts again when any of these changes: a person has asked for it.
+    When any of the last three fields changes, a person asked for a start.
     """
 
     reason: str
@@ -125,21 +126,21 @@ class Memory:
 
     Attributes:
         boot_id: the boot whose clock `not_before` is on.
-        attempt: how many restarts in a row came too soon; 0 when the next one may be at once.
+        attempt: how many restarts in a row came too soon; 0: the next one may come at once.
         not_before: CLOCK_BOOTTIME before which it is not started again.
-        pause_s: how long the pause before `not_before` was drawn, seconds.
+        pause_s: length of the pause before `not_before`, seconds.
         revision: of the wish under which the last process ended by itself; 0 when it was not known.
-        keys: how many keys that wish had. With any other wish the pause is over: people have changed something.
+        keys: how many keys that wish had. With any other wish the pause is over: people changed something.
         restarts: unasked restarts since the instance came to this host.
         last_exit: why the last process ended.
-        held: whether the removal of its keys waits for an operator's word: a successor does not ask again.
-        held_as: the order that is held, as `removal.order_of` tells it; None for a mass removal.
-        held_why: how that came about, for people.
+        held: whether what its keys say now waits for an operator's word. It is kept, so that a successor holds it, too.
+        held_as: the order that is held, as `removal.order_of` names it; None for a mass removal.
+        held_why: the cause of the hold, for people.
         stood: the values that its keys had before, of those that differ.
-        restart_seen: a value of `restart_request` that came with another history of etcd: nobody asked for a restart.
-        shutdown_timeout_s: the last sound value of that key (None: the host's default), which holds when the keys are
-            gone and the machine is to be shut down for it.
-        ended: set while the policy says to leave it.
+        restart_seen: a value of `restart_request` that came with another history of etcd: it asks for no restart.
+        shutdown_timeout_s: the last sound value of that key (None: the host's default), for a shutdown after the keys
+            were deleted.
+        ended: set while the policy keeps it stopped.
     """
 
     boot_id: str
@@ -175,7 +176,7 @@ class Memory:
 
 @frozen(kw_only=True)
 class GuardNote:
-    """What the guard writes of a machine that it has killed: which, and when, RFC 3339 in UTC."""
+    """The guard's note of a machine that it killed: which, and when, RFC 3339 in UTC."""
 
     incarnation: str
     at: str

@@ -11,7 +11,7 @@ InstanceId = NewType("InstanceId", str)
 HostName = NewType("HostName", str)
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-"""What an instance id looks like. It becomes a folder name and part of a socket path, so it stays short."""
+"""The form of an instance id. It becomes a folder name and part of a socket path, so it is short."""
 
 ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, at most 63 characters"
 
@@ -40,7 +40,7 @@ class Layout:
     Attributes:
         prefix: `KVM_PREFIX`, without a slash at its end.
         facts: `KVM_FACTS_PREFIX`, without a slash at its end.
-        lock: `LOCK`, a key with `%i` once, where the id goes (the settings see to it).
+        lock: `LOCK`, a key with `%i` once, in place of the id (the settings ensure that).
     """
 
     prefix: str = "/kvm"
@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def history_key(self) -> str:
-        """Key that says what the present history of the store is called."""
+        """Key with the name of the present history of the store."""
         return f"{self.facts}/history"
 
     @property
@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def confirmations_prefix(self) -> str:
-        """The prefix of the operators' words on removals that are held."""
+        """The prefix of the keys that confirm held removals."""
         return f"{self.facts}/confirm-removal/"
 
     def wish_key(self, instance: InstanceId, name: str) -> str:
@@ -106,7 +106,7 @@ class Layout:
         return self.confirmations_prefix + host
 
     def locks_prefix(self) -> str | None:
-        """What else must be watched to see every lock: None where the wishes' prefix covers them."""
+        """The prefix to watch for the locks; None where the prefix of the wishes covers them."""
         static = self.lock.partition(LOCK_PLACEHOLDER)[0]
         return None if static.startswith(self.wishes_prefix) else static
 

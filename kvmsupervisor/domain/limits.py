@@ -1,14 +1,14 @@
-"""What a guest's process may use of its host, and how the kernel's two generations of cgroups say it."""
+"""What a guest's process may use of its host, in the terms of cgroups v1 and v2."""
 
 from __future__ import annotations
 
 from kvmsupervisor.domain.frozen import frozen
 
 SHARES_DEFAULT, WEIGHT_DEFAULT = 1024, 100
-"""What a cgroup has when nothing was said: `cpu.shares` of v1, `cpu.weight` of v2."""
+"""Defaults of a cgroup: `cpu.shares` of v1, `cpu.weight` of v2."""
 
 WEIGHT_MIN, WEIGHT_MAX = 1, 10_000
-"""What `cpu.weight` takes (kernel, Documentation/admin-guide/cgroup-v2)."""
+"""Bounds of `cpu.weight` (kernel, Documentation/admin-guide/cgroup-v2)."""
 
 
 @frozen(kw_only=True)
@@ -16,7 +16,7 @@ class Limits:
     """Limits of one QEMU process, None where there is none.
 
     Attributes:
-        cpu_shares: its part of a busy processor, beside 1024 of everybody else (2 to 262144, as v1 has it).
+        cpu_shares: its share of a busy processor, where others have 1024 (2 to 262144, as in v1).
         memory_limit: bytes, QEMU's own memory included.
     """
 
@@ -27,7 +27,7 @@ class Limits:
 def cpu_weight(shares: int) -> int:
     """v1's shares as v2's weight, as systemd converts `CPUShares=`: in proportion, the default to the default.
 
-    The other formula in use, that of the OCI runtimes (1 to 10000 laid over 2 to 262144), makes 39 of the default 1024:
-    a guest with default shares would get less than its neighbours without any.
+    The other formula in use, that of the OCI runtimes (1 to 10000 laid over 2 to 262144), turns the default 1024 into
+    39: a guest with default shares would get less than its neighbours without any.
     """
     return min(max(shares * WEIGHT_DEFAULT // SHARES_DEFAULT, WEIGHT_MIN), WEIGHT_MAX)

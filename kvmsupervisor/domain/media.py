@@ -1,4 +1,4 @@
-"""User data for a guest's first boot: what kind it is, and the documents that go with it on a medium.
+"""User data for a guest's first boot: its kind, and the files of its medium.
 
 Sources: cloud-init's pages on user-data formats, NoCloud and ConfigDrive (https://docs.cloud-init.io); Ignition's
 specification (https://coreos.github.io/ignition/specs/); cloudbase-init's page on user data.
@@ -23,13 +23,13 @@ from kvmsupervisor.domain.values import Unfit
 NOCLOUD_LABEL = "cidata"
 CONFIG_DRIVE_LABEL = "config-2"
 IGNITION_FW_CFG = "opt/com.coreos/config"
-"""The names by which guests look for their data."""
+"""The names under which guests look for their data."""
 
 HEAD_BYTES = 4096
 """Where cloud-init looks for `MIME-Version:`, from the beginning."""
 
 UNPACKED_BYTES = 65_536
-"""How much of gzip is unpacked to see what is in it. Arbitrary: kinds show in the first line."""
+"""How much of gzip to unpack to see its kind. Arbitrary: the first line shows the kind."""
 
 WANTED = (
     "user data begins with #cloud-config, #! or another beginning that cloud-init knows, "
@@ -46,7 +46,7 @@ _VISIBLE_ASCII = re.compile(r"[!-~]+")
 
 
 class MediumKind(StrEnum):
-    """What user data is. All but Ignition goes on media, as it is; its reader in the guest decides again."""
+    """The kind of user data. All but Ignition goes on media unchanged; its reader in the guest decides again."""
 
     CLOUD_CONFIG = "cloud-config"
     SCRIPT = "shell script"
@@ -73,7 +73,7 @@ _BEGINNINGS = (
 
 
 class NotUserData(Unfit):
-    """Bytes that no guest would take for user data.
+    """Bytes that are no user data.
 
     Attributes:
         found: what they are.
@@ -90,7 +90,7 @@ def detect(data: bytes) -> MediumKind:
     """Tell what kind of user data this is.
 
     Raises:
-        NotUserData: none; no other error, whatever the bytes.
+        NotUserData: it is none. There is no other error, whatever the bytes.
     """
     if data.startswith(_GZIP):
         return _detect_in_gzip(data)
@@ -110,7 +110,7 @@ def detect(data: bytes) -> MediumKind:
 
 
 def _detect_in_gzip(data: bytes) -> MediumKind:
-    """cloud-init unpacks gzip by itself, so it is passed as it is; Ignition does not."""
+    """cloud-init unpacks gzip itself, so gzip is passed on unchanged; Ignition does not unpack it."""
     unpacker = zlib.decompressobj(wbits=31)
     try:
         head = unpacker.decompress(data, UNPACKED_BYTES)
@@ -128,7 +128,7 @@ def _detect_in_gzip(data: bytes) -> MediumKind:
 
 
 def _text(data: bytes) -> bytes:
-    """`data` without white space before it."""
+    """`data` without white space in front."""
     if data.startswith(_BYTE_ORDER_MARK):
         raise NotUserData("a byte order mark at the beginning", "save the file as UTF-8 without one")
     text = data.lstrip()
@@ -191,16 +191,16 @@ def _stranger(data: bytes, text: bytes) -> NotUserData:
 
 
 def instance_id(uuid: UUID, data: bytes) -> UUID:
-    """What cloud-init tells first boots by: the same for the same machine and user data, another for other data.
+    """The id by which cloud-init recognises a first boot: it depends on the machine and the user data.
 
-    Both media carry the same one, in the form of a uuid, which a config-drive's is.
+    Both media carry the same one, in the form of a uuid, as a config-drive needs it.
     """
     return uuid5(uuid, hashlib.sha256(data).hexdigest())
 
 
 def nocloud(instance: InstanceId, uuid: UUID, data: bytes, network_config: bytes | None = None) -> dict[str, bytes]:
     """Files of the NoCloud medium, whose label is `cidata`."""
-    # JSON's strings are YAML's as well; without quotes an id such as `1` would be a number.
+    # A JSON string is a YAML string, too; without quotes an id such as `1` would be a number.
     meta_data = f"instance-id: {instance_id(uuid, data)}\nlocal-hostname: {json.dumps(instance)}\n"
     files = {"meta-data": meta_data.encode(), "user-data": data}
     return files if network_config is None else files | {"network-config": network_config}
@@ -214,10 +214,10 @@ def config_drive(instance: InstanceId, uuid: UUID, data: bytes) -> dict[str, byt
 
 
 def media_url(text: str) -> SplitResult:
-    """Take the URL of user data apart.
+    """Parse the URL of user data.
 
     Raises:
-        Unfit: it is none; the text repeats nothing of it, because there may be a password in it.
+        Unfit: it is no such URL; the text repeats nothing of it, because it may hold a password.
     """
     wanted = "it is a URL: http://HOST/PATH, https://HOST/PATH or file:///PATH"
     if not _VISIBLE_ASCII.fullmatch(text):
@@ -235,7 +235,7 @@ def media_url(text: str) -> SplitResult:
 
 
 def without_user(text: str) -> str:
-    """A URL without user and password: it leads to the same data, whoever asks."""
+    """A URL without user and password: it leads to the same data."""
     try:
         url = media_url(text)
     except Unfit:
@@ -244,14 +244,14 @@ def without_user(text: str) -> str:
 
 
 def shown_url(text: str) -> str:
-    """A URL for messages, without what may be secret: user and password, and the query, where tokens stand."""
+    """A URL for messages, without what may be secret: user, password, and the query, which may hold a token."""
     try:
         url = media_url(text)
     except Unfit:
         return hidden_url(text)
     user, _, host = url.netloc.rpartition("@")
-    if ":" in host and "@" in url.path + url.query + url.fragment:
-        # A password with /, ? or # in it that was not written as %XX: what stands before it looks like host and port.
+    if ":" in url.netloc and "@" in url.path + url.query + url.fragment:
+        # A password with /, ? or # that is not written as %XX: the text before it looks like host, or host and port.
         return hidden_url(text)
     shown = urlunsplit((url.scheme, f"…@{host}" if user else host, url.path, "", ""))
     return f"{shown}?…" if url.query else shown

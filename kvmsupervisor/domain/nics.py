@@ -1,7 +1,7 @@
-"""Whether a guest's NICs are plugged in, told from the network interfaces of the host. Pure.
+"""Whether a guest's NICs are plugged in, by the network interfaces of the host. Pure.
 
-A tap is a port of its bridge from the start of its QEMU. It is one no more when the bridge is deleted (also when that
-is made again at once, as network managers do), when somebody takes the tap out, or when either of the two is down.
+A tap is a port of its bridge from the start of its QEMU. It is unplugged when the bridge is deleted (even if it
+is made again at once, as network managers do), when the tap is taken out, or when either of the two is down.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BRIDGE, TUN = "bridge", "tun"
 """Kinds of interfaces, as the kernel calls them (IFLA_INFO_KIND); a tap is of the second."""
 
 ELSEWHERE = 0
-"""Stands for the index of a tap in another network namespace than the supervisor's: nothing can be said of it."""
+"""The index of a tap in another network namespace than the supervisor's: nothing is known of it."""
 
 
 @frozen(kw_only=True)
@@ -22,10 +22,10 @@ class Link:
     """One network interface of the host.
 
     Attributes:
-        index: its number, which is never given to another one.
-        name: which may be changed.
-        kind: what it is: `BRIDGE`, `TUN`, …; empty for hardware.
-        master: index of what it is a port of; 0 for nothing.
+        index: its number, which no other interface ever gets.
+        name: its name, which may change.
+        kind: `BRIDGE`, `TUN`, …; empty for hardware.
+        master: index of the interface that it is a port of; 0: of none.
         up: whether it was set up.
     """
 
@@ -43,8 +43,8 @@ class Attachment:
     Attributes:
         nic: `nic0` for the key `mac`, `nic1` for `nic/1/mac`, …
         tap: name of its interface on the host.
-        index: of that interface, or `ELSEWHERE`; None when it was not on record: it is sought by its name then.
-        bridge: that it was started on; None when that is not known.
+        index: of that interface, or `ELSEWHERE`; None when it is not on record: then its name is used.
+        bridge: the bridge at its start; None when that is not known.
     """
 
     nic: str
@@ -58,10 +58,10 @@ class Plug:
     """Where a NIC is plugged in.
 
     Attributes:
-        nic: which.
+        nic: its name, see `Attachment`.
         plugged: whether frames can pass between it and a bridge.
-        notice: what a person should know of it, as a clause that names the cause and the way out; None for nothing.
-        into: index of its tap and name of its bridge, when it is to be plugged in again; None otherwise.
+        notice: a clause for people with the cause and the way out, or None.
+        into: index of its tap and name of its bridge, when it is to be plugged in again; else None.
     """
 
     nic: str
@@ -71,7 +71,7 @@ class Plug:
 
 
 def look(port: Attachment, links: Mapping[int, Link]) -> Plug | None:
-    """Where a NIC is plugged in; None when its tap is not to be seen here, in another network namespace maybe.
+    """Where a NIC is plugged in; None when its tap is not visible here, maybe in another network namespace.
 
     Args:
         port: of a QEMU that lives.
@@ -104,7 +104,7 @@ def look(port: Attachment, links: Mapping[int, Link]) -> Plug | None:
 
 
 def _unplugged(port: Attachment, called: str, tap: Link, links: Mapping[int, Link]) -> Plug:
-    """Its tap is no port of anything."""
+    """A tap that is no port of any interface."""
     if port.bridge is None:
         return Plug(nic=port.nic, plugged=False, notice=f"{called} has no network: {tap.name} is no port of a bridge")
     there = any(link.name == port.bridge and link.kind == BRIDGE for link in links.values())
@@ -118,7 +118,7 @@ def _unplugged(port: Attachment, called: str, tap: Link, links: Mapping[int, Lin
 def _tap(port: Attachment, links: Mapping[int, Link]) -> Link | None:
     if port.index is not None:
         return links.get(port.index)
-    # Never a stranger's of the same name that is no tap.
+    # Another interface may have the same name: only a tap counts.
     return next((link for link in links.values() if (link.name, link.kind) == (port.tap, TUN)), None)
 
 

@@ -1,4 +1,4 @@
-"""Instances that nobody looks after: no host with a session has their lock, or is where they shall run. Pure.
+"""Orphaned instances: no host with a session has their lock, or is the host where they are to run. Pure.
 
 Each live host counts those of the whole cluster, because the one that it would be up to is not there to tell.
 """
@@ -14,7 +14,7 @@ from kvmsupervisor.domain.placement import Placed
 from kvmsupervisor.domain.spec import OFF_NOW, RawValue
 
 _HOST = b'"host":"'
-"""Where a lock names its holder, as supervisors write it. Parsing each lock would cost twenty times as much."""
+"""The text before the holder in a lock, as supervisors write it. Parsing each lock would cost twenty times as much."""
 
 
 class Value(Protocol):
@@ -47,9 +47,9 @@ class AllWishes(Protocol):
 
 
 def count_orphans(wishes: AllWishes, alive: Container[str]) -> int:
-    """How many instances nobody looks after; 2 µs for each instance of the cluster.
+    """How many instances are orphans; 2 µs for each instance of the cluster.
 
-    Not one that is switched off and holds no lock, nor one that nobody has given to any host.
+    An instance without a lock is none while it is off, or has no `host`.
 
     Args:
         wishes: of all instances.

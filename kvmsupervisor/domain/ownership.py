@@ -1,27 +1,28 @@
-"""Whose a machine is: what its lock says to a living QEMU, and whom a start waits for after a change of history.
+"""What the lock decides about a living QEMU, and which hosts a start waits for after a change of history.
 
-The first rows of the table in `lifecycle.py`. Pure.
+Pure.
 """
 
 from __future__ import annotations
 
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.values import some
-from kvmsupervisor.domain.view import Action, Decision, Process, View
+from kvmsupervisor.domain.view import Action, Process, View
 
 SHOWN = 3
-"""How many hosts that are waited for are named. Arbitrary: one line."""
+"""How many awaited hosts a reason names. Arbitrary: one line."""
 
 LOCK_POLL_S = 5.0
-"""How often a wait that no watch ends is looked at again."""
+"""How often to decide again in a wait that no watch ends."""
 
 
 def by_its_lock(view: View, process: Process) -> Decision | None:
-    """What the lock alone decides about a QEMU that lives; None when it may go on.
+    """What the lock alone decides about a living QEMU; None when other rows decide.
 
-    An older lock is never a takeover: epochs only grow within one history, so it was restored, or written by hand.
+    An older lock is never a takeover: epochs grow within one history, so it was restored, or written by hand.
     """
     lock = view.lock.lock
     match view.claim:
@@ -31,15 +32,15 @@ def by_its_lock(view: View, process: Process) -> Decision | None:
             return _write_again(view, process, "is older than its QEMU, as in an etcd that was restored")
         case Claim.STRANGER | Claim.LEFTOVER:
             assert lock is not None
-            return _kill(
-                Phase.STOPPING, view, f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed"
-            )
+            why = f"its lock has gone to {lock.host}, epoch {lock.epoch}: QEMU here is killed"
+            return _kill(Row.LOCK_LOST, Phase.STOPPING, view, why)
         case Claim.BROKEN:
             why = "its lock was broken by an operator (`break-lock`), so that another may run it: QEMU is killed"
-            return _kill(Phase.STOPPING, view, why)
+            return _kill(Row.LOCK_BROKEN, Phase.STOPPING, view, why)
         case Claim.RENAMED if _is_able(view):
             assert lock is not None
             return Decision(
+                row=Row.RENAME,
                 phase=_phase(process),
                 reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
                 action=Action.RENAME,
@@ -54,13 +55,15 @@ def _write_again(view: View, process: Process, why: str) -> Decision | None:
     if not _is_able(view):
         return None
     if process.never_ran:
-        # Another host may have had it meanwhile, and let go of it: this one's epoch would be the lower one.
-        return _kill(Phase.STARTING, view, f"its lock {why}, and its guest has not run yet: QEMU is started anew")
-    return Decision(phase=_phase(process), reason=f"its lock {why}: it is written again", action=Action.REASSERT)
+        # Another host may have had the lock meanwhile and released it: then this epoch is too low.
+        said = f"its lock {why}, and its guest has not run yet: QEMU starts again"
+        return _kill(Row.REWRITE_PAUSED, Phase.STARTING, view, said)
+    reason = f"its lock {why}: it is written again"
+    return Decision(row=Row.REWRITE, phase=_phase(process), reason=reason, action=Action.REASSERT)
 
 
-def _kill(phase: Phase, view: View, reason: str) -> Decision:
-    return Decision(phase=phase, reason=reason, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
+def _kill(row: Row, phase: Phase, view: View, reason: str) -> Decision:
+    return Decision(row=row, phase=phase, reason=reason, action=Action.KILL, wake_at=view.now + LOCK_POLL_S)
 
 
 def _is_able(view: View) -> bool:
@@ -73,16 +76,16 @@ def _phase(process: Process) -> Phase:
 
 
 def for_other_hosts(view: View) -> Decision | None:
-    """Wait, when etcd has another history and another host may be running this without having told it there yet.
+    """Wait when etcd has another history, and another host may run this but has not said so there yet.
 
-    What storage can fence waits for a while only; then it is taken over as from a host that is gone.
+    An instance that storage can fence waits for a limited time; then it is taken over as from a host that is gone.
     """
     era, wish, lock = view.era, view.wish, view.lock.lock
     if not era.awaited or wish is None or wish.spec is None:
         return None
     said_since = lock is not None and view.lock.mod_revision > era.since
     if said_since and lock is not None and (lock.host == view.me or lock.state is LockState.BROKEN):
-        # This host had it since then, or an operator has given his word since then.
+        # Since then this host had it, or an operator broke it.
         return None
     storage = storage_of(wish.spec)
     if not era.keeps_waiting(storage, view.now):
@@ -94,5 +97,6 @@ def for_other_hosts(view: View) -> Decision | None:
     )
     if storage is Storage.UNFENCEABLE:
         reason += f" (if {era.awaited[0]} is gone for good: `kvmsupervisor confirm-removal {era.awaited[0]}`)"
-        return Decision(phase=Phase.WAITING, reason=reason, wake_at=view.now + LOCK_POLL_S)
-    return Decision(phase=Phase.WAITING, reason=f"{reason}, at most as long as a takeover waits", wake_at=era.until)
+        return Decision(row=Row.HISTORY, phase=Phase.WAITING, reason=reason, wake_at=view.now + LOCK_POLL_S)
+    reason += ", at most as long as a takeover waits"
+    return Decision(row=Row.HISTORY, phase=Phase.WAITING, reason=reason, wake_at=era.until)

@@ -1,7 +1,7 @@
 """Where an instance runs instead of on its `host`, and why: a fact that supervisors write (law 10).
 
-Wishes are people's: a failover does not write `host`, it writes a placement beside it, which stands in for the `host`
-that was there. Whoever writes `host` again, with whatever value, ends it.
+Wishes are people's, so a failover does not write `host`. It writes a placement, which stands in for the present write
+of `host`. Any later write of `host`, with any value, ends it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from kvmsupervisor.domain.values import Unfit as UnfitValue
 from kvmsupervisor.domain.values import host_name
 
 VERSION = 1
-"""Version of the value. What a newer release wrote is not acted on."""
+"""Version of the value. A value of a newer release is not acted on."""
 
 FAILOVER = "failover"
-"""Why: its host was gone, and another that the key `hosts` names has taken it over."""
+"""Its host was gone, and a candidate of the key `hosts` took it over."""
 
 
 @frozen(kw_only=True)
@@ -37,7 +37,7 @@ class Placement:
     version: int = VERSION
 
     def to_json(self) -> bytes:
-        """As the key holds it."""
+        """The value of the key."""
         return compact(self)
 
     @classmethod
@@ -51,10 +51,10 @@ class Placement:
         return found if found.version == VERSION and found.of > 0 else None
 
     def stands(self, host_revision: int) -> bool:
-        """Whether it still stands in for the key `host`, whose `mod_revision` is this (0: there is no such key).
+        """Whether it still stands in for `host`, which has this `mod_revision` (0: there is no key `host`).
 
-        Only a newer write of `host` ends it. In one history of etcd no older one can be seen than that which it was
-        written for; where etcd was restored or filled anew, a smaller revision is no order of anybody's to move.
+        Only a newer write of `host` ends it. Within one history of etcd no older write can be seen; in a restored or
+        refilled etcd a smaller revision is no order to move.
         """
         return 0 < host_revision <= self.of
 
@@ -65,7 +65,7 @@ class Placed:
 
     Attributes:
         revision: its `mod_revision`, 0 when it is absent: what a compare-and-swap compares with.
-        placement: its value; None when it is absent, or cannot be read, or cannot be true.
+        placement: its value; None when it is absent, unreadable, or cannot be true.
     """
 
     revision: int = 0
@@ -73,15 +73,15 @@ class Placed:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether there is one that this release cannot read: where the instance runs is not known then."""
+        """Whether it cannot be used: then it is not known where the instance is to run."""
         return self.revision > 0 and self.placement is None
 
     @classmethod
     def read(cls, value: bytes, revision: int) -> Placed:
-        """The key as etcd holds it.
+        """Read the key.
 
-        One that stands in for a `host` written later than itself was not written so in this history of etcd, and would
-        stand against whatever people write: it is damaged.
+        A placement that stands in for a `host` written later than itself was not written in this history of etcd, and
+        no write of `host` would end it: it counts as damaged.
         """
         placement = Placement.from_json(value)
         return cls(revision, placement if placement is not None and placement.of < revision else None)
@@ -92,7 +92,7 @@ NOT_PLACED = Placed()
 
 @frozen
 class Ground:
-    """What a host's right to run an instance stands on: the two keys that may say so, by their `mod_revision`.
+    """The two keys that let a host run an instance, by their `mod_revision`.
 
     Attributes:
         host_revision: of the key `host`.

@@ -1,4 +1,4 @@
-"""The sentence about a machine that runs: everything about it that a person should know. Pure."""
+"""The reason in the status of a running machine: everything that a person should know of it. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmsupervisor.domain.view import Process, View
 
 
 def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
-    """Of a machine that runs, and shall, or is left as it is; `why` is the clause for that."""
+    """The reason for a machine that runs; `why` is the clause for its goal."""
     said = []
     placement = None if view.wish is None or view.stays else view.wish.placement
     if placement is not None and view.wish is not None:
@@ -23,11 +23,9 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if aim is Goal.KEEP:
         said.append(f"it runs on as it was: {why}")
     if view.claim is Claim.STRANGER and view.is_strange:
-        said.append(
-            "etcd is another cluster's than before, in which its lock is another machine's: it is not touched there"
-        )
+        said.append("etcd is now another cluster's, where its lock belongs to another machine and is not touched")
     if view.claim is Claim.UNREADABLE:
-        said.append("its lock holds what this release cannot read; delete that key and it is written anew")
+        said.append("its lock holds what this release cannot read; delete that key, and it is written again")
     if view.guarded is False:
         said.append(f"no guard watches it{'' if view.guard_trouble is None else f': {view.guard_trouble}'}")
     if not view.session_held and view.wish is not None:

@@ -1,7 +1,7 @@
-"""Frozen dataclasses as JSON objects: written, and read or refused when others wrote them (locks, statuses, records).
+"""Frozen dataclasses as JSON objects: written, and read with care, as others may have written them (locks, statuses).
 
-A field that this release does not know is left out, one that is missing takes its default, one of another type than the
-dataclass says makes the whole unfit: nothing half-read is ever decided upon.
+An unknown field is left out, and a missing one takes its default. A field of another type than the dataclass says makes
+the whole object unfit: no decision is based on a part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 def shallow(record: Any) -> dict[str, Any]:
     """The fields of a dataclass by name.
 
-    What lies in them is not copied, as `dataclasses.asdict` does, which costs ten times as much: a record is frozen.
+    The values are not copied, because a record is frozen; `dataclasses.asdict` copies them and costs ten times as much.
     """
     return {name: getattr(record, name) for name in _names(cast("Hashable", type(record)))}
 
@@ -30,14 +30,14 @@ _PLAIN = json.JSONEncoder(default=shallow)
 
 
 def compact(record: Any) -> bytes:
-    """A dataclass as a JSON object, in as few bytes as it can have."""
+    """A dataclass as a JSON object without white space."""
     return _COMPACT.encode(shallow(record)).encode()
 
 
 def lined(record: Any) -> bytes:
     """A dataclass as a JSON object with one field per line, for files that people look into.
 
-    Python's own indentation would leave its fast encoder.
+    With Python's own indentation the fast encoder would not be used.
     """
     fields_of = (f" {_PLAIN.encode(name)}: {_PLAIN.encode(value)}" for name, value in shallow(record).items())
     return ("{\n" + ",\n".join(fields_of) + "\n}").encode()
@@ -49,7 +49,7 @@ def _names(cls: Any) -> tuple[str, ...]:
 
 
 class Unfit(Exception):
-    """The data is no such object. The message says why."""
+    """The data is not the expected object. The message says why."""
 
 
 def parse(cls: type[T], data: bytes) -> T:
@@ -66,7 +66,7 @@ def parse(cls: type[T], data: bytes) -> T:
 
 
 def build(cls: type[T], found: object) -> T:
-    """Make a `cls` of a JSON object that was parsed already; see `parse`."""
+    """Make a `cls` of a parsed JSON object; see `parse`."""
     if not isinstance(found, dict):
         raise Unfit("it is not a JSON object")
     values: dict[str, Any] = {}
@@ -92,8 +92,8 @@ def _schema(cls: Any) -> Mapping[str, tuple[Any, bool]]:
 
 
 def _fit(hint: Any, value: Any) -> Any:
-    """`value` as the type that `hint` names; TypeError or ValueError when it is none."""
-    # Exactly: JSON's true is no number. Most fields are plain, and need no look at what else a hint may be.
+    """`value` as the type `hint`; TypeError or ValueError when it is of another type."""
+    # Exactly: JSON's true is no number. Most fields have plain types, which are done here.
     if type(value) is hint:
         return value
     if isinstance(hint, NewType):

@@ -1,7 +1,7 @@
-"""Orders that are held until a person confirms them, because they may be nobody's order.
+"""Orders that wait for a person to confirm them, because they may be a mistake.
 
-A wrong prefix, an empty etcd or a slipped `etcdctl del --prefix` looks like an order to shut everything down; an etcd
-that was restored from a backup looks like one to remove, move or switch off whatever has changed since.
+A wrong prefix, an empty etcd or a mistyped `etcdctl del --prefix` looks like an order to shut everything down. An etcd
+that was restored from a backup looks like an order to remove, move or switch off what has changed since.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.wishes import public_value
 
 ALWAYS_ALLOWED = 2
-"""So many removals within the window are never held, however few instances there are."""
+"""This many removals within the window are never held, however few instances there are."""
 
 SHOWN_CHARS = 200
-"""How much of a value is kept to be shown. Arbitrary: a line or two."""
+"""How much of a value is kept for people. Arbitrary: a line or two."""
 
 
 class RemovalGuard:
     """Judges removals of one host's instances.
 
     Attributes:
-        held: the instances of which an order waits for an operator's word.
+        held: the instances with an order that waits for an operator's word.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -36,14 +36,14 @@ class RemovalGuard:
         self._recent: deque[tuple[float, InstanceId]] = deque()
 
     def judge(self, removed: Set[InstanceId], running: Set[InstanceId], now: float) -> Set[InstanceId]:
-        """Tell which of the running instances that were just `removed` are to be held.
+        """Which of the running instances that were just `removed` are to be held.
 
-        Held are all of this batch, when it and what the window has seen before it make more than half of what ran on
-        the host, and more than two. What does not run has no guest to lose.
+        All of this batch are held when the removals in the window are more than half of what ran on the host, and more
+        than two. An instance that does not run has no guest to lose.
 
         Args:
             removed: those whose `host` or all keys went in one batch, and whose QEMU lives.
-            running: all instances of this host whose QEMU lives, those that are being shut down included.
+            running: all instances of this host whose QEMU lives, including those that shut down.
             now: CLOCK_BOOTTIME.
         """
         while self._recent and self._recent[0][0] <= now - self._window_s:
@@ -55,7 +55,7 @@ class RemovalGuard:
         return self.held & removed
 
     def release(self, instances: Set[InstanceId]) -> Set[InstanceId]:
-        """Let these go; return those that were held. A removal that was confirmed, or taken back, is no news later."""
+        """Release these; return those that were held. A confirmed or cancelled removal does not count later."""
         freed = self.held & instances
         self.held -= freed
         self._recent = deque(entry for entry in self._recent if entry[1] not in freed)
@@ -63,7 +63,7 @@ class RemovalGuard:
 
 
 def names_no_host(wish: Wish) -> bool:
-    """Whether its keys are gone, or `host` is. Another host, a bad one, or `power=off`, is an order, not a removal."""
+    """Whether its keys, or its `host`, are gone. Another or a bad `host`, or `power=off`, is no removal."""
     return wish.host is None and not any(problem.key == "host" for problem in wish.problems)
 
 
@@ -75,13 +75,13 @@ def ends_it(wish: Wish, me: str) -> bool:
 
 
 def order_of(wish: Wish) -> str:
-    """What tells an order from another one: a person who writes `host` or `power` again has given another."""
+    """An order's identity: a person who writes `host` or `power` again gives another order."""
     written = f"{wish.host_revision}:{wish.power_revision}:{wish.placed.revision}"
     return written if wish.host is not None else "removed"
 
 
 def why_held(wish: Wish, way_out: str = "`kvmsupervisor confirm-removal` lets it go on") -> str:
-    """The same for people, of an order that came with another history, and what ends the hold."""
+    """Why an order that came with another history is held, for people, and what ends the hold."""
     what = "its removal" if wish.host is None else f"its move to {wish.runs_on}"
     if wish.host is not None and wish.power is Power.OFF:
         what = "`power=off`"
@@ -93,8 +93,8 @@ class Hold:
     """An order that came with another history.
 
     Attributes:
-        order: which, see `order_of`.
-        why: for people.
+        order: its identity, see `order_of`.
+        why: the reason, for people.
         stood: the values that its keys had before, of those that differ; empty where they are not known.
     """
 
@@ -104,7 +104,7 @@ class Hold:
 
 
 def noting(memory: Memory, wish: Wish, *, held: bool, hold: Hold | None) -> Memory:
-    """What to remember of an order that is held, for a successor."""
+    """The memory with a held order in it, for a successor."""
     return replace(
         memory,
         held=held,
@@ -116,14 +116,14 @@ def noting(memory: Memory, wish: Wish, *, held: bool, hold: Hold | None) -> Memo
 
 
 def hold_of(memory: Memory) -> Hold | None:
-    """What is held, where more than that is remembered."""
+    """The held order, as far as it is remembered; None for a mass removal."""
     if not memory.held or (memory.stood is None and memory.held_as is None):
         return None
     return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
 
 
 def differing(before: Mapping[bytes, RawValue], now: Mapping[bytes, RawValue]) -> dict[str, str]:
-    """The values that keys had before, of those that are gone or differ now; cut to `SHOWN_CHARS`."""
+    """The former values of the keys that are gone or differ now; cut to `SHOWN_CHARS`."""
     return {
         (key := name.decode(errors="replace")): (
             public_value(key, raw.value).decode(errors="replace").strip()[:SHOWN_CHARS]

@@ -28,8 +28,8 @@ def after(
         memory: what was remembered before.
         end: why it ended.
         wish: as it stands now; None when it has not been read: the default policy then.
-        asked: whether this supervisor asked it to end; that is no failure, and the wish says what follows.
-        ran: whether its guest may have run; the end of one that was discarded before is not worth telling.
+        asked: whether this supervisor asked it to end: no failure then, and the wish says what follows.
+        ran: whether its guest may have run; otherwise its requested end is not worth telling.
         spawned_at: when it began, CLOCK_BOOTTIME.
         now: CLOCK_BOOTTIME.
         jitter: a random number, 0 ≤ x < 1.
@@ -62,13 +62,13 @@ def after(
 
 
 def pauses(memory: Memory, wish: Wish, now: float) -> bool:
-    """Whether it is too early for the next start. A change of its keys, such as one that mends them, ends the pause."""
+    """Whether it is too early for the next start. Any change of its keys ends the pause."""
     same = not memory.keys or (memory.revision, memory.keys) == (wish.revision, wish.keys)
     return same and now < memory.not_before
 
 
 def rests(ended: Ended, wish: Wish) -> bool:
-    """Whether a machine that ended by itself is left so: nobody has asked again, and the policy still says it."""
+    """Whether a machine that ended by itself stays stopped: no new order came, and the policy still says so."""
     fresh_order = (
         wish.host_revision != ended.host_revision
         or wish.power_revision != ended.power_revision
@@ -78,7 +78,7 @@ def rests(ended: Ended, wish: Wish) -> bool:
 
 
 def in_another_history(memory: Memory, wish: Wish) -> Memory:
-    """What to remember once etcd has another history, in which the wish is this: its revisions tell no new order."""
+    """The memory for another history of etcd with this wish: its revisions are no new orders."""
     ended = memory.ended and replace(
         memory.ended,
         host_revision=wish.host_revision,

@@ -8,19 +8,19 @@ from __future__ import annotations
 from enum import StrEnum
 
 NEVER_RAN = "prelaunch"
-"""Of a QEMU that was started with -S and whose guest has not run."""
+"""The state of a QEMU that was started with -S and whose guest has not run."""
 
 RUNNING = "running"
 
 PANICKED = "guest-panicked"
-"""By default QEMU ends then. With `-no-shutdown`, or `-action panic=pause`, it waits for people to look at it."""
+"""By default QEMU ends then. With `-no-shutdown`, or `-action panic=pause`, it waits for a person."""
 
 POWERED_OFF = "shutdown"
-"""The guest has powered itself off, or was reset under `-no-reboot`, and QEMU was told to live on (`-no-shutdown`)."""
+"""The guest powered itself off, or was reset under `-no-reboot`, and QEMU lives on (`-no-shutdown`)."""
 
 
 class RunState(StrEnum):
-    """The run states that metrics tell apart: those that a person has to know of."""
+    """The run states in metrics: those that a person has to know."""
 
     RUNNING = RUNNING
     PAUSED = "paused"
@@ -31,13 +31,13 @@ class RunState(StrEnum):
     GUEST_PANICKED = PANICKED
     SHUTDOWN = POWERED_OFF
     OTHER = "other"
-    """One on the way to another (`prelaunch`, `inmigrate`, …), or one that a newer QEMU invents."""
+    """A transitional state (`prelaunch`, `inmigrate`, …), or one of a newer QEMU."""
     UNKNOWN = "unknown"
-    """QEMU lives, and does not answer."""
+    """QEMU lives, but does not answer."""
 
     @classmethod
     def of(cls, told: str | None) -> RunState:
-        """What metrics call the state that QMP told; None: it told none."""
+        """The state in metrics for the state of QMP; None: not known."""
         if told is None:
             return cls.UNKNOWN
         return cls(told) if told in _TOLD else cls.OTHER
@@ -46,17 +46,17 @@ class RunState(StrEnum):
 _TOLD = {state.value for state in RunState} - {RunState.OTHER, RunState.UNKNOWN}
 
 _WHY = {
-    "paused": "somebody has paused it; `cont` over QMP lets it go on",
-    "suspended": "it has suspended itself to memory; what wakes up a machine lets it go on",
+    "paused": "it is paused; `cont` over QMP lets it go on",
+    "suspended": "it suspended itself to memory; a wake-up of the machine lets it go on",
     "io-error": "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
-    "internal-error": "QEMU cannot run it on; its log may say why; a restart helps",
-    "watchdog": "its watchdog has stopped it; `cont` over QMP lets it go on, a restart begins anew",
-    PANICKED: "it has panicked and was left for people to look at; a restart begins anew",
+    "internal-error": "QEMU cannot go on running it; its log may say why; a restart helps",
+    "watchdog": "its watchdog stopped it; `cont` over QMP lets it go on, a restart begins again",
+    PANICKED: "it panicked and waits for a person; a restart begins again",
 }
 
 
 def why_not_running(run_state: str | None) -> str | None:
-    """Why the guest of a QEMU that lives does not run, as a clause for people; None while it does, or nobody knows."""
+    """Why the guest of a living QEMU does not run, as a clause for people; None while it runs, or is not known."""
     if run_state in {RUNNING, None}:
         return None
     said = f"QEMU lives, its guest does not run (QMP says {run_state})"

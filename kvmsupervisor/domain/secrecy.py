@@ -1,8 +1,8 @@
-"""Secrets in words that others may read: what QEMU says back, what a message quotes, what a command shows.
+"""Secrets in texts that others may read: QEMU's words, quotes in messages, the output of commands.
 
-QEMU repeats a wrong option as it was written, `-object secret,data=…` too, and a URL may hold a password or a token.
-There are two nets. One knows the secrets: they are read from the options or the URL in which they were given, and are
-hidden wherever they appear. The other knows how secrets are written (`password=`, `?token=`, `user:password@`).
+QEMU repeats a wrong option literally, `-object secret,data=…`, too, and a URL may hold a password or a token.
+There are two nets. One knows the secrets: they are read from the options or the URL that hold them, and are hidden
+wherever they appear. The other knows how secrets are written (`password=`, `?token=`, `user:password@`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from kvmsupervisor.domain.values import Unfit, shell_words
 HIDDEN = "…"
 
 SHORTEST = 4
-"""Characters of a secret that is looked for everywhere. Arbitrary: a shorter one protects nothing, and would make holes
-in words that have nothing to do with it. Where an option names it, it is hidden all the same."""
+"""Shortest secret that is searched for everywhere, in characters. Arbitrary: a shorter one protects nothing, and hiding
+it would make holes in unrelated words. Behind its option's name it is hidden in any case."""
 
 MOST_LOOKS = 20_000
-"""How often secrets are looked for in the words of one command line: 0.2 s on a slow host, in which nobody else is
-served. Arbitrary; a long one of a machine has a hundred words and ten secrets."""
+"""Most searches for secrets in one command line: 0.2 s on a slow host, in which nothing else runs. Arbitrary; a long
+command line has a hundred words and ten secrets."""
 
 _NAME = (
     r"(?<![\w.-])(?:"
@@ -33,14 +33,14 @@ _NAME = (
     r")"
 )
 """Names of QEMU's options whose values may be secret: `data` of `-object secret`, `password` and `cookie` of block
-drivers, `key` of RBD, `string` of `-fw_cfg` and credentials in `-smbios`, by which guests are given theirs."""
+drivers, `key` of RBD, `string` of `-fw_cfg` and credentials in `-smbios`, which give guests their secrets."""
 
 _SECRET_WORD = re.compile(r"pass[_-]?(?:word|wd|wort|phrase)|secret|token|cookie|api[_-]?key", re.IGNORECASE)
-"""In the name of a key of etcd."""
+"""In the name of an etcd key."""
 
 _GIVEN = re.compile(rf"(?P<name>{_NAME})=(?P<value>(?:,,|[^,])*(?:,[^,=]+(?=,|\Z))*)", re.IGNORECASE)
-"""In an option, where two commas stand for one. A part without `=` that follows is taken for the secret's rest: who has
-a comma in a password mistypes it just so."""
+"""In an option, where two commas stand for one. A following part without `=` counts as the rest of the secret: that is
+how a password with a comma gets mistyped."""
 
 _SAID = re.compile(rf"(?P<name>{_NAME})=(?:,,|[^,\s:]|:(?!\s|\Z))+", re.IGNORECASE)
 """In a sentence, where white space ends it, or a colon before white space."""
@@ -49,10 +49,10 @@ _JSON = re.compile(
     rf"""(?P<name>(?P<quote>["']){_NAME}(?P=quote)\s*:\s*)(?P<open>["'])(?P<value>(?:\\.|(?!(?P=open))[^\\])*)""",
     re.IGNORECASE,
 )
-"""In an option that is JSON, to which QEMU takes single quotes, too."""
+"""In an option in JSON, where QEMU accepts single quotes, too."""
 
 _PLAIN = re.compile(r"[ !#-\[\]-~]*")
-"""What JSON has no other form for."""
+"""Text that JSON writes in one form only."""
 
 _URL = re.compile(r"(?<![A-Za-z0-9+.-])(?:[A-Za-z0-9+.-]*:)?//\S*")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -60,7 +60,7 @@ _QUERY = re.compile(r"[?#]")
 
 
 def cleaned(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` without `secrets`, and without what is written as secrets are.
+    """`text` without `secrets`, and without what looks like a secret.
 
     Args:
         text: for people; one line at a time, or part of one.
@@ -76,7 +76,7 @@ def cleaned(text: str, secrets: Collection[str] = ()) -> str:
 
 
 def cleaned_words(words: Sequence[str]) -> tuple[str, ...]:
-    """A command line without the secrets in it; with thousands of them nothing of it is left."""
+    """A command line without its secrets; with thousands of secrets every word is hidden."""
     secrets = secrets_in(words)
     if len(words) * len(secrets) > MOST_LOOKS:
         return tuple(HIDDEN for _ in words)
@@ -84,11 +84,11 @@ def cleaned_words(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def cleaned_flags(text: str) -> str:
-    """The value of `extra_flags` without the secrets in it; as it is without any."""
+    """The value of `extra_flags` without its secrets; unchanged when it has none."""
     try:
         words = shell_words(text)
     except Unfit:
-        # Where a value ends nobody can tell.
+        # The end of a value cannot be found here.
         begins = [found.end() for found in re.finditer(rf"{_NAME}[\"']?\s*[=:]|://", text, re.IGNORECASE)]
         return text[: min(begins)] + HIDDEN if begins else text
     shown = cleaned_words(words)
@@ -96,18 +96,18 @@ def cleaned_flags(text: str) -> str:
 
 
 def names_a_secret(name: str) -> bool:
-    """Whether what is called so may be one."""
+    """Whether a key with this name may hold a secret."""
     return bool(_SECRET_WORD.search(name))
 
 
 def hidden_url(text: str) -> str:
-    """What may be a URL, without user and password, query and fragment, whether it is well written or not."""
+    """A text that may be a URL, also a bad one, without user, password, query and fragment."""
     head, at, tail = text.rpartition("@")
     if at:
         scheme, slashes, _ = head.partition("//")
         begin = f"{scheme}//" if slashes and _SCHEME.fullmatch(scheme) else ""
         if _QUERY.search(head):
-            # The @ ends a password, or stands in the query: all behind it is secret then.
+            # The @ ends a password, or is part of the query: then hide everything.
             return begin + HIDDEN
         text = f"{begin}{HIDDEN}@{tail}"
     shown, *query = _QUERY.split(text, maxsplit=1)
@@ -115,7 +115,7 @@ def hidden_url(text: str) -> str:
 
 
 def secrets_in(words: Iterable[str]) -> frozenset[str]:
-    """The secrets in a command line of QEMU's, in the forms in which they may come back."""
+    """The secrets in a command line of QEMU, in every form in which they may come back."""
     found: set[str] = set()
     for word in words:
         for pattern in (_GIVEN, _JSON):
@@ -131,18 +131,18 @@ def secrets_of_url(url: str) -> frozenset[str]:
     """The secrets in a URL: user and password, and the query with each of its values."""
     user = (url.partition("//")[2] or url).rpartition("@")[0]
     query = "".join(_QUERY.split(url, maxsplit=1)[1:])
-    # Which @ ends the password nobody can tell where there are several.
+    # With several @ it is not known which one ends the password.
     parts = {user, query, *user.split("@"), *(part.partition("=")[2] for part in re.split(r"[&;\s]", query))}
     parts |= {part.partition(":")[2] for part in (user, *user.split("@"))}
     return frozenset(form for part in parts for form in _forms(part))
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A secret as it was written, as it was meant, and in pieces: QEMU takes it apart at commas, a log at its lines."""
+    """A secret as written, decoded, and in pieces: QEMU splits it at commas, a log at its lines."""
     forms = {value, unquote(value)}
     if "," in value:
         forms |= {value.replace(",,", ","), *re.split(r"(?<!,),(?!,)", value)}
-    # Each of these is worth its time only for what can be meant by it: there may be thousands.
+    # Only where a backslash makes a difference: there may be thousands of values.
     for quoted in (f'"{value}"', f'"{value.replace(chr(34), chr(92) + chr(34))}"') if "\\" in value else ():
         try:
             forms.add(str(json.loads(quoted, strict=False)))
@@ -156,7 +156,7 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _without_part(text: str, secret: str) -> str:
-    """`text` without the part of a secret that a log cut off in its midst begins or ends with."""
+    """`text` without a part of a secret at its beginning or end, where a log was cut."""
     at = secret.find(text[:SHORTEST], max(1, len(secret) - len(text)))
     while len(text) >= SHORTEST and at != -1:
         if text.startswith(secret[at:]) and len(secret) - at >= SHORTEST:

@@ -1,4 +1,4 @@
-"""Single mode: one QEMU in one container, in the eyes of locks and keys. See docs/decisions/0013-single-mode.md."""
+"""Single mode: names, locks and keys of one QEMU in one container. See docs/decisions/0013-single-mode.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OVERRIDES: Mapping[str, str] = {
     "SPICE_PORT": "spice_port",
     "EXTRA_FLAGS": "extra_flags",
 }
-"""Environment variables of the original image, and the keys that they win over."""
+"""Environment variables of the original image, and the keys that they override."""
 
 REFUSED_OPTIONS: Mapping[str, str] = {
     "daemonize": "the lock is held for as long as the process lives that was started",
@@ -28,10 +28,10 @@ REFUSED_OPTIONS: Mapping[str, str] = {
 
 
 def name_of(lock_key: str, *, prefix: str) -> str:
-    """What one container in single mode is called: the instance whose lock it holds, or else the lock's key.
+    """The name of a container in single mode: the instance whose lock it holds, or else the lock's key.
 
     Args:
-        lock_key: the key, with nothing left to be filled in.
+        lock_key: the key, without placeholders.
         prefix: of the wishes, without a slash at its end.
     """
     inner = lock_key.removeprefix(f"{prefix}/")
@@ -42,13 +42,13 @@ def name_of(lock_key: str, *, prefix: str) -> str:
 
 
 def holder_of(host: HostName, name: str, *, pid_namespace: str | None) -> HostName:
-    """Who holds the lock: no host's name, as that has no slash.
+    """The holder's name in the lock. It has a slash, so it is no host's name.
 
     Args:
         host: the host's name.
         name: see `name_of`.
-        pid_namespace: number of the PID namespace; None for the kernel's first one. In another one, pids mean nothing
-            to whoever comes next, so he is to be somebody else.
+        pid_namespace: number of the PID namespace; None for the kernel's first one. pids are not valid in the next
+            namespace, so the next container gets another holder name.
     """
     apart = "" if pid_namespace is None else f"@{pid_namespace}"
     return HostName(f"{host}/{name}{apart}")
@@ -60,7 +60,7 @@ def is_same_host(holder: str, host: str | None) -> bool:
 
 
 def is_in_container(instance: InstanceId, host: str, holders: Collection[str]) -> bool:
-    """Whether one of these is a container in single mode on `host` that runs, or wants to run, this very instance."""
+    """Whether one of these is a container in single mode on `host` that runs, or wants to run, this instance."""
     mine = f"{host}/{instance}"
     return any(one == mine or one.startswith(f"{mine}@") for one in holders)
 
@@ -71,7 +71,7 @@ def is_single(holder: str) -> bool:
 
 
 def overrides_in(environ: Mapping[str, str]) -> dict[str, str]:
-    """The keys that the environment wins over, with its values. `NAME=` is how unit files leave one out."""
+    """The keys that the environment overrides, with its values. Unit files write `NAME=` for no value."""
     return {key: environ[name] for name, key in OVERRIDES.items() if environ.get(name, "").strip()}
 
 
@@ -86,8 +86,8 @@ def single_wish(
 ) -> Wish:
     """The wish of an instance that runs in single mode.
 
-    With the environment's values over the keys, nothing restarted by itself, and `holder` for `host`. Without any key
-    there is no instance, whatever the environment says. What limits it are the container's own limits.
+    The environment overrides keys, nothing restarts by itself, and `holder` stands for `host`. Without any key there is
+    no instance, whatever the environment says. The container's own limits apply.
     """
     over = {key.encode(): RawValue(text.encode(errors="surrogateescape"), 0) for key, text in overrides.items()}
     wish = parse_wish(instance, {**keys, **over} if keys else {}, placed)
@@ -100,7 +100,7 @@ def single_wish(
 
 
 def refusal(wish: Wish, *, holder: HostName, host: HostName, problems: tuple[Problem, ...], prefix: str) -> str | None:
-    """Why the instance is not begun here, for people; None when it may be.
+    """Why the instance is not started here, for people; None when it may start.
 
     Args:
         wish: see `single_wish`.

@@ -19,7 +19,7 @@ DEFAULT_MACHINE = "q35"
 
 
 class Power(StrEnum):
-    """`power`: whether the machine shall run."""
+    """`power`: whether the machine is to run."""
 
     ON = "on"
     OFF = "off"
@@ -30,7 +30,7 @@ OFF_NOW = "off-now"
 
 
 class Request(Enum):
-    """What a `restart_request` asks for, by what stands before the first colon (decision 0023)."""
+    """What a `restart_request` asks for, by its text before the first colon (decision 0023)."""
 
     RESTART = "any other text"
     RESTART_NOW = "now"
@@ -221,13 +221,13 @@ class Wish:
         power_revision: `mod_revision` of the `power` key, 0 without one.
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
-        priority: who is greater starts first when several wait.
+        priority: of several that wait, the greatest starts first.
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
         together: how many keys of that `mod_revision` there are: one transaction wrote them.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
-        placed: its placement key, a fact that stands beside them.
+        placed: its placement key.
     """
 
     instance: InstanceId
@@ -256,23 +256,23 @@ class Wish:
 
     @property
     def placement(self) -> Placement | None:
-        """The placement that stands in for `host`; None when none does."""
+        """The placement that stands in for `host`, or None."""
         placement = self.placed.placement
         return placement if placement is not None and placement.stands(self.host_revision) else None
 
     @property
     def runs_on(self) -> str | None:
-        """Where it shall run (law 10): on `host`, or where it is placed while that stands in for it."""
+        """The host where it is to run (law 10): `host`, or that of the placement that stands in for it."""
         placement = self.placement
         return self.host if placement is None else placement.host
 
     def is_elsewhere(self, me: str) -> bool:
-        """Whether it shall run on another host than `me`. Where it is placed by what cannot be read, nobody knows."""
+        """Whether it is to run on another host than `me`. False with a damaged placement: not known then."""
         return self.runs_on not in {None, me} and not self.placed.is_damaged
 
     @property
     def stale_placement(self) -> int:
-        """`mod_revision` of a placement that stands in for nothing any more; 0 when there is none."""
+        """`mod_revision` of a placement that has ended; 0 without one."""
         ended = self.keys == 0 or (self.placement is None and not self.placed.is_damaged)
         return self.placed.revision if ended else 0
 
@@ -283,7 +283,7 @@ class Wish:
 
 
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
-    """Names of the wishes that differ between the machine that runs and the one that is wanted."""
+    """Names of the wishes in which the running machine differs from the wanted one."""
     names: list[str] = []
     for one in fields(Spec):
         before, after = getattr(running, one.name), getattr(wanted, one.name)

@@ -42,7 +42,7 @@ class Status:
         since: when the phase began, RFC 3339 in UTC, for people (no decision uses it).
         pid: of QEMU, on that host, or None.
         epoch: of the lock; grows with each incarnation. 0 before the first.
-        restarts: QEMU processes started after the first, without an operator's asking, since it came here.
+        restarts: QEMU processes started after the first, unasked, since it came to this host.
         pending: names of the keys that take effect at the next restart.
         problems: every problem of its keys.
         revision: the etcd revision of the wish that was acted on.
@@ -50,17 +50,16 @@ class Status:
         last_exit: why the last QEMU process ended, or None.
         accelerator: `kvm` or `tcg` while QEMU lives, else None.
         machine: the versioned machine type that the guest knows, from its first start on.
-        machine_key: the value of `machine` that this was found for: another value is looked up anew.
+        machine_key: the value of `machine` that `machine` was found for; another value is looked up again.
         notice: what else a person should know of the running machine, or None.
-        held: whether what its keys have come to waits for `confirm-removal`.
-        stood: while it does, the values that its keys had before, of those that differ.
-        agent: what the guest's agent said last of the guest, None when it never did.
-        run_state: QMP's run state of its QEMU; None without one, and while it does not answer. Its guest runs in
-            `running` only.
-        unplugged: what is to be said of its NICs while one is not plugged into its bridge.
+        held: whether an order in its keys waits for `confirm-removal`.
+        stood: meanwhile, the former values of the keys that differ.
+        agent: what the guest's agent last said of the guest, None when it never answered.
+        run_state: QMP's run state; None without a QEMU, and while it does not answer. Only in `running` the guest runs.
+        unplugged: what people should know of its NICs while one is not plugged into its bridge.
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
-        placed_for: the host in whose place this one runs it (law 10), None where it is its own.
-        awaited_host: where its keys would have it run, and nobody has a session: it stays here until then, else None.
+        placed_for: the host for which this one runs it (law 10), None for its own host.
+        awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
 
     id: str
@@ -96,7 +95,7 @@ class Status:
 
     @property
     def halted(self) -> str | None:
-        """The run state of a guest that should run and does not although its QEMU lives; None for any other."""
+        """The run state of a guest that should run and does not, although QEMU lives; else None."""
         return self.run_state if self.phase is Phase.RUNNING and self.run_state != RUNNING else None
 
     @property
@@ -116,7 +115,7 @@ class Status:
         }
 
     def to_json(self) -> bytes:
-        """As the status key holds it."""
+        """The value of the status key."""
         # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
         return _ENCODER.encode(self.to_object()).encode(errors="backslashreplace")
 
@@ -127,6 +126,6 @@ class Status:
             found = parse(cls, data)
         except Unfit:
             return None
-        # It becomes an argument of QEMU's.
+        # It becomes an argument of QEMU.
         fits = found.machine is None or is_name(found.machine)
         return found if fits else replace(found, machine=None, machine_key=None)

@@ -1,7 +1,7 @@
-"""What a machine may write to, read off its wishes (law 7).
+"""What a machine may write to, by its wishes (law 7).
 
-The answer decides what a takeover needs, so it errs on one side: whatever is not known to be harmless cannot
-be fenced.
+The answer decides what a takeover needs, so it errs on the safe side: what is not known to be harmless counts as
+unfenceable.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def storage_of(spec: Spec) -> Storage:
     """What QEMU may write to when it runs `spec`.
 
     `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written. UEFI
-    variables that lie on a host do not count: they are that host's, and another one begins with fresh ones.
+    variables in a file of the host do not count: another host begins with fresh ones.
     """
     if not _all_harmless(spec.extra_flags):
         return Storage.UNFENCEABLE
@@ -24,21 +24,21 @@ def storage_of(spec: Spec) -> Storage:
 
 
 def images_of(spec: Spec) -> tuple[RbdDisk, ...]:
-    """The RBD images that QEMU has open for writing when it runs `spec`: all by which it can be told, and fenced."""
+    """The RBD images that QEMU has open for writing when it runs `spec`: by them it is recognised, and fenced."""
     variables = nvram_of(spec)
     disks = tuple(disk.rbd for disk in spec.all_disks if not disk.rbd.ro)
     return disks if variables is None else (*disks, variables)
 
 
 def growable(spec: Spec) -> dict[str, RbdDisk]:
-    """The images that a running machine may see grow, by the name of their block node (`hardware.disks`)."""
+    """The images that may grow under a running machine, by the name of their block node (`hardware.disks`)."""
     return {f"disk{disk.number}": disk.rbd for disk in spec.all_disks if not disk.rbd.ro}
 
 
 def nvram_of(spec: Spec) -> RbdDisk | None:
     """The RBD image of the machine's UEFI variables, beside its first disk; None when they lie on its host.
 
-    A first disk that is read only may be many machines', which cannot have their variables in one image.
+    Many machines may share a read-only first disk, but not one image of variables.
     """
     if spec.firmware is not Firmware.UEFI or spec.rbd is None or spec.rbd.ro:
         return None
@@ -74,7 +74,7 @@ def _one_of(*names: str) -> Callable[[str], bool]:
 
 
 def _network(argument: str) -> bool:
-    """A NIC's other end, unless it shares a folder (`smb`) or runs a program of the operator's."""
+    """The host's end of a NIC, unless it shares a folder (`smb`) or runs a program on the host."""
     first, *properties = argument.split(",")
     risky = {"smb", "guestfwd", "script", "downscript", "helper", "type"}
     return first in {"user", "tap", "bridge", "none", "nic"} and not any(
@@ -83,7 +83,7 @@ def _network(argument: str) -> bool:
 
 
 def _plain_path(argument: str) -> bool:
-    """A path or a URL of a file that is only read: none of the protocols (`fat:`, `json:`, `nbd:` …)."""
+    """A path, or a URL, of a file that is only read: no other protocol (`fat:`, `json:`, `nbd:` …)."""
     return argument.startswith(("http://", "https://")) or ":" not in argument
 
 

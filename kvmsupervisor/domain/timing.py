@@ -1,4 +1,4 @@
-"""Arithmetic of waiting: backoff, the session's deadline, and how often a lasting trouble is told.
+"""Arithmetic of waiting: backoff, the session's deadline, and how often a lasting trouble is logged.
 
 All instants are seconds of `CLOCK_BOOTTIME`, handed in by the caller; all randomness too.
 """
@@ -32,7 +32,7 @@ RENEWALS_PER_TTL = 5
 """Law 1: four renewals may fail before the session is lost."""
 
 REMIND_EVERY_S = 60.0
-"""How often a trouble that lasts is told again. Arbitrary: found in any log excerpt, floods none."""
+"""How often a lasting trouble is logged again. Arbitrary: it is in any log excerpt, and floods none."""
 
 
 def on_a_beat(instant: float) -> float:
@@ -61,7 +61,7 @@ def restart_delay(attempt: int, random01: float) -> float:
 def retry_delay(attempt: int, random01: float, cap_s: float = RETRY_CAP_S) -> float:
     """Seconds to wait before a failed request is sent again: between half a doubling ceiling and all of it.
 
-    Never 0, unlike `restart_delay`: here a delay of nothing would be a busy loop.
+    Never 0, unlike `restart_delay`: that would be a busy loop.
 
     Args:
         attempt: failures in a row, from 1.
@@ -79,7 +79,7 @@ class SessionTimer:
     left ends earlier, never later, however long the reply took or this process slept.
 
     Attributes:
-        ttl_s: what the lease is worth after a renewal.
+        ttl_s: TTL of the lease after a renewal.
         confirmed_at: when the last confirmed renewal was *sent*; minus infinity when there is none.
     """
 
@@ -88,7 +88,7 @@ class SessionTimer:
 
     @property
     def deadline(self) -> float:
-        """The instant from which on the session counts as lost."""
+        """The instant from which the session counts as lost."""
         return self.confirmed_at + self.ttl_s
 
     def remaining(self, now: float) -> float:
@@ -100,16 +100,16 @@ class SessionTimer:
         return now < self.deadline
 
     def next_renewal(self, now: float) -> float:
-        """When the next renewal shall be sent: a fifth of the TTL after the last one, or at once."""
+        """When to send the next renewal: a fifth of the TTL after the last one, or at once."""
         return max(now, self.confirmed_at + self.ttl_s / RENEWALS_PER_TTL)
 
 
 @frozen
 class Reminder:
-    """Decides when a lasting trouble is told: when its kind changes, and then once per `REMIND_EVERY_S`.
+    """Decides when a lasting trouble is logged: when its kind changes, and then once per `REMIND_EVERY_S`.
 
     Attributes:
-        kind: of the trouble told last; empty for none.
+        kind: of the trouble that was logged last; empty for none.
         told_at: when that was.
     """
 
@@ -117,7 +117,7 @@ class Reminder:
     told_at: float = -math.inf
 
     def tell(self, kind: str, now: float) -> Reminder | None:
-        """Return the reminder to keep when `kind` shall be told now, or None when it shall not."""
+        """The reminder to keep when `kind` is to be logged now, or None when it is not."""
         if kind == self.kind and now < self.told_at + REMIND_EVERY_S:
             return None
         return Reminder(kind, now)
@@ -125,7 +125,7 @@ class Reminder:
 
 @frozen(kw_only=True)
 class Rival:
-    """What was seen of a session key that is not ours: is its holder alive?
+    """Observations of a session key that is not ours: is its holder alive?
 
     A dead holder's lease only ever runs down. A single rise proves nothing: etcd itself extends leases when
     its leader changes, and a renewal may have been on its way when the holder died. Two of them in one wait
@@ -134,8 +134,8 @@ class Rival:
     Attributes:
         lease: of the key.
         mod_revision: of the key.
-        ttl_s: what etcd said last that the lease still has.
-        due: when it must be gone unless somebody renews it.
+        ttl_s: remaining TTL of the lease, as etcd last said.
+        due: when the key must be gone unless its holder renews it.
         signs: of life, so far.
     """
 
@@ -162,5 +162,5 @@ class Rival:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody certainly renews it."""
+        """Whether its holder certainly lives."""
         return self.signs >= self.SIGNS_WANTED

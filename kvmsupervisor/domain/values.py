@@ -1,7 +1,7 @@
 """Text that people write, turned into values: the parsers that the wishes and the settings share.
 
 Each parser takes text without surrounding white space and returns the value, or raises `Unfit`, whose text
-says what would be right. None of them looks at the world.
+says what would be right. All of them are pure.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ RAM_MAX_MIB = 16 * 1024 * 1024
 """16 TiB: more than any host has, and far below where QEMU's sizes overflow."""
 
 SHUTDOWN_TIMEOUT_MAX_S = 86_400.0
-"""A day. Arbitrary: whoever waits longer for a guest wants `power`, not a time limit."""
+"""A day. Arbitrary: for a longer wait `power` is the right key, not a time limit."""
 
 BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
-"""Letters and signs that are drawn as nothing: fillers of Hangul, and the pattern of Braille without a dot."""
+"""Characters that are drawn as nothing: fillers of Hangul, and the Braille pattern without dots."""
 
 SUGGESTION_CUTOFF = 0.75
 """How alike two names must be (`difflib`'s ratio). Arbitrary: `sipce_port` passes, `tag` does not."""
@@ -32,7 +32,7 @@ T = TypeVar("T")
 _E = TypeVar("_E", bound=StrEnum)
 
 _USERINFO = re.compile(r"//\S*@")
-"""To the last `@`: a password that was not written as a URL wants it may hold a slash."""
+"""To the last `@`: a password that is not encoded for a URL may hold a slash."""
 _RAM = re.compile(r"([0-9]{1,15}) *([mgt]?)(?:ib)?", re.IGNORECASE)
 _MAC = re.compile(r"[0-9a-f]{2}(?:(?::[0-9a-f]{2}){5}|(?:-[0-9a-f]{2}){5})", re.IGNORECASE)
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
@@ -41,7 +41,7 @@ _WORD_PIECE = re.compile(
     r""""(?P<double>(?:[^"\\]|\\.)*)"|(?P<open>['"\\])""",
     re.DOTALL,
 )
-"""What a POSIX shell makes words of. In double quotes a backslash counts before a quote or another one only, because
+"""The pieces of words in a POSIX shell. In double quotes a backslash counts before a quote or another one only, because
 nothing is expanded."""
 _ESCAPED = re.compile(r"""\\(["\\])""")
 _INTEGER = re.compile(r"[0-9]{1,18}")
@@ -61,13 +61,13 @@ def show(text: str) -> str:
 
 
 def some(things: Sequence[T], most: int, shown: Callable[[T], str] = str) -> str:
-    """The first of `things` for a message, at most so many, and how many more there are."""
+    """The first `most` of `things` for a message, and how many more there are."""
     named = ", ".join(map(shown, things[:most]))
     return f"{named} and {len(things) - most} more" if len(things) > most else named
 
 
 def show_bytes(data: bytes) -> str:
-    """Like `show`, for what should be UTF-8 and may be anything."""
+    """Like `show`, for bytes that should be UTF-8."""
     try:
         return show(data.decode())
     except UnicodeDecodeError as error:
@@ -76,9 +76,9 @@ def show_bytes(data: bytes) -> str:
 
 
 def invisible(text: str) -> str | None:
-    """The first character of `text` that nobody sees, or takes for a plain space, by its code point; None without.
+    """The first character of `text` that is invisible, or looks like a plain space, by its code point; else None.
 
-    Control characters are not meant: messages show them, and a line feed is what `echo` leaves at the end.
+    Control characters do not count: messages show them, and `echo` leaves a line feed at the end.
     """
     for char in text:
         if char in BLANKS or (char != " " and unicodedata.category(char) in {"Cf", "Zs", "Zl", "Zp"}):
@@ -87,9 +87,9 @@ def invisible(text: str) -> str | None:
 
 
 def strange(text: str) -> str | None:
-    """The first character of `text` that nobody sees, or may take for one of ASCII, by its code point; None without.
+    """The first character of `text` that is invisible, or may look like ASCII, by its code point; else None.
 
-    For messages about what should be ASCII: a Cyrillic `a` in a name, or a full-width digit, looks as it should.
+    For messages about text that should be ASCII: a Cyrillic `a` in a name, or a full-width digit, looks right.
     """
     other = next((char for char in text if not char.isascii() and char.isprintable()), None)
     return invisible(text) or (None if other is None else _code_point(other))
@@ -100,7 +100,7 @@ def _code_point(char: str) -> str:
 
 
 def without_userinfo(text: str) -> str:
-    """`text` with the user and password of a URL in it left out, for messages that others may read."""
+    """`text` without the user and password of a URL in it, for messages that others may read."""
     return _USERINFO.sub("//…@", text)
 
 
@@ -110,10 +110,10 @@ def plain(name: str) -> str:
 
 
 def nearest(name: str, candidates: Mapping[str, str], cutoff: float = SUGGESTION_CUTOFF) -> str | None:
-    """The one of `candidates` (`plain` name → name) that was probably meant by `name`."""
+    """The candidate (`plain` name → name) that `name` probably means, or None."""
     from difflib import get_close_matches  # noqa: PLC0415 - only a typo pays for it
 
-    # Longer names resemble none, and comparing takes the square of the length.
+    # Longer names resemble none, and the time grows with the square of the length.
     near = get_close_matches(plain(name[:40]), candidates, n=1, cutoff=cutoff)
     return candidates[near[0]] if near else None
 
@@ -194,8 +194,8 @@ def mac_address(text: str) -> str:
 def interface_name(text: str) -> str:
     """Return the name of a network interface.
 
-    The rule is Linux's own (`dev_valid_name` in net/core/dev.c); control characters, which it would let
-    through, have no place in QEMU's bridge.conf, and with a hyphen at its beginning it would be an option of `ip`.
+    The rule is Linux's own (`dev_valid_name` in net/core/dev.c), with two more: no control characters, for QEMU's
+    bridge.conf, and no hyphen at the beginning, which `ip` would take for an option.
     """
     unfit = not 1 <= len(text.encode()) <= 15 or text in {".", ".."} or text.startswith("-")
     if unfit or any(c in "/:" or c.isspace() or not c.isprintable() for c in text):
@@ -206,7 +206,7 @@ def interface_name(text: str) -> str:
 
 
 def host_name(text: str) -> str:
-    """Return a host's name. It is compared exactly, so it is not changed."""
+    """Return a host's name, unchanged, because it is compared exactly."""
     if not _HOST.fullmatch(text):
         raise Unfit(
             "a host's name is letters, digits, '.', '_' and '-', beginning with a letter or digit, "

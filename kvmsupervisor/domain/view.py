@@ -1,4 +1,4 @@
-"""What a decision about an instance is made of: the `View` it sees, the `Action` and the `Decision` it may come to."""
+"""What a decision is based on, the `View`, and what it may ask for, the `Action`."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
-from kvmsupervisor.domain.status import Phase
 
 
 class Action(Enum):
     """One step. Each may fail or be cut off half way; what is observed afterwards decides what follows."""
 
     READ = "read again what an earlier supervisor left, which could not be read"
-    LOOK = "read lock and status again, because no watch would tell"
-    ASK = "look whether its images, which another instance names, too, are free"
-    WATCH = "ask storage who has the disks of a host's machine open that has no session"
+    LOOK = "read lock and status again, because no watch shows them"
+    ASK = "look whether its images are free, which another instance names, too"
+    WATCH = "ask Ceph who still has the disks open, when the lock's holder has no session"
     TAKE = "write the lock for a new incarnation"
-    REASSERT = "write the lock again that somebody deleted under a living QEMU"
+    REASSERT = "write the lock of a living QEMU again, which was deleted or is older"
     RENAME = "write this host's present name into the lock of its own QEMU"
     FENCE = "fence every address of earlier incarnations"
-    QUEUE = "stand in line for a start slot"
-    PREPARE = "make ready what takes its time: boot media, UEFI variables"
-    SPAWN = "open its taps, put the incarnation on record and start QEMU, paused"
+    QUEUE = "queue for a start slot"
+    PREPARE = "prepare what takes time: boot media, UEFI variables"
+    SPAWN = "open its taps, record the incarnation and start QEMU, paused"
     CONNECT = "connect to QMP, ask for the run state"
     RECORD = "write pid and addresses into the lock"
     GUARD = "have the guard watch it"
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
     PLUG = "plug its NICs in again"
-    GROW = "look whether its images were grown, and tell QEMU"
+    GROW = "look whether its images grew, and tell QEMU"
     POWERDOWN = "press the power button"
-    FINISH = "tell QEMU to end whose guest has powered itself off"
+    FINISH = "tell QEMU to end, whose guest powered itself off"
     QUIT = "tell QEMU to end"
-    RESET = "reset the machine, as its button would: the process stays"
+    RESET = "reset the machine like its button: the process stays"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
-    TIDY = "delete a placement that stands in for nothing any more"
-    BURY = "take the process's end to the books, delete its record"
+    TIDY = "delete a placement that has ended"
+    BURY = "record the exit, delete the process's record"
     RELEASE = "delete the lock of a process that is proven gone"
-    FORGET = "nothing of it is ours any more"
+    FORGET = "end the loop: the instance is not this host's any more"
 
 
 @frozen(kw_only=True)
@@ -65,18 +64,18 @@ class Process:
 
     Attributes:
         incarnation: its record.
-        spec: the machine it was started as; None when a newer release wrote a spec that cannot be read.
+        spec: the machine that was started; None when a newer release wrote it and it cannot be read.
         exit: why it ended, None while it lives.
         connected: whether QMP answered on the present connection.
-        run_state: QMP's, as last told; None when never told to this supervisor.
+        run_state: the last known run state of QMP; None before the first answer to this supervisor.
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
-        grow_at: when its images are to be looked at again; never for a machine without.
-        unplugged: what is to be said of its NICs, for people; empty when all are plugged in as they were.
-        plug_at: when a NIC is to be plugged in again; never while all are.
+        grow_at: when to look at its images again; never for a machine without.
+        unplugged: what people should know of its NICs; empty when all are plugged in.
+        plug_at: when to plug a NIC in again; never while all are plugged in.
         silent_since: since when it owes an answer, None when it answers.
-        stopping: how far a stop has come, None when none was begun.
-        asked: whether this supervisor has asked it to end; its end is no failure then.
+        stopping: how far a stop has come; None without one.
+        asked: whether this supervisor asked it to end: its end is no failure then.
     """
 
     incarnation: Incarnation
@@ -105,7 +104,7 @@ class Holdover:
 
     Attributes:
         pid: of it.
-        folder: where it was put on record; None when that is not known.
+        folder: the run directory with its record; None when that is not known.
     """
 
     pid: int
@@ -114,13 +113,13 @@ class Holdover:
 
 @frozen(kw_only=True)
 class LeftAlone:
-    """What an earlier supervisor left of an instance, and this one cannot read, or must not touch.
+    """What an earlier supervisor left of an instance, which this one cannot read, or must not touch.
 
     Attributes:
         reason: why, and what would end it, for people.
-        pid: of the living QEMU that it tells of, as far as that is known.
+        pid: of its living QEMU, as far as that is known.
         starttime: of that process, clock ticks since boot.
-        look_at: when it is to be read again, CLOCK_BOOTTIME.
+        look_at: when to read it again, CLOCK_BOOTTIME.
     """
 
     reason: str
@@ -131,12 +130,12 @@ class LeftAlone:
 
 @frozen(kw_only=True)
 class Target:
-    """Another host where an instance shall run, as it is seen from here.
+    """The other host where an instance is to run, as seen from here.
 
     Attributes:
         there: whether it has a session; None when not known.
-        drains: whether it says that it stops all its guests.
-        meant: a host that has a session and was probably meant, when it has none; None when none comes close.
+        drains: whether it stops all its guests.
+        meant: a host with a session that was probably meant, when this one has none; None when none comes close.
     """
 
     there: bool | None = None
@@ -145,19 +144,19 @@ class Target:
 
     @property
     def receives(self) -> bool:
-        """Whether somebody is there to move to."""
+        """Whether an instance can move there now."""
         return self.there is True and not self.drains
 
 
 @frozen(kw_only=True)
 class Deferral:
-    """How the takeover of a lock waits for a host that may have lost etcd only (law 4).
+    """The wait of a takeover for a host that may have lost etcd only (law 4).
 
     Attributes:
-        until: when it has waited long enough, CLOCK_BOOTTIME.
+        until: when the wait ends, CLOCK_BOOTTIME.
         told: the same for people.
-        ask_at: when storage is to be asked again.
-        watchers: who has the disks open, as last told; None before that.
+        ask_at: when to ask storage again.
+        watchers: the clients that have the disks open, as last heard; None before the first answer.
     """
 
     until: float
@@ -176,43 +175,43 @@ class View:
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
-        left_alone: what cannot be read of it, or must not be touched; None when all can. There is no process then.
-        mismatch: why nothing is started or stopped here at all (law 12); None when all goes its way.
-        dissent: why no lock is taken where none is (law 12): other hosts look for it elsewhere; None when all agree.
-        held: what its keys have come to (removed, another `host`, `power` off) waits for an operator's word.
-        held_why: how that came about, for people; empty for a mass removal.
-        era: the history of etcd that it is decided in.
-        draining: the host is being shut down or serviced: nothing runs here meanwhile, whatever the wish.
-        leaving: why this instance is to be stopped and let go of, whatever the wish; None when it is not.
+        left_alone: what is left of it and cannot be read, or must not be touched; None without that. No process then.
+        mismatch: why nothing is started or stopped here at all (law 12); None without a mismatch.
+        dissent: why an absent lock is not taken (law 12): other hosts look for it elsewhere; None when all agree.
+        held: an order in its keys (removed, another `host`, `power` off) waits for an operator's word.
+        held_why: the cause, for people; empty for a mass removal.
+        era: the history of etcd in which this is decided.
+        draining: the host stops all its guests, whatever the wish.
+        leaving: why this instance is to be stopped and released, whatever the wish; None when it is not.
         session_held: whether this host's session holds now.
-        etcd_at: when etcd is worth the next attempt (after an error or a lost compare); the past when now.
-        etcd_trouble: what the last attempt said, None when it went well.
+        etcd_at: when etcd is worth the next attempt (after an error or a failed compare); the past: now.
+        etcd_trouble: the error of the last attempt, None when it went well.
         lock: as last seen.
-        planned: incarnation that the lock was taken for and that has no process yet.
-        buried: incarnation of the last process whose end was taken to the books here; None when there was none.
-        holder_has_session: of the lock's host; None when not known.
-        deferral: how long a takeover has waited, None when it has not begun to.
-        target: the host where it shall run, when that is another, as it is seen from here.
-        holdover: a QEMU of ours that lives without a record in the run directory; None when there is none.
-        claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
-        looked: whether the status key was read, which another host may have written; only then it is written over.
-        process: None when there is none.
+        planned: the incarnation that the lock was taken for, and that has no process yet.
+        buried: the incarnation of the last process whose exit was recorded here, or None.
+        holder_has_session: whether the lock's host has a session; None when not known.
+        deferral: the wait of a takeover, None before it begins.
+        target: the host where it is to run, when that is another one.
+        holdover: a QEMU of ours that lives without a record in the run directory, or None.
+        claimed_by: the host whose status says that it runs this although the lock is absent, or None.
+        looked: whether the status key was read, which another host may have written; it is not overwritten before.
+        process: its QEMU, or None.
         memory: what outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
-        shortage: which memory does not suffice for it, None when it waits for no memory.
-        prepared: whether what takes its time was made ready for the wish as it stands.
-        start_at: when the host is worth the next attempt, after something was missing on it; the past when now.
-        obstacle: what was missing, None when nothing was.
-        rival: for which other instance of the same image it waits, for people; None when for none.
-        ask_at: when it is to be asked again whether that image is free.
-        shared: which others name an image of the machine that runs, for people; None when none does.
-        guarded: whether the guard watches the process, which may write to what no storage can fence; None when it need
+        shortage: why its memory does not fit, for people; None when it does not wait for memory.
+        prepared: whether media and UEFI variables were prepared for the present wish.
+        start_at: when the next attempt to start is due, after something was missing; the past: now.
+        obstacle: what was missing, or None.
+        rival: the other instance of the same image that it waits for, for people; or None.
+        ask_at: when to look again whether that image is free.
+        shared: the others that name an image of the running machine, for people; or None.
+        guarded: whether the guard watches the process, which may write to what storage cannot fence; None when it need
             not be watched.
-        guard_at: when the guard is worth the next attempt; the past when now.
-        guard_trouble: what the last attempt said, None when there was none.
-        quiet_at: when the wish will have been quiet for long enough to let a new guest run.
-        start_timeout_s: within which a new QEMU must answer.
-        shutdown_timeout_s: between the power button and force.
+        guard_at: when the next attempt to reach the guard is due; the past: now.
+        guard_trouble: the error of the last attempt, or None.
+        quiet_at: when the wish has been quiet for long enough to let a new guest run.
+        start_timeout_s: time limit for a new QEMU to answer.
+        shutdown_timeout_s: time between the power button and force.
     """
 
     now: float
@@ -259,13 +258,13 @@ class View:
 
     @property
     def is_strange(self) -> bool:
-        """Whether the lock is another cluster's, so that it says nothing of this process."""
+        """Whether the lock belongs to another cluster, so that it says nothing of this process."""
         lock = self.lock.lock
         return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the lock is older than the process: it was restored, or written by hand, and is no takeover."""
+        """Whether the lock is older than the process: restored, or written by hand, and no takeover."""
         lock, process = self.lock.lock, self.process
         if lock is None or process is None:
             return False
@@ -273,43 +272,23 @@ class View:
 
     @property
     def unadopted_pid(self) -> int | None:
-        """Of the QEMU that is known to live here and is not this supervisor's to touch; None when there is none."""
+        """The pid of a QEMU that lives here and must not be touched, or None."""
         if self.left_alone is not None:
             return self.left_alone.pid
         return None if self.holdover is None else self.holdover.pid
 
     @property
     def claim(self) -> Claim:
-        """What the lock means to us: to the process's incarnation, or to the one that is planned."""
+        """What the lock means to the process's incarnation, or to the planned one."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
         return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
 
     @property
     def stays(self) -> bool:
-        """Whether it stays here although it shall run elsewhere: a move needs somebody to move to (DESIGN §4).
+        """Whether it stays here although it is to run elsewhere: a move needs a host to move to (DESIGN §4).
 
-        It begins when that host has a session, and this one has, to hand the lock over. Here is where its QEMU is, or
-        where its lock says that it was.
+        A move begins when both hosts have a session. "Here" is where its QEMU is, or was by its lock.
         """
         if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
             return False
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
-
-
-@frozen(kw_only=True)
-class Decision:
-    """What to say and to do.
-
-    Attributes:
-        phase: for status, metrics and people.
-        reason: one sentence: the cause, and what would end it.
-        action: the next step, None to wait.
-        wake_at: when to decide again although nothing was heard, CLOCK_BOOTTIME; None: only when heard.
-        slot: whether a start slot, or a place in the line for one, is to be kept.
-    """
-
-    phase: Phase
-    reason: str
-    action: Action | None = None
-    wake_at: float | None = None
-    slot: bool = False

@@ -1,6 +1,6 @@
 """Wishes: what people write below `/kvm/<id>/`, parsed purely.
 
-`parse_wish` never raises: whatever stands in etcd becomes a `Wish`, with every problem named.
+`parse_wish` never raises: any keys in etcd become a `Wish`, with every problem named.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from kvmsupervisor.domain.spec import (
 from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
-"""Bytes of a value that are looked at; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
+"""Most bytes of a value; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
 
 NICS = 8
 DISKS = 16
-"""How many NICs and disks a machine may have, the first included: so many PCI slots are kept for them (`argv.py`)."""
+"""How many NICs and disks a machine may have, the first included: that many PCI slots are kept for them (`argv.py`)."""
 
 NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
 """The names of the wishes that a machine may have several of, n counting from 1."""
@@ -55,10 +55,10 @@ SECRET_KEYS = frozenset({"spice_password"})
 
 FREE_KEY = "description"
 FREE_KEY_PREFIX = "x-"
-"""Keys that are for people: never looked at."""
+"""Keys for people: their values are never read."""
 
 CANDIDATES = 16
-"""Hosts that may take an instance over by themselves. Arbitrary: the last of them would wait for more than a minute."""
+"""Most hosts in `hosts`. Arbitrary: the last of them waits for more than a minute."""
 
 UNKNOWN_KEYS_NAMED = 20
 """Unknown keys that the problem names; the others are counted. Arbitrary: they still fit on a screen."""
@@ -75,7 +75,7 @@ RESERVED_FLAGS = {
     "preconfig": "the supervisor sets QEMU up by its arguments alone",
     "uuid": "the uuid is made of prefix and id, and a running QEMU is recognised by it",
 }
-"""QEMU options that `extra_flags` may not hold, and why: with them a running QEMU would be lost sight of."""
+"""QEMU options that `extra_flags` may not hold, and why: they would break the supervision of QEMU."""
 
 
 _A_PLACEMENT = (
@@ -86,13 +86,13 @@ _A_PLACEMENT = (
 def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Placed = NOT_PLACED) -> Wish:
     """Parse the keys of one instance. Never raises, whatever the bytes are.
 
-    A key that is sound counts even where another is not: `power=off` beside a bad `ram` stops the machine.
+    A sound key counts even where another is bad: `power=off` beside a bad `ram` stops the machine.
 
     Args:
         instance: whose keys they are.
         keys: what follows `/kvm/<id>/` in each key, as bytes (it may be anything, slashes included), with
             its value. The lock is not among them.
-        placed: its placement key. One that cannot be read is a problem: nothing is started on its ground.
+        placed: its placement key. A damaged one is a problem, so that nothing starts.
     """
     if not keys:
         return Wish(instance=instance, placed=placed)
@@ -159,14 +159,14 @@ _D = TypeVar("_D")
 
 
 class _Reader:
-    """Reads keys one by one and remembers what was wrong with each."""
+    """Reads keys one by one and notes the problem of each."""
 
     def __init__(self, keys: Mapping[bytes, RawValue]) -> None:
         self._keys = keys
         self.problems: dict[str, Problem] = {}
 
     def read(self, name: str, parse: Callable[[str], _T], default: _D) -> _T | _D:
-        """Parse one key; return `default` without it, and when it is bad."""
+        """Parse one key; return `default` when it is absent or bad."""
         raw = self._keys.get(name.encode())
         if raw is None:
             return default
@@ -241,7 +241,7 @@ def is_known(key: bytes) -> bool:
 
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:
-    """One problem for all of them: ten thousand keys must not make ten thousand sentences."""
+    """One problem for all: ten thousand keys must not make ten thousand sentences."""
     return Problem(
         "unknown key" if len(unknown) == 1 else "unknown keys",
         some(unknown, UNKNOWN_KEYS_NAMED, _with_suggestion),
@@ -266,20 +266,20 @@ _SYNONYMS = {
     "user-data": "cloud-config",
     "uefi": "firmware",
 }
-"""What else people call the wishes, in the form of `values.plain`."""
+"""Other names of the wishes, in the form of `values.plain`."""
 
 _SUGGESTIONS = {plain(name): name for name in (*WISH_KEYS, FREE_KEY)} | _SYNONYMS
 
 
 def suggest_wish(name: str) -> str | None:
-    """The wish that was probably meant by an unknown name."""
+    """The wish that an unknown name probably means, or None."""
     return nearest(name, _SUGGESTIONS)
 
 
 def _with_suggestion(key: bytes) -> str:
     name, equals, _ = key[:SHOWN_LENGTH].decode(errors="replace").partition("=")
     near = suggest_wish(name)
-    # Who writes `etcdctl put KEY=VALUE` makes a key whose name is the value, too.
+    # `etcdctl put KEY=VALUE` makes a key whose name contains the value.
     is_pair = bool(equals) and (near is not None or names_a_secret(name))
     held = strange(key.decode(errors="ignore"))
     shown = show(f"{name}={HIDDEN}") if is_pair else show_bytes(key)
@@ -314,28 +314,28 @@ def _text(value: bytes) -> str:
 
 
 def public_value(name: str, value: bytes) -> bytes:
-    """A key's value for people: without what is nobody else's business.
+    """A key's value for people, without secrets.
 
-    A key that nobody knows may be a secret one that was mistyped.
+    An unknown key may be the mistyped name of a secret one.
     """
     mistyped = not is_known(name.encode()) and suggest_wish(name) in SECRET_KEYS
     if name in SECRET_KEYS or mistyped or names_a_secret(name):
         return b"(not shown)"
     if len(value) > VALUE_LIMIT:
-        # Not looked through either: whoever writes a megabyte would have it looked through again and again.
+        # Not searched either: a megabyte would be searched again and again.
         return f"({len(value)} bytes, not shown)".encode()
     hide = {"cloud-config": shown_url, "extra_flags": cleaned_flags}.get(name, cleaned)
     return hide(value.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def _shown(name: str, value: bytes) -> str:
-    """What was found, for a message; problems are public."""
+    """The value for a message; problems are public."""
     if len(value) > VALUE_LIMIT:
         return f"more than {VALUE_LIMIT} bytes"
     if name in SECRET_KEYS:
         return "a value that is not shown"
     shown = cleaned(public_value(name, value).decode(errors="surrogateescape")).encode(errors="surrogateescape")
-    # Of what is shown, and not of a secret that is not.
+    # Look at the shown text only, not at the secret.
     held = strange(shown.decode(errors="ignore"))
     return show_bytes(shown) + ("" if held is None else f", which holds {held}")
 
@@ -356,7 +356,7 @@ def _cloud_config(text: str) -> str:
 
 
 _RBD_NAME = r"[^-/@\s\x00-\x1f\x7f][^/@\s\x00-\x1f\x7f]*"
-"""None begins with a hyphen: Ceph's own tools would take it for an option, whoever types it."""
+"""No name begins with a hyphen: Ceph's own tools would take it for an option."""
 
 _RBD = re.compile(f"/?({_RBD_NAME})/({_RBD_NAME})")
 
@@ -415,12 +415,12 @@ _PRIORITY = re.compile(r"-?[0-9]{1,4}")
 
 def _priority(text: str) -> int:
     if not _PRIORITY.fullmatch(text) or not -1000 <= int(text) <= 1000:
-        raise Unfit("it is a whole number from -1000 to 1000; who has the greater one starts first")
+        raise Unfit("it is a whole number from -1000 to 1000; the greater one starts first")
     return int(text)
 
 
 def _power(text: str) -> tuple[Power, bool]:
-    """Whether it runs, and whether its end needs no consent of its guest."""
+    """Whether it is to run, and whether to stop it without its guest's consent."""
     if text == OFF_NOW:
         return Power.OFF, True
     if text not in tuple(Power):
@@ -435,7 +435,7 @@ def _restart_request(text: str) -> str:
 
 
 def _not_help(parse: Callable[[str], str]) -> Callable[[str], str]:
-    """Refuse `help`, to which QEMU answers with a list and ends, as if all had gone well."""
+    """Refuse `help`: QEMU prints a list and ends as if all had gone well."""
 
     def parse_name(text: str) -> str:
         if text == "help":

@@ -1,9 +1,9 @@
-"""Words that reach other programs: what a key or a setting says may be an argument, never an option.
+"""Words for other programs: the value of a key or a setting may be an argument, never an option.
 
-Every command line that the supervisor runs is made of these forms. A value that a person wrote either stands behind the
-name of an option in the same word (`option`), or in an option string in which it cannot end (`escaped`, `json_option`),
-or is a name that no program takes for an option (`is_name`, which parsers ask). What is free-form is `extra_flags`
-alone: its words are the user's own options, for QEMU and for no other program.
+The supervisor makes every command line of these forms. A value that a person wrote follows the name of an option in the
+same word (`option`), or is part of an option string that it cannot end (`escaped`, `json_option`), or is a name that no
+program takes for an option (`is_name`, which parsers check). Only `extra_flags` is free-form: its words are the user's
+own options, for QEMU and for no other program.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 NAME_LENGTH = 255
-"""Characters of a name. Linux's limit of a file's name (NAME_MAX, limits.h): it may become one."""
+"""Most characters of a name. Linux's limit for a file name (NAME_MAX, limits.h): it may become one."""
 
 
 def option(name: str, value: str) -> str:
@@ -25,12 +25,12 @@ def option(name: str, value: str) -> str:
 
 
 def escaped(value: str) -> str:
-    """`value` as part of one of QEMU's option strings: it reads two commas as one that does not separate."""
+    """`value` as part of an option string of QEMU, which reads two commas as one comma in a value."""
     return value.replace(",", ",,")
 
 
 def json_option(value: Mapping[str, Any]) -> str:
-    """An option's argument in JSON, from which nothing can break out."""
+    """An option's argument in JSON, which no value can break."""
     return json.dumps(value, separators=(",", ":"))
 
 

@@ -21,7 +21,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
@@ -269,7 +269,8 @@ class Start:
         # A lock with a former name of this host is no other host's: its process was buried here.
         ours = previous is None or previous.host == around.me or previous.incarnation == self.buried
         foreign = None if previous is None or ours else previous.host
-        await self._lock.write(self._plan(wish, floor), wish.ground, gone=foreign)
+        change = Change.TAKE if foreign is None else Change.TAKE_OVER
+        await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
@@ -280,7 +281,7 @@ class Start:
     async def _take_if_new(self, wish: Wanted) -> bool:
         """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
         try:
-            await self._lock.write(self._plan(wish, 0), wish.ground, if_new=True)
+            await self._lock.write(Change.TAKE, self._plan(wish, 0), wish.ground, if_new=True)
         except SwapFailed:
             return False
         self._report.key_was_read(None)
@@ -333,7 +334,8 @@ class Start:
         await around.fencing.fence(others)
         everyone = (*lock.fence, *others)
         around.metrics.fenced(len(everyone))
-        await self._lock.write(lock.fenced(address for address in everyone if address not in self._gone), wish.ground)
+        fenced = lock.fenced(address for address in everyone if address not in self._gone)
+        await self._lock.write(Change.FENCE, fenced, wish.ground)
         self._gone.clear()
         if everyone:
             self._report.tell("lock.fenced", addresses=list(everyone), taken_from=lock.taken_from)
@@ -342,19 +344,25 @@ class Start:
         """Before the lock is let go of: shut out the storage clients of its process, unless that closed its disks.
 
         The process is proven gone, so nothing of it writes any more, and without storage it is let go of all the same.
-        But for another 30 s Ceph would name it as having the disks open, and whoever starts next would wait for that.
+        But for another 30 s Ceph would name it as having the disks open, and the next start would wait for that.
+
+        Raises:
+            SwapFailed: another host may have the lock by now, which is not ours to delete then.
         """
-        lock = self._lock.view.lock
+        seen = self._lock.view
+        lock = seen.lock
         if lock is None or not lock.clients or lock.incarnation == self.closed:
             return
         try:
             await self._around.fencing.fence(lock.clients)
         except NotFenced as error:
             self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
-            return
-        self.closed = lock.incarnation
-        self._around.metrics.fenced(len(lock.clients))
-        self._report.tell("lock.fenced", addresses=list(lock.clients), taken_from=None)
+        else:
+            self.closed = lock.incarnation
+            self._around.metrics.fenced(len(lock.clients))
+            self._report.tell("lock.fenced", addresses=list(lock.clients), taken_from=None)
+        if self._lock.view.mod_revision != seen.mod_revision:
+            raise SwapFailed("the lock changed meanwhile")
 
     async def spawn(self, wish: Wanted) -> None:
         """Start QEMU, paused.
@@ -454,7 +462,7 @@ class Start:
         self._machine.directory.drop_ceph_key()
         recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
-        await self._lock.write(replace(recorded, storage=record.storage), wish.ground)
+        await self._lock.write(Change.RECORD, replace(recorded, storage=record.storage), wish.ground)
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""

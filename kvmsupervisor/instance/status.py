@@ -8,12 +8,13 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, pending
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.machine.machine import Machine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmsupervisor.cluster.lock import InstanceLock
+from kvmsupervisor.domain.lock import Change
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
@@ -34,5 +35,5 @@ async def rename(lock: InstanceLock, report: Report, around: Surroundings) -> No
     """
     held = lock.view.lock
     assert held is not None
-    await lock.write(replace(held, host=around.me), None)
+    await lock.write(Change.RENAME, replace(held, host=around.me), None)
     report.tell("lock.renamed", level="warning", epoch=held.epoch, former=held.host)

@@ -19,6 +19,7 @@ from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
+from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
@@ -32,7 +33,7 @@ from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Decision, View
+from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.plugs import Plugs
@@ -45,8 +46,7 @@ from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import NotReady
 
 ETCD_RETRY_S = 1.0
-"""Pause after etcd failed or a compare did not hold. A watch event or a won session wakes the loop earlier; this is
-what bounds a disagreement that no event ends."""
+"""Pause after etcd failed, or a compare did not hold. A watch event or a won session wakes the loop earlier."""
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvmsupervisor.domain.view import Action, Decision
+from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.domain.view import Action
 from kvmsupervisor.machine.machine import Machine
 
 

@@ -25,7 +25,7 @@ from kvmsupervisor.domain.history import is_older
 from kvmsupervisor.domain.incarnation import Memory
 from kvmsupervisor.domain.keys import HostName, parse_id
 from kvmsupervisor.domain.lifecycle import decide
-from kvmsupervisor.domain.lock import Claim, Lock, LockState, take
+from kvmsupervisor.domain.lock import Change, Claim, Lock, LockState, take
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
@@ -225,7 +225,7 @@ class SingleLock:
                     lock = self._lock.view.lock
                     assert lock is not None
                     await self._fencing.fence(lock.fence)
-                    await self._lock.write(replace(lock, state=LockState.STARTING), None)
+                    await self._lock.write(Change.FENCE, lock.fenced(lock.fence), None)
                 case Action.WATCH:
                     # Which images these options open is not known here, so nobody is asked, and nothing taken.
                     self._etcd_at = self._clock.now() + RETRY_S
@@ -245,8 +245,9 @@ class SingleLock:
         floor = await self._look()
         if (self._lock.view.data is None) is not was_free or (was_free and self._claimed_by is not None):
             return
+        previous = self._lock.view.lock
         lock = take(
-            self._lock.view.lock,
+            previous,
             host=self._stand.holder.name,
             boot_id=self._stand.holder.boot_id,
             incarnation=self.incarnation,
@@ -255,7 +256,12 @@ class SingleLock:
         )
         # Before it is written: a write whose reply is lost is recognised by it.
         self._taken, self._epoch = True, lock.epoch
-        await self._lock.write(lock, None)
+        foreign = previous is not None and previous.host != lock.host
+        await (
+            self._lock.write(Change.TAKE_OVER, lock, None, holder=previous.host)
+            if foreign and previous is not None
+            else self._lock.write(Change.TAKE, lock, None)
+        )
         log.info("lock.taken", key=self._key, holder=lock.host, epoch=lock.epoch, incarnation=lock.incarnation)
 
     async def _look(self) -> int:
@@ -286,7 +292,7 @@ class SingleLock:
             try:
                 recorded = lock.recorded(pid=pid, starttime=starttime, clients=())
                 said = self._said(recorded, Phase.RUNNING, "runs in single mode, with options of its own")
-                await self._lock.write(recorded, None, status=said)
+                await self._lock.write(Change.RECORD, recorded, None, status=said)
                 self._recorded = recorded
             except (SwapFailed, EtcdError) as error:
                 log.warning("lock.not_recorded", key=self._key, reason=str(error))
@@ -381,6 +387,10 @@ class SingleLock:
                 await self._lock.look()
                 lock = self._lock.view.lock
                 if self._claim() is not Claim.MINE or lock is None:
+                    return
+                if lock.is_unfenced:
+                    reason = "clients of earlier QEMUs may not be fenced yet; whoever takes the lock next fences them"
+                    log.warning("lock.not_released", key=self._key, reason=reason)
                     return
                 said = self._said(lock, Phase.STOPPED, "its QEMU in single mode has ended")
                 await (self._lock.drop() if said is None else self._lock.release(said))

@@ -17,11 +17,12 @@ import structlog
 
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
 from kvmsupervisor.cluster.fencing import NotFenced
+from kvmsupervisor.cluster.lock import compares
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.failover import STEP_S, place
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Lock, Storage, take
+from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
@@ -184,21 +185,27 @@ class Failover:
             storage=storage_of(orphan.spec),
             epoch_floor=around.era().epoch_floor,
         )
-        wish, lock_key = orphan.wish, layout.lock_key(orphan.id)
+        wish = orphan.wish
         placement_key = layout.placement_key(orphan.id)
         placed = Placement(host=around.me, why=FAILOVER, since=around.clock.wall(), of=wish.host_revision)
-        gone = {orphan.lock.host, HostName(wish.runs_on or "")}
+        compared = compares(
+            Change.TAKE_OVER,
+            layout=layout,
+            instance=orphan.id,
+            revision=orphan.lock_revision,
+            session=around.session.compare(),
+            ground=wish.ground,
+            holder=orphan.lock.host,
+        )
         result = await around.store.txn(
             [
-                around.session.compare(),
-                *(Compare(layout.session_key(host), Target.MOD_REVISION, 0) for host in sorted(gone)),
-                Compare(lock_key, Target.MOD_REVISION, orphan.lock_revision),
-                Compare(layout.wish_key(orphan.id, "host"), Target.MOD_REVISION, wish.host_revision),
-                Compare(placement_key, Target.MOD_REVISION, wish.placed.revision),
+                *compared,
+                # Where it is to run, there is nobody to run it; and this host is still among the candidates.
+                Compare(layout.session_key(HostName(wish.runs_on or "")), Target.MOD_REVISION, 0),
                 Compare(layout.wish_key(orphan.id, "hosts"), Target.MOD_REVISION, orphan.hosts_revision),
             ],
             [
-                Put(lock_key, lock.to_json()),
+                Put(layout.lock_key(orphan.id), lock.to_json()),
                 Delete(placement_key) if wish.host == around.me else Put(placement_key, placed.to_json()),
             ],
         )

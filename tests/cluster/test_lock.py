@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
-from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
+from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed, compares
 from kvmsupervisor.domain.history import FIRST_ERA
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.etcd import FakeEtcd
@@ -31,7 +31,7 @@ class Bench:
     def __init__(self) -> None:
         self.etcd = FakeEtcd()
         self.etcd.write(SESSION_KEY, "{}")
-        session = Compare(SESSION_KEY, Target.CREATE_REVISION, self.etcd.revision)
+        self.session = session = Compare(SESSION_KEY, Target.CREATE_REVISION, self.etcd.revision)
         self.etcd.write(HOST_KEY, "a")
         self.ground = Ground(self.etcd.revision)
         self.lock = InstanceLock(store=self.etcd, layout=Layout(), instance=ONE, session=lambda: session)
@@ -42,7 +42,7 @@ class Bench:
         return None if data is None else Lock.from_json(data)
 
     async def write(self, lock: Lock = MINE) -> None:
-        await self.lock.write(lock, self.ground)
+        await self.lock.write(Change.TAKE if lock == MINE else Change.RECORD, lock, self.ground)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def test_a_free_lock_is_taken_and_changed_and_released(bench: Bench) -> No
 async def test_without_a_key_host_none_is_compared(bench: Bench) -> None:
     """Single mode: QEMU's own options have no wish; the session is compared all the same."""
     bench.etcd.write(HOST_KEY, "b")
-    await bench.lock.write(MINE, None, status=LAST)
+    await bench.lock.write(Change.TAKE, MINE, None, status=LAST)
     assert bench.stored == MINE
     assert Status.from_json(bench.etcd.data[STATUS_KEY]) == LAST
     await bench.lock.drop()
@@ -75,7 +75,47 @@ async def test_without_a_key_host_none_is_compared(bench: Bench) -> None:
     assert STATUS_KEY in bench.etcd.data
     bench.etcd.erase(SESSION_KEY)
     with pytest.raises(SwapFailed):
-        await bench.lock.write(MINE, None)
+        await bench.lock.write(Change.TAKE, MINE, None)
+
+
+DISTURBED = {
+    Compared.LOCK: lambda etcd: etcd.write(LOCK_KEY, THEIRS.to_json()),
+    Compared.SESSION: lambda etcd: etcd.erase(SESSION_KEY),
+    Compared.GROUND: lambda etcd: etcd.write(HOST_KEY, "b"),
+    Compared.HOLDER_GONE: lambda etcd: etcd.write("/kvmsupervisor/hosts/b", "{}"),
+}
+
+
+@pytest.mark.parametrize("disturbed", Compared, ids=lambda each: each.name.lower())
+@pytest.mark.parametrize("change", Change, ids=lambda each: each.name.lower())
+async def test_each_row_compares_what_it_says(bench: Bench, change: Change, disturbed: Compared) -> None:
+    """Laws 2, 4 and 7: what a row of the lock's state table compares fails the transaction, and nothing else does."""
+    bench.etcd.write(LOCK_KEY, MINE.to_json())
+    compared = compares(
+        change,
+        layout=Layout(),
+        instance=ONE,
+        revision=bench.etcd.revision,
+        session=bench.session,
+        ground=bench.ground,
+        holder=HostName("b"),
+    )
+    DISTURBED[disturbed](bench.etcd)
+    result = await bench.etcd.txn(compared, [])
+    assert result.succeeded is (disturbed not in change.value.compares)
+
+
+async def test_what_the_table_does_not_have_is_not_written(bench: Bench) -> None:
+    """Laws 2 and 4: a change that does not follow on what was seen last is refused before etcd is asked."""
+    unfenced = replace(MINE, state=LockState.FENCING, fence=("c",))
+    await bench.write(MINE)
+    with pytest.raises(SwapFailed):
+        await bench.lock.write(Change.RECORD, replace(NEXT, incarnation="y"), bench.ground)
+    bench.etcd.write(LOCK_KEY, unfenced.to_json())
+    await bench.lock.look()
+    with pytest.raises(SwapFailed):
+        await bench.lock.release(LAST)
+    assert bench.stored == unfenced
 
 
 async def test_nothing_is_written_without_the_session(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, replace
 
@@ -9,8 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import VERSION, Claim, Lock, LockState, LockView, Storage, take
+from kvmsupervisor.domain.lock import (
+    VERSION,
+    Change,
+    Claim,
+    Compared,
+    Lock,
+    LockState,
+    LockView,
+    Names,
+    Storage,
+    Writer,
+    take,
+)
 
 ME, OTHER = HostName("a"), HostName("b")
 LOCK = Lock(host=ME, boot_id="boot-1", epoch=3, state=LockState.RUNNING, incarnation="x", pid=42, starttime=9)
@@ -122,6 +136,98 @@ def test_a_row_of_incarnations_keeps_all_addresses(clients: list[tuple[str, ...]
         lock = replace(taken(lock), clients=addresses)
         assert lock.epoch == number
     assert set(taken(lock).fence) == {address for addresses in clients for address in addresses}
+
+
+ANY = [*LockState, None]
+IN_STATE = {state: state and replace(LOCK, state=state, fence=()) for state in ANY}
+LIVING = Incarnation(
+    instance="1", incarnation="x", epoch=9, boot_id="boot-1", argv=(), spec={}, storage=Storage.RBD, accelerator="tcg",
+    restart_request=None, revision=1, log_offset=0, spawned_at=1.0, pid=42, starttime=9,
+).as_lock(ME, ran=True)  # fmt: skip
+
+
+def written(change: Change, before: Lock | None) -> list[Lock | None]:
+    """Every value that the code writes with this change over `before`, where `before` is what the change is for."""
+    match change:
+        case Change.TAKE | Change.TAKE_OVER:
+            return [taken(before), taken(before and replace(before, storage=Storage.NONE))]
+        case Change.REASSERT:
+            return [LIVING]
+        case Change.RELEASE:
+            return [None]
+    if before is None:
+        return []
+    match change:
+        case Change.FENCE:
+            return [before.fenced(["c"])]
+        case Change.RECORD:
+            return [before.recorded(pid=1, starttime=2, clients=("c",))]
+        case Change.RENAME:
+            return [replace(before, host=OTHER)]
+        case Change.BREAK:
+            return [before.broken()]
+    raise AssertionError(change)
+
+
+@pytest.mark.parametrize("change", Change)
+def test_a_change_leads_where_the_table_says(change: Change) -> None:
+    """Law 2: from each state that a row names the code's value is allowed; from each other one nothing is."""
+    row, reached = change.value, set()
+    for state, before in IN_STATE.items():
+        for after in written(change, before):
+            assert change.allows(before, after) is (state in row.before), (state, after)
+            if state in row.before:
+                reached.add(after and after.state)
+    assert reached == row.after
+
+
+@pytest.mark.parametrize("change", Change)
+def test_a_change_leads_nowhere_else(change: Change) -> None:
+    """Law 2: a state that the row does not name is never written, nor another incarnation's value."""
+    for before, after in itertools.product(IN_STATE.values(), IN_STATE.values()):
+        if (after and after.state) not in change.value.after:
+            assert not change.allows(before, after)
+        if before is not None and after is not None and change.value.names is Names.SAME:
+            assert not change.allows(before, replace(after, incarnation="y"))
+            assert not change.allows(before, replace(after, epoch=before.epoch + 1))
+        if before is not None and after is not None and change.value.names in {Names.NEW, Names.LIVING}:
+            assert not change.allows(before, replace(after, epoch=before.epoch))
+            assert not change.allows(before, replace(after, epoch=before.epoch - 1))
+
+
+def test_a_renamed_lock_keeps_its_state() -> None:
+    """Law 12: another name is no step on the way to `cont`."""
+    assert not Change.RENAME.allows(IN_STATE[LockState.STARTING], IN_STATE[LockState.RUNNING])
+
+
+def test_what_is_not_fenced_is_not_released() -> None:
+    """Law 4: a broken lock with addresses in `fence` is not let go of."""
+    assert Change.RELEASE.allows(LOCK.broken(), None)
+    assert not Change.RELEASE.allows(replace(LOCK, fence=("a",)).broken(), None)
+
+
+def test_what_each_change_compares() -> None:
+    """Laws 2, 4, 7 and 9: always the lock; session and `host` up to `cont`; the holder's session where it is robbed."""
+    row = {change: set(change.value.compares) for change in Change}
+    assert all(Compared.LOCK in compares for compares in row.values())
+    to_cont = {Change.TAKE, Change.TAKE_OVER, Change.FENCE, Change.RECORD}
+    assert {change for change in Change if Compared.GROUND in row[change]} == to_cont
+    assert {change for change in Change if Compared.SESSION in row[change]} == {
+        *to_cont,
+        Change.REASSERT,
+        Change.RENAME,
+    }
+    assert {change for change in Change if Compared.HOLDER_GONE in row[change]} == {Change.TAKE_OVER, Change.BREAK}
+    assert {change for change in Change if change.value.writer is Writer.OPERATOR} == {Change.BREAK}
+    assert {change for change in Change if change.value.writer is Writer.RUNNER} == {Change.TAKE, Change.TAKE_OVER}
+
+
+def test_a_taker_without_disks_forgets_nobody() -> None:
+    """Law 4: which host may still have the disks open is known to the next taker, too, on another boot as well."""
+    robbed = taken(replace(LOCK, host=OTHER, storage=Storage.RBD))
+    diskless = replace(robbed, storage=Storage.NONE)
+    again = take(diskless, host=ME, boot_id="boot-3", incarnation="z", storage=Storage.RBD)
+    assert (robbed.taken_from, again.taken_from, again.state) == (OTHER, OTHER, LockState.FENCING)
 
 
 def test_recorded_is_what_lets_a_guest_run() -> None:

@@ -80,6 +80,7 @@ def test_a_line_that_was_cut_off_holds_no_part_of_a_secret(secret: str, cut: int
 @example("8443/secret-a")
 @example("0000001?")
 @example("0000001#")
+@example("@000000/")
 def test_a_url_is_shown_without_its_secrets(secret: str) -> None:
     """Law: neither password nor token of a URL is in a problem or what `show` prints, however badly it is written."""
     for url in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 
 import pytest
@@ -240,6 +240,26 @@ async def test_who_cannot_shut_out_its_dead_lets_go_all_the_same(host: Host) -> 
     host.put(host="b")
     await host.until(lambda: host.gone)
     assert (host.lock, host.fencing.fenced) == (None, [])
+
+
+async def test_a_lock_that_is_taken_over_meanwhile_is_not_released(host: Host) -> None:
+    """Laws 2 and 9: while storage shuts out the dead, another host may take the lock: that is not ours to delete."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    (await host.runs()).crash()
+    meanwhile, fence = theirs(epoch=9), host.fencing.fence
+
+    async def takes_long(addresses: Collection[str]) -> None:
+        await fence(addresses)
+        host.fencing.fence = fence  # type: ignore[method-assign]
+        host.etcd.write(LOCK_KEY, meanwhile.to_json())
+        await host.clock.sleep(1.0)
+
+    host.fencing.fence = takes_long  # type: ignore[method-assign]
+    host.sessions = {"a", "b"}
+    host.put(host="b")
+    await host.until(lambda: host.gone)
+    assert host.lock == meanwhile
 
 
 async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> None:

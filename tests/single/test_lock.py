@@ -227,6 +227,27 @@ async def test_a_guard_writes_it_again_and_tells_when_it_is_lost(bench: Bench) -
         await guard
 
 
+async def test_what_is_not_fenced_stays_locked(bench: Bench) -> None:
+    """Law 4: stopped before it has fenced, it keeps the lock: a free one would tell the next holder of no client."""
+    theirs = replace(BETA, state=LockState.BROKEN, clients=("192.0.2.1:0/1",))
+    bench.etcd.write(KEY, theirs.to_json())
+    await bench.begin()
+    assert not await bench.taking()
+    await bench.lock.let_go()
+    assert bench.stored is not None
+    assert (bench.stored.host, bench.stored.state, bench.stored.fence) == (ME, LockState.FENCING, theirs.clients)
+
+
+async def test_a_holder_that_comes_back_is_not_robbed(bench: Bench) -> None:
+    """Law 4: etcd itself tells, in the step that takes a lock over, that its holder has no session."""
+    bench.etcd.write(KEY, replace(BETA, state=LockState.BROKEN).to_json())
+    await bench.begin()
+    bench.store.before = lambda number: bench.etcd.write(LAYOUT.session_key(HostName("b")), "{}")
+    assert not await bench.taking()
+    assert bench.stored is not None
+    assert bench.stored.host == "b"
+
+
 async def test_a_broken_lock_ends_it_and_stays_broken(bench: Bench) -> None:
     """Decision 0012: whoever reads an operator's word that another may run it lets no guest run, and writes no more."""
     await bench.begin()
