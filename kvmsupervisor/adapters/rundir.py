@@ -58,21 +58,63 @@ class OutOfReach(Exception):
 
 
 class InstanceDir:
-    """One instance's folder and the names in it."""
+    """One instance's folder and the names in it. A path is made when it is asked for: a dozen of them take time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.qmp_socket = path / "qmp.sock"
-        self.spare_socket = path / "qmp-spare.sock"
-        self.qemu_log = path / "qemu.log"
-        self.console_socket = path / "console.sock"
-        self.console_log = path / "console.log"
-        self.ceph_key = path / "ceph.key"
-        self.spice_password = path / "spice-password"
-        self.agent_socket = path / "agent.sock"
-        self.guard_note = path / "guard.json"
-        self._incarnation = path / "incarnation.json"
-        self._memory = path / "memory.json"
+
+    @property
+    def qmp_socket(self) -> Path:
+        """QMP, for the supervisor."""
+        return self.path / "qmp.sock"
+
+    @property
+    def spare_socket(self) -> Path:
+        """QMP, kept free for a successor and for people."""
+        return self.path / "qmp-spare.sock"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU says on its standard output and error."""
+        return self.path / "qemu.log"
+
+    @property
+    def console_socket(self) -> Path:
+        """The serial console."""
+        return self.path / "console.sock"
+
+    @property
+    def console_log(self) -> Path:
+        """What the guest wrote to it."""
+        return self.path / "console.log"
+
+    @property
+    def ceph_key(self) -> Path:
+        """The key to Ceph, while QEMU starts."""
+        return self.path / "ceph.key"
+
+    @property
+    def spice_password(self) -> Path:
+        """The password, while QEMU starts."""
+        return self.path / "spice-password"
+
+    @property
+    def agent_socket(self) -> Path:
+        """The guest agent's channel."""
+        return self.path / "agent.sock"
+
+    @property
+    def guard_note(self) -> Path:
+        """What the guard wrote when it killed QEMU."""
+        return self.path / "guard.json"
+
+    @property
+    def _incarnation(self) -> Path:
+        return self.path / "incarnation.json"
+
+    @property
+    def _memory(self) -> Path:
+        return self.path / "memory.json"
 
     def create(self) -> None:
         """Make the folder; it may be there already."""

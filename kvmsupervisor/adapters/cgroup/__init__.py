@@ -1,4 +1,4 @@
-"""Homes of QEMU processes: cgroups outside the supervisor's container (DESIGN §5). `choose` says which can be had."""
+"""Homes of QEMU processes: cgroups outside the supervisor's container. `choose` says which can be had."""
 
 from kvmsupervisor.adapters.cgroup.choice import Chosen, Wanted, choose
 from kvmsupervisor.adapters.cgroup.homes import Anywhere, Home, HomeFailed, Homes, Impossible, Nowhere
