@@ -1,4 +1,4 @@
-"""QEMU's command line, made of the wish, the host's choices and what was made ready (DESIGN §5).
+"""QEMU's command line, made of the wish, the host's choices and what was made ready.
 
 The devices that the wishes describe are in `hardware.py`. Source: qemu-system-x86_64(1).
 """

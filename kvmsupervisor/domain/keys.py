@@ -1,4 +1,4 @@
-"""Where things lie in etcd: the names of DESIGN §2, built and taken apart in one place."""
+"""Where things lie in etcd: the names of all keys, built and taken apart in one place."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class Phase(StrEnum):
-    """Where an instance is in its life (DESIGN §4)."""
+    """Where an instance is in its life."""
 
     INVALID = "invalid"
     WAITING = "waiting"
@@ -105,7 +105,7 @@ class Status:
         return self.pid is not None and self.phase in living
 
     def to_object(self) -> dict[str, Any]:
-        """As a JSON object; the contract of DESIGN §7."""
+        """As a JSON object, that of the status key and of HTTP; see docs/cli.md."""
         return shallow(self) | {
             "phase": self.phase.value,
             "pending": list(self.pending),

@@ -12,11 +12,11 @@ from typing import ClassVar
 from kvmsupervisor.domain.frozen import frozen
 
 RESET_AFTER_S = 600.0
-"""A machine that ran this long has recovered: its next restart is the first again (DESIGN §4)."""
+"""A machine that ran this long has recovered: its next restart is the first again."""
 
 RESTART_FIRST_S = 1.0
 RESTART_CAP_S = 300.0
-"""The ceiling of the restart delay grows from 1 s to 5 min (DESIGN §4)."""
+"""The ceiling of the restart delay grows from 1 s to 5 min."""
 
 BEAT_S = 5.0
 """What is due within so many seconds, and can be done a little sooner, is done together. A processor that is woken once

@@ -285,7 +285,7 @@ class View:
 
     @property
     def stays(self) -> bool:
-        """Whether it stays here although it is to run elsewhere: a move needs a host to move to (DESIGN §4).
+        """Whether it stays here although it is to run elsewhere: a move needs a host to move to.
 
         A move begins when both hosts have a session. "Here" is where its QEMU is, or was by its lock.
         """

@@ -150,7 +150,7 @@ def test_a_host_that_was_renamed(walk: Walk) -> None:
     host.wait_for("1", lambda s: "KVM_HOSTNAME=beta" in s.reason)
     refused = host.cli("confirm-identity", "--yes")
     assert refused.returncode == 1
-    assert f"{keys.layout.prefix}/1/host has to be beta, it is alpha" in refused.stderr
+    assert f"write beta into {keys.layout.prefix}/1/host; found alpha" in refused.stderr
     assert "no session" not in host.cli("check").stderr
     for one in ("1", "2", "off"):
         keys.put(one, host="beta")

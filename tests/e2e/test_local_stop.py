@@ -138,8 +138,8 @@ def test_a_mark_of_an_earlier_boot_means_nothing(keys: Keys, hosts: Hosts, tiny:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["stop", "--all"], "go together"),
-        (["start", "--local", "web1"], "go together"),
+        (["stop", "--all"], "need each other"),
+        (["start", "--local", "web1"], "need each other"),
         (["stop", "--all", "--local", "web1"], "no ID"),
         (["stop"], "Missing argument"),
     ],
