@@ -14,7 +14,6 @@ Who runs says so, too, whatever host the other one is on: it is the keys of eith
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from typing import Protocol
 
@@ -69,26 +68,26 @@ class Namesakes:
 
     def __init__(self, wishes: AllWishes) -> None:
         self._wishes = wishes
-        self._named: dict[InstanceId, frozenset[bytes]] = {}
-        self._naming: defaultdict[bytes, set[InstanceId]] = defaultdict(set)
+        # Tuples, because most have one element: a set of one takes four times the memory, and a cluster has thousands.
+        self._named: dict[InstanceId, tuple[bytes, ...]] = {}
+        self._naming: dict[bytes, tuple[InstanceId, ...]] = {}
 
     def heard(self, changed: Set[InstanceId]) -> Set[InstanceId]:
         """Take note of these instances' keys; return the others for which something may differ by that."""
         concerned: set[InstanceId] = set()
         for one in changed:
-            before, now = self._named.get(one, frozenset()), _named(self._wishes.keys_of(one))
+            before, now = self._named.get(one, ()), _named(self._wishes.keys_of(one))
             if now == before:
                 continue
             if now:
                 self._named[one] = now
             else:
                 self._named.pop(one, None)
-            for name in before - now:
-                self._naming[name].discard(one)
-            for name in before ^ now:
-                concerned |= self._naming[name] - {one}
-                if name in now:
-                    self._naming[name].add(one)
+            for name in set(before) ^ set(now):
+                others = tuple(other for other in self._naming.pop(name, ()) if other != one)
+                concerned.update(others)
+                if name in now or others:
+                    self._naming[name] = (*others, one) if name in now else others
         return concerned
 
     def heard_anew(self) -> None:
@@ -109,10 +108,10 @@ class Namesakes:
         return sorted(found)
 
 
-def _named(keys: Mapping[bytes, RawValue]) -> frozenset[bytes]:
-    """The last parts of the names of all images, in Ceph or elsewhere, that these keys name."""
+def _named(keys: Mapping[bytes, RawValue]) -> tuple[bytes, ...]:
+    """The last parts of the names of all images, in Ceph or elsewhere, that these keys name; each once, in order."""
     words = (raw.value.split(None, 1) for key, raw in keys.items() if key == b"rbd" or key.startswith(b"disk/"))
-    return frozenset(_last(word[0]) for word in words if word)
+    return tuple(sorted({_last(word[0]) for word in words if word}))
 
 
 def _last(image: bytes) -> bytes:
