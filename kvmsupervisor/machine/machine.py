@@ -27,7 +27,7 @@ from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitSt
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
+from kvmsupervisor.domain.run_state import INCOMING, NEVER_RAN, PAUSED, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
@@ -37,7 +37,7 @@ from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
-from kvmsupervisor.machine.spawn import spawn
+from kvmsupervisor.machine.spawn import BEHIND, Launch
 from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
@@ -48,8 +48,8 @@ class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
     `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
-    runs as `user`, or as the supervisor's own user when that is None. `caught_up` returns once the guard has written
-    down what it did.
+    is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
+    returns once the guard has written down what it did.
 
     Attributes:
         directory: the instance's folder in the run directory.
@@ -73,6 +73,7 @@ class Machine:
         logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
+        launch: Launch = BEHIND,
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
@@ -89,6 +90,7 @@ class Machine:
         self._logs = logs
         self._log = log
         self._caught_up = caught_up
+        self._launch = launch
         self.spec: Spec | None = None
         self._process: QemuProcess | None = None
         self._talk = Conversation(
@@ -111,6 +113,8 @@ class Machine:
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
+        # Whether its guest was let run, as far as that is ours to do.
+        self._let_run = not self._launch.paused
         # Invariant: whether the file of the record holds `record` as it is here.
         self._kept = True
         self._talk.reset()
@@ -127,7 +131,7 @@ class Machine:
             spec=self.spec,
             exit=self._exit,
             connected=self._talk.answered,
-            run_state=self._talk.run_state,
+            run_state=self._state,
             connect_at=self._talk.connect_at,
             probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
@@ -149,7 +153,15 @@ class Machine:
     @property
     def run_state(self) -> str | None:
         """QMP's run state of the living process; None without a process, and while QEMU does not answer."""
-        return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
+        return self._state if self.pid is not None and self._talk.silent_since is None else None
+
+    @property
+    def _state(self) -> str | None:
+        """The run state as a decision takes it: a guest that waits for its user has run once it is let go of."""
+        told = self._talk.run_state
+        if not self._launch.waits or told not in {NEVER_RAN, INCOMING}:
+            return told
+        return PAUSED if self._let_run else NEVER_RAN
 
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
@@ -167,12 +179,11 @@ class Machine:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
-        return self._talk.run_state == NEVER_RAN
+        return self._state == NEVER_RAN
 
-    def holdover(self, lock: Lock) -> int | None:
+    def holdover(self, instance: str, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
-        name = self.directory.path.name
-        return marks.pid_of(self._processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -193,7 +204,7 @@ class Machine:
         """
         self._clear()
         try:
-            self._process = spawn(
+            self._process = self._launch.spawn(
                 self.directory,
                 record,
                 build,
@@ -213,7 +224,7 @@ class Machine:
             self.record = self.spec = None
             raise
         assert self.record is not None
-        self._talk.run_state = NEVER_RAN
+        self._talk.run_state = NEVER_RAN if self._launch.paused else None
         # A successor finds the process without the pid, too. The next `note`, before the guest runs, tries again.
         with contextlib.suppress(OSError):
             self.note(pid=self._process.pid, starttime=self._process.starttime)
@@ -259,7 +270,7 @@ class Machine:
         await self.probe()
         if not self._talk.answered:
             self._talk.retry()
-        elif not self.never_ran:
+        elif self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
 
     @property
@@ -278,7 +289,7 @@ class Machine:
     async def probe(self) -> None:
         """Ask for the run state."""
         await self._talk.probe()
-        if self._talk.run_state == RUNNING:
+        if self._launch.furnished and self._talk.run_state == RUNNING:
             # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)
 
@@ -287,6 +298,9 @@ class Machine:
 
         Without an answer the guest may run; QEMU is asked for its state next. A QEMU that refuses is killed, as failed.
         """
+        self._let_run = True
+        if self._launch.waits:
+            return True
         self._talk.run_state = None
         # QEMU has opened its logs by now.
         self._logs.look()
