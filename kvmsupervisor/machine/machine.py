@@ -31,6 +31,7 @@ from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
@@ -213,6 +214,7 @@ class Machine:
             raise
         assert self.record is not None
         self._talk.run_state = NEVER_RAN
+        cut("spawned, pid not on record")
         # A successor finds it without that, too. The next `note` comes before the guest runs, and tries again.
         with contextlib.suppress(OSError):
             self.note(pid=self._process.pid, starttime=self._process.starttime)
@@ -374,6 +376,7 @@ class Machine:
     async def bury(self) -> None:
         """Delete what is left of an ended process. The caller has taken its end to the books."""
         await self.detach()
+        cut("end in the books, still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None

@@ -11,6 +11,7 @@ from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
@@ -70,6 +71,7 @@ def spawn(
             directory.write_incarnation(record)
             # Not before: what cannot be put on record (no space) was not begun.
             on_record(record)
+            cut("on record, not spawned")
             return processes.spawn(
                 home.wrap(words if user is None else (*user.become(), *words)),
                 environment=marks.environment_of(
