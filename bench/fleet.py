@@ -182,7 +182,7 @@ def _cpu_s(process: psutil.Process) -> float:
 def _memory(host: Host, machines: int) -> Figure:
     processes = host.processes()
     used = Sample.of([sum(process.memory_full_info().pss for process in processes)])
-    with beside("import kvmsupervisor.adapters.etcd") as other:
+    with beside("import asyncio, kvmsupervisor.adapters.etcd.client") as other:
         client = Sample.of([other.memory_full_info().pss])
     with beside(IMPORTS) as other:
         imported = other.memory_full_info().pss

@@ -102,9 +102,10 @@ def _options(
         settings = replace(settings, log_level=LogLevel.WARNING)
 
     def begin() -> tuple[Coroutine[Any, Any, int], Signalled]:
+        from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
         from kvmsupervisor.single.command import SingleCommand  # noqa: PLC0415
 
-        command = SingleCommand(settings, options, lock_key=lock_key, wait=wait)
+        command = SingleCommand(settings, options, REAL, lock_key=lock_key, wait=wait)
         return command.run(), command.signalled
 
     with _terminal_as_it_is():
@@ -113,9 +114,10 @@ def _options(
 
 def _instance(settings: Settings, instance: InstanceId, environ: Mapping[str, str], *, lock_key: str) -> int:
     def begin() -> tuple[Coroutine[Any, Any, int], Signalled]:
+        from kvmsupervisor.instance.assembly import REAL  # noqa: PLC0415
         from kvmsupervisor.single.instance import Single  # noqa: PLC0415
 
-        single = Single(settings, instance, lock_key=lock_key, overrides=overrides_in(environ))
+        single = Single(settings, instance, REAL, lock_key=lock_key, overrides=overrides_in(environ))
         return single.run(), single.signalled
 
     return _run(settings, begin)
@@ -133,12 +135,11 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
 
     # isort: split
     from kvmsupervisor.adapters.etcd import EtcdError, Unavailable  # noqa: PLC0415
-    from kvmsupervisor.adapters.process import Hidden, SpawnFailed  # noqa: PLC0415
+    from kvmsupervisor.adapters.process import Hidden  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import AlreadyRunning  # noqa: PLC0415
     from kvmsupervisor.cluster.session import HostnameTaken  # noqa: PLC0415
     from kvmsupervisor.domain.incarnation import Unreadable  # noqa: PLC0415
-    from kvmsupervisor.single.instance import NotHere  # noqa: PLC0415
-    from kvmsupervisor.single.lock import Held  # noqa: PLC0415
+    from kvmsupervisor.single.life import NotHere  # noqa: PLC0415
 
     async def run() -> int:
         work, signalled = begin()
@@ -161,12 +162,10 @@ def _run(settings: Settings, begin: Callable[[], tuple[Coroutine[Any, Any, int],
     except* (
         AlreadyRunning,
         EtcdError,
-        Held,
         Hidden,
         HostnameTaken,
         NotHere,
         OSError,
-        SpawnFailed,
         Unreadable,
         ValueError,
     ) as group:

@@ -188,6 +188,10 @@ class Publisher:
         """The instances whose status keys are ours, as far as known: written by this process, or learnt."""
         return self._known.keys() | {i for i, value in self._wanted.items() if value is not None}
 
+    def publishes(self, instance: InstanceId) -> bool:
+        """Whether there is a status key for it: a lock of single mode may be no instance's."""
+        return parse_id(instance) is not None
+
     def set(self, instance: InstanceId, status: Status, *, overtaken: Callable[[], None] = lambda: None) -> None:
         """Let the status key become `status`, unless the key holds a status of a later epoch. The last call counts.
 
@@ -196,7 +200,7 @@ class Publisher:
             status: to be written.
             overtaken: called when a later epoch is found; from then on only a status of that epoch is written.
         """
-        if status.epoch < self._later.get(instance, 0):
+        if status.epoch < self._later.get(instance, 0) or not self.publishes(instance):
             return
         self._later.pop(instance, None)
         self._overtaken[instance] = overtaken

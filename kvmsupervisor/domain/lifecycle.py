@@ -23,7 +23,7 @@ from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
 from kvmsupervisor.domain.spec import Power, Request, Wish
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Haste, Process, Stopping, View
 
 POWERDOWN_EVERY_S = 5.0
 """A guest without a loaded driver for its power button loses the press in silence, so the press is repeated."""
@@ -215,7 +215,7 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     force_at = stopping.since + (0.0 if at_once else view.shutdown_timeout_s)
     phase = Phase.STOPPING
     if stopping.quit_at is not None:
-        kill_at = stopping.quit_at + QUIT_WAIT_S
+        kill_at = stopping.quit_at + (0.0 if view.haste is Haste.KILL else QUIT_WAIT_S)
         return _when(view, Row.STOP_TOLD, Action.KILL, phase, f"{why}: QEMU was told to end", at=kill_at)
     if view.now >= force_at:
         reason = (
@@ -233,8 +233,10 @@ def _stop(view: View, process: Process, why: str) -> Decision:
 
 
 def _needs_no_consent(view: View) -> bool:
-    """Whether a person asked for an end at once: by `power`, or by `restart_request`."""
+    """Whether a person asked for an end at once: by `power`, by `restart_request`, or by insisting (`haste`)."""
     wish = view.wish
+    if view.haste is not Haste.NONE:
+        return True
     if wish is None or wish.keys == 0:
         return False
     if wish.power is Power.OFF:

@@ -10,6 +10,11 @@ from enum import StrEnum
 NEVER_RAN = "prelaunch"
 """The state of a QEMU that was started with -S and whose guest has not run."""
 
+INCOMING = "inmigrate"
+"""Of a QEMU that waits for another one's guest to migrate to it."""
+
+PAUSED = "paused"
+
 RUNNING = "running"
 
 PANICKED = "guest-panicked"
@@ -23,7 +28,7 @@ class RunState(StrEnum):
     """The run states in metrics: those that a person has to know."""
 
     RUNNING = RUNNING
-    PAUSED = "paused"
+    PAUSED = PAUSED
     SUSPENDED = "suspended"
     IO_ERROR = "io-error"
     INTERNAL_ERROR = "internal-error"

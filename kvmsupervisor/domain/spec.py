@@ -227,6 +227,7 @@ class Wish:
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
         together: how many keys of that `mod_revision` there are: one transaction wrote them.
         keys: how many keys the instance has, the lock not counted; 0 when it was removed.
+        by_keys: whether keys say all this; False for a command line, which no key of etcd is compared with.
         placed: its placement key.
     """
 
@@ -246,6 +247,7 @@ class Wish:
     revision: int = 0
     together: int = 1
     keys: int = 0
+    by_keys: bool = True
     placed: Placed = NOT_PLACED
 
     @property
@@ -277,9 +279,9 @@ class Wish:
         return self.placed.revision if ended else 0
 
     @property
-    def ground(self) -> Ground:
-        """What a write of its lock compares (law 2)."""
-        return Ground(self.host_revision, self.placed.revision)
+    def ground(self) -> Ground | None:
+        """What a write of its lock compares (law 2); None where no key says that it runs here."""
+        return Ground(self.host_revision, self.placed.revision) if self.by_keys else None
 
 
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:

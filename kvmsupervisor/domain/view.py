@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
-from enum import Enum
+from enum import Enum, IntEnum
 
 from kvmsupervisor.domain.exits import Exit
 from kvmsupervisor.domain.frozen import frozen
@@ -14,6 +14,16 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
+
+
+class Haste(IntEnum):
+    """In what a hurry an instance is stopped by whoever lets go of it."""
+
+    NONE = 0
+    QUIT = 1
+    """Its guest is asked no more: QEMU is told to end."""
+    KILL = 2
+    """QEMU is not waited for either."""
 
 
 class Action(Enum):
@@ -183,6 +193,7 @@ class View:
         era: the history of etcd in which this is decided.
         draining: the host stops all its guests, whatever the wish.
         leaving: why this instance is to be stopped and released, whatever the wish; None when it is not.
+        haste: how much of a hurry that is.
         session_held: whether this host's session holds now.
         etcd_at: when etcd is worth the next attempt (after an error or a failed compare); the past: now.
         etcd_trouble: the error of the last attempt, None when it went well.
@@ -227,6 +238,7 @@ class View:
     era: Era = FIRST_ERA
     draining: bool = False
     leaving: str | None = None
+    haste: Haste = Haste.NONE
     session_held: bool = True
     etcd_at: float = 0.0
     etcd_trouble: str | None = None

@@ -29,18 +29,18 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import Life, Surroundings
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
 
 
@@ -238,8 +238,8 @@ def surround(
     dissent: Callable[[], str | None],
     objection: Callable[[Incarnation], str | None],
     draining: Callable[[], bool],
-    leaving: Callable[[], str | None],
-    ended: Callable[[Exit, WaitStatus], None],
+    life: Life,
+    launch: Launch,
 ) -> Surroundings:
     """What all instances of one holder share. The arguments are what differs between holders; see `Surroundings`.
 
@@ -262,8 +262,8 @@ def surround(
         dissent: why no lock is taken where none is.
         objection: why a QEMU on record is not ours to touch.
         draining: whether this host stops all its guests.
-        leaving: why an instance is to be stopped and let go of.
-        ended: told how a QEMU ended.
+        life: what the instances are part of.
+        launch: how QEMUs are started.
     """
     holder = member.holder
     disks = outside.disks(equipment.ceph_access, settings.allow_unfenced)
@@ -310,6 +310,6 @@ def surround(
         dissent=dissent,
         objection=objection,
         draining=draining,
-        leaving=leaving,
-        ended=ended,
+        life=life,
+        launch=launch,
     )

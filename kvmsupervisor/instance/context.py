@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Protocol
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
@@ -14,16 +15,57 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.exits import Exit, WaitStatus
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.view import Haste, View
 from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.provisioning import Provisioner
+from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
+
+
+class Life(Protocol):
+    """What the instances of a holder are part of: a host, which goes on without each of them, or one container."""
+
+    def leaving(self) -> str | None:
+        """Why an instance is to be stopped and let go of; None when it is not."""
+        ...
+
+    def haste(self) -> Haste:
+        """In what a hurry that is."""
+        ...
+
+    def decided(self, view: View, decision: Decision) -> None:
+        """Be told, at every turn, what was seen of an instance and what was decided."""
+        ...
+
+    def ended(self, end: Exit, status: WaitStatus) -> None:
+        """Be told how a QEMU ended that was not merely discarded before its guest ran."""
+        ...
+
+
+class HostsLife:
+    """A host's."""
+
+    def leaving(self) -> str | None:
+        """Nobody leaves a host as a whole: keys and drains say who goes."""
+        return None
+
+    def haste(self) -> Haste:
+        """None, therefore."""
+        return Haste.NONE
+
+    def decided(self, view: View, decision: Decision) -> None:
+        """Nothing to do."""
+
+    def ended(self, end: Exit, status: WaitStatus) -> None:
+        """Nothing to do."""
 
 
 @frozen(kw_only=True)
@@ -66,8 +108,8 @@ class Surroundings:
         objection: why a QEMU on record is not ours to touch; None when it is.
         era: the history of etcd that decisions are made in.
         draining: whether this host stops all its guests (`stop --all --local`).
-        leaving: why an instance is to be stopped and let go of; None when it is not.
-        ended: told how a QEMU ended that was not merely discarded before its guest ran.
+        life: what the instances are part of.
+        launch: how QEMUs are started.
     """
 
     me: HostName
@@ -105,5 +147,5 @@ class Surroundings:
     dissent: Callable[[], str | None]
     objection: Callable[[Incarnation], str | None]
     draining: Callable[[], bool]
-    leaving: Callable[[], str | None]
-    ended: Callable[[Exit, WaitStatus], None]
+    life: Life
+    launch: Launch

@@ -53,7 +53,7 @@ class Wanted:
     """The part of a runnable wish that starting needs."""
 
     spec: Spec
-    ground: Ground
+    ground: Ground | None
     restart_request: str | None
     revision: int
     priority: int
@@ -150,7 +150,7 @@ class Start:
         if lock.incarnation == self.planned or (lock.pid is None and not is_ours):
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
-        pid = self._machine.holdover(lock)
+        pid = self._machine.holdover(self._id, lock)
         if pid is None:
             return None
         folder = marks.folder_of(self._around.system.processes, pid, self._id)
@@ -402,9 +402,8 @@ class Start:
         self._report.notice = ready.notice
         self.planned = None
         around.metrics.started(self._id)
-        self._report.tell(
-            "instance.spawned", pid=self._machine.pid, accelerator=record.accelerator, machine=record.machine
-        )
+        told = self._machine.record or record
+        self._report.tell("instance.spawned", pid=self._machine.pid, accelerator=told.accelerator, machine=told.machine)
 
     async def _settle(self, home: Home, pid: int) -> None:
         try:

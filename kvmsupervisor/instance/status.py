@@ -126,7 +126,8 @@ class Report:
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,
             last_exit=view.memory.last_exit,
-            accelerator=record.accelerator if record else None,
+            # Nobody knows what options of a person's own chose.
+            accelerator=(record.accelerator or None) if record else None,
             machine=record.machine if record and record.machine else before.machine,
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,

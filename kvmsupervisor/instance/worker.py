@@ -94,6 +94,7 @@ class Instance:
             logs=around.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if around.guard is None else around.guard.caught_up,
+            launch=around.launch,
         )
         self.report = Report(instance, around=around, machine=self._machine, wake=self._wake.set, log=log)
         self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
@@ -233,6 +234,7 @@ class Instance:
             decision = decide(view)
             self._note_progress(view, decision)
             self.report.say(view, decision)
+            self._around.life.decided(view, decision)
             self._admit(view, decision)
             if decision.action is Action.FORGET:
                 return
@@ -284,11 +286,10 @@ class Instance:
         around = self._around
         process = self._machine.view()
         lock = self._lock.view.lock
-        now = around.clock.now()
         has_session = None if lock is None else around.host_has_session(lock.host)
         target = target_of(self.id, self.wish, around)
         view = View(
-            now=now,
+            now=around.clock.now(),
             me=around.me,
             boot_id=around.boot_id,
             wish=self.wish,
@@ -300,7 +301,8 @@ class Instance:
             held_why=self._memory.held_why,
             era=around.era(),
             draining=around.draining(),
-            leaving=around.leaving(),
+            leaving=around.life.leaving(),
+            haste=around.life.haste(),
             session_held=around.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
@@ -346,8 +348,7 @@ class Instance:
             self._machine.stop_is_off()
         elif view.process is not None:
             self._machine.stop_begins()
-        starting = view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems
-        if starting:
+        if view.process is None and decision.phase in {Phase.STARTING, Phase.WAITING} and not view.problems:
             self._start.note_wanted(view.now)
 
     def _problems_of(self, wish: Wish) -> tuple[Problem, ...]:
@@ -428,7 +429,6 @@ class Instance:
         process = self._machine.view()
         assert process is not None
         assert process.exit is not None
-        now = self._around.clock.now()
         # Remembered before the record goes: cut off between the two, the end is taken to the books again.
         self._remember(
             after(
@@ -438,7 +438,7 @@ class Instance:
                 asked=process.asked,
                 ran=not process.never_ran,
                 spawned_at=process.incarnation.spawned_at,
-                now=now,
+                now=self._around.clock.now(),
                 jitter=self._around.jitter(),
             )
         )
@@ -455,7 +455,7 @@ class Instance:
         if self._around.guard is not None:
             self._around.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
-            self._around.ended(process.exit, self._machine.wait_status)
+            self._around.life.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
         self._start.buried = process.incarnation.incarnation
         await self._around.provisioner.left(self.id)
@@ -487,7 +487,7 @@ class Instance:
         publisher = self._around.publisher
         await self._start.shut_out_the_dead()
         stale = 0 if self.wish is None or self._held else self.wish.stale_placement
-        if self.wish is not None and self.wish.keys > 0:
+        if self.wish is not None and self.wish.keys > 0 and publisher.publishes(self.id):
             last = replace(self.report.status, pid=None, incarnation=None)
             publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:

@@ -27,7 +27,7 @@ from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitSt
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.run_state import NEVER_RAN, RUNNING
+from kvmsupervisor.domain.run_state import INCOMING, NEVER_RAN, PAUSED, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.view import Stopping
@@ -38,7 +38,7 @@ from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
-from kvmsupervisor.machine.spawn import spawn
+from kvmsupervisor.machine.spawn import BEHIND, Launch
 from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
@@ -49,7 +49,8 @@ class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
     `notify` is called, in the event loop, whenever something changed that a decision may depend on, or its status.
-    QEMU runs as `user`, as our own where that is None. `caught_up` returns once its guard has written down what it did.
+    QEMU is started as `launch` says, and runs as `user`, as our own where that is None. `caught_up` returns once its
+    guard has written down what it did.
 
     Attributes:
         directory: its folder in the run directory.
@@ -73,6 +74,7 @@ class Machine:
         logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
+        launch: Launch = BEHIND,
     ) -> None:
         self.directory = directory
         self.record: Incarnation | None = None
@@ -89,6 +91,7 @@ class Machine:
         self._logs = logs
         self._log = log
         self._caught_up = caught_up
+        self._launch = launch
         self.spec: Spec | None = None
         self._process: QemuProcess | None = None
         self._talk = Conversation(
@@ -111,6 +114,8 @@ class Machine:
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
+        # Whether its guest was let run, as far as that is ours to do.
+        self._let_run = not self._launch.paused
         # Invariant: whether the record lies in the run directory as it is here.
         self._kept = True
         self._talk.reset()
@@ -127,7 +132,7 @@ class Machine:
             spec=self.spec,
             exit=self._exit,
             connected=self._talk.answered,
-            run_state=self._talk.run_state,
+            run_state=self._state,
             connect_at=self._talk.connect_at,
             probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
@@ -149,7 +154,15 @@ class Machine:
     @property
     def run_state(self) -> str | None:
         """QMP's, of the living process; None without one, while it does not answer, and before it has."""
-        return self._talk.run_state if self.pid is not None and self._talk.silent_since is None else None
+        return self._state if self.pid is not None and self._talk.silent_since is None else None
+
+    @property
+    def _state(self) -> str | None:
+        """The run state as a decision takes it: a guest that waits for its user has run once it is let go of."""
+        told = self._talk.run_state
+        if not self._launch.waits or told not in {NEVER_RAN, INCOMING}:
+            return told
+        return PAUSED if self._let_run else NEVER_RAN
 
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
@@ -167,12 +180,11 @@ class Machine:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
-        return self._talk.run_state == NEVER_RAN
+        return self._state == NEVER_RAN
 
-    def holdover(self, lock: Lock) -> int | None:
+    def holdover(self, instance: str, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
-        name = self.directory.path.name
-        return marks.pid_of(self._processes, name, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -193,7 +205,7 @@ class Machine:
         """
         self._clear()
         try:
-            self._process = spawn(
+            self._process = self._launch.spawn(
                 self.directory,
                 record,
                 build,
@@ -213,7 +225,7 @@ class Machine:
             self.record = self.spec = None
             raise
         assert self.record is not None
-        self._talk.run_state = NEVER_RAN
+        self._talk.run_state = NEVER_RAN if self._launch.paused else None
         cut("spawned, pid not on record")
         # A successor finds it without that, too. The next `note` comes before the guest runs, and tries again.
         with contextlib.suppress(OSError):
@@ -260,7 +272,7 @@ class Machine:
         await self.probe()
         if not self._talk.answered:
             self._talk.retry()
-        elif not self.never_ran:
+        elif self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
 
     @property
@@ -279,7 +291,7 @@ class Machine:
     async def probe(self) -> None:
         """Ask for the run state."""
         await self._talk.probe()
-        if self._talk.run_state == RUNNING:
+        if self._launch.furnished and self._talk.run_state == RUNNING:
             # Not on the way to a running guest: it has counted nothing yet.
             self.counts = await count(self._talk.command, self.spec)
 
@@ -288,6 +300,9 @@ class Machine:
 
         Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
         """
+        self._let_run = True
+        if self._launch.waits:
+            return True
         self._talk.run_state = None
         # QEMU has opened it by now, and would not write into it as it is.
         self._logs.look()

@@ -1,20 +1,44 @@
-"""One QEMU process comes to be: its sockets listen, it is put on record, it is started."""
+"""One QEMU process comes to be: its sockets listen, it is put on record, it is started. How, a `Launch` says."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
+
+
+class Spawn(Protocol):
+    """Puts an incarnation on record, then starts its QEMU; see `spawn`, which is the usual way."""
+
+    def __call__(
+        self,
+        directory: InstanceDir,
+        record: Incarnation,
+        build: Callable[[Channels], Provision],
+        argv: Callable[[Provision], Sequence[str]],
+        home: Home,
+        *,
+        processes: Processes,
+        prefix: str,
+        user: QemuUser | None,
+        logs: MachineLogs,
+        on_record: Callable[[Incarnation], None],
+        on_end: Callable[[], None],
+    ) -> QemuProcess:
+        """Start it; see `spawn`."""
+        ...
 
 
 def spawn(
@@ -90,3 +114,24 @@ def spawn(
         except OSError:
             directory.drop_incarnation()
             raise
+
+
+@frozen(kw_only=True)
+class Launch:
+    """How a QEMU is started, and whose its guest's first step is.
+
+    Attributes:
+        spawn: starts it.
+        paused: whether it is started with `-S`: its guest certainly has not run before it is let run.
+        furnished: whether it has what we put into every machine: balloon, agent's channel. It is not asked of others.
+        waits: whether its user wants it paused, or to wait for a migration: then its guest is not ours to let run.
+    """
+
+    spawn: Spawn
+    paused: bool
+    furnished: bool
+    waits: bool
+
+
+BEHIND = Launch(spawn=spawn, paused=True, furnished=True, waits=False)
+"""In the background, with logs and sockets of its own, its guest ours to let run."""

@@ -59,6 +59,16 @@ class Processes(Protocol):
     ) -> QemuProcess:
         """Start a program; raises SpawnFailed, OSError."""
 
+    def spawn_in_front(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int],
+        on_end: Callable[[], None],
+    ) -> QemuProcess:
+        """Start a program on our own standard streams; raises SpawnFailed."""
+
     def reopen(
         self, pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]
     ) -> QemuProcess | None:

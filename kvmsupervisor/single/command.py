@@ -1,53 +1,142 @@
 """`exec -- OPTIONS`: one QEMU with these options, on our standard streams, under a lock where one is given.
 
-What is not said by the options is done as the original image did: device nodes, and the bridge that QEMU's helper may
-use. See docs/decisions/0013-single-mode.md.
+Under a lock it is an instance like any other, but for its wish, which no key says, and for its QEMU, which has our own
+streams. Without one the same decisions are made about the process alone. What is not said by the options is done as the
+original image did: device nodes, and the bridge that QEMU's helper may use. See docs/decisions/0013-single-mode.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
-from collections.abc import Coroutine, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Never
+from uuid import uuid4
 
 import structlog
 
-from kvmsupervisor.adapters import devices, network
+from kvmsupervisor.adapters import accelerator, devices, network
+from kvmsupervisor.adapters.cgroup import Anywhere
 from kvmsupervisor.adapters.devices import DeviceTrouble
+from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.cluster.fencing import Fencing, NotFenced
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.instance.assembly import REAL, Outside
-from kvmsupervisor.machine.host import ceph_access, look_at_bridge
-from kvmsupervisor.single.identity import Stand, end_session
-from kvmsupervisor.single.lock import Lost, SingleLock
-from kvmsupervisor.single.process import Foreground
+from kvmsupervisor.domain.admission import Admission
+from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.domain.grouping import Flat
+from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.removal import Hold
+from kvmsupervisor.domain.spec import RbdDisk, RestartPolicy, Spec, Wish, spec_to_object
+from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.view import Action, Process, View
+from kvmsupervisor.instance.alone import see_to_its_end
+from kvmsupervisor.instance.assembly import Outside
+from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.host import Equipment, ceph_access, look_at_bridge
+from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.provisioning import HostFiles
+from kvmsupervisor.machine.system import System
+from kvmsupervisor.single.container import Container, Manner
+from kvmsupervisor.single.front import in_front
+from kvmsupervisor.single.identity import Stand
+from kvmsupervisor.single.life import ContainersLife, NotHere
 
 log = structlog.get_logger(__name__)
 
+NAMELESS = InstanceId("-")
+"""What a QEMU without a lock is called in its record, which nobody else reads."""
 
-def furnish(settings: Settings) -> None:
+
+def furnish(settings: Settings, system: System) -> None:
     """Make what a container lacks: device nodes, and the permission for QEMU's bridge helper.
 
     What cannot be made is told, and no more: the options may need none of it, and QEMU says what it misses.
     """
     for device in (devices.KVM, devices.TUN):
         try:
-            devices.ensure(device)
+            system.ensure_device(device)
         except DeviceTrouble as error:
             log.warning("device.missing", reason=str(error))
     if settings.bridge_if is not None:
         look_at_bridge(settings)
         try:
             # Without an owner: nobody here knows what of the options needs it, and until when.
-            network.allow_bridges([settings.bridge_if])
+            system.network.allow_bridges([settings.bridge_if])
         except NetworkTrouble as error:
             log.warning("bridge.not_allowed", reason=str(error))
         if (lack := network.lack_of(settings.bridge_if)) is not None:
             log.warning("bridge.not_allowed", reason=lack)
+
+
+class Command:
+    """What a command line wants: this one QEMU, here, and nothing else. Implements `container.Desire`."""
+
+    def __init__(self, name: InstanceId, *, holder: HostName, options: Sequence[str]) -> None:
+        # What it may write to is told by its options; that is all that its machine is known by.
+        spec = Spec(ram_mib=1, extra_flags=tuple(options))
+        self._wish = Wish(instance=name, host=holder, spec=spec, keys=1, by_keys=False, restart=RestartPolicy.NEVER)
+
+    @property
+    def tables(self) -> Mapping[str, Flat]:
+        """No key of etcd says anything of it."""
+        return {}
+
+    def wish(self) -> Wish:
+        """It is always the same."""
+        return self._wish
+
+    def hold(self, wish: Wish, *, former: Wish | None, runs: bool, anew: bool) -> Hold | None:
+        """Nothing of etcd can end it but its lock."""
+        return None
+
+
+class UnknownImages:
+    """The storage of a QEMU of which nobody knows the images that it opens. Implements `Fencing`."""
+
+    def __init__(self, storage: Fencing) -> None:
+        self._storage = storage
+
+    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
+        """None that are known: so they are never fenced, and a person has to say when it may be taken over (law 7)."""
+        return ()
+
+    async def fence(self, addresses: Collection[str]) -> None:
+        """Shut out what is on record."""
+        await self._storage.fence(addresses)
+
+    async def shut_out(self, addresses: Collection[str]) -> tuple[str, ...]:
+        """Those of what is on record that are shut out."""
+        return await self._storage.shut_out(addresses)
+
+    async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
+        """Of the images that are known: there are none."""
+        return ()
+
+    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
+        """Nobody can be asked.
+
+        Raises:
+            NotFenced: always.
+        """
+        raise NotFenced("a QEMU of options alone takes no disks in Ceph from a host that is gone")
+
+
+class _Unasked(MachineTypes):
+    """QEMU is not asked for machine types: its options say which it is."""
+
+    async def versioned(self, machine: str) -> str:
+        return machine
 
 
 class SingleCommand:
@@ -56,165 +145,198 @@ class SingleCommand:
     Args:
         settings: of this host.
         options: of QEMU, as they are.
+        outside: the world.
         lock_key: under which it runs, with nothing left to be filled in; None for none.
         wait: whether a lock that somebody else holds is waited for.
-        outside: the world.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        options: Sequence[str],
-        *,
-        lock_key: str | None,
-        wait: bool = True,
-        outside: Outside = REAL,
+        self, settings: Settings, options: Sequence[str], outside: Outside, *, lock_key: str | None, wait: bool
     ) -> None:
         self._settings = settings
+        self._options = tuple(options)
         self._outside = outside
         self._lock_key = lock_key
-        self._options = tuple(options)
         self._wait = wait
-        self._clock = outside.clock
-        self._qemu = Foreground(
-            program=settings.qemu,
-            options=options,
-            clock=self._clock,
-            shutdown_timeout_s=settings.shutdown_timeout_s,
-        )
-        self._stop = asyncio.Event()
-        self._told = 0
-        # Whether the guest runs, or may have run.
-        self._may_run = False
+        self._life = ContainersLife(None, self._tell)
+        # What was said last, so that nothing is said twice.
+        self._said: tuple[str, str] = ("", "")
 
     def signalled(self, number: signal.Signals) -> None:
         """Shut the guest down; a second signal ends QEMU without its guest's consent, a third kills it."""
-        if self._stop.is_set():
-            self._qemu.hurry()
-        self._told = self._told or number
-        self._stop.set()
+        self._life.signalled(number)
 
     async def run(self) -> int:
         """Run it to its end; return what to exit with: QEMU's status, or 128 and the signal that came before QEMU.
 
         Raises:
-            SpawnFailed: QEMU cannot be started at all.
-            Held: somebody else holds the lock, and it is not waited for.
+            NotHere: QEMU cannot be started at all, or somebody else holds the lock, and it is not waited for.
             AlreadyRunning, HostnameTaken: another container of this host does (the latter in an exception group).
         """
-        furnish(self._settings)
-        if self._lock_key is not None:
-            return await self._under_lock(self._lock_key)
-        try:
-            self._qemu.start({}, paused=False)
-            self._may_run = True
-            await self._unless_stopped(self._to_its_end())
-        finally:
-            await self._end()
-            await self._qemu.close()
-        return self._qemu.status
+        furnish(self._settings, self._outside.system)
+        with tempfile.TemporaryDirectory(prefix="kvmsupervisor-", ignore_cleanup_errors=True) as folder:
+            directory = InstanceDir(Path(folder))
+            if self._lock_key is None:
+                await self._alone(directory)
+            else:
+                await self._under_lock(directory, self._lock_key)
+        status = self._life.outcome()
+        if status is None:
+            raise NotHere("QEMU was not started")
+        return status
 
-    async def _under_lock(self, lock_key: str) -> int:
-        settings = self._settings
-        outside = self._outside
+    # --- under a lock -----------------------------------------------------------------------------------------
+
+    async def _under_lock(self, directory: InstanceDir, lock_key: str) -> None:
+        settings, outside = self._settings, self._outside
         stand = Stand.of(settings, lock_key, outside)
         async with AsyncExitStack() as stack:
             stand.run_dir.acquire()
             stack.callback(stand.run_dir.release)
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            wake = asyncio.Event()
-            member = stand.join(settings, outside, store=store, on_hosts=wake.set)
-            session = member.session
-            lock = SingleLock(
-                stand=stand,
-                member=member,
-                clock=self._clock,
-                options=self._options,
-                fencing=outside.fencing(ceph_access(settings), settings.allow_unfenced),
-                processes=outside.system.processes,
-                wake=wake,
+            container = Container(
+                stand,
+                self._life,
+                settings=settings,
+                outside=replace(
+                    outside,
+                    machine_types=_Unasked,
+                    fencing=lambda access, allow_unfenced: UnknownImages(outside.fencing(access, allow_unfenced)),
+                ),
+                store=store,
+                manner=Manner(
+                    desire=Command(stand.name, holder=stand.holder.name, options=self._options),
+                    equipment=_bare(settings),
+                    directory=directory,
+                    admission=Admission(1),
+                    launch=in_front(settings.qemu, self._options, marked_as=stand.run_dir.instance(stand.name).path),
+                    bridge_owner="",
+                    # Whoever started it sees what it does, and may stop it.
+                    start_timeout_s=math.inf,
+                    # Storage cannot be asked, so silence of a host is never long enough.
+                    takeover_wait_s=math.inf,
+                ),
             )
-            async with asyncio.TaskGroup() as parts:
-                serving = [start_part(parts, session.run()), start_part(parts, lock.run())]
-                try:
-                    status = await self._locked(lock)
-                finally:
-                    for task in serving:
-                        task.cancel()
-            await end_session(session)
-        return status
+            await container.run()
 
-    async def _locked(self, lock: SingleLock) -> int:
-        qemu = self._qemu
+    def _tell(self, view: View, decision: Decision) -> None:
+        """Say what whoever sits at the terminal has to know; give up where a lock is not to be waited for."""
+        if view.process is None:
+            if view.leaving is None and view.wish is not None:
+                self._tell_wait(view, decision)
+        elif decision.action is Action.QUIT and not view.haste:
+            log.warning("qemu.forced", reason="its guest did not shut down in time, QEMU is told to end")
+        elif decision.action is Action.KILL and view.leaving is None:
+            # Whatever kills a QEMU that is wanted was read in its lock.
+            self._tell_once("error", "lock.lost", decision.reason)
+        elif view.etcd_trouble is not None:
+            event = "lock.not_recorded" if view.process.never_ran else "lock.not_reasserted"
+            self._tell_once("warning", event, view.etcd_trouble)
+
+    def _tell_wait(self, view: View, decision: Decision) -> None:
+        if decision.action is Action.SPAWN:
+            return
+        self._tell_once("warning" if decision.action is None else "info", "lock.waiting", decision.reason)
+        if not self._wait and decision.action is None and _is_elsewhere(view):
+            self._life.refuse(decision.reason)
+
+    def _tell_once(self, level: str, event: str, reason: str) -> None:
+        if (event, reason) != self._said:
+            self._said = event, reason
+            getattr(log, level)(event, key=self._lock_key, reason=reason)
+
+    # --- without one ------------------------------------------------------------------------------------------
+
+    async def _alone(self, directory: InstanceDir) -> None:
+        settings, clock = self._settings, self._outside.clock
+        boot_id, wake = self._outside.boot_id(), asyncio.Event()
+        wish = Command(NAMELESS, holder=settings.hostname, options=self._options).wish()
+        logs = GuestLogs(clock=clock)
+        machine = Machine(
+            system=self._outside.system,
+            prefix=settings.prefix,
+            directory=directory,
+            clock=clock,
+            user=None,
+            notify=wake.set,
+            on_reset=lambda: None,
+            logs=logs.of(directory),
+            log=log,
+            launch=in_front(settings.qemu, self._options, marked_as=None),
+        )
+        self._life.listen(wake.set)
+
+        def view(process: Process) -> View:
+            return View(
+                now=clock.now(),
+                me=settings.hostname,
+                boot_id=boot_id,
+                wish=wish,
+                leaving=self._life.leaving(),
+                haste=self._life.haste(),
+                # There is no lock, and no etcd to ask for one.
+                session_held=False,
+                process=process,
+                memory=Memory(boot_id=boot_id),
+                shutdown_timeout_s=settings.shutdown_timeout_s,
+            )
+
         try:
-            if not await self._unless_stopped(lock.take(wait=self._wait)):
-                return 128 + self._told
-            qemu.start(lock.marks.environment(), paused=True)
-            try:
-                await self._unless_stopped(self._begin(lock))
-                guard = asyncio.create_task(self._guard(lock))
-                try:
-                    await self._unless_stopped(self._to_its_end())
-                    await self._end()
-                finally:
-                    guard.cancel()
-                    await asyncio.wait([guard])
-            except Lost as error:
-                log.error("lock.lost", reason=str(error))  # noqa: TRY400 - no bug, and no traceback
+            if not self._life.left.is_set():
+                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, Anywhere())
+            ended = await see_to_its_end(machine, wake=wake, clock=clock, view=view, decided=self._life.decided)
+            if ended is not None and ended.exit is not None:
+                self._life.ended(ended.exit, machine.wait_status)
         finally:
-            await self._end()
-            await lock.let_go()
-            await qemu.close()
-        return qemu.status
+            await self._never_left(machine)
+            await machine.detach()
+            logs.close()
 
-    async def _begin(self, lock: SingleLock) -> None:
-        """Let the guest run once it is on record (law 3)."""
-        qemu = self._qemu
-        if not await qemu.answers():
-            return
-        await lock.record(pid=qemu.pid, starttime=qemu.starttime)
-        self._may_run = True
-        if not qemu.wants_to_wait:
-            await qemu.go_on()
+    @staticmethod
+    async def _never_left(machine: Machine) -> None:
+        """Whatever goes wrong here: a QEMU that nobody watches is not left behind."""
+        if machine.pid is not None:
+            await machine.kill("its container ends")
 
-    async def _guard(self, lock: SingleLock) -> None:
-        """Kill it when the lock is read to be another's (law 6)."""
-        if not self._may_run:
-            return
-        try:
-            await lock.guard(pid=self._qemu.pid, starttime=self._qemu.starttime)
-        except Lost as error:
-            log.error("lock.lost", reason=f"{error}: QEMU here is killed")  # noqa: TRY400 - as above
-            self._qemu.kill()
 
-    async def _to_its_end(self) -> None:
-        """Wait for QEMU's end; be connected meanwhile, so that the power button can be pressed at once."""
-        await self._qemu.answers()
-        await self._qemu.ended.wait()
+def _is_elsewhere(view: View) -> bool:
+    """Whether somebody else has it."""
+    if view.claim is Claim.STRANGER:
+        # Before the sessions are read, a holder that is gone looks like one that lives.
+        return view.holder_has_session is not None
+    return view.claim is Claim.UNREADABLE or view.claimed_by is not None or view.holdover is not None
 
-    async def _end(self) -> None:
-        """See it gone: shut down when its guest may run, otherwise at once."""
-        if not self._qemu.started:
-            return
-        if self._may_run:
-            await self._qemu.shut_down()
-        else:
-            self._qemu.kill()
-            await self._qemu.ended.wait()
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Do it to its end, unless we are told to stop; False then, and it was cut off."""
-        task = asyncio.ensure_future(work)
-        stop = asyncio.ensure_future(self._stop.wait())
-        try:
-            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-                return True
-            return False
-        finally:
-            for one in (task, stop):
-                one.cancel()
-                # Not awaited itself: its cancellation is not ours.
-                await asyncio.wait([one])
+def _bare(settings: Settings) -> Equipment:
+    """What options need of a host: nothing that is known of them."""
+    return Equipment(
+        accelerator=accelerator.Choice(name="tcg"),
+        user=None,
+        host_side=HostSide(qemu=settings.qemu, accel="tcg"),
+        files=HostFiles(state_dir=settings.state_dir, bridge_owner=""),
+        memory_mib=0,
+        ceph_access=ceph_access(settings),
+    )
+
+
+def _record(wish: Wish, boot_id: str, now: float) -> Incarnation:
+    assert wish.spec is not None
+    return Incarnation(
+        instance=wish.instance,
+        incarnation=str(uuid4()),
+        epoch=0,
+        boot_id=boot_id,
+        argv=(),
+        spec=spec_to_object(wish.spec),
+        storage=storage_of(wish.spec),
+        accelerator="",
+        restart_request=None,
+        revision=0,
+        log_offset=0,
+        spawned_at=now,
+    )
+
+
+def _built(_: object) -> Never:
+    raise AssertionError("nothing is built for a QEMU with options of its own")

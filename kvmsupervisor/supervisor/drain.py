@@ -18,12 +18,10 @@ from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.restart import after
-from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.timing import RETRY_CAP_S
-from kvmsupervisor.domain.view import View
-from kvmsupervisor.machine import actions as ladder
+from kvmsupervisor.domain.view import Process, View
+from kvmsupervisor.instance.alone import see_to_its_end
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.identity import pid_of
 from kvmsupervisor.machine.machine import Machine
@@ -210,9 +208,9 @@ class Drain:
             except Hidden as error:
                 log.warning("instance.unreadable", instance=record.instance, reason=str(error))
                 return
-            while (process := machine.view()) is not None and process.exit is None:
-                wake.clear()
-                view = View(
+
+            def view(process: Process) -> View:
+                return View(
                     now=self._clock.now(),
                     me=self._me,
                     boot_id=self._boot_id,
@@ -223,11 +221,10 @@ class Drain:
                     memory=memory,
                     shutdown_timeout_s=self._shutdown_timeout_s if timeout_s is None else timeout_s,
                 )
-                decision = decide(view)
-                if decision.phase is Phase.STOPPING:
-                    machine.stop_begins()
-                if not await ladder.step(machine, decision):
-                    await self._clock.wait(wake, decision.wake_at)
+
+            process = await see_to_its_end(
+                machine, wake=wake, clock=self._clock, view=view, decided=lambda view, decision: None
+            )
             if process is not None and process.exit is not None:
                 ended = after(
                     memory,

@@ -32,9 +32,11 @@ from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
+from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.host import Equipment, look_at_files
+from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
 from kvmsupervisor.supervisor.failover import Failover
@@ -198,8 +200,8 @@ class Host:
             dissent=self._neighbours.dissent,
             objection=self._objection,
             draining=lambda: premises.drain.on,
-            leaving=lambda: None,
-            ended=lambda end, status: None,
+            life=HostsLife(),
+            launch=BEHIND,
         )
         self._failover = Failover(self._around, self._wishes)
         self._bridges = Bridges(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import (
+    ANOTHER_HISTORY,
     VERSION,
     Change,
     Claim,
@@ -220,6 +221,21 @@ def test_what_each_change_compares() -> None:
     assert {change for change in Change if Compared.HOLDER_GONE in row[change]} == {Change.TAKE_OVER, Change.BREAK}
     assert {change for change in Change if change.value.writer is Writer.OPERATOR} == {Change.BREAK}
     assert {change for change in Change if change.value.writer is Writer.RUNNER} == {Change.TAKE, Change.TAKE_OVER}
+
+
+def test_what_closed_its_disks_is_not_fenced() -> None:
+    """Law 4: an end in order leaves nothing to fence but what was to be fenced before it."""
+    previous = replace(LOCK, clients=("c",), fence=("f",))
+    again = take(previous, host=ME, boot_id="boot-1", incarnation="y", storage=Storage.RBD, closed=True)
+    assert again.fence == ("f",)
+
+
+def test_in_another_history_a_free_lock_is_doubted() -> None:
+    """Law 11: others may have its disks open, until its own guest may run."""
+    lock = take(None, host=ME, boot_id="boot-1", incarnation="y", storage=Storage.RBD, doubted=True)
+    assert (lock.taken_from, lock.state) == (ANOTHER_HISTORY, LockState.FENCING)
+    assert lock.fenced([]).taken_from == ANOTHER_HISTORY
+    assert lock.fenced([]).recorded(pid=1, starttime=2, clients=("c",)).taken_from is None
 
 
 def test_a_taker_without_disks_forgets_nobody() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import re
 import signal
 import socket
 import stat
@@ -105,6 +106,9 @@ class FakeQemu:
                 self.sockets[fields["id"]] = listening[int(fields["fd"])]
             elif option == "-mon":
                 self.monitors.add(self.sockets[fields["chardev"]])
+            elif option == "-readconfig":
+                # The monitor that single mode puts beside its user's options.
+                self.monitors |= {listening[int(fd)] for fd in re.findall(r'fd = "(\d+)"', Path(value).read_text())}
         self.run_state = NEVER_RAN
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
@@ -486,16 +490,42 @@ class FakeQemus:
             raise SpawnFailed(self.no_program)
         if self.shortage is not None:
             raise OSError(self.shortage, os.strerror(self.shortage))
+        qemu, process = self._begin(argv, environment, pass_fds, on_end)
+        if qemu.words is not None:
+            os.write(log_fd, qemu.words.encode())
+            qemu.end(WaitStatus(code=1))
+        return process
+
+    def spawn_in_front(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int],
+        on_end: Callable[[], None],
+    ) -> FakeProcess:
+        if self.no_program is not None:
+            raise SpawnFailed(self.no_program)
+        qemu, process = self._begin(argv, environment, pass_fds, on_end)
+        if qemu.run_state == NEVER_RAN and "-S" not in argv:
+            qemu.run_state = "running"
+        if qemu.words is not None:
+            qemu.end(WaitStatus(code=1))
+        return process
+
+    def _begin(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int],
+        on_end: Callable[[], None],
+    ) -> tuple[FakeQemu, FakeProcess]:
         if "/" in argv[0] and not Path(argv[0]).exists():
             raise SpawnFailed(f"cannot start {argv[0]}: No such file or directory")
         qemu = FakeQemu(self, next(self._pids), argv, environment, listening(pass_fds))
         self.all.append(qemu)
         self.prepare(qemu)
-        process = FakeProcess(qemu, on_end, is_child=True)
-        if qemu.words is not None:
-            os.write(log_fd, qemu.words.encode())
-            qemu.end(WaitStatus(code=1))
-        return process
+        return qemu, FakeProcess(qemu, on_end, is_child=True)
 
     def reopen(
         self, pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]

@@ -442,7 +442,7 @@ async def test_the_prefix_does_not_tell_who_it_is(bench: Bench) -> None:
     assert await bench.successor()
     assert bench.machine.pid == pid
     lock = Lock(host=HostName("a"), boot_id=BOOT, epoch=1, state=LockState.STARTING, incarnation=NAME)
-    assert bench.machine.holdover(lock) == pid
+    assert bench.machine.holdover("1", lock) == pid
 
 
 async def test_a_record_of_another_boot_is_of_the_past(bench: Bench) -> None:
@@ -478,12 +478,12 @@ async def test_a_qemu_without_a_record_is_found_by_the_lock(bench: Bench) -> Non
         pid=written.pid, starttime=written.starttime,
     )  # fmt: skip
     other = bench.make()
-    assert other.holdover(lock) == written.pid
-    assert other.holdover(replace(lock, pid=None, starttime=None)) == written.pid
-    assert other.holdover(replace(lock, pid=None, starttime=None, incarnation="y")) is None
+    assert other.holdover("1", lock) == written.pid
+    assert other.holdover("1", replace(lock, pid=None, starttime=None)) == written.pid
+    assert other.holdover("1", replace(lock, pid=None, starttime=None, incarnation="y")) is None
     await bench.machine.kill("gone")
-    assert other.holdover(lock) is None
-    assert other.holdover(replace(lock, pid=None, starttime=None)) is None
+    assert other.holdover("1", lock) is None
+    assert other.holdover("1", replace(lock, pid=None, starttime=None)) is None
 
 
 # --- a QEMU that does not answer ------------------------------------------------------------------------------

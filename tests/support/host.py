@@ -31,11 +31,12 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import HostsLife, Surroundings
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
+from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
@@ -330,8 +331,8 @@ class Host:
             dissent=lambda: self.dissent,
             objection=lambda record: None,
             draining=lambda: False,
-            leaving=lambda: None,
-            ended=lambda end, status: None,
+            life=HostsLife(),
+            launch=BEHIND,
             takeover_wait_s=60.0,
             guard=cast("GuardPost | None", self.guard),
         )
