@@ -1,4 +1,4 @@
-"""Images that were grown under a running QEMU: when they are looked at, and how QEMU and its guest hear of it."""
+"""Tells a running QEMU, and through it the guest, that an image has grown; and when to check the images again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = structlog.get_logger(__name__)
 
 
 class Growth:
-    """Of one QEMU.
+    """The growth of one QEMU's images.
 
     Attributes:
-        at: when its images are to be looked at again; never for a machine without.
+        at: when to check the images again, CLOCK_BOOTTIME; never for a machine without images that can grow.
     """
 
     def __init__(self, clock: Clock, command: Command) -> None:
@@ -28,12 +28,12 @@ class Growth:
         self._command = command
 
     def look(self, spec: Spec | None, after_s: float) -> None:
-        """Its images are to be looked at after some time; nothing for a machine without."""
+        """Have the images checked after some seconds. Does nothing for a machine without images that can grow."""
         if spec is not None and growable(spec):
             self.at = self._clock.now() + after_s
 
     async def tell(self, sizes: Mapping[str, int]) -> None:
-        """Tell QEMU, and through it the guest, of disks that are larger now: bytes by block node. None is made less."""
+        """Resize the disks in QEMU whose images have grown. `sizes`: bytes by block node. No disk is made smaller."""
         for device in await self._command("query-block", None) or ():
             inserted = device.get("inserted") or {}
             node, known = inserted.get("node-name"), (inserted.get("image") or {}).get("virtual-size")
