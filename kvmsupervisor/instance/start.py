@@ -27,6 +27,7 @@ from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Action, Deferral, Holdover
+from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import Surroundings
@@ -328,6 +329,7 @@ class Start:
                     "have one image; change the keys of one of them"
                 )
         await around.fencing.fence(others)
+        await point("shut out")
         everyone = (*lock.fence, *others)
         around.metrics.fenced(len(everyone))
         fenced = lock.fenced(address for address in everyone if address not in self._gone)
@@ -351,6 +353,7 @@ class Start:
             return
         try:
             await self._around.fencing.fence(lock.clients)
+            await point("dead shut out")
         except NotFenced as error:
             self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
         else:
@@ -448,6 +451,7 @@ class Start:
             if await self.sharing.gives_way(wish.spec, conflict):
                 return
             raise
+        await point("clients known")
         try:
             self._machine.note(clients=clients)
         except OSError as error:

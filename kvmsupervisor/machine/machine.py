@@ -33,6 +33,7 @@ from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
@@ -237,6 +238,7 @@ class Machine:
             raise
         assert self.record is not None
         self._talk.run_state = NEVER_RAN if self._launch.paused else None
+        cut("spawned, pid not on record")
         # A successor finds the process without the pid, too. The next `note`, before the guest runs, tries again.
         with contextlib.suppress(OSError):
             self.note(pid=self._process.pid, starttime=self._process.starttime)
@@ -401,6 +403,7 @@ class Machine:
     async def bury(self) -> None:
         """Delete the record of an ended process. The caller has recorded the exit."""
         await self.detach()
+        cut("end in the books, still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None

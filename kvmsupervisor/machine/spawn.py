@@ -13,6 +13,7 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
@@ -94,6 +95,7 @@ def spawn(
             directory.write_incarnation(record)
             # Not before: when the record cannot be written (no space), nothing has begun.
             on_record(record)
+            cut("on record, not spawned")
             return processes.spawn(
                 home.wrap(words if user is None else (*user.become(), *words)),
                 environment=marks.environment_of(
