@@ -10,11 +10,14 @@ WORKERS ?= 3
 # For `make chaos`. Without a seed each run draws its own, and prints it.
 SEED ?=
 MINUTES ?= 30
+# For `make simulate`.
+SEEDS ?= 1-500
+STEPS ?= 16
 
 # Programs of packages that would start a service when installed (etcd, promtool) are unpacked here instead.
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
-.PHONY: help demo test lint quick soak chaos container upgrade bench lowest wheel lock ignition settings format clean
+.PHONY: help demo test lint quick soak chaos simulate container upgrade bench lowest wheel lock ignition settings format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -23,6 +26,7 @@ help:
 	@echo 'make quick   the tests that boot no guest'
 	@echo 'make soak    the slow tests'
 	@echo 'make chaos   faults at random, for MINUTES=30, drawn from SEED=…; the disks tell who wrote'
+	@echo 'make simulate  a cluster in one process, deterministic: SEEDS=1-500 histories, STEPS=16 acts each'
 	@echo 'make container  the image built and run, hosts booted with systemd; needs root'
 	@echo 'make upgrade  twenty guests, their supervisor replaced ten times; needs root'
 	@echo 'make bench   the budgets, measured; writes bench/RESULTS.md'
@@ -55,6 +59,9 @@ soak: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) \
 	    --keep .cache/chaos --json .cache/chaos/report.json
+
+simulate: $(VENV)/.dev
+	@$(BIN)/python -m tests.simulation --seeds $(SEEDS) --steps $(STEPS) --workers 2
 
 container: $(VENV)/.dev
 	@tools/install-system container

@@ -1,1 +1,1 @@
-"""Everything that touches the world, one external system a module. Adapters never import each other."""
+"""Everything that touches the outside world, one external system a module. Adapters never import each other."""

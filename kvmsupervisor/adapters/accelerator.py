@@ -1,4 +1,4 @@
-"""Which accelerator this host has for QEMU: KVM through `/dev/kvm`, or QEMU's own translation (TCG)."""
+"""The accelerator for QEMU on this host: KVM through `/dev/kvm`, or QEMU's own translation (TCG)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ KVM_DEVICE = Path("/dev/kvm")
 
 @frozen(kw_only=True)
 class Choice:
-    """What all guests of this host run with.
+    """The accelerator of all guests of this host.
 
     Attributes:
-        name: the accelerator, as QEMU calls it.
-        fallback: why it is not KVM, for people, where KVM would have been taken (`auto`); None otherwise. Guests are
-            many times slower then: say so in log, metric and status.
+        name: the accelerator's name in QEMU.
+        fallback: why `auto` did not choose KVM, for people; None otherwise. Guests are many times slower without KVM:
+            log, metric and status say so.
     """
 
     name: Literal["kvm", "tcg"]
@@ -35,19 +35,19 @@ def why_no_kvm(device: Path = KVM_DEVICE) -> str | None:
 
 
 def choose(wanted: Literal["auto", "kvm", "tcg"], device: Path = KVM_DEVICE, *, trouble: str | None = None) -> Choice:
-    """The accelerator to use.
+    """Choose the accelerator.
 
     Args:
         wanted: `KVM_ACCEL`.
-        device: KVM's.
-        trouble: why the device could not be made, or given to QEMU's user, where that was tried.
+        device: the device node of KVM.
+        trouble: why the node could not be made, or opened to QEMU's user; None when it could.
 
     Raises:
-        ValueError: KVM is wanted and cannot be used; the message says why.
+        ValueError: KVM is required and cannot be used; the message says why.
     """
     if wanted == "tcg":
         return Choice(name="tcg")
-    # A node that opens may still be another device's, or closed to QEMU's own user.
+    # A node that we can open may still belong to another device, or be closed to QEMU's user.
     why = trouble or why_no_kvm(device)
     if why is None:
         return Choice(name="kvm")

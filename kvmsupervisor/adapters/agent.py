@@ -1,10 +1,10 @@
-"""Asks a guest's agent what the guest is, over the socket of its channel: connect, ask, close.
+"""Asks a guest's agent for facts about the guest, over the socket of its channel: connect, ask, close.
 
 Source: the QEMU Guest Agent Protocol Reference (qemu.org, docs/interop/qemu-ga-ref), above all `guest-sync-delimited`:
-the channel outlives both its ends, so what comes first may be answers to somebody who is gone. QEMU serves one client
-at a time; another one (a person's, or a backup's) makes us wait in line, until the deadline.
+the channel outlives its clients, so the first bytes may be answers to an earlier client. QEMU serves one client at a
+time; while another client is connected (a person's, or a backup's), we wait in line until the deadline.
 
-Everything read here was written by a guest: so much is read and no more, and nothing of it is believed.
+Everything read here was written by a guest: its length is limited, and none of it is trusted.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from pathlib import Path
 from kvmsupervisor.domain.agent import GuestFacts, facts_of
 
 REPLY_LIMIT = 256 * 1024
-"""Bytes that one exchange may bring in all. QEMU's own agent answers in about 12 KB, most of it `guest-info`."""
+"""The most bytes of one exchange. QEMU's own agent answers with about 12 KB, most of it `guest-info`."""
 
 LINE_LIMIT = 128 * 1024
-"""Bytes that one answer may have: reading JSON of this size takes the event loop milliseconds."""
+"""The most bytes of one answer: parsing JSON of this size blocks the event loop for milliseconds."""
 
 TIMEOUT_S = 5.0
-"""For one exchange. The agent answers in milliseconds; a guest that is busy, or paged out, needs seconds."""
+"""How long one exchange may take. The agent answers in milliseconds; a busy or swapped-out guest needs seconds."""
 
 COMMANDS = ("guest-get-host-name", "guest-network-get-interfaces", "guest-get-osinfo", "guest-info")
-"""All asked every time: leaving out what hardly changes would save a fifth of a millisecond a minute."""
+"""All are asked every time: leaving out those that hardly change would save 0.2 ms a minute."""
 
 _SENTINEL = b"\xff"
 
 
 class AgentSilent(Exception):
-    """There was no answer that can be used: no agent, a busy one, or one that talks nonsense. Ask again later."""
+    """There was no usable answer: no agent, a busy one, or one that talks nonsense. Ask again later."""
 
 
 async def ask(path: Path, *, timeout_s: float = TIMEOUT_S) -> GuestFacts:
-    """Ask the agent behind the socket at `path`; `timeout_s` is for all of it, connecting included.
+    """Ask the agent at the socket `path`; `timeout_s` covers everything, connecting included.
 
     Raises:
-        AgentSilent: no answer that can be used came in time. The connection is closed.
+        AgentSilent: no usable answer came in time. The connection is closed.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -57,19 +57,19 @@ async def ask(path: Path, *, timeout_s: float = TIMEOUT_S) -> GuestFacts:
 
 
 async def _exchange(path: Path) -> dict[str, object]:
-    """Send everything at once, read the answers in order: the agent takes one command after the other."""
+    """Send all commands at once and read the answers in order: the agent runs one command after the other."""
     reader, writer = await asyncio.open_unix_connection(str(path), limit=LINE_LIMIT)
     try:
         token = secrets.randbits(31)
         sync = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
-        # The first byte, which no JSON has, makes the agent drop the half command of somebody before us.
+        # The first byte, which never occurs in JSON, makes the agent drop half a command of an earlier client.
         writer.write(_SENTINEL + _lines(sync, *({"execute": command} for command in COMMANDS)))
         await writer.drain()
         replies = _Replies(reader)
         await replies.skip_to(token)
         return {command: await replies.next() for command in COMMANDS}
     finally:
-        # Dropped, not closed politely: a guest that reads nothing would keep us.
+        # Aborted, not closed: a guest that reads nothing would keep us waiting.
         writer.transport.abort()
 
 
@@ -78,14 +78,14 @@ def _lines(*objects: object) -> bytes:
 
 
 class _Replies:
-    """What comes from the guest, line by line, `REPLY_LIMIT` bytes at most."""
+    """Reads the guest's answers, line by line, at most `REPLY_LIMIT` bytes."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self._reader = reader
         self._left = REPLY_LIMIT
 
     async def skip_to(self, token: int) -> None:
-        """Read until the answer to our own `guest-sync-delimited`; what is before it was for somebody else."""
+        """Read until the answer to our own `guest-sync-delimited`; earlier bytes were for an earlier client."""
         while True:
             line = await self._line()
             _, sentinel, text = line.rpartition(_SENTINEL)
@@ -93,7 +93,7 @@ class _Replies:
                 return
 
     async def next(self) -> object:
-        """The `return` of the next answer; None for an error, which an agent gives for what it may not tell."""
+        """The `return` of the next answer; None for an error: an agent may refuse single commands."""
         found = _parsed(await self._line())
         if not isinstance(found, dict) or not ("return" in found or "error" in found):
             raise AgentSilent("the guest's agent talks nonsense: an answer is no JSON object with a return or an error")

@@ -1,7 +1,7 @@
-"""Time, and what names this machine and its present boot.
+"""The clock, and the ids of this machine and of its present boot.
 
-Deadlines use `CLOCK_BOOTTIME`, which goes on while the machine is suspended, as leases in etcd do
-(clock_gettime(2)). asyncio's own clock is `CLOCK_MONOTONIC`, which stands still meanwhile.
+Deadlines use `CLOCK_BOOTTIME`, which goes on while the machine is suspended, as leases in etcd do (clock_gettime(2)).
+asyncio's own clock is `CLOCK_MONOTONIC`, which stops during a suspend.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 RECHECK_S = 60.0
-"""How long a wait trusts asyncio's clock: a suspend delays it by this much at most. Arbitrary: one wake-up a
-minute costs nothing, and what must be exact (a session's deadline) is judged by `now()`, not by waiting."""
+"""How long a wait relies on asyncio's clock: a suspend delays the wait by this much at most. Arbitrary: one wake-up a
+minute costs nothing, and exact deadlines (of a session) are compared with `now()`, not waited for."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PRODUCT_UUID = Path("/sys/class/dmi/id/product_uuid")
@@ -24,7 +24,7 @@ _PLACEHOLDER_UUIDS = frozenset(
     {
         "00000000-0000-0000-0000-000000000000",
         "ffffffff-ffff-ffff-ffff-ffffffffffff",
-        # Firmware whose maker never filled the field in; the same on many boards.
+        # A placeholder of firmware vendors; the same on many boards.
         "03000200-0400-0500-0006-000700080009",
     }
 )
@@ -42,7 +42,7 @@ class Clock:
         return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def wall_after(self, seconds: float) -> str:
-        """The time of day in so many seconds, as `wall` tells it."""
+        """The time of day in that many seconds, in the format of `wall`."""
         return (datetime.now(UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def sleep_until(self, instant: float) -> None:
@@ -57,7 +57,7 @@ class Clock:
     async def wait(self, event: asyncio.Event, until: float | None = None) -> bool:
         """Wait for `event`, or until `now()` has reached `until` (None: without limit).
 
-        The event is left as it is: clear it yourself, before you look at what it stands for.
+        The event stays set: the caller clears it, before it looks at what the event stands for.
 
         Returns:
             True when the event was set, False when the time was up first.
@@ -75,12 +75,12 @@ class Clock:
 
 
 def boot_id(path: Path = _BOOT_ID) -> str:
-    """The kernel's name for its present boot (random(4))."""
+    """The kernel's id of its present boot (random(4))."""
     return path.read_text(encoding="ascii").strip()
 
 
 def machine_id(product_uuid: Path = _PRODUCT_UUID, etc_machine_id: Path = _MACHINE_ID) -> str:
-    """What names this machine across boots, in lower case; empty when nothing does.
+    """The id of this machine across boots, in lower case; empty when there is none.
 
     The DMI product UUID comes first, because /etc/machine-id (machine-id(5)) may be the container image's.
     """

@@ -1,12 +1,12 @@
-"""An instance's serial console, as people use it: all read its log, one of them has the keyboard.
+"""An instance's serial console for people: all of them read its log, one of them has the keyboard.
 
-QEMU's socket serves one client at a time and keeps nothing for the next. So whatever is shown comes from the log, which
-the supervisor writes beside it, and the socket is for typing only. Who may type holds an flock beside it.
+QEMU's socket serves one client at a time and keeps nothing for the next. So all output comes from the log, which the
+supervisor writes, and the socket is for typing only. The person who may type holds an flock.
 
-    console.log    read by everybody; set aside as console.log.1 (that of an earlier release's QEMU: copied, and cut)
-    console.sock   connected by whoever has the keyboard; what comes from it is dropped, so that the guest never waits
-    console.lock   flock of whoever has the keyboard; holds words that say who that is
-    console.want   words of somebody who wants the keyboard; whoever has it lets go then
+    console.log    read by all; rotated to console.log.1 (of an earlier release's QEMU: copied and truncated)
+    console.sock   connected by the holder of the keyboard; its output is dropped, so that the guest never waits
+    console.lock   flock of the holder of the keyboard; says who that is
+    console.want   says who wants the keyboard; the holder releases it then
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 READ_BYTES = 64 * 1024
-"""How much is taken from the log at once."""
+"""How many bytes are read from the log at once."""
 
 SCROLLBACK_BYTES = 1024 * 1024
-"""How far back lines are looked for: 20,000 of them, at a console's usual length."""
+"""How many bytes back to look for lines: about 20,000 lines of usual length."""
 
 PENDING_BYTES = 64 * 1024
-"""How much may wait for a guest that does not read its console."""
+"""How many bytes may wait for a guest that does not read its console."""
 
 WHO_BYTES = 200
 
 
 class ConsoleLog:
-    """What the guest writes: first the last lines, then all that comes, over every rotation."""
+    """The output of the guest: its last lines first, then everything new, across rotations."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,7 +42,7 @@ class ConsoleLog:
         self._at = 0
 
     def begin(self, lines: int) -> bytes:
-        """The last `lines` lines that are there, a line that is not finished counted; `read` goes on behind them."""
+        """The last `lines` lines, an unfinished one included; `read` goes on behind them."""
         self._reopen()
         if self._fd < 0:
             return b""
@@ -54,7 +54,7 @@ class ConsoleLog:
         return _last_lines(kept, lines)
 
     def read(self) -> bytes:
-        """What was written since, at most `READ_BYTES` of it; nothing when there is nothing new."""
+        """New output, at most `READ_BYTES`; empty when there is none."""
         try:
             now = self._path.stat()
         except FileNotFoundError:
@@ -62,7 +62,7 @@ class ConsoleLog:
         if self._fd < 0:
             self._reopen()
         elif not os.path.samestat(now, os.fstat(self._fd)):
-            # It was set aside, and is whole by now; or the instance was removed, and came back.
+            # The log was rotated and is complete; or the instance was removed and came back.
             if missed := os.pread(self._fd, READ_BYTES, self._at):
                 self._at += len(missed)
                 return missed
@@ -78,7 +78,7 @@ class ConsoleLog:
         return data
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -90,7 +90,7 @@ class ConsoleLog:
             self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _missed(self, at: int) -> bytes:
-        """What had been written behind `at` when the log was copied and truncated: the copy has it."""
+        """The output behind `at` from before the log was copied and truncated: it is in the copy."""
         with contextlib.suppress(OSError), self._older.open("rb") as older:
             return os.pread(older.fileno(), SCROLLBACK_BYTES, at)
         return b""
@@ -105,7 +105,7 @@ def _last_lines(data: bytes, lines: int) -> bytes:
     if lines <= 0:
         return b""
     split = data.split(b"\n")
-    # Behind the last line break there is a line that is not finished, or nothing.
+    # Behind the last line break there is an unfinished line, or nothing.
     return b"\n".join(split[-(lines + (not split[-1])) :])
 
 
@@ -113,8 +113,8 @@ class Keyboard:
     """The right to type on one console, and the connection that it goes through.
 
     Args:
-        folder: the instance's, in the run directory.
-        who: words for others: who has it.
+        folder: the instance's folder in the run directory.
+        who: tells others who holds the keyboard.
         wake: called, from another thread, when the guest has written something or the connection has ended.
     """
 
@@ -131,7 +131,7 @@ class Keyboard:
 
     @property
     def ours(self) -> bool:
-        """Whether we have it. Also after the instance was removed and came back: a lock on another file is none."""
+        """Whether we hold it. After the instance was removed and came back the lock is another file: we do not."""
         if self._lock < 0:
             return False
         try:
@@ -140,30 +140,30 @@ class Keyboard:
             return False
 
     def take(self) -> bool:
-        """Take it, if nobody has it."""
+        """Take the keyboard if it is free; return whether we hold it."""
         if self.ours:
             return True
         self.release()
         descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with contextlib.suppress(PermissionError):
-            # Whoever may read a file may lock it (flock(2)). One of an earlier release is made so, too.
+            # A user who may read a file may lock it (flock(2)). A file of an earlier release is changed, too.
             os.fchmod(descriptor, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return False
-        # On a full disk it is had all the same; only who has it is not told.
+        # On a full disk we hold it all the same; the file just does not say who does.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, self._who, 0)
         self._lock = descriptor
-        # Of somebody who gave up, or was killed: who still wants it says so again.
+        # An old request may be of a program that gave up or was killed; one that still waits repeats it.
         self.want_no_more()
         return True
 
     def release(self) -> None:
-        """Let it go. What was not sent yet is dropped."""
+        """Release the keyboard. Unsent bytes are dropped."""
         self.disconnect()
         if self._lock >= 0:
             os.ftruncate(self._lock, 0)
@@ -171,11 +171,11 @@ class Keyboard:
             self._lock = -1
 
     def holder(self) -> str:
-        """Who has it, in words of theirs; empty when nobody has. Somebody killed may be named until the next comes."""
+        """Who holds it, in their own words; empty when it is free. A killed holder may be named until the next one."""
         return _words(self._lock_path)
 
     def want(self) -> None:
-        """Ask whoever has it to let go."""
+        """Ask the holder to release it."""
         descriptor = os.open(
             self._want_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
@@ -183,11 +183,11 @@ class Keyboard:
             want.write(self._who)
 
     def wanted_by(self) -> str:
-        """Who asks for it; empty when nobody does."""
+        """Who wants it; empty when there is no request."""
         return _words(self._want_path)
 
     def want_no_more(self) -> None:
-        """The asking is over."""
+        """Withdraw the request."""
         self._want_path.unlink(missing_ok=True)
 
     # The connection.
@@ -198,7 +198,7 @@ class Keyboard:
         return self._socket is not None and not self._ended.is_set()
 
     def connect(self) -> bool:
-        """Connect to QEMU, if it listens. Does not wait: QEMU's socket takes a client into its line at once."""
+        """Connect to QEMU if it listens. Does not wait: the kernel accepts the connection at once."""
         self.disconnect()
         ended = threading.Event()
         with contextlib.ExitStack() as undo:
@@ -208,9 +208,9 @@ class Keyboard:
                 connection.connect(str(self._socket_path))
             except OSError:
                 return False
-            # A thread, because our own output may block for long (a stopped terminal), and the guest shall not.
+            # A thread, because our own output may block for long (a stopped terminal), and the guest must not wait.
             threading.Thread(target=self._drain, args=(connection, ended), daemon=True).start()
-            # Only now: a signal may raise anywhere in here, and `disconnect` waits for a thread that has to be there.
+            # Only now: a signal may raise anywhere in here, and `disconnect` waits for a started thread.
             self._socket, self._ended = connection, ended
             undo.pop_all()
         return True
@@ -226,7 +226,7 @@ class Keyboard:
             connection.close()
 
     def type(self, data: bytes) -> bool:
-        """Have `data` sent; False when too much is waiting already, and `data` is dropped."""
+        """Queue `data` for the guest; return False, and drop `data`, when too much is waiting already."""
         if len(self._pending) + len(data) > PENDING_BYTES:
             return False
         self._pending += data
@@ -235,20 +235,20 @@ class Keyboard:
 
     @property
     def pending(self) -> int:
-        """Bytes that the guest has not taken yet."""
+        """How many bytes the guest has not read yet."""
         return len(self._pending)
 
     def flush(self) -> None:
-        """Send what can be sent now."""
+        """Send as much as possible without waiting."""
         if not self.connected or self._socket is None:
             return
-        # The end of the connection is told by the thread that reads from it.
+        # The reading thread reports the end of the connection.
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while self._pending:
                 del self._pending[: self._socket.send(self._pending)]
 
     def fileno(self) -> int:
-        """Of the connection, to wait until more can be sent."""
+        """The descriptor of the connection, to wait until more can be sent."""
         assert self._socket is not None
         return self._socket.fileno()
 

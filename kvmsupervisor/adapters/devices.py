@@ -1,4 +1,4 @@
-"""Device nodes that QEMU and its helper open: made where a container lacks them, and opened to QEMU's own user.
+"""Device nodes that QEMU and its helper open: makes those that a container lacks, and opens them to QEMU's user.
 
 Sources: /proc/misc, where drivers of major number 10 are listed with their minor (proc(5)); mknod(2).
 """
@@ -15,10 +15,10 @@ from kvmsupervisor.domain.frozen import frozen
 PROC_MISC = Path("/proc/misc")
 
 MISC_MAJOR = 10
-"""Of all that /proc/misc lists (MISC_MAJOR in include/uapi/linux/major.h)."""
+"""The major number of all devices in /proc/misc (MISC_MAJOR in include/uapi/linux/major.h)."""
 
 MADE_MODE = 0o600
-"""Of a node that is made here: root's. `grant` opens it further where that is needed."""
+"""The mode of a new node, which belongs to root. `grant` opens it further where that is needed."""
 
 GRANTED_MODE = 0o660
 
@@ -26,7 +26,7 @@ _READ_WRITE = 0o6
 
 
 class DeviceTrouble(Exception):
-    """A device cannot be used as it is; the message says which and what would help. Somebody has to change the host."""
+    """A device cannot be used; the message says which one and what would help. An operator has to change the host."""
 
 
 @frozen(kw_only=True)
@@ -34,9 +34,9 @@ class Device:
     """A device of /proc/misc.
 
     Attributes:
-        path: of its node.
-        name: as /proc/misc has it.
-        modules: kernel module that brings it, for people.
+        path: the path of its node.
+        name: its name in /proc/misc.
+        module: the kernel module that provides it, for people.
     """
 
     path: Path
@@ -51,11 +51,11 @@ VHOST_NET = Device(path=Path("/dev/vhost-net"), name="vhost-net", module="vhost_
 
 @frozen(kw_only=True)
 class Grant:
-    """How QEMU's user gets at a node.
+    """How QEMU's user can open a node.
 
     Attributes:
-        gid: group that QEMU must have among its groups; None when it needs none.
-        changed: whether the node was changed for it.
+        gid: the group that QEMU must be in; None when it needs none.
+        changed: whether the node was changed for that.
     """
 
     gid: int | None
@@ -63,12 +63,12 @@ class Grant:
 
 
 def ensure(device: Device, *, misc: Path = PROC_MISC) -> bool:
-    """See to it that the node is there; return whether it was made.
+    """Make the node if it is missing; return whether it was made.
 
-    A node that is there is left as it is, also while /proc/misc does not list it: opening it may load the module.
+    An existing node stays as it is, even when /proc/misc does not list the device: opening it may load the module.
 
     Raises:
-        DeviceTrouble: the kernel has no such device, the node may not be made, or something else is in its place.
+        DeviceTrouble: the kernel has no such device, the node cannot be made, or something else has its path.
     """
     minor = _minor(device, misc)
     if device.path.exists() or device.path.is_symlink():
@@ -83,7 +83,7 @@ def ensure(device: Device, *, misc: Path = PROC_MISC) -> bool:
         device.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         os.mknod(device.path, stat.S_IFCHR | MADE_MODE, os.makedev(MISC_MAJOR, minor))
     except FileExistsError:
-        # Somebody else, an udev for instance, was quicker.
+        # Another program, such as udev, was faster.
         _check(device, minor)
         return False
     except OSError as error:
@@ -97,16 +97,16 @@ def ensure(device: Device, *, misc: Path = PROC_MISC) -> bool:
 def grant(node: Path, groups: Collection[int], gid: int) -> Grant:
     """Find or make a way for an unprivileged process to open the node for reading and writing.
 
-    A node that belongs to a group which may use it (`kvm`) is not taken from that group: its gid is returned, for
-    QEMU to have among its own. Root's group is never handed out.
+    A node that belongs to a group which may use it (`kvm`) stays with that group: its gid is returned, and QEMU joins
+    the group. QEMU never joins root's group.
 
     Args:
         node: the device node.
-        groups: what QEMU's user is in already, its primary group too.
-        gid: the group that the node is given when no group can use it; needs root.
+        groups: the groups that QEMU's user is in, its primary group included.
+        gid: the group that gets the node when no group can use it; needs root.
 
     Raises:
-        DeviceTrouble: the node is not there, or it would have to be changed and may not be.
+        DeviceTrouble: the node does not exist, or it would have to be changed and cannot be.
     """
     try:
         found = node.stat()
@@ -115,7 +115,7 @@ def grant(node: Path, groups: Collection[int], gid: int) -> Grant:
     mode = stat.S_IMODE(found.st_mode)
     is_member = found.st_gid in groups
     by_group = mode >> 3 & _READ_WRITE == _READ_WRITE
-    # A member of the group gets what the group gets, even where all others get more (path_resolution(7)).
+    # A member of the group has the rights of the group, even when all others have more (path_resolution(7)).
     if not is_member and mode & _READ_WRITE == _READ_WRITE:
         return Grant(gid=None)
     if by_group and (is_member or found.st_gid != 0):
@@ -141,7 +141,7 @@ def _check(device: Device, minor: int | None) -> None:
     except OSError as error:
         raise DeviceTrouble(f"{device.path} cannot be looked at: {error.strerror}") from error
     if not stat.S_ISCHR(found.st_mode):
-        # Docker makes a folder where `-v` names a path that the host does not have.
+        # Docker makes a folder when `-v` names a path that does not exist on the host.
         raise DeviceTrouble(f"{device.path} is no device node; remove what is there, and do not mount it with -v")
     numbers = (os.major(found.st_rdev), os.minor(found.st_rdev))
     if minor is not None and numbers != (MISC_MAJOR, minor):

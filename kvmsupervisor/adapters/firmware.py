@@ -1,4 +1,4 @@
-"""UEFI firmware (OVMF) as distributions install it."""
+"""Finds the UEFI firmware (OVMF) that the distribution has installed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ KNOWN = (
     ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),  # Fedora
     ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),  # Arch
 )
-"""Code and variables, which belong together: one is made for the size of the other."""
+"""Pairs of code and variables: each variables file fits the size of its code."""
 
 
 def find(code: Path | None, variables: Path | None) -> Ovmf | None:
-    """The firmware that the settings name, or else the first that is installed; None without any."""
+    """The firmware of the settings, or else the first installed one; None without any."""
     if code is not None and variables is not None:
         return Ovmf(code=str(code), variables=str(variables))
     for known_code, known_variables in KNOWN:

@@ -1,4 +1,4 @@
-"""The socket on which the guard is spoken to; what is said on it is at the head of `kvmsupervisor/guard/program.py`."""
+"""The socket to the guard. The docstring of `kvmsupervisor/guard/program.py` describes the protocol."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Self
 
 PROTOCOL = 1
-"""Of what is said. A test holds it against the guard's own."""
+"""Version of the protocol. A test compares it with the guard's own."""
 
 LONGEST_ANSWER = 1 << 20
-"""Bytes. The longest names every machine of a host, 37 bytes each."""
+"""Bytes. The longest answer names every machine of a host, 37 bytes each."""
 
 
 class ChannelLost(Exception):
-    """Nobody answers, or not in time: the connection is closed. The message says which."""
+    """The guard does not answer, or not in time: the connection is closed. The message says which."""
 
 
 class ChannelRefused(Exception):
-    """The guard's answer is no. The message is its own."""
+    """The guard refuses the request. The message is the guard's own."""
 
 
 class Channel:
-    """A connection to the guard, which answers one request after the other.
+    """A connection to the guard. The guard answers one request after the other.
 
     Args:
         end: our end of it; closed with the channel.
@@ -35,16 +35,16 @@ class Channel:
 
     @classmethod
     def pair(cls) -> tuple[Self, socket.socket]:
-        """A channel, and the other end of it, for a guard to inherit."""
+        """A channel, and its other end, for a guard to inherit."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), theirs
 
     @classmethod
     def connect(cls, path: Path) -> Self:
-        """Connect to the guard that listens. Does not wait for it.
+        """Connect to the listening guard. Does not wait.
 
         Raises:
-            ChannelLost: none does.
+            ChannelLost: no guard listens.
         """
         end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         end.setblocking(False)
@@ -56,13 +56,14 @@ class Channel:
         return cls(end)
 
     async def ask(self, request: str, descriptor: int | None = None, *, timeout_s: float) -> str:
-        """Send one request, with a descriptor to be handed over, and return its answer.
+        """Send one request, with a descriptor to hand over, and return the answer.
 
-        Cancelled or refused an answer in time, the channel is closed: a later answer would be taken for another's.
+        On cancellation, or without an answer in time, the channel is closed: a late answer would be taken for the
+        answer to the next request.
 
         Raises:
-            ChannelRefused: the answer is no.
-            ChannelLost: there is none.
+            ChannelRefused: the guard refuses the request.
+            ChannelLost: there is no answer.
         """
         word = request.partition(" ")[0]
         try:
@@ -87,5 +88,5 @@ class Channel:
         return answer
 
     def close(self) -> None:
-        """Close it. Closing twice is no error."""
+        """Close the channel. Closing twice is no error."""
         self._end.close()

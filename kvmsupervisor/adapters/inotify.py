@@ -1,4 +1,4 @@
-"""Being told that a file was written to (inotify(7)): costs nothing while nobody writes."""
+"""Reports writes to files (inotify(7)). Costs nothing while there are no writes."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ _READ_BYTES = 64 << 10
 class Inotify:
     """One queue of events.
 
-    Equal events that follow each other are one, so a file that is written to all the time makes no long queue.
+    The kernel merges equal events that follow each other, so one busy file does not fill the queue.
 
     Attributes:
         fd: becomes readable when a watched file was written to.
 
     Raises:
-        OSError: the user has too many of them (fs.inotify.max_user_instances), or no file can be opened.
+        OSError: the user has too many queues (fs.inotify.max_user_instances), or no file can be opened.
     """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.fd = self._checked(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        # A user has few of them (128 by default): one that is forgotten without `close` is not kept, either.
+        # A user has few queues (128 by default), so one that is dropped without `close` is closed, too.
         self._end = weakref.finalize(self, os.close, self.fd)
 
     def watch(self, path: str, *, follow: bool) -> int:
-        """Watch a file, without opening it; return the number that its events have.
+        """Watch a file, without opening it; return the number of its events.
 
         Raises:
-            OSError: there is none, or the user watches too many (fs.inotify.max_user_watches).
+            OSError: there is no such file, or the user has too many watches (fs.inotify.max_user_watches).
         """
         mask = IN_MODIFY | (0 if follow else IN_DONT_FOLLOW)
         return self._checked(self._libc.inotify_add_watch(self.fd, os.fsencode(path), mask))
 
     def unwatch(self, number: int) -> None:
-        """End that; a file that has gone is no error."""
+        """Stop watching a file. A file that is gone is no error."""
         self._libc.inotify_rm_watch(self.fd, number)
 
     def written(self) -> set[int] | None:
-        """The numbers of all files that were written to since the last time; None when it may be any. Never waits."""
+        """The numbers of the files with writes since the last call; None after an overflow (any file). Never waits."""
         numbers: set[int] = set()
         while True:
             try:
@@ -65,7 +65,7 @@ class Inotify:
                 return numbers
 
     def close(self) -> None:
-        """End all of it. Closing twice is no error."""
+        """Close the queue. Closing twice is no error."""
         self._end()
 
     def _checked(self, result: int) -> int:

@@ -1,6 +1,6 @@
-"""The network interfaces of this host, as the kernel tells them: listed once, then every change by rtnetlink.
+"""The network interfaces of this host: lists them once, then follows every change by rtnetlink.
 
-It costs nothing while nothing changes, whatever the number of interfaces. Only what `domain.nics` asks for is kept.
+Costs nothing while nothing changes, whatever the number of interfaces. Keeps only what `domain.nics` needs.
 
 Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_link.h; bridge ports: the ioctl
 SIOCBRADDIF (include/uapi/linux/sockios.h, net/bridge/br_ioctl.c), which qemu-bridge-helper uses, too.
@@ -24,7 +24,7 @@ from kvmsupervisor.domain.nics import Link
 log = structlog.get_logger(__name__)
 
 GROUP_LINK = 1
-"""RTMGRP_LINK: changes of interfaces."""
+"""RTMGRP_LINK: the group for changes of interfaces."""
 
 NEW_LINK, DEL_LINK, GET_LINK = 16, 17, 18
 ERROR, DONE = 2, 3
@@ -32,7 +32,7 @@ REQUEST, DUMP = 0x001, 0x300
 EXT_MASK, SKIP_STATS = 29, 1 << 3
 NAME, MASTER, LINK_INFO, INFO_KIND = 3, 10, 18, 1
 NEST = 0x3FFF
-"""The type of an attribute without its flags."""
+"""Mask for the type of an attribute, without its flags."""
 
 IFF_UP = 1
 SIOCBRADDIF = 0x89A2
@@ -43,21 +43,21 @@ _ATTRIBUTE = struct.Struct("=HH")
 _IFREQ = struct.Struct("=16si20x")
 
 MESSAGE_BYTES = 64 << 10
-"""Of one read. The kernel sends at most 32 KiB of a list at a time (net/netlink/af_netlink.c)."""
+"""The size of one read. The kernel sends at most 32 KiB of a list at a time (net/netlink/af_netlink.c)."""
 
 AGAIN_S = 1.0
-"""Pause before all is listed again: after the kernel had more to tell than the socket holds, or refused. Arbitrary: a
-second without news hurts nobody, and a host whose interfaces change so fast should not be asked in a loop."""
+"""Pause before all interfaces are listed again, after the socket overflowed or the kernel refused. Arbitrary: a second
+without news does no harm, and a host whose interfaces change so fast should not be listed in a loop."""
 
 Changed = Callable[[Set[int]], None]
-"""Called with the indexes of interfaces that differ, in the event loop."""
+"""Called with the indexes of changed interfaces, in the event loop."""
 
 
 class Links:
-    """All interfaces of the network namespace that this process is in.
+    """All interfaces of our network namespace.
 
     Attributes:
-        all: by index; None while they are not known.
+        all: the interfaces by index; None while they are not known.
     """
 
     def __init__(self, on_change: Changed) -> None:
@@ -66,20 +66,20 @@ class Links:
         self._trouble: str | None = None
 
     async def run(self) -> Never:
-        """Follow them, for ever."""
+        """Follow the interfaces, for ever."""
         while True:
             try:
                 with _open() as kernel:
                     await self._follow(kernel)
             except OSError as error:
-                # More changed than the socket holds: what was kept is not to be relied on.
+                # ENOBUFS: changes were lost, so all interfaces are listed again.
                 if error.errno != errno.ENOBUFS and str(error) != self._trouble:
                     self._trouble = str(error)
                     log.warning("links.untold", reason=f"the kernel does not tell of network interfaces: {error}")
                 await asyncio.sleep(AGAIN_S)
 
     async def _follow(self, kernel: socket.socket) -> None:
-        """List all, then take every change; the kernel tells both on this socket, in their order."""
+        """List all interfaces, then apply every change; the kernel sends both on this socket, in order."""
         loop = asyncio.get_running_loop()
         listed: dict[int, Link] = {}
         kernel.send(_list_request())
@@ -96,7 +96,7 @@ class Links:
             for kind, payload in _messages(await loop.sock_recv(kernel, MESSAGE_BYTES)):
                 changed |= _apply(listed, kind, payload)
             self._tell(changed)
-            # What is there already is read without a pause: others shall get their turn in a flood.
+            # Reading what has arrived never waits, so a flood would not let other tasks run.
             await asyncio.sleep(0)
 
     def _tell(self, changed: Set[int]) -> None:
@@ -104,12 +104,12 @@ class Links:
             self._on_change(changed)
 
     async def plug(self, tap: int, bridge: str) -> None:
-        """Make an interface a port of a bridge, unless it is a port of anything by now: nothing is ever taken away.
+        """Make an interface a port of a bridge, unless it already is a port of another one, which it stays.
 
-        Done in a thread: the kernel may have to wait for others who change interfaces.
+        Runs in a thread: the kernel may have to wait for other programs that change interfaces.
 
         Args:
-            tap: its index.
+            tap: the interface's index.
             bridge: the bridge's name.
 
         Raises:
@@ -119,7 +119,7 @@ class Links:
 
 
 def index_of(name: str) -> int | None:
-    """The index of an interface of this network namespace; None when it has none of that name."""
+    """The index of an interface of our network namespace; None when there is no interface of that name."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -131,7 +131,7 @@ def _plug(tap: int, bridge: str) -> None:
         try:
             fcntl.ioctl(any_socket, SIOCBRADDIF, _IFREQ.pack(bridge.encode(), tap))
         except OSError as error:
-            # It has a master: who has put it there wants it there.
+            # It is a port of another bridge already, and stays there.
             if error.errno != errno.EBUSY:
                 raise
 
@@ -147,17 +147,17 @@ def _open() -> socket.socket:
 
 
 def _list_request() -> bytes:
-    """Ask for all interfaces, without their counters."""
+    """The request for all interfaces, without their counters."""
     mask = _ATTRIBUTE.pack(8, EXT_MASK) + struct.pack("=I", SKIP_STATS)
     body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + mask
     return _HEADER.pack(_HEADER.size + len(body), GET_LINK, REQUEST | DUMP, 1, 0) + body
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The messages in what was read at once: their types, and what follows their headers.
+    """The messages of one read: their types, and their payloads behind the header.
 
     Raises:
-        OSError: the kernel says so.
+        OSError: the kernel reports an error.
     """
     offset = 0
     while offset + _HEADER.size <= len(data):
@@ -172,12 +172,12 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _apply(links: dict[int, Link], kind: int, payload: bytes) -> set[int]:
-    """Take one message; return the index of the interface that it has changed, if any."""
+    """Apply one message; return the index of the interface that it changed, if any."""
     if kind not in {NEW_LINK, DEL_LINK} or len(payload) < _LINK.size:
         return set()
     family, _, index, flags, _ = _LINK.unpack_from(payload)
     if family != socket.AF_UNSPEC:
-        # A bridge tells of its ports by the same types.
+        # A bridge reports its ports with the same types.
         return set()
     if kind == DEL_LINK:
         return set() if links.pop(index, None) is None else {index}

@@ -1,10 +1,10 @@
-"""Log files of guests, written and kept short by a thread of its own: nobody ever waits for them.
+"""Writes the log files of guests and keeps them short, in a thread of its own: the event loop never waits for a disk.
 
-    <name>              what came last; this user's own
-    <name>.1, .2, …     what came before
+    <name>              the newest output; owned by our own user
+    <name>.1, .2, …     older output
 
-They are set aside by renaming. Of a log that is another user's, because a QEMU of an earlier release writes it by its
-path, no more than `max_bytes` are ever read, and it is opened so that no link, no lease and no pipe can hold us up.
+Rotation renames the files. A log that a QEMU of an earlier release writes belongs to another user: at most `max_bytes`
+of it are read, and it is opened in a way that no link, lease or pipe can block us.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from kvmsupervisor.domain.sparing import Sparing
 log = structlog.get_logger(__name__)
 
 QUEUE_BYTES = 4 << 20
-"""How much may wait for a slow disk. Beyond it nothing is taken: it stays with QEMU, which drops what is too much."""
+"""How many bytes may wait for a slow disk. Further output stays in QEMU's memory, where the excess is dropped."""
 
 MODE = 0o640
-"""What guests write may hold secrets."""
+"""The mode of the logs: the output of guests may hold secrets."""
 
 DROP_S = 0.1
-"""How long a removal waits for a write that is half done. One that hangs leaves a folder behind, no more."""
+"""How long a removal waits for an unfinished write. A write that hangs leaves a folder behind, no more."""
 
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class _Job(NamedTuple):
-    """Something to write, or, without data, a log to be cut."""
+    """Data to write; without data, a log to truncate."""
 
     number: int
     path: Path
@@ -47,11 +47,11 @@ class _Job(NamedTuple):
 
 
 class LogWriter:
-    """The thread, begun when there is something to write.
+    """The thread, started with the first write.
 
     Args:
-        max_bytes: how long a log may become.
-        keep: how many that were set aside are kept.
+        max_bytes: the limit of one log file.
+        keep: how many older files are kept.
     """
 
     def __init__(self, *, max_bytes: int, keep: int) -> None:
@@ -61,36 +61,36 @@ class LogWriter:
         self._lock = threading.Lock()
         self._doing = threading.Lock()
         self._numbers = itertools.count()
-        # Jobs for a folder that came before this number are no longer wanted.
+        # Jobs for a folder with a lower number are dropped.
         self._dropped: dict[Path, int] = {}
         self._queued = 0
         self._thread: threading.Thread | None = None
-        # Those that could not be written last time: told once.
+        # Logs whose last write failed: each failure is logged once.
         self._failing: set[Path] = set()
         self._rotated: dict[Path, Sparing] = {}
 
     @property
     def has_room(self) -> bool:
-        """Whether more is taken."""
+        """Whether the queue has room."""
         return self._queued < QUEUE_BYTES
 
     def append(self, path: Path, data: bytes) -> None:
-        """Have `data` written at the end, of a new log if there is none. Does not wait."""
+        """Append `data` to the log, which is made if it is missing. Does not wait."""
         self._put(path, data)
 
     def trim(self, path: Path) -> None:
-        """Have a log cut that somebody else writes, if it has become too long. Does not wait."""
+        """Truncate a log that a QEMU writes itself, if it is too long. Does not wait."""
         self._put(path, None)
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Have the rest written, for so long; a disk that hangs keeps nobody from ending."""
+        """Write the rest, for at most that time: a disk that hangs must not keep the process from ending."""
         if self._thread is not None:
             self._jobs.put(None)
             self._thread.join(timeout_s)
             self._thread = None
 
     def drop(self, folder: Path) -> None:
-        """Nothing that waits to be written there is wanted: the folder is removed. Waits for what is half done."""
+        """Drop all waiting writes to a folder that is removed. Waits for an unfinished write."""
         self._dropped[folder] = next(self._numbers)
         if self._doing.acquire(timeout=DROP_S):
             for path in [path for path in self._rotated if path.parent == folder]:
@@ -103,7 +103,7 @@ class LogWriter:
             self._queued += len(data or b"")
         self._jobs.put(_Job(next(self._numbers), path, data))
         if self._thread is None:
-            # A daemon: one that hangs in the kernel must not keep the process from ending.
+            # A daemon thread: one that hangs in the kernel must not keep the process from ending.
             self._thread = threading.Thread(target=self._run, name="guest-logs", daemon=True)
             self._thread.start()
 
@@ -122,7 +122,7 @@ class LogWriter:
             else:
                 self._append(path, data)
         except OSError as error:
-            # Its folder is gone: so is the instance.
+            # ENOENT: the folder is gone, and so is the instance.
             if error.errno != errno.ENOENT and path not in self._failing:
                 self._failing.add(path)
                 log.warning(
@@ -149,7 +149,7 @@ class LogWriter:
                 self._set_aside(path)
 
     def _open_own(self, path: Path) -> int:
-        """The log, open for appending: a plain file of ours alone. Anything else in its place is set aside."""
+        """Open the log for appending: a regular file of our own. Anything else in its place is set aside."""
         for _ in range(2):
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _FLAGS, MODE)
@@ -168,7 +168,7 @@ class LogWriter:
         raise OSError(errno.EEXIST, "somebody puts something else in its place")
 
     def _set_aside(self, path: Path) -> None:
-        """Rename it, and those that were before it; the oldest goes."""
+        """Rename the log and the older files; delete the oldest one."""
         self._make_way(path)
         with contextlib.suppress(FileNotFoundError):
             if self._keep:
@@ -193,7 +193,7 @@ class LogWriter:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode) or found.st_size <= self._max_bytes:
                 return
-            # The writer appends, so it goes on at the beginning. What it writes between the two is lost.
+            # QEMU appends, so it goes on at the beginning. Output between the two steps is lost.
             tail = os.pread(fd, self._max_bytes, found.st_size - self._max_bytes)
             os.ftruncate(fd, 0)
         finally:

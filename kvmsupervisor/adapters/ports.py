@@ -1,4 +1,4 @@
-"""TCP ports of this host: whether somebody listens there already."""
+"""TCP ports of this host: whether another program listens there already."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import errno
 import socket
 
 TAKEN = "another program listens there"
-"""The trouble that is the port's; every other one is the address's."""
+"""The trouble with a port; every other trouble is with the address."""
 
 
 def trouble_with(address: str, port: int) -> str | None:
-    """Why a server cannot listen there, for people; None when it can. Nothing listens afterwards."""
+    """Why a server cannot listen there, for people; None when it can. Does not keep the port."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As QEMU does: the end of an earlier connection does not stand in the way.
+        # As QEMU does, so that a closed connection in TIME_WAIT does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))

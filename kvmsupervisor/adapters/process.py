@@ -1,7 +1,8 @@
-"""QEMU processes as the kernel sees them: spawned, found again, watched and signalled through pidfds.
+"""Processes: starts, finds, watches and signals them through pidfds.
 
-A pid may be recycled, a pidfd may not (pidfd_open(2)), so a process is judged after its pidfd was opened, and signals
-go through that alone. Its end is noticed by the pidfd becoming readable, zombies included.
+The kernel reuses pids, but a pidfd always means the same process (pidfd_open(2)). So a process is identified after its
+pidfd was opened, and all signals go through the pidfd. When the process ends, also as a zombie, the pidfd becomes
+readable.
 """
 
 from __future__ import annotations
@@ -27,37 +28,37 @@ PIDFD_GET_INFO = 0xC040FF0B
 (include/uapi/linux/pidfd.h). Older kernels answer ENOTTY."""
 
 PIDFD_INFO_EXIT = 1 << 3
-"""Ask for, and (Linux ≥ 6.15) tell that there is, an exit code."""
+"""Flag that asks for the exit code; set in the answer when there is one (Linux ≥ 6.15)."""
 
 FIRST_PID_NAMESPACE = "4026531836"
-"""The kernel's own, with a number that never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
+"""The number of the initial PID namespace; it never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 
 
 TERM_S = 3.0
-"""How long a QEMU may take to heed SIGTERM. One that runs no guest needs 20 ms to close its disks on a quiet host."""
+"""How long a QEMU may take to heed SIGTERM. Before its guest ran, it needs 20 ms to close its disks on a quiet host."""
 
 
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
-"""What a host lacks when a program cannot be started (fork(2), pidfd_open(2)): no fault of the program's."""
+"""Errors that mean a shortage of the host (fork(2), pidfd_open(2)), and not a fault of the program."""
 
 
 class SpawnFailed(Exception):
-    """The program could not be started at all; the message names it and says why."""
+    """The program could not be started; the message names the program and says why."""
 
 
 class Hidden(Exception):
-    """A process lives where ours was, and whether it is ours cannot be seen: touch nothing. The message says why."""
+    """A process with that pid lives, and its identity cannot be read: leave it alone. The message says why."""
 
 
 class Process:
-    """A living process that is certainly the one meant, or its end.
+    """A watched process, whose identity is certain. It lives, or it has ended.
 
     Attributes:
         pid: its process id.
-        starttime: clock ticks since boot (field 22 of /proc/<pid>/stat).
-        is_child: whether this process spawned it.
+        starttime: when it started, clock ticks since boot (field 22 of /proc/<pid>/stat).
+        is_child: whether this program started it.
         ended: set once it has ended.
-        status: how it ended, once it has; both fields None when nobody could tell.
+        status: how it ended, once it has; both fields None when that is not known.
     """
 
     def __init__(self, pid: int, pidfd: int, starttime: int, *, is_child: bool, on_end: Callable[[], None]) -> None:
@@ -73,24 +74,24 @@ class Process:
 
     @property
     def pidfd(self) -> int:
-        """To be handed to somebody else who has to do with it; -1 once it has ended, or is watched no more."""
+        """The pidfd, to pass on to the guard; -1 once the process has ended or is no longer watched."""
         return self._pidfd
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; one that has ended already is no error."""
+        """Send a signal. A process that has already ended is no error."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def terminate(self) -> None:
-        """SIGTERM; returns when it has ended, or after `TERM_S`."""
+        """Send SIGTERM; return when the process has ended, or after `TERM_S`."""
         self.signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_S):
                 await self.ended.wait()
 
     def close(self) -> None:
-        """Stop watching it. The process goes on."""
+        """Stop watching the process, which goes on."""
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -123,22 +124,22 @@ def spawn(
     on_end: Callable[[], None],
     stdin: int | None = None,
 ) -> Process:
-    """Start a program in a session of its own, its output on `log_fd`, only `pass_fds` inherited.
+    """Start a program in its own session. Its output goes to `log_fd`, and it inherits `pass_fds` only.
 
-    It outlives this process, and it is reaped through its pidfd when it ends earlier. Blocks for the time of a vfork
-    and exec (about 1 ms); a thread would not help, because the interpreter's lock is held meanwhile.
+    The program outlives this process; when it ends earlier, it is reaped through its pidfd. Blocks for a vfork and an
+    exec (about 1 ms); a thread would not help, because Python holds the interpreter's lock meanwhile.
 
     Args:
         argv: the program and its arguments.
-        environment: all of it.
-        log_fd: where both its outputs go.
-        pass_fds: what it inherits, under the same numbers.
-        on_end: called once when it has ended.
-        stdin: its standard input; None for one from which nothing comes.
+        environment: the whole environment.
+        log_fd: standard output and standard error.
+        pass_fds: the descriptors that the program inherits, under the same numbers.
+        on_end: called once when the program has ended.
+        stdin: its standard input; None for an empty one.
 
     Raises:
-        SpawnFailed: no such program, not executable.
-        OSError: the host is short of something (`SHORTAGES`); no process is left.
+        SpawnFailed: the program does not exist or is not executable.
+        OSError: the host is short of something (`SHORTAGES`). No process is left.
     """
     try:
         child = subprocess.Popen(
@@ -161,20 +162,20 @@ def spawn(
 def spawn_in_front(
     argv: Sequence[str], *, environment: Mapping[str, str], pass_fds: Sequence[int], on_end: Callable[[], None]
 ) -> Process:
-    """Start a program on our own standard streams, in our own folder, in a session of its own.
+    """Start a program on our own standard streams, in our own folder, in its own session.
 
-    So it has the terminal that we have, but not as the one that controls it: Ctrl-C is for us, who know what it means.
-    It may read that terminal all the same: only a background process of the terminal's own session is stopped for it
+    The program has our terminal, but not as its controlling terminal: Ctrl-C signals us, not the program. The program
+    can read the terminal all the same: the kernel stops only background processes of the terminal's own session
     (credentials(7), tty_check_change in the kernel).
 
     Args:
         argv: the program and its arguments.
-        environment: all of it.
-        pass_fds: what it inherits beyond the standard streams, under the same numbers.
-        on_end: called once when it has ended.
+        environment: the whole environment.
+        pass_fds: the descriptors that it inherits beyond the standard streams, under the same numbers.
+        on_end: called once when the program has ended.
 
     Raises:
-        SpawnFailed: no such program, not executable, no memory.
+        SpawnFailed: the program does not exist or is not executable, or there is no memory.
     """
     try:
         child = subprocess.Popen(argv, env=dict(environment), pass_fds=pass_fds, start_new_session=True)
@@ -185,36 +186,36 @@ def spawn_in_front(
 
 
 def _watched(child: subprocess.Popen[bytes], on_end: Callable[[], None]) -> Process:
-    """Watch a child by its pidfd.
+    """Watch a child through its pidfd.
 
     Raises:
-        OSError: there is no descriptor left; it is killed then.
+        OSError: there is no descriptor left. The child is killed then.
     """
     with contextlib.ExitStack() as undo:
-        # What cannot be watched is not kept.
+        # A child that cannot be watched is killed.
         undo.callback(child.wait)
         undo.callback(child.kill)
         pidfd = os.pidfd_open(child.pid)
         undo.callback(os.close, pidfd)
-        # A child cannot be reaped by anybody else, so its stat is there even when it has ended already.
+        # Only we can reap a child, so its stat exists even when the child has already ended.
         starttime = _starttime(child.pid) or 0
         undo.pop_all()
-    # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
+    # We reap it through the pidfd; this keeps Popen from waiting for it, and from warning that it was not reaped.
     child.returncode = 0
     return Process(child.pid, pidfd, starttime, is_child=True, on_end=on_end)
 
 
 def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]) -> Process | None:
-    """Find a process that an earlier supervisor spawned; None when it is gone or the pid is another process's.
+    """Find a process that an earlier supervisor started; None when it is gone or another process has its pid.
 
     Args:
-        pid: where it was.
-        starttime: its start time, None when that was never recorded.
-        marks: environment variables that it certainly has.
-        on_end: called once when it ends.
+        pid: its process id.
+        starttime: its start time; None when that was never recorded.
+        marks: environment variables that the process certainly has.
+        on_end: called once when the process ends.
 
     Raises:
-        Hidden: its environment may not be read, or we cannot open what we would have to.
+        Hidden: we may not read its environment, or cannot open a file for want of descriptors or memory.
     """
     with _seen(f"process {pid}"):
         return _reopen(pid, starttime=starttime, marks=marks, on_end=on_end)
@@ -222,7 +223,7 @@ def reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end:
 
 @contextlib.contextmanager
 def _seen(what: str) -> Iterator[None]:
-    """Have it said when we are short of something just then: that is no sign that a process has gone."""
+    """Turn a shortage of this host into `Hidden`: it does not mean that a process has gone."""
     try:
         yield
     except OSError as error:
@@ -240,7 +241,7 @@ def _reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end
         return None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, pidfd)
-        # Whatever is read from /proc now belongs to the process that the pidfd holds, or to nobody if that has ended.
+        # From now on /proc shows the process of the pidfd, or no process when that one has ended.
         found = _starttime(pid)
         if found is None or (starttime is not None and found != starttime):
             return None
@@ -261,13 +262,13 @@ def _reopen(pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end
 
 
 def find(marks: Mapping[str, str]) -> Iterator[int]:
-    """The pids of all processes that lead a session and whose environment holds `marks`.
+    """The pids of all session leaders whose environment holds `marks`.
 
-    What `spawn` starts leads a session; its own children, which inherit the environment, do not. What may not be read
-    is taken for somebody else's, as most processes are where we are not root.
+    A process that `spawn` started leads a session; its children inherit the environment, but do not lead a session. A
+    process whose environment we may not read is skipped: without root, that is most processes.
 
     Raises:
-        Hidden: we cannot open what we would have to.
+        Hidden: we cannot open a file for want of descriptors or memory.
     """
     with _seen("what runs on this host"):
         entries = list(PROC.iterdir())
@@ -280,14 +281,14 @@ def find(marks: Mapping[str, str]) -> Iterator[int]:
 
 
 def having(name: str) -> Iterator[int]:
-    """The pids of all processes that lead a session and have an environment variable of this name; see `find`."""
+    """The pids of all session leaders with an environment variable of this name; see `find`."""
     for entry in PROC.iterdir():
         if entry.name.isdigit() and name in environment_of(pid := int(entry.name)) and _leads_session(pid):
             yield pid
 
 
 def environment_of(pid: int) -> Mapping[str, str]:
-    """The environment that a process was started with; nothing where it is gone, or may not be looked at."""
+    """The environment that a process was started with; empty when the process is gone, or we may not read it."""
     try:
         words = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:
@@ -297,7 +298,7 @@ def environment_of(pid: int) -> Mapping[str, str]:
 
 
 def command_line_of(pid: int) -> tuple[str, ...]:
-    """The words that a process was started with; nothing where it is gone."""
+    """The command line that a process was started with; empty when the process is gone."""
     try:
         words = (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -306,19 +307,19 @@ def command_line_of(pid: int) -> tuple[str, ...]:
 
 
 def starttime_of(pid: int) -> int | None:
-    """Clock ticks since boot at which a process started; None when it is gone."""
+    """When a process started, in clock ticks since boot; None when the process is gone."""
     return _starttime(pid)
 
 
 def is_alive(pid: int, starttime: int) -> bool:
-    """Whether the process that had this pid and start time lives. One that cannot be looked at does, to be safe."""
+    """Whether the process with this pid and start time lives. Yes, to be safe, when that cannot be read."""
     try:
         pidfd = os.pidfd_open(pid)
     except (OSError, OverflowError) as error:
         return _is_shortage(error)
     try:
         fields = _stat_fields(pid)
-        # One that was killed is a zombie before its last thread has ended, and its pidfd tells.
+        # A killed process is a zombie before its last thread has ended and its pidfd becomes readable.
         ending = fields is None or fields[0] in {"Z", "X"}
         return not ending and _starttime(pid) == starttime and not _is_over(pidfd)
     except OSError as error:
@@ -332,23 +333,23 @@ def _is_shortage(error: Exception) -> bool:
 
 
 def pid_namespace() -> str | None:
-    """The number of our PID namespace; None for the kernel's first one, that of a host (pid_namespaces(7)).
+    """The number of our PID namespace; None for the initial one, that of a host (pid_namespaces(7)).
 
-    Numbers are given again only after a namespace has ended, with all processes in it.
+    The kernel reuses a number only after its namespace has ended with all processes in it.
     """
     number = (PROC / "self/ns/pid").readlink().name.removeprefix("pid:[").removesuffix("]")
     return None if number == FIRST_PID_NAMESPACE else number
 
 
 def _is_over(pidfd: int) -> bool:
-    """Whether the process has ended; a zombie has."""
+    """Whether the process has ended. A zombie has."""
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
     return bool(poller.poll(0))
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold anything."""
+    """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold any character."""
     try:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError as error:
@@ -364,10 +365,10 @@ def _starttime(pid: int) -> int | None:
 
 
 def _has_marks(pid: int, marks: Mapping[str, str]) -> bool:
-    """Whether the process has them in its environment.
+    """Whether the environment of the process holds `marks`.
 
     Raises:
-        PermissionError: that may not be read.
+        PermissionError: we may not read the environment.
     """
     try:
         environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")

@@ -1,8 +1,8 @@
-"""One QMP connection to one QEMU: a client of the protocol, as much of it as a supervisor needs.
+"""A QMP client for one connection to one QEMU, with as much of the protocol as a supervisor needs.
 
-Source: QEMU Machine Protocol specification (qemu.org, docs/interop/qmp-spec): a server serves one client per socket,
-greets at once, may answer the first command long after, or never, when the devices fail, ends each message by CR LF,
-and says of every answer, by its id, to which command it is one.
+Source: QEMU Machine Protocol specification (qemu.org, docs/interop/qmp-spec). A server serves one client per socket and
+greets it at once. It may answer the first command much later, or never when its devices fail. Each message ends with
+CR LF, and an answer has the id of its command.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 MESSAGE_LIMIT = 10 << 20
-"""Bytes that one message may have. A hundred disks tell of themselves in some 100 KB."""
+"""The most bytes of one message. An answer about a hundred disks has some 100 KB."""
 
 UNREAD_LIMIT = 4096
-"""Bytes that may wait for a QEMU that reads nothing, beyond what the kernel keeps for it. A command has a hundred."""
+"""How many bytes may wait for a QEMU that reads nothing, beyond the kernel's buffer. A command has a hundred bytes."""
 
 TURN_MESSAGES, TURN_S = 64, 0.01
-"""How many messages of one QEMU are taken before the event loop turns to others, and the pause before the next ones, if
-there are more: 6,400 a second. A guest that resets itself 1,360 times a second costs 12 % of a processor
-(docs/reliability.md). What comes faster waits in QEMU."""
+"""How many messages of one QEMU are handled before the event loop turns to other work, and the pause before the next
+ones: 6,400 a second. A guest that resets itself 1,360 times a second costs 12 % of a CPU (docs/reliability.md). Further
+messages wait in QEMU."""
 
 Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
-"""Runs a QMP command; None when it was not done."""
+"""Runs a QMP command; returns None when QEMU did not do it."""
 
 
 class MonitorError(Exception):
-    """A command was not done. The subclasses say what to do next."""
+    """QEMU did not do a command. The subclasses say what to do next."""
 
 
 class MonitorLost(MonitorError):
-    """There is no connection (any more): connect again, or look whether the process lives."""
+    """There is no connection (any more): connect again, or check whether the process lives."""
 
 
 class MonitorSilent(MonitorError):
@@ -42,14 +42,14 @@ class MonitorSilent(MonitorError):
 
 
 class MonitorRefused(MonitorError):
-    """QEMU understood and refuses; the message holds its words. Do not repeat it unchanged."""
+    """QEMU refuses the command; the message holds QEMU's words. Do not repeat the command unchanged."""
 
 
 class Monitor:
     """An established connection; made by `connect`.
 
-    Events go to `on_event(name, data)`; when the connection ends, for whatever cause, `on_lost()` is called once, after
-    the last event. Both run in the event loop and must not block.
+    Each event is passed to `on_event(name, data)`. When the connection ends, for whatever reason, `on_lost()` is called
+    once, after the last event. Both run in the event loop and must not block.
     """
 
     def __init__(self, talk: _Talk) -> None:
@@ -67,8 +67,8 @@ class Monitor:
         """Connect to the socket at `path`, read the greeting, negotiate.
 
         Raises:
-            MonitorLost: nobody listens, or the connection ended at once.
-            MonitorSilent: somebody listens and says nothing for `timeout_s` seconds.
+            MonitorLost: no program listens, or the connection ended at once.
+            MonitorSilent: a program listens, but does not greet within `timeout_s` seconds.
         """
         talk = _Talk(on_event)
         try:
@@ -78,7 +78,7 @@ class Monitor:
                 await talk.ask("qmp_capabilities", None)
             if talk.ended.is_set():
                 raise MonitorLost("the other side hung up")
-            # Not before: who was never connected is not told that it is no more.
+            # Not before: `on_lost` is only for a connection that was established.
             talk.on_lost = on_lost
         except TimeoutError as error:
             raise MonitorSilent(f"QEMU did not greet on {path} within {timeout_s:g} s") from error
@@ -95,9 +95,9 @@ class Monitor:
         """Run one command, return its result.
 
         Raises:
-            MonitorRefused: QEMU says no.
-            MonitorSilent: no answer within `timeout_s` seconds, or it has not read so many earlier commands that this
-                one was not sent.
+            MonitorRefused: QEMU refuses the command.
+            MonitorSilent: QEMU did not answer within `timeout_s` seconds; or it has not read so many earlier commands
+                that this one was not sent. A command that was sent may still be done later.
             MonitorLost: the connection ended first.
         """
         try:
@@ -107,7 +107,7 @@ class Monitor:
             raise MonitorSilent(f"QEMU did not answer {command} within {timeout_s:g} s") from error
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until the connection has ended and its last event was handed on, at most `timeout_s` seconds."""
+        """Wait until the connection has ended and its last event was passed on, at most `timeout_s` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._talk.ended.wait()
@@ -119,12 +119,12 @@ class Monitor:
 
 
 class _Talk(asyncio.Protocol):
-    """Reads and writes messages, and joins answers to questions.
+    """Reads and writes messages, and matches answers to commands.
 
     Attributes:
         greeted: done when QEMU has greeted.
         ended: set when nothing more will come.
-        on_lost: called when it has ended, unless None.
+        on_lost: called when the connection has ended, unless None.
     """
 
     def __init__(self, on_event: Callable[[str, Mapping[str, Any]], None]) -> None:
@@ -144,7 +144,7 @@ class _Talk(asyncio.Protocol):
     # --- for the monitor --------------------------------------------------------------------------------------
 
     async def ask(self, command: str, arguments: Mapping[str, object] | None) -> Any:
-        """Send a command, wait for its answer for as long as the caller lets it.
+        """Send a command and wait for its answer, without a limit of time.
 
         Raises:
             MonitorRefused, MonitorSilent, MonitorLost: see `Monitor.execute`.
@@ -164,14 +164,14 @@ class _Talk(asyncio.Protocol):
         except _Ended as end:
             raise MonitorLost(f"QMP connection ended during {command}: {end}") from end
         finally:
-            # An answer that comes later is nobody's.
+            # A later answer is dropped.
             del self._waiting[number]
         if "error" in answer:
             raise MonitorRefused(f"QEMU refuses {command}: {answer['error']['desc']}")
         return answer["return"]
 
     async def end(self) -> None:
-        """Drop the connection; returns when it is gone. What QEMU has not read by now it need not read."""
+        """Abort the connection; return when it is gone. QEMU need not read the rest."""
         self.greeted.cancel()
         if self._transport is not None:
             self._transport.abort()
@@ -196,7 +196,7 @@ class _Talk(asyncio.Protocol):
             self._turn()
 
     def _turn(self) -> None:
-        """Take what was heard, so much of it that nobody else has to wait; read on once all is taken."""
+        """Handle some of the received messages, and the rest after a pause; read on once all are handled."""
         assert self._transport is not None
         self._next_turn = None
         self._take_lines(TURN_MESSAGES)
@@ -211,7 +211,7 @@ class _Talk(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _take_lines(self, limit: int) -> None:
-        """Take at most `limit` whole messages."""
+        """Handle at most `limit` whole messages."""
         begin = 0
         try:
             for _ in range(limit):
@@ -227,7 +227,7 @@ class _Talk(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._next_turn is not None:
-            # What was heard before the end counts; it is no more than was read at once.
+            # Messages from before the end count; they are no more than one read.
             self._next_turn.cancel()
             self._take_lines(len(self._heard))
         why = self._fault or (str(exc) if exc else "the other side hung up")
@@ -263,11 +263,11 @@ class _Talk(asyncio.Protocol):
 
 
 class _Ended(Exception):
-    """The connection did, before there was an answer; the message says why."""
+    """The connection ended before the answer; the message says why."""
 
 
 class _Nonsense(Exception):
-    """With somebody who says this there is nothing to agree on."""
+    """The other side does not speak QMP."""
 
 
 def _parsed(line: bytes) -> object:

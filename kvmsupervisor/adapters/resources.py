@@ -1,6 +1,6 @@
-"""What a host may be short of (room on a disk, open files, memory), in words for people; the limit of open files.
+"""Explains shortages of the host (disk space, open files, memory) to people; raises the limit of open files.
 
-Sources: errno(3), statvfs(3), getrlimit(2), open(2): a process gets the lowest number that is free.
+Sources: errno(3), statvfs(3), getrlimit(2), open(2): a new descriptor gets the lowest free number.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import resource
 from pathlib import Path
 
 MOST_FILES = 1 << 20
-"""More open files are never asked for: `fs.nr_open`, the kernel's own bound, is this by default."""
+"""The highest limit that we ask for: the default of `fs.nr_open`, the kernel's own bound."""
 
 RAISE_IT = "raise that limit (`ulimit -n`, LimitNOFILE= in its unit, `docker run --ulimit nofile=`)"
 
 
 def raise_limit() -> int:
-    """Raise our limit of open files to what is allowed without asking anybody; return what it is then.
+    """Raise our limit of open files as far as we may; return the new limit.
 
-    What we start inherits it. QEMU needs many where its disks are in Ceph: a socket for each OSD.
+    The programs that we start inherit it. A QEMU with disks in Ceph needs many: a socket for each OSD.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
@@ -29,7 +29,7 @@ def raise_limit() -> int:
 
 
 def lack_of_files(needed: int) -> str | None:
-    """Why `needed` more files cannot be opened, for people; None when they can. Two system calls, no list is read."""
+    """Why `needed` more files cannot be opened, for people; None when they can. Costs two system calls."""
     limit = _limit()
     try:
         lowest = os.dup(0)
@@ -45,8 +45,8 @@ def lack_of_files(needed: int) -> str | None:
 
 
 def explain(error: OSError, path: Path) -> str:
-    """What went wrong at `path`, or at the file that `error` names, and the limit that was met."""
-    # Of two, the second is the one that is written (shutil.copyfile, os.replace).
+    """What went wrong with `path`, or with the file that `error` names, and which limit was reached."""
+    # Of two names, the second one is written to (shutil.copyfile, os.replace).
     named = error.filename2 or error.filename
     place = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else path
     said = f"{place}: {error.strerror or error}"
@@ -73,13 +73,13 @@ def _limit() -> int:
 
 
 def _room(path: Path) -> str:
-    """How full the file system is that `path` is on, or would be."""
+    """How full the file system of `path` is; `path` need not exist."""
     there = next((one for one in (path, *path.parents) if one.exists()), Path("/"))
     try:
         found = os.statvfs(there)
     except OSError as error:
         return f"how full it is cannot be told: {error.strerror}"
     size_mib, free_kib = found.f_blocks * found.f_frsize >> 20, found.f_bavail * found.f_frsize >> 10
-    # A file system without a fixed number of inodes (btrfs) tells of none.
+    # A file system without a fixed number of inodes (btrfs) reports 0.
     inodes = f" and {found.f_favail} of {found.f_files} inodes" if found.f_files else ""
     return f"of the {size_mib} MiB of its file system {free_kib} KiB{inodes} are free: make room there"

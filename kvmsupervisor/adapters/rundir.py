@@ -2,26 +2,26 @@
 
     <run>/_supervisor.lock         flock of the one supervisor of this host; holds its pid for people
     <run>/_session.json            the session that a successor resumes
-    <run>/_identity.json           there while the settings say another name or prefix than what lives was started under
-    <run>/_draining                there while this host stops all its guests; holds the boot that this is about
+    <run>/_identity.json           exists while the settings name another host or prefix than the living QEMUs have
+    <run>/_draining                exists while this host stops all its guests; holds the id of the boot
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
-    <run>/_guard.sock, .log        where it is spoken to; what it says
+    <run>/_guard.sock, .log        the guard's socket; its log
     <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
-    <run>/<id>/memory.json         what outlives a process: backoff, last exit
+    <run>/<id>/memory.json         what outlives a process: restart delay, last exit
     <run>/<id>/guard.json          written by the guard when it has killed the QEMU process
     <run>/<id>/qmp.sock            QMP for the supervisor
     <run>/<id>/qmp-spare.sock      QMP for people and for a successor
     <run>/<id>/console.sock, .log  serial console
-    <run>/<id>/console.lock        flock of whoever types on it; says who that is
+    <run>/<id>/console.lock        flock of the person who types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
-    <run>/<id>/qemu.log            what QEMU itself says
+    <run>/<id>/qemu.log            QEMU's own messages
     <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
     <run>/<id>/media.json, …       boot media, see kvmsupervisor/machine/boot_media.py
 
-The supervisor's own names begin with an underscore, which no instance id does. Files are small and lie on a tmpfs, so
-they are read and written in the event loop; logs, which may be large, are written by a thread. Records are replaced
-whole (write aside, rename), so a reader sees the old or the new one.
+The supervisor's own names begin with an underscore; no instance id does. The files are small and on a tmpfs, so the
+event loop reads and writes them; logs may be large, and a thread writes them. A record is replaced in one step (write
+aside, rename), so a reader sees the old one or the new one.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, Memory, Unr
 from kvmsupervisor.domain.keys import InstanceId, parse_id
 
 BACKLOG = 4
-"""Of the QMP sockets. One client is served, the next waits: the successor may come before we are gone."""
+"""The backlog of the sockets. QEMU serves one client and the next waits: a successor may connect before we are gone."""
 
 
 DRAIN_SIGNAL = signal.SIGUSR1
-"""Tells the supervisor to look at the mark `_draining` again: polling it would cost something all the time."""
+"""Tells the supervisor to read the mark `_draining` again: polling it would cost CPU all the time."""
 
 
 class AlreadyRunning(Exception):
-    """Another supervisor has this run directory. The message says which."""
+    """Another supervisor uses this run directory. The message says which one."""
 
 
 class OutOfReach(Exception):
@@ -117,11 +117,11 @@ class InstanceDir:
         return self.path / "memory.json"
 
     def create(self) -> None:
-        """Make the folder; it may be there already."""
+        """Make the folder unless it exists."""
         make_folder(self.path)
 
     def remove(self) -> None:
-        """Delete the folder with all that is in it."""
+        """Delete the folder and everything in it."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def read_incarnation(self) -> Incarnation | None:
@@ -138,17 +138,17 @@ class InstanceDir:
         except Unreadable as error:
             raise Unreadable(f"{self._incarnation}: {error}") from error
         if record is not None and record.instance != self.path.name:
-            # A folder that was copied. Two instances would have one process.
+            # The folder was copied: two instances would have the same process.
             raise Unreadable(f"{self._incarnation}: it is the record of instance {record.instance}")
         return record
 
     @property
     def has_record(self) -> bool:
-        """Whether a QEMU process is on record."""
+        """Whether there is a record of a QEMU process."""
         return self._incarnation.exists()
 
     def write_incarnation(self, record: Incarnation) -> None:
-        """Put the QEMU process on record, for root only: a URL in its keys may hold a password."""
+        """Write the record of the QEMU process, for root only: a URL in its keys may hold a password."""
         write_whole(self._incarnation, record.to_json(), mode=0o600)
 
     def drop_incarnation(self) -> None:
@@ -157,7 +157,7 @@ class InstanceDir:
         _drop(self.guard_note)
 
     def guard_killed_at(self, incarnation: str) -> str | None:
-        """When the guard killed that QEMU process; None when it did not, or nobody can read what it has written."""
+        """When the guard killed that QEMU process; None when it did not, or its note cannot be read."""
         try:
             data = _read(self.guard_note)
             note = None if data is None else GuardNote.from_json(data)
@@ -166,7 +166,7 @@ class InstanceDir:
         return note.at if note is not None and note.incarnation == incarnation else None
 
     def read_memory(self, boot_id: str) -> Memory:
-        """What outlived the last process; a fresh memory when there is none, or one of an earlier boot.
+        """The memory of earlier processes; a new one when there is none, or only one of an earlier boot.
 
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
@@ -181,23 +181,23 @@ class InstanceDir:
         return memory if memory.boot_id == boot_id else Memory(boot_id=boot_id)
 
     def write_memory(self, memory: Memory) -> None:
-        """Keep what outlives a process."""
+        """Write the memory."""
         write_whole(self._memory, memory.to_json())
 
     def drop_memory(self) -> None:
-        """Forget: the instance starts from nothing when it comes back."""
+        """Delete the memory: the instance starts from nothing when it comes back."""
         _drop(self._memory)
 
     def write_ceph_key(self, key: str, *, group: int | None) -> Path:
-        """Keep the key to Ceph where QEMU reads it, once, when it starts; return where.
+        """Write the Ceph key where QEMU reads it once, at its start; return the path.
 
         Args:
-            key: base64, as a keyring holds it.
-            group: id of QEMU's group, which may read it; None when QEMU runs as this user.
+            key: base64, as in a keyring.
+            group: the id of QEMU's group, which may read the file; None when QEMU runs as our own user.
         """
         aside = self.ceph_key.with_name(self.ceph_key.name + ".new")
         aside.unlink(missing_ok=True)
-        # Never readable for others, not for a moment, whatever the umask is.
+        # Never readable for other users, whatever the umask is.
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.write(descriptor, key.encode())
@@ -210,15 +210,15 @@ class InstanceDir:
         return self.ceph_key
 
     def drop_ceph_key(self) -> None:
-        """Delete the key to Ceph: QEMU has read it."""
+        """Delete the file with the Ceph key: QEMU has read it."""
         _drop(self.ceph_key)
 
     def listen(self, path: Path) -> socket.socket:
-        """A listening unix socket at `path`, to be handed to QEMU, so that a client may connect before QEMU exists."""
+        """A listening unix socket at `path`, for QEMU to inherit: a client can connect before QEMU exists."""
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Of the socket to be, so that it is never there with another mode (unix_bind in the kernel).
+            # Before `bind`, so that the path never has another mode (unix_bind in the kernel).
             os.fchmod(listener.fileno(), 0o600)
             listener.bind(str(path))
             listener.listen(BACKLOG)
@@ -228,15 +228,15 @@ class InstanceDir:
         return listener
 
     def log_size(self) -> int:
-        """Bytes in QEMU's log."""
+        """The length of QEMU's log in bytes."""
         return self.qemu_log.stat().st_size if self.qemu_log.exists() else 0
 
     def log_tail(self, offset: int, *, limit: int = 8192) -> list[str]:
-        """The last lines that were written behind `offset`, from at most `limit` bytes."""
+        """The last lines behind `offset`, from at most `limit` bytes."""
         try:
             with self.qemu_log.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
-                # A log that was rotated meanwhile is shorter than the offset: all of it is newer then.
+                # A log that was rotated meanwhile is shorter than the offset: all its lines are newer.
                 begin = offset if offset <= end else 0
                 log.seek(max(begin, end - limit))
                 return log.read(limit).decode(errors="replace").splitlines()
@@ -257,7 +257,7 @@ class RunDir:
         """Become the one supervisor of this run directory, until the process ends.
 
         Raises:
-            AlreadyRunning: another one is.
+            AlreadyRunning: there is one already.
         """
         make_folder(self.path)
         lock = self.path / "_supervisor.lock"
@@ -271,35 +271,35 @@ class RunDir:
                 f"{lock} is held by process {holder}: a supervisor runs here already; "
                 "stop it first, or give this one another KVM_RUN_DIR and KVM_HOSTNAME"
             ) from error
-        # Only people read it, and whoever signals us: a full or read-only file system is no reason not to supervise.
-        # Written over what is there, which takes no new room.
+        # The pid is for people and for programs that signal us: a full or read-only file system must not stop us.
+        # Written over the old pid, which takes no new space.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
         self._lock_fd = descriptor
         self._tighten()
 
     def _tighten(self) -> None:
-        """Take from others what an earlier release left open to them: locks, logs, sockets."""
+        """Close locks, logs and sockets to other users that an earlier release left open."""
         for folder, _, names in os.walk(self.path):
             for name in names:
                 with contextlib.suppress(OSError):
-                    # What is closed already is most of it, and needs no second look.
+                    # Most files are closed already and need no further check.
                     if os.lstat(f"{folder}/{name}").st_mode & 0o077:
                         _keep_from_others(Path(folder, name))
 
     @property
     def was_used(self) -> bool:
-        """Whether a supervisor ever ran with it, since the host booted."""
+        """Whether a supervisor has used this run directory since the host booted."""
         return (self.path / "_supervisor.lock").exists()
 
     def release(self) -> None:
-        """Let the next supervisor in."""
+        """Release the lock, for the next supervisor."""
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
     def guard(self) -> tuple[int, int] | None:
-        """Pid and start time of the last guard, which may be gone; None when there was none."""
+        """Pid and start time of the last guard, which may have ended; None when there was none."""
         words = _glimpse(self.guard_lock).split()
         return (int(words[0]), int(words[1])) if len(words) == 2 and all(map(bytes.isdigit, words)) else None
 
@@ -309,20 +309,20 @@ class RunDir:
         return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def is_draining(self, boot_id: str) -> bool:
-        """Whether this host stops all its guests. A mark of an earlier boot has had its effect."""
+        """Whether this host stops all its guests. A mark of an earlier boot does not count."""
         return _glimpse(self._draining).decode(errors="replace").strip() == boot_id
 
     def mark_draining(self, boot_id: str) -> None:
-        """Have the supervisor, this one or the next, stop all guests and start none, until `unmark_draining`."""
+        """Make the supervisor, this one and the next, stop all guests and start none, until `unmark_draining`."""
         make_folder(self.path)
         write_whole(self._draining, f"{boot_id}\n".encode())
 
     def unmark_draining(self) -> None:
-        """End that."""
+        """Delete the mark."""
         self._draining.unlink(missing_ok=True)
 
     def signal_supervisor(self) -> bool:
-        """Have the running supervisor look at the mark; False when none runs.
+        """Signal the running supervisor to read the mark; return False when none runs.
 
         Raises:
             OutOfReach: one runs, in another PID namespace.
@@ -335,16 +335,16 @@ class RunDir:
         with os.fdopen(descriptor, "rb") as file:
             text = file.read(32).decode(errors="replace").strip()
             with contextlib.suppress(OSError, ValueError, OverflowError):
-                # The pidfd first: what is found in /proc afterwards is of the process that it holds.
+                # The pidfd first: /proc shows the process of the pidfd afterwards.
                 pidfd = os.pidfd_open(int(text))
                 try:
-                    # We have it open, too. Our own number is that of a supervisor in another PID namespace.
+                    # We have the file open, too: our own pid in it means a supervisor in another PID namespace.
                     if int(text) != os.getpid() and _has_open(int(text), os.fstat(descriptor)):
                         signal.pidfd_send_signal(pidfd, DRAIN_SIGNAL)
                         return True
                 finally:
                     os.close(pidfd)
-            # Not before: holding the lock, for a moment even, would be in the way of a supervisor that starts.
+            # Not before: taking the lock, even for a moment, would stop a supervisor that is starting.
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -361,20 +361,20 @@ class RunDir:
         return self.path / "_draining"
 
     def instance(self, instance: InstanceId) -> InstanceDir:
-        """The folder of one instance, made or not."""
+        """The folder of one instance, whether it exists or not."""
         return InstanceDir(self.path / instance)
 
     def find(self, instance: InstanceId) -> InstanceDir:
-        """The folder of one instance wherever it is: the supervisor's, or a container's in single mode.
+        """The folder of one instance: the supervisor's, or that of a container in single mode.
 
-        The one with a record of a QEMU, else the one that is there.
+        The folder with a record of a QEMU comes first, then one that exists.
         """
         folders = [self.instance(instance), *map(InstanceDir, sorted(self.path.glob(f"_*/{instance}")))]
         there = [folder for folder in folders if folder.path.is_dir()]
         return next((folder for folder in there if folder.has_record), there[0] if there else folders[0])
 
     def instances(self) -> Iterator[InstanceId]:
-        """All ids that have a folder."""
+        """The ids of all instances with a folder."""
         if not self.path.is_dir():
             return
         for entry in sorted(self.path.iterdir()):
@@ -383,9 +383,9 @@ class RunDir:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, whatever the umask: others may pass, not write.
+    """Make a folder and its missing parents, whatever the umask: other users may enter, not write.
 
-    QEMU, which runs as another user, opens its files in there. One that is there is left as it is.
+    QEMU runs as another user and opens its files in there. An existing folder stays as it is.
     """
     if not path.parent.exists():
         make_folder(path.parent)
@@ -402,17 +402,17 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file in one step: a reader, or a successor after a crash, sees the old content or the new.
 
     Raises:
-        OSError: it cannot be written, and is what it was; names `path`.
+        OSError: the file cannot be written and is unchanged; names `path`.
     """
     aside = path.with_name(path.name + ".new")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
-            # One that was left behind by an earlier release may have another.
+            # A file that an earlier release left behind may have another mode.
             os.fchmod(file.fileno(), mode)
             file.write(data)
         aside.replace(path)
     except OSError as error:
-        # On a full file system half a file keeps others from being written.
+        # On a full file system half a file takes space from others.
         _drop(aside)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -427,9 +427,9 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def _open_lock(path: Path) -> int:
-    """A file to be locked; one that is there can be on a read-only file system, too.
+    """Open a file to lock, and make it if it is missing. An existing one may be on a read-only file system.
 
-    For its owner only: whoever may read a file may lock it (flock(2)). One of an earlier release is made so.
+    For its owner only: a user who may read a file may lock it (flock(2)). A file of an earlier release is changed.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -449,9 +449,9 @@ def _parsed(data: bytes) -> Incarnation:
 
 
 def _keep_from_others(path: Path) -> None:
-    """Take away what others may do with a file or a socket; with a lock, its group too, as in `_open_lock`.
+    """Close a file or a socket to other users; a lock to its group, too, as in `_open_lock`.
 
-    It is not opened, because a QEMU may own it: a link, a pipe or a lease could lead astray or hold up who opens it.
+    The file is not opened, because a QEMU may own it: a link could lead elsewhere, a pipe or a lease could block us.
     """
     found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -464,10 +464,10 @@ def _keep_from_others(path: Path) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """What is in the file; None when there is none.
+    """The content of the file; None when there is no file.
 
     Raises:
-        Unreadable: there is one that cannot be read.
+        Unreadable: the file exists and cannot be read.
     """
     try:
         return path.read_bytes()
@@ -478,7 +478,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _glimpse(path: Path) -> bytes:
-    """What is in the file; nothing when there is none, or it cannot be read."""
+    """The content of the file; empty when there is no file, or it cannot be read."""
     try:
         return _read(path) or b""
     except Unreadable:
@@ -486,6 +486,6 @@ def _glimpse(path: Path) -> bytes:
 
 
 def _drop(path: Path) -> None:
-    """Delete a file. On a file system that refuses nothing new is begun either, and it is written over later."""
+    """Delete a file. A file system that refuses does not matter: the file is overwritten later."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)

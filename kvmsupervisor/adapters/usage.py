@@ -1,7 +1,7 @@
-"""What a process costs, read from `/proc` when asked: CPU seconds and memory.
+"""CPU seconds and memory of a process, read from `/proc`.
 
-One short file per process and no memory map is walked, so that 100 processes cost a few milliseconds. Source:
-proc(5), `/proc/[pid]/stat` (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html).
+Reads one short file per process and walks no memory map, so 100 processes cost a few milliseconds. Source: proc(5),
+`/proc/[pid]/stat` (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html).
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def usage_of(pid: int, *, starttime: int | None = None, proc: Path = PROC) -> Us
 
 
 def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:
-    """The host's memory in MiB, without what is set aside for huge pages (proc_meminfo(5)).
+    """The host's memory in MiB, without the reserved huge pages (proc_meminfo(5)).
 
-    Huge pages of sizes other than the default one are not told there; they are few.
+    Huge pages of other sizes than the default one are not listed there; they are few.
     """
     values = {}
     for line in meminfo.read_text().splitlines():
@@ -82,9 +82,9 @@ NET = Path("/sys/class/net")
 
 
 def traffic_of(tap: str, net: Path = NET) -> Traffic | None:
-    """What went through a tap since it was made; None when it is not there, or in another network namespace.
+    """The traffic of a tap since it was made; None when the tap does not exist in our network namespace.
 
-    What the host receives from it the guest has sent.
+    The bytes that the host has received are those that the guest has sent.
     """
     folder = net / tap / "statistics"
     try:

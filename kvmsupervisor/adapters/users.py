@@ -1,6 +1,7 @@
-"""The user that QEMU runs as, and how it becomes that user with no privilege left.
+"""The user that QEMU runs as, and how QEMU becomes that user without any privilege.
 
-`setpriv` (util-linux, setpriv(1)) does it between fork and exec: 1 ms, and no code of ours in a forked process.
+`setpriv` (util-linux, setpriv(1)) changes the user before QEMU is executed: it takes 1 ms, and none of our code runs in
+the forked process.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.words import option
 
 DEFAULT_USER = "qemu"
-"""Used where it exists and no other is named."""
+"""The user when it exists and the setting names no other."""
 
 
 class NoSuchUser(ValueError):
-    """QEMU cannot run as the user that was named. The message says why and what would be right."""
+    """QEMU cannot run as the configured user. The message says why and what would be right."""
 
 
 class Unprivileged(ValueError):
-    """This process is root, and lacks what it takes to have QEMU run as another user. The message names all of it."""
+    """This process is root, but lacks capabilities to start QEMU as another user. The message names all of them."""
 
 
 @frozen(kw_only=True)
@@ -33,11 +34,11 @@ class QemuUser:
     """An unprivileged user.
 
     Attributes:
-        name: for people.
-        uid: of the user.
-        gid: its primary group.
-        groups: all its groups, and those that devices need.
-        setpriv: path of that program.
+        name: the user's name, for people.
+        uid: the user's id.
+        gid: the id of its primary group.
+        groups: the ids of all its groups, and of those that devices need.
+        setpriv: path of the program `setpriv`.
     """
 
     name: str
@@ -47,11 +48,11 @@ class QemuUser:
     setpriv: str
 
     def joining(self, gid: int | None) -> QemuUser:
-        """The same, also a member of `gid`."""
+        """The same user, also a member of `gid`."""
         return self if gid is None or gid in self.groups else replace(self, groups=(*self.groups, gid))
 
     def become(self) -> Sequence[str]:
-        """The words that stand before a command that shall run as this user: no capability, and none to be had."""
+        """The prefix of a command that runs as this user: without capabilities, and with no way to get any."""
         return (
             self.setpriv,
             option("--reuid", str(self.uid)),
@@ -66,13 +67,13 @@ class QemuUser:
 
 
 def qemu_user(wanted: str | None) -> QemuUser | None:
-    """The user that QEMU shall run as; None to leave it the supervisor's own.
+    """The user that QEMU runs as; None for the supervisor's own user.
 
     Args:
-        wanted: the name; empty for the supervisor's own; None for `DEFAULT_USER` where it exists.
+        wanted: the user's name; empty for the supervisor's own; None for `DEFAULT_USER` when it exists.
 
     Raises:
-        NoSuchUser: one was named that does not exist, or that this process may not become.
+        NoSuchUser: the named user does not exist, or this process cannot start programs as that user.
         Unprivileged: this process lacks capabilities.
     """
     if wanted == "" or (wanted is None and os.geteuid() != 0):
@@ -105,6 +106,6 @@ def qemu_user(wanted: str | None) -> QemuUser | None:
 
 
 def effective_capabilities(status: Path = Path("/proc/self/status")) -> int:
-    """The capabilities that this process has now, a bit for each (proc_pid_status(5), CapEff)."""
+    """The present capabilities of this process, one bit for each (proc_pid_status(5), CapEff)."""
     lines = (line.partition(":\t") for line in status.read_text(encoding="utf-8", errors="replace").splitlines())
     return next(int(value, 16) for name, _, value in lines if name == "CapEff")

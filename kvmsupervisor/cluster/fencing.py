@@ -68,6 +68,14 @@ class Fencing(Protocol):
         """
         ...
 
+    async def shut_out(self, addresses: Collection[str]) -> tuple[str, ...]:
+        """Those of the addresses that are shut out now: their QEMUs never write again.
+
+        Raises:
+            NotFenced: that is not known.
+        """
+        ...
+
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """The clients that storage names as users of these images, for a takeover: live ones, and owners of a lock.
 
@@ -113,6 +121,16 @@ class CephFencing:
             await self._ceph.fence(addresses)
         except CephError as error:
             raise _not_fenced(error) from error
+
+    async def shut_out(self, addresses: Collection[str]) -> tuple[str, ...]:
+        """See `Fencing`: `ceph osd blocklist ls`."""
+        if not addresses:
+            return ()
+        try:
+            listed = await self._ceph.blocklist_ls()
+        except CephError as error:
+            raise _not_fenced(error) from error
+        return tuple(address for address in addresses if address in listed)
 
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """See `Fencing`: `rbd status` and `rbd lock ls`."""

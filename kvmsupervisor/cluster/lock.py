@@ -16,6 +16,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Change, Compared, Lock, LockView
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
+from kvmsupervisor.failpoints import point
 
 T = TypeVar("T")
 
@@ -213,6 +214,7 @@ class InstanceLock:
         )
         write: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
+        await point("lock to be written")
         try:
             result = await self._txn([*compared, *more], [write, *also], [Get(self._key)])
         except Ambiguous:
@@ -220,6 +222,7 @@ class InstanceLock:
             if self.view.data == data and data != before:
                 return
             raise SwapFailed("a reply was lost, and the change was not made") from None
+        await point("lock written")
         if result.succeeded:
             revision = 0 if data is None else result.revision
             self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision)

@@ -33,6 +33,7 @@ from kvmsupervisor.adapters.rundir import write_whole
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.timing import RENEWALS_PER_TTL, Reminder, Rival, SessionTimer, retry_delay
+from kvmsupervisor.failpoints import point
 
 log = structlog.get_logger(__name__)
 
@@ -204,6 +205,7 @@ class Session:
         if ttl_s <= 0:
             self._lose("its lease has run out in etcd")
             return
+        await point("session kept alive")
         found = await self._confirmed()
         if found is None:
             self._lose(f"{self.key} was deleted or replaced")

@@ -63,10 +63,8 @@ def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk]]
 
 def files_elsewhere(spec: Spec, files: Mapping[str, str] | None, host: str | None) -> dict[str, str]:
     """Which of its disks another host than `host` has, by key, as its status tells (`Status.files`)."""
-    known = files or {}
-    return {
-        key: had for key, file in pinning(spec).items() if (had := known.get(file.title)) not in {None, host} and had
-    }
+    had = {key: (files or {}).get(file.title) for key, file in pinning(spec).items()}
+    return {key: other for key, other in had.items() if other is not None and other != host}
 
 
 def names_of(spec: Spec) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ class Outside:
         look_around: finds out what the host brings; see `machine.host.look_around`.
         homes: chooses what QEMUs live in.
         links: network interfaces.
+        logs: what guests write, with this clock and these settings.
         machine_types: those that a QEMU knows.
         disks: images in Ceph; whether some may be written to without a lock of theirs (`KVM_ALLOW_UNFENCED`).
         fencing: of the storage; likewise.
@@ -82,6 +83,7 @@ class Outside:
     look_around: Callable[[Settings], Equipment]
     homes: ChooseHomes
     links: Callable[[Changed], Links]
+    logs: Callable[[Clock, Settings], GuestLogs]
     machine_types: Callable[[str], MachineTypes]
     disks: Callable[[CephAccess, bool], Disks]
     fencing: Callable[[CephAccess, bool], Fencing]
@@ -98,6 +100,7 @@ REAL = Outside(
     look_around=look_around,
     homes=cgroup.choose,
     links=Links,
+    logs=lambda clock, settings: GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
     machine_types=MachineTypes,
     disks=lambda access, allow_unfenced: Disks(Ceph(access), allow_unfenced=allow_unfenced),
     fencing=lambda access, allow_unfenced: CephFencing(Ceph(access), allow_unfenced=allow_unfenced),
@@ -294,7 +297,7 @@ def surround(
         ),
         disks=disks,
         local_disks=local_disks,
-        logs=GuestLogs(clock=outside.clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
+        logs=outside.logs(outside.clock, settings),
         links=links,
         user=equipment.user,
         clock=outside.clock,

@@ -5,7 +5,7 @@ What is to be done is decided in `domain.lifecycle`; here are the steps, and wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from uuid import uuid4
@@ -27,6 +27,7 @@ from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.view import Action, Deferral, Holdover
+from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import Surroundings
@@ -199,21 +200,17 @@ class Start:
             EtcdError: it is not known which host has its files.
         """
         around = self._around
+        if wish.spec.files and not self._report.looked:
+            await self.look()  # a file that it ran with is never made anew
         self._prepared = await around.provisioner.prepare(
             self._id,
             uuid=instance_uuid(around.layout.prefix, self._id),
             spec=wish.spec,
             directory=self._machine.directory,
-            files=await self._known_files(wish.spec),
+            files=self._report.status.files or {},
         )
         if self._prepared.notice is not None:
             self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)
-
-    async def _known_files(self, spec: Spec) -> Mapping[str, str]:
-        """Which host has each of its files: one that it has run with is never made anew (`Status.files`)."""
-        if spec.files and not self._report.looked:
-            await self.look()
-        return self._report.status.files or {}
 
     async def look(self) -> int:
         """Read lock and status; return the last epoch that the status tells of."""
@@ -336,6 +333,7 @@ class Start:
                     "have one image; change the keys of one of them"
                 )
         await around.fencing.fence(others)
+        await point("shut out")
         everyone = (*lock.fence, *others)
         around.metrics.fenced(len(everyone))
         fenced = lock.fenced(address for address in everyone if address not in self._gone)
@@ -359,6 +357,7 @@ class Start:
             return
         try:
             await self._around.fencing.fence(lock.clients)
+            await point("dead shut out")
         except NotFenced as error:
             self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
         else:
@@ -456,6 +455,7 @@ class Start:
             if await self.sharing.gives_way(wish.spec, conflict):
                 return
             raise
+        await point("clients known")
         try:
             self._machine.note(clients=clients)
         except OSError as error:

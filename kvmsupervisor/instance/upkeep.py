@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
+from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock
 from kvmsupervisor.domain.lock import Change
 from kvmsupervisor.instance.context import Surroundings
@@ -12,7 +14,10 @@ from kvmsupervisor.machine.machine import Machine
 
 
 async def reassert(machine: Machine, lock: InstanceLock, report: Report, around: Surroundings) -> None:
-    """Write it again; kill the QEMU instead when somebody has had it meanwhile.
+    """Write it again; kill the QEMU instead when another host has had it meanwhile.
+
+    The status tells that. Where the status is gone as well, because the instance was removed, Ceph does: a QEMU that
+    was shut out never writes again. A Ceph that does not answer keeps no lock from being written.
 
     Raises:
         SwapFailed: somebody was faster, or our session is gone.
@@ -20,6 +25,12 @@ async def reassert(machine: Machine, lock: InstanceLock, report: Report, around:
     """
     record = machine.record
     assert record is not None
+    with contextlib.suppress(NotFenced):
+        if gone := await around.fencing.shut_out(record.clients):
+            await machine.kill(
+                f"its lock is gone, and {', '.join(gone)} was shut out: another host has had it meanwhile"
+            )
+            return
     other = await lock.reassert(record.as_lock(around.me, ran=not machine.never_ran), around.era())
     if other is not None:
         await machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")

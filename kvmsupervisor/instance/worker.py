@@ -34,6 +34,7 @@ from kvmsupervisor.domain.restart import after, in_another_history
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
+from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.plugs import Plugs
@@ -223,10 +224,7 @@ class Instance:
     # --- the loop ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Observe, decide, act; returns when nothing of the instance is ours any more.
-
-        Cancelling it leaves QEMU as it is.
-        """
+        """Observe, decide, act; returns when nothing of it is ours any more. Cancelling it leaves QEMU as it is."""
         while True:
             self._wake.clear()
             if not self._memory_kept and self._machine.record is not None:
@@ -244,6 +242,7 @@ class Instance:
                 await self._around.clock.wait(self._wake, decision.wake_at)
                 continue
             try:
+                await point(f"before {decision.action.name}")
                 await self._act(decision, view)
             except SwapFailed as error:
                 self._pause(ETCD_RETRY_S, str(error))

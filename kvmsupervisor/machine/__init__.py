@@ -1,5 +1,5 @@
-"""One QEMU process: what it needs of its host, its start, the talk with it, its end.
+"""One QEMU process: what it needs from its host, its start, its QMP connection, its end.
 
-Here: the process and all that is asked of it. Not here: whether it may run, which its instance decides. Instances,
-supervisors and single mode call it.
+Here: the process and everything that is asked of it. Not here: whether it may run; the instance decides that.
+Instances, the supervisor and single mode call it.
 """

@@ -1,4 +1,4 @@
-"""The decisions that need nothing but the QEMU process itself: asking it, and bringing it down rung by rung."""
+"""The actions that need only the QEMU process: ask it, and stop it step by step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvmsupervisor.machine.machine import Machine
 
 
 async def step(machine: Machine, decision: Decision) -> bool:
-    """Do what was decided about the process; False when the decision is about something else."""
+    """Carry out a decision about the process; return False when the decision is about something else."""
     match decision.action:
         case Action.CONNECT:
             await machine.connect()

@@ -1,7 +1,7 @@
-"""What an earlier supervisor left of one instance: read, as far as it can be, and told where it cannot.
+"""Reads what an earlier supervisor left of one instance, and says what of it cannot be read.
 
-What cannot be read is left alone, with the QEMU that it tells of, and nothing is started beside it. But it does not
-vanish: the instance is listed, with a reason that names the file, and the process where it is found.
+A record that cannot be read is left alone, and so is its QEMU; no second QEMU is started. The instance stays listed,
+with a reason that names the file, and the process where one is found.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.system import Processes
 
 LOOK_AGAIN_S = 10.0
-"""How often a record that could not be read is looked at again. Arbitrary: a person who has mended it waits for that,
-and a look may read all of /proc, 20 ms with a thousand processes."""
+"""How often to read an unreadable record again. Arbitrary; an operator who has repaired the file should not wait long,
+and each attempt may read all of /proc (20 ms with a thousand processes)."""
 
 
 class Inheritance:
@@ -30,11 +30,11 @@ class Inheritance:
         directory: its folder.
         boot_id: of this boot.
         clock: the machine's.
-        objection: says why a QEMU on record is not this supervisor's to touch; None when it is.
+        objection: returns why this supervisor must not touch the QEMU of a record; None when it may.
 
     Attributes:
-        alone: what cannot be read of it, or must not be touched; None when all is taken over.
-        news: why, when that was not so, or for another reason, before it was read last; None otherwise.
+        alone: the record that cannot be read or must not be touched, and why; None when everything is adopted.
+        news: that reason, when the last `take` changed it; None otherwise.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Inheritance:
         self._objection = objection
 
     def take(self, adopt: Callable[[Incarnation], None]) -> Memory:
-        """Read what is there, adopt its process; return what outlives one, a fresh memory where that is unreadable.
+        """Read the folder and adopt its process; return the memory, a new one when the old one cannot be read.
 
         Args:
-            adopt: called with the record of a QEMU, which may have ended; may raise `Hidden`.
+            adopt: called with the record of a QEMU that may have ended; may raise `Hidden`.
         """
         memory, alone = self._read(adopt)
         before = None if self.alone is None else self.alone.reason
@@ -85,11 +85,11 @@ class Inheritance:
 
 
 def _unreadable(processes: Processes, directory: InstanceDir, error: Unreadable) -> LeftAlone:
-    """A record that this release cannot read, and the QEMU that it is probably about."""
+    """Describe a record that this release cannot read, and the QEMU that probably belongs to it."""
     found = marks.seek(processes, directory.path)
     if found is None:
-        reason = f"{error}; no QEMU of it is found. Start the release that wrote it, or delete that file"
+        reason = f"{error}; no QEMU is found for it. Start the release that wrote the file, or delete the file"
         return LeftAlone(reason=f"what was kept of it cannot be read: {reason}")
     pid, starttime = found
-    reason = f"{error}; QEMU {pid} runs on. Start the release that wrote it, or end that QEMU and delete that file"
+    reason = f"{error}; QEMU {pid} runs on. Start the release that wrote the file, or end that QEMU and delete the file"
     return LeftAlone(reason=f"what was kept of it cannot be read: {reason}", pid=pid, starttime=starttime)

@@ -1,8 +1,8 @@
-"""What one guest's agent said last, asked for while the agent has its channel open; decides nothing.
+"""Asks one guest's agent while its channel is open, and keeps the last answer. Decides nothing.
 
-QEMU tells when the guest opens or closes the channel (event VSERPORT_CHANGE, qapi/char.json; `query-chardev` has the
-state for whoever connects later). Only in between is anything asked, in a task of its own: nobody waits for it, and
-an instance without an agent costs nothing.
+QEMU says when the guest opens or closes the channel (event VSERPORT_CHANGE, qapi/char.json); a client that connects
+later reads the state with `query-chardev`. The agent is asked only while the channel is open, in a task of its own:
+the worker never waits for it, and an instance without an agent costs nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.argv import AGENT_PORT
 
 ASK_EVERY_S = 60.0
-"""While the channel is open. One exchange costs the supervisor a millisecond: 0.2 % of a core with 100 guests."""
+"""How often to ask while the channel is open. One exchange costs 1 ms of CPU: 0.2 % of a core with 100 guests."""
 
 SOON_S = (5.0, 15.0)
-"""The first pauses after the channel was opened, while no address is told: an agent often starts before DHCP is done,
-and a person waits for the address. Arbitrary."""
+"""The first pauses after the channel was opened, while the agent reports no address: an agent often starts before DHCP
+is done, and a person waits for the address. Arbitrary."""
 
 LEAST_PAUSE_S = 5.0
-"""Between two exchanges, also with a guest that opens and closes its channel all the time. Arbitrary."""
+"""The least pause between two exchanges, also when a guest opens and closes its channel all the time. Arbitrary."""
 
 
 class AgentWatch:
-    """One guest's agent, from when its QEMU starts until it is buried.
+    """The agent of one instance's guest, for one QEMU after the other.
 
     Attributes:
-        facts: what was said last, also by an agent that is silent by now; None when nothing was.
-        seen: when it last answered this supervisor, RFC 3339 in UTC; None when it did not.
+        facts: the last answer, also of an agent that no longer answers; None when there was none.
+        seen: when the agent last answered this supervisor, RFC 3339 in UTC; None when it never did.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class AgentWatch:
 
     @property
     def open(self) -> bool:
-        """Whether the guest has the channel open, as far as was told."""
+        """Whether the guest has the channel open, as far as QEMU has said."""
         return self._task is not None
 
     def recall(self, facts: GuestFacts | None) -> None:
-        """Take what a former supervisor had learned of the same QEMU, until the agent is heard."""
+        """Use the facts that an earlier supervisor published for the same QEMU, until the agent answers."""
         if self.facts is None and facts is not None:
             self.facts = facts
             self._notify()
 
     async def look(self, command: Callable[[str], Awaitable[Any]]) -> None:
-        """Learn by a QMP command whether the channel is open: events told that to an earlier connection."""
+        """Ask over QMP whether the channel is open: its events went to an earlier connection."""
         self._told = False
         answer = await command("query-chardev")
-        # An event that came meanwhile is newer than the answer.
+        # An event that arrived meanwhile is newer than the answer.
         if answer is not None and not self._told:
             self.turn(is_open=AGENT_PORT in {chardev["label"] for chardev in answer if chardev["frontend-open"]})
 
     def turn(self, *, is_open: bool) -> None:
-        """The guest has opened or closed the channel. Does not block."""
+        """Note that the guest has opened or closed the channel. Does not block."""
         self._told = True
         if is_open and self._task is None:
             self._task = asyncio.create_task(self._keep_asking())
@@ -89,20 +89,20 @@ class AgentWatch:
             self._task = None
 
     def reset(self) -> None:
-        """Another QEMU, or none: forget all."""
+        """Forget everything: there is another QEMU, or none."""
         self.turn(is_open=False)
         self.facts = None
         self.seen = None
 
     async def close(self) -> None:
-        """Ask no more, and return when nothing of it is left. What was said is kept."""
+        """Stop asking; return when the task has ended. The facts are kept."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
     async def _keep_asking(self) -> None:
-        """Ask at once, soon again while there is no address, then once a minute."""
+        """Ask at once, again soon while there is no address, then once a minute."""
         await self._clock.sleep_until(self._asked_at + LEAST_PAUSE_S)
         for pause_s in itertools.chain(SOON_S, itertools.repeat(ASK_EVERY_S)):
             self._asked_at = self._clock.now()
@@ -110,7 +110,7 @@ class AgentWatch:
             await self._clock.sleep(ASK_EVERY_S if has_address else pause_s)
 
     async def _ask_once(self) -> bool:
-        """Ask; True when an address was told."""
+        """Ask; return whether the agent reported an address."""
         try:
             facts = await self._ask(self._socket)
         except AgentSilent as error:

@@ -1,13 +1,13 @@
-"""A guest's boot media: user data fetched, kept, and put into files that QEMU attaches.
+"""A guest's boot media: fetches user data, keeps a copy, and makes the files that QEMU attaches.
 
-    <directory>/user-data       what was fetched last and fitted; for root only
-    <directory>/media.json      from which URL that is (a digest), and what the files below were made of
+    <directory>/user-data       the last usable user data; for root only
+    <directory>/media.json      its URL (a digest), and a digest of what the files below were made from
     <directory>/seed.iso        NoCloud, label cidata          } for all but Ignition
     <directory>/config-2.iso    config-drive, label config-2 }
     <directory>/ignition.json   for QEMU's fw_cfg `opt/com.coreos/config`
 
-It can be cut off anywhere: each file is replaced in one step, and `media.json` first loses its word for the files,
-then gets a new one, last of all. What it does not vouch for is made again.
+Crash-safe: each file is replaced in one step. `media.json` first drops the digest of the files and gets the new one
+last of all; files without a digest are made again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOR_QEMU = (SEED, CONFIG_DRIVE, IGNITION)
 ALL = (LEDGER, USER_DATA, *FOR_QEMU)
 
 EDITION = 1
-"""Of what is written on media. Count up when that changes: media of an earlier edition are made again."""
+"""Version of the content of the media. Increase it with every change: media of an earlier edition are made again."""
 
 T = TypeVar("T")
 
@@ -49,12 +49,12 @@ class MediaTrouble(Exception):
 
 @frozen(kw_only=True)
 class Media:
-    """What QEMU is to attach.
+    """The files that QEMU attaches.
 
     Attributes:
-        cdroms: ISO images, to be attached as read-only disks.
+        cdroms: ISO images, attached as read-only disks.
         ignition: file of the fw_cfg item `opt/com.coreos/config`, or None.
-        notice: what people should know, such as that a kept copy was used; None when there is nothing.
+        notice: what people should know, such as that the kept copy was used; None for nothing.
     """
 
     cdroms: tuple[Path, ...]
@@ -64,13 +64,13 @@ class Media:
 
 @frozen(kw_only=True)
 class _Files:
-    """What shall lie in the directory, as its makings: images are made only when they are needed."""
+    """The content of the media, before any file is made: images are made only when they are needed."""
 
     images: Mapping[str, tuple[str, Mapping[str, bytes]]] = field(default_factory=dict)
     plain: Mapping[str, bytes] = field(default_factory=dict)
 
     def recipe(self, gid: int | None) -> str:
-        """A digest of all that goes into the files, and of who may read them."""
+        """A digest of everything that goes into the files, and of who may read them."""
         digest = hashlib.sha256(repr((EDITION, gid)).encode())
         for name, (label, files) in sorted(self.images.items()):
             digest.update(repr((name, label, sorted(files.items()))).encode())
@@ -86,11 +86,11 @@ class _Files:
 class _Ledger:
     """`media.json`.
 
-    Invariant: the digest of `user-data` is in `sources`, whenever it is cut off. While it is replaced, both are.
+    Invariant: the digest of `user-data` is in `sources` at any time. While the file is replaced, both digests are.
 
     Attributes:
-        recipe: what the files for QEMU were made of; empty while they are being made.
-        sources: digest of the URL by digest of the user data that came from there.
+        recipe: a digest of what the files for QEMU were made from; empty while they are being made.
+        sources: the digest of the URL, by the digest of the user data that came from it.
     """
 
     recipe: str = ""
@@ -122,33 +122,33 @@ async def furnish(
     timeout_s: float | None = None,
     network_config: bytes | None = None,
 ) -> Media:
-    """Make the media of one start. One at a time for each directory.
+    """Make the media for one start. Only one call at a time for each directory.
 
-    User data that cannot be had, or does not fit, is replaced by the copy that the last start had from the same URL;
-    the notice says so. When nothing changed nothing is written, so a running QEMU's files stay what they are.
+    When the user data cannot be fetched, or is unusable, the copy of the last start from the same URL is used, and the
+    notice says so. When nothing changed, nothing is written: the files of a running QEMU stay as they are.
 
-    When cancelled it ends once its files are whole, in milliseconds.
+    Cancellation takes effect once the files are complete, within milliseconds.
 
     Args:
         url: the value of the key `cloud-config`.
-        directory: the instance's run directory; it exists.
+        directory: the instance's folder in the run directory; it exists.
         instance: becomes the guest's host name.
-        uuid: of the machine.
-        file_root: folder below which `file:` may read, or None.
-        gid: QEMU's group, which may read the media; None: their owner only.
-        ca_file: authorities that are trusted beside the system's.
-        follow_inward: follow redirects to this host's own addresses, too.
-        timeout_s: for the fetch; None for its default.
-        network_config: for the NoCloud medium; None: no such file.
+        uuid: the machine's uuid.
+        file_root: folder below which `file:` URLs are allowed; None for nowhere.
+        gid: QEMU's group, which may read the media; None: only the owner may.
+        ca_file: CA certificates in addition to the system's.
+        follow_inward: whether to follow redirects to addresses of this host.
+        timeout_s: for the fetch, in seconds; None for its default.
+        network_config: this file of the NoCloud medium; None for no such file.
 
     Raises:
-        MediaTrouble: there is neither fitting user data nor a copy, or the files cannot be written.
+        MediaTrouble: there is neither usable user data nor a copy, or the files cannot be written.
     """
     # Imported here: a supervisor starts sooner without HTTP, and may have no guest with user data.
     from kvmsupervisor.adapters.fetch import TIMEOUT_S, FetchFailed, fetch  # noqa: PLC0415
 
     limit_s = TIMEOUT_S if timeout_s is None else timeout_s
-    # A server may repeat them.
+    # A server may repeat the secrets of the URL.
     shown, secrets = media.shown_url(url), secrets_of_url(url)
     source = _digest(media.without_user(url).encode())
     notice = None
@@ -178,7 +178,7 @@ async def furnish(
 
 
 def discard(directory: Path) -> None:
-    """Remove all of it: the key is gone, and what it led to may be secret. Not beside a `furnish`."""
+    """Remove all files: the key is gone, and the user data may be secret. Never during a `furnish`."""
     for name in ALL:
         medium.discard(directory / name)
 
@@ -195,7 +195,7 @@ def _files(kind: MediumKind, instance: InstanceId, uuid: UUID, data: bytes, netw
 
 
 def _kept(directory: Path, source: str) -> bytes | None:
-    """The copy, if it came from the same URL. Another URL's is not what is wished for."""
+    """The kept copy, if it came from the same URL; None otherwise."""
     data = medium.read(directory / USER_DATA)
     if data is None or _Ledger.read(directory).sources.get(_digest(data)) != source:
         return None
@@ -203,7 +203,7 @@ def _kept(directory: Path, source: str) -> bytes | None:
 
 
 def _write(directory: Path, *, data: bytes, source: str, files: _Files, gid: int | None) -> None:
-    """Bring the directory to what it shall be; each line may be the last one."""
+    """Write the media. Crash-safe: may be interrupted after any statement."""
     for name in ALL:
         medium.sweep(directory / name)
     recipe, digest = files.recipe(gid), _digest(data)
@@ -233,7 +233,7 @@ def _digest(data: bytes) -> str:
 
 
 async def _in_thread(function: Callable[[], T]) -> T:
-    """Run what blocks. When cancelled, wait for its end all the same: a successor must not write beside it."""
+    """Run a blocking function in a thread. When cancelled, wait for its end: no successor may write meanwhile."""
     task = asyncio.ensure_future(asyncio.to_thread(function))
     try:
         return await asyncio.shield(task)

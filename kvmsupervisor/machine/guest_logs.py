@@ -1,8 +1,9 @@
-"""What guests and their QEMUs write, into files that cannot hurt (docs/decisions/0020-logs-in-memory.md).
+"""Copies the output of guests and of QEMU from bounded memory to log files (docs/decisions/0020-logs-in-memory.md).
 
-QEMU writes into two bounded pieces of memory, one for the serial console, one for what it says itself. As soon as it
-has, they are read, and a thread writes it to `console.log` and `qemu.log`, files of our own. Without a supervisor what
-came first stays in memory for the next one. A QEMU of an earlier release writes these files by itself: they are cut.
+QEMU writes into two bounded pieces of memory: one for the serial console, one for QEMU's own messages. The supervisor
+reads them after each write, and a thread writes the bytes to `console.log` and `qemu.log`. While there is no
+supervisor, the first bytes stay in memory for the next one. A QEMU of an earlier release writes the files itself; those
+files are truncated when they become too long.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from kvmsupervisor.domain.argv import logs_into_memory
 log = structlog.get_logger(__name__)
 
 TURN_S = 0.05
-"""The pause after each look, so that a flood costs twenty looks a second. Arbitrary; a person who types does not see
-it, because the first look comes at once."""
+"""The pause after each read, so that a flood costs at most twenty reads a second. Arbitrary; a person who types does
+not notice it, because the first read comes at once."""
 
 BUSY_BYTES, REST_S = 4096, 0.25
-"""Who has written so much since the last look is left alone for a while: so a guest logs 1 MiB a second at most."""
+"""A log that grew by so many bytes rests for so long: a guest can log at most 1 MiB a second."""
 
 SWEEP_S = 60.0
-"""How often all logs are looked at, whatever was told of them."""
+"""How often to read all logs, whether inotify reported writes or not."""
 
 BLIND_SWEEP_S = 1.0
-"""The same where nobody can tell (no inotify left)."""
+"""The same when no inotify instance is available."""
 
 TAIL_BYTES = 8192
-"""How much of QEMU's last words is kept for the reason of its end."""
+"""How many of QEMU's last bytes are kept, to find the reason of its end in them."""
 
 MISSED = f"\r\n[output is missing here: more than {SIZE >> 10} KiB came at once]\r\n".encode()
 
 
 class MachineLogs:
-    """Both logs of one instance, of one QEMU after the other."""
+    """The two logs of one instance, for one QEMU after the other."""
 
     def __init__(self, directory: InstanceDir, *, logs: GuestLogs) -> None:
         self._directory = directory
@@ -51,11 +52,11 @@ class MachineLogs:
         self._buffers: dict[Path, LogBuffer] = {}
         self._watches: list[int] = []
         self._tail = b""
-        # Those that a QEMU of an earlier release writes.
+        # Logs that a QEMU of an earlier release writes itself.
         self._foreign: Sequence[Path] = ()
 
     def begin(self) -> tuple[int, int]:
-        """Make them for a QEMU to come; return the descriptors of the console's, and of its own.
+        """Make both logs for a new QEMU; return the descriptors of the console's log and of QEMU's own.
 
         Raises:
             OSError: no file can be opened.
@@ -65,14 +66,14 @@ class MachineLogs:
             undo.callback(self.close)
             for path in (self._directory.console_log, self._directory.qemu_log):
                 self._buffers[path] = LogBuffer.make(path.name)
-                # For whoever waits for it; and one that a QEMU of an earlier release has written goes aside.
+                # Makes the file, for readers that wait for it, and sets aside one of an earlier release's QEMU.
                 self._logs.writer.append(path, b"")
             undo.pop_all()
         self._watch()
         return self._buffers[self._directory.console_log].fd, self._buffers[self._directory.qemu_log].fd
 
     def adopt(self, argv: Sequence[str], *, pid: int, pidfd: int) -> None:
-        """Take those that a QEMU has which an earlier supervisor started, with that command line."""
+        """Open the logs of a QEMU that an earlier supervisor started with that command line."""
         self.close()
         paths = (self._directory.console_log, self._directory.qemu_log)
         if logs_into_memory(argv):
@@ -92,7 +93,7 @@ class MachineLogs:
         self.look()
 
     def look(self) -> int:
-        """Hand on what was written since the last time; return how many bytes. Does not wait."""
+        """Pass on what was written since the last call; return the number of bytes. Does not wait."""
         for path in self._foreign:
             self._logs.writer.trim(path)
         found = 0
@@ -100,7 +101,7 @@ class MachineLogs:
             try:
                 data, full = buffer.take()
             except OSError:
-                # No file can be opened just now: it stays there until the next look.
+                # No file can be opened now: the bytes stay in memory until the next call.
                 continue
             if path == self._directory.qemu_log:
                 self._tail = (self._tail + data)[-TAIL_BYTES:]
@@ -110,15 +111,15 @@ class MachineLogs:
         return found
 
     def tail(self, offset: int) -> list[str]:
-        """QEMU's last words; from its log behind `offset` where it has ended without a supervisor.
+        """QEMU's last lines; those in the log behind `offset` when QEMU ended without a supervisor.
 
-        Nothing is lost but what it said after the last look of a supervisor that is gone.
+        Lost is only what QEMU wrote after the last read of a supervisor that is gone.
         """
         self.look()
         return self._tail.decode(errors="replace").splitlines() or self._directory.log_tail(offset)
 
     def close(self) -> None:
-        """Let go of them, once what was written is handed on."""
+        """Pass on the rest, then close both logs."""
         self.look()
         self._logs.forget(self, self._watches)
         for buffer in self._buffers.values():
@@ -134,12 +135,12 @@ class MachineLogs:
 
 
 class GuestLogs:
-    """Those of all instances of a host.
+    """The logs of all instances of a host.
 
     Args:
         clock: the machine's.
-        max_bytes: how long a log may become (`KVM_LOG_MAX_BYTES`).
-        keep: how many are kept that were set aside (`KVM_LOG_KEEP`).
+        max_bytes: the limit of one log file (`KVM_LOG_MAX_BYTES`).
+        keep: how many older files are kept beside it (`KVM_LOG_KEEP`).
     """
 
     def __init__(self, *, clock: Clock, max_bytes: int = 1 << 20, keep: int = 3) -> None:
@@ -151,11 +152,11 @@ class GuestLogs:
         self._awake = asyncio.Event()
 
     def of(self, directory: InstanceDir) -> MachineLogs:
-        """Those of one instance."""
+        """The logs of one instance."""
         return MachineLogs(directory, logs=self)
 
     def watch(self, logs: MachineLogs, path: str, *, follow: bool) -> int | None:
-        """Have `logs` looked at when that file was written to; None where nobody can tell: then it is looked often."""
+        """Read `logs` after each write to that file; None when inotify cannot watch it: then `logs` is read often."""
         try:
             if self._inotify is None:
                 self._inotify = Inotify()
@@ -171,7 +172,7 @@ class GuestLogs:
         return number
 
     def forget(self, logs: MachineLogs, numbers: Sequence[int]) -> None:
-        """Look at `logs` no more, which were watched under these numbers."""
+        """Stop reading `logs`, which are watched under these numbers."""
         self._unwatched.discard(logs)
         for number in numbers:
             del self._watched[number]
@@ -179,7 +180,7 @@ class GuestLogs:
                 self._inotify.unwatch(number)
 
     async def run(self) -> None:
-        """Look at each log when it was written to, until cancelled."""
+        """Read each log after it was written to, until cancelled."""
         due: dict[MachineLogs, float] = {}
         swept = -SWEEP_S
         while True:
@@ -200,7 +201,7 @@ class GuestLogs:
             await self._clock.sleep(TURN_S)
 
     def close(self) -> None:
-        """Have the rest written; all instances have let go of theirs."""
+        """Write the rest. All instances have closed their logs before."""
         self.writer.close()
         if self._inotify is not None:
             self._inotify.close()
@@ -210,13 +211,13 @@ class GuestLogs:
         return swept + (BLIND_SWEEP_S if self._unwatched else SWEEP_S)
 
     async def _wait(self, until: float) -> None:
-        """Until something was written, or until then."""
+        """Wait until something was written, at most until then."""
         self._awake.clear()
         if self._inotify is None:
             await self._clock.wait(self._awake, until)
             return
         loop, fd = asyncio.get_running_loop(), self._inotify.fd
-        # Not all the time: in a flood it would be called for every byte.
+        # Only while waiting: in a flood the reader would be called for every byte.
         loop.add_reader(fd, self._awake.set)
         try:
             await self._clock.wait(self._awake, until)

@@ -1,4 +1,4 @@
-"""What QEMU counted of its guest, asked for when it is asked for its state anyway; metrics show it."""
+"""Reads QEMU's counters of a guest, together with each `query-status`. Metrics show them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvmsupervisor.domain.spec import Spec
 
 
 async def count(ask: Command, spec: Spec | None) -> GuestCounts:
-    """Ask. A machine without disks is not asked for them: with a hundred machines each question counts."""
+    """Read the counters. A machine without disks is not asked for them: with a hundred machines each query counts."""
     disks = disk_counts(await ask("query-blockstats", None)) if spec is not None and spec.all_disks else ()
     told = await ask("qom-get", {"path": BALLOON, "property": "guest-stats"})
     return GuestCounts(disks=disks, memory=memory_counts(told))

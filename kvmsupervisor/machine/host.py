@@ -1,4 +1,4 @@
-"""What this host brings to the machines on it: found once, when a supervisor starts, and told in its log."""
+"""What this host offers to its guests: accelerator, QEMU's user, firmware, memory. Found when a supervisor starts."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from kvmsupervisor.machine.provisioning import HostFiles
 log = structlog.get_logger(__name__)
 
 CEPH_USER = "admin"
-"""What Ceph's tools and librbd call themselves when nothing else is said."""
+"""The user name of Ceph's tools and of librbd by default."""
 
 SUPERVISOR_FILES, MACHINE_FILES = 80, 5
-"""Files that a supervisor has open by itself, those that a start needs included, and for each machine: its pidfd, QMP,
-both its logs, and its agent while that is asked. Counted in /proc/PID/fd (docs/reliability.md)."""
+"""Open files of a supervisor: 80 of its own, with those that a start needs, and five for each machine (pidfd, QMP, two
+logs, the agent while it is asked). Counted in /proc/PID/fd (docs/reliability.md)."""
 
 KVM_GROUP = "kvm"
-"""The group that distributions give /dev/kvm to."""
+"""The group that owns /dev/kvm in most distributions."""
 
 
 @frozen(kw_only=True)
 class Equipment:
-    """What the host brings.
+    """What the host offers.
 
     Attributes:
-        accelerator: what guests run with, and why not KVM.
-        user: that QEMU runs as; None for the supervisor's own.
-        host_side: what every command line is made with.
-        files: where things are.
-        memory_mib: for all guests together.
-        ceph_access: how Ceph's tools reach it.
+        accelerator: the accelerator of all guests, and why it is not KVM.
+        user: the user that QEMU runs as; None for the supervisor's own.
+        host_side: the host's part of every command line.
+        files: paths on this host.
+        memory_mib: memory for all guests together.
+        ceph_access: how Ceph's tools reach the cluster.
     """
 
     accelerator: accelerator.Choice
@@ -54,15 +54,15 @@ class Equipment:
 
     @property
     def privileged(self) -> bool:
-        """Whether QEMU runs as root: every fault of its devices is then a fault of the host."""
+        """Whether QEMU runs as root: a guest that breaks out of QEMU is then root on the host."""
         return self.user is None and os.geteuid() == 0
 
 
 def look_around(settings: Settings) -> Equipment:
-    """Find out what the host brings; make KVM's device where it is missing, and let QEMU's user open it.
+    """Find out what the host offers. Makes /dev/kvm when it is missing, and lets QEMU's user open it.
 
     Raises:
-        ValueError: KVM is demanded and cannot be used, or QEMU cannot run as the user that was named, or root lacks
+        ValueError: KVM is required and cannot be used; or QEMU cannot run as the configured user, or root lacks the
             capabilities for that.
     """
     look_at_bridge(settings)
@@ -97,14 +97,14 @@ def look_around(settings: Settings) -> Equipment:
 
 
 def look_at_bridge(settings: Settings) -> None:
-    """Tell of a bridge that nothing can be plugged into. No more: it may be that no guest has a NIC."""
+    """Warn when no tap can be attached to the bridge. Only a warning: perhaps no guest has a NIC."""
     missing = lacking(users.effective_capabilities(), (NET_ADMIN,))
     if settings.bridge_if is not None and os.geteuid() == 0 and missing:
         log.warning("bridge.out_of_reach", bridge=settings.bridge_if, reason=what_is_lacking(missing))
 
 
 def look_at_files(limit: int, machines: int) -> None:
-    """Tell of a limit of open files that does not do for so many machines."""
+    """Warn when the limit of open files is too low for that many machines."""
     needed = SUPERVISOR_FILES + MACHINE_FILES * machines
     if needed > limit:
         log.warning(
@@ -117,17 +117,17 @@ def look_at_files(limit: int, machines: int) -> None:
 
 
 def ceph_access(settings: Settings) -> CephAccess:
-    """How Ceph's tools reach it."""
+    """How Ceph's tools reach the cluster."""
     conf = None if settings.ceph_conf is None else str(settings.ceph_conf)
     return CephAccess(user=settings.ceph_id or CEPH_USER, conf=conf)
 
 
 def host_side(settings: Settings, choice: accelerator.Choice) -> HostSide:
-    """What every command line of this host is made with. Changes nothing."""
+    """The host's part of every command line. Changes nothing on the host."""
     return HostSide(
         qemu=settings.qemu,
         accel=choice.name,
-        # Empty, the setting means that QEMU shall not be confined.
+        # An empty setting turns the confinement of QEMU off.
         sandbox=settings.qemu_user != "",
         bridge_if=settings.bridge_if,
         spice_addr=settings.spice_addr,

@@ -1,8 +1,8 @@
-"""The environment of a QEMU process: what it inherits, and the marks by which a successor knows it (laws 8 and 12).
+"""The environment of a QEMU process: what it inherits, and the marks that identify it to a successor (laws 8 and 12).
 
-A process is one certain incarnation when its pid, its start time and the incarnation's name in its environment agree.
-The name is random and given once, so it alone tells processes apart. The prefix beside it only says below which keys
-it was started: a supervisor with another one finds it all the same.
+A process belongs to an incarnation when its pid, its start time and the incarnation's name in its environment agree.
+The name is random and used once, so the name alone tells processes apart. The prefix in the environment only says where
+its keys are: a supervisor with another prefix finds the process, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEPT_ENVIRONMENT = (
     "CEPH_CONF",
     "CEPH_ARGS",
 )
-"""What QEMU inherits. Nothing else: the supervisor's environment may name secrets."""
+"""The variables that QEMU inherits. No others: the supervisor's environment may hold secrets."""
 
 PREFIX_MARK = "KVMSUPERVISOR_PREFIX"
 INSTANCE_MARK = "KVMSUPERVISOR_INSTANCE"
@@ -38,13 +38,13 @@ FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
 
 @frozen(kw_only=True)
 class Marks:
-    """The environment variables by which a QEMU process is known to be one certain incarnation.
+    """The environment variables that identify a QEMU process as one incarnation.
 
     Attributes:
-        prefix: `KVM_PREFIX`, below which it was started.
-        instance: whose it is.
-        incarnation: its name.
-        folder: where its record lies.
+        prefix: `KVM_PREFIX` of the supervisor that started it.
+        instance: the instance's id.
+        incarnation: the incarnation's name.
+        folder: the folder of its record.
     """
 
     prefix: str
@@ -53,32 +53,32 @@ class Marks:
     folder: Path
 
     def environment(self) -> dict[str, str]:
-        """As variables."""
+        """The marks as environment variables."""
         told = {PREFIX_MARK: self.prefix, FOLDER_MARK: str(self.folder)}
         return told | name_of(self.instance, self.incarnation)
 
 
 def name_of(instance: str, incarnation: str) -> dict[str, str]:
-    """Those of the variables that tell which process it is, wherever it was started from."""
+    """The variables that identify the process, wherever it was started from."""
     return {INSTANCE_MARK: instance, INCARNATION_MARK: incarnation}
 
 
 def environment_of(marks: Marks) -> dict[str, str]:
-    """All of a QEMU's environment."""
+    """The whole environment of a QEMU process."""
     kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
     return kept | marks.environment()
 
 
 def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], None]) -> QemuProcess | None:
-    """The living process of a record of this boot; None when it is certainly gone.
+    """The living process of a record of this boot; None when the process is certainly gone.
 
     Args:
         processes: of this host.
-        record: of the process; without a pid it is sought by its name.
-        on_end: called once when it ends.
+        record: of the process; a record without a pid is looked up by the incarnation's name.
+        on_end: called once when the process ends.
 
     Raises:
-        Hidden: a process lives where it was, and whether it is that cannot be seen. It is not to be taken for gone.
+        Hidden: a process with that pid lives, and its identity cannot be read. The caller must not take it for gone.
     """
     names = name_of(record.instance, record.incarnation)
     candidates = [record.pid] if record.pid is not None else list(processes.find(names))
@@ -87,7 +87,7 @@ def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], No
         if found is not None:
             return found
     if record.pid is not None and record.starttime is not None and processes.is_alive(record.pid, record.starttime):
-        # A QEMU that its guest has broken into may have written over its own environment.
+        # A guest that has broken into its QEMU may have overwritten the environment.
         raise Hidden(
             f"process {record.pid} lives with the start time on record, but its environment does not have "
             f"{INCARNATION_MARK}={record.incarnation}; end that process and start the supervisor again"
@@ -98,21 +98,21 @@ def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], No
 def pid_of(
     processes: Processes, instance: str, incarnation: str, *, pid: int | None, starttime: int | None
 ) -> int | None:
-    """The pid of an incarnation's process, as far as it lives: by pid and start time where they are known."""
+    """The pid of an incarnation's living process, by pid and start time where they are known; None without one."""
     if pid is not None and starttime is not None:
         return pid if processes.is_alive(pid, starttime) else None
     return next(processes.find(name_of(instance, incarnation)), None)
 
 
 def prefix_of(processes: Processes, pid: int) -> str | None:
-    """The prefix that a QEMU was started below; None when that cannot be seen."""
+    """The prefix of the supervisor that started a QEMU; None when the environment cannot be read."""
     return processes.environment_of(pid).get(PREFIX_MARK)
 
 
 def seek(processes: Processes, folder: Path) -> tuple[int, int] | None:
-    """Pid and start time of the living QEMU whose record lies, or lay, in an instance's folder; None without one.
+    """Pid and start time of the living QEMU that was started from an instance's folder; None without one.
 
-    For a record that cannot be read.
+    Used when the record in that folder cannot be read.
     """
     for pid in processes.find({INSTANCE_MARK: folder.name}):
         found, starttime = folder_of(processes, pid, folder.name), processes.starttime_of(pid)
@@ -122,12 +122,12 @@ def seek(processes: Processes, folder: Path) -> tuple[int, int] | None:
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same place: /var/run is /run on most hosts."""
+    """Whether two paths lead to the same folder: /var/run is /run on most hosts."""
     return os.path.realpath(one) == os.path.realpath(other)
 
 
 def folders_of_all(processes: Processes) -> dict[int, tuple[str, Path | None]]:
-    """Every QEMU on this host that may be looked at: pid → instance, and its folder where that can be seen."""
+    """Every QEMU on this host that we may inspect: pid → instance, and its folder when that can be read."""
     found: dict[int, tuple[str, Path | None]] = {}
     for pid in processes.having(INSTANCE_MARK):
         instance = processes.environment_of(pid).get(INSTANCE_MARK, "")
@@ -136,9 +136,9 @@ def folders_of_all(processes: Processes) -> dict[int, tuple[str, Path | None]]:
 
 
 def folder_of(processes: Processes, pid: int, instance: str) -> Path | None:
-    """The instance's folder of a QEMU; None when that cannot be seen.
+    """The instance's folder of a QEMU; None when it cannot be read.
 
-    Those of earlier releases do not name it, but open files in it.
+    A QEMU of an early release does not name the folder in its environment; its options name files in it.
     """
     named = processes.environment_of(pid).get(FOLDER_MARK)
     if named is not None:

@@ -1,7 +1,7 @@
-"""RBD images as a start needs them: looked at before it, made for UEFI variables, the key to them, and their growth.
+"""RBD images as a start needs them: checks them, makes those for UEFI variables, reads the key and their sizes.
 
-All that is asked of Ceph for one start is asked at once, before a lock is taken: a start that cannot succeed takes
-nothing, and one that can waits for the slowest answer only. Nothing is asked for a machine without such a disk.
+All queries for one start run at the same time, before the lock is taken. So a start that cannot succeed takes no lock,
+and one that can succeed waits for the slowest answer only. A machine without RBD disks asks Ceph nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, nvram_of
 
 RETRY_S = 10.0
-"""Pause before an image is looked at again that is not as it must be: how late one is noticed that was made."""
+"""Pause before an unsuitable image is checked again. Arbitrary; whoever makes the image should not wait long."""
 
 AWAY_RETRY_S = 2.0
-"""The same when Ceph does not answer. Each attempt waits for an answer for some seconds already."""
+"""The same when Ceph does not answer. Short, because each attempt already waits some seconds for an answer."""
 
 
 class DiskTrouble(Exception):
-    """An image, or Ceph, is not as this start needs it. The message says what, and what would help.
+    """An image, or Ceph, does not allow this start. The message says what was found and what would help.
 
     Attributes:
-        retry_s: how soon it is worth looking again.
+        retry_s: seconds until the next attempt.
     """
 
     def __init__(self, reason: str, retry_s: float = RETRY_S) -> None:
@@ -35,11 +35,11 @@ class DiskTrouble(Exception):
 
 
 class Disks:
-    """The images of one host's machines.
+    """The images of all instances of one host.
 
     Args:
         ceph: the cluster.
-        allow_unfenced: whether images without `exclusive-lock` may be written to (`KVM_ALLOW_UNFENCED`, law 5).
+        allow_unfenced: whether images without `exclusive-lock` are allowed (`KVM_ALLOW_UNFENCED`, law 5).
     """
 
     def __init__(self, ceph: Ceph, *, allow_unfenced: bool = False) -> None:
@@ -47,10 +47,10 @@ class Disks:
         self._allow_unfenced = allow_unfenced
 
     async def check(self, spec: Spec) -> str:
-        """Look whether QEMU could open every image of `spec`, and may (law 5); return the key for it, base64.
+        """Check that QEMU can and may open every image of `spec` (law 5); return the Ceph key, base64.
 
         Raises:
-            DiskTrouble: an image is missing or refused, Ceph refuses this host, or does not answer.
+            DiskTrouble: an image is missing or not allowed, or Ceph refuses this host or does not answer.
         """
         variables = nvram_of(spec)
         looks = [self._check(image, disk.key, needs_lock=not image.ro) for disk, image in spec.images]
@@ -73,10 +73,10 @@ class Disks:
             raise DiskTrouble(f"{key}: {leaves_no_trace(image.name)}")
 
     async def furnish_variables(self, image: RbdDisk, template: Path) -> None:
-        """Make the image of UEFI variables of `template` unless there is one. Only for who holds the instance's lock.
+        """Make the image of UEFI variables from `template`, unless it exists. The caller holds the instance's lock.
 
         Raises:
-            DiskTrouble: it cannot be made.
+            DiskTrouble: the image cannot be made.
         """
         try:
             await self._ceph.import_image(image, template)
@@ -84,7 +84,7 @@ class Disks:
             raise _trouble(error) from error
 
     async def sizes(self, spec: Spec) -> dict[str, int]:
-        """How many bytes the images have that may grow, by block node; those are left out that cannot be told now."""
+        """Sizes in bytes of the images that can grow, by block node; without those that Ceph does not tell now."""
         found = growable(spec)
         sizes = await asyncio.gather(*(self._size(image) for image in found.values()))
         return {node: size for node, size in zip(found, sizes, strict=True) if size is not None}

@@ -117,8 +117,8 @@ class LocalDisks:
         if host is None:
             return said
         return (
-            f"there is no file {self.folder / file.name} on this host, and the disk is not new: the machine has run with "
-            f"it on {host}. Copy it from there, or mount its file system; for an empty disk give it another name"
+            f"there is no file {self.folder / file.name} on this host, and the disk is not new: the machine ran "
+            f"with it on {host}. Copy it from there, or mount its file system; for an empty disk give it another name"
         )
 
     def _open(self, file: FileDisk) -> DiskFile:

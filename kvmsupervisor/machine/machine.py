@@ -1,6 +1,6 @@
-"""One QEMU process of one instance, from its record to its burial: what `instance/worker.py` observes and acts through.
+"""The QEMU process of one instance, from its record to its burial. The worker observes it and acts through it.
 
-It joins three adapters (process, QMP, run directory) and decides nothing.
+Joins three adapters (processes, QMP, run directory). Decides nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
@@ -44,22 +45,22 @@ from kvmsupervisor.machine.spawn import BEHIND, Launch
 from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
-"""How long a killed process may take to end before it is looked at again (it may hang in the kernel)."""
+"""How long to wait for a killed process to end before the worker goes on (the process may hang in the kernel)."""
 
 
 class Machine:
     """The instance's QEMU: none, living, or ended and not yet buried.
 
-    `notify` is called, in the event loop, whenever something changed that a decision may depend on, or its status.
-    QEMU is started as `launch` says, and runs as `user`, as our own where that is None. `caught_up` returns once its
-    guard has written down what it did.
+    `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
+    is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
+    returns once the guard has written down what it did.
 
     Attributes:
-        directory: its folder in the run directory.
-        record: of the process, None when there is none.
-        agent: what the guest says of itself.
-        spec: the machine that it was started as; None without one, or when a newer release wrote it.
-        counts: what QEMU counted of the guest when it was asked last.
+        directory: the instance's folder in the run directory.
+        record: the record of the process; None when there is no process.
+        agent: the guest's agent.
+        spec: the spec that QEMU was started with; None without a process, or when this release cannot read it.
+        counts: QEMU's counters of the guest, from the last query.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Machine:
         self._pressed = False
         # Whether its guest was let run, as far as that is ours to do.
         self._let_run = not self._launch.paused
-        # Invariant: whether the record lies in the run directory as it is here.
+        # Invariant: whether the file of the record holds `record` as it is here.
         self._kept = True
         self._talk.reset()
         self.agent.reset()
@@ -127,7 +128,7 @@ class Machine:
     # --- what is observed -------------------------------------------------------------------------------------
 
     def view(self) -> view.Process | None:
-        """The process as the decision sees it; None when there is none."""
+        """The process as `decide` sees it; None when there is none."""
         if self.record is None:
             return None
         return view.Process(
@@ -164,7 +165,7 @@ class Machine:
 
     @property
     def run_state(self) -> str | None:
-        """QMP's, of the living process; None without one, while it does not answer, and before it has."""
+        """QMP's run state of the living process; None without a process, and while QEMU does not answer."""
         return self._state if self.pid is not None and self._talk.silent_since is None else None
 
     @property
@@ -177,7 +178,7 @@ class Machine:
 
     @property
     def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each of its NICs by name (`nic0`), and the interface on this host that it is plugged in by."""
+        """Each NIC by its name (`nic0`), with the name of its tap on this host."""
         spec, record = self.spec, self.record
         if spec is None or record is None:
             return ()
@@ -185,7 +186,7 @@ class Machine:
 
     @property
     def wait_status(self) -> WaitStatus:
-        """How the kernel says that it ended, once it has; nothing for one that could not be started, or was found."""
+        """How the process ended, as the kernel says; both fields None when that is not known."""
         return WaitStatus() if self._process is None else self._process.status
 
     @property
@@ -194,7 +195,7 @@ class Machine:
         return self._state == NEVER_RAN
 
     def holdover(self, instance: str, lock: Lock) -> int | None:
-        """The pid of a living QEMU that `lock`, of this boot, tells of, although nothing is on record here."""
+        """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
         return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
 
     # --- beginnings -------------------------------------------------------------------------------------------
@@ -206,13 +207,13 @@ class Machine:
         argv: Callable[[Provision], Sequence[str]],
         home: Home,
     ) -> None:
-        """Put the incarnation on record, then start QEMU, then put its pid on record; the arguments: see `spawning`.
+        """Write the record, start QEMU, then add its pid to the record. The arguments are those of `spawn.spawn`.
 
-        Cut off before the process exists, a successor finds a record without a process; cut off after, it finds the
-        process by its environment. That the process cannot be started at all is its end, told like any other.
+        Crash-safe: a successor finds a record without a process, or finds the process by its environment. A program
+        that cannot be started is an end like any other.
 
         Raises:
-            OSError: the host is short of something (room, open files, memory): nothing was begun.
+            OSError: the host lacks disk space, open files or memory. There is no record and no process then.
         """
         self._clear()
         try:
@@ -237,7 +238,8 @@ class Machine:
             raise
         assert self.record is not None
         self._talk.run_state = NEVER_RAN if self._launch.paused else None
-        # A successor finds it without that, too. The next `note` comes before the guest runs, and tries again.
+        cut("spawned, pid not on record")
+        # A successor finds the process without the pid, too. The next `note`, before the guest runs, tries again.
         with contextlib.suppress(OSError):
             self.note(pid=self._process.pid, starttime=self._process.starttime)
 
@@ -247,13 +249,13 @@ class Machine:
         self.spec = spec_from_object(record.spec)
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
-        """Take over what an earlier supervisor spawned; False when that process is gone.
+        """Adopt the process that an earlier supervisor started; return False when the process is gone.
 
-        Which process it is tells `marks.reopen` (laws 8 and 12). The loop asks QMP and the lock. Where its record does
-        not say what it was started under, as of an earlier release, that is `under`.
+        `identity.reopen` finds the process (laws 8 and 12). The worker asks QMP and the lock afterwards. A record of an
+        earlier release does not say which identity QEMU was started under; then `under` is used.
 
         Raises:
-            process.Hidden: a process lives there, and whether it is ours cannot be seen. The record stays.
+            process.Hidden: a process with that pid lives, and its identity cannot be read. The record stays.
         """
         is_of_boot = record.boot_id == boot_id
         found = marks.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
@@ -275,10 +277,10 @@ class Machine:
         return False
 
     async def connect(self) -> None:
-        """Connect to QMP and learn the run state. Failing is observed: when to try again, since when it is silent."""
+        """Connect to QMP and ask for the run state. A failure shows in `view`: `connect_at`, `silent_since`."""
         if not await self._talk.open(self._uuid_to_check):
             return
-        # QEMU greets before its devices are there: only an answered command means that it is up.
+        # QEMU greets before its devices exist: only an answered command means that it is up.
         await self.probe()
         if not self._talk.answered:
             self._talk.retry()
@@ -287,9 +289,9 @@ class Machine:
 
     @property
     def _uuid_to_check(self) -> str | None:
-        """Of the machine that has to answer at the socket of a process that was found (law 8).
+        """The uuid of the machine that must answer at the socket of an adopted process (law 8).
 
-        A child is known: it was given the socket itself, which listened before it was there.
+        None for our own child: it inherited the socket, which listened before the process existed.
         """
         assert self.record is not None
         argv = self.record.argv
@@ -302,19 +304,19 @@ class Machine:
         """Ask for the run state."""
         await self._talk.probe()
         if self._launch.furnished and self._talk.run_state == RUNNING:
-            # Not on the way to a running guest: it has counted nothing yet.
+            # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)
 
     async def resume(self) -> bool:
-        """Let the guest run; True when QEMU says that it does.
+        """Let the guest run; return True when QEMU confirms it.
 
-        Without an answer it may run: it is asked then. A QEMU that refuses is ended; that is a failure.
+        Without an answer the guest may run; QEMU is asked for its state next. A QEMU that refuses is killed, as failed.
         """
         self._let_run = True
         if self._launch.waits:
             return True
         self._talk.run_state = None
-        # QEMU has opened it by now, and would not write into it as it is.
+        # QEMU has opened its logs by now.
         self._logs.look()
         try:
             answer = await self._talk.ask("cont")
@@ -329,7 +331,7 @@ class Machine:
         return True
 
     async def press_power_button(self) -> None:
-        """ACPI power button. Whether the guest hears it is seen by its end only."""
+        """Press the ACPI power button. Only the guest's end shows that the guest heeded it."""
         now = self._clock.now()
         begun = self._stopping or Stopping(since=now)
         self._stopping = replace(begun, pressed_at=now)
@@ -337,20 +339,20 @@ class Machine:
         await self._talk.command("system_powerdown")
 
     async def reset(self, request: str | None) -> None:
-        """Reset the machine for this `restart_request`: at most once, also when a successor asks what was done."""
-        # What cannot be written is known to this supervisor all the same.
+        """Reset the machine for this `restart_request`, at most once: the record tells a successor that it was done."""
+        # When the record cannot be written, this supervisor knows it all the same.
         with contextlib.suppress(OSError):
             self.note(restart_request=request)
         await self._talk.command("system_reset")
 
     async def finish(self) -> None:
-        """End a QEMU that lives on although its guest has powered itself off: the guest's own end, as without that."""
+        """Stop a QEMU that lives on after its guest has powered off (`-no-shutdown`). Counts as the guest's own end."""
         kind = SHUTDOWN_REASONS.get(self._shutdown or "", ExitClass.GUEST_SHUTDOWN)
         self._verdict = Exit(kind, kind.value)
         await self._quit()
 
     async def quit(self) -> None:
-        """Tell QEMU to end without its guest's consent, disks flushed; by SIGTERM when QMP does not answer."""
+        """Stop QEMU without its guest's consent; QEMU flushes its disks. By SIGTERM when QMP does not answer."""
         self._asked = True
         await self._quit()
 
@@ -361,34 +363,34 @@ class Machine:
             self._process.signal(signal.SIGTERM)
 
     async def kill(self, why: str) -> None:
-        """SIGKILL, on purpose, or SIGTERM first; returns when it has ended, or after `KILL_S`."""
-        # What its guest has brought to an end is no order of ours, however QEMU has to be made to end.
+        """Kill QEMU on purpose; return once it has ended, or after `KILL_S`. Before its guest ran, by SIGTERM first."""
+        # A guest that has powered itself off was not stopped by us, even when QEMU has to be killed.
         self._asked |= self._verdict is None
         await self._kill(Exit(ExitClass.HOST_SIGNAL, f"killed by its supervisor: {why}"))
 
     async def give_up(self, why: str) -> None:
-        """SIGKILL a QEMU that never answered; it counts as failed."""
+        """Kill a QEMU that never answered; it counts as failed."""
         await self._kill(Exit(ExitClass.FAILED, f"failed: {why}"))
 
     def stop_begins(self) -> None:
-        """Note when the stop began, for its deadline. Does nothing when it has begun."""
+        """Note when the stop began; its deadline counts from then. Does nothing when the stop has begun."""
         if self._stopping is None:
             self._stopping = Stopping(since=self._clock.now())
 
     def stop_is_off(self) -> None:
-        """The wish is to run again: a later stop begins from its start, and an end before it is no longer asked for.
+        """Cancel the stop: a later one starts over, and an exit before it counts as unrequested.
 
-        But for one: its guest may still heed a button that was pressed.
+        Unless the power button was already pressed: the guest may still heed it.
         """
         if self._stopping is not None:
             self._stopping = None
             self._asked = self._verdict is not None
 
     def note(self, **known: Any) -> None:
-        """Keep with the record what became known of its process: fields of `Incarnation`.
+        """Add to the record what became known of the process: fields of `Incarnation`.
 
         Raises:
-            OSError: the record cannot be written; it is tried again with the next call.
+            OSError: the record cannot be written. The next call tries again.
         """
         assert self.record is not None
         before, self.record = self.record, replace(self.record, **known)
@@ -399,19 +401,20 @@ class Machine:
         self._kept = True
 
     async def bury(self) -> None:
-        """Delete what is left of an ended process. The caller has taken its end to the books."""
+        """Delete the record of an ended process. The caller has recorded the exit."""
         await self.detach()
+        cut("end in the books, still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None
         self._clear()
 
     async def detach(self) -> None:
-        """Let go of the process without touching it: the next supervisor adopts it."""
+        """Stop watching the process, which goes on: the next supervisor adopts it."""
         process, settling = self._process, self._settling
         self._process = self._settling = None
         if process is not None:
-            # First: noticed while the rest is being closed, its end would begin another task.
+            # First: an end that is noticed while the rest is being closed would begin another task.
             process.close()
         if settling is not None:
             settling.cancel()
@@ -427,7 +430,7 @@ class Machine:
             return
         self._verdict = self._verdict or verdict
         if self.never_ran:
-            # Nothing is lost by it; and Ceph would name one that was killed as having its disks open for another 30 s.
+            # Costs nothing before the guest ran; of a killed one Ceph would report the disks as open for another 30 s.
             await self._process.terminate()
         self._process.signal(signal.SIGKILL)
         try:
@@ -458,12 +461,12 @@ class Machine:
         self._settling = asyncio.get_running_loop().create_task(self._settle())
 
     async def _settle(self) -> None:
-        """Name the end, once the last QMP events were heard."""
+        """Classify the end, once the last QMP events have arrived."""
         assert self._process is not None
         self.agent.turn(is_open=False)
         await self._talk.drained()
         if self._caught_up is not None and self._verdict is None and self._process.status.code is None:
-            # A guard kills first, and writes it down then.
+            # A guard kills first, and writes that down afterwards.
             await self._caught_up()
         self._exit = self._verdict or self._classify(self._process.status)
         self._asked |= (self._pressed and self._exit.is_clean) or self._exit.kind is ExitClass.GUARD

@@ -1,6 +1,6 @@
-"""The conversation with one QEMU over QMP: whether it answers, what its run state is, when it is asked again.
+"""The QMP connection of one instance: whether QEMU answers, its run state, and when to ask again.
 
-It decides nothing, and knows of no record: `machine/machine.py` tells it where to connect and who is to answer.
+Decides nothing, and does not know the record: `machine/machine.py` says where to connect and which machine must answer.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ ANSWER_S = 5.0
 """How long one QMP exchange may take. A healthy QEMU answers in milliseconds; a loaded host needs seconds."""
 
 RECONNECT_S = 0.5
-"""Pause between attempts to connect to a QEMU that lives and does not listen."""
+"""Pause between attempts to connect to a living QEMU that does not answer."""
 
 PROBE_GAP_S = 1.0
-"""The least pause between two questions that events raise, whatever a guest does: each costs 1 ms of processor."""
+"""The least pause between two queries because of events, whatever a guest does: each query costs 1 ms of CPU."""
 
 DRAIN_S = 1.0
 """How long the last QMP events may take to arrive after the process has ended."""
@@ -37,16 +37,16 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 
 class Conversation:
-    """With one QEMU after the other, at the same socket; `reset` comes between two of them.
+    """The conversation with one QEMU after the other at the same socket; `reset` comes between two of them.
 
-    `notify` is called, in the event loop, when the connection was lost.
+    `notify` is called, in the event loop, when the connection is lost.
 
     Attributes:
-        run_state: QMP's, as last told; None when never told to this supervisor.
+        run_state: the last run state from QMP; None when QEMU has told this supervisor none.
         connect_at: when the next attempt to connect is due, CLOCK_BOOTTIME.
-        probe_at: when QEMU is to be asked for its run state again.
-        silent_since: since when it owes an answer, None when it answers.
-        argv: its command line: a secret in it stands in no public word, whatever QEMU says back.
+        probe_at: when to ask for the run state again, CLOCK_BOOTTIME.
+        silent_since: since when an answer is missing, CLOCK_BOOTTIME; None while QEMU answers.
+        argv: QEMU's command line; a secret in it is hidden in every message that repeats QEMU's words.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Another QEMU, or none: forget what was told. The connection was closed before."""
+        """Forget everything: there is another QEMU, or none. The connection was closed before."""
         self.run_state: str | None = None
         self.connect_at = 0.0
         self.probe_at = 0.0
@@ -80,16 +80,16 @@ class Conversation:
 
     @property
     def answered(self) -> bool:
-        """Whether QEMU has answered a command on the present connection."""
+        """Whether QEMU has answered a command on this connection."""
         return self._monitor is not None and self._answered
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     async def open(self, uuid: str | None) -> bool:
-        """Connect, if there is no connection; False when that failed, and is to be tried again at `connect_at`.
+        """Connect, unless connected; return False when that failed. The next attempt is due at `connect_at` then.
 
         Args:
-            uuid: of the machine that has to answer; None where that is certain.
+            uuid: the uuid of the machine that must answer; None when the process is our child.
         """
         if self._monitor is not None:
             return True
@@ -110,22 +110,22 @@ class Conversation:
         return False
 
     async def _check_identity(self, expected: str) -> None:
-        """Law 8: who answers at the socket of a process that was found is the machine that was started.
+        """Check that the machine at the socket is the one on record (law 8).
 
         Raises:
-            MonitorLost: another machine does; the connection is closed.
+            MonitorLost: another machine answers; the connection is closed.
         """
         answer = await self.command("query-uuid")
         if answer is not None and answer["UUID"] != expected:
             await self.close()
-            raise MonitorLost(f"machine {answer['UUID']} answers on {self._socket}, this is {expected}")
+            raise MonitorLost(f"machine {answer['UUID']} answers on {self._socket}, but the record says {expected}")
 
     def retry(self) -> None:
-        """Nothing was answered: try again after a pause."""
+        """Try again after a pause."""
         self.connect_at = self._clock.now() + RECONNECT_S
 
     async def drained(self) -> None:
-        """Wait until the last event of a QEMU that has ended was heard, at most `DRAIN_S`."""
+        """Wait until the last event of an ended QEMU has arrived, at most `DRAIN_S`."""
         if self._monitor is not None:
             await self._monitor.drained(DRAIN_S)
 
@@ -145,7 +145,7 @@ class Conversation:
             self.probe_at = on_a_beat(self._clock.now() + PROBE_EVERY_S)
 
     async def command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when it was not done, which is on record then."""
+        """Run a QMP command; return None when QEMU refused it or did not answer, or the connection ended."""
         try:
             return await self.ask(command, arguments)
         except MonitorRefused as error:
@@ -153,10 +153,10 @@ class Conversation:
             return None
 
     async def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; None when there was no answer, which is on record then.
+        """Run a QMP command; return None when QEMU did not answer, or the connection ended.
 
         Raises:
-            MonitorRefused: QEMU's answer is no.
+            MonitorRefused: QEMU refuses the command.
         """
         monitor = self._monitor
         if monitor is None:
@@ -167,7 +167,7 @@ class Conversation:
             self._fell_silent(error)
             return None
         except MonitorLost:
-            # Not before its end was told: the loop would ask again at once, and starve whoever is to tell it.
+            # Wait for `on_lost`: the worker would ask again at once, and the event loop would never come to call it.
             await monitor.drained(DRAIN_S)
             return None
         except MonitorRefused as error:
@@ -179,14 +179,14 @@ class Conversation:
     # --- what is heard ----------------------------------------------------------------------------------------
 
     def hears(self, event: str, data: Mapping[str, Any]) -> bool:
-        """Take note of what an event says of the run state; False when a decision does not depend on it."""
+        """Note what an event says about the run state; return False when no decision depends on the event."""
         match event:
             case "RESUME":
                 self.run_state = RUNNING
             case "GUEST_PANICKED" if data.get("action") != "run":
                 self.run_state = PANICKED
             case "STOP" if self.run_state == PANICKED:
-                # It is ending. QEMU 7.2 has been seen to hang when it was asked for its state just then.
+                # QEMU is ending. QEMU 7.2 has been seen to hang on a `query-status` at that moment.
                 return False
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._raise_question()
@@ -195,7 +195,7 @@ class Conversation:
         return True
 
     def _raise_question(self) -> None:
-        """Have QEMU asked at once, or, where it was just now, a little later."""
+        """Ask for the run state at once, or a little later when it was asked just now."""
         now = self._clock.now()
         if now >= self._raised_at + PROBE_GAP_S:
             self._raised_at, self.probe_at = now, 0.0

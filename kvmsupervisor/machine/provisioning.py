@@ -1,8 +1,8 @@
-"""What a QEMU needs of its host before it is started: taps, boot media, files, a free port, a machine type.
+"""Gets what a QEMU needs from its host before it starts: taps, boot media, files, a free port, a machine type.
 
-In two steps. `prepare` is what takes its time (fetching, making images), and is done before the lock is taken and
-before a start slot is asked for. `open` is what is only worth having for a start that follows at once (descriptors),
-and takes milliseconds. What is missing on the host is `NotReady`: the instance waits, says why, and tries again.
+In two steps. `prepare` takes its time (fetching, making images); it comes before the lock and before a start slot.
+`open` takes milliseconds (descriptors); the start follows at once. `NotReady` says what is missing on the host: the
+instance waits, shows the reason and tries again.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from kvmsupervisor.machine.local_disks import LocalDisks
 from kvmsupervisor.machine.system import System
 
 HOST_RETRY_S = 5.0
-"""Pause before the host is looked at again: how late a bridge that was made is noticed. Cheap: a short program."""
+"""Pause before the next attempt, and so how late a new bridge is noticed. An attempt costs one short program."""
 
 MEDIA_RETRY_S = 10.0
-"""The same for boot media, whose server others use, too. Arbitrary: people who mend it stand and wait."""
+"""The same for boot media. Arbitrary; an operator fixing the server should not wait long."""
 
 START_FILES = 16
-"""What one start opens at most, its taps apart: four sockets, logs, cgroup, pipes of the programs that it runs."""
+"""How many files one start opens at most, without taps: four sockets, logs, cgroup, pipes of its helper programs."""
 
 SPARE_FILES = 16
-"""What stays free beside it, for etcd, HTTP and QMP to connect again. Arbitrary; each of them needs one or two."""
+"""How many more must stay free, so that etcd, HTTP and QMP can reconnect. Arbitrary; each needs one or two."""
 
 ANYWHERE = frozenset({"0.0.0.0", "::"})
-"""Addresses that stand for all addresses of the host."""
+"""Addresses that mean all addresses of the host."""
 
 
 class NotReady(Exception):
     """Something is missing on this host. The message says what, and what would be right.
 
     Attributes:
-        retry_s: how soon it is worth looking again.
+        retry_s: seconds until the next attempt.
     """
 
     def __init__(self, reason: str, retry_s: float) -> None:
@@ -65,12 +65,12 @@ class NotReady(Exception):
 
 @frozen(kw_only=True)
 class Prepared:
-    """What was made ready for one start of one machine.
+    """What `prepare` made for one start.
 
     Attributes:
-        spec: of that machine.
-        ceph_key: path of the file that holds its key to Ceph, None without a disk there.
-        notice: what a person should know about it, None for nothing.
+        spec: the spec that it was made for.
+        ceph_key: path of the file with the Ceph key; None without an RBD disk.
+        notice: what a person should know about it; None for nothing.
     """
 
     spec: Spec
@@ -82,9 +82,9 @@ class Prepared:
 
 
 def foresee(instance: InstanceId, spec: Spec, *, directory: InstanceDir, state_dir: Path) -> Prepared:
-    """What a start would find made ready, as far as that can be told without making it.
+    """What `prepare` would make, as far as that is known without making it.
 
-    Whether user data is Ignition is known once it was fetched here; until then it counts as any other kind.
+    Whether user data is Ignition is known only after a fetch on this host; until then it is taken for another kind.
     """
     ignition = directory.path / media.IGNITION
     is_ignition = spec.cloud_config is not None and ignition.exists()
@@ -106,15 +106,15 @@ def _file_of_variables(state_dir: Path, instance: InstanceId) -> Path:
 
 @frozen(kw_only=True)
 class HostFiles:
-    """Where things are on this host.
+    """Paths and choices of this host.
 
     Attributes:
-        state_dir: folder of what outlives a boot.
-        bridge_helper: QEMU's bridge helper, None to look for it.
-        bridge_owner: as whom bridges are allowed in bridge.conf: a name that no other supervisor has.
-        media_root: folder below which `file:` URLs of user data are allowed, None for nowhere.
-        media_cacert: authorities, beside the system's, that servers of user data are checked against.
-        media_inward: whether redirects of user data may lead to this host's own addresses.
+        state_dir: folder of files that outlive a boot.
+        bridge_helper: QEMU's bridge helper; None to look for it.
+        bridge_owner: the owner in bridge.conf of the lines that allow bridges; no other supervisor has that name.
+        media_root: folder below which `file:` URLs of user data are allowed; None for nowhere.
+        media_cacert: CA certificates, in addition to the system's, for servers of user data.
+        media_inward: whether a redirect of user data may lead to an address of this host.
     """
 
     state_dir: Path
@@ -130,15 +130,15 @@ class Opened:
     """What was opened for one start.
 
     Attributes:
-        ready: what was prepared.
+        ready: the result of `prepare`.
         machine: the versioned machine type.
-        taps: of the NICs.
+        taps: one for each NIC.
         files: descriptors of the disks that are files.
-        tap_names: their interfaces on the host.
-        bridges: that these are plugged into.
-        spice_password: path of that file.
+        tap_names: the names of the taps on the host.
+        bridges: the bridge of each tap.
+        spice_password: path of the file with the SPICE password; None without one.
         home: the cgroup that the process enters.
-        closing: what ends our hold of the descriptors: QEMU has its own then, or nobody has them.
+        closing: closes our descriptors; QEMU has inherited its own by then.
     """
 
     ready: Prepared
@@ -152,7 +152,7 @@ class Opened:
     closing: contextlib.ExitStack
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
-        """All that the command line needs."""
+        """Everything that the command line needs."""
         return Provision(
             run_dir=str(directory.path),
             channels=channels,
@@ -168,15 +168,15 @@ class Opened:
 
 
 class Provisioner:
-    """Makes ready what machines need of this host.
+    """Gets what the QEMUs of this host need.
 
     Args:
-        system: where taps come from, and devices.
-        host: the host's choices.
-        files: where things are.
-        user: whom files for QEMU are given to, None when it runs as we do.
+        system: where taps and device nodes come from.
+        host: the host's part of the command line.
+        files: paths and choices of this host.
+        user: the user that QEMU runs as, and owner of its files; None for the supervisor's own.
         types: the machine types that QEMU knows.
-        homes: cgroups for its processes.
+        homes: cgroups for QEMU processes.
         disks: images in Ceph.
         local_disks: files of this host.
     """
@@ -201,7 +201,7 @@ class Provisioner:
         self._homes = homes
         self._disks = disks
         self._local_disks = local_disks
-        # Invariant: the SPICE servers of the QEMUs that live here, or are being started.
+        # Invariant: the SPICE servers of all QEMUs that live on this host or are being started.
         self._displays: dict[InstanceId, tuple[str, int]] = {}
 
     # --- what takes its time ----------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Provisioner:
     async def prepare(
         self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
     ) -> Prepared:
-        """Look at its disks, make boot media and UEFI variables. Cut off anywhere, it can be done again.
+        """Check the disks, make boot media and UEFI variables. Crash-safe: it can be repeated at any point.
 
         Args:
             instance: which.
@@ -224,7 +224,7 @@ class Provisioner:
             files: the host that has each of its disks that are files, as far as it has run with them.
 
         Raises:
-            NotReady: an image is not as it must be, the user data cannot be had, or a file cannot be written.
+            NotReady: an image is unsuitable, the user data cannot be fetched, or a file cannot be written.
         """
         try:
             directory.create()
@@ -266,7 +266,7 @@ class Provisioner:
     async def _look_at_disks(
         self, instance: InstanceId, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
     ) -> str | None:
-        """Whether its disks can be opened; put the key to images where QEMU reads it. Nothing without an image."""
+        """Check the disks and write the Ceph key where QEMU reads it; return its path, None without an image."""
         try:
             await self._local_disks.check(instance, spec, files)
         except DiskTrouble as error:
@@ -283,7 +283,7 @@ class Provisioner:
             raise NotReady(f"the key to Ceph cannot be kept for QEMU: {said}", HOST_RETRY_S) from error
 
     async def _nvram(self, instance: InstanceId, spec: Spec) -> Nvram:
-        """Where the machine's UEFI variables are. A file is made of the firmware's own when there is none."""
+        """Where the UEFI variables are. Without a file, one is copied from the firmware's template."""
         assert self._host.ovmf is not None
         image = nvram_of(spec)
         if image is not None:
@@ -296,7 +296,7 @@ class Provisioner:
         return Nvram(file=str(file))
 
     async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
-        """Variables in Ceph begin as those that lay on this host before its disk was there, or as the firmware's."""
+        """Make the image of UEFI variables: from this host's file of them, or else from the firmware's template."""
         assert self._host.ovmf is not None
         file = _file_of_variables(self._files.state_dir, instance)
         template = file if file.exists() else Path(self._host.ovmf.variables)
@@ -309,14 +309,14 @@ class Provisioner:
         make_folder(file.parent)
         aside = file.with_name(file.name + ".new")
         aside.unlink(missing_ok=True)
-        # Before there is anything in it, or others could open it meanwhile.
+        # The mode is set while the file is empty, so that no other user can open it meanwhile.
         aside.touch(mode=0o600, exist_ok=False)
         shutil.copyfile(template, aside)
         self._give(aside)
         aside.replace(file)
 
     def _give(self, file: Path) -> None:
-        """Have QEMU's user own it, who may have another number since an upgrade, or be new."""
+        """Give the file to QEMU's user; after an upgrade the user may be new, or have another uid."""
         if self._user is not None:
             os.chown(file, self._user.uid, self._user.gid)
 
@@ -325,17 +325,17 @@ class Provisioner:
     async def open(
         self, instance: InstanceId, incarnation: str, *, ready: Prepared, machine: str | None, directory: InstanceDir
     ) -> Opened:
-        """Open what only a start that follows at once is worth; whoever gets it closes it.
+        """Open what the start needs that follows at once. The caller closes it.
 
         Args:
-            instance: which.
-            incarnation: of the process to come.
-            ready: what `prepare` made for it.
-            machine: the versioned machine type that it was first started with, None to look that up.
-            directory: its run directory.
+            instance: the instance's id.
+            incarnation: the name of the incarnation to start.
+            ready: the result of `prepare`.
+            machine: the versioned machine type of the instance's first start; None to ask QEMU.
+            directory: the instance's folder in the run directory.
 
         Raises:
-            NotReady: a bridge is missing or not allowed, a port is taken, a file or image cannot be made, or opened.
+            NotReady: a bridge is missing or not allowed, a port is in use, or a file or image cannot be made or opened.
         """
         spec = ready.spec
         lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.all_nics) + len(spec.files))
@@ -344,7 +344,7 @@ class Provisioner:
         self._check_display(instance, spec)
         machine = machine or await self._types.versioned(spec.machine)
         if ready.nvram is not None and ready.nvram.rbd is not None:
-            # Not in `prepare`: only whoever holds the lock may make an image.
+            # Not in `prepare`: only the holder of the lock may make an image.
             await self._furnish_variables(instance, ready.nvram.rbd)
         with contextlib.ExitStack() as stack:
             try:
@@ -373,12 +373,12 @@ class Provisioner:
             )
 
     async def _taps(self, spec: Spec) -> AsyncIterator[Tap]:
-        """A tap for each NIC, one after the other: a helper takes milliseconds."""
+        """A tap for each NIC, one after the other: each takes milliseconds."""
         if not spec.all_nics:
             return
         for device in (devices.TUN, devices.VHOST_NET):
             with contextlib.suppress(DeviceTrouble):
-                # Whether it is missed is told by the helper's failure, in words that name the bridge, too.
+                # A missing device makes the helper fail, with a message that names the bridge, too.
                 self._system.ensure_device(device)
         wanted = self._bridges(spec)
         self._system.network.allow_bridges(wanted, owner=self._files.bridge_owner)
@@ -391,7 +391,7 @@ class Provisioner:
         return tuple(bridge for bridge in bridges if bridge is not None)
 
     def _write_password(self, spec: Spec, directory: InstanceDir) -> str | None:
-        """Put the SPICE password where only QEMU reads it; None without one."""
+        """Write the SPICE password where only QEMU reads it; return the path, None without a password."""
         if spec.spice_port is None or spec.spice_password is None:
             return None
         assert spec.spice_password.text is not None
@@ -407,13 +407,13 @@ class Provisioner:
     # --- who is here ------------------------------------------------------------------------------------------
 
     def arrived(self, instance: InstanceId, spec: Spec) -> None:
-        """A QEMU of this machine lives here, or is started now."""
+        """Note that a QEMU of this machine lives on this host or is being started."""
         self._local_disks.arrived(instance, spec)
         if spec.spice_port is not None:
             self._displays[instance] = (spec.spice_addr or self._host.spice_addr, spec.spice_port)
 
     async def left(self, instance: InstanceId) -> None:
-        """It is proven gone."""
+        """Note that the QEMU is proven gone."""
         self._displays.pop(instance, None)
         self._local_disks.left(instance)
         await self._homes.remove(instance)
@@ -426,7 +426,7 @@ class Provisioner:
             overlap = address == its_address or not ANYWHERE.isdisjoint({address, its_address})
             if other != instance and spec.spice_port == its_port and overlap:
                 raise NotReady(
-                    f"spice_port: port {its_port} on {its_address} is that of instance {other}; give one of the two "
+                    f"spice_port: port {its_port} on {its_address} belongs to instance {other}; give one of the two "
                     "another port",
                     HOST_RETRY_S,
                 )
@@ -435,14 +435,14 @@ class Provisioner:
             return
         if trouble == ports.TAKEN:
             raise NotReady(
-                f"spice_port: port {spec.spice_port} on {address} cannot be had: {trouble}; "
+                f"spice_port: port {spec.spice_port} on {address} cannot be used: {trouble}; "
                 "give the instance another port, or end that program",
                 HOST_RETRY_S,
             )
         key = "spice_addr" if spec.spice_addr is not None else "SPICE_ADDR"
         raise NotReady(
-            f"{key}: {address} cannot be listened on ({trouble}): it is an address of this host, such as 127.0.0.1, or "
-            "0.0.0.0 for all of them",
+            f"{key}: {address} cannot be listened on ({trouble}): use an address of this host, such as 127.0.0.1, or "
+            "0.0.0.0 for all addresses",
             HOST_RETRY_S,
         )
 

@@ -1,6 +1,6 @@
-"""Disks that grow under a running QEMU: when they are looked at, and how QEMU and its guest hear of it.
+"""Tells a running QEMU, and through it the guest, that a disk has grown; and when to check the disks again.
 
-An image in Ceph was grown by people, a file is grown by QEMU itself, which knows its format.
+People grow an image in Ceph. QEMU itself grows a file, because it knows the format.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ log = structlog.get_logger(__name__)
 
 
 class Growth:
-    """Of one QEMU.
+    """The growth of one QEMU's images.
 
     Attributes:
-        at: when its disks are to be looked at again; never for a machine without.
+        at: when to check the disks again, CLOCK_BOOTTIME; never for a machine without disks that can grow.
         trouble: what keeps a disk from the size of its key, for people.
     """
 
@@ -35,16 +35,16 @@ class Growth:
         self._ask = ask
 
     def look(self, spec: Spec | None, after_s: float) -> None:
-        """Its disks are to be looked at after some time; nothing for a machine without."""
+        """Have the disks checked after some seconds. Does nothing for a machine without disks that can grow."""
         if spec is not None and (growable(spec) or pinning(spec)):
             self.at = self._clock.now() + after_s
 
     async def tell(self, sizes: Mapping[str, int], files: Mapping[str, tuple[str, FileDisk]]) -> None:
-        """Tell QEMU, and through it the guest, of disks that are larger now, or shall be. None is made less.
+        """Resize the disks in QEMU that have grown, or are to grow. No disk is made smaller.
 
         Args:
             sizes: bytes of images in Ceph, by block node.
-            files: the key of each file that has a size of its own, and the disk as it is wanted, likewise.
+            files: files whose keys have a size, by block node: the key, and the disk as it is wanted.
         """
         trouble = []
         for device in await self._asked("query-block") or ():

@@ -1,4 +1,4 @@
-"""One QEMU process comes to be: its sockets listen, it is put on record, it is started. How, a `Launch` says."""
+"""Starts a QEMU process: makes its listening sockets, writes its record, starts the program as a `Launch` says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
@@ -54,24 +55,24 @@ def spawn(
     on_record: Callable[[Incarnation], None],
     on_end: Callable[[], None],
 ) -> QemuProcess:
-    """Put the incarnation on record, then start QEMU.
+    """Write the record of the incarnation, then start QEMU.
 
     Args:
-        directory: its folder in the run directory; made when it is missing.
-        record: of the process to come, without pid, argv and log offset.
-        build: makes whole what QEMU needs, from the sockets that listen for it.
-        argv: makes the command line of that.
-        home: what the process enters before it becomes QEMU; the caller sees it settled.
+        directory: the instance's folder in the run directory; made when it is missing.
+        record: the record of the process to start, without pid, argv and log offset.
+        build: makes the provision from the listening sockets.
+        argv: makes the command line from the provision.
+        home: the cgroup that the process enters before it becomes QEMU; the caller waits until it has.
         processes: of this host.
-        prefix: below which its keys are.
-        user: that QEMU runs as; None for our own.
-        logs: what it writes its logs into is made there.
-        on_record: called with the whole record once that is written, before there is a process.
+        prefix: `KVM_PREFIX`, for the marks.
+        user: the user that QEMU runs as; None for our own.
+        logs: makes the memory that QEMU logs into.
+        on_record: called with the whole record once it is written, before the process exists.
         on_end: called once when the process has ended.
 
     Raises:
-        SpawnFailed: the program cannot be started; the record is there.
-        OSError: the host is short of something (room, open files, memory): nothing was begun, nothing is on record.
+        SpawnFailed: the program cannot be started. The record exists.
+        OSError: the host lacks disk space, open files or memory. There is no record and no process.
     """
     directory.create()
     with contextlib.ExitStack() as stack:
@@ -92,8 +93,9 @@ def spawn(
         record = replace(record, argv=words, log_offset=directory.log_size())
         try:
             directory.write_incarnation(record)
-            # Not before: what cannot be put on record (no space) was not begun.
+            # Not before: when the record cannot be written (no space), nothing has begun.
             on_record(record)
+            cut("on record, not spawned")
             return processes.spawn(
                 home.wrap(words if user is None else (*user.become(), *words)),
                 environment=marks.environment_of(

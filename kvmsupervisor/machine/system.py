@@ -1,7 +1,7 @@
-"""What a machine reaches outside this program: processes, QMP, its guest's agent, bridges, device nodes, TCP ports.
+"""The ports to the host: processes, QMP, the guest's agent, bridges, device nodes, TCP ports.
 
-A `System` is an argument of all that starts a program or connects to one, as the clock and the store are. `REAL` is the
-one of this host. Tests have another one (`tests/fakes/qemu.py`).
+Code that starts a program or connects to one takes a `System` as an argument, as it takes the clock and the store.
+`REAL` is the system of this host. Tests use another one (`tests/fakes/qemu.py`).
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class QemuProcess(Protocol):
 
     @property
     def pidfd(self) -> int:
-        """-1 once it has ended, or is watched no more."""
+        """The pidfd; -1 once the process has ended or is no longer watched."""
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""
 
     async def terminate(self) -> None:
-        """SIGTERM; returns when it has ended, or after some seconds."""
+        """Send SIGTERM; return when the process has ended, or after some seconds."""
 
     def close(self) -> None:
-        """Stop watching it. The process goes on."""
+        """Stop watching the process, which goes on."""
 
 
 class Processes(Protocol):
@@ -75,22 +75,22 @@ class Processes(Protocol):
         """Find a process again; None when it is gone; raises Hidden."""
 
     def find(self, marks: Mapping[str, str]) -> Iterator[int]:
-        """The pids of all that have these environment variables; raises Hidden."""
+        """The pids of all processes with these environment variables; raises Hidden."""
 
     def having(self, name: str) -> Iterator[int]:
-        """The pids of all that have an environment variable of this name."""
+        """The pids of all processes with an environment variable of this name."""
 
     def is_alive(self, pid: int, starttime: int) -> bool:
         """Whether the process that had this pid and start time lives."""
 
     def starttime_of(self, pid: int) -> int | None:
-        """Clock ticks since boot at which a process started; None when it is gone."""
+        """When a process started, in clock ticks since boot; None when it is gone."""
 
     def environment_of(self, pid: int) -> Mapping[str, str]:
-        """The environment that a process was started with; nothing where that cannot be seen."""
+        """The environment that a process was started with; empty when it cannot be read."""
 
     def command_line_of(self, pid: int) -> tuple[str, ...]:
-        """The words that a process was started with; nothing where it is gone."""
+        """The command line that a process was started with; empty when it is gone."""
 
 
 class QmpConnection(Protocol):
@@ -102,7 +102,7 @@ class QmpConnection(Protocol):
         """Run one command; raises MonitorRefused, MonitorSilent, MonitorLost."""
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until the connection has ended and its last event was handed on."""
+        """Wait until the connection has ended and `on_event` got its last event."""
 
     async def close(self) -> None:
         """End the connection. QEMU goes on."""
@@ -132,27 +132,27 @@ class Network(Protocol):
         """The name of an open tap's interface."""
 
     def allow_bridges(self, bridges: Iterable[str], *, owner: str | None = None) -> tuple[str, ...]:
-        """See to it that taps on these bridges may be had; raises NetworkTrouble."""
+        """Allow taps on these bridges; raises NetworkTrouble."""
 
     def withdraw_bridges(self, wanted: Container[str], *, owner: str) -> tuple[str, ...]:
-        """Take back what was allowed for other bridges than these; raises NetworkTrouble."""
+        """Take back what the owner has allowed for other bridges than these; raises NetworkTrouble."""
 
     def denial_of(self, bridge: str) -> str | None:
-        """Why no guest may be plugged into this bridge; None when an administrator denies nothing."""
+        """Why an administrator denies taps on this bridge; None when nothing denies them."""
 
 
 @frozen(kw_only=True)
 class System:
-    """What a machine reaches outside this program.
+    """The ports to one host.
 
     Attributes:
-        processes: of the host.
-        connect: to the QMP socket of one of them.
-        ask_agent: what a guest's agent says behind the socket at a path; raises AgentSilent.
-        network: its taps and bridges.
-        index_of: the index of a network interface; None when the host has none of that name.
-        ensure_device: makes a device node where it is missing; True when it did; raises DeviceTrouble.
-        port_trouble: why a server cannot listen at an address and a TCP port; None when it can.
+        processes: the processes of the host.
+        connect: connects to a QMP socket.
+        ask_agent: asks the guest's agent at the socket of that path; raises AgentSilent.
+        network: taps and bridges.
+        index_of: returns the index of a network interface; None when there is no interface of that name.
+        ensure_device: makes a device node if it is missing, and returns whether it did; raises DeviceTrouble.
+        port_trouble: returns why a server cannot listen at an address and a TCP port; None when it can.
     """
 
     processes: Processes
@@ -173,4 +173,4 @@ REAL = System(
     ensure_device=devices.ensure,
     port_trouble=ports.trouble_with,
 )
-"""This host itself."""
+"""The host that this program runs on."""

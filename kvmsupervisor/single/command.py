@@ -115,6 +115,10 @@ class UnknownImages:
         """Shut out what is on record."""
         await self._storage.fence(addresses)
 
+    async def shut_out(self, addresses: Collection[str]) -> tuple[str, ...]:
+        """Those of what is on record that are shut out."""
+        return await self._storage.shut_out(addresses)
+
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         """Of the images that are known: there are none."""
         return ()

@@ -126,13 +126,14 @@ class Dispatch:
             changed: whose keys or lock differ.
             fresh: somebody has just written them.
         """
-        for name in self._namesakes.heard(changed) & self._instances.keys():
+        for name in sorted(self._namesakes.heard(changed) & self._instances.keys()):
             self._instances[name].notify()
         if not self._listed:
             return
         if any(b"hosts" in self._wishes.keys_of(name) for name in changed):
             self._on_candidates()
-        ours = {name for name in changed if name in self._instances or self._is_ours(name)}
+        # In the order of their ids: who is told, and started, first does not depend on how Python hashes names.
+        ours = sorted(name for name in changed if name in self._instances or self._is_ours(name))
         wishes = {name: self._wish(name) for name in ours}
         held = self._judge_orders(wishes) | self._judge_removals(wishes)
         for name, wish in wishes.items():
@@ -154,7 +155,7 @@ class Dispatch:
     def let_go(self, freed: Set[InstanceId]) -> None:
         """An operator has confirmed these removals."""
         self._release(freed)
-        for name in freed & self._instances.keys():
+        for name in sorted(freed & self._instances.keys()):
             self._instances[name].update(self._wish(name), held=False, fresh=False)
 
     def links_differ(self, changed: Set[int]) -> None:

@@ -27,6 +27,7 @@ from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
+from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.start import WATCH_EVERY_S, need_mib
 
@@ -145,7 +146,7 @@ class Failover:
                     place=rank,
                 )
             )
-        return found
+        return sorted(found, key=lambda orphan: orphan.id)
 
     async def _consider(self, orphan: _Orphan) -> None:
         """Take it, if it is time, this host has room and may run it, and its disks are not in use, or for too long.
@@ -209,6 +210,7 @@ class Failover:
                 Delete(placement_key) if wish.host == around.me else Put(placement_key, placed.to_json()),
             ],
         )
+        await point("placed and taken over")
         if result.succeeded:
             around.metrics.took_over()
             log.warning(

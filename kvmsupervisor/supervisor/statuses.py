@@ -57,6 +57,6 @@ class Statuses:
 
     def _drop(self) -> None:
         """Take away those of instances that are gone."""
-        for name in self._publisher.ids() - self._instances.keys() if self._drops else ():
+        for name in sorted(self._publisher.ids() - self._instances.keys()) if self._drops else ():
             if not self._wishes.keys_of(name):
                 self._publisher.forget(name)

@@ -16,7 +16,7 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, disk_size, file_name, size_text, too_small
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import Disk, RawValue, RbdDisk, Spec, Wish, pending, spec_from_object, spec_to_object
-from kvmsupervisor.domain.storage import images_of, names_of, pinning, sized, storage_of
+from kvmsupervisor.domain.storage import files_elsewhere, images_of, names_of, pinning, sized, storage_of
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.wishes import parse_wish
 
@@ -194,3 +194,12 @@ def test_qemu_opens_no_file_by_name() -> None:
         "read-only": True,
         "file": {"driver": "file", "filename": "/dev/fdset/97470001", "locking": "on", "read-only": True},
     }
+
+
+def test_whose_host_has_them() -> None:
+    """Law: a file that the machine ran with on another host is named, others are not."""
+    spec = machine(FileDisk("a.raw"), FileDisk("b.raw"), FileDisk("c.raw", ro=True))
+    files = {"file:a.raw": "alpha", "file:c.raw": "alpha"}
+    assert files_elsewhere(spec, files, "beta") == {"disk/0": "alpha"}
+    assert files_elsewhere(spec, files, "alpha") == {}
+    assert files_elsewhere(spec, None, "beta") == {}

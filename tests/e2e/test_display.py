@@ -81,7 +81,7 @@ def test_two_of_one_port(keys: Keys, host: Host, tiny: str) -> None:
     keys.machines(host.name, "first", **wishes)
     first = host.wait_running("first")["first"]
     keys.machines(host.name, "second", **wishes)
-    expected = f"port {port} on {LOCALHOST} is that of instance first"
+    expected = f"port {port} on {LOCALHOST} belongs to instance first"
     status = host.wait_for("second", lambda s: s.phase is Phase.WAITING and "spice_port" in s.reason)
     assert expected in status.reason
     keys.wait_status("second", lambda s: expected in s.reason)
@@ -95,7 +95,7 @@ def test_two_of_one_port(keys: Keys, host: Host, tiny: str) -> None:
     host.wait_running("second")
     assert link(LOCALHOST, port) is LinkResult.OK
     keys.put("first", power="on")
-    host.wait_for("first", lambda s: s.phase is Phase.WAITING and "is that of instance second" in s.reason)
+    host.wait_for("first", lambda s: s.phase is Phase.WAITING and "belongs to instance second" in s.reason)
 
 
 def test_every_address_is_each_of_them(keys: Keys, host: Host, tiny: str) -> None:

@@ -67,6 +67,12 @@ class FakeStorage:
         for names in self.watching.values():
             names.difference_update(addresses)
 
+    async def shut_out(self, addresses: Collection[str]) -> tuple[str, ...]:
+        if not addresses:
+            return ()
+        self._ask()
+        return tuple(address for address in addresses if address in self.fenced)
+
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         return self._named(self.users_of, images)
 

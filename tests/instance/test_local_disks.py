@@ -218,3 +218,25 @@ async def test_only_want_of_room_ends_by_itself(host: Host) -> None:
     await host.clock.advance(LOOK_EVERY_S * 3)
     assert qemu.run_state == "paused"
     assert qemu.commands.count("cont") == 1
+
+
+async def test_a_disk_is_made_once(host: Host) -> None:
+    """What it has run with is not new: where the file is missing, no empty one takes its place, not even elsewhere."""
+    host.wish(**{DISK: "file:a.raw size=1M"})
+    host.begin()
+    await host.runs()
+    assert host.status.files == {"file:a.raw": "a"}
+    host.put(power="off-now")
+    await host.until(lambda: host.status.phase is Phase.STOPPED)
+    await host.told()
+    (folder(host) / "a.raw").unlink()
+    await host.die()
+    host.begin()
+    host.put(power="on")
+    await host.clock.advance(10.0)
+    assert len(host.qemus.all) == 1
+    assert "the machine ran with it on a" in host.status.reason
+    assert not (folder(host) / "a.raw").exists()
+    host.put(**{DISK: "file:b.raw size=1M"})
+    await host.runs()
+    assert host.status.files == {"file:b.raw": "a"}

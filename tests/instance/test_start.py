@@ -177,7 +177,7 @@ async def test_a_port_that_is_taken_is_waited_for(host: Host) -> None:
     host.begin()
     await host.clock.advance(60.0)
     assert host.status.phase is Phase.WAITING
-    assert "port 5901 on 127.0.0.1 cannot be had" in host.status.reason
+    assert "port 5901 on 127.0.0.1 cannot be used" in host.status.reason
     host.qemus.network.taken.clear()
     await host.runs()
 

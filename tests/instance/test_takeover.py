@@ -262,6 +262,24 @@ async def test_a_lock_that_is_taken_over_meanwhile_is_not_released(host: Host) -
     assert host.lock == meanwhile
 
 
+@pytest.mark.parametrize("shut_out", [True, False])
+async def test_a_lock_is_not_written_again_for_who_was_shut_out(host: Host, shut_out: bool) -> None:
+    """Laws 4 and 8: a guest whose lock is gone, and which another host has shut out meanwhile, never writes again."""
+    host.wish(rbd=IMAGE)
+    host.begin()
+    first = await host.runs()
+    await host.die()
+    if shut_out:
+        await host.fencing.fence([address_of(first.pid)])
+    # Taken over, let go of and removed there, then wished for here again: nothing is left that tells of it.
+    host.etcd.erase(LOCK_KEY, LAYOUT.status_key(ONE))
+    host.begin()
+    again = await host.runs()
+    assert (again is first) is not shut_out
+    assert host.lock is not None
+    assert host.lock.clients == (address_of(again.pid),)
+
+
 async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> None:
     """Law 9: an end in order leaves nothing, so a stop asks nothing of storage."""
     host.wish(rbd=IMAGE)

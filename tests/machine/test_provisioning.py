@@ -115,7 +115,7 @@ class Bench:
         return RunDir(self.path).instance(instance)
 
     async def prepare(self, spec: Spec) -> Prepared:
-        return await self.provisioner.prepare(ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory())
+        return await self.provisioner.prepare(ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory(), files={})
 
     async def open(self, spec: Spec, instance: InstanceId = ONE, machine: str | None = None) -> Opened:
         ready = Prepared(spec=spec)
@@ -274,7 +274,7 @@ async def test_a_port_that_is_another_instances(bench: Bench) -> None:
     spec = replace(TINY, spice_port=free_port())
     bench.provisioner.arrived(TWO, spec)
     refusal = await bench.refused(spec)
-    assert f"port {spec.spice_port} on 127.0.0.1 is that of instance two" in str(refusal)
+    assert f"port {spec.spice_port} on 127.0.0.1 belongs to instance two" in str(refusal)
     assert refusal.retry_s == HOST_RETRY_S
     await bench.provisioner.left(TWO)
     (await bench.open(spec)).closing.close()
@@ -320,7 +320,7 @@ async def test_a_port_that_is_another_programs(bench: Bench) -> None:
         listener.listen(1)
         port = listener.getsockname()[1]
         refusal = await bench.refused(replace(TINY, spice_port=port))
-    assert f"port {port} on 127.0.0.1 cannot be had: another program listens there" in str(refusal)
+    assert f"port {port} on 127.0.0.1 cannot be used: another program listens there" in str(refusal)
     (await bench.open(replace(TINY, spice_port=port))).closing.close()
 
 

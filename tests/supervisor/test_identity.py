@@ -493,8 +493,8 @@ async def test_what_cannot_be_read_and_has_ended(bench: Bench) -> None:
     status = bench.status("1")
     assert status is not None
     assert (status.phase, status.pid) == (Phase.WAITING, None)
-    assert "no QEMU of it is found" in status.reason
-    assert "delete that file" in status.reason
+    assert "no QEMU is found for it" in status.reason
+    assert "delete the file" in status.reason
     path.unlink()
     await bench.clock.advance(60.0)
     assert len(bench.of("1")) == 1

@@ -278,7 +278,8 @@ class Host:
     async def close(self) -> None:
         if not self.dead:
             await self.die()
-        self.around.logs.close()  # its thread writes below the path
+        if hasattr(self, "around"):  # otherwise it never began
+            self.around.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
     async def _recorded_for(self, client: str) -> InstanceId | None:

@@ -1,0 +1,124 @@
+"""Plays histories: `python -m tests.simulation --seed 7 --steps 12`, `--seeds 1-500`, `--seed 7 --shrink`.
+
+Exit status 1 when something was violated. docs/reliability.md, "Simulation".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import pytest
+
+from tests.simulation.mutants import MUTANTS
+from tests.simulation.points import POINTS
+from tests.simulation.run import Played, play
+from tests.simulation.shrink import shrink
+
+STEPS = 16
+"""Acts of a history when nothing else is said."""
+
+
+def _numbers(text: str) -> list[int]:
+    """`3,5,9` or `1-500`, as numbers."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _one(seed: int, steps: int, only: list[int] | None, *, trace: bool) -> int:
+    played = play(seed, steps=steps, only=only, keep=None if trace else 0)
+    if trace:
+        print("\n".join(played.trace))
+    for number, act in enumerate(played.acts):
+        if only is None or number in only:
+            print(f"{number:3}: {act}")
+    print(f"{played.steps} steps, {played.virtual_s:.0f} virtual seconds, {dict(played.counts)}")
+    print(f"digest {played.digest}")
+    for violation in played.violations:
+        print(f"VIOLATION {violation}")
+    return 1 if played.violations else 0
+
+
+def _shrink(seed: int, steps: int) -> int:
+    """Find the acts that a violation needs, and the command that plays them."""
+    played = play(seed, steps=steps)
+    if not played.violations:
+        print("nothing was violated")
+        return 0
+    law = played.violations[0].law
+
+    def breaks(only: frozenset[int]) -> bool:
+        return any(one.law == law for one in play(seed, steps=steps, only=only).violations)
+
+    left = sorted(shrink(frozenset(range(steps)), breaks))
+    named = ",".join(map(str, left)) or "none"
+    print(f"[{law}] needs {len(left)} of {steps} acts: --seed {seed} --steps {steps} --acts {named}")
+    return _one(seed, steps, left, trace=True)
+
+
+def _many(seeds: list[int], steps: int, workers: int) -> int:
+    begun = time.monotonic()
+    counts: Counter[str] = Counter()
+    reached: Counter[str] = Counter()
+    bad, done, virtual_s, work = 0, 0, 0.0, 0
+    for seed, played in zip(seeds, _all(seeds, steps, workers), strict=True):
+        done += 1
+        virtual_s += played.virtual_s
+        work += played.steps
+        counts.update(played.counts)
+        reached.update(played.reached)
+        if played.violations:
+            bad += 1
+            print(f"seed {seed}: {played.violations[0]}", flush=True)
+    took_s = time.monotonic() - begun
+    print(
+        f"{done} histories, {bad} with a violation, in {took_s:.0f} s: {60 * done / took_s:.0f} a minute, "
+        f"{virtual_s / 60 / took_s:.1f} virtual minutes a second, {work} steps"
+    )
+    print(", ".join(f"{name}: {number}" for name, number in sorted(counts.items())))
+    print(f"failpoints reached: {len(reached)} of {len(POINTS)}, never: {sorted(set(POINTS) - set(reached))}")
+    return 1 if bad else 0
+
+
+def _all(seeds: list[int], steps: int, workers: int) -> Iterator[Played]:
+    if workers == 1:
+        yield from (play(seed, steps=steps) for seed in seeds)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(partial(play, steps=steps), seeds, chunksize=8)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seed", type=int, help="play this one, and tell what happened")
+    parser.add_argument("--seeds", type=_numbers, help="play these (1-500, or 3,5,9), and tell what was violated")
+    parser.add_argument("--steps", type=int, default=STEPS, help="how many acts a history has")
+    parser.add_argument("--acts", help="only these of its acts happen (numbers, or none)")
+    parser.add_argument("--trace", action="store_true", help="print all that happened")
+    parser.add_argument("--shrink", action="store_true", help="find the acts that the violation needs")
+    parser.add_argument("--mutant", choices=sorted(MUTANTS), help="plant this fault first")
+    parser.add_argument("--workers", type=int, default=1, help="processes that play --seeds")
+    told = parser.parse_args()
+    if told.mutant is not None:
+        MUTANTS[told.mutant](pytest.MonkeyPatch())
+    if told.seeds is not None:
+        return _many(told.seeds, told.steps, told.workers)
+    if told.seed is None:
+        parser.error("--seed or --seeds is needed")
+    if told.shrink:
+        return _shrink(told.seed, told.steps)
+    only = None if told.acts is None else [] if told.acts == "none" else _numbers(told.acts)
+    return _one(told.seed, told.steps, only, trace=told.trace)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The outer world of one supervisor, made of fakes, and the random numbers that everybody draws."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+from typing import Never
+
+import pytest
+
+from kvmsupervisor.adapters.ceph import Ceph
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.links import Links
+from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.cluster.fencing import CephFencing
+from kvmsupervisor.instance.assembly import REAL, Outside
+from kvmsupervisor.machine.guest_logs import GuestLogs, MachineLogs
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.system import System
+from tests.support.host import KnownTypes
+
+
+class QuietLinks(Links):
+    """No network interfaces, and no news of any."""
+
+    def __init__(self, on_change: Callable[[Set[int]], None]) -> None:
+        super().__init__(on_change)
+        self.all = {}
+
+    async def run(self) -> Never:
+        while True:
+            await asyncio.Event().wait()
+
+
+class QuietMachineLogs(MachineLogs):
+    """Logs of a machine that says nothing."""
+
+    def begin(self) -> tuple[int, int]:
+        null = _null()
+        return null, null
+
+    def adopt(self, argv: Sequence[str], *, pid: int, pidfd: int) -> None:
+        pass
+
+    def look(self) -> int:
+        return 0
+
+    def tail(self, offset: int) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class QuietLogs(GuestLogs):
+    """Logs without a thread, without memory of the kernel's, and without a file."""
+
+    def of(self, directory: InstanceDir) -> MachineLogs:
+        return QuietMachineLogs(directory, logs=self)
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+_opened: list[int] = []
+
+
+def _null() -> int:
+    """A descriptor for what nobody reads: one for all histories of this process."""
+    if not _opened:
+        _opened.append(os.open(os.devnull, os.O_WRONLY))
+    return _opened[0]
+
+
+def outside(
+    *,
+    clock: Clock,
+    system: System,
+    jitter: Callable[[], float],
+    boot_id: str,
+    machine_id: str,
+    connect: Callable[[], Store],
+    ceph: Callable[[], Ceph],
+) -> Outside:
+    """What one supervisor is given instead of the world."""
+    return replace(
+        REAL,
+        clock=clock,
+        jitter=jitter,
+        system=system,
+        boot_id=lambda: boot_id,
+        machine_id=lambda: machine_id,
+        connect=lambda config: connect(),
+        links=QuietLinks,
+        logs=lambda clock, settings: QuietLogs(clock=clock),
+        machine_types=lambda qemu: KnownTypes(),
+        disks=lambda access, allow_unfenced: Disks(ceph(), allow_unfenced=allow_unfenced),
+        fencing=lambda access, allow_unfenced: CephFencing(ceph(), allow_unfenced=allow_unfenced),
+    )
+
+
+@contextmanager
+def drawn(chance: Random) -> Iterator[None]:
+    """Have names of incarnations, and all other random numbers of this process, come from the seed."""
+    before = random.getstate()
+    with pytest.MonkeyPatch.context() as patch:
+        # uuid4 asks the kernel for them.
+        patch.setattr(os, "urandom", chance.randbytes)
+        random.seed(chance.random())
+        try:
+            yield
+        finally:
+            random.setstate(before)

@@ -1,0 +1,104 @@
+"""The failpoints of the program, and what a history does at them: kill, freeze, or let a step fail."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvmsupervisor import failpoints
+from kvmsupervisor.adapters.etcd import Unavailable
+from kvmsupervisor.domain.view import Action
+from tests.simulation.loop import LIFE, WORLD, context_of
+from tests.support.checkout import ROOT
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+
+def _named(call: str) -> Iterator[str]:
+    """The names that stand in the program's text."""
+    for path in sorted((ROOT / "kvmsupervisor").rglob("*.py")):
+        yield from re.findall(rf'\b{call}\("([^"]+)"\)', path.read_text())
+
+
+CUTS = tuple(_named("cut"))
+"""Points at which nobody waits."""
+
+POINTS = (*(f"before {action.name}" for action in Action if action is not Action.FORGET), *_named("point"), *CUTS)
+"""All of them."""
+
+
+class Way(Enum):
+    """What happens at a point."""
+
+    KILL = "kill"
+    FREEZE = "freeze"
+    FAIL = "fail"
+
+
+class Killed(BaseException):
+    """Leaves a step that does not wait: its supervisor is dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """What happens the next time that a host comes to a point."""
+
+    host: str
+    way: Way
+    for_s: float
+
+
+@contextmanager
+def listening(world: World) -> Iterator[None]:
+    """Count who comes to which point in this world, and do there what is armed."""
+
+    def reached(name: str) -> Awaitable[None] | None:
+        life = LIFE.get()
+        if world.over or life is WORLD:
+            return None
+        world.reached[name] += 1
+        armed = world.armed.get(name)
+        if armed is None or not life.name.startswith(f"{armed.host}#"):
+            return None
+        del world.armed[name]
+        return _meet(world, name, armed)
+
+    before, failpoints.reached = failpoints.reached, reached
+    try:
+        yield
+    finally:
+        failpoints.reached = before
+
+
+def _meet(world: World, name: str, armed: Armed) -> Awaitable[None] | None:
+    host = world.host(armed.host)
+    world.trace.add("point", f"{armed.way.value} {armed.host} at {name!r}")
+    match armed.way:
+        case Way.KILL:
+            host.kill()
+            world.loop.call_later(armed.for_s, host.start, context=context_of(WORLD))
+            if name in CUTS:
+                raise Killed(name)
+            return _never()
+        case Way.FREEZE:
+            host.freeze_supervisor(on=True)
+            thaw = lambda: host.freeze_supervisor(on=False)  # noqa: E731
+            world.loop.call_later(armed.for_s, thaw, context=context_of(WORLD))
+            return None if name in CUTS else asyncio.sleep(0)
+        case Way.FAIL:
+            return None if name in CUTS else _fail(name)
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+async def _fail(name: str) -> None:
+    await asyncio.sleep(0)
+    raise Unavailable(f"failpoint {name!r}")

@@ -1,0 +1,276 @@
+"""One host's QEMU processes in virtual time: `tests.fakes.qemu`, with the time that QMP takes, and lives.
+
+What a QEMU tells reaches a supervisor in its own callbacks: a frozen one hears it later, a dead one never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from kvmsupervisor.adapters.process import Hidden, SpawnFailed
+from kvmsupervisor.adapters.qmp import MonitorLost, MonitorSilent
+from kvmsupervisor.domain.ceph import Client
+from kvmsupervisor.domain.exits import WaitStatus
+from tests.fakes.qemu import FakeMonitor, FakeProcess, FakeQemu, FakeQemus, OnEvent, listening
+from tests.simulation.ceph import CephCluster
+from tests.simulation.clock import SimClock
+from tests.simulation.loop import LIFE, Life
+
+QMP_S = 0.02
+"""The longest time one way of QMP takes."""
+
+BOOT_S = 0.05
+"""The longest time a QEMU takes until it has opened its disks, and greets."""
+
+
+class Watcher(Protocol):
+    """Who is told what is done to QEMUs."""
+
+    def spawned(self, qemu: SimQemu) -> None: ...
+    def continued(self, qemu: SimQemu) -> None: ...
+    def ended_by_us(self, qemu: SimQemu, how: str) -> None: ...
+    def ended(self, qemu: SimQemu) -> None: ...
+
+
+def image_of(instance: str) -> str | None:
+    """The image in Ceph of an instance of the simulation: its id's first letter says what disk it has."""
+    return f"rbd/{instance}" if instance.startswith("r") else None
+
+
+class SimQemu(FakeQemu):
+    """One process.
+
+    Attributes:
+        host: the name of its host.
+        client: its address in Ceph.
+        since: when it was spawned, virtual time.
+        ran_at: when its guest was let run first; None while it was not.
+        bears: whose command ended it, as far as a supervisor did.
+    """
+
+    def __init__(
+        self,
+        kernel: SimQemus,
+        pid: int,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        listening: Mapping[int, Path],
+    ) -> None:
+        super().__init__(kernel, pid, argv, environment, listening)
+        self.kernel = kernel
+        self.host = kernel.name
+        self.client = Client(f"192.0.2.{kernel.number}:0/{pid}")
+        self.since = asyncio.get_running_loop().time()
+        self.ready_at = kernel.clock.now() + kernel.chance.random() * BOOT_S
+        self.ran_at: float | None = None
+        self.bears: list[str] = []
+
+    @property
+    def incarnation(self) -> str:
+        return self.environment["KVMSUPERVISOR_INCARNATION"]
+
+    @property
+    def writes(self) -> bool:
+        """Whether its guest runs, and storage lets it write."""
+        if not self.alive or self.run_state != "running":
+            return False
+        return image_of(self.instance) is None or not self.kernel.ceph.is_shut_out(self.client)
+
+    def event(self, name: str, **data: Any) -> None:
+        for monitor in tuple(self._clients):
+            assert isinstance(monitor, SimMonitor)
+            monitor.hear(name, data)
+
+    def end(self, status: WaitStatus) -> None:
+        if not self.alive:
+            return
+        self.status = status
+        if status.code == 0:
+            self.kernel.ceph.close(self.client)
+        else:
+            self.kernel.ceph.vanish(self.client)
+        self.kernel.watcher.ended(self)
+        for monitor in tuple(self._clients):
+            assert isinstance(monitor, SimMonitor)
+            monitor.hear_end()
+        self._call_line()
+        for process in tuple(self._processes):
+            assert isinstance(process, SimProcess)
+            process.hear_end()
+
+    def fail_to_write(self) -> None:
+        """Its guest writes to a disk that it is shut out of: QEMU stops it (`werror=stop`)."""
+        if self.alive and self.run_state == "running" and self.kernel.ceph.is_shut_out(self.client):
+            self.run_state = "io-error"
+            self.event("BLOCK_IO_ERROR", action="stop")
+            self.event("STOP")
+
+    def vanish(self) -> None:
+        """The host's power is gone: no process, and nothing is told."""
+        if self.alive:
+            self.status = WaitStatus(signal=9)
+            self.kernel.ceph.vanish(self.client)
+            self._clients.clear()
+            self._processes.clear()
+            self.kernel.watcher.ended(self)
+
+    async def serve(self, path: Path, on_event: OnEvent, on_lost: Callable[[], None], until: float) -> FakeMonitor:
+        clock = self.kernel.clock
+        await clock.sleep_until(self.ready_at)
+        while self.alive and (self.frozen or any(client.path == path for client in self._clients)):
+            turn = asyncio.Event()
+            self._line.append(turn)
+            if not await clock.wait(turn, until):
+                raise MonitorSilent(f"QEMU did not greet on {path}")
+        if not self.alive:
+            raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
+        return SimMonitor(self, self.kernel, path, on_event, on_lost)
+
+    def _do(self, command: str) -> None:
+        if command in {"quit", "system_powerdown"}:
+            self.kernel.watcher.ended_by_us(self, command)
+        super()._do(command)
+
+    def _cont(self) -> None:
+        before = self.run_state
+        super()._cont()
+        if before != self.run_state:
+            image = image_of(self.instance)
+            if image is not None:
+                self.kernel.ceph.write(image, self.client)
+            if self.ran_at is None:
+                self.ran_at = asyncio.get_running_loop().time()
+            self.kernel.watcher.continued(self)
+
+
+class SimProcess(FakeProcess):
+    """Tells its end in the life that asked for it."""
+
+    def __init__(self, qemu: FakeQemu, on_end: Callable[[], None], *, is_child: bool) -> None:
+        super().__init__(qemu, on_end, is_child=is_child)
+        self.context = contextvars.copy_context()
+        self.life = LIFE.get()
+
+    def signal(self, number: int) -> None:
+        qemu = self._qemu
+        assert isinstance(qemu, SimQemu)
+        if qemu.alive:
+            qemu.kernel.watcher.ended_by_us(qemu, signal.Signals(number).name)
+        super().signal(number)
+
+    def hear_end(self) -> None:
+        asyncio.get_running_loop().call_soon(self.end, context=self.context)
+
+
+class SimMonitor(FakeMonitor):
+    """A QMP connection that takes time."""
+
+    def __init__(
+        self, qemu: SimQemu, host: SimQemus, path: Path, on_event: OnEvent, on_lost: Callable[[], None]
+    ) -> None:
+        super().__init__(qemu, host, path, on_event, on_lost)
+        self.context = contextvars.copy_context()
+        self.life = LIFE.get()
+        self._chance = host.chance
+
+    def hear(self, name: str, data: Mapping[str, Any]) -> None:
+        asyncio.get_running_loop().call_soon(self._heard, name, data, context=self.context)
+
+    def _heard(self, name: str, data: Mapping[str, Any]) -> None:
+        if not self._lost.is_set():
+            self.on_event(name, data)
+
+    def hear_end(self) -> None:
+        asyncio.get_running_loop().call_soon(self.lose, context=self.context)
+
+    async def execute(self, command: str, arguments: object = None, *, timeout_s: float = 5.0) -> Any:
+        await asyncio.sleep(self._chance.random() * QMP_S)
+        answer = await super().execute(command, arguments, timeout_s=timeout_s)
+        await asyncio.sleep(self._chance.random() * QMP_S)
+        if self._lost.is_set():
+            raise MonitorLost(f"QMP connection ended during {command}")
+        return answer
+
+
+class SimQemus(FakeQemus):
+    """The kernel of one host: it sees its own processes only.
+
+    Args:
+        name: of the host.
+        number: of the host, for addresses.
+        clock: its clock.
+        ceph: the cluster's.
+        chance: for the time that things take.
+        watcher: told of what happens.
+    """
+
+    def __init__(
+        self, name: str, number: int, *, clock: SimClock, ceph: CephCluster, chance: Random, watcher: Watcher
+    ) -> None:
+        super().__init__(clock)  # type: ignore[arg-type]
+        self.name = name
+        self.number = number
+        self.ceph = ceph
+        self.chance = chance
+        self.watcher = watcher
+        self.hidden: set[int] = set()
+        self.next_words: list[str] = []
+
+    @property
+    def living(self) -> list[SimQemu]:
+        return [qemu for qemu in self.all if isinstance(qemu, SimQemu) and qemu.alive]
+
+    def forget(self, life: Life) -> None:
+        """A supervisor is gone, with its connections and its pidfds."""
+        for qemu in self.living:
+            for client in tuple(qemu._clients):
+                if isinstance(client, SimMonitor) and client.life is life:
+                    qemu.detach(client)
+            qemu._processes = [one for one in qemu._processes if isinstance(one, SimProcess) and one.life is not life]
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log_fd: int,
+        pass_fds: Sequence[int],
+        on_end: Callable[[], None],
+        stdin: int | None = None,
+    ) -> FakeProcess:
+        if self.no_program is not None:
+            raise SpawnFailed(self.no_program)
+        words = self.next_words.pop() if self.next_words else None
+        qemu = SimQemu(self, next(self._pids), argv, environment, listening(pass_fds))
+        qemu.words = words
+        self.all.append(qemu)
+        self.watcher.spawned(qemu)
+        process = SimProcess(qemu, on_end, is_child=True)
+        image = image_of(qemu.instance)
+        if image is not None:
+            self.ceph.open(image, qemu.client)
+        if words is not None:
+            qemu.end(WaitStatus(code=1))
+        return process
+
+    def reopen(
+        self, pid: int, *, starttime: int | None, marks: Mapping[str, str], on_end: Callable[[], None]
+    ) -> FakeProcess | None:
+        for qemu in self.living:
+            if qemu.pid == pid and starttime in (None, qemu.starttime) and marks.items() <= qemu.environment.items():
+                if pid in self.hidden:
+                    raise Hidden(f"process {pid} cannot be seen")
+                return SimProcess(qemu, on_end, is_child=False)
+        return None
+
+    async def connect(
+        self, path: str, *, on_event: OnEvent, on_lost: Callable[[], None], timeout_s: float
+    ) -> FakeMonitor:
+        await asyncio.sleep(self.chance.random() * QMP_S)
+        return await super().connect(path, on_event=on_event, on_lost=on_lost, timeout_s=timeout_s)
