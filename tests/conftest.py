@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.ceph import ceph, ceph_image
 from tests.support.etcd import etcd_alone, etcd_cluster, etcd_prefix, etcd_server
-from tests.support.guest import agent_options, guest, heart
+from tests.support.guest import agent_options, guest, heart, writer
 from tests.support.net import lan, netns
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "heart",
     "lan",
     "netns",
+    "writer",
 ]
 
 # A shell starts what it puts into the background with SIGINT ignored, and programs started from there inherit that:

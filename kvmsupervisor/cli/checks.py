@@ -278,7 +278,7 @@ def _used_twice(cluster: Cluster) -> Iterator[Finding]:
     yield from _duplicates(
         cluster,
         "rbd",
-        lambda host, spec: str(spec.rbd) if spec.rbd is not None else None,
+        lambda host, spec: spec.rbd.name if spec.rbd is not None else None,
         "an image of its own for each instance: two writers destroy an image",
     )
     yield from _duplicates(

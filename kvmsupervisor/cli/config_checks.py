@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmsupervisor.config.load import SettingProblem
-from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.settings import DISK_DIR, Settings
 
 NETWORK = Path("/sys/class/net")
 
@@ -32,6 +32,7 @@ def problems_here(settings: Settings, *, network: Path = NETWORK) -> list[Settin
         *_bridge(settings.bridge_if, network),
         *_folder("KVM_RUN_DIR", settings.run_dir),
         *_folder("KVM_STATE_DIR", settings.state_dir),
+        *_disk_dir(settings.disk_dir),
         *_media_root(settings.media_root),
         *_ceph_conf(settings.ceph_conf),
     ]
@@ -86,6 +87,13 @@ def _media_root(path: Path | None) -> Iterator[SettingProblem]:
     if path is not None and not path.is_dir():
         found = "which is no folder" if os.path.lexists(path) else "which does not exist"
         yield SettingProblem("KVM_MEDIA_ROOT", f"{str(path)!r}, {found}", "a folder that holds user data")
+
+
+def _disk_dir(path: Path) -> Iterator[SettingProblem]:
+    # The default one is made when a machine needs it; one that was named has to be there.
+    if path != DISK_DIR and not path.is_dir():
+        found = "which is no folder" if os.path.lexists(path) else "which does not exist"
+        yield SettingProblem("KVM_DISK_DIR", f"{str(path)!r}, {found}", "a folder for disks, its file system mounted")
 
 
 def _ceph_conf(path: Path | None) -> Iterator[SettingProblem]:

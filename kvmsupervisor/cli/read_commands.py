@@ -176,6 +176,7 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
         channels=Channels(qmp=3, spare=4, console=5, agent=6, console_log=7),
         machine=None if status is None or status.machine_key != spec.machine else status.machine,
         taps=tuple(TapFds(fd=7 + number) for number in range(len(spec.all_nics))),
+        files=tuple(range(7 + len(spec.all_nics), 7 + len(spec.all_nics) + len(spec.files))),
         media=ready.media,
         ignition=ready.ignition,
         nvram=ready.nvram,

@@ -19,6 +19,9 @@ from kvmsupervisor.domain.keys import HostName, Layout
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
+DISK_DIR = Path("/var/lib/kvmsupervisor/disks")
+"""Folder of the disks that are files, unless a host says otherwise."""
+
 
 @frozen(kw_only=True)
 class Settings:
@@ -150,6 +153,11 @@ class Settings:
         read.absolute,
         "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph.",
         default="/var/lib/kvmsupervisor",
+    )
+    disk_dir: Path = setting(
+        read.absolute,
+        "Folder of disks that are files (disk/<n>=file:NAME). One that is named here has to be there.",
+        default=str(DISK_DIR),
     )
     ovmf_code: Path | None = optional_setting(
         read.file,

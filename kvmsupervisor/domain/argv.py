@@ -107,6 +107,7 @@ class Provision:
         taps: of the NICs, in their order.
         media: paths of the read-only media for the guest's first boot.
         ignition: path of the Ignition configuration.
+        files: descriptors of its disks that are files of the host, in their order.
         nvram: where the UEFI variables are.
         spice_password: path of the file that holds the SPICE password.
         ceph_key: path of the file that holds the key to Ceph; None for the keyring that ceph.conf names.
@@ -116,6 +117,7 @@ class Provision:
     channels: Channels
     machine: str | None = None
     taps: tuple[TapFds, ...] = ()
+    files: tuple[int, ...] = ()
     media: tuple[str, ...] = ()
     ignition: str | None = None
     nvram: Nvram | None = None
@@ -128,7 +130,7 @@ class Provision:
         channels = self.channels
         vhost = (tap.vhost_fd for tap in self.taps if tap.vhost_fd is not None)
         fixed = (channels.qmp, channels.spare, channels.console, channels.agent, channels.console_log)
-        return (*fixed, *(tap.fd for tap in self.taps), *vhost)
+        return (*fixed, *(tap.fd for tap in self.taps), *vhost, *self.files)
 
 
 def logs_into_memory(argv: Sequence[str]) -> bool:
@@ -170,7 +172,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *(("-sandbox", SANDBOX) if host.sandbox else ()),
         *("-name", f"guest={escaped(identity.instance)},debug-threads=on"),
         *("-uuid", str(identity.uuid)),
-        *(hardware.ceph_key(ceph) if spec.all_disks else ()),
+        *(hardware.ceph_key(ceph) if spec.images else ()),
         *_machine(spec, host, ceph, provision),
         # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
@@ -181,7 +183,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *hardware.common(),
         *hardware.bridge(spec),
         *hardware.nics(spec, provision.taps),
-        *hardware.disks(spec, ceph),
+        *hardware.disks(spec, ceph, provision.files),
         *hardware.media(provision.media),
         *_ignition(provision.ignition),
         *hardware.display(spec, host.spice_addr, provision.spice_password),

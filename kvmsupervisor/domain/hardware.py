@@ -4,7 +4,7 @@ Values from keys are written as JSON where QEMU accepts it (`-blockdev`, `-objec
 can become an option.
 
 Sources: qemu-system-x86_64(1); `BlockdevOptionsRbd`, `BlockdevOptionsThrottle` and `MemoryBackendMemfdProperties` of
-QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html).
+QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html), `BlockdevOptionsFile` and `-add-fd`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
 from kvmsupervisor.domain.spec import RbdDisk, Spec
+from kvmsupervisor.domain.storage import node_of
 from kvmsupervisor.domain.words import escaped, json_option
 
 # PCI slots are fixed, so that a later display or disk does not rename the guest's NIC. They begin above those that QEMU
@@ -44,6 +46,10 @@ class TapFds:
 
     fd: int
     vhost_fd: int | None = None
+
+
+DISK_SETS = 97470000
+"""Number of the first disk's set of open files; the others' follow. Arbitrary, as `argv.LOG_SET`."""
 
 
 @frozen(kw_only=True)
@@ -117,21 +123,33 @@ def ceph_key(ceph: Ceph) -> Iterator[str]:
         yield from ("-object", json_option(secret))
 
 
-def disks(spec: Spec, ceph: Ceph) -> Iterator[str]:
-    """The disks. librbd caches writes back, and a guest's flush reaches the image. The first disk boots.
+def disks(spec: Spec, ceph: Ceph, files: Sequence[int]) -> Iterator[str]:
+    """The disks. Writes are cached, and a guest's flush reaches the image or the file. The first disk boots.
 
     An I/O error stops the guest (`io-error`). While Ceph is away a request waits and does not fail. So an error means
     that this QEMU was fenced and must not go on, or that an object is damaged, where a stopped guest loses nothing
-    (docs/decisions/0014-ceph-by-its-tools.md).
+    (docs/decisions/0014-ceph-by-its-tools.md). A file's error mostly is a full file system: its guest goes on when
+    there is room (machine/room.py).
+
+    Args:
+        spec: of the machine.
+        ceph: how images are reached.
+        files: descriptors of the disks that are files, in their order.
     """
+    descriptors = iter(files)
     for disk in spec.all_disks:
-        name, rbd = f"disk{disk.number}", disk.rbd
-        node = _rbd_node(rbd, ceph)
-        if rbd.iops is not None:
-            limits = {"qom-type": "throttle-group", "id": f"{name}-limit", "limits": {"iops-total": rbd.iops}}
+        name, source = node_of(disk), disk.source
+        if isinstance(source, FileDisk):
+            number = DISK_SETS + disk.number
+            yield from ("-add-fd", f"fd={next(descriptors)},set={number},opaque={disk.key}")
+            node = _local_node(source, number)
+        else:
+            node = _rbd_node(source, ceph)
+        if source.iops is not None:
+            limits = {"qom-type": "throttle-group", "id": f"{name}-limit", "limits": {"iops-total": source.iops}}
             yield from ("-object", json_option(limits))
-            node = {"driver": "throttle", "throttle-group": f"{name}-limit", "read-only": rbd.ro, "file": node}
-            if rbd.discard:
+            node = {"driver": "throttle", "throttle-group": f"{name}-limit", "read-only": source.ro, "file": node}
+            if source.discard:
                 node["discard"] = "unmap"
         yield from ("-blockdev", json_option({"node-name": name, **node}))
         place = f"bus={_MORE},addr={_MORE_DISKS + disk.number:#x}" if disk.number else f"addr={_DISK_SLOT:#x}"
@@ -204,6 +222,24 @@ def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:
     if ceph.key_file is not None:
         node |= {"key-secret": _CEPH_KEY, "auth-client-required": ["cephx"]}
     return node
+
+
+def _local_node(disk: FileDisk, number: int) -> dict[str, Any]:
+    """A file that QEMU has open already: it opens none by name, so its user needs no right to one.
+
+    The lock is QEMU's own, by which its tools know that the image is in use. A name in the header is not followed
+    (`backing`), should there be one after all.
+    """
+    more: dict[str, Any] = {"read-only": disk.ro}
+    if disk.discard:
+        more["discard"] = "unmap"
+    file = {"driver": "file", "filename": f"/dev/fdset/{number}", "locking": "on", **more}
+    return {
+        "driver": disk.format.value,
+        **({"backing": None} if disk.format is DiskFormat.QCOW2 else {}),
+        **more,
+        "file": file,
+    }
 
 
 def _file_node(path: str, *, read_only: bool) -> dict[str, Any]:

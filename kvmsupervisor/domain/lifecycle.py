@@ -177,7 +177,9 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return Decision(row=Row.RUNS_PLUG, phase=Phase.RUNNING, reason=reason, action=Action.PLUG)
     if view.now >= process.grow_at:
         return Decision(row=Row.RUNS_GROW, phase=Phase.RUNNING, reason=reason, action=Action.GROW)
-    next_at = min(process.probe_at, process.grow_at, process.plug_at)
+    if view.now >= process.room_at:
+        return Decision(row=Row.RUNS_ROOM, phase=Phase.RUNNING, reason=reason, action=Action.ROOM)
+    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at)
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(row=Row.RUNS, phase=Phase.RUNNING, reason=reason, wake_at=wake_at)

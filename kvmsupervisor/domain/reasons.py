@@ -15,8 +15,7 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if placement is not None and view.wish is not None:
         since = f"since {placement.since} ({placement.why})"
         said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
-    if (still := why_not_running(process.run_state)) is not None:
-        said.append(still)
+    said += _why_it_stands(process)
     if process.silent_since is not None:
         said.append("QEMU does not answer on QMP")
     said += process.unplugged
@@ -31,8 +30,15 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
-    if view.shared is not None:
-        said = [*(said or ["runs"]), view.shared]
+    if beside := (*process.disk_trouble, *(() if view.shared is None else (view.shared,))):
+        said = [*(said or ["runs"]), *beside]
     if view.stays:
         said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
+
+
+def _why_it_stands(process: Process) -> list[str]:
+    if process.full is not None:
+        return [f"its guest does not run: {process.full}"]
+    still = why_not_running(process.run_state)
+    return [] if still is None else [still]

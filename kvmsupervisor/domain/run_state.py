@@ -17,6 +17,9 @@ PAUSED = "paused"
 
 RUNNING = "running"
 
+IO_ERROR = "io-error"
+"""A disk's error has stopped the guest (`werror=stop`)."""
+
 PANICKED = "guest-panicked"
 """By default QEMU ends then. With `-no-shutdown`, or `-action panic=pause`, it waits for a person."""
 
@@ -30,7 +33,7 @@ class RunState(StrEnum):
     RUNNING = RUNNING
     PAUSED = PAUSED
     SUSPENDED = "suspended"
-    IO_ERROR = "io-error"
+    IO_ERROR = IO_ERROR
     INTERNAL_ERROR = "internal-error"
     WATCHDOG = "watchdog"
     GUEST_PANICKED = PANICKED
@@ -53,7 +56,7 @@ _TOLD = {state.value for state in RunState} - {RunState.OTHER, RunState.UNKNOWN}
 _WHY = {
     "paused": "it is paused; `cont` over QMP lets it go on",
     "suspended": "it suspended itself to memory; a wake-up of the machine lets it go on",
-    "io-error": "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
+    IO_ERROR: "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
     "internal-error": "QEMU cannot go on running it; its log may say why; a restart helps",
     "watchdog": "its watchdog stopped it; `cont` over QMP lets it go on, a restart begins again",
     PANICKED: "it panicked and waits for a person; a restart begins again",

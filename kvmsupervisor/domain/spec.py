@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from kvmsupervisor.domain import records
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
 
 DEFAULT_MACHINE = "q35"
@@ -114,17 +115,49 @@ class RbdDisk:
         return f"{self.pool}/{self.image}"
 
 
+FIRST_IMAGE = "rbd"
+FIRST_DISK = "disk/0"
+"""The keys of the first disk: of an image in Ceph alone, and of any disk."""
+
+
 @frozen
 class Disk:
-    """One of the machine's disks: `number` 0 is the key `rbd`, n is `disk/<n>`."""
+    """One of the machine's disks: an image in Ceph, or a file of its host.
+
+    Attributes:
+        number: which; 0 is the first.
+        rbd: the image, None when it is a file.
+        file: the file, None when it is an image.
+        key: that describes it, `disk/<n>`; the first one's may also be `rbd`.
+    """
 
     number: int
-    rbd: RbdDisk
+    rbd: RbdDisk | None = None
+    file: FileDisk | None = None
+    key: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if (self.rbd is None) is (self.file is None):
+            raise ValueError("a disk is an image or a file")
+        if not self.key:
+            object.__setattr__(self, "key", f"disk/{self.number}")
 
     @property
-    def key(self) -> str:
-        """The key that describes it."""
-        return f"disk/{self.number}" if self.number else "rbd"
+    def source(self) -> RbdDisk | FileDisk:
+        """What it is."""
+        found = self.file if self.rbd is None else self.rbd
+        assert found is not None
+        return found
+
+    @property
+    def name(self) -> str:
+        """What it is, as keys and people name it: `POOL/IMAGE` or `file:NAME`."""
+        return self.source.name if isinstance(self.source, RbdDisk) else self.source.title
+
+    @property
+    def ro(self) -> bool:
+        """Whether the guest cannot write to it."""
+        return self.source.ro
 
 
 @frozen
@@ -171,7 +204,9 @@ class Spec:
 
     Attributes:
         nics: those beyond the first, by number; `all_nics` has them all.
-        disks: those beyond the first, by number; `all_disks` has them all.
+        rbd: the first disk, when it is an image in Ceph.
+        rbd_key: the key that says so, of the two that can.
+        disks: the others, by number; `all_disks` has them all.
         cloud_config: URL of the user data.
         hugepages: None for ordinary pages.
         cpu_shares: weight of its CPU time among others, 1024 being ordinary.
@@ -183,6 +218,7 @@ class Spec:
     bridge: str | None = None
     nics: tuple[Nic, ...] = ()
     rbd: RbdDisk | None = None
+    rbd_key: str = field(default=FIRST_IMAGE, compare=False)
     disks: tuple[Disk, ...] = ()
     spice_port: int | None = None
     spice_addr: str | None = None
@@ -205,7 +241,17 @@ class Spec:
     @property
     def all_disks(self) -> tuple[Disk, ...]:
         """Every disk, by number."""
-        return self.disks if self.rbd is None else (Disk(0, self.rbd), *self.disks)
+        return self.disks if self.rbd is None else (Disk(0, self.rbd, key=self.rbd_key), *self.disks)
+
+    @property
+    def images(self) -> tuple[tuple[Disk, RbdDisk], ...]:
+        """The disks that are images in Ceph, by number."""
+        return tuple((disk, disk.rbd) for disk in self.all_disks if disk.rbd is not None)
+
+    @property
+    def files(self) -> tuple[tuple[Disk, FileDisk], ...]:
+        """The disks that are files of the host, by number."""
+        return tuple((disk, disk.file) for disk in self.all_disks if disk.file is not None)
 
 
 @frozen(kw_only=True)
@@ -285,19 +331,28 @@ class Wish:
 
 
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
-    """Names of the wishes in which the running machine differs from the wanted one."""
+    """Names of the wishes in which the running machine differs from the wanted one.
+
+    The size of a file is none of them: a disk grows while its machine runs.
+    """
     names: list[str] = []
     for one in fields(Spec):
         before, after = getattr(running, one.name), getattr(wanted, one.name)
-        if before == after:
+        if before == after or not one.compare:
             continue
         if one.name == "nics":
             names += _differing_nics(before, after)
         elif one.name == "disks":
-            names += sorted({disk.key for disk in set(before) ^ set(after)})
+            names += sorted({disk.key for disk in {*map(_unsized, before)} ^ {*map(_unsized, after)}})
+        elif one.name == "rbd":
+            names.append(running.rbd_key if wanted.rbd is None else wanted.rbd_key)
         else:
             names.append(_KEY_OF_FIELD.get(one.name, one.name))
-    return tuple(names)
+    return tuple(dict.fromkeys(names))
+
+
+def _unsized(disk: Disk) -> Disk:
+    return disk if disk.file is None else replace(disk, file=replace(disk.file, size=None))
 
 
 _KEY_OF_FIELD = {"ram_mib": "ram", "cloud_config": "cloud-config", "memory_limit_mib": "memory_limit"}

@@ -8,31 +8,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
+from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
 
 
 def storage_of(spec: Spec) -> Storage:
     """What QEMU may write to when it runs `spec`.
 
-    `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written. UEFI
-    variables in a file of the host do not count: another host begins with fresh ones.
+    `NONE` and `RBD` only when every option of `extra_flags` is known to open nothing that can be written, and no disk
+    that is written to is a file. UEFI variables in a file of the host do not count: another host begins with fresh
+    ones.
     """
-    if not _all_harmless(spec.extra_flags):
+    if pinning(spec) or not _all_harmless(spec.extra_flags):
         return Storage.UNFENCEABLE
-    return Storage.NONE if all(disk.rbd.ro for disk in spec.all_disks) else Storage.RBD
+    return Storage.NONE if all(disk.ro for disk in spec.all_disks) else Storage.RBD
+
+
+def pinning(spec: Spec) -> dict[str, FileDisk]:
+    """The disks that are files of one host and written to, by key: with them the instance stays on that host."""
+    return {disk.key: file for disk, file in spec.files if not file.ro}
 
 
 def images_of(spec: Spec) -> tuple[RbdDisk, ...]:
     """The RBD images that QEMU has open for writing when it runs `spec`: by them it is recognised, and fenced."""
     variables = nvram_of(spec)
-    disks = tuple(disk.rbd for disk in spec.all_disks if not disk.rbd.ro)
+    disks = tuple(image for _, image in spec.images if not image.ro)
     return disks if variables is None else (*disks, variables)
 
 
 def growable(spec: Spec) -> dict[str, RbdDisk]:
     """The images that may grow under a running machine, by the name of their block node (`hardware.disks`)."""
-    return {f"disk{disk.number}": disk.rbd for disk in spec.all_disks if not disk.rbd.ro}
+    return {node_of(disk): image for disk, image in spec.images if not image.ro}
+
+
+def node_of(disk: Disk) -> str:
+    """The name of a disk's block node in QEMU."""
+    return f"disk{disk.number}"
+
+
+def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk]]:
+    """The files of a machine that runs whose size people want, by block node: the key, and the disk as it is wanted.
+
+    A disk of that number that is to be another file waits for a restart.
+    """
+    wishes = {} if wanted is None else {disk.number: (disk.key, file) for disk, file in wanted.files}
+    found = {node_of(disk): (wishes.get(disk.number), file) for disk, file in running.files if not file.ro}
+    return {
+        node: wish
+        for node, (wish, file) in found.items()
+        if wish is not None and wish[1].name == file.name and wish[1].size is not None
+    }
+
+
+def names_of(spec: Spec) -> tuple[str, ...]:
+    """What QEMU writes to when it runs `spec`, images and files, by the names that keys and people give them."""
+    return (*(image.name for image in images_of(spec)), *(file.title for file in pinning(spec).values()))
 
 
 def nvram_of(spec: Spec) -> RbdDisk | None:

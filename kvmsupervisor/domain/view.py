@@ -47,6 +47,7 @@ class Action(Enum):
     PROBE = "ask QEMU for its run state"
     PLUG = "plug its NICs in again"
     GROW = "look whether its images grew, and tell QEMU"
+    ROOM = "look whether a guest that lacks room on its disk's file system can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end, whose guest powered itself off"
     QUIT = "tell QEMU to end"
@@ -81,6 +82,9 @@ class Process:
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
         grow_at: when to look at its images again; never for a machine without.
+        disk_trouble: what keeps its disks from the size of their keys, for people.
+        room_at: when to look whether its disks have room again; never while they lack none.
+        full: what people should know of the room that they lack; None for nothing.
         unplugged: what people should know of its NICs; empty when all are plugged in.
         plug_at: when to plug a NIC in again; never while all are plugged in.
         silent_since: since when it owes an answer, None when it answers.
@@ -96,6 +100,9 @@ class Process:
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
+    disk_trouble: tuple[str, ...] = ()
+    room_at: float = math.inf
+    full: str | None = None
     unplugged: tuple[str, ...] = ()
     plug_at: float = math.inf
     silent_since: float | None = None

@@ -11,13 +11,17 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.disk_values import any_disk, rbd_disk
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
+    FIRST_DISK,
+    FIRST_IMAGE,
     OFF_NOW,
     Disk,
     Firmware,
@@ -42,11 +46,11 @@ DISKS = 16
 """How many NICs and disks a machine may have, the first included: that many PCI slots are kept for them (`argv.py`)."""
 
 NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
-"""The names of the wishes that a machine may have several of, n counting from 1."""
+"""The names of the wishes that a machine may have several of: NICs counting from 1, disks from 0."""
 
 ALL_NUMBERED_KEYS = (
     *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge")),
-    *(f"disk/{number}" for number in range(1, DISKS)),
+    *(f"disk/{number}" for number in range(DISKS)),
 )
 """Every name that those can have."""
 
@@ -104,13 +108,15 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     restart_request = reader.read("restart_request", _restart_request, None)
     shutdown_timeout_s = reader.read("shutdown_timeout", _shutdown_timeout_s, None)
     priority = reader.read("priority", _priority, 0)
+    rbd, rbd_key, disks = reader.disks()
     spec = Spec(
         ram_mib=reader.read("ram", values.ram_mib, 0),
         mac=reader.read("mac", values.mac_address, None),
         bridge=reader.read("bridge", values.interface_name, None),
         nics=reader.nics(),
-        rbd=reader.read("rbd", _rbd_disk, None),
-        disks=reader.disks(),
+        rbd=rbd,
+        rbd_key=rbd_key,
+        disks=disks,
         spice_port=reader.read("spice_port", _spice_port, None),
         spice_addr=reader.read("spice_addr", _ip_address, None),
         spice_password=reader.read("spice_password", _spice_password, None),
@@ -126,7 +132,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     )
     reader.require("ram", "how much memory the machine has, such as 2048 (MiB) or 2G")
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
-    reader.unique(((disk.key, disk.rbd.name) for disk in spec.all_disks), "each disk is another image")
+    reader.unique(((disk.key, disk.name) for disk in spec.all_disks), "each disk is another image or file")
     reader.limit(spec)
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
@@ -187,10 +193,24 @@ class _Reader:
                 nics.append(Nic(number, mac, bridge))
         return tuple(nics)
 
-    def disks(self) -> tuple[Disk, ...]:
-        """The disks beyond the first."""
-        found = ((number, self.read(f"disk/{number}", _rbd_disk, None)) for number in self._numbers(_DISK_KEY))
-        return tuple(Disk(number, rbd) for number, rbd in found if rbd is not None)
+    def disks(self) -> tuple[RbdDisk | None, str, tuple[Disk, ...]]:
+        """The first disk where that is an image in Ceph, the key that says so, and the other disks."""
+        first, key = self.read(FIRST_IMAGE, rbd_disk, None), FIRST_IMAGE
+        others = []
+        for number in self._numbers(_DISK_KEY):
+            disk = self.read(f"disk/{number}", any_disk, None)
+            if isinstance(disk, FileDisk):
+                others.append(Disk(number, file=disk))
+            elif disk is not None and number == 0:
+                first, key = disk, FIRST_DISK
+            elif disk is not None:
+                others.append(Disk(number, disk))
+        if {FIRST_IMAGE.encode(), FIRST_DISK.encode()} <= self._keys.keys():
+            wanted = f"{FIRST_DISK} and {FIRST_IMAGE} are the same disk, the first one: delete one of the two keys"
+            self.problems.setdefault(
+                FIRST_DISK, Problem(FIRST_DISK, _shown(FIRST_DISK, self._keys[FIRST_DISK.encode()].value), wanted)
+            )
+        return first, key, tuple(others)
 
     def _numbers(self, pattern: re.Pattern[bytes]) -> list[int]:
         return sorted({int(match[1]) for key in self._keys if (match := pattern.fullmatch(key))})
@@ -230,7 +250,7 @@ class _Reader:
 
 
 _NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
-_DISK_KEY = re.compile(rf"disk/([1-9]|1[0-{DISKS - 11}])".encode())
+_DISK_KEY = re.compile(rf"disk/([0-9]|1[0-{DISKS - 11}])".encode())
 
 _KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
 
@@ -253,8 +273,8 @@ def _unknown_keys(unknown: list[bytes]) -> Problem:
 _SYNONYMS = {
     "memory": "ram",
     "mem": "ram",
-    "disk": "rbd",
-    "drive": "rbd",
+    "disk": "disk/0",
+    "drive": "disk/0",
     "image": "rbd",
     "vcpus": "cpus",
     "smp": "cpus",
@@ -355,34 +375,6 @@ def _cloud_config(text: str) -> str:
     return text
 
 
-_RBD_NAME = r"[^-/@\s\x00-\x1f\x7f][^/@\s\x00-\x1f\x7f]*"
-"""No name begins with a hyphen: Ceph's own tools would take it for an option."""
-
-_RBD = re.compile(f"/?({_RBD_NAME})/({_RBD_NAME})")
-
-
-def _rbd_disk(text: str) -> RbdDisk:
-    name, *options = text.split()
-    match = _RBD.fullmatch(name)
-    if match is None or not name.isprintable():
-        raise Unfit(
-            "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@), no name beginning with '-'; options follow after "
-            "white space: ro, discard, iops=N"
-        )
-    given: dict[str, int] = {}
-    for option in options:
-        word, equals, number = option.partition("=")
-        if word in given:
-            raise Unfit(f"each option is given once, {word} is there twice")
-        if (word, equals) in {("ro", ""), ("discard", "")}:
-            given[word] = True
-        elif (word, equals) == ("iops", "="):
-            given[word] = _iops(number)
-        else:
-            raise Unfit("behind the image stand the options ro, discard and iops=N, separated by white space")
-    return RbdDisk(match[1], match[2], ro="ro" in given, discard="discard" in given, iops=given.get("iops"))
-
-
 def _extra_flags(text: str) -> tuple[str, ...]:
     words = values.shell_words(text)
     for word in words:
@@ -446,7 +438,6 @@ def _not_help(parse: Callable[[str], str]) -> Callable[[str], str]:
 
 
 _spice_port = values.integer(1, 65_535, "a TCP port")
-_iops = values.integer(1, 10**9, "iops")
 _cpu_shares = values.integer(2, 262_144, "the weight of its CPU time, 1024 being ordinary,")
 _cpus = values.integer(1, 512, "the number of vCPUs")
 _shutdown_timeout_s = values.seconds(0, values.SHUTDOWN_TIMEOUT_MAX_S, "the time for a shutdown")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import Publisher
-from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.config.settings import DISK_DIR, Settings
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
@@ -39,6 +39,7 @@ from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
@@ -70,6 +71,7 @@ class Outside:
         machine_types: those that a QEMU knows.
         disks: images in Ceph; whether some may be written to without a lock of theirs (`KVM_ALLOW_UNFENCED`).
         fencing: of the storage; likewise.
+        files: of this host that are disks.
     """
 
     clock: Clock
@@ -85,6 +87,7 @@ class Outside:
     machine_types: Callable[[str], MachineTypes]
     disks: Callable[[CephAccess, bool], Disks]
     fencing: Callable[[CephAccess, bool], Fencing]
+    files: FileAccess = field(default_factory=FileAccess)
 
 
 REAL = Outside(
@@ -267,6 +270,12 @@ def surround(
     """
     holder = member.holder
     disks = outside.disks(equipment.ceph_access, settings.allow_unfenced)
+    local_disks = LocalDisks(
+        settings.disk_dir,
+        is_own=settings.disk_dir == DISK_DIR,
+        as_root=equipment.privileged,
+        access=outside.files,
+    )
     return Surroundings(
         me=holder.name,
         boot_id=holder.boot_id,
@@ -284,8 +293,10 @@ def surround(
             types=outside.machine_types(settings.qemu),
             homes=homes,
             disks=disks,
+            local_disks=local_disks,
         ),
         disks=disks,
+        local_disks=local_disks,
         logs=outside.logs(outside.clock, settings),
         links=links,
         user=equipment.user,

@@ -25,6 +25,7 @@ from kvmsupervisor.domain.view import Haste, View
 from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.local_disks import LocalDisks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
@@ -95,6 +96,7 @@ class Surroundings:
         start_timeout_s: within which a new QEMU must answer.
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
+        local_disks: files of this host.
         logs: of all guests.
         links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
@@ -134,6 +136,7 @@ class Surroundings:
     start_timeout_s: float
     settle_s: float
     disks: Disks
+    local_disks: LocalDisks
     logs: GuestLogs
     links: Links
     era: Callable[[], Era]

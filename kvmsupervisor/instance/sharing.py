@@ -18,9 +18,9 @@ from collections.abc import Collection, Mapping, Set
 from typing import Protocol
 
 from kvmsupervisor.cluster.fencing import InUse
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.spec import RawValue, Spec
-from kvmsupervisor.domain.storage import images_of
+from kvmsupervisor.domain.storage import images_of, names_of
 from kvmsupervisor.domain.values import some
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.context import Surroundings
@@ -64,10 +64,12 @@ class Namesakes:
 
     Args:
         wishes: of the whole cluster. `heard` is to be told of every change of them.
+        me: this host, whose files are not those of others.
     """
 
-    def __init__(self, wishes: AllWishes) -> None:
+    def __init__(self, wishes: AllWishes, me: HostName) -> None:
         self._wishes = wishes
+        self._me = me
         # Tuples, because most have one element: a set of one takes four times the memory, and a cluster has thousands.
         self._named: dict[InstanceId, tuple[bytes, ...]] = {}
         self._naming: dict[bytes, tuple[InstanceId, ...]] = {}
@@ -102,8 +104,12 @@ class Namesakes:
         """The other instances whose keys name one of these images for writing, whether they have a lock or none."""
         found = []
         for name in {one for image in images for one in self._naming.get(_last(image.encode()), ()) if one != me}:
-            spec = parse_wish(name, self._wishes.keys_of(name)).spec
-            if spec is not None and any(image.name in images for image in images_of(spec)):
+            wish = parse_wish(name, self._wishes.keys_of(name))
+            if wish.spec is None:
+                continue
+            # Another host's file of that name is another file.
+            names = names_of(wish.spec) if wish.host == self._me else [image.name for image in images_of(wish.spec)]
+            if any(image in images for image in names):
                 found.append(name)
         return sorted(found)
 
@@ -138,7 +144,7 @@ class Sharing:
 
     def shared(self, spec: Spec | None) -> str | None:
         """What is to be said of a machine that runs, where others name its images, too; None where none does."""
-        mine = [] if spec is None else [image.name for image in images_of(spec)]
+        mine = () if spec is None else names_of(spec)
         others = list(self._around.namesakes(self._id, mine))
         if not others:
             return None
@@ -183,10 +189,10 @@ class Sharing:
             self.rival = None
 
     def _holders(self, spec: Spec) -> list[InstanceId]:
-        return list(self._around.holders(self._id, [image.name for image in images_of(spec)]))
+        return list(self._around.holders(self._id, names_of(spec)))
 
     def _wait_for(self, other: InstanceId | None, spec: Spec) -> None:
-        images = " or ".join(image.name for image in images_of(spec))
+        images = " or ".join(names_of(spec))
         self.rival = (
             f"{images} is instance {other}'s, whose keys name it, too: no two instances can have one image; it waits "
             f"until {other} has let go of it, or until the keys of {self._id} or of {other} name another one"

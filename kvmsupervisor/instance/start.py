@@ -26,9 +26,10 @@ from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, storage_of
-from kvmsupervisor.domain.view import Deferral, Holdover
+from kvmsupervisor.domain.view import Action, Deferral, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
+from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import Surroundings
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
@@ -38,11 +39,6 @@ from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, P
 
 WATCH_EVERY_S = 2.0
 """How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""
-
-GROWTH_EVERY_S = 600.0
-"""How often the images of a running machine are looked at by themselves: `rbd info` takes 50 ms of processor, so with a
-hundred machines this is 1 % of one. A change of any key of the instance has them looked at at once."""
-
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -481,19 +477,18 @@ class Start:
         else:
             self.guard_trouble = None
 
-    async def grow(self) -> None:
-        """Tell a running QEMU of images that were grown."""
-        spec = self._machine.spec
-        assert spec is not None
-        self._machine.growth.look(spec, GROWTH_EVERY_S)
-        await self._machine.growth.tell(await self._around.disks.sizes(spec))
+    async def tend(self, action: Action, wish: Wish | None) -> None:
+        """Do what `action` says of the disks of a running machine."""
+        around = self._around
+        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, around=around)
 
-    async def go_on(self) -> None:
-        """Let the guest run."""
+    async def go_on(self, wish: Wish | None) -> None:
+        """Let the guest run, once its disks have the size that they shall have."""
+        await disks.size_before_it_runs(self._machine, wish)
         if await self._machine.resume():
             now = self._around.clock.now()
             if self._wanted_at is not None:
                 self._around.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
-            self._machine.growth.look(self._machine.spec, GROWTH_EVERY_S)
+            self._machine.growth.look(self._machine.spec, disks.GROWTH_EVERY_S)
             self._report.tell("instance.started", pid=self._machine.pid)

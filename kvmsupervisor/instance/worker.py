@@ -392,13 +392,13 @@ class Instance:
             case Action.GUARD:
                 await start.guard()
             case Action.CONTINUE:
-                await start.go_on()
+                await start.go_on(wish)
             case Action.RESET:
                 await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
-            case Action.GROW:
-                await start.grow()
+            case Action.GROW | Action.ROOM:
+                await start.tend(action, wish)
             case Action.REASSERT:
                 await keeping.reassert(machine, self._lock, self.report, self._around)
             case Action.TIDY:

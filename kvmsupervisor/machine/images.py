@@ -53,7 +53,7 @@ class Disks:
             DiskTrouble: an image is missing or not allowed, or Ceph refuses this host or does not answer.
         """
         variables = nvram_of(spec)
-        looks = [self._check(disk.rbd, disk.key, needs_lock=not disk.rbd.ro) for disk in spec.all_disks]
+        looks = [self._check(image, disk.key, needs_lock=not image.ro) for disk, image in spec.images]
         if variables is not None:
             looks.append(self._check(variables, "firmware", needs_lock=True, may_be_missing=True))
         try:

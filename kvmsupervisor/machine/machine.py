@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +28,10 @@ from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitSt
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.run_state import INCOMING, NEVER_RAN, PAUSED, RUNNING
+from kvmsupervisor.domain.run_state import INCOMING, IO_ERROR, NEVER_RAN, PAUSED, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
+from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as marks
@@ -38,6 +40,7 @@ from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
+from kvmsupervisor.machine.room import Room
 from kvmsupervisor.machine.spawn import BEHIND, Launch
 from kvmsupervisor.machine.system import QemuProcess, System
 
@@ -110,7 +113,8 @@ class Machine:
         self._exit: Exit | None = None
         self._verdict: Exit | None = None
         self._shutdown: str | None = None
-        self.growth = Growth(self._clock, self._talk.command)
+        self.growth = Growth(self._clock, self._talk.ask)
+        self.room = Room(self._clock, self._talk.command)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
@@ -136,10 +140,18 @@ class Machine:
             connect_at=self._talk.connect_at,
             probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
+            disk_trouble=self.growth.trouble,
+            room_at=self.room.at if self._may_lack_room else math.inf,
+            full=self.room.said if self._may_lack_room else None,
             silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
         )
+
+    @property
+    def _may_lack_room(self) -> bool:
+        """Whether a disk's error has stopped the guest, and it has a disk whose file system may be full."""
+        return self._talk.run_state == IO_ERROR and self.spec is not None and bool(pinning(self.spec))
 
     @property
     def pid(self) -> int | None:

@@ -32,6 +32,7 @@ from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
 from kvmsupervisor.domain.storage import nvram_of
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.images import Disks, DiskTrouble
+from kvmsupervisor.machine.local_disks import LocalDisks
 from kvmsupervisor.machine.system import System
 
 HOST_RETRY_S = 5.0
@@ -95,7 +96,7 @@ def foresee(instance: InstanceId, spec: Spec, *, directory: InstanceDir, state_d
         media=tuple(str(directory.path / name) for name in drives),
         ignition=str(ignition) if is_ignition else None,
         nvram=nvram if spec.firmware is Firmware.UEFI else None,
-        ceph_key=str(directory.ceph_key) if spec.all_disks else None,
+        ceph_key=str(directory.ceph_key) if spec.images else None,
     )
 
 
@@ -132,6 +133,7 @@ class Opened:
         ready: the result of `prepare`.
         machine: the versioned machine type.
         taps: one for each NIC.
+        files: descriptors of the disks that are files.
         tap_names: the names of the taps on the host.
         bridges: the bridge of each tap.
         spice_password: path of the file with the SPICE password; None without one.
@@ -142,6 +144,7 @@ class Opened:
     ready: Prepared
     machine: str
     taps: tuple[Tap, ...]
+    files: tuple[int, ...]
     tap_names: tuple[str, ...]
     bridges: tuple[str, ...]
     spice_password: str | None
@@ -155,6 +158,7 @@ class Opened:
             channels=channels,
             machine=self.machine,
             taps=tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in self.taps),
+            files=self.files,
             media=self.ready.media,
             ignition=self.ready.ignition,
             nvram=self.ready.nvram,
@@ -174,6 +178,7 @@ class Provisioner:
         types: the machine types that QEMU knows.
         homes: cgroups for QEMU processes.
         disks: images in Ceph.
+        local_disks: files of this host.
     """
 
     def __init__(
@@ -186,6 +191,7 @@ class Provisioner:
         types: MachineTypes,
         homes: Homes,
         disks: Disks,
+        local_disks: LocalDisks,
     ) -> None:
         self._system = system
         self._host = host
@@ -194,6 +200,7 @@ class Provisioner:
         self._types = types
         self._homes = homes
         self._disks = disks
+        self._local_disks = local_disks
         # Invariant: the SPICE servers of all QEMUs that live on this host or are being started.
         self._displays: dict[InstanceId, tuple[str, int]] = {}
 
@@ -215,7 +222,7 @@ class Provisioner:
         except OSError as error:
             raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
         nvram = None
-        ceph_key = await self._look_at_disks(spec, directory)
+        ceph_key = await self._look_at_disks(instance, spec, directory)
         try:
             if spec.firmware is Firmware.UEFI:
                 nvram = await self._nvram(instance, spec)
@@ -247,9 +254,13 @@ class Provisioner:
             notice=made.notice,
         )
 
-    async def _look_at_disks(self, spec: Spec, directory: InstanceDir) -> str | None:
-        """Check the images and write the Ceph key where QEMU reads it; return its path, None without an image."""
-        if not spec.all_disks:
+    async def _look_at_disks(self, instance: InstanceId, spec: Spec, directory: InstanceDir) -> str | None:
+        """Check the disks and write the Ceph key where QEMU reads it; return its path, None without an image."""
+        try:
+            await self._local_disks.check(instance, spec)
+        except DiskTrouble as error:
+            raise NotReady(str(error), error.retry_s) from error
+        if not spec.images:
             return None
         try:
             key = await self._disks.check(spec)
@@ -316,7 +327,7 @@ class Provisioner:
             NotReady: a bridge is missing or not allowed, a port is in use, or a file or image cannot be made or opened.
         """
         spec = ready.spec
-        lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.all_nics))
+        lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.all_nics) + len(spec.files))
         if lack is not None:
             raise NotReady(f"it cannot be started: {lack}", HOST_RETRY_S)
         self._check_display(instance, spec)
@@ -326,11 +337,14 @@ class Provisioner:
             await self._furnish_variables(instance, ready.nvram.rbd)
         with contextlib.ExitStack() as stack:
             try:
+                files = await self._local_disks.open(instance, spec)
+                for fd in files:
+                    stack.callback(os.close, fd)
                 password = self._write_password(spec, directory)
                 taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
                 home = await self._homes.prepare(instance, incarnation, _limits(spec))
                 stack.callback(home.close)
-            except (NetworkTrouble, HomeFailed) as error:
+            except (NetworkTrouble, HomeFailed, DiskTrouble) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
                 said = explain(error, directory.path)
@@ -339,6 +353,7 @@ class Provisioner:
                 ready=ready,
                 machine=machine,
                 taps=tuple(taps),
+                files=files,
                 tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
                 bridges=self._bridges(spec),
                 spice_password=password,
@@ -382,12 +397,14 @@ class Provisioner:
 
     def arrived(self, instance: InstanceId, spec: Spec) -> None:
         """Note that a QEMU of this machine lives on this host or is being started."""
+        self._local_disks.arrived(instance, spec)
         if spec.spice_port is not None:
             self._displays[instance] = (spec.spice_addr or self._host.spice_addr, spec.spice_port)
 
     async def left(self, instance: InstanceId) -> None:
         """Note that the QEMU is proven gone."""
         self._displays.pop(instance, None)
+        self._local_disks.left(instance)
         await self._homes.remove(instance)
 
     def _check_display(self, instance: InstanceId, spec: Spec) -> None:

@@ -1,16 +1,21 @@
-"""Tells a running QEMU, and through it the guest, that an image has grown; and when to check the images again."""
+"""Tells a running QEMU, and through it the guest, that a disk has grown; and when to check the disks again.
+
+People grow an image in Ceph. QEMU itself grows a file, because it knows the format.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.qmp import Command
+from kvmsupervisor.adapters.qmp import Command, MonitorRefused
+from kvmsupervisor.domain.local_disk import FileDisk, size_text, too_small
 from kvmsupervisor.domain.spec import Spec
-from kvmsupervisor.domain.storage import growable
+from kvmsupervisor.domain.storage import growable, pinning
 
 log = structlog.get_logger(__name__)
 
@@ -19,25 +24,51 @@ class Growth:
     """The growth of one QEMU's images.
 
     Attributes:
-        at: when to check the images again, CLOCK_BOOTTIME; never for a machine without images that can grow.
+        at: when to check the disks again, CLOCK_BOOTTIME; never for a machine without disks that can grow.
+        trouble: what keeps a disk from the size of its key, for people.
     """
 
-    def __init__(self, clock: Clock, command: Command) -> None:
+    def __init__(self, clock: Clock, ask: Command) -> None:
         self.at = math.inf
+        self.trouble: tuple[str, ...] = ()
         self._clock = clock
-        self._command = command
+        self._ask = ask
 
     def look(self, spec: Spec | None, after_s: float) -> None:
-        """Have the images checked after some seconds. Does nothing for a machine without images that can grow."""
-        if spec is not None and growable(spec):
+        """Have the disks checked after some seconds. Does nothing for a machine without disks that can grow."""
+        if spec is not None and (growable(spec) or pinning(spec)):
             self.at = self._clock.now() + after_s
 
-    async def tell(self, sizes: Mapping[str, int]) -> None:
-        """Resize the disks in QEMU whose images have grown. `sizes`: bytes by block node. No disk is made smaller."""
-        for device in await self._command("query-block", None) or ():
+    async def tell(self, sizes: Mapping[str, int], files: Mapping[str, tuple[str, FileDisk]]) -> None:
+        """Resize the disks in QEMU that have grown, or are to grow. No disk is made smaller.
+
+        Args:
+            sizes: bytes of images in Ceph, by block node.
+            files: files whose keys have a size, by block node: the key, and the disk as it is wanted.
+        """
+        trouble = []
+        for device in await self._asked("query-block") or ():
             inserted = device.get("inserted") or {}
-            node, known = inserted.get("node-name"), (inserted.get("image") or {}).get("virtual-size")
-            size = sizes.get(str(node))
-            if size is not None and known is not None and size > known:
-                await self._command("block_resize", {"node-name": node, "size": size})
+            node, known = str(inserted.get("node-name")), (inserted.get("image") or {}).get("virtual-size")
+            key, file = files.get(node, ("", None))
+            size = sizes.get(node) if file is None else file.size
+            if size is None or known is None:
+                continue
+            if file is not None and (said := too_small(key, file, known)) is not None:
+                trouble.append(said)
+            if size <= known:
+                continue
+            try:
+                await self._ask("block_resize", {"node-name": node, "size": size})
+            except MonitorRefused as error:
+                trouble.append(f"{key or node}: it could not be grown to {size_text(size)}: {error}")
+                log.warning("disk.not_grown", disk=node, before=known, after=size, error=str(error))
+            else:
                 log.info("disk.grown", disk=node, before=known, after=size)
+        self.trouble = tuple(trouble)
+
+    async def _asked(self, command: str) -> Any:
+        try:
+            return await self._ask(command, None)
+        except MonitorRefused:
+            return None

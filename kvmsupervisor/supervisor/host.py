@@ -180,7 +180,7 @@ class Host:
         self._metrics = self.face.counters
 
         # For the instances.
-        namesakes = Namesakes(self._wishes)
+        namesakes = Namesakes(self._wishes, member.holder.name)
         self._around = surround(
             member,
             settings=settings,

@@ -77,6 +77,7 @@ def test_defaults() -> None:
         bridge_helper=None,
         memory_reserve_mib=512,
         state_dir=Path("/var/lib/kvmsupervisor"),
+        disk_dir=Path("/var/lib/kvmsupervisor/disks"),
         ovmf_code=None,
         ovmf_vars=None,
         media_root=None,

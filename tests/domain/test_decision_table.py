@@ -86,7 +86,7 @@ WITHOUT_PROCESS: tuple[dict[str, Any], ...] = (
     {"left_alone": LeftAlone(reason="r", look_at=102.0), "looked": False},
 )  # fmt: skip
 CLOCKS: tuple[dict[str, float], ...] = (
-    {"probe_at": 101.0}, {"plug_at": 101.0}, {"grow_at": 101.0}, {"connect_at": 102.0},
+    {"probe_at": 101.0}, {"plug_at": 101.0}, {"grow_at": 101.0}, {"room_at": 101.0}, {"connect_at": 102.0},
 )  # fmt: skip
 
 

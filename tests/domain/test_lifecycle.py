@@ -398,6 +398,9 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("not at once again", Row.RUNS, view(process=running(plug_at=102.0), lock=seen(locked())), Phase.RUNNING, None),
     ("also of what its bad wish lets run on", Row.RUNS_PLUG, view(process=running(plug_at=101.0), lock=seen(locked()), wish=BAD,
      problems=BAD.problems), Phase.RUNNING, Action.PLUG),
+    ("room is looked for where a file system is full", Row.RUNS_ROOM, view(process=running(room_at=101.0, run_state="io-error"), lock=seen(locked())), Phase.RUNNING,
+     Action.ROOM),
+    ("not all the time", Row.RUNS, view(process=running(room_at=102.0, run_state="io-error"), lock=seen(locked())), Phase.RUNNING, None),
     ("images are looked at now and then", Row.RUNS_GROW, view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
     ("law 7: nor what cannot be fenced", Row.UNFENCEABLE, view(lock=seen(replace(locked(host=OTHER, name="y"), storage=Storage.UNFENCEABLE)),
@@ -684,6 +687,7 @@ class Supervisor:
                 Action.GIVE_UP
                 | Action.PROBE
                 | Action.GROW
+                | Action.ROOM
                 | Action.PLUG
                 | Action.FINISH
                 | Action.QUEUE

@@ -309,7 +309,7 @@ def test_the_bounds_of_numbered_keys() -> None:
     "key",
     [
         *("nic/0/mac", "nic/8/mac", "nic/01/mac", "nic/1", "nic/1/", "nic/1/mtu", "nic/-1/mac", "nic/1/mac/x"),
-        *("disk/0", "disk/16", "disk/01", "disk/1/", "disk/x", "disk/+1", "disk/1\n"),
+        *("disk/16", "disk/01", "disk/1/", "disk/x", "disk/+1", "disk/1\n"),
         *("nic/\N{ARABIC-INDIC DIGIT ONE}/mac", "disk/\N{ARABIC-INDIC DIGIT ONE}"),
     ],
 )
@@ -471,7 +471,7 @@ def test_unknown_keys_are_one_problem() -> None:
         ("cloud_config", "cloud-config"),
         ("extra-flags", "extra_flags"),
         ("sipce_port", "spice_port"),
-        ("disk", "rbd"),
+        ("disk", "disk/0"),
         ("desciption", "description"),
     ],
 )

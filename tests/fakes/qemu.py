@@ -60,6 +60,7 @@ class Request:
     """
 
     command: str
+    arguments: Any = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Any = None
 
@@ -77,6 +78,7 @@ class FakeQemu:
         refuses: QMP commands that it refuses, with its words.
         words: what it writes on its standard error before it exits with status 1 at once; None: it lives.
         run_state: QMP's.
+        blocks: its disks, as `query-block` tells them.
         agent: what its guest's agent says, None when nobody answers there.
         agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
         presses: when its power button was pressed.
@@ -109,6 +111,7 @@ class FakeQemu:
             elif option == "-readconfig":
                 # The monitor that single mode puts beside its user's options.
                 self.monitors |= {listening[int(fd)] for fd in re.findall(r'fd = "(\d+)"', Path(value).read_text())}
+        self.blocks: list[dict[str, Any]] = []
         self.run_state = NEVER_RAN
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
@@ -254,7 +257,7 @@ class FakeQemu:
         while self._requests and not self.mute:
             client, request = self._requests.pop(0)
             try:
-                answer = self._run(request.command)
+                answer = self._run(request.command, request.arguments)
             except MonitorRefused as error:
                 answer = error
             if self._host.lose_answer_to == request.command:
@@ -268,24 +271,31 @@ class FakeQemu:
         for turn in line:
             turn.set()
 
-    def _run(self, command: str) -> Any:
+    def _run(self, command: str, arguments: Any) -> Any:
         if command in self.refuses:
             raise MonitorRefused(f"QEMU refuses {command}: {self.refuses[command]}")
         answers = {
             "query-status": {"status": self.run_state, "running": self.run_state == RUNNING},
             "query-chardev": [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}],
-            "query-block": [],
+            "query-block": self.blocks,
             "query-blockstats": [],
             "qom-get": {},
-            "block_resize": {},
         }
         self.commands.append(command)
+        if command == "block_resize":
+            self._resize(arguments)
+            return {}
         if command == "query-uuid":
             return {"UUID": self.argv[self.argv.index("-uuid") + 1]}
         if command in answers:
             return answers[command]
         self._do(command)
         return {}
+
+    def _resize(self, arguments: Any) -> None:
+        for block in self.blocks:
+            if block["inserted"]["node-name"] == arguments["node-name"]:
+                block["inserted"]["image"]["virtual-size"] = arguments["size"]
 
     def _do(self, command: str) -> None:
         match command:
@@ -390,7 +400,7 @@ class FakeMonitor:
         await asyncio.sleep(0)
         if self._lost.is_set():
             raise MonitorLost(f"no QMP connection for {command}")
-        request = Request(command)
+        request = Request(command, arguments)
         self._asked.add(request)
         try:
             self._qemu.take(self, request)

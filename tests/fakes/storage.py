@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.disk_files import Threads
 from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
 from kvmsupervisor.domain.storage import growable, images_of
 from kvmsupervisor.machine.images import Disks, DiskTrouble
+from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
+
+T = TypeVar("T")
 
 
 def address_of(pid: int) -> str:
@@ -107,3 +113,18 @@ class FakeDisks(Disks):
         return {
             node: self.bytes_of[image.name] for node, image in growable(spec).items() if image.name in self.bytes_of
         }
+
+
+class AtOnce(Threads):
+    """No threads: what is called is done at once, so that virtual time need not wait for it."""
+
+    async def call(
+        self, name: str, work: Callable[[], T], *, deadline_s: float = 0.0, undo: Callable[[T], None] = lambda _: None
+    ) -> T:
+        return work()
+
+
+def local_disks(folder: Path, room: Callable[[], int] = lambda: 1 << 40) -> LocalDisks:
+    """Real files in a folder of the test's, on a file system that has as much room as a test says."""
+    access = FileAccess(threads=AtOnce, room=lambda folder, as_root: room())
+    return LocalDisks(folder, is_own=True, as_root=True, access=access)

@@ -13,7 +13,7 @@ from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.instance.start import GROWTH_EVERY_S
+from kvmsupervisor.instance.disks import GROWTH_EVERY_S
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus

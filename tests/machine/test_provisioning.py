@@ -38,7 +38,7 @@ from kvmsupervisor.machine.provisioning import (
 from kvmsupervisor.machine.system import REAL
 from tests.fakes.clock import settle
 from tests.fakes.network import FakeNetwork
-from tests.fakes.storage import FakeDisks
+from tests.fakes.storage import FakeDisks, local_disks
 from tests.support import web
 from tests.support.host import KnownTypes
 
@@ -107,6 +107,7 @@ class Bench:
             types=KnownTypes(),
             homes=self.homes,
             disks=FakeDisks(),
+            local_disks=local_disks(self.path / "disks"),
         )
         return self.provisioner
 

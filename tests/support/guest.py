@@ -110,3 +110,45 @@ def agent_options(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> lis
     both.write_bytes(guest.initramfs.read_bytes() + cpio(files, {}))
     *options, words = replace(guest, initramfs=both).options(tag="inside")
     return [*options, f"{words} rdinit=/agent-init", "-device", "virtio-net-pci,mac=52:54:00:00:00:07"]
+
+
+WRITER_INIT = """#!/bin/sh
+# Writes a MiB after the other to its first disk, each of them flushed, round and round, and says so.
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+for module in /modules/first/* /modules/later/*; do insmod "$module"; done 2>/dev/null
+until [ -b /dev/vda ]; do sleep 0.1; done
+echo "HELLO from $tag"
+n=0
+while :; do
+    read -r sectors </sys/block/vda/size
+    n=$((n + 1))
+    at=$((n % (sectors / 2048)))
+    dd if=/bin/busybox of=/dev/vda bs=1M count=1 seek=$at conv=fsync 2>/dev/null || echo "FAILED $n"
+    echo "WROTE $n, has $((sectors / 2048))"
+    sleep "$hb"
+done
+"""
+
+
+@pytest.fixture(scope="session")
+def writer(guest: Guest) -> Iterator[Guest]:
+    """The guest with an init that writes to its first disk all the time; `writer_flags` boots it."""
+    folder = Path(tempfile.mkdtemp(prefix="kvs"))
+    try:
+        folder.chmod(0o755)
+        both = guest.initramfs.read_bytes() + cpio({"writer-init": WRITER_INIT.encode()}, {})
+        (folder / guest.initramfs.name).write_bytes(both)
+        (folder / guest.initramfs.name).chmod(0o644)
+        shutil.copy(guest.kernel, folder)
+        yield Guest.at(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def writer_flags(writer: Guest, *, tag: str = "guest", every_s: float = 0.2) -> str:
+    """The text of an `extra_flags` key that boots it."""
+    *options, words = writer.options(tag=tag, heartbeat_s=every_s)
+    return shlex.join([*options, f"{words} rdinit=/writer-init"])

@@ -41,7 +41,7 @@ from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
 from tests.fakes.qemu import FakeQemu, FakeQemus
-from tests.fakes.storage import FakeDisks, FakeStorage
+from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
 ONE = InstanceId("1")
 LAYOUT = Layout()
@@ -165,6 +165,8 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.room_bytes = 1 << 40
+        self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
         self.guard: FakeGuard | None = None
         self.recorded_for: Callable[[str], InstanceId | None] = lambda client: None
@@ -201,7 +203,7 @@ class Host:
             on_anew=self._on_anew,
             rand=lambda: 0.5,
         )
-        self.namesakes = Namesakes(self.wishes)
+        self.namesakes = Namesakes(self.wishes, self.me)
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
@@ -305,8 +307,10 @@ class Host:
                 types=KnownTypes(),
                 homes=Nowhere(survives_container=True),
                 disks=self.disks,
+                local_disks=self.local_disks,
             ),
             disks=self.disks,
+            local_disks=self.local_disks,
             logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,

@@ -107,7 +107,7 @@ class RbdQemu:
             *("-machine", "q35,accel=tcg", "-m", "64", *SANDBOX),
             *("-chardev", f"socket,id=q0,fd={qmp_fd},server=on,wait=off", "-mon", "chardev=q0,mode=control"),
             *hardware.ceph_key(self._side),
-            *hardware.disks(Spec(ram_mib=64, rbd=replace(self._image, iops=WRITES_PER_S)), self._side),
+            *hardware.disks(Spec(ram_mib=64, rbd=replace(self._image, iops=WRITES_PER_S)), self._side, ()),
         ]
 
     async def status(self) -> str:

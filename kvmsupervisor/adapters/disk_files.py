@@ -1,0 +1,276 @@
+"""Files of this host that are disks of machines: opened, checked, locked, and made where people want that.
+
+All of it may block for as long as a file system likes: `in_thread` is how to call it. A file is looked at before it is
+opened for anything, and what is known of it is of the descriptor that QEMU gets, not of a name.
+
+The files are the supervisor's own, mode 0600: QEMU gets a descriptor, so its user needs no right to any. `flock` is
+taken on that descriptor and ends with the last copy of it, so it lasts as long as the QEMU that has it
+(docs/decisions/0024-local-disks.md). Sources: open(2), flock(2), linkat(2), proc_pid_fd(5), statvfs(3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from kvmsupervisor.domain import qcow2
+from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
+
+T = TypeVar("T")
+
+SECTOR = 512
+
+FOLDER_MODE, FILE_MODE = 0o700, 0o600
+
+DEADLINE_S = 10.0
+"""How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
+that a disk which has to spin up is waited for."""
+
+
+class FileTrouble(Exception):
+    """A disk's file is not as it must be. The message says what and which, and what would help."""
+
+
+class NoFile(FileTrouble):
+    """There is no such file."""
+
+
+class FileLocked(FileTrouble):
+    """Another program has the file open as a disk."""
+
+
+@frozen(kw_only=True)
+class DiskFile:
+    """A file that was opened as a disk, and locked.
+
+    Attributes:
+        fd: its descriptor, to be closed by who got it.
+        size: bytes that the disk has.
+    """
+
+    fd: int
+    size: int
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of all disks where it is missing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+
+
+def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
+    """Open a disk's file, lock it, and look at it. It is made, empty, where it is missing and has a size.
+
+    Raises:
+        FileLocked: another program has it.
+        NoFile: it is missing, and has no size.
+        FileTrouble: it is no plain file, or no image that may be opened.
+        OSError: it cannot be opened or made.
+    """
+    path = folder / disk.name
+    for _ in range(2):
+        try:
+            return _open(path, disk)
+        except FileNotFoundError:
+            if disk.size is None:
+                raise NoFile(
+                    f"there is no file {path} on this host: put it there, or say by size= (such as size=20G) that an "
+                    "empty disk is to be made"
+                ) from None
+            _make(folder, disk)
+    raise FileTrouble(f"the file {path} was removed while it was being opened")
+
+
+def _open(path: Path, disk: FileDisk) -> DiskFile:
+    with contextlib.ExitStack() as undo:
+        # Nothing is opened before it is known what it is: a device may act on that, a pipe may wait.
+        found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _check_kind(path, os.fstat(found))
+            flags = os.O_RDONLY if disk.ro else os.O_RDWR
+            fd = os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
+        finally:
+            os.close(found)
+        undo.callback(os.close, fd)
+        _lock(path, fd, shared=disk.ro)
+        _own(path, fd, disk)
+        size = _size(path, fd, disk)
+        undo.pop_all()
+    return DiskFile(fd=fd, size=size)
+
+
+def _check_kind(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise FileTrouble(f"{path} is a symbolic link, which may lead anywhere: put the file itself there")
+    if not stat.S_ISREG(found.st_mode):
+        raise FileTrouble(f"{path} is no plain file")
+    if found.st_nlink > 1:
+        raise FileTrouble(
+            f"{path} has {found.st_nlink} names (hard links), so it may be another one's file, too: leave it one"
+        )
+
+
+def _lock(path: Path, fd: int, *, shared: bool) -> None:
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileLocked(
+            f"{path} is in use by another program (`lslocks` names it): no two can have one disk"
+        ) from None
+
+
+def _own(path: Path, fd: int, disk: FileDisk) -> None:
+    """See to it that no other user can open it: guests are strangers to each other."""
+    found = os.fstat(fd)
+    if (found.st_uid, stat.S_IMODE(found.st_mode)) == (os.geteuid(), FILE_MODE):
+        return
+    try:
+        os.fchown(fd, os.geteuid(), os.getegid())
+        os.fchmod(fd, FILE_MODE)
+    except OSError as error:
+        if disk.ro and error.errno == errno.EROFS:
+            return
+        said = f"it cannot be made this supervisor's alone, mode 0600 ({error.strerror})"
+        raise OSError(error.errno, said, str(path)) from error
+
+
+def _size(path: Path, fd: int, disk: FileDisk) -> int:
+    if disk.format is DiskFormat.RAW:
+        # QEMU shows a sector that is not whole as a whole one.
+        return -(-os.fstat(fd).st_size // SECTOR) * SECTOR
+    try:
+        return qcow2.virtual_size(os.pread(fd, qcow2.HEADER_BYTES, 0))
+    except qcow2.Refused as refused:
+        raise FileTrouble(f"{path} {refused}") from None
+
+
+def _make(folder: Path, disk: FileDisk) -> None:
+    """Make an empty disk. It has no name before it is whole and on the disk, and takes nobody's name."""
+    assert disk.size is not None
+    path = folder / disk.name
+    try:
+        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place, _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
+            os.fchmod(fd, FILE_MODE)
+            if disk.format is DiskFormat.RAW:
+                os.ftruncate(fd, disk.size)
+            else:
+                _write(fd, qcow2.empty(disk.size))
+            os.fsync(fd)
+            with contextlib.suppress(FileExistsError):
+                # With a descriptor of the folder, as only then Python follows the link to the file.
+                os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+            os.fsync(place)
+    except FileNotFoundError:
+        raise FileTrouble(
+            f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            raise FileTrouble(
+                f"{folder} is on a file system that cannot make a file before its name: make {path} by hand, "
+                "by `qemu-img create`"
+            ) from None
+        raise
+
+
+def _write(fd: int, data: bytes) -> None:
+    at = 0
+    while at < len(data):
+        at += os.pwrite(fd, data[at:], at)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def room(folder: Path, *, as_root: bool) -> int:
+    """Bytes that are left on the folder's file system, for root or for others.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    found = os.statvfs(folder)
+    return (found.f_bfree if as_root else found.f_bavail) * found.f_frsize
+
+
+class Threads:
+    """Calls that may block, each in a thread of its own, and each with a deadline.
+
+    A thread that a file system holds cannot be ended. It is left behind: it keeps neither this program from ending nor
+    other calls from their threads, and there is at most one for each name.
+    """
+
+    def __init__(self) -> None:
+        self._held: set[str] = set()
+
+    async def call(
+        self,
+        name: str,
+        work: Callable[[], T],
+        *,
+        deadline_s: float = DEADLINE_S,
+        undo: Callable[[T], None] = lambda _: None,
+    ) -> T:
+        """Return what `work` returns.
+
+        Args:
+            name: for whom; while one of its calls is held, others fail at once.
+            work: is run in a thread.
+            deadline_s: how long it may take.
+            undo: called with the result when that came too late.
+
+        Raises:
+            FileTrouble: it took too long, or an earlier one still does; or what `work` raises.
+            OSError: what `work` raises.
+        """
+        if name in self._held:
+            raise FileTrouble("its file system does not answer")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def end(result: T | None, error: BaseException | None) -> None:
+            self._held.discard(name)
+            if done.cancelled():
+                if error is None:
+                    undo(result)  # type: ignore[arg-type]
+            elif error is None:
+                done.set_result(result)  # type: ignore[arg-type]
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            result: T | None = None
+            failure: BaseException | None = FileTrouble("looking at it failed")
+            try:
+                result, failure = work(), None
+            except (FileTrouble, OSError) as error:
+                failure = error
+            finally:
+                # The loop may have been closed: then nobody waits, and the process ends.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(end, result, failure)
+
+        self._held.add(name)
+        threading.Thread(target=run, name=f"disk of {name}", daemon=True).start()
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await done
+        except TimeoutError:
+            raise FileTrouble(f"its file system does not answer (for {deadline_s:g} s so far)") from None
