@@ -189,7 +189,7 @@ class SingleCommand:
 
     async def _under_lock(self, directory: InstanceDir, lock_key: str) -> None:
         settings, outside = self._settings, self._outside
-        stand = Stand.of(settings, lock_key, outside)
+        stand = Stand.of(settings, lock_key, outside, instance=None)
         async with AsyncExitStack() as stack:
             stand.run_dir.acquire()
             stack.callback(stand.run_dir.release)

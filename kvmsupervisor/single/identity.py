@@ -33,7 +33,7 @@ class Stand:
     """One container in single mode.
 
     Attributes:
-        name: of the instance, or of the lock.
+        name: of the instance; without one, of the lock.
         holder: as whom it holds the lock, whose key is a literal one.
         run_dir: its own.
     """
@@ -43,8 +43,8 @@ class Stand:
     run_dir: RunDir
 
     @classmethod
-    def of(cls, settings: Settings, lock_key: str, outside: Outside) -> Stand:
-        """Who holds `lock_key` on this host."""
+    def of(cls, settings: Settings, lock_key: str, outside: Outside, *, instance: InstanceId | None) -> Stand:
+        """Who holds `lock_key` on this host, for that instance if there is one. The key may lie anywhere."""
         name = name_of(lock_key, prefix=settings.prefix)
         # Eight characters, so that the sockets of the longest id fit below the longest KVM_RUN_DIR that is common.
         digest = hashlib.sha256(f"{settings.prefix}\n{lock_key}".encode()).hexdigest()[:8]
@@ -55,7 +55,7 @@ class Stand:
             layout=replace(settings.layout, lock=lock_key),
             run_dir=run_dir.path,
         )
-        return cls(name=InstanceId(name), holder=holder, run_dir=run_dir)
+        return cls(name=instance or InstanceId(name), holder=holder, run_dir=run_dir)
 
     @property
     def lock_key(self) -> str:

@@ -138,7 +138,7 @@ class Single:
         self._id = instance
         self._outside = outside
         self._overrides = dict(overrides)
-        self._stand = Stand.of(settings, lock_key, outside)
+        self._stand = Stand.of(settings, lock_key, outside, instance=instance)
         # Not the holder: in a PID namespace the next container has another one, and takes away what this one left.
         self._bridge_owner = f"{lock_key}@{settings.hostname}"
         self._keys = Keys(self._stand, host=settings.hostname, overrides=self._overrides)

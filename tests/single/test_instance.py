@@ -71,6 +71,22 @@ async def test_the_environment_wins_over_keys(bench: Bench) -> None:
     assert bench.qemu.ram == "size=96M"
 
 
+async def test_its_lock_may_lie_anywhere(bench: Bench) -> None:
+    """Law: `LOCK` may name any key. The instance is the one that `INSTANCE` names all the same."""
+    elsewhere = "/locks/other"
+    bench.keys(ram="64", host="a")
+    await bench.instance(lock_key=elsewhere)
+    assert bench.qemu.run_state == "running"
+    assert bench.status is not None
+    assert bench.status.phase is Phase.RUNNING
+    lock = Lock.from_json(bench.etcd.data[elsewhere])
+    assert lock is not None
+    assert lock.pid == bench.qemu.pid
+    bench.told()
+    assert await bench.ends() == 0
+    assert elsewhere not in bench.etcd.data
+
+
 async def test_its_end_is_the_containers(bench: Bench) -> None:
     """Law: nothing is restarted in here, whatever `restart` says."""
     await run(bench, restart="always")
