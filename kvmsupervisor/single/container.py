@@ -19,7 +19,7 @@ from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.owners import other_of_client
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
@@ -162,7 +162,7 @@ class Container:
         layout = stand.holder.layout
         self._locks = Flat()
         self._mirrors = {
-            prefix: Mirror(
+            prefix: Informer(
                 store=store,
                 clock=self._clock,
                 history=self._member.history,

@@ -15,7 +15,7 @@ import pytest
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Page
-from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.session import HostnameTaken, Session
 from kvmsupervisor.cluster.status_writer import Publisher
 from kvmsupervisor.domain.grouping import Flat
@@ -179,7 +179,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             yield listing
 
     etcd.pages = late  # type: ignore[method-assign]
-    mirror: Mirror[bytes] = Mirror(
+    mirror: Informer[bytes] = Informer(
         store=etcd, clock=Clock(), history=SameHistory(), prefix="/p/", table=table, on_change=note
     )
     async with running(mirror.run()):
