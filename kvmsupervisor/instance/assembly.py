@@ -26,7 +26,7 @@ from kvmsupervisor.cluster.fencing import CephFencing, Fencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.config.settings import DISK_DIR, Settings
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
@@ -145,7 +145,7 @@ class Membership:
         store: etcd.
         says: what the session is to say; its `history` is filled in here.
         yields: whether to go on waiting where another one lives under this name; see `Session`.
-        gather_s: how long the first of several statuses waits for the others; see `Publisher`.
+        gather_s: how long the first of several statuses waits for the others; see `StatusWriter`.
         spread_s: the pause between two writes of statuses.
         on_hosts: called when a host came or went, or has spoken.
 
@@ -201,7 +201,7 @@ class Membership:
             on_change=on_hosts,
             rand=rand,
         )
-        self.publisher = Publisher(
+        self.publisher = StatusWriter(
             store=store,
             clock=clock,
             layout=layout,

@@ -12,7 +12,7 @@ from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.cluster.fencing import Fencing
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.decision import Decision
@@ -119,7 +119,7 @@ class Surroundings:
     layout: Layout
     store: Store
     session: Session
-    publisher: Publisher
+    publisher: StatusWriter
     admission: Admission
     provisioner: Provisioner
     system: System

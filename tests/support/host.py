@@ -22,7 +22,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -294,7 +294,7 @@ class Host:
             layout=LAYOUT,
             store=self.store,
             session=session,
-            publisher=Publisher(
+            publisher=StatusWriter(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
