@@ -19,7 +19,7 @@ CONFIRMATION_POLL_S = 2.0
 """How often to look for the operator's approval while removals are held."""
 
 
-class Confirmations:
+class RemovalApprovals:
     """Heeds `confirm-removal`.
 
     Args:

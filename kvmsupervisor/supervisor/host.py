@@ -18,7 +18,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
-from kvmsupervisor.cluster.removal_approval import Confirmations
+from kvmsupervisor.cluster.removal_approval import RemovalApprovals
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import Unfenced
@@ -138,7 +138,7 @@ class Host:
             on_anew=self._on_anew,
             rand=outside.jitter,
         )
-        self._confirmations = Confirmations(
+        self._confirmations = RemovalApprovals(
             store=premises.store,
             clock=clock,
             key=layout.confirmation_key(me),
