@@ -15,7 +15,7 @@ from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.removal import Hold, RemovalGuard, differing, ends_it, names_no_host, order_of, why_held
+from kvmsupervisor.domain.removal import Hold, MassRemovalHold, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.sharing import Namesakes
@@ -57,7 +57,7 @@ class Dispatch:
         wishes: Wishes,
         instances: Mapping[InstanceId, Instance],
         namesakes: Namesakes,
-        guard: RemovalGuard,
+        guard: MassRemovalHold,
         admit: Admit,
         start: Callable[[Instance], None],
         on_candidates: Callable[[], None],

@@ -27,7 +27,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardPost
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
 from kvmsupervisor.instance.bridges import Bridges
@@ -102,7 +102,7 @@ class Host:
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
-        self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._guard = MassRemovalHold(settings.mass_removal_window_s)
         self._admission = Admission(settings.start_parallel, equipment.memory_mib)
 
         # In etcd.
