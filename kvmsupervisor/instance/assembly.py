@@ -33,7 +33,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import Life, Surroundings
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
@@ -233,7 +233,7 @@ def surround(
     metrics: Metrics,
     bridge_owner: str,
     settle_s: float,
-    guard: GuardPost | None,
+    guard: GuardClient | None,
     recorded_for: Callable[[str], Awaitable[InstanceId | None]],
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],

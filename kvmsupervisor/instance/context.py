@@ -22,7 +22,7 @@ from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.view import Haste, View
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.local_disks import LocalDisks
@@ -141,7 +141,7 @@ class Surroundings:
     links: Links
     era: Callable[[], Era]
     # Without defaults: a quiet "nobody", or "nothing against it", where a hook was forgotten would be a guest's end.
-    guard: GuardPost | None
+    guard: GuardClient | None
     takeover_wait_s: float
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]

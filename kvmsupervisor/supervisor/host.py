@@ -28,7 +28,7 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
@@ -154,7 +154,7 @@ class Host:
         )
 
         # On the host.
-        self._post = GuardPost(
+        self._post = GuardClient(
             run_dir=premises.run_dir,
             clock=clock,
             homes=premises.homes.homes,

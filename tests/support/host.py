@@ -30,7 +30,7 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import HostsLife, Surroundings
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Instance
@@ -338,7 +338,7 @@ class Host:
             life=HostsLife(),
             launch=BEHIND,
             takeover_wait_s=60.0,
-            guard=cast("GuardPost | None", self.guard),
+            guard=cast("GuardClient | None", self.guard),
         )
 
     # What is seen.
