@@ -40,7 +40,7 @@ from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
 from kvmsupervisor.supervisor.failover import Failover
-from kvmsupervisor.supervisor.http_view import Face
+from kvmsupervisor.supervisor.http_view import HttpView
 from kvmsupervisor.supervisor.identity import Standing
 from kvmsupervisor.supervisor.statuses import Statuses
 
@@ -163,7 +163,7 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self.face = Face(
+        self.face = HttpView(
             host=me,
             instances=self._instances,
             hosts=self._neighbours.table,

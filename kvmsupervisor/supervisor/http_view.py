@@ -19,7 +19,7 @@ from kvmsupervisor.domain.status import Status
 from kvmsupervisor.instance.worker import Instance
 
 
-class Face:
+class HttpView:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
