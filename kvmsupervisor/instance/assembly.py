@@ -34,7 +34,7 @@ from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.context import Life, Surroundings
+from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
@@ -243,8 +243,8 @@ def surround(
     draining: Callable[[], bool],
     life: Life,
     launch: Launch,
-) -> Surroundings:
-    """What all instances of one holder share. The arguments are what differs between holders; see `Surroundings`.
+) -> InstanceContext:
+    """What all instances of one holder share. The arguments are what differs between holders; see `InstanceContext`.
 
     Args:
         member: the holder in etcd.
@@ -276,7 +276,7 @@ def surround(
         as_root=equipment.privileged,
         access=outside.files,
     )
-    return Surroundings(
+    return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
         layout=holder.layout,

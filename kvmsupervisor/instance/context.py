@@ -70,7 +70,7 @@ class HostsLife:
 
 
 @frozen(kw_only=True)
-class Surroundings:
+class InstanceContext:
     """What all instances of a host share.
 
     Attributes:

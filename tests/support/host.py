@@ -31,7 +31,7 @@ from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.context import HostsLife, Surroundings
+from kvmsupervisor.instance.context import HostsLife, InstanceContext
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Instance
 from kvmsupervisor.machine.guest_logs import GuestLogs
@@ -285,10 +285,10 @@ class Host:
     async def _recorded_for(self, client: str) -> InstanceId | None:
         return self.recorded_for(client)
 
-    def _surroundings(self) -> Surroundings:
+    def _surroundings(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
-        return Surroundings(
+        return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
             layout=LAYOUT,
