@@ -56,7 +56,7 @@ STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
 
 
-class Instance:
+class Worker:
     """One instance on this host.
 
     Attributes:

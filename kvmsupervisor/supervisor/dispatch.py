@@ -19,7 +19,7 @@ from kvmsupervisor.domain.removal import Hold, MassRemovalHold, differing, ends_
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class Admit(Protocol):
     """Makes an instance that was not known here."""
 
-    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance:
+    def __call__(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Make it; `fresh`: its keys were just written."""
         ...
 
@@ -55,11 +55,11 @@ class Dispatch:
         me: HostName,
         clock: Clock,
         wishes: Wishes,
-        instances: Mapping[InstanceId, Instance],
+        instances: Mapping[InstanceId, Worker],
         namesakes: Namesakes,
         guard: MassRemovalHold,
         admit: Admit,
-        start: Callable[[Instance], None],
+        start: Callable[[Worker], None],
         on_candidates: Callable[[], None],
         on_held: Callable[[], None],
         on_told: Callable[[], None],

@@ -34,7 +34,7 @@ from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.host import Equipment, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
@@ -98,7 +98,7 @@ class Host:
         self._premises = premises
         self._clock = clock
         self._mismatch = mismatch
-        self._instances: dict[InstanceId, Instance] = {}
+        self._instances: dict[InstanceId, Worker] = {}
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
@@ -307,12 +307,12 @@ class Host:
 
     # --- instances --------------------------------------------------------------------------------------------
 
-    def _instance(self, name: InstanceId) -> Instance:
+    def _instance(self, name: InstanceId) -> Worker:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
             fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name] = Worker(name, around=self._around, directory=directory, memory=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -340,22 +340,22 @@ class Host:
                 again.set()
                 stop.set()
 
-    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)
 
-    def _start(self, instance: Instance) -> None:
+    def _start(self, instance: Worker) -> None:
         if self._tasks is not None:
             self._running[instance.id] = self._tasks.create_task(self._keep_going(instance), name=instance.id)
 
-    async def _keep_going(self, instance: Instance) -> None:
+    async def _keep_going(self, instance: Worker) -> None:
         """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
         await keep_going(instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id))
         self._forget(instance)
 
-    def _forget(self, instance: Instance) -> None:
+    def _forget(self, instance: Worker) -> None:
         """Nothing of it is ours any more: let go of all that was kept of it here."""
         name, directory = instance.id, self._premises.run_dir.instance(instance.id)
         del self._instances[name]

@@ -33,7 +33,7 @@ from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import HostsLife, InstanceContext
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
 from kvmsupervisor.machine.spawn import BEHIND
@@ -207,7 +207,7 @@ class Host:
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
-        self.instance = Instance(
+        self.instance = Worker(
             ONE,
             around=self.around,
             directory=directory,
