@@ -44,7 +44,7 @@ class LockEntry(Protocol):
 
 
 class AllWishes(Protocol):
-    """The keys and locks of all instances, as `mirror.Wishes` has them."""
+    """The keys and locks of all instances, as `informer.Wishes` has them."""
 
     def ids(self) -> Set[InstanceId]:
         """Every instance."""
@@ -103,7 +103,7 @@ class Namesakes:
     def of(self, me: InstanceId, images: Collection[str]) -> list[InstanceId]:
         """The other instances whose keys name one of these images for writing, whether they have a lock or none."""
         found = []
-        for name in {one for image in images for one in self._naming.get(_last(image.encode()), ()) if one != me}:
+        for name in {one for image in images for one in self._naming.get(image.encode(), ()) if one != me}:
             wish = parse_wish(name, self._wishes.keys_of(name))
             if wish.spec is None:
                 continue
@@ -115,13 +115,16 @@ class Namesakes:
 
 
 def _named(keys: Mapping[bytes, RawValue]) -> tuple[bytes, ...]:
-    """The last parts of the names of all images, in Ceph or elsewhere, that these keys name; each once, in order."""
-    words = (raw.value.split(None, 1) for key, raw in keys.items() if key == b"rbd" or key.startswith(b"disk/"))
-    return tuple(sorted({_last(word[0]) for word in words if word}))
+    """The names of all images, in Ceph or elsewhere, that these keys name; each once, in order.
+
+    Whole names: many images share the last part of theirs, such as `root` in the pool of each customer.
+    """
+    values = (raw.value.decode(errors="replace") for key, raw in keys.items() if _is_of_a_disk(key))
+    return tuple(sorted({words[0].removeprefix("/").encode() for value in values if (words := value.split(None, 1))}))
 
 
-def _last(image: bytes) -> bytes:
-    return image.rpartition(b"/")[2]
+def _is_of_a_disk(key: bytes) -> bool:
+    return key == b"rbd" or key.startswith(b"disk/")
 
 
 class Sharing:

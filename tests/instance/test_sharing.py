@@ -5,14 +5,16 @@ The other one is played: its keys, its lock, and its client of the storage.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import replace
 
 import pytest
 
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.instance.sharing import Namesakes
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemus
@@ -169,3 +171,33 @@ async def test_who_runs_tells_of_the_other(host: Host) -> None:
     host.etcd.erase(LAYOUT.wish_key(AFTER, "rbd"))
     await host.told()
     assert host.status.reason == "runs"
+
+
+class Keys(dict[InstanceId, dict[bytes, RawValue]]):
+    """The keys of a cluster without locks. Implements `sharing.AllWishes`."""
+
+    def put(self, name: str, rbd: str) -> InstanceId:
+        one = InstanceId(name)
+        self[one] = {key: RawValue(value.encode(), 1) for key, value in {b"ram": "64", b"rbd": rbd}.items()}
+        return one
+
+    def keys_of(self, instance: InstanceId) -> Mapping[bytes, RawValue]:
+        return self[instance]
+
+    def lock_of(self, instance: InstanceId) -> None:
+        return None
+
+    def ids(self) -> Set[InstanceId]:
+        return self.keys()
+
+
+@pytest.mark.parametrize("text", ["rbd/vm", "/rbd/vm", "  rbd/vm discard", "rbd/vm\u00a0discard", "rbd/vm\niops=5"])
+def test_an_image_is_told_by_its_whole_name(text: str) -> None:
+    """However it is written. An image of that name in another pool is another one, and wakes no machine."""
+    keys = Keys()
+    names = Namesakes(keys, HostName("a"))
+    mine, elsewhere = keys.put("1", IMAGE), keys.put("2", "others/vm")
+    assert names.heard({mine, elsewhere}) == set()
+    third = keys.put("3", text)
+    assert names.heard({third}) == {mine}
+    assert names.of(mine, [IMAGE]) == [third]
