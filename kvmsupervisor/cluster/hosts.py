@@ -10,7 +10,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.history import History
-from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, dissent
@@ -45,8 +45,8 @@ class Neighbours:
         on_change: Callable[[], None],
         rand: Callable[[], float] = random.random,
     ) -> None:
-        def follow(prefix: str, table: Flat, told: Callable[[Set[bytes], int], None]) -> Mirror[bytes]:
-            return Mirror(
+        def follow(prefix: str, table: Flat, told: Callable[[Set[bytes], int], None]) -> Informer[bytes]:
+            return Informer(
                 store=store, clock=clock, history=history, prefix=prefix, table=table, on_change=told, rand=rand
             )
 

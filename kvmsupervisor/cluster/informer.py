@@ -64,7 +64,7 @@ class AnotherHistory(EtcdError):
     """The list belongs to a history that etcd no longer has: list again."""
 
 
-class Mirror(Generic[LabelT]):
+class Informer(Generic[LabelT]):
     """Keeps `table` in step with the keys below `prefix`.
 
     Args:
@@ -259,8 +259,8 @@ class Wishes:
         on_anew: Callable[[], None],
         rand: Callable[[], float] = random.random,
     ) -> None:
-        def follow(prefix: str, table: Groups) -> Mirror[InstanceId]:
-            return Mirror(
+        def follow(prefix: str, table: Groups) -> Informer[InstanceId]:
+            return Informer(
                 store=store,
                 clock=clock,
                 history=history,
@@ -283,7 +283,7 @@ class Wishes:
         self._of_locks = self._mirrors[-1]
         self._layout = layout
         self._placements = Flat()
-        self._of_placements = Mirror(
+        self._of_placements = Informer(
             store=store,
             clock=clock,
             history=history,
@@ -309,7 +309,7 @@ class Wishes:
         # Half of the tables belongs to another history: tell nothing until the other half does, too.
 
     @property
-    def _all(self) -> tuple[Mirror[InstanceId] | Mirror[bytes], ...]:
+    def _all(self) -> tuple[Informer[InstanceId] | Informer[bytes], ...]:
         return (*self._mirrors, self._of_placements)
 
     async def wait_synced(self) -> None:

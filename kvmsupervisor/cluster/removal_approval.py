@@ -11,7 +11,7 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Delete, EtcdError, Store
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.removal import RemovalGuard
+from kvmsupervisor.domain.removal import MassRemovalHold
 
 log = structlog.get_logger(__name__)
 
@@ -19,7 +19,7 @@ CONFIRMATION_POLL_S = 2.0
 """How often to look for the operator's approval while removals are held."""
 
 
-class Confirmations:
+class RemovalApprovals:
     """Heeds `confirm-removal`.
 
     Args:
@@ -31,7 +31,13 @@ class Confirmations:
     """
 
     def __init__(
-        self, *, store: Store, clock: Clock, key: str, guard: RemovalGuard, on_freed: Callable[[Set[InstanceId]], None]
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        key: str,
+        guard: MassRemovalHold,
+        on_freed: Callable[[Set[InstanceId]], None],
     ) -> None:
         self._store = store
         self._clock = clock

@@ -88,7 +88,7 @@ class _Known:
     revision: int
 
 
-class Publisher:
+class StatusWriter:
     """Keeps the status keys of this host's instances at their wanted values.
 
     Args:

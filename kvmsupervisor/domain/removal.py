@@ -23,7 +23,7 @@ SHOWN_CHARS = 200
 """How much of a value is kept for people. Arbitrary: a line or two."""
 
 
-class RemovalGuard:
+class MassRemovalHold:
     """Judges removals of one host's instances.
 
     Attributes:

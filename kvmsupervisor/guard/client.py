@@ -91,7 +91,7 @@ class _Line:
     outdated: bool = False
 
 
-class GuardPost:
+class GuardClient:
     """Keeps the guard up while there is a machine to watch.
 
     Args:

@@ -26,15 +26,15 @@ from kvmsupervisor.cluster.fencing import CephFencing, Fencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.config.settings import DISK_DIR, Settings
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.instance.context import Life, Surroundings
+from kvmsupervisor.guard.client import GuardClient
+from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
@@ -145,7 +145,7 @@ class Membership:
         store: etcd.
         says: what the session is to say; its `history` is filled in here.
         yields: whether to go on waiting where another one lives under this name; see `Session`.
-        gather_s: how long the first of several statuses waits for the others; see `Publisher`.
+        gather_s: how long the first of several statuses waits for the others; see `StatusWriter`.
         spread_s: the pause between two writes of statuses.
         on_hosts: called when a host came or went, or has spoken.
 
@@ -201,7 +201,7 @@ class Membership:
             on_change=on_hosts,
             rand=rand,
         )
-        self.publisher = Publisher(
+        self.publisher = StatusWriter(
             store=store,
             clock=clock,
             layout=layout,
@@ -233,7 +233,7 @@ def surround(
     metrics: Metrics,
     bridge_owner: str,
     settle_s: float,
-    guard: GuardPost | None,
+    guard: GuardClient | None,
     recorded_for: Callable[[str], Awaitable[InstanceId | None]],
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
@@ -243,8 +243,8 @@ def surround(
     draining: Callable[[], bool],
     life: Life,
     launch: Launch,
-) -> Surroundings:
-    """What all instances of one holder share. The arguments are what differs between holders; see `Surroundings`.
+) -> InstanceContext:
+    """What all instances of one holder share. The arguments are what differs between holders; see `InstanceContext`.
 
     Args:
         member: the holder in etcd.
@@ -276,7 +276,7 @@ def surround(
         as_root=equipment.privileged,
         access=outside.files,
     )
-    return Surroundings(
+    return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
         layout=holder.layout,

@@ -15,7 +15,7 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.system import Network
 
 log = structlog.get_logger(__name__)
@@ -58,7 +58,7 @@ class Bridges:
         me: HostName,
         owner: str,
         bridge_if: str | None,
-        instances: Mapping[InstanceId, Instance],
+        instances: Mapping[InstanceId, Worker],
         clock: Clock,
     ) -> None:
         self._network = network

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.aio import no_stray_cancellation
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 
 ERROR_PAUSE_S = (1.0, 60.0)
 """First and longest pause of one instance after an error of our own, doubled each time."""
 
 
-async def keep_going(instance: Instance, *, clock: Clock, on_error: Callable[[], None]) -> None:
+async def keep_going(instance: Worker, *, clock: Clock, on_error: Callable[[], None]) -> None:
     """Run one instance's loop to its end. An error of ours in it is told and waited out, and is not the end."""
     pause_s = ERROR_PAUSE_S[0]
     while True:

@@ -12,7 +12,7 @@ from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.cluster.fencing import Fencing
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.decision import Decision
@@ -22,7 +22,7 @@ from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.view import Haste, View
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.local_disks import LocalDisks
@@ -70,7 +70,7 @@ class HostsLife:
 
 
 @frozen(kw_only=True)
-class Surroundings:
+class InstanceContext:
     """What all instances of a host share.
 
     Attributes:
@@ -119,7 +119,7 @@ class Surroundings:
     layout: Layout
     store: Store
     session: Session
-    publisher: Publisher
+    publisher: StatusWriter
     admission: Admission
     provisioner: Provisioner
     system: System
@@ -141,7 +141,7 @@ class Surroundings:
     links: Links
     era: Callable[[], Era]
     # Without defaults: a quiet "nobody", or "nothing against it", where a hook was forgotten would be a guest's end.
-    guard: GuardPost | None
+    guard: GuardClient | None
     takeover_wait_s: float
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]

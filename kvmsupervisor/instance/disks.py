@@ -8,7 +8,7 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.storage import sized
 from kvmsupervisor.domain.view import Action
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
 
@@ -18,7 +18,13 @@ hundred machines this is 1 % of one. A change of any key of the instance has the
 
 
 async def tend(
-    action: Action, instance: InstanceId, wish: Wish | None, *, machine: Machine, report: Report, around: Surroundings
+    action: Action,
+    instance: InstanceId,
+    wish: Wish | None,
+    *,
+    machine: Machine,
+    report: Report,
+    around: InstanceContext,
 ) -> None:
     """Do what `action` (`GROW`, `ROOM`) says of the disks of a running machine."""
     spec, disks = machine.spec, around.local_disks

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.nics import ELSEWHERE, Attachment, Plug, look
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.machine.machine import Machine
 
 AGAIN_S = 5.0
@@ -31,7 +31,7 @@ class Plugs:
         seen: where each NIC is plugged in, as last looked at; nothing of those that are not to be seen from here.
     """
 
-    def __init__(self, machine: Machine, *, around: Surroundings, tell: Callable[..., None]) -> None:
+    def __init__(self, machine: Machine, *, around: InstanceContext, tell: Callable[..., None]) -> None:
         self.seen: Sequence[Plug] = ()
         self._machine = machine
         self._links = around.links

@@ -23,7 +23,7 @@ from kvmsupervisor.domain.spec import RawValue, Spec
 from kvmsupervisor.domain.storage import images_of, names_of
 from kvmsupervisor.domain.values import some
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 
 ASK_EVERY_S = 5.0
 """How often one that waits for an image asks whether it is free. One short program each; arbitrary: a mistake of the
@@ -132,7 +132,7 @@ class Sharing:
         ask_at: when it is to be asked again whether the image is free.
     """
 
-    def __init__(self, instance: InstanceId, *, around: Surroundings) -> None:
+    def __init__(self, instance: InstanceId, *, around: InstanceContext) -> None:
         self.rival: str | None = None
         self.ask_at = 0.0
         self._id = instance

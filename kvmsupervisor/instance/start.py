@@ -30,7 +30,7 @@ from kvmsupervisor.domain.view import Action, Deferral, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import disks
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine import identity as marks
@@ -94,7 +94,7 @@ class Start:
         self,
         instance: InstanceId,
         *,
-        around: Surroundings,
+        around: InstanceContext,
         machine: Machine,
         lock: InstanceLock,
         report: Report,

@@ -16,7 +16,7 @@ from kvmsupervisor.domain.spec import Spec, Wish, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Action, View
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.machine.machine import Machine
 
 CHANGED = "instance.changes_untold"
@@ -37,7 +37,7 @@ class Report:
         self,
         instance: InstanceId,
         *,
-        around: Surroundings,
+        around: InstanceContext,
         machine: Machine,
         wake: Callable[[], None],
         log: FilteringBoundLogger,

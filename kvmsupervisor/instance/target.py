@@ -7,13 +7,13 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.single import is_in_container
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.view import Target
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 
 HERE = Target()
 """For an instance that shall run here, or nowhere: nobody is looked for."""
 
 
-def target_of(instance: InstanceId, wish: Wish | None, around: Surroundings) -> Target:
+def target_of(instance: InstanceId, wish: Wish | None, around: InstanceContext) -> Target:
     """Look at it. Cheap for the many that shall run here; for one that waits it reads the names of all hosts."""
     if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
         return HERE

@@ -8,12 +8,12 @@ from dataclasses import replace
 from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock
 from kvmsupervisor.domain.lock import Change
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
 
 
-async def reassert(machine: Machine, lock: InstanceLock, report: Report, around: Surroundings) -> None:
+async def reassert(machine: Machine, lock: InstanceLock, report: Report, around: InstanceContext) -> None:
     """Write it again; kill the QEMU instead when another host has had it meanwhile.
 
     The status tells that. Where the status is gone as well, because the instance was removed, Ceph does: a QEMU that
@@ -38,7 +38,7 @@ async def reassert(machine: Machine, lock: InstanceLock, report: Report, around:
     report.tell("lock.reasserted", level="warning", epoch=record.epoch)
 
 
-async def rename(lock: InstanceLock, report: Report, around: Surroundings) -> None:
+async def rename(lock: InstanceLock, report: Report, around: InstanceContext) -> None:
     """Write it with this host's present name (law 12).
 
     Raises:

@@ -36,7 +36,7 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.plugs import Plugs
 from kvmsupervisor.instance.start import Start, wanted
 from kvmsupervisor.instance.status import Report
@@ -56,7 +56,7 @@ STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
 
 
-class Instance:
+class Worker:
     """One instance on this host.
 
     Attributes:
@@ -70,7 +70,7 @@ class Instance:
         self,
         instance: InstanceId,
         *,
-        around: Surroundings,
+        around: InstanceContext,
         directory: InstanceDir,
         memory: Memory,
         log: FilteringBoundLogger,

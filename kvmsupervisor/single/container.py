@@ -19,7 +19,7 @@ from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.owners import other_of_client
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
@@ -30,7 +30,7 @@ from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.instance.assembly import Outside, surround
 from kvmsupervisor.instance.containment import keep_going
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.host import Equipment
 from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
@@ -162,7 +162,7 @@ class Container:
         layout = stand.holder.layout
         self._locks = Flat()
         self._mirrors = {
-            prefix: Mirror(
+            prefix: Informer(
                 store=store,
                 clock=self._clock,
                 history=self._member.history,
@@ -176,17 +176,17 @@ class Container:
         session.listen(self.instance.notify)
         life.listen(self.instance.notify)
 
-    def _begin(self, directory: InstanceDir) -> Instance:
+    def _begin(self, directory: InstanceDir) -> Worker:
         """The instance, with the QEMU that an earlier container has left, if it lives.
 
         One that has ended is not this container's end: nothing is known of it but what its lock says.
         """
         name = self._stand.name
 
-        def make() -> Instance:
+        def make() -> Worker:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
             memory = replace(directory.read_memory(self._stand.holder.boot_id), ended=None, held=False)
-            return Instance(name, around=self._around, directory=directory, memory=memory, log=log)
+            return Worker(name, around=self._around, directory=directory, memory=memory, log=log)
 
         instance, record = make(), directory.read_incarnation()
         if record is not None:

@@ -15,11 +15,11 @@ from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.removal import Hold, RemovalGuard, differing, ends_it, names_no_host, order_of, why_held
+from kvmsupervisor.domain.removal import Hold, MassRemovalHold, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 class Admit(Protocol):
     """Makes an instance that was not known here."""
 
-    def __call__(self, name: InstanceId, *, fresh: bool) -> Instance:
+    def __call__(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Make it; `fresh`: its keys were just written."""
         ...
 
@@ -55,11 +55,11 @@ class Dispatch:
         me: HostName,
         clock: Clock,
         wishes: Wishes,
-        instances: Mapping[InstanceId, Instance],
+        instances: Mapping[InstanceId, Worker],
         namesakes: Namesakes,
-        guard: RemovalGuard,
+        guard: MassRemovalHold,
         admit: Admit,
-        start: Callable[[Instance], None],
+        start: Callable[[Worker], None],
         on_candidates: Callable[[], None],
         on_held: Callable[[], None],
         on_told: Callable[[], None],

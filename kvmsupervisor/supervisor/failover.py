@@ -28,7 +28,7 @@ from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.start import WATCH_EVERY_S, need_mib
 
 log = structlog.get_logger(__name__)
@@ -89,7 +89,7 @@ class Failover:
         wishes: those of all hosts.
     """
 
-    def __init__(self, around: Surroundings, wishes: AllWishes) -> None:
+    def __init__(self, around: InstanceContext, wishes: AllWishes) -> None:
         self._around = around
         self._wishes = wishes
         self._changed = asyncio.Event()

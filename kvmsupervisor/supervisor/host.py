@@ -18,7 +18,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
-from kvmsupervisor.cluster.removal_approval import Confirmations
+from kvmsupervisor.cluster.removal_approval import RemovalApprovals
 from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import Unfenced
@@ -27,20 +27,20 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.removal import RemovalGuard
-from kvmsupervisor.guard.client import GuardPost
+from kvmsupervisor.domain.removal import MassRemovalHold
+from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.host import Equipment, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
 from kvmsupervisor.supervisor.failover import Failover
-from kvmsupervisor.supervisor.http_view import Face
+from kvmsupervisor.supervisor.http_view import HttpView
 from kvmsupervisor.supervisor.identity import Standing
 from kvmsupervisor.supervisor.statuses import Statuses
 
@@ -98,11 +98,11 @@ class Host:
         self._premises = premises
         self._clock = clock
         self._mismatch = mismatch
-        self._instances: dict[InstanceId, Instance] = {}
+        self._instances: dict[InstanceId, Worker] = {}
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
-        self._guard = RemovalGuard(settings.mass_removal_window_s)
+        self._guard = MassRemovalHold(settings.mass_removal_window_s)
         self._admission = Admission(settings.start_parallel, equipment.memory_mib)
 
         # In etcd.
@@ -138,7 +138,7 @@ class Host:
             on_anew=self._on_anew,
             rand=outside.jitter,
         )
-        self._confirmations = Confirmations(
+        self._confirmations = RemovalApprovals(
             store=premises.store,
             clock=clock,
             key=layout.confirmation_key(me),
@@ -154,7 +154,7 @@ class Host:
         )
 
         # On the host.
-        self._post = GuardPost(
+        self._post = GuardClient(
             run_dir=premises.run_dir,
             clock=clock,
             homes=premises.homes.homes,
@@ -163,7 +163,7 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self.face = Face(
+        self.face = HttpView(
             host=me,
             instances=self._instances,
             hosts=self._neighbours.table,
@@ -307,12 +307,12 @@ class Host:
 
     # --- instances --------------------------------------------------------------------------------------------
 
-    def _instance(self, name: InstanceId) -> Instance:
+    def _instance(self, name: InstanceId) -> Worker:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
             fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Instance(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name] = Worker(name, around=self._around, directory=directory, memory=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -340,22 +340,22 @@ class Host:
                 again.set()
                 stop.set()
 
-    def _admit(self, name: InstanceId, *, fresh: bool) -> Instance:
+    def _admit(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
             self._publisher.doubt(name)
         return self._instance(name)
 
-    def _start(self, instance: Instance) -> None:
+    def _start(self, instance: Worker) -> None:
         if self._tasks is not None:
             self._running[instance.id] = self._tasks.create_task(self._keep_going(instance), name=instance.id)
 
-    async def _keep_going(self, instance: Instance) -> None:
+    async def _keep_going(self, instance: Worker) -> None:
         """Run one instance's loop to its end. An error of ours in it stays with this instance, and is not the end."""
         await keep_going(instance, clock=self._clock, on_error=lambda: self._metrics.internal_error(instance.id))
         self._forget(instance)
 
-    def _forget(self, instance: Instance) -> None:
+    def _forget(self, instance: Worker) -> None:
         """Nothing of it is ours any more: let go of all that was kept of it here."""
         name, directory = instance.id, self._premises.run_dir.instance(instance.id)
         del self._instances[name]

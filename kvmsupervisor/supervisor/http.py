@@ -7,10 +7,10 @@ import contextlib
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters.web import Routes, Web
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.supervisor.http_view import Face
+from kvmsupervisor.supervisor.http_view import HttpView
 
 
-async def serve(face: Face, settings: Settings, stack: contextlib.AsyncExitStack) -> str:
+async def serve(face: HttpView, settings: Settings, stack: contextlib.AsyncExitStack) -> str:
     """Serve HTTP until `stack` ends; return the URL, empty when nothing listens.
 
     Raises:

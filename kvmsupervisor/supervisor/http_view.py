@@ -16,10 +16,10 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.orphans import count_orphans
 from kvmsupervisor.domain.run_state import RunState
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 
 
-class Face:
+class HttpView:
     """Implements `adapters.web.View`, and gives the metrics their gauges.
 
     Args:
@@ -41,7 +41,7 @@ class Face:
         self,
         *,
         host: HostName,
-        instances: Mapping[InstanceId, Instance],
+        instances: Mapping[InstanceId, Worker],
         hosts: Flat,
         alive: Callable[[], Collection[str]],
         session: Session,
@@ -129,7 +129,7 @@ class Face:
             self._counted = (seen, count_orphans(self._wishes, alive))
         return self._counted[1]
 
-    def _sample(self, instance: Instance) -> InstanceSample:
+    def _sample(self, instance: Worker) -> InstanceSample:
         status = instance.report.status
         usage = None if instance.pid is None else usage_of(instance.pid, starttime=instance.starttime)
         return InstanceSample(

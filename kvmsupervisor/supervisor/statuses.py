@@ -8,9 +8,9 @@ from typing import Never
 
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Wishes
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 
 
 class Statuses:
@@ -24,7 +24,7 @@ class Statuses:
     """
 
     def __init__(
-        self, *, publisher: Publisher, wishes: Wishes, instances: Mapping[InstanceId, Instance], drops: bool
+        self, *, publisher: StatusWriter, wishes: Wishes, instances: Mapping[InstanceId, Worker], drops: bool
     ) -> None:
         self._publisher = publisher
         self._wishes = wishes

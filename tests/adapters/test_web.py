@@ -80,7 +80,7 @@ class FakeView:
 
 
 @dataclass
-class Face:
+class HttpView:
     """The routes, asked without a socket."""
 
     view: FakeView
@@ -100,8 +100,8 @@ class Face:
 
 
 @pytest.fixture
-def face() -> Face:
-    return Face(FakeView())
+def face() -> HttpView:
+    return HttpView(FakeView())
 
 
 class Elements(HTMLParser):
@@ -127,7 +127,7 @@ class Elements(HTMLParser):
 class TestApi:
     """`/api/v1`: the facts as JSON."""
 
-    def test_instances_are_the_objects_of_the_status_keys(self, face: Face) -> None:
+    def test_instances_are_the_objects_of_the_status_keys(self, face: HttpView) -> None:
         """The array holds the very objects of the status keys, in the view's order."""
         face.view.statuses = [
             a_status("2", pid=7, epoch=3, pending=("ram",)),
@@ -150,17 +150,17 @@ class TestApi:
         ]
         assert set(contract) <= set(found[0])
 
-    def test_no_instances_is_an_empty_array(self, face: Face) -> None:
+    def test_no_instances_is_an_empty_array(self, face: HttpView) -> None:
         """Nothing to show is not an error."""
         assert face.json("/api/v1/instances") == []
         assert face.json("/api/v1/hosts") == []
 
-    def test_one_instance(self, face: Face) -> None:
+    def test_one_instance(self, face: HttpView) -> None:
         """An id names its own object."""
         face.view.statuses = [a_status("1"), a_status("web.2")]
         assert face.json("/api/v1/instances/web.2")["id"] == "web.2"
 
-    def test_one_instance_tells_when_its_agent_was_heard(self, face: Face) -> None:
+    def test_one_instance_tells_when_its_agent_was_heard(self, face: HttpView) -> None:
         """That changes every minute, so it is told here, and neither in the array nor in the status key."""
         face.view.statuses = [a_status("1"), a_status("2")]
         face.view.agents_seen["1"] = "2030-01-02T03:04:00Z"
@@ -169,19 +169,19 @@ class TestApi:
         assert all("agent_seen" not in status for status in face.json("/api/v1/instances"))
 
     @pytest.mark.parametrize("name", ["3", "", "..", "a/b", "a" * 64, "<script>", "\udcff"])
-    def test_an_unknown_instance_is_404_in_json(self, face: Face, name: str) -> None:
+    def test_an_unknown_instance_is_404_in_json(self, face: HttpView, name: str) -> None:
         """What is not here, or is no id, is an error that a program can read."""
         face.view.statuses = [a_status("1")]
         reply = face.get(f"/api/v1/instances/{name}")
         assert reply.status == HTTPStatus.NOT_FOUND
         assert "error" in json.loads(reply.body)
 
-    def test_hosts(self, face: Face) -> None:
+    def test_hosts(self, face: HttpView) -> None:
         """Every session is shown as its key holds it."""
         face.view.sessions = [a_host("a"), a_host("b", cpus=4)]
         assert face.json("/api/v1/hosts") == [session.to_object() for session in face.view.sessions]
 
-    def test_bytes_that_are_no_text_survive(self, face: Face) -> None:
+    def test_bytes_that_are_no_text_survive(self, face: HttpView) -> None:
         """A lone surrogate, which stands for such a byte, still makes JSON that says the same."""
         face.view.statuses = [a_status(reason="QEMU said \udcff – \U0001f600 \\ \x00")]
         assert face.json("/api/v1/instances")[0]["reason"] == "QEMU said \udcff – \U0001f600 \\ \x00"
@@ -190,13 +190,13 @@ class TestApi:
 class TestProbes:
     """`/healthz`, `/readyz`, `/metrics`."""
 
-    def test_healthz(self, face: Face) -> None:
+    def test_healthz(self, face: HttpView) -> None:
         """200 while the supervisor's parts turn, 503 when one has ended."""
         assert face.get("/healthz").status == HTTPStatus.OK
         face.view.is_healthy = False
         assert face.get("/healthz").status == HTTPStatus.SERVICE_UNAVAILABLE
 
-    def test_readyz_says_why_not(self, face: Face) -> None:
+    def test_readyz_says_why_not(self, face: HttpView) -> None:
         """200 in step; 503 with the reason otherwise."""
         assert face.get("/readyz").status == HTTPStatus.OK
         face.view.is_ready = (False, "no session: etcd is away \udcff")
@@ -204,7 +204,7 @@ class TestProbes:
         assert reply.status == HTTPStatus.SERVICE_UNAVAILABLE
         assert reply.body.startswith(b"no session: etcd is away")
 
-    def test_metrics_passes_the_accept_header_on(self, face: Face) -> None:
+    def test_metrics_passes_the_accept_header_on(self, face: HttpView) -> None:
         """The view chooses the form that the scraper asked for; its content type is used."""
         reply = face.get("/metrics", accept="application/openmetrics-text")
         assert reply.body == b"for application/openmetrics-text\n"
@@ -216,14 +216,14 @@ class TestReadOnly:
 
     @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
     @pytest.mark.parametrize("path", ["/", "/metrics", "/api/v1/instances/1", "/nowhere"])
-    def test_other_methods_are_405(self, face: Face, method: str, path: str) -> None:
+    def test_other_methods_are_405(self, face: HttpView, method: str, path: str) -> None:
         """Every method that could change something is refused, everywhere, and told what is allowed."""
         reply = face.get(path, method=method)
         assert reply.status == HTTPStatus.METHOD_NOT_ALLOWED
         assert reply.headers["Allow"] == "GET, HEAD"
 
     @pytest.mark.parametrize("path", ["/nowhere", "//", "/metrics/", "/api/v1/instances/1/2", "*", ""])
-    def test_other_paths_are_404(self, face: Face, path: str) -> None:
+    def test_other_paths_are_404(self, face: HttpView, path: str) -> None:
         """An unknown path names those that exist."""
         reply = face.get(path)
         assert reply.status == HTTPStatus.NOT_FOUND
@@ -234,7 +234,7 @@ class TestReadOnly:
 class TestPage:
     """`/`: the page for people."""
 
-    def test_shows_what_one_wants_to_know(self, face: Face) -> None:
+    def test_shows_what_one_wants_to_know(self, face: HttpView) -> None:
         """Phase, reason, age, restarts, pending keys, problems and the last end of each instance."""
         face.view.statuses = [
             a_status(
@@ -255,14 +255,14 @@ class TestPage:
         ):  # fmt: skip
             assert expected in words
 
-    def test_a_guest_that_does_not_run_is_told_from_one_that_does(self, face: Face) -> None:
+    def test_a_guest_that_does_not_run_is_told_from_one_that_does(self, face: HttpView) -> None:
         """§4: the phase says what QEMU does; a guest that is halted in it is marked, with its run state."""
         face.view.statuses = [a_status("1", run_state="running"), a_status("2", run_state="io-error")]
         page = face.page()
         assert page.count('<td class="phase running">running</td>') == 1
         assert page.count('<td class="phase halted">running (io-error)</td>') == 1
 
-    def test_says_whether_it_is_in_step(self, face: Face) -> None:
+    def test_says_whether_it_is_in_step(self, face: HttpView) -> None:
         """A page of old facts says so."""
         face.view.is_ready = (False, "no session: etcd is away")
         words = Elements(face.page()).words
@@ -270,7 +270,7 @@ class TestPage:
         assert "no session: etcd is away" in words
 
     @pytest.mark.parametrize("hostile", [HOSTILE, HOSTILE * 1000, "\udcff", "javascript:alert(1)"])
-    def test_strangers_text_stays_text(self, face: Face, hostile: str) -> None:
+    def test_strangers_text_stays_text(self, face: HttpView, hostile: str) -> None:
         """Whatever QEMU, a key or another host says: no element, attribute or link of theirs is on the page."""
         face.view.statuses = [a_status()]
         face.view.sessions = [a_host()]
@@ -290,12 +290,12 @@ class TestPage:
         assert shown.attributes == harmless.attributes
         assert shown.targets == harmless.targets
 
-    def test_invisible_characters_are_made_visible(self, face: Face) -> None:
+    def test_invisible_characters_are_made_visible(self, face: HttpView) -> None:
         """A reversal of the reading direction, or an escape sequence, is spelled out."""
         face.view.statuses = [a_status(reason="exe\u202egnp\x1b[31m")]
         assert r"exe\u202egnp\x1b[31m" in Elements(face.page()).words
 
-    def test_foreign_facts_are_shown_as_text(self, face: Face) -> None:
+    def test_foreign_facts_are_shown_as_text(self, face: HttpView) -> None:
         """Another host's session key may hold any text anywhere: the page shows it, and it stays text."""
         wild = HostSession.from_json(b'{"host": "<b>", "version": "</td>", "url": "javascript:1", "boot_id": ""}')
         assert wild is not None
@@ -305,18 +305,18 @@ class TestPage:
     @given(text=st.text(), since=st.text() | st.datetimes(timezones=st.just(UTC)).map(lambda t: t.isoformat()))
     def test_any_text_makes_a_page(self, text: str, since: str) -> None:
         """No text stops the page, or the JSON, from being encoded."""
-        face = Face(FakeView(statuses=[a_status(reason=text, since=since)], is_ready=(True, text)))
+        face = HttpView(FakeView(statuses=[a_status(reason=text, since=since)], is_ready=(True, text)))
         assert face.page().count("<tr>") == 2
         assert face.json("/api/v1/instances")[0]["reason"] == text
 
-    def test_long_lists_and_texts_are_cut(self, face: Face) -> None:
+    def test_long_lists_and_texts_are_cut(self, face: HttpView) -> None:
         """10,000 problems of 10,000 characters make a page that a browser can show; it says that there is more."""
         face.view.statuses = [a_status(problems=("x" * 10_000,) * 10_000)]
         document = face.page()
         assert len(document) < 20_000
         assert "and 9992 more" in document
 
-    def test_only_its_own_style_may_load(self, face: Face) -> None:
+    def test_only_its_own_style_may_load(self, face: HttpView) -> None:
         """The security policy allows the one style sheet in the page, by its hash, and no script at all."""
         reply = face.get("/")
         style = re.search(r"<style>(.*)</style>", reply.body.decode(), re.DOTALL)
@@ -329,12 +329,12 @@ class TestPage:
         assert "unsafe" not in policy
 
     @pytest.mark.parametrize(("wanted", "seconds"), [("5", 5), ("3600", 3600), ("1", 1)])
-    def test_refreshes_when_asked(self, face: Face, wanted: str, seconds: int) -> None:
+    def test_refreshes_when_asked(self, face: HttpView, wanted: str, seconds: int) -> None:
         """`?refresh=<seconds>` makes the browser come back, without any script."""
         assert f'<meta http-equiv="refresh" content="{seconds}">' in face.page(wanted)
 
     @pytest.mark.parametrize("wanted", ["", "0", "-1", "3601", "1e3", "9" * 5000, "٣", '5"><script>', "5;url=//x"])
-    def test_refreshes_for_nothing_else(self, face: Face, wanted: str) -> None:
+    def test_refreshes_for_nothing_else(self, face: HttpView, wanted: str) -> None:
         """Anything but a sensible number of seconds is as if it were not there."""
         assert "http-equiv" not in face.page(wanted)
 

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, KeyValue, Listing, Unavailable
-from kvmsupervisor.cluster.informer import SLICE, Mirror, Wishes
+from kvmsupervisor.cluster.informer import SLICE, Informer, Wishes
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.wishes import VALUE_LIMIT
@@ -47,8 +47,8 @@ class Bench:
         self.table = Flat()
         self.told: list[tuple[set[bytes], int]] = []
 
-    def mirror(self, etcd: FakeEtcd | None = None) -> Mirror[bytes]:
-        return Mirror(
+    def mirror(self, etcd: FakeEtcd | None = None) -> Informer[bytes]:
+        return Informer(
             store=etcd or self.etcd,
             clock=self.clock,
             history=SameHistory(),
@@ -132,7 +132,7 @@ async def test_the_whole_batch_is_there_when_it_is_told_of(bench: Bench) -> None
         seen.extend((len(keys), len(bench.table.entries)))
         told.set()
 
-    mirror: Mirror[bytes] = Mirror(
+    mirror: Informer[bytes] = Informer(
         store=bench.etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=note
     )
     sizes: set[int] = set()
@@ -311,7 +311,7 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
                 copy[key] = entry.value
 
     etcd = bench.etcd.peer()
-    mirror: Mirror[bytes] = Mirror(
+    mirror: Informer[bytes] = Informer(
         store=etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=follow
     )
     async with running(mirror):
@@ -426,7 +426,7 @@ async def test_batches_need_not_come_from_the_fake() -> None:
         yield Once()
 
     etcd.watch = watch  # type: ignore[method-assign,assignment]
-    mirror: Mirror[bytes] = Mirror(
+    mirror: Informer[bytes] = Informer(
         store=etcd,
         clock=FakeClock(),
         history=SameHistory(),

@@ -15,9 +15,9 @@ import pytest
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Page
-from kvmsupervisor.cluster.informer import Mirror
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.session import HostnameTaken, Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -179,7 +179,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             yield listing
 
     etcd.pages = late  # type: ignore[method-assign]
-    mirror: Mirror[bytes] = Mirror(
+    mirror: Informer[bytes] = Informer(
         store=etcd, clock=Clock(), history=SameHistory(), prefix="/p/", table=table, on_change=note
     )
     async with running(mirror.run()):
@@ -197,7 +197,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
 async def test_the_publisher_writes_under_the_session_only(etcd: Etcd, tmp_path: Path) -> None:
     """Full transactions are accepted by a server with its default limits; the guard falls with the session."""
     session = make_session(etcd, tmp_path)
-    publisher = Publisher(store=etcd, clock=Clock(), layout=Layout(), host=HostName("a"), session=session)
+    publisher = StatusWriter(store=etcd, clock=Clock(), layout=Layout(), host=HostName("a"), session=session)
     ids = [InstanceId(str(index)) for index in range(200)]
     async with running(session.run()), running(publisher.run()):
         for instance in ids:

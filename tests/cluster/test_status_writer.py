@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
-from kvmsupervisor.cluster.status_writer import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, Publisher
+from kvmsupervisor.cluster.status_writer import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, StatusWriter
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.clock import FakeClock, settle
@@ -50,8 +50,8 @@ class Bench:
         self.session = FakeSession(self.etcd)
         self.publisher = self.make()
 
-    def make(self, gather_s: float = 0.0, spread_s: float = 0.0) -> Publisher:
-        return Publisher(
+    def make(self, gather_s: float = 0.0, spread_s: float = 0.0) -> StatusWriter:
+        return StatusWriter(
             store=self.etcd,
             clock=self.clock,
             layout=Layout(),
@@ -63,7 +63,7 @@ class Bench:
         )
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[Publisher]:
+    async def running(self) -> AsyncIterator[StatusWriter]:
         task = asyncio.create_task(self.publisher.run())
         await settle()
         try:

@@ -104,7 +104,7 @@ def test_every_address_is_each_of_them(keys: Keys, host: Host, tiny: str) -> Non
     keys.machines(host.name, "all", ram=16, extra_flags=tiny, spice_port=port, spice_addr="0.0.0.0")
     host.wait_running("all")
     keys.machines(host.name, "one", ram=16, extra_flags=tiny, spice_port=port)
-    host.wait_for("one", lambda s: s.phase is Phase.WAITING and f"{port} on 0.0.0.0 is that of" in s.reason)
+    host.wait_for("one", lambda s: s.phase is Phase.WAITING and f"{port} on 0.0.0.0 belongs to" in s.reason)
 
 
 def test_a_port_of_another_program(keys: Keys, host: Host, tiny: str) -> None:

@@ -148,14 +148,14 @@ def test_a_full_file_system(keys: Keys, hosts: Hosts, writer: Guest, small: Path
     flags = writer_flags(writer)
     keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2 size=40M"})
     qemu = host.wait_running("one")["one"]
-    status = host.wait_for("one", lambda s: "is full" in s.reason)
-    assert str(small) in status.reason
+    status = host.wait_for("one", lambda s: str(small) in s.reason)
+    assert "is full" in status.reason
     assert "disk/0" in status.reason
     assert host.run_state(qemu) == "io-error"
     before = written(host)
     host.kill9()
     host.start()
-    host.wait_for("one", lambda s: "is full" in s.reason)
+    host.wait_for("one", lambda s: str(small) in s.reason)
     assert host.run_state(qemu) == "io-error"
     filler.unlink()
     host.wait_for("one", lambda s: s.reason == "runs")

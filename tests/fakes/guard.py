@@ -1,4 +1,4 @@
-"""A guard in virtual time: what `instance/worker.py` sees of `guard.client.GuardPost`."""
+"""A guard in virtual time: what `instance/worker.py` sees of `guard.client.GuardClient`."""
 
 from __future__ import annotations
 

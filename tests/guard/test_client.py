@@ -21,7 +21,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.guard import client as guarding
-from kvmsupervisor.guard.client import GuardPost, Unguarded
+from kvmsupervisor.guard.client import GuardClient, Unguarded
 from tests.support.processes import freeze, starttime_of
 
 LIMIT_S = 30.0
@@ -35,19 +35,19 @@ class Bench:
     def __init__(self, path: Path) -> None:
         self.run_dir = RunDir(path)
         self.news = 0
-        self.posts: list[tuple[GuardPost, asyncio.Task[None]]] = []
+        self.posts: list[tuple[GuardClient, asyncio.Task[None]]] = []
         self.machines: dict[str, subprocess.Popen[bytes]] = {}
         self.homes: Nowhere = Nowhere(survives_container=True)
 
-    def supervisor(self, version: str = "1", ttl_s: float = TTL_S) -> GuardPost:
+    def supervisor(self, version: str = "1", ttl_s: float = TTL_S) -> GuardClient:
         """One begins; the former one has ended."""
-        post = GuardPost(
+        post = GuardClient(
             run_dir=self.run_dir, clock=Clock(), homes=self.homes, ttl_s=ttl_s, notify=self._notify, version=version
         )
         self.posts.append((post, asyncio.create_task(self._run(post))))
         return post
 
-    async def _run(self, post: GuardPost) -> None:
+    async def _run(self, post: GuardClient) -> None:
         await post.run()
 
     def _notify(self) -> None:
@@ -64,7 +64,7 @@ class Bench:
         made = self.machines[name] = subprocess.Popen(["sleep", "3600"])
         return made
 
-    async def watch(self, post: GuardPost, name: str) -> None:
+    async def watch(self, post: GuardClient, name: str) -> None:
         """As a machine does it: again and again, while there is no guard."""
         process = self.machines.get(name) or self.machine(name)
         pidfd = os.pidfd_open(process.pid)
@@ -226,7 +226,7 @@ async def test_pin_ends_the_guard_and_no_machine(bench: Bench) -> None:
     post.renewed(LATE)
     await bench.watch(post, "a")
     await bench.end_supervisor()
-    third = GuardPost(run_dir=bench.run_dir, clock=Clock(), homes=bench.homes, ttl_s=TTL_S, notify=lambda: None)
+    third = GuardClient(run_dir=bench.run_dir, clock=Clock(), homes=bench.homes, ttl_s=TTL_S, notify=lambda: None)
     await third.dismiss()
     assert bench.all_guards == []
     assert bench.machines["a"].poll() is None

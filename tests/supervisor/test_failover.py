@@ -16,7 +16,7 @@ from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage, take
 from kvmsupervisor.domain.placement import Placement
-from kvmsupervisor.instance.context import Surroundings
+from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.supervisor.failover import Failover
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
@@ -271,5 +271,5 @@ async def test_whose_client_it_is_asked_of_etcd(lock: str, key: str, name: str) 
 
 def test_no_hook_of_safety_has_a_quiet_default() -> None:
     """Laws 4 and 12: whoever runs instances says who may be fenced and what may be touched; nothing is "nobody"."""
-    quiet = [one.name for one in fields(Surroundings) if one.default is not MISSING]
+    quiet = [one.name for one in fields(InstanceContext) if one.default is not MISSING]
     assert quiet == []

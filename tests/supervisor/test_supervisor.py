@@ -20,7 +20,7 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
@@ -465,15 +465,15 @@ async def test_a_bug_in_one_instance_leaves_the_others_alone(
     """
     await bench.begin()
     qemus = await bench.running("1", "2")
-    observe = Instance._observe
+    observe = Worker._observe
     broken = True
 
-    def stumbles(self: Instance) -> object:
+    def stumbles(self: Worker) -> object:
         if broken and self.id == "1":
             raise bug("a bug")
         return observe(self)
 
-    monkeypatch.setattr(Instance, "_observe", stumbles)
+    monkeypatch.setattr(Worker, "_observe", stumbles)
     with capture_logs() as logs:
         for name in ("1", "2"):
             bench.etcd.write(f"/kvm/{name}/power", "off")
@@ -491,11 +491,11 @@ async def test_a_bug_in_one_instance_leaves_the_others_alone(
 async def test_a_bug_does_not_keep_the_supervisor_from_stopping(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancellation always propagates, out of an instance's pause too."""
 
-    def stumbles(self: Instance) -> object:
+    def stumbles(self: Worker) -> object:
         raise RuntimeError("a bug")
 
     bench.create("1")
-    monkeypatch.setattr(Instance, "_observe", stumbles)
+    monkeypatch.setattr(Worker, "_observe", stumbles)
     await bench.begin()
     await bench.end()
 

@@ -22,7 +22,7 @@ from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.cluster.status_writer import Publisher
+from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -30,10 +30,10 @@ from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.wishes import parse_wish
-from kvmsupervisor.guard.client import GuardPost
-from kvmsupervisor.instance.context import HostsLife, Surroundings
+from kvmsupervisor.guard.client import GuardClient
+from kvmsupervisor.instance.context import HostsLife, InstanceContext
 from kvmsupervisor.instance.sharing import Namesakes
-from kvmsupervisor.instance.worker import Instance
+from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
 from kvmsupervisor.machine.spawn import BEHIND
@@ -207,7 +207,7 @@ class Host:
         self.around = self._surroundings()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
-        self.instance = Instance(
+        self.instance = Worker(
             ONE,
             around=self.around,
             directory=directory,
@@ -285,16 +285,16 @@ class Host:
     async def _recorded_for(self, client: str) -> InstanceId | None:
         return self.recorded_for(client)
 
-    def _surroundings(self) -> Surroundings:
+    def _surroundings(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
-        return Surroundings(
+        return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
             layout=LAYOUT,
             store=self.store,
             session=session,
-            publisher=Publisher(
+            publisher=StatusWriter(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
@@ -338,7 +338,7 @@ class Host:
             life=HostsLife(),
             launch=BEHIND,
             takeover_wait_s=60.0,
-            guard=cast("GuardPost | None", self.guard),
+            guard=cast("GuardClient | None", self.guard),
         )
 
     # What is seen.

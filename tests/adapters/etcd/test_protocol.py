@@ -31,7 +31,7 @@ def test_protobuf_runs_on_upb() -> None:
 
 def test_a_slow_protobuf_is_refused() -> None:
     """On the pure Python implementation the import fails, and says what to do."""
-    done = python("import kvmsupervisor.adapters.etcd", PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
+    done = python("from kvmsupervisor.adapters.etcd import Etcd", PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION="python")
     assert done.returncode != 0
     assert "unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION" in done.stderr
 
@@ -39,7 +39,7 @@ def test_a_slow_protobuf_is_refused() -> None:
 def test_the_import_is_clean_and_leaves_no_trace() -> None:
     """No warning, nothing printed, no etcd3 in `sys.modules`, none of what its client needs."""
     done = python(
-        "import kvmsupervisor.adapters.etcd, sys\n"
+        "import kvmsupervisor.adapters.etcd.client, sys\n"
         "assert not {'tenacity', 'six'} & set(sys.modules)\n"
         "assert not [name for name in sys.modules if name.startswith('etcd3')]\n"
     )
@@ -48,7 +48,7 @@ def test_the_import_is_clean_and_leaves_no_trace() -> None:
 
 def test_fork_support_is_off_before_grpc_comes() -> None:
     """Fork support of gRPC is off when it is imported, by whichever module of the adapter."""
-    for module in ("", ".errors", ".auth", ".protocol"):
+    for module in (".client", ".errors", ".auth", ".protocol"):
         done = python(
             "import os, sys\n"
             "class Guard:\n"
