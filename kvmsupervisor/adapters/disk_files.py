@@ -31,6 +31,9 @@ SECTOR = 512
 
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 
+NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+"""What file systems without `O_TMPFILE` answer (NFS, CephFS, 9p, older overlays), each in its way; see open(2)."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -177,7 +180,7 @@ def _make(folder: Path, disk: FileDisk) -> None:
             f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
         ) from None
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
+        if error.errno in NO_NAMELESS_FILES:
             raise FileTrouble(
                 f"{folder} is on a file system that cannot make a file before its name: make {path} by hand, "
                 "by `qemu-img create`"

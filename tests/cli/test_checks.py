@@ -117,3 +117,16 @@ def test_a_problem_names_the_character(world: World) -> None:
     refused = world.run("set", "1", "host=al\u200bpha")
     assert refused.exit_code == 1
     assert "U+200B ZERO WIDTH SPACE" in refused.stderr
+
+
+def test_local_disks(world: World) -> None:
+    """A file of another host than the one to run it, and of one that others may take over, are named beforehand."""
+    world.host("alpha", "beta")
+    world.keys("1", host="alpha", ram="1G", hosts="beta", **{"disk/0": "file:a.raw", "disk/1": "file:b.raw ro"})
+    world.status("1", "alpha", Phase.RUNNING, run_state="running", pid=1, files={"file:a.raw": "alpha"})
+    found = world.run("check", "1").stdout
+    assert "hosts" in found
+    assert "disk/0 in a file of one host" in found
+    assert "a file of alpha" not in found
+    world.keys("1", host="beta")
+    assert "a file of alpha, and `host` is beta" in world.run("check", "1").stdout

@@ -564,3 +564,15 @@ def test_a_huge_value_is_refused_by_name(world: World) -> None:
         assert len(result.stderr) < 300
     assert world.value("1", "x-notes") is None
     assert world.run("set", "1", f"x-notes={'b' * 65_536}").exit_code == 0
+
+
+def test_a_local_disk_does_not_go_along(world: World) -> None:
+    """Another `host` is refused with the disks that stay behind; --force writes it all the same."""
+    world.host("alpha", "beta")
+    world.keys("1", host="alpha", ram="1G", **{"disk/0": "file:a.raw"})
+    world.status("1", "alpha", Phase.RUNNING, files={"file:a.raw": "alpha"})
+    refused = world.run("set", "1", "host=beta")
+    assert refused.exit_code == 1
+    assert "disk/0 is on alpha" in refused.stderr
+    assert world.run("set", "1", "ram=2G").exit_code == 0
+    assert world.run("set", "1", "host=beta", "--force").exit_code == 0

@@ -51,12 +51,19 @@ def writes(host: Host, instance: str = "one") -> None:
     eventually(f"{instance} to write", lambda: written(host, instance) >= before + 2)
 
 
-def check(image: Path) -> None:
-    """QEMU's own checker finds nothing."""
+LEAKS = 3
+"""Exit code of `qemu-img check` where nothing is wrong but clusters that are counted and not used."""
+
+
+def check(image: Path, *, leaks: bool = False) -> None:
+    """QEMU's own checker finds nothing; with `leaks` nothing worse than clusters that are lost to the image.
+
+    QEMU counts a cluster before it points to it, so that a cut between the two costs room, and never data.
+    """
     found = subprocess.run(
         ["qemu-img", "check", "-f", "qcow2", str(image)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.returncode in ({0, LEAKS} if leaks else {0}), found.stdout + found.stderr
 
 
 def off(keys: Keys, host: Host, instance: str = "one") -> None:
@@ -164,17 +171,17 @@ def test_a_full_file_system(keys: Keys, hosts: Hosts, writer: Guest, small: Path
 
 @pytest.mark.guest
 def test_qemu_is_killed_while_its_guest_writes(keys: Keys, hosts: Hosts, writer: Guest, disks: Path) -> None:
-    """Its image is whole each time, and it starts again with it by itself."""
+    """Its image has no error, whenever that is, and the guest starts and writes again."""
     host = hosts(KVM_DISK_DIR=str(disks)).start()
     flags = writer_flags(writer, every_s=0)
-    keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2 size=48M"})
+    keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2 size=8G"})
     for _ in range(ROUNDS):
         qemu = host.wait_running("one")["one"]
         writes(host)
         keys.put("one", restart="never")
         qemu.kill()
         host.wait_for("one", Phase.STOPPED)
-        check(disks / "a.qcow2")
+        check(disks / "a.qcow2", leaks=True)
         keys.put("one", restart="always", restart_request=str(qemu.pid))
     writes(host)
 

@@ -120,12 +120,15 @@ mount -t sysfs sys /sys
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 for module in /modules/first/* /modules/later/*; do insmod "$module"; done 2>/dev/null
 until [ -b /dev/vda ]; do sleep 0.1; done
+# Another place after each boot, so that there is something to allocate.
+read -r boot </proc/sys/kernel/random/boot_id
+start=$((0x${boot%%-*}))
 echo "HELLO from $tag"
 n=0
 while :; do
     read -r sectors </sys/block/vda/size
     n=$((n + 1))
-    at=$((n % (sectors / 2048)))
+    at=$(((start + n) % (sectors / 2048)))
     dd if=/bin/busybox of=/dev/vda bs=1M count=1 seek=$at conv=fsync 2>/dev/null || echo "FAILED $n"
     echo "WROTE $n, has $((sectors / 2048))"
     sleep "$hb"
