@@ -178,7 +178,8 @@ def test_qemu_is_killed_while_its_guest_writes(keys: Keys, hosts: Hosts, writer:
     for _ in range(ROUNDS):
         qemu = host.wait_running("one")["one"]
         writes(host)
-        keys.put("one", restart="never")
+        told = keys.put("one", restart="never")
+        host.wait_for("one", lambda s, told=told: s.revision >= told)  # type: ignore[misc]
         qemu.kill()
         host.wait_for("one", Phase.STOPPED)
         check(disks / "a.qcow2", leaks=True)
