@@ -5,7 +5,7 @@ opened for anything, and what is known of it is of the descriptor that QEMU gets
 
 The files are the supervisor's own, mode 0600: QEMU gets a descriptor, so its user needs no right to any. `flock` is
 taken on that descriptor and ends with the last copy of it, so it lasts as long as the QEMU that has it
-(docs/decisions/0024-local-disks.md). Sources: open(2), flock(2), linkat(2), proc_pid_fd(5), statvfs(3).
+(docs/decisions/0025-local-disks.md). Sources: open(2), flock(2), linkat(2), proc_pid_fd(5), statvfs(3).
 """
 
 from __future__ import annotations
