@@ -67,10 +67,11 @@ def serve(settings: Settings, started: Callable[[], None], *, log_file: Path | N
     gc.disable()
     import asyncio  # noqa: PLC0415
 
-    from kvmsupervisor.config.etcd import connect  # noqa: PLC0415
+    from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
 
     async def ask_and_supervise() -> list[BaseException]:
-        etcd = connect(settings)
+        etcd = Etcd(etcd_config(settings))
         # etcd is asked before the rest is imported. That takes a thread longer than etcd takes to answer.
         asked = etcd.ask_ahead(settings.layout.wishes_prefix)
         try:

@@ -28,7 +28,7 @@ from kvmsupervisor.adapters.etcd.api import (
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
-from kvmsupervisor.domain.placement import NOT_PLACED, Placed
+from kvmsupervisor.domain.placement import Placed
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.timing import RETRY_CAP_S, retry_delay
 
@@ -361,7 +361,7 @@ class Wishes:
         """The placement of one instance (law 10). Cheap for the many instances that have none."""
         entries = self._placements.entries
         entry = entries.get(self._layout.placement_key(instance).encode()) if entries else None
-        return NOT_PLACED if entry is None else Placed.read(entry.value, entry.mod_revision)
+        return Placed.of(entry)
 
     def _ids_of_placements(self, keys: Iterable[bytes]) -> Set[InstanceId]:
         length = len(self._layout.placements_prefix.encode())

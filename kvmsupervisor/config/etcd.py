@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig
+from kvmsupervisor.adapters.etcd import EtcdConfig
 from kvmsupervisor.config.settings import Settings
 
 
@@ -16,12 +16,3 @@ def etcd_config(settings: Settings) -> EtcdConfig:
         username=settings.etcd_username,
         password_file=settings.etcd_password_file,
     )
-
-
-def connect(settings: Settings) -> Etcd:
-    """A client of etcd as the settings say; inside the event loop that uses it.
-
-    Raises:
-        Denied: a certificate or key file cannot be read.
-    """
-    return Etcd(etcd_config(settings))

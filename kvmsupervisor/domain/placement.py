@@ -6,6 +6,8 @@ of `host`. Any later write of `host`, with any value, ends it.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.records import Unfit, compact, parse
@@ -59,6 +61,18 @@ class Placement:
         return 0 < host_revision <= self.of
 
 
+class Written(Protocol):
+    """A key as etcd has it."""
+
+    @property
+    def value(self) -> bytes:
+        """Its value."""
+
+    @property
+    def mod_revision(self) -> int:
+        """The revision that wrote it."""
+
+
 @frozen
 class Placed:
     """The placement key of one instance as last seen.
@@ -85,6 +99,11 @@ class Placed:
         """
         placement = Placement.from_json(value)
         return cls(revision, placement if placement is not None and placement.of < revision else None)
+
+    @classmethod
+    def of(cls, key: Written | None) -> Placed:
+        """Read the key as etcd has it; None when it is absent."""
+        return NOT_PLACED if key is None else cls.read(key.value, key.mod_revision)
 
 
 NOT_PLACED = Placed()

@@ -22,7 +22,7 @@ from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
-from kvmsupervisor.domain.placement import NOT_PLACED, Placed
+from kvmsupervisor.domain.placement import Placed
 from kvmsupervisor.domain.removal import Hold, ends_it, order_of, why_held
 from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import RawValue, Wish
@@ -66,7 +66,7 @@ class Keys:
         placement = self._placements.get(self._placement_key.encode())
         return self._wish_of(
             {key.decode(errors="replace"): (one.value, one.mod_revision) for key, one in self._keys.entries.items()},
-            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+            Placed.of(placement),
         )
 
     async def read(self, store: Store) -> Wish:
@@ -79,7 +79,7 @@ class Keys:
         placement = await store.get(self._placement_key)
         return self._wish_of(
             {kv.key.decode(errors="replace"): (kv.value, kv.mod_revision) for kv in found.kvs},
-            NOT_PLACED if placement is None else Placed.read(placement.value, placement.mod_revision),
+            Placed.of(placement),
         )
 
     def hold(self, wish: Wish, *, former: Wish | None, runs: bool, anew: bool) -> Hold | None:
