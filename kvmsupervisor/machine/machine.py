@@ -41,7 +41,7 @@ from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.room import Room
-from kvmsupervisor.machine.spawn import BEHIND, Launch
+from kvmsupervisor.machine.spawn import BEHIND, Launch, SpawnRequest
 from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
@@ -207,7 +207,7 @@ class Machine:
         argv: Callable[[Provision], Sequence[str]],
         home: Home,
     ) -> None:
-        """Write the record, start QEMU, then add its pid to the record. The arguments are those of `spawn.spawn`.
+        """Write the record, start QEMU, then add its pid to it. The arguments are those of `spawn.SpawnRequest`.
 
         Crash-safe: a successor finds a record without a process, or finds the process by its environment. A program
         that cannot be started is an end like any other.
@@ -218,17 +218,19 @@ class Machine:
         self._clear()
         try:
             self._process = self._launch.spawn(
-                self.directory,
-                record,
-                build,
-                argv,
-                home,
-                processes=self._processes,
-                prefix=self._prefix,
-                user=self._user,
-                logs=self._logs,
-                on_record=self._begin,
-                on_end=self._on_end,
+                SpawnRequest(
+                    directory=self.directory,
+                    record=record,
+                    build=build,
+                    argv=argv,
+                    home=home,
+                    processes=self._processes,
+                    prefix=self._prefix,
+                    user=self._user,
+                    logs=self._logs,
+                    on_record=self._begin,
+                    on_end=self._on_end,
+                )
             )
         except SpawnFailed as error:
             self._exit = Exit(ExitClass.FAILED, f"failed: {error}")

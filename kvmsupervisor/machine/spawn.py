@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from kvmsupervisor.adapters.cgroup import Home
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -19,45 +18,11 @@ from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
 
 
-class Spawn(Protocol):
-    """Puts an incarnation on record, then starts its QEMU; see `spawn`, which is the usual way."""
+@frozen(kw_only=True)
+class SpawnRequest:
+    """One start of a QEMU process.
 
-    def __call__(
-        self,
-        directory: InstanceDir,
-        record: Incarnation,
-        build: Callable[[Channels], Provision],
-        argv: Callable[[Provision], Sequence[str]],
-        home: Home,
-        *,
-        processes: Processes,
-        prefix: str,
-        user: QemuUser | None,
-        logs: MachineLogs,
-        on_record: Callable[[Incarnation], None],
-        on_end: Callable[[], None],
-    ) -> QemuProcess:
-        """Start it; see `spawn`."""
-        ...
-
-
-def spawn(
-    directory: InstanceDir,
-    record: Incarnation,
-    build: Callable[[Channels], Provision],
-    argv: Callable[[Provision], Sequence[str]],
-    home: Home,
-    *,
-    processes: Processes,
-    prefix: str,
-    user: QemuUser | None,
-    logs: MachineLogs,
-    on_record: Callable[[Incarnation], None],
-    on_end: Callable[[], None],
-) -> QemuProcess:
-    """Write the record of the incarnation, then start QEMU.
-
-    Args:
+    Attributes:
         directory: the instance's folder in the run directory; made when it is missing.
         record: the record of the process to start, without pid, argv and log offset.
         build: makes the provision from the listening sockets.
@@ -69,18 +34,36 @@ def spawn(
         logs: makes the memory that QEMU logs into.
         on_record: called with the whole record once it is written, before the process exists.
         on_end: called once when the process has ended.
+    """
+
+    directory: InstanceDir
+    record: Incarnation
+    build: Callable[[Channels], Provision]
+    argv: Callable[[Provision], Sequence[str]]
+    home: Home
+    processes: Processes
+    prefix: str
+    user: QemuUser | None
+    logs: MachineLogs
+    on_record: Callable[[Incarnation], None]
+    on_end: Callable[[], None]
+
+
+def spawn(request: SpawnRequest) -> QemuProcess:
+    """Write the record of the incarnation, then start QEMU.
 
     Raises:
         SpawnFailed: the program cannot be started. The record exists.
         OSError: the host lacks disk space, open files or memory. There is no record and no process.
     """
+    directory, home = request.directory, request.home
     directory.create()
     with contextlib.ExitStack() as stack:
 
         def listen(name: str) -> int:
             return stack.enter_context(directory.listen(directory.path / name)).fileno()
 
-        console_log, own_log = logs.begin()
+        console_log, own_log = request.logs.begin()
         channels = Channels(
             qmp=listen(directory.qmp_socket.name),
             spare=listen(directory.spare_socket.name),
@@ -88,19 +71,19 @@ def spawn(
             agent=listen(directory.agent_socket.name),
             console_log=console_log,
         )
-        provision = build(channels)
-        words = tuple(argv(provision))
-        record = replace(record, argv=words, log_offset=directory.log_size())
+        provision = request.build(channels)
+        words = tuple(request.argv(provision))
+        record = replace(request.record, argv=words, log_offset=directory.log_size())
         try:
             directory.write_incarnation(record)
             # Not before: when the record cannot be written (no space), nothing has begun.
-            on_record(record)
+            request.on_record(record)
             cut("on record, not spawned")
-            return processes.spawn(
-                home.wrap(words if user is None else (*user.become(), *words)),
+            return request.processes.spawn(
+                home.wrap(words if request.user is None else (*request.user.become(), *words)),
                 environment=marks.environment_of(
                     marks.Marks(
-                        prefix=prefix,
+                        prefix=request.prefix,
                         instance=record.instance,
                         incarnation=record.incarnation,
                         folder=directory.path,
@@ -108,7 +91,7 @@ def spawn(
                 ),
                 log_fd=own_log,
                 pass_fds=provision.descriptors,
-                on_end=on_end,
+                on_end=request.on_end,
                 stdin=home.stdin,
             )
         except OSError:
@@ -121,13 +104,13 @@ class Launch:
     """How a QEMU is started, and whose its guest's first step is.
 
     Attributes:
-        spawn: starts it.
+        spawn: starts it, as `spawn` does in the usual way.
         paused: whether it is started with `-S`: its guest certainly has not run before it is let run.
         furnished: whether it has what we put into every machine: balloon, agent's channel. It is not asked of others.
         waits: whether its user wants it paused, or to wait for a migration: then its guest is not ours to let run.
     """
 
-    spawn: Spawn
+    spawn: Callable[[SpawnRequest], QemuProcess]
     paused: bool
     furnished: bool
     waits: bool
