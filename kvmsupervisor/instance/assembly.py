@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
 from kvmsupervisor.adapters.cgroup import Homes
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
@@ -25,6 +25,7 @@ from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.cluster.fencing import CephFencing, Fencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.image_keys import ImageKeys, Imports
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.config.settings import DISK_DIR, Settings
@@ -36,9 +37,12 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
+from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import Equipment, look_around
 from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.jobs import Jobs
+from kvmsupervisor.machine.library import library_of
 from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import Launch
@@ -276,6 +280,7 @@ def surround(
         as_root=equipment.privileged,
         access=outside.files,
     )
+    contents = contents_of(member, settings=settings, outside=outside, equipment=equipment)
     return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
@@ -294,9 +299,11 @@ def surround(
             homes=homes,
             disks=disks,
             local_disks=local_disks,
+            contents=contents,
         ),
         disks=disks,
         local_disks=local_disks,
+        contents=contents,
         logs=outside.logs(outside.clock, settings),
         links=links,
         user=equipment.user,
@@ -323,4 +330,20 @@ def surround(
         draining=draining,
         life=life,
         launch=launch,
+    )
+
+
+def contents_of(member: Membership, *, settings: Settings, outside: Outside, equipment: Equipment) -> Contents:
+    """What new disks of one holder begin with."""
+    layout, jobs = member.holder.layout, Jobs()
+    keys = ImageKeys(member.store, layout)
+    library = library_of(settings, user=equipment.user, jobs=jobs, kept=keys.sums, threads=outside.files.threads)
+    return Contents(
+        library=library,
+        jobs=jobs,
+        keys=keys,
+        imports=Imports(member.store, layout, member.holder.name, outside.clock),
+        ceph=CephImages(Ceph(equipment.ceph_access)),
+        folder=settings.disk_dir,
+        threads=outside.files.threads,
     )

@@ -228,6 +228,7 @@ class Container:
                 await around.publisher.flush()
             for task in (impatient, *serving):
                 task.cancel()
+        await around.contents.close()
         await instance.detach()
         around.logs.close()
         await end_session(around.session)

@@ -40,6 +40,7 @@ from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
+from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
@@ -288,6 +289,7 @@ class Host:
     def _surroundings(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
+        contents = Stock(self.path).contents
         return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
@@ -308,9 +310,11 @@ class Host:
                 homes=Nowhere(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
+                contents=contents,
             ),
             disks=self.disks,
             local_disks=self.local_disks,
+            contents=contents,
             logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,

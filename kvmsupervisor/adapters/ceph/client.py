@@ -69,6 +69,9 @@ That an entry is still there is looked at each time. Arbitrary: longer than any 
 ADDS_AT_ONCE = 4
 """Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 40 MB."""
 
+HEARD_BYTES = 16_384
+"""How much is kept of what a tool says while it works: its complaint is at the end."""
+
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
 """What the tools inherit. `ceph` is a program for the system's Python: the variables of our own would break it."""
 
@@ -150,7 +153,7 @@ class Ceph:
         Raises:
             NoSuchImage: it, or its pool, is not there.
         """
-        return await self._ask(parse_info, "rbd", "info", *_located(image), "--format", "json")
+        return await self.ask(parse_info, "rbd", "info", *located(image), "--format", "json")
 
     async def watchers(self, image: RbdDisk) -> frozenset[Client]:
         """Who has the image open for writing. A client that died is forgotten after 30 s, one that is fenced at once.
@@ -158,7 +161,7 @@ class Ceph:
         Raises:
             NoSuchImage: it, or its pool, is not there.
         """
-        return await self._ask(parse_watchers, "rbd", "status", *_located(image), "--format", "json")
+        return await self.ask(parse_watchers, "rbd", "status", *located(image), "--format", "json")
 
     async def lock_owners(self, image: RbdDisk) -> frozenset[Client]:
         """Who holds the image's exclusive lock, dead or alive: it stays when a client dies, or is fenced.
@@ -166,7 +169,7 @@ class Ceph:
         Raises:
             NoSuchImage: it, or its pool, is not there.
         """
-        return await self._ask(parse_lock_owners, "rbd", "lock", "ls", *_located(image), "--format", "json")
+        return await self.ask(parse_lock_owners, "rbd", "lock", "ls", *located(image), "--format", "json")
 
     async def import_image(self, image: RbdDisk, file: Path) -> bool:
         """Make an image of a small file, unless there is one; False when there was.
@@ -186,11 +189,11 @@ class Ceph:
             return False
         aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
         with contextlib.suppress(NoSuchImage):
-            await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
+            await self.run("rbd", "rm", "--no-progress", *located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
         source = option("--path", str(file))
-        await self._run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
-        await self._run("rbd", "rename", *_located(aside), *_destined(image))
+        await self.run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
+        await self.run("rbd", "rename", *located(aside), *_destined(image))
         return True
 
     # --- shutting out -----------------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ class Ceph:
         async def add(client: Client) -> None:
             command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
             async with slots:
-                _, said = await self._run("ceph", *command)
+                _, said = await self.run("ceph", *command)
             with _understood("ceph", command):
                 until = parse_added(said.decode(errors="replace"))
             at = until - timedelta(seconds=expire_s)
@@ -228,7 +231,7 @@ class Ceph:
 
     async def blocklist_ls(self) -> Mapping[Client, datetime]:
         """Who is shut out, and until when by the monitors' clock; entries for whole hosts are left out."""
-        return await self._ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
+        return await self.ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
 
     async def blocklist_rm(self, clients: Iterable[str]) -> None:
         """Delete the entry of each client. Only when its process is proven gone (law 4), or to renew it at once.
@@ -237,7 +240,7 @@ class Ceph:
         """
         for client in _exactly(clients):
             self._added.pop(client, None)
-            await self._run("ceph", "osd", "blocklist", "rm", client)
+            await self.run("ceph", "osd", "blocklist", "rm", client)
 
     async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
         """Shut out each client for long, and read back that it is so (law 4).
@@ -308,13 +311,23 @@ class Ceph:
 
     # --- running tools ----------------------------------------------------------------------------------------
 
-    async def _ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
-        answer, _ = await self._run(program, *args)
+    async def ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
+        """Run a tool that changes nothing; what it printed, as `parse` reads it."""
+        answer, _ = await self.run(program, *args)
         with _understood(program, args):
             return parse(answer)
 
-    async def _run(self, program: str, *args: str, limit_s: float = 0.0) -> tuple[bytes, bytes]:
-        """Run a tool as this client, for no less than any answer may take; what it printed to its two outputs."""
+    async def run(
+        self, program: str, *args: str, limit_s: float = 0.0, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
+        """Run a tool as this client, for no less than any answer may take; what it printed to its two outputs.
+
+        Args:
+            program: which.
+            args: its words.
+            limit_s: how long it may take, where that is longer than answers may.
+            hear: is told what it says while it works; None where that is of no interest.
+        """
         access = self.access
         who = [option("--id", access.user)]
         if access.conf is not None:
@@ -322,7 +335,7 @@ class Ceph:
         if access.keyring is not None:
             who.append(option("--keyring", access.keyring))
         try:
-            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s))
+            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
         except _NoAnswerInTime as silence:
             self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
@@ -342,7 +355,9 @@ class Ceph:
             return False
         return True
 
-    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
+    async def _execute(
+        self, program: str, *args: str, limit_s: float, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         shown = _shown(program, args)
         try:
@@ -358,7 +373,7 @@ class Ceph:
             raise CephRefused(f"cannot start {program}: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(limit_s):
-                answer, complaints = await tool.communicate()
+                answer, complaints = await (tool.communicate() if hear is None else _heard(tool, hear))
         except TimeoutError:
             raise _NoAnswerInTime(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
         finally:
@@ -393,6 +408,21 @@ class Ceph:
                 return CephFailed(told)
 
 
+async def _heard(tool: asyncio.subprocess.Process, hear: Callable[[bytes], None]) -> tuple[bytes, bytes]:
+    """Wait for a tool, and pass on what it says meanwhile; the end of that is returned."""
+    assert tool.stdout is not None
+    assert tool.stderr is not None
+    answer, said = asyncio.ensure_future(tool.stdout.read()), b""
+    try:
+        while data := await tool.stderr.read(4096):
+            said = (said + data)[-HEARD_BYTES:]
+            hear(data)
+        await tool.wait()
+        return await answer, said
+    finally:
+        answer.cancel()
+
+
 def _path_of(program: str, package: str) -> str:
     """Where a program is.
 
@@ -405,7 +435,7 @@ def _path_of(program: str, package: str) -> str:
     return path
 
 
-def _located(image: RbdDisk) -> tuple[str, str]:
+def located(image: RbdDisk) -> tuple[str, str]:
     """An image as options: in `POOL/IMAGE` an `@` or another slash would mean more."""
     return option("--pool", image.pool), option("--image", image.image)
 
