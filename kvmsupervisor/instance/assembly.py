@@ -1,8 +1,9 @@
 """The one place where the parts are put together that every holder of locks needs: the supervisor, and single mode.
 
 Three steps, each of which makes whole objects: what the outer world is (`Outside`), what a holder is in etcd
-(`Membership`), what its instances share (`surround`). What differs between supervisor and single mode is an argument
-of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what each is.
+(`Membership`), what its instances share (`assemble_context`). What differs between supervisor and single mode is an
+argument of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what
+each is.
 """
 
 from __future__ import annotations
@@ -221,7 +222,7 @@ class Membership:
         return await self.session.restate(replace(self.session.value, history=history))
 
 
-def surround(
+def assemble_context(
     member: Membership,
     *,
     settings: Settings,

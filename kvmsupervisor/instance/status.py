@@ -37,20 +37,20 @@ class Report:
         self,
         instance: InstanceId,
         *,
-        around: InstanceContext,
+        context: InstanceContext,
         machine: Machine,
         wake: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
         self.status = Status(
             id=instance,
-            host=around.me,
+            host=context.me,
             phase=Phase.WAITING,
             reason="not looked at yet",
-            since=around.clock.wall(),
+            since=context.clock.wall(),
         )
         self._instance = instance
-        self._around = around
+        self._context = context
         self._machine = machine
         self._wake = wake
         self._log = log.bind(instance=instance)
@@ -69,7 +69,7 @@ class Report:
             now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, now, overtaken=self._was_overtaken)
+            self._context.publisher.set(self._instance, now, overtaken=self._was_overtaken)
         self.status = now
 
     def key_was_read(self, written: Status | None) -> None:
@@ -110,16 +110,16 @@ class Report:
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
-        around, before, wish = self._around, self.status, view.wish
+        context, before, wish = self._context, self.status, view.wish
         record = self._machine.record
         lock = view.lock.lock
         running = view.process.spec if view.process is not None else None
         status = Status(
             id=self._instance,
-            host=around.me,
+            host=context.me,
             phase=decision.phase,
             reason=decision.reason,
-            since=before.since if before.phase is decision.phase else around.clock.wall(),
+            since=before.since if before.phase is decision.phase else context.clock.wall(),
             pid=self._machine.pid or view.unadopted_pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.memory.restarts,
@@ -140,7 +140,7 @@ class Report:
             guarded=view.guarded,
             run_state=self._machine.run_state,
             unplugged=() if view.process is None else view.process.unplugged,
-            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != context.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
             files=self._files(wish, running),
         )
@@ -153,13 +153,13 @@ class Report:
             self._tell_change(before, status)
         if status != self._published and self._may_publish(view):
             self._published = status
-            around.publisher.set(self._instance, status, overtaken=self._was_overtaken)
+            context.publisher.set(self._instance, status, overtaken=self._was_overtaken)
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
         """Which host has its files: this one those that its QEMU writes to, others those that they had."""
         files = dict(self.status.files or {})
         if running is not None:
-            files |= dict.fromkeys((file.title for file in pinning(running).values()), self._around.me)
+            files |= dict.fromkeys((file.title for file in pinning(running).values()), self._context.me)
         if wish is not None and wish.spec is not None:
             named = {file.title for spec in (wish.spec, running) if spec is not None for _, file in spec.files}
             files = {title: host for title, host in files.items() if title in named}
@@ -194,7 +194,7 @@ class Report:
             level = "info"
         elif now.reason != before.reason:
             level = "debug" if now.phase is Phase.STARTING else "info"
-            more = self._sparing[CHANGED].note(self._around.clock.now())
+            more = self._sparing[CHANGED].note(self._context.clock.now())
             if more is None:
                 return
             untold = {"untold": more} if more else {}
@@ -206,14 +206,14 @@ class Report:
 
     def tell_sparingly(self, event: str) -> None:
         """Log what a guest can bring about as often as it likes: at most once a minute, and how often it was untold."""
-        more = self._sparing[event].note(self._around.clock.now())
+        more = self._sparing[event].note(self._context.clock.now())
         if more is not None:
             self._tell_with(event, untold=more)
 
     def tell_rest(self) -> None:
         """Tell how often something has happened that was not told each time, once it is over."""
         for event, kind in self._sparing.items():
-            if untold := kind.rest(self._around.clock.now()):
+            if untold := kind.rest(self._context.clock.now()):
                 self._tell_with(event, untold=untold)
 
     def _tell_with(self, event: str, *, untold: int) -> None:

@@ -70,50 +70,50 @@ class Worker:
         self,
         instance: InstanceId,
         *,
-        around: InstanceContext,
+        context: InstanceContext,
         directory: InstanceDir,
         memory: Memory,
         log: FilteringBoundLogger,
     ) -> None:
         self.id = instance
         self.wish: Wish | None = None
-        self._around = around
+        self._context = context
         self._problems: tuple[Problem, ...] = ()
         self._held = False
         self._memory = memory
         self._wake = asyncio.Event()
         self._machine = Machine(
-            system=around.system,
-            prefix=around.layout.prefix,
+            system=context.system,
+            prefix=context.layout.prefix,
             directory=directory,
-            clock=around.clock,
-            user=around.user,
+            clock=context.clock,
+            user=context.user,
             notify=self._wake.set,
             on_reset=self._saw_reset,
-            on_event=lambda: around.metrics.heard_event(instance),
-            logs=around.logs.of(directory),
+            on_event=lambda: context.metrics.heard_event(instance),
+            logs=context.logs.of(directory),
             log=log.bind(instance=instance),
-            caught_up=None if around.guard is None else around.guard.caught_up,
-            launch=around.launch,
+            caught_up=None if context.guard is None else context.guard.caught_up,
+            launch=context.launch,
         )
-        self.report = Report(instance, around=around, machine=self._machine, wake=self._wake.set, log=log)
-        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
+        self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
+        self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
         self._lock = InstanceLock(
-            store=around.store, layout=around.layout, instance=instance, session=around.session.compare
+            store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )
         self._start = Start(
-            instance, around=around, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
+            instance, context=context, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
         )
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
-        self._quiet = Quiet(around.settle_s)
+        self._quiet = Quiet(context.settle_s)
         self._adopting = False
         self._inheritance = Inheritance(
-            around.system.processes,
+            context.system.processes,
             directory,
-            boot_id=around.boot_id,
-            clock=around.clock,
-            objection=around.objection,
+            boot_id=context.boot_id,
+            clock=context.clock,
+            objection=context.objection,
         )
         self._memory_kept = True
 
@@ -132,7 +132,7 @@ class Worker:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
         if fresh:
-            self._quiet.heard(self.wish, wish, self._around.clock.now())
+            self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
         if wish is not self.wish:
@@ -162,14 +162,14 @@ class Worker:
         self._wake.set()
 
     def notify(self) -> None:
-        """Something around changed (session, hosts): look again."""
+        """The session or the hosts changed: look again."""
         self._wake.set()
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
-        around = self._around
-        under = HostIdentity.of(around.me, around.layout)
-        self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
+        context = self._context
+        under = HostIdentity.of(context.me, context.layout)
+        self._adopting = self._machine.adopt(record, boot_id=context.boot_id, under=under)
         if (spec := self._machine.spec) is not None:
             self._start.lives(spec)
 
@@ -234,12 +234,12 @@ class Worker:
             decision = decide(view)
             self._note_progress(view, decision)
             self.report.say(view, decision)
-            self._around.life.decided(view, decision)
+            self._context.life.decided(view, decision)
             self._admit(view, decision)
             if decision.action is Action.FORGET:
                 return
             if decision.action is None:
-                await self._around.clock.wait(self._wake, decision.wake_at)
+                await self._context.clock.wait(self._wake, decision.wake_at)
                 continue
             try:
                 await point(f"before {decision.action.name}")
@@ -263,18 +263,18 @@ class Worker:
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
-        self._around.admission.release(self.id)
+        self._context.admission.release(self.id)
         await self._machine.detach()
 
     def _pause(self, seconds: float, why: str) -> None:
-        self._etcd_at = self._around.clock.now() + seconds
+        self._etcd_at = self._context.clock.now() + seconds
         if self._etcd_trouble != why:
             self.report.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
 
     def _admit(self, view: View, decision: Decision) -> None:
         """Give away what this instance does not need for what was decided: its start slot, its memory."""
-        admission = self._around.admission
+        admission = self._context.admission
         if not decision.slot:
             admission.release(self.id)
         # Who is about to start again keeps its memory; who waits, for a bridge maybe, may wait for days.
@@ -283,27 +283,27 @@ class Worker:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
-        around = self._around
+        context = self._context
         process = self._machine.view()
         lock = self._lock.view.lock
-        has_session = None if lock is None else around.host_has_session(lock.host)
-        target = target_of(self.id, self.wish, around)
+        has_session = None if lock is None else context.host_has_session(lock.host)
+        target = target_of(self.id, self.wish, context)
         view = View(
-            now=around.clock.now(),
-            me=around.me,
-            boot_id=around.boot_id,
+            now=context.clock.now(),
+            me=context.me,
+            boot_id=context.boot_id,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
-            mismatch=around.mismatch,
-            dissent=around.dissent(),
+            mismatch=context.mismatch,
+            dissent=context.dissent(),
             held=self._held,
             held_why=self._memory.held_why,
-            era=around.era(),
-            draining=around.draining(),
-            leaving=around.life.leaving(),
-            haste=around.life.haste(),
-            session_held=around.session.held,
+            era=context.era(),
+            draining=context.draining(),
+            leaving=context.life.leaving(),
+            haste=context.life.haste(),
+            session_held=context.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
@@ -317,8 +317,8 @@ class Worker:
             looked=self.report.looked,
             process=None if process is None else self.plugs.look(process),
             memory=self._memory,
-            slot=around.admission.state(self.id),
-            shortage=around.admission.shortage(self.id),
+            slot=context.admission.state(self.id),
+            shortage=context.admission.shortage(self.id),
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
@@ -329,16 +329,16 @@ class Worker:
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet.at,
-            start_timeout_s=around.start_timeout_s,
+            start_timeout_s=context.start_timeout_s,
             shutdown_timeout_s=(
-                around.shutdown_timeout_s
+                context.shutdown_timeout_s
                 if self._memory.shutdown_timeout_s is None
                 else self._memory.shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
             self._adopting = False
-            around.metrics.adopted()
+            context.metrics.adopted()
             self.report.tell("instance.adopted", pid=self._machine.pid)
         return view
 
@@ -355,7 +355,7 @@ class Worker:
         """The wish's problems, and what this host lacks for it."""
         if wish.spec is None:
             return wish.problems
-        return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
+        return (*wish.problems, *host_problems(wish.spec, self._context.host_side))
 
     # --- acting -----------------------------------------------------------------------------------------------
 
@@ -374,7 +374,7 @@ class Worker:
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:
-                    self._etcd_at = self._around.clock.now() + LOCK_POLL_S
+                    self._etcd_at = self._context.clock.now() + LOCK_POLL_S
             case Action.WATCH:
                 await start.watch(wanted(wish))
             case Action.ASK:
@@ -400,14 +400,14 @@ class Worker:
             case Action.GROW | Action.ROOM:
                 await start.tend(action, wish)
             case Action.REASSERT:
-                await keeping.reassert(machine, self._lock, self.report, self._around)
+                await keeping.reassert(machine, self._lock, self.report, self._context)
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await keeping.rename(self._lock, self.report, self._around)
+                await keeping.rename(self._lock, self.report, self._context)
             case Action.BURY:
                 await self._bury()
             case Action.RELEASE:
@@ -438,11 +438,11 @@ class Worker:
                 asked=process.asked,
                 ran=not process.never_ran,
                 spawned_at=process.incarnation.spawned_at,
-                now=self._around.clock.now(),
-                jitter=self._around.jitter(),
+                now=self._context.clock.now(),
+                jitter=self._context.jitter(),
             )
         )
-        self._around.metrics.exited(self.id, process.exit.kind)
+        self._context.metrics.exited(self.id, process.exit.kind)
         self.report.tell(
             "instance.ended",
             level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
@@ -452,16 +452,16 @@ class Worker:
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
             # Its disks were flushed and closed.
             self._start.closed = process.incarnation.incarnation
-        if self._around.guard is not None:
-            self._around.guard.release(process.incarnation.incarnation)
+        if self._context.guard is not None:
+            self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
-            self._around.life.ended(process.exit, self._machine.wait_status)
+            self._context.life.ended(process.exit, self._machine.wait_status)
         await self._machine.bury()
         self._start.buried = process.incarnation.incarnation
-        await self._around.provisioner.left(self.id)
+        await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:
-        self._around.metrics.guest_reset(self.id)
+        self._context.metrics.guest_reset(self.id)
         self.report.tell_sparingly("instance.guest_reset")
 
     def _remember(self, memory: Memory) -> None:
@@ -484,7 +484,7 @@ class Worker:
             self._memory_kept = True
 
     async def _release(self) -> None:
-        publisher = self._around.publisher
+        publisher = self._context.publisher
         await self._start.shut_out_the_dead()
         stale = 0 if self.wish is None or self._held else self.wish.stale_placement
         if self.wish is not None and self.wish.keys > 0 and publisher.publishes(self.id):

@@ -28,7 +28,7 @@ from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.spec import Power, Wish
-from kvmsupervisor.instance.assembly import Outside, surround
+from kvmsupervisor.instance.assembly import Outside, assemble_context
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.host import Equipment
@@ -127,7 +127,7 @@ class Container:
         self._member = stand.join(settings, outside, store=store, on_hosts=self._notify)
         session = self._member.session
         self._links = outside.links(self._on_links)
-        around = surround(
+        context = assemble_context(
             self._member,
             settings=settings,
             outside=outside,
@@ -157,7 +157,7 @@ class Container:
             life=life,
             launch=manner.launch,
         )
-        self._around = replace(around, start_timeout_s=manner.start_timeout_s, takeover_wait_s=manner.takeover_wait_s)
+        self._context = replace(context, start_timeout_s=manner.start_timeout_s, takeover_wait_s=manner.takeover_wait_s)
         self.instance = self._begin(manner.directory)
         layout = stand.holder.layout
         self._locks = Flat()
@@ -186,7 +186,7 @@ class Container:
         def make() -> Worker:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
             memory = replace(directory.read_memory(self._stand.holder.boot_id), ended=None, held=False)
-            return Worker(name, around=self._around, directory=directory, memory=memory, log=log)
+            return Worker(name, context=self._context, directory=directory, memory=memory, log=log)
 
         instance, record = make(), directory.read_incarnation()
         if record is not None:
@@ -205,12 +205,12 @@ class Container:
         Raises:
             HostnameTaken: another container of this host runs it; inside an exception group.
         """
-        around, instance, history = self._around, self.instance, self._member.history
+        context, instance, history = self._context, self.instance, self._member.history
         async with asyncio.TaskGroup() as parts:
             serving = [
                 start_part(parts, part)
                 for part in (
-                    around.session.run(),
+                    context.session.run(),
                     self._links.run(),
                     *(mirror.run() for mirror in self._mirrors.values()),
                     self._member.neighbours.run(),
@@ -218,19 +218,19 @@ class Container:
                     history.run_speaking(self._may_speak, self._member.speak),
                     self._publish(),
                     self._first_look(),
-                    around.logs.run(),
+                    context.logs.run(),
                 )
             ]
             loop = start_part(parts, keep_going(instance, clock=self._clock, on_error=lambda: None))
             impatient = start_part(parts, self._give_up_on_etcd(loop))
             await asyncio.wait([loop])
-            if around.session.held:
-                await around.publisher.flush()
+            if context.session.held:
+                await context.publisher.flush()
             for task in (impatient, *serving):
                 task.cancel()
         await instance.detach()
-        around.logs.close()
-        await end_session(around.session)
+        context.logs.close()
+        await end_session(context.session)
 
     async def _give_up_on_etcd(self, loop: asyncio.Task[None]) -> None:
         """Once QEMU is gone and the lock cannot be released, end all the same: the next container takes it."""
@@ -244,10 +244,10 @@ class Container:
     async def _publish(self) -> None:
         """Learn what the status key holds, then keep it up."""
         name = self._stand.name
-        written = (await self._around.publisher.learn(name)).get(name)
+        written = (await self._context.publisher.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
-        await self._around.publisher.run()
+        await self._context.publisher.run()
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class Container:
         wish = self._desire.wish()
         if anew:
             instance.begin_anew(wish)
-            self._around.publisher.begin_anew()
+            self._context.publisher.begin_anew()
         runs = instance.pid is not None
         self._hold = self._desire.hold(wish, former=instance.wish, runs=runs, anew=anew)
         lock = self._locks.get(key.encode())
@@ -296,7 +296,7 @@ class Container:
     def _may_speak(self) -> bool:
         """Whether the lock says what runs here, in the history that etcd has now."""
         known = self._era == self._member.history.era and self._in_step
-        return known and self._around.session.held and self.instance.has_spoken
+        return known and self._context.session.held and self.instance.has_spoken
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
         """The instance, other than this one, whose lock has a storage client on record; asked of etcd, for a takeover.

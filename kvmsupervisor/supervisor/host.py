@@ -29,7 +29,7 @@ from kvmsupervisor.domain.incarnation import Incarnation, Memory
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
+from kvmsupervisor.instance.assembly import Holder, Membership, Outside, assemble_context
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
@@ -181,7 +181,7 @@ class Host:
 
         # For the instances.
         namesakes = Namesakes(self._wishes, member.holder.name)
-        self._around = surround(
+        self._context = assemble_context(
             member,
             settings=settings,
             outside=outside,
@@ -203,7 +203,7 @@ class Host:
             life=HostsLife(),
             launch=BEHIND,
         )
-        self._failover = Failover(self._around, self._wishes)
+        self._failover = Failover(self._context, self._wishes)
         self._bridges = Bridges(
             network=outside.system.network,
             me=me,
@@ -233,7 +233,7 @@ class Host:
 
         It needs no etcd; what it means is decided once etcd is read.
         """
-        if self._around.guard is None:
+        if self._context.guard is None:
             await self._post.dismiss()
         run_dir = self._premises.run_dir
         for name in run_dir.instances():
@@ -269,10 +269,10 @@ class Host:
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._around.logs.run(),
+                    self._context.logs.run(),
                     self._links.run(),
                     *(() if self._mismatch is not None else (self._bridges.run(),)),
-                    *(() if self._around.guard is None else (self._around.guard.run(),)),
+                    *(() if self._context.guard is None else (self._context.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
                     else self._await_word(stop, again),
@@ -289,7 +289,7 @@ class Host:
     def close(self) -> None:
         """Let go of what `run` has opened. Guests and their guard go on."""
         self._post.close()
-        self._around.logs.close()
+        self._context.logs.close()
 
     async def _run_instances(self, stop: asyncio.Event) -> None:
         """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
@@ -312,7 +312,7 @@ class Host:
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
             fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Worker(name, around=self._around, directory=directory, memory=fresh, log=log)
+            self._instances[name] = Worker(name, context=self._context, directory=directory, memory=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -366,7 +366,7 @@ class Host:
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
             self._publisher.forget(name)
-            self._around.logs.writer.drop(directory.path)
+            self._context.logs.writer.drop(directory.path)
             directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
@@ -387,7 +387,7 @@ class Host:
     # --- what it is told --------------------------------------------------------------------------------------
 
     def notify_all(self) -> None:
-        """Something around all instances changed: each looks again."""
+        """Something changed that concerns all instances: each looks again."""
         for instance in self._instances.values():
             instance.notify()
 
@@ -413,7 +413,7 @@ class Host:
         """An operator has confirmed these removals."""
         self._dispatch.let_go(freed)
 
-    # --- around -----------------------------------------------------------------------------------------------
+    # --- what the instances ask ----------------------------------------------------------------------------------
 
     def _may_speak(self) -> bool:
         """Whether everything that runs here has its lock in the history that etcd has now."""

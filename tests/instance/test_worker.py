@@ -945,7 +945,7 @@ async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minut
         qemu.event("RESET", guest=True, reason="guest-reset")
     told = [one.get("untold", 0) for one in logs if one["event"] == "instance.guest_reset"]
     assert told == [0, 21_999, 0]
-    text = host.around.metrics.render()[0].decode()
+    text = host.context.metrics.render()[0].decode()
     assert f'kvmsupervisor_instance_resets_total{{host="a",instance="{ONE}"}} 22001.0' in text
 
 
@@ -981,7 +981,7 @@ async def test_a_successor_adopts(host: Host) -> None:
     assert await host.runs() is qemu
     assert (host.lock, len(host.qemus.all)) == (lock, 1)
     assert host.status.restarts == 0
-    assert b"kvmsupervisor_adopted_total 1.0" in host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_adopted_total 1.0" in host.context.metrics.render("")[0]
 
 
 async def test_a_successor_that_finds_the_lock_lost_kills(host: Host) -> None:
@@ -1183,7 +1183,7 @@ async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool |
     if taken:
         assert host.lock is not None
         assert host.lock.epoch == 8
-        assert b"kvmsupervisor_takeovers_total 1.0" in host.around.metrics.render("")[0]
+        assert b"kvmsupervisor_takeovers_total 1.0" in host.context.metrics.render("")[0]
     else:
         assert host.lock == theirs(storage=storage)
         assert "b" in host.status.reason

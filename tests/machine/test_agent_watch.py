@@ -155,7 +155,7 @@ async def test_a_successor_with_a_silent_agent_keeps_what_stands_in_the_key(host
     host.session.held = False
     host.begin()
     await settle()
-    host.around.publisher.prime([key])
+    host.context.publisher.prime([key])
     host.instance.report.recall(written)
     host.session.turn(held=True)
     await host.runs()

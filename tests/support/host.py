@@ -204,12 +204,12 @@ class Host:
             rand=lambda: 0.5,
         )
         self.namesakes = Namesakes(self.wishes, self.me)
-        self.around = self._surroundings()
+        self.context = self._make_context()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
         self.instance = Worker(
             ONE,
-            around=self.around,
+            context=self.context,
             directory=directory,
             memory=directory.read_memory(self.boot_id),
             log=structlog.get_logger(),
@@ -221,7 +221,7 @@ class Host:
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.around.publisher.run()),
+            asyncio.create_task(self.context.publisher.run()),
             asyncio.create_task(self._first_look()),
         ]
 
@@ -240,7 +240,7 @@ class Host:
 
     def _on_anew(self) -> None:
         self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
-        self.around.publisher.begin_anew()
+        self.context.publisher.begin_anew()
         self.namesakes.heard_anew()
         self._on_change(set(), 0)
 
@@ -278,14 +278,14 @@ class Host:
     async def close(self) -> None:
         if not self.dead:
             await self.die()
-        if hasattr(self, "around"):  # otherwise it never began
-            self.around.logs.close()  # its thread writes below the path
+        if hasattr(self, "context"):  # otherwise it never began
+            self.context.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
         return self.recorded_for(client)
 
-    def _surroundings(self) -> InstanceContext:
+    def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
         return InstanceContext(
