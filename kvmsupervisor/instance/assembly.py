@@ -156,7 +156,7 @@ class Membership:
         history: that etcd has.
         session: of the holder.
         neighbours: the sessions of all.
-        publisher: of statuses.
+        status_writer: writes the status keys.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Membership:
             on_change=on_hosts,
             rand=rand,
         )
-        self.publisher = StatusWriter(
+        self.status_writer = StatusWriter(
             store=store,
             clock=clock,
             layout=layout,
@@ -283,7 +283,7 @@ def assemble_context(
         layout=holder.layout,
         store=member.store,
         session=member.session,
-        publisher=member.publisher,
+        status_writer=member.status_writer,
         admission=admission,
         system=outside.system,
         provisioner=Provisioner(

@@ -69,7 +69,7 @@ class Report:
             now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
-            self._context.publisher.set(self._instance, now, overtaken=self._was_overtaken)
+            self._context.status_writer.set(self._instance, now, overtaken=self._was_overtaken)
         self.status = now
 
     def key_was_read(self, written: Status | None) -> None:
@@ -153,7 +153,7 @@ class Report:
             self._tell_change(before, status)
         if status != self._published and self._may_publish(view):
             self._published = status
-            context.publisher.set(self._instance, status, overtaken=self._was_overtaken)
+            context.status_writer.set(self._instance, status, overtaken=self._was_overtaken)
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
         """Which host has its files: this one those that its QEMU writes to, others those that they had."""

@@ -484,15 +484,15 @@ class Worker:
             self._memory_kept = True
 
     async def _release(self) -> None:
-        publisher = self._context.publisher
+        status_writer = self._context.status_writer
         await self._start.shut_out_the_dead()
         stale = 0 if self.wish is None or self._held else self.wish.stale_placement
-        if self.wish is not None and self.wish.keys > 0 and publisher.publishes(self.id):
+        if self.wish is not None and self.wish.keys > 0 and status_writer.publishes(self.id):
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
+            status_writer.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
             await self._lock.release(None, stale_placement=stale)
-            publisher.forget(self.id)
+            status_writer.forget(self.id)
         if stale and self.wish is not None:
             self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None

@@ -225,7 +225,7 @@ class Container:
             impatient = start_part(parts, self._give_up_on_etcd(loop))
             await asyncio.wait([loop])
             if context.session.held:
-                await context.publisher.flush()
+                await context.status_writer.flush()
             for task in (impatient, *serving):
                 task.cancel()
         await instance.detach()
@@ -244,10 +244,10 @@ class Container:
     async def _publish(self) -> None:
         """Learn what the status key holds, then keep it up."""
         name = self._stand.name
-        written = (await self._context.publisher.learn(name)).get(name)
+        written = (await self._context.status_writer.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
-        await self._context.publisher.run()
+        await self._context.status_writer.run()
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class Container:
         wish = self._desire.wish()
         if anew:
             instance.begin_anew(wish)
-            self._context.publisher.begin_anew()
+            self._context.status_writer.begin_anew()
         runs = instance.pid is not None
         self._hold = self._desire.hold(wish, former=instance.wish, runs=runs, anew=anew)
         lock = self._locks.get(key.encode())

@@ -127,7 +127,7 @@ class Host:
         )
         self._history, self._session = member.history, member.session
         self._session.listen(self.notify_all)
-        self._neighbours, self._publisher = member.neighbours, member.publisher
+        self._neighbours, self._status_writer = member.neighbours, member.status_writer
         self._speak = member.speak
         self._wishes = Wishes(
             store=premises.store,
@@ -146,7 +146,7 @@ class Host:
             on_freed=self._let_go,
         )
         self._statuses = Statuses(
-            publisher=self._publisher,
+            status_writer=self._status_writer,
             wishes=self._wishes,
             instances=self._instances,
             # Whether a status without keys is the last word on an instance is known under one's own settings only.
@@ -280,7 +280,7 @@ class Host:
             ]
             await self._run_instances(stop)
             if self._session.held:
-                await self._publisher.flush()
+                await self._status_writer.flush()
             self._history.save()
             for task in serving:
                 task.cancel()
@@ -343,7 +343,7 @@ class Host:
     def _admit(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
-            self._publisher.doubt(name)
+            self._status_writer.doubt(name)
         return self._instance(name)
 
     def _start(self, instance: Worker) -> None:
@@ -365,12 +365,12 @@ class Host:
         self._admission.release(name)
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
-            self._publisher.forget(name)
+            self._status_writer.forget(name)
             self._context.logs.writer.drop(directory.path)
             directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
-                self._publisher.abandon(name)
+                self._status_writer.abandon(name)
             directory.drop_memory()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch

@@ -1,4 +1,4 @@
-"""One host's instance loop in virtual time: real loop, real machine, lock, mirror and publisher; fake etcd and QEMU."""
+"""One host's instance loop in virtual time: real loop, machine, lock, mirror and status writer; fake etcd and QEMU."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class Host:
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.context.publisher.run()),
+            asyncio.create_task(self.context.status_writer.run()),
             asyncio.create_task(self._first_look()),
         ]
 
@@ -240,7 +240,7 @@ class Host:
 
     def _on_anew(self) -> None:
         self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
-        self.context.publisher.begin_anew()
+        self.context.status_writer.begin_anew()
         self.namesakes.heard_anew()
         self._on_change(set(), 0)
 
@@ -294,7 +294,7 @@ class Host:
             layout=LAYOUT,
             store=self.store,
             session=session,
-            publisher=StatusWriter(
+            status_writer=StatusWriter(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
@@ -375,7 +375,7 @@ class Host:
         await self.clock.advance_until(true, limit_s)
 
     async def told(self) -> None:
-        """Let the publisher write what there is to tell."""
+        """Let the status writer write what there is to tell."""
         await self.clock.advance(1.0)
 
     async def runs(self, limit_s: float = 30.0) -> FakeQemu:
