@@ -161,7 +161,7 @@ class Container:
         self.instance = self._begin(manner.directory)
         layout = stand.holder.layout
         self._locks = Flat()
-        self._mirrors = {
+        self._informers = {
             prefix: Informer(
                 store=store,
                 clock=self._clock,
@@ -212,7 +212,7 @@ class Container:
                 for part in (
                     context.session.run(),
                     self._links.run(),
-                    *(mirror.run() for mirror in self._mirrors.values()),
+                    *(informer.run() for informer in self._informers.values()),
                     self._member.neighbours.run(),
                     history.run(),
                     history.run_speaking(self._may_speak, self._member.speak),
@@ -252,19 +252,19 @@ class Container:
     # --- what it is told --------------------------------------------------------------------------------------
 
     async def _first_look(self) -> None:
-        for mirror in self._mirrors.values():
-            await mirror.synced.wait()
+        for informer in self._informers.values():
+            await informer.synced.wait()
         self._tell()
 
     def _tell(self) -> None:
         """Tell the instance what its wish and its lock are now."""
         instance, life = self.instance, self._life
         key = self._stand.lock_key
-        mirrors = self._mirrors.values()
-        if not self._in_step or len({mirror.era for mirror in mirrors}) > 1:
+        informers = self._informers.values()
+        if not self._in_step or len({informer.era for informer in informers}) > 1:
             instance.notify()
             return
-        era = self._mirrors[key].era
+        era = self._informers[key].era
         anew, self._era = era != self._era, era
         wish = self._desire.wish()
         if anew:
@@ -276,7 +276,7 @@ class Container:
         instance.saw_lock(
             data=None if lock is None else lock.value,
             mod_revision=0 if lock is None else lock.mod_revision,
-            as_of=self._mirrors[key].revision,
+            as_of=self._informers[key].revision,
         )
         instance.update(wish, held=self._hold is not None, fresh=False, hold=self._hold)
         if wish.power is Power.OFF and life.leaving() is None and self._hold is None:
@@ -284,7 +284,7 @@ class Container:
 
     @property
     def _in_step(self) -> bool:
-        return all(mirror.synced.is_set() for mirror in self._mirrors.values())
+        return all(informer.synced.is_set() for informer in self._informers.values())
 
     def _notify(self) -> None:
         self.instance.notify()

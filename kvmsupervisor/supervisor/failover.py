@@ -49,7 +49,7 @@ class LockEntry(Protocol):
 
 
 class AllWishes(Protocol):
-    """The keys and locks of all instances, as `mirror.Wishes` has them."""
+    """The keys and locks of all instances, as `informer.Wishes` has them."""
 
     def ids(self) -> Set[InstanceId]:
         """Every instance."""

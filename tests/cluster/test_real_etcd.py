@@ -1,4 +1,4 @@
-"""Session, mirror and status writer on a real etcd: what only the server's own behaviour can show."""
+"""Session, informer and status writer on a real etcd: what only the server's own behaviour can show."""
 
 from __future__ import annotations
 
@@ -179,10 +179,10 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             yield listing
 
     etcd.pages = late  # type: ignore[method-assign]
-    mirror: Informer[bytes] = Informer(
+    informer: Informer[bytes] = Informer(
         store=etcd, clock=Clock(), history=SameHistory(), prefix="/p/", table=table, on_change=note
     )
-    async with running(mirror.run()):
+    async with running(informer.run()):
         while len(told) < 2:
             news.clear()
             await news.wait()

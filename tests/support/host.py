@@ -1,4 +1,4 @@
-"""One host's instance loop in virtual time: real loop, machine, lock, mirror and status writer; fake etcd and QEMU."""
+"""One host's worker in virtual time: real machine, lock, informer and status writer; fake etcd and QEMU."""
 
 from __future__ import annotations
 
