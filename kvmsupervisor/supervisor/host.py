@@ -88,7 +88,7 @@ class Host:
         premises: what is known of the host.
 
     Attributes:
-        face: what HTTP and the metrics show of it.
+        http_view: what HTTP and the metrics show of it.
     """
 
     def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
@@ -163,7 +163,7 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self.face = HttpView(
+        self.http_view = HttpView(
             host=me,
             instances=self._instances,
             hosts=self._neighbours.table,
@@ -177,7 +177,7 @@ class Host:
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
         )
-        self._metrics = self.face.counters
+        self._metrics = self.http_view.counters
 
         # For the instances.
         namesakes = Namesakes(self._wishes, member.holder.name)

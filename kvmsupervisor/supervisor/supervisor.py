@@ -105,7 +105,7 @@ class Supervisor:
             stack.callback(host.close)
             stack.callback(self._drain.listen(host.notify_all))
             adopting = await host.take_over()
-            url = await serve(host.face, settings, stack)
+            url = await serve(host.http_view, settings, stack)
             host.served_at(url)
             log.info(
                 "supervisor.started",
