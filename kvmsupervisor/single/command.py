@@ -43,7 +43,7 @@ from kvmsupervisor.domain.view import Action, Process, View
 from kvmsupervisor.instance.alone import see_to_its_end
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.host import Equipment, ceph_access, look_at_bridge
+from kvmsupervisor.machine.host import HostFacts, ceph_access, look_at_bridge
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.system import System
@@ -207,7 +207,7 @@ class SingleCommand:
                 store=store,
                 manner=Manner(
                     desire=Command(stand.name, holder=stand.holder.name, options=self._options),
-                    equipment=_bare(settings),
+                    host_facts=_bare(settings),
                     directory=directory,
                     admission=Admission(1),
                     launch=in_front(settings.qemu, self._options, marked_as=stand.run_dir.instance(stand.name).path),
@@ -308,9 +308,9 @@ def _is_elsewhere(view: View) -> bool:
     return view.claim is Claim.UNREADABLE or view.claimed_by is not None or view.holdover is not None
 
 
-def _bare(settings: Settings) -> Equipment:
+def _bare(settings: Settings) -> HostFacts:
     """What options need of a host: nothing that is known of them."""
-    return Equipment(
+    return HostFacts(
         accelerator=accelerator.Choice(name="tcg"),
         user=None,
         host_side=HostSide(qemu=settings.qemu, accel="tcg"),

@@ -31,7 +31,7 @@ from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.instance.assembly import Outside, assemble_context
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment
+from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
 from kvmsupervisor.single.life import ContainersLife
@@ -72,7 +72,7 @@ class Manner:
 
     Attributes:
         desire: what is to be run.
-        equipment: what the host brings for it.
+        host_facts: what the host brings for it.
         directory: the folder of its sockets and records.
         admission: the memory that it has to fit into.
         launch: how its QEMU is started.
@@ -82,7 +82,7 @@ class Manner:
     """
 
     desire: Desire
-    equipment: Equipment
+    host_facts: HostFacts
     directory: InstanceDir
     admission: Admission
     launch: Launch
@@ -131,7 +131,7 @@ class Container:
             self._member,
             settings=settings,
             outside=outside,
-            equipment=manner.equipment,
+            host_facts=manner.host_facts,
             # It ends with its container, which has the cgroup that the operator gave it.
             homes=Nowhere(survives_container=False),
             admission=manner.admission,

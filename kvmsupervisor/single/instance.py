@@ -28,7 +28,7 @@ from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.instance.bridges import withdraw
-from kvmsupervisor.machine.host import Equipment
+from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.single.container import Container, Manner
 from kvmsupervisor.single.identity import Stand
@@ -164,11 +164,11 @@ class Single:
         too_long = len(os.fsencode(directory.path / QMP_SPARE_SOCKET)) - SOCKET_PATH_LIMIT
         if too_long > 0:
             raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
-        equipment = outside.look_around(settings)
+        host_facts = outside.gather_host_facts(settings)
         async with AsyncExitStack() as stack:
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            await self._check(store, equipment)
+            await self._check(store, host_facts)
             self._stand.run_dir.acquire()
             stack.callback(self._stand.run_dir.release)
             container = Container(
@@ -179,9 +179,9 @@ class Single:
                 store=store,
                 manner=Manner(
                     desire=self._keys,
-                    equipment=equipment,
+                    host_facts=host_facts,
                     directory=directory,
-                    admission=Admission(1, equipment.memory_mib),
+                    admission=Admission(1, host_facts.memory_mib),
                     launch=BEHIND,
                     bridge_owner=self._bridge_owner,
                     start_timeout_s=settings.start_timeout_s,
@@ -196,7 +196,7 @@ class Single:
                 lock=self._stand.lock_key,
                 overrides=sorted(self._overrides),
                 run_dir=str(directory.path),
-                qemu_user=None if equipment.user is None else equipment.user.name,
+                qemu_user=None if host_facts.user is None else host_facts.user.name,
             )
             await container.run()
             await withdraw(outside.system.network, self._bridge_owner)
@@ -205,7 +205,7 @@ class Single:
             raise NotHere(f"{self._id}: {container.instance.report.status.reason}")
         return status
 
-    async def _check(self, store: Store, equipment: Equipment) -> None:
+    async def _check(self, store: Store, host_facts: HostFacts) -> None:
         """Look at the keys once, before anything is done.
 
         Raises:
@@ -215,7 +215,7 @@ class Single:
         wish = await self._keys.read(store)
         problems = wish.problems
         if wish.spec is not None:
-            problems = (*problems, *host_problems(wish.spec, equipment.host_side))
+            problems = (*problems, *host_problems(wish.spec, host_facts.host_side))
         why = refusal(
             wish,
             holder=self._stand.holder.name,
