@@ -166,7 +166,7 @@ class Row(Enum):
                              "its holder is gone, and storage cannot fence it: an operator's word is needed (law 7)")
     TAKE_OVER        = Cells("none",       "stranger",                 "run",           "take wait",
                              "its holder is gone, and its disks are not in use, or have been for too long (law 4)")
-    WATCH            = Cells("none",       "stranger",                 "run",           "watch wait",
+    ASK_WATCHERS     = Cells("none",       "stranger",                 "run",           "ask_watchers wait",
                              "its holder is gone: Ceph is asked who has the disks open (law 4)")
     BROKEN_HELD      = Cells("none",       "broken",                   "run",           "wait",
                              "its holder has a session: it lets go by itself (law 7)")

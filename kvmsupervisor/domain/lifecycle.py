@@ -383,7 +383,7 @@ def _held_elsewhere(view: View) -> Decision:
         )
     else:
         held += "; Ceph is asked whether its disks are in use"
-    due = _with_etcd(view, Row.WATCH, Action.WATCH, Phase.WAITING, held)
+    due = _with_etcd(view, Row.ASK_WATCHERS, Action.ASK_WATCHERS, Phase.WAITING, held)
     if deferral is None or view.now >= deferral.ask_at or due.action is None:
         return due
     return replace(due, action=None, wake_at=min(deferral.ask_at, deferral.until))

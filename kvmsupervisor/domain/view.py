@@ -32,7 +32,7 @@ class Action(Enum):
     READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch shows them"
     ASK = "look whether its images are free, which another instance names, too"
-    WATCH = "ask Ceph who still has the disks open, when the lock's holder has no session"
+    ASK_WATCHERS = "ask Ceph who still has the disks open, when the lock's holder has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock of a living QEMU again, which was deleted or is older"
     RENAME = "write this host's present name into the lock of its own QEMU"

@@ -37,8 +37,8 @@ from kvmsupervisor.machine import identity as marks
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 
-WATCH_EVERY_S = 2.0
-"""How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""
+ASK_WATCHERS_EVERY_S = 2.0
+"""How often to ask Ceph for watchers of the disks of an orphaned instance. Each question runs one short program."""
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -221,7 +221,7 @@ class Start:
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
 
-    async def watch(self, wish: Wanted) -> None:
+    async def ask_watchers(self, wish: Wanted) -> None:
         """Ask who has its disks open, while the host that holds its lock has no session (law 4).
 
         Raises:
@@ -233,10 +233,12 @@ class Start:
         known = self.deferral(lock, holder_has_session=None)
         if known is None:
             wait_s = context.takeover_wait_s
-            known = Deferral(until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=now + WATCH_EVERY_S)
+            known = Deferral(
+                until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=now + ASK_WATCHERS_EVERY_S
+            )
             self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
         # Noted before the question: a storage that does not answer does not make the wait longer.
-        self._deferral = (lock.incarnation, replace(known, ask_at=now + WATCH_EVERY_S))
+        self._deferral = (lock.incarnation, replace(known, ask_at=now + ASK_WATCHERS_EVERY_S))
         watchers = await context.fencing.watchers(images_of(wish.spec))
         self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
 

@@ -375,8 +375,8 @@ class Worker:
                 await start.look()
                 if start.claimed_by is not None:
                     self._etcd_at = self._context.clock.now() + LOCK_POLL_S
-            case Action.WATCH:
-                await start.watch(wanted(wish))
+            case Action.ASK_WATCHERS:
+                await start.ask_watchers(wanted(wish))
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:

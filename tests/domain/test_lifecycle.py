@@ -340,17 +340,17 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("also when nobody knows of a session", Row.HELD, view(lock=seen(locked(host=OTHER, name="y"))), Phase.WAITING, None),
     ("law 7: what has nothing to lose is taken from the dead", Row.TAKE_HARMLESS, view(lock=seen(locked(host=OTHER, name="y")),
      holder_has_session=False, slot=True), Phase.WAITING, Action.TAKE),
-    ("law 4: of what has disks, storage is asked first", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
-     Phase.WAITING, Action.WATCH),
-    ("law 4: not without a session of our own", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, session_held=False),
+    ("law 4: of what has disks, storage is asked first", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
+     Phase.WAITING, Action.ASK_WATCHERS),
+    ("law 4: not without a session of our own", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, session_held=False),
      Phase.WAITING, None),
-    ("law 4: nor while Ceph is away", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, etcd_at=102.0,
+    ("law 4: nor while Ceph is away", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, etcd_at=102.0,
      etcd_trouble="Ceph does not answer"), Phase.WAITING, None),
-    ("law 4: while its disks are in use it is waited for", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+    ("law 4: while its disks are in use it is waited for", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=WAITED), Phase.WAITING, None),
-    ("law 4: and storage is asked again", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED,
-     now=102.0), Phase.WAITING, Action.WATCH),
-    ("law 4: an answer that did not come is not \"nobody\"", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+    ("law 4: and storage is asked again", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED,
+     now=102.0), Phase.WAITING, Action.ASK_WATCHERS),
+    ("law 4: an answer that did not come is not \"nobody\"", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=replace(WAITED, watchers=None)), Phase.WAITING, None),
     ("law 4: nor for longer than the wait", Row.TAKE_OVER, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=replace(WAITED, watchers=None), now=160.0), Phase.WAITING, Action.TAKE),
@@ -617,7 +617,7 @@ class Supervisor:
         match action:
             case Action.PREPARE:
                 world.step(lambda: setattr(self, "prepared", True))
-            case Action.WATCH:
+            case Action.ASK_WATCHERS:
                 until = self.deferral.until if self.deferral else world.now + 60.0
                 watchers = tuple(sorted(world.elsewhere)) if world.watched else ()
                 self.deferral = Deferral(until=until, told="", ask_at=world.now + 2.0, watchers=watchers)
@@ -937,7 +937,7 @@ def test_a_lock_that_is_not_fenced_is_never_let_go_of() -> None:
     world = taken_over()
     supervisor = Supervisor(world)
     world.now += 100.0
-    supervisor.act(Action.WATCH)
+    supervisor.act(Action.ASK_WATCHERS)
     supervisor.act(Action.TAKE)
     world.wish = GONE
     ended(world)
