@@ -7,7 +7,7 @@
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
     <run>/_guard.sock, .log        the guard's socket; its log
     <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
-    <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
+    <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until its exit is recorded
     <run>/<id>/memory.json         what outlives a process: restart delay, last exit
     <run>/<id>/guard.json          written by the guard when it has killed the QEMU process
     <run>/<id>/qmp.sock            QMP for the supervisor

@@ -52,7 +52,7 @@ class Row(Enum):
     # An end.
     END_UNREAD       = Cells("ended",      "any",                      "keep stop",     "wait",
                              "its keys have not been read yet")
-    END              = Cells("ended",      "any",                      "any",           "bury",
+    END              = Cells("ended",      "any",                      "any",           "record_exit",
                              "its keys have been read")
 
     # A living QEMU, by its lock (`ownership.py`). A lock of another cluster is as good as its own, but not written.

@@ -25,7 +25,7 @@ class Unreadable(Exception):
 
 @frozen(kw_only=True)
 class Incarnation:
-    """One QEMU process, on record before it is spawned and until it is buried.
+    """One QEMU process, on record before it is spawned and until its exit is recorded.
 
     Attributes:
         instance: whose it is.

@@ -52,7 +52,7 @@ def decide(view: View) -> Decision:
         return Decision(row=Row.END_UNREAD, phase=Phase.WAITING, reason=reason)
     if view.process.exit is not None:
         reason = f"QEMU {view.process.exit.text}"
-        return Decision(row=Row.END, phase=Phase.STOPPING, reason=reason, action=Action.BURY)
+        return Decision(row=Row.END, phase=Phase.STOPPING, reason=reason, action=Action.RECORD_EXIT)
     return _with_process(view, view.process)
 
 

@@ -55,7 +55,7 @@ class Action(Enum):
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
     TIDY = "delete a placement that has ended"
-    BURY = "record the exit, delete the process's record"
+    RECORD_EXIT = "record the exit, delete the process's record"
     RELEASE = "delete the lock of a process that is proven gone"
     FORGET = "end the loop: the instance is not this host's any more"
 
@@ -206,7 +206,7 @@ class View:
         etcd_trouble: the error of the last attempt, None when it went well.
         lock: as last seen.
         planned: the incarnation that the lock was taken for, and that has no process yet.
-        buried: the incarnation of the last process whose exit was recorded here, or None.
+        last_ended: the incarnation of the last process whose exit was recorded here, or None.
         holder_has_session: whether the lock's host has a session; None when not known.
         deferral: the wait of a takeover, None before it begins.
         target: the host where it is to run, when that is another one.
@@ -251,7 +251,7 @@ class View:
     etcd_trouble: str | None = None
     lock: LockView = field(default_factory=LockView)
     planned: str | None = None
-    buried: str | None = None
+    last_ended: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
     target: Target = field(default_factory=Target)
@@ -300,7 +300,7 @@ class View:
     def claim(self) -> Claim:
         """What the lock means to the process's incarnation, or to the planned one."""
         known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
+        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended)
 
     @property
     def stays(self) -> bool:

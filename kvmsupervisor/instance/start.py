@@ -85,7 +85,7 @@ class Start:
         obstacle: what was missing, None when nothing was.
         guard_at: when the guard is worth the next attempt.
         guard_trouble: what the last attempt said, None when it went well.
-        buried: incarnation of the last process whose end was taken to the books.
+        last_ended: incarnation of the last process whose exit was recorded.
         closed: incarnation whose process is proven gone, and nothing of it is to be fenced: it closed its disks in
             order, or its clients were shut out since.
     """
@@ -107,7 +107,7 @@ class Start:
         self.obstacle: str | None = None
         self.guard_at = 0.0
         self.guard_trouble: str | None = None
-        self.buried: str | None = None
+        self.last_ended: str | None = None
         self.closed: str | None = None
         self._id = instance
         self._context = context
@@ -269,8 +269,8 @@ class Start:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.
                 return
         previous = self._lock.view.lock
-        # A lock with a former name of this host is no other host's: its process was buried here.
-        ours = previous is None or previous.host == context.me or previous.incarnation == self.buried
+        # A lock with a former name of this host is no other host's: its exit was recorded here.
+        ours = previous is None or previous.host == context.me or previous.incarnation == self.last_ended
         foreign = None if previous is None or ours else previous.host
         change = Change.TAKE if foreign is None else Change.TAKE_OVER
         await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)

@@ -308,7 +308,7 @@ class Worker:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
-            buried=self._start.buried,
+            last_ended=self._start.last_ended,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             target=target,
@@ -408,8 +408,8 @@ class Worker:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
                 await keeping.rename(self._lock, self.report, self._context)
-            case Action.BURY:
-                await self._bury()
+            case Action.RECORD_EXIT:
+                await self._record_exit()
             case Action.RELEASE:
                 await self._release()
             case (
@@ -425,11 +425,11 @@ class Worker:
             case _:
                 assert_never(action)
 
-    async def _bury(self) -> None:
+    async def _record_exit(self) -> None:
         process = self._machine.view()
         assert process is not None
         assert process.exit is not None
-        # Remembered before the record goes: cut off between the two, the end is taken to the books again.
+        # Remembered before the record goes: cut off between the two, the exit is recorded again.
         self._remember(
             after(
                 self._memory,
@@ -456,8 +456,8 @@ class Worker:
             self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._context.life.ended(process.exit, self._machine.wait_status)
-        await self._machine.bury()
-        self._start.buried = process.incarnation.incarnation
+        await self._machine.drop_record()
+        self._start.last_ended = process.incarnation.incarnation
         await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:

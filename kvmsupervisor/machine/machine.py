@@ -1,4 +1,4 @@
-"""The QEMU process of one instance, from its record to its burial. The worker observes it and acts through it.
+"""The QEMU process of one instance, from its first record to the end of it. The worker observes it and acts through it.
 
 Joins three adapters (processes, QMP, run directory). Decides nothing.
 """
@@ -49,7 +49,7 @@ KILL_S = 5.0
 
 
 class Machine:
-    """The instance's QEMU: none, living, or ended and not yet buried.
+    """The instance's QEMU: none, living, or ended and still on record.
 
     `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
     is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
@@ -402,10 +402,10 @@ class Machine:
         self.directory.write_incarnation(self.record)
         self._kept = True
 
-    async def bury(self) -> None:
+    async def drop_record(self) -> None:
         """Delete the record of an ended process. The caller has recorded the exit."""
         await self.detach()
-        cut("end in the books, still on record")
+        cut("exit recorded, process still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None

@@ -241,7 +241,7 @@ class Drain:
                 except OSError as error:
                     # Who finds no memory is told less, and that is all. The other guests are not given up for it.
                     log.warning("instance.memory_unwritten", instance=record.instance, reason=str(error))
-                await machine.bury()
+                await machine.drop_record()
         finally:
             await machine.detach()
 

@@ -64,7 +64,7 @@ class Standing:
     def living(self) -> list[tuple[InstanceId, HostIdentity]]:
         """Each QEMU on record here, readable or not, and what it was started under.
 
-        One that has ended on this boot counts until its end is taken to the books, which is done under its identity:
+        One that has ended on this boot counts until its exit is recorded, which is done under its identity:
         under another name its lock would look like one to go on with, and a second name would start it.
         """
         found = []

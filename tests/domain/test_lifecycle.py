@@ -94,8 +94,8 @@ ON_RBD = replace(locked(host=OTHER, name="y"), storage=Storage.RBD, clients=("19
 WAITED = Deferral(until=160.0, told="12:00", ask_at=102.0, watchers=("192.0.2.1:0/1",))
 
 TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
-    ("an ended process is taken to the books first", Row.END,
-     view(process=running(exit=Exit(ExitClass.CRASHED, "crashed (signal 9)")), wish=GONE), Phase.STOPPING, Action.BURY),
+    ("the exit of an ended process is recorded first", Row.END,
+     view(process=running(exit=Exit(ExitClass.CRASHED, "crashed (signal 9)")), wish=GONE), Phase.STOPPING, Action.RECORD_EXIT),
     ("not before its keys were read", Row.END_UNREAD, view(process=running(exit=Exit(ExitClass.CRASHED, "c")), wish=None),
      Phase.WAITING, None),
     ("law 6: a lock that names another host kills", Row.LOCK_LOST, view(process=running(), lock=seen(locked(host=OTHER, name="y"))),
@@ -112,9 +112,9 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.RUNNING, None),
     ("law 12: or waits, paused", Row.PAUSED_LOCKLESS, view(process=paused(), lock=seen(locked(host=OTHER)), session_held=False),
      Phase.WAITING, None),
-    ("law 12: what was buried under another name is let go of", Row.REST_RELEASE, view(lock=seen(locked(host=OTHER)), buried="x", wish=OFF),
+    ("law 12: what ended under another name is let go of", Row.REST_RELEASE, view(lock=seen(locked(host=OTHER)), last_ended="x", wish=OFF),
      Phase.STOPPED, Action.RELEASE),
-    ("law 12: or taken anew", Row.TAKE, view(lock=seen(locked(host=OTHER)), buried="x", slot=True), Phase.STARTING, Action.TAKE),
+    ("law 12: or taken anew", Row.TAKE, view(lock=seen(locked(host=OTHER)), last_ended="x", slot=True), Phase.STARTING, Action.TAKE),
     ("what cannot be read is left alone", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", look_at=102.0)), Phase.WAITING, None),
     ("and read again", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", look_at=101.0)), Phase.WAITING, Action.READ),
     ("its QEMU runs", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0), wish=OFF), Phase.RUNNING, None),
@@ -136,8 +136,8 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("law 12: nor let run", Row.MISMATCH_QEMU, view(mismatch="m", process=paused(), lock=seen(locked())), Phase.STARTING, None),
     ("law 12: but it is watched", Row.MISMATCH_QEMU, view(mismatch="m", process=running(connected=False)), Phase.RUNNING, Action.CONNECT),
     ("law 12: and asked", Row.MISMATCH_QEMU, view(mismatch="m", process=running(probe_at=101.0)), Phase.RUNNING, Action.PROBE),
-    ("law 12: its end is taken to the books", Row.END, view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
-     Phase.STOPPING, Action.BURY),
+    ("law 12: its exit is recorded", Row.END, view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
+     Phase.STOPPING, Action.RECORD_EXIT),
     ("law 12: who shuts the host down is heeded", Row.STOP_ASK, view(mismatch="m", process=running(), draining=True,
      lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
     ("at once, a stop asks no guest", Row.STOP_FORCE, view(process=running(), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
@@ -676,8 +676,8 @@ class Supervisor:
                 assert world.lock is not None
                 renamed = replace(world.lock, host=ME)
                 world.step(lambda: self.write(renamed))
-            case Action.BURY:
-                self.bury()
+            case Action.RECORD_EXIT:
+                self.record_exit()
             case Action.RELEASE:
                 assert world.alive is None, "law 9"
                 epoch = world.lock.epoch if world.lock else 0
@@ -730,7 +730,7 @@ class Supervisor:
         assert qemu is not None
         self.world.step(lambda: setattr(qemu, "end", Exit(kind, kind.value)))
 
-    def bury(self) -> None:
+    def record_exit(self) -> None:
         world = self.world
         end = self.end or (self.qemu.end if self.qemu else None)
         assert end is not None

@@ -183,7 +183,7 @@ class Model:
             return
         seen = _seen(local, world.etcd)
         if seen.qemu is not None and not any(name == seen.qemu for name, _ in world.qemus):
-            # Its pidfd says so: buried.
+            # Its pidfd says so: its exit is recorded.
             seen = seen._replace(qemu=None, ran=False)
         if seen != local:
             yield _with(world, me, seen)
