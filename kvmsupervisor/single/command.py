@@ -49,7 +49,7 @@ from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.system import System
 from kvmsupervisor.single.container import Container, Manner
 from kvmsupervisor.single.front import in_front
-from kvmsupervisor.single.identity import Stand
+from kvmsupervisor.single.identity import ContainerIdentity
 from kvmsupervisor.single.life import ContainersLife, NotHere
 
 log = structlog.get_logger(__name__)
@@ -189,14 +189,14 @@ class SingleCommand:
 
     async def _under_lock(self, directory: InstanceDir, lock_key: str) -> None:
         settings, outside = self._settings, self._outside
-        stand = Stand.of(settings, lock_key, outside, instance=None)
+        identity = ContainerIdentity.of(settings, lock_key, outside, instance=None)
         async with AsyncExitStack() as stack:
-            stand.run_dir.acquire()
-            stack.callback(stand.run_dir.release)
+            identity.run_dir.acquire()
+            stack.callback(identity.run_dir.release)
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
             container = Container(
-                stand,
+                identity,
                 self._life,
                 settings=settings,
                 outside=replace(
@@ -206,11 +206,13 @@ class SingleCommand:
                 ),
                 store=store,
                 manner=Manner(
-                    desire=Command(stand.name, holder=stand.holder.name, options=self._options),
+                    desire=Command(identity.name, holder=identity.holder.name, options=self._options),
                     host_facts=_bare(settings),
                     directory=directory,
                     admission=Admission(1),
-                    launch=in_front(settings.qemu, self._options, marked_as=stand.run_dir.instance(stand.name).path),
+                    launch=in_front(
+                        settings.qemu, self._options, marked_as=identity.run_dir.instance(identity.name).path
+                    ),
                     bridge_owner="",
                     # Whoever started it sees what it does, and may stop it.
                     start_timeout_s=math.inf,
