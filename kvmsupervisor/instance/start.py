@@ -33,7 +33,7 @@ from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 
@@ -149,9 +149,9 @@ class Start:
         pid = self._machine.holdover(self._id, lock)
         if pid is None:
             return None
-        folder = marks.folder_of(self._context.system.processes, pid, self._id)
+        folder = process_identity.folder_of(self._context.system.processes, pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
-        is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
+        is_ours = is_ours or (folder is not None and process_identity.is_same(folder, self._machine.directory.path))
         return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
 
     def is_guarded(self) -> bool | None:

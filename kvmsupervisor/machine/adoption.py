@@ -14,7 +14,7 @@ from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
 from kvmsupervisor.domain.view import LeftAlone
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.system import Processes
 
 LOOK_AGAIN_S = 10.0
@@ -86,7 +86,7 @@ class Inheritance:
 
 def _unreadable(processes: Processes, directory: InstanceDir, error: Unreadable) -> LeftAlone:
     """Describe a record that this release cannot read, and the QEMU that probably belongs to it."""
-    found = marks.seek(processes, directory.path)
+    found = process_identity.seek(processes, directory.path)
     if found is None:
         reason = f"{error}; no QEMU is found for it. Start the release that wrote the file, or delete the file"
         return LeftAlone(reason=f"what was kept of it cannot be read: {reason}")

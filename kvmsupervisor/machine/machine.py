@@ -34,7 +34,7 @@ from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.failpoints import cut
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
@@ -196,7 +196,9 @@ class Machine:
 
     def holdover(self, instance: str, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
-        return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        return process_identity.pid_of(
+            self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime
+        )
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -260,7 +262,7 @@ class Machine:
             process.Hidden: a process with that pid lives, and its identity cannot be read. The record stays.
         """
         is_of_boot = record.boot_id == boot_id
-        found = marks.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
+        found = process_identity.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
         self._clear()
         self._begin(record)
         self._process = found
