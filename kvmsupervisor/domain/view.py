@@ -9,7 +9,7 @@ from enum import Enum, IntEnum
 from kvmsupervisor.domain.exits import Exit
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
@@ -214,7 +214,7 @@ class View:
         claimed_by: the host whose status says that it runs this although the lock is absent, or None.
         looked: whether the status key was read, which another host may have written; it is not overwritten before.
         process: its QEMU, or None.
-        memory: what outlives a process.
+        saved: the state that outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
         shortage: why its memory does not fit, for people; None when it does not wait for memory.
         prepared: whether media and UEFI variables were prepared for the present wish.
@@ -259,7 +259,7 @@ class View:
     claimed_by: HostName | None = None
     looked: bool = True
     process: Process | None = None
-    memory: Memory
+    saved: InstanceState
     slot: bool | None = None
     shortage: str | None = None
     prepared: bool = True

@@ -33,7 +33,7 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.grouping import Flat
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.removal import Hold
@@ -280,7 +280,7 @@ class SingleCommand:
                 # There is no lock, and no etcd to ask for one.
                 session_held=False,
                 process=process,
-                memory=Memory(boot_id=boot_id),
+                saved=InstanceState(boot_id=boot_id),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
             )
 

@@ -185,8 +185,8 @@ class Container:
 
         def make() -> Worker:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
-            memory = replace(directory.read_memory(self._identity.holder.boot_id), ended=None, held=False)
-            return Worker(name, context=self._context, directory=directory, memory=memory, log=log)
+            saved = replace(directory.read_state(self._identity.holder.boot_id), ended=None, held=False)
+            return Worker(name, context=self._context, directory=directory, saved=saved, log=log)
 
         instance, record = make(), directory.read_incarnation()
         if record is not None:

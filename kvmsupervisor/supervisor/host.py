@@ -25,7 +25,7 @@ from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardClient
@@ -311,8 +311,8 @@ class Host:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
-            fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Worker(name, context=self._context, directory=directory, memory=fresh, log=log)
+            fresh = InstanceState(boot_id=self._premises.boot_id)
+            self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -371,7 +371,7 @@ class Host:
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._status_writer.abandon(name)
-            directory.drop_memory()
+            directory.drop_state()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.

@@ -17,7 +17,7 @@ import pytest
 from kvmsupervisor.domain.decision import Row
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.history import Era
-from kvmsupervisor.domain.incarnation import Ended, Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Ended, Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
@@ -74,7 +74,7 @@ def paused(**changes: object) -> Process:
 
 
 def view(**changes: object) -> View:
-    plain = View(now=101.0, me=ME, boot_id=BOOT, wish=WISH, lock=seen(None), memory=Memory(boot_id=BOOT))
+    plain = View(now=101.0, me=ME, boot_id=BOOT, wish=WISH, lock=seen(None), saved=InstanceState(boot_id=BOOT))
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -165,7 +165,7 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("a reset waits for QMP", Row.RUNS_CONNECT, view(process=running(connected=False), lock=seen(locked()),
      wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.CONNECT),
     ("a reset that came with another history was asked of nobody", Row.RUNS, view(process=running(), lock=seen(locked()),
-     wish=replace(WISH, restart_request="reset:1"), memory=Memory(boot_id=BOOT, restart_seen="reset:1")),
+     wish=replace(WISH, restart_request="reset:1"), saved=InstanceState(boot_id=BOOT, restart_seen="reset:1")),
      Phase.RUNNING, None),
     ("law 6: losing the session kills nothing", Row.RUNS, view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
@@ -446,7 +446,7 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("law 11: in another history others are waited for", Row.HISTORY, view(slot=True, era=AWAITED), Phase.WAITING, None),
     ("law 11: what storage can fence for a while", Row.TAKE, view(slot=True, era=AWAITED, now=150.0), Phase.STARTING,
      Action.TAKE),
-    ("too early is backoff", Row.BACKOFF, view(memory=Memory(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
+    ("too early is backoff", Row.BACKOFF, view(saved=InstanceState(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
      Phase.BACKOFF, None),
     ("law 9: a stop releases the lock", Row.REST_RELEASE, view(wish=OFF, lock=seen(locked())), Phase.STOPPED, Action.RELEASE),
     ("off and free is stopped", Row.REST, view(wish=OFF), Phase.STOPPED, None),
@@ -461,10 +461,10 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("and holds no lock", Row.REST_RELEASE, view(wish=BAD, problems=BAD.problems, lock=seen(locked())), Phase.INVALID, Action.RELEASE),
     ("what this host lacks is a problem too", Row.REST, view(problems=(Problem("bridge", "nothing", "a bridge"),)), Phase.INVALID, None),
     ("restart=never leaves what ended", Row.REST, view(wish=replace(WISH, restart=RestartPolicy.NEVER),
-     memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.STOPPED, None),
+     saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.STOPPED, None),
     ("a new order starts it", Row.QUEUE, view(wish=replace(WISH, restart=RestartPolicy.NEVER, power_revision=8),
-     memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
-    ("so does another policy", Row.QUEUE, view(memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
+     saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
+    ("so does another policy", Row.QUEUE, view(saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
     ("unread keys start nothing", Row.REST_UNREAD, view(wish=None), Phase.WAITING, None),
 ]  # fmt: skip
 
@@ -523,7 +523,7 @@ class World:
     revision: int = 10
     qemus: list[Qemu] = field(default_factory=list)
     disk_record: Incarnation | None = None
-    disk_memory: Memory = field(default_factory=lambda: Memory(boot_id=BOOT))
+    disk_saved: InstanceState = field(default_factory=lambda: InstanceState(boot_id=BOOT))
     status_epoch: int = 0
     now: float = 1000.0
     steps: int = 0
@@ -576,7 +576,7 @@ class Supervisor:
         self.prepared = False
         self.deferral: Deferral | None = None
         self.record = world.disk_record
-        self.memory = world.disk_memory
+        self.saved = world.disk_saved
         self.qemu: Qemu | None = None
         self.end: Exit | None = None
         if self.record is not None:
@@ -604,7 +604,7 @@ class Supervisor:
         return View(
             now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, saved=self.saved, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def guarded(self) -> bool | None:
@@ -735,8 +735,8 @@ class Supervisor:
         end = self.end or (self.qemu.end if self.qemu else None)
         assert end is not None
         assert self.record is not None
-        self.memory = after(
-            self.memory,
+        self.saved = after(
+            self.saved,
             end,
             world.wish,
             asked=self.asked,
@@ -745,7 +745,7 @@ class Supervisor:
             now=world.now,
             jitter=0.5,
         )
-        world.step(lambda: setattr(world, "disk_memory", self.memory))
+        world.step(lambda: setattr(world, "disk_memory", self.saved))
         world.step(lambda: setattr(world, "disk_record", None))
         self.record = self.qemu = self.end = self.stopping = self.run_state = None
         self.asked = self.connected = False
