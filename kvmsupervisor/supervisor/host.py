@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 import structlog
@@ -228,17 +228,20 @@ class Host:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    async def take_over(self) -> int:
+    async def take_over(self, records: Mapping[InstanceId, Incarnation]) -> int:
         """Find what an earlier supervisor left running; return of how many instances.
 
         It needs no etcd; what it means is decided once etcd is read.
+
+        Args:
+            records: of QEMUs, as far as they were read already.
         """
         if self._context.guard is None:
             await self._post.dismiss()
         run_dir = self._premises.run_dir
         for name in run_dir.instances():
             if run_dir.instance(name).has_record:
-                self._instance(name)
+                self._instance(name, records.get(name))
         return len(self._instances)
 
     def served_at(self, url: str) -> None:
@@ -307,13 +310,18 @@ class Host:
 
     # --- instances --------------------------------------------------------------------------------------------
 
-    def _instance(self, name: InstanceId) -> Worker:
-        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+    def _instance(self, name: InstanceId, record: Incarnation | None = None) -> Worker:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it.
+
+        Args:
+            name: the instance's id.
+            record: of its QEMU, where it was read already.
+        """
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
             fresh = InstanceState(boot_id=self._premises.boot_id)
             self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
-            self._instances[name].inherit()
+            self._instances[name].inherit(record)
         return self._instances[name]
 
     def _objection(self, record: Incarnation) -> str | None:
