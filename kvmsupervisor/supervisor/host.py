@@ -9,13 +9,14 @@ import asyncio
 import os
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import RemovalApprovals
@@ -259,28 +260,26 @@ class Host:
         """
         drain = self._premises.drain
         again = asyncio.Event()
+        work: tuple[Part, ...] = (
+            self._wishes.run,  # first: reading a large cluster takes longest
+            self._neighbours.run,
+            self._history.run,
+            partial(self._history.run_speaking, self._may_speak, self._speak),
+            self._session.run,
+            partial(drain.run_telling, self._session),
+            self._statuses.run,
+            self._look_first,
+            self._confirmations.run,
+            self._context.logs.run,
+            self._links.run,
+            *(() if self._mismatch is not None else (self._bridges.run,)),
+            *(() if self._context.guard is None else (self._context.guard.run,)),
+            partial(self._failover.run, self._wishes.wait_synced, self._neighbours.synced.wait)
+            if self._mismatch is None
+            else partial(self._await_word, stop, again),
+        )
         async with asyncio.TaskGroup() as parts:
-            serving = [
-                start_part(parts, part)
-                for part in (
-                    self._wishes.run(),  # first: reading a large cluster takes longest
-                    self._neighbours.run(),
-                    self._history.run(),
-                    self._history.run_speaking(self._may_speak, self._speak),
-                    self._session.run(),
-                    drain.run_telling(self._session),
-                    self._statuses.run(),
-                    self._look_first(),
-                    self._confirmations.run(),
-                    self._context.logs.run(),
-                    self._links.run(),
-                    *(() if self._mismatch is not None else (self._bridges.run(),)),
-                    *(() if self._context.guard is None else (self._context.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
-                    if self._mismatch is None
-                    else self._await_word(stop, again),
-                )
-            ]
+            serving = [start_part(parts, part) for part in work]
             await self._run_instances(stop)
             if self._session.held:
                 await self._status_writer.flush()
