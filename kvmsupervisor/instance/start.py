@@ -296,6 +296,7 @@ class Start:
             previous,
             host=self._context.me,
             boot_id=self._context.boot_id,
+            facts=self._context.layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
             epoch_floor=max(epoch_floor, self._context.era().epoch_floor),

@@ -291,6 +291,7 @@ class Worker:
         view = View(
             now=context.clock.now(),
             me=context.me,
+            facts=context.layout.facts,
             boot_id=context.boot_id,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
