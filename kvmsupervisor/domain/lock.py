@@ -319,9 +319,9 @@ class LockView:
         object.__setattr__(self, "lock", lock)
 
     def claim(
-        self, *, host: HostName, facts: str, boot_id: str, incarnation: str | None, buried: str | None = None
+        self, *, host: HostName, facts: str, boot_id: str, incarnation: str | None, last_ended: str | None = None
     ) -> Claim:
-        """What this lock means to `host`, whose process is `incarnation` (None: none), and whose last one was `buried`.
+        """What this lock means to `host`, whose process is `incarnation` (None: none) after `last_ended` (likewise).
 
         An incarnation is a random name, given once: on its boot it is this process, whatever the host's name and its
         `KVM_FACTS_PREFIX` were when the lock was written (law 12).
@@ -342,4 +342,4 @@ class LockView:
             return Claim.MINE if lock.is_seen_from(facts) else Claim.RENAMED
         if lock.boot_id == boot_id and is_mine:
             return Claim.RENAMED
-        return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == buried else Claim.STRANGER
+        return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == last_ended else Claim.STRANGER

@@ -291,15 +291,15 @@ def test_what_was_buried_under_another_name_is_a_leftover() -> None:
     former = replace(LOCK, host=OTHER)
     view = LockView(known=True, data=former.to_json())
     assert (
-        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, buried="x")
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, last_ended="x")
         is Claim.LEFTOVER
     )
     assert (
-        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation="planned", buried="x")
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation="planned", last_ended="x")
         is Claim.LEFTOVER
     )
     assert (
-        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, buried="y")
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, last_ended="y")
         is Claim.STRANGER
     )
-    assert view.claim(host=ME, boot_id="z", facts="/kvmsupervisor", incarnation=None, buried="x") is Claim.STRANGER
+    assert view.claim(host=ME, boot_id="z", facts="/kvmsupervisor", incarnation=None, last_ended="x") is Claim.STRANGER
