@@ -29,7 +29,8 @@ from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import ASK_WATCHERS_EVERY_S, need_mib
+from kvmsupervisor.instance.start import need_mib
+from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S
 
 log = structlog.get_logger(__name__)
 
