@@ -161,6 +161,8 @@ class HistoryFile:
         spoken: whether this host's machines have their locks in it.
         hosts: those that had a session.
         witnesses: the newest keys that were observed.
+        left: names of other histories in which this host has spoken, the newest last: one of them may be back, after a
+            run with another cluster's etcd.
     """
 
     id: str = ""
@@ -171,6 +173,7 @@ class HistoryFile:
     spoken: bool = True
     hosts: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
+    left: tuple[str, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> bytes:
