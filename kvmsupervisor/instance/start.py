@@ -33,12 +33,12 @@ from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
 
-WATCH_EVERY_S = 2.0
-"""How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""
+ASK_WATCHERS_EVERY_S = 2.0
+"""How often to ask Ceph for watchers of the disks of an orphaned instance. Each question runs one short program."""
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -85,7 +85,7 @@ class Start:
         obstacle: what was missing, None when nothing was.
         guard_at: when the guard is worth the next attempt.
         guard_trouble: what the last attempt said, None when it went well.
-        buried: incarnation of the last process whose end was taken to the books.
+        last_ended: incarnation of the last process whose exit was recorded.
         closed: incarnation whose process is proven gone, and nothing of it is to be fenced: it closed its disks in
             order, or its clients were shut out since.
     """
@@ -107,7 +107,7 @@ class Start:
         self.obstacle: str | None = None
         self.guard_at = 0.0
         self.guard_trouble: str | None = None
-        self.buried: str | None = None
+        self.last_ended: str | None = None
         self.closed: str | None = None
         self._id = instance
         self._context = context
@@ -149,9 +149,9 @@ class Start:
         pid = self._machine.holdover(self._id, lock)
         if pid is None:
             return None
-        folder = marks.folder_of(self._context.system.processes, pid, self._id)
+        folder = process_identity.folder_of(self._context.system.processes, pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
-        is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
+        is_ours = is_ours or (folder is not None and process_identity.is_same(folder, self._machine.directory.path))
         return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
 
     def is_guarded(self) -> bool | None:
@@ -221,7 +221,7 @@ class Start:
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
 
-    async def watch(self, wish: Wanted) -> None:
+    async def ask_watchers(self, wish: Wanted) -> None:
         """Ask who has its disks open, while the host that holds its lock has no session (law 4).
 
         Raises:
@@ -233,10 +233,12 @@ class Start:
         known = self.deferral(lock, holder_has_session=None)
         if known is None:
             wait_s = context.takeover_wait_s
-            known = Deferral(until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=now + WATCH_EVERY_S)
+            known = Deferral(
+                until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=now + ASK_WATCHERS_EVERY_S
+            )
             self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
         # Noted before the question: a storage that does not answer does not make the wait longer.
-        self._deferral = (lock.incarnation, replace(known, ask_at=now + WATCH_EVERY_S))
+        self._deferral = (lock.incarnation, replace(known, ask_at=now + ASK_WATCHERS_EVERY_S))
         watchers = await context.fencing.watchers(images_of(wish.spec))
         self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
 
@@ -267,8 +269,8 @@ class Start:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.
                 return
         previous = self._lock.view.lock
-        # A lock with a former name of this host is no other host's: its process was buried here.
-        ours = previous is None or previous.host == context.me or previous.incarnation == self.buried
+        # A lock with a former name of this host is no other host's: its exit was recorded here.
+        ours = previous is None or previous.host == context.me or previous.incarnation == self.last_ended
         foreign = None if previous is None or ours else previous.host
         change = Change.TAKE if foreign is None else Change.TAKE_OVER
         await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)

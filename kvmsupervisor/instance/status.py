@@ -61,7 +61,7 @@ class Report:
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
-        self._remember(written)
+        self._save(written)
         now = self.status
         if written.incarnation is not None and written.incarnation == now.incarnation:
             self._machine.agent.recall(written.agent)
@@ -76,7 +76,7 @@ class Report:
         """What another host may have said in the status key was taken note of."""
         self.looked = True
         if written is not None:
-            self._remember(written)
+            self._save(written)
 
     def begin_anew(self) -> None:
         """Etcd has another history: what was read of the status key, or written into it, was in the former one."""
@@ -99,7 +99,7 @@ class Report:
         # A plain name is on record when QEMU could not be asked: it is no version.
         return known if self.status.machine_key == spec.machine and known != spec.machine else None
 
-    def _remember(self, written: Status) -> None:
+    def _save(self, written: Status) -> None:
         """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
         if self.status.machine is None and written.machine is not None:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
@@ -122,20 +122,20 @@ class Report:
             since=before.since if before.phase is decision.phase else context.clock.wall(),
             pid=self._machine.pid or view.unadopted_pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
-            restarts=view.memory.restarts,
+            restarts=view.saved.restarts,
             # Asked at every turn, and hardly ever different.
             pending=pending(running, wish.spec) if running and wish and wish.spec and running != wish.spec else (),
             problems=tuple(str(problem) for problem in view.problems),
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,
-            last_exit=view.memory.last_exit,
+            last_exit=view.saved.last_exit,
             # Nobody knows what options of a person's own chose.
             accelerator=(record.accelerator or None) if record else None,
             machine=record.machine if record and record.machine else before.machine,
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,
             held=view.held,
-            stood=view.memory.stood if view.held else None,
+            stood=view.saved.stood if view.held else None,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
             run_state=self._machine.run_state,

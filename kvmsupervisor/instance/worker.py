@@ -22,7 +22,7 @@ from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.identity import HostIdentity
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
@@ -72,7 +72,7 @@ class Worker:
         *,
         context: InstanceContext,
         directory: InstanceDir,
-        memory: Memory,
+        saved: InstanceState,
         log: FilteringBoundLogger,
     ) -> None:
         self.id = instance
@@ -80,7 +80,7 @@ class Worker:
         self._context = context
         self._problems: tuple[Problem, ...] = ()
         self._held = False
-        self._memory = memory
+        self._saved = saved
         self._wake = asyncio.Event()
         self._machine = Machine(
             system=context.system,
@@ -115,7 +115,7 @@ class Worker:
             clock=context.clock,
             objection=context.objection,
         )
-        self._memory_kept = True
+        self._state_written = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -139,11 +139,11 @@ class Worker:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = noting(self._memory, wish, held=held, hold=hold)
+        saved = noting(self._saved, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
-            memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
-        self._remember(memory)
+            saved = replace(saved, shutdown_timeout_s=wish.shutdown_timeout_s)
+        self._save(saved)
         self._wake.set()
 
     def begin_anew(self, wish: Wish) -> None:
@@ -154,7 +154,7 @@ class Worker:
         self._lock.begin_anew()
         self.report.begin_anew()
         self._start.claimed_by = None
-        self._remember(in_another_history(self._memory, wish))
+        self._save(in_another_history(self._saved, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -175,7 +175,7 @@ class Worker:
 
     def inherit(self) -> None:
         """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        self._memory = self._inheritance.take(self.adopt)  # as its file holds it: that is not written again
+        self._saved = self._inheritance.take(self.adopt)  # as its file holds it: that is not written again
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -184,12 +184,12 @@ class Worker:
     @property
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
-        return self._memory.held
+        return self._saved.held
 
     @property
     def hold(self) -> Hold | None:
         """What is held, where it was told more of it than that."""
-        return hold_of(self._memory)
+        return hold_of(self._saved)
 
     @property
     def has_spoken(self) -> bool:
@@ -227,8 +227,8 @@ class Worker:
         """Observe, decide, act; returns when nothing of it is ours any more. Cancelling it leaves QEMU as it is."""
         while True:
             self._wake.clear()
-            if not self._memory_kept and self._machine.record is not None:
-                self._keep_memory()
+            if not self._state_written and self._machine.record is not None:
+                self._write_state()
             self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
@@ -298,7 +298,7 @@ class Worker:
             mismatch=context.mismatch,
             dissent=context.dissent(),
             held=self._held,
-            held_why=self._memory.held_why,
+            held_why=self._saved.held_why,
             era=context.era(),
             draining=context.draining(),
             leaving=context.life.leaving(),
@@ -308,7 +308,7 @@ class Worker:
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
-            buried=self._start.buried,
+            last_ended=self._start.last_ended,
             holder_has_session=has_session,
             deferral=self._start.deferral(lock, holder_has_session=has_session),
             target=target,
@@ -316,7 +316,7 @@ class Worker:
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
             process=None if process is None else self.plugs.look(process),
-            memory=self._memory,
+            saved=self._saved,
             slot=context.admission.state(self.id),
             shortage=context.admission.shortage(self.id),
             prepared=self._start.is_prepared(self.wish),
@@ -331,9 +331,7 @@ class Worker:
             quiet_at=self._quiet.at,
             start_timeout_s=context.start_timeout_s,
             shutdown_timeout_s=(
-                context.shutdown_timeout_s
-                if self._memory.shutdown_timeout_s is None
-                else self._memory.shutdown_timeout_s
+                context.shutdown_timeout_s if self._saved.shutdown_timeout_s is None else self._saved.shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
@@ -375,8 +373,8 @@ class Worker:
                 await start.look()
                 if start.claimed_by is not None:
                     self._etcd_at = self._context.clock.now() + LOCK_POLL_S
-            case Action.WATCH:
-                await start.watch(wanted(wish))
+            case Action.ASK_WATCHERS:
+                await start.ask_watchers(wanted(wish))
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:
@@ -386,7 +384,7 @@ class Worker:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                self._keep_memory()
+                self._write_state()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -408,8 +406,8 @@ class Worker:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
                 await keeping.rename(self._lock, self.report, self._context)
-            case Action.BURY:
-                await self._bury()
+            case Action.RECORD_EXIT:
+                await self._record_exit()
             case Action.RELEASE:
                 await self._release()
             case (
@@ -425,14 +423,14 @@ class Worker:
             case _:
                 assert_never(action)
 
-    async def _bury(self) -> None:
+    async def _record_exit(self) -> None:
         process = self._machine.view()
         assert process is not None
         assert process.exit is not None
-        # Remembered before the record goes: cut off between the two, the end is taken to the books again.
-        self._remember(
+        # Remembered before the record goes: cut off between the two, the exit is recorded again.
+        self._save(
             after(
-                self._memory,
+                self._saved,
                 process.exit,
                 self.wish,
                 asked=process.asked,
@@ -447,7 +445,7 @@ class Worker:
             "instance.ended",
             level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
             reason=process.exit.text,
-            pause_s=self._memory.pause_s,
+            pause_s=self._saved.pause_s,
         )
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
             # Its disks were flushed and closed.
@@ -456,32 +454,32 @@ class Worker:
             self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._context.life.ended(process.exit, self._machine.wait_status)
-        await self._machine.bury()
-        self._start.buried = process.incarnation.incarnation
+        await self._machine.drop_record()
+        self._start.last_ended = process.incarnation.incarnation
         await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:
         self._context.metrics.guest_reset(self.id)
         self.report.tell_sparingly("instance.guest_reset")
 
-    def _remember(self, memory: Memory) -> None:
+    def _save(self, saved: InstanceState) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
-        if memory != self._memory:
-            self._memory = memory
+        if saved != self._saved:
+            self._saved = saved
             if self._machine.record is not None:
-                self._keep_memory()
+                self._write_state()
 
-    def _keep_memory(self) -> None:
+    def _write_state(self) -> None:
         """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
         try:
-            self._machine.directory.write_memory(self._memory)
+            self._machine.directory.write_state(self._saved)
         except OSError as error:
-            if self._memory_kept:
+            if self._state_written:
                 said = explain(error, self._machine.directory.path)
                 self.report.tell("instance.memory_unwritten", level="warning", reason=said)
-            self._memory_kept = False
+            self._state_written = False
         else:
-            self._memory_kept = True
+            self._state_written = True
 
     async def _release(self) -> None:
         status_writer = self._context.status_writer

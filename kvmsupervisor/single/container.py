@@ -31,9 +31,9 @@ from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.instance.assembly import Outside, assemble_context
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment
+from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import Launch
-from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
+from kvmsupervisor.single.identity import LET_GO_S, ContainerIdentity, end_session
 from kvmsupervisor.single.life import ContainersLife
 
 log = structlog.get_logger(__name__)
@@ -72,7 +72,7 @@ class Manner:
 
     Attributes:
         desire: what is to be run.
-        equipment: what the host brings for it.
+        host_facts: what the host brings for it.
         directory: the folder of its sockets and records.
         admission: the memory that it has to fit into.
         launch: how its QEMU is started.
@@ -82,7 +82,7 @@ class Manner:
     """
 
     desire: Desire
-    equipment: Equipment
+    host_facts: HostFacts
     directory: InstanceDir
     admission: Admission
     launch: Launch
@@ -95,7 +95,7 @@ class Container:
     """One container. Made inside the event loop, its folder being its own; `run` does the rest.
 
     Args:
-        stand: who it is.
+        identity: who the container is.
         life: what it is told.
         settings: of this host.
         outside: the world.
@@ -108,7 +108,7 @@ class Container:
 
     def __init__(
         self,
-        stand: Stand,
+        identity: ContainerIdentity,
         life: ContainersLife,
         *,
         settings: Settings,
@@ -116,7 +116,7 @@ class Container:
         store: Store,
         manner: Manner,
     ) -> None:
-        self._stand = stand
+        self._identity = identity
         self._life = life
         self._settings = settings
         self._clock = outside.clock
@@ -124,14 +124,14 @@ class Container:
         self._desire = manner.desire
         self._hold: Hold | None = None
         self._era = 0
-        self._member = stand.join(settings, outside, store=store, on_hosts=self._notify)
+        self._member = identity.join(settings, outside, store=store, on_hosts=self._notify)
         session = self._member.session
         self._links = outside.links(self._on_links)
         context = assemble_context(
             self._member,
             settings=settings,
             outside=outside,
-            equipment=manner.equipment,
+            host_facts=manner.host_facts,
             # It ends with its container, which has the cgroup that the operator gave it.
             homes=Nowhere(survives_container=False),
             admission=manner.admission,
@@ -139,7 +139,7 @@ class Container:
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
-                host=stand.holder.name,
+                host=identity.holder.name,
                 version=__version__,
             ),
             bridge_owner=manner.bridge_owner,
@@ -159,7 +159,7 @@ class Container:
         )
         self._context = replace(context, start_timeout_s=manner.start_timeout_s, takeover_wait_s=manner.takeover_wait_s)
         self.instance = self._begin(manner.directory)
-        layout = stand.holder.layout
+        layout = identity.holder.layout
         self._locks = Flat()
         self._informers = {
             prefix: Informer(
@@ -171,7 +171,7 @@ class Container:
                 on_change=lambda changed, revision: self._tell(),
                 rand=outside.jitter,
             )
-            for prefix, table in {**self._desire.tables, layout.lock_key(stand.name): self._locks}.items()
+            for prefix, table in {**self._desire.tables, layout.lock_key(identity.name): self._locks}.items()
         }
         session.listen(self.instance.notify)
         life.listen(self.instance.notify)
@@ -181,12 +181,12 @@ class Container:
 
         One that has ended is not this container's end: nothing is known of it but what its lock says.
         """
-        name = self._stand.name
+        name = self._identity.name
 
         def make() -> Worker:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
-            memory = replace(directory.read_memory(self._stand.holder.boot_id), ended=None, held=False)
-            return Worker(name, context=self._context, directory=directory, memory=memory, log=log)
+            saved = replace(directory.read_state(self._identity.holder.boot_id), ended=None, held=False)
+            return Worker(name, context=self._context, directory=directory, saved=saved, log=log)
 
         instance, record = make(), directory.read_incarnation()
         if record is not None:
@@ -238,12 +238,12 @@ class Container:
         while self.instance.pid is not None:
             await self._clock.sleep(LOOK_S)
         await self._clock.sleep(LET_GO_S)
-        log.warning("lock.not_released", instance=self._stand.name, reason="etcd did not do it in time")
+        log.warning("lock.not_released", instance=self._identity.name, reason="etcd did not do it in time")
         loop.cancel()
 
     async def _publish(self) -> None:
         """Learn what the status key holds, then keep it up."""
-        name = self._stand.name
+        name = self._identity.name
         written = (await self._context.status_writer.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
@@ -259,7 +259,7 @@ class Container:
     def _tell(self) -> None:
         """Tell the instance what its wish and its lock are now."""
         instance, life = self.instance, self._life
-        key = self._stand.lock_key
+        key = self._identity.lock_key
         informers = self._informers.values()
         if not self._in_step or len({informer.era for informer in informers}) > 1:
             instance.notify()
@@ -304,4 +304,4 @@ class Container:
         Raises:
             EtcdError: etcd does not say.
         """
-        return await other_of_client(self._store, self._settings.layout, client, own=self._stand.lock_key)
+        return await other_of_client(self._store, self._settings.layout, client, own=self._identity.lock_key)

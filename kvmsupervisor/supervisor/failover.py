@@ -29,7 +29,7 @@ from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import WATCH_EVERY_S, need_mib
+from kvmsupervisor.instance.start import ASK_WATCHERS_EVERY_S, need_mib
 
 log = structlog.get_logger(__name__)
 
@@ -115,7 +115,7 @@ class Failover:
                     await self._consider(orphan)
                 except (NotFenced, EtcdError) as error:
                     log.warning("failover.waits", instance=orphan.id, reason=str(error))
-            await clock.wait(self._changed, clock.now() + WATCH_EVERY_S if orphans else None)
+            await clock.wait(self._changed, clock.now() + ASK_WATCHERS_EVERY_S if orphans else None)
 
     def _orphans(self) -> list[_Orphan]:
         me, found = self._context.me, []

@@ -1,6 +1,6 @@
 """One host, whole: session, keys, statuses, HTTP view, and one task per instance.
 
-`Supervisor` makes it once etcd and the host's equipment are known; everything that it has is there from then on.
+`Supervisor` makes it once etcd and the host facts are known; everything that it has is there from then on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardClient
@@ -35,7 +35,7 @@ from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment, look_at_files
+from kvmsupervisor.machine.host import HostFacts, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
@@ -61,7 +61,7 @@ class Premises:
         identity: as whom the host works.
         mismatch: how that differs from what the settings say; None when it does not.
         store: etcd.
-        equipment: what the host brings.
+        host_facts: what the host brings.
         homes: what QEMUs live in, and why.
         drain: whether the host stops all its guests.
         most_files: how many files this process may have open.
@@ -73,7 +73,7 @@ class Premises:
     identity: HostIdentity
     mismatch: Mismatch | None
     store: Store
-    equipment: Equipment
+    host_facts: HostFacts
     homes: cgroup.Chosen
     drain: DrainMark
     most_files: int
@@ -92,7 +92,7 @@ class Host:
     """
 
     def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
-        identity, equipment, clock = premises.identity, premises.equipment, outside.clock
+        identity, host_facts, clock = premises.identity, premises.host_facts, outside.clock
         mismatch = None if premises.mismatch is None else str(premises.mismatch)
         layout, me = identity.layout, identity.host
         self._premises = premises
@@ -103,7 +103,7 @@ class Host:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
         self._guard = MassRemovalHold(settings.mass_removal_window_s)
-        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
+        self._admission = Admission(settings.start_parallel, host_facts.memory_mib)
 
         # In etcd.
         holder = Holder(name=me, boot_id=premises.boot_id, layout=layout, run_dir=settings.run_dir)
@@ -172,7 +172,7 @@ class Host:
             history=self._history,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
-            qemu_privileged=equipment.privileged,
+            qemu_privileged=host_facts.privileged,
             guests_survive=premises.homes.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
@@ -185,12 +185,12 @@ class Host:
             member,
             settings=settings,
             outside=outside,
-            equipment=equipment,
+            host_facts=host_facts,
             homes=premises.homes.homes,
             admission=self._admission,
             links=self._links,
             metrics=self._metrics,
-            bridge_owner=equipment.files.bridge_owner,
+            bridge_owner=host_facts.files.bridge_owner,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             recorded_for=self._recorded_for,
@@ -207,8 +207,8 @@ class Host:
         self._bridges = Bridges(
             network=outside.system.network,
             me=me,
-            owner=equipment.files.bridge_owner,
-            bridge_if=equipment.host_side.bridge_if,
+            owner=host_facts.files.bridge_owner,
+            bridge_if=host_facts.host_side.bridge_if,
             instances=self._instances,
             clock=clock,
         )
@@ -311,8 +311,8 @@ class Host:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
-            fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Worker(name, context=self._context, directory=directory, memory=fresh, log=log)
+            fresh = InstanceState(boot_id=self._premises.boot_id)
+            self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -371,7 +371,7 @@ class Host:
         else:
             if instance.wish is None or instance.wish.host is not None:
                 self._status_writer.abandon(name)
-            directory.drop_memory()
+            directory.drop_state()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.

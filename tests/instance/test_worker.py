@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -756,14 +756,14 @@ async def test_a_record_that_cannot_be_completed_keeps_the_guest_paused(
 
 async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine is started, changed and stopped without it; it is told once, and written once there is room."""
-    write, room = InstanceDir.write_memory, False
+    write, room = InstanceDir.write_state, False
 
-    def scarce(directory: InstanceDir, memory: Memory) -> None:
+    def scarce(directory: InstanceDir, saved: InstanceState) -> None:
         if not room:
             raise full()
-        write(directory, memory)
+        write(directory, saved)
 
-    monkeypatch.setattr(InstanceDir, "write_memory", scarce)
+    monkeypatch.setattr(InstanceDir, "write_state", scarce)
     host.wish()
     host.begin()
     with capture_logs() as logs:
@@ -773,7 +773,7 @@ async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkey
     assert [one["event"] for one in logs].count("instance.memory_unwritten") == 1
     room = True
     await host.clock.advance(120.0)
-    assert host.run_dir.instance(ONE).read_memory(host.boot_id).shutdown_timeout_s == 7.0
+    assert host.run_dir.instance(ONE).read_state(host.boot_id).shutdown_timeout_s == 7.0
 
 
 async def test_a_host_that_cannot_start_a_program_is_waited_for(host: Host) -> None:

@@ -21,7 +21,7 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch, judge
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.supervisor.identity import Standing
 from tests.fakes.qemu import FakeQemu
 from tests.supervisor.test_supervisor import ME, Bench
@@ -476,9 +476,9 @@ async def test_the_qemu_of_a_record_is_sought(bench: Bench, release: str) -> Non
     qemu = qemus["1"]
     if release == "an earlier one":
         del qemu.environment["KVMSUPERVISOR_FOLDER"]
-    assert marks.seek(bench.qemus, bench.path / "1") == (qemu.pid, qemu.starttime)
-    assert marks.seek(bench.qemus, bench.path / "3") is None
-    assert marks.seek(bench.qemus, Path("/elsewhere/1")) is None
+    assert process_identity.seek(bench.qemus, bench.path / "1") == (qemu.pid, qemu.starttime)
+    assert process_identity.seek(bench.qemus, bench.path / "3") is None
+    assert process_identity.seek(bench.qemus, Path("/elsewhere/1")) is None
 
 
 async def test_what_cannot_be_read_and_has_ended(bench: Bench) -> None:

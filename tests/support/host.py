@@ -211,7 +211,7 @@ class Host:
             ONE,
             context=self.context,
             directory=directory,
-            memory=directory.read_memory(self.boot_id),
+            saved=directory.read_state(self.boot_id),
             log=structlog.get_logger(),
         )
         if record is not None:
