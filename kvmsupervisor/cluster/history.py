@@ -164,6 +164,7 @@ class History:
     def present(self) -> Era:
         """What a decision needs to know of the history."""
         return Era(
+            count=self.era,
             number=self._number,
             since=self._since,
             foreign=self._foreign,

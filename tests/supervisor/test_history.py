@@ -294,6 +294,22 @@ async def test_back_from_another_clusters_etcd(bench: Bench) -> None:
     assert len(bench.qemus.running) == 2
 
 
+async def test_a_lock_of_a_former_history_says_nothing(bench: Bench) -> None:
+    """Law 11: until the locks of the present history are read, one that was seen in another one is unknown."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    ours, theirs = bench.etcd.backup(), FakeEtcd(bench.clock.now)
+    theirs.write(LAYOUT.history_key, HistoryName(id="theirs").to_json())
+    make(theirs, "1", host="x")
+    strange = replace(lock(bench, "1"), host=HostName("x"), boot_id="bx", epoch=900, incarnation="theirs")
+    theirs.write(LAYOUT.lock_key(InstanceId("1")), strange.to_json())
+    bench.etcd.restore(written_past(bench.etcd, theirs))
+    await bench.clock.advance(60.0)
+    bench.etcd.restore(ours)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+
+
 async def test_a_machine_that_rests_goes_on_resting(bench: Bench) -> None:
     """A machine that its guest has switched off is not started because its keys have other revisions now."""
     await bench.begin()
