@@ -26,7 +26,7 @@ class Neighbours:
         layout: of the keys.
         me: this host.
         history: gets both.
-        on_change: called when either differs; see `mirror.Mirror`.
+        on_change: called when either differs; see `informer.Informer`.
         rand: random numbers, 0 ≤ x < 1.
 
     Attributes:

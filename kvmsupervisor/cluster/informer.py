@@ -44,7 +44,7 @@ _BY_REVISION = itemgetter(2)
 
 
 class Proof(Protocol):
-    """What a mirror needs of `history.History`."""
+    """What an informer needs of `history.History`."""
 
     @property
     def era(self) -> int:
@@ -239,8 +239,8 @@ class Wishes:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
-        history: see `Mirror`.
-        on_change: called with the ids whose keys or lock differ, and the revision; see `Mirror`.
+        history: see `Informer`.
+        on_change: called with the ids whose keys or lock differ, and the revision; see `Informer`.
         on_anew: called instead once everything belongs to another era: do not compare with what was known before.
         rand: random numbers, 0 ≤ x < 1.
 
@@ -274,13 +274,13 @@ class Wishes:
         self._on_change = on_change
         self._on_anew = on_anew
         self._keys = Groups(layout)
-        self._mirrors = [follow(layout.wishes_prefix, self._keys)]
+        self._informers = [follow(layout.wishes_prefix, self._keys)]
         self._locks = self._keys
         locks_prefix = layout.locks_prefix()
         if locks_prefix is not None:
             self._locks = Groups(layout, locks_only=True)
-            self._mirrors.append(follow(locks_prefix, self._locks))
-        self._of_locks = self._mirrors[-1]
+            self._informers.append(follow(locks_prefix, self._locks))
+        self._of_locks = self._informers[-1]
         self._layout = layout
         self._placements = Flat()
         self._of_placements = Informer(
@@ -296,11 +296,11 @@ class Wishes:
     async def run(self) -> None:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            for mirror in self._all:
-                start_part(tasks, mirror.run())
+            for informer in self._all:
+                start_part(tasks, informer.run())
 
     def _changed(self, changed: Set[InstanceId], revision: int) -> None:
-        eras = {mirror.era for mirror in self._all}
+        eras = {informer.era for informer in self._all}
         if eras == {self.era}:
             self._on_change(changed, revision)
         elif len(eras) == 1:
@@ -310,32 +310,32 @@ class Wishes:
 
     @property
     def _all(self) -> tuple[Informer[InstanceId] | Informer[bytes], ...]:
-        return (*self._mirrors, self._of_placements)
+        return (*self._informers, self._of_placements)
 
     async def wait_synced(self) -> None:
         """Return once everything was listed for the first time."""
-        for mirror in self._all:
-            await mirror.synced.wait()
+        for informer in self._all:
+            await informer.synced.wait()
 
     @property
     def synced(self) -> bool:
         """Whether everything was listed for the first time: until then an absent key means nothing."""
-        return all(mirror.synced.is_set() for mirror in self._all)
+        return all(informer.synced.is_set() for informer in self._all)
 
     @property
     def in_step(self) -> bool:
         """Whether wishes and locks are in step with etcd."""
-        return all(mirror.in_step for mirror in self._all)
+        return all(informer.in_step for informer in self._all)
 
     @property
     def problem(self) -> str:
         """What keeps the tables from being in step, for people; empty while they are in step."""
-        return "; ".join(mirror.problem for mirror in self._all if mirror.problem)
+        return "; ".join(informer.problem for informer in self._all if informer.problem)
 
     @property
     def revision(self) -> int:
         """The etcd revision up to which all wishes are known."""
-        return self._mirrors[0].revision
+        return self._informers[0].revision
 
     @property
     def locks_revision(self) -> int:

@@ -52,7 +52,7 @@ class Row(Enum):
     # An end.
     END_UNREAD       = Cells("ended",      "any",                      "keep stop",     "wait",
                              "its keys have not been read yet")
-    END              = Cells("ended",      "any",                      "any",           "bury",
+    END              = Cells("ended",      "any",                      "any",           "record_exit",
                              "its keys have been read")
 
     # A living QEMU, by its lock (`ownership.py`). A lock of another cluster is as good as its own, but not written.
@@ -166,7 +166,7 @@ class Row(Enum):
                              "its holder is gone, and storage cannot fence it: an operator's word is needed (law 7)")
     TAKE_OVER        = Cells("none",       "stranger",                 "run",           "take wait",
                              "its holder is gone, and its disks are not in use, or have been for too long (law 4)")
-    WATCH            = Cells("none",       "stranger",                 "run",           "watch wait",
+    ASK_WATCHERS     = Cells("none",       "stranger",                 "run",           "ask_watchers wait",
                              "its holder is gone: Ceph is asked who has the disks open (law 4)")
     BROKEN_HELD      = Cells("none",       "broken",                   "run",           "wait",
                              "its holder has a session: it lets go by itself (law 7)")

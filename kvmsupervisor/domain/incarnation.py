@@ -1,8 +1,8 @@
 """What a supervisor keeps in the run directory so that its successor can adopt (law 8).
 
-Two small records per instance: the incarnation (one QEMU process) and the memory (what outlives it). Both carry a
-version; a newer one is left alone with a reason, see `Unreadable`. A third one is the guard's note of a machine that it
-killed.
+Two small records per instance: the incarnation (one QEMU process) and the state (what outlives the process). Each has a
+version. A newer one is left alone with a reason, see `Unreadable`. A third record is the guard's note of a machine that
+it killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Unreadable(Exception):
 
 @frozen(kw_only=True)
 class Incarnation:
-    """One QEMU process, on record before it is spawned and until it is buried.
+    """One QEMU process, on record before it is spawned and until its exit is recorded.
 
     Attributes:
         instance: whose it is.
@@ -121,7 +121,7 @@ class Ended:
 
 
 @frozen(kw_only=True)
-class Memory:
+class InstanceState:
     """What outlives one QEMU process, but not a reboot of the host.
 
     Attributes:
@@ -165,7 +165,7 @@ class Memory:
         return lined(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Memory:
+    def from_json(cls, data: bytes) -> InstanceState:
         """Read `memory.json`.
 
         Raises:
@@ -192,7 +192,7 @@ class GuardNote:
         return _read(cls, data)
 
 
-RecordT = TypeVar("RecordT", Incarnation, Memory, GuardNote)
+RecordT = TypeVar("RecordT", Incarnation, InstanceState, GuardNote)
 
 
 def _read(cls: type[RecordT], data: bytes) -> RecordT:

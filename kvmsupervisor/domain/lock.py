@@ -307,8 +307,8 @@ class LockView:
         lock = None if self.data is None else Lock.from_json(self.data)
         object.__setattr__(self, "lock", lock)
 
-    def claim(self, *, host: HostName, boot_id: str, incarnation: str | None, buried: str | None = None) -> Claim:
-        """What this lock means to `host`, whose process is `incarnation` (None: none), and whose last one was `buried`.
+    def claim(self, *, host: HostName, boot_id: str, incarnation: str | None, last_ended: str | None = None) -> Claim:
+        """What this lock means to `host`, whose process is `incarnation` (None: none) after `last_ended` (likewise).
 
         An incarnation is a random name, given once: on its boot it is this process, whatever the host's name was when
         the lock was written (law 12).
@@ -327,4 +327,4 @@ class LockView:
             return Claim.MINE if is_mine else Claim.LEFTOVER
         if lock.boot_id == boot_id and is_mine:
             return Claim.RENAMED
-        return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == buried else Claim.STRANGER
+        return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == last_ended else Claim.STRANGER

@@ -1,8 +1,9 @@
 """The one place where the parts are put together that every holder of locks needs: the supervisor, and single mode.
 
 Three steps, each of which makes whole objects: what the outer world is (`Outside`), what a holder is in etcd
-(`Membership`), what its instances share (`surround`). What differs between supervisor and single mode is an argument
-of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what each is.
+(`Membership`), what its instances share (`assemble_context`). What differs between supervisor and single mode is an
+argument of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what
+each is.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.host import Equipment, look_around
+from kvmsupervisor.machine.host import HostFacts, gather_host_facts
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
 from kvmsupervisor.machine.provisioning import Provisioner
@@ -64,7 +65,7 @@ class Outside:
         boot_id: the kernel's name for its present boot.
         machine_id: what names this machine across boots.
         connect: etcd.
-        look_around: finds out what the host brings; see `machine.host.look_around`.
+        gather_host_facts: finds out what the host brings; see `machine.host`.
         homes: chooses what QEMUs live in.
         links: network interfaces.
         logs: what guests write, with this clock and these settings.
@@ -80,7 +81,7 @@ class Outside:
     boot_id: Callable[[], str]
     machine_id: Callable[[], str]
     connect: Callable[[EtcdConfig], Store]
-    look_around: Callable[[Settings], Equipment]
+    gather_host_facts: Callable[[Settings], HostFacts]
     homes: ChooseHomes
     links: Callable[[Changed], Links]
     logs: Callable[[Clock, Settings], GuestLogs]
@@ -97,7 +98,7 @@ REAL = Outside(
     boot_id=boot_id,
     machine_id=machine_id,
     connect=Etcd,
-    look_around=look_around,
+    gather_host_facts=gather_host_facts,
     homes=cgroup.choose,
     links=Links,
     logs=lambda clock, settings: GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
@@ -155,7 +156,7 @@ class Membership:
         history: that etcd has.
         session: of the holder.
         neighbours: the sessions of all.
-        publisher: of statuses.
+        status_writer: writes the status keys.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Membership:
             on_change=on_hosts,
             rand=rand,
         )
-        self.publisher = StatusWriter(
+        self.status_writer = StatusWriter(
             store=store,
             clock=clock,
             layout=layout,
@@ -221,12 +222,12 @@ class Membership:
         return await self.session.restate(replace(self.session.value, history=history))
 
 
-def surround(
+def assemble_context(
     member: Membership,
     *,
     settings: Settings,
     outside: Outside,
-    equipment: Equipment,
+    host_facts: HostFacts,
     homes: Homes,
     admission: Admission,
     links: Links,
@@ -250,7 +251,7 @@ def surround(
         member: the holder in etcd.
         settings: of this host.
         outside: the world.
-        equipment: what the host brings.
+        host_facts: what the host brings.
         homes: what QEMUs live in.
         admission: who may start.
         links: network interfaces of this host.
@@ -269,11 +270,11 @@ def surround(
         launch: how QEMUs are started.
     """
     holder = member.holder
-    disks = outside.disks(equipment.ceph_access, settings.allow_unfenced)
+    disks = outside.disks(host_facts.ceph_access, settings.allow_unfenced)
     local_disks = LocalDisks(
         settings.disk_dir,
         is_own=settings.disk_dir == DISK_DIR,
-        as_root=equipment.privileged,
+        as_root=host_facts.privileged,
         access=outside.files,
     )
     return InstanceContext(
@@ -282,14 +283,14 @@ def surround(
         layout=holder.layout,
         store=member.store,
         session=member.session,
-        publisher=member.publisher,
+        status_writer=member.status_writer,
         admission=admission,
         system=outside.system,
         provisioner=Provisioner(
             system=outside.system,
-            host=equipment.host_side,
-            files=replace(equipment.files, bridge_owner=bridge_owner),
-            user=equipment.user,
+            host=host_facts.host_side,
+            files=replace(host_facts.files, bridge_owner=bridge_owner),
+            user=host_facts.user,
             types=outside.machine_types(settings.qemu),
             homes=homes,
             disks=disks,
@@ -299,16 +300,16 @@ def surround(
         local_disks=local_disks,
         logs=outside.logs(outside.clock, settings),
         links=links,
-        user=equipment.user,
+        user=host_facts.user,
         clock=outside.clock,
         jitter=outside.jitter,
         metrics=metrics,
-        fencing=outside.fencing(equipment.ceph_access, settings.allow_unfenced),
+        fencing=outside.fencing(host_facts.ceph_access, settings.allow_unfenced),
         era=lambda: member.history.present,
         host_has_session=member.neighbours.has_session,
         sessions=member.neighbours.names,
         host_drains=member.neighbours.drains,
-        host_side=equipment.host_side,
+        host_side=host_facts.host_side,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         start_timeout_s=settings.start_timeout_s,
         takeover_wait_s=settings.takeover_wait_s,

@@ -1,4 +1,4 @@
-"""The QEMU process of one instance, from its record to its burial. The worker observes it and acts through it.
+"""The QEMU process of one instance, from its first record to the end of it. The worker observes it and acts through it.
 
 Joins three adapters (processes, QMP, run directory). Decides nothing.
 """
@@ -34,7 +34,7 @@ from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.failpoints import cut
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
@@ -49,7 +49,7 @@ KILL_S = 5.0
 
 
 class Machine:
-    """The instance's QEMU: none, living, or ended and not yet buried.
+    """The instance's QEMU: none, living, or ended and still on record.
 
     `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
     is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
@@ -196,7 +196,9 @@ class Machine:
 
     def holdover(self, instance: str, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
-        return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        return process_identity.pid_of(
+            self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime
+        )
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -260,7 +262,7 @@ class Machine:
             process.Hidden: a process with that pid lives, and its identity cannot be read. The record stays.
         """
         is_of_boot = record.boot_id == boot_id
-        found = marks.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
+        found = process_identity.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
         self._clear()
         self._begin(record)
         self._process = found
@@ -402,10 +404,10 @@ class Machine:
         self.directory.write_incarnation(self.record)
         self._kept = True
 
-    async def bury(self) -> None:
+    async def drop_record(self) -> None:
         """Delete the record of an ended process. The caller has recorded the exit."""
         await self.detach()
-        cut("end in the books, still on record")
+        cut("exit recorded, process still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None

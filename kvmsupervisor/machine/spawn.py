@@ -13,7 +13,7 @@ from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.failpoints import cut
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
 
@@ -81,8 +81,8 @@ def spawn(request: SpawnRequest) -> QemuProcess:
             cut("on record, not spawned")
             return request.processes.spawn(
                 home.wrap(words if request.user is None else (*request.user.become(), *words)),
-                environment=marks.environment_of(
-                    marks.Marks(
+                environment=process_identity.environment_of(
+                    process_identity.ProcessIdentity(
                         prefix=request.prefix,
                         instance=record.instance,
                         incarnation=record.incarnation,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvmsupervisor.machine.identity import Marks
+from kvmsupervisor.machine.identity import ProcessIdentity
 from kvmsupervisor.machine.spawn import Launch, SpawnRequest
 from kvmsupervisor.machine.system import QemuProcess
 
@@ -54,7 +54,7 @@ def in_front(program: str, options: Sequence[str], *, marked_as: Path | None) ->
             marks = {}
             if marked_as is not None:
                 name, incarnation = record.instance, record.incarnation
-                known = Marks(prefix=request.prefix, instance=name, incarnation=incarnation, folder=marked_as)
+                known = ProcessIdentity(prefix=request.prefix, instance=name, incarnation=incarnation, folder=marked_as)
                 marks = known.environment()
             return request.processes.spawn_in_front(
                 words, environment={**os.environ, **marks}, pass_fds=[qmp.fileno()], on_end=request.on_end

@@ -1,6 +1,6 @@
 """One host, whole: session, keys, statuses, HTTP view, and one task per instance.
 
-`Supervisor` makes it once etcd and the host's equipment are known; everything that it has is there from then on.
+`Supervisor` makes it once etcd and the host facts are known; everything that it has is there from then on.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
+from kvmsupervisor.instance.assembly import Holder, Membership, Outside, assemble_context
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment, look_at_files
+from kvmsupervisor.machine.host import HostFacts, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
@@ -61,7 +61,7 @@ class Premises:
         identity: as whom the host works.
         mismatch: how that differs from what the settings say; None when it does not.
         store: etcd.
-        equipment: what the host brings.
+        host_facts: what the host brings.
         homes: what QEMUs live in, and why.
         drain: whether the host stops all its guests.
         most_files: how many files this process may have open.
@@ -73,7 +73,7 @@ class Premises:
     identity: HostIdentity
     mismatch: Mismatch | None
     store: Store
-    equipment: Equipment
+    host_facts: HostFacts
     homes: cgroup.Chosen
     drain: DrainMark
     most_files: int
@@ -88,11 +88,11 @@ class Host:
         premises: what is known of the host.
 
     Attributes:
-        face: what HTTP and the metrics show of it.
+        http_view: what HTTP and the metrics show of it.
     """
 
     def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
-        identity, equipment, clock = premises.identity, premises.equipment, outside.clock
+        identity, host_facts, clock = premises.identity, premises.host_facts, outside.clock
         mismatch = None if premises.mismatch is None else str(premises.mismatch)
         layout, me = identity.layout, identity.host
         self._premises = premises
@@ -103,7 +103,7 @@ class Host:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
         self._guard = MassRemovalHold(settings.mass_removal_window_s)
-        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
+        self._admission = Admission(settings.start_parallel, host_facts.memory_mib)
 
         # In etcd.
         holder = Holder(name=me, boot_id=premises.boot_id, layout=layout, run_dir=settings.run_dir)
@@ -127,7 +127,7 @@ class Host:
         )
         self._history, self._session = member.history, member.session
         self._session.listen(self.notify_all)
-        self._neighbours, self._publisher = member.neighbours, member.publisher
+        self._neighbours, self._status_writer = member.neighbours, member.status_writer
         self._speak = member.speak
         self._wishes = Wishes(
             store=premises.store,
@@ -146,7 +146,7 @@ class Host:
             on_freed=self._let_go,
         )
         self._statuses = Statuses(
-            publisher=self._publisher,
+            status_writer=self._status_writer,
             wishes=self._wishes,
             instances=self._instances,
             # Whether a status without keys is the last word on an instance is known under one's own settings only.
@@ -163,7 +163,7 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self.face = HttpView(
+        self.http_view = HttpView(
             host=me,
             instances=self._instances,
             hosts=self._neighbours.table,
@@ -172,25 +172,25 @@ class Host:
             history=self._history,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
-            qemu_privileged=equipment.privileged,
+            qemu_privileged=host_facts.privileged,
             guests_survive=premises.homes.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
         )
-        self._metrics = self.face.counters
+        self._metrics = self.http_view.counters
 
         # For the instances.
         namesakes = Namesakes(self._wishes, member.holder.name)
-        self._around = surround(
+        self._context = assemble_context(
             member,
             settings=settings,
             outside=outside,
-            equipment=equipment,
+            host_facts=host_facts,
             homes=premises.homes.homes,
             admission=self._admission,
             links=self._links,
             metrics=self._metrics,
-            bridge_owner=equipment.files.bridge_owner,
+            bridge_owner=host_facts.files.bridge_owner,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             recorded_for=self._recorded_for,
@@ -203,12 +203,12 @@ class Host:
             life=HostsLife(),
             launch=BEHIND,
         )
-        self._failover = Failover(self._around, self._wishes)
+        self._failover = Failover(self._context, self._wishes)
         self._bridges = Bridges(
             network=outside.system.network,
             me=me,
-            owner=equipment.files.bridge_owner,
-            bridge_if=equipment.host_side.bridge_if,
+            owner=host_facts.files.bridge_owner,
+            bridge_if=host_facts.host_side.bridge_if,
             instances=self._instances,
             clock=clock,
         )
@@ -233,7 +233,7 @@ class Host:
 
         It needs no etcd; what it means is decided once etcd is read.
         """
-        if self._around.guard is None:
+        if self._context.guard is None:
             await self._post.dismiss()
         run_dir = self._premises.run_dir
         for name in run_dir.instances():
@@ -269,10 +269,10 @@ class Host:
                     self._statuses.run(),
                     self._look_first(),
                     self._confirmations.run(),
-                    self._around.logs.run(),
+                    self._context.logs.run(),
                     self._links.run(),
                     *(() if self._mismatch is not None else (self._bridges.run(),)),
-                    *(() if self._around.guard is None else (self._around.guard.run(),)),
+                    *(() if self._context.guard is None else (self._context.guard.run(),)),
                     self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
                     if self._mismatch is None
                     else self._await_word(stop, again),
@@ -280,7 +280,7 @@ class Host:
             ]
             await self._run_instances(stop)
             if self._session.held:
-                await self._publisher.flush()
+                await self._status_writer.flush()
             self._history.save()
             for task in serving:
                 task.cancel()
@@ -289,7 +289,7 @@ class Host:
     def close(self) -> None:
         """Let go of what `run` has opened. Guests and their guard go on."""
         self._post.close()
-        self._around.logs.close()
+        self._context.logs.close()
 
     async def _run_instances(self, stop: asyncio.Event) -> None:
         """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
@@ -311,8 +311,8 @@ class Host:
         """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
-            fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Worker(name, around=self._around, directory=directory, memory=fresh, log=log)
+            fresh = InstanceState(boot_id=self._premises.boot_id)
+            self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
             self._instances[name].inherit()
         return self._instances[name]
 
@@ -343,7 +343,7 @@ class Host:
     def _admit(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
-            self._publisher.doubt(name)
+            self._status_writer.doubt(name)
         return self._instance(name)
 
     def _start(self, instance: Worker) -> None:
@@ -365,13 +365,13 @@ class Host:
         self._admission.release(name)
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
-            self._publisher.forget(name)
-            self._around.logs.writer.drop(directory.path)
+            self._status_writer.forget(name)
+            self._context.logs.writer.drop(directory.path)
             directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
-                self._publisher.abandon(name)
-            directory.drop_memory()
+                self._status_writer.abandon(name)
+            directory.drop_state()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.
@@ -387,7 +387,7 @@ class Host:
     # --- what it is told --------------------------------------------------------------------------------------
 
     def notify_all(self) -> None:
-        """Something around all instances changed: each looks again."""
+        """Something changed that concerns all instances: each looks again."""
         for instance in self._instances.values():
             instance.notify()
 
@@ -413,7 +413,7 @@ class Host:
         """An operator has confirmed these removals."""
         self._dispatch.let_go(freed)
 
-    # --- around -----------------------------------------------------------------------------------------------
+    # --- what the instances ask ----------------------------------------------------------------------------------
 
     def _may_speak(self) -> bool:
         """Whether everything that runs here has its lock in the history that etcd has now."""

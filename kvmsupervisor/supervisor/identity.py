@@ -17,7 +17,7 @@ from kvmsupervisor.cluster.session import last_key
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, judge
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.system import Processes
 
 log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ class Standing:
     def living(self) -> list[tuple[InstanceId, HostIdentity]]:
         """Each QEMU on record here, readable or not, and what it was started under.
 
-        One that has ended on this boot counts until its end is taken to the books, which is done under its identity:
+        One that has ended on this boot counts until its exit is recorded, which is done under its identity:
         under another name its lock would look like one to go on with, and a second name would start it.
         """
         found = []
@@ -73,7 +73,7 @@ class Standing:
             try:
                 record = directory.read_incarnation()
             except Unreadable:
-                hidden = marks.seek(self._processes, directory.path)
+                hidden = process_identity.seek(self._processes, directory.path)
                 if hidden is not None:
                     found.append((name, self._derived(hidden[0])))
                 continue
@@ -136,7 +136,7 @@ class Standing:
         if record.boot_id != self._boot_id:
             return None
         name, pid = record.instance, record.pid
-        return marks.pid_of(self._processes, name, record.incarnation, pid=pid, starttime=record.starttime)
+        return process_identity.pid_of(self._processes, name, record.incarnation, pid=pid, starttime=record.starttime)
 
     def _derived(self, pid: int) -> HostIdentity:
         """What a record does not say: its process knows the prefix, the session's file the host and where facts lie.
@@ -144,7 +144,7 @@ class Standing:
         The lock's template is nowhere: it is the present one, or what it is by default below that prefix.
         """
         wanted = self._wanted
-        prefix = marks.prefix_of(self._processes, pid) or wanted.prefix
+        prefix = process_identity.prefix_of(self._processes, pid) or wanted.prefix
         facts, found, host = (last_key(self._run_dir.path, boot_id=self._boot_id) or "").rpartition("/hosts/")
         lock = default_lock(prefix) if wanted.lock == default_lock(wanted.prefix) else wanted.lock
         if not found:

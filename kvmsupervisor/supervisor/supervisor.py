@@ -71,7 +71,7 @@ class Supervisor:
         """
         settings, outside = self._settings, self._outside
         most_files = resources.raise_limit()
-        equipment = outside.look_around(settings)
+        host_facts = outside.gather_host_facts(settings)
         self._run_dir.acquire()
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
@@ -96,7 +96,7 @@ class Supervisor:
                     identity=identity,
                     mismatch=mismatch,
                     store=store,
-                    equipment=equipment,
+                    host_facts=host_facts,
                     homes=chosen,
                     drain=self._drain,
                     most_files=most_files,
@@ -105,7 +105,7 @@ class Supervisor:
             stack.callback(host.close)
             stack.callback(self._drain.listen(host.notify_all))
             adopting = await host.take_over()
-            url = await serve(host.face, settings, stack)
+            url = await serve(host.http_view, settings, stack)
             host.served_at(url)
             log.info(
                 "supervisor.started",
@@ -114,10 +114,10 @@ class Supervisor:
                 etcd=list(settings.etcd_endpoints),
                 prefix=identity.prefix,
                 run_dir=str(settings.run_dir),
-                accelerator=equipment.accelerator.name,
-                why_no_kvm=equipment.accelerator.fallback,
-                qemu_user=None if equipment.user is None else equipment.user.name,
-                memory_mib=equipment.memory_mib,
+                accelerator=host_facts.accelerator.name,
+                why_no_kvm=host_facts.accelerator.fallback,
+                qemu_user=None if host_facts.user is None else host_facts.user.name,
+                memory_mib=host_facts.memory_mib,
                 homes=chosen.homes.name,
                 homes_rejected=dict(chosen.rejected),
                 url=url,
@@ -125,7 +125,7 @@ class Supervisor:
             )
             if chosen.warning is not None:
                 log.error("homes.lost_with_container", reason=chosen.warning)
-            if equipment.privileged:
+            if host_facts.privileged:
                 log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
             on_started(host)
             again = await host.run(self._stop)

@@ -278,7 +278,7 @@ def test_what_was_buried_under_another_name_is_a_leftover() -> None:
     """Law 12: the lock of our own dead process is ours to release, under whatever name it was taken."""
     former = replace(LOCK, host=OTHER)
     view = LockView(known=True, data=former.to_json())
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, buried="x") is Claim.LEFTOVER
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation="planned", buried="x") is Claim.LEFTOVER
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, buried="y") is Claim.STRANGER
-    assert view.claim(host=ME, boot_id="z", incarnation=None, buried="x") is Claim.STRANGER
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, last_ended="x") is Claim.LEFTOVER
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation="planned", last_ended="x") is Claim.LEFTOVER
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, last_ended="y") is Claim.STRANGER
+    assert view.claim(host=ME, boot_id="z", incarnation=None, last_ended="x") is Claim.STRANGER

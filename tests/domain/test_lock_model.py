@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState, LockView, Storage, take
@@ -183,7 +183,7 @@ class Model:
             return
         seen = _seen(local, world.etcd)
         if seen.qemu is not None and not any(name == seen.qemu for name, _ in world.qemus):
-            # Its pidfd says so: buried.
+            # Its pidfd says so: its exit is recorded.
             seen = seen._replace(qemu=None, ran=False)
         if seen != local:
             yield _with(world, me, seen)
@@ -384,7 +384,7 @@ def _decide(known: Known) -> Action | None:
     data = LOCKS[lock].to_json() if lock else None
     view = View(
         now=2.0, me=HOSTS[me], boot_id=boot_id, wish=wish, planned=planned, process=process,
-        memory=Memory(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
+        saved=InstanceState(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
         holder_has_session=False, deferral=LONG_AGO, target=Target(there=there),
     )  # fmt: skip
     return decide(view).action

@@ -113,7 +113,7 @@ async def test_who_waits_for_the_host_holds_nobody_up(host: Host, world: World) 
     host.begin()
     for _ in range(20):
         await host.clock.advance(HOST_RETRY_S / 2)
-        assert host.around.admission.state(ONE) is None
+        assert host.context.admission.state(ONE) is None
 
 
 async def test_a_second_trouble_is_told_too(host: Host, world: World) -> None:
@@ -195,7 +195,7 @@ async def test_media_are_made_before_the_lock_is_taken(host: Host, world: World)
     assert host.status.phase is Phase.STARTING
     assert "media" in host.status.reason
     assert (host.lock, host.store.writes_begun) == (None, 0)
-    assert host.around.admission.state(ONE) is None
+    assert host.context.admission.state(ONE) is None
     world.slow.set()
     qemu = await host.runs()
     assert len(media_of(qemu)) == 1
@@ -233,7 +233,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
     host.wish(**{"cloud-config": "http://h/first"})
     host.begin()
     for name in fill:
-        host.around.admission.request(name, lambda: None)
+        host.context.admission.request(name, lambda: None)
     await host.clock.advance(1.0)
     assert world.fetched == ["http://h/first"]
     assert host.qemus.all == []
@@ -244,7 +244,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
         host.put(**{"cloud-config": "http://h/second"})
     await host.clock.advance(1.0)
     for name in fill:
-        host.around.admission.release(name)
+        host.context.admission.release(name)
     qemu = await host.runs()
     (*found,) = media_of(qemu)
     assert "first" not in "".join(found)
@@ -257,7 +257,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
 
 def update_qemu(host: Host, version: str) -> None:
     """As after an update of the package: plain names stand for other versions from now on."""
-    types: Any = host.around.provisioner._types
+    types: Any = host.context.provisioner._types
     types._aliases = {"q35": f"pc-q35-{version}", "pc": f"pc-i440fx-{version}"}
 
 
@@ -379,7 +379,7 @@ async def test_a_version_that_was_not_known_is_looked_up_later(host: Host) -> No
     """Law: a QEMU that could not tell its versions once leaves no plain name on record for good."""
     host.wish()
     host.begin()
-    types: Any = host.around.provisioner._types
+    types: Any = host.context.provisioner._types
     types._aliases = {"nothing": "known"}
     qemu = await host.runs()
     assert machine_of(qemu) == "q35"

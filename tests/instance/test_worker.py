@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -756,14 +756,14 @@ async def test_a_record_that_cannot_be_completed_keeps_the_guest_paused(
 
 async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine is started, changed and stopped without it; it is told once, and written once there is room."""
-    write, room = InstanceDir.write_memory, False
+    write, room = InstanceDir.write_state, False
 
-    def scarce(directory: InstanceDir, memory: Memory) -> None:
+    def scarce(directory: InstanceDir, saved: InstanceState) -> None:
         if not room:
             raise full()
-        write(directory, memory)
+        write(directory, saved)
 
-    monkeypatch.setattr(InstanceDir, "write_memory", scarce)
+    monkeypatch.setattr(InstanceDir, "write_state", scarce)
     host.wish()
     host.begin()
     with capture_logs() as logs:
@@ -773,7 +773,7 @@ async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkey
     assert [one["event"] for one in logs].count("instance.memory_unwritten") == 1
     room = True
     await host.clock.advance(120.0)
-    assert host.run_dir.instance(ONE).read_memory(host.boot_id).shutdown_timeout_s == 7.0
+    assert host.run_dir.instance(ONE).read_state(host.boot_id).shutdown_timeout_s == 7.0
 
 
 async def test_a_host_that_cannot_start_a_program_is_waited_for(host: Host) -> None:
@@ -945,7 +945,7 @@ async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minut
         qemu.event("RESET", guest=True, reason="guest-reset")
     told = [one.get("untold", 0) for one in logs if one["event"] == "instance.guest_reset"]
     assert told == [0, 21_999, 0]
-    text = host.around.metrics.render()[0].decode()
+    text = host.context.metrics.render()[0].decode()
     assert f'kvmsupervisor_instance_resets_total{{host="a",instance="{ONE}"}} 22001.0' in text
 
 
@@ -981,7 +981,7 @@ async def test_a_successor_adopts(host: Host) -> None:
     assert await host.runs() is qemu
     assert (host.lock, len(host.qemus.all)) == (lock, 1)
     assert host.status.restarts == 0
-    assert b"kvmsupervisor_adopted_total 1.0" in host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_adopted_total 1.0" in host.context.metrics.render("")[0]
 
 
 async def test_a_successor_that_finds_the_lock_lost_kills(host: Host) -> None:
@@ -1183,7 +1183,7 @@ async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool |
     if taken:
         assert host.lock is not None
         assert host.lock.epoch == 8
-        assert b"kvmsupervisor_takeovers_total 1.0" in host.around.metrics.render("")[0]
+        assert b"kvmsupervisor_takeovers_total 1.0" in host.context.metrics.render("")[0]
     else:
         assert host.lock == theirs(storage=storage)
         assert "b" in host.status.reason

@@ -1,4 +1,4 @@
-"""One real QEMU process, from its record to its burial: paused, run, adopted, ended, each end with its reason."""
+"""One real QEMU process, from the first record to the last: paused, run, adopted, ended, each end with its reason."""
 
 from __future__ import annotations
 
@@ -272,13 +272,13 @@ async def test_a_qemu_that_never_ran_is_let_close_its_disks(bench: Bench) -> Non
     await bench.up()
     await machine.kill("its keys changed")
     assert machine.wait_status.code == 0
-    await machine.bury()
+    await machine.drop_record()
     await bench.up()
     assert machine.pid is not None
     freeze(machine.pid)
     await machine.kill("its keys changed")
     assert machine.wait_status.signal == signal.SIGKILL
-    await machine.bury()
+    await machine.drop_record()
     await bench.up()
     assert await machine.resume()
     await machine.kill("its lock has gone to b")
@@ -291,7 +291,7 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
     await bench.machine.kill("its lock has gone to b")
     assert bench.view.exit == Exit(ExitClass.HOST_SIGNAL, "killed by its supervisor: its lock has gone to b")
     assert bench.view.asked
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     await bench.up()
     await bench.machine.give_up("no answer for 60 s")
     assert bench.view.exit == Exit(ExitClass.FAILED, "failed: no answer for 60 s")
@@ -305,16 +305,16 @@ async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
         end = await bench.exit()
         assert end.kind is ExitClass.FAILED
         assert end.text == f"failed: -device {name}: '{name}' is not a valid device model name"
-        await bench.machine.bury()
+        await bench.machine.drop_record()
 
 
 async def test_a_program_that_is_not_there(bench: Bench) -> None:
-    """A QEMU that cannot be started at all has ended, with the reason; it is buried like any other."""
+    """A QEMU that cannot be started at all has ended, with the reason; its record goes like any other."""
     bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], Anywhere())
     assert bench.view.exit == Exit(
         ExitClass.FAILED, "failed: cannot start /nonexistent/qemu: No such file or directory"
     )
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     assert bench.machine.view() is None
     assert bench.directory.read_incarnation() is None
 
@@ -334,10 +334,10 @@ async def test_what_cannot_be_put_on_record_is_not_started(bench: Bench, monkeyp
 
 
 async def test_nothing_is_left_after_the_burial(bench: Bench) -> None:
-    """A buried process has no record; its log stays; the next one begins from nothing."""
+    """A process whose exit was recorded has no record any more; its log stays; the next one begins from nothing."""
     await bench.up()
     await bench.machine.kill("enough")
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     assert bench.machine.view() is None
     assert bench.directory.read_incarnation() is None
     assert bench.directory.qemu_log.exists()
@@ -539,7 +539,7 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
 
 
 async def test_letting_go_in_the_middle_of_its_end(bench: Bench) -> None:
-    """A supervisor that stops while QEMU ends leaves the record: its successor takes the end to the books."""
+    """A supervisor that stops while QEMU ends leaves the record: its successor records the exit."""
     await bench.up()
     assert bench.machine.pid is not None
     os.kill(bench.machine.pid, signal.SIGKILL)

@@ -117,7 +117,7 @@ async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, pas
     await bench.clock.advance(600.0)
     assert untouched({"1": qemu} | bench.of("1"))
     assert (lock(bench, "1").epoch, lock(bench, "1").pid) == (epoch, qemu.pid)
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
 

@@ -1,4 +1,4 @@
-"""One host's instance loop in virtual time: real loop, real machine, lock, mirror and publisher; fake etcd and QEMU."""
+"""One host's worker in virtual time: real machine, lock, informer and status writer; fake etcd and QEMU."""
 
 from __future__ import annotations
 
@@ -204,14 +204,14 @@ class Host:
             rand=lambda: 0.5,
         )
         self.namesakes = Namesakes(self.wishes, self.me)
-        self.around = self._surroundings()
+        self.context = self._make_context()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
         self.instance = Worker(
             ONE,
-            around=self.around,
+            context=self.context,
             directory=directory,
-            memory=directory.read_memory(self.boot_id),
+            saved=directory.read_state(self.boot_id),
             log=structlog.get_logger(),
         )
         if record is not None:
@@ -221,7 +221,7 @@ class Host:
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.around.publisher.run()),
+            asyncio.create_task(self.context.status_writer.run()),
             asyncio.create_task(self._first_look()),
         ]
 
@@ -240,7 +240,7 @@ class Host:
 
     def _on_anew(self) -> None:
         self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
-        self.around.publisher.begin_anew()
+        self.context.status_writer.begin_anew()
         self.namesakes.heard_anew()
         self._on_change(set(), 0)
 
@@ -278,14 +278,14 @@ class Host:
     async def close(self) -> None:
         if not self.dead:
             await self.die()
-        if hasattr(self, "around"):  # otherwise it never began
-            self.around.logs.close()  # its thread writes below the path
+        if hasattr(self, "context"):  # otherwise it never began
+            self.context.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
         return self.recorded_for(client)
 
-    def _surroundings(self) -> InstanceContext:
+    def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
         return InstanceContext(
@@ -294,7 +294,7 @@ class Host:
             layout=LAYOUT,
             store=self.store,
             session=session,
-            publisher=StatusWriter(
+            status_writer=StatusWriter(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
@@ -375,7 +375,7 @@ class Host:
         await self.clock.advance_until(true, limit_s)
 
     async def told(self) -> None:
-        """Let the publisher write what there is to tell."""
+        """Let the status writer write what there is to tell."""
         await self.clock.advance(1.0)
 
     async def runs(self, limit_s: float = 30.0) -> FakeQemu:
