@@ -17,7 +17,7 @@ from typing import Protocol
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
-from kvmsupervisor.adapters.cgroup import Homes
+from kvmsupervisor.adapters.cgroup import CgroupManager
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
 from kvmsupervisor.adapters.links import Changed, Links
@@ -46,7 +46,7 @@ from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
 
 
-class ChooseHomes(Protocol):
+class ChooseCgroups(Protocol):
     """Chooses what QEMUs live in, as `cgroup.choose` does."""
 
     async def __call__(self, wanted: cgroup.Wanted, *, run_dir: Path) -> cgroup.Chosen:
@@ -66,7 +66,7 @@ class Outside:
         machine_id: what names this machine across boots.
         connect: etcd.
         gather_host_facts: finds out what the host brings; see `machine.host`.
-        homes: chooses what QEMUs live in.
+        cgroups: chooses the cgroup manager.
         links: network interfaces.
         logs: what guests write, with this clock and these settings.
         machine_types: those that a QEMU knows.
@@ -82,7 +82,7 @@ class Outside:
     machine_id: Callable[[], str]
     connect: Callable[[EtcdConfig], Store]
     gather_host_facts: Callable[[Settings], HostFacts]
-    homes: ChooseHomes
+    cgroups: ChooseCgroups
     links: Callable[[Changed], Links]
     logs: Callable[[Clock, Settings], GuestLogs]
     machine_types: Callable[[str], MachineTypes]
@@ -99,7 +99,7 @@ REAL = Outside(
     machine_id=machine_id,
     connect=Etcd,
     gather_host_facts=gather_host_facts,
-    homes=cgroup.choose,
+    cgroups=cgroup.choose,
     links=Links,
     logs=lambda clock, settings: GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
     machine_types=MachineTypes,
@@ -228,7 +228,7 @@ def assemble_context(
     settings: Settings,
     outside: Outside,
     host_facts: HostFacts,
-    homes: Homes,
+    cgroups: CgroupManager,
     admission: Admission,
     links: Links,
     metrics: Metrics,
@@ -252,7 +252,7 @@ def assemble_context(
         settings: of this host.
         outside: the world.
         host_facts: what the host brings.
-        homes: what QEMUs live in.
+        cgroups: makes the cgroups of QEMUs.
         admission: who may start.
         links: network interfaces of this host.
         metrics: where starts and ends are counted.
@@ -292,7 +292,7 @@ def assemble_context(
             files=replace(host_facts.files, bridge_owner=bridge_owner),
             user=host_facts.user,
             types=outside.machine_types(settings.qemu),
-            homes=homes,
+            cgroups=cgroups,
             disks=disks,
             local_disks=local_disks,
         ),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
-from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.aio import both
 from kvmsupervisor.cluster.fencing import InUse, NotFenced
@@ -229,16 +229,14 @@ class Start:
         """
         context, lock = self._context, self._lock.view.lock
         assert lock is not None
-        now = context.clock.now()
+        now, wait_s = context.clock.now(), context.takeover_wait_s
+        ask_at = now + ASK_WATCHERS_EVERY_S
         known = self.deferral(lock, holder_has_session=None)
         if known is None:
-            wait_s = context.takeover_wait_s
-            known = Deferral(
-                until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=now + ASK_WATCHERS_EVERY_S
-            )
+            known = Deferral(until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=ask_at)
             self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
         # Noted before the question: a storage that does not answer does not make the wait longer.
-        self._deferral = (lock.incarnation, replace(known, ask_at=now + ASK_WATCHERS_EVERY_S))
+        self._deferral = (lock.incarnation, replace(known, ask_at=ask_at))
         watchers = await context.fencing.watchers(images_of(wish.spec))
         self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
 
@@ -395,22 +393,22 @@ class Start:
             record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
             try:
-                self._machine.spawn(record, build, argv, opened.home)
+                self._machine.spawn(record, build, argv, opened.cgroup)
             except OSError as error:
                 said = explain(error, directory.path)
                 raise NotReady(f"QEMU cannot be started: {said}", HOST_RETRY_S) from error
             if self._machine.pid is not None:
-                await self._settle(opened.home, self._machine.pid)
+                await self._settle(opened.cgroup, self._machine.pid)
         self._report.notice = ready.notice
         self.planned = None
         context.metrics.started(self._id)
         told = self._machine.record or record
         self._report.tell("instance.spawned", pid=self._machine.pid, accelerator=told.accelerator, machine=told.machine)
 
-    async def _settle(self, home: Home, pid: int) -> None:
+    async def _settle(self, cgroup: Cgroup, pid: int) -> None:
         try:
-            await home.settle(pid)
-        except HomeFailed as error:
+            await cgroup.settle(pid)
+        except CgroupFailed as error:
             await self._machine.give_up(str(error))
 
     def _record_of(self, wish: Wanted, lock: Lock, opened: Opened) -> Incarnation:

@@ -15,7 +15,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor.adapters.cgroup import Home
+from kvmsupervisor.adapters.cgroup import Cgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorRefused
@@ -207,7 +207,7 @@ class Machine:
         record: Incarnation,
         build: Callable[[Channels], Provision],
         argv: Callable[[Provision], Sequence[str]],
-        home: Home,
+        cgroup: Cgroup,
     ) -> None:
         """Write the record, start QEMU, then add its pid to it. The arguments are those of `spawn.SpawnRequest`.
 
@@ -225,7 +225,7 @@ class Machine:
                     record=record,
                     build=build,
                     argv=argv,
-                    home=home,
+                    cgroup=cgroup,
                     processes=self._processes,
                     prefix=self._prefix,
                     user=self._user,

@@ -16,7 +16,7 @@ from pathlib import Path
 from uuid import UUID
 
 from kvmsupervisor.adapters import devices, ports, resources
-from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
+from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed, CgroupManager
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
@@ -137,7 +137,7 @@ class Opened:
         tap_names: the names of the taps on the host.
         bridges: the bridge of each tap.
         spice_password: path of the file with the SPICE password; None without one.
-        home: the cgroup that the process enters.
+        cgroup: the cgroup that the process enters.
         closing: closes our descriptors; QEMU has inherited its own by then.
     """
 
@@ -148,7 +148,7 @@ class Opened:
     tap_names: tuple[str, ...]
     bridges: tuple[str, ...]
     spice_password: str | None
-    home: Home
+    cgroup: Cgroup
     closing: contextlib.ExitStack
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
@@ -176,7 +176,7 @@ class Provisioner:
         files: paths and choices of this host.
         user: the user that QEMU runs as, and owner of its files; None for the supervisor's own.
         types: the machine types that QEMU knows.
-        homes: cgroups for QEMU processes.
+        cgroups: makes cgroups for QEMU processes.
         disks: images in Ceph.
         local_disks: files of this host.
     """
@@ -189,7 +189,7 @@ class Provisioner:
         files: HostFiles,
         user: QemuUser | None,
         types: MachineTypes,
-        homes: Homes,
+        cgroups: CgroupManager,
         disks: Disks,
         local_disks: LocalDisks,
     ) -> None:
@@ -198,7 +198,7 @@ class Provisioner:
         self._files = files
         self._user = user
         self._types = types
-        self._homes = homes
+        self._cgroups = cgroups
         self._disks = disks
         self._local_disks = local_disks
         # Invariant: the SPICE servers of all QEMUs that live on this host or are being started.
@@ -353,9 +353,9 @@ class Provisioner:
                     stack.callback(os.close, fd)
                 password = self._write_password(spec, directory)
                 taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
-                home = await self._homes.prepare(instance, incarnation, _limits(spec))
-                stack.callback(home.close)
-            except (NetworkTrouble, HomeFailed, DiskTrouble) as error:
+                cgroup = await self._cgroups.prepare(instance, incarnation, _limits(spec))
+                stack.callback(cgroup.close)
+            except (NetworkTrouble, CgroupFailed, DiskTrouble) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
                 said = explain(error, directory.path)
@@ -368,7 +368,7 @@ class Provisioner:
                 tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
                 bridges=self._bridges(spec),
                 spice_password=password,
-                home=home,
+                cgroup=cgroup,
                 closing=stack.pop_all(),
             )
 
@@ -416,7 +416,7 @@ class Provisioner:
         """Note that the QEMU is proven gone."""
         self._displays.pop(instance, None)
         self._local_disks.left(instance)
-        await self._homes.remove(instance)
+        await self._cgroups.remove(instance)
 
     def _check_display(self, instance: InstanceId, spec: Spec) -> None:
         if spec.spice_port is None:

@@ -21,7 +21,7 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters import accelerator, devices, network
-from kvmsupervisor.adapters.cgroup import Anywhere
+from kvmsupervisor.adapters.cgroup import SameCgroup
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble
@@ -286,7 +286,7 @@ class SingleCommand:
 
         try:
             if not self._life.left.is_set():
-                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, Anywhere())
+                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, SameCgroup())
             ended = await see_to_its_end(machine, wake=wake, clock=clock, view=view, decided=self._life.decided)
             if ended is not None and ended.exit is not None:
                 self._life.ended(ended.exit, machine.wait_status)

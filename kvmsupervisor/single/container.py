@@ -14,7 +14,7 @@ from typing import Protocol
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters.cgroup import Nowhere
+from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -133,7 +133,7 @@ class Container:
             outside=outside,
             host_facts=manner.host_facts,
             # It ends with its container, which has the cgroup that the operator gave it.
-            homes=Nowhere(survives_container=False),
+            cgroups=NoCgroups(survives_container=False),
             admission=manner.admission,
             links=self._links,
             # Counted for nobody: nothing listens.

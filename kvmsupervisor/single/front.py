@@ -40,7 +40,7 @@ def in_front(program: str, options: Sequence[str], *, marked_as: Path | None) ->
     is_paused = marked_as is not None
 
     def spawn(request: SpawnRequest) -> QemuProcess:
-        """Start it. Nothing is built for it, and it has no logs, user or home but ours."""
+        """Start it. Nothing is built for it, and it has no logs, user or cgroup but ours."""
         directory = request.directory
         directory.create()
         with directory.listen(directory.qmp_socket) as qmp:

@@ -62,7 +62,7 @@ class Premises:
         mismatch: how that differs from what the settings say; None when it does not.
         store: etcd.
         host_facts: what the host brings.
-        homes: what QEMUs live in, and why.
+        cgroups: the cgroup manager, and why it was chosen.
         drain: whether the host stops all its guests.
         most_files: how many files this process may have open.
     """
@@ -74,7 +74,7 @@ class Premises:
     mismatch: Mismatch | None
     store: Store
     host_facts: HostFacts
-    homes: cgroup.Chosen
+    cgroups: cgroup.Chosen
     drain: DrainMark
     most_files: int
 
@@ -157,7 +157,7 @@ class Host:
         self._post = GuardClient(
             run_dir=premises.run_dir,
             clock=clock,
-            homes=premises.homes.homes,
+            cgroups=premises.cgroups.cgroups,
             ttl_s=settings.session_ttl_s,
             notify=self.notify_all,
         )
@@ -173,7 +173,7 @@ class Host:
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=host_facts.privileged,
-            guests_survive=premises.homes.warning is None,
+            guests_survive=premises.cgroups.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
         )
@@ -186,7 +186,7 @@ class Host:
             settings=settings,
             outside=outside,
             host_facts=host_facts,
-            homes=premises.homes.homes,
+            cgroups=premises.cgroups.cgroups,
             admission=self._admission,
             links=self._links,
             metrics=self._metrics,

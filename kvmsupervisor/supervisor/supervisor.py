@@ -64,7 +64,7 @@ class Supervisor:
         Raises:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
-            Impossible: the homes that are asked for cannot be had.
+            Impossible: the cgroups that KVM_CGROUP asks for cannot be had.
             ValueError: KVM cannot be used, or QEMU not run as the user that was named, for want of rights maybe.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
@@ -84,8 +84,8 @@ class Supervisor:
                 log.error("identity.mismatch", reason=str(mismatch), instances=list(mismatch.living))
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            chosen = await outside.homes(settings.cgroup.value, run_dir=settings.run_dir)
-            stack.push_async_callback(chosen.homes.close)
+            chosen = await outside.cgroups(settings.cgroup.value, run_dir=settings.run_dir)
+            stack.push_async_callback(chosen.cgroups.close)
             host = Host(
                 settings,
                 outside,
@@ -97,7 +97,7 @@ class Supervisor:
                     mismatch=mismatch,
                     store=store,
                     host_facts=host_facts,
-                    homes=chosen,
+                    cgroups=chosen,
                     drain=self._drain,
                     most_files=most_files,
                 ),
@@ -118,7 +118,7 @@ class Supervisor:
                 why_no_kvm=host_facts.accelerator.fallback,
                 qemu_user=None if host_facts.user is None else host_facts.user.name,
                 memory_mib=host_facts.memory_mib,
-                homes=chosen.homes.name,
+                homes=chosen.cgroups.name,
                 homes_rejected=dict(chosen.rejected),
                 url=url,
                 adopting=adopting,

@@ -18,7 +18,7 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor.adapters.cgroup.homes import Anywhere
+from kvmsupervisor.adapters.cgroup.manager import SameCgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -126,7 +126,7 @@ class Bench:
 
     async def up(self, *more: str) -> Process:
         """Spawn and connect."""
-        self.machine.spawn(record(), plain, tiny(*more), Anywhere())
+        self.machine.spawn(record(), plain, tiny(*more), SameCgroup())
         return await self.connected()
 
     async def connected(self) -> Process:
@@ -170,7 +170,7 @@ async def bench() -> AsyncIterator[Bench]:
 async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     """Law 3: on record before it exists, with its pid after; paused until `cont`."""
     assert bench.machine.view() is None
-    bench.machine.spawn(record(), plain, tiny(), Anywhere())
+    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written == bench.machine.record
@@ -245,7 +245,7 @@ async def test_quit_and_the_button(bench: Bench) -> None:
 
 async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     """§4: without a monitor QEMU is told to end by a signal that it heeds."""
-    bench.machine.spawn(record(), plain, tiny(), Anywhere())
+    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
         # Before it has set up its handlers, SIGTERM would simply kill it; then it listens on QMP, too.
@@ -301,7 +301,7 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
 async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
     """§4: `failed: <QEMU's own last error line>`, not that of the incarnation before."""
     for number, name in enumerate(("nonsense", "rubbish")):
-        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), Anywhere())
+        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), SameCgroup())
         end = await bench.exit()
         assert end.kind is ExitClass.FAILED
         assert end.text == f"failed: -device {name}: '{name}' is not a valid device model name"
@@ -310,7 +310,7 @@ async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
 
 async def test_a_program_that_is_not_there(bench: Bench) -> None:
     """A QEMU that cannot be started at all has ended, with the reason; its record goes like any other."""
-    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], Anywhere())
+    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], SameCgroup())
     assert bench.view.exit == Exit(
         ExitClass.FAILED, "failed: cannot start /nonexistent/qemu: No such file or directory"
     )
@@ -328,7 +328,7 @@ async def test_what_cannot_be_put_on_record_is_not_started(bench: Bench, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(InstanceDir, "write_incarnation", no_space)
         with pytest.raises(OSError, match="No space left"):
-            bench.machine.spawn(record(), plain, tiny(), Anywhere())
+            bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     assert bench.machine.view() is None
     assert (await bench.up()).connected
 

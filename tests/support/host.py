@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import structlog
 
-from kvmsupervisor.adapters.cgroup import Nowhere
+from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
@@ -305,7 +305,7 @@ class Host:
                 files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
                 user=None,
                 types=KnownTypes(),
-                homes=Nowhere(survives_container=True),
+                cgroups=NoCgroups(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
             ),
