@@ -293,6 +293,7 @@ class LockView:
         data: the raw value, None when the key is absent.
         mod_revision: of the key, 0 when it is absent: what the next compare-and-swap compares with.
         as_of: the store revision of this view; the view with the greater one is newer.
+        era: the history of etcd in which it was seen, as `Era.count` counts them.
         lock: `data` parsed, None when absent or unreadable.
     """
 
@@ -300,6 +301,7 @@ class LockView:
     data: bytes | None = None
     mod_revision: int = 0
     as_of: int = 0
+    era: int = 0
     lock: Lock | None = field(init=False)
 
     def __post_init__(self) -> None:

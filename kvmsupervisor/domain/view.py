@@ -298,7 +298,12 @@ class View:
 
     @property
     def claim(self) -> Claim:
-        """What the lock means to the process's incarnation, or to the planned one."""
+        """What the lock means to the process's incarnation, or to the planned one.
+
+        One that was seen in a former history means nothing in the present one.
+        """
+        if self.lock.era != self.era.count:
+            return Claim.UNKNOWN
         known = self.planned if self.process is None else self.process.incarnation.incarnation
         return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended)
 

@@ -101,6 +101,7 @@ class Worker:
         self._lock = InstanceLock(
             store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )
+        self._lock.begin_anew(context.era().count)
         self._start = Start(
             instance, context=context, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
         )
@@ -151,7 +152,7 @@ class Worker:
 
         Called right before the lock and the keys of that history are told.
         """
-        self._lock.begin_anew()
+        self._lock.begin_anew(self._context.era().count)
         self.report.begin_anew()
         self._start.claimed_by = None
         self._save(in_another_history(self._saved, wish))

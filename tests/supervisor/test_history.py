@@ -272,6 +272,44 @@ async def test_another_clusters_etcd_is_not_touched(bench: Bench) -> None:
     assert {lock(bench, name).pid for name in qemus} == {qemu.pid for qemu in qemus.values()}
 
 
+async def test_back_from_another_clusters_etcd(bench: Bench) -> None:
+    """Laws 6, 11: a host that was in another etcd for one run knows its own cluster again, whose locks count for it."""
+    await bench.begin()
+    qemus = await run(bench, "1", "2")
+    elsewhere = FakeEtcd(bench.clock.now)
+    await bench.end()
+    ours = bench.etcd.backup()
+    bench.etcd.restore(elsewhere)
+    await bench.begin(virtual_s=60.0)
+    assert untouched(qemus)
+    taken = replace(lock(bench, "1"), host=HostName("b"), boot_id="bb", epoch=2, incarnation="theirs")
+    await bench.end()
+    ours.write(LAYOUT.lock_key(InstanceId("1")), taken.to_json())
+    bench.etcd.restore(ours)
+    await bench.begin(virtual_s=60.0)
+    assert not qemus["1"].alive
+    assert untouched({"2": qemus["2"]})
+    # `b` has no session, so it was taken over: it runs once.
+    assert lock(bench, "1").epoch == 3
+    assert len(bench.qemus.running) == 2
+
+
+async def test_a_lock_of_a_former_history_says_nothing(bench: Bench) -> None:
+    """Law 11: until the locks of the present history are read, one that was seen in another one is unknown."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    ours, theirs = bench.etcd.backup(), FakeEtcd(bench.clock.now)
+    theirs.write(LAYOUT.history_key, HistoryName(id="theirs").to_json())
+    make(theirs, "1", host="x")
+    strange = replace(lock(bench, "1"), host=HostName("x"), boot_id="bx", epoch=900, incarnation="theirs")
+    theirs.write(LAYOUT.lock_key(InstanceId("1")), strange.to_json())
+    bench.etcd.restore(written_past(bench.etcd, theirs))
+    await bench.clock.advance(60.0)
+    bench.etcd.restore(ours)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+
+
 async def test_a_machine_that_rests_goes_on_resting(bench: Bench) -> None:
     """A machine that its guest has switched off is not started because its keys have other revisions now."""
     await bench.begin()
