@@ -73,11 +73,12 @@ class Incarnation:
     under: HostIdentity | None = None
     version: int = VERSION
 
-    def as_lock(self, host: HostName, *, ran: bool) -> Lock:
+    def as_lock(self, host: HostName, *, facts: str, ran: bool) -> Lock:
         """The lock for this process.
 
         Args:
             host: this one, by its present name.
+            facts: its `KVM_FACTS_PREFIX`.
             ran: whether its guest may have run.
         """
         return Lock(
@@ -90,6 +91,7 @@ class Incarnation:
             starttime=self.starttime,
             clients=self.clients,
             storage=self.storage,
+            facts=facts,
         )
 
     def to_json(self) -> bytes:

@@ -292,6 +292,7 @@ class Worker:
         view = View(
             now=context.clock.now(),
             me=context.me,
+            facts=context.layout.facts,
             boot_id=context.boot_id,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
@@ -311,7 +312,7 @@ class Worker:
             planned=self._start.planned,
             last_ended=self._start.last_ended,
             holder_has_session=has_session,
-            deferral=self._start.deferral(lock, holder_has_session=has_session),
+            deferral=self._start.takeover_wait.so_far(lock, holder_has_session=has_session),
             target=target,
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
@@ -375,7 +376,8 @@ class Worker:
                 if start.claimed_by is not None:
                     self._etcd_at = self._context.clock.now() + LOCK_POLL_S
             case Action.ASK_WATCHERS:
-                await start.ask_watchers(wanted(wish))
+                assert view.lock.lock is not None
+                await start.takeover_wait.ask_watchers(view.lock.lock, wanted(wish).spec)
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:
