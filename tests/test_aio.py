@@ -104,8 +104,8 @@ async def test_a_part_that_nobody_cancelled_fails_its_group() -> None:
 
     async def both_parts() -> None:
         async with asyncio.TaskGroup() as group:
-            start_part(group, endless.run())
-            start_part(group, give_up())
+            start_part(group, endless.run)
+            start_part(group, give_up)
 
     with pytest.raises(ExceptionGroup) as failure:
         await both_parts()
@@ -113,11 +113,19 @@ async def test_a_part_that_nobody_cancelled_fails_its_group() -> None:
     assert endless.cancelled
 
 
+async def test_a_part_that_is_cancelled_at_once_leaves_nothing_behind() -> None:
+    """Law: it never begins, and leaves no coroutine that nobody awaits: Python's warning of one fails a test."""
+    endless = Endless()
+    async with asyncio.TaskGroup() as group:
+        start_part(group, endless.run).cancel()
+    assert not endless.cancelled
+
+
 async def test_a_part_that_was_cancelled_ends_as_it_was_told() -> None:
     """Law: no failure, neither of a part that is cancelled nor of one whose group is."""
     endless = Endless()
     async with asyncio.TaskGroup() as group:
-        part = start_part(group, endless.run())
+        part = start_part(group, endless.run)
         await asyncio.sleep(0)
         part.cancel()
     assert part.cancelled()

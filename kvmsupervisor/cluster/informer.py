@@ -303,7 +303,7 @@ class Wishes:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
             for informer in self._all:
-                start_part(tasks, informer.run())
+                start_part(tasks, informer.run)
 
     def _changed(self, changed: Set[InstanceId], revision: int) -> None:
         eras = {informer.era for informer in self._all}

@@ -174,9 +174,9 @@ class Worker:
         if (spec := self._machine.spec) is not None:
             self._start.lives(spec)
 
-    def inherit(self) -> None:
-        """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        self._saved = self._inheritance.take(self.adopt)  # as its file holds it: that is not written again
+    def inherit(self, record: Incarnation | None = None) -> None:
+        """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
+        self._saved = self._inheritance.take(self.adopt, record)  # as its file holds it: that is not written again
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:

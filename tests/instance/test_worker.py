@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
@@ -18,47 +18,13 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from tests.fakes.clock import FakeClock, settle
+from tests.fakes.clock import settle
 from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, SETTLE_S, Host
 
 HOUR_S = 3600.0
 LOCK_KEY, STATUS_KEY = LAYOUT.lock_key(ONE), LAYOUT.status_key(ONE)
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def etcd(clock: FakeClock) -> FakeEtcd:
-    return FakeEtcd(clock.now)
-
-
-@pytest.fixture
-def qemus(clock: FakeClock) -> FakeQemus:
-    return FakeQemus(clock)
-
-
-@pytest.fixture
-async def host(etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus) -> AsyncIterator[Host]:
-    """Host `a`, its supervisor not begun. At the end no guest may ever have run off the record (law 3)."""
-    made = Host(etcd, clock, qemus)
-    qemus.on_record = made.is_on_record
-    yield made
-    await made.close()
-    assert qemus.ran_off_the_record == [], "law 3"
-
-
-@pytest.fixture
-async def other(host: Host) -> AsyncIterator[Host]:
-    """Host `b` beside it."""
-    made = Host(host.etcd, host.clock, host.qemus, name="b")
-    host.sessions = made.sessions = {"a", "b"}
-    yield made
-    await made.close()
 
 
 def theirs(**changes: object) -> Lock:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import structlog
 
 from kvmsupervisor.adapters.cgroup import NoCgroups
-from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, Unavailable
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
@@ -123,14 +123,7 @@ class LockStore(FakeEtcd):
         self.faults: dict[int, str | EtcdError] = {}
         self.writes_begun = 0
 
-    async def txn(
-        self,
-        compare: Sequence[Compare],
-        success: Sequence[Op],
-        failure: Sequence[Op] = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> TxnResult:
+    def begin_txn(self, compare: Sequence[Compare], success: Sequence[Op]) -> None:
         if compare:
             number, self.writes_begun = self.writes_begun, self.writes_begun + 1
             self.before(number)
@@ -141,7 +134,6 @@ class LockStore(FakeEtcd):
                     self.lose_next_request()
                 case EtcdError() as error:
                     self.fail_next(error, "txn")
-        return await super().txn(compare, success, failure, timeout_s=timeout_s)
 
 
 class Host:
