@@ -70,7 +70,9 @@ async def all_of(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            # When this is cancelled, `gather` has cancelled them all. A second time would cut short what they clean up.
+            if not task.cancelling():
+                task.cancel()
         await asyncio.wait(tasks)
 
 

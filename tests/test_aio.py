@@ -48,6 +48,27 @@ async def test_the_first_failure_is_that_of_all() -> None:
     assert endless.cancelled
 
 
+async def test_cleaning_up_is_not_cut_short() -> None:
+    """Law: when all are cancelled, each ends in its own time, however early another one has ended."""
+    cleaned = asyncio.Event()
+
+    async def clean_up() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            cleaned.set()
+
+    task = asyncio.ensure_future(all_of([asyncio.Event().wait(), clean_up()]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned.is_set()
+
+
 async def test_a_time_limit_afterwards_is_a_time_limit() -> None:
     """Law: who has seen a failure goes on as before: its next timeout is one, and no cancellation."""
     with pytest.raises(ValueError, match="no"):
