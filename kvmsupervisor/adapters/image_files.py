@@ -84,16 +84,15 @@ def open_part(folder: Path, name: str, *, anew: bool) -> int:
         OSError: it cannot be opened.
     """
     fd = os.open(folder / f"{name}{PART}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PART_MODE)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _same(fd, folder / f"{name}{PART}")
         os.fchown(fd, os.geteuid(), os.getegid())
         os.fchmod(fd, PART_MODE)
         if anew:
             os.ftruncate(fd, 0)
-    except BaseException:
-        os.close(fd)
-        raise
+        undo.pop_all()
     return fd
 
 

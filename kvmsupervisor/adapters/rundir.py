@@ -7,7 +7,7 @@
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
     <run>/_guard.sock, .log        the guard's socket; its log
     <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
-    <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until it is buried
+    <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until its exit is recorded
     <run>/<id>/memory.json         what outlives a process: restart delay, last exit
     <run>/<id>/guard.json          written by the guard when it has killed the QEMU process
     <run>/<id>/qmp.sock            QMP for the supervisor
@@ -35,10 +35,9 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
-from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import InstanceId, parse_id
 
 BACKLOG = 4
@@ -113,7 +112,7 @@ class InstanceDir:
         return self.path / "incarnation.json"
 
     @property
-    def _memory(self) -> Path:
+    def _saved(self) -> Path:
         return self.path / "memory.json"
 
     def create(self) -> None:
@@ -132,7 +131,7 @@ class InstanceDir:
         """
         try:
             data = _read(self._incarnation)
-            record = None if data is None else _parsed(data)
+            record = None if data is None else Incarnation.from_json(data)
         except OSError as error:
             raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
@@ -165,28 +164,28 @@ class InstanceDir:
             return None
         return note.at if note is not None and note.incarnation == incarnation else None
 
-    def read_memory(self, boot_id: str) -> Memory:
-        """The memory of earlier processes; a new one when there is none, or only one of an earlier boot.
+    def read_state(self, boot_id: str) -> InstanceState:
+        """The state that was saved; a new one when there is none, or only one of an earlier boot.
 
         Raises:
             Unreadable: there is one that this release cannot read; the message names the file.
         """
         try:
-            data = _read(self._memory)
-            memory = Memory(boot_id=boot_id) if data is None else Memory.from_json(data)
+            data = _read(self._saved)
+            saved = InstanceState(boot_id=boot_id) if data is None else InstanceState.from_json(data)
         except OSError as error:
-            raise Unreadable(f"{self._memory}: it cannot be opened ({error.strerror})") from error
+            raise Unreadable(f"{self._saved}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
-            raise Unreadable(f"{self._memory}: {error}") from error
-        return memory if memory.boot_id == boot_id else Memory(boot_id=boot_id)
+            raise Unreadable(f"{self._saved}: {error}") from error
+        return saved if saved.boot_id == boot_id else InstanceState(boot_id=boot_id)
 
-    def write_memory(self, memory: Memory) -> None:
-        """Write the memory."""
-        write_whole(self._memory, memory.to_json())
+    def write_state(self, saved: InstanceState) -> None:
+        """Save the state."""
+        write_whole(self._saved, saved.to_json())
 
-    def drop_memory(self) -> None:
-        """Delete the memory: the instance starts from nothing when it comes back."""
-        _drop(self._memory)
+    def drop_state(self) -> None:
+        """Delete the saved state: the instance starts from nothing when it comes back."""
+        _drop(self._saved)
 
     def write_ceph_key(self, key: str, *, group: int | None) -> Path:
         """Write the Ceph key where QEMU reads it once, at its start; return the path.
@@ -440,12 +439,6 @@ def _open_lock(path: Path) -> int:
     with contextlib.suppress(PermissionError):
         os.fchmod(descriptor, 0o600)
     return descriptor
-
-
-@lru_cache(maxsize=256)
-def _parsed(data: bytes) -> Incarnation:
-    """A record. A supervisor reads each record twice when it starts: to find its own identity, and to adopt."""
-    return Incarnation.from_json(data)
 
 
 def _keep_from_others(path: Path) -> None:

@@ -350,7 +350,7 @@ def _of_images(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
                     instances=(instance.id,),
                     key=key,
                     found=f"from={name}, and the library has no image of that name",
-                    wanted=f"an image that `image list` shows, or `image add {name}`; a disk that exists needs no from=",
+                    wanted=f"an image that `image list` shows, or `image add {name}`; disks that exist need no from=",
                 )
 
 

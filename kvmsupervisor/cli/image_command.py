@@ -31,6 +31,8 @@ COLUMNS = (
     Column(title="USED BY", long=True, label="used by"),
 )
 
+FORMATS = [one.value for one in DiskFormat]
+
 NAMED = 20
 """Users of an image that a message names; the others are counted."""
 
@@ -51,7 +53,8 @@ class ImageType(click.ParamType):  # type: ignore[type-arg]
         """Name the images of the library."""
 
         async def work(store: Store, settings: Settings) -> list[str]:
-            return [entry.name for entry in await _library(store, settings.layout)]
+            # Another name may hold what a shell expands.
+            return [entry.name for entry in await _library(store, settings.layout) if entry.image is not None]
 
         return [CompletionItem(name) for name in complete(ctx, work) if name.startswith(incomplete)]
 
@@ -129,7 +132,7 @@ def image() -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice([*DiskFormat]),
+    type=click.Choice(FORMATS),
     help="Format of the file, where its ending is neither .qcow2 nor .raw.",
 )
 @click.option("--force", is_flag=True, help="Change an image that is there already.")
@@ -263,7 +266,7 @@ async def _remove_from(settings: Settings, entry: Image, pool: str) -> None:
 
 @image.command()
 @click.argument("name", type=IMAGE)
-@click.option("--as", "form", type=click.Choice([*DiskFormat]), help="Also have it ready for disks of this format.")
+@click.option("--as", "form", type=click.Choice(FORMATS), help="Also have it ready for disks of this format.")
 @pass_tools
 def fetch(tools: Tools, name: str, form: str | None) -> None:
     """Fetch an image into this host's KVM_IMAGE_DIR, so that the first machine need not wait for it.

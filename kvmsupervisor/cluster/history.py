@@ -58,6 +58,9 @@ UNPROVEN = (
     "`power=off` since then wait for `kvmsupervisor confirm-removal`"
 )
 
+LEFT_KEPT = 8
+"""How many former histories are remembered. Arbitrary: a person who tries one etcd after the other makes no more."""
+
 SPEAK_POLL_S = 0.2
 """How often to look whether all locks are written again, after a change. Arbitrary: this is seldom, and soon over."""
 
@@ -115,6 +118,7 @@ class History:
         self._witnesses = Witnesses(found.witnesses)
         self._id, self._number, self._since = found.id, found.number, found.since
         self._foreign, self._members = found.foreign, frozenset(found.members)
+        self._left = found.left
         self.spoken = found.spoken
         # The hosts of the former history: waited for when the present one cannot be named.
         self._former: frozenset[str] = frozenset()
@@ -160,6 +164,7 @@ class History:
     def present(self) -> Era:
         """What a decision needs to know of the history."""
         return Era(
+            count=self.era,
             number=self._number,
             since=self._since,
             foreign=self._foreign,
@@ -280,7 +285,9 @@ class History:
             return
         self.changes += 1
         # No name: etcd is empty, or belongs to another cluster that never had one. The hosts tell which.
-        follows = name is not None and former in {name.id, name.after}
+        if former and self.spoken:
+            self._left = (*(one for one in self._left if one != former), former)[-LEFT_KEPT:]
+        follows = name is not None and not {name.id, name.after}.isdisjoint({former, *self._left})
         self._foreign = found.missing or not follows
         self._members = frozenset(self._sessions) if found.missing else frozenset()
         self._former = frozenset(self._sessions) - {self._me}
@@ -455,6 +462,7 @@ class History:
             spoken=self.spoken,
             hosts=tuple(sorted(self._sessions)),
             witnesses=tuple(self._witnesses.newest()),
+            left=self._left,
         )
         try:
             write_whole(self._path, noted.to_json(), mode=0o600)

@@ -7,6 +7,7 @@ is compared with the table, which yields exactly the changes that the watch coul
 from __future__ import annotations
 
 import asyncio
+import heapq
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from contextlib import aclosing
@@ -27,6 +28,7 @@ from kvmsupervisor.adapters.etcd.api import (
 )
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
+from kvmsupervisor.domain.history import KEPT
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.placement import Placed
 from kvmsupervisor.domain.spec import RawValue
@@ -44,7 +46,7 @@ _BY_REVISION = itemgetter(2)
 
 
 class Proof(Protocol):
-    """What a mirror needs of `history.History`."""
+    """What an informer needs of `history.History`."""
 
     @property
     def era(self) -> int:
@@ -149,7 +151,8 @@ class Informer(Generic[LabelT]):
                 for begin in range(0, len(page.entries), SLICE):
                     entries = page.entries[begin : begin + SLICE]
                     stage.put_all(entries)
-                    newest.append(max(entries, key=_BY_REVISION))
+                    if len(newest) < KEPT or max(map(_BY_REVISION, entries)) > _BY_REVISION(newest[-1]):
+                        newest = heapq.nlargest(KEPT, [*newest, *entries], key=_BY_REVISION)
                     await asyncio.sleep(0)
                 revision = page.revision
         # After the list: the proof then asks the member that answered the list, not an earlier one.
@@ -172,8 +175,11 @@ class Informer(Generic[LabelT]):
                     if self._history.era != self.era:
                         # This came over an older connection than the proof that found another history.
                         raise AnotherHistory("etcd has another history")
-                    last = batch.events[-1]
-                    self._history.saw(last.kv.key, last.kv.mod_revision, None if last.deleted else last.kv.value)
+                    # Of one transaction, too: any of its keys may be what a restored backup contradicts.
+                    for event in batch.events[-KEPT:]:
+                        self._history.saw(
+                            event.kv.key, event.kv.mod_revision, None if event.deleted else event.kv.value
+                        )
                     self._commit(stage, batch.revision, era=self.era)
             finally:
                 self._watch = None
@@ -239,8 +245,8 @@ class Wishes:
         store: etcd.
         clock: the machine's.
         layout: of the keys.
-        history: see `Mirror`.
-        on_change: called with the ids whose keys or lock differ, and the revision; see `Mirror`.
+        history: see `Informer`.
+        on_change: called with the ids whose keys or lock differ, and the revision; see `Informer`.
         on_anew: called instead once everything belongs to another era: do not compare with what was known before.
         rand: random numbers, 0 ≤ x < 1.
 
@@ -274,13 +280,13 @@ class Wishes:
         self._on_change = on_change
         self._on_anew = on_anew
         self._keys = Groups(layout)
-        self._mirrors = [follow(layout.wishes_prefix, self._keys)]
+        self._informers = [follow(layout.wishes_prefix, self._keys)]
         self._locks = self._keys
         locks_prefix = layout.locks_prefix()
         if locks_prefix is not None:
             self._locks = Groups(layout, locks_only=True)
-            self._mirrors.append(follow(locks_prefix, self._locks))
-        self._of_locks = self._mirrors[-1]
+            self._informers.append(follow(locks_prefix, self._locks))
+        self._of_locks = self._informers[-1]
         self._layout = layout
         self._placements = Flat()
         self._of_placements = Informer(
@@ -296,11 +302,11 @@ class Wishes:
     async def run(self) -> None:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            for mirror in self._all:
-                start_part(tasks, mirror.run())
+            for informer in self._all:
+                start_part(tasks, informer.run)
 
     def _changed(self, changed: Set[InstanceId], revision: int) -> None:
-        eras = {mirror.era for mirror in self._all}
+        eras = {informer.era for informer in self._all}
         if eras == {self.era}:
             self._on_change(changed, revision)
         elif len(eras) == 1:
@@ -310,32 +316,32 @@ class Wishes:
 
     @property
     def _all(self) -> tuple[Informer[InstanceId] | Informer[bytes], ...]:
-        return (*self._mirrors, self._of_placements)
+        return (*self._informers, self._of_placements)
 
     async def wait_synced(self) -> None:
         """Return once everything was listed for the first time."""
-        for mirror in self._all:
-            await mirror.synced.wait()
+        for informer in self._all:
+            await informer.synced.wait()
 
     @property
     def synced(self) -> bool:
         """Whether everything was listed for the first time: until then an absent key means nothing."""
-        return all(mirror.synced.is_set() for mirror in self._all)
+        return all(informer.synced.is_set() for informer in self._all)
 
     @property
     def in_step(self) -> bool:
         """Whether wishes and locks are in step with etcd."""
-        return all(mirror.in_step for mirror in self._all)
+        return all(informer.in_step for informer in self._all)
 
     @property
     def problem(self) -> str:
         """What keeps the tables from being in step, for people; empty while they are in step."""
-        return "; ".join(mirror.problem for mirror in self._all if mirror.problem)
+        return "; ".join(informer.problem for informer in self._all if informer.problem)
 
     @property
     def revision(self) -> int:
         """The etcd revision up to which all wishes are known."""
-        return self._mirrors[0].revision
+        return self._informers[0].revision
 
     @property
     def locks_revision(self) -> int:

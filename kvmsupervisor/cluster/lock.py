@@ -82,18 +82,21 @@ class InstanceLock:
         self._session = session
         self._era = 0
 
-    def begin_anew(self) -> None:
+    def begin_anew(self, era: int) -> None:
         """Take the next value whatever its revision, and ignore replies to earlier requests: etcd has another history.
 
-        The value known so far stays until then.
+        The value known so far stays until then, as one of a former history.
+
+        Args:
+            era: the history, as `Era.count` counts them.
         """
-        self._era += 1
+        self._era = era
         self.view = replace(self.view, as_of=0)
 
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take note of a value that a watch or list told, unless it is older than the known one."""
         if not self.view.known or as_of > self.view.as_of:
-            self.view = LockView(known=True, data=data, mod_revision=mod_revision, as_of=as_of)
+            self.view = LockView(known=True, data=data, mod_revision=mod_revision, as_of=as_of, era=self._era)
 
     async def look(self) -> Status | None:
         """Read lock and status in one linearizable step; return the status, of whatever host."""
@@ -225,7 +228,7 @@ class InstanceLock:
         await point("lock written")
         if result.succeeded:
             revision = 0 if data is None else result.revision
-            self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision)
+            self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision, era=self._era)
             return
         self._read(next(iter(result.reads[0]), None), result.revision)
         if self.view.data == before:

@@ -64,7 +64,7 @@ VALUE_BYTES = 64 * 1024
 
 
 class SessionView(Protocol):
-    """What the publisher needs of `session.Session`."""
+    """What the status writer needs of `session.Session`."""
 
     @property
     def held(self) -> bool:

@@ -217,7 +217,8 @@ class Settings:
     )
     allow_unfenced: bool = setting(
         read.switch,
-        "1: images without exclusive-lock may be used, although a frozen client of such an image leaves no trace.",
+        "1: images may be used without exclusive-lock, although a frozen client of such an image leaves no trace, and "
+        "images of which replicas are read, although a guest may read there what is written anew a moment later.",
         default="0",
     )
     unfenced: Unfenced = setting(

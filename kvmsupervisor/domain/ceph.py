@@ -56,6 +56,22 @@ def leaves_no_trace(name: str) -> str:
     )
 
 
+PRIMARIES = "default"
+"""The policy by which each read goes to the primary OSD of the object's placement group."""
+
+READ_POLICY = "rbd_read_from_replica_policy"
+"""The setting of librbd that names the policy."""
+
+
+def reads_replicas(name: str, policy: str) -> str:
+    """Law 5: the message about an image of which replicas are read."""
+    return (
+        f"{READ_POLICY} is {policy} for the image {name}: a guest could read an object before a client that was shut "
+        f"out writes to it for the last time. `rbd config image set {name} {READ_POLICY} {PRIMARIES}`, the same "
+        "for the pool or in ceph.conf, or KVM_ALLOW_UNFENCED=1 on this host"
+    )
+
+
 class Trouble(Enum):
     """Why a tool failed; each kind needs another remedy."""
 
@@ -180,6 +196,21 @@ def parse_watchers(data: bytes) -> frozenset[Client]:
 def parse_lock_owners(data: bytes) -> frozenset[Client]:
     """Read `rbd lock ls --format json`: the clients that hold the image's exclusive lock, or did not release it."""
     return frozenset(_addresses(_list(_one(data)), "address"))
+
+
+def parse_read_policy(data: bytes) -> str:
+    """Read `rbd config image ls --format json`: from which OSDs the image's objects are read.
+
+    Ceph 16 and newer list each setting of librbd, whether it is set for the image, its pool, the client, or not at all.
+    One that is not listed is not known to this librbd, which reads from primaries then.
+    """
+    for entry in _list(_one(data)):
+        if _object(entry).get("name") == READ_POLICY:
+            value = _object(entry).get("value")
+            if not isinstance(value, str):
+                raise Unfit(f"{READ_POLICY} is {show(str(value))}, not a word")
+            return value
+    return PRIMARIES
 
 
 def parse_blocklist(data: bytes) -> Mapping[Client, datetime]:

@@ -52,7 +52,7 @@ class Row(Enum):
     # An end.
     END_UNREAD       = Cells("ended",      "any",                      "keep stop",     "wait",
                              "its keys have not been read yet")
-    END              = Cells("ended",      "any",                      "any",           "bury",
+    END              = Cells("ended",      "any",                      "any",           "record_exit",
                              "its keys have been read")
 
     # A living QEMU, by its lock (`ownership.py`). A lock of another cluster is as good as its own, but not written.
@@ -158,6 +158,8 @@ class Row(Enum):
                              "not read yet")
     UNREADABLE       = Cells("none",       "unreadable",               "run",           "wait",
                              "a newer release's, or damaged: it counts as held")
+    HELD_UNSEEN      = Cells("none",       "stranger",                 "run",           "wait",
+                             "its holder's session is below another facts prefix: it may live (law 12)")
     HELD             = Cells("none",       "stranger",                 "run",           "wait",
                              "its holder has a session, as far as is known")
     TAKE_HARMLESS    = Cells("none",       "stranger",                 "run",           "take wait",
@@ -166,7 +168,7 @@ class Row(Enum):
                              "its holder is gone, and storage cannot fence it: an operator's word is needed (law 7)")
     TAKE_OVER        = Cells("none",       "stranger",                 "run",           "take wait",
                              "its holder is gone, and its disks are not in use, or have been for too long (law 4)")
-    WATCH            = Cells("none",       "stranger",                 "run",           "watch wait",
+    ASK_WATCHERS     = Cells("none",       "stranger",                 "run",           "ask_watchers wait",
                              "its holder is gone: Ceph is asked who has the disks open (law 4)")
     BROKEN_HELD      = Cells("none",       "broken",                   "run",           "wait",
                              "its holder has a session: it lets go by itself (law 7)")

@@ -42,7 +42,7 @@ def goal(view: View) -> tuple[Goal, str]:
         return Goal.STOP, "`power` is off"
     if view.problems:
         return Goal.KEEP, _first(view.problems)
-    ended = view.memory.ended
+    ended = view.saved.ended
     if ended is not None and view.process is None and rests(ended, wish):
         return (
             Goal.REST,

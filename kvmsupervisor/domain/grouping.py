@@ -57,7 +57,7 @@ class Stage(Protocol[LabelT_co]):
 
 
 class Table(Protocol[LabelT_co]):
-    """What a `mirror.Mirror` fills."""
+    """What a `informer.Informer` fills."""
 
     def begin(self, *, fresh: bool) -> Stage[LabelT_co]:
         """Begin a stage: on top of the present keys, or `fresh`: keys that are not put again are dropped."""

@@ -161,6 +161,8 @@ class HistoryFile:
         spoken: whether this host's machines have their locks in it.
         hosts: those that had a session.
         witnesses: the newest keys that were observed.
+        left: names of other histories in which this host has spoken, the newest last: one of them may be back, after a
+            run with another cluster's etcd.
     """
 
     id: str = ""
@@ -171,6 +173,7 @@ class HistoryFile:
     spoken: bool = True
     hosts: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
+    left: tuple[str, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -192,6 +195,7 @@ class Era:
     """What a decision needs to know of the history that it is made in.
 
     Attributes:
+        count: how many times this supervisor has begun anew with another history.
         number: how many histories this cluster had before it.
         since: the revision up to which everything came with the last change of history; 0 when there was none.
         foreign: whether, by its name, this host's cluster was never in this store.
@@ -200,6 +204,7 @@ class Era:
         until: how long what can be fenced waits for them, CLOCK_BOOTTIME.
     """
 
+    count: int = 0
     number: int = 0
     since: int = 0
     foreign: bool = False

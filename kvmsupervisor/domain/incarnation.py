@@ -1,8 +1,8 @@
 """What a supervisor keeps in the run directory so that its successor can adopt (law 8).
 
-Two small records per instance: the incarnation (one QEMU process) and the memory (what outlives it). Both carry a
-version; a newer one is left alone with a reason, see `Unreadable`. A third one is the guard's note of a machine that it
-killed.
+Two small records per instance: the incarnation (one QEMU process) and the state (what outlives the process). Each has a
+version. A newer one is left alone with a reason, see `Unreadable`. A third record is the guard's note of a machine that
+it killed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Unreadable(Exception):
 
 @frozen(kw_only=True)
 class Incarnation:
-    """One QEMU process, on record before it is spawned and until it is buried.
+    """One QEMU process, on record before it is spawned and until its exit is recorded.
 
     Attributes:
         instance: whose it is.
@@ -47,6 +47,7 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        paused: whether its guest was paused when it was last asked for its run state.
         under: the identity of the supervisor that started it, or took it over by a person's word (law 12); None in a
             record of an older release.
     """
@@ -70,14 +71,16 @@ class Incarnation:
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    paused: bool = False
     under: HostIdentity | None = None
     version: int = VERSION
 
-    def as_lock(self, host: HostName, *, ran: bool) -> Lock:
+    def as_lock(self, host: HostName, *, facts: str, ran: bool) -> Lock:
         """The lock for this process.
 
         Args:
             host: this one, by its present name.
+            facts: its `KVM_FACTS_PREFIX`.
             ran: whether its guest may have run.
         """
         return Lock(
@@ -90,6 +93,7 @@ class Incarnation:
             starttime=self.starttime,
             clients=self.clients,
             storage=self.storage,
+            facts=facts,
         )
 
     def to_json(self) -> bytes:
@@ -121,7 +125,7 @@ class Ended:
 
 
 @frozen(kw_only=True)
-class Memory:
+class InstanceState:
     """What outlives one QEMU process, but not a reboot of the host.
 
     Attributes:
@@ -165,7 +169,7 @@ class Memory:
         return lined(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Memory:
+    def from_json(cls, data: bytes) -> InstanceState:
         """Read `memory.json`.
 
         Raises:
@@ -192,7 +196,7 @@ class GuardNote:
         return _read(cls, data)
 
 
-RecordT = TypeVar("RecordT", Incarnation, Memory, GuardNote)
+RecordT = TypeVar("RecordT", Incarnation, InstanceState, GuardNote)
 
 
 def _read(cls: type[RecordT], data: bytes) -> RecordT:

@@ -52,7 +52,7 @@ def decide(view: View) -> Decision:
         return Decision(row=Row.END_UNREAD, phase=Phase.WAITING, reason=reason)
     if view.process.exit is not None:
         reason = f"QEMU {view.process.exit.text}"
-        return Decision(row=Row.END, phase=Phase.STOPPING, reason=reason, action=Action.BURY)
+        return Decision(row=Row.END, phase=Phase.STOPPING, reason=reason, action=Action.RECORD_EXIT)
     return _with_process(view, view.process)
 
 
@@ -155,7 +155,7 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         aim is Goal.RUN
         and wish is not None
         and wish.restart_request is not None
-        and wish.restart_request not in {process.incarnation.restart_request, view.memory.restart_seen}
+        and wish.restart_request not in {process.incarnation.restart_request, view.saved.restart_seen}
     )
     if restart and wish is not None and wish.request is Request.RESET:
         restart = False
@@ -293,13 +293,13 @@ def _without_process(view: View) -> Decision:
 
 def _pause(view: View) -> Decision | None:
     """Wait after an unrequested end."""
-    if view.wish is None or not pauses(view.memory, view.wish, view.now):
+    if view.wish is None or not pauses(view.saved, view.wish, view.now):
         return None
     return Decision(
         row=Row.BACKOFF,
         phase=Phase.BACKOFF,
-        reason=f"QEMU {view.memory.last_exit}; it is started again after a pause of {view.memory.pause_s:.1f} s",
-        wake_at=view.memory.not_before,
+        reason=f"QEMU {view.saved.last_exit}; it is started again after a pause of {view.saved.pause_s:.1f} s",
+        wake_at=view.saved.not_before,
     )
 
 
@@ -357,6 +357,14 @@ def _held_elsewhere(view: View) -> Decision:
     lock = view.lock.lock
     assert lock is not None
     assert view.wish is not None
+    if not lock.is_seen_from(view.facts):
+        return Decision(
+            row=Row.HELD_UNSEEN,
+            phase=Phase.WAITING,
+            reason=f"{lock.host} took its lock (epoch {lock.epoch}) with KVM_FACTS_PREFIX={lock.facts}; this host has "
+            f"{view.facts}, so it cannot see whether {lock.host} lives: give both the same; if {lock.host} is gone for "
+            f"good, say so by `kvmsupervisor break-lock {view.wish.instance}`",
+        )
     if view.holder_has_session is not False:
         return Decision(
             row=Row.HELD,
@@ -383,7 +391,7 @@ def _held_elsewhere(view: View) -> Decision:
         )
     else:
         held += "; Ceph is asked whether its disks are in use"
-    due = _with_etcd(view, Row.WATCH, Action.WATCH, Phase.WAITING, held)
+    due = _with_etcd(view, Row.ASK_WATCHERS, Action.ASK_WATCHERS, Phase.WAITING, held)
     if deferral is None or view.now >= deferral.ask_at or due.action is None:
         return due
     return replace(due, action=None, wake_at=min(deferral.ask_at, deferral.until))

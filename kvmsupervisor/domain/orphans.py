@@ -27,7 +27,7 @@ class Value(Protocol):
 
 
 class AllWishes(Protocol):
-    """The keys, locks and placements of all instances, as `mirror.Wishes` has them."""
+    """The keys, locks and placements of all instances, as `informer.Wishes` has them."""
 
     def ids(self) -> Set[InstanceId]:
         """Every instance."""

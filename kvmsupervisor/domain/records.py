@@ -39,8 +39,13 @@ def lined(record: Any) -> bytes:
 
     With Python's own indentation the fast encoder would not be used.
     """
-    fields_of = (f" {_PLAIN.encode(name)}: {_PLAIN.encode(value)}" for name, value in shallow(record).items())
-    return ("{\n" + ",\n".join(fields_of) + "\n}").encode()
+    named = zip(_line_starts(cast("Hashable", type(record))), shallow(record).values(), strict=True)
+    return ("{\n" + ",\n".join(start + _PLAIN.encode(value) for start, value in named) + "\n}").encode()
+
+
+@cache
+def _line_starts(cls: Any) -> tuple[str, ...]:
+    return tuple(f" {_PLAIN.encode(name)}: " for name in _names(cls))
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.incarnation import Memory
+from kvmsupervisor.domain.incarnation import InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
 from kvmsupervisor.domain.wishes import public_value
@@ -103,23 +103,23 @@ class Hold:
     stood: Mapping[str, str]
 
 
-def noting(memory: Memory, wish: Wish, *, held: bool, hold: Hold | None) -> Memory:
-    """The memory with a held order in it, for a successor."""
+def noting(saved: InstanceState, wish: Wish, *, held: bool, hold: Hold | None) -> InstanceState:
+    """The state with a held order in it, for a successor."""
     return replace(
-        memory,
+        saved,
         held=held,
         held_as=None if hold is None else hold.order or None,
         held_why="" if hold is None else hold.why,
         stood=None if hold is None else hold.stood,
-        restart_seen=memory.restart_seen if wish.restart_request == memory.restart_seen else None,
+        restart_seen=saved.restart_seen if wish.restart_request == saved.restart_seen else None,
     )
 
 
-def hold_of(memory: Memory) -> Hold | None:
+def hold_of(saved: InstanceState) -> Hold | None:
     """The held order, as far as it is remembered; None for a mass removal."""
-    if not memory.held or (memory.stood is None and memory.held_as is None):
+    if not saved.held or (saved.stood is None and saved.held_as is None):
         return None
-    return Hold(order=memory.held_as or "", why=memory.held_why, stood=memory.stood or {})
+    return Hold(order=saved.held_as or "", why=saved.held_why, stood=saved.stood or {})
 
 
 def differing(before: Mapping[bytes, RawValue], now: Mapping[bytes, RawValue]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from enum import Enum, IntEnum
 from kvmsupervisor.domain.exits import Exit
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
@@ -32,7 +32,7 @@ class Action(Enum):
     READ = "read again what an earlier supervisor left, which could not be read"
     LOOK = "read lock and status again, because no watch shows them"
     ASK = "look whether its images are free, which another instance names, too"
-    WATCH = "ask Ceph who still has the disks open, when the lock's holder has no session"
+    ASK_WATCHERS = "ask Ceph who still has the disks open, when the lock's holder has no session"
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock of a living QEMU again, which was deleted or is older"
     RENAME = "write this host's present name into the lock of its own QEMU"
@@ -55,7 +55,7 @@ class Action(Enum):
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
     TIDY = "delete a placement that has ended"
-    BURY = "record the exit, delete the process's record"
+    RECORD_EXIT = "record the exit, delete the process's record"
     RELEASE = "delete the lock of a process that is proven gone"
     FORGET = "end the loop: the instance is not this host's any more"
 
@@ -189,6 +189,7 @@ class View:
     Attributes:
         now: CLOCK_BOOTTIME, seconds.
         me: this host.
+        facts: its `KVM_FACTS_PREFIX`.
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
@@ -206,7 +207,7 @@ class View:
         etcd_trouble: the error of the last attempt, None when it went well.
         lock: as last seen.
         planned: the incarnation that the lock was taken for, and that has no process yet.
-        buried: the incarnation of the last process whose exit was recorded here, or None.
+        last_ended: the incarnation of the last process whose exit was recorded here, or None.
         holder_has_session: whether the lock's host has a session; None when not known.
         deferral: the wait of a takeover, None before it begins.
         target: the host where it is to run, when that is another one.
@@ -214,7 +215,7 @@ class View:
         claimed_by: the host whose status says that it runs this although the lock is absent, or None.
         looked: whether the status key was read, which another host may have written; it is not overwritten before.
         process: its QEMU, or None.
-        memory: what outlives a process.
+        saved: the state that outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
         shortage: why its memory does not fit, for people; None when it does not wait for memory.
         prepared: whether media and UEFI variables were prepared for the present wish.
@@ -234,6 +235,7 @@ class View:
 
     now: float
     me: HostName
+    facts: str
     boot_id: str
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
@@ -251,7 +253,7 @@ class View:
     etcd_trouble: str | None = None
     lock: LockView = field(default_factory=LockView)
     planned: str | None = None
-    buried: str | None = None
+    last_ended: str | None = None
     holder_has_session: bool | None = None
     deferral: Deferral | None = None
     target: Target = field(default_factory=Target)
@@ -259,7 +261,7 @@ class View:
     claimed_by: HostName | None = None
     looked: bool = True
     process: Process | None = None
-    memory: Memory
+    saved: InstanceState
     slot: bool | None = None
     shortage: str | None = None
     prepared: bool = True
@@ -298,9 +300,16 @@ class View:
 
     @property
     def claim(self) -> Claim:
-        """What the lock means to the process's incarnation, or to the planned one."""
+        """What the lock means to the process's incarnation, or to the planned one.
+
+        One that was seen in a former history means nothing in the present one.
+        """
+        if self.lock.era != self.era.count:
+            return Claim.UNKNOWN
         known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, buried=self.buried)
+        return self.lock.claim(
+            host=self.me, facts=self.facts, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended
+        )
 
     @property
     def stays(self) -> bool:

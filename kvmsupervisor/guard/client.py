@@ -22,7 +22,7 @@ import structlog
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import process as kernel
-from kvmsupervisor.adapters.cgroup import HomeFailed, Homes
+from kvmsupervisor.adapters.cgroup import CgroupFailed, CgroupManager
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.guard_channel import PROTOCOL, Channel, ChannelLost, ChannelRefused
 from kvmsupervisor.adapters.rundir import RunDir
@@ -97,7 +97,7 @@ class GuardClient:
     Args:
         run_dir: locked by this supervisor.
         clock: the machine's.
-        homes: cgroups outside the supervisor's container.
+        cgroups: makes cgroups outside the supervisor's container.
         ttl_s: of this host's session.
         notify: called, in the event loop, when machines come under guard or are no longer under guard.
         version: of this program; a guard of another version is replaced.
@@ -112,7 +112,7 @@ class GuardClient:
         *,
         run_dir: RunDir,
         clock: Clock,
-        homes: Homes,
+        cgroups: CgroupManager,
         ttl_s: float,
         notify: Callable[[], None],
         version: str = __version__,
@@ -121,7 +121,7 @@ class GuardClient:
         self.unlocked: str | None = None
         self._run_dir = run_dir
         self._clock = clock
-        self._homes = homes
+        self._cgroups = cgroups
         self._ttl_s = ttl_s
         self._notify = notify
         self._version = version
@@ -322,7 +322,7 @@ class GuardClient:
             self._until = self._clock.now() + self._ttl_s
         try:
             line = await self._start()
-        except (HomeFailed, kernel.SpawnFailed, OSError) as error:
+        except (CgroupFailed, kernel.SpawnFailed, OSError) as error:
             raise _Trouble(f"the guard cannot be started: {error}") from error
         replaces = former if former is not None and former.pidfd >= 0 else None
         try:
@@ -353,19 +353,19 @@ class GuardClient:
             always.callback(theirs.close)
             log_fd = files.open_guard_log()
             always.callback(os.close, log_fd)
-            home = await self._homes.prepare(HOME, str(uuid4()), Limits())
-            always.callback(home.close)
+            cgroup = await self._cgroups.prepare(HOME, str(uuid4()), Limits())
+            always.callback(cgroup.close)
             words = [sys.executable, "-I", "-S", str(PROGRAM), str(theirs.fileno())]
             process = kernel.spawn(
-                home.wrap([*words, str(files.guard_lock), str(files.guard_socket), self._version]),
+                cgroup.wrap([*words, str(files.guard_lock), str(files.guard_socket), self._version]),
                 environment={MARK: str(files.path), "PATH": os.environ.get("PATH", os.defpath)},
                 log_fd=log_fd,
                 pass_fds=[theirs.fileno()],
                 on_end=self._wake.set,
-                stdin=home.stdin,
+                stdin=cgroup.stdin,
             )
             on_error.callback(process.signal, signal.SIGKILL)
-            await home.settle(process.pid)
+            await cgroup.settle(process.pid)
             on_error.pop_all()
             return _Line(process=process, channel=channel)
 

@@ -144,7 +144,7 @@ class Guard:
         while True:
             ready = {fd for fd, _ in self._poll.poll(math.ceil(1000 * self._wait_s()))}
             for charge in [charge for charge in self._watch.charges.values() if charge.pidfd in ready]:
-                self._bury(charge)
+                self._drop(charge)
             if self._listener is not None and self._listener.fileno() in ready:
                 self._accept(self._listener)
             # A message that came in time counts, also when this process slept: read before checking the deadline.
@@ -179,7 +179,7 @@ class Guard:
             if charge.killed:
                 _write_note(charge)
 
-    def _bury(self, charge: Charge) -> None:
+    def _drop(self, charge: Charge) -> None:
         self._poll.unregister(charge.pidfd)
         os.close(charge.pidfd)
         self._watch.ended(charge, _now())

@@ -25,7 +25,7 @@ async def see_to_its_end(
     """Observe, decide, act on the process alone until it has ended; return it then, None when there is none.
 
     Args:
-        machine: which; not buried here.
+        machine: which; its record is not deleted here.
         wake: set whenever something changed.
         clock: the machine's.
         view: all that a decision depends on, of the process as it is now.

@@ -1,8 +1,9 @@
 """The one place where the parts are put together that every holder of locks needs: the supervisor, and single mode.
 
 Three steps, each of which makes whole objects: what the outer world is (`Outside`), what a holder is in etcd
-(`Membership`), what its instances share (`surround`). What differs between supervisor and single mode is an argument
-of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what each is.
+(`Membership`), what its instances share (`assemble_context`). What differs between supervisor and single mode is an
+argument of the step. The hooks on which a guest's life hangs have no default: who puts the parts together says what
+each is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
-from kvmsupervisor.adapters.cgroup import Homes
+from kvmsupervisor.adapters.cgroup import CgroupManager
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
 from kvmsupervisor.adapters.links import Changed, Links
@@ -39,7 +40,7 @@ from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
 from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.host import Equipment, look_around
+from kvmsupervisor.machine.host import HostFacts, gather_host_facts
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.jobs import Jobs
 from kvmsupervisor.machine.library import library_of
@@ -49,7 +50,7 @@ from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.machine.system import System
 
 
-class ChooseHomes(Protocol):
+class ChooseCgroups(Protocol):
     """Chooses what QEMUs live in, as `cgroup.choose` does."""
 
     async def __call__(self, wanted: cgroup.Wanted, *, run_dir: Path) -> cgroup.Chosen:
@@ -68,8 +69,8 @@ class Outside:
         boot_id: the kernel's name for its present boot.
         machine_id: what names this machine across boots.
         connect: etcd.
-        look_around: finds out what the host brings; see `machine.host.look_around`.
-        homes: chooses what QEMUs live in.
+        gather_host_facts: finds out what the host brings; see `machine.host`.
+        cgroups: chooses the cgroup manager.
         links: network interfaces.
         logs: what guests write, with this clock and these settings.
         machine_types: those that a QEMU knows.
@@ -84,8 +85,8 @@ class Outside:
     boot_id: Callable[[], str]
     machine_id: Callable[[], str]
     connect: Callable[[EtcdConfig], Store]
-    look_around: Callable[[Settings], Equipment]
-    homes: ChooseHomes
+    gather_host_facts: Callable[[Settings], HostFacts]
+    cgroups: ChooseCgroups
     links: Callable[[Changed], Links]
     logs: Callable[[Clock, Settings], GuestLogs]
     machine_types: Callable[[str], MachineTypes]
@@ -101,8 +102,8 @@ REAL = Outside(
     boot_id=boot_id,
     machine_id=machine_id,
     connect=Etcd,
-    look_around=look_around,
-    homes=cgroup.choose,
+    gather_host_facts=gather_host_facts,
+    cgroups=cgroup.choose,
     links=Links,
     logs=lambda clock, settings: GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
     machine_types=MachineTypes,
@@ -159,7 +160,7 @@ class Membership:
         history: that etcd has.
         session: of the holder.
         neighbours: the sessions of all.
-        publisher: of statuses.
+        status_writer: writes the status keys.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class Membership:
             on_change=on_hosts,
             rand=rand,
         )
-        self.publisher = StatusWriter(
+        self.status_writer = StatusWriter(
             store=store,
             clock=clock,
             layout=layout,
@@ -225,13 +226,13 @@ class Membership:
         return await self.session.restate(replace(self.session.value, history=history))
 
 
-def surround(
+def assemble_context(
     member: Membership,
     *,
     settings: Settings,
     outside: Outside,
-    equipment: Equipment,
-    homes: Homes,
+    host_facts: HostFacts,
+    cgroups: CgroupManager,
     admission: Admission,
     links: Links,
     metrics: Metrics,
@@ -254,8 +255,8 @@ def surround(
         member: the holder in etcd.
         settings: of this host.
         outside: the world.
-        equipment: what the host brings.
-        homes: what QEMUs live in.
+        host_facts: what the host brings.
+        cgroups: makes the cgroups of QEMUs.
         admission: who may start.
         links: network interfaces of this host.
         metrics: where starts and ends are counted.
@@ -273,30 +274,30 @@ def surround(
         launch: how QEMUs are started.
     """
     holder = member.holder
-    disks = outside.disks(equipment.ceph_access, settings.allow_unfenced)
+    disks = outside.disks(host_facts.ceph_access, settings.allow_unfenced)
     local_disks = LocalDisks(
         settings.disk_dir,
         is_own=settings.disk_dir == DISK_DIR,
-        as_root=equipment.privileged,
+        as_root=host_facts.privileged,
         access=outside.files,
     )
-    contents = contents_of(member, settings=settings, outside=outside, equipment=equipment)
+    contents = contents_of(member, settings=settings, outside=outside, host_facts=host_facts)
     return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
         layout=holder.layout,
         store=member.store,
         session=member.session,
-        publisher=member.publisher,
+        status_writer=member.status_writer,
         admission=admission,
         system=outside.system,
         provisioner=Provisioner(
             system=outside.system,
-            host=equipment.host_side,
-            files=replace(equipment.files, bridge_owner=bridge_owner),
-            user=equipment.user,
+            host=host_facts.host_side,
+            files=replace(host_facts.files, bridge_owner=bridge_owner),
+            user=host_facts.user,
             types=outside.machine_types(settings.qemu),
-            homes=homes,
+            cgroups=cgroups,
             disks=disks,
             local_disks=local_disks,
             contents=contents,
@@ -306,16 +307,16 @@ def surround(
         contents=contents,
         logs=outside.logs(outside.clock, settings),
         links=links,
-        user=equipment.user,
+        user=host_facts.user,
         clock=outside.clock,
         jitter=outside.jitter,
         metrics=metrics,
-        fencing=outside.fencing(equipment.ceph_access, settings.allow_unfenced),
+        fencing=outside.fencing(host_facts.ceph_access, settings.allow_unfenced),
         era=lambda: member.history.present,
         host_has_session=member.neighbours.has_session,
         sessions=member.neighbours.names,
         host_drains=member.neighbours.drains,
-        host_side=equipment.host_side,
+        host_side=host_facts.host_side,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         start_timeout_s=settings.start_timeout_s,
         takeover_wait_s=settings.takeover_wait_s,
@@ -333,17 +334,17 @@ def surround(
     )
 
 
-def contents_of(member: Membership, *, settings: Settings, outside: Outside, equipment: Equipment) -> Contents:
+def contents_of(member: Membership, *, settings: Settings, outside: Outside, host_facts: HostFacts) -> Contents:
     """What new disks of one holder begin with."""
     layout, jobs = member.holder.layout, Jobs()
     keys = ImageKeys(member.store, layout)
-    library = library_of(settings, user=equipment.user, jobs=jobs, kept=keys.sums, threads=outside.files.threads)
+    library = library_of(settings, user=host_facts.user, jobs=jobs, kept=keys.sums, threads=outside.files.threads)
     return Contents(
         library=library,
         jobs=jobs,
         keys=keys,
         imports=Imports(member.store, layout, member.holder.name, outside.clock),
-        ceph=CephImages(Ceph(equipment.ceph_access)),
+        ceph=CephImages(Ceph(host_facts.ceph_access)),
         folder=settings.disk_dir,
         threads=outside.files.threads,
     )

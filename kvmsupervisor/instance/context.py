@@ -80,7 +80,7 @@ class InstanceContext:
         layout: of the keys.
         store: etcd.
         session: of this host.
-        publisher: of statuses.
+        status_writer: writes the status keys.
         admission: who may start, and how many MiB are promised to whom.
         provisioner: of what QEMUs need of this host.
         system: processes, QMP and networks of this host.
@@ -121,7 +121,7 @@ class InstanceContext:
     layout: Layout
     store: Store
     session: Session
-    publisher: StatusWriter
+    status_writer: StatusWriter
     admission: Admission
     provisioner: Provisioner
     system: System

@@ -24,14 +24,14 @@ async def tend(
     *,
     machine: Machine,
     report: Report,
-    around: InstanceContext,
+    context: InstanceContext,
 ) -> None:
     """Do what `action` (`GROW`, `ROOM`) says of the disks of a running machine."""
-    spec, disks = machine.spec, around.local_disks
+    spec, disks = machine.spec, context.local_disks
     assert spec is not None
     if action is Action.GROW:
         machine.growth.look(spec, GROWTH_EVERY_S)
-        sizes = await around.disks.sizes(spec)
+        sizes = await context.disks.sizes(spec)
         await machine.growth.tell(sizes, sized(spec, None if wish is None else wish.spec))
     elif await machine.room.look(spec, str(disks.folder), partial(disks.room, instance)):
         report.tell("instance.goes_on", reason="there is room for its disks again")

@@ -24,20 +24,20 @@ class Plugs:
 
     Args:
         machine: its QEMU.
-        around: what all instances share: the host's interfaces, and the bridge of a NIC that nothing else names.
+        context: what all instances share: the host's interfaces, and the bridge of a NIC that nothing else names.
         tell: logs an event of the instance.
 
     Attributes:
         seen: where each NIC is plugged in, as last looked at; nothing of those that are not to be seen from here.
     """
 
-    def __init__(self, machine: Machine, *, around: InstanceContext, tell: Callable[..., None]) -> None:
+    def __init__(self, machine: Machine, *, context: InstanceContext, tell: Callable[..., None]) -> None:
         self.seen: Sequence[Plug] = ()
         self._machine = machine
-        self._links = around.links
-        self._network = around.system.network
-        self._clock = around.clock
-        self._bridge_if = around.host_side.bridge_if
+        self._links = context.links
+        self._network = context.system.network
+        self._clock = context.clock
+        self._bridge_if = context.host_side.bridge_if
         self._tell = tell
         self._at = 0.0
         self._trouble: str | None = None

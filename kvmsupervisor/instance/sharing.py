@@ -135,11 +135,11 @@ class Sharing:
         ask_at: when it is to be asked again whether the image is free.
     """
 
-    def __init__(self, instance: InstanceId, *, around: InstanceContext) -> None:
+    def __init__(self, instance: InstanceId, *, context: InstanceContext) -> None:
         self.rival: str | None = None
         self.ask_at = 0.0
         self._id = instance
-        self._around = around
+        self._context = context
 
     def begin_anew(self) -> None:
         """Other keys, other images."""
@@ -148,7 +148,7 @@ class Sharing:
     def shared(self, spec: Spec | None) -> str | None:
         """What is to be said of a machine that runs, where others name its images, too; None where none does."""
         mine = () if spec is None else names_of(spec)
-        others = list(self._around.namesakes(self._id, mine))
+        others = list(self._context.namesakes(self._id, mine))
         if not others:
             return None
         return f"{' or '.join(mine)} is named by the keys of {some(others, SHOWN)}, too: only one of them can run"
@@ -169,7 +169,7 @@ class Sharing:
         """
         holders = self._holders(spec)
         for client in conflict.clients:
-            other = await self._around.recorded_for(client)
+            other = await self._context.recorded_for(client)
             if other not in {None, self._id}:
                 self._wait_for(other, spec)
                 return True
@@ -187,12 +187,12 @@ class Sharing:
         Raises:
             NotFenced: storage does not say.
         """
-        self.ask_at = self._around.clock.now() + ASK_EVERY_S
-        if not self.has_to_wait(spec) and not await self._around.fencing.watchers(images_of(spec)):
+        self.ask_at = self._context.clock.now() + ASK_EVERY_S
+        if not self.has_to_wait(spec) and not await self._context.fencing.watchers(images_of(spec)):
             self.rival = None
 
     def _holders(self, spec: Spec) -> list[InstanceId]:
-        return list(self._around.holders(self._id, names_of(spec)))
+        return list(self._context.holders(self._id, names_of(spec)))
 
     def _wait_for(self, other: InstanceId | None, spec: Spec) -> None:
         images = " or ".join(names_of(spec))
@@ -200,4 +200,4 @@ class Sharing:
             f"{images} is instance {other}'s, whose keys name it, too: no two instances can have one image; it waits "
             f"until {other} has let go of it, or until the keys of {self._id} or of {other} name another one"
         )
-        self.ask_at = self._around.clock.now() + ASK_EVERY_S
+        self.ask_at = self._context.clock.now() + ASK_EVERY_S

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
-from kvmsupervisor.adapters.cgroup import Home, HomeFailed
+from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.aio import both
 from kvmsupervisor.cluster.fencing import InUse, NotFenced
@@ -26,19 +26,17 @@ from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, made, storage_of
-from kvmsupervisor.domain.view import Action, Deferral, Holdover
+from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.instance.takeover_wait import TakeoverWait
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
-
-WATCH_EVERY_S = 2.0
-"""How often Ceph is asked whether a machine's disks are in use whose host has no session. One short program each."""
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -79,13 +77,14 @@ class Start:
 
     Attributes:
         sharing: of its images with other instances, a mistake of the keys.
+        takeover_wait: while the host that holds its lock has no session.
         planned: incarnation that the lock was taken for and that has no process yet.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         at: when the host is worth the next attempt, after something was missing on it.
         obstacle: what was missing, None when nothing was.
         guard_at: when the guard is worth the next attempt.
         guard_trouble: what the last attempt said, None when it went well.
-        buried: incarnation of the last process whose end was taken to the books.
+        last_ended: incarnation of the last process whose exit was recorded.
         closed: incarnation whose process is proven gone, and nothing of it is to be fenced: it closed its disks in
             order, or its clients were shut out since.
     """
@@ -94,31 +93,30 @@ class Start:
         self,
         instance: InstanceId,
         *,
-        around: InstanceContext,
+        context: InstanceContext,
         machine: Machine,
         lock: InstanceLock,
         report: Report,
         wake: Callable[[], None],
     ) -> None:
-        self.sharing = Sharing(instance, around=around)
+        self.sharing = Sharing(instance, context=context)
+        self.takeover_wait = TakeoverWait(context=context, report=report)
         self.planned: str | None = None
         self.claimed_by: HostName | None = None
         self.at = 0.0
         self.obstacle: str | None = None
         self.guard_at = 0.0
         self.guard_trouble: str | None = None
-        self.buried: str | None = None
+        self.last_ended: str | None = None
         self.closed: str | None = None
         self._id = instance
-        self._around = around
+        self._context = context
         self._machine = machine
         self._lock = lock
         self._report = report
         self._wake = wake
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
-        # The incarnation whose lock is waited for, and how long.
-        self._deferral: tuple[str, Deferral] | None = None
         # Addresses of processes that are proven gone: fenced once, so that their watch is not waited for, then dropped.
         self._gone: set[str] = set()
 
@@ -126,37 +124,29 @@ class Start:
 
     def is_prepared(self, wish: Wish | None) -> bool:
         """Whether what takes its time is there for the wish as it stands."""
-        if wish is None or wish.spec is None or not self._around.provisioner.needs_time(wish.spec):
+        if wish is None or wish.spec is None or not self._context.provisioner.needs_time(wish.spec):
             return True
         return self._prepared is not None and self._prepared.spec == wish.spec
 
-    def deferral(self, lock: Lock | None, *, holder_has_session: bool | None) -> Deferral | None:
-        """How long the takeover of `lock` has waited. Forgotten when another has it, or its holder is back."""
-        if self._deferral is not None and (
-            lock is None or lock.incarnation != self._deferral[0] or holder_has_session is True
-        ):
-            self._deferral = None
-        return None if self._deferral is None else self._deferral[1]
-
     def holdover(self, lock: Lock | None) -> Holdover | None:
         """A QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or lock.boot_id != self._around.boot_id:
+        if lock is None or lock.boot_id != self._context.boot_id:
             return None
-        is_ours = lock.host == self._around.me
+        is_ours = lock.host == self._context.me
         if lock.incarnation == self.planned or (lock.pid is None and not is_ours):
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
         pid = self._machine.holdover(self._id, lock)
         if pid is None:
             return None
-        folder = marks.folder_of(self._around.system.processes, pid, self._id)
+        folder = process_identity.folder_of(self._context.system.processes, pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
-        is_ours = is_ours or (folder is not None and marks.is_same(folder, self._machine.directory.path))
+        is_ours = is_ours or (folder is not None and process_identity.is_same(folder, self._machine.directory.path))
         return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
 
     def is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""
-        guard, record = self._around.guard, self._machine.record
+        guard, record = self._context.guard, self._machine.record
         # Without a pidfd it has ended, and nothing is left to watch while its end is being named.
         if guard is None or record is None or record.storage is not Storage.UNFENCEABLE or self._machine.pidfd is None:
             return None
@@ -172,25 +162,25 @@ class Start:
         self.obstacle = None
         self.sharing.begin_anew()
         if self._machine.record is None:
-            self._around.admission.release(self._id)
+            self._context.admission.release(self._id)
 
     def wait_for_host(self, error: NotReady) -> None:
         """Note what is missing on the host, and tell it once."""
-        self.at = self._around.clock.now() + error.retry_s
+        self.at = self._context.clock.now() + error.retry_s
         if self.obstacle != str(error) and not error.underway:
             self._report.tell("instance.not_ready", level="warning", reason=str(error))
         self.obstacle = str(error)
 
     def lives(self, spec: Spec) -> None:
         """A QEMU of this machine lives here, or is started now."""
-        self._around.admission.promise(self._id, need_mib(spec))
-        self._around.provisioner.arrived(self._id, spec)
+        self._context.admission.promise(self._id, need_mib(spec))
+        self._context.provisioner.arrived(self._id, spec)
 
     # --- the steps --------------------------------------------------------------------------------------------
 
     def queue(self, wish: Wanted) -> None:
         """Stand in line for a start slot."""
-        self._around.admission.request(self._id, self._wake, need_mib=need_mib(wish.spec), priority=wish.priority)
+        self._context.admission.request(self._id, self._wake, need_mib=need_mib(wish.spec), priority=wish.priority)
 
     async def prepare(self, wish: Wanted) -> None:
         """Make ready what takes its time.
@@ -199,12 +189,12 @@ class Start:
             NotReady: something is missing on this host.
             EtcdError: it is not known which host has its files.
         """
-        around = self._around
+        context = self._context
         if (wish.spec.files or made(wish.spec)) and not self._report.looked:
             await self.look()  # a disk that it ran with is never made anew
-        self._prepared = await around.provisioner.prepare(
+        self._prepared = await context.provisioner.prepare(
             self._id,
-            uuid=instance_uuid(around.layout.prefix, self._id),
+            uuid=instance_uuid(context.layout.prefix, self._id),
             spec=wish.spec,
             directory=self._machine.directory,
             files=self._report.status.files or {},
@@ -216,30 +206,11 @@ class Start:
     async def look(self) -> int:
         """Read lock and status; return the last epoch that the status tells of."""
         status = await self._lock.look()
-        around = self._around
-        claims = status is not None and status.host != around.me and status.tells_of_a_process
+        context = self._context
+        claims = status is not None and status.host != context.me and status.tells_of_a_process
         self.claimed_by = HostName(status.host) if status is not None and claims else None
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
-
-    async def watch(self, wish: Wanted) -> None:
-        """Ask who has its disks open, while the host that holds its lock has no session (law 4).
-
-        Raises:
-            NotFenced: that is not known.
-        """
-        around, lock = self._around, self._lock.view.lock
-        assert lock is not None
-        now = around.clock.now()
-        known = self.deferral(lock, holder_has_session=None)
-        if known is None:
-            wait_s = around.takeover_wait_s
-            known = Deferral(until=now + wait_s, told=around.clock.wall_after(wait_s), ask_at=now + WATCH_EVERY_S)
-            self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
-        # Noted before the question: a storage that does not answer does not make the wait longer.
-        self._deferral = (lock.incarnation, replace(known, ask_at=now + WATCH_EVERY_S))
-        watchers = await around.fencing.watchers(images_of(wish.spec))
-        self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
 
     async def take(self, wish: Wanted) -> None:
         """Take the lock for a new incarnation.
@@ -248,7 +219,7 @@ class Start:
             SwapFailed: somebody was first, or our session or the wish changed.
             EtcdError: etcd did not do it.
         """
-        around = self._around
+        context = self._context
         floor = 0
         if self._lock.view.data is None:
             if self.sharing.has_to_wait(wish.spec):
@@ -268,16 +239,16 @@ class Start:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.
                 return
         previous = self._lock.view.lock
-        # A lock with a former name of this host is no other host's: its process was buried here.
-        ours = previous is None or previous.host == around.me or previous.incarnation == self.buried
+        # A lock with a former name of this host is no other host's: its exit was recorded here.
+        ours = previous is None or previous.host == context.me or previous.incarnation == self.last_ended
         foreign = None if previous is None or ours else previous.host
         change = Change.TAKE if foreign is None else Change.TAKE_OVER
         await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)
-        if previous is not None and (previous.host, previous.boot_id) == (around.me, around.boot_id):
+        if previous is not None and (previous.host, previous.boot_id) == (context.me, context.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
         if foreign is not None:
-            around.metrics.took_over()
+            context.metrics.took_over()
         self._tell_taken(previous)
 
     async def _take_if_new(self, wish: Wanted) -> bool:
@@ -292,16 +263,17 @@ class Start:
 
     def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
         """The lock for a new incarnation."""
-        previous = self._lock.view.lock
+        context, previous = self._context, self._lock.view.lock
         lock = take(
             previous,
-            host=self._around.me,
-            boot_id=self._around.boot_id,
+            host=context.me,
+            boot_id=context.boot_id,
+            facts=context.layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=max(epoch_floor, self._around.era().epoch_floor),
+            epoch_floor=max(epoch_floor, context.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
-            doubted=bool(self._around.era().awaited),
+            doubted=bool(context.era().awaited),
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation
@@ -320,23 +292,23 @@ class Start:
             NotFenced: one of them could not be.
             SwapFailed, EtcdError: see `take`.
         """
-        around, lock = self._around, self._lock.view.lock
+        context, lock = self._context, self._lock.view.lock
         assert lock is not None
         images = () if wish.spec is None or lock.taken_from is None else images_of(wish.spec)
         # What is on record is shut out whatever storage says of the images, and meanwhile.
-        _, used = await both(around.fencing.fence(lock.fence), around.fencing.users(images))
+        _, used = await both(context.fencing.fence(lock.fence), context.fencing.users(images))
         others = [address for address in used if address not in lock.fence]
         for address in others:
-            other = await around.recorded_for(address)
+            other = await context.recorded_for(address)
             if other not in {None, self._id}:
                 raise NotFenced(
                     f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "
                     "have one image; change the keys of one of them"
                 )
-        await around.fencing.fence(others)
+        await context.fencing.fence(others)
         await point("shut out")
         everyone = (*lock.fence, *others)
-        around.metrics.fenced(len(everyone))
+        context.metrics.fenced(len(everyone))
         fenced = lock.fenced(address for address in everyone if address not in self._gone)
         await self._lock.write(Change.FENCE, fenced, wish.ground)
         self._gone.clear()
@@ -357,13 +329,13 @@ class Start:
         if lock is None or not lock.clients or lock.incarnation == self.closed:
             return
         try:
-            await self._around.fencing.fence(lock.clients)
+            await self._context.fencing.fence(lock.clients)
             await point("dead shut out")
         except NotFenced as error:
             self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
         else:
             self.closed = lock.incarnation
-            self._around.metrics.fenced(len(lock.clients))
+            self._context.metrics.fenced(len(lock.clients))
             self._report.tell("lock.fenced", addresses=list(lock.clients), taken_from=None)
         if self._lock.view.mod_revision != seen.mod_revision:
             raise SwapFailed("the lock changed meanwhile")
@@ -374,14 +346,14 @@ class Start:
         Raises:
             NotReady: something is missing on this host.
         """
-        around, directory = self._around, self._machine.directory
+        context, directory = self._context, self._machine.directory
         ready, self._prepared = self._prepared, None
         if ready is None or ready.spec != wish.spec:
             # What was made ready was another machine's, and this one needs nothing of it (`is_prepared`).
             ready = Prepared(spec=wish.spec)
         lock = self._lock.view.lock
         assert lock is not None
-        opened = await around.provisioner.open(
+        opened = await context.provisioner.open(
             self._id,
             lock.incarnation,
             ready=ready,
@@ -394,49 +366,49 @@ class Start:
             record = self._record_of(wish, lock, opened)
             build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
             try:
-                self._machine.spawn(record, build, argv, opened.home)
+                self._machine.spawn(record, build, argv, opened.cgroup)
             except OSError as error:
                 said = explain(error, directory.path)
                 raise NotReady(f"QEMU cannot be started: {said}", HOST_RETRY_S) from error
             if self._machine.pid is not None:
-                await self._settle(opened.home, self._machine.pid)
+                await self._settle(opened.cgroup, self._machine.pid)
         self._report.notice = ready.notice
         self.planned = None
-        around.metrics.started(self._id)
+        context.metrics.started(self._id)
         told = self._machine.record or record
         self._report.tell("instance.spawned", pid=self._machine.pid, accelerator=told.accelerator, machine=told.machine)
 
-    async def _settle(self, home: Home, pid: int) -> None:
+    async def _settle(self, cgroup: Cgroup, pid: int) -> None:
         try:
-            await home.settle(pid)
-        except HomeFailed as error:
+            await cgroup.settle(pid)
+        except CgroupFailed as error:
             await self._machine.give_up(str(error))
 
     def _record_of(self, wish: Wanted, lock: Lock, opened: Opened) -> Incarnation:
-        around = self._around
+        context = self._context
         return Incarnation(
             instance=self._id,
             incarnation=lock.incarnation,
             epoch=lock.epoch,
-            boot_id=around.boot_id,
+            boot_id=context.boot_id,
             argv=(),
             spec=spec_to_object(wish.spec),
             storage=storage_of(wish.spec),
-            accelerator=around.host_side.accel,
+            accelerator=context.host_side.accel,
             machine=opened.machine,
             taps=opened.tap_names,
-            tap_indexes=tuple(around.system.index_of(tap) or ELSEWHERE for tap in opened.tap_names),
+            tap_indexes=tuple(context.system.index_of(tap) or ELSEWHERE for tap in opened.tap_names),
             bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,
             log_offset=0,
-            spawned_at=around.clock.now(),
-            under=HostIdentity.of(around.me, around.layout),
+            spawned_at=context.clock.now(),
+            under=HostIdentity.of(context.me, context.layout),
         )
 
     def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
-        identity = Identity(instance=self._id, uuid=instance_uuid(self._around.layout.prefix, self._id))
-        return build_argv(spec, identity=identity, host=self._around.host_side, provision=provision)
+        identity = Identity(instance=self._id, uuid=instance_uuid(self._context.layout.prefix, self._id))
+        return build_argv(spec, identity=identity, host=self._context.host_side, provision=provision)
 
     async def record(self, wish: Wanted) -> None:
         """Put the paused QEMU into the lock (law 3).
@@ -451,7 +423,7 @@ class Start:
         assert record.pid is not None
         assert record.starttime is not None
         try:
-            clients = await self._around.fencing.clients(record, known=lock.fence)
+            clients = await self._context.fencing.clients(record, known=lock.fence)
         except InUse as conflict:
             if await self.sharing.gives_way(wish.spec, conflict):
                 return
@@ -470,30 +442,32 @@ class Start:
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""
-        around, machine = self._around, self._machine
-        assert around.guard is not None
+        context, machine = self._context, self._machine
+        assert context.guard is not None
         if machine.record is None or machine.pidfd is None:
             return
         try:
-            await around.guard.watch(machine.record.incarnation, pidfd=machine.pidfd, note=machine.directory.guard_note)
+            await context.guard.watch(
+                machine.record.incarnation, pidfd=machine.pidfd, note=machine.directory.guard_note
+            )
         except Unguarded as error:
-            self.guard_at = around.clock.now() + GUARD_EVERY_S
+            self.guard_at = context.clock.now() + GUARD_EVERY_S
             self.guard_trouble = str(error)
         else:
             self.guard_trouble = None
 
     async def tend(self, action: Action, wish: Wish | None) -> None:
         """Do what `action` says of the disks of a running machine."""
-        around = self._around
-        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, around=around)
+        context = self._context
+        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, context=context)
 
     async def go_on(self, wish: Wish | None) -> None:
         """Let the guest run, once its disks have the size that they shall have."""
         await disks.size_before_it_runs(self._machine, wish)
         if await self._machine.resume():
-            now = self._around.clock.now()
+            now = self._context.clock.now()
             if self._wanted_at is not None:
-                self._around.metrics.observed_start(now - self._wanted_at)
+                self._context.metrics.observed_start(now - self._wanted_at)
                 self._wanted_at = None
             self._machine.growth.look(self._machine.spec, disks.GROWTH_EVERY_S)
             self._report.tell("instance.started", pid=self._machine.pid)

@@ -37,20 +37,20 @@ class Report:
         self,
         instance: InstanceId,
         *,
-        around: InstanceContext,
+        context: InstanceContext,
         machine: Machine,
         wake: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
         self.status = Status(
             id=instance,
-            host=around.me,
+            host=context.me,
             phase=Phase.WAITING,
             reason="not looked at yet",
-            since=around.clock.wall(),
+            since=context.clock.wall(),
         )
         self._instance = instance
-        self._around = around
+        self._context = context
         self._machine = machine
         self._wake = wake
         self._log = log.bind(instance=instance)
@@ -61,7 +61,7 @@ class Report:
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
-        self._remember(written)
+        self._save(written)
         now = self.status
         if written.incarnation is not None and written.incarnation == now.incarnation:
             self._machine.agent.recall(written.agent)
@@ -69,14 +69,14 @@ class Report:
             now = replace(now, agent=self._machine.agent.facts, notice=written.notice)
         if (written.phase, written.incarnation) == (now.phase, now.incarnation):
             now = replace(now, since=written.since)
-            self._around.publisher.set(self._instance, now, overtaken=self._was_overtaken)
+            self._context.status_writer.set(self._instance, now, overtaken=self._was_overtaken)
         self.status = now
 
     def key_was_read(self, written: Status | None) -> None:
         """What another host may have said in the status key was taken note of."""
         self.looked = True
         if written is not None:
-            self._remember(written)
+            self._save(written)
 
     def begin_anew(self) -> None:
         """Etcd has another history: what was read of the status key, or written into it, was in the former one."""
@@ -99,7 +99,7 @@ class Report:
         # A plain name is on record when QEMU could not be asked: it is no version.
         return known if self.status.machine_key == spec.machine and known != spec.machine else None
 
-    def _remember(self, written: Status) -> None:
+    def _save(self, written: Status) -> None:
         """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
         if self.status.machine is None and written.machine is not None:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
@@ -112,37 +112,37 @@ class Report:
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
-        around, before, wish = self._around, self.status, view.wish
+        context, before, wish = self._context, self.status, view.wish
         record = self._machine.record
         lock = view.lock.lock
         running = view.process.spec if view.process is not None else None
         status = Status(
             id=self._instance,
-            host=around.me,
+            host=context.me,
             phase=decision.phase,
             reason=decision.reason,
-            since=before.since if before.phase is decision.phase else around.clock.wall(),
+            since=before.since if before.phase is decision.phase else context.clock.wall(),
             pid=self._machine.pid or view.unadopted_pid,
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
-            restarts=view.memory.restarts,
+            restarts=view.saved.restarts,
             # Asked at every turn, and hardly ever different.
             pending=pending(running, wish.spec) if running and wish and wish.spec and running != wish.spec else (),
             problems=tuple(str(problem) for problem in view.problems),
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,
-            last_exit=view.memory.last_exit,
+            last_exit=view.saved.last_exit,
             # Nobody knows what options of a person's own chose.
             accelerator=(record.accelerator or None) if record else None,
             machine=record.machine if record and record.machine else before.machine,
             machine_key=running.machine if record and record.machine and running else before.machine_key,
             notice=self.notice if record else None,
             held=view.held,
-            stood=view.memory.stood if view.held else None,
+            stood=view.saved.stood if view.held else None,
             agent=self._machine.agent.facts,
             guarded=view.guarded,
             run_state=self._machine.run_state,
             unplugged=() if view.process is None else view.process.unplugged,
-            placed_for=None if wish is None or wish.placement is None or wish.runs_on != around.me else wish.host,
+            placed_for=None if wish is None or wish.placement is None or wish.runs_on != context.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
             files=self._files(wish, running),
             images=self._images(wish, running),
@@ -151,18 +151,20 @@ class Report:
             # Nobody's status any more, or the next host's.
             self.status = status
             return
-        if status != before:
+        if status == before:
+            status = before  # the same object: that is compared at once
+        else:
             self.status = status
             self._tell_change(before, status)
         if status != self._published and self._may_publish(view):
             self._published = status
-            around.publisher.set(self._instance, status, overtaken=self._was_overtaken)
+            context.status_writer.set(self._instance, status, overtaken=self._was_overtaken)
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
         """Which host has its files: this one those that its QEMU writes to, others those that they had."""
         files = dict(self.status.files or {})
         if running is not None:
-            files |= dict.fromkeys((file.title for file in pinning(running).values()), self._around.me)
+            files |= dict.fromkeys((file.title for file in pinning(running).values()), self._context.me)
         if wish is not None and wish.spec is not None:
             named = {file.title for spec in (wish.spec, running) if spec is not None for _, file in spec.files}
             files = {title: host for title, host in files.items() if title in named}
@@ -204,7 +206,7 @@ class Report:
             level = "info"
         elif now.reason != before.reason:
             level = "debug" if now.phase is Phase.STARTING else "info"
-            more = self._sparing[CHANGED].note(self._around.clock.now())
+            more = self._sparing[CHANGED].note(self._context.clock.now())
             if more is None:
                 return
             untold = {"untold": more} if more else {}
@@ -216,14 +218,14 @@ class Report:
 
     def tell_sparingly(self, event: str) -> None:
         """Log what a guest can bring about as often as it likes: at most once a minute, and how often it was untold."""
-        more = self._sparing[event].note(self._around.clock.now())
+        more = self._sparing[event].note(self._context.clock.now())
         if more is not None:
             self._tell_with(event, untold=more)
 
     def tell_rest(self) -> None:
         """Tell how often something has happened that was not told each time, once it is over."""
         for event, kind in self._sparing.items():
-            if untold := kind.rest(self._around.clock.now()):
+            if untold := kind.rest(self._context.clock.now()):
                 self._tell_with(event, untold=untold)
 
     def _tell_with(self, event: str, *, untold: int) -> None:

@@ -13,15 +13,15 @@ HERE = Target()
 """For an instance that shall run here, or nowhere: nobody is looked for."""
 
 
-def target_of(instance: InstanceId, wish: Wish | None, around: InstanceContext) -> Target:
+def target_of(instance: InstanceId, wish: Wish | None, context: InstanceContext) -> Target:
     """Look at it. Cheap for the many that shall run here; for one that waits it reads the names of all hosts."""
-    if wish is None or wish.runs_on is None or not wish.is_elsewhere(around.me):
+    if wish is None or wish.runs_on is None or not wish.is_elsewhere(context.me):
         return HERE
     host = HostName(wish.runs_on)
-    there = around.host_has_session(host)
+    there = context.host_has_session(host)
     if there is not False:
-        return Target(there=there, drains=there is True and around.host_drains(host))
-    sessions = around.sessions()
+        return Target(there=there, drains=there is True and context.host_drains(host))
+    sessions = context.sessions()
     if is_in_container(instance, host, sessions):
         return Target(there=True)
     return Target(there=False, meant=resembling(host, sessions))

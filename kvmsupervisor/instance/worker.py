@@ -22,7 +22,7 @@ from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.identity import HostIdentity
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim
@@ -70,52 +70,53 @@ class Worker:
         self,
         instance: InstanceId,
         *,
-        around: InstanceContext,
+        context: InstanceContext,
         directory: InstanceDir,
-        memory: Memory,
+        saved: InstanceState,
         log: FilteringBoundLogger,
     ) -> None:
         self.id = instance
         self.wish: Wish | None = None
-        self._around = around
+        self._context = context
         self._problems: tuple[Problem, ...] = ()
         self._held = False
-        self._memory = memory
+        self._saved = saved
         self._wake = asyncio.Event()
         self._machine = Machine(
-            system=around.system,
-            prefix=around.layout.prefix,
+            system=context.system,
+            prefix=context.layout.prefix,
             directory=directory,
-            clock=around.clock,
-            user=around.user,
+            clock=context.clock,
+            user=context.user,
             notify=self._wake.set,
             on_reset=self._saw_reset,
-            on_event=lambda: around.metrics.heard_event(instance),
-            logs=around.logs.of(directory),
+            on_event=lambda: context.metrics.heard_event(instance),
+            logs=context.logs.of(directory),
             log=log.bind(instance=instance),
-            caught_up=None if around.guard is None else around.guard.caught_up,
-            launch=around.launch,
+            caught_up=None if context.guard is None else context.guard.caught_up,
+            launch=context.launch,
         )
-        self.report = Report(instance, around=around, machine=self._machine, wake=self._wake.set, log=log)
-        self.plugs = Plugs(self._machine, around=around, tell=self.report.tell)
+        self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
+        self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
         self._lock = InstanceLock(
-            store=around.store, layout=around.layout, instance=instance, session=around.session.compare
+            store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )
+        self._lock.begin_anew(context.era().count)
         self._start = Start(
-            instance, around=around, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
+            instance, context=context, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
         )
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
-        self._quiet = Quiet(around.settle_s)
+        self._quiet = Quiet(context.settle_s)
         self._adopting = False
         self._inheritance = Inheritance(
-            around.system.processes,
+            context.system.processes,
             directory,
-            boot_id=around.boot_id,
-            clock=around.clock,
-            objection=around.objection,
+            boot_id=context.boot_id,
+            clock=context.clock,
+            objection=context.objection,
         )
-        self._memory_kept = True
+        self._state_written = True
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -132,18 +133,18 @@ class Worker:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
         if fresh:
-            self._quiet.heard(self.wish, wish, self._around.clock.now())
+            self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        memory = noting(self._memory, wish, held=held, hold=hold)
+        saved = noting(self._saved, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
-            memory = replace(memory, shutdown_timeout_s=wish.shutdown_timeout_s)
-        self._remember(memory)
+            saved = replace(saved, shutdown_timeout_s=wish.shutdown_timeout_s)
+        self._save(saved)
         self._wake.set()
 
     def begin_anew(self, wish: Wish) -> None:
@@ -151,10 +152,10 @@ class Worker:
 
         Called right before the lock and the keys of that history are told.
         """
-        self._lock.begin_anew()
+        self._lock.begin_anew(self._context.era().count)
         self.report.begin_anew()
         self._start.claimed_by = None
-        self._remember(in_another_history(self._memory, wish))
+        self._save(in_another_history(self._saved, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
@@ -162,20 +163,20 @@ class Worker:
         self._wake.set()
 
     def notify(self) -> None:
-        """Something around changed (session, hosts): look again."""
+        """The session or the hosts changed: look again."""
         self._wake.set()
 
     def adopt(self, record: Incarnation) -> None:
         """Take over what an earlier supervisor left, before the loop runs."""
-        around = self._around
-        under = HostIdentity.of(around.me, around.layout)
-        self._adopting = self._machine.adopt(record, boot_id=around.boot_id, under=under)
+        context = self._context
+        under = HostIdentity.of(context.me, context.layout)
+        self._adopting = self._machine.adopt(record, boot_id=context.boot_id, under=under)
         if (spec := self._machine.spec) is not None:
             self._start.lives(spec)
 
-    def inherit(self) -> None:
-        """Take over what an earlier supervisor left, as far as that can be; the rest is left alone, and told."""
-        self._memory = self._inheritance.take(self.adopt)  # as its file holds it: that is not written again
+    def inherit(self, record: Incarnation | None = None) -> None:
+        """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
+        self._saved = self._inheritance.take(self.adopt, record)  # as its file holds it: that is not written again
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -184,12 +185,12 @@ class Worker:
     @property
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
-        return self._memory.held
+        return self._saved.held
 
     @property
     def hold(self) -> Hold | None:
         """What is held, where it was told more of it than that."""
-        return hold_of(self._memory)
+        return hold_of(self._saved)
 
     @property
     def has_spoken(self) -> bool:
@@ -227,19 +228,19 @@ class Worker:
         """Observe, decide, act; returns when nothing of it is ours any more. Cancelling it leaves QEMU as it is."""
         while True:
             self._wake.clear()
-            if not self._memory_kept and self._machine.record is not None:
-                self._keep_memory()
+            if not self._state_written and self._machine.record is not None:
+                self._write_state()
             self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
             self.report.say(view, decision)
-            self._around.life.decided(view, decision)
+            self._context.life.decided(view, decision)
             self._admit(view, decision)
             if decision.action is Action.FORGET:
                 return
             if decision.action is None:
-                await self._around.clock.wait(self._wake, decision.wake_at)
+                await self._context.clock.wait(self._wake, decision.wake_at)
                 continue
             try:
                 await point(f"before {decision.action.name}")
@@ -263,18 +264,18 @@ class Worker:
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
-        self._around.admission.release(self.id)
+        self._context.admission.release(self.id)
         await self._machine.detach()
 
     def _pause(self, seconds: float, why: str) -> None:
-        self._etcd_at = self._around.clock.now() + seconds
+        self._etcd_at = self._context.clock.now() + seconds
         if self._etcd_trouble != why:
             self.report.tell("instance.etcd_trouble", reason=why)
         self._etcd_trouble = why
 
     def _admit(self, view: View, decision: Decision) -> None:
         """Give away what this instance does not need for what was decided: its start slot, its memory."""
-        admission = self._around.admission
+        admission = self._context.admission
         if not decision.slot:
             admission.release(self.id)
         # Who is about to start again keeps its memory; who waits, for a bridge maybe, may wait for days.
@@ -283,42 +284,43 @@ class Worker:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
-        around = self._around
+        context = self._context
         process = self._machine.view()
         lock = self._lock.view.lock
-        has_session = None if lock is None else around.host_has_session(lock.host)
-        target = target_of(self.id, self.wish, around)
+        has_session = None if lock is None else context.host_has_session(lock.host)
+        target = target_of(self.id, self.wish, context)
         view = View(
-            now=around.clock.now(),
-            me=around.me,
-            boot_id=around.boot_id,
+            now=context.clock.now(),
+            me=context.me,
+            facts=context.layout.facts,
+            boot_id=context.boot_id,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
-            mismatch=around.mismatch,
-            dissent=around.dissent(),
+            mismatch=context.mismatch,
+            dissent=context.dissent(),
             held=self._held,
-            held_why=self._memory.held_why,
-            era=around.era(),
-            draining=around.draining(),
-            leaving=around.life.leaving(),
-            haste=around.life.haste(),
-            session_held=around.session.held,
+            held_why=self._saved.held_why,
+            era=context.era(),
+            draining=context.draining(),
+            leaving=context.life.leaving(),
+            haste=context.life.haste(),
+            session_held=context.session.held,
             etcd_at=self._etcd_at,
             etcd_trouble=self._etcd_trouble,
             lock=self._lock.view,
             planned=self._start.planned,
-            buried=self._start.buried,
+            last_ended=self._start.last_ended,
             holder_has_session=has_session,
-            deferral=self._start.deferral(lock, holder_has_session=has_session),
+            deferral=self._start.takeover_wait.so_far(lock, holder_has_session=has_session),
             target=target,
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
             process=None if process is None else self.plugs.look(process),
-            memory=self._memory,
-            slot=around.admission.state(self.id),
-            shortage=around.admission.shortage(self.id),
+            saved=self._saved,
+            slot=context.admission.state(self.id),
+            shortage=context.admission.shortage(self.id),
             prepared=self._start.is_prepared(self.wish),
             start_at=self._start.at,
             obstacle=self._start.obstacle,
@@ -329,16 +331,14 @@ class Worker:
             guard_at=self._start.guard_at,
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet.at,
-            start_timeout_s=around.start_timeout_s,
+            start_timeout_s=context.start_timeout_s,
             shutdown_timeout_s=(
-                around.shutdown_timeout_s
-                if self._memory.shutdown_timeout_s is None
-                else self._memory.shutdown_timeout_s
+                context.shutdown_timeout_s if self._saved.shutdown_timeout_s is None else self._saved.shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
             self._adopting = False
-            around.metrics.adopted()
+            context.metrics.adopted()
             self.report.tell("instance.adopted", pid=self._machine.pid)
         return view
 
@@ -355,7 +355,7 @@ class Worker:
         """The wish's problems, and what this host lacks for it."""
         if wish.spec is None:
             return wish.problems
-        return (*wish.problems, *host_problems(wish.spec, self._around.host_side))
+        return (*wish.problems, *host_problems(wish.spec, self._context.host_side))
 
     # --- acting -----------------------------------------------------------------------------------------------
 
@@ -374,9 +374,10 @@ class Worker:
             case Action.LOOK:
                 await start.look()
                 if start.claimed_by is not None:
-                    self._etcd_at = self._around.clock.now() + LOCK_POLL_S
-            case Action.WATCH:
-                await start.watch(wanted(wish))
+                    self._etcd_at = self._context.clock.now() + LOCK_POLL_S
+            case Action.ASK_WATCHERS:
+                assert view.lock.lock is not None
+                await start.takeover_wait.ask_watchers(view.lock.lock, wanted(wish).spec)
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:
@@ -386,7 +387,7 @@ class Worker:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                self._keep_memory()
+                self._write_state()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -400,16 +401,16 @@ class Worker:
             case Action.GROW | Action.ROOM:
                 await start.tend(action, wish)
             case Action.REASSERT:
-                await keeping.reassert(machine, self._lock, self.report, self._around)
+                await keeping.reassert(machine, self._lock, self.report, self._context)
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RENAME:
-                await keeping.rename(self._lock, self.report, self._around)
-            case Action.BURY:
-                await self._bury()
+                await keeping.rename(self._lock, self.report, self._context)
+            case Action.RECORD_EXIT:
+                await self._record_exit()
             case Action.RELEASE:
                 await self._release()
             case (
@@ -425,74 +426,74 @@ class Worker:
             case _:
                 assert_never(action)
 
-    async def _bury(self) -> None:
+    async def _record_exit(self) -> None:
         process = self._machine.view()
         assert process is not None
         assert process.exit is not None
-        # Remembered before the record goes: cut off between the two, the end is taken to the books again.
-        self._remember(
+        # Remembered before the record goes: cut off between the two, the exit is recorded again.
+        self._save(
             after(
-                self._memory,
+                self._saved,
                 process.exit,
                 self.wish,
                 asked=process.asked,
                 ran=not process.never_ran,
                 spawned_at=process.incarnation.spawned_at,
-                now=self._around.clock.now(),
-                jitter=self._around.jitter(),
+                now=self._context.clock.now(),
+                jitter=self._context.jitter(),
             )
         )
-        self._around.metrics.exited(self.id, process.exit.kind)
+        self._context.metrics.exited(self.id, process.exit.kind)
         self.report.tell(
             "instance.ended",
             level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
             reason=process.exit.text,
-            pause_s=self._memory.pause_s,
+            pause_s=self._saved.pause_s,
         )
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
             # Its disks were flushed and closed.
             self._start.closed = process.incarnation.incarnation
-        if self._around.guard is not None:
-            self._around.guard.release(process.incarnation.incarnation)
+        if self._context.guard is not None:
+            self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
-            self._around.life.ended(process.exit, self._machine.wait_status)
-        await self._machine.bury()
-        self._start.buried = process.incarnation.incarnation
-        await self._around.provisioner.left(self.id)
+            self._context.life.ended(process.exit, self._machine.wait_status)
+        await self._machine.drop_record()
+        self._start.last_ended = process.incarnation.incarnation
+        await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:
-        self._around.metrics.guest_reset(self.id)
+        self._context.metrics.guest_reset(self.id)
         self.report.tell_sparingly("instance.guest_reset")
 
-    def _remember(self, memory: Memory) -> None:
+    def _save(self, saved: InstanceState) -> None:
         """Keep what outlives a process, also for a successor while there is a process to adopt."""
-        if memory != self._memory:
-            self._memory = memory
+        if saved != self._saved:
+            self._saved = saved
             if self._machine.record is not None:
-                self._keep_memory()
+                self._write_state()
 
-    def _keep_memory(self) -> None:
+    def _write_state(self) -> None:
         """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
         try:
-            self._machine.directory.write_memory(self._memory)
+            self._machine.directory.write_state(self._saved)
         except OSError as error:
-            if self._memory_kept:
+            if self._state_written:
                 said = explain(error, self._machine.directory.path)
                 self.report.tell("instance.memory_unwritten", level="warning", reason=said)
-            self._memory_kept = False
+            self._state_written = False
         else:
-            self._memory_kept = True
+            self._state_written = True
 
     async def _release(self) -> None:
-        publisher = self._around.publisher
+        status_writer = self._context.status_writer
         await self._start.shut_out_the_dead()
         stale = 0 if self.wish is None or self._held else self.wish.stale_placement
-        if self.wish is not None and self.wish.keys > 0 and publisher.publishes(self.id):
+        if self.wish is not None and self.wish.keys > 0 and status_writer.publishes(self.id):
             last = replace(self.report.status, pid=None, incarnation=None)
-            publisher.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
+            status_writer.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
         else:
             await self._lock.release(None, stale_placement=stale)
-            publisher.forget(self.id)
+            status_writer.forget(self.id)
         if stale and self.wish is not None:
             self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None

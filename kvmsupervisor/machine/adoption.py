@@ -12,9 +12,9 @@ from dataclasses import replace
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.view import LeftAlone
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.system import Processes
 
 LOOK_AGAIN_S = 10.0
@@ -54,39 +54,42 @@ class Inheritance:
         self._clock = clock
         self._objection = objection
 
-    def take(self, adopt: Callable[[Incarnation], None]) -> Memory:
-        """Read the folder and adopt its process; return the memory, a new one when the old one cannot be read.
+    def take(self, adopt: Callable[[Incarnation], None], record: Incarnation | None = None) -> InstanceState:
+        """Read the folder and adopt its process; return the saved state, a new one when the old one cannot be read.
 
         Args:
             adopt: called with the record of a QEMU that may have ended; may raise `Hidden`.
+            record: the record, where it was read already; None to read it.
         """
-        memory, alone = self._read(adopt)
+        saved, alone = self._read(adopt, record)
         before = None if self.alone is None else self.alone.reason
         self.news = None if alone is None or alone.reason == before else alone.reason
         self.alone = None if alone is None else replace(alone, look_at=self._clock.now() + LOOK_AGAIN_S)
-        return memory
+        return saved
 
-    def _read(self, adopt: Callable[[Incarnation], None]) -> tuple[Memory, LeftAlone | None]:
-        directory, memory = self._directory, Memory(boot_id=self._boot_id)
+    def _read(
+        self, adopt: Callable[[Incarnation], None], record: Incarnation | None
+    ) -> tuple[InstanceState, LeftAlone | None]:
+        directory, saved = self._directory, InstanceState(boot_id=self._boot_id)
         try:
-            record = directory.read_incarnation()
-            memory = directory.read_memory(self._boot_id)
+            record = record or directory.read_incarnation()
+            saved = directory.read_state(self._boot_id)
         except Unreadable as error:
-            return memory, _unreadable(self._processes, directory, error)
+            return saved, _unreadable(self._processes, directory, error)
         if record is None:
-            return memory, None
+            return saved, None
         why = self._objection(record)
         try:
             if why is None:
                 adopt(record)
         except Hidden as error:
             why = str(error)
-        return memory, None if why is None else LeftAlone(reason=why, pid=record.pid, starttime=record.starttime)
+        return saved, None if why is None else LeftAlone(reason=why, pid=record.pid, starttime=record.starttime)
 
 
 def _unreadable(processes: Processes, directory: InstanceDir, error: Unreadable) -> LeftAlone:
     """Describe a record that this release cannot read, and the QEMU that probably belongs to it."""
-    found = marks.seek(processes, directory.path)
+    found = process_identity.seek(processes, directory.path)
     if found is None:
         reason = f"{error}; no QEMU is found for it. Start the release that wrote the file, or delete the file"
         return LeftAlone(reason=f"what was kept of it cannot be read: {reason}")

@@ -33,7 +33,7 @@ KVM_GROUP = "kvm"
 
 
 @frozen(kw_only=True)
-class Equipment:
+class HostFacts:
     """What the host offers.
 
     Attributes:
@@ -58,7 +58,7 @@ class Equipment:
         return self.user is None and os.geteuid() == 0
 
 
-def look_around(settings: Settings) -> Equipment:
+def gather_host_facts(settings: Settings) -> HostFacts:
     """Find out what the host offers. Makes /dev/kvm when it is missing, and lets QEMU's user open it.
 
     Raises:
@@ -79,7 +79,7 @@ def look_around(settings: Settings) -> Equipment:
         except DeviceTrouble as error:
             trouble = str(error)
     choice = accelerator.choose(settings.accel.value, trouble=trouble)
-    return Equipment(
+    return HostFacts(
         accelerator=choice,
         user=user,
         host_side=host_side(settings, choice),

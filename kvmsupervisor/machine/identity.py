@@ -37,8 +37,8 @@ FOLDER_MARK = "KVMSUPERVISOR_FOLDER"
 
 
 @frozen(kw_only=True)
-class Marks:
-    """The environment variables that identify a QEMU process as one incarnation.
+class ProcessIdentity:
+    """What identifies a QEMU process as one incarnation: the marks in its environment.
 
     Attributes:
         prefix: `KVM_PREFIX` of the supervisor that started it.
@@ -63,10 +63,10 @@ def name_of(instance: str, incarnation: str) -> dict[str, str]:
     return {INSTANCE_MARK: instance, INCARNATION_MARK: incarnation}
 
 
-def environment_of(marks: Marks) -> dict[str, str]:
+def environment_of(identity: ProcessIdentity) -> dict[str, str]:
     """The whole environment of a QEMU process."""
     kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-    return kept | marks.environment()
+    return kept | identity.environment()
 
 
 def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], None]) -> QemuProcess | None:

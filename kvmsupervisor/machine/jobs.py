@@ -45,7 +45,7 @@ class _Job:
 
     def __init__(self, work: Callable[[Say], Awaitable[Any]]) -> None:
         self.said = "begins"
-        self.good_until: float | None = None
+        self.ended_at = 0.0
         self.hearers: list[Say] = []
         self.task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(self._run(work))
         # Perhaps nobody asks for it any more: then its failure is told to nobody.
@@ -54,10 +54,20 @@ class _Job:
     async def _run(self, work: Callable[[Say], Awaitable[Any]]) -> Any:
         try:
             return await work(self.say)
-        except BaseException as error:
-            hold_s: float = getattr(error, "hold_s", FAILED_S)
-            self.good_until = asyncio.get_running_loop().time() + hold_s
-            raise
+        finally:
+            self.ended_at = asyncio.get_running_loop().time()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended, and came to nothing."""
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
+    def is_over(self, now: float) -> bool:
+        """Whether it has failed so long ago that it is to be begun anew. What went well waits to be told, once."""
+        if not self.has_failed:
+            return False
+        hold_s: float = FAILED_S if self.task.cancelled() else getattr(self.task.exception(), "hold_s", FAILED_S)
+        return now >= self.ended_at + hold_s
 
     def say(self, said: str) -> None:
         self.said = said
@@ -81,7 +91,7 @@ class Jobs:
         job = self._job(name, work)
         if not job.task.done():
             raise Underway(job.said)
-        if job.good_until is None:
+        if not job.has_failed:
             del self._jobs[name]
         result: T = job.task.result()
         return result
@@ -106,7 +116,7 @@ class Jobs:
     def _job(self, name: str, work: Callable[[Say], Awaitable[Any]]) -> _Job:
         job = self._jobs.get(name)
         now = asyncio.get_running_loop().time()
-        if job is None or (job.task.done() and (job.good_until is None or now >= job.good_until)):
+        if job is None or job.is_over(now):
             job = self._jobs[name] = _Job(work)
         return job
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kvmsupervisor.adapters import disk_files, fetch, image_files, image_tools
+from kvmsupervisor.adapters import disk_files, image_files, image_tools
 from kvmsupervisor.adapters.disk_files import FileTrouble, Threads
-from kvmsupervisor.adapters.fetch import FetchFailed, RangeRefused
 from kvmsupervisor.adapters.image_files import Digest
 from kvmsupervisor.adapters.image_tools import ToolFailed
 from kvmsupervisor.adapters.resources import explain
@@ -30,6 +29,9 @@ from kvmsupervisor.domain.media import shown_url
 from kvmsupervisor.machine.images import DiskTrouble
 from kvmsupervisor.machine.jobs import FAILED_S, Hopeless, Jobs, Say
 
+if TYPE_CHECKING:
+    from kvmsupervisor.machine.image_download import Download
+
 T = TypeVar("T")
 
 KEEP_BYTES = 1 << 30
@@ -37,9 +39,6 @@ KEEP_BYTES = 1 << 30
 
 LOOK_EVERY_S = 1.0
 """How often it is looked whether there is room left while a tool writes."""
-
-LOOK_EVERY_BYTES = 64 << 20
-"""The same while an image is fetched."""
 
 FLUSH_S = 3600.0
 """How long a file system may take to have an image on the disk. Arbitrary: a slow one has gigabytes to write."""
@@ -78,24 +77,6 @@ class Sources:
     follow_inward: bool = False
 
 
-class Download(Protocol):
-    """Fetches an image, as `fetch.download` does."""
-
-    async def __call__(
-        self,
-        url: str,
-        into: fetch.Sink,
-        *,
-        have: int,
-        limit_bytes: int,
-        file_root: Path | None,
-        ca_file: Path | None,
-        follow_inward: bool,
-    ) -> None:
-        """Fetch it; see there."""
-        ...
-
-
 @frozen(kw_only=True)
 class Stored:
     """A file of the library, open.
@@ -126,7 +107,7 @@ class Library:
         user: that QEMU runs as, and what converts images; None for our own.
         jobs: of this host.
         kept: the SHA-256 of each image that the keys name; None where that is not known now.
-        download: fetches one.
+        download: fetches one; None for `fetch.download`.
         threads: makes what runs calls that may block.
     """
 
@@ -140,19 +121,20 @@ class Library:
         user: QemuUser | None,
         jobs: Jobs,
         kept: Callable[[], Awaitable[Collection[str] | None]],
-        download: Download = fetch.download,
+        download: Download | None = None,
         threads: Callable[[], Threads] = Threads,
     ) -> None:
         self.folder = folder
         self.limits = limits
         self._is_own = is_own
-        self._sources = sources
+        self.sources = sources
         self._user = user
         self._jobs = jobs
         self._kept = kept
         self._download = download
         self._threads = threads()
-        self._looking = asyncio.Lock()
+        # Several jobs ask at once, and `Threads` takes one call of a name at a time.
+        self._looking, self._measuring = asyncio.Lock(), asyncio.Lock()
 
     # --- what others ask for ----------------------------------------------------------------------------------
 
@@ -189,11 +171,11 @@ class Library:
         fd = image_files.open_whole(self.folder, name)
         if fd is None:
             return None
-        try:
-            return Stored(fd=fd, path=self.folder / name, size=self._size(image, fd, form))
-        except BaseException:
-            os.close(fd)
-            raise
+        with ExitStack() as undo:
+            undo.callback(os.close, fd)
+            found = Stored(fd=fd, path=self.folder / name, size=self._size(image, fd, form))
+            undo.pop_all()
+        return found
 
     async def _call(
         self,
@@ -215,7 +197,7 @@ class Library:
         """Say which image an error is about."""
         try:
             yield
-        except (FileTrouble, FetchFailed, ToolFailed) as error:
+        except (FileTrouble, ToolFailed) as error:
             raise DiskTrouble(f"image {image.name}: {error}", FAILED_S) from error
         except OSError as error:
             raise DiskTrouble(f"image {image.name}: {explain(error, self.folder)}", FAILED_S) from error
@@ -267,28 +249,10 @@ class Library:
             raise DiskTrouble(f"image {image.name}: another program of this host is fetching it", 2.0) from None
 
     async def _fetch_rest(self, image: Image, digest: Digest, say: Say) -> None:
-        resumed = digest.size > 0
-        sink = _Filling(self, image, digest, say)
-        try:
-            await self._from_server(image, sink, digest.size)
-        except RangeRefused:
-            await self._from_server(image, sink, 0)
-        if digest.hex() != image.sha256 and resumed:
-            # What was there was no beginning of it: the server has another file now, or a power cut left holes.
-            await self._from_server(image, sink, 0)
+        # Imported here: a supervisor whose machines have their disks does without HTTP and TLS.
+        from kvmsupervisor.machine.image_download import fetch_rest  # noqa: PLC0415
 
-    async def _from_server(self, image: Image, sink: _Filling, have: int) -> None:
-        sources = self._sources
-        await self._download(
-            image.url,
-            sink,
-            have=have,
-            limit_bytes=self.limits.size_bytes,
-            file_root=sources.file_root,
-            ca_file=sources.ca_file,
-            follow_inward=sources.follow_inward,
-        )
-        await sink.flush()
+        await fetch_rest(self, image, digest, say, download=self._download)
 
     async def _check(self, image: Image, fd: int, digest: Digest) -> None:
         """Refuse what is not the image, and what no disk may be made of."""
@@ -363,7 +327,8 @@ class Library:
         Raises:
             FileTrouble, OSError: it cannot be told.
         """
-        found = await self._threads.call(f"room of {folder}", partial(disk_files.room, folder, as_root=False))
+        async with self._measuring:
+            found = await self._threads.call("measuring", partial(disk_files.room, folder, as_root=False))
         return found - self.limits.keep_bytes
 
     async def need_room(self, folder: Path, more: int, what: str) -> None:
@@ -398,57 +363,6 @@ class Library:
         return task.result()
 
 
-class _Filling:
-    """Takes what a server sends, a mebibyte at a time, and sees to room. Implements `fetch.Sink`."""
-
-    def __init__(self, library: Library, image: Image, digest: Digest, say: Say) -> None:
-        self._library = library
-        self._image = image
-        self._digest = digest
-        self._say = say
-        self._whole: int | None = None
-        self._buffer = bytearray()
-        self._looked_at = 0
-        self._said = -1
-
-    async def begin(self, at: int, whole: int | None) -> None:
-        self._whole = whole
-        self._buffer.clear()
-        if at == 0:
-            await self._library.write(self._image, self._digest.drop)
-        await self._library.need_room(self._library.folder, (whole or at) - at, f"image {self._image.name}")
-        self._looked_at = at
-        self._tell()
-
-    async def take(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) >= fetch.FILE_BYTES:
-            await self.flush()
-
-    async def flush(self) -> None:
-        """Write what has come."""
-        if not self._buffer:
-            return
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        await self._library.write(self._image, partial(self._digest.append, data))
-        if self._digest.size - self._looked_at >= LOOK_EVERY_BYTES:
-            self._looked_at = self._digest.size
-            await self._library.need_room(self._library.folder, 0, f"image {self._image.name}")
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._whole:
-            step = self._digest.size * 100 // self._whole // STEP * STEP
-            said = f"fetched {step} % of {size_for_people(self._whole)}"
-        else:
-            step = self._digest.size // LOOK_EVERY_BYTES
-            said = f"fetched {size_for_people(step * LOOK_EVERY_BYTES)}, of a size that its server does not tell"
-        if step != self._said:
-            self._said = step
-            self._say(f"{said} from {shown_url(self._image.url)}")
-
-
 def library_of(
     settings: Settings,
     *,
@@ -472,11 +386,6 @@ def library_of(
         kept=kept,
         threads=threads,
     )
-
-
-def size_for_people(size: int) -> str:
-    """Bytes, roughly."""
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
 
 
 def _name_of(image: Image, form: DiskFormat) -> str:

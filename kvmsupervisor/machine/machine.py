@@ -1,4 +1,4 @@
-"""The QEMU process of one instance, from its record to its burial. The worker observes it and acts through it.
+"""The QEMU process of one instance, from its first record to the end of it. The worker observes it and acts through it.
 
 Joins three adapters (processes, QMP, run directory). Decides nothing.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor.adapters.cgroup import Home
+from kvmsupervisor.adapters.cgroup import Cgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorRefused
@@ -34,7 +34,7 @@ from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
 from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.failpoints import cut
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
@@ -49,7 +49,7 @@ KILL_S = 5.0
 
 
 class Machine:
-    """The instance's QEMU: none, living, or ended and not yet buried.
+    """The instance's QEMU: none, living, or ended and still on record.
 
     `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
     is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
@@ -196,7 +196,9 @@ class Machine:
 
     def holdover(self, instance: str, lock: Lock) -> int | None:
         """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
-        return marks.pid_of(self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime)
+        return process_identity.pid_of(
+            self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime
+        )
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
@@ -205,7 +207,7 @@ class Machine:
         record: Incarnation,
         build: Callable[[Channels], Provision],
         argv: Callable[[Provision], Sequence[str]],
-        home: Home,
+        cgroup: Cgroup,
     ) -> None:
         """Write the record, start QEMU, then add its pid to it. The arguments are those of `spawn.SpawnRequest`.
 
@@ -223,7 +225,7 @@ class Machine:
                     record=record,
                     build=build,
                     argv=argv,
-                    home=home,
+                    cgroup=cgroup,
                     processes=self._processes,
                     prefix=self._prefix,
                     user=self._user,
@@ -260,11 +262,12 @@ class Machine:
             process.Hidden: a process with that pid lives, and its identity cannot be read. The record stays.
         """
         is_of_boot = record.boot_id == boot_id
-        found = marks.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
+        found = process_identity.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
         self._clear()
         self._begin(record)
         self._process = found
         if found is not None:
+            self._talk.run_state = PAUSED if record.paused else None
             self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
@@ -303,8 +306,11 @@ class Machine:
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
-        """Ask for the run state."""
+        """Ask for the run state. A successor learns from the record that a person has paused the guest."""
         await self._talk.probe()
+        if self._talk.run_state in {PAUSED, RUNNING}:
+            with contextlib.suppress(OSError):
+                self.note(paused=self._talk.run_state == PAUSED)
         if self._launch.furnished and self._talk.run_state == RUNNING:
             # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)
@@ -402,10 +408,10 @@ class Machine:
         self.directory.write_incarnation(self.record)
         self._kept = True
 
-    async def bury(self) -> None:
+    async def drop_record(self) -> None:
         """Delete the record of an ended process. The caller has recorded the exit."""
         await self.detach()
-        cut("end in the books, still on record")
+        cut("exit recorded, process still on record")
         self.directory.drop_incarnation()
         self.record = None
         self.spec = None

@@ -16,7 +16,7 @@ from pathlib import Path
 from uuid import UUID
 
 from kvmsupervisor.adapters import devices, ports, resources
-from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Homes
+from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed, CgroupManager
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
@@ -144,7 +144,7 @@ class Opened:
         tap_names: the names of the taps on the host.
         bridges: the bridge of each tap.
         spice_password: path of the file with the SPICE password; None without one.
-        home: the cgroup that the process enters.
+        cgroup: the cgroup that the process enters.
         closing: closes our descriptors; QEMU has inherited its own by then.
     """
 
@@ -155,7 +155,7 @@ class Opened:
     tap_names: tuple[str, ...]
     bridges: tuple[str, ...]
     spice_password: str | None
-    home: Home
+    cgroup: Cgroup
     closing: contextlib.ExitStack
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
@@ -183,7 +183,7 @@ class Provisioner:
         files: paths and choices of this host.
         user: the user that QEMU runs as, and owner of its files; None for the supervisor's own.
         types: the machine types that QEMU knows.
-        homes: cgroups for QEMU processes.
+        cgroups: makes cgroups for QEMU processes.
         disks: images in Ceph.
         local_disks: files of this host.
         contents: what new disks begin with.
@@ -197,7 +197,7 @@ class Provisioner:
         files: HostFiles,
         user: QemuUser | None,
         types: MachineTypes,
-        homes: Homes,
+        cgroups: CgroupManager,
         disks: Disks,
         local_disks: LocalDisks,
         contents: Contents,
@@ -207,7 +207,7 @@ class Provisioner:
         self._files = files
         self._user = user
         self._types = types
-        self._homes = homes
+        self._cgroups = cgroups
         self._disks = disks
         self._local_disks = local_disks
         self._contents = contents
@@ -373,11 +373,13 @@ class Provisioner:
         self._check_display(instance, spec)
         machine = machine or await self._types.versioned(spec.machine)
         # Not in `prepare`: only the holder of the lock may make an image.
-        for disk in ready.lacking:
-            try:
+        try:
+            for disk in ready.lacking:
                 await self._contents.make(instance, disk)
-            except DiskTrouble as error:
-                raise NotReady(str(error), error.retry_s) from error
+            if ready.lacking:
+                await self._disks.check(spec)  # a pool may have its own mind of what is made there
+        except DiskTrouble as error:
+            raise NotReady(str(error), error.retry_s) from error
         if ready.nvram is not None and ready.nvram.rbd is not None:
             await self._furnish_variables(instance, ready.nvram.rbd)
         with contextlib.ExitStack() as stack:
@@ -387,9 +389,9 @@ class Provisioner:
                     stack.callback(os.close, fd)
                 password = self._write_password(spec, directory)
                 taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
-                home = await self._homes.prepare(instance, incarnation, _limits(spec))
-                stack.callback(home.close)
-            except (NetworkTrouble, HomeFailed, DiskTrouble) as error:
+                cgroup = await self._cgroups.prepare(instance, incarnation, _limits(spec))
+                stack.callback(cgroup.close)
+            except (NetworkTrouble, CgroupFailed, DiskTrouble) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
                 said = explain(error, directory.path)
@@ -402,7 +404,7 @@ class Provisioner:
                 tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
                 bridges=self._bridges(spec),
                 spice_password=password,
-                home=home,
+                cgroup=cgroup,
                 closing=stack.pop_all(),
             )
 
@@ -450,7 +452,7 @@ class Provisioner:
         """Note that the QEMU is proven gone."""
         self._displays.pop(instance, None)
         self._local_disks.left(instance)
-        await self._homes.remove(instance)
+        await self._cgroups.remove(instance)
 
     def _check_display(self, instance: InstanceId, spec: Spec) -> None:
         if spec.spice_port is None:

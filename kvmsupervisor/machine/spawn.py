@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvmsupervisor.adapters.cgroup import Home
+from kvmsupervisor.adapters.cgroup import Cgroup
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.failpoints import cut
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.system import Processes, QemuProcess
 
@@ -27,7 +27,7 @@ class SpawnRequest:
         record: the record of the process to start, without pid, argv and log offset.
         build: makes the provision from the listening sockets.
         argv: makes the command line from the provision.
-        home: the cgroup that the process enters before it becomes QEMU; the caller waits until it has.
+        cgroup: the cgroup that the process enters before it becomes QEMU; the caller waits until it has.
         processes: of this host.
         prefix: `KVM_PREFIX`, for the marks.
         user: the user that QEMU runs as; None for our own.
@@ -40,7 +40,7 @@ class SpawnRequest:
     record: Incarnation
     build: Callable[[Channels], Provision]
     argv: Callable[[Provision], Sequence[str]]
-    home: Home
+    cgroup: Cgroup
     processes: Processes
     prefix: str
     user: QemuUser | None
@@ -56,7 +56,7 @@ def spawn(request: SpawnRequest) -> QemuProcess:
         SpawnFailed: the program cannot be started. The record exists.
         OSError: the host lacks disk space, open files or memory. There is no record and no process.
     """
-    directory, home = request.directory, request.home
+    directory, cgroup = request.directory, request.cgroup
     directory.create()
     with contextlib.ExitStack() as stack:
 
@@ -80,9 +80,9 @@ def spawn(request: SpawnRequest) -> QemuProcess:
             request.on_record(record)
             cut("on record, not spawned")
             return request.processes.spawn(
-                home.wrap(words if request.user is None else (*request.user.become(), *words)),
-                environment=marks.environment_of(
-                    marks.Marks(
+                cgroup.wrap(words if request.user is None else (*request.user.become(), *words)),
+                environment=process_identity.environment_of(
+                    process_identity.ProcessIdentity(
                         prefix=request.prefix,
                         instance=record.instance,
                         incarnation=record.incarnation,
@@ -92,7 +92,7 @@ def spawn(request: SpawnRequest) -> QemuProcess:
                 log_fd=own_log,
                 pass_fds=provision.descriptors,
                 on_end=request.on_end,
-                stdin=home.stdin,
+                stdin=cgroup.stdin,
             )
         except OSError:
             directory.drop_incarnation()

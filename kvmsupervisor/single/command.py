@@ -21,7 +21,7 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters import accelerator, devices, network
-from kvmsupervisor.adapters.cgroup import Anywhere
+from kvmsupervisor.adapters.cgroup import SameCgroup
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble
@@ -33,7 +33,7 @@ from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.grouping import Flat
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.removal import Hold
@@ -43,13 +43,13 @@ from kvmsupervisor.domain.view import Action, Process, View
 from kvmsupervisor.instance.alone import see_to_its_end
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.host import Equipment, ceph_access, look_at_bridge
+from kvmsupervisor.machine.host import HostFacts, ceph_access, look_at_bridge
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.system import System
 from kvmsupervisor.single.container import Container, Manner
 from kvmsupervisor.single.front import in_front
-from kvmsupervisor.single.identity import Stand
+from kvmsupervisor.single.identity import ContainerIdentity
 from kvmsupervisor.single.life import ContainersLife, NotHere
 
 log = structlog.get_logger(__name__)
@@ -189,14 +189,14 @@ class SingleCommand:
 
     async def _under_lock(self, directory: InstanceDir, lock_key: str) -> None:
         settings, outside = self._settings, self._outside
-        stand = Stand.of(settings, lock_key, outside, instance=None)
+        identity = ContainerIdentity.of(settings, lock_key, outside, instance=None)
         async with AsyncExitStack() as stack:
-            stand.run_dir.acquire()
-            stack.callback(stand.run_dir.release)
+            identity.run_dir.acquire()
+            stack.callback(identity.run_dir.release)
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
             container = Container(
-                stand,
+                identity,
                 self._life,
                 settings=settings,
                 outside=replace(
@@ -206,11 +206,13 @@ class SingleCommand:
                 ),
                 store=store,
                 manner=Manner(
-                    desire=Command(stand.name, holder=stand.holder.name, options=self._options),
-                    equipment=_bare(settings),
+                    desire=Command(identity.name, holder=identity.holder.name, options=self._options),
+                    host_facts=_bare(settings),
                     directory=directory,
                     admission=Admission(1),
-                    launch=in_front(settings.qemu, self._options, marked_as=stand.run_dir.instance(stand.name).path),
+                    launch=in_front(
+                        settings.qemu, self._options, marked_as=identity.run_dir.instance(identity.name).path
+                    ),
                     bridge_owner="",
                     # Whoever started it sees what it does, and may stop it.
                     start_timeout_s=math.inf,
@@ -271,6 +273,7 @@ class SingleCommand:
             return View(
                 now=clock.now(),
                 me=settings.hostname,
+                facts=settings.facts_prefix,
                 boot_id=boot_id,
                 wish=wish,
                 leaving=self._life.leaving(),
@@ -278,13 +281,13 @@ class SingleCommand:
                 # There is no lock, and no etcd to ask for one.
                 session_held=False,
                 process=process,
-                memory=Memory(boot_id=boot_id),
+                saved=InstanceState(boot_id=boot_id),
                 shutdown_timeout_s=settings.shutdown_timeout_s,
             )
 
         try:
             if not self._life.left.is_set():
-                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, Anywhere())
+                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, SameCgroup())
             ended = await see_to_its_end(machine, wake=wake, clock=clock, view=view, decided=self._life.decided)
             if ended is not None and ended.exit is not None:
                 self._life.ended(ended.exit, machine.wait_status)
@@ -308,9 +311,9 @@ def _is_elsewhere(view: View) -> bool:
     return view.claim is Claim.UNREADABLE or view.claimed_by is not None or view.holdover is not None
 
 
-def _bare(settings: Settings) -> Equipment:
+def _bare(settings: Settings) -> HostFacts:
     """What options need of a host: nothing that is known of them."""
-    return Equipment(
+    return HostFacts(
         accelerator=accelerator.Choice(name="tcg"),
         user=None,
         host_side=HostSide(qemu=settings.qemu, accel="tcg"),

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import structlog
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters.cgroup import Nowhere
+from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.owners import other_of_client
 from kvmsupervisor.config.settings import Settings
@@ -28,12 +29,12 @@ from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.spec import Power, Wish
-from kvmsupervisor.instance.assembly import Outside, surround
+from kvmsupervisor.instance.assembly import Outside, assemble_context
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment
+from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import Launch
-from kvmsupervisor.single.identity import LET_GO_S, Stand, end_session
+from kvmsupervisor.single.identity import LET_GO_S, ContainerIdentity, end_session
 from kvmsupervisor.single.life import ContainersLife
 
 log = structlog.get_logger(__name__)
@@ -72,7 +73,7 @@ class Manner:
 
     Attributes:
         desire: what is to be run.
-        equipment: what the host brings for it.
+        host_facts: what the host brings for it.
         directory: the folder of its sockets and records.
         admission: the memory that it has to fit into.
         launch: how its QEMU is started.
@@ -82,7 +83,7 @@ class Manner:
     """
 
     desire: Desire
-    equipment: Equipment
+    host_facts: HostFacts
     directory: InstanceDir
     admission: Admission
     launch: Launch
@@ -95,7 +96,7 @@ class Container:
     """One container. Made inside the event loop, its folder being its own; `run` does the rest.
 
     Args:
-        stand: who it is.
+        identity: who the container is.
         life: what it is told.
         settings: of this host.
         outside: the world.
@@ -108,7 +109,7 @@ class Container:
 
     def __init__(
         self,
-        stand: Stand,
+        identity: ContainerIdentity,
         life: ContainersLife,
         *,
         settings: Settings,
@@ -116,7 +117,7 @@ class Container:
         store: Store,
         manner: Manner,
     ) -> None:
-        self._stand = stand
+        self._identity = identity
         self._life = life
         self._settings = settings
         self._clock = outside.clock
@@ -124,22 +125,22 @@ class Container:
         self._desire = manner.desire
         self._hold: Hold | None = None
         self._era = 0
-        self._member = stand.join(settings, outside, store=store, on_hosts=self._notify)
+        self._member = identity.join(settings, outside, store=store, on_hosts=self._notify)
         session = self._member.session
         self._links = outside.links(self._on_links)
-        around = surround(
+        context = assemble_context(
             self._member,
             settings=settings,
             outside=outside,
-            equipment=manner.equipment,
+            host_facts=manner.host_facts,
             # It ends with its container, which has the cgroup that the operator gave it.
-            homes=Nowhere(survives_container=False),
+            cgroups=NoCgroups(survives_container=False),
             admission=manner.admission,
             links=self._links,
             # Counted for nobody: nothing listens.
             metrics=Metrics(
                 lambda: Snapshot(etcd_up=session.held, session_remaining_s=session.remaining_s, watch_revision=0),
-                host=stand.holder.name,
+                host=identity.holder.name,
                 version=__version__,
             ),
             bridge_owner=manner.bridge_owner,
@@ -157,11 +158,11 @@ class Container:
             life=life,
             launch=manner.launch,
         )
-        self._around = replace(around, start_timeout_s=manner.start_timeout_s, takeover_wait_s=manner.takeover_wait_s)
+        self._context = replace(context, start_timeout_s=manner.start_timeout_s, takeover_wait_s=manner.takeover_wait_s)
         self.instance = self._begin(manner.directory)
-        layout = stand.holder.layout
+        layout = identity.holder.layout
         self._locks = Flat()
-        self._mirrors = {
+        self._informers = {
             prefix: Informer(
                 store=store,
                 clock=self._clock,
@@ -171,7 +172,7 @@ class Container:
                 on_change=lambda changed, revision: self._tell(),
                 rand=outside.jitter,
             )
-            for prefix, table in {**self._desire.tables, layout.lock_key(stand.name): self._locks}.items()
+            for prefix, table in {**self._desire.tables, layout.lock_key(identity.name): self._locks}.items()
         }
         session.listen(self.instance.notify)
         life.listen(self.instance.notify)
@@ -181,12 +182,12 @@ class Container:
 
         One that has ended is not this container's end: nothing is known of it but what its lock says.
         """
-        name = self._stand.name
+        name = self._identity.name
 
         def make() -> Worker:
             # A container begins anew: what an earlier one's QEMU came to is told, and no reason to rest.
-            memory = replace(directory.read_memory(self._stand.holder.boot_id), ended=None, held=False)
-            return Worker(name, around=self._around, directory=directory, memory=memory, log=log)
+            saved = replace(directory.read_state(self._identity.holder.boot_id), ended=None, held=False)
+            return Worker(name, context=self._context, directory=directory, saved=saved, log=log)
 
         instance, record = make(), directory.read_incarnation()
         if record is not None:
@@ -205,33 +206,31 @@ class Container:
         Raises:
             HostnameTaken: another container of this host runs it; inside an exception group.
         """
-        around, instance, history = self._around, self.instance, self._member.history
+        context, instance, history = self._context, self.instance, self._member.history
+        work: tuple[Part, ...] = (
+            context.session.run,
+            self._links.run,
+            *(informer.run for informer in self._informers.values()),
+            self._member.neighbours.run,
+            history.run,
+            partial(history.run_speaking, self._may_speak, self._member.speak),
+            self._publish,
+            self._first_look,
+            context.logs.run,
+        )
         async with asyncio.TaskGroup() as parts:
-            serving = [
-                start_part(parts, part)
-                for part in (
-                    around.session.run(),
-                    self._links.run(),
-                    *(mirror.run() for mirror in self._mirrors.values()),
-                    self._member.neighbours.run(),
-                    history.run(),
-                    history.run_speaking(self._may_speak, self._member.speak),
-                    self._publish(),
-                    self._first_look(),
-                    around.logs.run(),
-                )
-            ]
-            loop = start_part(parts, keep_going(instance, clock=self._clock, on_error=lambda: None))
-            impatient = start_part(parts, self._give_up_on_etcd(loop))
+            serving = [start_part(parts, part) for part in work]
+            loop = start_part(parts, partial(keep_going, instance, clock=self._clock, on_error=lambda: None))
+            impatient = start_part(parts, partial(self._give_up_on_etcd, loop))
             await asyncio.wait([loop])
-            if around.session.held:
-                await around.publisher.flush()
+            if context.session.held:
+                await context.status_writer.flush()
             for task in (impatient, *serving):
                 task.cancel()
-        await around.contents.close()
+        await context.contents.close()
         await instance.detach()
-        around.logs.close()
-        await end_session(around.session)
+        context.logs.close()
+        await end_session(context.session)
 
     async def _give_up_on_etcd(self, loop: asyncio.Task[None]) -> None:
         """Once QEMU is gone and the lock cannot be released, end all the same: the next container takes it."""
@@ -239,45 +238,45 @@ class Container:
         while self.instance.pid is not None:
             await self._clock.sleep(LOOK_S)
         await self._clock.sleep(LET_GO_S)
-        log.warning("lock.not_released", instance=self._stand.name, reason="etcd did not do it in time")
+        log.warning("lock.not_released", instance=self._identity.name, reason="etcd did not do it in time")
         loop.cancel()
 
     async def _publish(self) -> None:
         """Learn what the status key holds, then keep it up."""
-        name = self._stand.name
-        written = (await self._around.publisher.learn(name)).get(name)
+        name = self._identity.name
+        written = (await self._context.status_writer.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
-        await self._around.publisher.run()
+        await self._context.status_writer.run()
 
     # --- what it is told --------------------------------------------------------------------------------------
 
     async def _first_look(self) -> None:
-        for mirror in self._mirrors.values():
-            await mirror.synced.wait()
+        for informer in self._informers.values():
+            await informer.synced.wait()
         self._tell()
 
     def _tell(self) -> None:
         """Tell the instance what its wish and its lock are now."""
         instance, life = self.instance, self._life
-        key = self._stand.lock_key
-        mirrors = self._mirrors.values()
-        if not self._in_step or len({mirror.era for mirror in mirrors}) > 1:
+        key = self._identity.lock_key
+        informers = self._informers.values()
+        if not self._in_step or len({informer.era for informer in informers}) > 1:
             instance.notify()
             return
-        era = self._mirrors[key].era
+        era = self._informers[key].era
         anew, self._era = era != self._era, era
         wish = self._desire.wish()
         if anew:
             instance.begin_anew(wish)
-            self._around.publisher.begin_anew()
+            self._context.status_writer.begin_anew()
         runs = instance.pid is not None
         self._hold = self._desire.hold(wish, former=instance.wish, runs=runs, anew=anew)
         lock = self._locks.get(key.encode())
         instance.saw_lock(
             data=None if lock is None else lock.value,
             mod_revision=0 if lock is None else lock.mod_revision,
-            as_of=self._mirrors[key].revision,
+            as_of=self._informers[key].revision,
         )
         instance.update(wish, held=self._hold is not None, fresh=False, hold=self._hold)
         if wish.power is Power.OFF and life.leaving() is None and self._hold is None:
@@ -285,7 +284,7 @@ class Container:
 
     @property
     def _in_step(self) -> bool:
-        return all(mirror.synced.is_set() for mirror in self._mirrors.values())
+        return all(informer.synced.is_set() for informer in self._informers.values())
 
     def _notify(self) -> None:
         self.instance.notify()
@@ -297,7 +296,7 @@ class Container:
     def _may_speak(self) -> bool:
         """Whether the lock says what runs here, in the history that etcd has now."""
         known = self._era == self._member.history.era and self._in_step
-        return known and self._around.session.held and self.instance.has_spoken
+        return known and self._context.session.held and self.instance.has_spoken
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
         """The instance, other than this one, whose lock has a storage client on record; asked of etcd, for a takeover.
@@ -305,4 +304,4 @@ class Container:
         Raises:
             EtcdError: etcd does not say.
         """
-        return await other_of_client(self._store, self._settings.layout, client, own=self._stand.lock_key)
+        return await other_of_client(self._store, self._settings.layout, client, own=self._identity.lock_key)

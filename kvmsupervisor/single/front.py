@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kvmsupervisor.machine.identity import Marks
+from kvmsupervisor.machine.identity import ProcessIdentity
 from kvmsupervisor.machine.spawn import Launch, SpawnRequest
 from kvmsupervisor.machine.system import QemuProcess
 
@@ -40,7 +40,7 @@ def in_front(program: str, options: Sequence[str], *, marked_as: Path | None) ->
     is_paused = marked_as is not None
 
     def spawn(request: SpawnRequest) -> QemuProcess:
-        """Start it. Nothing is built for it, and it has no logs, user or home but ours."""
+        """Start it. Nothing is built for it, and it has no logs, user or cgroup but ours."""
         directory = request.directory
         directory.create()
         with directory.listen(directory.qmp_socket) as qmp:
@@ -54,7 +54,7 @@ def in_front(program: str, options: Sequence[str], *, marked_as: Path | None) ->
             marks = {}
             if marked_as is not None:
                 name, incarnation = record.instance, record.incarnation
-                known = Marks(prefix=request.prefix, instance=name, incarnation=incarnation, folder=marked_as)
+                known = ProcessIdentity(prefix=request.prefix, instance=name, incarnation=incarnation, folder=marked_as)
                 marks = known.environment()
             return request.processes.spawn_in_front(
                 words, environment={**os.environ, **marks}, pass_fds=[qmp.fileno()], on_end=request.on_end

@@ -1,4 +1,4 @@
-"""Who a container in single mode is: its name, its folder, and its session, none of which a supervisor shares.
+"""Identity of a container in single mode: its holder name, run directory and session. No supervisor shares them.
 
 See docs/decisions/0013-single-mode.md.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Self
 
 import structlog
 
@@ -29,13 +30,13 @@ container waits. What is not released is a leftover, which the next container ta
 
 
 @frozen(kw_only=True)
-class Stand:
-    """One container in single mode.
+class ContainerIdentity:
+    """Who one container in single mode is.
 
     Attributes:
-        name: of the instance; without one, of the lock.
-        holder: as whom it holds the lock, whose key is a literal one.
-        run_dir: its own.
+        name: the instance's id; without an instance, the name of the lock.
+        holder: the holder of the lock. The lock's key is a literal one.
+        run_dir: the container's own run directory.
     """
 
     name: InstanceId
@@ -43,8 +44,8 @@ class Stand:
     run_dir: RunDir
 
     @classmethod
-    def of(cls, settings: Settings, lock_key: str, outside: Outside, *, instance: InstanceId | None) -> Stand:
-        """Who holds `lock_key` on this host, for that instance if there is one. The key may lie anywhere."""
+    def of(cls, settings: Settings, lock_key: str, outside: Outside, *, instance: InstanceId | None) -> Self:
+        """Who holds `lock_key` on this host, for `instance` if it has one. The key may lie anywhere."""
         name = name_of(lock_key, prefix=settings.prefix)
         # Eight characters, so that the sockets of the longest id fit below the longest KVM_RUN_DIR that is common.
         digest = hashlib.sha256(f"{settings.prefix}\n{lock_key}".encode()).hexdigest()[:8]
@@ -59,7 +60,7 @@ class Stand:
 
     @property
     def lock_key(self) -> str:
-        """Of its lock."""
+        """The key of its lock."""
         return self.holder.layout.lock_key(self.name)
 
     def join(self, settings: Settings, outside: Outside, *, store: Store, on_hosts: Callable[[], None]) -> Membership:

@@ -28,10 +28,10 @@ from kvmsupervisor.domain.single import refusal, single_wish
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.instance.bridges import withdraw
-from kvmsupervisor.machine.host import Equipment
+from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.single.container import Container, Manner
-from kvmsupervisor.single.identity import Stand
+from kvmsupervisor.single.identity import ContainerIdentity
 from kvmsupervisor.single.life import ContainersLife, NotHere
 
 log = structlog.get_logger(__name__)
@@ -41,18 +41,18 @@ class Keys:
     """What the keys of one instance say. Implements `container.Desire`.
 
     Args:
-        stand: who runs it.
+        identity: the container that runs it.
         host: this host's name, which the key `host` must be.
         overrides: values that win over its keys.
     """
 
-    def __init__(self, stand: Stand, *, host: HostName, overrides: Mapping[str, str]) -> None:
-        layout = stand.holder.layout
-        self._stand = stand
+    def __init__(self, identity: ContainerIdentity, *, host: HostName, overrides: Mapping[str, str]) -> None:
+        layout = identity.holder.layout
+        self._identity = identity
         self._host = host
         self._overrides = overrides
-        self._prefix = layout.instance_prefix(stand.name)
-        self._placement_key = layout.placement_key(stand.name)
+        self._prefix = layout.instance_prefix(identity.name)
+        self._placement_key = layout.placement_key(identity.name)
         self._keys, self._placements = Flat(), Flat()
         self._hold: Hold | None = None
 
@@ -84,12 +84,12 @@ class Keys:
 
     def hold(self, wish: Wish, *, former: Wish | None, runs: bool, anew: bool) -> Hold | None:
         """What would end it is held when it came with another history of etcd, until somebody writes it again."""
-        me = self._stand.holder.name
+        me = self._identity.holder.name
         ends = runs and ends_it(wish, me)
         if anew and ends and (self._hold is not None or former is None or not ends_it(former, me)):
             why = why_held(wish, "what is written since then is heeded, and so is the end of its container")
             self._hold = Hold(order=order_of(wish), why=why, stood={})
-            log.error("removal.held", instance=self._stand.name, reason=why)
+            log.error("removal.held", instance=self._identity.name, reason=why)
         elif not ends or (self._hold is not None and order_of(wish) != self._hold.order):
             self._hold = None
         return self._hold
@@ -100,14 +100,14 @@ class Keys:
             key.removeprefix(self._prefix).encode(errors="replace"): RawValue(value, revision)
             for key, (value, revision) in found.items()
             # Beside a lock of its own the usual one is no wish either.
-            if key not in {self._stand.lock_key, f"{self._prefix}lock"}
+            if key not in {self._identity.lock_key, f"{self._prefix}lock"}
         }
         return single_wish(
-            self._stand.name,
+            self._identity.name,
             keys,
             overrides=self._overrides,
             host=self._host,
-            holder=self._stand.holder.name,
+            holder=self._identity.holder.name,
             placed=placed,
         )
 
@@ -135,13 +135,12 @@ class Single:
         overrides: Mapping[str, str],
     ) -> None:
         self._settings = settings
-        self._id = instance
         self._outside = outside
         self._overrides = dict(overrides)
-        self._stand = Stand.of(settings, lock_key, outside, instance=instance)
+        self._identity = ContainerIdentity.of(settings, lock_key, outside, instance=instance)
         # Not the holder: in a PID namespace the next container has another one, and takes away what this one left.
         self._bridge_owner = f"{lock_key}@{settings.hostname}"
-        self._keys = Keys(self._stand, host=settings.hostname, overrides=self._overrides)
+        self._keys = Keys(self._identity, host=settings.hostname, overrides=self._overrides)
         self._life = ContainersLife(instance)
 
     def signalled(self, number: signal.Signals) -> None:
@@ -160,28 +159,28 @@ class Single:
             Hidden: an earlier container's QEMU may live, and that cannot be seen.
         """
         settings, outside = self._settings, self._outside
-        directory = self._stand.run_dir.instance(self._id)
+        directory = self._identity.run_dir.instance(self._identity.name)
         too_long = len(os.fsencode(directory.path / QMP_SPARE_SOCKET)) - SOCKET_PATH_LIMIT
         if too_long > 0:
             raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
-        equipment = outside.look_around(settings)
+        host_facts = outside.gather_host_facts(settings)
         async with AsyncExitStack() as stack:
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            await self._check(store, equipment)
-            self._stand.run_dir.acquire()
-            stack.callback(self._stand.run_dir.release)
+            await self._check(store, host_facts)
+            self._identity.run_dir.acquire()
+            stack.callback(self._identity.run_dir.release)
             container = Container(
-                self._stand,
+                self._identity,
                 self._life,
                 settings=settings,
                 outside=outside,
                 store=store,
                 manner=Manner(
                     desire=self._keys,
-                    equipment=equipment,
+                    host_facts=host_facts,
                     directory=directory,
-                    admission=Admission(1, equipment.memory_mib),
+                    admission=Admission(1, host_facts.memory_mib),
                     launch=BEHIND,
                     bridge_owner=self._bridge_owner,
                     start_timeout_s=settings.start_timeout_s,
@@ -191,21 +190,21 @@ class Single:
             log.info(
                 "single.started",
                 version=__version__,
-                instance=self._id,
-                holder=self._stand.holder.name,
-                lock=self._stand.lock_key,
+                instance=self._identity.name,
+                holder=self._identity.holder.name,
+                lock=self._identity.lock_key,
                 overrides=sorted(self._overrides),
                 run_dir=str(directory.path),
-                qemu_user=None if equipment.user is None else equipment.user.name,
+                qemu_user=None if host_facts.user is None else host_facts.user.name,
             )
             await container.run()
             await withdraw(outside.system.network, self._bridge_owner)
         status = self._life.outcome()
         if status is None:
-            raise NotHere(f"{self._id}: {container.instance.report.status.reason}")
+            raise NotHere(f"{self._identity.name}: {container.instance.report.status.reason}")
         return status
 
-    async def _check(self, store: Store, equipment: Equipment) -> None:
+    async def _check(self, store: Store, host_facts: HostFacts) -> None:
         """Look at the keys once, before anything is done.
 
         Raises:
@@ -215,10 +214,10 @@ class Single:
         wish = await self._keys.read(store)
         problems = wish.problems
         if wish.spec is not None:
-            problems = (*problems, *host_problems(wish.spec, equipment.host_side))
+            problems = (*problems, *host_problems(wish.spec, host_facts.host_side))
         why = refusal(
             wish,
-            holder=self._stand.holder.name,
+            holder=self._identity.holder.name,
             host=self._settings.hostname,
             problems=problems,
             prefix=self._settings.prefix,

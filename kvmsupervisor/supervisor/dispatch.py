@@ -238,8 +238,9 @@ class Dispatch:
         # What an earlier supervisor held stays so, however few are left of it.
         held = {name for name in fresh if self._instances[name].was_held}
         guard.held |= held
-        running = {name for name, instance in self._instances.items() if instance.pid is not None}
-        if news := (fresh & running) - held:
+        if news := {name for name in fresh - held if self._instances[name].pid is not None}:
+            # All others are looked at only then: this is asked at each change of a key or a lock.
+            running = {name for name, instance in self._instances.items() if instance.pid is not None}
             held |= guard.judge(news, running, self._clock.now())
         if held:
             for name in held:

@@ -16,7 +16,7 @@ from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.cluster.session import Session
-from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.timing import RETRY_CAP_S
@@ -200,8 +200,8 @@ class Drain:
             logs=self._logs.of(directory),
             log=log.bind(instance=record.instance),
         )
-        memory = _memory_of(directory, self._boot_id)
-        timeout_s = memory.shutdown_timeout_s
+        saved = _saved_of(directory, self._boot_id)
+        timeout_s = saved.shutdown_timeout_s
         try:
             try:
                 machine.adopt(record, boot_id=self._boot_id)
@@ -213,12 +213,13 @@ class Drain:
                 return View(
                     now=self._clock.now(),
                     me=self._me,
+                    facts="",  # no lock is looked at
                     boot_id=self._boot_id,
                     wish=None,
                     draining=True,
                     session_held=False,
                     process=process,
-                    memory=memory,
+                    saved=saved,
                     shutdown_timeout_s=self._shutdown_timeout_s if timeout_s is None else timeout_s,
                 )
 
@@ -227,7 +228,7 @@ class Drain:
             )
             if process is not None and process.exit is not None:
                 ended = after(
-                    memory,
+                    saved,
                     process.exit,
                     None,
                     asked=True,
@@ -237,11 +238,11 @@ class Drain:
                     jitter=0.0,
                 )
                 try:
-                    directory.write_memory(ended)
+                    directory.write_state(ended)
                 except OSError as error:
-                    # Who finds no memory is told less, and that is all. The other guests are not given up for it.
+                    # A successor without the saved state knows less, and that is all. The other guests go on.
                     log.warning("instance.memory_unwritten", instance=record.instance, reason=str(error))
-                await machine.bury()
+                await machine.drop_record()
         finally:
             await machine.detach()
 
@@ -255,8 +256,8 @@ def _record_of(directory: InstanceDir) -> Incarnation | None:
         return None
 
 
-def _memory_of(directory: InstanceDir, boot: str) -> Memory:
+def _saved_of(directory: InstanceDir, boot: str) -> InstanceState:
     try:
-        return directory.read_memory(boot)
+        return directory.read_state(boot)
     except Unreadable:
-        return Memory(boot_id=boot)
+        return InstanceState(boot_id=boot)

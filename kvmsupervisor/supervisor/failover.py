@@ -29,7 +29,8 @@ from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import WATCH_EVERY_S, need_mib
+from kvmsupervisor.instance.start import need_mib
+from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +50,7 @@ class LockEntry(Protocol):
 
 
 class AllWishes(Protocol):
-    """The keys and locks of all instances, as `mirror.Wishes` has them."""
+    """The keys and locks of all instances, as `informer.Wishes` has them."""
 
     def ids(self) -> Set[InstanceId]:
         """Every instance."""
@@ -85,12 +86,12 @@ class Failover:
     """The orphans of one host's cluster for which it is a candidate.
 
     Args:
-        around: what all instances of this host share.
+        context: what all instances of this host share.
         wishes: those of all hosts.
     """
 
-    def __init__(self, around: InstanceContext, wishes: AllWishes) -> None:
-        self._around = around
+    def __init__(self, context: InstanceContext, wishes: AllWishes) -> None:
+        self._context = context
         self._wishes = wishes
         self._changed = asyncio.Event()
         # When each was first seen to be an orphan, by the incarnation whose lock it is.
@@ -104,7 +105,7 @@ class Failover:
         """Take what is to be taken, for ever; once all is known, for what was not read yet looks like an orphan's."""
         for ready in first:
             await ready()
-        clock = self._around.clock
+        clock = self._context.clock
         while True:
             self._changed.clear()
             orphans = list(self._orphans())
@@ -115,10 +116,10 @@ class Failover:
                     await self._consider(orphan)
                 except (NotFenced, EtcdError) as error:
                     log.warning("failover.waits", instance=orphan.id, reason=str(error))
-            await clock.wait(self._changed, clock.now() + WATCH_EVERY_S if orphans else None)
+            await clock.wait(self._changed, clock.now() + ASK_WATCHERS_EVERY_S if orphans else None)
 
     def _orphans(self) -> list[_Orphan]:
-        me, found = self._around.me, []
+        me, facts, found = self._context.me, self._context.layout.facts, []
         mark = me.encode()
         for name in self._wishes.ids():
             keys = self._wishes.keys_of(name)
@@ -130,7 +131,7 @@ class Failover:
             if mark not in hosts.value and not (placed.revision and mark in home.value):
                 continue
             wish, lock = parse_wish(name, keys, placed), Lock.from_json(entry.value)
-            rank = place(wish, lock, me=me, has_session=self._around.host_has_session)
+            rank = place(wish, lock, me=me, facts=facts, has_session=self._context.host_has_session)
             if rank is None:
                 continue
             assert lock is not None
@@ -155,20 +156,20 @@ class Failover:
             NotFenced: storage does not tell whether they are in use.
             EtcdError: it was not written, or nobody knows.
         """
-        around = self._around
-        now = around.clock.now()
+        context = self._context
+        now = context.clock.now()
         since = self._since.setdefault((orphan.id, orphan.lock.incarnation), now) + orphan.place * STEP_S
-        if now < since or around.draining() or not around.session.held:
+        if now < since or context.draining() or not context.session.held:
             return
-        if around.era().keeps_waiting(storage_of(orphan.spec), now):
+        if context.era().keeps_waiting(storage_of(orphan.spec), now):
             # Another host may run it, and has not said so in the history that etcd has now.
             return
-        has_room = around.admission.has_room(orphan.id, need_mib(orphan.spec))
-        if not has_room or host_problems(orphan.spec, around.host_side):
+        has_room = context.admission.has_room(orphan.id, need_mib(orphan.spec))
+        if not has_room or host_problems(orphan.spec, context.host_side):
             return
         if orphan.lock.storage is Storage.RBD:
-            watchers = await around.fencing.watchers(images_of(orphan.spec))
-            if watchers and now < since + around.takeover_wait_s:
+            watchers = await context.fencing.watchers(images_of(orphan.spec))
+            if watchers and now < since + context.takeover_wait_s:
                 return
         await self._take(orphan)
 
@@ -177,28 +178,29 @@ class Failover:
 
         Where the instance comes home by it, what goes with the lock is the placement's end.
         """
-        around, layout = self._around, self._around.layout
+        context, layout = self._context, self._context.layout
         lock = take(
             orphan.lock,
-            host=around.me,
-            boot_id=around.boot_id,
+            host=context.me,
+            boot_id=context.boot_id,
+            facts=layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(orphan.spec),
-            epoch_floor=around.era().epoch_floor,
+            epoch_floor=context.era().epoch_floor,
         )
         wish = orphan.wish
         placement_key = layout.placement_key(orphan.id)
-        placed = Placement(host=around.me, why=FAILOVER, since=around.clock.wall(), of=wish.host_revision)
+        placed = Placement(host=context.me, why=FAILOVER, since=context.clock.wall(), of=wish.host_revision)
         compared = compares(
             Change.TAKE_OVER,
             layout=layout,
             instance=orphan.id,
             revision=orphan.lock_revision,
-            session=around.session.compare(),
+            session=context.session.compare(),
             ground=wish.ground,
             holder=orphan.lock.host,
         )
-        result = await around.store.txn(
+        result = await context.store.txn(
             [
                 *compared,
                 # Where it is to run, there is nobody to run it; and this host is still among the candidates.
@@ -207,16 +209,16 @@ class Failover:
             ],
             [
                 Put(layout.lock_key(orphan.id), lock.to_json()),
-                Delete(placement_key) if wish.host == around.me else Put(placement_key, placed.to_json()),
+                Delete(placement_key) if wish.host == context.me else Put(placement_key, placed.to_json()),
             ],
         )
         await point("placed and taken over")
         if result.succeeded:
-            around.metrics.took_over()
+            context.metrics.took_over()
             log.warning(
                 "failover.taken",
                 instance=orphan.id,
                 epoch=lock.epoch,
                 previous=orphan.lock.host,
-                in_place_of=wish.host if wish.host != around.me else None,
+                in_place_of=wish.host if wish.host != context.me else None,
             )

@@ -1,21 +1,22 @@
 """One host, whole: session, keys, statuses, HTTP view, and one task per instance.
 
-`Supervisor` makes it once etcd and the host's equipment are known; everything that it has is there from then on.
+`Supervisor` makes it once etcd and the host facts are known; everything that it has is there from then on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import RemovalApprovals
@@ -25,17 +26,17 @@ from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.identity import HostIdentity, Mismatch
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.assembly import Holder, Membership, Outside, surround
+from kvmsupervisor.instance.assembly import Holder, Membership, Outside, assemble_context
 from kvmsupervisor.instance.bridges import Bridges
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
-from kvmsupervisor.machine.host import Equipment, look_at_files
+from kvmsupervisor.machine.host import HostFacts, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
@@ -61,8 +62,8 @@ class Premises:
         identity: as whom the host works.
         mismatch: how that differs from what the settings say; None when it does not.
         store: etcd.
-        equipment: what the host brings.
-        homes: what QEMUs live in, and why.
+        host_facts: what the host brings.
+        cgroups: the cgroup manager, and why it was chosen.
         drain: whether the host stops all its guests.
         most_files: how many files this process may have open.
     """
@@ -73,8 +74,8 @@ class Premises:
     identity: HostIdentity
     mismatch: Mismatch | None
     store: Store
-    equipment: Equipment
-    homes: cgroup.Chosen
+    host_facts: HostFacts
+    cgroups: cgroup.Chosen
     drain: DrainMark
     most_files: int
 
@@ -88,11 +89,11 @@ class Host:
         premises: what is known of the host.
 
     Attributes:
-        face: what HTTP and the metrics show of it.
+        http_view: what HTTP and the metrics show of it.
     """
 
     def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
-        identity, equipment, clock = premises.identity, premises.equipment, outside.clock
+        identity, host_facts, clock = premises.identity, premises.host_facts, outside.clock
         mismatch = None if premises.mismatch is None else str(premises.mismatch)
         layout, me = identity.layout, identity.host
         self._premises = premises
@@ -103,7 +104,7 @@ class Host:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
         self._guard = MassRemovalHold(settings.mass_removal_window_s)
-        self._admission = Admission(settings.start_parallel, equipment.memory_mib)
+        self._admission = Admission(settings.start_parallel, host_facts.memory_mib)
 
         # In etcd.
         holder = Holder(name=me, boot_id=premises.boot_id, layout=layout, run_dir=settings.run_dir)
@@ -127,7 +128,7 @@ class Host:
         )
         self._history, self._session = member.history, member.session
         self._session.listen(self.notify_all)
-        self._neighbours, self._publisher = member.neighbours, member.publisher
+        self._neighbours, self._status_writer = member.neighbours, member.status_writer
         self._speak = member.speak
         self._wishes = Wishes(
             store=premises.store,
@@ -146,7 +147,7 @@ class Host:
             on_freed=self._let_go,
         )
         self._statuses = Statuses(
-            publisher=self._publisher,
+            status_writer=self._status_writer,
             wishes=self._wishes,
             instances=self._instances,
             # Whether a status without keys is the last word on an instance is known under one's own settings only.
@@ -157,13 +158,13 @@ class Host:
         self._post = GuardClient(
             run_dir=premises.run_dir,
             clock=clock,
-            homes=premises.homes.homes,
+            cgroups=premises.cgroups.cgroups,
             ttl_s=settings.session_ttl_s,
             notify=self.notify_all,
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self.face = HttpView(
+        self.http_view = HttpView(
             host=me,
             instances=self._instances,
             hosts=self._neighbours.table,
@@ -172,25 +173,25 @@ class Host:
             history=self._history,
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
-            qemu_privileged=equipment.privileged,
-            guests_survive=premises.homes.warning is None,
+            qemu_privileged=host_facts.privileged,
+            guests_survive=premises.cgroups.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
         )
-        self._metrics = self.face.counters
+        self._metrics = self.http_view.counters
 
         # For the instances.
         namesakes = Namesakes(self._wishes, member.holder.name)
-        self._around = surround(
+        self._context = assemble_context(
             member,
             settings=settings,
             outside=outside,
-            equipment=equipment,
-            homes=premises.homes.homes,
+            host_facts=host_facts,
+            cgroups=premises.cgroups.cgroups,
             admission=self._admission,
             links=self._links,
             metrics=self._metrics,
-            bridge_owner=equipment.files.bridge_owner,
+            bridge_owner=host_facts.files.bridge_owner,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
             recorded_for=self._recorded_for,
@@ -203,12 +204,12 @@ class Host:
             life=HostsLife(),
             launch=BEHIND,
         )
-        self._failover = Failover(self._around, self._wishes)
+        self._failover = Failover(self._context, self._wishes)
         self._bridges = Bridges(
             network=outside.system.network,
             me=me,
-            owner=equipment.files.bridge_owner,
-            bridge_if=equipment.host_side.bridge_if,
+            owner=host_facts.files.bridge_owner,
+            bridge_if=host_facts.host_side.bridge_if,
             instances=self._instances,
             clock=clock,
         )
@@ -228,17 +229,20 @@ class Host:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    async def take_over(self) -> int:
+    async def take_over(self, records: Mapping[InstanceId, Incarnation]) -> int:
         """Find what an earlier supervisor left running; return of how many instances.
 
         It needs no etcd; what it means is decided once etcd is read.
+
+        Args:
+            records: of QEMUs, as far as they were read already.
         """
-        if self._around.guard is None:
+        if self._context.guard is None:
             await self._post.dismiss()
         run_dir = self._premises.run_dir
         for name in run_dir.instances():
             if run_dir.instance(name).has_record:
-                self._instance(name)
+                self._instance(name, records.get(name))
         return len(self._instances)
 
     def served_at(self, url: str) -> None:
@@ -256,31 +260,29 @@ class Host:
         """
         drain = self._premises.drain
         again = asyncio.Event()
+        work: tuple[Part, ...] = (
+            self._wishes.run,  # first: reading a large cluster takes longest
+            self._neighbours.run,
+            self._history.run,
+            partial(self._history.run_speaking, self._may_speak, self._speak),
+            self._session.run,
+            partial(drain.run_telling, self._session),
+            self._statuses.run,
+            self._look_first,
+            self._confirmations.run,
+            self._context.logs.run,
+            self._links.run,
+            *(() if self._mismatch is not None else (self._bridges.run,)),
+            *(() if self._context.guard is None else (self._context.guard.run,)),
+            partial(self._failover.run, self._wishes.wait_synced, self._neighbours.synced.wait)
+            if self._mismatch is None
+            else partial(self._await_word, stop, again),
+        )
         async with asyncio.TaskGroup() as parts:
-            serving = [
-                start_part(parts, part)
-                for part in (
-                    self._wishes.run(),  # first: reading a large cluster takes longest
-                    self._neighbours.run(),
-                    self._history.run(),
-                    self._history.run_speaking(self._may_speak, self._speak),
-                    self._session.run(),
-                    drain.run_telling(self._session),
-                    self._statuses.run(),
-                    self._look_first(),
-                    self._confirmations.run(),
-                    self._around.logs.run(),
-                    self._links.run(),
-                    *(() if self._mismatch is not None else (self._bridges.run(),)),
-                    *(() if self._around.guard is None else (self._around.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
-                    if self._mismatch is None
-                    else self._await_word(stop, again),
-                )
-            ]
+            serving = [start_part(parts, part) for part in work]
             await self._run_instances(stop)
             if self._session.held:
-                await self._publisher.flush()
+                await self._status_writer.flush()
             self._history.save()
             for task in serving:
                 task.cancel()
@@ -289,7 +291,7 @@ class Host:
     def close(self) -> None:
         """Let go of what `run` has opened. Guests and their guard go on."""
         self._post.close()
-        self._around.logs.close()
+        self._context.logs.close()
 
     async def _run_instances(self, stop: asyncio.Event) -> None:
         """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
@@ -302,19 +304,24 @@ class Host:
             self._tasks = None
             for task in self._running.values():
                 task.cancel()
-        await self._around.contents.close()
+        await self._context.contents.close()
         for instance in self._instances.values():
             await instance.detach()
 
     # --- instances --------------------------------------------------------------------------------------------
 
-    def _instance(self, name: InstanceId) -> Worker:
-        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+    def _instance(self, name: InstanceId, record: Incarnation | None = None) -> Worker:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it.
+
+        Args:
+            name: the instance's id.
+            record: of its QEMU, where it was read already.
+        """
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
-            fresh = Memory(boot_id=self._premises.boot_id)
-            self._instances[name] = Worker(name, around=self._around, directory=directory, memory=fresh, log=log)
-            self._instances[name].inherit()
+            fresh = InstanceState(boot_id=self._premises.boot_id)
+            self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
+            self._instances[name].inherit(record)
         return self._instances[name]
 
     def _objection(self, record: Incarnation) -> str | None:
@@ -344,7 +351,7 @@ class Host:
     def _admit(self, name: InstanceId, *, fresh: bool) -> Worker:
         """Take on an instance that was not known here; with fresh keys, its status key may be older than they are."""
         if fresh:
-            self._publisher.doubt(name)
+            self._status_writer.doubt(name)
         return self._instance(name)
 
     def _start(self, instance: Worker) -> None:
@@ -366,13 +373,13 @@ class Host:
         self._admission.release(name)
         self._admission.take_back(name)
         if instance.wish is not None and instance.wish.keys == 0:
-            self._publisher.forget(name)
-            self._around.logs.writer.drop(directory.path)
+            self._status_writer.forget(name)
+            self._context.logs.writer.drop(directory.path)
             directory.remove()
         else:
             if instance.wish is None or instance.wish.host is not None:
-                self._publisher.abandon(name)
-            directory.drop_memory()
+                self._status_writer.abandon(name)
+            directory.drop_state()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.
@@ -388,7 +395,7 @@ class Host:
     # --- what it is told --------------------------------------------------------------------------------------
 
     def notify_all(self) -> None:
-        """Something around all instances changed: each looks again."""
+        """Something changed that concerns all instances: each looks again."""
         for instance in self._instances.values():
             instance.notify()
 
@@ -414,7 +421,7 @@ class Host:
         """An operator has confirmed these removals."""
         self._dispatch.let_go(freed)
 
-    # --- around -----------------------------------------------------------------------------------------------
+    # --- what the instances ask ----------------------------------------------------------------------------------
 
     def _may_speak(self) -> bool:
         """Whether everything that runs here has its lock in the history that etcd has now."""

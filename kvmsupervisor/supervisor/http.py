@@ -10,7 +10,7 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.supervisor.http_view import HttpView
 
 
-async def serve(face: HttpView, settings: Settings, stack: contextlib.AsyncExitStack) -> str:
+async def serve(http_view: HttpView, settings: Settings, stack: contextlib.AsyncExitStack) -> str:
     """Serve HTTP until `stack` ends; return the URL, empty when nothing listens.
 
     Raises:
@@ -18,7 +18,9 @@ async def serve(face: HttpView, settings: Settings, stack: contextlib.AsyncExitS
     """
     if settings.listen is None:
         return ""
-    web = Web(settings.listen.host, settings.listen.port, Routes(face, host=settings.hostname, version=__version__))
+    web = Web(
+        settings.listen.host, settings.listen.port, Routes(http_view, host=settings.hostname, version=__version__)
+    )
     stack.push_async_callback(web.close)
     await web.start()
     return f"http://{_reachable(settings.listen.host, settings.hostname)}:{web.port}"

@@ -8,6 +8,7 @@ lives any more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -17,7 +18,7 @@ from kvmsupervisor.cluster.session import last_key
 from kvmsupervisor.domain.identity import HostIdentity, IdentityNote, Mismatch, judge
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId, default_facts, default_lock
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.system import Processes
 
 log = structlog.get_logger(__name__)
@@ -40,22 +41,23 @@ class Standing:
         self._boot_id = boot_id
         self._file = run_dir.path / "_identity.json"
 
-    def settle(self) -> tuple[HostIdentity, Mismatch | None]:
-        """Under which identity to work, and whether that is another one than the settings say.
+    def settle(self) -> tuple[HostIdentity, Mismatch | None, Mapping[InstanceId, Incarnation]]:
+        """Under which identity to work, whether that is another one than the settings say, and the records read for it.
 
         A person's word is heeded first: those QEMUs are put on record as the present identity's. Without a mismatch
         the question is taken away; with one it is asked.
         """
+        records = self._records()
         note = self.note()
         if note is not None and note.confirmed and note.wanted == self._wanted:
-            self._heed(note)
-        identity, mismatch = self.judge()
+            self._heed(note, records)
+        identity, mismatch = judge(self._wanted, self._living(records))
         if mismatch is None:
             self._file.unlink(missing_ok=True)
         else:
             asked = IdentityNote(boot_id=self._boot_id, recorded=mismatch.recorded, wanted=mismatch.wanted)
             self._write(asked)
-        return identity, mismatch
+        return identity, mismatch, {name: record for name, record in records.items() if record is not None}
 
     def judge(self) -> tuple[HostIdentity, Mismatch | None]:
         """The same, without doing anything about it."""
@@ -64,20 +66,32 @@ class Standing:
     def living(self) -> list[tuple[InstanceId, HostIdentity]]:
         """Each QEMU on record here, readable or not, and what it was started under.
 
-        One that has ended on this boot counts until its end is taken to the books, which is done under its identity:
+        One that has ended on this boot counts until its exit is recorded, which is done under its identity:
         under another name its lock would look like one to go on with, and a second name would start it.
         """
-        found = []
+        return self._living(self._records())
+
+    def _records(self) -> dict[InstanceId, Incarnation | None]:
+        """The records of this run directory; None for one that cannot be read."""
+        found: dict[InstanceId, Incarnation | None] = {}
         for name in self._run_dir.instances():
-            directory = self._run_dir.instance(name)
             try:
-                record = directory.read_incarnation()
+                record = self._run_dir.instance(name).read_incarnation()
             except Unreadable:
-                hidden = marks.seek(self._processes, directory.path)
-                if hidden is not None:
-                    found.append((name, self._derived(hidden[0])))
-                continue
-            under = None if record is None else self._known(record)
+                found[name] = None
+            else:
+                if record is not None:
+                    found[name] = record
+        return found
+
+    def _living(self, records: Mapping[InstanceId, Incarnation | None]) -> list[tuple[InstanceId, HostIdentity]]:
+        found = []
+        for name, record in records.items():
+            if record is not None:
+                under = self._known(record)
+            else:
+                hidden = process_identity.seek(self._processes, self._run_dir.instance(name).path)
+                under = None if hidden is None else self._derived(hidden[0])
             if under is not None:
                 found.append((name, under))
         return found
@@ -109,15 +123,11 @@ class Standing:
         """
         write_whole(self._file, replace(note, confirmed=True).to_json())
 
-    def _heed(self, note: IdentityNote) -> None:
-        for name in self._run_dir.instances():
-            directory = self._run_dir.instance(name)
-            try:
-                record = directory.read_incarnation()
-            except Unreadable:
-                continue
+    def _heed(self, note: IdentityNote, records: dict[InstanceId, Incarnation | None]) -> None:
+        for name, record in records.items():
             if record is not None and self._known(record) == note.recorded:
-                directory.write_incarnation(replace(record, under=note.wanted))
+                records[name] = confirmed = replace(record, under=note.wanted)
+                self._run_dir.instance(name).write_incarnation(confirmed)
         log.warning(
             "identity.confirmed",
             former=note.recorded.unlike(note.wanted),
@@ -136,7 +146,7 @@ class Standing:
         if record.boot_id != self._boot_id:
             return None
         name, pid = record.instance, record.pid
-        return marks.pid_of(self._processes, name, record.incarnation, pid=pid, starttime=record.starttime)
+        return process_identity.pid_of(self._processes, name, record.incarnation, pid=pid, starttime=record.starttime)
 
     def _derived(self, pid: int) -> HostIdentity:
         """What a record does not say: its process knows the prefix, the session's file the host and where facts lie.
@@ -144,7 +154,7 @@ class Standing:
         The lock's template is nowhere: it is the present one, or what it is by default below that prefix.
         """
         wanted = self._wanted
-        prefix = marks.prefix_of(self._processes, pid) or wanted.prefix
+        prefix = process_identity.prefix_of(self._processes, pid) or wanted.prefix
         facts, found, host = (last_key(self._run_dir.path, boot_id=self._boot_id) or "").rpartition("/hosts/")
         lock = default_lock(prefix) if wanted.lock == default_lock(wanted.prefix) else wanted.lock
         if not found:

@@ -64,14 +64,14 @@ class Supervisor:
         Raises:
             AlreadyRunning: another supervisor has the run directory.
             ListenError: `KVM_LISTEN` cannot be listened on.
-            Impossible: the homes that are asked for cannot be had.
+            Impossible: the cgroups that KVM_CGROUP asks for cannot be had.
             ValueError: KVM cannot be used, or QEMU not run as the user that was named, for want of rights maybe.
             HostnameTaken: another supervisor lives under this host's name; inside an exception group, as it comes
                 from one of the parts.
         """
         settings, outside = self._settings, self._outside
         most_files = resources.raise_limit()
-        equipment = outside.look_around(settings)
+        host_facts = outside.gather_host_facts(settings)
         self._run_dir.acquire()
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
@@ -79,13 +79,13 @@ class Supervisor:
             # What the settings say is this host's identity, unless what lives in its run directory says otherwise.
             wanted = HostIdentity.of(settings.hostname, settings.layout)
             standing = Standing(outside.system.processes, self._run_dir, wanted=wanted, boot_id=self._boot_id)
-            identity, mismatch = standing.settle()
+            identity, mismatch, records = standing.settle()
             if mismatch is not None:
                 log.error("identity.mismatch", reason=str(mismatch), instances=list(mismatch.living))
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
-            chosen = await outside.homes(settings.cgroup.value, run_dir=settings.run_dir)
-            stack.push_async_callback(chosen.homes.close)
+            chosen = await outside.cgroups(settings.cgroup.value, run_dir=settings.run_dir)
+            stack.push_async_callback(chosen.cgroups.close)
             host = Host(
                 settings,
                 outside,
@@ -96,16 +96,16 @@ class Supervisor:
                     identity=identity,
                     mismatch=mismatch,
                     store=store,
-                    equipment=equipment,
-                    homes=chosen,
+                    host_facts=host_facts,
+                    cgroups=chosen,
                     drain=self._drain,
                     most_files=most_files,
                 ),
             )
             stack.callback(host.close)
             stack.callback(self._drain.listen(host.notify_all))
-            adopting = await host.take_over()
-            url = await serve(host.face, settings, stack)
+            adopting = await host.take_over(records)
+            url = await serve(host.http_view, settings, stack)
             host.served_at(url)
             log.info(
                 "supervisor.started",
@@ -114,18 +114,18 @@ class Supervisor:
                 etcd=list(settings.etcd_endpoints),
                 prefix=identity.prefix,
                 run_dir=str(settings.run_dir),
-                accelerator=equipment.accelerator.name,
-                why_no_kvm=equipment.accelerator.fallback,
-                qemu_user=None if equipment.user is None else equipment.user.name,
-                memory_mib=equipment.memory_mib,
-                homes=chosen.homes.name,
+                accelerator=host_facts.accelerator.name,
+                why_no_kvm=host_facts.accelerator.fallback,
+                qemu_user=None if host_facts.user is None else host_facts.user.name,
+                memory_mib=host_facts.memory_mib,
+                homes=chosen.cgroups.name,
                 homes_rejected=dict(chosen.rejected),
                 url=url,
                 adopting=adopting,
             )
             if chosen.warning is not None:
                 log.error("homes.lost_with_container", reason=chosen.warning)
-            if equipment.privileged:
+            if host_facts.privileged:
                 log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
             on_started(host)
             again = await host.run(self._stop)

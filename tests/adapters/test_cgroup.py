@@ -1,4 +1,4 @@
-"""Homes in the cgroup tree: this machine's own hierarchies (as root), and what is read of others."""
+"""Cgroups in the host's tree: this machine's own hierarchies (as root), and what is read of others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.cgroup import HomeFailed, Homes, Impossible, Nowhere, choice, choose
-from kvmsupervisor.adapters.cgroup.homes import Home, cgroups_of
+from kvmsupervisor.adapters.cgroup import CgroupFailed, CgroupManager, Impossible, NoCgroups, choice, choose
+from kvmsupervisor.adapters.cgroup.manager import Cgroup, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import FIRST_PID_NAMESPACE, Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import Scopes
 from kvmsupervisor.adapters.cgroup.tree import FOLDER, Hierarchy, Tree, find_hierarchies, open_tree
@@ -41,7 +41,7 @@ def proc_of(tmp_path: Path, mountinfo: str, own: str, inits: str = "0::/\n") -> 
 
 @pytest.fixture
 def hierarchies() -> Iterator[tuple[Hierarchy, ...]]:
-    """This machine's hierarchies; homes are made in a folder of this test's, below our own cgroup and its limits."""
+    """This machine's hierarchies; cgroups are made in a folder of this test's, below our own cgroup and its limits."""
     own = {frozenset(names.split(",")) - {""}: path for names, path in cgroups_of("self").items()}
     name = f"kvst{uuid.uuid4().hex[:8]}"
     found = tuple(
@@ -60,29 +60,29 @@ def hierarchies() -> Iterator[tuple[Hierarchy, ...]]:
                 path.rmdir()
 
 
-async def spawned(homes: Homes, home: Home, *argv: str) -> subprocess.Popen[bytes]:
+async def spawned(cgroups: CgroupManager, cgroup: Cgroup, *argv: str) -> subprocess.Popen[bytes]:
     """Spawn as the supervisor does, and see it in."""
     child = subprocess.Popen(  # noqa: ASYNC220 - as the supervisor does
-        home.wrap(argv),
-        stdin=subprocess.PIPE if home.stdin is None else home.stdin,
+        cgroup.wrap(argv),
+        stdin=subprocess.PIPE if cgroup.stdin is None else cgroup.stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    await home.settle(child.pid)
-    home.close()
+    await cgroup.settle(child.pid)
+    cgroup.close()
     return child
 
 
 @pytest.mark.docker
 async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: moved before exec, everywhere, with the pid it was spawned with; the limits are the kernel's by then."""
-    homes = Tree(hierarchies, survives_container=True)
+    cgroups = Tree(hierarchies, survives_container=True)
     limits = Limits(cpu_shares=512, memory_limit=64 << 20)
     if not any(one.has("memory") for one in hierarchies):
         limits = Limits()
-    home = await homes.prepare(ONE, "abc", limits)
-    child = await spawned(homes, home, "/bin/sh", "-c", "cat /proc/$$/cgroup; echo $$; read -r _")
+    cgroup = await cgroups.prepare(ONE, "abc", limits)
+    child = await spawned(cgroups, cgroup, "/bin/sh", "-c", "cat /proc/$$/cgroup; echo $$; read -r _")
     assert child.stdout is not None
     lines = []
     while not (line := child.stdout.readline().decode().strip()).isdigit():
@@ -99,56 +99,56 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
                 assert (folder / "memory.limit_in_bytes").read_text().strip() == str(64 << 20)
             if "cpu" in one.controllers and limits.cpu_shares:
                 assert (folder / "cpu.shares").read_text().strip() == "512"
-        # While it lives its home stays; when it is gone so is its home.
+        # While it lives its cgroup stays; when it is gone so is its cgroup.
         (busy,) = {(one.top / FOLDER / "one@abc").exists() for one in hierarchies}
-        await homes.remove(ONE)
+        await cgroups.remove(ONE)
         assert busy
         assert all((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
     finally:
         child.communicate()
-    await homes.remove(ONE)
+    await cgroups.remove(ONE)
     assert not any((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
 
 
 @pytest.mark.docker
 async def test_a_home_of_another_instance_with_a_like_name_is_left_alone(hierarchies: tuple[Hierarchy, ...]) -> None:
     """Law: `remove` takes what is of its instance and nothing else."""
-    homes = Tree(hierarchies, survives_container=True)
+    cgroups = Tree(hierarchies, survives_container=True)
     for name in ("one", "one.two", "one-1"):
-        await homes.prepare(InstanceId(name), "i", Limits())
-    await homes.remove(ONE)
+        await cgroups.prepare(InstanceId(name), "i", Limits())
+    await cgroups.remove(ONE)
     left = {path.name for one in hierarchies for path in (one.top / FOLDER).glob("*@*")}
     assert left == {"one.two@i", "one-1@i"}
     for name in ("one.two", "one-1"):
-        await homes.remove(InstanceId(name))
+        await cgroups.remove(InstanceId(name))
 
 
 @pytest.mark.docker
 async def test_homes_that_nobody_removed_are_swept(
     hierarchies: tuple[Hierarchy, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law: an old home without a process goes, one with a process and a fresh one stay."""
-    homes = Tree(hierarchies, survives_container=True)
-    child = await spawned(homes, await homes.prepare(ONE, "lived-in", Limits()), "/bin/sh", "-c", "read -r _")
-    await homes.prepare(InstanceId("two"), "empty", Limits())
+    """Law: an old cgroup without a process goes, one with a process and a fresh one stay."""
+    cgroups = Tree(hierarchies, survives_container=True)
+    child = await spawned(cgroups, await cgroups.prepare(ONE, "lived-in", Limits()), "/bin/sh", "-c", "read -r _")
+    await cgroups.prepare(InstanceId("two"), "empty", Limits())
     names = {"one@lived-in", "two@empty"}
 
     def left() -> set[str]:
         return {path.name for one in hierarchies for path in (one.top / FOLDER).glob("*@*")}
 
-    homes.sweep()
+    cgroups.sweep()
     assert left() == names
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 100)
     await asyncio.to_thread(_wait_in, hierarchies, child.pid)
-    homes.sweep()
+    cgroups.sweep()
     assert left() == {"one@lived-in"}
     child.communicate()
-    await homes.remove(ONE)
+    await cgroups.remove(ONE)
 
 
 def _wait_in(hierarchies: tuple[Hierarchy, ...], pid: int) -> None:
-    """Wait until the process has entered the last of its homes."""
+    """Wait until the process has entered the last of its cgroups."""
     doors = [one.top / FOLDER / "one@lived-in" / "cgroup.procs" for one in hierarchies]
     for _ in range(1000):
         if all(str(pid) in door.read_text().split() for door in doors):
@@ -159,11 +159,11 @@ def _wait_in(hierarchies: tuple[Hierarchy, ...], pid: int) -> None:
 
 @pytest.mark.docker
 async def test_a_process_that_cannot_enter_never_execs(hierarchies: tuple[Hierarchy, ...]) -> None:
-    """Law: no guest runs outside its home; the end says which door was shut."""
-    homes = Tree(hierarchies, survives_container=True)
-    home = await homes.prepare(ONE, "gone", Limits())
-    await homes.remove(ONE)
-    child = await spawned(homes, home, "/bin/echo", "ran")
+    """Law: no guest runs outside its cgroup; the end says which door was shut."""
+    cgroups = Tree(hierarchies, survives_container=True)
+    cgroup = await cgroups.prepare(ONE, "gone", Limits())
+    await cgroups.remove(ONE)
+    child = await spawned(cgroups, cgroup, "/bin/echo", "ran")
     said = child.communicate()[0].decode()
     assert child.returncode == 126
     assert "ran" not in said
@@ -175,23 +175,23 @@ async def test_a_limit_that_no_controller_keeps_is_refused(tmp_path: Path) -> No
     top = tmp_path / "unified"
     top.mkdir()
     (top / "cgroup.controllers").write_text("pids\n")
-    homes = Tree([Hierarchy(top=top)], survives_container=True)
-    with pytest.raises(HomeFailed, match="no cgroup controller memory for this limit"):
-        await homes.prepare(ONE, "i", Limits(memory_limit=1 << 30))
+    cgroups = Tree([Hierarchy(top=top)], survives_container=True)
+    with pytest.raises(CgroupFailed, match="no cgroup controller memory for this limit"):
+        await cgroups.prepare(ONE, "i", Limits(memory_limit=1 << 30))
     assert not list((top / FOLDER).iterdir())
 
 
 async def test_v2_limits_are_written_in_its_own_words(tmp_path: Path) -> None:
-    """Law: on v2 the controllers are switched on down to the home, shares are weight, and the door is cgroup.procs."""
+    """Law: on v2 controllers are switched on down to the cgroup, shares are weight, and the door is cgroup.procs."""
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
-    homes = Tree([Hierarchy(top=tmp_path)], survives_container=True)
-    home = await homes.prepare(ONE, "i", Limits(cpu_shares=2048, memory_limit=1 << 30))
+    cgroups = Tree([Hierarchy(top=tmp_path)], survives_container=True)
+    cgroup = await cgroups.prepare(ONE, "i", Limits(cpu_shares=2048, memory_limit=1 << 30))
     folder = tmp_path / FOLDER / "one@i"
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu +memory"
     assert (tmp_path / FOLDER / "cgroup.subtree_control").read_text() == "+cpu +memory"
     assert (folder / "cpu.weight").read_text() == "200"
     assert (folder / "memory.max").read_text() == str(1 << 30)
-    assert str(folder / "cgroup.procs") in home.wrap(["qemu"])
+    assert str(folder / "cgroup.procs") in cgroup.wrap(["qemu"])
 
 
 def test_v1_and_hybrid_mounts_are_told_apart(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_v1_and_hybrid_mounts_are_told_apart(tmp_path: Path) -> None:
     ids=["root", "root with limits", "container"],
 )
 def test_a_hierarchy_is_entered_for_a_reason(tmp_path: Path, own: str, v2_has: str, expected: set[str]) -> None:
-    """Law: a home is for leaving a container, or for limits; in a root without limits there is neither."""
+    """Law: a cgroup is for leaving a container, or for limits; in a root without limits there is neither."""
     tops = {name: tmp_path / name for name in ("memory", "devices", "v2")}
     for top in tops.values():
         top.mkdir()
@@ -251,14 +251,14 @@ def test_a_hierarchy_is_entered_for_a_reason(tmp_path: Path, own: str, v2_has: s
 def test_without_the_hosts_tree_it_is_impossible_and_says_which_mount_is_missing(
     tmp_path: Path, mountinfo: str
 ) -> None:
-    """Law: a part of the tree is not enough: a home in it would end with the container."""
+    """Law: a part of the tree is not enough: a cgroup in it would end with the container."""
     proc = proc_of(tmp_path, mountinfo, "0::/docker/1234\n")
     with pytest.raises(Impossible, match="-v /sys/fs/cgroup:/sys/fs/cgroup"):
         find_hierarchies(proc)
 
 
 def test_a_private_cgroup_namespace_is_refused() -> None:
-    """Law: what can be seen and not be left is no home."""
+    """Law: what can be seen and not be left is no cgroup of its own."""
     with pytest.raises(Impossible, match="--cgroupns=host"):
         open_tree(replace(HOST, contained=True, host_cgroups=False))
 
@@ -311,8 +311,8 @@ async def test_auto_says_why_the_others_were_not_possible(tmp_path: Path) -> Non
     """Law: `auto` falls back to none with a warning that names what is missing, backend by backend."""
     place = Place(contained=True, host_pids=True, host_cgroups=False, service=None)
     chosen = await choose("auto", place=place, bus=tmp_path / "socket")
-    assert isinstance(chosen.homes, Nowhere)
-    assert not chosen.homes.survives_container
+    assert isinstance(chosen.cgroups, NoCgroups)
+    assert not chosen.cgroups.survives_container
     assert "-v /run/dbus/system_bus_socket" in chosen.rejected["systemd"]
     assert "--cgroupns=host" in chosen.rejected["cgroup"]
     assert chosen.warning is not None
@@ -326,7 +326,7 @@ async def test_a_run_directory_of_the_containers_own_is_told(monkeypatch: pytest
     for ours, warned in ((True, False), (False, True)):
         monkeypatch.setattr(choice, "is_of_the_host", lambda path, ours=ours: ours)
         chosen = await choose("cgroup", place=place, run_dir=tmp_path)
-        assert chosen.homes.survives_container
+        assert chosen.cgroups.survives_container
         assert (chosen.warning is not None) is warned
     assert f"run it with -v {tmp_path}:{tmp_path}" in str(chosen.warning)
     # On the host itself it is the host's, whatever it is mounted on.
@@ -372,36 +372,36 @@ async def test_what_is_asked_for_by_name_is_had_or_refused(tmp_path: Path) -> No
     with pytest.raises(Impossible, match="KVM_CGROUP is cgroup, but"):
         await choose("cgroup", place=replace(HOST, host_cgroups=False))
     chosen = await choose("none", place=HOST)
-    assert (chosen.homes.name, chosen.homes.survives_container, chosen.warning) == ("none", True, None)
+    assert (chosen.cgroups.name, chosen.cgroups.survives_container, chosen.warning) == ("none", True, None)
 
 
 async def test_without_the_hosts_pids_nothing_survives() -> None:
     """Law: with a PID namespace of its own a container's end is its guests' end, whatever their cgroup; it is said."""
     place = Place(contained=True, host_pids=False, host_cgroups=True, service=None)
     chosen = await choose("auto", place=place)
-    assert not chosen.homes.survives_container
+    assert not chosen.cgroups.survives_container
     assert "--pid=host" in str(chosen.warning)
     assert "--pid=host" in chosen.rejected["systemd"]
 
 
 async def test_no_home_takes_no_limits() -> None:
     """Law: a limit that nobody would keep is refused."""
-    with pytest.raises(HomeFailed, match="limits need a cgroup"):
-        await Nowhere(survives_container=True).prepare(ONE, "i", Limits(cpu_shares=2))
+    with pytest.raises(CgroupFailed, match="limits need a cgroup"):
+        await NoCgroups(survives_container=True).prepare(ONE, "i", Limits(cpu_shares=2))
 
 
 async def test_a_child_whose_supervisor_ends_before_it_is_moved_never_execs(tmp_path: Path) -> None:
     """Law: the end of the pipe is no leave to go on; systemd out of reach is told, and the child ends."""
     scopes = Scopes(tmp_path / "socket")
-    home = await scopes.prepare(ONE, "i", Limits())
+    cgroup = await scopes.prepare(ONE, "i", Limits())
     child = subprocess.Popen(  # noqa: ASYNC220 - as the supervisor does
-        home.wrap(["/bin/echo", "ran"]), stdin=home.stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        cgroup.wrap(["/bin/echo", "ran"]), stdin=cgroup.stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    with pytest.raises(HomeFailed, match="cannot reach the host's D-Bus"):
-        await home.settle(child.pid)
+    with pytest.raises(CgroupFailed, match="cannot reach the host's D-Bus"):
+        await cgroup.settle(child.pid)
     said = await asyncio.to_thread(child.communicate)
     assert (child.returncode, said[0]) == (125, b"")
-    assert home.stdin == -1
+    assert cgroup.stdin == -1
     await scopes.close()
 
 
@@ -417,6 +417,6 @@ async def test_what_is_not_the_bus_is_told(tmp_path: Path) -> None:
         chosen = await choose("auto", place=replace(HOST, host_cgroups=False), bus=tmp_path / "bus")
     finally:
         server.close()
-    assert chosen.homes.name == "none"
+    assert chosen.cgroups.name == "none"
     assert "cannot reach the host's D-Bus" in chosen.rejected["systemd"]
     assert os.fspath(tmp_path) in chosen.rejected["systemd"]

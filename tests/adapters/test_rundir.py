@@ -21,7 +21,7 @@ from kvmsupervisor.adapters.rundir import (
     RunDir,
     write_whole,
 )
-from kvmsupervisor.domain.incarnation import Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
 
@@ -30,7 +30,7 @@ RECORD = Incarnation(
     instance="1", incarnation="x", epoch=1, boot_id="boot-1", argv=("qemu",), spec={"ram_mib": 64},
     storage=Storage.NONE, accelerator="tcg", restart_request=None, revision=7, log_offset=0, spawned_at=1.0,
 )  # fmt: skip
-MEMORY = Memory(boot_id="boot-1", attempt=2, restarts=3)
+SAVED = InstanceState(boot_id="boot-1", attempt=2, restarts=3)
 
 
 @pytest.fixture
@@ -132,22 +132,22 @@ def test_a_folder_goes_with_all_that_is_in_it(directory: InstanceDir) -> None:
 def test_records_are_kept_and_dropped(directory: InstanceDir) -> None:
     """Law 8: what one supervisor writes, the next reads; dropping is idempotent."""
     assert directory.read_incarnation() is None
-    assert directory.read_memory("boot-1") == Memory(boot_id="boot-1")
+    assert directory.read_state("boot-1") == InstanceState(boot_id="boot-1")
     directory.write_incarnation(RECORD)
-    directory.write_memory(MEMORY)
+    directory.write_state(SAVED)
     assert directory.read_incarnation() == RECORD
-    assert directory.read_memory("boot-1") == MEMORY
+    assert directory.read_state("boot-1") == SAVED
     for _ in range(2):
         directory.drop_incarnation()
-        directory.drop_memory()
+        directory.drop_state()
     assert directory.read_incarnation() is None
-    assert directory.read_memory("boot-1") == Memory(boot_id="boot-1")
+    assert directory.read_state("boot-1") == InstanceState(boot_id="boot-1")
 
 
 def test_a_memory_of_another_boot_is_none(directory: InstanceDir) -> None:
     """Law: its instants are on another boot's clock."""
-    directory.write_memory(MEMORY)
-    assert directory.read_memory("boot-2") == Memory(boot_id="boot-2")
+    directory.write_state(SAVED)
+    assert directory.read_state("boot-2") == InstanceState(boot_id="boot-2")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"version": 2}', b"[" * 100_000])
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_is_named_and_left(directory: InstanceDir, content: 
     """Law: a damaged or newer record is told by its path, and stays as it is."""
     for name, read in (
         ("incarnation.json", directory.read_incarnation),
-        ("memory.json", lambda: directory.read_memory("boot-1")),
+        ("memory.json", lambda: directory.read_state("boot-1")),
     ):
         file = directory.path / name
         file.write_bytes(content)
@@ -166,7 +166,7 @@ def test_what_cannot_be_read_is_named_and_left(directory: InstanceDir, content: 
 
 def test_a_record_is_replaced_whole(directory: InstanceDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: a supervisor that dies while it writes leaves the old record, never half of a new one."""
-    directory.write_memory(MEMORY)
+    directory.write_state(SAVED)
 
     def dies(self: Path, target: Path) -> None:
         raise KeyboardInterrupt
@@ -174,10 +174,10 @@ def test_a_record_is_replaced_whole(directory: InstanceDir, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", dies)
         with pytest.raises(KeyboardInterrupt):
-            directory.write_memory(Memory(boot_id="boot-1", attempt=99))
-    assert directory.read_memory("boot-1") == MEMORY
-    directory.write_memory(Memory(boot_id="boot-1", attempt=99))
-    assert directory.read_memory("boot-1").attempt == 99
+            directory.write_state(InstanceState(boot_id="boot-1", attempt=99))
+    assert directory.read_state("boot-1") == SAVED
+    directory.write_state(InstanceState(boot_id="boot-1", attempt=99))
+    assert directory.read_state("boot-1").attempt == 99
 
 
 def test_a_reader_sees_the_old_or_the_new(path: Path) -> None:
@@ -336,7 +336,7 @@ def test_locks_and_records_are_for_their_owner_only(path: Path, umask: int) -> N
         run_dir.mark_draining("boot")
         os.close(run_dir.open_guard_log())
         run_dir.instance(InstanceId("a")).create()
-        run_dir.instance(InstanceId("a")).write_memory(Memory(boot_id="boot"))
+        run_dir.instance(InstanceId("a")).write_state(InstanceState(boot_id="boot"))
         run_dir.release()
     finally:
         os.umask(before)

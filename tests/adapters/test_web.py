@@ -1,4 +1,4 @@
-"""The HTTP face: what each path answers, to anybody, however they ask."""
+"""HTTP: what each path answers, to anybody, however they ask."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class FakeView:
 
 
 @dataclass
-class HttpView:
+class RoutesClient:
     """The routes, asked without a socket."""
 
     view: FakeView
@@ -100,8 +100,8 @@ class HttpView:
 
 
 @pytest.fixture
-def face() -> HttpView:
-    return HttpView(FakeView())
+def client() -> RoutesClient:
+    return RoutesClient(FakeView())
 
 
 class Elements(HTMLParser):
@@ -127,14 +127,14 @@ class Elements(HTMLParser):
 class TestApi:
     """`/api/v1`: the facts as JSON."""
 
-    def test_instances_are_the_objects_of_the_status_keys(self, face: HttpView) -> None:
+    def test_instances_are_the_objects_of_the_status_keys(self, client: RoutesClient) -> None:
         """The array holds the very objects of the status keys, in the view's order."""
-        face.view.statuses = [
+        client.view.statuses = [
             a_status("2", pid=7, epoch=3, pending=("ram",)),
             a_status("1", phase=Phase.INVALID, problems=("ram: found 'x'; wanted MiB",)),
         ]
-        found = face.json("/api/v1/instances")
-        assert found == [json.loads(status.to_json()) for status in face.view.statuses]
+        found = client.json("/api/v1/instances")
+        assert found == [json.loads(status.to_json()) for status in client.view.statuses]
         contract = [
             "id",
             "host",
@@ -150,63 +150,63 @@ class TestApi:
         ]
         assert set(contract) <= set(found[0])
 
-    def test_no_instances_is_an_empty_array(self, face: HttpView) -> None:
+    def test_no_instances_is_an_empty_array(self, client: RoutesClient) -> None:
         """Nothing to show is not an error."""
-        assert face.json("/api/v1/instances") == []
-        assert face.json("/api/v1/hosts") == []
+        assert client.json("/api/v1/instances") == []
+        assert client.json("/api/v1/hosts") == []
 
-    def test_one_instance(self, face: HttpView) -> None:
+    def test_one_instance(self, client: RoutesClient) -> None:
         """An id names its own object."""
-        face.view.statuses = [a_status("1"), a_status("web.2")]
-        assert face.json("/api/v1/instances/web.2")["id"] == "web.2"
+        client.view.statuses = [a_status("1"), a_status("web.2")]
+        assert client.json("/api/v1/instances/web.2")["id"] == "web.2"
 
-    def test_one_instance_tells_when_its_agent_was_heard(self, face: HttpView) -> None:
+    def test_one_instance_tells_when_its_agent_was_heard(self, client: RoutesClient) -> None:
         """That changes every minute, so it is told here, and neither in the array nor in the status key."""
-        face.view.statuses = [a_status("1"), a_status("2")]
-        face.view.agents_seen["1"] = "2030-01-02T03:04:00Z"
-        assert face.json("/api/v1/instances/1")["agent_seen"] == "2030-01-02T03:04:00Z"
-        assert face.json("/api/v1/instances/2")["agent_seen"] is None
-        assert all("agent_seen" not in status for status in face.json("/api/v1/instances"))
+        client.view.statuses = [a_status("1"), a_status("2")]
+        client.view.agents_seen["1"] = "2030-01-02T03:04:00Z"
+        assert client.json("/api/v1/instances/1")["agent_seen"] == "2030-01-02T03:04:00Z"
+        assert client.json("/api/v1/instances/2")["agent_seen"] is None
+        assert all("agent_seen" not in status for status in client.json("/api/v1/instances"))
 
     @pytest.mark.parametrize("name", ["3", "", "..", "a/b", "a" * 64, "<script>", "\udcff"])
-    def test_an_unknown_instance_is_404_in_json(self, face: HttpView, name: str) -> None:
+    def test_an_unknown_instance_is_404_in_json(self, client: RoutesClient, name: str) -> None:
         """What is not here, or is no id, is an error that a program can read."""
-        face.view.statuses = [a_status("1")]
-        reply = face.get(f"/api/v1/instances/{name}")
+        client.view.statuses = [a_status("1")]
+        reply = client.get(f"/api/v1/instances/{name}")
         assert reply.status == HTTPStatus.NOT_FOUND
         assert "error" in json.loads(reply.body)
 
-    def test_hosts(self, face: HttpView) -> None:
+    def test_hosts(self, client: RoutesClient) -> None:
         """Every session is shown as its key holds it."""
-        face.view.sessions = [a_host("a"), a_host("b", cpus=4)]
-        assert face.json("/api/v1/hosts") == [session.to_object() for session in face.view.sessions]
+        client.view.sessions = [a_host("a"), a_host("b", cpus=4)]
+        assert client.json("/api/v1/hosts") == [session.to_object() for session in client.view.sessions]
 
-    def test_bytes_that_are_no_text_survive(self, face: HttpView) -> None:
+    def test_bytes_that_are_no_text_survive(self, client: RoutesClient) -> None:
         """A lone surrogate, which stands for such a byte, still makes JSON that says the same."""
-        face.view.statuses = [a_status(reason="QEMU said \udcff – \U0001f600 \\ \x00")]
-        assert face.json("/api/v1/instances")[0]["reason"] == "QEMU said \udcff – \U0001f600 \\ \x00"
+        client.view.statuses = [a_status(reason="QEMU said \udcff – \U0001f600 \\ \x00")]
+        assert client.json("/api/v1/instances")[0]["reason"] == "QEMU said \udcff – \U0001f600 \\ \x00"
 
 
 class TestProbes:
     """`/healthz`, `/readyz`, `/metrics`."""
 
-    def test_healthz(self, face: HttpView) -> None:
+    def test_healthz(self, client: RoutesClient) -> None:
         """200 while the supervisor's parts turn, 503 when one has ended."""
-        assert face.get("/healthz").status == HTTPStatus.OK
-        face.view.is_healthy = False
-        assert face.get("/healthz").status == HTTPStatus.SERVICE_UNAVAILABLE
+        assert client.get("/healthz").status == HTTPStatus.OK
+        client.view.is_healthy = False
+        assert client.get("/healthz").status == HTTPStatus.SERVICE_UNAVAILABLE
 
-    def test_readyz_says_why_not(self, face: HttpView) -> None:
+    def test_readyz_says_why_not(self, client: RoutesClient) -> None:
         """200 in step; 503 with the reason otherwise."""
-        assert face.get("/readyz").status == HTTPStatus.OK
-        face.view.is_ready = (False, "no session: etcd is away \udcff")
-        reply = face.get("/readyz")
+        assert client.get("/readyz").status == HTTPStatus.OK
+        client.view.is_ready = (False, "no session: etcd is away \udcff")
+        reply = client.get("/readyz")
         assert reply.status == HTTPStatus.SERVICE_UNAVAILABLE
         assert reply.body.startswith(b"no session: etcd is away")
 
-    def test_metrics_passes_the_accept_header_on(self, face: HttpView) -> None:
+    def test_metrics_passes_the_accept_header_on(self, client: RoutesClient) -> None:
         """The view chooses the form that the scraper asked for; its content type is used."""
-        reply = face.get("/metrics", accept="application/openmetrics-text")
+        reply = client.get("/metrics", accept="application/openmetrics-text")
         assert reply.body == b"for application/openmetrics-text\n"
         assert reply.content_type == "text/plain; version=0.0.4"
 
@@ -216,16 +216,16 @@ class TestReadOnly:
 
     @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW"])
     @pytest.mark.parametrize("path", ["/", "/metrics", "/api/v1/instances/1", "/nowhere"])
-    def test_other_methods_are_405(self, face: HttpView, method: str, path: str) -> None:
+    def test_other_methods_are_405(self, client: RoutesClient, method: str, path: str) -> None:
         """Every method that could change something is refused, everywhere, and told what is allowed."""
-        reply = face.get(path, method=method)
+        reply = client.get(path, method=method)
         assert reply.status == HTTPStatus.METHOD_NOT_ALLOWED
         assert reply.headers["Allow"] == "GET, HEAD"
 
     @pytest.mark.parametrize("path", ["/nowhere", "//", "/metrics/", "/api/v1/instances/1/2", "*", ""])
-    def test_other_paths_are_404(self, face: HttpView, path: str) -> None:
+    def test_other_paths_are_404(self, client: RoutesClient, path: str) -> None:
         """An unknown path names those that exist."""
-        reply = face.get(path)
+        reply = client.get(path)
         assert reply.status == HTTPStatus.NOT_FOUND
         if not path.startswith("/api/v1/instances/"):
             assert "/api/v1/instances/<id>" in json.loads(reply.body)["error"]
@@ -234,9 +234,9 @@ class TestReadOnly:
 class TestPage:
     """`/`: the page for people."""
 
-    def test_shows_what_one_wants_to_know(self, face: HttpView) -> None:
+    def test_shows_what_one_wants_to_know(self, client: RoutesClient) -> None:
         """Phase, reason, age, restarts, pending keys, problems and the last end of each instance."""
-        face.view.statuses = [
+        client.view.statuses = [
             a_status(
                 "web-1",
                 phase=Phase.BACKOFF,
@@ -248,33 +248,33 @@ class TestPage:
                 last_exit="crashed (signal 9)",
             )
         ]
-        words = Elements(face.page()).words
+        words = Elements(client.page()).words
         for expected in (
             "web-1", "backoff", "the next start is in 42 s", "4 min 5 s", "17", "4242",
             "ram changes at the next restart", "mac: found 'x'", "crashed (signal 9)", "host-a", "1.2.3",
         ):  # fmt: skip
             assert expected in words
 
-    def test_a_guest_that_does_not_run_is_told_from_one_that_does(self, face: HttpView) -> None:
+    def test_a_guest_that_does_not_run_is_told_from_one_that_does(self, client: RoutesClient) -> None:
         """§4: the phase says what QEMU does; a guest that is halted in it is marked, with its run state."""
-        face.view.statuses = [a_status("1", run_state="running"), a_status("2", run_state="io-error")]
-        page = face.page()
+        client.view.statuses = [a_status("1", run_state="running"), a_status("2", run_state="io-error")]
+        page = client.page()
         assert page.count('<td class="phase running">running</td>') == 1
         assert page.count('<td class="phase halted">running (io-error)</td>') == 1
 
-    def test_says_whether_it_is_in_step(self, face: HttpView) -> None:
+    def test_says_whether_it_is_in_step(self, client: RoutesClient) -> None:
         """A page of old facts says so."""
-        face.view.is_ready = (False, "no session: etcd is away")
-        words = Elements(face.page()).words
+        client.view.is_ready = (False, "no session: etcd is away")
+        words = Elements(client.page()).words
         assert "not ready" in words
         assert "no session: etcd is away" in words
 
     @pytest.mark.parametrize("hostile", [HOSTILE, HOSTILE * 1000, "\udcff", "javascript:alert(1)"])
-    def test_strangers_text_stays_text(self, face: HttpView, hostile: str) -> None:
+    def test_strangers_text_stays_text(self, client: RoutesClient, hostile: str) -> None:
         """Whatever QEMU, a key or another host says: no element, attribute or link of theirs is on the page."""
-        face.view.statuses = [a_status()]
-        face.view.sessions = [a_host()]
-        harmless = Elements(face.page())
+        client.view.statuses = [a_status()]
+        client.view.sessions = [a_host()]
+        harmless = Elements(client.page())
         fields: dict[str, Any] = {
             "run_state": hostile,
             "reason": hostile,
@@ -282,43 +282,43 @@ class TestPage:
             "since": hostile,
             "problems": (hostile,),
         }
-        face.view.statuses = [a_status(**fields, pending=(hostile,))]
-        face.view.sessions = [a_host(hostile, url=hostile, version=hostile, started=hostile)]
-        face.view.is_ready = (True, hostile)
-        shown = Elements(face.page())
+        client.view.statuses = [a_status(**fields, pending=(hostile,))]
+        client.view.sessions = [a_host(hostile, url=hostile, version=hostile, started=hostile)]
+        client.view.is_ready = (True, hostile)
+        shown = Elements(client.page())
         assert shown.tags - harmless.tags <= {"ul", "li", "br"}
         assert shown.attributes == harmless.attributes
         assert shown.targets == harmless.targets
 
-    def test_invisible_characters_are_made_visible(self, face: HttpView) -> None:
+    def test_invisible_characters_are_made_visible(self, client: RoutesClient) -> None:
         """A reversal of the reading direction, or an escape sequence, is spelled out."""
-        face.view.statuses = [a_status(reason="exe\u202egnp\x1b[31m")]
-        assert r"exe\u202egnp\x1b[31m" in Elements(face.page()).words
+        client.view.statuses = [a_status(reason="exe\u202egnp\x1b[31m")]
+        assert r"exe\u202egnp\x1b[31m" in Elements(client.page()).words
 
-    def test_foreign_facts_are_shown_as_text(self, face: HttpView) -> None:
+    def test_foreign_facts_are_shown_as_text(self, client: RoutesClient) -> None:
         """Another host's session key may hold any text anywhere: the page shows it, and it stays text."""
         wild = HostSession.from_json(b'{"host": "<b>", "version": "</td>", "url": "javascript:1", "boot_id": ""}')
         assert wild is not None
-        face.view.sessions = [wild]
-        assert "<b>" in Elements(face.page()).words
+        client.view.sessions = [wild]
+        assert "<b>" in Elements(client.page()).words
 
     @given(text=st.text(), since=st.text() | st.datetimes(timezones=st.just(UTC)).map(lambda t: t.isoformat()))
     def test_any_text_makes_a_page(self, text: str, since: str) -> None:
         """No text stops the page, or the JSON, from being encoded."""
-        face = HttpView(FakeView(statuses=[a_status(reason=text, since=since)], is_ready=(True, text)))
-        assert face.page().count("<tr>") == 2
-        assert face.json("/api/v1/instances")[0]["reason"] == text
+        client = RoutesClient(FakeView(statuses=[a_status(reason=text, since=since)], is_ready=(True, text)))
+        assert client.page().count("<tr>") == 2
+        assert client.json("/api/v1/instances")[0]["reason"] == text
 
-    def test_long_lists_and_texts_are_cut(self, face: HttpView) -> None:
+    def test_long_lists_and_texts_are_cut(self, client: RoutesClient) -> None:
         """10,000 problems of 10,000 characters make a page that a browser can show; it says that there is more."""
-        face.view.statuses = [a_status(problems=("x" * 10_000,) * 10_000)]
-        document = face.page()
+        client.view.statuses = [a_status(problems=("x" * 10_000,) * 10_000)]
+        document = client.page()
         assert len(document) < 20_000
         assert "and 9992 more" in document
 
-    def test_only_its_own_style_may_load(self, face: HttpView) -> None:
+    def test_only_its_own_style_may_load(self, client: RoutesClient) -> None:
         """The security policy allows the one style sheet in the page, by its hash, and no script at all."""
-        reply = face.get("/")
+        reply = client.get("/")
         style = re.search(r"<style>(.*)</style>", reply.body.decode(), re.DOTALL)
         assert style is not None
         digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
@@ -329,14 +329,14 @@ class TestPage:
         assert "unsafe" not in policy
 
     @pytest.mark.parametrize(("wanted", "seconds"), [("5", 5), ("3600", 3600), ("1", 1)])
-    def test_refreshes_when_asked(self, face: HttpView, wanted: str, seconds: int) -> None:
+    def test_refreshes_when_asked(self, client: RoutesClient, wanted: str, seconds: int) -> None:
         """`?refresh=<seconds>` makes the browser come back, without any script."""
-        assert f'<meta http-equiv="refresh" content="{seconds}">' in face.page(wanted)
+        assert f'<meta http-equiv="refresh" content="{seconds}">' in client.page(wanted)
 
     @pytest.mark.parametrize("wanted", ["", "0", "-1", "3601", "1e3", "9" * 5000, "٣", '5"><script>', "5;url=//x"])
-    def test_refreshes_for_nothing_else(self, face: HttpView, wanted: str) -> None:
+    def test_refreshes_for_nothing_else(self, client: RoutesClient, wanted: str) -> None:
         """Anything but a sensible number of seconds is as if it were not there."""
-        assert "http-equiv" not in face.page(wanted)
+        assert "http-equiv" not in client.page(wanted)
 
     @pytest.mark.parametrize(
         ("ago", "shown"),

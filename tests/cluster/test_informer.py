@@ -1,4 +1,4 @@
-"""The mirror holds what etcd holds; every change is told, none is lost, none is applied twice."""
+"""The informer holds what etcd holds; every change is told, none is lost, none is applied twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Runs(Protocol):
 
 @asynccontextmanager
 async def running(what: Runs) -> AsyncIterator[None]:
-    """Run a mirror's task; at the end it is cancelled and must not have failed."""
+    """Run an informer's task; at the end it is cancelled and must not have failed."""
     task = asyncio.create_task(what.run())
     await settle()
     try:
@@ -47,7 +47,7 @@ class Bench:
         self.table = Flat()
         self.told: list[tuple[set[bytes], int]] = []
 
-    def mirror(self, etcd: FakeEtcd | None = None) -> Informer[bytes]:
+    def informer(self, etcd: FakeEtcd | None = None) -> Informer[bytes]:
         return Informer(
             store=etcd or self.etcd,
             clock=self.clock,
@@ -78,31 +78,31 @@ async def test_lists_then_watches(bench: Bench) -> None:
     bench.etcd.write("/p/a", "1")
     bench.etcd.write("/p/b", "1")
     bench.etcd.write("/q/x", "1")
-    mirror = bench.mirror()
-    assert not mirror.in_step
-    assert not mirror.synced.is_set()
-    assert "first list" in mirror.problem
-    async with running(mirror):
-        assert mirror.synced.is_set()
-        assert mirror.in_step
-        assert mirror.problem == ""
-        assert mirror.revision == bench.etcd.revision
+    informer = bench.informer()
+    assert not informer.in_step
+    assert not informer.synced.is_set()
+    assert "first list" in informer.problem
+    async with running(informer):
+        assert informer.synced.is_set()
+        assert informer.in_step
+        assert informer.problem == ""
+        assert informer.revision == bench.etcd.revision
         assert bench.told == [({b"/p/a", b"/p/b"}, bench.etcd.revision)]
         bench.etcd.write("/p/c", "2")
         bench.etcd.erase("/p/a", "/p/b")
         await settle()
         assert bench.held() == {"/p/c": b"2"}
         assert set().union(*(keys for keys, _ in bench.told[1:])) == {b"/p/a", b"/p/b", b"/p/c"}
-        assert mirror.revision == bench.etcd.revision == bench.told[-1][1]
-    assert not mirror.in_step
+        assert informer.revision == bench.etcd.revision == bench.told[-1][1]
+    assert not informer.in_step
 
 
 async def test_an_empty_prefix_is_in_step_and_tells_of_nothing(bench: Bench) -> None:
     """Nobody is called for nothing, yet the first sync is signalled."""
-    mirror = bench.mirror()
-    async with running(mirror):
-        assert mirror.synced.is_set()
-        assert mirror.in_step
+    informer = bench.informer()
+    async with running(informer):
+        assert informer.synced.is_set()
+        assert informer.in_step
         assert bench.told == []
 
 
@@ -118,7 +118,7 @@ async def test_a_change_between_list_and_watch_is_not_lost(bench: Bench) -> None
         return listing
 
     bench.etcd.list = late  # type: ignore[method-assign]
-    async with running(bench.mirror()):
+    async with running(bench.informer()):
         assert bench.held() == {"/p/a": b"2", "/p/b": b"1"}
 
 
@@ -132,7 +132,7 @@ async def test_the_whole_batch_is_there_when_it_is_told_of(bench: Bench) -> None
         seen.extend((len(keys), len(bench.table.entries)))
         told.set()
 
-    mirror: Informer[bytes] = Informer(
+    informer: Informer[bytes] = Informer(
         store=bench.etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=note
     )
     sizes: set[int] = set()
@@ -145,8 +145,8 @@ async def test_the_whole_batch_is_there_when_it_is_told_of(bench: Bench) -> None
     looking = asyncio.create_task(onlooker())
     for index in range(count):
         bench.etcd.write(f"/p/{index}", "1")
-    task = asyncio.create_task(mirror.run())
-    await mirror.synced.wait()
+    task = asyncio.create_task(informer.run())
+    await informer.synced.wait()
     told.clear()
     bench.etcd.erase(*(f"/p/{index}" for index in range(count)))
     await told.wait()
@@ -159,24 +159,24 @@ async def test_the_whole_batch_is_there_when_it_is_told_of(bench: Bench) -> None
 async def test_values_are_cut(bench: Bench) -> None:
     """1 MiB values cost no more than the limit."""
     bench.etcd.write("/p/a", b"x" * 2**20)
-    async with running(bench.mirror()):
+    async with running(bench.informer()):
         assert len(bench.held()["/p/a"]) == VALUE_LIMIT + 1
 
 
 async def test_etcd_away_leaves_everything_in_place(bench: Bench) -> None:
     """Out of step, with the table as it was; back in step without a new list."""
     bench.etcd.write("/p/a", "1")
-    mirror = bench.mirror()
-    async with running(mirror):
+    informer = bench.informer()
+    async with running(informer):
         bench.etcd.away()
         bench.etcd.write("/p/b", "1")
         await bench.clock.advance(60)
-        assert not mirror.in_step
-        assert mirror.problem
+        assert not informer.in_step
+        assert informer.problem
         assert bench.held() == {"/p/a": b"1"}
         bench.etcd.back()
         await bench.clock.advance(1)
-        assert mirror.in_step
+        assert informer.in_step
         assert bench.held() == bench.truth()
         assert bench.etcd.calls["list"] == 1
 
@@ -185,8 +185,8 @@ async def test_a_compaction_while_cut_off_lists_again_and_tells_what_differs(ben
     """Changed, new and deleted keys, each once; the unchanged one not."""
     for name in "abc":
         bench.etcd.write(f"/p/{name}", "1")
-    mirror = bench.mirror()
-    async with running(mirror):
+    informer = bench.informer()
+    async with running(informer):
         bench.told.clear()
         bench.etcd.away()
         await settle()
@@ -200,7 +200,7 @@ async def test_a_compaction_while_cut_off_lists_again_and_tells_what_differs(ben
         await bench.clock.advance(1)
         assert bench.told == [({b"/p/b", b"/p/c", b"/p/d"}, bench.etcd.revision)]
         assert bench.held() == bench.truth()
-        assert mirror.in_step
+        assert informer.in_step
         bench.etcd.write("/p/a", "3")
         await settle()
         assert bench.held() == bench.truth()
@@ -211,31 +211,31 @@ async def test_a_compaction_between_two_pages_begins_the_list_again(bench: Bench
     bench.etcd.write("/p/a", "1")
     for _ in range(3):
         bench.etcd.fail_next(Compacted(7), "list")
-    mirror = bench.mirror()
-    async with running(mirror):
+    informer = bench.informer()
+    async with running(informer):
         assert bench.etcd.calls["list"] == 2
         await bench.clock.advance(1)
-        assert mirror.in_step
+        assert informer.in_step
         assert bench.held() == {"/p/a": b"1"}
 
 
 async def test_troubles_are_told_once_and_waited_out(bench: Bench) -> None:
     """One line when it begins, another when it turns into something else, one when it is over."""
-    mirror = bench.mirror()
+    informer = bench.informer()
     with capture_logs() as logs:
         bench.etcd.away()
-        async with running(mirror):
+        async with running(informer):
             await bench.clock.advance(60)
-            assert "cannot be read" in mirror.problem
+            assert "cannot be read" in informer.problem
             assert bench.etcd.calls["list"] < 25
             bench.etcd.back()
             bench.etcd.deny()
             await bench.clock.advance(60)
-            assert "permission denied" in mirror.problem
+            assert "permission denied" in informer.problem
             bench.etcd.allow()
             await bench.clock.advance(6)
-            assert mirror.in_step
-            assert mirror.problem == ""
+            assert informer.in_step
+            assert informer.problem == ""
     assert [(line["event"], line["log_level"]) for line in logs] == [
         ("mirror.away", "warning"),
         ("mirror.denied", "error"),
@@ -245,12 +245,12 @@ async def test_troubles_are_told_once_and_waited_out(bench: Bench) -> None:
 
 async def test_a_watch_that_is_denied_goes_on_where_it_was(bench: Bench) -> None:
     """What was written meanwhile is told once the right is back, without a new list."""
-    mirror = bench.mirror()
-    async with running(mirror):
+    informer = bench.informer()
+    async with running(informer):
         bench.etcd.deny()
         await bench.clock.advance(60)
-        assert not mirror.in_step
-        assert "permission denied" in mirror.problem
+        assert not informer.in_step
+        assert "permission denied" in informer.problem
         bench.etcd.write("/p/a", "1")
         bench.etcd.allow()
         await bench.clock.advance(6)
@@ -260,7 +260,7 @@ async def test_a_watch_that_is_denied_goes_on_where_it_was(bench: Bench) -> None
 
 async def test_a_watch_that_ends_is_begun_again_without_haste(bench: Bench) -> None:
     """A closed store must not make the loop spin."""
-    async with running(bench.mirror()):
+    async with running(bench.informer()):
         await bench.etcd.close()
         bench.etcd.calls.clear()
         await bench.clock.advance(60)
@@ -269,7 +269,7 @@ async def test_a_watch_that_ends_is_begun_again_without_haste(bench: Bench) -> N
 
 async def test_an_hour_of_health_makes_the_next_trouble_a_first_one(bench: Bench) -> None:
     """The pause grows within one row of failures only."""
-    async with running(bench.mirror()):
+    async with running(bench.informer()):
         bench.etcd.deny()
         await bench.clock.advance(60)
         bench.etcd.allow()
@@ -286,7 +286,7 @@ async def test_a_stop_in_the_middle_of_a_large_list_leaves_no_half(bench: Bench)
     """Cancelled while it is being applied, it was not applied."""
     for index in range(3 * SLICE):
         bench.etcd.write(f"/p/{index}", "1")
-    task = asyncio.create_task(bench.mirror().run())
+    task = asyncio.create_task(bench.informer().run())
     for _ in range(4):
         await asyncio.sleep(0)
     task.cancel()
@@ -311,10 +311,10 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
                 copy[key] = entry.value
 
     etcd = bench.etcd.peer()
-    mirror: Informer[bytes] = Informer(
+    informer: Informer[bytes] = Informer(
         store=etcd, clock=bench.clock, history=SameHistory(), prefix="/p/", table=bench.table, on_change=follow
     )
-    async with running(mirror):
+    async with running(informer):
         for _ in range(300):
             match dice.randrange(12):
                 case 0:
@@ -336,7 +336,7 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
                     bench.etcd.write(f"/p/{dice.randrange(6)}", str(dice.random()))
         etcd.back()
         etcd.allow()
-        await bench.clock.advance_until(lambda: mirror.in_step, 3600)
+        await bench.clock.advance_until(lambda: informer.in_step, 3600)
         assert bench.held() == bench.truth() == {key.decode(): value for key, value in copy.items()}
 
 
@@ -426,7 +426,7 @@ async def test_batches_need_not_come_from_the_fake() -> None:
         yield Once()
 
     etcd.watch = watch  # type: ignore[method-assign,assignment]
-    mirror: Informer[bytes] = Informer(
+    informer: Informer[bytes] = Informer(
         store=etcd,
         clock=FakeClock(),
         history=SameHistory(),
@@ -434,7 +434,7 @@ async def test_batches_need_not_come_from_the_fake() -> None:
         table=table,
         on_change=lambda keys, revision: told.append((set(keys), revision)),
     )
-    async with running(mirror):
+    async with running(informer):
         assert told == [({b"/p/a"}, 6), ({b"/p/a"}, 7)]
         entry = table.get(b"/p/a")
         assert entry is not None

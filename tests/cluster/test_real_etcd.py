@@ -1,4 +1,4 @@
-"""Session, mirror and publisher on a real etcd: what only the server's own behaviour can show."""
+"""Session, informer and status writer on a real etcd: what only the server's own behaviour can show."""
 
 from __future__ import annotations
 
@@ -179,10 +179,10 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             yield listing
 
     etcd.pages = late  # type: ignore[method-assign]
-    mirror: Informer[bytes] = Informer(
+    informer: Informer[bytes] = Informer(
         store=etcd, clock=Clock(), history=SameHistory(), prefix="/p/", table=table, on_change=note
     )
-    async with running(mirror.run()):
+    async with running(informer.run()):
         while len(told) < 2:
             news.clear()
             await news.wait()
@@ -197,17 +197,17 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
 async def test_the_publisher_writes_under_the_session_only(etcd: Etcd, tmp_path: Path) -> None:
     """Full transactions are accepted by a server with its default limits; the guard falls with the session."""
     session = make_session(etcd, tmp_path)
-    publisher = StatusWriter(store=etcd, clock=Clock(), layout=Layout(), host=HostName("a"), session=session)
+    status_writer = StatusWriter(store=etcd, clock=Clock(), layout=Layout(), host=HostName("a"), session=session)
     ids = [InstanceId(str(index)) for index in range(200)]
-    async with running(session.run()), running(publisher.run()):
+    async with running(session.run()), running(status_writer.run()):
         for instance in ids:
             reason = "x" * 30_000
-            publisher.set(instance, Status(id=instance, host="a", phase=Phase.RUNNING, reason=reason, since="now"))
-        assert await publisher.flush(60)
+            status_writer.set(instance, Status(id=instance, host="a", phase=Phase.RUNNING, reason=reason, since="now"))
+        assert await status_writer.flush(60)
         assert len((await etcd.list(Layout().statuses_prefix)).kvs) == 200
         for instance in ids:
-            publisher.forget(instance)
-        assert await publisher.flush(60)
+            status_writer.forget(instance)
+        assert await status_writer.flush(60)
         assert (await etcd.list(Layout().statuses_prefix)).kvs == []
         revoked = await etcd.get(session.key)
         assert revoked is not None

@@ -48,7 +48,7 @@ class Bench:
         self.clock = FakeClock()
         self.etcd = FakeEtcd(self.clock.now)
         self.session = FakeSession(self.etcd)
-        self.publisher = self.make()
+        self.status_writer = self.make()
 
     def make(self, gather_s: float = 0.0, spread_s: float = 0.0) -> StatusWriter:
         return StatusWriter(
@@ -64,10 +64,10 @@ class Bench:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[StatusWriter]:
-        task = asyncio.create_task(self.publisher.run())
+        task = asyncio.create_task(self.status_writer.run())
         await settle()
         try:
-            yield self.publisher
+            yield self.status_writer
         finally:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -95,15 +95,15 @@ def status(
 
 async def test_a_status_is_written_once(bench: Bench) -> None:
     """And not again while it is the same."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await settle()
         assert bench.value(ONE) == status(ONE).to_json()
-        publisher.set(ONE, status(ONE))
+        status_writer.set(ONE, status(ONE))
         await bench.clock.advance(600)
         assert len(bench.etcd.writes) == 1
         assert bench.etcd.calls == {"txn": 1}
-        assert publisher.ids() == {ONE}
+        assert status_writer.ids() == {ONE}
 
 
 async def test_what_the_key_held_at_the_start_is_not_written_again(bench: Bench) -> None:
@@ -112,13 +112,13 @@ async def test_what_the_key_held_at_the_start_is_not_written_again(bench: Bench)
     bench.etcd.write(Layout().status_key(TWO), status(TWO, host="b").to_json())
     bench.etcd.write("/kvmsupervisor/instances/..", status(TWO).to_json())
     bench.etcd.write("/kvmsupervisor/instances/x", b'\xff"a"')
-    bench.publisher.prime(bench.listed())
-    assert bench.publisher.ids() == {ONE}
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    bench.status_writer.prime(bench.listed())
+    assert bench.status_writer.ids() == {ONE}
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await settle()
         assert bench.etcd.calls.total() == 0
-        publisher.set(TWO, status(TWO))
+        status_writer.set(TWO, status(TWO))
         await settle()
         assert bench.value(TWO) == status(TWO).to_json()
 
@@ -129,24 +129,24 @@ async def test_what_the_keys_hold_is_learnt_as_soon_as_etcd_says(bench: Bench, o
     bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
     bench.etcd.write(Layout().status_key(TWO), status(TWO, host="b").to_json())
     bench.etcd.away()
-    learning = asyncio.create_task(bench.publisher.learn(only))
+    learning = asyncio.create_task(bench.status_writer.learn(only))
     await bench.clock.advance(60)
     assert not learning.done()
     assert 1 < bench.etcd.calls.total() < 30
     bench.etcd.back()
     await bench.clock.advance(60)
     assert await learning == {ONE: status(ONE)}
-    assert bench.publisher.ids() == {ONE}
-    assert await bench.publisher.learn(TWO) == {}
+    assert bench.status_writer.ids() == {ONE}
+    assert await bench.status_writer.learn(TWO) == {}
 
 
 async def test_changes_wait_for_each_other(bench: Bench) -> None:
     """What changes shortly after another change is written with it, once: a start has five statuses in a moment."""
-    bench.publisher = bench.make(gather_s=0.05)
-    async with bench.running() as publisher:
+    bench.status_writer = bench.make(gather_s=0.05)
+    async with bench.running() as status_writer:
         for turn in range(3):
-            publisher.set(ONE, status(ONE, str(turn)))
-            publisher.set(TWO, status(TWO, str(turn)))
+            status_writer.set(ONE, status(ONE, str(turn)))
+            status_writer.set(TWO, status(TWO, str(turn)))
             await bench.clock.advance(0.02)
         assert bench.value(ONE) == status(ONE, "2").to_json()
         assert bench.value(TWO) == status(TWO, "2").to_json()
@@ -155,21 +155,21 @@ async def test_changes_wait_for_each_other(bench: Bench) -> None:
 
 async def test_many_changes_are_written_now_and_then(bench: Bench) -> None:
     """Law: a few writes in a row need no pause; then each waits for its turn, and holds the last value."""
-    bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
-    async with bench.running() as publisher:
+    bench.status_writer = bench.make(gather_s=0.05, spread_s=0.25)
+    async with bench.running() as status_writer:
         for turn in range(BURST):
-            publisher.set(ONE, status(ONE, f"early {turn}"))
+            status_writer.set(ONE, status(ONE, f"early {turn}"))
             await bench.clock.advance(0.05)
             assert bench.value(ONE) == status(ONE, f"early {turn}").to_json()
         for turn in range(3):
-            publisher.set(ONE, status(ONE, str(turn)))
+            status_writer.set(ONE, status(ONE, str(turn)))
             await bench.clock.advance(0.04)
         assert bench.value(ONE) == status(ONE, f"early {BURST - 1}").to_json()
         await bench.clock.advance(0.05)
         assert bench.value(ONE) == status(ONE, "2").to_json()
         assert bench.etcd.calls == {"txn": BURST + 1}
         await bench.clock.advance(2.0)
-        publisher.set(ONE, status(ONE, "later"))
+        status_writer.set(ONE, status(ONE, "later"))
         await bench.clock.advance(0.05)
         assert bench.value(ONE) == status(ONE, "later").to_json()
 
@@ -177,25 +177,25 @@ async def test_many_changes_are_written_now_and_then(bench: Bench) -> None:
 async def test_what_fills_a_transaction_waits_for_nothing(bench: Bench) -> None:
     """Law: the pause after a write is there to gather; a full transaction has gathered."""
     ids = [InstanceId(str(index)) for index in range(2 * OPS_PER_TXN)]
-    bench.publisher = bench.make(spread_s=0.25)
-    async with bench.running() as publisher:
+    bench.status_writer = bench.make(spread_s=0.25)
+    async with bench.running() as status_writer:
         for instance in ids:
-            publisher.set(instance, status(instance, "x"))
+            status_writer.set(instance, status(instance, "x"))
         await settle()
         assert all(bench.value(i) == status(i, "x").to_json() for i in ids)
 
 
 async def test_a_flush_waits_for_nothing(bench: Bench) -> None:
     """Law: whoever stops does not wait for changes to come."""
-    bench.publisher = bench.make(gather_s=0.05, spread_s=0.25)
-    async with bench.running() as publisher:
+    bench.status_writer = bench.make(gather_s=0.05, spread_s=0.25)
+    async with bench.running() as status_writer:
         for turn in range(BURST):
-            publisher.set(ONE, status(ONE, str(turn)))
+            status_writer.set(ONE, status(ONE, str(turn)))
             await bench.clock.advance(0.05)
-        publisher.set(ONE, status(ONE, "last"))
+        status_writer.set(ONE, status(ONE, "last"))
         await settle()
         begun = bench.clock.now()
-        assert await publisher.flush(2.0)
+        assert await status_writer.flush(2.0)
         assert bench.clock.now() == begun
         assert bench.value(ONE) == status(ONE, "last").to_json()
 
@@ -203,10 +203,10 @@ async def test_a_flush_waits_for_nothing(bench: Bench) -> None:
 async def test_a_burst_becomes_few_transactions_with_the_latest_values(bench: Bench) -> None:
     """Coalesced per instance; at most 64 in a transaction."""
     ids = [InstanceId(str(index)) for index in range(130)]
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
         for turn in range(5):
             for instance in ids:
-                publisher.set(instance, status(instance, str(turn)))
+                status_writer.set(instance, status(instance, str(turn)))
         await settle()
         assert [bench.value(i) for i in ids] == [status(i, "4").to_json() for i in ids]
         assert len(bench.etcd.writes) == 130
@@ -223,9 +223,9 @@ async def test_large_values_make_smaller_transactions(bench: Bench) -> None:
         return await real(compare, ops)  # type: ignore[arg-type]
 
     bench.etcd.txn = txn  # type: ignore[method-assign,assignment]
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
         for index in range(40):
-            publisher.set(InstanceId(str(index)), status(InstanceId(str(index)), "x" * 60_000))
+            status_writer.set(InstanceId(str(index)), status(InstanceId(str(index)), "x" * 60_000))
         await settle()
         assert len(bench.listed()) == 40
         assert max(sizes) <= BYTES_PER_TXN
@@ -234,8 +234,8 @@ async def test_large_values_make_smaller_transactions(bench: Bench) -> None:
 async def test_ten_thousand_problems_are_cut_to_what_fits(bench: Bench) -> None:
     """The first ones and how many there are besides."""
     problems = tuple(f"key{index}: found 'é'; unknown key" for index in range(10_000))
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, problems=problems))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE, problems=problems))
         await settle()
         value = bench.value(ONE)
         assert value is not None
@@ -249,14 +249,14 @@ async def test_ten_thousand_problems_are_cut_to_what_fits(bench: Bench) -> None:
 
 async def test_values_set_during_a_write_follow_it(bench: Bench) -> None:
     """The latest value wins, in the end."""
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
 
         async def meanwhile(call: str) -> None:
             bench.etcd.hook = None
-            publisher.set(ONE, status(ONE, "second"))
+            status_writer.set(ONE, status(ONE, "second"))
 
         bench.etcd.hook = meanwhile
-        publisher.set(ONE, status(ONE, "first"))
+        status_writer.set(ONE, status(ONE, "first"))
         await settle()
         assert bench.value(ONE) == status(ONE, "second").to_json()
 
@@ -264,8 +264,8 @@ async def test_values_set_during_a_write_follow_it(bench: Bench) -> None:
 async def test_without_a_session_nothing_is_asked(bench: Bench) -> None:
     """It waits, and goes on when the session is won."""
     bench.session.turn(held=False)
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await bench.clock.advance(60)
         assert bench.etcd.calls.total() == 0
         bench.session.turn(held=True)
@@ -277,13 +277,13 @@ async def test_without_a_session_nothing_is_asked(bench: Bench) -> None:
 async def test_a_frozen_hosts_late_write_changes_nothing(bench: Bench) -> None:
     """Its session is gone in etcd, though it does not know yet; neither does it ask in a hurry."""
     theirs = status(ONE, host="b").to_json()
-    async with bench.running() as publisher:
-        publisher.set(TWO, status(TWO))
+    async with bench.running() as status_writer:
+        status_writer.set(TWO, status(TWO))
         await settle()
         bench.etcd.erase(SESSION_KEY)
         bench.etcd.write(Layout().status_key(ONE), theirs)
-        publisher.set(ONE, status(ONE))
-        publisher.forget(TWO)
+        status_writer.set(ONE, status(ONE))
+        status_writer.forget(TWO)
         await bench.clock.advance(60)
         assert bench.value(ONE) == theirs
         assert bench.value(TWO) == status(TWO).to_json()
@@ -293,11 +293,11 @@ async def test_a_frozen_hosts_late_write_changes_nothing(bench: Bench) -> None:
 async def test_etcd_away_is_waited_out(bench: Bench) -> None:
     """One line in the log, growing pauses, and then the latest value."""
     with capture_logs() as logs:
-        async with bench.running() as publisher:
+        async with bench.running() as status_writer:
             bench.etcd.away()
-            publisher.set(ONE, status(ONE, "first"))
+            status_writer.set(ONE, status(ONE, "first"))
             await bench.clock.advance(60)
-            publisher.set(ONE, status(ONE, "second"))
+            status_writer.set(ONE, status(ONE, "second"))
             await bench.clock.advance(60)
             assert bench.etcd.calls["txn"] < 60
             bench.etcd.back()
@@ -310,61 +310,61 @@ async def test_etcd_away_is_waited_out(bench: Bench) -> None:
 @pytest.mark.parametrize("applied", [True, False])
 async def test_after_a_lost_reply_the_key_is_written_again(bench: Bench, applied: bool) -> None:
     """Also when the value is back at what was known before: the key may hold the other one."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, "old"))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE, "old"))
         await settle()
         bench.etcd.lose_next_reply() if applied else bench.etcd.lose_next_request()
-        publisher.set(ONE, status(ONE, "new"))
+        status_writer.set(ONE, status(ONE, "new"))
         await settle()
-        publisher.set(ONE, status(ONE, "old"))
+        status_writer.set(ONE, status(ONE, "old"))
         await bench.clock.advance(1)
         assert bench.value(ONE) == status(ONE, "old").to_json()
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
 
 
 async def test_forgetting_deletes_what_is_ours(bench: Bench) -> None:
     """One of this host's statuses, written by this process or an earlier one; once."""
     bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
-    bench.publisher.prime(bench.listed())
-    async with bench.running() as publisher:
-        publisher.set(TWO, status(TWO))
+    bench.status_writer.prime(bench.listed())
+    async with bench.running() as status_writer:
+        status_writer.set(TWO, status(TWO))
         await settle()
-        publisher.forget(ONE)
-        publisher.forget(TWO)
+        status_writer.forget(ONE)
+        status_writer.forget(TWO)
         await settle()
         assert bench.listed() == []
-        assert publisher.ids() == set()
+        assert status_writer.ids() == set()
         bench.etcd.calls.clear()
-        publisher.forget(ONE)
+        status_writer.forget(ONE)
         await settle()
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
         assert bench.etcd.calls.total() == 0
 
 
 @pytest.mark.parametrize("theirs", [status(ONE, host="b").to_json(), b"written by hand", None])
 async def test_forgetting_leaves_anothers_value(bench: Bench, theirs: bytes | None) -> None:
     """The next owner's status stays; a key that is gone already is no trouble."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
-        publisher.set(TWO, status(TWO))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
+        status_writer.set(TWO, status(TWO))
         await settle()
         if theirs is None:
             bench.etcd.erase(Layout().status_key(ONE))
         else:
             bench.etcd.write(Layout().status_key(ONE), theirs)
-        publisher.forget(ONE)
-        publisher.forget(TWO)
+        status_writer.forget(ONE)
+        status_writer.forget(TWO)
         await settle()
         assert bench.value(ONE) == theirs
         assert bench.value(TWO) is None
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
 
 
 async def test_a_value_written_between_look_and_deletion_stays(bench: Bench) -> None:
     """The deletion compares what was looked at."""
     theirs = status(ONE, host="b").to_json()
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await settle()
         calls = 0
 
@@ -375,48 +375,48 @@ async def test_a_value_written_between_look_and_deletion_stays(bench: Bench) -> 
                 bench.etcd.write(Layout().status_key(ONE), theirs)
 
         bench.etcd.hook = between
-        publisher.forget(ONE)
+        status_writer.forget(ONE)
         await bench.clock.advance(5)
         assert bench.value(ONE) == theirs
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
 
 
 async def test_forgotten_and_wanted_again(bench: Bench) -> None:
     """The last word counts, at whatever moment it comes."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
-        publisher.forget(ONE)
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
+        status_writer.forget(ONE)
         await settle()
         assert bench.etcd.writes == []
         for steps in range(6):
-            publisher.set(ONE, status(ONE))
+            status_writer.set(ONE, status(ONE))
             await settle()
-            publisher.forget(ONE)
+            status_writer.forget(ONE)
             for _ in range(steps):
                 await asyncio.sleep(0)
-            publisher.set(ONE, status(ONE))
+            status_writer.set(ONE, status(ONE))
             await settle()
             assert bench.value(ONE) == status(ONE).to_json()
-            publisher.set(ONE, status(ONE, "other"))
+            status_writer.set(ONE, status(ONE, "other"))
             for _ in range(steps):
                 await asyncio.sleep(0)
-            publisher.forget(ONE)
+            status_writer.forget(ONE)
             await settle()
             assert bench.value(ONE) is None
 
 
 async def test_what_another_host_may_have_written_is_written_over(bench: Bench) -> None:
     """A key in doubt gets the next status although it is the one that was written last; a deletion stays wanted."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await settle()
         bench.etcd.write(Layout().status_key(ONE), b"another host's")
-        publisher.doubt(ONE)
-        publisher.set(ONE, status(ONE))
+        status_writer.doubt(ONE)
+        status_writer.set(ONE, status(ONE))
         await bench.clock.advance(1)
         assert bench.value(ONE) == status(ONE).to_json()
-        publisher.forget(ONE)
-        publisher.doubt(ONE)
+        status_writer.forget(ONE)
+        status_writer.doubt(ONE)
         await bench.clock.advance(1)
         assert bench.value(ONE) is None
 
@@ -431,36 +431,36 @@ async def test_a_later_epoch_stays(bench: Bench, ours: str) -> None:
         bench.etcd.hook = None
         bench.etcd.write(Layout().status_key(ONE), theirs.to_json())
 
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
         if ours == "written before":
-            publisher.set(ONE, status(ONE, epoch=1))
+            status_writer.set(ONE, status(ONE, epoch=1))
             await settle()
         if ours == "on its way":
             bench.etcd.hook = meanwhile
         else:
             await meanwhile("")
-        publisher.set(ONE, status(ONE, "late", epoch=2), overtaken=lambda: told.append("once"))
-        publisher.set(TWO, status(TWO))
+        status_writer.set(ONE, status(ONE, "late", epoch=2), overtaken=lambda: told.append("once"))
+        status_writer.set(TWO, status(TWO))
         await settle()
         assert bench.value(ONE) == theirs.to_json()
         assert bench.value(TWO) == status(TWO).to_json()
-        publisher.set(ONE, status(ONE, "later still", epoch=2), overtaken=lambda: told.append("again"))
+        status_writer.set(ONE, status(ONE, "later still", epoch=2), overtaken=lambda: told.append("again"))
         await bench.clock.advance(60)
         assert bench.value(ONE) == theirs.to_json()
         assert told == ["once"]
-        publisher.set(ONE, status(ONE, epoch=3))
+        status_writer.set(ONE, status(ONE, epoch=3))
         await settle()
         assert bench.value(ONE) == status(ONE, epoch=3).to_json()
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
 
 
 async def test_a_key_that_was_deleted_is_written(bench: Bench) -> None:
     """By hand, say: what is not there tells of no epoch."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, epoch=2))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE, epoch=2))
         await settle()
         bench.etcd.erase(Layout().status_key(ONE))
-        publisher.set(ONE, status(ONE, "again", epoch=2))
+        status_writer.set(ONE, status(ONE, "again", epoch=2))
         await settle()
         assert bench.value(ONE) == status(ONE, "again", epoch=2).to_json()
 
@@ -468,18 +468,18 @@ async def test_a_key_that_was_deleted_is_written(bench: Bench) -> None:
 @pytest.mark.parametrize("fault", ["none", "reply", "request", "rejected"])
 async def test_an_abandoned_key_is_left_to_its_next_owner(bench: Bench, fault: str) -> None:
     """Neither written nor deleted any more, at whatever moment it is abandoned."""
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
         await settle()
-        publisher.abandon(ONE)
-        assert publisher.ids() == set()
-        publisher.forget(ONE)
+        status_writer.abandon(ONE)
+        assert status_writer.ids() == set()
+        status_writer.forget(ONE)
         await settle()
         assert bench.value(ONE) == status(ONE).to_json()
 
         async def meanwhile(call: str) -> None:
             bench.etcd.hook = None
-            publisher.abandon(TWO)
+            status_writer.abandon(TWO)
 
         bench.etcd.hook = meanwhile
         match fault:
@@ -489,15 +489,15 @@ async def test_an_abandoned_key_is_left_to_its_next_owner(bench: Bench, fault: s
                 bench.etcd.lose_next_request()
             case "rejected":
                 bench.etcd.fail_next(Rejected("too large"))
-        publisher.set(TWO, status(TWO))
-        assert not await publisher.flush(0)
+        status_writer.set(TWO, status(TWO))
+        assert not await status_writer.flush(0)
         await settle()
-        assert publisher.ids() == set()
-        assert await publisher.flush(0)
+        assert status_writer.ids() == set()
+        assert await status_writer.flush(0)
         bench.etcd.calls.clear()
         await bench.clock.advance(60)
         assert bench.etcd.calls.total() == 0
-        publisher.set(TWO, status(TWO, "again"))
+        status_writer.set(TWO, status(TWO, "again"))
         await bench.clock.advance(6)
         assert bench.value(TWO) == status(TWO, "again").to_json()
 
@@ -505,42 +505,42 @@ async def test_an_abandoned_key_is_left_to_its_next_owner(bench: Bench, fault: s
 async def test_a_value_written_by_another_transaction_is_known(bench: Bench) -> None:
     """It replaces what waited to be written, and is not written again."""
     bench.session.turn(held=False)
-    async with bench.running() as publisher:
-        publisher.set(ONE, status(ONE, "older"))
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE, "older"))
         value = status(ONE, "newer").to_json()
         revision = await bench.etcd.put(Layout().status_key(ONE), value)
-        publisher.wrote(ONE, value, revision)
+        status_writer.wrote(ONE, value, revision)
         bench.etcd.writes.clear()
         bench.session.turn(held=True)
         await settle()
         assert bench.etcd.writes == []
-        publisher.set(ONE, status(ONE, "newer"))
+        status_writer.set(ONE, status(ONE, "newer"))
         await settle()
         assert bench.etcd.writes == []
-        publisher.forget(ONE)
+        status_writer.forget(ONE)
         await settle()
         assert [type(op) for op in bench.etcd.writes] == [Delete]
 
 
 async def test_a_write_on_its_way_does_not_undo_what_another_transaction_wrote(bench: Bench) -> None:
     """Whichever of the two etcd took last, the key ends with the newer status."""
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
         value = status(ONE, "newer").to_json()
 
         async def overtaken(call: str) -> None:
             bench.etcd.hook = None
             bench.etcd.write(Layout().status_key(ONE), value)
-            publisher.wrote(ONE, value, bench.etcd.revision)
+            status_writer.wrote(ONE, value, bench.etcd.revision)
 
         bench.etcd.hook = overtaken
-        publisher.set(ONE, status(ONE, "older"))
+        status_writer.set(ONE, status(ONE, "older"))
         await settle()
         assert bench.value(ONE) == value
 
 
 async def test_a_late_reply_does_not_hide_what_was_written_after(bench: Bench) -> None:
     """The revisions say which value the key holds, not the order in which replies come in."""
-    async with bench.running() as publisher:
+    async with bench.running() as status_writer:
         value = status(ONE, "newer").to_json()
         real = bench.etcd.txn
 
@@ -548,15 +548,15 @@ async def test_a_late_reply_does_not_hide_what_was_written_after(bench: Bench) -
             result = await real(*args, **kwargs)  # type: ignore[arg-type]
             bench.etcd.txn = real  # type: ignore[method-assign]
             bench.etcd.write(Layout().status_key(ONE), value)
-            publisher.wrote(ONE, value, bench.etcd.revision)
+            status_writer.wrote(ONE, value, bench.etcd.revision)
             return result
 
         bench.etcd.txn = late  # type: ignore[method-assign,assignment]
-        publisher.set(ONE, status(ONE, "older"))
+        status_writer.set(ONE, status(ONE, "older"))
         await settle()
         assert bench.value(ONE) == value
         assert len(bench.etcd.writes) == 1
-        assert await publisher.flush(0)
+        assert await status_writer.flush(0)
 
 
 async def test_one_refused_value_does_not_stop_the_others(bench: Bench) -> None:
@@ -573,39 +573,39 @@ async def test_one_refused_value_does_not_stop_the_others(bench: Bench) -> None:
 
     bench.etcd.txn = picky  # type: ignore[method-assign,assignment]
     with capture_logs() as logs:
-        async with bench.running() as publisher:
+        async with bench.running() as status_writer:
             for instance in ids:
-                publisher.set(instance, status(instance))
+                status_writer.set(instance, status(instance))
             await bench.clock.advance(60)
             assert {kv.key.decode().rpartition("/")[2] for kv in bench.listed()} == set(ids) - {"13"}
             assert bench.etcd.calls["refused"] < 40
-            assert not await publisher.flush(0)
+            assert not await status_writer.flush(0)
             assert any(line["event"] == "publisher.rejected" for line in logs)
             mended = True
             await bench.clock.advance(6)
             assert len(bench.listed()) == 100
-            assert await publisher.flush(0)
+            assert await status_writer.flush(0)
             # Large transactions again, once all is well.
             bench.etcd.calls.clear()
             for instance in ids:
-                publisher.set(instance, status(instance, "later"))
+                status_writer.set(instance, status(instance, "later"))
             await settle()
             assert bench.etcd.calls["txn"] < 10
 
 
 async def test_flush_waits_until_all_is_written_or_the_time_is_up(bench: Bench) -> None:
     """For an orderly stop."""
-    async with bench.running() as publisher:
-        assert await publisher.flush(0)
+    async with bench.running() as status_writer:
+        assert await status_writer.flush(0)
         bench.etcd.fail_next(Unavailable("for a moment"))
-        publisher.set(ONE, status(ONE))
-        flushed = asyncio.create_task(publisher.flush(5))
+        status_writer.set(ONE, status(ONE))
+        flushed = asyncio.create_task(status_writer.flush(5))
         await bench.clock.advance(4)
         assert flushed.result() is True
         assert bench.value(ONE) is not None
         bench.etcd.away()
-        publisher.set(ONE, status(ONE, "x"))
-        flushed = asyncio.create_task(publisher.flush(5))
+        status_writer.set(ONE, status(ONE, "x"))
+        flushed = asyncio.create_task(status_writer.flush(5))
         await bench.clock.advance(4)
         assert not flushed.done()
         await bench.clock.advance(1)
@@ -617,5 +617,5 @@ def test_the_host_is_told_from_its_namesakes() -> None:
     bench = Bench()
     theirs = status(ONE, 'lock is held by "a"', host="b").to_json()
     assert json.loads(theirs)["host"] == "b"
-    bench.publisher.prime([KeyValue(Layout().status_key(ONE).encode(), theirs, 2, 2)])
-    assert bench.publisher.ids() == set()
+    bench.status_writer.prime([KeyValue(Layout().status_key(ONE).encode(), theirs, 2, 2)])
+    assert bench.status_writer.ids() == set()

@@ -54,7 +54,7 @@ def nest(host: BootedHost) -> dict[str, object]:
 
 
 def test_a_guest_outlives_container_docker_and_containerd(host: BootedHost) -> None:
-    """Law: from inside a container the host's systemd gives the home; nothing of Docker can take the guest along."""
+    """Law: from inside a container the host's systemd gives the cgroup; nothing of Docker can take the guest along."""
     told = nest(host)
     guest, neighbour = int(str(told["guest"])), int(str(told["neighbour"]))
     assert (told["home"], told["survives"], told["warning"]) == ("systemd", True, None)

@@ -34,15 +34,15 @@ from kvmsupervisor.domain.limits import Limits
 
 async def main():
     chosen = await choose("auto")
-    home = await chosen.homes.prepare(InstanceId("one"), "i1", Limits())
-    stdin = subprocess.DEVNULL if home.stdin is None else home.stdin
-    guest = subprocess.Popen(home.wrap(["/bin/sleep", "600"]), stdin=stdin, start_new_session=True)
-    await home.settle(guest.pid)
+    cgroup = await chosen.cgroups.prepare(InstanceId("one"), "i1", Limits())
+    stdin = subprocess.DEVNULL if cgroup.stdin is None else cgroup.stdin
+    guest = subprocess.Popen(cgroup.wrap(["/bin/sleep", "600"]), stdin=stdin, start_new_session=True)
+    await cgroup.settle(guest.pid)
     neighbour = subprocess.Popen(["/bin/sleep", "601"], stdin=subprocess.DEVNULL, start_new_session=True)
     while Path(f"/proc/{guest.pid}/comm").read_text() != "sleep\\n":
         await asyncio.sleep(0.01)
-    print(json.dumps({"guest": guest.pid, "neighbour": neighbour.pid, "home": chosen.homes.name,
-                      "survives": chosen.homes.survives_container, "warning": chosen.warning}), flush=True)
+    print(json.dumps({"guest": guest.pid, "neighbour": neighbour.pid, "home": chosen.cgroups.name,
+                      "survives": chosen.cgroups.survives_container, "warning": chosen.warning}), flush=True)
     await asyncio.sleep(600)
 asyncio.run(main())
 """
@@ -152,7 +152,7 @@ def test_without_arguments_it_supervises(docker: Docker, keys: Keys, run_dir: Pa
 
 @pytest.mark.parametrize("end", [("stop", "--time=5"), ("kill",), ("rm", "--force")], ids=lambda words: words[0])
 def test_a_guest_outlives_its_container(docker: Docker, end: tuple[str, ...]) -> None:
-    """Law: whatever Docker does to a container, a process in a home of its own runs on; its neighbour does not."""
+    """Law: whatever Docker does to a container, a process in a cgroup of its own runs on; its neighbour does not."""
     mounts = ("--pid=host", "--cgroupns=host", f"--volume={CGROUPS}:{CGROUPS}", *PRIVILEGED)
     docker.run(
         "run", "--detach", "--name=nest", "--network=none", *mounts, "--entrypoint=python3", IMAGE, "-c", SPAWNER
@@ -172,7 +172,7 @@ def test_a_guest_outlives_its_container(docker: Docker, end: tuple[str, ...]) ->
         if guest:
             os.kill(guest, signal.SIGKILL)
             eventually("its end", lambda: not is_alive(guest, begun))
-        _remove_homes()
+        _remove_cgroups()
 
 
 def test_without_the_hosts_pids_it_says_that_nothing_survives(docker: Docker) -> None:
@@ -185,7 +185,7 @@ def test_without_the_hosts_pids_it_says_that_nothing_survives(docker: Docker) ->
     assert "--pid=host" in out
 
 
-def _remove_homes() -> None:
+def _remove_cgroups() -> None:
     deadline = time.monotonic() + 10
     while left := list(CGROUPS.glob("*/kvmsupervisor/one@i1")):
         for path in left:
@@ -195,6 +195,6 @@ def _remove_homes() -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     for path in CGROUPS.glob("*/kvmsupervisor"):
-        # Homes of others on this machine stay.
+        # Cgroups of others on this machine stay.
         with contextlib.suppress(OSError):
             path.rmdir()

@@ -21,7 +21,7 @@ from kvmsupervisor.domain.decision import Cells, Row
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.goal import Goal, goal
 from kvmsupervisor.domain.history import Era
-from kvmsupervisor.domain.incarnation import Memory
+from kvmsupervisor.domain.incarnation import InstanceState
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim, LockState, LockView, Storage
 from kvmsupervisor.domain.spec import RestartPolicy, Spec
@@ -61,7 +61,8 @@ WISHES: tuple[dict[str, Any], ...] = (
     {"wish": replace(cases.DAMAGED, host=cases.OTHER), "problems": cases.DAMAGED.problems},
     {"wish": replace(cases.WISH, restart_request="r")}, {"wish": replace(cases.WISH, restart_request="reset:1")},
     {"wish": replace(cases.WISH, spec=Spec(ram_mib=128))},
-    {"wish": replace(cases.WISH, restart=RestartPolicy.NEVER), "memory": Memory(boot_id=cases.BOOT, ended=cases.ENDED)},
+    {"wish": replace(cases.WISH, restart=RestartPolicy.NEVER),
+     "saved": InstanceState(boot_id=cases.BOOT, ended=cases.ENDED)},
 )  # fmt: skip
 MORE: tuple[dict[str, Any], ...] = (
     {}, {"looked": False}, {"session_held": False}, {"etcd_at": 102.0}, {"rival": "r"}, {"quiet_at": 102.0},
@@ -81,7 +82,7 @@ WITHOUT_PROCESS: tuple[dict[str, Any], ...] = (
     {"holder_has_session": True}, {"rival": "r", "etcd_at": 102.0}, {"rival": "r", "ask_at": 102.0},
     {"rival": "r", "ask_at": 102.0, "looked": False}, {"claimed_by": cases.OTHER},
     {"claimed_by": cases.OTHER, "etcd_at": 102.0}, {"holdover": Holdover(pid=42)}, {"era": cases.AWAITED},
-    {"memory": Memory(boot_id=cases.BOOT, not_before=102.0)}, {"left_alone": LeftAlone(reason="r")},
+    {"saved": InstanceState(boot_id=cases.BOOT, not_before=102.0)}, {"left_alone": LeftAlone(reason="r")},
     {"left_alone": LeftAlone(reason="r", look_at=102.0)},
     {"left_alone": LeftAlone(reason="r", look_at=102.0), "looked": False},
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsupervisor.domain.incarnation import VERSION, Ended, Incarnation, Memory, Unreadable
+from kvmsupervisor.domain.incarnation import VERSION, Ended, Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.lock import Storage
 
 RECORD = Incarnation(
@@ -30,27 +30,29 @@ RECORD = Incarnation(
     clients=("10.0.0.1:0/1",),
 )
 ENDED = Ended(reason="guest-shutdown", clean=True, host_revision=5, power_revision=6, restart_request=None)
-MEMORY = Memory(
+SAVED = InstanceState(
     boot_id="boot-1", attempt=3, not_before=12.5, pause_s=2.5, restarts=4, last_exit="crashed (signal 9)", ended=ENDED
 )
-KINDS: list[tuple[type[Incarnation] | type[Memory], Incarnation | Memory]] = [
+KINDS: list[tuple[type[Incarnation] | type[InstanceState], Incarnation | InstanceState]] = [
     (Incarnation, RECORD),
     (Incarnation, replace(RECORD, pid=None, starttime=None, clients=())),
-    (Memory, MEMORY),
-    (Memory, Memory(boot_id="boot-1")),
+    (InstanceState, SAVED),
+    (InstanceState, InstanceState(boot_id="boot-1")),
 ]
 
 
 @pytest.mark.parametrize(("kind", "record"), KINDS)
 def test_a_record_is_read_as_it_was_written(
-    kind: type[Incarnation] | type[Memory], record: Incarnation | Memory
+    kind: type[Incarnation] | type[InstanceState], record: Incarnation | InstanceState
 ) -> None:
     """Law 8: what a supervisor writes, its successor reads."""
     assert kind.from_json(record.to_json()) == record
 
 
 @pytest.mark.parametrize(("kind", "record"), KINDS)
-def test_a_newer_record_is_left_alone(kind: type[Incarnation] | type[Memory], record: Incarnation | Memory) -> None:
+def test_a_newer_record_is_left_alone(
+    kind: type[Incarnation] | type[InstanceState], record: Incarnation | InstanceState
+) -> None:
     """Law: only the release that wrote it can tell what it means; the message says which versions differ."""
     newer = {**json.loads(record.to_json()), "version": VERSION + 1}
     with pytest.raises(Unreadable, match=f"version is {VERSION + 1}, this release reads {VERSION}"):
@@ -59,14 +61,14 @@ def test_a_newer_record_is_left_alone(kind: type[Incarnation] | type[Memory], re
 
 @pytest.mark.parametrize(("kind", "record"), KINDS)
 def test_a_field_of_a_later_patch_is_passed_over(
-    kind: type[Incarnation] | type[Memory], record: Incarnation | Memory
+    kind: type[Incarnation] | type[InstanceState], record: Incarnation | InstanceState
 ) -> None:
     """Law: a field more, under the same version, changes nothing."""
     assert kind.from_json(json.dumps({**json.loads(record.to_json()), "mood": 1}).encode()) == record
 
 
-@given(st.binary(max_size=100), st.sampled_from([Incarnation, Memory]))
-def test_damage_is_told_and_nothing_else(data: bytes, kind: type[Incarnation] | type[Memory]) -> None:
+@given(st.binary(max_size=100), st.sampled_from([Incarnation, InstanceState]))
+def test_damage_is_told_and_nothing_else(data: bytes, kind: type[Incarnation] | type[InstanceState]) -> None:
     """Law: whatever the file holds, its reader gets a record or a reason."""
     with pytest.raises(Unreadable):
         kind.from_json(data)
@@ -75,7 +77,7 @@ def test_damage_is_told_and_nothing_else(data: bytes, kind: type[Incarnation] | 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b'{"a":' * 100_000])
 def test_deep_damage_is_told_too(data: bytes) -> None:
     """Law: no content of a file brings its reader down."""
-    for kind in (Incarnation, Memory):
+    for kind in (Incarnation, InstanceState):
         with pytest.raises(Unreadable):
             kind.from_json(data)
 
@@ -109,4 +111,4 @@ def test_a_field_of_another_type_is_unreadable(name: str, value: object) -> None
 def test_a_memory_of_other_types_is_unreadable(name: str, value: object) -> None:
     """Law: the same for what outlives a process."""
     with pytest.raises(Unreadable):
-        Memory.from_json(json.dumps({**json.loads(MEMORY.to_json()), name: value}).encode())
+        InstanceState.from_json(json.dumps({**json.loads(SAVED.to_json()), name: value}).encode())

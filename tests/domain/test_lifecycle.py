@@ -17,7 +17,7 @@ import pytest
 from kvmsupervisor.domain.decision import Row
 from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.history import Era
-from kvmsupervisor.domain.incarnation import Ended, Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Ended, Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
@@ -74,7 +74,15 @@ def paused(**changes: object) -> Process:
 
 
 def view(**changes: object) -> View:
-    plain = View(now=101.0, me=ME, boot_id=BOOT, wish=WISH, lock=seen(None), memory=Memory(boot_id=BOOT))
+    plain = View(
+        now=101.0,
+        me=ME,
+        facts="/kvmsupervisor",
+        boot_id=BOOT,
+        wish=WISH,
+        lock=seen(None),
+        saved=InstanceState(boot_id=BOOT),
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -94,8 +102,8 @@ ON_RBD = replace(locked(host=OTHER, name="y"), storage=Storage.RBD, clients=("19
 WAITED = Deferral(until=160.0, told="12:00", ask_at=102.0, watchers=("192.0.2.1:0/1",))
 
 TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
-    ("an ended process is taken to the books first", Row.END,
-     view(process=running(exit=Exit(ExitClass.CRASHED, "crashed (signal 9)")), wish=GONE), Phase.STOPPING, Action.BURY),
+    ("the exit of an ended process is recorded first", Row.END,
+     view(process=running(exit=Exit(ExitClass.CRASHED, "crashed (signal 9)")), wish=GONE), Phase.STOPPING, Action.RECORD_EXIT),
     ("not before its keys were read", Row.END_UNREAD, view(process=running(exit=Exit(ExitClass.CRASHED, "c")), wish=None),
      Phase.WAITING, None),
     ("law 6: a lock that names another host kills", Row.LOCK_LOST, view(process=running(), lock=seen(locked(host=OTHER, name="y"))),
@@ -104,6 +112,8 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.STOPPING, Action.KILL),
     ("law 12: its own incarnation under another name of this host does not", Row.RENAME, view(process=running(),
      lock=seen(locked(host=OTHER))), Phase.RUNNING, Action.RENAME),
+    ("law 12: nor does its lock of before the facts prefix was another one", Row.RENAME, view(process=running(),
+     lock=seen(replace(locked(), facts="/other"))), Phase.RUNNING, Action.RENAME),
     ("law 12: before a stop, too", Row.RENAME, view(process=running(), lock=seen(locked(host=OTHER)), wish=GONE), Phase.RUNNING,
      Action.RENAME),
     ("law 12: and before it runs", Row.RENAME, view(process=paused(), lock=seen(locked(host=OTHER, pid=None))), Phase.STARTING,
@@ -112,9 +122,9 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.RUNNING, None),
     ("law 12: or waits, paused", Row.PAUSED_LOCKLESS, view(process=paused(), lock=seen(locked(host=OTHER)), session_held=False),
      Phase.WAITING, None),
-    ("law 12: what was buried under another name is let go of", Row.REST_RELEASE, view(lock=seen(locked(host=OTHER)), buried="x", wish=OFF),
+    ("law 12: what ended under another name is let go of", Row.REST_RELEASE, view(lock=seen(locked(host=OTHER)), last_ended="x", wish=OFF),
      Phase.STOPPED, Action.RELEASE),
-    ("law 12: or taken anew", Row.TAKE, view(lock=seen(locked(host=OTHER)), buried="x", slot=True), Phase.STARTING, Action.TAKE),
+    ("law 12: or taken anew", Row.TAKE, view(lock=seen(locked(host=OTHER)), last_ended="x", slot=True), Phase.STARTING, Action.TAKE),
     ("what cannot be read is left alone", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", look_at=102.0)), Phase.WAITING, None),
     ("and read again", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", look_at=101.0)), Phase.WAITING, Action.READ),
     ("its QEMU runs", Row.LEFT_ALONE, view(left_alone=LeftAlone(reason="r", pid=42, look_at=102.0), wish=OFF), Phase.RUNNING, None),
@@ -136,8 +146,8 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("law 12: nor let run", Row.MISMATCH_QEMU, view(mismatch="m", process=paused(), lock=seen(locked())), Phase.STARTING, None),
     ("law 12: but it is watched", Row.MISMATCH_QEMU, view(mismatch="m", process=running(connected=False)), Phase.RUNNING, Action.CONNECT),
     ("law 12: and asked", Row.MISMATCH_QEMU, view(mismatch="m", process=running(probe_at=101.0)), Phase.RUNNING, Action.PROBE),
-    ("law 12: its end is taken to the books", Row.END, view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
-     Phase.STOPPING, Action.BURY),
+    ("law 12: its exit is recorded", Row.END, view(mismatch="m", process=running(exit=Exit(ExitClass.CRASHED, "c"))),
+     Phase.STOPPING, Action.RECORD_EXIT),
     ("law 12: who shuts the host down is heeded", Row.STOP_ASK, view(mismatch="m", process=running(), draining=True,
      lock=seen(locked())), Phase.STOPPING, Action.POWERDOWN),
     ("at once, a stop asks no guest", Row.STOP_FORCE, view(process=running(), lock=seen(locked()), wish=OFF_NOW), Phase.STOPPING,
@@ -165,7 +175,7 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("a reset waits for QMP", Row.RUNS_CONNECT, view(process=running(connected=False), lock=seen(locked()),
      wish=replace(WISH, restart_request="reset:1")), Phase.RUNNING, Action.CONNECT),
     ("a reset that came with another history was asked of nobody", Row.RUNS, view(process=running(), lock=seen(locked()),
-     wish=replace(WISH, restart_request="reset:1"), memory=Memory(boot_id=BOOT, restart_seen="reset:1")),
+     wish=replace(WISH, restart_request="reset:1"), saved=InstanceState(boot_id=BOOT, restart_seen="reset:1")),
      Phase.RUNNING, None),
     ("law 6: losing the session kills nothing", Row.RUNS, view(process=running(), lock=seen(locked()), session_held=False),
      Phase.RUNNING, None),
@@ -336,21 +346,25 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.WAITING, None),
     ("law 2: not without a session", Row.TAKE, view(slot=True, session_held=False), Phase.WAITING, None),
     ("nor right after etcd failed", Row.TAKE, view(slot=True, etcd_at=102.0, etcd_trouble="no"), Phase.WAITING, None),
+    ("law 12: a holder whose session is elsewhere is not known to be gone", Row.HELD_UNSEEN,
+     view(lock=seen(replace(locked(host=OTHER, name="y"), facts="/other")), holder_has_session=False), Phase.WAITING, None),
+    ("law 12: also where its disks could be fenced", Row.HELD_UNSEEN,
+     view(lock=seen(replace(ON_RBD, facts="/other")), holder_has_session=False, deferral=WAITED, slot=True), Phase.WAITING, None),
     ("a stranger's lock is waited for", Row.HELD, view(lock=seen(locked(host=OTHER, name="y")), holder_has_session=True), Phase.WAITING, None),
     ("also when nobody knows of a session", Row.HELD, view(lock=seen(locked(host=OTHER, name="y"))), Phase.WAITING, None),
     ("law 7: what has nothing to lose is taken from the dead", Row.TAKE_HARMLESS, view(lock=seen(locked(host=OTHER, name="y")),
      holder_has_session=False, slot=True), Phase.WAITING, Action.TAKE),
-    ("law 4: of what has disks, storage is asked first", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
-     Phase.WAITING, Action.WATCH),
-    ("law 4: not without a session of our own", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, session_held=False),
+    ("law 4: of what has disks, storage is asked first", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True),
+     Phase.WAITING, Action.ASK_WATCHERS),
+    ("law 4: not without a session of our own", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, session_held=False),
      Phase.WAITING, None),
-    ("law 4: nor while Ceph is away", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, etcd_at=102.0,
+    ("law 4: nor while Ceph is away", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, etcd_at=102.0,
      etcd_trouble="Ceph does not answer"), Phase.WAITING, None),
-    ("law 4: while its disks are in use it is waited for", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+    ("law 4: while its disks are in use it is waited for", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=WAITED), Phase.WAITING, None),
-    ("law 4: and storage is asked again", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED,
-     now=102.0), Phase.WAITING, Action.WATCH),
-    ("law 4: an answer that did not come is not \"nobody\"", Row.WATCH, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
+    ("law 4: and storage is asked again", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True, deferral=WAITED,
+     now=102.0), Phase.WAITING, Action.ASK_WATCHERS),
+    ("law 4: an answer that did not come is not \"nobody\"", Row.ASK_WATCHERS, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=replace(WAITED, watchers=None)), Phase.WAITING, None),
     ("law 4: nor for longer than the wait", Row.TAKE_OVER, view(lock=seen(ON_RBD), holder_has_session=False, slot=True,
      deferral=replace(WAITED, watchers=None), now=160.0), Phase.WAITING, Action.TAKE),
@@ -446,7 +460,7 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("law 11: in another history others are waited for", Row.HISTORY, view(slot=True, era=AWAITED), Phase.WAITING, None),
     ("law 11: what storage can fence for a while", Row.TAKE, view(slot=True, era=AWAITED, now=150.0), Phase.STARTING,
      Action.TAKE),
-    ("too early is backoff", Row.BACKOFF, view(memory=Memory(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
+    ("too early is backoff", Row.BACKOFF, view(saved=InstanceState(boot_id=BOOT, not_before=105.0, last_exit="crashed (signal 9)")),
      Phase.BACKOFF, None),
     ("law 9: a stop releases the lock", Row.REST_RELEASE, view(wish=OFF, lock=seen(locked())), Phase.STOPPED, Action.RELEASE),
     ("off and free is stopped", Row.REST, view(wish=OFF), Phase.STOPPED, None),
@@ -461,10 +475,10 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("and holds no lock", Row.REST_RELEASE, view(wish=BAD, problems=BAD.problems, lock=seen(locked())), Phase.INVALID, Action.RELEASE),
     ("what this host lacks is a problem too", Row.REST, view(problems=(Problem("bridge", "nothing", "a bridge"),)), Phase.INVALID, None),
     ("restart=never leaves what ended", Row.REST, view(wish=replace(WISH, restart=RestartPolicy.NEVER),
-     memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.STOPPED, None),
+     saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.STOPPED, None),
     ("a new order starts it", Row.QUEUE, view(wish=replace(WISH, restart=RestartPolicy.NEVER, power_revision=8),
-     memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
-    ("so does another policy", Row.QUEUE, view(memory=Memory(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
+     saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
+    ("so does another policy", Row.QUEUE, view(saved=InstanceState(boot_id=BOOT, ended=ENDED)), Phase.WAITING, Action.QUEUE),
     ("unread keys start nothing", Row.REST_UNREAD, view(wish=None), Phase.WAITING, None),
 ]  # fmt: skip
 
@@ -523,7 +537,7 @@ class World:
     revision: int = 10
     qemus: list[Qemu] = field(default_factory=list)
     disk_record: Incarnation | None = None
-    disk_memory: Memory = field(default_factory=lambda: Memory(boot_id=BOOT))
+    disk_saved: InstanceState = field(default_factory=lambda: InstanceState(boot_id=BOOT))
     status_epoch: int = 0
     now: float = 1000.0
     steps: int = 0
@@ -576,7 +590,7 @@ class Supervisor:
         self.prepared = False
         self.deferral: Deferral | None = None
         self.record = world.disk_record
-        self.memory = world.disk_memory
+        self.saved = world.disk_saved
         self.qemu: Qemu | None = None
         self.end: Exit | None = None
         if self.record is not None:
@@ -602,9 +616,9 @@ class Supervisor:
             holdover = Holdover(pid=world.alive.pid)
         data = None if world.lock is None else world.lock.to_json()
         return View(
-            now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
+            now=world.now, me=ME, facts="/kvmsupervisor", boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
-            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, memory=self.memory, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
+            holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, saved=self.saved, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
 
     def guarded(self) -> bool | None:
@@ -617,13 +631,13 @@ class Supervisor:
         match action:
             case Action.PREPARE:
                 world.step(lambda: setattr(self, "prepared", True))
-            case Action.WATCH:
+            case Action.ASK_WATCHERS:
                 until = self.deferral.until if self.deferral else world.now + 60.0
                 watchers = tuple(sorted(world.elsewhere)) if world.watched else ()
                 self.deferral = Deferral(until=until, told="", ask_at=world.now + 2.0, watchers=watchers)
             case Action.TAKE:
                 self.planned = f"i{next(world.names)}"
-                lock = take(world.lock, host=ME, boot_id=BOOT, incarnation=self.planned, storage=world.storage,
+                lock = take(world.lock, host=ME, boot_id=BOOT, facts="/kvmsupervisor", incarnation=self.planned, storage=world.storage,
                             epoch_floor=world.status_epoch)  # fmt: skip
                 world.step(lambda: self.write(lock))
             case Action.FENCE:
@@ -676,8 +690,8 @@ class Supervisor:
                 assert world.lock is not None
                 renamed = replace(world.lock, host=ME)
                 world.step(lambda: self.write(renamed))
-            case Action.BURY:
-                self.bury()
+            case Action.RECORD_EXIT:
+                self.record_exit()
             case Action.RELEASE:
                 assert world.alive is None, "law 9"
                 epoch = world.lock.epoch if world.lock else 0
@@ -730,13 +744,13 @@ class Supervisor:
         assert qemu is not None
         self.world.step(lambda: setattr(qemu, "end", Exit(kind, kind.value)))
 
-    def bury(self) -> None:
+    def record_exit(self) -> None:
         world = self.world
         end = self.end or (self.qemu.end if self.qemu else None)
         assert end is not None
         assert self.record is not None
-        self.memory = after(
-            self.memory,
+        self.saved = after(
+            self.saved,
             end,
             world.wish,
             asked=self.asked,
@@ -745,7 +759,7 @@ class Supervisor:
             now=world.now,
             jitter=0.5,
         )
-        world.step(lambda: setattr(world, "disk_memory", self.memory))
+        world.step(lambda: setattr(world, "disk_memory", self.saved))
         world.step(lambda: setattr(world, "disk_record", None))
         self.record = self.qemu = self.end = self.stopping = self.run_state = None
         self.asked = self.connected = False
@@ -937,7 +951,7 @@ def test_a_lock_that_is_not_fenced_is_never_let_go_of() -> None:
     world = taken_over()
     supervisor = Supervisor(world)
     world.now += 100.0
-    supervisor.act(Action.WATCH)
+    supervisor.act(Action.ASK_WATCHERS)
     supervisor.act(Action.TAKE)
     world.wish = GONE
     ended(world)
@@ -979,5 +993,8 @@ def test_claims() -> None:
         Claim.BROKEN: seen(locked(state=LockState.BROKEN)),
         Claim.UNREADABLE: LockView(known=True, data=b'{"version":2}', as_of=1),
     }
-    meant = {claim: found.claim(host=ME, boot_id=BOOT, incarnation="x") for claim, found in claims.items()}
+    meant = {
+        claim: found.claim(host=ME, boot_id=BOOT, facts="/kvmsupervisor", incarnation="x")
+        for claim, found in claims.items()
+    }
     assert meant == {claim: claim for claim in Claim}

@@ -45,7 +45,7 @@ def kvm_opens() -> bool:
 
 
 def named(keys: Keys, host: Host, instance: str) -> set[str | None]:
-    """Every accelerator that is named for the instance: by status key, face, log, metric, and its command line."""
+    """Every accelerator that is named for the instance: by status key, HTTP, log, metric, and its command line."""
     qemu = host.wait_running(instance)[instance]
     (spawned,) = host.events("instance.spawned", instance=instance)
     status = keys.wait_status(instance, lambda s: s.pid == qemu.pid)
@@ -81,7 +81,7 @@ def test_kvm_that_is_something_else(hosts: Hosts) -> None:
 
 
 def test_auto_without_kvm(keys: Keys, hosts: Hosts, tiny: str) -> None:
-    """Law: `auto` takes TCG where there is no KVM, says why, and every face of the instance names it."""
+    """Law: `auto` takes TCG where there is no KVM, says why, and every view of the instance names it."""
     host = hosts(KVM_ACCEL="auto")
     host.around = bare(host, "200 tun\n")
     host.start()
@@ -93,7 +93,7 @@ def test_auto_without_kvm(keys: Keys, hosts: Hosts, tiny: str) -> None:
 
 
 def test_auto_on_this_machine(keys: Keys, hosts: Hosts, tiny: str) -> None:
-    """Law: `auto` takes KVM where it opens; every face names what the QEMU really got."""
+    """Law: `auto` takes KVM where it opens; every view names what the QEMU really got."""
     host = hosts(KVM_ACCEL="auto").start()
     expected = "kvm" if kvm_opens() else "tcg"
     (started,) = host.events("supervisor.started")

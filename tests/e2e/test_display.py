@@ -162,7 +162,7 @@ def where(secret: str, said: dict[str, str]) -> list[str]:
 
 
 def test_the_password_is_nowhere(keys: Keys, host: Host, tiny: str) -> None:
-    """Law: not in a command line, record, status, face, log, nor in what commands print; but in QEMU's own file."""
+    """Law: not in a command line, record, status, HTTP, log, nor in what commands print; but in QEMU's own file."""
     keys.machines(host.name, "one", ram=16, extra_flags=tiny, spice_port=free_port(), spice_password=PASSWORD)
     qemu = host.wait_running("one")["one"]
     keys.wait_status("one", lambda s: s.phase is Phase.RUNNING)

@@ -1,4 +1,4 @@
-"""Whatever stands under the prefix: the supervisor, its faces and the other machines go on."""
+"""Whatever stands under the prefix: the supervisor, its HTTP server and the other machines go on."""
 
 from __future__ import annotations
 

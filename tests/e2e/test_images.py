@@ -84,7 +84,7 @@ def test_a_file_of_an_image(keys: Keys, hosts: Hosts, tiny: str, tmp_path: Path)
     (shelf.disks / "three.raw").write_bytes(b"precious")
     waits = host.wait_for("three", lambda s: "is there already" in s.reason)
     assert (shelf.disks / "three.raw").read_bytes() == b"precious"
-    assert host.metric("kvmsupervisor_internal_errors_total", instance="three") == 0
+    assert host.metric("internal_errors_total", instance="three") == 0
 
 
 def test_hosts_of_one_ceph(farm: Farm, tmp_path: Path) -> None:

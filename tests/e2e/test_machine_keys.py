@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.cgroup.homes import cgroups_of
+from kvmsupervisor.adapters.cgroup.manager import cgroups_of
 from kvmsupervisor.adapters.cgroup.tree import FOLDER, Hierarchy, find_hierarchies
 from kvmsupervisor.adapters.usage import memory_for_guests_mib
 from kvmsupervisor.domain.limits import cpu_weight
@@ -153,7 +153,7 @@ def read_limit(pid: int, controller: str, v1: str, v2: str) -> str:
     return (found.top / own[found.controllers].lstrip("/") / (v2 if found.unified else v1)).read_text().strip()
 
 
-def homes(hierarchies: tuple[Hierarchy, ...], instance: str) -> list[Path]:
+def cgroups(hierarchies: tuple[Hierarchy, ...], instance: str) -> list[Path]:
     return [path for one in hierarchies for path in (one.top / FOLDER).glob(f"{instance}@*")]
 
 
@@ -168,7 +168,7 @@ def test_limits_of_a_cgroup(keys: Keys, hosts: Hosts, tiny: str) -> None:
     shares = read_limit(qemu.pid, "cpu", "cpu.shares", "cpu.weight")
     assert shares in {"512", str(cpu_weight(512))}
     assert read_limit(qemu.pid, "memory", "memory.limit_in_bytes", "memory.max") == str(200 << 20)
-    assert homes(find_hierarchies(), one) != []
+    assert cgroups(find_hierarchies(), one) != []
 
     # Both shape the process: they are pending until the next one.
     keys.put(one, cpu_shares=256, memory_limit="300M")
@@ -180,7 +180,7 @@ def test_limits_of_a_cgroup(keys: Keys, hosts: Hosts, tiny: str) -> None:
 
     keys.delete(one)
     host.wait_forgotten(one)
-    eventually("its cgroups to go", lambda: not homes(find_hierarchies(), one))
+    eventually("its cgroups to go", lambda: not cgroups(find_hierarchies(), one))
 
 
 def test_limits_without_a_cgroup(keys: Keys, hosts: Hosts, tiny: str) -> None:

@@ -30,7 +30,7 @@ def slip(keys: Keys) -> None:
 
 
 def check_held(keys: Keys, host: Host, six: dict[str, Qemu]) -> None:
-    """Every face says so, and all run on, their locks written again."""
+    """Every view says so, and all run on, their locks written again."""
     for one in SIX:
         host.wait_for(one, lambda s: s.held and s.pid is not None and "confirm-removal" in s.reason)
         assert keys.wait_status(one, lambda s: s.held).pid == six[one].pid

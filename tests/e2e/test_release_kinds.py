@@ -51,7 +51,7 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 @pytest.fixture
-def homes() -> Iterator[list[Path]]:
+def cgroups() -> Iterator[list[Path]]:
     """Folders in the host's tree of cgroups: none is left, however the test ends."""
     made: list[Path] = []
     yield made
@@ -66,12 +66,12 @@ def homes() -> Iterator[list[Path]]:
 @needs_root
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_rich_machine_is_adopted_and_its_things_are_used_again(
-    hosts: Hosts, lan: Lan, homes: list[Path], processes: list[subprocess.Popen[bytes]], release: str
+    hosts: Hosts, lan: Lan, cgroups: list[Path], processes: list[subprocess.Popen[bytes]], release: str
 ) -> None:
-    """Law 8: taps, media, UEFI variables and home are its own: nothing is pending, and it is the same process.
+    """Law 8: taps, media, UEFI variables and cgroup are its own: nothing is pending, and it is the same process.
 
     Its next start has the same variables, whoever they belonged to, and the copy that was kept of its user data, whose
-    server is away. Its home goes with its process.
+    server is away. Its cgroup goes with its process.
     """
     lan.inside.run("ip", "link", "add", "br1", "type", "bridge")
     lan.inside.bridge_conf.write_text(f"allow {lan.bridge}\nallow br1\n")
@@ -89,18 +89,18 @@ def test_a_rich_machine_is_adopted_and_its_things_are_used_again(
     variables = host.folder / "state" / name
     variables.parent.mkdir(parents=True)
     variables.write_bytes(VARIABLES.read_bytes()[:-1] + b"\x17")
-    (home,) = json.loads(recorded(release, "rich/cgroups.json"))
-    assert home.startswith(f"/{FOLDER}/")
+    (cgroup,) = json.loads(recorded(release, "rich/cgroups.json"))
+    assert cgroup.startswith(f"/{FOLDER}/")
     # A new folder of v1's cpuset takes nobody in before it is told its processors; one kind less is no other case.
     hierarchies = [one for one in find_hierarchies() if "cpuset" not in one.controllers]
-    homes.extend(one.top.joinpath(home.strip("/")) for one in hierarchies)
+    cgroups.extend(one.top.joinpath(cgroup.strip("/")) for one in hierarchies)
     with ExitStack() as stack:
         taps = [asyncio.run(open_tap(bridge, helper=lan.inside.helper())) for bridge in (lan.bridge, "br1")]
         for tap in taps:
             stack.callback(tap.close)
         process, argv = left.spawn("rich", taps=[tap.fd for tap in taps], marks="rich/")
     processes.append(process)
-    for one in homes:
+    for one in cgroups:
         one.mkdir(parents=True)
         one.joinpath("cgroup.procs").write_text(f"{process.pid}\n")
     host.ask("rich", "cont")
@@ -122,7 +122,7 @@ def test_a_rich_machine_is_adopted_and_its_things_are_used_again(
     assert variables.read_bytes().endswith(b"\x17")
     assert variables.stat().st_uid == pwd.getpwnam("nobody").pw_uid
     assert any(str(variables) in word for word in host.qemu("rich").argv)
-    assert not any(one.exists() for one in homes)
+    assert not any(one.exists() for one in cgroups)
     keys.delete("rich", "host")
     host.wait_forgotten("rich")
 

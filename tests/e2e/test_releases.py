@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.spec import RawValue, pending, spec_from_object
@@ -24,7 +24,7 @@ from tests.support.releases import RELEASES, Release, places, process_fields, re
 
 KINDS: dict[str, Any] = {
     "incarnation.json": Incarnation,
-    "memory.json": Memory,
+    "memory.json": InstanceState,
     "lock.json": Lock,
     "status.json": Status,
     "session.json": HostSession,
@@ -81,8 +81,8 @@ class Left:
         host.ask("runs", "cont")
         self.qemu = host.qemu("runs")
         left.on_record("runs", argv, self.qemu)
-        memory = json.loads(recorded(release, "ended/memory.json"))
-        left.write("ended/memory.json", ended=memory["ended"] | {"host_revision": revision})
+        saved = json.loads(recorded(release, "ended/memory.json"))
+        left.write("ended/memory.json", ended=saved["ended"] | {"host_revision": revision})
         self.lock = left.say("runs", **process_fields(self.qemu))
         keys.write(keys.layout.status_key(InstanceId("ended")), left.value("ended/status.json").decode())
         left.session()

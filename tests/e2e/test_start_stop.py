@@ -55,7 +55,7 @@ def test_twenty_machines(keys: Keys, hosts: Hosts, tiny: str) -> None:
     assert keys.names(keys.layout.instance_prefix(InstanceId("3"))) == []
     assert not (host.run_dir / "3").exists()
 
-    # Garbage is told by every face, and harms nobody.
+    # Garbage is told in every view, and harms nobody.
     keys.put("4", ram="garbage")
     status = keys.wait_status("4", lambda status: bool(status.problems))
     assert status.phase is Phase.RUNNING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class SameHistory:
-    """Implements `mirror.Proof`."""
+    """Implements `informer.Proof`."""
 
     era = 0
 

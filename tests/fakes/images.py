@@ -10,8 +10,9 @@ from kvmsupervisor.adapters import fetch
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
 from kvmsupervisor.domain.images import Image
 from kvmsupervisor.machine.contents import Contents
+from kvmsupervisor.machine.image_download import Download
 from kvmsupervisor.machine.jobs import Jobs
-from kvmsupervisor.machine.library import Download, Library, Limits, Sources
+from kvmsupervisor.machine.library import Library, Limits, Sources
 
 
 class FakeKeys(dict[str, Image]):

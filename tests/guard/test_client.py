@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters import process as kernel
-from kvmsupervisor.adapters.cgroup import Home, HomeFailed, Nowhere
+from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed, NoCgroups
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
@@ -37,12 +37,12 @@ class Bench:
         self.news = 0
         self.posts: list[tuple[GuardClient, asyncio.Task[None]]] = []
         self.machines: dict[str, subprocess.Popen[bytes]] = {}
-        self.homes: Nowhere = Nowhere(survives_container=True)
+        self.cgroups: NoCgroups = NoCgroups(survives_container=True)
 
     def supervisor(self, version: str = "1", ttl_s: float = TTL_S) -> GuardClient:
         """One begins; the former one has ended."""
         post = GuardClient(
-            run_dir=self.run_dir, clock=Clock(), homes=self.homes, ttl_s=ttl_s, notify=self._notify, version=version
+            run_dir=self.run_dir, clock=Clock(), cgroups=self.cgroups, ttl_s=ttl_s, notify=self._notify, version=version
         )
         self.posts.append((post, asyncio.create_task(self._run(post))))
         return post
@@ -226,7 +226,7 @@ async def test_pin_ends_the_guard_and_no_machine(bench: Bench) -> None:
     post.renewed(LATE)
     await bench.watch(post, "a")
     await bench.end_supervisor()
-    third = GuardClient(run_dir=bench.run_dir, clock=Clock(), homes=bench.homes, ttl_s=TTL_S, notify=lambda: None)
+    third = GuardClient(run_dir=bench.run_dir, clock=Clock(), cgroups=bench.cgroups, ttl_s=TTL_S, notify=lambda: None)
     await third.dismiss()
     assert bench.all_guards == []
     assert bench.machines["a"].poll() is None
@@ -246,14 +246,14 @@ async def test_another_process_is_not_taken_for_a_guard(bench: Bench) -> None:
     assert bench.pid is not None
 
 
-class NoHomes(Nowhere):
-    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Home:
-        raise HomeFailed("no cgroup can be made")
+class BrokenCgroups(NoCgroups):
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Cgroup:
+        raise CgroupFailed("no cgroup can be made")
 
 
 async def test_without_a_guard_it_is_said_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 7: a machine that waits for its guard is told what is in the way, whatever that is; then it is watched."""
-    bench.homes = NoHomes(survives_container=True)
+    bench.cgroups = BrokenCgroups(survives_container=True)
     post = bench.supervisor()
     post.renewed(LATE)
     machine = bench.machine("a")
@@ -263,7 +263,7 @@ async def test_without_a_guard_it_is_said_why(bench: Bench, monkeypatch: pytest.
     assert post.trouble is not None
     assert not post.holds("a")
     await bench.end_supervisor()
-    bench.homes = Nowhere(survives_container=True)
+    bench.cgroups = NoCgroups(survives_container=True)
     monkeypatch.setattr(guarding, "PROGRAM", Path("/nonexistent/guard.py"))
     post = bench.supervisor()
     with pytest.raises(Unguarded, match="the guard that was started does not do its work"):

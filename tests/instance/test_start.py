@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.boot_media import Media, MediaTrouble
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, MEDIA_RETRY_S
-from tests.fakes.clock import FakeClock, settle
-from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.clock import settle
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, Host
 
 HOUR_S = 3600.0
@@ -58,27 +56,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
-async def host(world: World) -> AsyncIterator[Host]:
-    """Host `a` with the bridge br0, its supervisor not begun."""
-    clock = FakeClock()
-    qemus = FakeQemus(clock)
-    qemus.network.bridges = world.bridges
-    made = Host(FakeEtcd(clock.now), clock, qemus)
-    made.side = {"bridge_if": "br0"}
-    qemus.on_record = made.is_on_record
-    yield made
-    await made.close()
-    assert qemus.ran_off_the_record == [], "law 3"
-
-
-@pytest.fixture
-async def other(host: Host) -> AsyncIterator[Host]:
-    """Host `b` beside it."""
-    made = Host(host.etcd, host.clock, host.qemus, name="b")
-    made.side = host.side
-    host.sessions = made.sessions = {"a", "b"}
-    yield made
-    await made.close()
+def host(host: Host, world: World) -> Host:
+    """It has the bridges of the world, br0 by default."""
+    host.qemus.network.bridges = world.bridges
+    host.side = {"bridge_if": "br0"}
+    return host
 
 
 def media_of(qemu: FakeQemu) -> list[str]:
@@ -113,7 +95,7 @@ async def test_who_waits_for_the_host_holds_nobody_up(host: Host, world: World) 
     host.begin()
     for _ in range(20):
         await host.clock.advance(HOST_RETRY_S / 2)
-        assert host.around.admission.state(ONE) is None
+        assert host.context.admission.state(ONE) is None
 
 
 async def test_a_second_trouble_is_told_too(host: Host, world: World) -> None:
@@ -195,7 +177,7 @@ async def test_media_are_made_before_the_lock_is_taken(host: Host, world: World)
     assert host.status.phase is Phase.STARTING
     assert "media" in host.status.reason
     assert (host.lock, host.store.writes_begun) == (None, 0)
-    assert host.around.admission.state(ONE) is None
+    assert host.context.admission.state(ONE) is None
     world.slow.set()
     qemu = await host.runs()
     assert len(media_of(qemu)) == 1
@@ -233,7 +215,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
     host.wish(**{"cloud-config": "http://h/first"})
     host.begin()
     for name in fill:
-        host.around.admission.request(name, lambda: None)
+        host.context.admission.request(name, lambda: None)
     await host.clock.advance(1.0)
     assert world.fetched == ["http://h/first"]
     assert host.qemus.all == []
@@ -244,7 +226,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
         host.put(**{"cloud-config": "http://h/second"})
     await host.clock.advance(1.0)
     for name in fill:
-        host.around.admission.release(name)
+        host.context.admission.release(name)
     qemu = await host.runs()
     (*found,) = media_of(qemu)
     assert "first" not in "".join(found)
@@ -257,7 +239,7 @@ async def test_a_machine_has_only_the_media_of_its_own_keys(host: Host, world: W
 
 def update_qemu(host: Host, version: str) -> None:
     """As after an update of the package: plain names stand for other versions from now on."""
-    types: Any = host.around.provisioner._types
+    types: Any = host.context.provisioner._types
     types._aliases = {"q35": f"pc-q35-{version}", "pc": f"pc-i440fx-{version}"}
 
 
@@ -379,7 +361,7 @@ async def test_a_version_that_was_not_known_is_looked_up_later(host: Host) -> No
     """Law: a QEMU that could not tell its versions once leaves no plain name on record for good."""
     host.wish()
     host.begin()
-    types: Any = host.around.provisioner._types
+    types: Any = host.context.provisioner._types
     types._aliases = {"nothing": "known"}
     qemu = await host.runs()
     assert machine_of(qemu) == "q35"

@@ -95,7 +95,7 @@ async def test_who_is_gone_is_not_waited_for(host: Host) -> None:
     assert set(host.fencing.fenced) == {OLD, OLDER, UNKNOWN}
     assert host.lock is not None
     assert set(host.lock.fence) == {OLD, OLDER, UNKNOWN}
-    metrics = host.around.metrics.render("")[0]
+    metrics = host.context.metrics.render("")[0]
     assert b"kvmsupervisor_takeovers_total 1.0" in metrics
     assert b"kvmsupervisor_fences_total 3.0" in metrics
 
@@ -227,7 +227,7 @@ async def test_who_lets_go_shuts_out_its_dead(host: Host) -> None:
     await host.until(lambda: host.gone)
     assert host.lock is None
     assert host.fencing.fenced == [address_of(qemu.pid)]
-    assert b"kvmsupervisor_fences_total 1.0" in host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_fences_total 1.0" in host.context.metrics.render("")[0]
 
 
 async def test_who_cannot_shut_out_its_dead_lets_go_all_the_same(host: Host) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
@@ -13,52 +13,18 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from tests.fakes.clock import FakeClock, settle
+from tests.fakes.clock import settle
 from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, SETTLE_S, Host
 
 HOUR_S = 3600.0
 LOCK_KEY, STATUS_KEY = LAYOUT.lock_key(ONE), LAYOUT.status_key(ONE)
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def etcd(clock: FakeClock) -> FakeEtcd:
-    return FakeEtcd(clock.now)
-
-
-@pytest.fixture
-def qemus(clock: FakeClock) -> FakeQemus:
-    return FakeQemus(clock)
-
-
-@pytest.fixture
-async def host(etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus) -> AsyncIterator[Host]:
-    """Host `a`, its supervisor not begun. At the end no guest may ever have run off the record (law 3)."""
-    made = Host(etcd, clock, qemus)
-    qemus.on_record = made.is_on_record
-    yield made
-    await made.close()
-    assert qemus.ran_off_the_record == [], "law 3"
-
-
-@pytest.fixture
-async def other(host: Host) -> AsyncIterator[Host]:
-    """Host `b` beside it."""
-    made = Host(host.etcd, host.clock, host.qemus, name="b")
-    host.sessions = made.sessions = {"a", "b"}
-    yield made
-    await made.close()
 
 
 def theirs(**changes: object) -> Lock:
@@ -660,6 +626,41 @@ async def test_a_reset_is_done_once_and_the_process_stays(host: Host) -> None:
     assert qemu.commands.count("system_reset") == 2
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_paused_guest_that_is_reset_stays_paused(host: Host, *, at_once: bool) -> None:
+    """§4: QEMU then says that it never ran; the person who paused it lets it go on, no supervisor does."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.by_hand("stop")
+    if not at_once:
+        await host.until(lambda: "it is paused" in host.status.reason)
+    qemu.by_hand("system_reset")
+    await host.clock.advance(HOUR_S)
+    assert (qemu.run_state, qemu.commands.count("cont")) == ("prelaunch", 1)
+    assert (host.status.phase, "it is paused" in host.status.reason) == (Phase.RUNNING, True)
+    await host.die()
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert (host.qemus.alive, qemu.commands.count("cont")) == ([qemu], 1)
+    assert "it is paused" in host.status.reason
+    qemu.by_hand("cont")
+    await host.until(lambda: host.status.reason == "runs")
+
+
+async def test_a_guest_that_panicked_begins_again_when_it_is_reset(host: Host) -> None:
+    """§4: nobody has paused it."""
+    host.wish(extra_flags="-no-shutdown")
+    host.begin()
+    qemu = await host.runs()
+    qemu.run_state = "guest-panicked"
+    qemu.event("GUEST_PANICKED", action="pause")
+    await settle()
+    host.put(restart_request="reset:1")
+    await host.clock.advance(HOUR_S)
+    assert (host.running is qemu, qemu.run_state) == (True, "running")
+
+
 async def test_changed_keys_are_pending_by_name(host: Host) -> None:
     """§2: a change that needs a restart is shown as the names of its keys, and never applied by surprise."""
     host.wish()
@@ -756,14 +757,14 @@ async def test_a_record_that_cannot_be_completed_keeps_the_guest_paused(
 
 async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine is started, changed and stopped without it; it is told once, and written once there is room."""
-    write, room = InstanceDir.write_memory, False
+    write, room = InstanceDir.write_state, False
 
-    def scarce(directory: InstanceDir, memory: Memory) -> None:
+    def scarce(directory: InstanceDir, saved: InstanceState) -> None:
         if not room:
             raise full()
-        write(directory, memory)
+        write(directory, saved)
 
-    monkeypatch.setattr(InstanceDir, "write_memory", scarce)
+    monkeypatch.setattr(InstanceDir, "write_state", scarce)
     host.wish()
     host.begin()
     with capture_logs() as logs:
@@ -773,7 +774,7 @@ async def test_room_for_what_is_only_remembered_is_not_needed(host: Host, monkey
     assert [one["event"] for one in logs].count("instance.memory_unwritten") == 1
     room = True
     await host.clock.advance(120.0)
-    assert host.run_dir.instance(ONE).read_memory(host.boot_id).shutdown_timeout_s == 7.0
+    assert host.run_dir.instance(ONE).read_state(host.boot_id).shutdown_timeout_s == 7.0
 
 
 async def test_a_host_that_cannot_start_a_program_is_waited_for(host: Host) -> None:
@@ -945,7 +946,7 @@ async def test_a_guest_that_resets_all_the_time_is_counted_and_told_once_a_minut
         qemu.event("RESET", guest=True, reason="guest-reset")
     told = [one.get("untold", 0) for one in logs if one["event"] == "instance.guest_reset"]
     assert told == [0, 21_999, 0]
-    text = host.around.metrics.render()[0].decode()
+    text = host.context.metrics.render()[0].decode()
     assert f'kvmsupervisor_instance_resets_total{{host="a",instance="{ONE}"}} 22001.0' in text
 
 
@@ -981,7 +982,7 @@ async def test_a_successor_adopts(host: Host) -> None:
     assert await host.runs() is qemu
     assert (host.lock, len(host.qemus.all)) == (lock, 1)
     assert host.status.restarts == 0
-    assert b"kvmsupervisor_adopted_total 1.0" in host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_adopted_total 1.0" in host.context.metrics.render("")[0]
 
 
 async def test_a_successor_that_finds_the_lock_lost_kills(host: Host) -> None:
@@ -1183,7 +1184,7 @@ async def test_whose_lock_is_taken(host: Host, storage: Storage, session: bool |
     if taken:
         assert host.lock is not None
         assert host.lock.epoch == 8
-        assert b"kvmsupervisor_takeovers_total 1.0" in host.around.metrics.render("")[0]
+        assert b"kvmsupervisor_takeovers_total 1.0" in host.context.metrics.render("")[0]
     else:
         assert host.lock == theirs(storage=storage)
         assert "b" in host.status.reason

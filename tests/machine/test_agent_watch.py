@@ -151,11 +151,11 @@ async def test_a_successor_with_a_silent_agent_keeps_what_stands_in_the_key(host
     key = await host.etcd.get(LAYOUT.status_key(ONE))
     assert written is not None
     assert key is not None
-    # As at a supervisor's start, where the publisher runs only after what stands in the keys was told to everybody.
+    # As at a supervisor's start, where the status writer runs only after what stands in the keys was told to everybody.
     host.session.held = False
     host.begin()
     await settle()
-    host.around.publisher.prime([key])
+    host.context.status_writer.prime([key])
     host.instance.report.recall(written)
     host.session.turn(held=True)
     await host.runs()

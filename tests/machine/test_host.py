@@ -19,8 +19,8 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.capabilities import NET_ADMIN
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.hardware import Ceph, Ovmf
-from kvmsupervisor.machine import host as equipment
-from kvmsupervisor.machine.host import look_around
+from kvmsupervisor.machine import host as machine_host
+from kvmsupervisor.machine.host import gather_host_facts
 
 NOBODY = pwd.getpwnam("nobody")
 
@@ -70,19 +70,19 @@ def kvm(monkeypatch: pytest.MonkeyPatch) -> Kvm:
 
 def test_without_kvm_no_device_is_touched(kvm: Kvm) -> None:
     """Law: KVM_ACCEL=tcg leaves KVM's device as it is."""
-    assert look_around(settings()).accelerator.name == "tcg"
+    assert gather_host_facts(settings()).accelerator.name == "tcg"
     assert kvm.ensured == []
 
 
 def test_trouble_with_the_device_is_why_not_kvm(kvm: Kvm) -> None:
     """Law: with auto, what is wrong with the device is the reason for TCG; where KVM is demanded it stops the start."""
     kvm.trouble = "/dev/kvm is missing, and so on"
-    found = look_around(settings(KVM_ACCEL="auto"))
+    found = gather_host_facts(settings(KVM_ACCEL="auto"))
     assert found.accelerator.name == "tcg"
     assert "/dev/kvm is missing, and so on" in str(found.accelerator)
     assert found.host_side.accel == "tcg"
     with pytest.raises(ValueError, match="/dev/kvm is missing, and so on"):
-        look_around(settings(KVM_ACCEL="kvm"))
+        gather_host_facts(settings(KVM_ACCEL="kvm"))
 
 
 @as_root
@@ -90,14 +90,14 @@ def test_qemus_user_gets_at_kvm(kvm: Kvm) -> None:
     """Law: the user joins the group that the device belongs to; a device that was changed for it is told."""
     kvm.granted = Grant(gid=4242, changed=True)
     with capture_logs() as lines:
-        found = look_around(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
+        found = gather_host_facts(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
     assert found.user is not None
     assert 4242 in found.user.groups
     assert kvm.asked[0][0] == (NOBODY.pw_gid,)
     assert [line["event"] for line in lines if line["event"] == "device.granted"] == ["device.granted"]
     kvm.granted = Grant(gid=None)
     with capture_logs() as lines:
-        found = look_around(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
+        found = gather_host_facts(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
     assert found.user is not None
     assert found.user.groups == (NOBODY.pw_gid,)
     assert "device.granted" not in {line["event"] for line in lines}
@@ -115,34 +115,34 @@ def test_the_group_that_a_device_is_given_to(kvm: Kvm, monkeypatch: pytest.Monke
         return grp.struct_group(("kvm", "x", 77, []))
 
     monkeypatch.setattr(grp, "getgrnam", getgrnam)
-    look_around(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
+    gather_host_facts(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
     assert kvm.asked[0][1] == (77 if exists else NOBODY.pw_gid)
 
 
 def test_a_user_that_does_not_exist_stops_the_start(kvm: Kvm) -> None:
     """Law: QEMU never runs as another user than the one that was named."""
     with pytest.raises(NoSuchUser):
-        look_around(settings(KVM_QEMU_USER="no-such-user"))
+        gather_host_facts(settings(KVM_QEMU_USER="no-such-user"))
 
 
 def test_our_own_user_needs_no_grant(kvm: Kvm) -> None:
     """Law: without another user the device is left to whom it belongs."""
-    look_around(settings(KVM_ACCEL="auto"))
+    gather_host_facts(settings(KVM_ACCEL="auto"))
     assert (kvm.ensured, kvm.asked) == ([devices.KVM], [])
 
 
 def test_memory_for_guests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: guests have what the host has, without the reserve, and never less than nothing."""
-    monkeypatch.setattr(equipment, "memory_for_guests_mib", lambda: 2048)
-    assert look_around(settings(KVM_MEMORY_RESERVE="512M")).memory_mib == 1536
-    assert look_around(settings(KVM_MEMORY_RESERVE="4G")).memory_mib == 0
+    monkeypatch.setattr(machine_host, "memory_for_guests_mib", lambda: 2048)
+    assert gather_host_facts(settings(KVM_MEMORY_RESERVE="512M")).memory_mib == 1536
+    assert gather_host_facts(settings(KVM_MEMORY_RESERVE="4G")).memory_mib == 0
 
 
 def test_what_every_command_line_is_made_with(tmp_path: Path) -> None:
     """Law: the host's settings arrive in what its command lines are made of."""
     for name in ("code", "vars", "ceph.conf"):
         (tmp_path / name).touch()
-    found = look_around(
+    found = gather_host_facts(
         settings(
             KVM_QEMU="qemu-system-x86_64",
             BRIDGE_IF="br7",
@@ -163,21 +163,21 @@ def test_what_every_command_line_is_made_with(tmp_path: Path) -> None:
 
 def test_an_empty_user_means_unconfined() -> None:
     """Law: QEMU is confined by seccomp unless an empty user switches it off."""
-    assert look_around(settings(KVM_QEMU_USER="")).host_side.sandbox is False
+    assert gather_host_facts(settings(KVM_QEMU_USER="")).host_side.sandbox is False
     ours = pwd.getpwuid(os.geteuid()).pw_name
-    assert look_around(settings(KVM_QEMU_USER=ours)).host_side.sandbox is True
+    assert gather_host_facts(settings(KVM_QEMU_USER=ours)).host_side.sandbox is True
 
 
 def test_where_files_are(tmp_path: Path) -> None:
     """Law: the folders of the settings are those that files are made in and read from."""
-    found = look_around(settings(KVM_STATE_DIR=str(tmp_path / "state"), KVM_MEDIA_ROOT=str(tmp_path)))
+    found = gather_host_facts(settings(KVM_STATE_DIR=str(tmp_path / "state"), KVM_MEDIA_ROOT=str(tmp_path)))
     assert (found.files.state_dir, found.files.media_root) == (tmp_path / "state", tmp_path)
 
 
 def test_running_qemu_as_root_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: whether guests run with root's privileges is a fact of the host, for its warning and metric."""
-    assert look_around(settings()).privileged == (os.geteuid() == 0)
-    found = look_around(settings())
+    assert gather_host_facts(settings()).privileged == (os.geteuid() == 0)
+    found = gather_host_facts(settings())
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert found.privileged is False
 
@@ -187,10 +187,10 @@ def test_a_bridge_that_nothing_can_be_plugged_into_is_told(kvm: Kvm, monkeypatch
     """Law: root without CAP_NET_ADMIN hears at the start that its bridge is of no use; without a bridge it does not."""
     monkeypatch.setattr(users, "effective_capabilities", lambda: ~(1 << NET_ADMIN.number))
     with capture_logs() as lines:
-        look_around(settings())
-        look_around(settings(BRIDGE_IF="br7"))
+        gather_host_facts(settings())
+        gather_host_facts(settings(BRIDGE_IF="br7"))
         monkeypatch.setattr(users, "effective_capabilities", lambda: 1 << NET_ADMIN.number)
-        look_around(settings(BRIDGE_IF="br7"))
+        gather_host_facts(settings(BRIDGE_IF="br7"))
     (line,) = lines
     assert (line["event"], line["log_level"], line["bridge"]) == ("bridge.out_of_reach", "warning", "br7")
     assert "CAP_NET_ADMIN" in line["reason"]

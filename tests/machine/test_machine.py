@@ -1,4 +1,4 @@
-"""One real QEMU process, from its record to its burial: paused, run, adopted, ended, each end with its reason."""
+"""One real QEMU process, from the first record to the last: paused, run, adopted, ended, each end with its reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor.adapters.cgroup.homes import Anywhere
+from kvmsupervisor.adapters.cgroup.manager import SameCgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -126,7 +126,7 @@ class Bench:
 
     async def up(self, *more: str) -> Process:
         """Spawn and connect."""
-        self.machine.spawn(record(), plain, tiny(*more), Anywhere())
+        self.machine.spawn(record(), plain, tiny(*more), SameCgroup())
         return await self.connected()
 
     async def connected(self) -> Process:
@@ -170,7 +170,7 @@ async def bench() -> AsyncIterator[Bench]:
 async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     """Law 3: on record before it exists, with its pid after; paused until `cont`."""
     assert bench.machine.view() is None
-    bench.machine.spawn(record(), plain, tiny(), Anywhere())
+    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written == bench.machine.record
@@ -204,6 +204,15 @@ async def test_a_running_guest_that_somebody_resumed_is_seen(bench: Bench) -> No
     await bench.until(lambda view: view.probe_at == 0.0)
     await bench.machine.probe()
     assert bench.view.run_state == "paused"
+    writer.write(b'{"execute":"system_reset"}\n')
+    async with asyncio.timeout(LIMIT_S):
+        while b'"RESET"' not in await reader.readline():
+            pass
+    # QEMU itself calls it prelaunch now.
+    await bench.machine.probe()
+    assert (bench.view.run_state, bench.view.never_ran) == ("paused", False)
+    assert bench.machine.record is not None
+    assert bench.machine.record.paused
     writer.close()
     await writer.wait_closed()
     assert not reader.at_eof()
@@ -245,7 +254,7 @@ async def test_quit_and_the_button(bench: Bench) -> None:
 
 async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     """§4: without a monitor QEMU is told to end by a signal that it heeds."""
-    bench.machine.spawn(record(), plain, tiny(), Anywhere())
+    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
         # Before it has set up its handlers, SIGTERM would simply kill it; then it listens on QMP, too.
@@ -272,13 +281,13 @@ async def test_a_qemu_that_never_ran_is_let_close_its_disks(bench: Bench) -> Non
     await bench.up()
     await machine.kill("its keys changed")
     assert machine.wait_status.code == 0
-    await machine.bury()
+    await machine.drop_record()
     await bench.up()
     assert machine.pid is not None
     freeze(machine.pid)
     await machine.kill("its keys changed")
     assert machine.wait_status.signal == signal.SIGKILL
-    await machine.bury()
+    await machine.drop_record()
     await bench.up()
     assert await machine.resume()
     await machine.kill("its lock has gone to b")
@@ -291,7 +300,7 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
     await bench.machine.kill("its lock has gone to b")
     assert bench.view.exit == Exit(ExitClass.HOST_SIGNAL, "killed by its supervisor: its lock has gone to b")
     assert bench.view.asked
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     await bench.up()
     await bench.machine.give_up("no answer for 60 s")
     assert bench.view.exit == Exit(ExitClass.FAILED, "failed: no answer for 60 s")
@@ -301,20 +310,20 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
 async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
     """§4: `failed: <QEMU's own last error line>`, not that of the incarnation before."""
     for number, name in enumerate(("nonsense", "rubbish")):
-        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), Anywhere())
+        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), SameCgroup())
         end = await bench.exit()
         assert end.kind is ExitClass.FAILED
         assert end.text == f"failed: -device {name}: '{name}' is not a valid device model name"
-        await bench.machine.bury()
+        await bench.machine.drop_record()
 
 
 async def test_a_program_that_is_not_there(bench: Bench) -> None:
-    """A QEMU that cannot be started at all has ended, with the reason; it is buried like any other."""
-    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], Anywhere())
+    """A QEMU that cannot be started at all has ended, with the reason; its record goes like any other."""
+    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], SameCgroup())
     assert bench.view.exit == Exit(
         ExitClass.FAILED, "failed: cannot start /nonexistent/qemu: No such file or directory"
     )
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     assert bench.machine.view() is None
     assert bench.directory.read_incarnation() is None
 
@@ -328,16 +337,16 @@ async def test_what_cannot_be_put_on_record_is_not_started(bench: Bench, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(InstanceDir, "write_incarnation", no_space)
         with pytest.raises(OSError, match="No space left"):
-            bench.machine.spawn(record(), plain, tiny(), Anywhere())
+            bench.machine.spawn(record(), plain, tiny(), SameCgroup())
     assert bench.machine.view() is None
     assert (await bench.up()).connected
 
 
 async def test_nothing_is_left_after_the_burial(bench: Bench) -> None:
-    """A buried process has no record; its log stays; the next one begins from nothing."""
+    """A process whose exit was recorded has no record any more; its log stays; the next one begins from nothing."""
     await bench.up()
     await bench.machine.kill("enough")
-    await bench.machine.bury()
+    await bench.machine.drop_record()
     assert bench.machine.view() is None
     assert bench.directory.read_incarnation() is None
     assert bench.directory.qemu_log.exists()
@@ -539,7 +548,7 @@ async def test_a_cont_without_an_answer_may_have_run(bench: Bench, monkeypatch: 
 
 
 async def test_letting_go_in_the_middle_of_its_end(bench: Bench) -> None:
-    """A supervisor that stops while QEMU ends leaves the record: its successor takes the end to the books."""
+    """A supervisor that stops while QEMU ends leaves the record: its successor records the exit."""
     await bench.up()
     assert bench.machine.pid is not None
     os.kill(bench.machine.pid, signal.SIGKILL)

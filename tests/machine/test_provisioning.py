@@ -16,8 +16,8 @@ from uuid import UUID
 
 import pytest
 
-from kvmsupervisor.adapters.cgroup import HomeFailed
-from kvmsupervisor.adapters.cgroup.homes import Anywhere, Home, Nowhere
+from kvmsupervisor.adapters.cgroup import CgroupFailed
+from kvmsupervisor.adapters.cgroup.manager import Cgroup, NoCgroups, SameCgroup
 from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
 from kvmsupervisor.adapters.users import QemuUser
@@ -53,8 +53,8 @@ CHANNELS = Channels(qmp=1, spare=2, console=3, agent=4, console_log=5)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
-class Homes(Nowhere):
-    """Homes that note how they were asked for, and may fail.
+class NotedCgroups(NoCgroups):
+    """Cgroups that note how they were asked for, and may fail.
 
     Attributes:
         closed: how many were closed.
@@ -65,14 +65,14 @@ class Homes(Nowhere):
         self.trouble: str | None = None
         self.closed = 0
 
-    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Home:
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Cgroup:
         if self.trouble is not None:
-            raise HomeFailed(self.trouble)
-        homes = self
+            raise CgroupFailed(self.trouble)
+        cgroups = self
 
-        class Noted(Anywhere):
+        class Noted(SameCgroup):
             def close(self) -> None:
-                homes.closed += 1
+                cgroups.closed += 1
 
         return Noted()
 
@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = path / "state"
-        self.homes = Homes()
+        self.cgroups = NotedCgroups()
         self.network = FakeNetwork()
         (path / "code.fd").write_bytes(b"code")
         (path / "vars.fd").write_bytes(b"variables")
@@ -106,7 +106,7 @@ class Bench:
             files=HostFiles(state_dir=self.state, bridge_owner="of-a", media_root=self.path),
             user=user,
             types=KnownTypes(),
-            homes=self.homes,
+            cgroups=self.cgroups,
             disks=FakeDisks(),
             local_disks=local_disks(self.path / "disks"),
             contents=Stock(self.path).contents,
@@ -386,7 +386,7 @@ async def test_no_password_without_use(bench: Bench, changes: dict[str, None]) -
     assert not (bench.directory().path / "spice-password").exists()
 
 
-# --- taps and homes -------------------------------------------------------------------------------------------
+# --- taps and cgroups -----------------------------------------------------------------------------------------
 
 NICS = replace(
     TINY,
@@ -406,7 +406,7 @@ async def test_a_tap_for_each_nic(bench: Bench) -> None:
         assert provision.taps == tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in bench.network.taps)
         assert all(is_open(tap) for tap in bench.network.taps)
     assert not any(is_open(tap) for tap in bench.network.taps)
-    assert bench.homes.closed == 1
+    assert bench.cgroups.closed == 1
 
 
 @pytest.mark.parametrize(("missing", "opened_before"), [("br0", 0), ("br1", 1), ("br2", 2)])
@@ -422,7 +422,7 @@ async def test_taps_are_closed_when_a_later_one_fails(bench: Bench, missing: str
 
 async def test_taps_are_closed_when_the_home_fails(bench: Bench) -> None:
     """Law: the same when there is no cgroup for it."""
-    bench.homes.trouble = "no cgroup"
+    bench.cgroups.trouble = "no cgroup"
     assert str(await bench.refused(NICS)) == "no cgroup"
     assert len(bench.network.taps) == 3
     assert not any(is_open(tap) for tap in bench.network.taps)

@@ -146,7 +146,7 @@ async def test_a_qemu_that_outlived_its_container_is_adopted(bench: Bench) -> No
 
 
 async def test_what_ended_while_nobody_watched_is_no_end_of_this_one(bench: Bench) -> None:
-    """A container begins anew: its leftover is buried, its lock taken again."""
+    """A container begins anew: its leftover is cleared away, its lock taken again."""
     await run(bench)
     qemu = bench.qemu
     await bench.crash()

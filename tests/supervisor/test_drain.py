@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from kvmsupervisor.adapters.clock import boot_id
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
 from kvmsupervisor.domain.exits import WaitStatus
-from kvmsupervisor.domain.incarnation import Incarnation, Memory
+from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.status import Phase
@@ -109,8 +109,8 @@ def directory(bench: Bench, name: str) -> InstanceDir:
     return RunDir(bench.path).instance(InstanceId(name))
 
 
-def memory(bench: Bench, name: str) -> Memory:
-    return directory(bench, name).read_memory(boot_id())
+def saved(bench: Bench, name: str) -> InstanceState:
+    return directory(bench, name).read_state(boot_id())
 
 
 def record(bench: Bench, name: str) -> Incarnation:
@@ -131,7 +131,7 @@ async def test_all_power_buttons_are_pressed_at_once(alone: Bench) -> None:
     assert shell.told == [("1", "2", "3")]
     for name in ("1", "2", "3"):
         assert directory(alone, name).read_incarnation() is None
-        assert (memory(alone, name).last_exit, memory(alone, name).restarts) == ("guest-shutdown", 0)
+        assert (saved(alone, name).last_exit, saved(alone, name).restarts) == ("guest-shutdown", 0)
     assert alone.etcd.revision == before
 
 
@@ -147,7 +147,7 @@ async def test_a_guest_that_does_not_heed_is_forced_when_its_time_is_over(alone:
     """The button again and again; then QEMU's own end; each guest has its own time, from its key or the host's."""
     quick, slow, heeds = (qemu_of(alone, name) for name in ("1", "2", "3"))
     quick.deaf = slow.deaf = True
-    directory(alone, "1").write_memory(replace(memory(alone, "1"), shutdown_timeout_s=25.0))
+    directory(alone, "1").write_state(replace(saved(alone, "1"), shutdown_timeout_s=25.0))
     begun = alone.clock.now()
     shell = Shell(alone)
     shell.begin()
@@ -158,12 +158,12 @@ async def test_a_guest_that_does_not_heed_is_forced_when_its_time_is_over(alone:
     assert (quick.alive, slow.alive) == (False, True)
     assert await shell.returns()
     assert begun + OWN_S <= alone.clock.now() <= begun + OWN_S + 2 * LOOK_EVERY_S
-    assert [memory(alone, name).last_exit for name in "123"] == ["host-quit", "host-quit", "guest-shutdown"]
+    assert [saved(alone, name).last_exit for name in "123"] == ["host-quit", "host-quit", "guest-shutdown"]
 
 
 async def test_no_time_at_all_is_at_once(alone: Bench) -> None:
     """A guest whose key `shutdown_timeout` is 0 is not asked."""
-    directory(alone, "1").write_memory(replace(memory(alone, "1"), shutdown_timeout_s=0.0))
+    directory(alone, "1").write_state(replace(saved(alone, "1"), shutdown_timeout_s=0.0))
     assert await Shell(alone).done()
     qemu = qemu_of(alone, "1")
     assert (qemu.presses, qemu.status) == ([], WaitStatus(code=0))
@@ -180,7 +180,7 @@ async def test_a_qemu_that_does_not_end_is_killed(alone: Bench, way: str) -> Non
     assert qemu.status is not None
     assert qemu.status.signal == 9
     assert OWN_S <= alone.clock.now() - begun < OWN_S + QUIT_WAIT_S + 30.0
-    assert (memory(alone, "1").last_exit or "").startswith("killed by its supervisor")
+    assert (saved(alone, "1").last_exit or "").startswith("killed by its supervisor")
 
 
 async def test_the_callers_limit_is_no_sentence(alone: Bench) -> None:
@@ -255,14 +255,14 @@ async def test_a_record_of_an_earlier_boot_is_buried(alone: Bench) -> None:
 
 async def test_a_full_disk_keeps_no_guest_up(alone: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be remembered of one guest is told; all go down."""
-    write = InstanceDir.write_memory
+    write = InstanceDir.write_state
 
-    def full(self: InstanceDir, memory: Memory) -> None:
+    def full(self: InstanceDir, saved: InstanceState) -> None:
         if self.path.name == "1":
             raise OSError(28, os.strerror(28))
-        write(self, memory)
+        write(self, saved)
 
-    monkeypatch.setattr(InstanceDir, "write_memory", full)
+    monkeypatch.setattr(InstanceDir, "write_state", full)
     qemu_of(alone, "2").deaf = True
     with capture_logs() as logs:
         assert await Shell(alone).done()

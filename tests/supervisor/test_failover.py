@@ -42,7 +42,7 @@ class Candidate:
     def __init__(self, host: Host) -> None:
         self.host = host
         host.begin()
-        self.failover = Failover(host.around, host.wishes)
+        self.failover = Failover(host.context, host.wishes)
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -101,7 +101,7 @@ async def test_the_first_takes_lock_and_placement_at_once(candidates: Callable[.
     placement = Placement.from_json(etcd.data[LAYOUT.placement_key(ONE)])
     assert placement is not None
     assert (placement.host, placement.why) == ("b", "failover")
-    assert b"kvmsupervisor_takeovers_total 1.0" in second.host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_takeovers_total 1.0" in second.host.context.metrics.render("")[0]
     await first.host.clock.advance(60.0)
     assert first.host.lock is not None
     assert first.host.lock.host == "b"
@@ -130,7 +130,7 @@ async def test_without_the_key_nobody_does(candidates: Callable[..., list[Candid
 async def test_a_host_without_room_leaves_it_to_the_next(candidates: Callable[..., list[Candidate]]) -> None:
     """Who lacks memory does not take; the next one has its turn some seconds later."""
     first, second = candidates(hosts="a b")
-    object.__setattr__(first.host.around, "admission", Admission(4, 10))
+    object.__setattr__(first.host.context, "admission", Admission(4, 10))
     await first.host.clock.advance(STEP_S - 1.0)
     assert first.host.lock == HELD
     assert (await taken(second, 5.0)).host == "b"
@@ -139,7 +139,7 @@ async def test_a_host_without_room_leaves_it_to_the_next(candidates: Callable[..
 async def test_a_host_that_drains_does_not_take(candidates: Callable[..., list[Candidate]]) -> None:
     """Who is being emptied takes nothing."""
     first, second = candidates(hosts="a b")
-    object.__setattr__(first.host.around, "draining", lambda: True)
+    object.__setattr__(first.host.context, "draining", lambda: True)
     assert (await taken(second, 2 * STEP_S)).host == "b"
 
 
@@ -162,7 +162,7 @@ async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[
     """Law 2: the transaction compares lock, `host`, `hosts` and placement: who comes second has nothing of it."""
     first, second = candidates(hosts="b a")
     etcd = first.host.etcd
-    other = take(HELD, host=HostName("a"), boot_id="boot-a", incarnation="i8", storage=Storage.RBD)
+    other = take(HELD, host=HostName("a"), boot_id="boot-a", facts=LAYOUT.facts, incarnation="i8", storage=Storage.RBD)
     before = {
         "lock": (LAYOUT.lock_key(ONE), other.to_json()),
         "host": (LAYOUT.wish_key(ONE, "host"), b"y"),
@@ -186,7 +186,7 @@ async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[
         LAYOUT.wish_key(ONE, "hosts"): b"b a",
         key: value,
     }
-    assert b"kvmsupervisor_takeovers_total 0.0" in second.host.around.metrics.render("")[0]
+    assert b"kvmsupervisor_takeovers_total 0.0" in second.host.context.metrics.render("")[0]
 
 
 @pytest.mark.parametrize(

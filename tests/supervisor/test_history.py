@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvmsupervisor.adapters.etcd import Denied
+from kvmsupervisor.adapters.etcd import Denied, Put
 from kvmsupervisor.cluster.history import FILE_NAME
 from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
 from kvmsupervisor.domain.host import HostSession
@@ -117,7 +117,7 @@ async def test_a_machine_outlives_a_restored_backup(bench: Bench, kind: str, pas
     await bench.clock.advance(600.0)
     assert untouched({"1": qemu} | bench.of("1"))
     assert (lock(bench, "1").epoch, lock(bench, "1").pid) == (epoch, qemu.pid)
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
 
@@ -272,6 +272,44 @@ async def test_another_clusters_etcd_is_not_touched(bench: Bench) -> None:
     assert {lock(bench, name).pid for name in qemus} == {qemu.pid for qemu in qemus.values()}
 
 
+async def test_back_from_another_clusters_etcd(bench: Bench) -> None:
+    """Laws 6, 11: a host that was in another etcd for one run knows its own cluster again, whose locks count for it."""
+    await bench.begin()
+    qemus = await run(bench, "1", "2")
+    elsewhere = FakeEtcd(bench.clock.now)
+    await bench.end()
+    ours = bench.etcd.backup()
+    bench.etcd.restore(elsewhere)
+    await bench.begin(virtual_s=60.0)
+    assert untouched(qemus)
+    taken = replace(lock(bench, "1"), host=HostName("b"), boot_id="bb", epoch=2, incarnation="theirs")
+    await bench.end()
+    ours.write(LAYOUT.lock_key(InstanceId("1")), taken.to_json())
+    bench.etcd.restore(ours)
+    await bench.begin(virtual_s=60.0)
+    assert not qemus["1"].alive
+    assert untouched({"2": qemus["2"]})
+    # `b` has no session, so it was taken over: it runs once.
+    assert lock(bench, "1").epoch == 3
+    assert len(bench.qemus.running) == 2
+
+
+async def test_a_lock_of_a_former_history_says_nothing(bench: Bench) -> None:
+    """Law 11: until the locks of the present history are read, one that was seen in another one is unknown."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    ours, theirs = bench.etcd.backup(), FakeEtcd(bench.clock.now)
+    theirs.write(LAYOUT.history_key, HistoryName(id="theirs").to_json())
+    make(theirs, "1", host="x")
+    strange = replace(lock(bench, "1"), host=HostName("x"), boot_id="bx", epoch=900, incarnation="theirs")
+    theirs.write(LAYOUT.lock_key(InstanceId("1")), strange.to_json())
+    bench.etcd.restore(written_past(bench.etcd, theirs))
+    await bench.clock.advance(60.0)
+    bench.etcd.restore(ours)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+
+
 async def test_a_machine_that_rests_goes_on_resting(bench: Bench) -> None:
     """A machine that its guest has switched off is not started because its keys have other revisions now."""
     await bench.begin()
@@ -333,6 +371,21 @@ async def test_a_compaction_meanwhile_is_no_other_history(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2").keys() == {"2"}
     assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
+
+
+async def test_every_key_of_a_transaction_is_a_witness(bench: Bench) -> None:
+    """Of a backup that was restored with a greater revision and compacted, one key that went back tells it."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    backup = bench.etcd.backup()
+    await bench.client.txn([], [Put("/kvm/1/ram", b"64"), Put("/kvm/1/description", b"new")])
+    await bench.clock.advance(5.0)
+    restored = written_past(bench.etcd, backup)
+    restored.compact()
+    bench.etcd.restore(restored)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
 
 
 async def test_what_cannot_be_proven_any_more_is_held(bench: Bench) -> None:

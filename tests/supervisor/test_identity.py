@@ -21,7 +21,7 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch, judge
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.machine import identity as marks
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.supervisor.identity import Standing
 from tests.fakes.qemu import FakeQemu
 from tests.supervisor.test_supervisor import ME, Bench
@@ -56,7 +56,7 @@ async def two_run(bench: Bench) -> dict[str, FakeQemu]:
 
 
 def statuses(bench: Bench) -> dict[str, Status]:
-    return {status.id: replace(status, since="") for status in bench.host.face.instances()}
+    return {status.id: replace(status, since="") for status in bench.host.http_view.instances()}
 
 
 def told_of(bench: Bench, names: set[str]) -> dict[bytes | str, bytes]:
@@ -92,7 +92,7 @@ async def test_one_run_under_other_settings_touches_nothing(bench: Bench, settin
     assert written == {"kvm", "kvmsupervisor"}
     assert not [key for key in bench.etcd.data if key.startswith("/vms") and "lock" in key]
     # It is told everywhere.
-    ready, why = bench.host.face.ready()
+    ready, why = bench.host.http_view.ready()
     assert not ready
     assert told in why
     assert "KVM_HOSTNAME=b" not in why or "KVM_HOSTNAME=a" in why
@@ -100,7 +100,7 @@ async def test_one_run_under_other_settings_touches_nothing(bench: Bench, settin
     assert bench.metric("kvmsupervisor_identity_mismatch") == 1.0
     (line,) = [line for line in logs if line["event"] == "identity.mismatch"]
     assert (line["reason"], line["instances"]) == (why, ["1", "2"])
-    (host,) = bench.host.face.hosts()
+    (host,) = bench.host.http_view.hosts()
     assert (host.host, host.notice) == (ME, why)
     seen = statuses(bench)
     assert {name: (status.phase, status.pid) for name, status in seen.items()} == {
@@ -125,7 +125,7 @@ async def test_one_run_under_other_settings_touches_nothing(bench: Bench, settin
     assert statuses(bench) == before
     assert bench.metric("kvmsupervisor_identity_mismatch") == 0.0
     assert bench.metric("kvmsupervisor_adopted_total") == 2.0
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert locks.items() <= bench.etcd.data.items()
     assert not (bench.path / "_identity.json").exists()
 
@@ -141,7 +141,7 @@ async def test_a_host_where_nothing_lives_simply_has_its_new_name(bench: Bench) 
     bench.create("2", host="b")
     await bench.begin(virtual_s=30.0)
     assert bench.phases == {"2": Phase.RUNNING}
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert "/kvmsupervisor/hosts/b" in bench.etcd.data
 
 
@@ -162,7 +162,7 @@ async def test_once_nothing_lives_any_more_the_settings_count(bench: Bench) -> N
     assert bench.again
     await bench.end()
     await bench.begin()
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert len(bench.qemus.all) == 2
     assert not (bench.path / "_identity.json").exists()
 
@@ -183,7 +183,7 @@ async def test_what_ended_while_nobody_watched_is_not_started_under_another_name
     assert bench.again
     await bench.end()
     await bench.begin(virtual_s=3600.0)
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert len(bench.qemus.all) == 2
     assert locks.items() <= bench.etcd.data.items()
     await bench.end()
@@ -235,14 +235,14 @@ async def test_a_renamed_host_goes_on_with_the_same_guests(bench: Bench) -> None
     for name, lock in before.items():
         assert lock is not None
         assert Lock.from_json(bench.etcd.data[f"/kvm/{name}/lock"]) == replace(lock, host=HostName("b"))
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert {name: (status.host, status.phase) for name, status in statuses(bench).items()} == {
         "1": ("b", Phase.RUNNING), "2": ("b", Phase.RUNNING), "off": ("b", Phase.STOPPED),
     }  # fmt: skip
     # It lasts: the next one asks nobody.
     await bench.end()
     await bench.begin()
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     bench.etcd.write("/kvm/1/power", "off")
     await bench.clock.advance(10.0)
     assert bench.of("1", "2").keys() == {"2"}
@@ -280,7 +280,7 @@ async def test_a_word_on_something_else_counts_for_nothing(bench: Bench) -> None
     word(bench)
     bench.more = {"KVM_HOSTNAME": "c"}
     await bench.begin()
-    assert not bench.host.face.ready()[0]
+    assert not bench.host.http_view.ready()[0]
     assert bench.of("1", "2") == qemus
     await bench.clock.advance(60.0)
     assert not bench.again
@@ -306,7 +306,7 @@ async def test_records_of_an_earlier_release(bench: Bench, settings: dict[str, s
     assert [qemu.presses for qemu in qemus.values()] == [[], []]
     # Where locks lie is on no record of an earlier release, and nothing else differs.
     only_lock = settings.keys() == {"LOCK"}
-    assert bench.host.face.ready()[0] is only_lock
+    assert bench.host.http_view.ready()[0] is only_lock
     await bench.end()
     bench.more = {}
     await bench.begin(virtual_s=60.0)
@@ -321,7 +321,7 @@ async def test_an_upgrade_asks_nobody(bench: Bench) -> None:
     for name in qemus:
         rewrite(bench, name, lambda found: found.pop("under"))
     await bench.begin(virtual_s=60.0)
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert bench.of("1", "2") == qemus
     record = RunDir(bench.path).instance(InstanceId("1")).read_incarnation()
     assert record is not None
@@ -335,7 +335,7 @@ async def test_one_of_another_identity_among_ours(bench: Bench) -> None:
     elsewhere = {"host": ME, "prefix": "/vms", "facts": "/vmssupervisor", "lock": "/vms/%i/lock"}
     rewrite(bench, "2", lambda found: found.update(under=elsewhere))
     await bench.begin(virtual_s=600.0)
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
     assert bench.of("1", "2") == qemus
     status = bench.status("2")
     assert status is not None
@@ -476,9 +476,9 @@ async def test_the_qemu_of_a_record_is_sought(bench: Bench, release: str) -> Non
     qemu = qemus["1"]
     if release == "an earlier one":
         del qemu.environment["KVMSUPERVISOR_FOLDER"]
-    assert marks.seek(bench.qemus, bench.path / "1") == (qemu.pid, qemu.starttime)
-    assert marks.seek(bench.qemus, bench.path / "3") is None
-    assert marks.seek(bench.qemus, Path("/elsewhere/1")) is None
+    assert process_identity.seek(bench.qemus, bench.path / "1") == (qemu.pid, qemu.starttime)
+    assert process_identity.seek(bench.qemus, bench.path / "3") is None
+    assert process_identity.seek(bench.qemus, Path("/elsewhere/1")) is None
 
 
 async def test_what_cannot_be_read_and_has_ended(bench: Bench) -> None:
@@ -508,7 +508,7 @@ async def test_an_unreadable_record_tells_of_another_identity_too(bench: Bench) 
         spoil(bench.path / name / "incarnation.json")
     bench.more = {"KVM_PREFIX": "/vms"}
     await bench.begin(virtual_s=60.0)
-    assert not bench.host.face.ready()[0]
+    assert not bench.host.http_view.ready()[0]
     assert bench.of("1", "2") == qemus
 
 

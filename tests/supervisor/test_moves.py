@@ -147,10 +147,10 @@ class Node:
         return self.guests[name]
 
     def status(self, name: str = "1") -> Status | None:
-        return next((status for status in self.host.face.instances() if status.id == name), None)
+        return next((status for status in self.host.http_view.instances() if status.id == name), None)
 
     def metric(self, line: str) -> float | None:
-        text = self.host.face.metrics("")[0].decode()
+        text = self.host.http_view.metrics("")[0].decode()
         rows = (row.rpartition(" ") for row in text.splitlines())
         return next((float(value) for key, _, value in rows if key == f"kvmsupervisor_{line}"), None)
 

@@ -126,14 +126,14 @@ class Bench:
         return {qemu.instance: qemu for qemu in self.qemus.running if qemu.instance in names}
 
     def status(self, name: str) -> Status | None:
-        return next((status for status in self.host.face.instances() if status.id == name), None)
+        return next((status for status in self.host.http_view.instances() if status.id == name), None)
 
     @property
     def phases(self) -> dict[str, Phase]:
-        return {status.id: status.phase for status in self.host.face.instances()}
+        return {status.id: status.phase for status in self.host.http_view.instances()}
 
     def metric(self, line: str) -> float:
-        text = self.host.face.metrics("")[0].decode()
+        text = self.host.http_view.metrics("")[0].decode()
         (value,) = [row.rpartition(" ")[2] for row in text.splitlines() if row.rpartition(" ")[0] == line]
         return float(value)
 
@@ -163,7 +163,7 @@ async def test_what_is_ours_runs_and_what_is_not_is_left_alone(bench: Bench) -> 
     await bench.running("2")
     assert bench.of("1", "2", "9").keys() == {"1", "2"}
     assert bench.phases == {"1": Phase.RUNNING, "2": Phase.RUNNING}
-    assert bench.host.face.ready()[0]
+    assert bench.host.http_view.ready()[0]
 
 
 async def test_a_host_whose_name_is_in_anothers_lock_does_not_spin(bench: Bench) -> None:
@@ -201,8 +201,8 @@ async def test_garbage_hurts_nobody(bench: Bench, garbage: bytes) -> None:
     await bench.begin()
     await bench.running("2")
     assert bench.phases["2"] is Phase.RUNNING
-    assert [host.host for host in bench.host.face.hosts()] == [ME]
-    bench.host.face.metrics("")
+    assert [host.host for host in bench.host.http_view.hosts()] == [ME]
+    bench.host.http_view.metrics("")
 
 
 async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
@@ -215,7 +215,7 @@ async def test_keys_removed_for_good_leave_nothing(bench: Bench) -> None:
     assert not qemus["1"].alive
     assert not [key for key in bench.etcd.data if "/1" in key]
     assert [entry.name for entry in bench.path.iterdir() if entry.is_dir()] == ["2"]
-    assert 'instance="1"' not in bench.host.face.metrics("")[0].decode()
+    assert 'instance="1"' not in bench.host.http_view.metrics("")[0].decode()
     assert bench.of("1", "2").keys() == {"2"}
 
 
@@ -251,7 +251,7 @@ async def test_a_stop_leaves_machines_and_a_start_adopts_them(bench: Bench) -> N
     await bench.begin()
     qemus = await bench.running("1", "2", "3")
     locks = {key: value for key, value in bench.etcd.data.items() if key.endswith("/lock")}
-    before = {status.id: status for status in bench.host.face.instances()}
+    before = {status.id: status for status in bench.host.http_view.instances()}
     await bench.end()
     assert bench.of("1", "2", "3") == qemus
     await bench.clock.advance(3600.0)
@@ -259,7 +259,7 @@ async def test_a_stop_leaves_machines_and_a_start_adopts_them(bench: Bench) -> N
     assert bench.of("1", "2", "3") == qemus
     assert len(bench.qemus.all) == 3
     assert locks.items() <= bench.etcd.data.items()
-    assert {status.id: status for status in bench.host.face.instances()} == before
+    assert {status.id: status for status in bench.host.http_view.instances()} == before
     assert bench.metric("kvmsupervisor_adopted_total") == 3.0
 
 
@@ -311,7 +311,7 @@ async def test_etcd_away_at_the_start_changes_nothing(bench: Bench) -> None:
 
     await bench.begin(virtual_s=3600.0, connect=away)
     assert bench.of("1") == qemus
-    assert not bench.host.face.ready()[0]
+    assert not bench.host.http_view.ready()[0]
     status = bench.status("1")
     assert status is not None
     assert "its keys have not been read yet" in status.reason
@@ -373,7 +373,7 @@ async def test_keys_that_return_end_the_hold(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2", "3") == qemus
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
-    assert all(status.held is False for status in bench.host.face.instances())
+    assert all(status.held is False for status in bench.host.http_view.instances())
 
 
 async def test_a_hold_survives_the_supervisor(bench: Bench) -> None:
@@ -423,7 +423,7 @@ async def test_only_machines_that_run_count(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2", "3") == qemus
     assert bench.metric("kvmsupervisor_removals_held") == 3.0
-    assert [status.stood for status in bench.host.face.instances()] == [{"host": ME, "ram": "64"}] * 3
+    assert [status.stood for status in bench.host.http_view.instances()] == [{"host": ME, "ram": "64"}] * 3
 
 
 async def test_running_machines_are_held_among_many_that_are_off(bench: Bench) -> None:
@@ -518,7 +518,7 @@ async def test_only_so_many_start_at_once(bench: Bench) -> None:
     names = [str(number) for number in range(1, 8)]
     bench.create(*names)
     await bench.begin(virtual_s=1.0)
-    assert "waits for its turn" in " ".join(status.reason for status in bench.host.face.instances())
+    assert "waits for its turn" in " ".join(status.reason for status in bench.host.http_view.instances())
     await bench.clock.advance(60.0)
     assert len(bench.of(*names)) == 7
     assert max(starting) == 2

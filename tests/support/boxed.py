@@ -135,26 +135,26 @@ class Boxed(Host):
         super().close()
         for qemu in self._seen:
             _remove_homes(qemu)
-        for home in CGROUPS.glob("*/kvmsupervisor/_guard@*"):
+        for cgroup in CGROUPS.glob("*/kvmsupervisor/_guard@*"):
             # One that lives is another host's.
             with contextlib.suppress(OSError):
-                home.rmdir()
-                home.parent.rmdir()
+                cgroup.rmdir()
+                cgroup.parent.rmdir()
 
 
 def _remove_homes(qemu: Qemu) -> None:
     """What its supervisor would have removed."""
     deadline = time.monotonic() + 10
-    for home in CGROUPS.glob(f"*/kvmsupervisor/{qemu.instance}@{qemu.incarnation}"):
-        while home.exists():
+    for cgroup in CGROUPS.glob(f"*/kvmsupervisor/{qemu.instance}@{qemu.incarnation}"):
+        while cgroup.exists():
             try:
-                home.rmdir()
+                cgroup.rmdir()
             except OSError:
-                assert time.monotonic() < deadline, home
+                assert time.monotonic() < deadline, cgroup
                 time.sleep(0.02)
-        # Homes of others on this machine stay.
+        # Cgroups of others on this machine stay.
         with contextlib.suppress(OSError):
-            home.parent.rmdir()
+            cgroup.parent.rmdir()
 
 
 def begin(box: Boxed, keys: Keys, flags: Mapping[str, str]) -> dict[str, Qemu]:

@@ -1,4 +1,4 @@
-"""One host's instance loop in virtual time: real loop, real machine, lock, mirror and publisher; fake etcd and QEMU."""
+"""One host's worker in virtual time: real machine, lock, informer and status writer; fake etcd and QEMU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import structlog
 
-from kvmsupervisor.adapters.cgroup import Nowhere
-from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.cgroup import NoCgroups
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, Unavailable
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
@@ -124,14 +124,7 @@ class LockStore(FakeEtcd):
         self.faults: dict[int, str | EtcdError] = {}
         self.writes_begun = 0
 
-    async def txn(
-        self,
-        compare: Sequence[Compare],
-        success: Sequence[Op],
-        failure: Sequence[Op] = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> TxnResult:
+    def begin_txn(self, compare: Sequence[Compare], success: Sequence[Op]) -> None:
         if compare:
             number, self.writes_begun = self.writes_begun, self.writes_begun + 1
             self.before(number)
@@ -142,7 +135,6 @@ class LockStore(FakeEtcd):
                     self.lose_next_request()
                 case EtcdError() as error:
                     self.fail_next(error, "txn")
-        return await super().txn(compare, success, failure, timeout_s=timeout_s)
 
 
 class Host:
@@ -205,14 +197,14 @@ class Host:
             rand=lambda: 0.5,
         )
         self.namesakes = Namesakes(self.wishes, self.me)
-        self.around = self._surroundings()
+        self.context = self._make_context()
         directory = self.run_dir.instance(ONE)
         record = directory.read_incarnation()
         self.instance = Worker(
             ONE,
-            around=self.around,
+            context=self.context,
             directory=directory,
-            memory=directory.read_memory(self.boot_id),
+            saved=directory.read_state(self.boot_id),
             log=structlog.get_logger(),
         )
         if record is not None:
@@ -222,7 +214,7 @@ class Host:
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.around.publisher.run()),
+            asyncio.create_task(self.context.status_writer.run()),
             asyncio.create_task(self._first_look()),
         ]
 
@@ -241,7 +233,7 @@ class Host:
 
     def _on_anew(self) -> None:
         self.instance.begin_anew(parse_wish(ONE, self.wishes.keys_of(ONE)))
-        self.around.publisher.begin_anew()
+        self.context.status_writer.begin_anew()
         self.namesakes.heard_anew()
         self._on_change(set(), 0)
 
@@ -279,14 +271,14 @@ class Host:
     async def close(self) -> None:
         if not self.dead:
             await self.die()
-        if hasattr(self, "around"):  # otherwise it never began
-            self.around.logs.close()  # its thread writes below the path
+        if hasattr(self, "context"):  # otherwise it never began
+            self.context.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
     async def _recorded_for(self, client: str) -> InstanceId | None:
         return self.recorded_for(client)
 
-    def _surroundings(self) -> InstanceContext:
+    def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
         contents = Stock(self.path).contents
@@ -296,7 +288,7 @@ class Host:
             layout=LAYOUT,
             store=self.store,
             session=session,
-            publisher=StatusWriter(
+            status_writer=StatusWriter(
                 store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
             ),
             admission=Admission(4),
@@ -307,7 +299,7 @@ class Host:
                 files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
                 user=None,
                 types=KnownTypes(),
-                homes=Nowhere(survives_container=True),
+                cgroups=NoCgroups(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
                 contents=contents,
@@ -379,7 +371,7 @@ class Host:
         await self.clock.advance_until(true, limit_s)
 
     async def told(self) -> None:
-        """Let the publisher write what there is to tell."""
+        """Let the status writer write what there is to tell."""
         await self.clock.advance(1.0)
 
     async def runs(self, limit_s: float = 30.0) -> FakeQemu:

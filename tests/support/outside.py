@@ -10,7 +10,7 @@ from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.cluster.fencing import Fencing
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.instance.assembly import REAL, Outside
-from kvmsupervisor.machine.host import Equipment, look_around
+from kvmsupervisor.machine.host import HostFacts, gather_host_facts
 from kvmsupervisor.machine.images import Disks
 from tests.fakes.qemu import FakeQemus
 from tests.support.host import KnownTypes
@@ -39,12 +39,12 @@ def outside(
         system=qemus.system,
         jitter=lambda: 0.5,
         connect=lambda config: connect(),
-        look_around=look_around if memory_mib is None else partial(_with_memory, memory_mib),
+        gather_host_facts=gather_host_facts if memory_mib is None else partial(_with_memory, memory_mib),
         machine_types=lambda qemu: KnownTypes(),
         fencing=REAL.fencing if fencing is None else lambda access, allow_unfenced: fencing,
         disks=REAL.disks if disks is None else lambda access, allow_unfenced: disks,
     )
 
 
-def _with_memory(memory_mib: int, settings: Settings) -> Equipment:
-    return replace(look_around(settings), memory_mib=memory_mib - settings.memory_reserve_mib)
+def _with_memory(memory_mib: int, settings: Settings) -> HostFacts:
+    return replace(gather_host_facts(settings), memory_mib=memory_mib - settings.memory_reserve_mib)

@@ -33,6 +33,7 @@ from kvmsupervisor.domain.ceph import (
     parse_info,
     parse_keyring,
     parse_lock_owners,
+    parse_read_policy,
     parse_watchers,
     trouble,
 )
@@ -154,6 +155,16 @@ class Ceph:
             NoSuchImage: it, or its pool, is not there.
         """
         return await self.ask(parse_info, "rbd", "info", *located(image), "--format", "json")
+
+    async def read_policy(self, image: RbdDisk) -> str:
+        """From which OSDs this client reads the image: `PRIMARIES`, or from replicas, too.
+
+        By its ceph.conf, the monitors' settings for it, those of the pool and of the image; the last one counts.
+
+        Raises:
+            NoSuchImage: it, or its pool, is not there.
+        """
+        return await self.ask(parse_read_policy, "rbd", "config", "image", "ls", *located(image), "--format", "json")
 
     async def watchers(self, image: RbdDisk) -> frozenset[Client]:
         """Who has the image open for writing. A client that died is forgotten after 30 s, one that is fenced at once.

@@ -1,6 +1,16 @@
-"""Homes of QEMU processes: cgroups outside the supervisor's container. `choose` says which can be had."""
+"""Cgroups of QEMU processes, outside the supervisor's container. `choose` finds the manager that this host can have."""
 
 from kvmsupervisor.adapters.cgroup.choice import Chosen, Wanted, choose
-from kvmsupervisor.adapters.cgroup.homes import Anywhere, Home, HomeFailed, Homes, Impossible, Nowhere
+from kvmsupervisor.adapters.cgroup.manager import Cgroup, CgroupFailed, CgroupManager, Impossible, NoCgroups, SameCgroup
 
-__all__ = ["Anywhere", "Chosen", "Home", "HomeFailed", "Homes", "Impossible", "Nowhere", "Wanted", "choose"]
+__all__ = [
+    "Cgroup",
+    "CgroupFailed",
+    "CgroupManager",
+    "Chosen",
+    "Impossible",
+    "NoCgroups",
+    "SameCgroup",
+    "Wanted",
+    "choose",
+]

@@ -1,4 +1,4 @@
-"""Which kind of home this host can give: the setting `KVM_CGROUP`, tried out."""
+"""Finds the cgroup manager that this host can have, by the setting `KVM_CGROUP`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Literal
 
-from kvmsupervisor.adapters.cgroup.homes import Homes, Impossible, Nowhere
+from kvmsupervisor.adapters.cgroup.manager import CgroupManager, Impossible, NoCgroups
 from kvmsupervisor.adapters.cgroup.place import Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import BUS, open_scopes
 from kvmsupervisor.adapters.cgroup.tree import open_tree
@@ -18,31 +18,31 @@ Wanted = Literal["auto", "systemd", "cgroup", "none"]
 
 @frozen(kw_only=True)
 class Chosen:
-    """What was chosen.
+    """The cgroup manager that was chosen.
 
     Attributes:
-        homes: that.
-        rejected: by name, why what is preferred could not be had.
+        cgroups: the manager.
+        rejected: why each preferred manager could not be had, by its name.
         warning: what people must be told loudly; None when guests outlive the supervisor's container, and its successor
             can adopt them.
     """
 
-    homes: Homes
+    cgroups: CgroupManager
     rejected: Mapping[str, str] = field(default_factory=dict)
     warning: str | None = None
 
 
 async def choose(wanted: Wanted, *, run_dir: Path | None = None, place: Place | None = None, bus: Path = BUS) -> Chosen:
-    """Choose; `auto` takes the first that is possible of systemd, cgroup, none.
+    """Choose a manager; `auto` takes the first that is possible of systemd, cgroup, none.
 
     Args:
         wanted: `KVM_CGROUP`.
-        run_dir: the run directory, which has to outlive a container, too; None not to look at it.
-        place: where this process is; None to find that out.
+        run_dir: the run directory, which has to outlive a container, too; None: do not check it.
+        place: where this process is; None: find out.
         bus: the socket of the host's D-Bus.
 
     Raises:
-        Impossible: one is asked for by name and cannot be had; the message names it and says why.
+        Impossible: `wanted` names one that cannot be had. The message names it and says why.
     """
     place = look() if place is None else place
     rejected: dict[str, str] = {}
@@ -50,19 +50,19 @@ async def choose(wanted: Wanted, *, run_dir: Path | None = None, place: Place | 
         if wanted not in {"auto", name}:
             continue
         try:
-            homes: Homes = await open_scopes(place, bus) if name == "systemd" else open_tree(place)
+            cgroups: CgroupManager = await open_scopes(place, bus) if name == "systemd" else open_tree(place)
         except Impossible as error:
             if wanted == name:
                 raise Impossible(f"KVM_CGROUP is {name}, but {error}; or set KVM_CGROUP=auto") from error
             rejected[name] = str(error)
         else:
-            return Chosen(homes=homes, rejected=rejected, warning=_warning(homes, place, rejected, run_dir))
-    nowhere = Nowhere(survives_container=not place.ends_neighbours)
-    return Chosen(homes=nowhere, rejected=rejected, warning=_warning(nowhere, place, rejected, run_dir))
+            return Chosen(cgroups=cgroups, rejected=rejected, warning=_warning(cgroups, place, rejected, run_dir))
+    nowhere = NoCgroups(survives_container=not place.ends_neighbours)
+    return Chosen(cgroups=nowhere, rejected=rejected, warning=_warning(nowhere, place, rejected, run_dir))
 
 
-def _warning(homes: Homes, place: Place, rejected: Mapping[str, str], run_dir: Path | None) -> str | None:
-    if homes.survives_container:
+def _warning(cgroups: CgroupManager, place: Place, rejected: Mapping[str, str], run_dir: Path | None) -> str | None:
+    if cgroups.survives_container:
         if place.contained and run_dir is not None and not is_of_the_host(run_dir):
             return (
                 f"guests outlive this container, but none after it can adopt them: {run_dir} is the container's own; "

@@ -1,7 +1,8 @@
-"""Homes that the host's systemd keeps: a transient scope for each process, asked for over the system's D-Bus.
+"""Cgroups by the host's systemd: a transient scope for each process, requested over the system's D-Bus.
 
-systemd owns the cgroup tree of its host, knows its generation, and gives the scope back when its process has ended. The
-child waits, as a shell, for a word on its standard input until it is in its scope; then it becomes QEMU.
+systemd owns the cgroup tree of its host, handles cgroup v1 and v2, and removes the scope when its process has ended.
+The child is a shell at first. It waits for a line on its standard input, which comes once the child is in its scope;
+then the child becomes QEMU.
 
 Sources: org.freedesktop.systemd1(5), StartTransientUnit; systemd.scope(5); systemd.kill(5); D-Bus specification.
 """
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmsupervisor.adapters.cgroup.homes import PROC, Home, HomeFailed, Impossible, cgroups_of
+from kvmsupervisor.adapters.cgroup.manager import PROC, Cgroup, CgroupFailed, Impossible, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import Place
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits, cpu_weight
@@ -27,30 +28,31 @@ if TYPE_CHECKING:
 BUS = Path("/run/dbus/system_bus_socket")
 SLICE = "machine.slice"
 STOPS_AFTER = "kvmsupervisor-guests.service"
-"""The host's unit that shuts guests down (deploy/coreos). The scopes are ordered before it, so at the host's shutdown
-systemd ends what is left in them only after that unit has had its time."""
+"""The host's unit that shuts guests down (deploy/coreos). The scopes are ordered before this unit: at the host's
+shutdown systemd ends what is left in the scopes only after the unit has stopped."""
 
 WAIT = 'read -r _ || exit 125; exec "$@" </dev/null'
-"""The child's prefix, run by /bin/sh. The end of the supervisor is the end of its standard input: it ends too."""
+"""The child's prefix, run by /bin/sh. When the supervisor ends, the child's standard input ends, and so does the
+child."""
 
 CALL_S = 5.0
-"""How long one call may take; on a resting host it takes 2 ms."""
+"""How long one call may take. On an idle host it takes 2 ms."""
 
 SETTLE_S = 10.0
-"""How long systemd may take to move a process; on a resting host it takes 5 ms. A busy one starts units one by one."""
+"""How long systemd may take to move a process. On an idle host it takes 5 ms; a busy one starts units one by one."""
 
 POLL_S = 0.001
-"""How often the kernel is asked whether the process has been moved. Polled, because the signal that tells of it
-(JobRemoved) would wake the supervisor for every job of the host, and the kernel's word is what counts."""
+"""How often to ask the kernel whether the process has been moved. Polled, because the D-Bus signal for it (JobRemoved)
+would wake the supervisor for every job of the host, and because what the kernel says is what counts."""
 
 TERM_S = 30
-"""What a scope that is stopped by hand gets between SIGTERM, at which QEMU flushes its disks and ends, and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL when somebody stops a scope. At SIGTERM QEMU flushes its disks and exits."""
 
 Properties = list[tuple[str, tuple[str, Any]]]
 
 
-class ScopeHome:
-    """A scope to be, and the pipe that holds its process back."""
+class ScopeCgroup:
+    """A scope that is still to be made, and the pipe on which its process waits."""
 
     def __init__(self, start: Callable[[int], Any], unit: str) -> None:
         self._start = start
@@ -58,14 +60,14 @@ class ScopeHome:
         self.stdin, self._gate = os.pipe2(os.O_CLOEXEC)
 
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
-        """Wait for the word, then become `argv`, with nothing to read."""
+        """Wait for a line on standard input, then become `argv` with /dev/null as standard input."""
         return ("/bin/sh", "-c", WAIT, "sh", *argv)
 
     async def settle(self, pid: int) -> None:
-        """Have systemd move the process, see that it was moved, and let it go on.
+        """Have systemd move the process, check that it was moved, and let it go on.
 
         Raises:
-            HomeFailed: systemd refuses, or does not do it in time. The process has been told to end.
+            CgroupFailed: systemd refuses, or does not do it in time. The process has been told to end.
         """
         try:
             await self._start(pid)
@@ -74,24 +76,26 @@ class ScopeHome:
                     await asyncio.sleep(POLL_S)
             os.write(self._gate, b"\n")
         except TimeoutError as error:
-            raise HomeFailed(f"systemd has not moved process {pid} into {self._unit} within {SETTLE_S:g} s") from error
+            raise CgroupFailed(
+                f"systemd has not moved process {pid} into {self._unit} within {SETTLE_S:g} s"
+            ) from error
         except OSError as error:
-            raise HomeFailed(f"process {pid} ended before it was in {self._unit}: {error.strerror}") from error
+            raise CgroupFailed(f"process {pid} ended before it was in {self._unit}: {error.strerror}") from error
         finally:
             self.close()
 
     def close(self) -> None:
-        """Close the pipe; a process that still waits for the word ends."""
+        """Close the pipe. A process that still waits on it ends."""
         for descriptor in {self.stdin, self._gate} - {-1}:
             os.close(descriptor)
         self.stdin = self._gate = -1
 
 
 class Scopes:
-    """Homes in scopes.
+    """Makes scopes.
 
-    One connection is kept; it hears no signals, so it costs nothing at rest. One that was lost (the bus was restarted)
-    is opened again by the next call.
+    Keeps one connection, which subscribes to no signals and so costs nothing when idle. After the connection is lost
+    (the bus was restarted) the next call opens another one.
     """
 
     name = "systemd"
@@ -103,20 +107,20 @@ class Scopes:
         self._router: DBusRouter | None = None
         self._opening = asyncio.Lock()
 
-    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Home:
-        """Open the pipe; the scope itself needs the process, so it comes with `settle`."""
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Cgroup:
+        """Open the pipe. The scope itself needs the process, so `settle` makes it."""
         unit = f"kvm-{instance}-{incarnation}.scope"
 
         async def start(pid: int) -> None:
             await self._start(unit, pid, f"KVM guest {instance}", limits)
 
         try:
-            return ScopeHome(start, unit)
+            return ScopeCgroup(start, unit)
         except OSError as error:
-            raise HomeFailed(f"cannot open a pipe: {error.strerror}") from error
+            raise CgroupFailed(f"cannot open a pipe: {error.strerror}") from error
 
     async def remove(self, instance: InstanceId) -> None:
-        """Nothing to do: systemd collects a scope whose processes have ended."""
+        """Nothing to do: systemd removes a scope whose processes have ended."""
 
     async def close(self) -> None:
         """Close the connection."""
@@ -130,13 +134,13 @@ class Scopes:
                 await connection.close()
 
     async def check(self) -> str:
-        """See that there is a systemd of this host, which knows processes by the numbers that we know.
+        """Check that the host's systemd answers, and that it sees this process under the same pid.
 
         Returns:
             systemd's version.
 
         Raises:
-            Impossible: there is none, or it is the wrong one.
+            Impossible: it does not answer, or its pids are not ours.
         """
         from jeepney import DBusAddress, Properties, message_bus  # noqa: PLC0415 - loaded only where it is used
 
@@ -147,7 +151,7 @@ class Scopes:
             router = await self._connected()
             pid = (await self._call(message_bus.GetConnectionUnixProcessID(router.unique_name)))[0]
             version = (await self._call(Properties(manager).get("Version")))[0][1]
-        except HomeFailed as error:
+        except CgroupFailed as error:
             raise Impossible(
                 f"{error}; give the container -v /run/dbus/system_bus_socket:/run/dbus/system_bus_socket"
             ) from error
@@ -156,10 +160,10 @@ class Scopes:
         return str(version)
 
     async def _start(self, unit: str, pid: int, description: str, limits: Limits) -> None:
-        """Ask for a scope with one process.
+        """Ask for a scope with one process in it.
 
         Raises:
-            HomeFailed: systemd refuses, or cannot be reached.
+            CgroupFailed: systemd refuses, or cannot be reached.
         """
         from jeepney import DBusAddress, new_method_call  # noqa: PLC0415 - loaded only where it is used
 
@@ -170,10 +174,10 @@ class Scopes:
         await self._call(new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", body))
 
     async def _call(self, message: Message) -> tuple[Any, ...]:
-        """One call and its answer.
+        """Make one D-Bus call and return the body of its answer.
 
         Raises:
-            HomeFailed: no answer, or one that says no.
+            CgroupFailed: no answer came, or an error.
         """
         from jeepney import DBusErrorResponse  # noqa: PLC0415 - loaded only where it is used
         from jeepney.io.common import RouterClosed  # noqa: PLC0415
@@ -185,18 +189,18 @@ class Scopes:
                 body: tuple[Any, ...] = unwrap_msg(await router.send_and_get_reply(message))
                 return body
         except TimeoutError as error:
-            raise HomeFailed(f"the host's systemd did not answer over D-Bus within {CALL_S:g} s") from error
+            raise CgroupFailed(f"the host's systemd did not answer over D-Bus within {CALL_S:g} s") from error
         except DBusErrorResponse as error:
-            raise HomeFailed(f"the host's systemd refuses: {error.data[0] if error.data else error.name}") from error
+            raise CgroupFailed(f"the host's systemd refuses: {error.data[0] if error.data else error.name}") from error
         except (RouterClosed, OSError, EOFError) as error:
             await self.close()
-            raise HomeFailed(f"the connection to the host's D-Bus was lost: {error}") from error
+            raise CgroupFailed(f"the connection to the host's D-Bus was lost: {error}") from error
 
     async def _connected(self) -> DBusRouter:
-        """The connection, opened when there is none, or none any more.
+        """The connection; opened when there is none, or it was lost.
 
         Raises:
-            HomeFailed: the bus cannot be reached.
+            CgroupFailed: the bus cannot be reached.
         """
         async with self._opening:
             if self._connection is not None and self._connection.reader.at_eof():
@@ -207,16 +211,18 @@ class Scopes:
                         self._connection, self._router = await _open(self._bus)
                 except (OSError, EOFError, ValueError, TimeoutError) as error:
                     said = getattr(error, "strerror", None) or str(error) or "no answer"
-                    raise HomeFailed(f"cannot reach the host's D-Bus at {self._bus}: {said}") from error
+                    raise CgroupFailed(f"cannot reach the host's D-Bus at {self._bus}: {said}") from error
             return self._router
 
 
 async def _open(bus: Path) -> tuple[DBusConnection, DBusRouter]:
-    """Connect, authenticate as this user and say hello. The library's own way leaves the socket open when it fails.
+    """Connect, authenticate as this user and say hello.
+
+    The library's own function leaves the socket open when it fails.
 
     Raises:
-        OSError, EOFError: nobody listens, or it ended.
-        ValueError: who listens refuses us, or is no bus.
+        OSError, EOFError: nothing listens on the socket, or the connection ended.
+        ValueError: the bus refuses us, or what listens is not a bus.
     """
     from jeepney import message_bus  # noqa: PLC0415 - loaded only where it is used
     from jeepney.auth import BEGIN, Authenticator  # noqa: PLC0415
@@ -230,7 +236,7 @@ async def _open(bus: Path) -> tuple[DBusConnection, DBusRouter]:
         for line in authenticator:
             writer.write(line)
             answer = await reader.read(1024)
-            # An answer that is none, because the connection ended, is refused by it as well.
+            # An empty answer means that the connection ended. "ERROR" makes the authenticator refuse that, too.
             authenticator.feed(answer or b"ERROR\r\n")
         writer.write(BEGIN)
         connection = DBusConnection(reader, writer)
@@ -241,10 +247,10 @@ async def _open(bus: Path) -> tuple[DBusConnection, DBusRouter]:
 
 
 async def open_scopes(place: Place, bus: Path = BUS) -> Scopes:
-    """Homes in scopes of the host's systemd.
+    """The manager that uses the host's systemd.
 
     Raises:
-        Impossible: there is no such systemd within reach.
+        Impossible: the host's systemd cannot be reached.
     """
     if not place.host_pids:
         raise Impossible("the container has a PID namespace of its own, with which its guests end; use --pid=host")

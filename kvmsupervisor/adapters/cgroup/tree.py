@@ -1,8 +1,8 @@
-"""Homes in the host's cgroup tree itself: v2, v1 with all its hierarchies, and the two side by side.
+"""Cgroups in the host's tree itself: v2, v1 with all its hierarchies, and both side by side.
 
-One folder for all in each hierarchy, in it one for each process. A process is moved in all of them in which there is a
-container's cgroup to leave: a runtime looks at one only (on v1 the `devices` hierarchy) when it kills a container's
-processes, but which one is its affair.
+Each hierarchy has one folder of ours, with one cgroup in it for each process. The process is moved in every hierarchy
+where it would otherwise stay in the container's cgroup. A container runtime looks at one hierarchy only when it kills a
+container's processes (on v1 at `devices`), but which one is up to the runtime.
 
 Sources: kernel, Documentation/admin-guide/cgroup-v1 and cgroup-v2; cgroups(7); proc_pid_mountinfo(5).
 """
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvmsupervisor.adapters.cgroup.homes import PROC, Home, HomeFailed, Impossible, cgroups_of
+from kvmsupervisor.adapters.cgroup.manager import PROC, Cgroup, CgroupFailed, Impossible, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import Place, unescaped
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
@@ -26,19 +26,19 @@ from kvmsupervisor.domain.limits import Limits, cpu_weight
 FOLDER = "kvmsupervisor"
 
 ENTER = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 126; shift; done; shift; exec "$@"'
-"""The child's prefix, run by /bin/sh: 0 is the writer itself, in whatever PID namespace. On v1 it is written to
-`tasks`: for one thread that moves itself the kernel spares the lock that `cgroup.procs` makes everybody wait for
+"""The child's prefix, run by /bin/sh. 0 stands for the writer itself, in any PID namespace. On v1 it is written to
+`tasks`: for a thread that moves itself the kernel does not take the lock that every write to `cgroup.procs` waits for
 (kernel/cgroup/cgroup.c, cgroup_procs_write_start), and a shell has one thread."""
 
 LIMITED = ("cpu", "memory")
-"""The controllers that homes have limits for."""
+"""The controllers of the limits that an instance may have."""
 
 REMOVE_ATTEMPTS, REMOVE_PAUSE_S = 5, 0.02
 """The kernel may hold a cgroup for a moment after its last process has ended."""
 
 STALE_S = 60.0
-"""How old an empty home must be to be swept, by the wall clock, which files are dated by. Its process enters within
-milliseconds; one that finds its home swept, because that clock jumped, ends and is started again."""
+"""How old an empty cgroup must be to be swept, by the wall clock, which dates files. A process enters its cgroup within
+milliseconds. A process whose cgroup was swept, because that clock jumped, ends and is started again."""
 
 
 @frozen(kw_only=True)
@@ -46,7 +46,7 @@ class Hierarchy:
     """One hierarchy of the host.
 
     Attributes:
-        top: where it is mounted; homes are made below.
+        top: where it is mounted; our folder is below.
         controllers: those of v1, as /proc names them; empty for v2.
     """
 
@@ -59,21 +59,22 @@ class Hierarchy:
         return not self.controllers
 
     def has(self, controller: str) -> bool:
-        """Whether it limits what `controller` is about."""
+        """Whether it has this controller."""
         if not self.unified:
             return controller in self.controllers
         return controller in (self.top / "cgroup.controllers").read_text(encoding="ascii").split()
 
     @property
     def door(self) -> str:
-        """The file in a home that its process writes itself into."""
+        """The file in a cgroup that its process writes itself into."""
         return "cgroup.procs" if self.unified else "tasks"
 
 
 def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
-    """All hierarchies that matter to homes, at the places where they are mounted.
+    """The hierarchies in which a QEMU needs a cgroup, with the places where they are mounted.
 
-    Those are where this process is in a cgroup, a container's maybe, and those that have the limits.
+    These are the hierarchies in which this process is not in the root (but in a container's cgroup, for example), and
+    those that have the controllers of limits.
 
     Raises:
         Impossible: one is not mounted as a whole, or cannot be written to.
@@ -87,13 +88,13 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
         if top is not None:
             found[Hierarchy(top=top, controllers=names)] = own
         elif own != inits.get(controllers):
-            # One that nobody uses is no loss: the kernel names v2's, and v1's that were once used, even so.
+            # A hierarchy that nobody uses is no loss: the kernel names v2 always, and v1 ones that were used once.
             raise Impossible(
                 f"the host's cgroup hierarchy {controllers or 'v2'} is not mounted here as a whole; run the container "
                 "with -v /sys/fs/cgroup:/sys/fs/cgroup"
             )
-    # In a root there is no container's cgroup to leave. Each home is half a millisecond of a start; in v2's tree beside
-    # v1's it is 6 to 16 ms, in which `cgroup.procs` waits for all processors.
+    # In a root there is no container's cgroup to leave. Each cgroup costs a start half a millisecond; in v2's tree
+    # beside v1's it is 6 to 16 ms, in which `cgroup.procs` waits for all processors.
     needed = [one for one, own in found.items() if own != "/" or any(map(one.has, LIMITED))] or list(found)
     if not needed:
         raise Impossible("no cgroup hierarchy is mounted here; run the container with -v /sys/fs/cgroup:/sys/fs/cgroup")
@@ -107,7 +108,7 @@ def find_hierarchies(proc: Path = PROC) -> tuple[Hierarchy, ...]:
 
 
 def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
-    """Where whole hierarchies are mounted, by their controllers."""
+    """The mount points of whole hierarchies, by their controllers."""
     mounts: dict[frozenset[str], Path] = {}
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
@@ -115,7 +116,7 @@ def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
         kind, _, options = [*after.split(" "), "", ""][:3]
         if root != "/" or kind not in {"cgroup", "cgroup2"}:
             continue
-        # Beside its controllers a v1 mount has options of its own, none of which is the name of a controller.
+        # A v1 mount lists its controllers among other options. No other option has the name of a controller.
         words = options.split(",") if kind == "cgroup" else []
         names = frozenset(word for word in words if not re.match(r"(rw|ro|xattr|clone_children|noprefix)$|\w+=/", word))
         mounts.setdefault(names - {"cpuset_v2_mode", "favordynmods", "nofavordynmods"}, Path(unescaped(point)))
@@ -123,29 +124,29 @@ def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
 
 
 @frozen
-class TreeHome:
-    """Folders that are made, and the files by which a process enters them."""
+class TreeCgroup:
+    """The files through which a process enters the folders of its cgroup, which exist."""
 
     doors: tuple[Path, ...]
     stdin: int | None = None
 
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
-        """Enter by every door, then become `argv`."""
+        """Write itself into every door, then become `argv`."""
         return ("/bin/sh", "-c", ENTER, "sh", *map(str, self.doors), "--", *argv)
 
     async def settle(self, pid: int) -> None:
-        """Nothing to do: it enters by itself, or ends with status 126 and a word in its log."""
+        """Nothing to do: the process enters by itself, or ends with status 126 and a line in its log."""
 
     def close(self) -> None:
         """Nothing to do."""
 
 
 class Tree:
-    """Homes in the host's tree.
+    """Makes cgroups in the host's tree.
 
     Args:
-        hierarchies: where.
-        survives_container: whether they outlive the container: not without the host's PID namespace.
+        hierarchies: the hierarchies to make them in.
+        survives_container: whether processes in them outlive the container: not without the host's PID namespace.
     """
 
     name = "cgroup"
@@ -154,11 +155,11 @@ class Tree:
         self.survives_container = survives_container
         self._hierarchies = tuple(hierarchies)
 
-    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Home:
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Cgroup:
         """Make a folder in every hierarchy, with its limits. Takes less than a millisecond, so no thread is used.
 
         Raises:
-            HomeFailed: the kernel refuses, or a limit has no controller here.
+            CgroupFailed: the kernel refuses, or a limit has no controller here.
         """
         name = f"{instance}@{incarnation}"
         doors: list[Path] = []
@@ -170,16 +171,16 @@ class Tree:
                 doors.append(folder / hierarchy.door)
         except OSError as error:
             await self.remove(instance)
-            raise HomeFailed(f"cannot make a cgroup: {error.filename}: {error.strerror}") from error
+            raise CgroupFailed(f"cannot make a cgroup: {error.filename}: {error.strerror}") from error
         if missing := _wanted(limits) - kept:
             await self.remove(instance)
-            raise HomeFailed(f"this kernel has no cgroup controller {', '.join(sorted(missing))} for this limit")
-        return TreeHome(tuple(doors))
+            raise CgroupFailed(f"this kernel has no cgroup controller {', '.join(sorted(missing))} for this limit")
+        return TreeCgroup(tuple(doors))
 
     async def remove(self, instance: InstanceId) -> None:
-        """Remove the instance's folders in which no process is."""
+        """Remove the instance's folders that have no process in them."""
         for attempt in range(REMOVE_ATTEMPTS):
-            # An id holds no '@', so "a" does not match what is of "a.b".
+            # An id has no '@' in it, so "a" does not match a folder of "a.b".
             left = [path for one in self._hierarchies for path in (one.top / FOLDER).glob(f"{instance}@*")]
             for path in left:
                 with contextlib.suppress(OSError):
@@ -189,9 +190,10 @@ class Tree:
             await asyncio.sleep(REMOVE_PAUSE_S * (attempt + 1))
 
     def sweep(self) -> None:
-        """Remove the homes that nobody removed, because the supervisor, or the whole of it, was cut off before.
+        """Remove cgroups that were left behind because the supervisor, or the whole host, was cut off before.
 
-        A home in which a process lives cannot be removed; one that was made just now may await its process.
+        The kernel does not remove a cgroup with a process in it. A cgroup that was made just now may still get its
+        process.
         """
         for path in [path for one in self._hierarchies for path in (one.top / FOLDER).glob("*@*")]:
             with contextlib.suppress(OSError):
@@ -203,10 +205,10 @@ class Tree:
 
 
 def open_tree(place: Place) -> Tree:
-    """Homes in the host's tree.
+    """The manager that uses the host's tree.
 
     Raises:
-        Impossible: it is not the host's, or cannot be written to.
+        Impossible: the tree is not the host's, or cannot be written to.
     """
     if not place.host_cgroups:
         raise Impossible("the container has a cgroup namespace of its own; run it with --cgroupns=host")
@@ -221,7 +223,7 @@ def _wanted(limits: Limits) -> set[str]:
 
 
 def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) -> None:
-    """Make one folder and write its limits; note in `kept` the controllers of those that were written."""
+    """Make one folder and write its limits; add to `kept` the controller of each limit that was written."""
     parent = folder.parent
     parent.mkdir(mode=0o755, exist_ok=True)
     if hierarchy.unified:
@@ -229,9 +231,9 @@ def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) ->
         for above in (hierarchy.top, parent) if controllers else ():
             (above / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in controllers))
     elif "cpuset" in hierarchy.controllers:
-        # A new cpuset of v1 has neither processors nor memory, and takes no process before it has.
+        # A new cpuset of v1 has neither processors nor memory nodes, and accepts no process before it has both.
         _inherit(parent)
-    # There is one already where a start of this very incarnation did not get as far as its process.
+    # The folder exists where an earlier start of this same incarnation did not get as far as its process.
     folder.mkdir(mode=0o755, exist_ok=True)
     if "cpuset" in hierarchy.controllers:
         _inherit(folder)

@@ -1,4 +1,4 @@
-"""The HTTP face: `/metrics`, `/healthz`, `/readyz`, `/api/v1/…` and a page for people. Read-only.
+"""HTTP: `/metrics`, `/healthz`, `/readyz`, `/api/v1/…` and a page for people. Read-only.
 
 `routes` answers, purely but for the clock; `page` writes the HTML; `exchange` is the only part
 that knows HTTP's bytes, `listener` and `server` are the only ones that know sockets.

@@ -1,4 +1,4 @@
-"""The socket that the HTTP face listens on, and what to tell the operator when there can be none."""
+"""The socket that the HTTP server listens on, and what to tell the operator when there can be none."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SAFETY_HEADERS = {
 
 
 class View(Protocol):
-    """What the HTTP face sees of the supervisor. Every method answers at once, from memory."""
+    """What the HTTP server sees of the supervisor. Every method answers at once, from memory."""
 
     def instances(self) -> Sequence[Status]:
         """Those that this host is responsible for, the invalid ones too, in the order to show them."""

@@ -1,4 +1,4 @@
-"""The sockets of the HTTP face.
+"""The sockets of the HTTP server.
 
 Bounds against slow, many or hostile clients: a connection carries one request, lives `CONNECTION_LIMIT_S` at
 most (so nobody gains by sending headers, or reading the reply, drop by drop), and the oldest gives way when

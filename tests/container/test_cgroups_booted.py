@@ -1,4 +1,4 @@
-"""Homes on a host that systemd runs, on pure cgroup v2: its real D-Bus, its real scopes."""
+"""Cgroups on a host that systemd runs, on pure cgroup v2: its real D-Bus, its real scopes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ INSIDE = """
 import asyncio, json, subprocess, sys
 from pathlib import Path
 from kvmsupervisor.adapters.cgroup import choose
-from kvmsupervisor.adapters.cgroup.homes import cgroups_of, HomeFailed
+from kvmsupervisor.adapters.cgroup.manager import cgroups_of, CgroupFailed
 from kvmsupervisor.adapters.cgroup.place import look
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 ONE = InstanceId("one")
 
-async def begin(homes, *argv, incarnation="i1", limits=Limits(), **more):
-    home = await homes.prepare(ONE, incarnation, limits)
-    stdin = subprocess.DEVNULL if home.stdin is None else home.stdin
-    child = subprocess.Popen(home.wrap(argv), stdin=stdin, start_new_session=True, **more)
+async def begin(manager, *argv, incarnation="i1", limits=Limits(), **more):
+    cgroup = await manager.prepare(ONE, incarnation, limits)
+    stdin = subprocess.DEVNULL if cgroup.stdin is None else cgroup.stdin
+    child = subprocess.Popen(cgroup.wrap(argv), stdin=stdin, start_new_session=True, **more)
     try:
-        await home.settle(child.pid)
+        await cgroup.settle(child.pid)
     finally:
-        home.close()
+        cgroup.close()
     return child
 
 def show(unit, *names):
@@ -60,9 +60,9 @@ def test_a_process_is_in_its_scope_before_it_execs(host: BootedHost) -> None:
         host,
         """
 chosen = await choose("auto")
-child = await begin(chosen.homes, "/bin/cat", "/proc/self/cgroup", stdout=subprocess.PIPE)
+child = await begin(chosen.cgroups, "/bin/cat", "/proc/self/cgroup", stdout=subprocess.PIPE)
 out = child.communicate()[0].decode()
-tell(name=chosen.homes.name, survives=chosen.homes.survives_container, warning=chosen.warning, cgroups=out,
+tell(name=chosen.cgroups.name, survives=chosen.cgroups.survives_container, warning=chosen.warning, cgroups=out,
      service=look().service)
 """,
     )
@@ -76,8 +76,8 @@ def test_the_scope_says_what_it_is_and_is_gone_with_its_process(host: BootedHost
     told = inside(
         host,
         """
-homes = (await choose("systemd")).homes
-child = await begin(homes, "/bin/sleep", "60", limits=Limits(cpu_shares=2048, memory_limit=1 << 28))
+manager = (await choose("systemd")).cgroups
+child = await begin(manager, "/bin/sleep", "60", limits=Limits(cpu_shares=2048, memory_limit=1 << 28))
 unit = "kvm-one-i1.scope"
 names = ("Slice", "Description", "CPUWeight", "MemoryMax", "KillMode", "CollectMode", "Before", "ActiveState")
 before = show(unit, *names)
@@ -109,9 +109,9 @@ def test_the_end_of_the_service_that_spawned_it_does_not_touch_it(host: BootedHo
     told = inside(
         host,
         """
-homes = (await choose("systemd")).homes
+manager = (await choose("systemd")).cgroups
 quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-child = await begin(homes, "/bin/sleep", "61", **quiet)
+child = await begin(manager, "/bin/sleep", "61", **quiet)
 stays = subprocess.Popen(["/bin/sleep", "62"], start_new_session=True, **quiet)
 tell(guest=child.pid, neighbour=stays.pid)
 """,
@@ -126,15 +126,15 @@ def test_a_second_home_of_one_name_is_refused_and_its_process_ends(host: BootedH
     told = inside(
         host,
         """
-homes = (await choose("systemd")).homes
-child = await begin(homes, "/bin/sleep", "60")
-home = await homes.prepare(ONE, "i1", Limits())
+manager = (await choose("systemd")).cgroups
+child = await begin(manager, "/bin/sleep", "60")
+cgroup = await manager.prepare(ONE, "i1", Limits())
 both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-second = subprocess.Popen(home.wrap(["/bin/echo", "ran"]), stdin=home.stdin, **both)
+second = subprocess.Popen(cgroup.wrap(["/bin/echo", "ran"]), stdin=cgroup.stdin, **both)
 try:
-    await home.settle(second.pid)
+    await cgroup.settle(second.pid)
     said = "nothing"
-except HomeFailed as error:
+except CgroupFailed as error:
     said = str(error)
 out = second.communicate()[0].decode()
 child.kill(); child.wait()
@@ -150,11 +150,11 @@ def test_a_bus_that_was_restarted_is_found_again(host: BootedHost) -> None:
     told = inside(
         host,
         """
-homes = (await choose("systemd")).homes
-(await begin(homes, "/bin/true")).wait()
-await homes._connection.close()
-(await begin(homes, "/bin/true", incarnation="i2")).wait()
-child = await begin(homes, "/bin/cat", "/proc/self/cgroup", incarnation="i3", stdout=subprocess.PIPE)
+manager = (await choose("systemd")).cgroups
+(await begin(manager, "/bin/true")).wait()
+await manager._connection.close()
+(await begin(manager, "/bin/true", incarnation="i2")).wait()
+child = await begin(manager, "/bin/cat", "/proc/self/cgroup", incarnation="i3", stdout=subprocess.PIPE)
 tell(cgroups=child.communicate()[0].decode())
 """,
     )
@@ -167,11 +167,11 @@ def test_v2s_own_tree_is_the_second_choice(host: BootedHost) -> None:
         host,
         """
 chosen = await choose("auto", bus=Path("/nowhere"))
-child = await begin(chosen.homes, "/bin/cat", "/proc/self/cgroup", stdout=subprocess.PIPE)
+child = await begin(chosen.cgroups, "/bin/cat", "/proc/self/cgroup", stdout=subprocess.PIPE)
 out = child.communicate()[0].decode()
-await chosen.homes.remove(ONE)
+await chosen.cgroups.remove(ONE)
 left = [path.name for path in Path("/sys/fs/cgroup/kvmsupervisor").glob("*@*")]
-tell(name=chosen.homes.name, cgroups=out, rejected=chosen.rejected, left=left)
+tell(name=chosen.cgroups.name, cgroups=out, rejected=chosen.rejected, left=left)
 """,
     )
     assert told["name"] == "cgroup"
