@@ -3,9 +3,9 @@
 User data has one deadline for the whole of it. An image is too long for that: it has to go on, so much at least in
 each minute, and what is there already is not fetched again.
 
-HTTP is h11's, which the supervisor has for its own server, on asyncio's streams: so the time limit covers names,
-handshakes and bodies that drip, cancelling closes the connection at once, and nothing new is loaded. Proxies are not
-used. TLS trusts the system's store, and `ca_file` beside it.
+HTTP is h11 on asyncio's streams; the supervisor loads h11 for its own server anyway. So the time limit covers name
+resolution, handshakes and slow bodies, and cancelling closes the connection at once. Proxies are not used. TLS trusts
+the system's store, and `ca_file` beside it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.values import Unfit, show
 
 LIMIT_BYTES = 1 << 20
-"""Of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
+"""The most bytes of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
 
 TIMEOUT_S = 30.0
-"""For all of it. Arbitrary: a megabyte over a slow line; a start waits no longer."""
+"""The time limit of one fetch. Arbitrary: enough for a megabyte over a slow line, and a start waits no longer."""
 
 MAX_REDIRECTS = 5
-"""Arbitrary: what people use has one or two."""
+"""The most redirects. Arbitrary: real URLs have one or two."""
 
 READ_BYTES = 65_536
 
@@ -49,15 +49,15 @@ FILE_BYTES = 1 << 20
 """How much of a local image is read at once."""
 
 HAPPY_EYEBALLS_S = 0.25
-"""When the next address of a name is tried beside the first; what RFC 8305 recommends."""
+"""How long to wait before trying the next address of a name in parallel, as RFC 8305 recommends."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 class FetchFailed(Exception):
-    """It could not be had. Try again later, or change the URL. The message says what was found and what would be right.
+    """The fetch failed. Try again later, or change the URL. The message says what was found and what would be right.
 
-    It holds no user, no password and no query of any URL.
+    The message contains no user, no password and no query of any URL.
     """
 
 
@@ -131,25 +131,24 @@ async def fetch(
     follow_inward: bool = False,
     is_inward: Callable[[str], bool] = is_inward,
 ) -> bytes:
-    """Return what is at `url`.
+    """Return the content of `url`.
 
-    Cancelling closes the connection and leaves nothing behind but, at most, a thread that waits for the resolver or
-    for a file system.
+    Cancelling closes the connection. At most a thread is left that waits for the resolver or for a file system.
 
     Args:
-        url: http, https, or file below `file_root`; user and password in it are sent as basic authentication, to the
+        url: http, https, or file below `file_root`. A user and password in it are sent as basic authentication, to the
             URL's own origin only.
         file_root: the folder below which `file:` may read; None: nowhere.
-        limit_bytes: the most that is taken.
+        limit_bytes: the most bytes to accept.
         timeout_s: for everything, redirects included.
-        max_redirects: how many are followed; from https never to http, and never to a file.
-        ca_file: certificates of authorities, PEM, that are trusted beside the system's.
+        max_redirects: how many to follow; never from https to http, and never to a file.
+        ca_file: certificates of authorities, PEM, to trust beside the system's.
         follow_inward: follow redirects to this host's own addresses, too (see `is_inward`). The URL itself may name
             such an address in any case, and then its redirects may, too: a person has written it.
-        is_inward: which addresses those are.
+        is_inward: tells which addresses those are.
 
     Raises:
-        FetchFailed: it could not be had.
+        FetchFailed: nothing was fetched.
     """
     rules = _Rules(
         what="user data",
@@ -251,12 +250,12 @@ async def _fetch(url: str, rules: _Rules, into: Sink) -> None:
 
 async def _follow(first: SplitResult, rules: _Rules, into: Sink) -> None:
     at = first
-    # Anywhere for the URL that a person has written.
+    # The URL itself may lead anywhere: a person has written it.
     inward = True
     for _ in range(rules.max_redirects + 1):
         where = "" if at == first else f"redirected to {shown_url(urlunsplit(at))}: "
         try:
-            # The user's name and password are for the host that they were written for.
+            # Only the origin that user and password were written for gets them.
             credentials = first if _origin(at) == _origin(first) else at
             found, peer = await _get(at, credentials, rules, into, inward=inward)
             if at == first:
@@ -320,11 +319,11 @@ async def _get(
 
 
 async def _outward(host: str, port: int, rules: _Rules) -> str:
-    """An address of a host to which a stranger has led; the connection goes to it, so a name cannot change meanwhile.
+    """One address of a host to which a redirect leads. To connect to an address means that the name cannot change.
 
     Raises:
-        FetchFailed: one of its addresses is this host's own.
-        OSError: it has none.
+        FetchFailed: one of the host's addresses is this host's own.
+        OSError: the host has no address.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(one[4][0]) for one in found]
@@ -424,7 +423,7 @@ def _said(error: OSError | UnicodeError) -> str:
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
-    """Whom to trust, read again when the files have changed: it takes 50 ms and 2 MB."""
+    """The authorities to trust. Read again only when the files have changed, because that takes 50 ms and 2 MB."""
     paths = ssl.get_default_verify_paths()
     try:
         stamps = tuple(
@@ -474,12 +473,12 @@ def _open_file(url: SplitResult, rules: _Rules) -> int:
         raise FetchFailed("file: is not allowed on this host; set KVM_MEDIA_ROOT to the folder that it may read")
     path = unquote(url.path)
     try:
-        # With O_PATH nothing is opened yet: what it is can be told without waking a device or waiting for a pipe.
+        # O_PATH does not open the file yet, so its type can be checked without waking a device or waiting for a pipe.
         named = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise FetchFailed(f"the file cannot be opened ({error.strerror})") from error
     except ValueError as error:
-        # Told by ourselves: Python's words for it change with its version.
+        # Our own words: Python's change with its version.
         raise FetchFailed("the file cannot be opened (embedded null byte)") from error
     try:
         itself = Path(f"/proc/self/fd/{named}")

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 METADATA = frozenset(
     map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254", "168.63.129.16", "100.100.100.200", "192.0.0.192"))
 )
-"""Where clouds answer their hosts, with credentials maybe, beside link-local addresses: Amazon's and Google's by IPv6,
-Azure's, Alibaba's and Oracle's (from their pages on metadata)."""
+"""Addresses of cloud metadata services that are not link-local: Amazon's and Google's by IPv6, Azure's, Alibaba's and
+Oracle's (from their pages on metadata). They answer any program on the host, with credentials in some clouds."""
 
 EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")))
-"""IPv6 addresses that end in an IPv4 address to which they lead: RFC 4291 2.5.5.1, RFC 6052 2.1, RFC 8215."""
+"""IPv6 networks whose addresses end in the IPv4 address that they lead to: RFC 4291 2.5.5.1, RFC 6052 2.1, RFC 8215."""
 
 
 def is_inward(address: str) -> bool:
-    """Whether an address is this host's own, or leads to what answers to hosts only: a cloud's metadata, say.
+    """Whether an address is this host's own, or of a service that answers to hosts only, such as a cloud's metadata.
 
-    Loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux takes for loopback), multicast and
-    `METADATA`; an IPv4 address in IPv6's clothes is judged as what it is, too.
+    These are loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux treats as loopback), multicast
+    and `METADATA`. An IPv4 address inside an IPv6 address is judged, too.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     return any(
