@@ -1,8 +1,8 @@
-"""User data fetched from its URL, within limits that hold for the whole of it.
+"""Fetches user data from its URL, within limits for the whole of it.
 
-HTTP is h11's, which the supervisor has for its own server, on asyncio's streams: so the time limit covers names,
-handshakes and bodies that drip, cancelling closes the connection at once, and nothing new is loaded. Proxies are not
-used. TLS trusts the system's store, and `ca_file` beside it.
+HTTP is h11 on asyncio's streams; the supervisor loads h11 for its own server anyway. So the time limit covers name
+resolution, handshakes and slow bodies, and cancelling closes the connection at once. Proxies are not used. TLS trusts
+the system's store, and `ca_file` beside it.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.values import Unfit, show
 
 LIMIT_BYTES = 1 << 20
-"""Of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
+"""The most bytes of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
 
 TIMEOUT_S = 30.0
-"""For all of it. Arbitrary: a megabyte over a slow line; a start waits no longer."""
+"""The time limit of one fetch. Arbitrary: enough for a megabyte over a slow line, and a start waits no longer."""
 
 MAX_REDIRECTS = 5
-"""Arbitrary: what people use has one or two."""
+"""The most redirects. Arbitrary: real URLs have one or two."""
 
 READ_BYTES = 65_536
 
 HAPPY_EYEBALLS_S = 0.25
-"""When the next address of a name is tried beside the first; what RFC 8305 recommends."""
+"""How long to wait before trying the next address of a name in parallel, as RFC 8305 recommends."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 METADATA = frozenset(
     map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254", "168.63.129.16", "100.100.100.200", "192.0.0.192"))
 )
-"""Where clouds answer their hosts, with credentials maybe, beside link-local addresses: Amazon's and Google's by IPv6,
-Azure's, Alibaba's and Oracle's (from their pages on metadata)."""
+"""Addresses of cloud metadata services that are not link-local: Amazon's and Google's by IPv6, Azure's, Alibaba's and
+Oracle's (from their pages on metadata). They answer any program on the host, with credentials in some clouds."""
 
 EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")))
-"""IPv6 addresses that end in an IPv4 address to which they lead: RFC 4291 2.5.5.1, RFC 6052 2.1, RFC 8215."""
+"""IPv6 networks whose addresses end in the IPv4 address that they lead to: RFC 4291 2.5.5.1, RFC 6052 2.1, RFC 8215."""
 
 
 class FetchFailed(Exception):
-    """It could not be had. Try again later, or change the URL. The message says what was found and what would be right.
+    """The fetch failed. Try again later, or change the URL. The message says what was found and what would be right.
 
-    It holds no user, no password and no query of any URL.
+    The message contains no user, no password and no query of any URL.
     """
 
 
@@ -75,10 +75,10 @@ class _Redirect:
 
 
 def is_inward(address: str) -> bool:
-    """Whether an address is this host's own, or leads to what answers to hosts only: a cloud's metadata, say.
+    """Whether an address is this host's own, or of a service that answers to hosts only, such as a cloud's metadata.
 
-    Loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux takes for loopback), multicast and
-    `METADATA`; an IPv4 address in IPv6's clothes is judged as what it is, too.
+    These are loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux treats as loopback), multicast
+    and `METADATA`. An IPv4 address inside an IPv6 address is judged, too.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     return any(
@@ -108,25 +108,24 @@ async def fetch(
     follow_inward: bool = False,
     is_inward: Callable[[str], bool] = is_inward,
 ) -> bytes:
-    """Return what is at `url`.
+    """Return the content of `url`.
 
-    Cancelling closes the connection and leaves nothing behind but, at most, a thread that waits for the resolver or
-    for a file system.
+    Cancelling closes the connection. At most a thread is left that waits for the resolver or for a file system.
 
     Args:
-        url: http, https, or file below `file_root`; user and password in it are sent as basic authentication, to the
+        url: http, https, or file below `file_root`. A user and password in it are sent as basic authentication, to the
             URL's own origin only.
         file_root: the folder below which `file:` may read; None: nowhere.
-        limit_bytes: the most that is taken.
+        limit_bytes: the most bytes to accept.
         timeout_s: for everything, redirects included.
-        max_redirects: how many are followed; from https never to http, and never to a file.
-        ca_file: certificates of authorities, PEM, that are trusted beside the system's.
+        max_redirects: how many to follow; never from https to http, and never to a file.
+        ca_file: certificates of authorities, PEM, to trust beside the system's.
         follow_inward: follow redirects to this host's own addresses, too (see `is_inward`). The URL itself may name
             such an address in any case, and then its redirects may, too: a person has written it.
-        is_inward: which addresses those are.
+        is_inward: tells which addresses those are.
 
     Raises:
-        FetchFailed: it could not be had.
+        FetchFailed: nothing was fetched.
     """
     rules = _Rules(
         file_root=file_root,
@@ -154,12 +153,12 @@ async def fetch(
 
 async def _follow(first: SplitResult, rules: _Rules) -> bytes:
     at = first
-    # Anywhere for the URL that a person has written.
+    # The URL itself may lead anywhere: a person has written it.
     inward = True
     for _ in range(rules.max_redirects + 1):
         where = "" if at == first else f"redirected to {shown_url(urlunsplit(at))}: "
         try:
-            # The user's name and password are for the host that they were written for.
+            # Only the origin that user and password were written for gets them.
             credentials = first if _origin(at) == _origin(first) else at
             found, peer = await _get(at, credentials, rules, inward=inward)
             if at == first:
@@ -190,7 +189,7 @@ def _next(at: SplitResult, location: str) -> SplitResult:
 async def _get(
     at: SplitResult, credentials: SplitResult, rules: _Rules, *, inward: bool
 ) -> tuple[bytes | _Redirect, str]:
-    """One answer, and the address that gave it."""
+    """One answer, and the address of the server that gave it."""
     tls = await asyncio.to_thread(_tls, rules.ca_file) if at.scheme == "https" else None
     port = at.port or DEFAULT_PORTS[at.scheme]
     try:
@@ -222,11 +221,11 @@ async def _get(
 
 
 async def _outward(host: str, port: int, rules: _Rules) -> str:
-    """An address of a host to which a stranger has led; the connection goes to it, so a name cannot change meanwhile.
+    """One address of a host to which a redirect leads. To connect to an address means that the name cannot change.
 
     Raises:
-        FetchFailed: one of its addresses is this host's own.
-        OSError: it has none.
+        FetchFailed: one of the host's addresses is this host's own.
+        OSError: the host has no address.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(one[4][0]) for one in found]
@@ -277,7 +276,7 @@ async def _reply(connection: h11.Connection, reader: asyncio.StreamReader, limit
 
 
 def _judge(response: h11.Response, limit_bytes: int) -> str | None:
-    """None: the body is what is wanted; otherwise where to look instead."""
+    """The location of a redirect; None when the body is the content."""
     headers = {name: value.decode("latin-1") for name, value in response.headers}
     status = response.status_code
     if status in {301, 302, 303, 307, 308}:
@@ -288,7 +287,7 @@ def _judge(response: h11.Response, limit_bytes: int) -> str | None:
         reason = response.reason.decode("latin-1")
         wanted = "the URL's user and password are right" if status in {401, 403} else "the URL is right"
         raise FetchFailed(f"status {status}{f' {show(reason)}' if reason else ''}; see whether {wanted}")
-    # h11 has seen to it that this is a number.
+    # h11 has checked that this is a number.
     if int(headers.get(b"content-length", "0")) > limit_bytes:
         raise _too_long(limit_bytes)
     return None
@@ -303,7 +302,7 @@ def _said(error: OSError | UnicodeError) -> str:
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
-    """Whom to trust, read again when the files have changed: it takes 50 ms and 2 MB."""
+    """The authorities to trust. Read again only when the files have changed, because that takes 50 ms and 2 MB."""
     paths = ssl.get_default_verify_paths()
     try:
         stamps = tuple(
@@ -331,12 +330,12 @@ def _read_file(url: SplitResult, rules: _Rules) -> bytes:
         raise FetchFailed("file: is not allowed on this host; set KVM_MEDIA_ROOT to the folder that it may read")
     path = unquote(url.path)
     try:
-        # With O_PATH nothing is opened yet: what it is can be told without waking a device or waiting for a pipe.
+        # O_PATH does not open the file yet, so its type can be checked without waking a device or waiting for a pipe.
         named = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise FetchFailed(f"the file cannot be opened ({error.strerror})") from error
     except ValueError as error:
-        # Told by ourselves: Python's words for it change with its version.
+        # Our own words: Python's change with its version.
         raise FetchFailed("the file cannot be opened (embedded null byte)") from error
     try:
         itself = Path(f"/proc/self/fd/{named}")

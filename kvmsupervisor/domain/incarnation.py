@@ -47,6 +47,7 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        paused: whether its guest was paused when it was last asked for its run state.
         under: the identity of the supervisor that started it, or took it over by a person's word (law 12); None in a
             record of an older release.
     """
@@ -70,6 +71,7 @@ class Incarnation:
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    paused: bool = False
     under: HostIdentity | None = None
     version: int = VERSION
 

@@ -148,7 +148,9 @@ class Report:
             # Nobody's status any more, or the next host's.
             self.status = status
             return
-        if status != before:
+        if status == before:
+            status = before  # the same object: that is compared at once
+        else:
             self.status = status
             self._tell_change(before, status)
         if status != self._published and self._may_publish(view):

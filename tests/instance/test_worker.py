@@ -626,6 +626,41 @@ async def test_a_reset_is_done_once_and_the_process_stays(host: Host) -> None:
     assert qemu.commands.count("system_reset") == 2
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_paused_guest_that_is_reset_stays_paused(host: Host, *, at_once: bool) -> None:
+    """§4: QEMU then says that it never ran; the person who paused it lets it go on, no supervisor does."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.by_hand("stop")
+    if not at_once:
+        await host.until(lambda: "it is paused" in host.status.reason)
+    qemu.by_hand("system_reset")
+    await host.clock.advance(HOUR_S)
+    assert (qemu.run_state, qemu.commands.count("cont")) == ("prelaunch", 1)
+    assert (host.status.phase, "it is paused" in host.status.reason) == (Phase.RUNNING, True)
+    await host.die()
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert (host.qemus.alive, qemu.commands.count("cont")) == ([qemu], 1)
+    assert "it is paused" in host.status.reason
+    qemu.by_hand("cont")
+    await host.until(lambda: host.status.reason == "runs")
+
+
+async def test_a_guest_that_panicked_begins_again_when_it_is_reset(host: Host) -> None:
+    """§4: nobody has paused it."""
+    host.wish(extra_flags="-no-shutdown")
+    host.begin()
+    qemu = await host.runs()
+    qemu.run_state = "guest-panicked"
+    qemu.event("GUEST_PANICKED", action="pause")
+    await settle()
+    host.put(restart_request="reset:1")
+    await host.clock.advance(HOUR_S)
+    assert (host.running is qemu, qemu.run_state) == (True, "running")
+
+
 async def test_changed_keys_are_pending_by_name(host: Host) -> None:
     """§2: a change that needs a restart is shown as the names of its keys, and never applied by surprise."""
     host.wish()
