@@ -34,6 +34,12 @@ FOLDER_MODE, FILE_MODE = 0o700, 0o600
 NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 """What file systems without `O_TMPFILE` answer (NFS, CephFS, 9p, older overlays), each in its way; see open(2)."""
 
+NO_SECOND_NAMES = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What file systems where a file has one name only answer (FAT); see link(2)."""
+
+UNDER_WAY = ".{}.kvmsupervisor"
+"""Name of a disk that has to have one before it is whole. No key can say it: a disk's name begins with no dot."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -101,7 +107,7 @@ def _open(path: Path, disk: FileDisk) -> DiskFile:
         # Nothing is opened before it is known what it is: a device may act on that, a pipe may wait.
         found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _check_kind(path, os.fstat(found))
+            _check_kind(path, _drop_second_name(path, os.fstat(found)))
             flags = os.O_RDONLY if disk.ro else os.O_RDWR
             fd = os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
         finally:
@@ -164,28 +170,76 @@ def _make(folder: Path, disk: FileDisk) -> None:
     assert disk.size is not None
     path = folder / disk.name
     try:
-        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place, _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
-            os.fchmod(fd, FILE_MODE)
-            if disk.format is DiskFormat.RAW:
-                os.ftruncate(fd, disk.size)
-            else:
-                _write(fd, qcow2.empty(disk.size))
-            os.fsync(fd)
-            with contextlib.suppress(FileExistsError):
-                # With a descriptor of the folder, as only then Python follows the link to the file.
-                os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place:
+            try:
+                _make_nameless(place, folder, disk)
+            except OSError as error:
+                if error.errno not in NO_NAMELESS_FILES:
+                    raise
+                _make_aside(place, path, disk)
             os.fsync(place)
     except FileNotFoundError:
         raise FileTrouble(
             f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
         ) from None
-    except OSError as error:
-        if error.errno in NO_NAMELESS_FILES:
+
+
+def _make_nameless(place: int, folder: Path, disk: FileDisk) -> None:
+    with _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
+        _fill(fd, disk)
+        with contextlib.suppress(FileExistsError):
+            # With a descriptor of the folder, as only then Python follows the link to the file.
+            os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+
+
+def _make_aside(place: int, path: Path, disk: FileDisk) -> None:
+    """The same where a file has a name from the beginning: under another one, which a cut leaves to the next try."""
+    aside = path.with_name(UNDER_WAY.format(disk.name))
+    with _opened(aside, os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR) as fd:
+        # Who has this lock is the only one that fills, names or removes the file.
+        _lock(aside, fd, shared=False)
+        found = os.fstat(fd)
+        if found.st_nlink != 1:
+            if found.st_nlink > 1:
+                # It was named, and that name was changed: a disk of its own now.
+                os.unlink(aside.name, dir_fd=place)
+            # Otherwise another one has named it and removed this name, between our opening and our lock.
+            raise FileLocked(f"{path} is being made by another program")
+        os.ftruncate(fd, 0)
+        _fill(fd, disk)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside.name, disk.name, src_dir_fd=place, dst_dir_fd=place)
+        except OSError as error:
+            if error.errno not in NO_SECOND_NAMES:
+                raise
             raise FileTrouble(
-                f"{folder} is on a file system that cannot make a file before its name: make {path} by hand, "
-                "by `qemu-img create`"
+                f"{path.parent} is on a file system where a file has one name only, so that a disk made there might "
+                f"take another file's place: make {path} by hand, by `qemu-img create`"
             ) from None
-        raise
+        finally:
+            os.unlink(aside.name, dir_fd=place)
+
+
+def _drop_second_name(path: Path, found: os.stat_result) -> os.stat_result:
+    """Take away the name under which a disk was made, when that was cut off just before."""
+    aside = path.with_name(UNDER_WAY.format(path.name))
+    if found.st_nlink == 2:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(aside.lstat(), found):
+                aside.unlink()
+                return path.lstat()
+    return found
+
+
+def _fill(fd: int, disk: FileDisk) -> None:
+    assert disk.size is not None
+    os.fchmod(fd, FILE_MODE)
+    if disk.format is DiskFormat.RAW:
+        os.ftruncate(fd, disk.size)
+    else:
+        _write(fd, qcow2.empty(disk.size))
+    os.fsync(fd)
 
 
 def _write(fd: int, data: bytes) -> None:
