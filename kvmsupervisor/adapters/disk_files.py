@@ -34,6 +34,12 @@ FOLDER_MODE, FILE_MODE = 0o700, 0o600
 NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 """What file systems without `O_TMPFILE` answer (NFS, CephFS, 9p, older overlays), each in its way; see open(2)."""
 
+NO_SECOND_NAMES = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What file systems where a file has one name only answer (FAT); see link(2)."""
+
+UNDER_WAY = ".{}.kvmsupervisor"
+"""Name of a disk that has to have one before it is whole. No key can say it: a disk's name begins with no dot."""
+
 NOTE = "user.kvmsupervisor.made"
 """The extended attribute of a file that was made of an image: for whom, and of which (`images.note_of`)."""
 
@@ -106,7 +112,7 @@ def _open(path: Path, disk: FileDisk) -> DiskFile:
         # Nothing is opened before it is known what it is: a device may act on that, a pipe may wait.
         found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _check_kind(path, os.fstat(found))
+            _check_kind(path, _drop_second_name(path, os.fstat(found)))
             flags = os.O_RDONLY if disk.ro else os.O_RDWR
             fd = os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
         finally:
@@ -167,9 +173,78 @@ def _size(path: Path, fd: int, disk: FileDisk) -> int:
 def _make(folder: Path, disk: FileDisk) -> None:
     """Make an empty disk. It has no name before it is whole and on the disk, and takes nobody's name."""
     assert disk.size is not None
-    with contextlib.closing(begin(folder, disk)) as made:
-        made.furnish(disk.size)
-        made.finish()
+    path = folder / disk.name
+    try:
+        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place:
+            try:
+                _make_nameless(place, folder, disk)
+            except OSError as error:
+                if error.errno not in NO_NAMELESS_FILES:
+                    raise
+                _make_aside(place, path, disk)
+            os.fsync(place)
+    except FileNotFoundError:
+        raise FileTrouble(
+            f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
+        ) from None
+
+
+def _make_nameless(place: int, folder: Path, disk: FileDisk) -> None:
+    with _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
+        _fill(fd, disk)
+        with contextlib.suppress(FileExistsError):
+            # With a descriptor of the folder, as only then Python follows the link to the file.
+            os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+
+
+def _make_aside(place: int, path: Path, disk: FileDisk) -> None:
+    """The same where a file has a name from the beginning: under another one, which a cut leaves to the next try."""
+    aside = path.with_name(UNDER_WAY.format(disk.name))
+    with _opened(aside, os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR) as fd:
+        # Who has this lock is the only one that fills, names or removes the file.
+        _lock(aside, fd, shared=False)
+        found = os.fstat(fd)
+        if found.st_nlink != 1:
+            if found.st_nlink > 1:
+                # It was named, and that name was changed: a disk of its own now.
+                os.unlink(aside.name, dir_fd=place)
+            # Otherwise another one has named it and removed this name, between our opening and our lock.
+            raise FileLocked(f"{path} is being made by another program")
+        os.ftruncate(fd, 0)
+        _fill(fd, disk)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside.name, disk.name, src_dir_fd=place, dst_dir_fd=place)
+        except OSError as error:
+            if error.errno not in NO_SECOND_NAMES:
+                raise
+            raise FileTrouble(
+                f"{path.parent} is on a file system where a file has one name only, so that a disk made there might "
+                f"take another file's place: make {path} by hand, by `qemu-img create`"
+            ) from None
+        finally:
+            os.unlink(aside.name, dir_fd=place)
+
+
+def _drop_second_name(path: Path, found: os.stat_result) -> os.stat_result:
+    """Take away the name under which a disk was made, when that was cut off just before."""
+    aside = path.with_name(UNDER_WAY.format(path.name))
+    if found.st_nlink == 2:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(aside.lstat(), found):
+                aside.unlink()
+                return path.lstat()
+    return found
+
+
+def _fill(fd: int, disk: FileDisk) -> None:
+    assert disk.size is not None
+    os.fchmod(fd, FILE_MODE)
+    if disk.format is DiskFormat.RAW:
+        os.ftruncate(fd, disk.size)
+    else:
+        _write(fd, qcow2.empty(disk.size))
+    os.fsync(fd)
 
 
 @frozen
@@ -189,17 +264,6 @@ class NewFile:
     def close(self) -> None:
         """Let go of it."""
         os.close(self.fd)
-
-    def furnish(self, size: int) -> None:
-        """Make it an empty disk of `size` bytes.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        if self.disk.format is DiskFormat.RAW:
-            os.ftruncate(self.fd, size)
-        else:
-            _write(self.fd, qcow2.empty(size))
 
     def finish(self) -> None:
         """Have it on the disk, and give it its name. Where somebody has put a file there meanwhile, that one stays.
