@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -286,7 +287,9 @@ class Contents:
                 try:
                     aside = await self._aside(whole)
                     say(f"imported into the pool {snapshot.pool}, 0 %")
-                    await self._ceph.bring(source.path, aside, size=source.size, hear=_steps(say, snapshot.pool))
+                    # By our descriptor: the file's name may go while it is read, when no key names it any more.
+                    file = Path(f"/proc/{os.getpid()}/fd/{source.fd}")
+                    await self._ceph.bring(file, aside, size=source.size, hear=_steps(say, snapshot.pool))
                     await point("imported")
                     await self._ceph.freeze(aside, snapshot.snap)
                     await point("frozen")
