@@ -40,6 +40,9 @@ NO_SECOND_NAMES = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 UNDER_WAY = ".{}.kvmsupervisor"
 """Name of a disk that has to have one before it is whole. No key can say it: a disk's name begins with no dot."""
 
+NOTE = "user.kvmsupervisor.made"
+"""The extended attribute of a file that was made of an image: for whom, and of which (`images.note_of`)."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -64,10 +67,12 @@ class DiskFile:
     Attributes:
         fd: its descriptor, to be closed by who got it.
         size: bytes that the disk has.
+        note: what was kept with it when it was made of an image, None for nothing.
     """
 
     fd: int
     size: int
+    note: str | None = None
 
 
 def make_folder(folder: Path) -> None:
@@ -93,7 +98,7 @@ def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
         try:
             return _open(path, disk)
         except FileNotFoundError:
-            if disk.size is None:
+            if disk.size is None or disk.origin is not None:
                 raise NoFile(
                     f"there is no file {path} on this host: put it there, or say by size= (such as size=20G) that an "
                     "empty disk is to be made"
@@ -117,7 +122,7 @@ def _open(path: Path, disk: FileDisk) -> DiskFile:
         _own(path, fd, disk)
         size = _size(path, fd, disk)
         undo.pop_all()
-    return DiskFile(fd=fd, size=size)
+    return DiskFile(fd=fd, size=size, note=note_of(fd))
 
 
 def _check_kind(path: Path, found: os.stat_result) -> None:
@@ -240,6 +245,87 @@ def _fill(fd: int, disk: FileDisk) -> None:
     else:
         _write(fd, qcow2.empty(disk.size))
     os.fsync(fd)
+
+
+@frozen
+class NewFile:
+    """A disk's file that has no name yet: nothing of it is left where its maker is cut off.
+
+    Attributes:
+        folder: where it is to be.
+        disk: which.
+        fd: its descriptor.
+    """
+
+    folder: Path
+    disk: FileDisk
+    fd: int
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.fd)
+
+    def finish(self) -> None:
+        """Have it on the disk, and give it its name. Where somebody has put a file there meanwhile, that one stays.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        os.fsync(self.fd)
+        with _opened(self.folder, os.O_DIRECTORY | os.O_RDONLY) as place:
+            with contextlib.suppress(FileExistsError):
+                # With a descriptor of the folder, as only then Python follows the link to the file.
+                os.link(f"/proc/self/fd/{self.fd}", self.disk.name, dst_dir_fd=place, follow_symlinks=True)
+            os.fsync(place)
+
+
+def begin(folder: Path, disk: FileDisk, note: str | None = None) -> NewFile:
+    """Make a file that has no name yet.
+
+    Args:
+        folder: where it is to be.
+        disk: which.
+        note: what is kept with it (xattr(7)).
+
+    Raises:
+        FileTrouble: there is no such folder, or its file system cannot do that.
+        OSError: it cannot be made.
+    """
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
+    except FileNotFoundError:
+        raise FileTrouble(
+            f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
+        ) from None
+    except OSError as error:
+        if error.errno in NO_NAMELESS_FILES:
+            raise FileTrouble(
+                f"{folder} is on a file system that cannot make a file before its name: make {folder / disk.name} by "
+                "hand, by `qemu-img create` or `qemu-img convert`"
+            ) from None
+        raise
+    try:
+        os.fchmod(fd, FILE_MODE)
+        if note is not None:
+            os.setxattr(f"/proc/self/fd/{fd}", NOTE, note.encode())
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EOPNOTSUPP:
+            raise FileTrouble(
+                f"{folder} is on a file system without extended attributes, by which a disk that was made of an image "
+                f"is told from others: make {folder / disk.name} by hand, by `qemu-img convert`, and leave from= out"
+            ) from None
+        raise
+    return NewFile(folder, disk, fd)
+
+
+def note_of(fd: int) -> str | None:
+    """What `NewFile.finish` kept with a file."""
+    try:
+        return os.getxattr(fd, NOTE).decode(errors="replace")
+    except OSError:
+        # There is none, or the file system keeps none.
+        return None
 
 
 def _write(fd: int, data: bytes) -> None:

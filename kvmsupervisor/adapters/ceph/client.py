@@ -70,6 +70,9 @@ Each try checks that the entry is still there. Arbitrary: longer than any series
 ADDS_AT_ONCE = 4
 """How many entries to add in parallel: the monitors accept them in one proposal. Each tool takes 40 MB."""
 
+HEARD_BYTES = 16_384
+"""How much is kept of what a tool says while it works: its complaint is at the end."""
+
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
 """The variables that the tools inherit. `ceph` runs in the system's Python; variables meant for our Python would break
 it."""
@@ -152,7 +155,7 @@ class Ceph:
         Raises:
             NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_info, "rbd", "info", *_located(image), "--format", "json")
+        return await self.ask(parse_info, "rbd", "info", *located(image), "--format", "json")
 
     async def read_policy(self, image: RbdDisk) -> str:
         """From which OSDs this client reads the image: from `PRIMARIES` only, or from replicas, too.
@@ -162,7 +165,7 @@ class Ceph:
         Raises:
             NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_read_policy, "rbd", "config", "image", "ls", *_located(image), "--format", "json")
+        return await self.ask(parse_read_policy, "rbd", "config", "image", "ls", *located(image), "--format", "json")
 
     async def watchers(self, image: RbdDisk) -> frozenset[Client]:
         """The clients that have the image open for writing. Ceph drops a dead client after 30 s, a fenced one at once.
@@ -170,7 +173,7 @@ class Ceph:
         Raises:
             NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_watchers, "rbd", "status", *_located(image), "--format", "json")
+        return await self.ask(parse_watchers, "rbd", "status", *located(image), "--format", "json")
 
     async def lock_owners(self, image: RbdDisk) -> frozenset[Client]:
         """The holders of the image's exclusive lock, dead or alive: the lock stays when a client dies or is fenced.
@@ -178,7 +181,7 @@ class Ceph:
         Raises:
             NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_lock_owners, "rbd", "lock", "ls", *_located(image), "--format", "json")
+        return await self.ask(parse_lock_owners, "rbd", "lock", "ls", *located(image), "--format", "json")
 
     async def import_image(self, image: RbdDisk, file: Path) -> bool:
         """Create an image from a small file unless the image exists; return False when it does.
@@ -198,11 +201,11 @@ class Ceph:
             return False
         aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
         with contextlib.suppress(NoSuchImage):
-            await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
+            await self.run("rbd", "rm", "--no-progress", *located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
         source = option("--path", str(file))
-        await self._run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
-        await self._run("rbd", "rename", *_located(aside), *_destined(image))
+        await self.run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
+        await self.run("rbd", "rename", *located(aside), *_destined(image))
         return True
 
     # --- shutting out -----------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class Ceph:
         async def add(client: Client) -> None:
             command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
             async with slots:
-                _, said = await self._run("ceph", *command)
+                _, said = await self.run("ceph", *command)
             with _understood("ceph", command):
                 until = parse_added(said.decode(errors="replace"))
             at = until - timedelta(seconds=expire_s)
@@ -240,7 +243,7 @@ class Ceph:
 
     async def blocklist_ls(self) -> Mapping[Client, datetime]:
         """The clients on the blocklist, with the expiry by the monitors' clock. Leaves entries for whole hosts out."""
-        return await self._ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
+        return await self.ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
 
     async def blocklist_rm(self, clients: Iterable[str]) -> None:
         """Delete the entry of each client. Only when its process is proven gone (law 4), or to add it again at once.
@@ -249,7 +252,7 @@ class Ceph:
         """
         for client in _exactly(clients):
             self._added.pop(client, None)
-            await self._run("ceph", "osd", "blocklist", "rm", client)
+            await self.run("ceph", "osd", "blocklist", "rm", client)
 
     async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
         """Fence each client: add it to the blocklist for long, and read the blocklist back (law 4).
@@ -320,13 +323,23 @@ class Ceph:
 
     # --- running tools ----------------------------------------------------------------------------------------
 
-    async def _ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
-        answer, _ = await self._run(program, *args)
+    async def ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
+        """Run a tool that changes nothing; what it printed, as `parse` reads it."""
+        answer, _ = await self.run(program, *args)
         with _understood(program, args):
             return parse(answer)
 
-    async def _run(self, program: str, *args: str, limit_s: float = 0.0) -> tuple[bytes, bytes]:
-        """Run a tool as this client, with a time limit of `limit_s` or more; return both of its outputs."""
+    async def run(
+        self, program: str, *args: str, limit_s: float = 0.0, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
+        """Run a tool as this client, with a time limit of `limit_s` or more; return both of its outputs.
+
+        Args:
+            program: which.
+            args: its words.
+            limit_s: how long it may take, where that is longer than answers may.
+            hear: is told what it says while it works; None where that is of no interest.
+        """
         access = self.access
         who = [option("--id", access.user)]
         if access.conf is not None:
@@ -334,7 +347,7 @@ class Ceph:
         if access.keyring is not None:
             who.append(option("--keyring", access.keyring))
         try:
-            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s))
+            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
         except _NoAnswerInTime as silence:
             self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
@@ -354,7 +367,9 @@ class Ceph:
             return False
         return True
 
-    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
+    async def _execute(
+        self, program: str, *args: str, limit_s: float, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         shown = _shown(program, args)
         try:
@@ -370,7 +385,7 @@ class Ceph:
             raise CephRefused(f"cannot start {program}: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(limit_s):
-                answer, complaints = await tool.communicate()
+                answer, complaints = await (tool.communicate() if hear is None else _heard(tool, hear))
         except TimeoutError:
             raise _NoAnswerInTime(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
         finally:
@@ -405,6 +420,21 @@ class Ceph:
                 return CephFailed(told)
 
 
+async def _heard(tool: asyncio.subprocess.Process, hear: Callable[[bytes], None]) -> tuple[bytes, bytes]:
+    """Wait for a tool, and pass on what it says meanwhile; the end of that is returned."""
+    assert tool.stdout is not None
+    assert tool.stderr is not None
+    answer, said = asyncio.ensure_future(tool.stdout.read()), b""
+    try:
+        while data := await tool.stderr.read(4096):
+            said = (said + data)[-HEARD_BYTES:]
+            hear(data)
+        await tool.wait()
+        return await answer, said
+    finally:
+        answer.cancel()
+
+
 def _path_of(program: str, package: str) -> str:
     """The path of a program.
 
@@ -417,7 +447,7 @@ def _path_of(program: str, package: str) -> str:
     return path
 
 
-def _located(image: RbdDisk) -> tuple[str, str]:
+def located(image: RbdDisk) -> tuple[str, str]:
     """An image as options. In `POOL/IMAGE` an `@` or a second slash would have a meaning of its own."""
     return option("--pool", image.pool), option("--image", image.image)
 
