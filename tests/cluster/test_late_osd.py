@@ -226,6 +226,9 @@ def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
         assert new.reads(third, 0x11)
 
 
+# No part of each run: a replica that has not heard yet that the first write is complete sends the reader to the primary,
+# which waits for the map. Seen in about every third run; such a run shows nothing, and fails.
+@pytest.mark.soak
 @pytest.mark.parametrize("lab", [2], indirect=True)
 def test_a_read_from_a_replica_is_no_barrier(lab: Lab) -> None:
     """Law 5's reason: the replica has the new map and the primary has not, so a write lands after it was read there.
