@@ -226,7 +226,7 @@ def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
         assert new.reads(third, 0x11)
 
 
-# No part of each run: a replica that has not heard yet that the first write is complete sends the reader to the primary,
+# No part of each run: a replica that has not heard that the first write is complete sends the reader to the primary,
 # which waits for the map. Seen in about every third run; such a run shows nothing, and fails.
 @pytest.mark.soak
 @pytest.mark.parametrize("lab", [2], indirect=True)
