@@ -12,11 +12,14 @@ themselves, too: gRPC does when it gives a stream up (`_raise_for_status` in grp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+Part = Callable[[], Coroutine[Any, Any, object]]
+"""One part of a group: called once, in a task of its own."""
 One = TypeVar("One")
 Other = TypeVar("Other")
 
@@ -41,14 +44,18 @@ def no_stray_cancellation() -> Iterator[None]:
         raise StrayCancellation("cancelled by nobody of ours") from error
 
 
-def start_part(group: asyncio.TaskGroup, part: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    """Start one part of a group; a cancellation that nobody asked for is its failure, `StrayCancellation`."""
+def start_part(group: asyncio.TaskGroup, part: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+    """Start one part of a group; a cancellation that nobody asked for is its failure, `StrayCancellation`.
+
+    `part` is called in the new task: a task that is cancelled before its first step leaves no coroutine without an
+    `await`, of which Python would warn.
+    """
     return group.create_task(_part(part))
 
 
-async def _part(part: Coroutine[Any, Any, T]) -> T:
+async def _part(part: Callable[[], Coroutine[Any, Any, T]]) -> T:
     with no_stray_cancellation():
-        return await part
+        return await part()
 
 
 async def all_of(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -63,7 +70,9 @@ async def all_of(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            # When this is cancelled, `gather` has cancelled them all. A second time would cut short what they clean up.
+            if not task.cancelling():
+                task.cancel()
         await asyncio.wait(tasks)
 
 

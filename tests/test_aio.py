@@ -48,6 +48,27 @@ async def test_the_first_failure_is_that_of_all() -> None:
     assert endless.cancelled
 
 
+async def test_cleaning_up_is_not_cut_short() -> None:
+    """Law: when all are cancelled, each ends in its own time, however early another one has ended."""
+    cleaned = asyncio.Event()
+
+    async def clean_up() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            cleaned.set()
+
+    task = asyncio.ensure_future(all_of([asyncio.Event().wait(), clean_up()]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned.is_set()
+
+
 async def test_a_time_limit_afterwards_is_a_time_limit() -> None:
     """Law: who has seen a failure goes on as before: its next timeout is one, and no cancellation."""
     with pytest.raises(ValueError, match="no"):
@@ -83,8 +104,8 @@ async def test_a_part_that_nobody_cancelled_fails_its_group() -> None:
 
     async def both_parts() -> None:
         async with asyncio.TaskGroup() as group:
-            start_part(group, endless.run())
-            start_part(group, give_up())
+            start_part(group, endless.run)
+            start_part(group, give_up)
 
     with pytest.raises(ExceptionGroup) as failure:
         await both_parts()
@@ -92,11 +113,19 @@ async def test_a_part_that_nobody_cancelled_fails_its_group() -> None:
     assert endless.cancelled
 
 
+async def test_a_part_that_is_cancelled_at_once_leaves_nothing_behind() -> None:
+    """Law: it never begins, and leaves no coroutine that nobody awaits: Python's warning of one fails a test."""
+    endless = Endless()
+    async with asyncio.TaskGroup() as group:
+        start_part(group, endless.run).cancel()
+    assert not endless.cancelled
+
+
 async def test_a_part_that_was_cancelled_ends_as_it_was_told() -> None:
     """Law: no failure, neither of a part that is cancelled nor of one whose group is."""
     endless = Endless()
     async with asyncio.TaskGroup() as group:
-        part = start_part(group, endless.run())
+        part = start_part(group, endless.run)
         await asyncio.sleep(0)
         part.cancel()
     assert part.cancelled()

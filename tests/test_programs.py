@@ -153,7 +153,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 OWN_WORDS = {
-    *("rbd", "info", "status", "lock", "ls", "rm", "rename", "import", "ceph", "osd", "blocklist"),
+    *("rbd", "info", "status", "config", "image", "lock", "ls", "rm", "rename", "import", "ceph", "osd", "blocklist"),
     *("--format", "json", "--no-progress", "--image-feature", "layering", "exclusive-lock"),
 }
 
@@ -166,7 +166,7 @@ def test_what_a_key_says_to_ceph_is_a_value(asked: Path, image: RbdDisk, user: s
 
     async def ask() -> None:
         ceph = Ceph(CephAccess(user=user))
-        for question in (ceph.image_info, ceph.watchers, ceph.lock_owners):
+        for question in (ceph.image_info, ceph.read_policy, ceph.watchers, ceph.lock_owners):
             with pytest.raises(CephError):
                 await question(image)
 

@@ -35,7 +35,6 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, InstanceState, Unreadable
@@ -132,7 +131,7 @@ class InstanceDir:
         """
         try:
             data = _read(self._incarnation)
-            record = None if data is None else _parsed(data)
+            record = None if data is None else Incarnation.from_json(data)
         except OSError as error:
             raise Unreadable(f"{self._incarnation}: it cannot be opened ({error.strerror})") from error
         except Unreadable as error:
@@ -440,12 +439,6 @@ def _open_lock(path: Path) -> int:
     with contextlib.suppress(PermissionError):
         os.fchmod(descriptor, 0o600)
     return descriptor
-
-
-@lru_cache(maxsize=256)
-def _parsed(data: bytes) -> Incarnation:
-    """A record. A supervisor reads each record twice when it starts: to find its own identity, and to adopt."""
-    return Incarnation.from_json(data)
 
 
 def _keep_from_others(path: Path) -> None:

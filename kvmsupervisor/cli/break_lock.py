@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from kvmsupervisor.adapters.etcd.api import Put, Store
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
+from kvmsupervisor.cli.cluster import Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
@@ -33,11 +35,17 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
     host that the key `host` names takes the lock. If the old host comes back, it kills its QEMU of the instance.
     """
 
-    async def look(store: Store, settings: Settings) -> tuple[Instance, Cluster]:
-        return await read_instance(store, settings.layout, instance)
+    async def look(store: Store, settings: Settings) -> tuple[Instance, bool, bool]:
+        found, cluster = await read_instance(store, settings.layout, instance)
+        lock = None if found.lock is None else found.lock.lock
+        if lock is None:
+            return found, False, False
+        session_key = _holders(settings.layout, lock).session_key(lock.host)
+        alive = cluster.alive(lock.host) or await store.get(session_key) is not None
+        return found, alive, not lock.is_seen_from(settings.layout.facts)
 
-    found, cluster = with_store(tools, look)
-    lock = _breakable(found, cluster, ceph_is_gone=ceph_is_gone)
+    found, alive, unseen = with_store(tools, look)
+    lock = _breakable(found, alive=alive, unseen=unseen, ceph_is_gone=ceph_is_gone)
     click.echo(printable(_what_is_at_stake(found, lock)))
     confirm(f"Is every QEMU of {instance} on {lock.host} certainly gone?", yes=yes)
 
@@ -55,9 +63,10 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
 async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:
     """Write a broken lock in place of the one that was read, if its holder still has no session."""
     assert found.lock is not None
+    assert found.lock.lock is not None
     compared = compares(
         Change.BREAK,
-        layout=layout,
+        layout=_holders(layout, found.lock.lock),
         instance=found.id,
         revision=found.lock.kv.mod_revision,
         holder=broken.host,
@@ -66,8 +75,19 @@ async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> 
     return result.succeeded
 
 
-def _breakable(found: Instance, cluster: Cluster, *, ceph_is_gone: bool) -> Lock:
+def _holders(layout: Layout, lock: Lock) -> Layout:
+    """Where the holder of a lock has its session: below the facts prefix that it had when it took the lock."""
+    return layout if lock.facts is None else replace(layout, facts=lock.facts)
+
+
+def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool) -> Lock:
     """The lock, if only an operator can release it.
+
+    Args:
+        found: the instance.
+        alive: whether the holder has a session.
+        unseen: the holder had another `KVM_FACTS_PREFIX`, so no host takes the lock by itself.
+        ceph_is_gone: what the operator says of the disks.
 
     Raises:
         Refused: no operator is needed; the message says what is right instead.
@@ -77,13 +97,15 @@ def _breakable(found: Instance, cluster: Cluster, *, ceph_is_gone: bool) -> Lock
     lock = found.lock.lock
     if lock is None:
         raise Refused(f"this release cannot read the lock of {found.id}; once no host runs {found.id}, delete the key")
-    if cluster.alive(lock.host):
+    if alive:
         raise Refused(
             f"{lock.host}, which holds the lock of {found.id}, has a session: it stops {found.id} when the keys say so "
             "(`host`, `power`)"
         )
     if lock.state is LockState.BROKEN and not ceph_is_gone:
         raise Refused(f"the lock of {found.id} is broken already; the host that `host` names takes it")
+    if unseen:
+        return lock
     if lock.storage is Storage.NONE:
         raise Refused(f"{found.id} has no disk to lose: the host that `host` names takes its lock by itself")
     if lock.storage is Storage.RBD and not ceph_is_gone:

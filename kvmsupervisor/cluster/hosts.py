@@ -69,8 +69,8 @@ class Neighbours:
     async def run(self) -> None:
         """Follow them, for ever."""
         async with asyncio.TaskGroup() as tasks:
-            start_part(tasks, self._hosts.run())
-            start_part(tasks, self._name.run())
+            start_part(tasks, self._hosts.run)
+            start_part(tasks, self._name.run)
 
     def has_session(self, host: HostName) -> bool | None:
         """Whether a host has a session; None when that is not known in the present history."""

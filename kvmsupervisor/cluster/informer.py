@@ -7,6 +7,7 @@ is compared with the table, which yields exactly the changes that the watch coul
 from __future__ import annotations
 
 import asyncio
+import heapq
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from contextlib import aclosing
@@ -27,6 +28,7 @@ from kvmsupervisor.adapters.etcd.api import (
 )
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups, Stage, Table
+from kvmsupervisor.domain.history import KEPT
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.placement import Placed
 from kvmsupervisor.domain.spec import RawValue
@@ -149,7 +151,8 @@ class Informer(Generic[LabelT]):
                 for begin in range(0, len(page.entries), SLICE):
                     entries = page.entries[begin : begin + SLICE]
                     stage.put_all(entries)
-                    newest.append(max(entries, key=_BY_REVISION))
+                    if len(newest) < KEPT or max(map(_BY_REVISION, entries)) > _BY_REVISION(newest[-1]):
+                        newest = heapq.nlargest(KEPT, [*newest, *entries], key=_BY_REVISION)
                     await asyncio.sleep(0)
                 revision = page.revision
         # After the list: the proof then asks the member that answered the list, not an earlier one.
@@ -172,8 +175,11 @@ class Informer(Generic[LabelT]):
                     if self._history.era != self.era:
                         # This came over an older connection than the proof that found another history.
                         raise AnotherHistory("etcd has another history")
-                    last = batch.events[-1]
-                    self._history.saw(last.kv.key, last.kv.mod_revision, None if last.deleted else last.kv.value)
+                    # Of one transaction, too: any of its keys may be what a restored backup contradicts.
+                    for event in batch.events[-KEPT:]:
+                        self._history.saw(
+                            event.kv.key, event.kv.mod_revision, None if event.deleted else event.kv.value
+                        )
                     self._commit(stage, batch.revision, era=self.era)
             finally:
                 self._watch = None
@@ -297,7 +303,7 @@ class Wishes:
         """Follow the keys, for ever."""
         async with asyncio.TaskGroup() as tasks:
             for informer in self._all:
-                start_part(tasks, informer.run())
+                start_part(tasks, informer.run)
 
     def _changed(self, changed: Set[InstanceId], revision: int) -> None:
         eras = {informer.era for informer in self._all}

@@ -56,6 +56,22 @@ def leaves_no_trace(name: str) -> str:
     )
 
 
+PRIMARIES = "default"
+"""The policy by which each read goes to the primary OSD of the object's placement group."""
+
+READ_POLICY = "rbd_read_from_replica_policy"
+"""The setting of librbd that names the policy."""
+
+
+def reads_replicas(name: str, policy: str) -> str:
+    """Law 5: the message about an image of which replicas are read."""
+    return (
+        f"{READ_POLICY} is {policy} for the image {name}: a guest could read an object before a client that was shut "
+        f"out writes to it for the last time. `rbd config image set {name} {READ_POLICY} {PRIMARIES}`, the same "
+        "for the pool or in ceph.conf, or KVM_ALLOW_UNFENCED=1 on this host"
+    )
+
+
 class Trouble(Enum):
     """Why a tool failed; each kind needs another remedy."""
 
@@ -114,6 +130,61 @@ def parse_info(data: bytes) -> ImageInfo:
     return ImageInfo(size=size, features=frozenset(features))
 
 
+@frozen
+class SnapshotInfo:
+    """A snapshot of an image: its bytes, and whether it is kept from being removed."""
+
+    size: int
+    is_protected: bool
+
+
+def parse_id(data: bytes) -> str:
+    """Read the id of an image in `rbd info --format json`: it stays when the image is renamed."""
+    found = _object(_one(data)).get("id")
+    if not isinstance(found, str) or not found:
+        raise Unfit("it has no id")
+    return found
+
+
+def parse_snapshots(data: bytes) -> dict[str, SnapshotInfo]:
+    """Read `rbd snap ls --format json`."""
+    found = {}
+    for entry in _list(_one(data)):
+        one = _object(entry)
+        name, size, protected = one.get("name"), one.get("size"), one.get("protected")
+        if not isinstance(name, str) or type(size) is not int or protected not in {"true", "false"}:
+            raise Unfit(f"the entry {show(str(entry))} has no name, no size, or does not say whether it is protected")
+        found[name] = SnapshotInfo(size, protected == "true")
+    return found
+
+
+def parse_metadata(data: bytes) -> Mapping[str, str]:
+    """Read `rbd image-meta list --format json`, which prints nothing where there is none."""
+    if not data.strip():
+        return {}
+    return {name: value for name, value in _object(_one(data)).items() if isinstance(value, str)}
+
+
+def parse_names(data: bytes) -> tuple[str, ...]:
+    """Read `rbd ls --format json`: the images of a pool."""
+    found = _list(_one(data))
+    if not all(isinstance(name, str) for name in found):
+        raise Unfit("it is no list of names")
+    return tuple(map(str, found))
+
+
+def parse_children(data: bytes) -> tuple[str, ...]:
+    """Read `rbd children --format json`: the clones of a snapshot, as people name them."""
+    found = []
+    for entry in _list(_one(data)):
+        one = _object(entry)
+        pool, image = one.get("pool"), one.get("image")
+        if not isinstance(pool, str) or not isinstance(image, str):
+            raise Unfit(f"the entry {show(str(entry))} has no pool, or no image")
+        found.append("/".join(filter(None, (pool, str(one.get("pool_namespace") or ""), image))))
+    return tuple(found)
+
+
 def parse_watchers(data: bytes) -> frozenset[Client]:
     """Read `rbd status --format json`: the clients that have the image open for writing."""
     watchers = _object(_one(data)).get("watchers")
@@ -125,6 +196,21 @@ def parse_watchers(data: bytes) -> frozenset[Client]:
 def parse_lock_owners(data: bytes) -> frozenset[Client]:
     """Read `rbd lock ls --format json`: the clients that hold the image's exclusive lock, or did not release it."""
     return frozenset(_addresses(_list(_one(data)), "address"))
+
+
+def parse_read_policy(data: bytes) -> str:
+    """Read `rbd config image ls --format json`: from which OSDs the image's objects are read.
+
+    Ceph 16 and newer list each setting of librbd, whether it is set for the image, its pool, the client, or not at all.
+    One that is not listed is not known to this librbd, which reads from primaries then.
+    """
+    for entry in _list(_one(data)):
+        if _object(entry).get("name") == READ_POLICY:
+            value = _object(entry).get("value")
+            if not isinstance(value, str):
+                raise Unfit(f"{READ_POLICY} is {show(str(value))}, not a word")
+            return value
+    return PRIMARIES
 
 
 def parse_blocklist(data: bytes) -> Mapping[Client, datetime]:
@@ -200,6 +286,10 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     # These come from a cluster that let the client in; the names in them may hold any words, so they are matched first.
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
+    ("failed to find snapshot", Trouble.NO_IMAGE, "there is no such snapshot"),
+    ("failed to open parent image", Trouble.NO_IMAGE, "there is no such image"),
+    ("error opening source image", Trouble.NO_IMAGE, "there is no such image"),
+    ("setting snapshot context", Trouble.NO_IMAGE, "there is no such snapshot"),
     ("delete error", Trouble.NO_IMAGE, "there is no such image"),
     # The cause before its consequences. A client that was refused had a key, wherever else the tool looked for one.
     ("allowed_methods", Trouble.REFUSED, _UNKNOWN_CLIENT),

@@ -158,6 +158,8 @@ class Row(Enum):
                              "not read yet")
     UNREADABLE       = Cells("none",       "unreadable",               "run",           "wait",
                              "a newer release's, or damaged: it counts as held")
+    HELD_UNSEEN      = Cells("none",       "stranger",                 "run",           "wait",
+                             "its holder's session is below another facts prefix: it may live (law 12)")
     HELD             = Cells("none",       "stranger",                 "run",           "wait",
                              "its holder has a session, as far as is known")
     TAKE_HARMLESS    = Cells("none",       "stranger",                 "run",           "take wait",

@@ -13,7 +13,9 @@ STEP_S = 5.0
 than the write of a takeover takes; a candidate without room, or one that drains, delays the next one by this."""
 
 
-def place(wish: Wish, lock: Lock | None, *, me: HostName, has_session: Callable[[HostName], bool | None]) -> int | None:
+def place(
+    wish: Wish, lock: Lock | None, *, me: HostName, facts: str, has_session: Callable[[HostName], bool | None]
+) -> int | None:
     """This host's place among the live candidates for an orphan, 0 being the first; None when it is not to take it.
 
     An instance is an orphan when two hosts are known to have no session: the holder of its lock, and the host where it
@@ -23,9 +25,12 @@ def place(wish: Wish, lock: Lock | None, *, me: HostName, has_session: Callable[
         wish: its keys.
         lock: as last seen, None when there is none that can be read.
         me: this host.
+        facts: its `KVM_FACTS_PREFIX`. A holder whose session would be elsewhere is not known to have none.
         has_session: whether a host has one; None when that is not known.
     """
     if lock is None or wish.runs_on in {None, me}:
+        return None
+    if not lock.is_seen_from(facts):
         return None
     if wish.power is not Power.ON or wish.problems or lock.storage is Storage.UNFENCEABLE:
         return None

@@ -87,6 +87,8 @@ def _eq(cls: type[Any]) -> Callable[[Any, object], bool]:
     values = _values([one.name for one in fields(cls) if one.compare])
 
     def __eq__(self: Any, other: object) -> bool:  # noqa: N807
+        if other is self:
+            return True
         if other.__class__ is not self.__class__:
             return NotImplemented
         return bool(values(self) == values(other))

@@ -47,6 +47,7 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        paused: whether its guest was paused when it was last asked for its run state.
         under: the identity of the supervisor that started it, or took it over by a person's word (law 12); None in a
             record of an older release.
     """
@@ -70,14 +71,16 @@ class Incarnation:
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    paused: bool = False
     under: HostIdentity | None = None
     version: int = VERSION
 
-    def as_lock(self, host: HostName, *, ran: bool) -> Lock:
+    def as_lock(self, host: HostName, *, facts: str, ran: bool) -> Lock:
         """The lock for this process.
 
         Args:
             host: this one, by its present name.
+            facts: its `KVM_FACTS_PREFIX`.
             ran: whether its guest may have run.
         """
         return Lock(
@@ -90,6 +93,7 @@ class Incarnation:
             starttime=self.starttime,
             clients=self.clients,
             storage=self.storage,
+            facts=facts,
         )
 
     def to_json(self) -> bytes:

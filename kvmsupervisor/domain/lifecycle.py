@@ -357,6 +357,14 @@ def _held_elsewhere(view: View) -> Decision:
     lock = view.lock.lock
     assert lock is not None
     assert view.wish is not None
+    if not lock.is_seen_from(view.facts):
+        return Decision(
+            row=Row.HELD_UNSEEN,
+            phase=Phase.WAITING,
+            reason=f"{lock.host} took its lock (epoch {lock.epoch}) with KVM_FACTS_PREFIX={lock.facts}; this host has "
+            f"{view.facts}, so it cannot see whether {lock.host} lives: give both the same; if {lock.host} is gone for "
+            f"good, say so by `kvmsupervisor break-lock {view.wish.instance}`",
+        )
     if view.holder_has_session is not False:
         return Decision(
             row=Row.HELD,

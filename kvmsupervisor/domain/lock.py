@@ -63,6 +63,7 @@ class Lock:
         storage: what it may write to; a lock without this field may write to anything.
         taken_from: the host that it was taken from (this one, on an earlier boot, as well), until its own guest may
             run: so long, clients that are not in `fence` may have its disks open.
+        facts: the holder's `KVM_FACTS_PREFIX`, below which its session is; None in locks of earlier releases.
     """
 
     host: HostName
@@ -76,6 +77,7 @@ class Lock:
     fence: tuple[str, ...] = ()
     storage: Storage = Storage.UNFENCEABLE
     taken_from: str | None = None
+    facts: str | None = None
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -103,11 +105,17 @@ class Lock:
     def broken(self, *, forget_clients: bool = False) -> Lock:
         """The lock that the next host may take (law 7), with all addresses that are to be fenced.
 
+        It does not say any more where its holder's session is to be looked for: a person has said that it is gone.
+
         Args:
             forget_clients: leave these addresses out: their storage is gone for good.
         """
-        lock = replace(self, state=LockState.BROKEN)
+        lock = replace(self, state=LockState.BROKEN, facts=None)
         return replace(lock, clients=(), fence=()) if forget_clients else lock
+
+    def is_seen_from(self, facts: str) -> bool:
+        """Whether a host with this `KVM_FACTS_PREFIX` sees the holder's session, if there is one."""
+        return self.facts is None or self.facts == facts
 
     @property
     def is_unfenced(self) -> bool:
@@ -122,6 +130,7 @@ def take(
     *,
     host: HostName,
     boot_id: str,
+    facts: str,
     incarnation: str,
     storage: Storage,
     epoch_floor: int = 0,
@@ -136,6 +145,7 @@ def take(
         previous: the value that is replaced, None for an absent key.
         host: the taker.
         boot_id: of its kernel.
+        facts: its `KVM_FACTS_PREFIX`.
         incarnation: name of the next QEMU process.
         storage: what that process may write to.
         epoch_floor: the last epoch known from elsewhere (the status key), for a lock that was deleted.
@@ -158,6 +168,7 @@ def take(
         fence=unproven,
         storage=storage,
         taken_from=taken_from,
+        facts=facts,
     )
 
 
@@ -239,7 +250,7 @@ class Change(Enum):
     """It was deleted or is older, and its QEMU lives (law 11)."""
     RENAME    = _row(Writer.HOLDER,   "fencing starting running",             "fencing starting running", Names.SAME,
                      Compared.SESSION)
-    """This host has another name by now (law 12). The state stays."""
+    """This host has another name, or another facts prefix, by now (law 12). The state stays."""
     BREAK     = _row(Writer.OPERATOR, "fencing starting running broken",      "broken",           Names.SAME,
                      Compared.HOLDER_GONE)
     """A person says that nothing of its holder writes any more (law 7)."""
@@ -277,7 +288,7 @@ class Claim(Enum):
     UNKNOWN = "not read yet"
     ABSENT = "free"
     MINE = "names my incarnation"
-    RENAMED = "names my incarnation, under another name of this host"
+    RENAMED = "names my incarnation, under another identity of this host"
     LEFTOVER = "names an earlier incarnation of this host"
     STRANGER = "names another host"
     BROKEN = "was broken by an operator"
@@ -309,11 +320,17 @@ class LockView:
         lock = None if self.data is None else Lock.from_json(self.data)
         object.__setattr__(self, "lock", lock)
 
-    def claim(self, *, host: HostName, boot_id: str, incarnation: str | None, last_ended: str | None = None) -> Claim:
+    def says_the_same_as(self, other: LockView) -> bool:
+        """Whether it is the same value, of the same write: it was confirmed at most."""
+        return (self.known, self.data, self.mod_revision) == (other.known, other.data, other.mod_revision)
+
+    def claim(
+        self, *, host: HostName, facts: str, boot_id: str, incarnation: str | None, last_ended: str | None = None
+    ) -> Claim:
         """What this lock means to `host`, whose process is `incarnation` (None: none) after `last_ended` (likewise).
 
-        An incarnation is a random name, given once: on its boot it is this process, whatever the host's name was when
-        the lock was written (law 12).
+        An incarnation is a random name, given once: on its boot it is this process, whatever the host's name and its
+        `KVM_FACTS_PREFIX` were when the lock was written (law 12).
         """
         if not self.known:
             return Claim.UNKNOWN
@@ -326,7 +343,9 @@ class LockView:
             return Claim.BROKEN
         is_mine = lock.incarnation == incarnation
         if lock.host == host:
-            return Claim.MINE if is_mine else Claim.LEFTOVER
+            if not is_mine:
+                return Claim.LEFTOVER
+            return Claim.MINE if lock.is_seen_from(facts) else Claim.RENAMED
         if lock.boot_id == boot_id and is_mine:
             return Claim.RENAMED
         return Claim.LEFTOVER if lock.boot_id == boot_id and lock.incarnation == last_ended else Claim.STRANGER

@@ -42,7 +42,8 @@ def by_its_lock(view: View, process: Process) -> Decision | None:
             return Decision(
                 row=Row.RENAME,
                 phase=_phase(process),
-                reason=f"its lock names this host as {lock.host}, as it was called before: it is written with its name",
+                reason=f"its lock names this host as it was before ({lock.host}, KVM_FACTS_PREFIX={lock.facts}): it is "
+                "written anew",
                 action=Action.RENAME,
             )
         case Claim.ABSENT:

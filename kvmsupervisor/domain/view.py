@@ -189,6 +189,7 @@ class View:
     Attributes:
         now: CLOCK_BOOTTIME, seconds.
         me: this host.
+        facts: its `KVM_FACTS_PREFIX`.
         boot_id: of this boot.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
@@ -234,6 +235,7 @@ class View:
 
     now: float
     me: HostName
+    facts: str
     boot_id: str
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
@@ -305,7 +307,9 @@ class View:
         if self.lock.era != self.era.count:
             return Claim.UNKNOWN
         known = self.planned if self.process is None else self.process.incarnation.incarnation
-        return self.lock.claim(host=self.me, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended)
+        return self.lock.claim(
+            host=self.me, facts=self.facts, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended
+        )
 
     @property
     def stays(self) -> bool:

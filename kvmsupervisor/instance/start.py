@@ -25,20 +25,18 @@ from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import images_of, storage_of
-from kvmsupervisor.domain.view import Action, Deferral, Holdover
+from kvmsupervisor.domain.storage import images_of, made, storage_of
+from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import disks
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.status import Report
+from kvmsupervisor.instance.takeover_wait import TakeoverWait
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
-
-ASK_WATCHERS_EVERY_S = 2.0
-"""How often to ask Ceph for watchers of the disks of an orphaned instance. Each question runs one short program."""
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -79,6 +77,7 @@ class Start:
 
     Attributes:
         sharing: of its images with other instances, a mistake of the keys.
+        takeover_wait: while the host that holds its lock has no session.
         planned: incarnation that the lock was taken for and that has no process yet.
         claimed_by: host whose status says that it runs this although the lock is absent, None when none does.
         at: when the host is worth the next attempt, after something was missing on it.
@@ -101,6 +100,7 @@ class Start:
         wake: Callable[[], None],
     ) -> None:
         self.sharing = Sharing(instance, context=context)
+        self.takeover_wait = TakeoverWait(context=context, report=report)
         self.planned: str | None = None
         self.claimed_by: HostName | None = None
         self.at = 0.0
@@ -117,8 +117,6 @@ class Start:
         self._wake = wake
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
-        # The incarnation whose lock is waited for, and how long.
-        self._deferral: tuple[str, Deferral] | None = None
         # Addresses of processes that are proven gone: fenced once, so that their watch is not waited for, then dropped.
         self._gone: set[str] = set()
 
@@ -129,14 +127,6 @@ class Start:
         if wish is None or wish.spec is None or not self._context.provisioner.needs_time(wish.spec):
             return True
         return self._prepared is not None and self._prepared.spec == wish.spec
-
-    def deferral(self, lock: Lock | None, *, holder_has_session: bool | None) -> Deferral | None:
-        """How long the takeover of `lock` has waited. Forgotten when another has it, or its holder is back."""
-        if self._deferral is not None and (
-            lock is None or lock.incarnation != self._deferral[0] or holder_has_session is True
-        ):
-            self._deferral = None
-        return None if self._deferral is None else self._deferral[1]
 
     def holdover(self, lock: Lock | None) -> Holdover | None:
         """A QEMU that the lock says is ours, that lives, and of which there is no record."""
@@ -177,7 +167,7 @@ class Start:
     def wait_for_host(self, error: NotReady) -> None:
         """Note what is missing on the host, and tell it once."""
         self.at = self._context.clock.now() + error.retry_s
-        if self.obstacle != str(error):
+        if self.obstacle != str(error) and not error.underway:
             self._report.tell("instance.not_ready", level="warning", reason=str(error))
         self.obstacle = str(error)
 
@@ -200,14 +190,15 @@ class Start:
             EtcdError: it is not known which host has its files.
         """
         context = self._context
-        if wish.spec.files and not self._report.looked:
-            await self.look()  # a file that it ran with is never made anew
+        if (wish.spec.files or made(wish.spec)) and not self._report.looked:
+            await self.look()  # a disk that it ran with is never made anew
         self._prepared = await context.provisioner.prepare(
             self._id,
             uuid=instance_uuid(context.layout.prefix, self._id),
             spec=wish.spec,
             directory=self._machine.directory,
             files=self._report.status.files or {},
+            images=self._report.status.images,
         )
         if self._prepared.notice is not None:
             self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)
@@ -220,25 +211,6 @@ class Start:
         self.claimed_by = HostName(status.host) if status is not None and claims else None
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
-
-    async def ask_watchers(self, wish: Wanted) -> None:
-        """Ask who has its disks open, while the host that holds its lock has no session (law 4).
-
-        Raises:
-            NotFenced: that is not known.
-        """
-        context, lock = self._context, self._lock.view.lock
-        assert lock is not None
-        now, wait_s = context.clock.now(), context.takeover_wait_s
-        ask_at = now + ASK_WATCHERS_EVERY_S
-        known = self.deferral(lock, holder_has_session=None)
-        if known is None:
-            known = Deferral(until=now + wait_s, told=context.clock.wall_after(wait_s), ask_at=ask_at)
-            self._report.tell("lock.orphaned", holder=lock.host, epoch=lock.epoch, wait_s=wait_s)
-        # Noted before the question: a storage that does not answer does not make the wait longer.
-        self._deferral = (lock.incarnation, replace(known, ask_at=ask_at))
-        watchers = await context.fencing.watchers(images_of(wish.spec))
-        self._deferral = (lock.incarnation, replace(self._deferral[1], watchers=watchers))
 
     async def take(self, wish: Wanted) -> None:
         """Take the lock for a new incarnation.
@@ -291,16 +263,17 @@ class Start:
 
     def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
         """The lock for a new incarnation."""
-        previous = self._lock.view.lock
+        context, previous = self._context, self._lock.view.lock
         lock = take(
             previous,
-            host=self._context.me,
-            boot_id=self._context.boot_id,
+            host=context.me,
+            boot_id=context.boot_id,
+            facts=context.layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=max(epoch_floor, self._context.era().epoch_floor),
+            epoch_floor=max(epoch_floor, context.era().epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
-            doubted=bool(self._context.era().awaited),
+            doubted=bool(context.era().awaited),
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation

@@ -31,7 +31,9 @@ async def reassert(machine: Machine, lock: InstanceLock, report: Report, context
                 f"its lock is gone, and {', '.join(gone)} was shut out: another host has had it meanwhile"
             )
             return
-    other = await lock.reassert(record.as_lock(context.me, ran=not machine.never_ran), context.era())
+    other = await lock.reassert(
+        record.as_lock(context.me, facts=context.layout.facts, ran=not machine.never_ran), context.era()
+    )
     if other is not None:
         await machine.kill(f"{other.host} has had its lock meanwhile, up to epoch {other.epoch}")
         return
@@ -39,12 +41,12 @@ async def reassert(machine: Machine, lock: InstanceLock, report: Report, context
 
 
 async def rename(lock: InstanceLock, report: Report, context: InstanceContext) -> None:
-    """Write it with this host's present name (law 12).
+    """Write it with this host's present name and facts prefix (law 12).
 
     Raises:
         SwapFailed, EtcdError: see `reassert`.
     """
     held = lock.view.lock
     assert held is not None
-    await lock.write(Change.RENAME, replace(held, host=context.me), None)
+    await lock.write(Change.RENAME, replace(held, host=context.me, facts=context.layout.facts), None)
     report.tell("lock.renamed", level="warning", epoch=held.epoch, former=held.host)

@@ -54,22 +54,25 @@ class Inheritance:
         self._clock = clock
         self._objection = objection
 
-    def take(self, adopt: Callable[[Incarnation], None]) -> InstanceState:
+    def take(self, adopt: Callable[[Incarnation], None], record: Incarnation | None = None) -> InstanceState:
         """Read the folder and adopt its process; return the saved state, a new one when the old one cannot be read.
 
         Args:
             adopt: called with the record of a QEMU that may have ended; may raise `Hidden`.
+            record: the record, where it was read already; None to read it.
         """
-        saved, alone = self._read(adopt)
+        saved, alone = self._read(adopt, record)
         before = None if self.alone is None else self.alone.reason
         self.news = None if alone is None or alone.reason == before else alone.reason
         self.alone = None if alone is None else replace(alone, look_at=self._clock.now() + LOOK_AGAIN_S)
         return saved
 
-    def _read(self, adopt: Callable[[Incarnation], None]) -> tuple[InstanceState, LeftAlone | None]:
+    def _read(
+        self, adopt: Callable[[Incarnation], None], record: Incarnation | None
+    ) -> tuple[InstanceState, LeftAlone | None]:
         directory, saved = self._directory, InstanceState(boot_id=self._boot_id)
         try:
-            record = directory.read_incarnation()
+            record = record or directory.read_incarnation()
             saved = directory.read_state(self._boot_id)
         except Unreadable as error:
             return saved, _unreadable(self._processes, directory, error)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError, NoSuchImage
 from kvmsupervisor.aio import all_of, both
-from kvmsupervisor.domain.ceph import leaves_no_trace
+from kvmsupervisor.domain.ceph import PRIMARIES, leaves_no_trace, reads_replicas
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, nvram_of
 
@@ -39,7 +39,8 @@ class Disks:
 
     Args:
         ceph: the cluster.
-        allow_unfenced: whether images without `exclusive-lock` are allowed (`KVM_ALLOW_UNFENCED`, law 5).
+        allow_unfenced: whether images without `exclusive-lock`, or of which replicas are read, are allowed
+            (`KVM_ALLOW_UNFENCED`, law 5).
     """
 
     def __init__(self, ceph: Ceph, *, allow_unfenced: bool = False) -> None:
@@ -49,28 +50,39 @@ class Disks:
     async def check(self, spec: Spec) -> str:
         """Check that QEMU can and may open every image of `spec` (law 5); return the Ceph key, base64.
 
+        One that is made when it is missing may be missing; `contents.py` looks at it.
+
         Raises:
             DiskTrouble: an image is missing or not allowed, or Ceph refuses this host or does not answer.
         """
         variables = nvram_of(spec)
-        looks = [self._check(image, disk.key, needs_lock=not image.ro) for disk, image in spec.images]
+        looks = [
+            self._check(image, disk.key, is_written=not image.ro, may_be_missing=image.may_be_made)
+            for disk, image in spec.images
+        ]
         if variables is not None:
-            looks.append(self._check(variables, "firmware", needs_lock=True, may_be_missing=True))
+            looks.append(self._check(variables, "firmware", is_written=True, may_be_missing=True))
         try:
             key, _ = await both(self._ceph.key(), all_of(looks))
         except CephError as error:
-            raise _trouble(error) from error
+            raise trouble_of(error) from error
         return key
 
-    async def _check(self, image: RbdDisk, key: str, *, needs_lock: bool, may_be_missing: bool = False) -> None:
+    async def _check(self, image: RbdDisk, key: str, *, is_written: bool, may_be_missing: bool = False) -> None:
+        is_fenced = is_written and not self._allow_unfenced
         try:
-            info = await self._ceph.image_info(image)
+            if is_fenced:
+                info, policy = await both(self._ceph.image_info(image), self._ceph.read_policy(image))
+            else:
+                info, policy = await self._ceph.image_info(image), PRIMARIES
         except NoSuchImage as error:
             if may_be_missing and "pool" not in str(error).partition(":")[0]:
                 return
             raise DiskTrouble(f"{key}: {error}; `rbd create` makes one") from error
-        if needs_lock and not info.has_exclusive_lock and not self._allow_unfenced:
+        if is_fenced and not info.has_exclusive_lock:
             raise DiskTrouble(f"{key}: {leaves_no_trace(image.name)}")
+        if policy != PRIMARIES:
+            raise DiskTrouble(f"{key}: {reads_replicas(image.name, policy)}")
 
     async def furnish_variables(self, image: RbdDisk, template: Path) -> None:
         """Make the image of UEFI variables from `template`, unless it exists. The caller holds the instance's lock.
@@ -81,7 +93,7 @@ class Disks:
         try:
             await self._ceph.import_image(image, template)
         except CephError as error:
-            raise _trouble(error) from error
+            raise trouble_of(error) from error
 
     async def sizes(self, spec: Spec) -> dict[str, int]:
         """Sizes in bytes of the images that can grow, by block node; without those that Ceph does not tell now."""
@@ -96,5 +108,7 @@ class Disks:
             return None
 
 
-def _trouble(error: CephError) -> DiskTrouble:
-    return DiskTrouble(str(error), AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)
+def trouble_of(error: CephError, key: str | None = None) -> DiskTrouble:
+    """What an error of Ceph's is for a start; `key` names the disk where it is one's."""
+    said = str(error) if key is None else f"{key}: {error}"
+    return DiskTrouble(said, AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)

@@ -267,6 +267,7 @@ class Machine:
         self._begin(record)
         self._process = found
         if found is not None:
+            self._talk.run_state = PAUSED if record.paused else None
             self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
@@ -305,8 +306,11 @@ class Machine:
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
-        """Ask for the run state."""
+        """Ask for the run state. A successor learns from the record that a person has paused the guest."""
         await self._talk.probe()
+        if self._talk.run_state in {PAUSED, RUNNING}:
+            with contextlib.suppress(OSError):
+                self.note(paused=self._talk.run_state == PAUSED)
         if self._launch.furnished and self._talk.run_state == RUNNING:
             # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)

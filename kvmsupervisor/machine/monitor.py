@@ -15,7 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
-from kvmsupervisor.domain.run_state import PANICKED, RUNNING
+from kvmsupervisor.domain.run_state import NEVER_RAN, PANICKED, PAUSED, RUNNING
 from kvmsupervisor.domain.secrecy import cleaned, secrets_in
 from kvmsupervisor.domain.timing import on_a_beat
 from kvmsupervisor.machine.system import Connect, QmpConnection
@@ -141,7 +141,11 @@ class Conversation:
         """Ask for the run state."""
         answer = await self.command("query-status")
         if answer is not None:
-            self.run_state = str(answer["status"])
+            told = str(answer["status"])
+            # QEMU says so of every guest that is reset while it is stopped (`main_loop_should_exit` in its runstate.c).
+            # A guest that ran, or was paused, just before: a person has paused it, and lets it go on.
+            was_paused = told == NEVER_RAN and self.run_state in {RUNNING, PAUSED}
+            self.run_state = PAUSED if was_paused else told
             self.probe_at = on_a_beat(self._clock.now() + PROBE_EVERY_S)
 
     async def command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:

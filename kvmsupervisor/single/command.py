@@ -273,6 +273,7 @@ class SingleCommand:
             return View(
                 now=clock.now(),
                 me=settings.hostname,
+                facts=settings.facts_prefix,
                 boot_id=boot_id,
                 wish=wish,
                 leaving=self._life.leaving(),

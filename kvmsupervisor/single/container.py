@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -18,7 +19,7 @@ from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.owners import other_of_client
 from kvmsupervisor.config.settings import Settings
@@ -206,28 +207,27 @@ class Container:
             HostnameTaken: another container of this host runs it; inside an exception group.
         """
         context, instance, history = self._context, self.instance, self._member.history
+        work: tuple[Part, ...] = (
+            context.session.run,
+            self._links.run,
+            *(informer.run for informer in self._informers.values()),
+            self._member.neighbours.run,
+            history.run,
+            partial(history.run_speaking, self._may_speak, self._member.speak),
+            self._publish,
+            self._first_look,
+            context.logs.run,
+        )
         async with asyncio.TaskGroup() as parts:
-            serving = [
-                start_part(parts, part)
-                for part in (
-                    context.session.run(),
-                    self._links.run(),
-                    *(informer.run() for informer in self._informers.values()),
-                    self._member.neighbours.run(),
-                    history.run(),
-                    history.run_speaking(self._may_speak, self._member.speak),
-                    self._publish(),
-                    self._first_look(),
-                    context.logs.run(),
-                )
-            ]
-            loop = start_part(parts, keep_going(instance, clock=self._clock, on_error=lambda: None))
-            impatient = start_part(parts, self._give_up_on_etcd(loop))
+            serving = [start_part(parts, part) for part in work]
+            loop = start_part(parts, partial(keep_going, instance, clock=self._clock, on_error=lambda: None))
+            impatient = start_part(parts, partial(self._give_up_on_etcd, loop))
             await asyncio.wait([loop])
             if context.session.held:
                 await context.status_writer.flush()
             for task in (impatient, *serving):
                 task.cancel()
+        await context.contents.close()
         await instance.detach()
         context.logs.close()
         await end_session(context.session)

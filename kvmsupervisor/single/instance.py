@@ -135,7 +135,6 @@ class Single:
         overrides: Mapping[str, str],
     ) -> None:
         self._settings = settings
-        self._id = instance
         self._outside = outside
         self._overrides = dict(overrides)
         self._identity = ContainerIdentity.of(settings, lock_key, outside, instance=instance)
@@ -160,7 +159,7 @@ class Single:
             Hidden: an earlier container's QEMU may live, and that cannot be seen.
         """
         settings, outside = self._settings, self._outside
-        directory = self._identity.run_dir.instance(self._id)
+        directory = self._identity.run_dir.instance(self._identity.name)
         too_long = len(os.fsencode(directory.path / QMP_SPARE_SOCKET)) - SOCKET_PATH_LIMIT
         if too_long > 0:
             raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
@@ -191,7 +190,7 @@ class Single:
             log.info(
                 "single.started",
                 version=__version__,
-                instance=self._id,
+                instance=self._identity.name,
                 holder=self._identity.holder.name,
                 lock=self._identity.lock_key,
                 overrides=sorted(self._overrides),
@@ -202,7 +201,7 @@ class Single:
             await withdraw(outside.system.network, self._bridge_owner)
         status = self._life.outcome()
         if status is None:
-            raise NotHere(f"{self._id}: {container.instance.report.status.reason}")
+            raise NotHere(f"{self._identity.name}: {container.instance.report.status.reason}")
         return status
 
     async def _check(self, store: Store, host_facts: HostFacts) -> None:

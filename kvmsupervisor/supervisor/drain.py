@@ -213,6 +213,7 @@ class Drain:
                 return View(
                     now=self._clock.now(),
                     me=self._me,
+                    facts="",  # no lock is looked at
                     boot_id=self._boot_id,
                     wish=None,
                     draining=True,

@@ -29,7 +29,8 @@ from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import ASK_WATCHERS_EVERY_S, need_mib
+from kvmsupervisor.instance.start import need_mib
+from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S
 
 log = structlog.get_logger(__name__)
 
@@ -118,7 +119,7 @@ class Failover:
             await clock.wait(self._changed, clock.now() + ASK_WATCHERS_EVERY_S if orphans else None)
 
     def _orphans(self) -> list[_Orphan]:
-        me, found = self._context.me, []
+        me, facts, found = self._context.me, self._context.layout.facts, []
         mark = me.encode()
         for name in self._wishes.ids():
             keys = self._wishes.keys_of(name)
@@ -130,7 +131,7 @@ class Failover:
             if mark not in hosts.value and not (placed.revision and mark in home.value):
                 continue
             wish, lock = parse_wish(name, keys, placed), Lock.from_json(entry.value)
-            rank = place(wish, lock, me=me, has_session=self._context.host_has_session)
+            rank = place(wish, lock, me=me, facts=facts, has_session=self._context.host_has_session)
             if rank is None:
                 continue
             assert lock is not None
@@ -182,6 +183,7 @@ class Failover:
             orphan.lock,
             host=context.me,
             boot_id=context.boot_id,
+            facts=layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(orphan.spec),
             epoch_floor=context.era().epoch_floor,

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.aio import start_part
+from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.owners import instance_of_client
 from kvmsupervisor.cluster.removal_approval import RemovalApprovals
@@ -228,17 +229,20 @@ class Host:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    async def take_over(self) -> int:
+    async def take_over(self, records: Mapping[InstanceId, Incarnation]) -> int:
         """Find what an earlier supervisor left running; return of how many instances.
 
         It needs no etcd; what it means is decided once etcd is read.
+
+        Args:
+            records: of QEMUs, as far as they were read already.
         """
         if self._context.guard is None:
             await self._post.dismiss()
         run_dir = self._premises.run_dir
         for name in run_dir.instances():
             if run_dir.instance(name).has_record:
-                self._instance(name)
+                self._instance(name, records.get(name))
         return len(self._instances)
 
     def served_at(self, url: str) -> None:
@@ -256,28 +260,26 @@ class Host:
         """
         drain = self._premises.drain
         again = asyncio.Event()
+        work: tuple[Part, ...] = (
+            self._wishes.run,  # first: reading a large cluster takes longest
+            self._neighbours.run,
+            self._history.run,
+            partial(self._history.run_speaking, self._may_speak, self._speak),
+            self._session.run,
+            partial(drain.run_telling, self._session),
+            self._statuses.run,
+            self._look_first,
+            self._confirmations.run,
+            self._context.logs.run,
+            self._links.run,
+            *(() if self._mismatch is not None else (self._bridges.run,)),
+            *(() if self._context.guard is None else (self._context.guard.run,)),
+            partial(self._failover.run, self._wishes.wait_synced, self._neighbours.synced.wait)
+            if self._mismatch is None
+            else partial(self._await_word, stop, again),
+        )
         async with asyncio.TaskGroup() as parts:
-            serving = [
-                start_part(parts, part)
-                for part in (
-                    self._wishes.run(),  # first: reading a large cluster takes longest
-                    self._neighbours.run(),
-                    self._history.run(),
-                    self._history.run_speaking(self._may_speak, self._speak),
-                    self._session.run(),
-                    drain.run_telling(self._session),
-                    self._statuses.run(),
-                    self._look_first(),
-                    self._confirmations.run(),
-                    self._context.logs.run(),
-                    self._links.run(),
-                    *(() if self._mismatch is not None else (self._bridges.run(),)),
-                    *(() if self._context.guard is None else (self._context.guard.run(),)),
-                    self._failover.run(self._wishes.wait_synced, self._neighbours.synced.wait)
-                    if self._mismatch is None
-                    else self._await_word(stop, again),
-                )
-            ]
+            serving = [start_part(parts, part) for part in work]
             await self._run_instances(stop)
             if self._session.held:
                 await self._status_writer.flush()
@@ -302,18 +304,24 @@ class Host:
             self._tasks = None
             for task in self._running.values():
                 task.cancel()
+        await self._context.contents.close()
         for instance in self._instances.values():
             await instance.detach()
 
     # --- instances --------------------------------------------------------------------------------------------
 
-    def _instance(self, name: InstanceId) -> Worker:
-        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it."""
+    def _instance(self, name: InstanceId, record: Incarnation | None = None) -> Worker:
+        """The instance of that name, made if there is none yet, with what an earlier supervisor left of it.
+
+        Args:
+            name: the instance's id.
+            record: of its QEMU, where it was read already.
+        """
         if name not in self._instances:
             directory = self._premises.run_dir.instance(name)
             fresh = InstanceState(boot_id=self._premises.boot_id)
             self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
-            self._instances[name].inherit()
+            self._instances[name].inherit(record)
         return self._instances[name]
 
     def _objection(self, record: Incarnation) -> str | None:

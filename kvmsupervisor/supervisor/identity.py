@@ -8,6 +8,7 @@ lives any more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -40,22 +41,23 @@ class Standing:
         self._boot_id = boot_id
         self._file = run_dir.path / "_identity.json"
 
-    def settle(self) -> tuple[HostIdentity, Mismatch | None]:
-        """Under which identity to work, and whether that is another one than the settings say.
+    def settle(self) -> tuple[HostIdentity, Mismatch | None, Mapping[InstanceId, Incarnation]]:
+        """Under which identity to work, whether that is another one than the settings say, and the records read for it.
 
         A person's word is heeded first: those QEMUs are put on record as the present identity's. Without a mismatch
         the question is taken away; with one it is asked.
         """
+        records = self._records()
         note = self.note()
         if note is not None and note.confirmed and note.wanted == self._wanted:
-            self._heed(note)
-        identity, mismatch = self.judge()
+            self._heed(note, records)
+        identity, mismatch = judge(self._wanted, self._living(records))
         if mismatch is None:
             self._file.unlink(missing_ok=True)
         else:
             asked = IdentityNote(boot_id=self._boot_id, recorded=mismatch.recorded, wanted=mismatch.wanted)
             self._write(asked)
-        return identity, mismatch
+        return identity, mismatch, {name: record for name, record in records.items() if record is not None}
 
     def judge(self) -> tuple[HostIdentity, Mismatch | None]:
         """The same, without doing anything about it."""
@@ -67,17 +69,29 @@ class Standing:
         One that has ended on this boot counts until its exit is recorded, which is done under its identity:
         under another name its lock would look like one to go on with, and a second name would start it.
         """
-        found = []
+        return self._living(self._records())
+
+    def _records(self) -> dict[InstanceId, Incarnation | None]:
+        """The records of this run directory; None for one that cannot be read."""
+        found: dict[InstanceId, Incarnation | None] = {}
         for name in self._run_dir.instances():
-            directory = self._run_dir.instance(name)
             try:
-                record = directory.read_incarnation()
+                record = self._run_dir.instance(name).read_incarnation()
             except Unreadable:
-                hidden = process_identity.seek(self._processes, directory.path)
-                if hidden is not None:
-                    found.append((name, self._derived(hidden[0])))
-                continue
-            under = None if record is None else self._known(record)
+                found[name] = None
+            else:
+                if record is not None:
+                    found[name] = record
+        return found
+
+    def _living(self, records: Mapping[InstanceId, Incarnation | None]) -> list[tuple[InstanceId, HostIdentity]]:
+        found = []
+        for name, record in records.items():
+            if record is not None:
+                under = self._known(record)
+            else:
+                hidden = process_identity.seek(self._processes, self._run_dir.instance(name).path)
+                under = None if hidden is None else self._derived(hidden[0])
             if under is not None:
                 found.append((name, under))
         return found
@@ -109,15 +123,11 @@ class Standing:
         """
         write_whole(self._file, replace(note, confirmed=True).to_json())
 
-    def _heed(self, note: IdentityNote) -> None:
-        for name in self._run_dir.instances():
-            directory = self._run_dir.instance(name)
-            try:
-                record = directory.read_incarnation()
-            except Unreadable:
-                continue
+    def _heed(self, note: IdentityNote, records: dict[InstanceId, Incarnation | None]) -> None:
+        for name, record in records.items():
             if record is not None and self._known(record) == note.recorded:
-                directory.write_incarnation(replace(record, under=note.wanted))
+                records[name] = confirmed = replace(record, under=note.wanted)
+                self._run_dir.instance(name).write_incarnation(confirmed)
         log.warning(
             "identity.confirmed",
             former=note.recorded.unlike(note.wanted),

@@ -45,7 +45,7 @@ class Statuses:
         await self._wishes.wait_synced()
         self._drop()
         async with asyncio.TaskGroup() as tasks:
-            start_part(tasks, self._read_again())
+            start_part(tasks, self._read_again)
             await self._status_writer.run()
 
     async def _read_again(self) -> Never:

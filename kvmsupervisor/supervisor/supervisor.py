@@ -79,7 +79,7 @@ class Supervisor:
             # What the settings say is this host's identity, unless what lives in its run directory says otherwise.
             wanted = HostIdentity.of(settings.hostname, settings.layout)
             standing = Standing(outside.system.processes, self._run_dir, wanted=wanted, boot_id=self._boot_id)
-            identity, mismatch = standing.settle()
+            identity, mismatch, records = standing.settle()
             if mismatch is not None:
                 log.error("identity.mismatch", reason=str(mismatch), instances=list(mismatch.living))
             store = outside.connect(etcd_config(settings))
@@ -104,7 +104,7 @@ class Supervisor:
             )
             stack.callback(host.close)
             stack.callback(self._drain.listen(host.notify_all))
-            adopting = await host.take_over()
+            adopting = await host.take_over(records)
             url = await serve(host.http_view, settings, stack)
             host.served_at(url)
             log.info(

@@ -23,7 +23,7 @@ from kvmsupervisor.adapters.ceph import (
     CephRefused,
     NoSuchImage,
 )
-from kvmsupervisor.domain.ceph import Client, ImageInfo
+from kvmsupervisor.domain.ceph import PRIMARIES, Client, ImageInfo
 from kvmsupervisor.domain.spec import RbdDisk
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
@@ -101,6 +101,21 @@ async def test_an_image_is_described(ceph: Cluster, vm: CephAccess, image: RbdDi
     assert not bare.has_exclusive_lock
 
 
+async def test_from_where_an_image_is_read(ceph: Cluster, vm: CephAccess, image: RbdDisk) -> None:
+    """Law 5: as this client would read it, wherever that is set; what is set for the image counts most."""
+    cluster, setting = Ceph(vm), "rbd_read_from_replica_policy"
+    assert await cluster.read_policy(image) == PRIMARIES
+    ceph.ceph("config", "set", "client.vm", setting, "balance")
+    try:
+        assert await cluster.read_policy(image) == "balance"
+        ceph.rbd("config", "image", "set", image.name, setting, "localize", name="vm")
+        assert await cluster.read_policy(image) == "localize"
+        ceph.rbd("config", "image", "set", image.name, setting, PRIMARIES, name="vm")
+        assert await cluster.read_policy(image) == PRIMARIES
+    finally:
+        ceph.ceph("config", "rm", "client.vm", setting)
+
+
 async def test_names_are_names(ceph: Cluster, vm: CephAccess) -> None:
     """Law: what has a meaning in `POOL/IMAGE@SNAP` stays part of the name."""
     ceph.rbd("create", "--pool", POOL, "--image", "an image", "--size", "1M")
@@ -112,7 +127,7 @@ async def test_names_are_names(ceph: Cluster, vm: CephAccess) -> None:
 async def test_what_is_not_there_is_named(vm: CephAccess) -> None:
     """Law: pool and image are told apart; each question that names an image says so."""
     cluster = Ceph(vm)
-    for ask in (cluster.image_info, cluster.watchers, cluster.lock_owners):
+    for ask in (cluster.image_info, cluster.read_policy, cluster.watchers, cluster.lock_owners):
         with pytest.raises(NoSuchImage, match=r"no such image: `rbd .* --pool=rbd --image=gone`: rbd: error"):
             await ask(RbdDisk(pool=POOL, image="gone"))
         with pytest.raises(NoSuchImage, match="no such pool: "):

@@ -15,7 +15,15 @@ ALPHA, BETA = HostName("alpha"), HostName("beta")
 
 def taken(previous: Lock | None, host: HostName, name: str, **more: bool) -> Lock:
     """As the product takes one."""
-    return take(previous, host=host, boot_id=f"boot of {host}", incarnation=name, storage=Storage.RBD, **more)
+    return take(
+        previous,
+        host=host,
+        boot_id=f"boot of {host}",
+        facts="/kvmsupervisor",
+        incarnation=name,
+        storage=Storage.RBD,
+        **more,
+    )
 
 
 def running(lock: Lock) -> Lock:

@@ -93,6 +93,20 @@ def test_where_no_word_is_needed(held: World, lock: Lock, said: str) -> None:
     assert lock_of(held) == lock
 
 
+@pytest.mark.parametrize("storage", list(Storage))
+def test_a_holder_below_another_facts_prefix(held: World, storage: Storage) -> None:
+    """Law 12: its session is looked for where it is; without a word no host takes such a lock."""
+    lock = replace(HELD, storage=storage, facts="/other")
+    put(held, lock)
+    session_key = replace(held.layout, facts="/other").session_key(lock.host)
+    held.etcd.write(session_key, "{}")
+    assert "has a session" in held.run("break-lock", "1", "--yes").stderr
+    assert lock_of(held) == lock
+    held.etcd.erase(session_key)
+    assert held.run("break-lock", "1", "--yes").exit_code == 0
+    assert lock_of(held) == replace(lock, state=LockState.BROKEN, facts=None)
+
+
 def test_what_is_no_lock(world: World) -> None:
     """Nothing to break, and what cannot be read, are refused."""
     world.host("alpha")

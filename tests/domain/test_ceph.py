@@ -22,12 +22,15 @@ from kvmsupervisor.domain.ceph import (
     parse_info,
     parse_keyring,
     parse_lock_owners,
+    parse_read_policy,
     parse_watchers,
     trouble,
 )
 from kvmsupervisor.domain.records import Unfit
 
-PARSERS: tuple[Callable[[bytes], object], ...] = (parse_info, parse_watchers, parse_lock_owners, parse_blocklist)
+PARSERS: tuple[Callable[[bytes], object], ...] = (
+    *(parse_info, parse_watchers, parse_lock_owners, parse_read_policy, parse_blocklist),
+)
 
 # Printed by Ceph 16.2.
 INFO = b'{"name":"vm1","id":"1016","size":8388608,"order":22,"format":2,"features":["layering","exclusive-lock"]}\n'
@@ -61,6 +64,15 @@ def test_what_the_tools_print_is_understood() -> None:
 def test_an_entry_for_a_whole_host_proves_nothing_of_one_client() -> None:
     """FENCING: only the exact nonce counts, so an entry of port and nonce 0 is left out."""
     assert parse_blocklist(BLOCKLIST) == {"[fd00::1]:0/12345": datetime(2026, 11, 24, 23, 58, 8, 400000, tzinfo=UTC)}
+
+
+def test_from_where_an_image_is_read() -> None:
+    """Law 5: as librbd says; one that has no such setting reads from primaries."""
+    said = b'[{"name":"rbd_cache","value":"true","source":"config"},{"name":"%s","value":"balance","source":"image"}]'
+    assert parse_read_policy(said % b"rbd_read_from_replica_policy") == "balance"
+    assert parse_read_policy(said % b"rbd_readahead_max_bytes") == "default"
+    with pytest.raises(Unfit, match="not a word"):
+        parse_read_policy(b'[{"name":"rbd_read_from_replica_policy","value":1}]')
 
 
 def test_until_when() -> None:
@@ -154,7 +166,7 @@ def test_no_output_hurts(data: bytes) -> None:
         except Unfit as error:
             assert len(str(error)) < 400  # noqa: PT017 - both outcomes are right
             continue
-        if parse is not parse_info:
+        if parse not in {parse_info, parse_read_policy}:
             assert all(client_address(address) == address for address in found)
 
 

@@ -62,16 +62,18 @@ def placed(on: str, *, of: int = 3, **changes: object) -> Wish:
         pytest.param(WISH, None, "c", None, id="a free lock is nobody's loss"),
         pytest.param(WISH, replace(LOCK, storage=Storage.UNFENCEABLE), "c", None, id="law 7: pinned"),
         pytest.param(WISH, replace(LOCK, storage=Storage.NONE), "c", 0, id="law 7: nothing to lose"),
+        pytest.param(WISH, replace(LOCK, facts="/kvmsupervisor"), "c", 0, id="law 12: seen from here"),
+        pytest.param(WISH, replace(LOCK, facts="/other"), "c", None, id="law 12: whose session is elsewhere may live"),
     ],
 )
 def test_place(wish: Wish, lock: Lock | None, live: str, expected: int | None) -> None:
     """Law: the live candidates in the order of the key; nothing that somebody has, or that storage cannot fence."""
-    assert place(wish, lock, me=ME, has_session=lambda host: host in live) == expected
+    assert place(wish, lock, me=ME, facts="/kvmsupervisor", has_session=lambda host: host in live) == expected
 
 
 def test_unknown_sessions_are_no_reason() -> None:
     """Law 4: who is not known to be gone is not gone."""
-    assert place(WISH, LOCK, me=ME, has_session=lambda host: None) is None
+    assert place(WISH, LOCK, me=ME, facts="/kvmsupervisor", has_session=lambda host: None) is None
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,15 @@ def paused(**changes: object) -> Process:
 
 
 def view(**changes: object) -> View:
-    plain = View(now=101.0, me=ME, boot_id=BOOT, wish=WISH, lock=seen(None), saved=InstanceState(boot_id=BOOT))
+    plain = View(
+        now=101.0,
+        me=ME,
+        facts="/kvmsupervisor",
+        boot_id=BOOT,
+        wish=WISH,
+        lock=seen(None),
+        saved=InstanceState(boot_id=BOOT),
+    )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -104,6 +112,8 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.STOPPING, Action.KILL),
     ("law 12: its own incarnation under another name of this host does not", Row.RENAME, view(process=running(),
      lock=seen(locked(host=OTHER))), Phase.RUNNING, Action.RENAME),
+    ("law 12: nor does its lock of before the facts prefix was another one", Row.RENAME, view(process=running(),
+     lock=seen(replace(locked(), facts="/other"))), Phase.RUNNING, Action.RENAME),
     ("law 12: before a stop, too", Row.RENAME, view(process=running(), lock=seen(locked(host=OTHER)), wish=GONE), Phase.RUNNING,
      Action.RENAME),
     ("law 12: and before it runs", Row.RENAME, view(process=paused(), lock=seen(locked(host=OTHER, pid=None))), Phase.STARTING,
@@ -336,6 +346,10 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      Phase.WAITING, None),
     ("law 2: not without a session", Row.TAKE, view(slot=True, session_held=False), Phase.WAITING, None),
     ("nor right after etcd failed", Row.TAKE, view(slot=True, etcd_at=102.0, etcd_trouble="no"), Phase.WAITING, None),
+    ("law 12: a holder whose session is elsewhere is not known to be gone", Row.HELD_UNSEEN,
+     view(lock=seen(replace(locked(host=OTHER, name="y"), facts="/other")), holder_has_session=False), Phase.WAITING, None),
+    ("law 12: also where its disks could be fenced", Row.HELD_UNSEEN,
+     view(lock=seen(replace(ON_RBD, facts="/other")), holder_has_session=False, deferral=WAITED, slot=True), Phase.WAITING, None),
     ("a stranger's lock is waited for", Row.HELD, view(lock=seen(locked(host=OTHER, name="y")), holder_has_session=True), Phase.WAITING, None),
     ("also when nobody knows of a session", Row.HELD, view(lock=seen(locked(host=OTHER, name="y"))), Phase.WAITING, None),
     ("law 7: what has nothing to lose is taken from the dead", Row.TAKE_HARMLESS, view(lock=seen(locked(host=OTHER, name="y")),
@@ -602,7 +616,7 @@ class Supervisor:
             holdover = Holdover(pid=world.alive.pid)
         data = None if world.lock is None else world.lock.to_json()
         return View(
-            now=world.now, me=ME, boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
+            now=world.now, me=ME, facts="/kvmsupervisor", boot_id=BOOT, wish=world.wish, planned=self.planned, process=process,
             lock=LockView(known=True, data=data, mod_revision=world.revision, as_of=world.revision),
             holder_has_session=False, target=THERE, guarded=self.guarded(), deferral=self.deferral, saved=self.saved, slot=True, prepared=self.prepared, holdover=holdover, shutdown_timeout_s=20.0,
         )  # fmt: skip
@@ -623,7 +637,7 @@ class Supervisor:
                 self.deferral = Deferral(until=until, told="", ask_at=world.now + 2.0, watchers=watchers)
             case Action.TAKE:
                 self.planned = f"i{next(world.names)}"
-                lock = take(world.lock, host=ME, boot_id=BOOT, incarnation=self.planned, storage=world.storage,
+                lock = take(world.lock, host=ME, boot_id=BOOT, facts="/kvmsupervisor", incarnation=self.planned, storage=world.storage,
                             epoch_floor=world.status_epoch)  # fmt: skip
                 world.step(lambda: self.write(lock))
             case Action.FENCE:
@@ -979,5 +993,8 @@ def test_claims() -> None:
         Claim.BROKEN: seen(locked(state=LockState.BROKEN)),
         Claim.UNREADABLE: LockView(known=True, data=b'{"version":2}', as_of=1),
     }
-    meant = {claim: found.claim(host=ME, boot_id=BOOT, incarnation="x") for claim, found in claims.items()}
+    meant = {
+        claim: found.claim(host=ME, boot_id=BOOT, facts="/kvmsupervisor", incarnation="x")
+        for claim, found in claims.items()
+    }
     assert meant == {claim: claim for claim in Claim}

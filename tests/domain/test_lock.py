@@ -108,7 +108,15 @@ def test_a_lock_without_storage_counts_as_unfenceable() -> None:
 
 
 def taken(previous: Lock | None, floor: int = 0) -> Lock:
-    return take(previous, host=ME, boot_id="boot-2", incarnation="y", storage=Storage.RBD, epoch_floor=floor)
+    return take(
+        previous,
+        host=ME,
+        boot_id="boot-2",
+        facts="/kvmsupervisor",
+        incarnation="y",
+        storage=Storage.RBD,
+        epoch_floor=floor,
+    )
 
 
 @given(st.none() | locks, st.integers(0, 2**40))
@@ -144,7 +152,7 @@ IN_STATE = {state: state and replace(LOCK, state=state, fence=()) for state in A
 LIVING = Incarnation(
     instance="1", incarnation="x", epoch=9, boot_id="boot-1", argv=(), spec={}, storage=Storage.RBD, accelerator="tcg",
     restart_request=None, revision=1, log_offset=0, spawned_at=1.0, pid=42, starttime=9,
-).as_lock(ME, ran=True)  # fmt: skip
+).as_lock(ME, facts="/kvmsupervisor", ran=True)  # fmt: skip
 
 
 def written(change: Change, before: Lock | None) -> list[Lock | None]:
@@ -226,13 +234,17 @@ def test_what_each_change_compares() -> None:
 def test_what_closed_its_disks_is_not_fenced() -> None:
     """Law 4: an end in order leaves nothing to fence but what was to be fenced before it."""
     previous = replace(LOCK, clients=("c",), fence=("f",))
-    again = take(previous, host=ME, boot_id="boot-1", incarnation="y", storage=Storage.RBD, closed=True)
+    again = take(
+        previous, host=ME, boot_id="boot-1", facts="/kvmsupervisor", incarnation="y", storage=Storage.RBD, closed=True
+    )
     assert again.fence == ("f",)
 
 
 def test_in_another_history_a_free_lock_is_doubted() -> None:
     """Law 11: others may have its disks open, until its own guest may run."""
-    lock = take(None, host=ME, boot_id="boot-1", incarnation="y", storage=Storage.RBD, doubted=True)
+    lock = take(
+        None, host=ME, boot_id="boot-1", facts="/kvmsupervisor", incarnation="y", storage=Storage.RBD, doubted=True
+    )
     assert (lock.taken_from, lock.state) == (ANOTHER_HISTORY, LockState.FENCING)
     assert lock.fenced([]).taken_from == ANOTHER_HISTORY
     assert lock.fenced([]).recorded(pid=1, starttime=2, clients=("c",)).taken_from is None
@@ -242,7 +254,7 @@ def test_a_taker_without_disks_forgets_nobody() -> None:
     """Law 4: which host may still have the disks open is known to the next taker, too, on another boot as well."""
     robbed = taken(replace(LOCK, host=OTHER, storage=Storage.RBD))
     diskless = replace(robbed, storage=Storage.NONE)
-    again = take(diskless, host=ME, boot_id="boot-3", incarnation="z", storage=Storage.RBD)
+    again = take(diskless, host=ME, boot_id="boot-3", facts="/kvmsupervisor", incarnation="z", storage=Storage.RBD)
     assert (robbed.taken_from, again.taken_from, again.state) == (OTHER, OTHER, LockState.FENCING)
 
 
@@ -271,14 +283,23 @@ def test_recorded_is_what_lets_a_guest_run() -> None:
 )
 def test_what_a_value_means_to_one_host(view: LockView, incarnation: str | None, claim: Claim) -> None:
     """Laws 2 and 12: our incarnation, on our boot, is ours under whatever name; what cannot be read is nobody's."""
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=incarnation) is claim
+    assert view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=incarnation) is claim
 
 
 def test_what_was_buried_under_another_name_is_a_leftover() -> None:
     """Law 12: the lock of our own dead process is ours to release, under whatever name it was taken."""
     former = replace(LOCK, host=OTHER)
     view = LockView(known=True, data=former.to_json())
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, last_ended="x") is Claim.LEFTOVER
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation="planned", last_ended="x") is Claim.LEFTOVER
-    assert view.claim(host=ME, boot_id=LOCK.boot_id, incarnation=None, last_ended="y") is Claim.STRANGER
-    assert view.claim(host=ME, boot_id="z", incarnation=None, last_ended="x") is Claim.STRANGER
+    assert (
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, last_ended="x")
+        is Claim.LEFTOVER
+    )
+    assert (
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation="planned", last_ended="x")
+        is Claim.LEFTOVER
+    )
+    assert (
+        view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=None, last_ended="y")
+        is Claim.STRANGER
+    )
+    assert view.claim(host=ME, boot_id="z", facts="/kvmsupervisor", incarnation=None, last_ended="x") is Claim.STRANGER

@@ -214,7 +214,8 @@ class Model:
                 previous = LOCKS[local.lock] if local.lock else None
                 lock = take(
                     previous if self.keeps_list or previous is None else replace(previous, clients=(), fence=()),
-                    host=HOSTS[me], boot_id=f"boot{local.boot}", incarnation=name, storage=Storage.RBD,
+                    host=HOSTS[me], boot_id=f"boot{local.boot}", facts="/kvmsupervisor", incarnation=name,
+                    storage=Storage.RBD,
                     epoch_floor=0 if local.lock else local.epoch,
                     closed=previous is not None and previous.incarnation == local.closed,
                 )  # fmt: skip
@@ -383,7 +384,7 @@ def _decide(known: Known) -> Action | None:
     wish = Wish(instance=InstanceId("1"), host=HOSTS[host], host_revision=1, spec=SPEC, revision=1, keys=3)
     data = LOCKS[lock].to_json() if lock else None
     view = View(
-        now=2.0, me=HOSTS[me], boot_id=boot_id, wish=wish, planned=planned, process=process,
+        now=2.0, me=HOSTS[me], facts="/kvmsupervisor", boot_id=boot_id, wish=wish, planned=planned, process=process,
         saved=InstanceState(boot_id=boot_id), lock=LockView(known=True, data=data, mod_revision=1, as_of=1), slot=True,
         holder_has_session=False, deferral=LONG_AGO, target=Target(there=there),
     )  # fmt: skip

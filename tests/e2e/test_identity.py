@@ -185,6 +185,26 @@ def test_a_host_that_shuts_down_under_a_wrong_name(walk: Walk) -> None:
     assert not [qemu for qemu in walk.qemus.values() if qemu.alive]
 
 
+def test_an_empty_host_that_looks_for_sessions_elsewhere(walk: Walk, hosts: Hosts) -> None:
+    """Law 12: with another facts prefix it sees locks, but no session: it takes no instance for a dead host's.
+
+    Until 0.1.0 it fenced such guests where they ran: what `hosts` or `host` gave to it.
+    """
+    walk.keys.put("1", hosts="beta")
+    walk.keys.put("2", host="beta", shutdown_timeout=0)
+    beta = hosts("beta")
+    with changed(beta.settings, {"KVM_FACTS_PREFIX": walk.wrong["KVM_FACTS_PREFIX"]}):
+        beta.start()
+        status = beta.wait_for("2", lambda s: "KVM_FACTS_PREFIX" in s.reason)
+        assert status.phase is Phase.WAITING
+        assert f"alpha took its lock (epoch 1) with KVM_FACTS_PREFIX={walk.keys.layout.facts}" in status.reason
+        assert walk.intact()
+        beta.stop()
+    beta.start()
+    beta.wait_running("2")
+    assert walk.qemus["1"].alive
+
+
 def of_a_newer_release(host: Host, one: str) -> None:
     host.rewrite(one, version=2)
 

@@ -368,8 +368,12 @@ class FakeEtcd:
         *,
         timeout_s: float | None = None,
     ) -> TxnResult:
+        self.begin_txn(compare, success)
         await self._arrive("txn")
         return self._write(compare, success, failure)
+
+    def begin_txn(self, compare: Sequence[Compare], success: Sequence[Op]) -> None:
+        """A transaction is about to be sent; a client of a test may interfere."""
 
     async def grant(self, ttl_s: int) -> int:
         await self._arrive("grant")

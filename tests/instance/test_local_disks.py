@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
@@ -17,21 +14,11 @@ from kvmsupervisor.domain.qcow2 import virtual_size
 from kvmsupervisor.domain.spec import Disk, Spec
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine.room import LOOK_EVERY_S
-from tests.fakes.clock import FakeClock
-from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, Host
 
 G = 1 << 30
 DISK = "disk/0"
-
-
-@pytest.fixture
-async def host() -> AsyncIterator[Host]:
-    clock = FakeClock()
-    host = Host(FakeEtcd(), clock, FakeQemus(clock))
-    yield host
-    await host.close()
 
 
 def folder(host: Host) -> Path:

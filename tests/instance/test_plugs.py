@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -12,9 +11,7 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.domain.nics import BRIDGE, TUN, Link
 from kvmsupervisor.domain.status import Phase
-from tests.fakes.clock import FakeClock, settle
-from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemus
+from tests.fakes.clock import settle
 from tests.support.host import Host
 
 BR0 = Link(index=3, name="br0", kind=BRIDGE)
@@ -23,18 +20,14 @@ UNPLUGGED = replace(TAP, master=0)
 
 
 @pytest.fixture
-async def host() -> AsyncIterator[Host]:
-    """A host whose one machine has a NIC on br0, the interface 7 of this host."""
-    clock = FakeClock()
-    qemus = FakeQemus(clock)
-    made = Host(FakeEtcd(), clock, qemus)
-    made.wish(mac="52:54:00:00:00:01", bridge="br0")
-    made.begin()
-    await made.runs()
-    made.links.set(BR0, TAP)
+async def host(host: Host) -> Host:
+    """Its one machine has a NIC on br0, the interface 7 of this host."""
+    host.wish(mac="52:54:00:00:00:01", bridge="br0")
+    host.begin()
+    await host.runs()
+    host.links.set(BR0, TAP)
     await settle()
-    yield made
-    await made.close()
+    return host
 
 
 def plugged(host: Host) -> list[bool]:

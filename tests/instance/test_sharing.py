@@ -5,7 +5,7 @@ The other one is played: its keys, its lock, and its client of the storage.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 import pytest
@@ -15,9 +15,6 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.spec import RawValue
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.instance.sharing import Namesakes
-from tests.fakes.clock import FakeClock
-from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemus
 from tests.support.host import LAYOUT, ONE, Host
 
 IMAGE = "rbd/vm"
@@ -32,13 +29,9 @@ RUNS = replace(TAKEN, state=LockState.RUNNING, pid=5, starttime=5, clients=(CLIE
 
 
 @pytest.fixture
-async def host() -> AsyncIterator[Host]:
-    etcd, clock = FakeEtcd(), FakeClock()
-    qemus = FakeQemus(clock)
-    host = Host(etcd, clock, qemus)
+def host(host: Host) -> Host:
     host.sessions = {"a", "b"}
-    yield host
-    await host.close()
+    return host
 
 
 def other(host: Host, name: InstanceId, lock: Lock | None, *, image: str = IMAGE) -> None:

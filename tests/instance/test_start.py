@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.boot_media import Media, MediaTrouble
 from kvmsupervisor.machine.provisioning import HOST_RETRY_S, MEDIA_RETRY_S
-from tests.fakes.clock import FakeClock, settle
-from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.clock import settle
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, Host
 
 HOUR_S = 3600.0
@@ -58,27 +56,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 @pytest.fixture
-async def host(world: World) -> AsyncIterator[Host]:
-    """Host `a` with the bridge br0, its supervisor not begun."""
-    clock = FakeClock()
-    qemus = FakeQemus(clock)
-    qemus.network.bridges = world.bridges
-    made = Host(FakeEtcd(clock.now), clock, qemus)
-    made.side = {"bridge_if": "br0"}
-    qemus.on_record = made.is_on_record
-    yield made
-    await made.close()
-    assert qemus.ran_off_the_record == [], "law 3"
-
-
-@pytest.fixture
-async def other(host: Host) -> AsyncIterator[Host]:
-    """Host `b` beside it."""
-    made = Host(host.etcd, host.clock, host.qemus, name="b")
-    made.side = host.side
-    host.sessions = made.sessions = {"a", "b"}
-    yield made
-    await made.close()
+def host(host: Host, world: World) -> Host:
+    """It has the bridges of the world, br0 by default."""
+    host.qemus.network.bridges = world.bridges
+    host.side = {"bridge_if": "br0"}
+    return host
 
 
 def media_of(qemu: FakeQemu) -> list[str]:

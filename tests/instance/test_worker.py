@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
@@ -18,47 +18,13 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
-from tests.fakes.clock import FakeClock, settle
+from tests.fakes.clock import settle
 from tests.fakes.etcd import FakeEtcd
-from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.qemu import FakeQemu
 from tests.support.host import LAYOUT, ONE, SETTLE_S, Host
 
 HOUR_S = 3600.0
 LOCK_KEY, STATUS_KEY = LAYOUT.lock_key(ONE), LAYOUT.status_key(ONE)
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def etcd(clock: FakeClock) -> FakeEtcd:
-    return FakeEtcd(clock.now)
-
-
-@pytest.fixture
-def qemus(clock: FakeClock) -> FakeQemus:
-    return FakeQemus(clock)
-
-
-@pytest.fixture
-async def host(etcd: FakeEtcd, clock: FakeClock, qemus: FakeQemus) -> AsyncIterator[Host]:
-    """Host `a`, its supervisor not begun. At the end no guest may ever have run off the record (law 3)."""
-    made = Host(etcd, clock, qemus)
-    qemus.on_record = made.is_on_record
-    yield made
-    await made.close()
-    assert qemus.ran_off_the_record == [], "law 3"
-
-
-@pytest.fixture
-async def other(host: Host) -> AsyncIterator[Host]:
-    """Host `b` beside it."""
-    made = Host(host.etcd, host.clock, host.qemus, name="b")
-    host.sessions = made.sessions = {"a", "b"}
-    yield made
-    await made.close()
 
 
 def theirs(**changes: object) -> Lock:
@@ -658,6 +624,41 @@ async def test_a_reset_is_done_once_and_the_process_stays(host: Host) -> None:
     host.put(restart_request="reset:2")
     await host.clock.advance(1.0)
     assert qemu.commands.count("system_reset") == 2
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_paused_guest_that_is_reset_stays_paused(host: Host, *, at_once: bool) -> None:
+    """§4: QEMU then says that it never ran; the person who paused it lets it go on, no supervisor does."""
+    host.wish()
+    host.begin()
+    qemu = await host.runs()
+    qemu.by_hand("stop")
+    if not at_once:
+        await host.until(lambda: "it is paused" in host.status.reason)
+    qemu.by_hand("system_reset")
+    await host.clock.advance(HOUR_S)
+    assert (qemu.run_state, qemu.commands.count("cont")) == ("prelaunch", 1)
+    assert (host.status.phase, "it is paused" in host.status.reason) == (Phase.RUNNING, True)
+    await host.die()
+    host.begin()
+    await host.clock.advance(HOUR_S)
+    assert (host.qemus.alive, qemu.commands.count("cont")) == ([qemu], 1)
+    assert "it is paused" in host.status.reason
+    qemu.by_hand("cont")
+    await host.until(lambda: host.status.reason == "runs")
+
+
+async def test_a_guest_that_panicked_begins_again_when_it_is_reset(host: Host) -> None:
+    """§4: nobody has paused it."""
+    host.wish(extra_flags="-no-shutdown")
+    host.begin()
+    qemu = await host.runs()
+    qemu.run_state = "guest-panicked"
+    qemu.event("GUEST_PANICKED", action="pause")
+    await settle()
+    host.put(restart_request="reset:1")
+    await host.clock.advance(HOUR_S)
+    assert (host.running is qemu, qemu.run_state) == (True, "running")
 
 
 async def test_changed_keys_are_pending_by_name(host: Host) -> None:

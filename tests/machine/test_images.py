@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
@@ -57,6 +59,24 @@ async def test_an_image_that_leaves_no_trace_is_refused(ceph: Cluster, access: C
     assert f"rbd feature enable {POOL}/{bare} exclusive-lock" in str(found)
     assert await Disks(Ceph(access), allow_unfenced=True).check(spec)
     assert await Disks(Ceph(access)).check(Spec(ram_mib=64, rbd=RbdDisk(POOL, bare, ro=True)))
+
+
+async def test_an_image_of_which_replicas_are_read_is_refused(
+    ceph: Cluster, access: CephAccess, image: RbdDisk
+) -> None:
+    """Law 5: unless it is not written to, or on the operator's word; what the message advises is enough.
+
+    Why: tests/cluster/test_late_osd.py.
+    """
+    spec = Spec(ram_mib=64, rbd=image)
+    ceph.rbd("config", "image", "set", image.name, "rbd_read_from_replica_policy", "localize")
+    found = await trouble(Disks(Ceph(access)), spec)
+    assert "rbd: rbd_read_from_replica_policy is localize" in str(found)
+    assert await Disks(Ceph(access), allow_unfenced=True).check(spec)
+    assert await Disks(Ceph(access)).check(Spec(ram_mib=64, rbd=replace(image, ro=True)))
+    advice = str(found).partition("`rbd ")[2].partition("`")[0]
+    ceph.rbd(*advice.split(), name="vm")
+    assert await Disks(Ceph(access)).check(spec)
 
 
 async def test_a_cluster_without_quorum_is_waited_for(ceph: Cluster, access: CephAccess, image: RbdDisk) -> None:

@@ -204,6 +204,15 @@ async def test_a_running_guest_that_somebody_resumed_is_seen(bench: Bench) -> No
     await bench.until(lambda view: view.probe_at == 0.0)
     await bench.machine.probe()
     assert bench.view.run_state == "paused"
+    writer.write(b'{"execute":"system_reset"}\n')
+    async with asyncio.timeout(LIMIT_S):
+        while b'"RESET"' not in await reader.readline():
+            pass
+    # QEMU itself calls it prelaunch now.
+    await bench.machine.probe()
+    assert (bench.view.run_state, bench.view.never_ran) == ("paused", False)
+    assert bench.machine.record is not None
+    assert bench.machine.record.paused
     writer.close()
     await writer.wait_closed()
     assert not reader.at_eof()

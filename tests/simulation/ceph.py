@@ -15,7 +15,8 @@ from datetime import datetime, timedelta
 from random import Random
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess, _NoAnswerInTime
-from kvmsupervisor.domain.ceph import EXCLUSIVE_LOCK, Client
+from kvmsupervisor.domain.ceph import EXCLUSIVE_LOCK, PRIMARIES, Client
+from kvmsupervisor.domain.spec import RbdDisk
 from tests.simulation.clock import EPOCH
 
 WATCH_S = 30.0
@@ -143,7 +144,14 @@ class SimCeph(Ceph):
         await asyncio.sleep(0)
         return "AQBe"
 
-    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
+    async def read_policy(self, image: RbdDisk) -> str:
+        # No question of its own: it is asked beside `image_info`, which is answered as the cluster is.
+        await asyncio.sleep(0)
+        return PRIMARIES
+
+    async def _execute(
+        self, program: str, *args: str, limit_s: float, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
         """What a tool prints; see ceph(8), rbd(8)."""
         cluster = self._cluster
         await asyncio.sleep(0.01 + cluster.chance.random() * cluster.slow_s)

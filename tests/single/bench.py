@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmsupervisor.adapters.etcd import Compare, Op, TxnResult
+from kvmsupervisor.adapters.etcd import Compare, Op
 from kvmsupervisor.adapters.process import pid_namespace
 from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.config.settings import Settings
@@ -34,18 +34,9 @@ ME = holder_of(HostName("a"), "1", pid_namespace=pid_namespace())
 class OneLock(LockStore):
     """Only what writes the lock counts: session and statuses are written as ever."""
 
-    async def txn(
-        self,
-        compare: Sequence[Compare],
-        success: Sequence[Op],
-        failure: Sequence[Op] = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> TxnResult:
-        """Run it, with the faults of the test where it writes the lock."""
+    def begin_txn(self, compare: Sequence[Compare], success: Sequence[Op]) -> None:
         if any(op.key == KEY for op in success):
-            return await super().txn(compare, success, failure, timeout_s=timeout_s)
-        return await FakeEtcd.txn(self, compare, success, failure, timeout_s=timeout_s)
+            super().begin_txn(compare, success)
 
 
 class Bench:

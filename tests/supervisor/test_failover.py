@@ -162,7 +162,7 @@ async def test_two_candidates_at_the_same_moment(candidates: Callable[..., list[
     """Law 2: the transaction compares lock, `host`, `hosts` and placement: who comes second has nothing of it."""
     first, second = candidates(hosts="b a")
     etcd = first.host.etcd
-    other = take(HELD, host=HostName("a"), boot_id="boot-a", incarnation="i8", storage=Storage.RBD)
+    other = take(HELD, host=HostName("a"), boot_id="boot-a", facts=LAYOUT.facts, incarnation="i8", storage=Storage.RBD)
     before = {
         "lock": (LAYOUT.lock_key(ONE), other.to_json()),
         "host": (LAYOUT.wish_key(ONE, "host"), b"y"),

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvmsupervisor.adapters.etcd import Denied
+from kvmsupervisor.adapters.etcd import Denied, Put
 from kvmsupervisor.cluster.history import FILE_NAME
 from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
 from kvmsupervisor.domain.host import HostSession
@@ -371,6 +371,21 @@ async def test_a_compaction_meanwhile_is_no_other_history(bench: Bench) -> None:
     await bench.clock.advance(60.0)
     assert bench.of("1", "2").keys() == {"2"}
     assert bench.metric("kvmsupervisor_history_changes_total") == 0.0
+
+
+async def test_every_key_of_a_transaction_is_a_witness(bench: Bench) -> None:
+    """Of a backup that was restored with a greater revision and compacted, one key that went back tells it."""
+    await bench.begin()
+    qemus = await run(bench, "1")
+    backup = bench.etcd.backup()
+    await bench.client.txn([], [Put("/kvm/1/ram", b"64"), Put("/kvm/1/description", b"new")])
+    await bench.clock.advance(5.0)
+    restored = written_past(bench.etcd, backup)
+    restored.compact()
+    bench.etcd.restore(restored)
+    await bench.clock.advance(60.0)
+    assert untouched(qemus)
+    assert bench.metric("kvmsupervisor_history_changes_total") == 1.0
 
 
 async def test_what_cannot_be_proven_any_more_is_held(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""A real Ceph cluster for tests: one monitor and one OSD in memory, in a folder of its own, on loopback or elsewhere.
+"""A real Ceph cluster for tests, in a folder of its own: a monitor, and an OSD or several in memory.
 
 It starts in some seconds, so one serves all tests of a worker: make images and clients of your own names
 (`Ceph.image`), harm nothing. Everything here blocks: call it from fixtures, or through `asyncio.to_thread`.
@@ -11,6 +11,7 @@ Fixtures, to be imported by a conftest:
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -55,7 +56,6 @@ auth client required = cephx
 keyring = {folder}/$name.keyring
 ms bind ipv4 = true
 ms bind ipv6 = false
-public network = {address}/32
 log file = {folder}/$name.log
 log to stderr = false
 err to stderr = true
@@ -76,7 +76,7 @@ mon data avail crit = 0
 paxos propose interval = 0.05
 paxos min wait = 0.01
 mon osd full ratio = 0.99
-osd data = {folder}/osd
+osd data = {folder}/osd.$id
 osd objectstore = memstore
 # An OSD that is alone and was frozen for longer than its lease on reads serves nobody ever again: what would renew the
 # lease is an answer of other OSDs (Ceph's tracker, 80404; ceph-container #1682). In share of the heartbeat's 20 s.
@@ -88,6 +88,13 @@ osd erasure code plugins =
 # Since Ceph 18, of a plugin in a package of its own; OSDs in memory have no block devices.
 osd extblkdev plugins =
 {classes}
+{more}
+"""
+
+_OSD_CONF = """\
+[osd.{osd}]
+public addr = {address}
+cluster addr = {address}
 """
 
 
@@ -100,11 +107,15 @@ class Ceph:
 
     Args:
         place: where its daemons listen, and its tools run.
+        osds: how many. The first has the monitor's address, each other one the next address.
+        conf: more lines of `[global]`.
     """
 
-    def __init__(self, place: Place = HERE) -> None:
+    def __init__(self, place: Place = HERE, *, osds: int = 1, conf: str = "") -> None:
         self.place = place
         self.folder = Path()
+        self._osds = range(osds)
+        self._more = conf
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -169,6 +180,23 @@ class Ceph:
         """The addresses that are shut out now."""
         return {line.split()[0] for line in self.ceph("osd", "blocklist", "ls").splitlines()}
 
+    def osd_address(self, osd: int) -> str:
+        """Where an OSD listens, and whence it connects."""
+        return str(ipaddress.ip_address(self.place.address) + osd)
+
+    def osd_epoch(self, osd: int) -> int:
+        """The newest map that an OSD has, by itself: asking tells it nothing."""
+        return int(self._ask_osd(osd, "status")["newest_map"])
+
+    def osd_requests(self, osd: int) -> int:
+        """How many requests an OSD has not answered yet."""
+        return int(self._ask_osd(osd, "dump_ops_in_flight")["num_ops"])
+
+    def whereabouts(self, pool: str, thing: str) -> tuple[str, int]:
+        """The placement group of an object, and the OSD that serves it."""
+        found = json.loads(self.ceph("osd", "map", pool, thing, "--format", "json"))
+        return found["pgid"], found["acting_primary"]
+
     # --- outages ----------------------------------------------------------------------------------------------
 
     def stop_mon(self) -> None:
@@ -181,8 +209,8 @@ class Ceph:
         self.ceph("mon", "stat")
 
     def stop_osd(self) -> None:
-        """Freeze the OSD."""
-        freeze(self._daemons["osd"].pid)
+        """Freeze the (first) OSD."""
+        freeze(self._daemons["osd.0"].pid)
 
     def freeze(self) -> None:
         """Freeze both."""
@@ -191,13 +219,14 @@ class Ceph:
 
     def thaw(self) -> None:
         """End `freeze`; does not wait."""
-        self._continue("osd")
+        self._continue("osd.0")
         self._continue("mon")
 
     def lose_power(self) -> None:
         """Kill the monitor, and end the OSD so that it writes down what it has in memory, as a disk would have it."""
         self._end("mon", signal.SIGKILL)
-        self._end("osd", signal.SIGTERM)
+        for osd in self._osds:
+            self._end(f"osd.{osd}", signal.SIGTERM)
 
     def get_power(self) -> None:
         """End `lose_power`; does not wait."""
@@ -218,9 +247,15 @@ class Ceph:
 
     def _spawn_daemons(self) -> None:
         self._spawn("mon", "ceph-mon", "-i", "a")
-        self._spawn("osd", "ceph-osd", "-i", "0")
+        for osd in self._osds:
+            self._spawn_osd(osd)
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _ask_osd(self, osd: int, *command: str) -> dict[str, Any]:
+        (socket,) = self.folder.glob(f"osd.{osd}.*.asok")
+        found: dict[str, Any] = json.loads(self.ceph("daemon", str(socket), *command))
+        return found
 
     def _continue(self, name: str) -> None:
         self._daemons[name].send_signal(signal.SIGCONT)
@@ -233,13 +268,19 @@ class Ceph:
         classes = Path(program or "").parent / "rados-classes"
         found = f"osd class dir = {classes}" if classes.is_dir() else ""
         address = self.place.address
-        self.conf.write_text(_CONF.format(folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found))
+        conf = _CONF.format(
+            folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found, more=self._more
+        )
+        sections = (_OSD_CONF.format(osd=osd, address=self.osd_address(osd)) for osd in self._osds)
+        # The general section is the last one: tests add lines to it.
+        self.conf.write_text("".join((*sections, conf)))
         self._make_monitor(fsid, f"[v2:{address}:{v2},v1:{address}:{v1}]")
         self._spawn("mon", "ceph-mon", "-i", "a")
-        self._make_osd(str(uuid.uuid4()))
-        self._spawn("osd", "ceph-osd", "-i", "0")
+        for osd in self._osds:
+            self._make_osd(osd, str(uuid.uuid4()))
+            self._spawn_osd(osd)
         self.ceph("osd", "pool", "create", POOL, "8", "8")
-        self._await_osd()
+        self._await_osds()
         self.rbd("pool", "init", POOL)
 
     def _make_monitor(self, fsid: str, addresses: str) -> None:
@@ -255,17 +296,20 @@ class Ceph:
         )
         shutil.copy(keys, self.folder / "mon" / "keyring")
 
-    def _make_osd(self, osd_uuid: str) -> None:
-        keyring = self.folder / "osd.0.keyring"
-        (self.folder / "osd").mkdir()
+    def _make_osd(self, osd: int, osd_uuid: str) -> None:
+        keyring = self.folder / f"osd.{osd}.keyring"
+        (self.folder / f"osd.{osd}").mkdir()
         # Without the same uuid here and there the OSD would boot for ever.
         self.ceph("osd", "new", osd_uuid)
         caps = ("mon", "allow profile osd", "osd", "allow *", "mgr", "allow profile osd")
-        self.ceph("auth", "get-or-create", "osd.0", *caps, "-o", str(keyring))
+        self.ceph("auth", "get-or-create", f"osd.{osd}", *caps, "-o", str(keyring))
         self._run(
-            *("ceph-osd", "--conf", str(self.conf), "-i", "0", "--mkfs", "--no-mon-config"),
+            *("ceph-osd", "--conf", str(self.conf), "-i", str(osd), "--mkfs", "--no-mon-config"),
             *("--osd-uuid", osd_uuid, "--keyring", str(keyring)),
         )
+
+    def _spawn_osd(self, osd: int) -> None:
+        self._spawn(f"osd.{osd}", "ceph-osd", "-i", str(osd))
 
     def _spawn(self, name: str, program: str, *args: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
@@ -280,12 +324,12 @@ class Ceph:
         self._daemons[name] = daemon
         _reaper().watch(daemon.pid)
 
-    def _await_osd(self) -> None:
+    def _await_osds(self) -> None:
         deadline = time.monotonic() + READY_S
-        while not json.loads(self.ceph("osd", "stat", "--format", "json"))["num_up_osds"]:
+        while json.loads(self.ceph("osd", "stat", "--format", "json"))["num_up_osds"] < len(self._osds):
             self._check_daemons()
             if time.monotonic() > deadline:
-                raise CephError(f"the OSD is not up after {READY_S} s:\n{self._log_end()}")
+                raise CephError(f"an OSD is not up after {READY_S} s:\n{self._log_end()}")
             time.sleep(0.05)
 
     def _check_daemons(self) -> None:

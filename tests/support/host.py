@@ -14,7 +14,7 @@ from typing import Any, cast
 import structlog
 
 from kvmsupervisor.adapters.cgroup import NoCgroups
-from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, TxnResult, Unavailable
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, Unavailable
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
@@ -40,6 +40,7 @@ from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
+from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
@@ -123,14 +124,7 @@ class LockStore(FakeEtcd):
         self.faults: dict[int, str | EtcdError] = {}
         self.writes_begun = 0
 
-    async def txn(
-        self,
-        compare: Sequence[Compare],
-        success: Sequence[Op],
-        failure: Sequence[Op] = (),
-        *,
-        timeout_s: float | None = None,
-    ) -> TxnResult:
+    def begin_txn(self, compare: Sequence[Compare], success: Sequence[Op]) -> None:
         if compare:
             number, self.writes_begun = self.writes_begun, self.writes_begun + 1
             self.before(number)
@@ -141,7 +135,6 @@ class LockStore(FakeEtcd):
                     self.lose_next_request()
                 case EtcdError() as error:
                     self.fail_next(error, "txn")
-        return await super().txn(compare, success, failure, timeout_s=timeout_s)
 
 
 class Host:
@@ -288,6 +281,7 @@ class Host:
     def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
+        contents = Stock(self.path).contents
         return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
@@ -308,9 +302,11 @@ class Host:
                 cgroups=NoCgroups(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
+                contents=contents,
             ),
             disks=self.disks,
             local_disks=self.local_disks,
+            contents=contents,
             logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,
