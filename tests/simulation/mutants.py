@@ -123,17 +123,6 @@ def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant("law 4", seed=2, kinds=("host-freeze",))
-def addresses_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """Whoever takes a lock does not take over what there is to fence."""
-    right = domain_take
-
-    def take(previous: Lock | None, **told: Any) -> Lock:
-        return replace(right(previous, **told), fence=(), state=LockState.STARTING, taken_from=None)
-
-    patch.setattr(start, "take", take)
-
-
 # --- storage ----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from tests.simulation.__main__ import STEPS
 from tests.simulation.mutants import MUTANTS, Mutant
 from tests.simulation.run import play
 
-NEAR = 12
+NEAR = 60
 """How many more seeds are tried when the one on record finds it no more: changes of the program change histories."""
 
 FAR = range(1, 1001)
