@@ -172,7 +172,7 @@ class InstanceType(click.ParamType):  # type: ignore[type-arg]
             return {key.removeprefix(prefix).partition("/")[0] for key in keys}
 
         given = ctx.params.get(param.name or "") or ()
-        names = (name for name in _complete(ctx, work) if parse_id(name) and name not in given)
+        names = (name for name in complete(ctx, work) if parse_id(name) and name not in given)
         return [CompletionItem(name) for name in sorted(names, key=natural) if name.startswith(incomplete)]
 
 
@@ -248,10 +248,10 @@ def host_names(ctx: click.Context) -> list[str]:
         # A shell splits words at spaces and expands some characters: a name with those is typed by hand.
         return [key.removeprefix(prefix) for key in keys if parse_id(key.removeprefix(prefix))]
 
-    return sorted(_complete(ctx, work))
+    return sorted(complete(ctx, work))
 
 
-def _complete(ctx: click.Context, work: Work[Any]) -> Any:
+def complete(ctx: click.Context, work: Work[Any]) -> Any:
     """Ask etcd for names, briefly. On any error: no names, and no message in the shell's line."""
 
     async def briefly(store: Store, settings: Settings) -> Any:
