@@ -98,9 +98,9 @@ def test_the_rooms_are_those_of_the_page() -> None:
 
 
 PLANTED = {
-    "gRPC outside of its adapter": ("adapters/ceph.py", "import grpc"),
+    "gRPC outside of its adapter": ("adapters/ceph/client.py", "import grpc"),
     "settings in the domain": ("domain/lifecycle.py", "import kvmsupervisor.config.settings"),
-    "an adapter that knows another": ("adapters/ceph.py", "import kvmsupervisor.adapters.network"),
+    "an adapter that knows another": ("adapters/ceph/client.py", "import kvmsupervisor.adapters.network"),
     "a clock in the domain": ("domain/lifecycle.py", "import time"),
     "a module in no layer": ("stray.py", ""),
 }

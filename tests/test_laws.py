@@ -42,6 +42,7 @@ TABLE = [
     ),
     (4, "and whom storage names", "instance/test_takeover.py::test_who_is_gone_is_not_waited_for"),
     (4, "verified", "adapters/test_ceph.py::test_a_fence_that_is_not_listed_is_none"),
+    (4, "who left it locked", "cluster/test_fencing.py::test_who_left_the_image_locked_is_shut_out_for_good"),
     (4, "no write after a read", "cluster/test_late_osd.py::test_late_writes_land_and_none_after_a_read"),
     (4, "for 30 days and more", "adapters/test_ceph.py::test_an_entry_that_is_there_keeps_its_time_but_for_a_fence"),
     (4, "Ceph away, no start", "instance/test_takeover.py::test_without_storage_nothing_is_taken"),

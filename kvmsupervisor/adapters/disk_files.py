@@ -34,6 +34,15 @@ FOLDER_MODE, FILE_MODE = 0o700, 0o600
 NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 """What file systems without `O_TMPFILE` answer (NFS, CephFS, 9p, older overlays), each in its way; see open(2)."""
 
+NO_SECOND_NAMES = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What file systems where a file has one name only answer (FAT); see link(2)."""
+
+UNDER_WAY = ".{}.kvmsupervisor"
+"""Name of a disk that has to have one before it is whole. No key can say it: a disk's name begins with no dot."""
+
+NOTE = "user.kvmsupervisor.made"
+"""The extended attribute of a file that was made of an image: for whom, and of which (`images.note_of`)."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -58,10 +67,12 @@ class DiskFile:
     Attributes:
         fd: its descriptor, to be closed by who got it.
         size: bytes that the disk has.
+        note: what was kept with it when it was made of an image, None for nothing.
     """
 
     fd: int
     size: int
+    note: str | None = None
 
 
 def make_folder(folder: Path) -> None:
@@ -87,7 +98,7 @@ def open_disk(folder: Path, disk: FileDisk) -> DiskFile:
         try:
             return _open(path, disk)
         except FileNotFoundError:
-            if disk.size is None:
+            if disk.size is None or disk.origin is not None:
                 raise NoFile(
                     f"there is no file {path} on this host: put it there, or say by size= (such as size=20G) that an "
                     "empty disk is to be made"
@@ -101,7 +112,7 @@ def _open(path: Path, disk: FileDisk) -> DiskFile:
         # Nothing is opened before it is known what it is: a device may act on that, a pipe may wait.
         found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _check_kind(path, os.fstat(found))
+            _check_kind(path, _drop_second_name(path, os.fstat(found)))
             flags = os.O_RDONLY if disk.ro else os.O_RDWR
             fd = os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
         finally:
@@ -111,7 +122,7 @@ def _open(path: Path, disk: FileDisk) -> DiskFile:
         _own(path, fd, disk)
         size = _size(path, fd, disk)
         undo.pop_all()
-    return DiskFile(fd=fd, size=size)
+    return DiskFile(fd=fd, size=size, note=note_of(fd))
 
 
 def _check_kind(path: Path, found: os.stat_result) -> None:
@@ -164,17 +175,124 @@ def _make(folder: Path, disk: FileDisk) -> None:
     assert disk.size is not None
     path = folder / disk.name
     try:
-        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place, _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
-            os.fchmod(fd, FILE_MODE)
-            if disk.format is DiskFormat.RAW:
-                os.ftruncate(fd, disk.size)
-            else:
-                _write(fd, qcow2.empty(disk.size))
-            os.fsync(fd)
+        with _opened(folder, os.O_DIRECTORY | os.O_RDONLY) as place:
+            try:
+                _make_nameless(place, folder, disk)
+            except OSError as error:
+                if error.errno not in NO_NAMELESS_FILES:
+                    raise
+                _make_aside(place, path, disk)
+            os.fsync(place)
+    except FileNotFoundError:
+        raise FileTrouble(
+            f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
+        ) from None
+
+
+def _make_nameless(place: int, folder: Path, disk: FileDisk) -> None:
+    with _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
+        _fill(fd, disk)
+        with contextlib.suppress(FileExistsError):
+            # With a descriptor of the folder, as only then Python follows the link to the file.
+            os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+
+
+def _make_aside(place: int, path: Path, disk: FileDisk) -> None:
+    """The same where a file has a name from the beginning: under another one, which a cut leaves to the next try."""
+    aside = path.with_name(UNDER_WAY.format(disk.name))
+    with _opened(aside, os.O_CREAT | os.O_NOFOLLOW | os.O_RDWR) as fd:
+        # Who has this lock is the only one that fills, names or removes the file.
+        _lock(aside, fd, shared=False)
+        found = os.fstat(fd)
+        if found.st_nlink != 1:
+            if found.st_nlink > 1:
+                # It was named, and that name was changed: a disk of its own now.
+                os.unlink(aside.name, dir_fd=place)
+            # Otherwise another one has named it and removed this name, between our opening and our lock.
+            raise FileLocked(f"{path} is being made by another program")
+        os.ftruncate(fd, 0)
+        _fill(fd, disk)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside.name, disk.name, src_dir_fd=place, dst_dir_fd=place)
+        except OSError as error:
+            if error.errno not in NO_SECOND_NAMES:
+                raise
+            raise FileTrouble(
+                f"{path.parent} is on a file system where a file has one name only, so that a disk made there might "
+                f"take another file's place: make {path} by hand, by `qemu-img create`"
+            ) from None
+        finally:
+            os.unlink(aside.name, dir_fd=place)
+
+
+def _drop_second_name(path: Path, found: os.stat_result) -> os.stat_result:
+    """Take away the name under which a disk was made, when that was cut off just before."""
+    aside = path.with_name(UNDER_WAY.format(path.name))
+    if found.st_nlink == 2:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(aside.lstat(), found):
+                aside.unlink()
+                return path.lstat()
+    return found
+
+
+def _fill(fd: int, disk: FileDisk) -> None:
+    assert disk.size is not None
+    os.fchmod(fd, FILE_MODE)
+    if disk.format is DiskFormat.RAW:
+        os.ftruncate(fd, disk.size)
+    else:
+        _write(fd, qcow2.empty(disk.size))
+    os.fsync(fd)
+
+
+@frozen
+class NewFile:
+    """A disk's file that has no name yet: nothing of it is left where its maker is cut off.
+
+    Attributes:
+        folder: where it is to be.
+        disk: which.
+        fd: its descriptor.
+    """
+
+    folder: Path
+    disk: FileDisk
+    fd: int
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.fd)
+
+    def finish(self) -> None:
+        """Have it on the disk, and give it its name. Where somebody has put a file there meanwhile, that one stays.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        os.fsync(self.fd)
+        with _opened(self.folder, os.O_DIRECTORY | os.O_RDONLY) as place:
             with contextlib.suppress(FileExistsError):
                 # With a descriptor of the folder, as only then Python follows the link to the file.
-                os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
+                os.link(f"/proc/self/fd/{self.fd}", self.disk.name, dst_dir_fd=place, follow_symlinks=True)
             os.fsync(place)
+
+
+def begin(folder: Path, disk: FileDisk, note: str | None = None) -> NewFile:
+    """Make a file that has no name yet.
+
+    Args:
+        folder: where it is to be.
+        disk: which.
+        note: what is kept with it (xattr(7)).
+
+    Raises:
+        FileTrouble: there is no such folder, or its file system cannot do that.
+        OSError: it cannot be made.
+    """
+    try:
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, FILE_MODE)
     except FileNotFoundError:
         raise FileTrouble(
             f"the folder for disks, {folder} (KVM_DISK_DIR), is not there: mount its file system, or make the folder"
@@ -182,10 +300,32 @@ def _make(folder: Path, disk: FileDisk) -> None:
     except OSError as error:
         if error.errno in NO_NAMELESS_FILES:
             raise FileTrouble(
-                f"{folder} is on a file system that cannot make a file before its name: make {path} by hand, "
-                "by `qemu-img create`"
+                f"{folder} is on a file system that cannot make a file before its name: make {folder / disk.name} by "
+                "hand, by `qemu-img create` or `qemu-img convert`"
             ) from None
         raise
+    try:
+        os.fchmod(fd, FILE_MODE)
+        if note is not None:
+            os.setxattr(f"/proc/self/fd/{fd}", NOTE, note.encode())
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EOPNOTSUPP:
+            raise FileTrouble(
+                f"{folder} is on a file system without extended attributes, by which a disk that was made of an image "
+                f"is told from others: make {folder / disk.name} by hand, by `qemu-img convert`, and leave from= out"
+            ) from None
+        raise
+    return NewFile(folder, disk, fd)
+
+
+def note_of(fd: int) -> str | None:
+    """What `NewFile.finish` kept with a file."""
+    try:
+        return os.getxattr(fd, NOTE).decode(errors="replace")
+    except OSError:
+        # There is none, or the file system keeps none.
+        return None
 
 
 def _write(fd: int, data: bytes) -> None:

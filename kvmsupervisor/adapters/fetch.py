@@ -1,100 +1,123 @@
-"""User data fetched from its URL, within limits that hold for the whole of it.
+"""User data, and images of the library, fetched from their URLs within limits.
 
-HTTP is h11's, which the supervisor has for its own server, on asyncio's streams: so the time limit covers names,
-handshakes and bodies that drip, cancelling closes the connection at once, and nothing new is loaded. Proxies are not
-used. TLS trusts the system's store, and `ca_file` beside it.
+User data has one deadline for the whole of it. An image is too long for that: it has to go on, so much at least in
+each minute, and what is there already is not fetched again.
+
+HTTP is h11 on asyncio's streams; the supervisor loads h11 for its own server anyway. So the time limit covers name
+resolution, handshakes and slow bodies, and cancelling closes the connection at once. Proxies are not used. TLS trusts
+the system's store, and `ca_file` beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlunsplit
 
 import h11
 
 from kvmsupervisor import __version__
+from kvmsupervisor.domain.addresses import is_inward
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.media import media_url, shown_url
 from kvmsupervisor.domain.values import Unfit, show
 
 LIMIT_BYTES = 1 << 20
-"""Of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
+"""The most bytes of user data. Clouds allow 16 to 64 KiB; Ignition configs with files in them are larger."""
 
 TIMEOUT_S = 30.0
-"""For all of it. Arbitrary: a megabyte over a slow line; a start waits no longer."""
+"""The time limit of one fetch. Arbitrary: enough for a megabyte over a slow line, and a start waits no longer."""
 
 MAX_REDIRECTS = 5
-"""Arbitrary: what people use has one or two."""
+"""The most redirects. Arbitrary: real URLs have one or two."""
 
 READ_BYTES = 65_536
 
+LEAST_BYTES, PATIENCE_S = 1 << 20, 60.0
+"""How much of an image has to come, within how long. Arbitrary: a modem would do; a server that drips holds nobody."""
+
+FILE_BYTES = 1 << 20
+"""How much of a local image is read at once."""
+
 HAPPY_EYEBALLS_S = 0.25
-"""When the next address of a name is tried beside the first; what RFC 8305 recommends."""
+"""How long to wait before trying the next address of a name in parallel, as RFC 8305 recommends."""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-METADATA = frozenset(
-    map(ipaddress.ip_address, ("fd00:ec2::254", "fd20:ce::254", "168.63.129.16", "100.100.100.200", "192.0.0.192"))
-)
-"""Where clouds answer their hosts, with credentials maybe, beside link-local addresses: Amazon's and Google's by IPv6,
-Azure's, Alibaba's and Oracle's (from their pages on metadata)."""
-
-EMBEDDING = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")))
-"""IPv6 addresses that end in an IPv4 address to which they lead: RFC 4291 2.5.5.1, RFC 6052 2.1, RFC 8215."""
-
 
 class FetchFailed(Exception):
-    """It could not be had. Try again later, or change the URL. The message says what was found and what would be right.
+    """The fetch failed. Try again later, or change the URL. The message says what was found and what would be right.
 
-    It holds no user, no password and no query of any URL.
+    The message contains no user, no password and no query of any URL.
     """
+
+
+class RangeRefused(FetchFailed):
+    """The server has no such part: what is there already is no beginning of what it has. Begin anew."""
+
+
+class Sink(Protocol):
+    """Where an image goes."""
+
+    async def begin(self, at: int, whole: int | None) -> None:
+        """Be told that what comes next is byte `at` and those behind it, of `whole` bytes where that is known.
+
+        Raises:
+            FetchFailed: there is no room for it.
+        """
+        ...
+
+    async def take(self, data: bytes) -> None:
+        """Take what comes next.
+
+        Raises:
+            FetchFailed: it cannot be kept.
+        """
+        ...
+
+
+class _Memory:
+    """What is short enough to be kept in memory."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    async def begin(self, at: int, whole: int | None) -> None:
+        """Nothing to do."""
+
+    async def take(self, data: bytes) -> None:
+        self.data += data
 
 
 @frozen(kw_only=True)
 class _Rules:
+    what: str
+    too_long: str
     file_root: Path | None
     limit_bytes: int
     max_redirects: int
     ca_file: Path | None
     follow_inward: bool
     is_inward: Callable[[str], bool]
+    have: int = 0
+    came: Callable[[int], None] = lambda _: None
+
+    def excess(self) -> FetchFailed:
+        return FetchFailed(f"more than {self.limit_bytes} bytes; {self.too_long}")
 
 
 @frozen
 class _Redirect:
     location: str
-
-
-def is_inward(address: str) -> bool:
-    """Whether an address is this host's own, or leads to what answers to hosts only: a cloud's metadata, say.
-
-    Loopback, link-local (169.254.0.0/16, fe80::/10), unspecified (which Linux takes for loopback), multicast and
-    `METADATA`; an IPv4 address in IPv6's clothes is judged as what it is, too.
-    """
-    found = ipaddress.ip_address(address.partition("%")[0])
-    return any(
-        one.is_loopback or one.is_link_local or one.is_unspecified or one.is_multicast or one in METADATA
-        for one in (found, *_embedded(found))
-    )
-
-
-def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
-    """The IPv4 addresses that an IPv6 address leads to: mapped, translated (NAT64), or tunnelled (6to4, Teredo)."""
-    if isinstance(address, ipaddress.IPv6Address):
-        for found in (address.ipv4_mapped, address.sixtofour, *(address.teredo or ())):
-            if found is not None:
-                yield found
-        if any(address in network for network in EMBEDDING):
-            yield ipaddress.IPv4Address(address.packed[-4:])
 
 
 async def fetch(
@@ -108,27 +131,28 @@ async def fetch(
     follow_inward: bool = False,
     is_inward: Callable[[str], bool] = is_inward,
 ) -> bytes:
-    """Return what is at `url`.
+    """Return the content of `url`.
 
-    Cancelling closes the connection and leaves nothing behind but, at most, a thread that waits for the resolver or
-    for a file system.
+    Cancelling closes the connection. At most a thread is left that waits for the resolver or for a file system.
 
     Args:
-        url: http, https, or file below `file_root`; user and password in it are sent as basic authentication, to the
+        url: http, https, or file below `file_root`. A user and password in it are sent as basic authentication, to the
             URL's own origin only.
         file_root: the folder below which `file:` may read; None: nowhere.
-        limit_bytes: the most that is taken.
+        limit_bytes: the most bytes to accept.
         timeout_s: for everything, redirects included.
-        max_redirects: how many are followed; from https never to http, and never to a file.
-        ca_file: certificates of authorities, PEM, that are trusted beside the system's.
+        max_redirects: how many to follow; never from https to http, and never to a file.
+        ca_file: certificates of authorities, PEM, to trust beside the system's.
         follow_inward: follow redirects to this host's own addresses, too (see `is_inward`). The URL itself may name
             such an address in any case, and then its redirects may, too: a person has written it.
-        is_inward: which addresses those are.
+        is_inward: tells which addresses those are.
 
     Raises:
-        FetchFailed: it could not be had.
+        FetchFailed: nothing was fetched.
     """
     rules = _Rules(
+        what="user data",
+        too_long="user data is shorter: let the guest fetch what is long itself",
         file_root=file_root,
         limit_bytes=limit_bytes,
         max_redirects=max_redirects,
@@ -136,39 +160,111 @@ async def fetch(
         follow_inward=follow_inward,
         is_inward=is_inward,
     )
+    into = _Memory()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _fetch(url, rules, into)
+    except TimeoutError as error:
+        raise FetchFailed(f"not complete within {timeout_s:g} s; see whether its server is well") from error
+    return bytes(into.data)
+
+
+async def download(
+    url: str,
+    into: Sink,
+    *,
+    have: int,
+    limit_bytes: int,
+    file_root: Path | None,
+    ca_file: Path | None = None,
+    follow_inward: bool = False,
+    is_inward: Callable[[str], bool] = is_inward,
+    patience_s: float = PATIENCE_S,
+    least_bytes: int = LEAST_BYTES,
+) -> None:
+    """Hand over what is at `url`, without the part that is there already where its server can do that.
+
+    What comes is not checked: neither that it is whole, which a server need not say, nor that it goes with what is
+    there.
+
+    Args:
+        url: see `fetch`, as for all that is not named here.
+        into: where it goes.
+        have: how many bytes are there already.
+        limit_bytes: the most that all of it may have.
+        file_root: see `fetch`.
+        ca_file: see `fetch`.
+        follow_inward: see `fetch`.
+        is_inward: see `fetch`.
+        patience_s: how long it may take until an answer begins, and then each `least_bytes`.
+        least_bytes: how much has to come within that time.
+
+    Raises:
+        RangeRefused: there is no such part.
+        FetchFailed: it could not be had, or not all of it.
+    """
+    loop = asyncio.get_running_loop()
+    came = 0
+
+    def count(more: int) -> None:
+        nonlocal came
+        came += more
+        if came >= least_bytes:
+            came = 0
+            limit.reschedule(loop.time() + patience_s)
+
+    rules = _Rules(
+        what="an image",
+        too_long="that is what KVM_IMAGE_MAX_BYTES allows on this host: raise it, or give a smaller image",
+        file_root=file_root,
+        limit_bytes=limit_bytes,
+        max_redirects=MAX_REDIRECTS,
+        ca_file=ca_file,
+        follow_inward=follow_inward,
+        is_inward=is_inward,
+        have=have,
+        came=count,
+    )
+    try:
+        async with asyncio.timeout(patience_s) as limit:
+            await _fetch(url, rules, into)
+    except TimeoutError as error:
+        raise FetchFailed(
+            f"less than {least_bytes >> 10} KiB came within {patience_s:g} s; see whether its server is well"
+        ) from error
+
+
+async def _fetch(url: str, rules: _Rules, into: Sink) -> None:
     try:
         first = media_url(url)
     except Unfit as error:
-        raise FetchFailed(f"found no URL of user data; {error}") from error
-    try:
-        async with asyncio.timeout(timeout_s):
-            if first.scheme == "file":
-                return await asyncio.to_thread(_read_file, first, rules)
-            return await _follow(first, rules)
-    except TimeoutError as error:
-        raise FetchFailed(f"not complete within {timeout_s:g} s; see whether its server is well") from error
+        raise FetchFailed(f"found no URL of {rules.what}; {error}") from error
+    if first.scheme == "file":
+        await _read_file(first, rules, into)
+    else:
+        await _follow(first, rules, into)
 
 
 # --- http and https -------------------------------------------------------------------------------------------
 
 
-async def _follow(first: SplitResult, rules: _Rules) -> bytes:
+async def _follow(first: SplitResult, rules: _Rules, into: Sink) -> None:
     at = first
-    # Anywhere for the URL that a person has written.
+    # The URL itself may lead anywhere: a person has written it.
     inward = True
     for _ in range(rules.max_redirects + 1):
         where = "" if at == first else f"redirected to {shown_url(urlunsplit(at))}: "
         try:
-            # The user's name and password are for the host that they were written for.
+            # Only the origin that user and password were written for gets them.
             credentials = first if _origin(at) == _origin(first) else at
-            found, peer = await _get(at, credentials, rules, inward=inward)
+            found, peer = await _get(at, credentials, rules, into, inward=inward)
             if at == first:
                 inward = rules.follow_inward or rules.is_inward(peer)
-            if isinstance(found, bytes):
-                return found
+            if found is None:
+                return
             at = _next(at, found.location)
         except FetchFailed as error:
-            raise FetchFailed(f"{where}{error}") from error.__cause__
+            raise type(error)(f"{where}{error}") from error.__cause__
     raise FetchFailed(f"more than {rules.max_redirects} redirects; give the URL that they lead to, if they end")
 
 
@@ -188,9 +284,9 @@ def _next(at: SplitResult, location: str) -> SplitResult:
 
 
 async def _get(
-    at: SplitResult, credentials: SplitResult, rules: _Rules, *, inward: bool
-) -> tuple[bytes | _Redirect, str]:
-    """One answer, and the address that gave it."""
+    at: SplitResult, credentials: SplitResult, rules: _Rules, into: Sink, *, inward: bool
+) -> tuple[_Redirect | None, str]:
+    """One answer, where it leads elsewhere, and the address that gave it."""
     tls = await asyncio.to_thread(_tls, rules.ca_file) if at.scheme == "https" else None
     port = at.port or DEFAULT_PORTS[at.scheme]
     try:
@@ -209,9 +305,10 @@ async def _get(
         raise FetchFailed(f"cannot connect to {at.hostname} port {port} ({_said(error)}); {wanted}") from error
     try:
         connection = h11.Connection(our_role=h11.CLIENT)
-        writer.write((connection.send(_request(at, credentials)) or b"") + (connection.send(h11.EndOfMessage()) or b""))
+        request = _request(at, credentials, rules.have)
+        writer.write((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
         await writer.drain()
-        return await _reply(connection, reader, rules.limit_bytes), writer.get_extra_info("peername")[0]
+        return await _reply(connection, reader, rules, into), writer.get_extra_info("peername")[0]
     except h11.RemoteProtocolError as error:
         found = f"an answer that breaks off or is no HTTP ({show(str(error))})"
         raise FetchFailed(f"{found}; see whether its server is well") from error
@@ -222,11 +319,11 @@ async def _get(
 
 
 async def _outward(host: str, port: int, rules: _Rules) -> str:
-    """An address of a host to which a stranger has led; the connection goes to it, so a name cannot change meanwhile.
+    """One address of a host to which a redirect leads. To connect to an address means that the name cannot change.
 
     Raises:
-        FetchFailed: one of its addresses is this host's own.
-        OSError: it has none.
+        FetchFailed: one of the host's addresses is this host's own.
+        OSError: the host has no address.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(one[4][0]) for one in found]
@@ -239,7 +336,7 @@ async def _outward(host: str, port: int, rules: _Rules) -> str:
     return addresses[0]
 
 
-def _request(at: SplitResult, credentials: SplitResult) -> h11.Request:
+def _request(at: SplitResult, credentials: SplitResult, have: int) -> h11.Request:
     headers = [
         ("Host", at.netloc.rpartition("@")[2]),
         ("User-Agent", f"kvmsupervisor/{__version__}"),
@@ -247,6 +344,8 @@ def _request(at: SplitResult, credentials: SplitResult) -> h11.Request:
         ("Accept-Encoding", "identity"),
         ("Connection", "close"),
     ]
+    if have:
+        headers.append(("Range", f"bytes={have}-"))
     for url in (at, credentials):
         if url.username is not None:
             pair = unquote_to_bytes(url.username) + b":" + unquote_to_bytes(url.password or "")
@@ -255,8 +354,10 @@ def _request(at: SplitResult, credentials: SplitResult) -> h11.Request:
     return h11.Request(method="GET", target=urlunsplit(("", "", at.path or "/", at.query, "")), headers=headers)
 
 
-async def _reply(connection: h11.Connection, reader: asyncio.StreamReader, limit_bytes: int) -> bytes | _Redirect:
-    body = bytearray()
+async def _reply(
+    connection: h11.Connection, reader: asyncio.StreamReader, rules: _Rules, into: Sink
+) -> _Redirect | None:
+    at = 0
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
@@ -265,37 +366,56 @@ async def _reply(connection: h11.Connection, reader: asyncio.StreamReader, limit
                 raise FetchFailed("the connection was closed without an answer; see whether its server is well")
             connection.receive_data(received)
         elif isinstance(event, h11.Response):
-            location = _judge(event, limit_bytes)
-            if location is not None:
-                return _Redirect(location)
+            found = _judge(event, rules)
+            if isinstance(found, _Redirect):
+                return found
+            at = found.at
+            await into.begin(at, found.whole)
         elif isinstance(event, h11.Data):
-            body += event.data
-            if len(body) > limit_bytes:
-                raise _too_long(limit_bytes)
+            at += len(event.data)
+            if at > rules.limit_bytes:
+                raise rules.excess()
+            await into.take(bytes(event.data))
+            rules.came(len(event.data))
         elif isinstance(event, h11.EndOfMessage):
-            return bytes(body)
+            return None
 
 
-def _judge(response: h11.Response, limit_bytes: int) -> str | None:
-    """None: the body is what is wanted; otherwise where to look instead."""
+@frozen
+class _Body:
+    at: int
+    whole: int | None
+
+
+_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
+
+
+def _judge(response: h11.Response, rules: _Rules) -> _Redirect | _Body:
+    """Which part of what is wanted comes, or where to look instead."""
     headers = {name: value.decode("latin-1") for name, value in response.headers}
     status = response.status_code
     if status in {301, 302, 303, 307, 308}:
         if b"location" not in headers:
             raise FetchFailed(f"status {status}, a redirect that does not say where to; see to its server")
-        return headers[b"location"]
-    if status != 200:
+        return _Redirect(headers[b"location"])
+    if status == 416 and rules.have:
+        raise RangeRefused("its server has no more than what is here already")
+    # h11 has seen to it that this is a number.
+    length = int(headers[b"content-length"]) if b"content-length" in headers else None
+    if status == 206 and rules.have:
+        part = _RANGE.fullmatch(headers.get(b"content-range", ""))
+        if part is None or int(part[1]) != rules.have:
+            raise RangeRefused("its server sends another part than it was asked for")
+        found = _Body(rules.have, None if part[2] == "*" else int(part[2]))
+    elif status == 200:
+        found = _Body(0, length)
+    else:
         reason = response.reason.decode("latin-1")
         wanted = "the URL's user and password are right" if status in {401, 403} else "the URL is right"
         raise FetchFailed(f"status {status}{f' {show(reason)}' if reason else ''}; see whether {wanted}")
-    # h11 has seen to it that this is a number.
-    if int(headers.get(b"content-length", "0")) > limit_bytes:
-        raise _too_long(limit_bytes)
-    return None
-
-
-def _too_long(limit_bytes: int) -> FetchFailed:
-    return FetchFailed(f"more than {limit_bytes} bytes; user data is shorter: let the guest fetch what is long itself")
+    if max(found.whole or 0, found.at + (length or 0)) > rules.limit_bytes:
+        raise rules.excess()
+    return found
 
 
 def _said(error: OSError | UnicodeError) -> str:
@@ -303,7 +423,7 @@ def _said(error: OSError | UnicodeError) -> str:
 
 
 def _tls(ca_file: Path | None) -> ssl.SSLContext:
-    """Whom to trust, read again when the files have changed: it takes 50 ms and 2 MB."""
+    """The authorities to trust. Read again only when the files have changed, because that takes 50 ms and 2 MB."""
     paths = ssl.get_default_verify_paths()
     try:
         stamps = tuple(
@@ -325,18 +445,40 @@ def _context(ca_file: Path | None, _stamps: tuple[int, ...]) -> ssl.SSLContext:
 # --- file -----------------------------------------------------------------------------------------------------
 
 
-def _read_file(url: SplitResult, rules: _Rules) -> bytes:
-    """Read a regular file below the allowed folder. Blocks."""
+async def _read_file(url: SplitResult, rules: _Rules, into: Sink) -> None:
+    """Read a regular file below the allowed folder."""
+    fd = await asyncio.to_thread(_open_file, url, rules)
+    try:
+        at, whole = rules.have, os.fstat(fd).st_size
+        if whole > rules.limit_bytes:
+            raise rules.excess()
+        if at > whole:
+            raise RangeRefused("the file has no more than what is here already")
+        await into.begin(at, whole)
+        while data := await asyncio.to_thread(os.pread, fd, FILE_BYTES, at):
+            at += len(data)
+            if at > rules.limit_bytes:
+                raise rules.excess()
+            await into.take(data)
+            rules.came(len(data))
+    except OSError as error:
+        raise FetchFailed(f"the file cannot be read ({error.strerror})") from error
+    finally:
+        os.close(fd)
+
+
+def _open_file(url: SplitResult, rules: _Rules) -> int:
+    """Open it; what a path leads to is judged before anything is opened. Blocks."""
     if rules.file_root is None:
         raise FetchFailed("file: is not allowed on this host; set KVM_MEDIA_ROOT to the folder that it may read")
     path = unquote(url.path)
     try:
-        # With O_PATH nothing is opened yet: what it is can be told without waking a device or waiting for a pipe.
+        # O_PATH does not open the file yet, so its type can be checked without waking a device or waiting for a pipe.
         named = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise FetchFailed(f"the file cannot be opened ({error.strerror})") from error
     except ValueError as error:
-        # Told by ourselves: Python's words for it change with its version.
+        # Our own words: Python's change with its version.
         raise FetchFailed("the file cannot be opened (embedded null byte)") from error
     try:
         itself = Path(f"/proc/self/fd/{named}")
@@ -344,12 +486,8 @@ def _read_file(url: SplitResult, rules: _Rules) -> bytes:
             raise FetchFailed(f"a file outside of {rules.file_root}; put it below that folder (links do not help)")
         if not stat.S_ISREG(os.fstat(named).st_mode):
             raise FetchFailed("what is no regular file; name a regular file")
-        with itself.open("rb") as file:
-            data = file.read(rules.limit_bytes + 1)
+        return os.open(itself, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise FetchFailed(f"the file cannot be read ({error.strerror})") from error
     finally:
         os.close(named)
-    if len(data) > rules.limit_bytes:
-        raise _too_long(rules.limit_bytes)
-    return data

@@ -1,7 +1,7 @@
-"""The machine types that this host's QEMU knows: which versioned type a plain name such as `q35` stands for.
+"""The machine types of this host's QEMU: which versioned type a plain name such as `q35` stands for.
 
-A guest is installed on one version of a machine; after an update of QEMU the plain name stands for a newer one, which
-is other hardware to it. So the versioned name is recorded when a machine first starts.
+A guest is installed on one version of a machine type. After an update of QEMU the plain name stands for a newer
+version, which is different hardware to the guest. So the versioned name is recorded when a machine first starts.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 
 LIMIT_S = 20.0
-"""How long QEMU may take to list them: 50 ms on an idle host."""
+"""How long QEMU may take to list them. On an idle host it takes 50 ms."""
 
 _ALIAS = re.compile(r"^(\S+)\s.*\(alias of (\S+)\)\s*$", re.MULTILINE)
 
 
 class MachineTypes:
-    """Asks QEMU once, when it is first needed."""
+    """Asks QEMU for its machine types once, when they are first needed."""
 
     def __init__(self, qemu: str) -> None:
         self._qemu = qemu
@@ -25,9 +25,9 @@ class MachineTypes:
         self._asking = asyncio.Lock()
 
     async def versioned(self, machine: str) -> str:
-        """What `machine` stands for; itself when it is a versioned name already, or when QEMU does not answer.
+        """The versioned name of `machine`; `machine` itself where it has a version, or QEMU does not answer.
 
-        QEMU that cannot be run says why when it is started, in its own words.
+        A QEMU that cannot be run reports the cause when it is started.
         """
         async with self._asking:
             if self._aliases is None:
@@ -56,5 +56,5 @@ async def _aliases(qemu: str) -> Mapping[str, str] | None:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    # An answer without any is a failure, which another time may go well.
+    # An answer without any machine type is a failure; the next call may succeed.
     return dict(_ALIAS.findall(output.decode(errors="replace"))) or None

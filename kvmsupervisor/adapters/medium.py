@@ -1,9 +1,9 @@
 """Media for guests: ISO 9660 images with Joliet and Rock Ridge, made with pycdlib, and files that only QEMU may read.
 
-All of this blocks for milliseconds: call it in a thread. pycdlib is imported when the first image is made: a
-supervisor without such guests does without its 2.6 MB and 20 ms.
+Every function blocks for milliseconds: call it in a thread. pycdlib is imported when the first image is made: a
+supervisor without such guests saves its 2.6 MB and 20 ms.
 
-Images of the same files are not the same bytes: pycdlib stamps them with the present time and cannot be told another.
+Two images of the same files differ in their bytes: pycdlib writes the present time into an image and takes no other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 PADDING_BYTES = 150 * 2048
-"""Behind the files, as much as genisoimage's own `-pad` adds. Programs that tell file systems apart look for others of
-them up to 70 KB in, and busybox's findfs gives up on a disk that ends before that: it did not find a small `cidata`."""
+"""Zeros behind the files, as many as genisoimage's `-pad` adds. Programs that detect file systems read up to 70 KB of a
+disk, and busybox's findfs gives up on a shorter disk: it did not find a small `cidata`."""
 
 _NO_D_CHARACTER = re.compile(r"[^A-Z0-9_]")
 _INTERCHANGE_LEVEL = 3
@@ -31,8 +31,8 @@ def image(label: str, files: Mapping[str, bytes]) -> bytes:
 
     Args:
         label: the volume's name, at most 16 characters so that Joliet has all of it.
-        files: content by path, such as `openstack/latest/user_data`. Linux and Windows see these names; beside them
-            stand plain ISO names, upper case with `_` for what is neither letter nor digit, which must differ too.
+        files: content by path, such as `openstack/latest/user_data`. Linux and Windows see these names. The image also
+            has plain ISO names, in upper case with `_` for anything but letters and digits; these must differ, too.
     """
     import pycdlib  # noqa: PLC0415  see above
 
@@ -63,29 +63,29 @@ def _folders(files: Mapping[str, bytes]) -> list[PurePosixPath]:
 
 
 def _iso_path(path: str) -> str:
-    """The path in ISO 9660's own characters."""
+    """The path in the characters that ISO 9660 allows."""
     return "/".join(_NO_D_CHARACTER.sub("_", part) for part in path.upper().split("/"))
 
 
 def _iso_file(path: str) -> str:
-    """The same for a file, whose name has one dot, behind which there may be nothing, and a version."""
+    """The same for a file, whose name needs exactly one dot, maybe with nothing behind it, and a version."""
     stem, _, extension = path.rpartition("/")[2].partition(".")
     return f"{_iso_path(path.rpartition('/')[0])}/{_iso_path(stem)}.{_iso_path(extension)};1"
 
 
 def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
-    """Replace a file in one step. Whoever has the old one open, such as QEMU, keeps it.
+    """Replace a file in one step. A program that has the old file open, such as QEMU, keeps it.
 
     Args:
-        path: where; `<path>.new` beside it is used on the way.
+        path: the file; `<path>.new` beside it is written first.
         data: the whole content.
-        gid: the group that may read it, beside its owner (mode 0640); None: nobody else (mode 0600).
+        gid: the group that may read the file, beside its owner (mode 0640); None: nobody else (mode 0600).
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     aside = path.with_name(f"{path.name}.new")
-    # Made anew, it is never open for strangers, not even for a moment.
+    # A new file: so it is never readable for other users, not even for a moment.
     sweep(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -95,13 +95,13 @@ def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
         # Zeros at the end become a hole, which takes no memory on a tmpfs.
         file.write(data.rstrip(b"\0"))
         file.truncate(len(data))
-        # So that a name never stands for half a file, not even after a power cut. Costs nothing on a tmpfs.
+        # So that the name never leads to half a file, not even after a power cut. Costs nothing on a tmpfs.
         os.fsync(file.fileno())
     aside.replace(path)
 
 
 def read(path: Path) -> bytes | None:
-    """What `place` wrote; None when there is nothing."""
+    """What `place` wrote; None when there is no file."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -109,11 +109,11 @@ def read(path: Path) -> bytes | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file and what one who was cut off left beside it; there may be neither."""
+    """Remove a file, and what a `place` that was cut off left beside it; neither has to exist."""
     path.unlink(missing_ok=True)
     sweep(path)
 
 
 def sweep(path: Path) -> None:
-    """Remove only what one who was cut off while placing `path` left beside it, if anything."""
+    """Remove only what a `place` that was cut off left beside `path`, if anything."""
     path.with_name(f"{path.name}.new").unlink(missing_ok=True)

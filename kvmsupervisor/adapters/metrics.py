@@ -1,10 +1,10 @@
-"""What Prometheus scrapes: every `kvmsupervisor_` metric, with a registry of its own.
+"""The `kvmsupervisor_` metrics that Prometheus scrapes, in a registry of their own.
 
-Gauges are read from a `Snapshot` while Prometheus waits; counters are methods that the supervisor calls. No
-metric has labels but the instances of this host and small fixed sets; what has the label `instance` also has `host`,
-which `Metrics.collect` adds. docs/metrics.md explains each to people.
+Gauges come from a `Snapshot` that is taken during the scrape; counters are methods that the supervisor calls. Label
+values are the instances of this host and small fixed sets only. A metric with the label `instance` also has `host`,
+which `Metrics.collect` adds. docs/metrics.md explains each metric.
 
-What writes them in Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
+The library that writes Prometheus' formats is imported by the first scrape: it brings a whole HTTP server, for which no
 start should wait.
 
 Sources: https://prometheus.io/docs/practices/naming/ and
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 PREFIX = "kvmsupervisor_"
 
 START_BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-"""Upper bounds of `start_seconds`: narrow around what a bare QEMU takes, wide up to a takeover's waits."""
+"""Upper bounds of `start_seconds`: narrow around the time that a bare QEMU takes, wide up to the waits of a
+takeover."""
 
 
 _INFO_LABELS = ("instance", "accelerator", "machine")
@@ -55,22 +56,22 @@ class InstanceSample:
 
     Attributes:
         id: the instance.
-        phase: where it is in its life.
-        run_state: of its guest, None without a process.
-        epoch: of its lock, 0 before the first.
+        phase: the phase that it is in.
+        run_state: of its guest; None without a process.
+        epoch: of its lock; 0 before the first.
         pending: how many keys take effect at the next restart.
         invalid: whether any of its keys has a problem, also while it runs on as it was.
-        unguarded: whether its QEMU should be watched by the guard, and is not.
-        placed_for: the host in whose place this one runs it, None where it is its own.
-        host_absent: whether its keys would have it run where nobody has a session, so that it stays here.
-        cpu_s: CPU seconds that its QEMU has used, None without a process.
-        memory_bytes: resident memory of its QEMU, None without a process.
+        unguarded: whether the guard should watch its QEMU and does not.
+        placed_for: the host that it runs here instead of; None when its keys name this host.
+        host_absent: whether its keys name a host that has no session, so that it stays here.
+        cpu_s: CPU seconds that its QEMU has used; None without a process.
+        memory_bytes: resident memory of its QEMU; None without a process.
         disks: bytes of each disk.
         nics: bytes of each NIC, by its name.
-        plugged: of each NIC, by its name, whether it is plugged into a bridge.
-        guest_memory: bytes by kind, as the guest's balloon driver tells.
-        accelerator: what its QEMU runs with, None without a process.
-        machine: the versioned machine type, None when it is not known.
+        plugged: whether each NIC is plugged into a bridge, by its name.
+        guest_memory: bytes by kind, as the guest's balloon driver reports them.
+        accelerator: of its QEMU; None without a process.
+        machine: the versioned machine type; None when it is not known.
     """
 
     id: InstanceId
@@ -97,18 +98,18 @@ class Snapshot:
     """The whole supervisor at the moment of a scrape.
 
     Attributes:
-        etcd_up: whether etcd's quorum answered the last thing that was asked.
-        session_remaining_s: seconds that the session holds without another renewal; 0 without a session.
-        watch_revision: etcd revision up to which the watch has been followed; 0 before the first listing.
+        etcd_up: whether etcd's quorum answered the last request.
+        session_remaining_s: seconds that the session lasts without another renewal; 0 without a session.
+        watch_revision: the etcd revision up to which the wishes are known; 0 before the first list.
         qemu_privileged: whether QEMU runs as root.
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
         orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
         removals_held: instances whose removal waits for an operator's confirmation.
-        identity_mismatch: whether nothing is started or stopped, because the settings are others than those of what
-            lives here.
+        identity_mismatch: whether nothing is started or stopped, because the settings differ from those under which the
+            QEMUs of this host were started.
         guard_memory_locked: False when there is a guard whose memory could not be locked.
-        instances: those that this host is responsible for, the invalid ones too.
+        instances: the instances that this host is responsible for, the invalid ones too.
     """
 
     etcd_up: bool
@@ -126,7 +127,7 @@ class Snapshot:
 
 @dataclass(slots=True)
 class _InstanceCounts:
-    """What has been counted of one instance since the supervisor started."""
+    """The counters of one instance since the supervisor started."""
 
     starts: int = 0
     internal_errors: int = 0
@@ -136,13 +137,13 @@ class _InstanceCounts:
 
 
 class Metrics:
-    """All metrics of one supervisor. Used from the event loop only; nothing here waits."""
+    """All metrics of one supervisor. For the event loop only; no method waits."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], *, host: HostName, version: str) -> None:
         """Make the registry.
 
         Args:
-            snapshot: called once per scrape.
+            snapshot: takes a snapshot; called once per scrape.
             host: this host.
             version: of the supervisor, for `build_info`.
         """
@@ -172,7 +173,7 @@ class Metrics:
         self._starts_sum_s += seconds
 
     def internal_error(self, instance: InstanceId) -> None:
-        """Count an error of ours that was contained in one instance."""
+        """Count a bug of the supervisor that was contained to one instance."""
         self._counts(instance).internal_errors += 1
 
     def guest_reset(self, instance: InstanceId) -> None:
@@ -180,19 +181,19 @@ class Metrics:
         self._counts(instance).resets += 1
 
     def heard_event(self, instance: InstanceId) -> None:
-        """Count something that its QEMU told unasked."""
+        """Count a QMP event of its QEMU."""
         self._counts(instance).events += 1
 
     def adopted(self) -> None:
-        """Count a running QEMU process taken over from a former supervisor."""
+        """Count a running QEMU that was adopted from an earlier supervisor."""
         self._adopted += 1
 
     def fenced(self, addresses: int) -> None:
-        """Count addresses that storage was told to refuse."""
+        """Count addresses that were fenced."""
         self._fences += addresses
 
     def took_over(self) -> None:
-        """Count a lock taken from a host whose session is gone."""
+        """Count a lock that was taken from a host without a session."""
         self._takeovers += 1
 
     def migrated(self, result: MigrationResult) -> None:
@@ -207,8 +208,7 @@ class Metrics:
         """Return the body of `/metrics` and its content type.
 
         Args:
-            accept: the request's Accept header; OpenMetrics for those who ask for it, else Prometheus' text
-                format.
+            accept: the request's Accept header. It chooses OpenMetrics or, by default, Prometheus' text format.
         """
         from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - see above
 
@@ -228,14 +228,14 @@ class Metrics:
         return registry
 
     def describe(self) -> Iterable[Metric]:
-        """Name no metric in advance: the registry would otherwise take a snapshot when it is made."""
+        """Describe no metric in advance: otherwise the registry would take a snapshot when it is made."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric; called by the registry at each scrape.
 
-        Every series of an instance gets the label `host` here: while an instance changes hosts both tell of it, and
-        Prometheus would make one series of two that have the same labels.
+        Every series of an instance gets the label `host` here: while an instance moves, two hosts report it, and
+        Prometheus would merge two series with the same labels.
         """
         for family in self._families(self._snapshot()):
             for series in family.samples:
@@ -244,9 +244,9 @@ class Metrics:
             yield family
 
     def _families(self, now: Snapshot) -> Iterator[Metric]:
-        """Every metric; those of an instance without the label `host`."""
+        """Every metric; an instance's still without the label `host`."""
         for sample in now.instances:
-            self._counts(sample.id)  # a counter that is seen at 0 first is one whose first step alerts can see
+            self._counts(sample.id)  # seen at 0 first: alerts need that to notice the first increase
         yield from self._host_metrics(now)
         yield from self._instance_gauges(now.instances)
         yield from self._guest_counts(now.instances)

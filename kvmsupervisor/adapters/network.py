@@ -1,9 +1,9 @@
-"""Taps on bridges, opened by QEMU's own `qemu-bridge-helper`, and the file that tells it which bridges are allowed.
+"""Taps on bridges, opened by QEMU's own `qemu-bridge-helper`, and the file with the bridges that the helper may use.
 
-The supervisor runs the helper and hands the tap's descriptor to QEMU (`-netdev tap,fd=N`), which then needs neither
-privileges nor another program. The helper is given one end of a socket pair and sends the descriptor through it.
+The supervisor runs the helper and passes the tap's descriptor to QEMU (`-netdev tap,fd=N`). So QEMU needs no privileges
+and no helper of its own. The helper gets one end of a socket pair and sends the descriptor through it.
 
-Source: QEMU's qemu-bridge-helper.c and net/tap.c, whose `net_bridge_run_helper` is the other user of the helper.
+Source: QEMU's qemu-bridge-helper.c and net/tap.c (`net_bridge_run_helper`, which runs the helper in QEMU).
 """
 
 from __future__ import annotations
@@ -34,44 +34,44 @@ HELPERS = (
 )
 
 BRIDGE_CONF = Path("/etc/qemu/bridge.conf")
-"""Built into the helper (CONFIG_QEMU_CONFDIR); every distribution has it there."""
+"""The path is built into the helper (CONFIG_QEMU_CONFDIR); it is the same in every distribution."""
 
 VHOST_NET = Path("/dev/vhost-net")
 NET = Path("/sys/class/net")
 
 HELPER_TIMEOUT_S = 5.0
-"""The helper takes 3 ms. Arbitrary: long enough for a busy host, short enough not to hold a start up for ever."""
+"""The helper takes 3 ms. Arbitrary: long enough for a busy host, short enough for a start that waits."""
 
 SAID_LIMIT = 4096
-"""Bytes that are read of what the helper says; its sentences are short."""
+"""The most bytes to read of what the helper prints; its sentences are short."""
 
 NEW_MODE = 0o640
-"""Of a bridge.conf that did not exist. Where the helper is setuid it reads the file as the user who calls it: what
-is allowed here for this supervisor shall not be allowed to every user of the host."""
+"""Mode of a bridge.conf that did not exist. A setuid helper reads the file as the user who runs the helper. So what
+this supervisor allows for itself is not allowed for every user of the host."""
 
 EDIT_TRIES = 10
-"""How often the file is read anew because somebody else has written it meanwhile. Arbitrary: once is rare."""
+"""How often to start over because another program has written the file meanwhile. Arbitrary: once is rare already."""
 
 TUNGETIFF = 0x800454D2
 """`_IOR('T', 210, unsigned int)`."""
 
 IFREQ_BYTES, IFNAMSIZ = 40, 16
-"""Of `struct ifreq` and of the name that it begins with (include/uapi/linux/if.h)."""
+"""Sizes of `struct ifreq`, and of the name at its start (include/uapi/linux/if.h)."""
 
 _writing = threading.Lock()
 
 
 class NetworkTrouble(Exception):
-    """No tap for now: wait and try again. The message names what was found and what would be right."""
+    """There is no tap for now: wait and try again. The message says what was found and what would be right."""
 
 
 @frozen(kw_only=True)
 class Tap:
-    """An open tap that is a port of its bridge. Whoever holds this closes it.
+    """An open tap that is a port of its bridge. The owner of this object closes it.
 
     Attributes:
         fd: the tap, with virtio-net headers; closed on exec unless it is passed on.
-        vhost_fd: vhost-net for it, None where the host has none.
+        vhost_fd: its vhost-net; None where the host has none.
     """
 
     fd: int
@@ -80,8 +80,8 @@ class Tap:
     def close(self) -> None:
         """Close the descriptors, once.
 
-        Where nobody else has the tap, the kernel removes it from its bridge meanwhile, and that takes about 20 ms:
-        after QEMU was started this is quick, after a start that failed a thread is the place for it.
+        Quick once QEMU has the tap. When no other process has it, as after a failed start, the kernel also removes the
+        tap from its bridge, which takes about 20 ms: call this in a thread then.
         """
         os.close(self.fd)
         if self.vhost_fd is not None:
@@ -98,19 +98,19 @@ async def open_tap(
     vhost_device: Path = VHOST_NET,
     timeout_s: float = HELPER_TIMEOUT_S,
 ) -> Tap:
-    """A new tap on the bridge.
+    """Make a tap on the bridge.
 
-    Cancelled or out of time, it kills the helper and leaves no tap. The loop is held up for the time of a vfork and
-    exec only (0.4 ms); asyncio's own subprocesses would hold it up for 2 ms more.
+    When cancelled or out of time, kills the helper and leaves no tap. Blocks the event loop only for a vfork and exec
+    (0.4 ms); asyncio's own subprocesses would block it for 2 ms more.
 
     Args:
-        bridge: its name.
-        helper: the program to run; None: the first of `HELPERS` that is there.
+        bridge: the name of the bridge.
+        helper: the program to run; None: the first of `HELPERS` that exists.
         vhost: whether to open vhost-net as well, where the host has it.
-        acl: what the helper reads; looked at only to explain a refusal.
-        net: the folder of all interfaces in sysfs; looked at only to explain a refusal.
+        acl: the file that the helper reads; used only to explain a refusal.
+        net: the folder of all interfaces in sysfs; used only to explain a refusal.
         vhost_device: the device of vhost-net.
-        timeout_s: seconds that the helper has.
+        timeout_s: the helper's time limit.
 
     Raises:
         NetworkTrouble: there is no tap.
@@ -134,16 +134,16 @@ def tap_name(fd: int) -> str:
 def allow_bridges(
     bridges: Iterable[str], path: Path = BRIDGE_CONF, *, owner: str | None = None, net: Path = NET
 ) -> tuple[str, ...]:
-    """See to it that the helper may use these bridges; return those for which a line was added.
+    """Allow the helper to use these bridges; return the bridges for which a line was added.
 
-    Everything else in the file stays byte for byte. A bridge that an administrator denies is left alone, and so is one
-    that is not there; `open_tap` says so when it is refused. Nothing is written when nothing is to be added, which
-    takes 0.1 ms. Otherwise the file is replaced whole, and this waits for the disk once.
+    Everything else in the file stays byte for byte. No line is added for a bridge that an administrator denies, or that
+    does not exist; `open_tap` reports these. When there is nothing to add, nothing is written, and the call takes 0.1
+    ms. Otherwise the file is replaced as a whole, which waits for the disk once.
 
     Args:
-        bridges: their names.
+        bridges: the names of the bridges.
         path: of the file.
-        owner: who takes the lines away again (`withdraw_bridges`); None: nobody but people.
+        owner: who removes the lines again (`withdraw_bridges`); None: only people do.
         net: the folder of all interfaces in sysfs.
 
     Raises:
@@ -168,9 +168,9 @@ def allow_bridges(
 
 
 def withdraw_bridges(wanted: Container[str], path: Path = BRIDGE_CONF, *, owner: str) -> tuple[str, ...]:
-    """Take the owner's own lines away that allow other bridges than these; return those bridges.
+    """Remove the owner's lines that allow other bridges than `wanted`; return those bridges.
 
-    What a person has written, or changed, stays byte for byte. Waits for the disk where there is such a line.
+    What a person has written or changed stays byte for byte. Waits for the disk when there is such a line.
 
     Raises:
         NetworkTrouble: the file cannot be read or written.
@@ -191,7 +191,7 @@ def withdraw_bridges(wanted: Container[str], path: Path = BRIDGE_CONF, *, owner:
 
 
 def denial_of(bridge: str, path: Path = BRIDGE_CONF) -> str | None:
-    """Why no guest may be plugged into this bridge, by an administrator's word; None when nobody denies it."""
+    """Where an administrator denies this bridge, for people; None when nobody denies it."""
     try:
         rule = _read_acl(path).denial(bridge)
     except BrokenAcl as error:
@@ -203,7 +203,7 @@ def denial_of(bridge: str, path: Path = BRIDGE_CONF) -> str | None:
 
 
 class _Refused(Exception):
-    """The helper sent no descriptor; the message is what it said, or how it ended."""
+    """The helper sent no descriptor. The message is what the helper printed, or how it ended."""
 
 
 def _find(helper: Path | None) -> Path:
@@ -222,8 +222,8 @@ async def _run_helper(program: Path, bridge: str, timeout_s: float) -> int:
     """Run the helper to its end; return the tap that it sent.
 
     Raises:
-        _Refused: it sent none.
-        OSError: it could not be started.
+        _Refused: the helper sent no tap.
+        OSError: the helper could not be started.
     """
     with contextlib.ExitStack() as stack:
         ours, its = socket.socketpair()
@@ -251,14 +251,14 @@ def _start(program: Path, bridge: str, fd: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         pass_fds=[fd],
-        # No Ctrl-C of a terminal reaches it. A session of its own would do that too, but the kernel schedules each
-        # session as one (CONFIG_SCHED_AUTOGROUP), and on a busy host that made it take twice as long.
+        # So that no Ctrl-C of a terminal reaches it. A session of its own would do that, too, but the kernel schedules
+        # each session as one unit (CONFIG_SCHED_AUTOGROUP); on a busy host the helper then took twice as long.
         process_group=0,
     )
 
 
 def _read_now(pipe: int) -> str:
-    """What is in the pipe, on one line, without waiting for its end: a child of the helper may have it open still."""
+    """What is in the pipe, on one line. Never waits: a child of the helper may still have the pipe open."""
     os.set_blocking(pipe, False)
     try:
         return " ".join(os.read(pipe, SAID_LIMIT).decode(errors="replace").split())
@@ -267,19 +267,19 @@ def _read_now(pipe: int) -> str:
 
 
 async def _wait(child: subprocess.Popen[bytes], timeout_s: float) -> str:
-    """Wait until the child has ended and reap it; kill it when there is no time left for it.
+    """Wait until the child has ended, and reap it; return how it ended. Kill it when the time is over.
 
     Raises:
-        TimeoutError: it was killed for want of time.
+        TimeoutError: the child was killed because the time was over.
     """
     try:
         pidfd = os.pidfd_open(child.pid)
     except OSError:
-        # No descriptor left: what cannot be watched is not kept.
+        # No descriptor is left, so the child cannot be watched: end it.
         child.kill()
         child.wait()
         raise
-    # It is waited for through the pidfd; Popen shall neither wait for it nor warn that nobody did.
+    # The pidfd is used to wait for the child; this keeps Popen from waiting for it, and from warning.
     child.returncode = 0
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[str] = loop.create_future()
@@ -299,15 +299,15 @@ async def _wait(child: subprocess.Popen[bytes], timeout_s: float) -> str:
             return await ended
     finally:
         if not ended.done() or ended.cancelled():
-            # It is reaped as soon as it has died, which may take the kernel a while: nobody waits for that.
+            # `reap` runs once the child has died. The kernel may take a while; nothing waits for it.
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _receive(ours: socket.socket) -> int | None:
-    """The descriptor that was sent, None when there is none. It is closed on exec."""
+    """The descriptor that was sent; None when none was. It is closed on exec."""
     fds = array.array("i")
     try:
-        # Not socket.recv_fds, which does not pass its flags on.
+        # Not socket.recv_fds: it ignores its flags.
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(fds.itemsize), socket.MSG_CMSG_CLOEXEC)
     except OSError:
         return None
@@ -320,7 +320,7 @@ def _receive(ours: socket.socket) -> int | None:
 
 
 def _open_vhost(device: Path) -> int | None:
-    # Without it QEMU moves the packets itself: slower, and nothing else.
+    # Without vhost-net QEMU moves the packets itself, which is only slower.
     try:
         return os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -331,9 +331,9 @@ def _open_vhost(device: Path) -> int | None:
 
 
 def _explain(said: str, bridge: str, program: Path, acl: Path, net: Path) -> str:
-    """A sentence for people: what stands in the way, and what would end it."""
+    """A sentence for people: the cause, and what would fix it."""
     by_acl = "access denied by acl file" in said or "parse default acl file" in said
-    # What is not there is not allowed either: its line is written once it is.
+    # A bridge that does not exist has no line yet: the line is written once the bridge exists.
     if by_acl and (lack_of(bridge, net) is None or _is_kept_off(bridge, acl)):
         return _explain_acl(said, bridge, acl)
     if "/dev/net/tun" in said:
@@ -350,7 +350,7 @@ def _explain(said: str, bridge: str, program: Path, acl: Path, net: Path) -> str
 
 
 def lack_of(bridge: str, net: Path = NET) -> str | None:
-    """What to say of a bridge that is not there; None where it is, or where sysfs does not show it either way."""
+    """A sentence for people when there is no such bridge; None when there is, or when sysfs cannot tell."""
     interface = net / bridge
     if not net.is_dir() or (interface / "bridge").is_dir():
         return None
@@ -364,12 +364,12 @@ def lack_of(bridge: str, net: Path = NET) -> str | None:
 
 
 def _is_kept_off(bridge: str, acl: Path) -> bool:
-    """Whether it would be refused, too, if it were there: a person has to mend that."""
+    """Whether the bridge would be refused even if it existed, so that a person has to fix the file."""
     return not can_be_named(bridge) or denial_of(bridge, acl) is not None
 
 
 def _explain_acl(said: str, bridge: str, path: Path) -> str:
-    """Which line is in the way."""
+    """A sentence for people: the line in the file that refuses the bridge, or is missing."""
     refused = f"qemu-bridge-helper may not use bridge {bridge}"
     try:
         rules = _read_acl(path)
@@ -390,7 +390,7 @@ def _explain_acl(said: str, bridge: str, path: Path) -> str:
 
 
 def _read_acl(path: Path, content: bytes | None = None) -> Acl:
-    """What the file says; its content need not be read again where the caller has it."""
+    """The rules in the file. `content` is the file's content, where the caller has read it already."""
 
     def read(name: str) -> bytes | None:
         try:
@@ -402,15 +402,15 @@ def _read_acl(path: Path, content: bytes | None = None) -> Acl:
 
 
 def _edit(path: Path, change: Callable[[bytes | None], bytes]) -> None:
-    """Have `change` make the file's new content of the present one (None: there is no file); write it if it differs.
+    """Let `change` make the new content out of the present one (None: there is no file); write the file if they differ.
 
-    Another supervisor, or a person, may have the same file open. It is not locked: whoever may read it could keep such
-    a lock. It is looked at again right before it is replaced; who loses a line in the moment between is refused by the
-    helper, and writes it again before the next start.
+    Another supervisor, or a person, may edit the same file. The file is not locked, because anybody who may read it
+    could hold such a lock for ever. Right before it is replaced, the file is read again. If a line is lost all the
+    same, the helper refuses its bridge, and the next start writes the line again.
 
     Raises:
-        NetworkTrouble: the file cannot be read, or is written by others all the time.
-        OSError: it cannot be written.
+        NetworkTrouble: the file cannot be read, or others write it all the time.
+        OSError: the file cannot be written.
     """
     with _writing:
         for _ in range(EDIT_TRIES):
@@ -431,7 +431,7 @@ def _content(path: Path) -> bytes | None:
 
 
 def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
-    """Write the file whole, beside it first, with its mode and owner; False if it is not as `before` any more."""
+    """Replace the file, keeping its mode and owner; return False if its content is not `before` any more."""
     path = path.resolve()
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -446,7 +446,7 @@ def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
                 os.fchown(descriptor, was.st_uid, was.st_gid)
                 os.fchmod(descriptor, was.st_mode & 0o7777)
             file.flush()
-            # An administrator's deny lines must not be lost with the power.
+            # An administrator's deny lines must survive a power cut.
             os.fsync(descriptor)
         if _content(path) != before:
             return False
@@ -455,7 +455,7 @@ def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            # A file that is mounted into a container cannot be replaced.
+            # A file that is mounted into a container cannot be replaced (EBUSY).
             _write_over(path, before or b"", content)
         return True
     finally:
@@ -463,14 +463,14 @@ def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
 
 
 def _write_over(path: Path, before: bytes, content: bytes) -> None:
-    """Write it where it is. Cut off anywhere, it is a file that the helper can read, with every line of people's."""
+    """Write the file in place. Cut off anywhere, the helper can still read it, and every line of people's is there."""
     is_longer = content.startswith(before)
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if is_longer else 0))
     try:
         if is_longer:
             os.write(descriptor, content[len(before) :])
         else:
-            # First blank lines where its end was, then without them.
+            # First with blank lines at the end, for the old length; then without them.
             os.pwrite(descriptor, content.ljust(len(before), b"\n"), 0)
             os.ftruncate(descriptor, len(content))
         os.fsync(descriptor)

@@ -13,11 +13,12 @@ from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import parse_time, printable_bytes
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.storage import files_elsewhere, pinning
-from kvmsupervisor.domain.values import invisible
+from kvmsupervisor.domain.storage import files_elsewhere, origins_of, pinning
+from kvmsupervisor.domain.values import Unfit, invisible
 from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
 SETTLE_S = 2.0
@@ -94,6 +95,7 @@ def find_all(cluster: Cluster, layout: Layout, patience: Patience) -> list[Findi
         findings += _of_lock(instance, cluster, layout)
     findings += _used_twice(cluster)
     findings += _of_hosts(cluster, layout)
+    findings += _of_images(cluster, layout)
     findings += _of_nobody(cluster, layout)
     findings += _of_history(cluster, layout)
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
@@ -326,6 +328,30 @@ def _duplicates(
         if len(ids) > 1:
             text = f"{value[0]} on host {value[1]}" if isinstance(value, tuple) else str(value)
             yield Finding(instances=tuple(ids), key=key, found=f"{text}, used by {', '.join(ids)}", wanted=wanted)
+
+
+def _of_images(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
+    """Entries of the image library that cannot be used, and disks still to be made of one that is not there."""
+    there = set()
+    for kv in cluster.images:
+        name = kv.key.decode(errors="replace").removeprefix(layout.images_prefix)
+        there.add(name)
+        try:
+            parse_image(image_name(name), kv.value.decode(errors="replace").strip())
+        except Unfit as unfit:
+            found = "a value that is not shown, as it may hold a password"
+            yield Finding(instances=(), key=printable_bytes(kv.key), found=found, wanted=str(unfit))
+    for instance in cluster.instances.values():
+        runs = instance.status is not None and instance.status.pid is not None
+        origins = {} if runs or instance.wish.spec is None else origins_of(instance.wish.spec)
+        for key, name in origins.items():
+            if snapshot_of(name) is None and name not in there:
+                yield Finding(
+                    instances=(instance.id,),
+                    key=key,
+                    found=f"from={name}, and the library has no image of that name",
+                    wanted=f"an image that `image list` shows, or `image add {name}`; disks that exist need no from=",
+                )
 
 
 def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:

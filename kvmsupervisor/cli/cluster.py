@@ -77,6 +77,7 @@ class Cluster:
         instances: all that have a wish, a status or a lock, in natural order.
         sessions: by host; None where the value cannot be read (the key itself is the session).
         strays: keys below the wishes' prefix that belong to no valid id.
+        images: those of the image library.
         unreadable: status and session keys whose value cannot be read.
         history: name of the present history of etcd; None when it has no name, or was not read.
     """
@@ -84,6 +85,7 @@ class Cluster:
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
     sessions: Mapping[str, HostSession | None] = field(default_factory=dict)
     strays: tuple[KeyValue, ...] = ()
+    images: tuple[KeyValue, ...] = ()
     unreadable: tuple[KeyValue, ...] = ()
     history: HistoryName | None = None
 
@@ -261,10 +263,14 @@ def assemble(
     keys: dict[InstanceId, dict[bytes, RawValue]] = {}
     locks: dict[InstanceId, LockFact] = {}
     strays: list[KeyValue] = []
+    images: list[KeyValue] = []
     for kv in wishes:
         lock_of = layout.id_of_lock(kv.key.decode("utf-8", "replace"))
         if lock_of is not None:
             locks[lock_of] = LockFact(kv, Lock.from_json(kv.value))
+            continue
+        if kv.key.startswith(layout.images_prefix.encode()):
+            images.append(kv)
             continue
         named, slash, name = kv.key.removeprefix(layout.wishes_prefix.encode()).partition(b"/")
         instance = parse_id(named.decode("utf-8", "replace")) if slash else None
@@ -298,7 +304,13 @@ def assemble(
         )
         for instance in sorted(keys.keys() | locks.keys() | found.keys(), key=natural)
     }
-    return Cluster(instances=instances, sessions=hosts, strays=tuple(strays), unreadable=tuple(unreadable))
+    return Cluster(
+        instances=instances,
+        sessions=hosts,
+        strays=tuple(strays),
+        images=tuple(images),
+        unreadable=tuple(unreadable),
+    )
 
 
 def _id_of(layout: Layout, status: KeyValue) -> InstanceId | None:

@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "stop": LazyCommand("write_commands", "stop", "Shut instances down and keep them off."),
     "restart": LazyCommand("write_commands", "restart", "Shut instances down and start them again."),
     "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
+    "image": LazyCommand("image_command", "image", "Keep the image library: add, list, remove, fetch."),
     "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a file that opens an instance's display."),
     "check": LazyCommand("read_commands", "check", "Find all that is wrong with the keys and the instances."),

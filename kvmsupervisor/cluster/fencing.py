@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection, Coroutine, Iterable
 from typing import Any, Protocol
 
+import structlog
+
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError
 from kvmsupervisor.aio import all_of, both
 from kvmsupervisor.domain.ceph import Client, leaves_no_trace
@@ -19,6 +21,8 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, spec_from_object
 from kvmsupervisor.domain.storage import images_of
+
+log = structlog.get_logger(__name__)
 
 
 class NotFenced(Exception):
@@ -142,8 +146,9 @@ class CephFencing:
         return await _union(self._ceph.watchers(image) for image in images)
 
     async def _own(self, image: RbdDisk, known: frozenset[str]) -> frozenset[Client]:
-        """The client of the QEMU that has just opened `image`; see the module."""
-        info, listed = await both(self._ceph.image_info(image), self._ceph.watchers(image))
+        """The client of the QEMU that has just opened `image`; see the module. Whoever left it locked is shut out."""
+        ceph = self._ceph
+        (info, listed), owners = await both(both(ceph.image_info(image), ceph.watchers(image)), ceph.lock_owners(image))
         if not info.has_exclusive_lock and not self._allow_unfenced:
             raise NotFenced(leaves_no_trace(image.name))
         name, own = image.name, listed - known
@@ -155,7 +160,21 @@ class CephFencing:
                 "one that was killed is forgotten after 30 s",
                 sorted(own),
             )
+        if gone := owners - listed - known:
+            await self._shut_out_gone(image, gone)
         return own
+
+    async def _shut_out_gone(self, image: RbdDisk, owners: frozenset[Client]) -> None:
+        """Shut out for good who holds the image's exclusive lock and has it open no more.
+
+        Such a client is on nobody's record: a QEMU of another program whose host is dead, or frozen. librbd shuts it
+        out when it breaks that lock, for an hour only: a host that wakes up later would write in turns with this one.
+        """
+        # Asked again: it may have opened the image and taken the lock between the two answers.
+        gone = owners - await self._ceph.watchers(image)
+        if gone:
+            await self._ceph.fence(gone)
+            log.warning("image.was_locked", image=image.name, addresses=sorted(gone))
 
 
 async def _union(asked: Iterable[Coroutine[Any, Any, frozenset[Client]]]) -> tuple[str, ...]:

@@ -16,11 +16,15 @@ from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.local_disk import disk_size
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
 DISK_DIR = Path("/var/lib/kvmsupervisor/disks")
 """Folder of the disks that are files, unless a host says otherwise."""
+
+IMAGE_DIR = Path("/var/lib/kvmsupervisor/images")
+"""Folder of the image library's files, likewise."""
 
 
 @frozen(kw_only=True)
@@ -159,6 +163,16 @@ class Settings:
         "Folder of disks that are files (disk/<n>=file:NAME). One that is named here has to be there.",
         default=str(DISK_DIR),
     )
+    image_dir: Path = setting(
+        read.absolute,
+        "Folder in which images of the library (from=NAME) are kept. One named here has to be there, mode 0700.",
+        default=str(IMAGE_DIR),
+    )
+    image_max_bytes: int = setting(
+        disk_size,
+        "The largest image that is fetched, and the largest disk that one may expand to, with M, G or T (of 1024).",
+        default="256G",
+    )
     ovmf_code: Path | None = optional_setting(
         read.file,
         "UEFI firmware for firmware=uefi. Needs KVM_OVMF_VARS.",
@@ -173,17 +187,18 @@ class Settings:
     )
     media_root: Path | None = optional_setting(
         read.absolute,
-        "Folder below which the key cloud-config may name files (file:///...). Without it only http and https work.",
+        "Folder below which cloud-config, and images of the library, may name files (file:///...). Without it only "
+        "http and https work.",
         example="/etc/kvmsupervisor/user-data",
     )
     media_cacert: Path | None = optional_setting(
         read.file,
-        "Certificates of further authorities (PEM), beside the system's, to check servers of user data against.",
+        "Certificates of further authorities (PEM), beside the system's, for servers of user data and images.",
         example="/etc/kvmsupervisor/media-ca.pem",
     )
     media_inward_redirects: bool = setting(
         read.switch,
-        "1: a server of user data may redirect to this host's own addresses, too (loopback, link-local).",
+        "1: a server of user data or images may redirect to this host's own addresses, too (loopback, link-local).",
         default="0",
     )
     ceph_conf: Path | None = optional_setting(

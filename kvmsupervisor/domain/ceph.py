@@ -130,6 +130,61 @@ def parse_info(data: bytes) -> ImageInfo:
     return ImageInfo(size=size, features=frozenset(features))
 
 
+@frozen
+class SnapshotInfo:
+    """A snapshot of an image: its bytes, and whether it is kept from being removed."""
+
+    size: int
+    is_protected: bool
+
+
+def parse_id(data: bytes) -> str:
+    """Read the id of an image in `rbd info --format json`: it stays when the image is renamed."""
+    found = _object(_one(data)).get("id")
+    if not isinstance(found, str) or not found:
+        raise Unfit("it has no id")
+    return found
+
+
+def parse_snapshots(data: bytes) -> dict[str, SnapshotInfo]:
+    """Read `rbd snap ls --format json`."""
+    found = {}
+    for entry in _list(_one(data)):
+        one = _object(entry)
+        name, size, protected = one.get("name"), one.get("size"), one.get("protected")
+        if not isinstance(name, str) or type(size) is not int or protected not in {"true", "false"}:
+            raise Unfit(f"the entry {show(str(entry))} has no name, no size, or does not say whether it is protected")
+        found[name] = SnapshotInfo(size, protected == "true")
+    return found
+
+
+def parse_metadata(data: bytes) -> Mapping[str, str]:
+    """Read `rbd image-meta list --format json`, which prints nothing where there is none."""
+    if not data.strip():
+        return {}
+    return {name: value for name, value in _object(_one(data)).items() if isinstance(value, str)}
+
+
+def parse_names(data: bytes) -> tuple[str, ...]:
+    """Read `rbd ls --format json`: the images of a pool."""
+    found = _list(_one(data))
+    if not all(isinstance(name, str) for name in found):
+        raise Unfit("it is no list of names")
+    return tuple(map(str, found))
+
+
+def parse_children(data: bytes) -> tuple[str, ...]:
+    """Read `rbd children --format json`: the clones of a snapshot, as people name them."""
+    found = []
+    for entry in _list(_one(data)):
+        one = _object(entry)
+        pool, image = one.get("pool"), one.get("image")
+        if not isinstance(pool, str) or not isinstance(image, str):
+            raise Unfit(f"the entry {show(str(entry))} has no pool, or no image")
+        found.append("/".join(filter(None, (pool, str(one.get("pool_namespace") or ""), image))))
+    return tuple(found)
+
+
 def parse_watchers(data: bytes) -> frozenset[Client]:
     """Read `rbd status --format json`: the clients that have the image open for writing."""
     watchers = _object(_one(data)).get("watchers")
@@ -231,6 +286,10 @@ _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     # These come from a cluster that let the client in; the names in them may hold any words, so they are matched first.
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
+    ("failed to find snapshot", Trouble.NO_IMAGE, "there is no such snapshot"),
+    ("failed to open parent image", Trouble.NO_IMAGE, "there is no such image"),
+    ("error opening source image", Trouble.NO_IMAGE, "there is no such image"),
+    ("setting snapshot context", Trouble.NO_IMAGE, "there is no such snapshot"),
     ("delete error", Trouble.NO_IMAGE, "there is no such image"),
     # The cause before its consequences. A client that was refused had a key, wherever else the tool looked for one.
     ("allowed_methods", Trouble.REFUSED, _UNKNOWN_CLIENT),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TypedDict
 
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.images import origin, snapshot_of
 from kvmsupervisor.domain.local_disk import SCHEME, FileDisk, disk_size, file_name
 from kvmsupervisor.domain.spec import FIRST_DISK, RbdDisk
 from kvmsupervisor.domain.values import Unfit, show
@@ -27,12 +29,9 @@ def rbd_disk(text: str) -> RbdDisk:
     if match is None or not name.isprintable():
         raise Unfit(
             "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@), no name beginning with '-'; options follow after "
-            "white space: ro, discard, iops=N"
+            "white space: size=, from=, ro, discard, iops=N"
         )
-    given = _disk_options(options)
-    if "size" in given:
-        raise Unfit("size= is of disks that are files; an image in Ceph is made by `rbd create`, grown by `rbd resize`")
-    return RbdDisk(match[1], match[2], ro="ro" in given, discard="discard" in given, iops=given.get("iops"))
+    return RbdDisk(match[1], match[2], **_disk_options(options))
 
 
 def any_disk(text: str) -> RbdDisk | FileDisk:
@@ -41,29 +40,44 @@ def any_disk(text: str) -> RbdDisk | FileDisk:
     if not name.startswith(SCHEME):
         return rbd_disk(text)
     file, given = file_name(name.removeprefix(SCHEME)), _disk_options(options)
-    if "ro" in given and "size" in given:
-        raise Unfit("a disk that is only read (ro) is neither made nor grown: leave size= out, or ro")
-    return FileDisk(
-        file, size=given.get("size"), ro="ro" in given, discard="discard" in given, iops=given.get("iops")
-    )  # fmt: skip
+    if given["origin"] is not None and snapshot_of(given["origin"]) is not None:
+        raise Unfit("a file begins with an image of the library, from=NAME; a snapshot is for disks in Ceph")
+    return FileDisk(file, **given)
 
 
-def _disk_options(options: Iterable[str]) -> dict[str, int]:
-    """What stands behind a disk's name, by the option's name: the same words for every kind of disk."""
-    given: dict[str, int] = {}
+class _Options(TypedDict):
+    size: int | None
+    origin: str | None
+    ro: bool
+    discard: bool
+    iops: int | None
+
+
+def _disk_options(options: Iterable[str]) -> _Options:
+    """What stands behind a disk's name: the same words for every kind of disk."""
+    found = _Options(size=None, origin=None, ro=False, discard=False, iops=None)
+    seen: set[str] = set()
     for option in options:
         word, equals, value = option.partition("=")
-        if word in given:
+        if word in seen:
             raise Unfit(f"each option is given once, {word} is there twice")
-        if (word, equals) in {("ro", ""), ("discard", "")}:
-            given[word] = True
-        elif (word, equals) == ("iops", "="):
-            given[word] = _iops(value)
-        elif (word, equals) == ("size", "="):
-            given[word] = disk_size(value)
-        else:
-            raise Unfit(
-                "behind the disk stand the options ro, discard, iops=N and, of a file, size=20G, separated by white "
-                f"space; {show(word)} is none of them"
-            )
-    return given
+        seen.add(word)
+        match word, equals:
+            case "ro", "":
+                found["ro"] = True
+            case "discard", "":
+                found["discard"] = True
+            case "iops", "=":
+                found["iops"] = _iops(value)
+            case "size", "=":
+                found["size"] = disk_size(value)
+            case "from", "=":
+                found["origin"] = origin(value)
+            case _:
+                raise Unfit(
+                    "behind the disk stand the options size=20G, from=IMAGE, ro, discard and iops=N, separated by "
+                    f"white space; {show(word)} is none of them"
+                )
+    if found["ro"] and not (found["size"] is None and found["origin"] is None):
+        raise Unfit("a disk that is only read (ro) is neither made nor grown: leave size= and from= out, or ro")
+    return found

@@ -205,9 +205,11 @@ class Groups:
         }
 
     def foreign(self) -> Mapping[bytes, str]:
-        """Keys below the prefix that belong to no instance, with the reason."""
+        """Keys below the prefix that belong to no instance and are not the image library's, with the reason."""
         group = self._groups.get(None)
-        return {} if group is None else {key: self._why_foreign(key) for key in group.keys}
+        library = self._layout.images_prefix.encode()
+        keys = () if group is None else (key for key in group.keys if not key.startswith(library))
+        return {key: self._why_foreign(key) for key in keys}
 
     def begin(self, *, fresh: bool) -> Stage[InstanceId]:
         """See `Table.begin`."""

@@ -17,6 +17,9 @@ ID_RULE = "letters, digits, '.', '_' and '-', beginning with a letter or digit, 
 
 LOCK_PLACEHOLDER = "%i"
 
+IMAGES = ".images"
+"""The folder of the image library below the prefix of the wishes: no id begins with a dot."""
+
 
 def default_facts(prefix: str) -> str:
     """`KVM_FACTS_PREFIX` where it is not set."""
@@ -53,6 +56,16 @@ class Layout:
         return f"{self.prefix}/"
 
     @property
+    def images_prefix(self) -> str:
+        """The prefix of the image library."""
+        return f"{self.prefix}/{IMAGES}/"
+
+    @property
+    def imports_prefix(self) -> str:
+        """The prefix of what hosts are importing into Ceph; each key ends when its host no longer renews it."""
+        return f"{self.facts}/imports/"
+
+    @property
     def hosts_prefix(self) -> str:
         """The prefix of the hosts' sessions."""
         return f"{self.facts}/hosts/"
@@ -76,6 +89,10 @@ class Layout:
     def confirmations_prefix(self) -> str:
         """The prefix of the keys that confirm held removals."""
         return f"{self.facts}/confirm-removal/"
+
+    def image_key(self, name: str) -> str:
+        """Key of an image of the library."""
+        return self.images_prefix + name
 
     def wish_key(self, instance: InstanceId, name: str) -> str:
         """Key of one wish, such as `/kvm/1/ram`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from typing import Protocol
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import MIB_PER_UNIT, Unfit
@@ -27,6 +28,20 @@ _NAME = re.compile(rf"(?=.{{1,{NAME_LENGTH}}}\Z)[A-Za-z0-9_][A-Za-z0-9_+.-]*\.(?
 _SIZE = re.compile(r"([0-9]{1,12})([MGT])(?:iB)?", re.IGNORECASE)
 
 
+class Sized(Protocol):
+    """A disk of any kind whose key may say how large it is."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that it has at least; None for those that it has."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """As the key names it."""
+        ...
+
+
 class DiskFormat(StrEnum):
     """How a file holds a disk. The values are QEMU's drivers, and the endings of names."""
 
@@ -44,6 +59,7 @@ class FileDisk:
         ro: the guest cannot write to it.
         discard: what the guest discards is given back to the file system.
         iops: most requests per second, None for no limit.
+        origin: the image of the library that it begins with; None for an empty disk.
     """
 
     name: str
@@ -51,10 +67,12 @@ class FileDisk:
     ro: bool = False
     discard: bool = False
     iops: int | None = None
+    origin: str | None = None
 
     def __str__(self) -> str:
         options = (
             *((f"size={size_text(self.size)}",) if self.size is not None else ()),
+            *((f"from={self.origin}",) if self.origin is not None else ()),
             *(("ro",) if self.ro else ()),
             *(("discard",) if self.discard else ()),
             *((f"iops={self.iops}",) if self.iops is not None else ()),
@@ -82,7 +100,7 @@ def file_name(text: str) -> str:
         raise Unfit(
             "a file is file:NAME.qcow2 or file:NAME.raw, below the host's KVM_DISK_DIR: letters, digits and . _ + -, "
             f"beginning with a letter or digit, without a slash or '..', at most {NAME_LENGTH} characters; options "
-            "follow after white space: size=, ro, discard, iops="
+            "follow after white space: size=, from=, ro, discard, iops="
         )
     return text
 
@@ -107,7 +125,7 @@ def size_text(size: int) -> str:
     return f"{size} bytes"
 
 
-def too_small(key: str, disk: FileDisk, found: int) -> str | None:
+def too_small(key: str, disk: Sized, found: int) -> str | None:
     """What is wrong with a size that is less than the disk has; None when nothing is."""
     if disk.size is None or disk.size >= found:
         return None

@@ -320,6 +320,10 @@ class LockView:
         lock = None if self.data is None else Lock.from_json(self.data)
         object.__setattr__(self, "lock", lock)
 
+    def says_the_same_as(self, other: LockView) -> bool:
+        """Whether it is the same value, of the same write: it was confirmed at most."""
+        return (self.known, self.data, self.mod_revision) == (other.known, other.data, other.mod_revision)
+
     def claim(
         self, *, host: HostName, facts: str, boot_id: str, incarnation: str | None, last_ended: str | None = None
     ) -> Claim:

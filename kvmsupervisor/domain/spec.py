@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from kvmsupervisor.domain import records
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.local_disk import FileDisk
+from kvmsupervisor.domain.local_disk import FileDisk, size_text
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
 
 DEFAULT_MACHINE = "q35"
@@ -93,6 +93,8 @@ class RbdDisk:
         ro: the guest cannot write to it.
         discard: what the guest discards is given back to the pool.
         iops: most requests per second, None for no limit.
+        size: bytes that the disk has at least; None for those that it has.
+        origin: what it begins with, an image of the library or a snapshot POOL/IMAGE@SNAP; None for an empty disk.
     """
 
     pool: str
@@ -100,9 +102,13 @@ class RbdDisk:
     ro: bool = False
     discard: bool = False
     iops: int | None = None
+    size: int | None = None
+    origin: str | None = None
 
     def __str__(self) -> str:
         options = (
+            *((f"size={size_text(self.size)}",) if self.size is not None else ()),
+            *((f"from={self.origin}",) if self.origin is not None else ()),
             *(("ro",) if self.ro else ()),
             *(("discard",) if self.discard else ()),
             *((f"iops={self.iops}",) if self.iops is not None else ()),
@@ -113,6 +119,16 @@ class RbdDisk:
     def name(self) -> str:
         """The image as Ceph's tools name it."""
         return f"{self.pool}/{self.image}"
+
+    @property
+    def title(self) -> str:
+        """As the key names it."""
+        return self.name
+
+    @property
+    def may_be_made(self) -> bool:
+        """Whether it is made when it is missing."""
+        return self.size is not None or self.origin is not None
 
 
 FIRST_IMAGE = "rbd"
@@ -152,7 +168,7 @@ class Disk:
     @property
     def name(self) -> str:
         """What it is, as keys and people name it: `POOL/IMAGE` or `file:NAME`."""
-        return self.source.name if isinstance(self.source, RbdDisk) else self.source.title
+        return self.source.title
 
     @property
     def ro(self) -> bool:
@@ -333,7 +349,7 @@ class Wish:
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
     """Names of the wishes in which the running machine differs from the wanted one.
 
-    The size of a file is none of them: a disk grows while its machine runs.
+    Neither the size of a disk, which grows while its machine runs, nor what it began with is one of them.
     """
     names: list[str] = []
     for one in fields(Spec):
@@ -343,16 +359,25 @@ def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
         if one.name == "nics":
             names += _differing_nics(before, after)
         elif one.name == "disks":
-            names += sorted({disk.key for disk in {*map(_unsized, before)} ^ {*map(_unsized, after)}})
+            names += sorted({disk.key for disk in {*map(_as_it_stays, before)} ^ {*map(_as_it_stays, after)}})
         elif one.name == "rbd":
-            names.append(running.rbd_key if wanted.rbd is None else wanted.rbd_key)
+            if None in {before, after} or _of_restarts(before) != _of_restarts(after):
+                names.append(running.rbd_key if wanted.rbd is None else wanted.rbd_key)
         else:
             names.append(_KEY_OF_FIELD.get(one.name, one.name))
     return tuple(dict.fromkeys(names))
 
 
-def _unsized(disk: Disk) -> Disk:
-    return disk if disk.file is None else replace(disk, file=replace(disk.file, size=None))
+def _as_it_stays(disk: Disk) -> Disk:
+    if disk.file is not None:
+        return replace(disk, file=replace(disk.file, size=None, origin=None))
+    assert disk.rbd is not None
+    return replace(disk, rbd=_of_restarts(disk.rbd))
+
+
+def _of_restarts(image: RbdDisk) -> RbdDisk:
+    """An image without what is no matter of a restart."""
+    return replace(image, size=None, origin=None)
 
 
 _KEY_OF_FIELD = {"ram_mib": "ram", "cloud_config": "cloud-config", "memory_limit_mib": "memory_limit"}

@@ -60,6 +60,7 @@ class Status:
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
         placed_for: the host for which this one runs it (law 10), None for its own host.
         files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
+        images: its images in Ceph that are made when they are missing, once it has run with them.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
 
@@ -89,6 +90,7 @@ class Status:
     placed_for: str | None = None
     awaited_host: str | None = None
     files: Mapping[str, str] | None = None
+    images: tuple[str, ...] = ()
 
     @property
     def up(self) -> bool:
@@ -113,6 +115,7 @@ class Status:
             "pending": list(self.pending),
             "problems": list(self.problems),
             "unplugged": list(self.unplugged),
+            "images": list(self.images),
             "agent": None if self.agent is None else asdict(self.agent),
         }
 

@@ -47,18 +47,28 @@ def node_of(disk: Disk) -> str:
     return f"disk{disk.number}"
 
 
-def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk]]:
-    """The files of a machine that runs whose size people want, by block node: the key, and the disk as it is wanted.
+def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk | RbdDisk]]:
+    """The disks of a machine that runs whose size people want, by block node: the key, and the disk as it is wanted.
 
-    A disk of that number that is to be another file waits for a restart.
+    A disk of that number that is to be another file or image waits for a restart.
     """
-    wishes = {} if wanted is None else {disk.number: (disk.key, file) for disk, file in wanted.files}
-    found = {node_of(disk): (wishes.get(disk.number), file) for disk, file in running.files if not file.ro}
+    wishes = {} if wanted is None else {disk.number: disk for disk in wanted.all_disks}
+    found = {node_of(disk): (wishes.get(disk.number), disk) for disk in running.all_disks if not disk.ro}
     return {
-        node: wish
-        for node, (wish, file) in found.items()
-        if wish is not None and wish[1].name == file.name and wish[1].size is not None
+        node: (wish.key, wish.source)
+        for node, (wish, disk) in found.items()
+        if wish is not None and wish.name == disk.name and wish.source.size is not None
     }
+
+
+def made(spec: Spec) -> tuple[str, ...]:
+    """The images in Ceph that are made when they are missing: once the machine has run with one, never again."""
+    return tuple(sorted(image.name for _, image in spec.images if image.may_be_made and not image.ro))
+
+
+def origins_of(spec: Spec) -> dict[str, str]:
+    """What its disks begin with, by key."""
+    return {disk.key: disk.source.origin for disk in spec.all_disks if disk.source.origin is not None}
 
 
 def files_elsewhere(spec: Spec, files: Mapping[str, str] | None, host: str | None) -> dict[str, str]:

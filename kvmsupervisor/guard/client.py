@@ -344,7 +344,7 @@ class GuardClient:
         """Start the program, as a candidate.
 
         Raises:
-            HomeFailed, SpawnFailed, OSError: it could not be started.
+            CgroupFailed, SpawnFailed, OSError: it could not be started.
         """
         files = self._run_dir
         with contextlib.ExitStack() as always, contextlib.ExitStack() as on_error:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
 from kvmsupervisor.adapters.cgroup import CgroupManager
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
@@ -26,6 +26,7 @@ from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.cluster.fencing import CephFencing, Fencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
+from kvmsupervisor.cluster.image_keys import ImageKeys, Imports
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.config.settings import DISK_DIR, Settings
@@ -37,9 +38,12 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import InstanceContext, Life
 from kvmsupervisor.machine import system
+from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import HostFacts, gather_host_facts
 from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.jobs import Jobs
+from kvmsupervisor.machine.library import library_of
 from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
 from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import Launch
@@ -277,6 +281,7 @@ def assemble_context(
         as_root=host_facts.privileged,
         access=outside.files,
     )
+    contents = contents_of(member, settings=settings, outside=outside, host_facts=host_facts)
     return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
@@ -295,9 +300,11 @@ def assemble_context(
             cgroups=cgroups,
             disks=disks,
             local_disks=local_disks,
+            contents=contents,
         ),
         disks=disks,
         local_disks=local_disks,
+        contents=contents,
         logs=outside.logs(outside.clock, settings),
         links=links,
         user=host_facts.user,
@@ -324,4 +331,20 @@ def assemble_context(
         draining=draining,
         life=life,
         launch=launch,
+    )
+
+
+def contents_of(member: Membership, *, settings: Settings, outside: Outside, host_facts: HostFacts) -> Contents:
+    """What new disks of one holder begin with."""
+    layout, jobs = member.holder.layout, Jobs()
+    keys = ImageKeys(member.store, layout)
+    library = library_of(settings, user=host_facts.user, jobs=jobs, kept=keys.sums, threads=outside.files.threads)
+    return Contents(
+        library=library,
+        jobs=jobs,
+        keys=keys,
+        imports=Imports(member.store, layout, member.holder.name, outside.clock),
+        ceph=CephImages(Ceph(host_facts.ceph_access)),
+        folder=settings.disk_dir,
+        threads=outside.files.threads,
     )

@@ -23,6 +23,7 @@ from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.view import Haste, View
 from kvmsupervisor.guard.client import GuardClient
+from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
 from kvmsupervisor.machine.local_disks import LocalDisks
@@ -97,6 +98,7 @@ class InstanceContext:
         settle_s: how long changed keys must be quiet before a new guest runs.
         disks: images in Ceph.
         local_disks: files of this host.
+        contents: what new disks begin with.
         logs: of all guests.
         links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
@@ -137,6 +139,7 @@ class InstanceContext:
     settle_s: float
     disks: Disks
     local_disks: LocalDisks
+    contents: Contents
     logs: GuestLogs
     links: Links
     era: Callable[[], Era]

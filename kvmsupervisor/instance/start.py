@@ -25,7 +25,7 @@ from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import images_of, storage_of
+from kvmsupervisor.domain.storage import images_of, made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
@@ -167,7 +167,7 @@ class Start:
     def wait_for_host(self, error: NotReady) -> None:
         """Note what is missing on the host, and tell it once."""
         self.at = self._context.clock.now() + error.retry_s
-        if self.obstacle != str(error):
+        if self.obstacle != str(error) and not error.underway:
             self._report.tell("instance.not_ready", level="warning", reason=str(error))
         self.obstacle = str(error)
 
@@ -190,14 +190,15 @@ class Start:
             EtcdError: it is not known which host has its files.
         """
         context = self._context
-        if wish.spec.files and not self._report.looked:
-            await self.look()  # a file that it ran with is never made anew
+        if (wish.spec.files or made(wish.spec)) and not self._report.looked:
+            await self.look()  # a disk that it ran with is never made anew
         self._prepared = await context.provisioner.prepare(
             self._id,
             uuid=instance_uuid(context.layout.prefix, self._id),
             spec=wish.spec,
             directory=self._machine.directory,
             files=self._report.status.files or {},
+            images=self._report.status.images,
         )
         if self._prepared.notice is not None:
             self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)

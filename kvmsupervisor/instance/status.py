@@ -14,7 +14,7 @@ from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, Wish, pending
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.storage import pinning
+from kvmsupervisor.domain.storage import made, pinning
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.machine.machine import Machine
@@ -105,6 +105,8 @@ class Report:
             self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
         if self.status.files is None and written.files is not None:
             self.status = replace(self.status, files=written.files)
+        if not self.status.images and written.images:
+            self.status = replace(self.status, images=written.images)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
 
@@ -143,6 +145,7 @@ class Report:
             placed_for=None if wish is None or wish.placement is None or wish.runs_on != context.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
             files=self._files(wish, running),
+            images=self._images(wish, running),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -166,6 +169,13 @@ class Report:
             named = {file.title for spec in (wish.spec, running) if spec is not None for _, file in spec.files}
             files = {title: host for title, host in files.items() if title in named}
         return files or None
+
+    def _images(self, wish: Wish | None, running: Spec | None) -> tuple[str, ...]:
+        """Which of its images that may be made it has run with."""
+        known = {*self.status.images, *(() if running is None else made(running))}
+        if wish is not None and wish.spec is not None:
+            known &= {image.name for spec in (wish.spec, running) if spec is not None for _, image in spec.images}
+        return tuple(sorted(known))
 
     def _may_publish(self, view: View) -> bool:
         """Whether the status key is ours to write.

@@ -13,7 +13,6 @@ from typing import assert_never
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters.etcd import EtcdError, Unavailable
-from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
@@ -38,6 +37,7 @@ from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.plugs import Plugs
+from kvmsupervisor.instance.saved_state import SavedState
 from kvmsupervisor.instance.start import Start, wanted
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.target import target_of
@@ -80,7 +80,6 @@ class Worker:
         self._context = context
         self._problems: tuple[Problem, ...] = ()
         self._held = False
-        self._saved = saved
         self._wake = asyncio.Event()
         self._machine = Machine(
             system=context.system,
@@ -116,7 +115,7 @@ class Worker:
             clock=context.clock,
             objection=context.objection,
         )
-        self._state_written = True
+        self._saved = SavedState(saved, machine=self._machine, report=self.report)
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -140,11 +139,11 @@ class Worker:
             self._problems = self._problems_of(wish)
         self.wish = wish
         self._held = held
-        saved = noting(self._saved, wish, held=held, hold=hold)
+        saved = noting(self._saved.state, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
         if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
             saved = replace(saved, shutdown_timeout_s=wish.shutdown_timeout_s)
-        self._save(saved)
+        self._saved.keep(saved)
         self._wake.set()
 
     def begin_anew(self, wish: Wish) -> None:
@@ -155,12 +154,14 @@ class Worker:
         self._lock.begin_anew(self._context.era().count)
         self.report.begin_anew()
         self._start.claimed_by = None
-        self._save(in_another_history(self._saved, wish))
+        self._saved.keep(in_another_history(self._saved.state, wish))
 
     def saw_lock(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take the lock as a watch shows it."""
+        before = self._lock.view
         self._lock.seen(data=data, mod_revision=mod_revision, as_of=as_of)
-        self._wake.set()
+        if not self._lock.view.says_the_same_as(before):
+            self._wake.set()
 
     def notify(self) -> None:
         """The session or the hosts changed: look again."""
@@ -176,7 +177,9 @@ class Worker:
 
     def inherit(self, record: Incarnation | None = None) -> None:
         """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
-        self._saved = self._inheritance.take(self.adopt, record)  # as its file holds it: that is not written again
+        self._saved.state = self._inheritance.take(
+            self.adopt, record
+        )  # as its file holds it: that is not written again
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -185,12 +188,12 @@ class Worker:
     @property
     def was_held(self) -> bool:
         """Whether the removal of its keys was held when it was last told of them, by an earlier supervisor maybe."""
-        return self._saved.held
+        return self._saved.state.held
 
     @property
     def hold(self) -> Hold | None:
         """What is held, where it was told more of it than that."""
-        return hold_of(self._saved)
+        return hold_of(self._saved.state)
 
     @property
     def has_spoken(self) -> bool:
@@ -228,8 +231,7 @@ class Worker:
         """Observe, decide, act; returns when nothing of it is ours any more. Cancelling it leaves QEMU as it is."""
         while True:
             self._wake.clear()
-            if not self._state_written and self._machine.record is not None:
-                self._write_state()
+            self._saved.write_again()
             self.report.tell_rest()
             view = self._observe()
             decision = decide(view)
@@ -284,7 +286,7 @@ class Worker:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
-        context = self._context
+        context, saved = self._context, self._saved.state
         process = self._machine.view()
         lock = self._lock.view.lock
         has_session = None if lock is None else context.host_has_session(lock.host)
@@ -300,7 +302,7 @@ class Worker:
             mismatch=context.mismatch,
             dissent=context.dissent(),
             held=self._held,
-            held_why=self._saved.held_why,
+            held_why=saved.held_why,
             era=context.era(),
             draining=context.draining(),
             leaving=context.life.leaving(),
@@ -318,7 +320,7 @@ class Worker:
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
             process=None if process is None else self.plugs.look(process),
-            saved=self._saved,
+            saved=saved,
             slot=context.admission.state(self.id),
             shortage=context.admission.shortage(self.id),
             prepared=self._start.is_prepared(self.wish),
@@ -333,7 +335,7 @@ class Worker:
             quiet_at=self._quiet.at,
             start_timeout_s=context.start_timeout_s,
             shutdown_timeout_s=(
-                context.shutdown_timeout_s if self._saved.shutdown_timeout_s is None else self._saved.shutdown_timeout_s
+                context.shutdown_timeout_s if saved.shutdown_timeout_s is None else saved.shutdown_timeout_s
             ),
         )
         if self._adopting and process is not None and process.connected and view.claim is Claim.MINE:
@@ -387,7 +389,7 @@ class Worker:
                 await start.fence(wish)
             case Action.SPAWN:
                 await start.spawn(wanted(wish))
-                self._write_state()
+                self._saved.write()
             case Action.RECORD:
                 await start.record(wanted(wish))
             case Action.GUARD:
@@ -431,9 +433,9 @@ class Worker:
         assert process is not None
         assert process.exit is not None
         # Remembered before the record goes: cut off between the two, the exit is recorded again.
-        self._save(
+        self._saved.keep(
             after(
-                self._saved,
+                self._saved.state,
                 process.exit,
                 self.wish,
                 asked=process.asked,
@@ -448,7 +450,7 @@ class Worker:
             "instance.ended",
             level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
             reason=process.exit.text,
-            pause_s=self._saved.pause_s,
+            pause_s=self._saved.state.pause_s,
         )
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
             # Its disks were flushed and closed.
@@ -464,25 +466,6 @@ class Worker:
     def _saw_reset(self) -> None:
         self._context.metrics.guest_reset(self.id)
         self.report.tell_sparingly("instance.guest_reset")
-
-    def _save(self, saved: InstanceState) -> None:
-        """Keep what outlives a process, also for a successor while there is a process to adopt."""
-        if saved != self._saved:
-            self._saved = saved
-            if self._machine.record is not None:
-                self._write_state()
-
-    def _write_state(self) -> None:
-        """Write down what outlives a process. A successor that does not find it is told less, and that is all."""
-        try:
-            self._machine.directory.write_state(self._saved)
-        except OSError as error:
-            if self._state_written:
-                said = explain(error, self._machine.directory.path)
-                self.report.tell("instance.memory_unwritten", level="warning", reason=said)
-            self._state_written = False
-        else:
-            self._state_written = True
 
     async def _release(self) -> None:
         status_writer = self._context.status_writer

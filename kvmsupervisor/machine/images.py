@@ -50,17 +50,22 @@ class Disks:
     async def check(self, spec: Spec) -> str:
         """Check that QEMU can and may open every image of `spec` (law 5); return the Ceph key, base64.
 
+        One that is made when it is missing may be missing; `contents.py` looks at it.
+
         Raises:
             DiskTrouble: an image is missing or not allowed, or Ceph refuses this host or does not answer.
         """
         variables = nvram_of(spec)
-        looks = [self._check(image, disk.key, is_written=not image.ro) for disk, image in spec.images]
+        looks = [
+            self._check(image, disk.key, is_written=not image.ro, may_be_missing=image.may_be_made)
+            for disk, image in spec.images
+        ]
         if variables is not None:
             looks.append(self._check(variables, "firmware", is_written=True, may_be_missing=True))
         try:
             key, _ = await both(self._ceph.key(), all_of(looks))
         except CephError as error:
-            raise _trouble(error) from error
+            raise trouble_of(error) from error
         return key
 
     async def _check(self, image: RbdDisk, key: str, *, is_written: bool, may_be_missing: bool = False) -> None:
@@ -88,7 +93,7 @@ class Disks:
         try:
             await self._ceph.import_image(image, template)
         except CephError as error:
-            raise _trouble(error) from error
+            raise trouble_of(error) from error
 
     async def sizes(self, spec: Spec) -> dict[str, int]:
         """Sizes in bytes of the images that can grow, by block node; without those that Ceph does not tell now."""
@@ -103,5 +108,7 @@ class Disks:
             return None
 
 
-def _trouble(error: CephError) -> DiskTrouble:
-    return DiskTrouble(str(error), AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)
+def trouble_of(error: CephError, key: str | None = None) -> DiskTrouble:
+    """What an error of Ceph's is for a start; `key` names the disk where it is one's."""
+    said = str(error) if key is None else f"{key}: {error}"
+    return DiskTrouble(said, AWAY_RETRY_S if isinstance(error, CephAway) else RETRY_S)

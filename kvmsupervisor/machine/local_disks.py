@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from kvmsupervisor.adapters import disk_files
 from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, NoFile, Threads
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.images import refusal, remark
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, too_small
 from kvmsupervisor.domain.spec import Spec
@@ -20,6 +22,19 @@ from kvmsupervisor.machine.images import DiskTrouble
 
 RETRY_S = 5.0
 """Pause before a file is looked at again that is not as it must be: how late one is noticed that was put there."""
+
+
+class Filling(Protocol):
+    """Makes files of what they are to begin with."""
+
+    async def fill(self, instance: InstanceId, key: str, file: FileDisk) -> None:
+        """Make a file that is missing, in the background: once it is there this returns.
+
+        Raises:
+            DiskTrouble: it is not there yet, or cannot be made.
+            EtcdError: it is not known what it is to begin with.
+        """
+        ...
 
 
 @frozen(kw_only=True)
@@ -59,8 +74,10 @@ class LocalDisks:
         # Invariant: the files of the machines that live here, or are being started.
         self._users: dict[InstanceId, Spec] = {}
 
-    async def check(self, instance: InstanceId, spec: Spec, known: Mapping[str, str]) -> None:
-        """Look whether all files of `spec` can be had; make those that are missing and have a size.
+    async def check(
+        self, instance: InstanceId, spec: Spec, known: Mapping[str, str], filling: Filling
+    ) -> tuple[str, ...]:
+        """Look whether all files of `spec` can be had; make those that are missing and have a size, or a beginning.
 
         A file that the instance has run with is not new. Where it is missing, it lies on another host, or its file
         system is not mounted: an empty disk in its place would look as if all were lost.
@@ -69,12 +86,19 @@ class LocalDisks:
             instance: whose.
             spec: of the machine.
             known: the host that has each file, by its name, as far as the instance has run with it.
+            filling: makes those that begin with an image.
+
+        Returns:
+            What a person should know of them.
 
         Raises:
-            DiskTrouble: one is missing, in use or refused.
+            DiskTrouble: one is missing, in use or refused, or is being made.
+            EtcdError: it is not known what one is to begin with.
         """
-        for fd in await self._open_all(instance, spec, known, make=True):
+        remarks: list[str] = []
+        for fd in await self._open_all(instance, spec, known, filling, remarks):
             os.close(fd)
+        return tuple(remarks)
 
     async def open(self, instance: InstanceId, spec: Spec) -> tuple[int, ...]:
         """Descriptors of all files of `spec`, locked, in their order, to be closed by the caller. None is made.
@@ -82,35 +106,61 @@ class LocalDisks:
         Raises:
             DiskTrouble: see `check`.
         """
-        return await self._open_all(instance, spec, {}, make=False)
+        return await self._open_all(instance, spec, {}, None, [])
 
     async def _open_all(
-        self, instance: InstanceId, spec: Spec, known: Mapping[str, str], *, make: bool
+        self,
+        instance: InstanceId,
+        spec: Spec,
+        known: Mapping[str, str],
+        filling: Filling | None,
+        remarks: list[str],
     ) -> tuple[int, ...]:
+        """Open all; without `filling` none is made."""
         if not spec.files:
             return ()
         self._look_for_users(instance, spec)
         with contextlib.ExitStack() as undo:
             found: list[int] = []
             for disk, file in spec.files:
-                wanted = file if make and file.title not in known else replace(file, size=None)
+                is_new = filling is not None and file.title not in known
                 try:
-                    opened = await self._threads.call(
-                        instance, partial(self._open, wanted), undo=lambda late: os.close(late.fd)
-                    )
+                    opened = await self._open_one(instance, disk.key, file if is_new else replace(file, size=None))
                 except NoFile as error:
-                    raise DiskTrouble(f"{disk.key}: {self._missing(file, known, str(error))}", RETRY_S) from error
-                except FileTrouble as error:
-                    raise DiskTrouble(f"{disk.key}: {error}", RETRY_S) from error
-                except OSError as error:
-                    said = explain(error, self.folder / file.name)
-                    raise DiskTrouble(f"{disk.key}: its file cannot be opened, or made: {said}", RETRY_S) from error
+                    if not is_new or file.origin is None:
+                        raise DiskTrouble(f"{disk.key}: {self._missing(file, known, str(error))}", RETRY_S) from error
+                    assert filling is not None
+                    await filling.fill(instance, disk.key, file)
+                    opened = await self._open_one(instance, disk.key, file)
                 undo.callback(os.close, opened.fd)
                 if (trouble := too_small(disk.key, file, opened.size)) is not None:
                     raise DiskTrouble(trouble, RETRY_S)
+                if is_new and file.origin is not None:
+                    said = refusal(disk.key, file.title, file.origin, instance, opened.note)
+                    if said is not None:
+                        raise DiskTrouble(said, RETRY_S)
+                if filling is not None and file.origin is not None:
+                    remarks += filter(None, [remark(disk.key, file.title, file.origin, opened.note)])
                 found.append(opened.fd)
             undo.pop_all()
         return tuple(found)
+
+    async def _open_one(self, instance: InstanceId, key: str, file: FileDisk) -> DiskFile:
+        """Open one; it is made, empty, where it is missing, has a size, and begins with nothing.
+
+        Raises:
+            NoFile: it is missing, and not made.
+            DiskTrouble: it cannot be had.
+        """
+        try:
+            return await self._threads.call(instance, partial(self._open, file), undo=lambda late: os.close(late.fd))
+        except NoFile:
+            raise
+        except FileTrouble as error:
+            raise DiskTrouble(f"{key}: {error}", RETRY_S) from error
+        except OSError as error:
+            said = explain(error, self.folder / file.name)
+            raise DiskTrouble(f"{key}: its file cannot be opened, or made: {said}", RETRY_S) from error
 
     def _missing(self, file: FileDisk, known: Mapping[str, str], said: str) -> str:
         host = known.get(file.title)

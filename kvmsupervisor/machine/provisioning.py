@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from uuid import UUID
 
@@ -23,15 +23,18 @@ from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
 from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.aio import both
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
-from kvmsupervisor.domain.spec import Firmware, RbdDisk, Spec
+from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
 from kvmsupervisor.domain.storage import nvram_of
 from kvmsupervisor.machine import boot_media as media
+from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.images import Disks, DiskTrouble
+from kvmsupervisor.machine.jobs import Underway
 from kvmsupervisor.machine.local_disks import LocalDisks
 from kvmsupervisor.machine.system import System
 
@@ -56,11 +59,13 @@ class NotReady(Exception):
 
     Attributes:
         retry_s: seconds until the next attempt.
+        underway: whether it is being made, which nobody needs to mend.
     """
 
-    def __init__(self, reason: str, retry_s: float) -> None:
+    def __init__(self, reason: str, retry_s: float, *, underway: bool = False) -> None:
         super().__init__(reason)
         self.retry_s = retry_s
+        self.underway = underway
 
 
 @frozen(kw_only=True)
@@ -70,10 +75,12 @@ class Prepared:
     Attributes:
         spec: the spec that it was made for.
         ceph_key: path of the file with the Ceph key; None without an RBD disk.
+        lacking: images in Ceph that are to be made, or to be made larger.
         notice: what a person should know about it; None for nothing.
     """
 
     spec: Spec
+    lacking: tuple[Disk, ...] = ()
     media: tuple[str, ...] = ()
     ignition: str | None = None
     nvram: Nvram | None = None
@@ -179,6 +186,7 @@ class Provisioner:
         cgroups: makes cgroups for QEMU processes.
         disks: images in Ceph.
         local_disks: files of this host.
+        contents: what new disks begin with.
     """
 
     def __init__(
@@ -192,6 +200,7 @@ class Provisioner:
         cgroups: CgroupManager,
         disks: Disks,
         local_disks: LocalDisks,
+        contents: Contents,
     ) -> None:
         self._system = system
         self._host = host
@@ -201,6 +210,7 @@ class Provisioner:
         self._cgroups = cgroups
         self._disks = disks
         self._local_disks = local_disks
+        self._contents = contents
         # Invariant: the SPICE servers of all QEMUs that live on this host or are being started.
         self._displays: dict[InstanceId, tuple[str, int]] = {}
 
@@ -212,7 +222,14 @@ class Provisioner:
         return spec.cloud_config is not None or spec.firmware is Firmware.UEFI or bool(spec.all_disks)
 
     async def prepare(
-        self, instance: InstanceId, *, uuid: UUID, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
+        self,
+        instance: InstanceId,
+        *,
+        uuid: UUID,
+        spec: Spec,
+        directory: InstanceDir,
+        files: Mapping[str, str],
+        images: Collection[str],
     ) -> Prepared:
         """Check the disks, make boot media and UEFI variables. Crash-safe: it can be repeated at any point.
 
@@ -222,16 +239,18 @@ class Provisioner:
             spec: likewise.
             directory: its run directory.
             files: the host that has each of its disks that are files, as far as it has run with them.
+            images: its images in Ceph that may be made, as far as it has run with them.
 
         Raises:
             NotReady: an image is unsuitable, the user data cannot be fetched, or a file cannot be written.
+            EtcdError: it is not known what a disk is to begin with.
         """
         try:
             directory.create()
         except OSError as error:
             raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
         nvram = None
-        ceph_key = await self._look_at_disks(instance, spec, directory, files)
+        remarks, lacking, ceph_key = await self._look_at_disks(instance, spec, directory, files, images)
         try:
             if spec.firmware is Firmware.UEFI:
                 nvram = await self._nvram(instance, spec)
@@ -240,7 +259,9 @@ class Provisioner:
             raise NotReady(f"its UEFI variables cannot be made: {said}", HOST_RETRY_S) from error
         if spec.cloud_config is None:
             media.discard(directory.path)
-            return Prepared(spec=spec, nvram=nvram, ceph_key=ceph_key)
+            return Prepared(
+                spec=spec, nvram=nvram, ceph_key=ceph_key, lacking=lacking, notice="; ".join(remarks) or None
+            )
         try:
             made = await media.furnish(
                 spec.cloud_config,
@@ -260,24 +281,32 @@ class Provisioner:
             ignition=None if made.ignition is None else str(made.ignition),
             nvram=nvram,
             ceph_key=ceph_key,
-            notice=made.notice,
+            lacking=lacking,
+            notice="; ".join(filter(None, [made.notice, *remarks])) or None,
         )
 
     async def _look_at_disks(
-        self, instance: InstanceId, spec: Spec, directory: InstanceDir, files: Mapping[str, str]
-    ) -> str | None:
-        """Check the disks and write the Ceph key where QEMU reads it; return its path, None without an image."""
+        self,
+        instance: InstanceId,
+        spec: Spec,
+        directory: InstanceDir,
+        files: Mapping[str, str],
+        images: Collection[str],
+    ) -> tuple[tuple[str, ...], tuple[Disk, ...], str | None]:
+        """Check the disks, and write the Ceph key where QEMU reads it.
+
+        Returns:
+            What a person should know, the images that are to be made, and the key's path, None without an image.
+        """
         try:
-            await self._local_disks.check(instance, spec, files)
+            remarks = await self._local_disks.check(instance, spec, files, self._contents)
+            if not spec.images:
+                return remarks, (), None
+            lacking, key = await both(self._contents.look(instance, spec, images), self._disks.check(spec))
+            path = directory.write_ceph_key(key, group=None if self._user is None else self._user.gid)
+            return (*remarks, *lacking.remarks), lacking.disks, str(path)
         except DiskTrouble as error:
-            raise NotReady(str(error), error.retry_s) from error
-        if not spec.images:
-            return None
-        try:
-            key = await self._disks.check(spec)
-            return str(directory.write_ceph_key(key, group=None if self._user is None else self._user.gid))
-        except DiskTrouble as error:
-            raise NotReady(str(error), error.retry_s) from error
+            raise NotReady(str(error), error.retry_s, underway=isinstance(error, Underway)) from error
         except OSError as error:
             said = explain(error, directory.ceph_key)
             raise NotReady(f"the key to Ceph cannot be kept for QEMU: {said}", HOST_RETRY_S) from error
@@ -343,8 +372,15 @@ class Provisioner:
             raise NotReady(f"it cannot be started: {lack}", HOST_RETRY_S)
         self._check_display(instance, spec)
         machine = machine or await self._types.versioned(spec.machine)
+        # Not in `prepare`: only the holder of the lock may make an image.
+        try:
+            for disk in ready.lacking:
+                await self._contents.make(instance, disk)
+            if ready.lacking:
+                await self._disks.check(spec)  # a pool may have its own mind of what is made there
+        except DiskTrouble as error:
+            raise NotReady(str(error), error.retry_s) from error
         if ready.nvram is not None and ready.nvram.rbd is not None:
-            # Not in `prepare`: only the holder of the lock may make an image.
             await self._furnish_variables(instance, ready.nvram.rbd)
         with contextlib.ExitStack() as stack:
             try:

@@ -1,6 +1,6 @@
 """Tells a running QEMU, and through it the guest, that a disk has grown; and when to check the disks again.
 
-People grow an image in Ceph. QEMU itself grows a file, because it knows the format.
+People grow an image in Ceph, or QEMU does where its key says so. QEMU itself grows a file, because it knows the format.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import Command, MonitorRefused
 from kvmsupervisor.domain.local_disk import FileDisk, size_text, too_small
-from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, pinning
 
 log = structlog.get_logger(__name__)
@@ -39,23 +39,25 @@ class Growth:
         if spec is not None and (growable(spec) or pinning(spec)):
             self.at = self._clock.now() + after_s
 
-    async def tell(self, sizes: Mapping[str, int], files: Mapping[str, tuple[str, FileDisk]]) -> None:
+    async def tell(self, sizes: Mapping[str, int], wanted: Mapping[str, tuple[str, FileDisk | RbdDisk]]) -> None:
         """Resize the disks in QEMU that have grown, or are to grow. No disk is made smaller.
 
         Args:
             sizes: bytes of images in Ceph, by block node.
-            files: files whose keys have a size, by block node: the key, and the disk as it is wanted.
+            wanted: disks whose keys have a size, by block node: the key, and the disk as it is wanted.
         """
         trouble = []
         for device in await self._asked("query-block") or ():
             inserted = device.get("inserted") or {}
             node, known = str(inserted.get("node-name")), (inserted.get("image") or {}).get("virtual-size")
-            key, file = files.get(node, ("", None))
-            size = sizes.get(node) if file is None else file.size
-            if size is None or known is None:
+            key, disk = wanted.get(node, ("", None))
+            # An image may have grown since QEMU looked: where its size is not known, nothing is done to it.
+            actual = known if isinstance(disk, FileDisk) else sizes.get(node)
+            if actual is None or known is None:
                 continue
-            if file is not None and (said := too_small(key, file, known)) is not None:
+            if disk is not None and (said := too_small(key, disk, actual)) is not None:
                 trouble.append(said)
+            size = max(actual, 0 if disk is None or disk.size is None else disk.size)
             if size <= known:
                 continue
             try:

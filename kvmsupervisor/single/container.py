@@ -227,6 +227,7 @@ class Container:
                 await context.status_writer.flush()
             for task in (impatient, *serving):
                 task.cancel()
+        await context.contents.close()
         await instance.detach()
         context.logs.close()
         await end_session(context.session)

@@ -304,6 +304,7 @@ class Host:
             self._tasks = None
             for task in self._running.values():
                 task.cancel()
+        await self._context.contents.close()
         for instance in self._instances.values():
             await instance.detach()
 

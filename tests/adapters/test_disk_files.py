@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters.disk_files import (
+    UNDER_WAY,
     DiskFile,
     FileLocked,
     FileTrouble,
@@ -70,20 +71,88 @@ def test_missing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("answer", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])
-def test_a_file_system_without_nameless_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
-    """NFS and others: it says how the file is made by hand, and makes none."""
+@pytest.fixture(params=[errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])
+def no_nameless_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file system is NFS, or another one that makes no file without a name."""
     real = os.open
 
     def refuse(path: Path, flags: int, *more: int, **named: int) -> int:
         if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(answer, "no")
+            raise OSError(request.param, "no")
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(FileTrouble, match="qemu-img create"):
-        open_disk(tmp_path, FileDisk("a.raw", size=MIB))
-    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_nameless_files")
+@pytest.mark.parametrize("name", ["a.raw", "a.qcow2"])
+def test_a_file_system_without_nameless_files(tmp_path: Path, name: str) -> None:
+    """It is made under another name first, of which nothing is left; it is this supervisor's alone."""
+    assert opened(tmp_path, FileDisk(name, size=MIB)).size == MIB
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("no_nameless_files")
+@pytest.mark.parametrize("cut", ["fsync", "ftruncate", "fchmod", "link", "unlink"])
+def test_a_making_with_names_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:
+    """Law: at each step that a kill can come before, there is no disk or a whole one, and the next start has it."""
+
+    class Killed(BaseException):
+        """Nothing of the process goes on."""
+
+    disk = FileDisk("a.raw", size=MIB)
+    with monkeypatch.context() as during:
+
+        def kill(*_: object, **__: object) -> None:
+            # Its descriptors are closed, and nothing else is done.
+            during.setattr(os, "unlink", kill)
+            raise Killed
+
+        during.setattr(os, cut, kill)
+        with pytest.raises(Killed):
+            open_disk(tmp_path, disk)
+    made = tmp_path / "a.raw"
+    assert (tmp_path / UNDER_WAY.format("a.raw")).exists()
+    assert not made.exists() or made.stat().st_size == MIB
+    assert opened(tmp_path, disk).size == MIB
+    assert [path.name for path in tmp_path.iterdir()] == ["a.raw"]
+
+
+@pytest.mark.usefixtures("no_nameless_files")
+def test_a_making_with_names_takes_nobodys_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a file that a person puts there meanwhile is the disk; a file system that cannot promise that is refused."""
+    real = os.link
+
+    def late(*args: object, **more: object) -> None:
+        (tmp_path / "a.raw").write_bytes(b"theirs".ljust(MIB, b"\0"))
+        real(*args, **more)  # type: ignore[arg-type]
+
+    def never(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    with monkeypatch.context() as during:
+        during.setattr(os, "link", late)
+        opened(tmp_path, FileDisk("a.raw", size=2 * MIB))
+    assert (tmp_path / "a.raw").read_bytes()[:6] == b"theirs"
+    with monkeypatch.context() as during:
+        during.setattr(os, "link", never)
+        with pytest.raises(FileTrouble, match="qemu-img create"):
+            open_disk(tmp_path, FileDisk("b.raw", size=MIB))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.raw"]
+
+
+@pytest.mark.usefixtures("no_nameless_files")
+def test_two_that_make_one_file_with_names(tmp_path: Path) -> None:
+    """Law: while one makes it the other touches nothing, and is told to come again."""
+    aside = tmp_path / UNDER_WAY.format("a.raw")
+    aside.write_bytes(b"half")
+    with aside.open("rb") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        with pytest.raises(FileLocked):
+            open_disk(tmp_path, FileDisk("a.raw", size=MIB))
+        assert aside.read_bytes() == b"half"
+    assert opened(tmp_path, FileDisk("a.raw", size=MIB)).size == MIB
 
 
 def make_link(path: Path) -> None:

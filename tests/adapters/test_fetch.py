@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.fetch import FetchFailed, fetch, is_inward
+from kvmsupervisor.adapters.fetch import FetchFailed, fetch
+from kvmsupervisor.domain.addresses import is_inward
 from tests.support.certificates import Authority
 from tests.support.web import Answer, Site, drip, ok, raw, redirect, reset, site
 

@@ -7,11 +7,12 @@ import grp
 import os
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import FENCE_MIN_S, Ceph, CephAccess
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.cluster.fencing import CephFencing, NotFenced, StorageAway
 from kvmsupervisor.domain import hardware
@@ -200,6 +201,37 @@ async def test_a_killed_qemu_does_not_hold_up_the_next(ceph: Cluster, fencing: C
         # Far below the 30 s that the lock of a dead client would last.
         async with asyncio.timeout(15):
             await until(lambda: count(ceph, writer) != before)
+
+
+async def test_who_left_the_image_locked_is_shut_out_for_good(
+    ceph: Cluster, fencing: CephFencing, writer: RbdDisk
+) -> None:
+    """Law 4: a client that is on no record, frozen for longer than its watch lasts, never writes again.
+
+    librbd alone would shut it out for an hour: when it woke up after that, the two wrote in turns.
+    """
+    async with RbdQemu(ceph, writer) as old:
+        (zombie,) = await fencing.clients(record(writer))
+        await old.cont()
+        await until(lambda: count(ceph, writer))
+        old.freeze()
+        await until(lambda: zombie not in ceph.watchers(str(writer)))
+        async with RbdQemu(ceph, writer) as new:
+            (own,) = await fencing.clients(record(writer))
+            assert own != zombie
+            (entry,) = [
+                line for line in ceph.ceph("osd", "blocklist", "ls").splitlines() if line.startswith(f"{zombie} ")
+            ]
+            until_when = datetime.strptime(entry.split()[1], "%Y-%m-%dT%H:%M:%S.%f%z")
+            assert until_when - datetime.now(UTC) > timedelta(seconds=FENCE_MIN_S)
+            await new.cont()
+            before = count(ceph, writer)
+            await until(lambda: count(ceph, writer) != before)
+            # The lock is this QEMU's now: nothing is left to be shut out.
+            assert await fencing.users([writer]) == (own,)
+            old.thaw()
+            await old.until_event("BLOCK_IO_ERROR")
+            assert await new.status() == "running"
 
 
 async def test_without_ceph_nothing_is_known(ceph: Cluster, access: CephAccess, image: RbdDisk) -> None:

@@ -78,6 +78,8 @@ def test_defaults() -> None:
         memory_reserve_mib=512,
         state_dir=Path("/var/lib/kvmsupervisor"),
         disk_dir=Path("/var/lib/kvmsupervisor/disks"),
+        image_dir=Path("/var/lib/kvmsupervisor/images"),
+        image_max_bytes=256 << 30,
         ovmf_code=None,
         ovmf_vars=None,
         media_root=None,

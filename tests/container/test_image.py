@@ -130,7 +130,7 @@ def test_without_arguments_it_supervises(docker: Docker, keys: Keys, run_dir: Pa
                 return False
 
         eventually("ready", ready)
-        keys.put("one", ram=64, spice_port=spice, shutdown_timeout=0, host="boxed")
+        keys.put("one", ram=64, spice_port=spice, shutdown_timeout=3, host="boxed")
         keys.wait_status("one", lambda status: status.phase is Phase.RUNNING)
         with socket.create_connection(("127.0.0.1", spice), timeout=10) as connection:
             connection.sendall(b"REDQ")

@@ -38,13 +38,14 @@ exec chroot "$root" sh -c "$5"
 
 TRY = """
 set -u
+# There is no QEMU in such a root, which check-config would name.
 python3 -m pip install --quiet /dist/*.whl && echo 'pip installed it beside Debian packages'
 for one in /dist/*; do
     rm -rf /opt/kvmsupervisor
     python3 -m venv /opt/kvmsupervisor || exit 1
     /opt/kvmsupervisor/bin/pip install --quiet "$one" || exit 1
     cd / && /opt/kvmsupervisor/bin/kvmsupervisor --version || exit 1
-    KVM_CONFIG=/dev/null /opt/kvmsupervisor/bin/kvmsupervisor check-config >/dev/null || exit 1
+    KVM_QEMU=/bin/true KVM_CONFIG=/dev/null /opt/kvmsupervisor/bin/kvmsupervisor check-config >/dev/null || exit 1
     test -r /opt/kvmsupervisor/lib/python3*/site-packages/kvmsupervisor/demo/init || exit 1
 done
 """

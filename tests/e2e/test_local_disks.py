@@ -20,9 +20,6 @@ from tests.support.guest import writer_flags
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
 
-ROUNDS = int(os.environ.get("KVS_DISK_ROUNDS", "3"))
-"""How often QEMU is killed while its guest writes; a hundred for a soak."""
-
 
 @pytest.fixture
 def disks(tmp_path: Path) -> Path:
@@ -64,6 +61,28 @@ def check(image: Path, *, leaks: bool = False) -> None:
         ["qemu-img", "check", "-f", "qcow2", str(image)], capture_output=True, text=True, check=False, timeout=60
     )
     assert found.returncode in ({0, LEAKS} if leaks else {0}), found.stdout + found.stderr
+
+
+def make_file_system(image: Path) -> None:
+    """A qcow2 image of 1 GiB with an empty ext4."""
+    raw = image.with_suffix(".new")
+    with raw.open("wb") as file:
+        file.truncate(1 << 30)
+    run("mkfs.ext4", "-q", "-F", raw)
+    run("qemu-img", "convert", "-O", "qcow2", raw, image)
+    raw.unlink()
+
+
+def check_file_system(image: Path, scratch: Path) -> None:
+    """The guest's file system, once its journal is replayed as the next boot does it, has no damage."""
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, scratch)
+    run("e2fsck", "-E", "journal_only", "-p", scratch)
+    run("e2fsck", "-f", "-n", scratch)
+
+
+def run(*argv: str | Path) -> None:
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def off(keys: Keys, host: Host, instance: str = "one") -> None:
@@ -170,12 +189,18 @@ def test_a_full_file_system(keys: Keys, hosts: Hosts, writer: Guest, small: Path
 
 
 @pytest.mark.guest
-def test_qemu_is_killed_while_its_guest_writes(keys: Keys, hosts: Hosts, writer: Guest, disks: Path) -> None:
-    """Its image has no error, whenever that is, and the guest starts and writes again."""
+@pytest.mark.parametrize(
+    "rounds", [3, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])], ids=["few", "many"]
+)
+def test_qemu_is_killed_while_its_guest_writes(
+    keys: Keys, hosts: Hosts, writer: Guest, disks: Path, rounds: int
+) -> None:
+    """Whenever that is, its image has no error, its file system no damage, and the guest starts and writes again."""
     host = hosts(KVM_DISK_DIR=str(disks)).start()
-    flags = writer_flags(writer, every_s=0)
-    keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2 size=8G"})
-    for _ in range(ROUNDS):
+    make_file_system(disks / "a.qcow2")
+    flags = writer_flags(writer, every_s=0, files=True)
+    keys.machines(host.name, "one", ram=128, extra_flags=flags, **{"disk/0": "file:a.qcow2"})
+    for _ in range(rounds):
         qemu = host.wait_running("one")["one"]
         writes(host)
         told = keys.put("one", restart="never")
@@ -183,6 +208,8 @@ def test_qemu_is_killed_while_its_guest_writes(keys: Keys, hosts: Hosts, writer:
         qemu.kill()
         host.wait_for("one", Phase.STOPPED)
         check(disks / "a.qcow2", leaks=True)
+        check_file_system(disks / "a.qcow2", disks.parent / "scratch")
+        assert "FAILED" not in host.console("one")
         keys.put("one", restart="always", restart_request=str(qemu.pid))
     writes(host)
 

@@ -37,6 +37,7 @@ from kvmsupervisor.machine.provisioning import (
 )
 from kvmsupervisor.machine.system import REAL
 from tests.fakes.clock import settle
+from tests.fakes.images import Stock
 from tests.fakes.network import FakeNetwork
 from tests.fakes.storage import FakeDisks, local_disks
 from tests.support import web
@@ -108,6 +109,7 @@ class Bench:
             cgroups=self.cgroups,
             disks=FakeDisks(),
             local_disks=local_disks(self.path / "disks"),
+            contents=Stock(self.path).contents,
         )
         return self.provisioner
 
@@ -115,7 +117,9 @@ class Bench:
         return RunDir(self.path).instance(instance)
 
     async def prepare(self, spec: Spec) -> Prepared:
-        return await self.provisioner.prepare(ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory(), files={})
+        return await self.provisioner.prepare(
+            ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory(), files={}, images=()
+        )
 
     async def open(self, spec: Spec, instance: InstanceId = ONE, machine: str | None = None) -> Opened:
         ready = Prepared(spec=spec)

@@ -120,7 +120,9 @@ class SimCeph(Ceph):
         await asyncio.sleep(0)
         return PRIMARIES
 
-    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
+    async def _execute(
+        self, program: str, *args: str, limit_s: float, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
         """What a tool prints; see ceph(8), rbd(8)."""
         cluster = self._cluster
         await asyncio.sleep(0.01 + cluster.chance.random() * cluster.slow_s)

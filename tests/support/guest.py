@@ -136,13 +136,45 @@ done
 """
 
 
+FILES_INIT = """#!/bin/sh
+# Mounts its first disk (ext4), and writes, renames and removes files there without end; each is flushed, and told of.
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+for module in /modules/first/* /modules/later/*; do insmod "$module"; done 2>/dev/null
+until [ -b /dev/vda ]; do sleep 0.1; done
+mkdir -p /disk
+mount -t ext4 -o errors=panic /dev/vda /disk || echo "FAILED to mount"
+# Other files after each boot, so that there is something to allocate.
+read -r boot </proc/sys/kernel/random/boot_id
+start=$((0x${boot%%-*}))
+echo "HELLO from $tag"
+n=0
+while :; do
+    n=$((n + 1))
+    at=$(((start + n) % 400))
+    dd if=/bin/busybox of=/disk/new bs=1M count=1 conv=fsync 2>/dev/null || echo "FAILED $n"
+    mv /disk/new "/disk/$at"
+    rm -f "/disk/$(((at + 200) % 400))"
+    echo "WROTE $n"
+    sleep "$hb"
+done
+"""
+
+
 @pytest.fixture(scope="session")
 def writer(guest: Guest) -> Iterator[Guest]:
-    """The guest with an init that writes to its first disk all the time; `writer_flags` boots it."""
+    """The guest with an init that writes to its first disk all the time; `writer_flags` boots it.
+
+    `writer_flags` with `files` lets it write to files there instead.
+    """
     folder = Path(tempfile.mkdtemp(prefix="kvs"))
     try:
         folder.chmod(0o755)
-        both = guest.initramfs.read_bytes() + cpio({"writer-init": WRITER_INIT.encode()}, {})
+        both = guest.initramfs.read_bytes() + cpio(
+            {"writer-init": WRITER_INIT.encode(), "files-init": FILES_INIT.encode()}, {}
+        )
         (folder / guest.initramfs.name).write_bytes(both)
         (folder / guest.initramfs.name).chmod(0o644)
         shutil.copy(guest.kernel, folder)
@@ -151,7 +183,7 @@ def writer(guest: Guest) -> Iterator[Guest]:
         shutil.rmtree(folder)
 
 
-def writer_flags(writer: Guest, *, tag: str = "guest", every_s: float = 0.2) -> str:
+def writer_flags(writer: Guest, *, tag: str = "guest", every_s: float = 0.2, files: bool = False) -> str:
     """The text of an `extra_flags` key that boots it."""
     *options, words = writer.options(tag=tag, heartbeat_s=every_s)
-    return shlex.join([*options, f"{words} rdinit=/writer-init"])
+    return shlex.join([*options, f"{words} rdinit=/{'files' if files else 'writer'}-init"])

@@ -40,6 +40,7 @@ from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
+from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
@@ -280,6 +281,7 @@ class Host:
     def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
+        contents = Stock(self.path).contents
         return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
@@ -300,9 +302,11 @@ class Host:
                 cgroups=NoCgroups(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
+                contents=contents,
             ),
             disks=self.disks,
             local_disks=self.local_disks,
+            contents=contents,
             logs=GuestLogs(clock=self.clock),
             links=self.links,
             user=None,

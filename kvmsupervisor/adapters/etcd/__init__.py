@@ -1,6 +1,7 @@
-"""The adapter for etcd v3: the only place that knows etcd3 and gRPC.
+"""The adapter for etcd v3: the only package that uses etcd3 and gRPC.
 
-The client, and gRPC with it, is imported when its name is asked for: most who import this package want an error's name.
+The client, and gRPC with it, is imported when its name is used first: most importers of this package need error classes
+only.
 """
 
 from typing import TYPE_CHECKING, Any

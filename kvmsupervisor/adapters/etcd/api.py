@@ -1,6 +1,6 @@
-"""What the rest of the program knows of etcd: values, errors and one interface.
+"""What the rest of the program sees of etcd: values, errors and one interface.
 
-Errors are classes by what the caller does next, see `EtcdError`. Source of the semantics: the etcd v3 API
+The classes of errors say what the caller does next, see `EtcdError`. Source of the semantics: the etcd v3 API
 reference (https://etcd.io/docs/v3.5/learning/api/ and .../api_guarantees/).
 """
 
@@ -15,7 +15,7 @@ from kvmsupervisor.domain.frozen import frozen
 
 
 class EtcdError(Exception):
-    """Anything that etcd, or the way to it, did not do. Its subclasses say what to do next."""
+    """A request to etcd failed. The subclasses say what to do next."""
 
 
 class Unavailable(EtcdError):
@@ -23,10 +23,10 @@ class Unavailable(EtcdError):
 
 
 class Unreachable(Unavailable):
-    """No endpoint can be connected to, and none ever answered this client, which does not wait for one.
+    """No endpoint can be connected to, and none has ever answered this client, which does not wait.
 
     Attributes:
-        causes: each endpoint's URL, and what is wrong with it.
+        causes: what is wrong with each endpoint, by its URL.
     """
 
     def __init__(self, causes: Mapping[str, str]) -> None:
@@ -35,11 +35,11 @@ class Unreachable(Unavailable):
 
 
 class Ambiguous(Unavailable):
-    """The request left, the reply was lost: a write may have happened. Read before judging."""
+    """The request was sent and the reply was lost: a write may have happened. Read before deciding."""
 
 
 class Compacted(EtcdError):
-    """The revision asked for is gone: list again, then watch from there.
+    """The requested revision is gone: list again, then watch from there.
 
     Attributes:
         revision: the oldest revision that still exists (0 when unknown).
@@ -51,7 +51,7 @@ class Compacted(EtcdError):
 
 
 class Ahead(EtcdError):
-    """The revision asked for is greater than the store's own: whoever saw it, saw it in another store."""
+    """The requested revision is greater than the store's own: so it was seen in another store."""
 
 
 class Denied(EtcdError):
@@ -59,19 +59,19 @@ class Denied(EtcdError):
 
 
 class Rejected(EtcdError):
-    """etcd refuses this very request (too large, malformed): change it or tell the operator."""
+    """etcd refuses this request (too large, malformed): change the request, or tell the operator."""
 
 
 class NoSpace(Rejected):
-    """etcd takes no writes until an operator has made space. Nothing was written; reads and leases go on."""
+    """etcd accepts no writes until an operator has made space. Nothing was written; reads and leases still work."""
 
 
 class LeaseGone(Rejected):
-    """The lease that the request names does not exist, or no longer: get a new one. Nothing was written."""
+    """The lease in the request does not exist (any more): get a new one. Nothing was written."""
 
 
 class KeyValue(NamedTuple):
-    """One key as etcd holds it. `lease` is 0 for a key without one."""
+    """One key in etcd. `lease` is 0 for a key without a lease."""
 
     key: bytes
     value: bytes
@@ -90,7 +90,7 @@ class Listing:
 
 @frozen
 class Reading:
-    """Some keys as they were at one `revision`, in the order asked for; None for one that did not exist."""
+    """Some keys as they were at one `revision`, in the requested order; None for a key that did not exist."""
 
     kvs: Sequence[KeyValue | None]
     revision: int
@@ -100,7 +100,7 @@ class Reading:
 class Page:
     """Some of the keys below a prefix at one `revision`, in key order, each as the fields of a `KeyValue` in order.
 
-    Plain tuples: a large cluster has 80,000, and they are looked at once.
+    Plain tuples: a large cluster has 80,000, and each is used once.
     """
 
     entries: Sequence[tuple[bytes, bytes, int, int, int]]
@@ -117,14 +117,14 @@ class Event:
 
 @frozen
 class Batch:
-    """Events in revision order, never half of a revision. `revision` is that of the last event."""
+    """Events in revision order; each revision is complete. `revision` is that of the last event."""
 
     events: Sequence[Event]
     revision: int
 
 
 class Target(Enum):
-    """What of a key a `Compare` looks at."""
+    """The property of a key that a `Compare` checks."""
 
     MOD_REVISION = "mod"
     CREATE_REVISION = "create"
@@ -171,12 +171,12 @@ Op = Put | Delete | Get
 
 @frozen
 class TxnResult:
-    """What a transaction did.
+    """The result of a transaction.
 
     Attributes:
-        succeeded: whether every compare held.
-        revision: the store's revision after it; that of the writes, when it wrote.
-        reads: for each `Get` of the branch that ran, in order, what it found.
+        succeeded: whether every compare was true.
+        revision: the store's revision after the transaction; the revision of the writes, if there were any.
+        reads: the keys that each `Get` of the executed branch found, in order.
     """
 
     succeeded: bool
@@ -187,13 +187,13 @@ class TxnResult:
 class Watch(Protocol):
     """A running watch: iterate over it for batches.
 
-    Iterating raises `Compacted` when history is gone and `Denied` when the user may not read; it
-    never ends by itself otherwise.
+    Iterating raises `Compacted` when events are gone, and `Denied` when the user may not read. Otherwise it never ends
+    by itself.
     """
 
     @property
     def connected(self) -> bool:
-        """Whether a member answered on this watch lately (within the liveness probe's limit)."""
+        """Whether a member has answered on this watch recently (within the limit of the liveness probe)."""
         ...
 
     def __aiter__(self) -> AsyncIterator[Batch]:
@@ -210,7 +210,7 @@ class Store(Protocol):
 
     @property
     def up(self) -> bool:
-        """Whether etcd answered when it was last asked, by a call or by a watch (false before the first)."""
+        """Whether etcd answered the last request, of a call or of a watch (false before the first)."""
         ...
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:
@@ -218,9 +218,9 @@ class Store(Protocol):
         ...
 
     async def read(self, *keys: str) -> Reading:
-        """Read several keys at one revision, linearizably, also where etcd has no space left.
+        """Read several keys at one revision, linearizably, even when etcd has no space left.
 
-        A transaction that only reads would be one round trip, but etcd 3.5.0 to 3.5.6 refuse all transactions then
+        One transaction of reads would be one round trip, but etcd 3.5.0 to 3.5.6 refuse all transactions then
         (https://github.com/etcd-io/etcd/issues/14884).
         """
         ...
@@ -229,52 +229,52 @@ class Store(Protocol):
         """Read all keys below `prefix` at one revision, page by page.
 
         Raises:
-            Compacted: the revision went away between two pages: begin again.
+            Compacted: the revision was compacted between two pages: begin again.
         """
         ...
 
     def pages(self, prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page]:
-        """The same, a page at a time, all of one revision; the next one is on its way while one is looked at.
+        """The same, a page at a time, all of one revision. The next page is requested while the caller uses this one.
 
-        Close it (`contextlib.aclosing`) when it is left before its end.
+        Close it (`contextlib.aclosing`) when leaving it before its end.
         """
         ...
 
     async def get_at(self, key: str, revision: int) -> KeyValue | None:
-        """Read one key as it was at `revision`, None when it did not exist then; a quorum is asked.
+        """Read one key as it was at `revision`, linearizably; None when it did not exist then.
 
         Raises:
-            Compacted: what was then is gone.
-            Ahead: the store has not come so far.
+            Compacted: that revision is gone.
+            Ahead: the store has not reached that revision.
         """
         ...
 
     @property
     def endpoint(self) -> str:
-        """URL of the member that is asked now: after an answer, of the one that gave it."""
+        """URL of the member in use; after an answer, of the member that gave it."""
         ...
 
     @property
     def members(self) -> int:
-        """How many endpoints there are to ask."""
+        """How many endpoints there are."""
         ...
 
     def leave(self) -> None:
-        """Ask another endpoint from now on, where there is one. Watches connect again."""
+        """Use another endpoint from now on, if there is one. Watches reconnect."""
         ...
 
     def watch(
         self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
     ) -> AbstractAsyncContextManager[Watch]:
-        """Follow all changes below `prefix` from `start_revision` on, none lost, none repeated.
+        """Watch all changes below `prefix` from `start_revision` on: none is lost, none is repeated.
 
-        Reconnects by itself, for ever, to any endpoint, and says so in its `connected` meanwhile.
+        The watch reconnects by itself, for ever, to any endpoint; `connected` is false meanwhile.
 
         Args:
             prefix: of the keys.
-            start_revision: the first revision that is told of.
-            prove: awaited after each connection, the first one included, before anything that is heard on it is handed
-                on. What it raises ends the watch; `Unavailable` only has it connect again.
+            start_revision: the first revision to deliver.
+            prove: awaited after each connection, including the first, before any event from it is delivered. An
+                exception ends the watch, but for `Unavailable`, which makes it reconnect.
         """
         ...
 
@@ -290,7 +290,7 @@ class Store(Protocol):
         *,
         timeout_s: float | None = None,
     ) -> TxnResult:
-        """Run one transaction, never retried after it may have been sent (`Ambiguous`)."""
+        """Run one transaction. It is never repeated once it may have been sent (`Ambiguous`)."""
         ...
 
     async def grant(self, ttl_s: int) -> int:
@@ -302,11 +302,11 @@ class Store(Protocol):
         ...
 
     async def time_to_live(self, lease: int) -> int:
-        """Seconds that the lease still has without renewal; 0 or less when it no longer exists."""
+        """Seconds until the lease ends without renewal; 0 or less when it no longer exists."""
         ...
 
     async def revoke(self, lease: int) -> None:
-        """End a lease and its keys; one that does not exist is not an error."""
+        """End a lease, and delete its keys. A lease that does not exist is not an error."""
         ...
 
     async def close(self) -> None:

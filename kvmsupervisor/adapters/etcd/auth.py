@@ -1,7 +1,6 @@
-"""What every request carries besides itself: the wish for a member with a leader, and the user's token.
+"""The metadata of every request: it demands a member that has a leader, and carries the user's token.
 
-The token is sent as plain metadata, as etcd's own client does: gRPC's call credentials would refuse to
-work without TLS.
+The token is sent as plain metadata, as etcd's own client does. gRPC's call credentials do not work without TLS.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 Metadata = tuple[tuple[str, str], ...]
 
 HAS_LEADER = ("hasleader", "true")
-"""Makes a member that is cut off from its peers say so, instead of keeping quiet (etcd's API guide)."""
+"""Makes a member that is cut off from its peers answer with an error instead of waiting (etcd's API guide)."""
 
 
 class Auth:
-    """The token in use, renewed when etcd refuses it; one request for a token at a time."""
+    """The token in use. It is renewed when etcd refuses it, with one request for a token at a time."""
 
     def __init__(self, config: EtcdConfig) -> None:
         self._username = config.username
@@ -31,7 +30,7 @@ class Auth:
         self._lock = asyncio.Lock()
 
     async def metadata(self, endpoint: Endpoint, *, timeout_s: float) -> Metadata:
-        """Return what to send along, having logged in at `endpoint` if there is no token.
+        """Return the metadata to send; log in at `endpoint` first if there is no token.
 
         Raises:
             Denied: wrong user or password, or the password file cannot be read.
@@ -54,7 +53,7 @@ class Auth:
             self._metadata = None
 
     def renewable(self, metadata: Metadata) -> bool:
-        """Whether `metadata` holds a token, which may be the reason of a refusal."""
+        """Whether `metadata` contains a token, which may be the cause of a refusal."""
         return len(metadata) > 1
 
     async def _log_in(self, endpoint: Endpoint, timeout_s: float) -> Metadata:

@@ -1,4 +1,4 @@
-"""How one call is carried through several endpoints, a deadline, and a token that expires."""
+"""Carries out one call, with several endpoints, a deadline, and a token that may expire."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ Request = Callable[[Endpoint, Metadata, float], Awaitable[Reply]]
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 0.4
-"""Pauses after every endpoint has failed once: short beside an election (1 s), long beside a request."""
+"""Pauses after every endpoint has failed once: short compared with an election (1 s), long compared with a request."""
 
 _CLOSED = "the etcd client is closed"
 _GIVEN_UP = "gRPC gave the call up"
 
 
 class Caller:
-    """Carries calls out; shared by everything that talks to one etcd.
+    """Carries out calls. Everything that talks to one etcd shares it.
 
     Attributes:
         endpoints: the members.
         auth: the token.
         closed: whether `close` was called.
-        up: whether the last request, of a call or a watch, was answered (a refusal is an answer).
+        up: whether the last request of a call or a watch was answered (a refusal is an answer).
     """
 
     def __init__(self, config: EtcdConfig) -> None:
@@ -44,26 +44,26 @@ class Caller:
         self.endpoints = Endpoints(config)
         self.auth = Auth(config)
         self.up = False
-        # Whether any endpoint ever answered.
+        # Whether any endpoint has ever answered.
         self._met = False
 
     async def call(
         self, what: str, request: Request[Reply], *, timeout_s: float | None = None, repeatable: bool
     ) -> Reply:
-        """Ask one endpoint after the other until one answers.
+        """Send a request to one endpoint after the other until one answers.
 
         Args:
-            what: names the request in messages, such as `put /kvm/1/host`.
-            request: sends it.
-            timeout_s: deadline of the whole; None for the configured one.
-            repeatable: whether it does no harm when it is carried out twice.
+            what: the request's name in messages, such as `put /kvm/1/host`.
+            request: sends the request.
+            timeout_s: deadline of the whole call; None for the configured one.
+            repeatable: whether the request may be carried out twice without harm.
 
         Raises:
-            Ambiguous: it is not repeatable, and an endpoint left open whether it was carried out.
-            Unavailable: nobody answered by the deadline; the message says what each endpoint said.
-            Unreachable: nobody can be connected to, where the configuration is impatient.
+            Ambiguous: the request is not repeatable, and may or may not have been carried out.
+            Unavailable: no endpoint answered by the deadline; the message has the error of each.
+            Unreachable: no endpoint can be connected to, and the configuration is impatient.
             EtcdError: any other final answer.
-            ReplyTooLarge: the answer is larger than this client takes.
+            ReplyTooLarge: the answer is larger than this client accepts.
         """
         timeout_s = self._config.call_timeout_s if timeout_s is None else timeout_s
         progress = _Progress(what, asyncio.get_running_loop().time() + timeout_s, _FIRST_PAUSE_S)
@@ -81,7 +81,7 @@ class Caller:
                 progress.failed[endpoint.url] = failure
                 await self._try_elsewhere(endpoint, progress)
             except TokenRefused as refusal:
-                # With a fresh token the same endpoint is right; when it refuses that as well, it lags.
+                # Try the same endpoint with a fresh token. An endpoint that refuses that one, too, lags.
                 if progress.relogged_in:
                     progress.failed[endpoint.url] = AttemptFailed(str(refusal), done_maybe=False)
                     await self._try_elsewhere(endpoint, progress)
@@ -96,7 +96,7 @@ class Caller:
         raise Unavailable(_CLOSED if self.closed else progress.gave_up(timeout_s))
 
     async def open(self, endpoint: Endpoint, timeout_s: float | None = None) -> Metadata:
-        """Connect to an endpoint and have a token; nothing is sent beside the log-in.
+        """Connect to an endpoint and get a token; nothing but the log-in is sent.
 
         Raises:
             AttemptFailed: no connection, or no token, within `timeout_s` (None: the configured limit).
@@ -114,14 +114,14 @@ class Caller:
             raise AttemptFailed("no connection in time", done_maybe=False, connected=False) from error
 
     async def revision(self) -> int:
-        """Return the store's revision, as a quorum knows it.
+        """Return the store's revision, confirmed by a quorum.
 
         Raises:
             Unavailable: no quorum within the configured deadline.
         """
 
         async def ask(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
-            # The cheapest linearizable read there is: a count of nothing.
+            # The cheapest linearizable read: a count of one key, which does not exist.
             request = rpc.RangeRequest(key=b"\0", count_only=True)
             reply = await endpoint.kv.Range(request, metadata=metadata, timeout=timeout_s)
             return int(reply.header.revision)
@@ -152,9 +152,9 @@ class Caller:
 
     @contextmanager
     def _giving_up_is_failing(self, *, done_maybe: bool) -> Iterator[None]:
-        """Translate a cancellation that nobody asked for.
+        """Translate a cancellation that nobody requested.
 
-        It is gRPC's way to say that the channel was closed, or that a stream could not be written to.
+        gRPC raises one when the channel was closed, or when a stream could not be written to.
         """
         try:
             with no_stray_cancellation():
@@ -177,7 +177,7 @@ class Caller:
 
 
 async def _causes(failed: Mapping[str, AttemptFailed]) -> dict[str, str]:
-    """What is wrong with each endpoint. A TLS port says nothing to who speaks none, so it is asked."""
+    """What is wrong with each endpoint. A TLS server tells a client without TLS nothing, so this tries TLS."""
 
     async def cause(url: str, failure: AttemptFailed) -> str:
         if await speaks_tls(url):
@@ -188,7 +188,7 @@ async def _causes(failed: Mapping[str, AttemptFailed]) -> dict[str, str]:
 
 
 class _Progress:
-    """How far one call has come."""
+    """The progress of one call."""
 
     def __init__(self, what: str, deadline: float, pause_s: float) -> None:
         self.what = what
@@ -202,7 +202,7 @@ class _Progress:
         return self.deadline - asyncio.get_running_loop().time()
 
     def nobody_connects(self, endpoints: int) -> bool:
-        """Whether each of so many endpoints was tried, and there was no connection to any."""
+        """Whether all `endpoints` were tried, and none could be connected to."""
         return len(self.failed) == endpoints and not any(failure.connected for failure in self.failed.values())
 
     def said(self) -> str:

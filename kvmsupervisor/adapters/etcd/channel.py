@@ -1,7 +1,7 @@
-"""Channels to the members, and which of them is in use.
+"""The channels to the members, and which of them is in use.
 
-One gRPC channel per endpoint, so that each is checked against its own name under TLS, and so that a member
-that answers pings but not calls can be left: gRPC itself never leaves it.
+There is one gRPC channel per endpoint. So TLS checks each member against its own name, and a member that answers pings
+but not calls can be left; gRPC itself would never leave it.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ from kvmsupervisor.adapters.etcd.errors import AttemptFailed, no_connection
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc, stubs
 
 _OPTIONS = (
-    # A dead connection is noticed after 14 s by pings alone (calls and watches have their own, shorter ways).
-    # etcd closes connections that ping more often than every 5 s.
+    # Pings alone notice a dead connection after 14 s (calls and watches notice it sooner). etcd closes a connection
+    # that pings more often than every 5 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 4_000),
-    # This, not the one above, bounds the wait for a ping's answer, and is a minute by default.
+    # This option, not the one above, limits the wait for a ping's answer; its default is a minute.
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # A member that is back should be used soon; there are few clients, so no herd needs taming.
+    # A member that is back should be used soon. There are few clients, so they need not spread their attempts.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    # 10,000 keys may come in one reply; the default of 4 MiB is for chattier protocols.
+    # One reply may have 10,000 keys, which can exceed the default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
-    # What is sent twice is decided here.
+    # This adapter decides what is sent twice.
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
-    # Two clients in one process must not share a connection, or one's timeouts would be the other's.
+    # Two clients in one process must not share a connection; otherwise they would share its timeouts.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 TLS_ANSWER_S = 0.5
-"""How long a port may take to answer a greeting of TLS: a person waits. Arbitrary; three times a slow link's."""
+"""How long a port may take to answer a TLS handshake. Arbitrary: three times a slow link's time, while a person
+waits."""
 
 
 class Endpoint:
-    """One member as this client knows it: its channel, its stubs, and when it last answered a call."""
+    """One member: its channel, its stubs, and when it last answered a call."""
 
     def __init__(self, url: str, channel: Any) -> None:
         self.url = url
@@ -54,13 +55,13 @@ class Endpoint:
         self.auth = stubs.AuthStub(channel)
         self._maintenance = stubs.MaintenanceStub(channel)
         self._channel = channel
-        # When a call was last answered, by asyncio's clock; long ago before the first.
+        # When a call was last answered, by asyncio's clock; minus infinity before the first answer.
         self.answered_at = float("-inf")
 
     async def connect(self) -> None:
-        """Wait until the channel is connected; without a time limit of its own.
+        """Wait until the channel is connected; has no time limit of its own.
 
-        So a request that is sent after this, and only then, may have been carried out.
+        Only a request that is sent after this can have been carried out.
 
         Raises:
             AttemptFailed: connecting failed; nothing was sent.
@@ -73,11 +74,11 @@ class Endpoint:
             await self._channel.wait_for_state_change(state)
 
     async def close(self) -> None:
-        """Close the channel; what is in flight on it is cancelled."""
+        """Close the channel; calls in flight are cancelled."""
         await self._channel.close()
 
     async def _why_not(self) -> str:
-        # gRPC tells the cause only to a request, so one that harms nobody is made; it fails at once.
+        # gRPC tells the cause only as the answer to a request. A status request does no harm, and fails at once.
         try:
             await self._maintenance.Status(rpc.StatusRequest(), timeout=0.5)
         except grpc.aio.AioRpcError as error:
@@ -87,10 +88,10 @@ class Endpoint:
 
 
 class Endpoints:
-    """All members, one of them in use by every call and watch.
+    """All members; every call and watch uses the same one.
 
-    Invariant: `current` moves on only by `leave`, and whoever uses an endpoint that was left (see `on_left`)
-    is told, so that no watch stays with a member that calls have given up.
+    Invariant: `current` changes only by `leave`, which calls all callbacks for the endpoint (see `on_left`). So no
+    watch stays with a member that calls have left.
     """
 
     def __init__(self, config: EtcdConfig) -> None:
@@ -101,21 +102,21 @@ class Endpoints:
 
     @property
     def current(self) -> Endpoint:
-        """The endpoint to ask."""
+        """The endpoint in use."""
         return self._all[self._index]
 
     def __len__(self) -> int:
         return len(self._all)
 
     def leave(self, endpoint: Endpoint) -> None:
-        """Ask the next endpoint from now on, unless that has happened already; tell those who use this one."""
+        """Use the next endpoint from now on, unless that has happened already; call the callbacks for this one."""
         if self.current is endpoint:
             self._index = (self._index + 1) % len(self._all)
             for tell in list(self._users[endpoint]):
                 tell()
 
     def on_left(self, endpoint: Endpoint, tell: Callable[[], object]) -> Callable[[], None]:
-        """Have `tell` called when `endpoint` is left; return what ends that."""
+        """Call `tell` when `endpoint` is left; return a function that ends this."""
         self._users[endpoint].add(tell)
         return lambda: self._users[endpoint].discard(tell)
 
@@ -125,19 +126,19 @@ class Endpoints:
 
 
 async def speaks_tls(url: str) -> bool:
-    """Whether what listens at a plain endpoint wants TLS; false for one that is written with https."""
+    """Whether the server at an http endpoint speaks TLS; false for an https endpoint."""
     target, secure = split_endpoint(url)
     if secure:
         return False
     host, _, port = target.rpartition(":")
-    # Nothing is told to it, and nothing that it says is believed: whoever it is.
+    # Nothing is sent to the server and nothing from it is used, so its identity does not matter.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         async with asyncio.timeout(TLS_ANSWER_S):
             _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
     except ssl.SSLError as error:
-        # It has a mind about our certificate, say: that is TLS, too. What is no TLS at all is not.
+        # An error about certificates, for example, means TLS, too. These three reasons mean that it is not TLS.
         return error.reason not in {"WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "HTTP_REQUEST"}
     except (OSError, TimeoutError):
         return False
@@ -155,7 +156,7 @@ def _channel(url: str, credentials: Any) -> Any:
 
 
 def _credentials(config: EtcdConfig) -> Any:
-    """Read the certificates, where any endpoint needs them (else None)."""
+    """Read the certificates, if any endpoint needs them; otherwise None."""
     if not any(split_endpoint(url)[1] for url in config.endpoints):
         return None
     cacert = read_secret(config.cacert, "CA certificate") if config.cacert else None

@@ -33,23 +33,24 @@ from kvmsupervisor.adapters.etcd.watch import EtcdWatch
 from kvmsupervisor.aio import all_of
 
 _SHRINK = 8
-"""A page that is too large for one reply is asked for again with so many times fewer keys."""
+"""By how much to divide the size of a page that is too large for one reply."""
 
 _TURNS_TO_SEND = 3
-"""How often the loop turns until a request has left: its task, gRPC's own, one more. etcd works on the next page then
-while this one is worked on here."""
+"""How many turns of the event loop until a request has left: its task, gRPC's own, one more. Then etcd prepares the
+next page while this program works on the present one."""
 
 _PAGE = 10_000
-"""Keys of one page."""
+"""The most keys of one page."""
 
 _AHEAD_S = 10.0
-"""How long a page that was asked for ahead is of use. Arbitrary: a start takes less, and its keys are news."""
+"""How long a page that was requested ahead may be used. Arbitrary: a start takes less time, and needs fresh keys."""
 
 
 class Etcd:
     """An etcd v3 store, reached through any of its members.
 
-    Construct it inside the event loop that uses it (gRPC binds to it); nothing is sent before the first call.
+    Construct it inside the event loop that uses it, because gRPC binds to that loop. Nothing is sent before the first
+    call.
 
     Raises:
         Denied: a certificate or key file cannot be read.
@@ -57,17 +58,17 @@ class Etcd:
 
     def __init__(self, config: EtcdConfig) -> None:
         self._caller = Caller(config)
-        # What was asked for ahead, by its prefix, and until when it is of use.
+        # Pages that were requested ahead, by prefix, and until when each may be used.
         self._ahead: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
     @property
     def up(self) -> bool:
-        """Whether etcd answered when it was last asked, by a call or by a watch (false before the first)."""
+        """Whether etcd answered the last request, of a call or of a watch (false before the first)."""
         return self._caller.up
 
     @property
     def endpoint(self) -> str:
-        """URL of the member that is asked now."""
+        """URL of the member in use."""
         return self._caller.endpoints.current.url
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:
@@ -77,10 +78,10 @@ class Etcd:
         return key_value(reply.kvs[0]) if reply.kvs else None
 
     async def read(self, *keys: str) -> Reading:
-        """Read several keys at one revision: that of the first read, by which the others are asked for.
+        """Read several keys at one revision: the first read tells it, and the other reads ask for it.
 
         Raises:
-            Unavailable: that revision was compacted meanwhile, too: ask again.
+            Unavailable: also when that revision was compacted meanwhile: ask again.
         """
         first, *rest = keys
         reply = await self._range(f"get {first}", rpc.RangeRequest(**range_of(first, prefix=False)), None)
@@ -104,11 +105,11 @@ class Etcd:
 
     @property
     def members(self) -> int:
-        """How many endpoints there are to ask."""
+        """How many endpoints there are."""
         return len(self._caller.endpoints)
 
     def leave(self) -> None:
-        """Ask another endpoint from now on, where there is one."""
+        """Use another endpoint from now on, if there is one."""
         if self.members > 1:
             self._caller.endpoints.leave(self._caller.endpoints.current)
 
@@ -158,7 +159,7 @@ class Etcd:
                 await _given_up(coming)
 
     async def _asked_ahead(self, prefix: str) -> asyncio.Task[Any] | None:
-        """The first page, if it was asked for ahead and is no old news; once only."""
+        """The first page, if it was requested ahead and is still fresh; once only."""
         until, task = self._ahead.pop(prefix, (0.0, None))
         if task is not None and asyncio.get_running_loop().time() > until:
             await _given_up(task)
@@ -166,7 +167,7 @@ class Etcd:
         return task
 
     async def _page(self, prefix: str, bounds: Mapping[str, Any], revision: int, page: int) -> Any:
-        """One page, of fewer keys when so many do not fit into one reply."""
+        """One page; with fewer keys when that many do not fit into one reply."""
         while True:
             request = rpc.RangeRequest(**bounds, limit=page, revision=revision)
             try:
@@ -179,7 +180,7 @@ class Etcd:
     def watch(
         self, prefix: str, start_revision: int, *, prove: Callable[[], Awaitable[None]] | None = None
     ) -> AbstractAsyncContextManager[Watch]:
-        """Follow all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
+        """Watch all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
         return EtcdWatch(self._caller, prefix, start_revision, prove=prove)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
@@ -204,13 +205,12 @@ class Etcd:
         *,
         timeout_s: float | None = None,
     ) -> TxnResult:
-        """Run one transaction, confirmed by a quorum also when it only compares or reads.
+        """Run one transaction. A quorum confirms it, even when it only compares or reads.
 
-        One that cannot write is a read, so it is repeated like one. Any other is never repeated once it may
-        have been sent.
+        A transaction that cannot write is repeated like a read. Any other is never repeated once it may have been sent.
 
         Raises:
-            Ambiguous: it may have been carried out.
+            Ambiguous: the transaction may have been carried out.
             LeaseGone: a `Put` names a lease that does not exist.
         """
         message = rpc.TxnRequest(
@@ -219,8 +219,8 @@ class Etcd:
             failure=map(op_message, failure),
         )
         if not (success or failure):
-            # etcd answers a transaction without any operation from one member's memory, without asking a
-            # quorum (isTxnSerializable in its v3_server.go). One read makes it ask.
+            # etcd answers a transaction without operations from one member's memory, without a quorum
+            # (isTxnSerializable in its v3_server.go). With one read it asks the quorum.
             message.success.append(op_message(Get(compare[0].key if compare else "\0")))
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> Any:
@@ -242,17 +242,17 @@ class Etcd:
     async def grant(self, ttl_s: int) -> int:
         """Make a lease; return its id.
 
-        The id is chosen here, so that a request whose reply was lost can be repeated: at worst the lease
-        exists already, since a moment after it was first asked for.
+        The id is chosen here, so that a request whose reply was lost can be repeated: at worst the lease exists
+        already, since the first attempt.
         """
-        import secrets  # noqa: PLC0415 - it brings hashing along, and few clients need a lease
+        import secrets  # noqa: PLC0415 - it imports hashing, and few clients need a lease
 
         message = rpc.LeaseGrantRequest(TTL=ttl_s, ID=secrets.randbelow(2**63 - 1) + 1)
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
             await endpoint.lease.LeaseGrant(message, metadata=metadata, timeout=timeout_s)
 
-        # One that exists is ours, by an attempt whose reply was lost: 63 random bits meet nobody else's.
+        # A lease that exists is ours, from an attempt whose reply was lost: 63 random bits are unique.
         with suppress(LeaseExists):
             await self._caller.call("grant a lease", send, repeatable=True)
         return int(message.ID)
@@ -260,11 +260,11 @@ class Etcd:
     async def keep_alive(self, lease: int, *, timeout_s: float | None = None) -> int:
         """Renew a lease once; return its TTL in seconds, 0 when it no longer exists.
 
-        The leader answers alone, without a quorum: what must be certain needs a read beside it.
+        The leader answers alone, without a quorum. A caller that needs certainty also reads a key.
         """
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
-            # etcd has this as a stream only; one request, one reply.
+            # etcd offers a stream only: this one has one request and one reply.
             requests = iter((rpc.LeaseKeepAliveRequest(ID=lease),))
             stream = endpoint.lease.LeaseKeepAlive(requests, metadata=metadata, timeout=timeout_s)
             replies = [reply async for reply in stream]
@@ -275,7 +275,7 @@ class Etcd:
         return await self._caller.call(f"renew lease {lease:x}", send, timeout_s=timeout_s, repeatable=True)
 
     async def time_to_live(self, lease: int) -> int:
-        """Seconds that the lease still has without renewal; 0 or less when it no longer exists."""
+        """Seconds until the lease ends without renewal; 0 or less when it no longer exists."""
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
             message = rpc.LeaseTimeToLiveRequest(ID=lease)
@@ -285,7 +285,7 @@ class Etcd:
         return await self._caller.call(f"ask for lease {lease:x}", send, repeatable=True)
 
     async def revoke(self, lease: int) -> None:
-        """End a lease and its keys; one that does not exist is not an error."""
+        """End a lease, and delete its keys. A lease that does not exist is not an error."""
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> None:
             message = rpc.LeaseRevokeRequest(ID=lease)
@@ -308,6 +308,6 @@ class Etcd:
 
 
 async def _given_up(task: asyncio.Task[Any]) -> None:
-    """End a request whose reply is not wanted any more."""
+    """Cancel a request whose reply is no longer needed."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""How to reach etcd and as whom: what the client is constructed from."""
+"""How to reach etcd, and as which user: the client's configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmsupervisor.domain.frozen import frozen
 
 @frozen(kw_only=True)
 class EtcdConfig:
-    """Where etcd is.
+    """How to reach etcd.
 
     Attributes:
         endpoints: URLs of the members, `http://host:port` or `https://host:port`; IPv6 in brackets.
@@ -20,10 +20,10 @@ class EtcdConfig:
         key: PEM file of its private key.
         username: etcd user, together with `password_file`.
         password_file: file whose first line is the password; read again for each token.
-        call_timeout_s: deadline of a call that names none.
-        attempt_timeout_s: how long one endpoint may take, connecting included, before the next one is
-            asked. 2 s is far above any healthy answer, so three members get their turn within 5 s.
-        impatient: a person waits: until one endpoint has answered, each is tried once only.
+        call_timeout_s: deadline of a call that gives none.
+        attempt_timeout_s: how long one endpoint may take, connecting included, before the next one is tried. 2 s is far
+            above any healthy answer, and three members get their turn within 5 s.
+        impatient: for commands, where a person waits: until one endpoint has answered, try each only once.
     """
 
     endpoints: tuple[str, ...]
@@ -37,10 +37,10 @@ class EtcdConfig:
     impatient: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work.
+        """Check the values.
 
         Raises:
-            ValueError: naming the endpoint or the half that is missing.
+            ValueError: no endpoint is given, one is malformed, or half of a pair is missing; the message names it.
         """
         if not self.endpoints:
             raise ValueError("no etcd endpoint is given: at least one URL is needed")
@@ -53,24 +53,24 @@ class EtcdConfig:
 
 
 def split_endpoint(url: str) -> tuple[str, bool]:
-    """Split an endpoint into gRPC's target (`host:port`) and whether TLS is spoken.
+    """Split an endpoint into gRPC's target (`host:port`) and whether it uses TLS.
 
     Raises:
-        ValueError: it is not `http://host:port` or `https://host:port`.
+        ValueError: the endpoint is not `http://host:port` or `https://host:port`.
     """
     parts = urlsplit(url.strip())
     plain = not (parts.path.strip("/") or parts.query or parts.fragment or parts.username)
-    # `parts.port` raises ValueError itself for a port that is none.
+    # `parts.port` itself raises ValueError for an invalid port.
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port is None or not plain:
         raise ValueError(f"the etcd endpoint {url!r} should look like http://host:2379 or https://host:2379")
     return parts.netloc, parts.scheme == "https"
 
 
 def read_secret(path: Path, what: str) -> bytes:
-    """Read one of the files.
+    """Read a certificate, key or password file.
 
     Raises:
-        Denied: it cannot be read; the message names it.
+        Denied: the file cannot be read; the message names it.
     """
     try:
         return path.read_bytes()

@@ -1,7 +1,7 @@
-"""What an error of gRPC or etcd means for the request that got it.
+"""What an error of gRPC or etcd means for the request that failed.
 
-The first question is whether a write may have happened. Where nobody vouches for the opposite, it may: an
-unknown text or code never counts as "not done". Sources of the texts, and of where in the server they arise:
+The first question is whether a write may have happened. It may, unless the error is known to come before any write: an
+unknown text or code never counts as "not done". Sources of the texts, and of where the server returns them:
 https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/api/v3rpc/rpctypes/error.go and
 https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/v3_server.go (what is returned before a proposal).
 """
@@ -15,12 +15,12 @@ from kvmsupervisor.adapters.etcd.protocol import grpc
 
 
 class AttemptFailed(Exception):
-    """One endpoint did not do it: try another one.
+    """One endpoint did not answer the request: try another one.
 
     Attributes:
         reason: for people.
         done_maybe: whether the request may have been carried out all the same.
-        permanent: whether this endpoint will say the same until somebody changes certificates.
+        permanent: whether this endpoint fails in the same way until somebody changes certificates.
         connected: whether there was a connection.
     """
 
@@ -33,20 +33,20 @@ class AttemptFailed(Exception):
 
 
 class TokenRefused(Exception):
-    """The token is unknown, expired or older than the users' last change. Nothing was done."""
+    """The token is unknown, expired, or older than the last change of users or roles. Nothing was done."""
 
 
 class ReplyTooLarge(Exception):
-    """The reply exceeds what this client receives: ask for less."""
+    """The reply is larger than this client accepts: ask for less."""
 
 
 class LeaseExists(Rejected):
-    """There is a lease of that id: an earlier attempt to grant it was carried out."""
+    """A lease with that id exists: an earlier attempt to grant it was carried out."""
 
 
 _NOT_DONE = frozenset(
     {
-        # Said before anything was proposed.
+        # The server returns these before it proposes anything.
         "etcdserver: no leader",
         "etcdserver: too many requests",
         "etcdserver: not capable",
@@ -59,7 +59,7 @@ _TOKEN = frozenset(
     {
         "etcdserver: invalid auth token",
         "etcdserver: revision of auth store is old",
-        # What a request without a token gets, as when authentication was switched on just now.
+        # The reply to a request without a token, for example when authentication was switched on just now.
         "etcdserver: user name is empty",
     }
 )
@@ -81,24 +81,24 @@ _REFUSING_CODES = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
-"""With these, etcd's own words are about the request, not about the cluster."""
+"""With these codes, etcd's text is about the request, not about the cluster."""
 
 _CERTIFICATES = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate was not issued by the CA in use",
     "Hostname Verification": "the server's certificate is for another name",
     "Failed to create security handshaker": "the CA, certificate or key in use is no valid PEM",
-    # A server ends a TLS 1.3 handshake that it dislikes after its own side is complete, with an alert that
-    # gRPC shows as this.
+    # A TLS 1.3 server rejects the client after its own side of the handshake is complete. gRPC reports its alert so.
     "TSI_DATA_CORRUPTED": "the server refuses the client certificate, or wants one",
 }
-"""What gRPC 1.76 to 1.85 say of a handshake that cannot succeed. Other words count as a mere failure."""
+"""Parts of gRPC's messages (1.76 to 1.85) for a handshake that can never succeed. Other texts count as a mere
+failure."""
 
 
 def judge(error: Any, what: str) -> Exception:
     """Translate an `AioRpcError` that ended the request `what`.
 
     Returns:
-        `EtcdError` when it is final, else `AttemptFailed`, `TokenRefused` or `ReplyTooLarge`.
+        `EtcdError` when the error is final, otherwise `AttemptFailed`, `TokenRefused` or `ReplyTooLarge`.
     """
     code, text = error.code(), error.details() or ""
     if (known := judge_text(text, what)) is not None:
@@ -106,7 +106,7 @@ def judge(error: Any, what: str) -> Exception:
     if text.startswith("etcdserver: ") and code in _REFUSING_CODES:
         return Rejected(f"{what}: {text}")
     if text.startswith("grpc: received message larger than max"):
-        # Said by the server's gRPC, in Go, of the request; etcd's own limit is for those a little smaller.
+        # From the server's gRPC (Go), about the request. etcd's own limit is a little lower.
         return Rejected(f"{what}: the request is too large for etcd ({text})")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ReplyTooLarge(f"{what}: {text}")
@@ -116,9 +116,9 @@ def judge(error: Any, what: str) -> Exception:
 
 
 def judge_text(text: str, what: str) -> Exception | None:
-    """Translate what etcd says, where that decides alone.
+    """Translate etcd's text, where the text alone decides; otherwise return None.
 
-    A canceled watch has no code but the whole of Go's phrase: `rpc error: code = … desc = etcdserver: …`.
+    A canceled watch has no code. Its text is Go's whole phrase: `rpc error: code = … desc = etcdserver: …`.
     """
     text = text.rpartition(" desc = ")[2]
     if text in _TOKEN:
@@ -144,16 +144,16 @@ def judge_text(text: str, what: str) -> Exception | None:
 _NO_CONNECTION = {
     "Connection refused": "connection refused: nothing listens there",
     "WRONG_VERSION_NUMBER": "what answers there speaks no TLS: write http:// and not https://",
-    # etcd itself hangs up in the middle.
+    # etcd without TLS closes the connection in the middle of the handshake.
     "Handshake read failed": "what answers there breaks the handshake off: if it speaks no TLS, write http://",
     "errors resolving": "this host name cannot be resolved",
     "Failed parsing HTTP/2": "what answers there is no etcd",
 }
-"""What gRPC 1.76 to 1.85 say of a connection that cannot be made, in people's words."""
+"""Parts of gRPC's messages (1.76 to 1.85) for a connection that cannot be made, and what they mean for people."""
 
 
 def no_connection(text: str) -> AttemptFailed:
-    """Say why a connection could not be made, from gRPC's words."""
+    """Translate gRPC's message about a connection that could not be made."""
     for mark, meaning in _CERTIFICATES.items():
         if mark in text:
             return AttemptFailed(f"{meaning} ({text})", done_maybe=False, permanent=True, connected=False)

@@ -1,12 +1,11 @@
-"""etcd's messages and stubs, taken out of the `etcd3` package and put on protobuf's fast runtime.
+"""etcd's messages and stubs, taken from the `etcd3` package and run on protobuf's fast runtime.
 
-`etcd3` 0.12.0 brings generated code that protobuf refuses since 4.0, unless it runs on the slow pure Python
-implementation. The descriptors inside that code are as good as ever. So they are read as data, without
-importing the package, loaded into a descriptor pool of their own (file names such as `rpc.proto` are too
-common for the global one), and the generated stubs are executed on top of them. Nothing else of `etcd3` is
-imported, neither its client nor what that needs.
+`etcd3` 0.12.0 contains generated code that protobuf ≥ 4.0 refuses, except on the slow pure Python implementation. The
+descriptors in that code are still good. So this module reads them as data, without importing the package. It loads them
+into a descriptor pool of their own (file names such as `rpc.proto` are too common for the global pool) and executes the
+generated stubs on top of them. Nothing else of `etcd3` is imported: neither its client nor the client's dependencies.
 
-What etcd 3.4 added to the protocol since, and this program uses, is added to the descriptors here. Source of
+This module adds to the descriptors what etcd 3.4 added to the protocol and this program uses. Source of
 the field numbers: https://github.com/etcd-io/etcd/blob/v3.4.0/etcdserver/etcdserverpb/rpc.proto
 """
 
@@ -23,28 +22,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# gRPC reads these once, when it is imported. Its fork handlers print warnings whenever a program with open
-# channels starts another one; child processes here are always made with exec, so none is needed.
+# gRPC reads these variables once, at import. Its fork handlers print a warning whenever a program with open channels
+# starts another one. Child processes here always exec, so they need no such handlers.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-# It would print every failed handshake to stderr, twice a second. The errors raised say the same.
+# Otherwise gRPC prints every failed handshake to stderr, twice a second. The exceptions say the same.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.internal import api_implementation
 
-# The other modules take gRPC from here, so that it is never imported before the lines above have run.
+# The other modules import gRPC from here, so that the lines above have always run before.
 __all__ = ["grpc", "mvcc", "rpc", "stubs"]
 
 _PACKAGE = "etcd3.etcdrpc"
 _FILES = ("kv", "auth", "rpc")
-"""In the order in which they need each other."""
+"""In the order of their dependencies."""
 
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
 def _folder() -> Path:
-    """Where the generated code lies."""
+    """The folder of the generated code."""
     found = importlib.util.find_spec("etcd3")
     if found is None or not found.submodule_search_locations:
         raise ImportError("the package etcd3 (0.12.0) is not installed: its protocol definitions are needed")
@@ -54,7 +53,7 @@ def _folder() -> Path:
 def _read_descriptor(source: Path) -> descriptor_pb2.FileDescriptorProto:
     """Find the serialized descriptor in generated code: `serialized_pb=_b('…')`, bytes written as latin-1.
 
-    It is one line of it. To parse the whole file would take a tenth of the time in which this program starts.
+    The descriptor is one line of the file. Parsing the whole file would take a tenth of this program's start.
     """
     found = re.search(r"^ *serialized_pb=_b\((.*)\),?$", source.read_text(encoding="utf-8"), re.MULTILINE)
     if found is not None:
@@ -64,7 +63,7 @@ def _read_descriptor(source: Path) -> descriptor_pb2.FileDescriptorProto:
 
 
 def _modernize(rpc: descriptor_pb2.FileDescriptorProto) -> None:
-    """Add what etcd 3.4 has and the descriptors of `etcd3` lack."""
+    """Add what etcd 3.4 has and `etcd3`'s descriptors lack."""
     rpc.message_type.add(name="WatchProgressRequest")
     messages = {message.name: message for message in rpc.message_type}
     messages["WatchRequest"].field.add(
@@ -80,7 +79,7 @@ def _modernize(rpc: descriptor_pb2.FileDescriptorProto) -> None:
 
 
 def _load_messages(folder: Path) -> dict[str, ModuleType]:
-    """Make one module per file, with the message classes in it."""
+    """Make one module per file, with its message classes."""
     pool = descriptor_pool.DescriptorPool()
     modules = {}
     for name in _FILES:
@@ -99,7 +98,7 @@ def _load_messages(folder: Path) -> dict[str, ModuleType]:
 def _standing_in(modules: dict[str, ModuleType]) -> Iterator[None]:
     """Let imports below `etcd3` find `modules`, and forget them afterwards.
 
-    A later `import etcd3` by anybody else finds the real package, as if this had never been.
+    A later `import etcd3` elsewhere finds the real package.
     """
     stand_ins = {"etcd3": ModuleType("etcd3"), _PACKAGE: ModuleType(_PACKAGE)}
     stand_ins |= {module.__name__: module for module in modules.values()}
@@ -118,7 +117,7 @@ def _standing_in(modules: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def _load_stubs(folder: Path, modules: dict[str, ModuleType]) -> ModuleType:
-    """Execute the generated stubs on `modules`."""
+    """Execute the generated stubs with `modules`."""
     name = f"{_PACKAGE}.rpc_pb2_grpc"
     found = importlib.util.spec_from_file_location(name, folder / "rpc_pb2_grpc.py")
     if found is None or found.loader is None:
@@ -138,10 +137,10 @@ if api_implementation.Type() != "upb":
 _modules = _load_messages(_folder())
 
 rpc: Any = _modules["rpc"]
-"""The messages of rpc.proto: `rpc.RangeRequest` and the others."""
+"""The messages of rpc.proto, such as `rpc.RangeRequest`."""
 
 mvcc: Any = _modules["kv"]
 """The messages of kv.proto: `mvcc.KeyValue`, `mvcc.Event`."""
 
 stubs: Any = _load_stubs(_folder(), _modules)
-"""The stubs: `stubs.KVStub(channel)` and the others, for a `grpc.aio.Channel`."""
+"""The stubs, such as `stubs.KVStub(channel)`, for a `grpc.aio.Channel`."""

@@ -1,17 +1,16 @@
-"""A watch that survives its stream: one task that reads, reconnects and resumes, one consumer that iterates.
+"""A watch that survives its stream: one task reads, reconnects and resumes; one consumer iterates.
 
-What makes "none lost, none repeated":
+Why no event is lost and none is repeated:
 
-- The stream is resumed from the revision behind the last event that was handed on, and from nothing else.
-  Progress replies may be ahead of events (etcd #15220, #17557), so they tell that a member lives, no more.
-- A member that lags behind may send events older than asked for (etcd #20221): those are dropped.
-- etcd sends the events of a revision in one message unless it is asked for fragments, as here, which keeps
-  messages below 2 MiB and so below what a client receives; the revision that a fragment ends in is held back
-  until it is complete.
-- A consumer that is slow stops the reading, at `_BUFFER_BYTES`; etcd then keeps the events in its store.
+- A new stream resumes at the revision after the last event that was delivered, and at no other. Progress replies may be
+  ahead of events (etcd #15220, #17557), so they only show that a member is alive.
+- A member that lags may send older events than requested (etcd #20221). These are dropped.
+- By default etcd sends all events of a revision in one message. Here it is asked for fragments, which keeps messages
+  below 2 MiB and so below the client's limit. The last revision of a fragment is held back until it is complete.
+- A slow consumer stops the reader at `_BUFFER_BYTES`; etcd then keeps the events in its store.
 
 Source: https://etcd.io/docs/v3.5/learning/api/#watch-api and .../api_guarantees/#watch-apis. Servers before
-3.4.31 and 3.5.13 may lose events themselves (etcd #17529, #17555); no client can see that.
+3.4.31 and 3.5.13 may lose events themselves (etcd #17529, #17555); no client can notice that.
 """
 
 from __future__ import annotations
@@ -31,24 +30,25 @@ from kvmsupervisor.adapters.etcd.messages import event, range_of
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 
 _SILENCE_S = 5.0
-"""After so much silence the member is asked for a sign of life, unless it has answered a call meanwhile. Calls go over
-the same connection, and one that fails makes every watch leave the member; a session's renewals, each confirmed by a
-quorum, so spare a resting cluster all probes …"""
+"""How long a stream may be silent before the member is asked for progress, unless the member has answered a call
+meanwhile. Calls use the same connection, and a call that fails makes every watch leave the member. So a session's
+renewals, each confirmed by a quorum, make such questions unnecessary in an idle cluster."""
 _ANSWER_S = 4.0
-"""… which it has so long to give. Together they bound how long a dead stream is taken for a quiet one."""
+"""How long the member may take to answer. Both limits together bound how long a dead stream is taken for a quiet
+one."""
 
 _PAUSES_S = (0.0, 0.1, 0.2, 0.4)
-"""Before each try, by how many have failed in a row: a cluster that is back is found within 0.4 s."""
+"""The pause before each try, by the number of failures in a row. So a cluster that is back is noticed within 0.4 s."""
 _PROVEN_S = 1.0
-"""A stream that lived so long was no failure. Arbitrary; it keeps one that dies at once from spinning."""
+"""A stream that lasted this long counts as a success. Arbitrary; it keeps streams that end at once from a busy loop."""
 
 _BUFFER_BYTES = 8 << 20
 _EVENT_BYTES = 256
-"""What an event costs beside its key and value, roughly."""
+"""Roughly the memory of an event beside its key and value."""
 
 
 class EtcdWatch:
-    """Implements `Watch`; an asynchronous context manager, whose end ends the task and the stream."""
+    """Implements `Watch`. An asynchronous context manager; leaving it ends the task and the stream."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class EtcdWatch:
 
     @property
     def connected(self) -> bool:
-        """Whether a member answered on this watch lately."""
+        """Whether a member has answered on this watch recently."""
         return self._connected
 
     async def __aenter__(self) -> Self:
@@ -83,7 +83,7 @@ class EtcdWatch:
         self._task.cancel()
         await asyncio.wait((self._task,))
         if not self._task.cancelled():
-            # How it ended was for the consumer to see, who has left; asking keeps asyncio from reporting it.
+            # The consumer has left and no longer needs the result. Asking for it keeps asyncio from reporting it.
             self._task.exception()
 
     def __aiter__(self) -> AsyncIterator[Batch]:
@@ -93,7 +93,7 @@ class EtcdWatch:
         """Return the next batch.
 
         Raises:
-            Compacted: the events that come next are gone; list again and watch from there.
+            Compacted: the next events are gone; list again and watch from there.
             Denied: the user may not read the prefix, or may not log in.
             StopAsyncIteration: the client was closed.
         """
@@ -105,7 +105,7 @@ class EtcdWatch:
         return batch
 
     async def _follow(self) -> None:
-        """Read streams, one after the other, until history is gone, the user is denied, or for ever."""
+        """Read one stream after the other, for ever, unless events were compacted or the user is denied."""
         loop = asyncio.get_running_loop()
         failures = 0
         denied_before = False
@@ -122,10 +122,10 @@ class EtcdWatch:
             except TokenRefused:
                 self._caller.auth.forget(metadata)
                 if failures:
-                    # A fresh token was refused as well: this member lags.
+                    # A fresh token was refused, too: this member lags.
                     self._caller.endpoints.leave(endpoint)
             except Denied:
-                # To a watch whose token has expired, older members (3.4.0 is one) say "permission denied" too.
+                # Older members (3.4.0, for example) also say "permission denied" when a watch's token has expired.
                 if denied_before or not self._caller.auth.renewable(metadata):
                     raise
                 denied_before = True
@@ -137,12 +137,12 @@ class EtcdWatch:
             self._caller.up = False
 
     async def _read_stream(self, endpoint: Endpoint, metadata: Metadata) -> None:
-        """Read one stream until it breaks; it always ends with an exception."""
+        """Read one stream until it breaks; always ends with an exception."""
         self._buffer.begin_stream()
         loop = asyncio.get_running_loop()
         async with _Stream(self._caller, endpoint, metadata) as stream:
             await stream.write(self._create_request())
-            asked = True  # the creation is a question as well
+            asked = True  # the creation has to be answered, too
             while True:
                 await self._buffer.room.wait()
                 message = await stream.read(_ANSWER_S if asked else _SILENCE_S)
@@ -164,7 +164,7 @@ class EtcdWatch:
         )
 
     async def _take(self, message: Any) -> None:
-        # A refused watch is "created" and canceled in one message, so this comes first.
+        # etcd refuses a watch by one message that is both "created" and canceled, so this comes first.
         if message.canceled:
             if message.compact_revision:
                 raise Compacted(message.compact_revision)
@@ -179,14 +179,14 @@ class EtcdWatch:
             self._buffer.add([event(one) for one in message.events], unfinished=message.fragment)
 
     async def _check_history(self, header: Any) -> None:
-        """Notice an etcd that was restored from a backup: it would wait in silence for our revision.
+        """Notice an etcd that was restored from a backup: it would wait silently until it reaches our revision.
 
-        Without somebody who can prove more (`Store.watch`), by what the member says of itself.
+        Calls `prove` (see `Store.watch`); without one, checks what the member says of itself.
 
         Raises:
-            Compacted: what was watched is not this cluster's history.
-            AttemptFailed: that could not be found out now.
-            EtcdError: what the proof says.
+            Compacted: the history that was watched is not this cluster's.
+            AttemptFailed: this could not be found out now.
+            EtcdError: from `prove`.
         """
         if self._prove is not None:
             try:
@@ -199,16 +199,16 @@ class EtcdWatch:
         if header.cluster_id != self._cluster_id:
             raise Compacted(0)
         seen = self._buffer.next_revision - 1
-        # A member that merely lags says the same, so a quorum is asked before it is believed.
+        # A member that only lags says the same, so a quorum is asked before the member is believed.
         if header.revision < seen and await self._caller.revision() < seen:
             raise Compacted(0)
 
 
 class _Stream:
-    """One gRPC stream of watch messages; gives up when its endpoint is left.
+    """One gRPC stream of watch messages. It ends when its endpoint is left.
 
-    Reads and writes run in tasks of their own: cancelling one of them would end the stream, and a time limit
-    on reading must not.
+    Reads and writes run in tasks of their own: to cancel one of them ends the stream, and a time limit on reading must
+    not end it.
     """
 
     def __init__(self, caller: Caller, endpoint: Endpoint, metadata: Metadata) -> None:
@@ -228,13 +228,13 @@ class _Stream:
             await asyncio.wait(left)
             for task in left:
                 if not task.cancelled():
-                    task.exception()  # nobody's any more
+                    task.exception()  # nobody needs it any more
 
     def _give_up(self) -> list[asyncio.Task[Any]]:
-        """End the stream; return what was going on in it, which ends, too.
+        """End the stream; return its unfinished tasks, which are cancelled, too.
 
-        gRPC forgets a write that waits for the stream's beginning when the stream is cancelled before that
-        (grpc/aio/_call.py: nobody sets `_metadata_sent` any more), so tasks are cancelled as well as the call.
+        When the stream is cancelled before it has begun, gRPC forgets a write that waits for its beginning
+        (grpc/aio/_call.py: `_metadata_sent` is never set then). So the tasks are cancelled as well as the call.
         """
         self._call.cancel()
         left = [task for task in (self._reading, self._writing) if task is not None]
@@ -246,7 +246,7 @@ class _Stream:
         """Send one message.
 
         Raises:
-            AttemptFailed: the stream is over, or stuck.
+            AttemptFailed: the stream has ended, or is stuck.
         """
         self._writing = asyncio.create_task(self._call.write(message))
         done, _ = await asyncio.wait((self._writing,), timeout=_ANSWER_S)
@@ -259,7 +259,7 @@ class _Stream:
         """Return the next message, or None after `timeout_s` seconds without one.
 
         Raises:
-            AttemptFailed, TokenRefused, EtcdError: the stream ended, by what it says.
+            AttemptFailed, TokenRefused, EtcdError: the stream ended; the class depends on its error.
         """
         if self._reading is None:
             self._reading = asyncio.create_task(self._call.read())
@@ -274,7 +274,7 @@ class _Stream:
 
 
 def _result(task: asyncio.Task[Any]) -> Any:
-    """Return what a finished read or write of a stream gave, its errors translated."""
+    """Return the result of a finished read or write of a stream; translate its errors."""
     if task.cancelled():
         raise AttemptFailed("the watch's endpoint was left", done_maybe=False)
     try:
@@ -289,12 +289,12 @@ def _result(task: asyncio.Task[Any]) -> Any:
 
 
 class _Buffer:
-    """Between the reader and the consumer: batches in revision order, of bounded size.
+    """The batches between the reader and the consumer, in revision order and of bounded size.
 
     Attributes:
-        next_revision: where a new stream has to begin. Invariant: every event below it was put into a batch
-            or is older than the watch; none at or above it was.
-        room: set while the reader may read on.
+        next_revision: where a new stream has to begin. Invariant: every event below it was put into a batch or is older
+            than the watch; no event at or above it was.
+        room: set while the reader may go on.
     """
 
     def __init__(self, start_revision: int) -> None:
@@ -305,14 +305,14 @@ class _Buffer:
         self._held: list[Event] = []
         self._bytes = 0
         self._ended = False
-        self._news = asyncio.Event()  # set while there is a batch, or the end
+        self._news = asyncio.Event()  # set while there is a batch, and after the end
 
     def begin_stream(self) -> None:
-        """Forget a revision that the last stream began and did not finish."""
+        """Drop the revision that the last stream began and did not finish."""
         self._held.clear()
 
     def add(self, events: Sequence[Event], *, unfinished: bool) -> None:
-        """Take one message's events; with `unfinished`, more of its last revision may follow."""
+        """Add the events of one message; with `unfinished`, more events of its last revision may follow."""
         self._held += [one for one in events if one.kv.mod_revision >= self.next_revision]
         if not self._held:
             return
@@ -325,7 +325,7 @@ class _Buffer:
             self._append(Batch(ready, ready[-1].kv.mod_revision))
 
     def end(self) -> None:
-        """Nothing will be added any more."""
+        """No more events will be added."""
         self._ended = True
         self._news.set()
 

@@ -1,7 +1,7 @@
 """HTTP: `/metrics`, `/healthz`, `/readyz`, `/api/v1/…` and a page for people. Read-only.
 
-`routes` answers, purely but for the clock; `page` writes the HTML; `exchange` is the only part
-that knows HTTP's bytes, `listener` and `server` are the only ones that know sockets.
+`routes` makes the answers and is pure but for the clock. `page` writes the HTML. Only `exchange` knows HTTP's bytes,
+and only `listener` and `server` know sockets.
 """
 
 from kvmsupervisor.adapters.web.listener import ListenError

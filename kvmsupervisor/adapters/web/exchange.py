@@ -1,6 +1,6 @@
-"""One request and its reply as HTTP/1.1 writes them, by h11. Knows bytes, no sockets.
+"""One request and its reply as bytes of HTTP/1.1, by h11. Knows no sockets.
 
-What a request may consist of is limited, and its body is never looked at: what answers only shows.
+The size of a request is limited. Its body is ignored, because the server is read-only.
 
 Sources: RFC 9110 (what requests and replies mean), RFC 9112 (how HTTP/1.1 writes them),
 <https://h11.readthedocs.io/en/latest/api.html>.
@@ -20,44 +20,43 @@ from kvmsupervisor.adapters.web.routes import SAFETY_HEADERS, Reply, Routes
 SERVER_NAME = "kvmsupervisor"
 
 HEAD_LIMIT = 16_384
-"""Bytes of the request line and all headers together. This limit and the next three are arbitrary: browsers stay
-well below."""
+"""The most bytes of the request line and all headers together. This limit and the next three are arbitrary: browsers
+stay well below."""
 
 LINE_LIMIT = 4096
-"""Bytes of the request line's method and target."""
+"""The most bytes of the request line's method and target."""
 
 FIELD_LIMIT = 8190
-"""Bytes of one header's name and value."""
+"""The most bytes of one header's name and value."""
 
 FIELDS = 64
-"""Number of headers."""
+"""The most headers."""
 
 _TARGET = re.compile(r"(?:[a-z][a-z0-9+.-]*://[^/?]*)?(?P<path>[^?]*)\??(?P<query>.*)", re.IGNORECASE)
-"""A request target, with or without scheme and authority (RFC 9112, 3.2). Matches every target that h11 lets by."""
+"""A request target, with or without scheme and authority (RFC 9112, 3.2). Matches every target that h11 accepts."""
 
 
 class Exchange:
-    """One request and its reply, the last of a connection.
+    """The one request of a connection, and its reply.
 
-    It says nothing of the software that serves it, whatever goes wrong. What a client sent in error is its own
-    affair and is not logged.
+    A reply never tells which software serves it, whatever goes wrong. Malformed requests are not logged.
     """
 
     def __init__(self, routes: Routes) -> None:
         """Begin.
 
         Args:
-            routes: what answers.
+            routes: makes the answers.
         """
         self._routes = routes
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
-        self._room = HEAD_LIMIT + 1  # with the last byte h11 refuses what is still incomplete
+        self._room = HEAD_LIMIT + 1  # h11 refuses a request that is incomplete even with the last of these bytes
         self._with_body = True
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take what the client sent next; return all that is to be sent, None while the headers are incomplete.
+        """Take the next bytes from the client; return all bytes to send, or None while the headers are incomplete.
 
-        What follows the headers, a body or another request, is ignored. Not to be called again after a reply.
+        A body or another request behind the headers is ignored. Do not call this again after a reply.
         """
         self._http.receive_data(data[: self._room])
         self._room -= len(data)
@@ -71,11 +70,11 @@ class Exchange:
             return self._written(_plain(HTTPStatus.BAD_REQUEST, "not a request that this server understands"))
 
     def failed(self) -> bytes:
-        """What is to be sent when `receive` ended with an error of ours."""
+        """The bytes to send when `receive` ended with a bug of ours."""
         return self._written(_plain(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of this server; its log says more"))
 
     def _written(self, reply: Reply) -> bytes:
-        # A body whose length was announced is sent as it is, so h11 has nothing to add to it.
+        # h11 adds nothing to a body whose length is in the headers, so the body is sent as it is.
         return self._http.send(_head(reply)) + (reply.body if self._with_body else b"")
 
     def _answer(self, request: h11.Request) -> Reply:
@@ -85,9 +84,9 @@ class Exchange:
         assert target is not None
         return self._routes.answer(
             method=request.method.decode("ascii"),
-            path=unquote(target["path"]) or "/",  # without a path the root is meant (RFC 9110, 4.2.3)
+            path=unquote(target["path"]) or "/",  # an empty path means the root (RFC 9110, 4.2.3)
             refresh=parse_qs(target["query"]).get("refresh", [""])[0],
-            # Headers of one name are one list (RFC 9110, 5.3).
+            # Several headers of one name form one list (RFC 9110, 5.3).
             accept=", ".join(value.decode("latin-1") for name, value in request.headers if name == b"accept"),
         )
 
@@ -102,11 +101,11 @@ def _acceptable(request: h11.Request) -> bool:
 
 
 def _head(reply: Reply) -> h11.Response:
-    """What precedes a reply's body."""
+    """The status line and headers of a reply."""
     headers = {
         **SAFETY_HEADERS,
         "Server": SERVER_NAME,
-        "Date": formatdate(usegmt=True),  # a duty of whoever has a clock (RFC 9110, 6.6.1)
+        "Date": formatdate(usegmt=True),  # required of a server that has a clock (RFC 9110, 6.6.1)
         "Content-Type": reply.content_type,
         "Content-Length": str(len(reply.body)),
         "Connection": "close",

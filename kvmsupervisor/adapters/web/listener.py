@@ -1,4 +1,4 @@
-"""The socket that the HTTP server listens on, and what to tell the operator when there can be none."""
+"""The socket that the HTTP server listens on, and what to tell the operator when it cannot be opened."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from ipaddress import ip_address
 
 
 class ListenError(Exception):
-    """`KVM_LISTEN` cannot be listened on: tell the operator."""
+    """The server cannot listen on `KVM_LISTEN`: tell the operator."""
 
 
 def listen(host: str, port: int, *, backlog: int) -> socket.socket:
-    """Open the listening socket; names are refused rather than resolved.
+    """Open the listening socket. Names are refused, not resolved.
 
     Args:
         host: an IP address; `0.0.0.0` or `::` for all interfaces (`::` takes IPv4 clients too).
-        port: TCP port, 0 for any that is free.
+        port: TCP port; 0 for any free one.
         backlog: how many clients may wait to be accepted, see listen(2).
 
     Raises:
-        ListenError: the address is not one, is taken, or is not this host's.
+        ListenError: the address is malformed, in use, or not this host's.
     """
     shown = f"KVM_LISTEN={f'[{host}]' if ':' in host else host}:{port}"
     try:
@@ -34,14 +34,14 @@ def listen(host: str, port: int, *, backlog: int) -> socket.socket:
         raise ListenError(f"{shown}: found port {port}; right would be 1 to 65535")
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     try:
-        # With one socket for both families `::` serves IPv4 clients too, whatever net.ipv6.bindv6only says.
+        # One socket for both families: `::` then serves IPv4 clients, too, whatever net.ipv6.bindv6only says.
         return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::", backlog=backlog)
     except OSError as error:
         raise ListenError(f"{shown}: {_advice(error, host, port)}") from error
 
 
 def _advice(error: OSError, host: str, port: int) -> str:
-    """What stands in the way, and what would be right."""
+    """The cause, and what would be right."""
     match error.errno:
         case errno.EADDRINUSE:
             return (

@@ -1,7 +1,7 @@
 """The page for people: one self-contained HTML document without scripts.
 
-Reasons and problems hold text of strangers. All of it goes through `_text`, which escapes HTML, makes
-invisible characters visible and bounds the length; the security policy is the second line behind it.
+Reasons and problems contain untrusted text. All of it goes through `_text`, which escapes HTML, makes invisible
+characters visible and limits the length. The security policy is the second defence.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.status import Phase, Status
 
 TEXT_LIMIT = 400
-"""Characters of one reason or problem that the page shows; arbitrary. The JSON holds all of it."""
+"""The most characters of a reason or problem on the page. Arbitrary; the JSON has all of them."""
 
 LIST_LIMIT = 8
-"""Problems or pending keys of one instance that the page shows; arbitrary, see `TEXT_LIMIT`."""
+"""The most problems or pending keys of one instance on the page. Arbitrary, see `TEXT_LIMIT`."""
 
 REFRESH_RANGE_S = range(1, 3601)
 
@@ -67,7 +67,7 @@ _STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 SECURITY_POLICY = (
     f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Allows this page's own style sheet, by its hash, and nothing else."""
+"""Allows the page's own style sheet, by its hash, and nothing else."""
 
 
 @frozen(kw_only=True)
@@ -77,10 +77,10 @@ class Content:
     Attributes:
         host: this host's name.
         version: of the supervisor.
-        now: aware wall clock; ages are counted from it.
+        now: the wall clock, with a time zone, from which ages are counted.
         ready: whether the supervisor is in step, and the sentence about it.
         instances: of this host, in the order to show them.
-        hosts: that have a session.
+        hosts: those that have a session.
         refresh_s: seconds after which the browser loads the page again, or None.
     """
 
@@ -94,8 +94,8 @@ class Content:
 
 
 def parse_refresh(text: str) -> int | None:
-    """Read the query's `refresh`, seconds; None for anything that is not in `REFRESH_RANGE_S`."""
-    # The length first: int() of a text with thousands of digits raises.
+    """Parse the query's `refresh`, seconds; None for anything outside `REFRESH_RANGE_S`."""
+    # Check the length first: int() raises on thousands of digits.
     if len(text) <= len(str(REFRESH_RANGE_S.stop)) and text.isascii() and text.isdigit():
         seconds = int(text)
         return seconds if seconds in REFRESH_RANGE_S else None
@@ -143,7 +143,7 @@ def age(since: str, now: datetime) -> str:
         return ""
     if began.tzinfo is None:
         return ""
-    # Another host's clock may be ahead of this one's.
+    # Another host's clock may be ahead of ours.
     seconds = max(0, int((now - began).total_seconds()))
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86_400
     if days:
@@ -184,8 +184,7 @@ def _instance_row(status: Status, now: datetime) -> str:
         (f"{key} changes at the next restart" for key in status.pending), "pending"
     )
     phase = f"{status.phase} ({_text(status.halted)})" if status.halted else status.phase
-    # Ids are made of characters that mean nothing in HTML or in a path (domain.keys), but a fact may be
-    # anybody's.
+    # An id has no special characters of HTML or of paths (domain.keys), but anybody may write a fact.
     link = _link(f"/api/v1/instances/{status.id}", status.id)
     return (
         f'<tr><td class="id">{link}</td>'
@@ -233,16 +232,16 @@ def _items(texts: Iterable[str], css_class: str) -> str:
 
 
 def _number(found: object) -> str:
-    # Facts of other hosts come from etcd, where anybody may write: a number may be any JSON value.
+    # Facts of other hosts come from etcd, where anybody may write: instead of a number there may be any JSON value.
     return "–" if found is None else _text(found)
 
 
 def _text(found: object) -> str:
-    """Make anything fit to stand in HTML, between tags or in a quoted attribute."""
+    """Convert any value for use in HTML, between tags or in a quoted attribute."""
     text = str(found)
     if len(text) > TEXT_LIMIT:
         text = text[:TEXT_LIMIT] + "…"
-    # Control characters, bidirectional overrides and lone surrogates are not printable: they are shown as
-    # \x1b or \u202e, so that they neither hide nor turn around what stands beside them.
+    # Control characters, bidirectional overrides and lone surrogates are not printable. They are shown as \x1b or
+    # \u202e, so that they neither hide nor reverse the text beside them.
     visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return escape(visible)

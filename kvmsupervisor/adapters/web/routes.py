@@ -1,4 +1,4 @@
-"""Which path answers what: a table, and one function that never waits."""
+"""The answers by path: a table, and one function that never waits."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SAFETY_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""On every reply. It may hold text of strangers (QEMU's words, keys' values): no browser shall run it."""
+"""On every reply. A reply may contain untrusted text (of QEMU or of keys), which no browser may execute."""
 
 
 class View(Protocol):
     """What the HTTP server sees of the supervisor. Every method answers at once, from memory."""
 
     def instances(self) -> Sequence[Status]:
-        """Those that this host is responsible for, the invalid ones too, in the order to show them."""
+        """The instances that this host is responsible for, the invalid ones too, in the order to show them."""
         ...
 
     def agent_seen(self, instance: InstanceId) -> str | None:
@@ -42,11 +42,11 @@ class View(Protocol):
         ...
 
     def healthy(self) -> bool:
-        """Whether the supervisor's own parts still turn; being asked at all shows that the loop does."""
+        """Whether all parts of the supervisor still run; any answer shows that the event loop does."""
         ...
 
     def ready(self) -> tuple[bool, str]:
-        """Whether the session is held and the watch in step, and one sentence that says so or why not."""
+        """Whether the session is held and the watch in step, and one sentence that says so or says why not."""
         ...
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
@@ -65,7 +65,7 @@ class Reply:
 
 
 def utc_now() -> datetime:
-    """The wall clock, in UTC: ages on the page are for people."""
+    """The wall clock in UTC, for the ages on the page."""
     return datetime.now(UTC)
 
 
@@ -98,7 +98,7 @@ class Routes:
         """Answer one request.
 
         Args:
-            method: as the client wrote it.
+            method: the request's method, as the client wrote it.
             path: percent-decoded, without the query.
             refresh: the query's `refresh`, for the page.
             accept: the Accept header, for `/metrics`.
@@ -118,7 +118,7 @@ class Routes:
         return _error(HTTPStatus.NOT_FOUND, f"no such path; there are {', '.join(paths)}")
 
     def _page(self, _accept: str, refresh: str) -> Reply:
-        # Imported by who first looks at it: no start should wait for it.
+        # Imported by the first request for it: no start should wait for it.
         from kvmsupervisor.adapters.web import page  # noqa: PLC0415
 
         content = page.render(
@@ -176,8 +176,8 @@ def _text(status: HTTPStatus, line: str) -> Reply:
 
 
 def _json(status: HTTPStatus, found: Any, headers: Mapping[str, str] | None = None) -> Reply:
-    # A lone surrogate (it stands for a byte that is no UTF-8) cannot be encoded. It can only be inside of a
-    # string, and there `\udcff`, which is what backslashreplace writes, is JSON's own spelling of it.
+    # A lone surrogate (which stands for a byte that is not UTF-8) cannot be encoded. It only occurs inside strings, and
+    # there `\udcff`, as backslashreplace writes it, is also how JSON spells it.
     body = json.dumps(found, ensure_ascii=False).encode(errors="backslashreplace")
     return Reply(status=status, body=body + b"\n", content_type="application/json", headers=headers or {})
 

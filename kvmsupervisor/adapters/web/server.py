@@ -1,8 +1,8 @@
 """The sockets of the HTTP server.
 
-Bounds against slow, many or hostile clients: a connection carries one request, lives `CONNECTION_LIMIT_S` at
-most (so nobody gains by sending headers, or reading the reply, drop by drop), and the oldest gives way when
-`CONNECTIONS` are open. Nothing here resolves names, and nothing waits but `Web.close`, which has a deadline.
+Limits against slow, many or hostile clients: a connection carries one request and lives for `CONNECTION_LIMIT_S` at
+most (so a client gains nothing by sending headers, or reading the reply, slowly). When `CONNECTIONS` are open, a new
+one ends the oldest. Nothing here resolves names. Only `Web.close` waits, and it has a deadline.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CONNECTION_LIMIT_S = 30.0
 """Longest life of a connection: three times Prometheus' default scrape timeout of 10 s."""
 
 CONNECTIONS = 64
-"""How many may be open; arbitrary: a few scrapers, probes and browsers need a tenth of it."""
+"""The most open connections. Arbitrary: a few scrapers, probes and browsers need a tenth of that."""
 
 SHUTDOWN_GRACE_S = 1.0
-"""How long a reply that is under way may still take when the server closes; arbitrary."""
+"""How long unfinished replies may still take when the server closes. Arbitrary."""
 
 _LINGER_NOT = struct.pack("ii", 1, 0)
 """`struct linger` that turns close(2) into a reset, see socket(7)."""
@@ -43,21 +43,21 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin a life that is limited."""
+        """Start the connection's time limit."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._timer = asyncio.get_running_loop().call_later(self._limit_s, self.drop)
         self._crowd.join(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End, whoever wished it."""
+        """Clean up, whichever side ended the connection."""
         self._timer.cancel()
         self._crowd.leave(self)
 
     def data_received(self, data: bytes) -> None:
-        """Reply as soon as it is known how. Nothing is received from then on.
+        """Reply once the request is complete. Nothing is received after that.
 
-        An error of ours costs this connection only: asyncio logs it with its traceback.
+        A bug of ours costs this connection only: asyncio logs it with its traceback.
         """
         with contextlib.ExitStack() as on_error:
             on_error.callback(lambda: self._send(self._exchange.failed()))
@@ -68,26 +68,26 @@ class _Connection(asyncio.Protocol):
 
     def _send(self, reply: bytes) -> None:
         self._transport.write(reply)
-        self._transport.close()  # once that is sent
+        self._transport.close()  # once the reply is sent
 
     def finish(self) -> None:
-        """Let a reply that is under way come to its end; without one, end now."""
+        """Let an unfinished reply be sent; without one, end now."""
         if not self._transport.is_closing():
             self.drop()
 
     def drop(self) -> None:
-        """End now, whatever is under way."""
+        """End now, even in the middle of a reply."""
         if self._transport.is_closing() and not self._transport.get_write_buffer_size():
-            return  # what is left of the reply is with the kernel, which sends it
-        # Not close(), which would wait for the client to read what is buffered here; and a reset, so that the
-        # kernel does not wait for it either.
+            return  # the kernel has the rest of the reply, and sends it
+        # Not close(), which would wait until the client has read what is buffered here. And a reset, so that the kernel
+        # does not wait for the client either.
         if (sock := self._transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
         self._transport.abort()
 
 
 class _Crowd:
-    """The connections that are open."""
+    """The open connections."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -95,8 +95,8 @@ class _Crowd:
         self._dispersed = False
 
     def join(self, connection: _Connection) -> None:
-        """Let a connection in; the oldest gives way when there are too many."""
-        if self._dispersed:  # it was accepted in the very moment
+        """Add a connection; end the oldest when there are too many."""
+        if self._dispersed:  # it was accepted at this very moment
             connection.drop()
             return
         while len(self._open) >= self._limit:
@@ -111,7 +111,7 @@ class _Crowd:
             ended.set_result(None)
 
     async def disperse(self, grace_s: float) -> None:
-        """End all connections, replies under way after `grace_s` at the latest, and let nobody in any more."""
+        """End all connections, unfinished replies after `grace_s` at the latest, and accept no more."""
         self._dispersed = True
         for connection in self._open:
             connection.finish()
@@ -124,7 +124,7 @@ class _Crowd:
 
 
 class Web:
-    """The HTTP server of one supervisor, to be started once."""
+    """The HTTP server of one supervisor. Start it once."""
 
     def __init__(
         self,
@@ -139,10 +139,10 @@ class Web:
 
         Args:
             listen_host: an IP address; `0.0.0.0` or `::` for all interfaces (`::` takes IPv4 clients too).
-            listen_port: TCP port, 0 for any that is free.
-            routes: what answers.
+            listen_port: TCP port; 0 for any free one.
+            routes: makes the answers.
             limit_s: longest life of a connection, seconds.
-            connections: how many may be open at once.
+            connections: the most open connections.
         """
         self._host = listen_host
         self._wanted_port = listen_port
@@ -154,7 +154,7 @@ class Web:
 
     @property
     def port(self) -> int:
-        """The port that is listened on.
+        """The port that the server listens on.
 
         Raises:
             RuntimeError: the server was never started.
@@ -164,10 +164,10 @@ class Web:
         return self._port
 
     async def start(self) -> None:
-        """Listen, and answer from now on. When cancelled, `close` ends what had begun.
+        """Listen, and answer from now on. After a cancellation `close` cleans up.
 
         Raises:
-            ListenError: the address is not one, is taken, or is not this host's.
+            ListenError: the address is malformed, in use, or not this host's.
         """
         listener = listen(self._host, self._wanted_port, backlog=CONNECTIONS)
         self._port = listener.getsockname()[1]
@@ -180,15 +180,15 @@ class Web:
         await self._server.start_serving()
 
     def _accepted(self) -> _Connection:
-        # What knows HTTP is imported by the first connection: no start should wait for it.
+        # Imported by the first connection: no start should wait for h11.
         from kvmsupervisor.adapters.web.exchange import Exchange  # noqa: PLC0415
 
         return _Connection(Exchange(self._routes), self._crowd, self._limit_s)
 
     async def close(self) -> None:
-        """Stop listening, give replies under way `SHUTDOWN_GRACE_S`, end all connections.
+        """Stop listening, give unfinished replies `SHUTDOWN_GRACE_S`, and end all connections.
 
-        May be called twice. When cancelled, the connections that are left end at once.
+        May be called twice. When cancelled, ends the remaining connections at once.
         """
         if self._server is not None:
             self._server.close()

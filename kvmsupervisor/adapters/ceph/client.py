@@ -1,10 +1,10 @@
-"""Ceph through its own tools, `rbd` and `ceph`: images, who uses them, and shutting clients out.
+"""Ceph through its own tools, `rbd` and `ceph`: images, the clients that use them, and the blocklist.
 
-Each call is a process of its own with a deadline; it is killed and reaped when that passes, or when the caller is
-cancelled. When this process is killed, the kernel kills the tool (setpriv(1), PR_SET_PDEATHSIG in prctl(2)): a client
-of Ceph whose cluster is away waits for minutes. Why not the C bindings: docs/decisions/0014-ceph-by-its-tools.md. What
-the tools print is read in `domain/ceph.py`. Every call may raise `CephAway`, `CephRefused` or `CephFailed`; further
-errors are named.
+Each call runs one process with a deadline. The process is killed and reaped when the deadline passes, or when the
+caller is cancelled. When the supervisor itself is killed, the kernel kills the tool (setpriv(1), PR_SET_PDEATHSIG in
+prctl(2)), because a Ceph client waits for minutes while its cluster is away. Why not the C bindings:
+docs/decisions/0014-ceph-by-its-tools.md. `domain/ceph.py` parses what the tools print. Every call may raise `CephAway`,
+`CephRefused` or `CephFailed`; docstrings name further errors.
 """
 
 from __future__ import annotations
@@ -47,41 +47,45 @@ ANSWER_S = 10.0
 the monitors' next proposal, `paxos_propose_interval`); one that is electing a monitor needs some seconds."""
 
 LONGEST_ANSWER_S = 40.0
-"""How long one call may take at most: each that was given up gives the next one twice the time. On a host that is so
-busy that `ceph`, a program in Python, needs more than `ANSWER_S` to begin, it would be given up for ever otherwise."""
+"""The longest time limit of one call. After a call that timed out, the next call gets twice the time. Otherwise `ceph`,
+a Python program, would always time out on a host so busy that it needs more than `ANSWER_S` to start."""
 
 MONITORS_S = 3.0
-"""How long the monitors alone may take, when the OSDs have not answered: it only makes that message better."""
+"""How long to wait for the monitors alone, after the OSDs did not answer. The result only makes the message better."""
 
 IMPORT_S = 60.0
-"""How long it may take to write a small image, onto disks that are busy recovering."""
+"""How long it may take to write a small image, even while the OSDs are busy with recovery."""
 
 FENCE_S = 365 * 86_400.0
-"""Expiry of a fence: a year. It must outlast any host that is frozen and wakes up; law 4 wants 30 days at least. Ceph's
-own default of an hour has been seen to let two writers through. An entry is one line in the OSD map."""
+"""Expiry of a fence: a year. It must outlast any host that freezes and wakes up; law 4 wants at least 30 days. With
+Ceph's own default, an hour, two writers were seen. An entry is one line in the OSD map."""
 
 FENCE_MIN_S = 30 * 86_400.0
 """The shortest expiry that counts as a fence (law 4)."""
 
 REMEMBER_S = 3600.0
-"""How long it is known that an entry was added, so that a fence whose second call was given up goes on with that one.
-That an entry is still there is looked at each time. Arbitrary: longer than any row of tries, short beside `FENCE_S`."""
+"""How long to remember that an entry was added, so that a fence whose second call timed out continues with that call.
+Each try checks that the entry is still there. Arbitrary: longer than any series of tries, short beside `FENCE_S`."""
 
 ADDS_AT_ONCE = 4
-"""Entries that are added in parallel: the monitors take them in one proposal. Each tool takes 40 MB."""
+"""How many entries to add in parallel: the monitors accept them in one proposal. Each tool takes 40 MB."""
+
+HEARD_BYTES = 16_384
+"""How much is kept of what a tool says while it works: its complaint is at the end."""
 
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
-"""What the tools inherit. `ceph` is a program for the system's Python: the variables of our own would break it."""
+"""The variables that the tools inherit. `ceph` runs in the system's Python; variables meant for our Python would break
+it."""
 
 _T = TypeVar("_T")
 
 
 class CephError(Exception):
-    """It was not done, or is not known. The subclasses say what to do next; the message is for people."""
+    """The call failed. The subclasses say what to do next; the message is for people."""
 
 
 class CephAway(CephError):
-    """The cluster does not answer: wait and ask again."""
+    """The cluster does not answer: wait and try again."""
 
 
 class _NoAnswerInTime(CephAway):
@@ -89,15 +93,15 @@ class _NoAnswerInTime(CephAway):
 
 
 class CephRefused(CephError):
-    """The cluster refuses this client, or cannot be found from its settings: an operator has to mend something."""
+    """The cluster refuses this client, or the settings do not lead to a cluster: an operator has to fix something."""
 
 
 class NoSuchImage(CephError):
-    """The image, or its pool, is not there: the wish names the wrong one, or it is still to be made."""
+    """The image or its pool does not exist: the wish names the wrong one, or it has not been created yet."""
 
 
 class CephFailed(CephError):
-    """A tool failed otherwise, or says what is not understood."""
+    """A tool failed in another way, or its output was not understood."""
 
 
 @frozen(kw_only=True)
@@ -106,8 +110,8 @@ class CephAccess:
 
     Attributes:
         user: the client's id, without `client.` (`CEPH_ID`).
-        conf: path of ceph.conf (`CEPH_CONF`); None for where Ceph looks by itself.
-        keyring: path of the client's keyring; None for where ceph.conf says.
+        conf: path of ceph.conf (`CEPH_CONF`); None: where Ceph looks by itself.
+        keyring: path of the client's keyring; None: where ceph.conf says.
     """
 
     user: str = "admin"
@@ -116,18 +120,18 @@ class CephAccess:
 
     @property
     def entity(self) -> str:
-        """The client's whole name."""
+        """The client's full name."""
         return f"client.{self.user}"
 
 
 @frozen(kw_only=True)
 class _Added:
-    """An entry of the blocklist that this process has added.
+    """A blocklist entry that this process has added.
 
     Attributes:
         at_s: when it was added, by the loop's clock.
         at: when it was added, by the monitors' clock.
-        until: when it ends, by the monitors' clock.
+        until: when it expires, by the monitors' clock.
     """
 
     at_s: float
@@ -136,7 +140,7 @@ class _Added:
 
 
 class Ceph:
-    """The cluster as one client sees it. Holds no connection."""
+    """The cluster as one client sees it. Keeps no connection."""
 
     def __init__(self, access: CephAccess, *, answer_s: float = ANSWER_S) -> None:
         self.access = access
@@ -149,45 +153,45 @@ class Ceph:
         """Size and features of an image.
 
         Raises:
-            NoSuchImage: it, or its pool, is not there.
+            NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_info, "rbd", "info", *_located(image), "--format", "json")
+        return await self.ask(parse_info, "rbd", "info", *located(image), "--format", "json")
 
     async def read_policy(self, image: RbdDisk) -> str:
-        """From which OSDs this client reads the image: `PRIMARIES`, or from replicas, too.
+        """From which OSDs this client reads the image: from `PRIMARIES` only, or from replicas, too.
 
-        By its ceph.conf, the monitors' settings for it, those of the pool and of the image; the last one counts.
+        Set in ceph.conf, in the monitors' settings for the client, in the pool and in the image; the last one wins.
 
         Raises:
-            NoSuchImage: it, or its pool, is not there.
+            NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_read_policy, "rbd", "config", "image", "ls", *_located(image), "--format", "json")
+        return await self.ask(parse_read_policy, "rbd", "config", "image", "ls", *located(image), "--format", "json")
 
     async def watchers(self, image: RbdDisk) -> frozenset[Client]:
-        """Who has the image open for writing. A client that died is forgotten after 30 s, one that is fenced at once.
+        """The clients that have the image open for writing. Ceph drops a dead client after 30 s, a fenced one at once.
 
         Raises:
-            NoSuchImage: it, or its pool, is not there.
+            NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_watchers, "rbd", "status", *_located(image), "--format", "json")
+        return await self.ask(parse_watchers, "rbd", "status", *located(image), "--format", "json")
 
     async def lock_owners(self, image: RbdDisk) -> frozenset[Client]:
-        """Who holds the image's exclusive lock, dead or alive: it stays when a client dies, or is fenced.
+        """The holders of the image's exclusive lock, dead or alive: the lock stays when a client dies or is fenced.
 
         Raises:
-            NoSuchImage: it, or its pool, is not there.
+            NoSuchImage: the image or its pool does not exist.
         """
-        return await self._ask(parse_lock_owners, "rbd", "lock", "ls", *_located(image), "--format", "json")
+        return await self.ask(parse_lock_owners, "rbd", "lock", "ls", *located(image), "--format", "json")
 
     async def import_image(self, image: RbdDisk, file: Path) -> bool:
-        """Make an image of a small file, unless there is one; False when there was.
+        """Create an image from a small file unless the image exists; return False when it does.
 
-        It appears as a whole: it is written under another name, which a call that was cut off leaves behind and the
-        next one takes away. Not for two callers at once; whoever holds the instance's lock is alone.
+        The image appears complete: it is written under another name first. A call that is cut off leaves that one
+        behind, and the next call removes it. Not for two callers at once; the holder of the instance's lock is alone.
 
         Raises:
-            NoSuchImage: there is no such pool.
-            CephAway: what was left behind counts as open for another 30 s; ask again.
+            NoSuchImage: the pool does not exist.
+            CephAway: an image that was left behind counts as open for another 30 s; try again.
         """
         try:
             await self.image_info(image)
@@ -197,25 +201,25 @@ class Ceph:
             return False
         aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
         with contextlib.suppress(NoSuchImage):
-            await self._run("rbd", "rm", "--no-progress", *_located(aside), limit_s=IMPORT_S)
+            await self.run("rbd", "rm", "--no-progress", *located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
         source = option("--path", str(file))
-        await self._run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
-        await self._run("rbd", "rename", *_located(aside), *_destined(image))
+        await self.run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
+        await self.run("rbd", "rename", *located(aside), *_destined(image))
         return True
 
     # --- shutting out -----------------------------------------------------------------------------------------
 
     async def blocklist_add(self, clients: Iterable[str], expire_s: float = FENCE_S) -> Mapping[Client, datetime]:
-        """Shut out each client that is not shut out already; until when a new entry lasts, by the monitors' clock.
+        """Add each client to the blocklist; return when each new entry expires, by the monitors' clock.
 
-        An entry that is there keeps its time: Ceph says the new one and does not take it (seen in 16.2: the map of
-        entries is added to, not written over). A client that was shut out never writes again through that connection,
-        once it has noticed, not even after its entry is gone.
+        An existing entry keeps its expiry: Ceph prints the new time and does not apply it (seen in 16.2: the map of
+        entries is added to, not overwritten). A client that has noticed its entry never writes through that
+        connection again, not even after the entry is gone.
 
         Raises:
-            CephFailed: one is not the address of a single client (an entry for a whole host would hit everything on
-                it, OSDs included); nothing was added then.
+            CephFailed: a client is not the address of a single client (an entry for a whole host would hit everything
+                on it, OSDs included). Nothing was added then.
         """
         added = await self._add(_exactly(clients), expire_s)
         return {client: one.until for client, one in added.items()}
@@ -227,38 +231,38 @@ class Ceph:
         async def add(client: Client) -> None:
             command = ("osd", "blocklist", "add", client, f"{expire_s:.0f}")
             async with slots:
-                _, said = await self._run("ceph", *command)
+                _, said = await self.run("ceph", *command)
             with _understood("ceph", command):
                 until = parse_added(said.decode(errors="replace"))
             at = until - timedelta(seconds=expire_s)
-            # Remembered at once: when the next one fails, this one need not be added again.
+            # Remembered at once: when the next one fails, this one is not added again.
             added[client] = self._added[client] = _Added(at_s=asyncio.get_running_loop().time(), at=at, until=until)
 
         await all_of([add(client) for client in clients])
         return added
 
     async def blocklist_ls(self) -> Mapping[Client, datetime]:
-        """Who is shut out, and until when by the monitors' clock; entries for whole hosts are left out."""
-        return await self._ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
+        """The clients on the blocklist, with the expiry by the monitors' clock. Leaves entries for whole hosts out."""
+        return await self.ask(parse_blocklist, "ceph", "osd", "blocklist", "ls", "--format", "json")
 
     async def blocklist_rm(self, clients: Iterable[str]) -> None:
-        """Delete the entry of each client. Only when its process is proven gone (law 4), or to renew it at once.
+        """Delete the entry of each client. Only when its process is proven gone (law 4), or to add it again at once.
 
-        `profile rbd` alone does not allow it; see docs/ceph.md.
+        `profile rbd` alone does not allow this; see docs/ceph.md.
         """
         for client in _exactly(clients):
             self._added.pop(client, None)
-            await self._run("ceph", "osd", "blocklist", "rm", client)
+            await self.run("ceph", "osd", "blocklist", "rm", client)
 
     async def fence(self, clients: Iterable[str], expire_s: float = FENCE_S) -> None:
-        """Shut out each client for long, and read back that it is so (law 4).
+        """Fence each client: add it to the blocklist for long, and read the blocklist back (law 4).
 
-        An entry with a short expiry that was there before (librbd adds one for an hour when it breaks a lock, people
-        do by default) is replaced: a host that was frozen may wake up after it. Nothing else runs on the image yet.
+        An existing entry with a short expiry is replaced, because a frozen host may wake up after it. (librbd adds an
+        entry for an hour when it breaks a lock; so do people by default.) Nothing else runs on the image yet.
 
         Raises:
-            CephFailed: one is not listed afterwards, or is no address of a single client.
-            CephRefused: an entry is to be replaced, and this client may not.
+            CephFailed: a client is not listed afterwards, or is not the address of a single client.
+            CephRefused: an entry has to be replaced, and this client may not do that.
         """
         assert expire_s >= FENCE_MIN_S, expire_s
         wanted = _exactly(clients)
@@ -272,7 +276,7 @@ class Ceph:
             raise CephFailed(f"the entries of {', '.join(short)} in `ceph osd blocklist ls` end in less than 30 days")
 
     async def _add_and_check(self, clients: tuple[Client, ...], expire_s: float) -> tuple[Client, ...]:
-        """Add those that were not added lately; return those whose entries end too soon for a fence."""
+        """Add the clients that were not added recently; return those whose entries expire too soon for a fence."""
         now_s = asyncio.get_running_loop().time()
         self._added = {client: one for client, one in self._added.items() if now_s - one.at_s < REMEMBER_S}
         added = {client: self._added[client] for client in clients if client in self._added}
@@ -284,19 +288,19 @@ class Ceph:
                 self._added.pop(client, None)
             if not fresh.keys().isdisjoint(missing):
                 raise CephFailed(f"`ceph osd blocklist ls` does not name {', '.join(missing)}, which were just added")
-            # Somebody has taken them away since.
+            # Somebody has removed them since.
             return await self._add_and_check(clients, expire_s)
-        # Both times are the monitors': this host's clock may be wrong.
+        # Both times are by the monitors' clock: this host's may be wrong.
         least = timedelta(seconds=FENCE_MIN_S)
         return tuple(client for client in clients if listed[client] < added[client].at + least)
 
     # --- the key ----------------------------------------------------------------------------------------------
 
     async def key(self) -> str:
-        """The client's cephx key, base64, from the first keyring that it would look at.
+        """The client's cephx key, base64, from the first keyring in which Ceph would look for it.
 
         Raises:
-            CephRefused: none can be read, or it is not in there.
+            CephRefused: no keyring can be read, or none has the key.
         """
         paths = (self.access.keyring,) if self.access.keyring else await self._keyring_paths()
         tried = []
@@ -319,13 +323,23 @@ class Ceph:
 
     # --- running tools ----------------------------------------------------------------------------------------
 
-    async def _ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
-        answer, _ = await self._run(program, *args)
+    async def ask(self, parse: Callable[[bytes], _T], program: str, *args: str) -> _T:
+        """Run a tool that changes nothing; what it printed, as `parse` reads it."""
+        answer, _ = await self.run(program, *args)
         with _understood(program, args):
             return parse(answer)
 
-    async def _run(self, program: str, *args: str, limit_s: float = 0.0) -> tuple[bytes, bytes]:
-        """Run a tool as this client, for no less than any answer may take; what it printed to its two outputs."""
+    async def run(
+        self, program: str, *args: str, limit_s: float = 0.0, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
+        """Run a tool as this client, with a time limit of `limit_s` or more; return both of its outputs.
+
+        Args:
+            program: which.
+            args: its words.
+            limit_s: how long it may take, where that is longer than answers may.
+            hear: is told what it says while it works; None where that is of no interest.
+        """
         access = self.access
         who = [option("--id", access.user)]
         if access.conf is not None:
@@ -333,7 +347,7 @@ class Ceph:
         if access.keyring is not None:
             who.append(option("--keyring", access.keyring))
         try:
-            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s))
+            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
         except _NoAnswerInTime as silence:
             self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
@@ -353,7 +367,9 @@ class Ceph:
             return False
         return True
 
-    async def _execute(self, program: str, *args: str, limit_s: float) -> tuple[bytes, bytes]:
+    async def _execute(
+        self, program: str, *args: str, limit_s: float, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
         shown = _shown(program, args)
         try:
@@ -369,15 +385,15 @@ class Ceph:
             raise CephRefused(f"cannot start {program}: {error.strerror or error}") from error
         try:
             async with asyncio.timeout(limit_s):
-                answer, complaints = await tool.communicate()
+                answer, complaints = await (tool.communicate() if hear is None else _heard(tool, hear))
         except TimeoutError:
             raise _NoAnswerInTime(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
         finally:
             if tool.returncode is None:
-                # It may have ended in this very moment.
+                # It may have ended at this very moment.
                 with contextlib.suppress(ProcessLookupError):
                     tool.kill()
-                # Reaped; reads what is in the pipes, so that these are closed, too.
+                # Reaps it, and reads the pipes to their ends, so that they are closed, too.
                 await tool.communicate()
         if tool.returncode != 0:
             assert tool.returncode is not None
@@ -404,11 +420,26 @@ class Ceph:
                 return CephFailed(told)
 
 
+async def _heard(tool: asyncio.subprocess.Process, hear: Callable[[bytes], None]) -> tuple[bytes, bytes]:
+    """Wait for a tool, and pass on what it says meanwhile; the end of that is returned."""
+    assert tool.stdout is not None
+    assert tool.stderr is not None
+    answer, said = asyncio.ensure_future(tool.stdout.read()), b""
+    try:
+        while data := await tool.stderr.read(4096):
+            said = (said + data)[-HEARD_BYTES:]
+            hear(data)
+        await tool.wait()
+        return await answer, said
+    finally:
+        answer.cancel()
+
+
 def _path_of(program: str, package: str) -> str:
-    """Where a program is.
+    """The path of a program.
 
     Raises:
-        CephRefused: it is not installed.
+        CephRefused: the program is not installed.
     """
     path = shutil.which(program)
     if path is None:
@@ -416,21 +447,21 @@ def _path_of(program: str, package: str) -> str:
     return path
 
 
-def _located(image: RbdDisk) -> tuple[str, str]:
-    """An image as options: in `POOL/IMAGE` an `@` or another slash would mean more."""
+def located(image: RbdDisk) -> tuple[str, str]:
+    """An image as options. In `POOL/IMAGE` an `@` or a second slash would have a meaning of its own."""
     return option("--pool", image.pool), option("--image", image.image)
 
 
 def _destined(image: RbdDisk) -> tuple[str, str]:
-    """An image to be made, as options."""
+    """An image that is to be created, as options."""
     return option("--dest-pool", image.pool), option("--dest", image.image)
 
 
 def _exactly(clients: Iterable[str]) -> tuple[Client, ...]:
-    """Each client once, in the form in which they are compared.
+    """Each client once, in the form that is compared.
 
     Raises:
-        CephFailed: one is no address of a single client.
+        CephFailed: a client is not the address of a single client.
     """
     try:
         return tuple(dict.fromkeys(client_address(client) for client in clients))
