@@ -33,8 +33,9 @@ from kvmsupervisor.machine.images import DiskTrouble, trouble_of
 from kvmsupervisor.machine.jobs import Jobs, Say, Underway
 from kvmsupervisor.machine.library import FLUSH_S, STEP, Library, Stored
 
-DROP_TRIES, DROP_EVERY_S = 5, 1.0
-"""How often, and how often in what time, an image that was made in vain is taken away. Arbitrary."""
+DROP_TRIES, DROP_EVERY_S = 20, 3.0
+"""How often, and at what pauses, it is tried to take away an image that was made in vain: twice as long as Ceph takes a
+client that died for a living one (`osd_client_watch_timeout`, 30 s)."""
 
 RETRY_S = 5.0
 """Pause before it is looked again for what people have to mend: a key, a file, an image."""
@@ -303,10 +304,7 @@ class Contents:
         for name in await self._ceph.names(image.pool):
             left = RbdDisk(image.pool, name)
             if name.startswith(prefix):
-                # One that has a clone, or is open, is left where it is: it is in nobody's way.
-                with contextlib.suppress(CephError):
-                    if await self._ceph.is_idle(left, image):
-                        await self._ceph.remove(left)
+                self._drop_behind(left, image)
         return RbdDisk(image.pool, f"{prefix}{uuid4().hex[:8]}")
 
     async def _named(self, aside: RbdDisk, image: RbdDisk) -> bool:
@@ -315,12 +313,15 @@ class Contents:
             await self._ceph.rename(aside, image.image)
         except CephFailed:
             await self._ceph.ceph.image_info(image)
-            await self._drop(aside, image)
+            self._drop_behind(aside, image)
             return False
         return True
 
+    def _drop_behind(self, aside: RbdDisk, image: RbdDisk) -> None:
+        self._jobs.begin(f"drop {aside.name}", lambda _: self._drop(aside, image))
+
     async def _drop(self, aside: RbdDisk, image: RbdDisk) -> None:
-        """Take away what was made in vain. Who looks at it at this instant, to do the same, keeps it for a moment."""
+        """Take away what was made in vain. Ceph names a tool that was killed for another 30 s as having it open."""
         for _ in range(DROP_TRIES):
             try:
                 if await self._ceph.is_idle(aside, image):
@@ -329,7 +330,7 @@ class Contents:
             except NoSuchImage:
                 return
             except CephError:
-                pass  # left where it is, it is in nobody's way, and the next one that is made sweeps it
+                pass  # one that has a clone stays: it is in nobody's way
             await asyncio.sleep(DROP_EVERY_S)
 
     # --- images in Ceph: under the instance's lock --------------------------------------------------------------

@@ -96,6 +96,11 @@ class Jobs:
         result: T = job.task.result()
         return result
 
+    def begin(self, name: str, work: Callable[[Say], Awaitable[None]]) -> None:
+        """Begin work that nobody asks for, unless it is being done."""
+        if name not in self._jobs:
+            self._job(name, work).task.add_done_callback(lambda _: self._jobs.pop(name, None))
+
     async def join(self, name: str, work: Callable[[Say], Awaitable[T]], say: Say) -> T:
         """The same for work that is part of other work: waits for it, and passes on how far it is.
 

@@ -143,8 +143,8 @@ class Lab:
         prefix = json.loads(ceph.rbd("info", IMAGE, "--format", "json"))["block_name_prefix"]
         self.near_object, self.late_objects = self._objects(prefix)
         self.old = stack.enter_context(Client(self.far, ceph.conf))
-        # In this order: a replica knows of a write that it is complete once another one to its placement group follows.
-        for thing in (self.near_object, *self.late_objects):
+        # In this order: a replica knows of a write that it is complete once others to its placement group follow.
+        for thing in (self.near_object, *self.late_objects, *self.late_objects[1:] * 10):
             assert self.old.write(thing, 0x11)
 
     def _objects(self, prefix: str) -> tuple[int, list[int]]:
@@ -181,8 +181,7 @@ class Lab:
     def new_client(self, more: str = "") -> Client:
         """The client of the new QEMU."""
         conf = self.ceph.folder / "new.conf"
-        text = self.ceph.conf.read_text()
-        conf.write_text(text.replace("[osd.0]", f"{more}\n[osd.0]"))
+        conf.write_text(f"{self.ceph.conf.read_text()}\n{more}\n")
         return Client(self.near, conf)
 
     def until_asked(self, osd: int) -> None:
@@ -227,6 +226,9 @@ def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
         assert new.reads(third, 0x11)
 
 
+# No part of each run: a replica that has not heard that the first write is complete sends the reader to the primary,
+# which waits for the map. Seen in about every third run; such a run shows nothing, and fails.
+@pytest.mark.soak
 @pytest.mark.parametrize("lab", [2], indirect=True)
 def test_a_read_from_a_replica_is_no_barrier(lab: Lab) -> None:
     """Law 5's reason: the replica has the new map and the primary has not, so a write lands after it was read there.

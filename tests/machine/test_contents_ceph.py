@@ -280,6 +280,26 @@ async def test_a_second_name_is_no_leftover(ceph: Cluster, host: Host, disk: Rbd
     assert info(ceph, disk.name)["id"] == found
 
 
+async def test_what_a_killed_tool_left_goes_later(ceph: Cluster, host: Host, disk: RbdDisk) -> None:
+    """Law: what Ceph still names as open, of a tool that was killed, holds nobody up, and goes once it does not."""
+    aside = RbdDisk(POOL, f"{aside_of(disk.image)}01234567")
+    ceph.rbd_create(aside.name)
+    null = asyncio.subprocess.DEVNULL
+    holder = await asyncio.create_subprocess_exec(
+        "rbd", "--conf", str(ceph.conf), "watch", aside.name, stdout=null, stderr=null, stdin=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(60):
+            while not ceph.watchers(aside.name):  # noqa: ASYNC110 - Ceph tells nobody
+                await asyncio.sleep(0.1)
+        await host.make(disk)
+        assert aside.image in names(ceph)
+    finally:
+        holder.kill()
+        await holder.wait()
+    await nothing_beside(ceph)
+
+
 async def test_somebody_made_it_meanwhile(ceph: Cluster, host: Host, disk: RbdDisk) -> None:
     """Law: of two that make one image one has it; the other says so, and leaves nothing behind."""
     (lacking,) = (await host.look(disk)).disks

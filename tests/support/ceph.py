@@ -272,7 +272,8 @@ class Ceph:
             folder=self.folder, fsid=fsid, address=address, v1=v1, v2=v2, classes=found, more=self._more
         )
         sections = (_OSD_CONF.format(osd=osd, address=self.osd_address(osd)) for osd in self._osds)
-        self.conf.write_text("".join((conf, *sections)))
+        # The general section is the last one: tests add lines to it.
+        self.conf.write_text("".join((*sections, conf)))
         self._make_monitor(fsid, f"[v2:{address}:{v2},v1:{address}:{v1}]")
         self._spawn("mon", "ceph-mon", "-i", "a")
         for osd in self._osds:
