@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import click
@@ -100,8 +99,8 @@ class PhaseType(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
     def _refuse(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> NoReturn:
-        near = get_close_matches(plain(value[:40]), PHASES, n=1)
-        meant = f" Did you mean {near[0]}?" if near else ""
+        near = nearest(value, {phase: phase for phase in PHASES})
+        meant = "" if near is None else f" Did you mean {near}?"
         self.fail(f"{show(value)} is no phase; the phases are {', '.join(PHASES)}.{meant}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
