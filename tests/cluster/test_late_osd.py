@@ -227,7 +227,7 @@ def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
 
 
 # No part of each run: a replica that has not heard that the first write is complete sends the reader to the primary,
-# which waits for the map. Seen in about every third run; such a run shows nothing, and fails.
+# which waits for the map. Seen in about half of the runs; such a run shows nothing, and fails.
 @pytest.mark.soak
 @pytest.mark.parametrize("lab", [2], indirect=True)
 def test_a_read_from_a_replica_is_no_barrier(lab: Lab) -> None:
