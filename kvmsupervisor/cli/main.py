@@ -66,6 +66,30 @@ COMMANDS: Mapping[str, LazyCommand] = {
 }
 
 
+ELSEWHERE: Mapping[str, str] = {
+    "ls": "list",
+    "ps": "list",
+    "get": "show",
+    "info": "show",
+    "describe": "show",
+    "dominfo": "show",
+    "new": "create",
+    "launch": "create",
+    "define": "create",
+    "edit": "set",
+    "config": "set",
+    "rm": "delete",
+    "remove": "delete",
+    "undefine": "delete",
+    "shutdown": "stop",
+    "destroy": "stop --now",
+    "reboot": "restart",
+    "dumpxml": "argv",
+}
+"""What other tools (virsh, incus, multipass, qm, kubectl) call these commands. Only told, never run: `destroy` is a
+power cut in virsh, and a removal in others."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called for."""
 
@@ -91,7 +115,8 @@ class LazyGroup(click.Group):
         except click.UsageError as error:
             from difflib import get_close_matches  # noqa: PLC0415 - only a typo pays for it
 
-            near = get_close_matches(args[0], COMMANDS, n=1)
+            other = ELSEWHERE.get(args[0].lower())
+            near = [other] if other is not None else get_close_matches(args[0][:40], COMMANDS, n=1)
             if not near or near[0] in error.message:
                 raise
             raise click.UsageError(f"{error.message} Did you mean {near[0]}?", ctx) from error

@@ -174,7 +174,7 @@ def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> It
 def natural_widths(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[int]:
     """The width of each column when no text is folded."""
     return [
-        max([len(column.title), *(len(printable(row[index].text)) for row in rows)])
+        max([len(column.title), *(width_of(printable(row[index].text)) for row in rows)])
         for index, column in enumerate(columns)
     ]
 
@@ -182,7 +182,16 @@ def natural_widths(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) ->
 def aligned(cell: Cell, column: Column, width: int) -> str:
     """The text of a cell, padded."""
     text = printable(cell.text)
-    return text.rjust(width) if column.right else text.ljust(width)
+    room = " " * (width - width_of(text))
+    return room + text if column.right else text + room
+
+
+def width_of(text: str) -> int:
+    """How many columns of a terminal a printable text takes: Chinese characters take two, accents none."""
+    if text.isascii():
+        return len(text)
+    marks = sum(unicodedata.category(char) in {"Mn", "Me"} for char in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(char) in "WF" for char in text)
 
 
 def print_rich(console: Console, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:

@@ -10,8 +10,9 @@ import click
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import checks, views
 from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, read_cluster, read_instance
-from kvmsupervisor.cli.common import INSTANCE, Tools, output_option, pass_tools, with_store
+from kvmsupervisor.cli.common import HOST, INSTANCE, Tools, output_option, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.filters import LABEL, PHASE, Filters
 from kvmsupervisor.cli.output import (
     OutputFormat,
     echo_blocks,
@@ -29,20 +30,42 @@ from kvmsupervisor.domain.secrecy import cleaned_words
 
 
 @click.command("list")
+@click.option("--host", "hosts", type=HOST, multiple=True, help="Only those of this host; may be repeated.")
+@click.option("--phase", "phases", type=PHASE, multiple=True, help="Only those in this phase; may be repeated.")
+@click.option(
+    "-l",
+    "--label",
+    "labels",
+    type=LABEL,
+    multiple=True,
+    help="Only those with this key for people and this value, such as x-team=shop; of several, all must be so.",
+)
 @output_option
 @pass_tools
-def list_command(tools: Tools, output: OutputFormat) -> None:
+def list_command(
+    tools: Tools,
+    hosts: Sequence[str],
+    phases: Sequence[str],
+    labels: Sequence[tuple[str, str]],
+    output: OutputFormat,
+) -> None:
     """List the instances: their hosts, phases and reasons.
 
     AGE is how long the phase has lasted. The phase is `unknown` when the reporting host has no session. `-o wide` adds
-    RAM, the etcd revision that the host acted on, the incarnation, the last exit and every problem.
+    RAM, the etcd revision that the host acted on, the incarnation, the last exit, the guest's addresses, the
+    description and every problem.
+
+    Example: kvmsupervisor list --host alpha --phase running -l x-team=shop
     """
+    filters = Filters(hosts=hosts, phases=phases, labels=labels)
 
     async def work(store: Store, settings: Settings) -> Cluster:
         return await read_cluster(store, settings.layout)
 
     cluster = with_store(tools, work)
-    instances = cluster.instances.values()
+    instances = filters.choose(cluster.instances.values(), cluster)
+    if cluster.instances and not instances:
+        note(filters.why_nothing(cluster))
     if output == "json":
         echo_json([as_object(instance, cluster) for instance in instances])
         return
@@ -51,7 +74,7 @@ def list_command(tools: Tools, output: OutputFormat) -> None:
     rows = [views.list_row(instance, cluster, now, wide=wide) for instance in instances]
     if rows or not on_terminal(sys.stdout):
         echo_table(views.WIDE_COLUMNS if wide else views.LIST_COLUMNS, rows)
-    else:
+    elif not cluster.instances:
         note(f"there are no instances ({cluster.who_has_sessions()}); make one with `create`")
 
 

@@ -13,7 +13,8 @@ from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_ce
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, public_value
+from kvmsupervisor.domain.values import some
+from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, public_value
 
 OTHERS = 100
 """How many keys `show` prints that are no wishes. Arbitrary: a writer of keys must not fill a terminal."""
@@ -36,9 +37,18 @@ WIDE_COLUMNS = (
     Column(title="REVISION", right=True),
     Column(title="INCARNATION"),
     Column(title="LAST EXIT"),
+    Column(title="ADDRESSES", long=True, label="addresses: "),
+    Column(title="DESCRIPTION", long=True, label="description: "),
     Column(title="REASON", long=True),
     Column(title="PROBLEMS", long=True, label="problems: "),
 )
+
+ADDRESSES = 4
+"""Addresses of a guest that `list` shows; the others are counted. Arbitrary: two networks with IPv4 and IPv6. A guest
+that runs containers has dozens."""
+
+DESCRIPTION_LENGTH = 80
+"""Characters of a description that `list` shows. Arbitrary: a line; a value may have 64 KiB, and `show` has it."""
 
 FINDING_COLUMNS = (
     Column(title="INSTANCE"),
@@ -72,9 +82,23 @@ def list_row(instance: Instance, cluster: Cluster, now: datetime, *, wide: bool)
             _or_nothing(status.revision if status is not None else None),
             _or_nothing(status.incarnation if status is not None else None),
             _or_nothing(status.last_exit if status is not None else None),
+            _or_nothing(addresses_of(status.agent) if status is not None else None),
+            _or_nothing(_description(instance)),
         ]
     cells.append(Cell(reason))
     return [*cells, _or_nothing("; ".join(instance.problems), "red")] if wide else cells
+
+
+def addresses_of(agent: GuestFacts | None, most: int = ADDRESSES) -> str | None:
+    """The guest's addresses as its agent tells them, in one line; None when it tells none."""
+    found = () if agent is None else dict.fromkeys(one.address for one in agent.addresses)
+    return some(tuple(found), most) or None
+
+
+def _description(instance: Instance) -> str | None:
+    """The key `description`, in one line."""
+    raw = instance.keys.get(FREE_KEY.encode())
+    return None if raw is None else printable_bytes(raw.value.strip(), limit=DESCRIPTION_LENGTH)
 
 
 def _where(instance: Instance, host: str | None) -> str | None:

@@ -72,6 +72,17 @@ def test_numbered_keys_and_values_are_completed(full: World) -> None:
     assert complete(full, "set", "9", "ram=") == []
 
 
+def test_filters_are_completed(full: World) -> None:
+    """Hosts, phases, and the keys for people that instances have; no value that a shell would split or expand."""
+    full.keys("web1", **{"x-team": "shop", "x-$(reboot)": "a"})
+    full.keys("web2", **{"x-team": "$(reboot)", "x-tier": "two words"})
+    assert complete(full, "list", "--host", "b") == ["beta"]
+    assert complete(full, "list", "--phase", "st") == ["starting", "stopping", "stopped"]
+    assert complete(full, "list", "-l", "") == ["x-team=", "x-tier="]
+    assert complete(full, "list", "-l", "x-team=") == ["x-team=shop"]
+    assert complete(full, "list", "-l", "x-tier=") == []
+
+
 def test_the_help_shows_no_escapes(world: World) -> None:
     """What the source needs to keep lines apart is not for people."""
     assert "\b" not in world.run("completion", "--help").stdout

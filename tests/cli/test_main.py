@@ -14,6 +14,7 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters.etcd.api import Denied, Rejected
 from kvmsupervisor.cli import main
 from kvmsupervisor.cli.common import Tools
+from kvmsupervisor.cli.main import COMMANDS, ELSEWHERE
 from tests.cli.conftest import World
 
 
@@ -128,6 +129,19 @@ def test_a_command_that_is_none_gets_a_suggestion(world: World, typed: str, mean
     assert result.exit_code == 2
     assert f"Did you mean {meant}?" in result.stderr
     assert "Did you mean" not in world.run("xyzzy").stderr
+
+
+@pytest.mark.parametrize("typed", [*ELSEWHERE, "DESTROY"])
+def test_the_words_of_other_tools_are_told_and_never_run(world: World, typed: str) -> None:
+    """`destroy` is a power cut in virsh and a removal elsewhere: our command is named, nothing is written."""
+    world.running("1")
+    before = world.etcd.revision
+    result = world.run(typed, "1")
+    assert result.exit_code == 2
+    assert f"Did you mean {ELSEWHERE[typed.lower()]}?" in result.stderr
+    assert world.etcd.revision == before
+    assert typed not in COMMANDS
+    assert ELSEWHERE[typed.lower()].split()[0] in COMMANDS
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ def test_plain_tables_are_aligned_and_never_cut() -> None:
     ]
 
 
+def test_columns_stay_aligned_beside_wide_characters_and_accents() -> None:
+    """A Chinese character takes two columns of a terminal, a combining accent none."""
+    lines = list(plain_table(COLUMNS[:2], [row("\u96f2\u7aef", "1"), row("e\u0301a", "2"), row("abcd", "3")]))
+    assert lines == ["ID    N", "\u96f2\u7aef  1", "e\u0301a    2", "abcd  3"]
+
+
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 140, 200])
 def test_a_terminals_table_fits_and_loses_no_sentence(width: int) -> None:
     """Whatever the width, no line is longer than it and every word of a sentence is there."""

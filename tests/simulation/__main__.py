@@ -6,19 +6,21 @@ Exit status 1 when something was violated. docs/reliability.md, "Simulation".
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-
-import pytest
 
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.points import POINTS
 from tests.simulation.run import Played, play
 from tests.simulation.shrink import shrink
+
+Plays = Callable[..., Played]
+"""`play`, with what the command line says of all histories."""
 
 STEPS = 16
 """Acts of a history when nothing else is said."""
@@ -33,8 +35,8 @@ def _numbers(text: str) -> list[int]:
     return found
 
 
-def _one(seed: int, steps: int, only: list[int] | None, *, trace: bool) -> int:
-    played = play(seed, steps=steps, only=only, keep=None if trace else 0)
+def _one(plays: Plays, seed: int, only: list[int] | None, *, trace: bool) -> int:
+    played = plays(seed, only=only, keep=None if trace else 0)
     if trace:
         print("\n".join(played.trace))
     for number, act in enumerate(played.acts):
@@ -47,29 +49,29 @@ def _one(seed: int, steps: int, only: list[int] | None, *, trace: bool) -> int:
     return 1 if played.violations else 0
 
 
-def _shrink(seed: int, steps: int) -> int:
+def _shrink(plays: Plays, seed: int, steps: int) -> int:
     """Find the acts that a violation needs, and the command that plays them."""
-    played = play(seed, steps=steps)
+    played = plays(seed)
     if not played.violations:
         print("nothing was violated")
         return 0
     law = played.violations[0].law
 
     def breaks(only: frozenset[int]) -> bool:
-        return any(one.law == law for one in play(seed, steps=steps, only=only).violations)
+        return any(one.law == law for one in plays(seed, only=only).violations)
 
     left = sorted(shrink(frozenset(range(steps)), breaks))
     named = ",".join(map(str, left)) or "none"
     print(f"[{law}] needs {len(left)} of {steps} acts: --seed {seed} --steps {steps} --acts {named}")
-    return _one(seed, steps, left, trace=True)
+    return _one(plays, seed, left, trace=True)
 
 
-def _many(seeds: list[int], steps: int, workers: int) -> int:
+def _many(plays: Plays, seeds: list[int], workers: int) -> int:
     begun = time.monotonic()
     counts: Counter[str] = Counter()
     reached: Counter[str] = Counter()
     bad, done, virtual_s, work = 0, 0, 0.0, 0
-    for seed, played in zip(seeds, _all(seeds, steps, workers), strict=True):
+    for seed, played in zip(seeds, _all(plays, seeds, workers), strict=True):
         done += 1
         virtual_s += played.virtual_s
         work += played.steps
@@ -88,12 +90,29 @@ def _many(seeds: list[int], steps: int, workers: int) -> int:
     return 1 if bad else 0
 
 
-def _all(seeds: list[int], steps: int, workers: int) -> Iterator[Played]:
+def _all(plays: Plays, seeds: list[int], workers: int) -> Iterator[Played]:
     if workers == 1:
-        yield from (play(seed, steps=steps) for seed in seeds)
+        yield from (plays(seed) for seed in seeds)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(play, steps=steps), seeds, chunksize=8)
+        yield from pool.map(plays, seeds, chunksize=8)
+
+
+def _mutants(names: list[str], seeds: list[int], steps: int) -> int:
+    """For each mutant the first of the seeds that finds it, as the table in `mutants.py` wants to have it."""
+    missed = 0
+    for name in names:
+        mutant = MUTANTS[name]
+        for seed in seeds or [mutant.seed]:
+            with mutant.planted():
+                found = play(seed, steps=steps, kinds=mutant.kinds, to_the_first=True).violations
+            if found:
+                print(f"{name}: {mutant.law}; seed {seed}: {str(found[0])[:150]}", flush=True)
+                break
+        else:
+            missed += 1
+            print(f"{name}: {mutant.law}; NOT FOUND", flush=True)
+    return 1 if missed else 0
 
 
 def main() -> int:
@@ -103,21 +122,27 @@ def main() -> int:
     parser.add_argument("--seeds", type=_numbers, help="play these (1-500, or 3,5,9), and tell what was violated")
     parser.add_argument("--steps", type=int, default=STEPS, help="how many acts a history has")
     parser.add_argument("--acts", help="only these of its acts happen (numbers, or none)")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=[], help="only these kinds are drawn")
     parser.add_argument("--trace", action="store_true", help="print all that happened")
     parser.add_argument("--shrink", action="store_true", help="find the acts that the violation needs")
     parser.add_argument("--mutant", choices=sorted(MUTANTS), help="plant this fault first")
+    parser.add_argument(
+        "--mutants", nargs="*", help="look for the first of the seeds that finds each of these (or all)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that play --seeds")
     told = parser.parse_args()
-    if told.mutant is not None:
-        MUTANTS[told.mutant](pytest.MonkeyPatch())
-    if told.seeds is not None:
-        return _many(told.seeds, told.steps, told.workers)
-    if told.seed is None:
-        parser.error("--seed or --seeds is needed")
-    if told.shrink:
-        return _shrink(told.seed, told.steps)
-    only = None if told.acts is None else [] if told.acts == "none" else _numbers(told.acts)
-    return _one(told.seed, told.steps, only, trace=told.trace)
+    if told.mutants is not None:
+        return _mutants(told.mutants or list(MUTANTS), told.seeds or [], told.steps)
+    plays: Plays = partial(play, steps=told.steps, kinds=told.kinds)
+    with MUTANTS[told.mutant].planted() if told.mutant is not None else contextlib.nullcontext():
+        if told.seeds is not None:
+            return _many(plays, told.seeds, told.workers)
+        if told.seed is None:
+            parser.error("--seed or --seeds is needed")
+        if told.shrink:
+            return _shrink(plays, told.seed, told.steps)
+        only = None if told.acts is None else [] if told.acts == "none" else _numbers(told.acts)
+        return _one(plays, told.seed, only, trace=told.trace)
 
 
 if __name__ == "__main__":

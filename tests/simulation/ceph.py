@@ -43,6 +43,9 @@ class CephCluster:
         shut_out: client → until when.
         away: why nothing answers; None when it does.
         slow_s: the longest time a call takes.
+        late_s: the longest time until an OSD hears of a client that is shut out. So long that client's writes land,
+            unless the OSD hears of it by another client, whose requests name the map of OSDs that it has. So a
+            write that comes late is one that came before the next client's first.
     """
 
     def __init__(self, time: Callable[[], float], chance: Random) -> None:
@@ -50,10 +53,15 @@ class CephCluster:
         self.shut_out: dict[Client, datetime] = {}
         self.away: str | None = None
         self.slow_s = 0.3
+        self.late_s = 0.0
+        # Clients that are shut out → until when an OSD does not know.
+        self._unheard: dict[Client, float] = {}
         self.time = time
         self.chance = chance
         # Told of each client that is shut out.
         self.on_shut_out: Callable[[Client], None] = lambda client: None
+        # Told of each image that nobody watches any more.
+        self.on_unwatched: Callable[[str], None] = lambda name: None
 
     @property
     def now(self) -> datetime:
@@ -66,19 +74,40 @@ class CephCluster:
     def is_shut_out(self, client: Client) -> bool:
         return client in self.shut_out and self.shut_out[client] > self.now
 
+    def may_write(self, client: Client) -> bool:
+        """Whether its writes land."""
+        return not self.is_shut_out(client) or self.time() < self._unheard.get(client, 0.0)
+
+    @staticmethod
+    def has_exclusive_lock(name: str | None) -> bool:
+        """Whether an image has the feature `exclusive-lock`."""
+        return name is None or not name.startswith("rbd/n")
+
+    def bar(self, client: Client, until: datetime) -> None:
+        """Put a client on the blocklist."""
+        if self.is_shut_out(client):
+            return
+        self.shut_out[client] = until
+        if self.late_s:
+            self._unheard[client] = self.time() + self.chance.random() * self.late_s
+        self.on_shut_out(client)
+
     # What clients do.
 
     def open(self, name: str, client: Client) -> None:
         if not self.is_shut_out(client):
+            self._unheard.clear()
             self.image(name).watchers[client] = None
 
     def write(self, name: str, client: Client) -> None:
         if not self.is_shut_out(client):
+            self._unheard.clear()
             self.image(name).owner = client
 
     def close(self, client: Client) -> None:
-        for image in self.images.values():
-            image.watchers.pop(client, None)
+        for name, image in self.images.items():
+            if image.watchers.pop(client, 0.0) != 0.0 and not image.watchers:
+                self.on_unwatched(name)
             if image.owner == client:
                 image.owner = None
 
@@ -132,7 +161,8 @@ class SimCeph(Ceph):
         words, options = [word for word in args if not word.startswith("--")], _options(args)
         match program, *words:
             case "rbd", "info", *_:
-                return _said({"size": 1 << 30, "features": ["layering", EXCLUSIVE_LOCK]})
+                exclusive = [EXCLUSIVE_LOCK] if cluster.has_exclusive_lock(f"rbd/{options['image']}") else []
+                return _said({"size": 1 << 30, "features": ["layering", *exclusive]})
             case "rbd", "status", *_:
                 named = cluster.watching(f"{options['pool']}/{options['image']}")
                 return _said({"watchers": [{"address": client} for client in sorted(named)]})
@@ -155,9 +185,7 @@ class SimCeph(Ceph):
     async def _shut_out(self, client: Client, seconds: float, limit_s: float) -> tuple[bytes, bytes]:
         cluster = self._cluster
         until = cluster.now + timedelta(seconds=seconds)
-        if not cluster.is_shut_out(client):
-            cluster.shut_out[client] = until
-            cluster.on_shut_out(client)
+        cluster.bar(client, until)
         self._tell(f"shuts out {client}")
         if cluster.chance.random() < LOST_ANSWER:
             await asyncio.sleep(limit_s)

@@ -23,6 +23,9 @@ T = TypeVar("T")
 TIMEOUT_S = 5.0
 """As the adapter's own (`EtcdConfig.timeout_s`)."""
 
+LATE_S = 30.0
+"""The longest time a request is held up on its way."""
+
 REFUSED_S = 0.05
 """How long a connection takes to be refused."""
 
@@ -37,6 +40,8 @@ class Weather:
         loses_reply: how likely it is carried out, and the answer is lost.
         delays: how likely it is held up for some seconds on the way, beyond its deadline maybe.
         refuses: how likely the member says at once that it has no leader.
+        repeats: how likely something on the way (a proxy, gRPC itself) sends a request again that was carried out, and
+            the second answer is the one that comes back.
         cut: nothing passes.
     """
 
@@ -45,11 +50,12 @@ class Weather:
     loses_reply: float = 0.0
     delays: float = 0.0
     refuses: float = 0.0
+    repeats: float = 0.0
     cut: bool = False
 
     def clear(self) -> None:
         self.slow_s = 0.02
-        self.loses_request = self.loses_reply = self.delays = self.refuses = 0.0
+        self.loses_request = self.loses_reply = self.delays = self.refuses = self.repeats = 0.0
         self.cut = False
 
 
@@ -119,13 +125,14 @@ class SimEtcd:
         weather, draw = self.weather, self._chance.random
         there, back = draw() * weather.slow_s + 0.001, draw() * weather.slow_s + 0.001
         if weather.delays and draw() < weather.delays:
-            there += draw() * 8.0
+            there += draw() * LATE_S
         return _Passage(
             there_s=there,
             back_s=back,
             lost=weather.cut or (weather.loses_request > 0 and draw() < weather.loses_request),
             deaf=weather.loses_reply > 0 and draw() < weather.loses_reply,
             refused=weather.refuses > 0 and draw() < weather.refuses,
+            twice=weather.repeats > 0 and draw() < weather.repeats,
         )
 
     async def _carry(
@@ -141,6 +148,9 @@ class SimEtcd:
             await asyncio.sleep(0.1)
         try:
             result = await work()
+            if passage.twice:
+                self._tell(f"{what} twice: -> {_short(result)}")
+                result = await work()
         except EtcdError as error:
             self._tell(f"{what} -> {type(error).__name__}")
             await asyncio.sleep(passage.back_s)
@@ -249,6 +259,7 @@ class _Passage:
     lost: bool
     deaf: bool
     refused: bool
+    twice: bool
 
 
 class SimWatch:

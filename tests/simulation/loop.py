@@ -24,6 +24,7 @@ import asyncio
 import contextvars
 import gc
 import heapq
+import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from random import Random
@@ -279,7 +280,11 @@ def run(main: Callable[[SimLoop], Coroutine[Any, Any, T]], seed: object = 0) -> 
         return loop.run_until_complete(main(loop))
     finally:
         asyncio.set_event_loop(None)
-        loop.abandon()
+        with warnings.catch_warnings():
+            # Who is ended while it starts its parts has made coroutines that nobody awaits.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            loop.abandon()
+            gc.collect()
         loop.close()
         if was_enabled:
             gc.enable()

@@ -6,35 +6,81 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
-from kvmsupervisor.adapters.etcd import Compare
+from kvmsupervisor.adapters.etcd import Compare, Get, KeyValue
 from kvmsupervisor.cluster import history, session
 from kvmsupervisor.cluster import lock as lock_module
 from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.cluster.lock import compares as right_compares
+from kvmsupervisor.domain import lifecycle
 from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.lifecycle import decide
-from kvmsupervisor.domain.lock import Change, Lock, LockState
+from kvmsupervisor.domain.lock import Change, Claim, Lock, LockState, LockView, Storage
 from kvmsupervisor.domain.lock import take as domain_take
+from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.domain.removal import MassRemovalHold
+from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance import start, worker
-from kvmsupervisor.supervisor import identity
+from kvmsupervisor.instance.sharing import Sharing
+from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.supervisor import failover, identity
+from kvmsupervisor.supervisor.dispatch import Dispatch
+from kvmsupervisor.supervisor.host import Host
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
-MUTANTS: dict[str, Plant] = {}
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        name: as the command line calls it.
+        law: which law it breaks, or which fault that was found in a release comes back by it.
+        change: what is changed.
+        seed: one that finds it.
+        kinds: of acts, in whose histories it is looked for; all, where none is named.
+        plant: plants it.
+    """
+
+    name: str
+    law: str
+    change: str
+    seed: int
+    kinds: tuple[str, ...]
+    plant: Plant
+
+    @contextmanager
+    def planted(self) -> Iterator[None]:
+        """The program has this fault."""
+        with pytest.MonkeyPatch.context() as patch:
+            self.plant(patch)
+            yield
 
 
-def mutant(plant: Plant) -> Plant:
-    """Register one, under its function's name."""
-    MUTANTS[plant.__name__.replace("_", "-")] = plant
-    return plant
+MUTANTS: dict[str, Mutant] = {}
+"""The table."""
+
+
+def mutant(law: str, *, seed: int, kinds: tuple[str, ...] = ()) -> Callable[[Plant], Plant]:
+    """A row of the table, under its function's name."""
+
+    def add(plant: Plant) -> Plant:
+        name = plant.__name__.replace("_", "-")
+        MUTANTS[name] = Mutant(name=name, law=law, change=plant.__doc__ or "", seed=seed, kinds=kinds, plant=plant)
+        return plant
+
+    return add
 
 
 def _with_decisions(patch: pytest.MonkeyPatch, change: Callable[[View, Decision], Decision]) -> None:
@@ -44,9 +90,9 @@ def _with_decisions(patch: pytest.MonkeyPatch, change: Callable[[View, Decision]
 # --- the lock ---------------------------------------------------------------------------------------------------
 
 
-@mutant
+@mutant("laws 2 and 4", seed=1, kinds=("frozen-at-the-lock", "qemu-kill"))
 def lock_without_session(patch: pytest.MonkeyPatch) -> None:
-    """Laws 2 and 4: neither our own session is compared, nor that the holder has none."""
+    """Neither our own session is compared, nor that the holder has none."""
 
     def left(change: Change, **told: Any) -> list[Compare]:
         return [one for one in right_compares(change, **told) if "/hosts/" not in one.key]
@@ -54,9 +100,9 @@ def lock_without_session(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lock_module, "compares", left)
 
 
-@mutant
+@mutant("law 2", seed=1)
 def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
-    """Law 2: a new incarnation takes over its predecessor's epoch."""
+    """A new incarnation takes over its predecessor's epoch."""
     right = domain_take
 
     def take(previous: Lock | None, **told: Any) -> Lock:
@@ -66,9 +112,9 @@ def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant
+@mutant("law 2", seed=5)
 def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
-    """Law 2: what the status tells of the last epoch is not looked at."""
+    """What the status tells of the last epoch is not looked at."""
     right = domain_take
 
     def take(previous: Lock | None, **told: Any) -> Lock:
@@ -77,23 +123,12 @@ def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant
-def addresses_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """Law 4: whoever takes a lock does not take over what there is to fence."""
-    right = domain_take
-
-    def take(previous: Lock | None, **told: Any) -> Lock:
-        return replace(right(previous, **told), fence=(), state=LockState.STARTING, taken_from=None)
-
-    patch.setattr(start, "take", take)
-
-
 # --- storage ----------------------------------------------------------------------------------------------------
 
 
-@mutant
+@mutant("law 4", seed=11, kinds=("etcd-cut",))
 def no_fence(patch: pytest.MonkeyPatch) -> None:
-    """Law 4: nobody is shut out."""
+    """Nobody is shut out."""
 
     async def fence(self: CephFencing, addresses: Collection[str]) -> None:
         await asyncio.sleep(0)
@@ -101,9 +136,9 @@ def no_fence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CephFencing, "fence", fence)
 
 
-@mutant
+@mutant("law 3", seed=1)
 def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
-    """Law 3: a guest runs before its storage clients are on record."""
+    """A guest runs before its storage clients are on record."""
 
     async def clients(self: CephFencing, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
         await asyncio.sleep(0)
@@ -112,9 +147,13 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CephFencing, "clients", clients)
 
 
-@mutant
+@mutant(
+    "track record, simulation seed 12",
+    seed=69,
+    kinds=("supervisor-kill", "host-freeze", "remove", "create", "key-deleted"),
+)
 def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
-    """The mend of simulation seed 12 taken back: a lock is written again without asking Ceph."""
+    """A lock is written again without asking Ceph."""
 
     async def shut_out(self: CephFencing, addresses: Collection[str]) -> tuple[str, ...]:
         await asyncio.sleep(0)
@@ -123,9 +162,9 @@ def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CephFencing, "shut_out", shut_out)
 
 
-@mutant
+@mutant("law 3", seed=1)
 def runs_before_the_record(patch: pytest.MonkeyPatch) -> None:
-    """Law 3: `cont` comes before the swap."""
+    """`cont` comes before the swap."""
 
     def change(view: View, decision: Decision) -> Decision:
         return replace(decision, action=Action.CONTINUE) if decision.action is Action.RECORD else decision
@@ -136,9 +175,9 @@ def runs_before_the_record(patch: pytest.MonkeyPatch) -> None:
 # --- decisions --------------------------------------------------------------------------------------------------
 
 
-@mutant
+@mutant("law 6", seed=1, kinds=("etcd-cut",))
 def killed_without_session(patch: pytest.MonkeyPatch) -> None:
-    """Law 6: a guest is killed because its host has no session."""
+    """A guest is killed because its host has no session."""
 
     def change(view: View, decision: Decision) -> Decision:
         if not view.session_held and view.process is not None and view.process.exit is None:
@@ -148,9 +187,9 @@ def killed_without_session(patch: pytest.MonkeyPatch) -> None:
     _with_decisions(patch, change)
 
 
-@mutant
+@mutant("law 9", seed=1, kinds=("power", "move"))
 def released_while_it_lives(patch: pytest.MonkeyPatch) -> None:
-    """Law 9: the lock is let go of when the power button is pressed."""
+    """The lock is let go of when the power button is pressed."""
 
     def change(view: View, decision: Decision) -> Decision:
         return replace(decision, action=Action.RELEASE) if decision.action is Action.POWERDOWN else decision
@@ -158,15 +197,15 @@ def released_while_it_lives(patch: pytest.MonkeyPatch) -> None:
     _with_decisions(patch, change)
 
 
-@mutant
+@mutant("law 12", seed=2, kinds=("host-renamed",))
 def any_name_will_do(patch: pytest.MonkeyPatch) -> None:
-    """Law 12: what lives is not asked under which name it was started."""
-    patch.setattr(identity, "judge", lambda wanted, living: (wanted, None))
+    """What lives is not asked under which name it was started."""
+    _whatever_its_identity(patch)
 
 
-@mutant
+@mutant("A4, law 11", seed=4, kinds=("etcd-backup", "power", "etcd-restored"))
 def any_history_will_do(patch: pytest.MonkeyPatch) -> None:
-    """Law 11: nobody makes sure that etcd has the same history."""
+    """Nobody makes sure that etcd has the same history."""
 
     async def prove(self: history.History) -> None:
         await asyncio.sleep(0)
@@ -174,7 +213,175 @@ def any_history_will_do(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(history.History, "prove", prove)
 
 
-@mutant
+@mutant("law 1", seed=1, kinds=("etcd-cut",))
 def session_for_ever(patch: pytest.MonkeyPatch) -> None:
-    """Law 1: a session counts as held whatever etcd says."""
+    """A session counts as held whatever etcd says."""
     patch.setattr(session.Session, "held", property(lambda self: self._create_revision != 0))
+
+
+# --- what was found in releases, or by outsiders, and was mended (A1 to A11 of that list) ---------------------------
+
+
+def _whatever_its_identity(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(identity, "judge", lambda wanted, living: (wanted, None))
+    patch.setattr(Host, "_objection", lambda self, record: None)
+
+
+@mutant("A1, law 12", seed=1, kinds=("host-renamed",))
+def a_name_is_an_identity(patch: pytest.MonkeyPatch) -> None:
+    """A host that was renamed takes locks under its former name for a stranger's."""
+    right = LockView.claim
+
+    def claim(self: LockView, **told: Any) -> Claim:
+        found = right(self, **told)
+        return Claim.STRANGER if found is Claim.RENAMED else found
+
+    _whatever_its_identity(patch)
+    patch.setattr(LockView, "claim", claim)
+
+
+@mutant("A2, law 11", seed=6, kinds=("etcd-backup", "restart", "etcd-restored"))
+def an_older_lock_is_a_takeover(patch: pytest.MonkeyPatch) -> None:
+    """A lock with a lower epoch, as a restored backup has it, ends the QEMU that runs."""
+    patch.setattr(View, "is_outdated", property(lambda self: False))
+
+
+@mutant("A3, law 11", seed=51, kinds=("etcd-backup", "move", "etcd-restored", "supervisor-freeze"))
+def nobody_is_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """In another history a machine starts before the other hosts have said what runs."""
+    patch.setattr(Era, "keeps_waiting", lambda self, storage, now: False)
+
+
+@mutant("A5, law 11", seed=1, kinds=("etcd-lost",))
+def what_is_missing_was_removed(patch: pytest.MonkeyPatch) -> None:
+    """Keys that are missing in another history are orders."""
+
+    def judge_orders(self: Dispatch, wishes: object) -> set[str]:
+        return set()
+
+    patch.setattr(Dispatch, "_judge_orders", judge_orders)
+
+
+@mutant("A6, law 12", seed=1, kinds=("host-other-prefix",))
+def a_prefix_is_no_identity(patch: pytest.MonkeyPatch) -> None:
+    """A supervisor with another prefix goes on with what lives, by the keys below that."""
+    _whatever_its_identity(patch)
+
+
+@mutant("A7", seed=1, kinds=("move-to-nobody",))
+def a_typo_moves(patch: pytest.MonkeyPatch) -> None:
+    """A guest is shut down although the host where it is to run has no session."""
+    patch.setattr(View, "stays", property(lambda self: False))
+
+
+@mutant("A8", seed=7, kinds=("create", "qemu-kill", "supervisor-kill"))
+def who_waits_holds_its_lock(patch: pytest.MonkeyPatch) -> None:
+    """Of two that name one image, who waits has a lock and a paused QEMU."""
+
+    async def gives_way(self: Sharing, spec: object, conflict: object) -> bool:
+        await asyncio.sleep(0)
+        return False
+
+    patch.setattr(Sharing, "has_to_wait", lambda self, spec: False)
+    patch.setattr(Sharing, "gives_way", gives_way)
+
+
+@mutant("A9, law 1", seed=1, kinds=("etcd-full",))
+def the_session_takes_a_transaction(patch: pytest.MonkeyPatch) -> None:
+    """A session is confirmed by a transaction, which an etcd without space refuses."""
+    right = session.Session._confirmed
+
+    async def confirmed(self: session.Session) -> KeyValue | None:
+        await self._store.txn([self.compare()], [Get(self.key)])
+        return await right(self)
+
+    patch.setattr(session.Session, "_confirmed", confirmed)
+
+
+@mutant("A10, law 4", seed=3, kinds=("rbd-mistaken", "host-power"))
+def nobody_says_whose_a_client_is(patch: pytest.MonkeyPatch) -> None:
+    """Who takes a lock over shuts out whoever has the disks open, also another instance's QEMU that lives."""
+
+    async def recorded_for(self: Host, client: str) -> None:
+        await asyncio.sleep(0)
+
+    patch.setattr(Host, "_recorded_for", recorded_for)
+
+
+@mutant("A11, law 7", seed=1, kinds=("etcd-cut", "lock-broken"))
+def a_broken_lock_is_ours(patch: pytest.MonkeyPatch) -> None:
+    """A QEMU whose lock was broken runs on."""
+    right = LockView.claim
+
+    def claim(self: LockView, **told: Any) -> Claim:
+        lock, name = self.lock, told["incarnation"]
+        is_own = lock is not None and lock.state is LockState.BROKEN and lock.incarnation == name is not None
+        return Claim.MINE if is_own else right(self, **told)
+
+    patch.setattr(LockView, "claim", claim)
+
+
+# --- more laws --------------------------------------------------------------------------------------------------
+
+
+@mutant("law 4", seed=2, kinds=("etcd-cut",))
+def nobody_asks_who_watches(patch: pytest.MonkeyPatch) -> None:
+    """A machine whose disks are in use is taken over as soon as its host has no session."""
+
+    async def watchers(self: CephFencing, images: object) -> tuple[str, ...]:
+        await asyncio.sleep(0)
+        return ()
+
+    patch.setattr(CephFencing, "watchers", watchers)
+
+
+@mutant("law 5", seed=5)
+def any_image_will_do(patch: pytest.MonkeyPatch) -> None:
+    """Images without `exclusive-lock` are taken."""
+    always = property(lambda self: True, lambda self, value: None)
+    for checks in (CephFencing, Disks):
+        patch.setattr(checks, "_allow_unfenced", always, raising=False)
+
+
+@mutant("law 7", seed=24, kinds=("etcd-cut", "move", "host-freeze"))
+def files_are_nothing(patch: pytest.MonkeyPatch) -> None:
+    """What storage cannot fence may be taken over like a machine without a disk."""
+
+    def storage(spec: Spec) -> Storage:
+        found = storage_of(spec)
+        return Storage.NONE if found is Storage.UNFENCEABLE else found
+
+    for module in (start, failover):
+        patch.setattr(module, "storage_of", storage)
+
+
+@mutant("law 10", seed=8, kinds=("host-power", "move"))
+def placed_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A newer write of `host` does not end a placement."""
+    patch.setattr(Placement, "stands", lambda self, host_revision: host_revision > 0)
+
+
+@mutant("life of an instance", seed=1, kinds=("power", "guest-deaf"))
+def told_to_end_at_once(patch: pytest.MonkeyPatch) -> None:
+    """A guest that is to be shut down is not asked."""
+
+    def change(view: View, decision: Decision) -> Decision:
+        return replace(decision, action=Action.QUIT) if decision.action is Action.POWERDOWN else decision
+
+    _with_decisions(patch, change)
+
+
+@mutant("life of an instance", seed=2, kinds=("qemu-fails", "qemu-kill"))
+def no_pause_between_restarts(patch: pytest.MonkeyPatch) -> None:
+    """What ended by itself is started again at once, over and over."""
+    patch.setattr(lifecycle, "pauses", lambda state, wish, now: False)
+
+
+@mutant("removals of many", seed=3, kinds=("mass-removal",))
+def many_removals_are_one(patch: pytest.MonkeyPatch) -> None:
+    """However many lost their keys at once, all are shut down."""
+
+    def judge(self: MassRemovalHold, removed: object, running: object, now: float) -> set[str]:
+        return set()
+
+    patch.setattr(MassRemovalHold, "judge", judge)

@@ -78,6 +78,7 @@ def listening(world: World) -> Iterator[None]:
 
 def _meet(world: World, name: str, armed: Armed) -> Awaitable[None] | None:
     host = world.host(armed.host)
+    world.shaken(armed.for_s)
     world.trace.add("point", f"{armed.way.value} {armed.host} at {name!r}")
     match armed.way:
         case Way.KILL:

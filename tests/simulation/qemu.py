@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 from kvmsupervisor.adapters.process import Hidden, SpawnFailed
-from kvmsupervisor.adapters.qmp import MonitorLost, MonitorSilent
+from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.exits import WaitStatus
 from tests.fakes.qemu import FakeMonitor, FakeProcess, FakeQemu, FakeQemus, OnEvent, listening
@@ -24,6 +26,9 @@ from tests.simulation.loop import LIFE, Life
 
 QMP_S = 0.02
 """The longest time one way of QMP takes."""
+
+LATE_S = 2.0
+"""How often a guest writes whose client one OSD takes for good."""
 
 BOOT_S = 0.05
 """The longest time a QEMU takes until it has opened its disks, and greets."""
@@ -38,9 +43,12 @@ class Watcher(Protocol):
     def ended(self, qemu: SimQemu) -> None: ...
 
 
-def image_of(instance: str) -> str | None:
-    """The image in Ceph of an instance of the simulation: its id's first letter says what disk it has."""
-    return f"rbd/{instance}" if instance.startswith("r") else None
+def image_of(argv: Sequence[str]) -> str | None:
+    """The image in Ceph that a command line names."""
+    for option, value in pairwise(argv):
+        if option == "-blockdev" and (node := json.loads(value)).get("driver") == "rbd":
+            return f"{node['pool']}/{node['image']}"
+    return None
 
 
 class SimQemu(FakeQemu):
@@ -49,9 +57,13 @@ class SimQemu(FakeQemu):
     Attributes:
         host: the name of its host.
         client: its address in Ceph.
+        image: in Ceph, that it writes to; None when its disk is none.
+        disk: what it writes to, in Ceph or elsewhere; None without a disk.
         since: when it was spawned, virtual time.
         ran_at: when its guest was let run first; None while it was not.
         bears: whose command ended it, as far as a supervisor did.
+        asked_at: when its power button was pressed first; None while it was not.
+        was_hindered: whether it ever hung.
     """
 
     def __init__(
@@ -62,14 +74,18 @@ class SimQemu(FakeQemu):
         environment: Mapping[str, str],
         listening: Mapping[int, Path],
     ) -> None:
+        self.was_hindered = False
         super().__init__(kernel, pid, argv, environment, listening)
         self.kernel = kernel
         self.host = kernel.name
         self.client = Client(f"192.0.2.{kernel.number}:0/{pid}")
+        self.image = image_of(argv)
+        self.disk = self.image or (self.instance if "-drive" in argv else None)
         self.since = asyncio.get_running_loop().time()
         self.ready_at = kernel.clock.now() + kernel.chance.random() * BOOT_S
         self.ran_at: float | None = None
         self.bears: list[str] = []
+        self.asked_at: float | None = None
 
     @property
     def incarnation(self) -> str:
@@ -80,7 +96,11 @@ class SimQemu(FakeQemu):
         """Whether its guest runs, and storage lets it write."""
         if not self.alive or self.run_state != "running":
             return False
-        return image_of(self.instance) is None or not self.kernel.ceph.is_shut_out(self.client)
+        return self.image is None or self.kernel.ceph.may_write(self.client)
+
+    def _go_on(self) -> None:
+        self.was_hindered |= self._frozen or self._mute
+        super()._go_on()
 
     def event(self, name: str, **data: Any) -> None:
         for monitor in tuple(self._clients):
@@ -106,10 +126,33 @@ class SimQemu(FakeQemu):
 
     def fail_to_write(self) -> None:
         """Its guest writes to a disk that it is shut out of: QEMU stops it (`werror=stop`)."""
-        if self.alive and self.run_state == "running" and self.kernel.ceph.is_shut_out(self.client):
-            self.run_state = "io-error"
-            self.event("BLOCK_IO_ERROR", action="stop")
+        ceph = self.kernel.ceph
+        if not self.alive or self.run_state != "running" or not ceph.is_shut_out(self.client):
+            return
+        if ceph.may_write(self.client):
+            # An OSD that has not heard of it yet.
+            asyncio.get_running_loop().call_later(LATE_S, self.fail_to_write)
+            return
+        self.run_state = "io-error"
+        self.event("BLOCK_IO_ERROR", action="stop")
+        self.event("STOP")
+
+    def go_on(self) -> None:
+        """It hangs no more."""
+        self.frozen = self.mute = False
+
+    def pause(self) -> None:
+        """Somebody stops its guest, by a QMP of his own."""
+        if self.alive and self.run_state == "running":
+            self.run_state = "paused"
             self.event("STOP")
+
+    def resume(self) -> None:
+        """And lets it go on; one whose guest never ran is nobody's to resume."""
+        if self.alive and self.run_state == "paused":
+            self.run_state = "running"
+            self.event("RESUME")
+            self._heed_button()
 
     def vanish(self) -> None:
         """The host's power is gone: no process, and nothing is told."""
@@ -132,18 +175,29 @@ class SimQemu(FakeQemu):
             raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
         return SimMonitor(self, self.kernel, path, on_event, on_lost)
 
+    def _run(self, command: str, arguments: Any) -> Any:
+        kernel = self.kernel
+        if kernel.dies_at is None or kernel.dies_at[0] != command:
+            return super()._run(command, arguments)
+        (_, before), kernel.dies_at = kernel.dies_at, None
+        if not before:
+            super()._run(command, arguments)
+        self.crash()
+        raise MonitorRefused(f"QEMU ended at {command}")
+
     def _do(self, command: str) -> None:
         if command in {"quit", "system_powerdown"}:
             self.kernel.watcher.ended_by_us(self, command)
+            if command == "system_powerdown" and self.asked_at is None:
+                self.asked_at = asyncio.get_running_loop().time()
         super()._do(command)
 
     def _cont(self) -> None:
         before = self.run_state
         super()._cont()
         if before != self.run_state:
-            image = image_of(self.instance)
-            if image is not None:
-                self.kernel.ceph.write(image, self.client)
+            if self.image is not None:
+                self.kernel.ceph.write(self.image, self.client)
             if self.ran_at is None:
                 self.ran_at = asyncio.get_running_loop().time()
             self.kernel.watcher.continued(self)
@@ -208,6 +262,13 @@ class SimQemus(FakeQemus):
         ceph: the cluster's.
         chance: for the time that things take.
         watcher: told of what happens.
+
+    Attributes:
+        hidden: processes that may not be looked at.
+        next_words: with which the next ones end at once.
+        dies_at: the QMP command at which the next QEMU that is given it ends, and whether before it is done.
+        hangs_until: QEMUs that are spawned before this time, virtual, do no command until then.
+        fails_until: those that are spawned before this time end at once.
     """
 
     def __init__(
@@ -221,6 +282,8 @@ class SimQemus(FakeQemus):
         self.watcher = watcher
         self.hidden: set[int] = set()
         self.next_words: list[str] = []
+        self.dies_at: tuple[str, bool] | None = None
+        self.hangs_until = self.fails_until = 0.0
 
     @property
     def living(self) -> list[SimQemu]:
@@ -247,16 +310,21 @@ class SimQemus(FakeQemus):
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)
         words = self.next_words.pop() if self.next_words else None
+        if asyncio.get_running_loop().time() < self.fails_until:
+            words = "qemu: something is wrong"
         qemu = SimQemu(self, next(self._pids), argv, environment, listening(pass_fds))
         qemu.words = words
         self.all.append(qemu)
         self.watcher.spawned(qemu)
         process = SimProcess(qemu, on_end, is_child=True)
-        image = image_of(qemu.instance)
-        if image is not None:
-            self.ceph.open(image, qemu.client)
+        if qemu.image is not None:
+            self.ceph.open(qemu.image, qemu.client)
         if words is not None:
             qemu.end(WaitStatus(code=1))
+        left_s = self.hangs_until - qemu.since
+        if left_s > 0:
+            qemu.mute = True
+            self.clock.call_at(self.clock.now() + left_s, qemu.go_on)
         return process
 
     def reopen(

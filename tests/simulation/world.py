@@ -5,45 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
-from functools import cache
+from collections.abc import Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from kvmsupervisor.adapters.rundir import AlreadyRunning
-from kvmsupervisor.cluster.session import HostnameTaken
-from kvmsupervisor.config.load import load_settings
-from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Status
-from kvmsupervisor.instance.assembly import Outside
-from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.etcd import FakeEtcd
-from tests.simulation.ceph import CephCluster, SimCeph
+from tests.simulation.ceph import CephCluster
 from tests.simulation.chance import Chance
-from tests.simulation.clock import SimClock
-from tests.simulation.etcd import SimEtcd, Weather
-from tests.simulation.judge import Judge
+from tests.simulation.host import SimHost
+from tests.simulation.judge import TICK_S, Judge
 from tests.simulation.loop import LIFE, Life, SimLoop, context_of
-from tests.simulation.outside import outside
 from tests.simulation.points import Armed
-from tests.simulation.qemu import SimQemu, SimQemus
 from tests.simulation.trace import Trace
 
-AGAIN_S = 2.0
-"""Pause before a supervisor that ended by itself is started again, as its unit does (`RestartSec=`)."""
-
-TICK_S = 0.5
-"""How often leases are looked at."""
+SHAKEN_S = 60.0
+"""How long after its end a fault may still cost a session."""
 
 WRITE_S = 5.0
 """The longest time a guest writes nothing."""
@@ -53,237 +39,8 @@ LAYOUT = Layout()
 log = structlog.get_logger(__name__)
 
 
-class SupervisorLife(Life):
-    """One supervisor, from its start to its end."""
-
-    def __init__(self, host: SimHost, number: int) -> None:
-        super().__init__(f"{host.name}#{number}")
-        self.host = host
-        self.supervisor: Supervisor | None = None
-        self.client: SimEtcd | None = None
-
-
-@cache
-def settings_of(name: str, run_dir: str) -> Settings:
-    """What a host is set to: defaults, but for what would touch this machine."""
-    environ = {
-        "ETCD_ENDPOINTS": "http://127.0.0.1:1",
-        "KVM_HOSTNAME": name,
-        "KVM_RUN_DIR": run_dir,
-        "KVM_STATE_DIR": f"{run_dir}-state",
-        "KVM_LISTEN": "off",
-        "KVM_ACCEL": "tcg",
-        "KVM_CGROUP": "none",
-    }
-    return load_settings(environ, default_config=Path(run_dir, "none.toml"))
-
-
-class SimHost:
-    """One host: its hardware, its kernel, its way to etcd and Ceph, and the supervisor that lives on it now.
-
-    Attributes:
-        name: `KVM_HOSTNAME`, as its present settings say.
-        true_name: as they say when nobody has made a mistake.
-        powered: it has power.
-        frozen: nothing on it runs.
-    """
-
-    def __init__(self, world: World, number: int) -> None:
-        self.world = world
-        self.number = number
-        self.name = self.true_name = "abcdefgh"[number]
-        self.machine_id = f"machine-{self.name}"
-        self.run_dir = world.folder / self.name
-        self.powered = True
-        self.frozen = False
-        self.reaches_ceph = True
-        self.weather = Weather()
-        self.life: SupervisorLife | None = None
-        self._boots = self._lives = 0
-        self._chance = world.chance.of(f"host {number}")
-        self._boot()
-
-    def _boot(self) -> None:
-        self._boots += 1
-        self.boot_id = f"boot-{self.true_name}-{self._boots}"
-        self.hardware = Life(f"{self.true_name}/hardware")
-        hardware = context_of(self.hardware)
-        since_s = self._chance.random() * 10_000.0 - self.world.loop.time()
-        self.clock = SimClock(since_s=since_s, hardware=hardware)
-        self.kernel = SimQemus(
-            self.true_name,
-            self.number + 1,
-            clock=self.clock,
-            ceph=self.world.ceph,
-            chance=self.world.chance.of(f"qemu {self.number} {self._boots}"),
-            watcher=self.world.judge,
-        )
-        # Addresses, and so clients, are given once.
-        for _ in range(1000 * self._boots):
-            next(self.kernel._pids)
-
-    # --- what its supervisor is given -------------------------------------------------------------------------
-
-    def _outside(self, life: SupervisorLife) -> Outside:
-        return outside(
-            clock=self.clock,
-            system=self.kernel.system,
-            jitter=self._chance.random,
-            boot_id=self.boot_id,
-            machine_id=self.machine_id,
-            connect=lambda: self.connect(life),
-            ceph=self.ceph_client,
-        )
-
-    def connect(self, life: SupervisorLife) -> SimEtcd:
-        world = self.world
-        life.client = SimEtcd(
-            world.etcd.peer(),
-            weather=self.weather,
-            quorum=lambda: world.quorum,
-            chance=world.chance.of(f"net {life.name}"),
-            tell=lambda what: world.trace.add(life.name, what),
-        )
-        return life.client
-
-    def ceph_client(self) -> SimCeph:
-        name = self.true_name
-        return SimCeph(
-            self.world.ceph, reach=lambda: self.reaches_ceph, tell=lambda what: self.world.trace.add(name, what)
-        )
-
-    # --- its supervisor ---------------------------------------------------------------------------------------
-
-    @property
-    def supervised(self) -> bool:
-        return self.life is not None
-
-    def start(self) -> None:
-        """Start a supervisor, unless one lives."""
-        if self.life is not None or not self.powered:
-            return
-        self._lives += 1
-        life = self.life = SupervisorLife(self, self._lives)
-        life.frozen = self.frozen
-        self.world.trace.add(self.true_name, f"supervisor starts as {self.name}")
-        task = self.world.loop.create_task(self._live(life), context=context_of(life))
-        task.add_done_callback(lambda done: self._over(life, done), context=context_of(self.hardware))
-
-    async def _live(self, life: SupervisorLife) -> bool:
-        settings = settings_of(self.name, str(self.run_dir))
-        supervisor = life.supervisor = Supervisor(settings, self._outside(life))
-        return await supervisor.run()
-
-    def _over(self, life: SupervisorLife, task: asyncio.Task[bool]) -> None:
-        """A supervisor has ended by itself, or as it was told."""
-        error = None if task.cancelled() else task.exception()
-        self.world.trace.add(self.true_name, f"supervisor ended: {error!r}")
-        if self.world.over:
-            return
-        if task.cancelled() or (error is not None and not _is_usual(error)):
-            self.world.judge.wrong("no part ends", f"the supervisor of {self.true_name} ended with {error!r}")
-        if self.life is life:
-            self.kernel.forget(life)
-            self.life = None
-        stopped = error is None and not task.result()
-        if not stopped or life.name in self.world.upgraded:
-            self.world.loop.call_later(AGAIN_S, self.start, context=context_of(self.hardware))
-
-    def stop(self) -> None:
-        """SIGTERM, and a successor."""
-        if self.life is not None and self.life.supervisor is not None and not self.life.frozen:
-            self.world.upgraded.add(self.life.name)
-            self.life.supervisor.stop()
-
-    def kill(self) -> None:
-        """SIGKILL for the supervisor."""
-        life, self.life = self.life, None
-        if life is None:
-            return
-        life.dead = True
-        self.world.trace.add(self.true_name, "supervisor killed")
-        if life.supervisor is not None:
-            # As the kernel does with what a process had open.
-            life.supervisor._run_dir.release()
-        self.kernel.forget(life)
-
-    def freeze_supervisor(self, *, on: bool) -> None:
-        """SIGSTOP, SIGCONT."""
-        if self.life is not None:
-            self.life.frozen = on or self.frozen
-            self.world.trace.add(self.true_name, f"supervisor {'frozen' if on else 'thawed'}")
-
-    # --- all of it --------------------------------------------------------------------------------------------
-
-    def freeze(self, *, on: bool) -> None:
-        """The whole host stands still, guests and all; thawed, its clients in Ceph are back, unless shut out."""
-        if not self.powered:
-            return
-        self.frozen = self.hardware.frozen = on
-        if self.life is not None:
-            self.life.frozen = on
-        self.world.trace.add(self.true_name, "frozen" if on else "thawed")
-        self.weather_changed()
-        for qemu in self.kernel.living:
-            image = self.world.image_of(qemu)
-            if on:
-                self.world.ceph.vanish(qemu.client)
-            elif image is not None:
-                self.world.ceph.open(image, qemu.client)
-
-    def lose_power(self) -> None:
-        """All that was in memory is gone: processes, the run directory."""
-        if not self.powered:
-            return
-        self.world.trace.add(self.true_name, "loses power")
-        self.frozen = False
-        self.kill()
-        self.hardware.dead = True
-        for qemu in self.kernel.living:
-            qemu.vanish()
-        shutil.rmtree(self.run_dir, ignore_errors=True)
-        self.powered = False
-
-    def boot(self) -> None:
-        """Power is back."""
-        if self.powered:
-            return
-        self.world.trace.add(self.true_name, "boots")
-        self.powered = True
-        self._boot()
-        self.start()
-
-    def weather_changed(self) -> None:
-        """Watches break, or link again."""
-        client = None if self.life is None else self.life.client
-        if client is not None:
-            client.lose_watches()
-            client.link()
-
-    def heal(self) -> None:
-        """Nothing is wrong with it any more."""
-        self.weather.clear()
-        self.reaches_ceph = True
-        self.name = self.true_name
-        self.clock.skew_s = 0.0
-        self.kernel.no_program = self.kernel.lose_answer_to = None
-        self.kernel.next_words.clear()
-        self.kernel.hidden.clear()
-        for qemu in self.kernel.living:
-            qemu.deaf = qemu.stubborn = qemu.frozen = qemu.mute = False
-        self.boot()
-        if self.frozen:
-            self.freeze(on=False)
-        self.freeze_supervisor(on=False)
-        self.weather_changed()
-        self.start()
-
-
-def _is_usual(error: BaseException) -> bool:
-    """Whether a supervisor may end so: another one lives under its name, or in its run directory."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(_is_usual(one) for one in error.exceptions)
-    return isinstance(error, HostnameTaken | AlreadyRunning)
+class Enough(BaseException):
+    """Something was violated, and no more is to be known."""
 
 
 class World:
@@ -291,7 +48,10 @@ class World:
 
     Attributes:
         quorum: whether etcd has one.
+        elsewhere: the data of another cluster's etcd.
         over: the history has ended; what is torn down now counts no more.
+        until: what is wrong → how long.
+        to_the_first: the history ends with the first violation.
         upgraded: supervisors that were stopped to be replaced.
     """
 
@@ -301,21 +61,33 @@ class World:
         self.chance = Chance(seed)
         self.trace = Trace(loop.time, hide=str(folder), keep=keep)
         self.etcd = FakeEtcd(loop.time)
+        self.elsewhere = FakeEtcd(loop.time)
+        self._elsewhere: Any = self.elsewhere._server
         self._server: Any = self.etcd._server
         self.judge = Judge(
-            loop.time, LAYOUT, self.trace.add, lambda key: key.encode() in self._server.keys, self.belongs
+            loop.time,
+            layout=LAYOUT,
+            tell=self.trace.add,
+            exists=lambda key: key.encode() in self._server.keys,
+            belongs=self.belongs,
+            at_home=self.at_home,
+            watched=lambda image: bool(self.ceph.watching(image)),
         )
         self.ceph = CephCluster(loop.time, self.chance.of("ceph"))
         self.ceph.on_shut_out = self._shut_out
+        self.ceph.on_unwatched = self.judge.unwatched
         self.quorum = True
-        self.over = False
+        self.over = self.to_the_first = False
+        self.until: dict[str, float] = {}
+        self._shaken_until = 0.0
+        self.ended_at = loop.time()
         self.upgraded: set[str] = set()
         self.backup: FakeEtcd | None = None
         self.armed: dict[str, Armed] = {}
         self.reached: Counter[str] = Counter()
         self.wishes: dict[str, dict[str, str]] = {}
         self.hosts = [SimHost(self, number) for number in range(hosts)]
-        self._seen = 0
+        self._seen = self._seen_elsewhere = 0
         self._born = 0
         loop.on_step = self._stepped
         loop.create_task(self._tick())
@@ -323,19 +95,24 @@ class World:
     def host(self, name: str) -> SimHost:
         return next(host for host in self.hosts if host.true_name == name)
 
-    @staticmethod
-    def image_of(qemu: SimQemu) -> str | None:
-        return f"rbd/{qemu.instance}" if qemu.instance.startswith("r") else None
-
     # --- after every step -------------------------------------------------------------------------------------
 
     def _stepped(self, life: Life) -> None:
+        while self.loop.errors:
+            self.judge.wrong("unheard error", self.loop.errors.pop(0))
+        if self.to_the_first and self.judge.violations:
+            raise Enough
         self.trace.mix(self.loop.steps)
         server = self._server
         if server.born != self._born:
             self._born = server.born
             self._seen = len(server.history)
             self.judge.another_history(self.locks())
+        strange = self._elsewhere.history
+        while self._seen_elsewhere < len(strange):
+            event = strange[self._seen_elsewhere]
+            self._seen_elsewhere += 1
+            self.judge.changed_elsewhere(event)
         while self._seen < len(server.history):
             event = server.history[self._seen]
             self._seen += 1
@@ -345,14 +122,32 @@ class World:
         while True:
             await asyncio.sleep(TICK_S)
             self.etcd.tick()
+            self.elsewhere.tick()
+            for host in self.hosts:
+                keys = (self.elsewhere if host.astray else self.etcd)._server.keys
+                life = host.life
+                if life is None or life.frozen or not life.holds_session:
+                    self.judge.believes(host.true_name, None, exists=False)
+                else:
+                    assert life.parts is not None
+                    key = life.parts._session.key
+                    self.judge.believes(host.true_name, key, exists=key.encode() in keys)
+            for name in self.ceph.images:
+                if not self.ceph.watching(name):
+                    self.judge.unwatched(name)
 
     def _shut_out(self, client: Client) -> None:
         """A guest whose client is shut out is stopped at its next write (`werror=stop`)."""
         for host in self.hosts:
             for qemu in host.kernel.living:
                 if qemu.client == client:
+                    self.judge.shut_out(qemu)
                     after_s = self.ceph.chance.random() * WRITE_S
                     self.loop.call_later(after_s, qemu.fail_to_write, context=context_of(host.hardware))
+
+    def shaken(self, for_s: float) -> None:
+        """For so long, and until sessions are won again, something may keep them from being renewed."""
+        self._shaken_until = max(self._shaken_until, self.loop.time() + for_s + SHAKEN_S)
 
     # --- people -----------------------------------------------------------------------------------------------
 
@@ -411,14 +206,50 @@ class World:
                 found[key.split("/")[2]] = value
         return found
 
+    def erase(self, keys: Sequence[str]) -> None:
+        """A person deletes these keys by mistake: what is wanted does not change."""
+        self.judge.wrote(self.etcd.revision + 1)
+        self.etcd.erase(*keys)
+        self.trace.add("people", f"delete {list(keys)} by mistake")
+
+    def break_lock(self, instance: str) -> None:
+        """`break-lock`: a person says that nothing of its holder writes any more, which may be wrong."""
+        lock = self.lock(instance)
+        if lock is None or lock.storage is not Storage.UNFENCEABLE or lock.state is LockState.BROKEN:
+            return
+        if LAYOUT.session_key(lock.host) in self.etcd.data:
+            return
+        self.judge.broken(instance)
+        self.judge.wrote(self.etcd.revision + 1)
+        self.etcd.write(LAYOUT.lock_key(InstanceId(instance)), lock.broken().to_json())
+
     def belongs(self, instance: str, host: str) -> bool:
-        """Whether an instance is to run there, as people want it and supervisors have placed it."""
+        """Whether an instance is to run there, as people want it and supervisors have placed it.
+
+        A `host` that there is not moves nothing.
+        """
         wish = self.wishes.get(instance, {})
         if wish.get("power", "on") != "on" or "host" not in wish:
             return False
-        placed = self.etcd.data.get(LAYOUT.placement_key(InstanceId(instance)))
-        placement = None if placed is None else Placement.from_json(placed)
-        return host in {wish["host"], None if placement is None else placement.host}
+        if all(wish["host"] != one.true_name for one in self.hosts):
+            return True
+        return host in {wish["host"], self._placed(instance)}
+
+    def at_home(self, instance: str, host: str) -> bool:
+        """Whether it is to run there, as the keys are now, or may stay until the host where it is to run is there."""
+        keys = self._server.keys
+        value = keys.get(LAYOUT.wish_key(InstanceId(instance), "host").encode())
+        wanted = self._placed(instance) or ("" if value is None else value.value.decode())
+        return host == wanted or LAYOUT.session_key(HostName(wanted)).encode() not in keys
+
+    def _placed(self, instance: str) -> str | None:
+        """Where its placement says, while that stands."""
+        keys, name = self._server.keys, InstanceId(instance)
+        home = keys.get(LAYOUT.wish_key(name, "host").encode())
+        placed = keys.get(LAYOUT.placement_key(name).encode())
+        placement = None if placed is None else Placement.from_json(placed.value)
+        stands = placement is not None and home is not None and 0 < home.mod_revision <= placement.of
+        return placement.host if placement is not None and stands else None
 
     def lock(self, instance: str) -> Lock | None:
         value = self.etcd.data.get(LAYOUT.lock_key(InstanceId(instance)))
@@ -434,19 +265,31 @@ class World:
         """Nothing is wrong with anything any more."""
         self.trace.add("world", "all is healed")
         self.quorum = True
+        self.etcd.allow()
         self.ceph.away = None
         self.ceph.slow_s = 0.3
+        self.ceph.late_s = 0.0
         self.etcd.make_space()
         self.armed.clear()
         self.set_right()
         for host in self.hosts:
             host.heal()
 
+    def end(self) -> None:
+        """The history is told."""
+        self.ended_at, self.over = self.loop.time(), True
+
     def what_is_missing(self) -> list[str]:
         """What is not as people want it."""
         missing = []
-        for name, keys in sorted(self.wishes.items()):
-            wanted = bool(keys.get("host")) and keys.get("power", "on") == "on"
+        wanted_ones = {name for name, keys in self.wishes.items() if keys.get("host") and keys.get("power") != "off"}
+        for name in sorted(self.wishes):
+            image = self.wishes[name].get("rbd")
+            wanted = name in wanted_ones and self.ceph.has_exclusive_lock(image)
+            others = [one for one in wanted_ones - {name} if image is not None and self.wishes[one].get("rbd") == image]
+            if wanted and any(qemu.writes for one in others for qemu in self.judge.living(one)):
+                # Two that name one image: either of them is to run.
+                wanted = False
             living = self.judge.living(name)
             running = [qemu for qemu in living if qemu.writes]
             if wanted and (len(running) != 1 or len(living) != 1):
@@ -454,6 +297,10 @@ class World:
                 status = self.status(name)
                 reason = None if status is None else f"{status.host} {status.phase} {status.reason}"
                 missing.append(f"{name} is to run once; there is: {found or 'none'}; its status: {reason}")
+            elif wanted and not self.belongs(name, running[0].host):
+                missing.append(f"{name} is to run on {self.wishes[name]['host']}, and runs on {running[0].host}")
+            elif any(self.judge.was_broken(qemu) for qemu in living):
+                missing.append(f"{name}: its lock was broken, and {living[0].pid} on {living[0].host} lives")
             elif not wanted and living:
                 status = self.status(name)
                 reason = None if status is None else f"{status.host} {status.phase} {status.reason}"
@@ -473,6 +320,8 @@ class LogTap:
             name = event.pop("event")
             broken = event.pop("exc_info", None)
             world.trace.add(LIFE.get().name, f"{method} {name} {event}")
+            if name == "session.lost" and world.loop.time() > world._shaken_until:
+                world.judge.lost_session(LIFE.get().name)
             if name == "instance.error":
                 told = "".join(traceback.format_exception(sys.exc_info()[1])) if broken else ""
                 world.judge.wrong("internal error", told or str(event))

@@ -1,0 +1,284 @@
+"""The kinds of faults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.fakes.etcd import FakeEtcd
+from tests.simulation.acts import Act, kind, later
+from tests.simulation.points import POINTS, Armed, Way
+from tests.simulation.world import World
+
+# --- supervisors and hosts ----------------------------------------------------------------------------------------
+
+
+@kind("supervisor-kill", 8)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.kill()
+    later(world, act.for_s, host.start, ends=f"down {act.host}")
+
+
+@kind("supervisor-upgrade")
+def _(world: World, act: Act) -> None:
+    world.host(act.host).stop()
+
+
+@kind("supervisor-freeze", 8)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.freeze_supervisor(on=True)
+    later(world, act.for_s, lambda: host.freeze_supervisor(on=False))
+
+
+@kind("failpoint", 40)
+def _(world: World, act: Act) -> None:
+    """At a point of the program its supervisor is killed, frozen, or gets an error."""
+    place, rest = divmod(act.x * len(POINTS), 1)
+    way = tuple(Way)[int(rest * len(Way))]
+    world.armed[POINTS[int(place)]] = Armed(act.host, way, act.for_s)
+
+
+@kind("frozen-at-the-lock", 6)
+def _(world: World, act: Act) -> None:
+    """A supervisor is frozen right before it writes a lock."""
+    world.armed["lock to be written"] = Armed(act.host, Way.FREEZE, act.for_s)
+
+
+@kind("host-freeze", 6)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.freeze(on=True)
+    later(world, act.for_s, lambda: host.freeze(on=False), ends=f"frozen {act.host}")
+
+
+@kind("host-power", 5)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.lose_power()
+    later(world, act.for_s, host.boot, ends=f"off {act.host}")
+
+
+@kind("host-renamed", 3)
+def _(world: World, act: Act) -> None:
+    """Its supervisor is started again under another name, for a while; a person may say that it is meant."""
+    host = world.host(act.host)
+    host.start_with(name=act.other if act.x < 0.5 else "typo")
+    if act.x > 0.7:
+        later(world, act.for_s / 2, host.confirm_identity)
+    later(world, act.for_s, host.start_with)
+    later(world, act.for_s + 10.0, host.confirm_identity)
+
+
+@kind("host-other-prefix", 2)
+def _(world: World, act: Act) -> None:
+    """The same with another `KVM_PREFIX`."""
+    host = world.host(act.host)
+    host.start_with(prefix="/kwm")
+    later(world, act.for_s, host.start_with)
+
+
+@kind("host-astray", 2)
+def _(world: World, act: Act) -> None:
+    """The same with another cluster's etcd, which knows nothing of these machines, or holds a copy of their keys."""
+    host = world.host(act.host)
+    if act.x < 0.3:
+        world.elsewhere.restore(world.etcd.backup())
+    host.start_with(astray=True)
+    later(world, act.for_s, host.start_with)
+
+
+@kind("host-records-lost", 2)
+def _(world: World, act: Act) -> None:
+    """Its run directory is empty, or one record in it cannot be read."""
+    host = world.host(act.host)
+    if act.x < 0.5:
+        host.lose_records()
+    else:
+        host.kill()
+        host.damage_record(act.machine)
+    later(world, min(act.for_s, 8.0), host.start)
+
+
+@kind("host-clock", 1)
+def _(world: World, act: Act) -> None:
+    """Its time of day jumps by days."""
+    world.host(act.host).clock.skew_s = (act.x - 0.5) * 1e6
+
+
+# --- QEMUs --------------------------------------------------------------------------------------------------------
+
+
+def _qemu_of(world: World, act: Act) -> Any:
+    living = [qemu for qemu in world.judge.living(act.machine) if not world.host(qemu.host).frozen]
+    return living[int(act.x * len(living))] if living else None
+
+
+@kind("qemu-kill", 8)
+def _(world: World, act: Act) -> None:
+    if (qemu := _qemu_of(world, act)) is not None:
+        qemu.crash()
+
+
+@kind("qemu-freeze")
+def _(world: World, act: Act) -> None:
+    if (qemu := _qemu_of(world, act)) is not None:
+        qemu.frozen = True
+        later(world, act.for_s, lambda: setattr(qemu, "frozen", False))
+
+
+@kind("qemu-mute", 2)
+def _(world: World, act: Act) -> None:
+    if act.x < 0.3:
+        world.host(act.host).kernel.hangs_until = world.loop.time() + act.for_s
+    if (qemu := _qemu_of(world, act)) is not None:
+        qemu.mute = True
+        later(world, act.for_s, lambda: setattr(qemu, "mute", False))
+
+
+@kind("guest-deaf", 3)
+def _(world: World, act: Act) -> None:
+    if (qemu := _qemu_of(world, act)) is not None:
+        qemu.deaf = True
+
+
+@kind("guest-shutdown")
+def _(world: World, act: Act) -> None:
+    if (qemu := _qemu_of(world, act)) is not None and qemu.run_state == "running":
+        (qemu.power_off if "-no-shutdown" in qemu.argv else qemu.shut_down)()
+
+
+@kind("qmp-answer-lost")
+def _(world: World, act: Act) -> None:
+    commands = ("cont", "quit", "system_powerdown", "query-status")
+    world.host(act.host).kernel.lose_answer_to = commands[int(act.x * len(commands))]
+
+
+@kind("guest-paused", 2)
+def _(world: World, act: Act) -> None:
+    """Somebody stops a guest by a QMP of his own, and lets it go on."""
+    if (qemu := _qemu_of(world, act)) is not None:
+        qemu.pause()
+        later(world, act.for_s, qemu.resume)
+
+
+@kind("qemu-fails", 3)
+def _(world: World, act: Act) -> None:
+    kernel = world.host(act.host).kernel
+    if act.x < 0.7:
+        kernel.next_words.append("qemu: something is wrong")
+    else:
+        kernel.fails_until = world.loop.time() + act.for_s
+
+
+@kind("qemu-ends-at-command", 4)
+def _(world: World, act: Act) -> None:
+    """Before it does what it is told, or after."""
+    commands = ("cont", "quit", "system_powerdown", "query-status", "query-uuid", "query-chardev")
+    place, rest = divmod(act.x * len(commands), 1)
+    world.host(act.host).kernel.dies_at = commands[int(place)], rest < 0.5
+
+
+# --- etcd ---------------------------------------------------------------------------------------------------------
+
+
+@kind("etcd-cut", 8)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.weather.cut = True
+    host.weather_changed()
+
+    def mend() -> None:
+        host.weather.cut = False
+        host.weather_changed()
+
+    later(world, act.for_s, mend, ends=f"cut {act.host}")
+
+
+@kind("etcd-flaky", 8)
+def _(world: World, act: Act) -> None:
+    weather = world.host(act.host).weather
+    weather.loses_request, weather.loses_reply = 0.2 * act.x, 0.2 * act.x
+    weather.delays, weather.refuses, weather.slow_s = 0.15 * act.x, 0.2 * (1 - act.x), 0.5 * act.x + 0.02
+    weather.repeats = 0.1 * act.x
+    later(world, act.for_s, lambda: None if weather.cut else weather.clear())
+
+
+@kind("etcd-no-quorum")
+def _(world: World, act: Act) -> None:
+    world.quorum = False
+    later(world, act.for_s, lambda: setattr(world, "quorum", True), ends="quorum")
+
+
+@kind("etcd-watches-cut", 6)
+def _(world: World, act: Act) -> None:
+    world.host(act.host).weather_changed()
+
+
+@kind("etcd-compact", 3)
+def _(world: World, act: Act) -> None:
+    world.etcd.compact()
+
+
+@kind("etcd-full", 2)
+def _(world: World, act: Act) -> None:
+    world.etcd.fill()
+    later(world, act.for_s, world.etcd.make_space)
+
+
+@kind("lease-revoked", 5)
+def _(world: World, act: Act) -> None:
+    """A frozen leader wakes and revokes a healthy holder's lease (etcd #15247)."""
+    leases = sorted(world.etcd.leases)
+    if leases:
+        world.etcd.expire(leases[int(act.x * len(leases))])
+
+
+@kind("etcd-backup", 3)
+def _(world: World, act: Act) -> None:
+    world.backup = world.etcd.backup()
+
+
+@kind("etcd-restored", 3)
+def _(world: World, act: Act) -> None:
+    """The backup takes the place of what there is, and what people do meanwhile may pass the revision that was seen."""
+    if world.backup is not None:
+        while act.x < 0.5 and world.backup.revision <= world.etcd.revision + 3:
+            world.backup.write("/elsewhere", str(world.backup.revision))
+        world.etcd.restore(world.backup)
+        world.backup = None
+
+
+@kind("etcd-lost", 1)
+def _(world: World, act: Act) -> None:
+    """All data is lost."""
+    world.etcd.restore(FakeEtcd(world.loop.time))
+
+
+# --- Ceph ---------------------------------------------------------------------------------------------------------
+
+
+@kind("ceph-away", 5)
+def _(world: World, act: Act) -> None:
+    world.ceph.away = "its monitors are gone"
+    later(world, act.for_s, lambda: setattr(world.ceph, "away", None), ends="ceph")
+
+
+@kind("ceph-cut", 3)
+def _(world: World, act: Act) -> None:
+    host = world.host(act.host)
+    host.reaches_ceph = False
+    later(world, act.for_s, lambda: setattr(host, "reaches_ceph", True), ends=f"ceph {act.host}")
+
+
+@kind("ceph-osd-late", 3)
+def _(world: World, act: Act) -> None:
+    """An OSD hears late of clients that are shut out."""
+    world.ceph.late_s = 40.0 * act.x
+    later(world, act.for_s, lambda: setattr(world.ceph, "late_s", 0.0))
+
+
+@kind("ceph-slow", 2)
+def _(world: World, act: Act) -> None:
+    world.ceph.slow_s = 12.0 * act.x
+    later(world, act.for_s, lambda: setattr(world.ceph, "slow_s", 0.3))

@@ -1,0 +1,127 @@
+"""The kinds of what people do, right or wrong."""
+
+from __future__ import annotations
+
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.removal import ALWAYS_ALLOWED
+from tests.simulation.acts import HOSTS, Act, create, kind, later
+from tests.simulation.world import LAYOUT, World
+
+
+@kind("move", 8)
+def _(world: World, act: Act) -> None:
+    if world.wishes.get(act.machine, {}).get("host") not in (None, act.other):
+        world.judge.ordered(act.machine, f"moves to {act.other}")
+        world.put(act.machine, host=act.other)
+
+
+@kind("power", 5)
+def _(world: World, act: Act) -> None:
+    if act.machine in world.wishes and world.wishes[act.machine].get("host"):
+        off = world.wishes[act.machine].get("power", "on") == "on"
+        world.judge.ordered(act.machine, "power")
+        world.put(act.machine, power="off" if off else "on")
+        if off and act.x < 0.7:
+            later(world, act.for_s, lambda: _power_on(world, act.machine))
+
+
+def _power_on(world: World, machine: str) -> None:
+    if world.wishes.get(machine, {}).get("power") == "off":
+        world.put(machine, power="on")
+
+
+@kind("restart")
+def _(world: World, act: Act) -> None:
+    if world.wishes.get(act.machine, {}).get("host"):
+        way = ("", "now:", "reset:")[int(act.for_s) % 3]
+        world.judge.ordered(act.machine, "restart", at_once=way != "")
+        world.put(act.machine, restart_request=f"{way}{act.x:.6f}")
+
+
+@kind("remove", 4)
+def _(world: World, act: Act) -> None:
+    if world.wishes.get(act.machine, {}).get("host"):
+        world.judge.ordered(act.machine, "removed")
+        world.remove(act.machine)
+        if act.x < 0.8:
+            later(world, act.for_s, lambda: _create_again(world, act))
+
+
+def _create_again(world: World, act: Act) -> None:
+    if not world.wishes.get(act.machine, {}).get("host"):
+        create(world, act.machine, act.other, anywhere=act.x < 0.5)
+
+
+@kind("create", 4)
+def _(world: World, act: Act) -> None:
+    _create_again(world, act)
+
+
+@kind("move-to-nobody", 3)
+def _(world: World, act: Act) -> None:
+    """A typo in `host`: nobody has that name. It is mended after a while."""
+    before = world.wishes.get(act.machine, {}).get("host")
+    if before is None or before not in HOSTS:
+        return
+    world.put(act.machine, host=NOBODY)
+    later(world, act.for_s, lambda: mend_keys(world, act.machine, before))
+
+
+NOBODY = "nodex"
+
+
+def mend_keys(world: World, machine: str, host: str) -> None:
+    """Write the host that was meant, unless somebody has written another one; and its own image."""
+    if machine == "r2" and world.wishes.get(machine, {}).get("rbd") == "rbd/r1":
+        world.put(machine, rbd="rbd/r2")
+    if world.wishes.get(machine, {}).get("host", host) not in HOSTS:
+        world.judge.ordered(machine, f"goes to {host}")
+        world.put(machine, host=host)
+
+
+@kind("mass-removal", 2)
+def _(world: World, act: Act) -> None:
+    """All wishes are deleted by mistake, and written again after a while.
+
+    On a host that runs more than two, nothing is to happen. For the others it is an order.
+    """
+    for host in world.hosts:
+        running = [qemu.instance for qemu in host.kernel.living]
+        for name in running if len(running) <= ALWAYS_ALLOWED else []:
+            world.judge.ordered(name, "removed by mistake")
+    world.erase([key for key in world.etcd.data if key.startswith("/kvm/") and not key.endswith("/lock")])
+    later(world, min(act.for_s, 40.0), world.set_right)
+
+
+@kind("key-deleted", 4)
+def _(world: World, act: Act) -> None:
+    """A key that is a supervisor's is deleted by hand: a lock, a status, both, a session."""
+    name = InstanceId(act.machine)
+    lock, status = LAYOUT.lock_key(name), LAYOUT.status_key(name)
+    session = LAYOUT.session_key(HostName(act.host))
+    world.erase([[lock], [status], [lock, status], [session]][int(act.x * 4)])
+
+
+@kind("rbd-mistaken", 1)
+def _(world: World, act: Act) -> None:
+    """The key `rbd` of one names another one's image, for a while."""
+    if world.wishes.get("r2", {}).get("host"):
+        world.put("r2", rbd="rbd/r1")
+        if act.x < 0.5:
+            later(world, act.for_s, lambda: mend_keys(world, "r2", act.host))
+
+
+@kind("key-garbage", 2)
+def _(world: World, act: Act) -> None:
+    """A wish turns into nonsense, and is written again after a while."""
+    if world.wishes.get(act.machine, {}).get("host"):
+        world.judge.wrote(world.etcd.revision + 1)
+        world.etcd.write(f"/kvm/{act.machine}/ram", "a lot")
+        later(world, act.for_s, world.set_right)
+
+
+@kind("lock-broken", 3)
+def _(world: World, act: Act) -> None:
+    """`break-lock`, where it is allowed."""
+    for name in sorted(world.wishes):
+        world.break_lock(name)
