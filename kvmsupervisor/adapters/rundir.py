@@ -278,9 +278,14 @@ class RunDir:
         self._tighten()
 
     def _tighten(self) -> None:
-        """Close locks, logs and sockets to other users that an earlier release left open."""
+        """Close locks, logs and sockets to other users that an earlier release left open.
+
+        Beside the folders of instances all our files begin with `_`. What else is there is a person's.
+        """
         for folder, _, names in os.walk(self.path):
             for name in names:
+                if folder == str(self.path) and not name.startswith("_"):
+                    continue
                 with contextlib.suppress(OSError):
                     # Most files are closed already and need no further check.
                     if os.lstat(f"{folder}/{name}").st_mode & 0o077:

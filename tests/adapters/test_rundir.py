@@ -386,6 +386,17 @@ def test_what_was_open_to_others_is_closed(path: Path) -> None:
     assert outside.stat().st_mode & 0o777 == 0o644
 
 
+def test_a_persons_file_keeps_its_mode(path: Path) -> None:
+    """Law: a supervisor's start changes what is its own: a guest may need the file that somebody put there."""
+    run_dir, disk = RunDir(path), path / "disk"
+    path.mkdir(exist_ok=True)
+    disk.touch()
+    disk.chmod(0o666)
+    run_dir.acquire()
+    run_dir.release()
+    assert disk.stat().st_mode & 0o777 == 0o666
+
+
 def test_a_record_is_for_its_owner_also_over_what_was_left(path: Path) -> None:
     """Law: half a file of an earlier release, with another mode, changes nothing."""
     (path / "one.new").touch()
