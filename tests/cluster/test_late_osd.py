@@ -193,9 +193,9 @@ class Lab:
 
 
 @pytest.fixture
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+def lab() -> Iterator[Lab]:
     with ExitStack() as stack:
-        yield Lab(stack, getattr(request, "param", 1))
+        yield Lab(stack, 1)
 
 
 def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
@@ -226,22 +226,35 @@ def test_late_writes_land_and_none_after_a_read(lab: Lab) -> None:
         assert new.reads(third, 0x11)
 
 
-# No part of each run: a replica that has not heard that the first write is complete sends the reader to the primary,
-# which waits for the map. Seen in about half of the runs; such a run shows nothing, and fails.
+TRIES = 6
+"""Clusters in which the replica is read. In about half of them it has not heard that the first write is complete, and
+sends the reader to the primary, which waits for the map: such a cluster shows nothing."""
+
+
+# No part of each run: it takes minutes.
 @pytest.mark.soak
-@pytest.mark.parametrize("lab", [2], indirect=True)
-def test_a_read_from_a_replica_is_no_barrier(lab: Lab) -> None:
+@pytest.mark.timeout(900)
+def test_a_read_from_a_replica_is_no_barrier() -> None:
     """Law 5's reason: the replica has the new map and the primary has not, so a write lands after it was read there.
 
     When this fails, Ceph does better: images of which replicas are read need not be refused then.
     """
-    late = lab.late_objects[0]
-    epoch = lab.shut_out_unheard()
-    with lab.new_client("rbd read from replica policy = localize\ncrush location = host=near") as new:
-        assert new.reads(late, 0x11)
-        assert lab.ceph.osd_epoch(0) >= epoch > lab.ceph.osd_epoch(1)
-        lab.old.tell("write", late, 0x33)
-        lab.until_asked(1)
-        lab.release()
-        assert "ops;" in lab.old.answer()
-        assert new.reads(late, 0x33)
+    for _ in range(TRIES):
+        with ExitStack() as stack:
+            lab = Lab(stack, 2)
+            late = lab.late_objects[0]
+            epoch = lab.shut_out_unheard()
+            more = "rbd read from replica policy = localize\ncrush location = host=near"
+            new = stack.enter_context(lab.new_client(more))
+            try:
+                assert new.reads(late, 0x11)
+            except queue.Empty:
+                continue
+            assert lab.ceph.osd_epoch(0) >= epoch > lab.ceph.osd_epoch(1)
+            lab.old.tell("write", late, 0x33)
+            lab.until_asked(1)
+            lab.release()
+            assert "ops;" in lab.old.answer()
+            assert new.reads(late, 0x33)
+            return
+    pytest.fail(f"in none of {TRIES} clusters the replica answered")
