@@ -285,11 +285,20 @@ class View:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the lock is older than the process: restored, or written by hand, and no takeover."""
+        """Whether the lock is older than the process: restored, or written by hand, and no takeover.
+
+        Of a process that was started in the present history, a lock that was written in it by a host that lives is a
+        takeover, whatever its epoch: the instance was removed and made again while this host was away, and its epochs
+        began anew.
+        """
         lock, process = self.lock.lock, self.process
         if lock is None or process is None:
             return False
-        return is_older(lock, epoch=process.incarnation.epoch, incarnation=process.incarnation.incarnation)
+        known = process.incarnation
+        of_this_history = known.epoch > self.era.epoch_floor and self.lock.mod_revision > self.era.since
+        if of_this_history and lock.host != self.me and self.holder_has_session:
+            return False
+        return is_older(lock, epoch=known.epoch, incarnation=known.incarnation)
 
     @property
     def unadopted_pid(self) -> int | None:
