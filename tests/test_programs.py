@@ -20,9 +20,9 @@ from kvmsupervisor.adapters.network import HELPERS, NetworkTrouble, open_tap
 from kvmsupervisor.config import values as setting_values
 from kvmsupervisor.domain.ceph import client_address
 from kvmsupervisor.domain.keys import InstanceId, parse_id
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.spec import RawValue, RbdDisk, Spec
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.domain.words import is_name
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,11 +17,11 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT, is_known, parse_wish
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.storage import files_elsewhere
 from kvmsupervisor.domain.values import nearest, plain, show, some
-from kvmsupervisor.domain.wishes import VALUE_LIMIT, is_known, parse_wish
 
 CONFLICT_ATTEMPTS = 5
 """How often a change is tried again when another writer was faster. Arbitrary: people do not type faster."""

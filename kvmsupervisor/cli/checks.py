@@ -15,11 +15,11 @@ from kvmsupervisor.cli.output import parse_time, printable_bytes
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
+from kvmsupervisor.domain.parse_keys import FREE_KEY, FREE_KEY_PREFIX
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import files_elsewhere, origins_of, pinning
 from kvmsupervisor.domain.values import Unfit, invisible
-from kvmsupervisor.domain.wishes import FREE_KEY, FREE_KEY_PREFIX
 
 SETTLE_S = 2.0
 """Seconds that a host gets to act on a wish before `check` calls it late. Arbitrary: hosts write a status within

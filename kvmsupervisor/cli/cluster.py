@@ -14,11 +14,11 @@ from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT, parse_wish
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.single import is_in_container, is_same_host, is_single
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.wishes import VALUE_LIMIT, parse_wish
 
 UNKNOWN = "unknown"
 """Shown instead of the phase when the host has no session: the phase is not known then."""

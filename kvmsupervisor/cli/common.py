@@ -26,9 +26,9 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.values import show, strange
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -19,8 +19,8 @@ from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.parse_keys import public_value
 from kvmsupervisor.domain.removal import SHOWN_CHARS
-from kvmsupervisor.domain.wishes import public_value
 
 
 @click.command("confirm-removal")

@@ -14,9 +14,9 @@ from kvmsupervisor.cli.common import complete
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import parse_id
+from kvmsupervisor.domain.parse_keys import FREE_KEY_PREFIX
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.values import nearest, plain, show
-from kvmsupervisor.domain.wishes import FREE_KEY_PREFIX
 
 PHASES = (*(phase.value for phase in Phase), UNKNOWN)
 """What the column PHASE can hold."""

@@ -13,8 +13,8 @@ from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_ce
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY, public_value
 from kvmsupervisor.domain.values import some
-from kvmsupervisor.domain.wishes import ALL_NUMBERED_KEYS, FREE_KEY, public_value
 
 OTHERS = 100
 """How many keys `show` prints that are no wishes. Arbitrary: a writer of keys must not fill a terminal."""

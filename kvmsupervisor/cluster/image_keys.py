@@ -16,8 +16,8 @@ from kvmsupervisor.adapters.etcd import EtcdError, Store
 from kvmsupervisor.adapters.etcd.api import Compare, Get, Put, Target
 from kvmsupervisor.domain.images import Image, parse_image
 from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT
 from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit
-from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 CLAIM_S = 30
 """How long a host counts as importing that has said nothing more. Arbitrary: longer than etcd elects a leader."""

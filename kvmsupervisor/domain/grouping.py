@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, LOCK_PLACEHOLDER, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT
 from kvmsupervisor.domain.spec import RawValue
-from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 LabelT_co = TypeVar("LabelT_co", bound=Hashable, covariant=True)
 

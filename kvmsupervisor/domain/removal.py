@@ -13,8 +13,8 @@ from dataclasses import replace
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.parse_keys import public_value
 from kvmsupervisor.domain.spec import Power, RawValue, Wish
-from kvmsupervisor.domain.wishes import public_value
 
 ALWAYS_ALLOWED = 2
 """This many removals within the window are never held, however few instances there are."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import HostName, InstanceId, parse_id
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, RestartPolicy, Wish
-from kvmsupervisor.domain.wishes import parse_wish
 
 OVERRIDES: Mapping[str, str] = {
     "VM_RAM": "ram",

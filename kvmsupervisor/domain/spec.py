@@ -1,6 +1,6 @@
 """The machine that an instance's keys describe, and the wish that it is part of: plain data.
 
-`wishes.py` reads the keys; `argv.py` makes QEMU's command line of a `Spec`.
+`parse_keys.py` reads the keys; `argv.py` makes QEMU's command line of a `Spec`.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from typing import Protocol
 
 from kvmsupervisor.cluster.fencing import InUse
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.spec import RawValue, Spec
 from kvmsupervisor.domain.storage import images_of, names_of
 from kvmsupervisor.domain.values import some
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.context import InstanceContext
 
 ASK_EVERY_S = 5.0

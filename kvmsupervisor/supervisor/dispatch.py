@@ -15,9 +15,9 @@ from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.removal import Hold, MassRemovalHold, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
 

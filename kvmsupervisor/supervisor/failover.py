@@ -23,10 +23,10 @@ from kvmsupervisor.domain.failover import STEP_S, place
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.placement import FAILOVER, Placed, Placement
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.storage import images_of, storage_of
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.start import need_mib

@@ -15,7 +15,7 @@ from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, Key
 from kvmsupervisor.cluster.informer import SLICE, Informer, Wishes
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.keys import InstanceId, Layout
-from kvmsupervisor.domain.wishes import VALUE_LIMIT
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.history import SameHistory

@@ -24,8 +24,8 @@ from kvmsupervisor.domain.argv import (
 )
 from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
-from kvmsupervisor.domain.wishes import parse_wish
 
 VM = InstanceId("vm-1")
 IDENTITY = Identity(instance=VM, uuid=UUID("8b1cf5f6-4d2e-4b8a-9d5e-1f6a2a3c4d5e"))

@@ -9,9 +9,9 @@ import pytest
 from kvmsupervisor.domain.failover import place
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Spec, Wish
-from kvmsupervisor.domain.wishes import parse_wish
 
 ME = HostName("c")
 WISH = Wish(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups
 from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.parse_keys import VALUE_LIMIT
 from kvmsupervisor.domain.spec import RawValue
-from kvmsupervisor.domain.wishes import VALUE_LIMIT
 
 Write = tuple[bytes, bytes, int]
 

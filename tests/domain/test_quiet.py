@@ -7,10 +7,10 @@ from itertools import permutations
 import pytest
 
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed, Placement
 from kvmsupervisor.domain.quiet import Quiet, is_complete
 from kvmsupervisor.domain.spec import RawValue, Wish
-from kvmsupervisor.domain.wishes import parse_wish
 
 NOW = 100.0
 SETTLE_S = 0.5

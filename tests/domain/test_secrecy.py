@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from kvmsupervisor.domain.exits import WaitStatus, classify
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.parse_keys import parse_wish, public_value
 from kvmsupervisor.domain.removal import differing
 from kvmsupervisor.domain.secrecy import cleaned, cleaned_flags, cleaned_words, hidden_url, secrets_in, secrets_of_url
 from kvmsupervisor.domain.spec import RawValue
-from kvmsupervisor.domain.wishes import parse_wish, public_value
 
 PLAIN = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=70)
 ANY = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=8, max_size=70).filter(

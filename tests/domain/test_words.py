@@ -16,10 +16,10 @@ from kvmsupervisor.config import values as setting_values
 from kvmsupervisor.domain.hardware import Nvram, Ovmf
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import NUMBERED_KEYS, parse_wish
 from kvmsupervisor.domain.spec import RawValue, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.values import Unfit, shell_words
-from kvmsupervisor.domain.wishes import NUMBERED_KEYS, parse_wish
 from kvmsupervisor.domain.words import escaped, is_name, json_option, option
 from tests.domain.test_argv import HOST, VM, argv, parts
 from tests.domain.test_lock import LOCK

@@ -28,8 +28,8 @@ from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.nics import Link
+from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.status import Phase, Status
-from kvmsupervisor.domain.wishes import parse_wish
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import HostsLife, InstanceContext
 from kvmsupervisor.instance.sharing import Namesakes

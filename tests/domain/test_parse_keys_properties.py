@@ -13,6 +13,16 @@ from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import (
+    DISKS,
+    FREE_KEY,
+    FREE_KEY_PREFIX,
+    NICS,
+    SPICE_PASSWORD_LENGTH,
+    UNKNOWN_KEYS_NAMED,
+    VALUE_LIMIT,
+    parse_wish,
+)
 from kvmsupervisor.domain.spec import (
     Disk,
     Firmware,
@@ -28,16 +38,6 @@ from kvmsupervisor.domain.spec import (
     spec_to_object,
 )
 from kvmsupervisor.domain.values import show_bytes
-from kvmsupervisor.domain.wishes import (
-    DISKS,
-    FREE_KEY,
-    FREE_KEY_PREFIX,
-    NICS,
-    SPICE_PASSWORD_LENGTH,
-    UNKNOWN_KEYS_NAMED,
-    VALUE_LIMIT,
-    parse_wish,
-)
 
 VM = InstanceId("vm")
 

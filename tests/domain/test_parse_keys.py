@@ -9,6 +9,16 @@ import pytest
 
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.parse_keys import (
+    DISKS,
+    NICS,
+    NUMBERED_KEYS,
+    RESERVED_FLAGS,
+    SECRET_KEYS,
+    UNKNOWN_KEYS_NAMED,
+    VALUE_LIMIT,
+    parse_wish,
+)
 from kvmsupervisor.domain.spec import (
     Disk,
     HugePages,
@@ -21,16 +31,6 @@ from kvmsupervisor.domain.spec import (
     Wish,
 )
 from kvmsupervisor.domain.values import show, strange
-from kvmsupervisor.domain.wishes import (
-    DISKS,
-    NICS,
-    NUMBERED_KEYS,
-    RESERVED_FLAGS,
-    SECRET_KEYS,
-    UNKNOWN_KEYS_NAMED,
-    VALUE_LIMIT,
-    parse_wish,
-)
 from tests.support.spec import FULL
 
 DOCS = Path(__file__).parents[2] / "docs" / "instances.md"
