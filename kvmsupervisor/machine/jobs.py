@@ -41,10 +41,14 @@ class Underway(DiskTrouble):
 
 
 class _Job:
-    """One piece of work."""
+    """One piece of work.
 
-    def __init__(self, work: Callable[[Say], Awaitable[Any]]) -> None:
-        self.said = "begins"
+    Attributes:
+        said: how far it is; until it says anything, why it failed before: what people read must not change at each try.
+    """
+
+    def __init__(self, work: Callable[[Say], Awaitable[Any]], said: str) -> None:
+        self.said = said
         self.ended_at = 0.0
         self.hearers: list[Say] = []
         self.task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(self._run(work))
@@ -68,6 +72,11 @@ class _Job:
             return False
         hold_s: float = FAILED_S if self.task.cancelled() else getattr(self.task.exception(), "hold_s", FAILED_S)
         return now >= self.ended_at + hold_s
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it failed, None where it did not, or was cancelled."""
+        return str(self.task.exception()) if self.has_failed and not self.task.cancelled() else None
 
     def say(self, said: str) -> None:
         self.said = said
@@ -122,7 +131,8 @@ class Jobs:
         job = self._jobs.get(name)
         now = asyncio.get_running_loop().time()
         if job is None or job.is_over(now):
-            job = self._jobs[name] = _Job(work)
+            before = None if job is None else job.trouble
+            job = self._jobs[name] = _Job(work, before or "begins")
         return job
 
     async def close(self) -> None:

@@ -55,6 +55,35 @@ async def test_a_failure_is_the_answer_for_a_while(error: Exception) -> None:
     await jobs.close()
 
 
+class Brief(DiskTrouble):
+    """A failure that is tried again at once."""
+
+    hold_s = 0.0
+
+
+async def test_a_new_try_says_why_the_last_one_failed() -> None:
+    """Law: what people read of it does not change at each try, and is not written to etcd twice for each."""
+    jobs, go = Jobs(), asyncio.Event()
+
+    async def work(say: Say) -> None:
+        if go.is_set():
+            say("half")
+            await asyncio.Event().wait()
+        raise Brief("no room")
+
+    for said in ("begins", "no room", "no room"):
+        with pytest.raises(Underway, match=said):
+            jobs.ask("one", work)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    go.set()
+    for said in ("no room", "half"):
+        with pytest.raises(Underway, match=said):
+            jobs.ask("one", work)
+        await asyncio.sleep(0)
+    await jobs.close()
+
+
 async def test_work_that_is_part_of_other_work() -> None:
     """Law: who joins hears how far it is, and being cancelled does not take it from others."""
     jobs, go = Jobs(), asyncio.Event()
