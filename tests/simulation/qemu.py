@@ -86,6 +86,7 @@ class SimQemu(FakeQemu):
         self.ran_at: float | None = None
         self.bears: list[str] = []
         self.asked_at: float | None = None
+        self._held = False
 
     @property
     def incarnation(self) -> str:
@@ -145,11 +146,13 @@ class SimQemu(FakeQemu):
         """Somebody stops its guest, by a QMP of his own."""
         if self.alive and self.run_state == "running":
             self.run_state = "paused"
+            self._held = True
             self.event("STOP")
 
     def resume(self) -> None:
-        """And lets it go on; one whose guest never ran is nobody's to resume."""
-        if self.alive and self.run_state == "paused":
+        """And lets it go on, also where it was reset meanwhile; one whose guest never ran is nobody's to resume."""
+        if self.alive and self._held and self.run_state in {"paused", "prelaunch"}:
+            self._held = False
             self.run_state = "running"
             self.event("RESUME")
             self._heed_button()
