@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -81,6 +81,15 @@ async def both(one: Coroutine[Any, Any, One], other: Coroutine[Any, Any, Other])
     steps: list[Coroutine[Any, Any, Any]] = [one, other]
     first, second = await all_of(steps)
     return first, second
+
+
+async def end_tool(tool: asyncio.subprocess.Process) -> None:
+    """Kill a tool that still works, reap it, and read its pipes to their ends, so that they are closed, too."""
+    if tool.returncode is None:
+        # It may have ended at this very moment.
+        with suppress(ProcessLookupError):
+            tool.kill()
+        await tool.communicate()
 
 
 def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -9,11 +9,11 @@ kernel when this process was killed. Sources: qemu-img(1), cp(1), setpriv(1), pr
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
 
+from kvmsupervisor.aio import end_tool
 from kvmsupervisor.domain.local_disk import DiskFormat
 from kvmsupervisor.domain.words import json_option
 
@@ -126,10 +126,7 @@ async def _run(
     except TimeoutError:
         raise ToolFailed(f"{name} took longer than {limit_s:.0f} s") from None
     finally:
-        if tool.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                tool.kill()
-            await tool.communicate()
+        await end_tool(tool)
     if status != 0:
         said = complaints.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {status}"
         raise ToolFailed(f"{name}: {said[:WORDS]}")

@@ -10,6 +10,8 @@ import asyncio
 import re
 from collections.abc import Mapping
 
+from kvmsupervisor.aio import end_tool
+
 LIMIT_S = 20.0
 """How long QEMU may take to list them. On an idle host it takes 50 ms."""
 
@@ -53,8 +55,6 @@ async def _aliases(qemu: str) -> Mapping[str, str] | None:
     except TimeoutError:
         return None
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await end_tool(process)
     # An answer without any machine type is a failure; the next call may succeed.
     return dict(_ALIAS.findall(output.decode(errors="replace"))) or None

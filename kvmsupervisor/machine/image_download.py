@@ -19,7 +19,7 @@ from kvmsupervisor.machine.jobs import Say
 from kvmsupervisor.machine.library import STEP, Library
 
 LOOK_EVERY_BYTES = 64 << 20
-"""The same while an image is fetched."""
+"""How much of an image is fetched before it is looked again whether there is room left."""
 
 
 class Download(Protocol):

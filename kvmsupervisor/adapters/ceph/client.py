@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from kvmsupervisor.aio import all_of
+from kvmsupervisor.aio import all_of, end_tool
 from kvmsupervisor.domain.ceph import (
     EXCLUSIVE_LOCK,
     Client,
@@ -389,12 +389,7 @@ class Ceph:
         except TimeoutError:
             raise _NoAnswerInTime(f"Ceph does not answer: `{shown}` took longer than {limit_s:g} s") from None
         finally:
-            if tool.returncode is None:
-                # It may have ended at this very moment.
-                with contextlib.suppress(ProcessLookupError):
-                    tool.kill()
-                # Reaps it, and reads the pipes to their ends, so that they are closed, too.
-                await tool.communicate()
+            await end_tool(tool)
         if tool.returncode != 0:
             assert tool.returncode is not None
             raise self._error(shown, tool.returncode, complaints.decode(errors="replace"))
