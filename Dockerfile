@@ -33,7 +33,7 @@ RUN apt-get -qq update \
  && apt-get -qq install --yes --no-install-recommends \
         python3-minimal libpython3-stdlib ca-certificates \
         qemu-system-x86 qemu-system-modules-spice qemu-block-extra qemu-utils \
-        ceph-common ovmf util-linux kmod iproute2 >/dev/null \
+        ceph-common ovmf util-linux kmod iproute2 nftables >/dev/null \
  && apt-get clean \
  && rm -rf /var/lib/apt/lists/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
         /usr/share/doc /usr/share/man /usr/share/locale /usr/share/iso-codes \

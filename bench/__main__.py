@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.status import Status
 
-from bench import fleet, imports, prefix, starts
+from bench import bystander, clones, disk, fleet, imports, prefix, simulation, starts
 from bench.figures import Figure, markdown, show
 from bench.rig import Rig
 
@@ -30,6 +30,10 @@ FULL: Mapping[str, Benchmark] = {
     "starts": lambda rig: starts.measure(rig, pairs=25),
     "fleet": lambda rig: fleet.measure(rig, machines=100, rounds=3, settle_s=20.0, idle_s=60.0, adoptions=5),
     "prefix": lambda rig: prefix.measure(rig, instances=10_000, rounds=5),
+    "simulation": lambda rig: simulation.measure(rig, seeds=25),
+    "bystander": lambda rig: bystander.measure(rig, instances=1000, events=2000, rounds=5),
+    "disk": lambda rig: disk.measure(rig, rounds=15),
+    "clones": lambda rig: clones.measure(rig, machines=50, rounds=3),
 }
 
 QUICK: Mapping[str, Benchmark] = {
@@ -37,6 +41,10 @@ QUICK: Mapping[str, Benchmark] = {
     "starts": lambda rig: starts.measure(rig, pairs=2),
     "fleet": lambda rig: fleet.measure(rig, machines=4, rounds=1, settle_s=1.0, idle_s=2.0, adoptions=1),
     "prefix": lambda rig: prefix.measure(rig, instances=100, rounds=1),
+    "simulation": lambda rig: simulation.measure(rig, seeds=1),
+    "bystander": lambda rig: bystander.measure(rig, instances=10, events=20, rounds=1),
+    "disk": lambda rig: disk.measure(rig, rounds=1),
+    "clones": lambda rig: clones.measure(rig, machines=2, rounds=1),
 }
 """The same with the least that makes a figure. They say nothing about the budgets."""
 

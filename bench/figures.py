@@ -37,6 +37,10 @@ def milliseconds(value: float) -> str:
     return f"{value * 1000:.1f} ms"
 
 
+def microseconds(value: float) -> str:
+    return f"{value * 1e6:.0f} µs"
+
+
 def seconds(value: float) -> str:
     return f"{value:.2f} s"
 

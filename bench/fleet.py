@@ -154,10 +154,10 @@ def _rest(rig: Rig, host: Host, idle_s: float) -> Rest:
     processes = host.processes()
     with beside("") as other:
         everybody = [*processes, other]
-        before = [_cpu_s(process) for process in everybody]
+        before = [cpu_s(process) for process in everybody]
         counters, revision, begun = rig.etcd_counters(), rig.keys.revision(), time.monotonic()
         time.sleep(idle_s)
-        after = [_cpu_s(process) for process in everybody]
+        after = [cpu_s(process) for process in everybody]
         passed = time.monotonic() - begun
         now = rig.etcd_counters()
         revisions = rig.keys.revision() - revision
@@ -174,7 +174,7 @@ def _rest(rig: Rig, host: Host, idle_s: float) -> Rest:
     )
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 

@@ -156,11 +156,16 @@ class Host:
         keys = {"host": self.name, **self._rig.machine_keys(), **more}
         return {f"{self._prefix}/{name}/{key}": value for name in names for key, value in keys.items()}
 
-    def start(self, endpoint: str | None = None) -> float:
+    def key(self, name: str) -> str:
+        """A key of this host's cluster."""
+        return f"{self._prefix}/{name}"
+
+    def start(self, endpoint: str | None = None, **settings: str) -> float:
         """Start the supervisor; return when (`time.monotonic`). Does not wait for anything.
 
         Args:
             endpoint: of another etcd than the rig's.
+            settings: further environment variables.
         """
         environment = {
             **{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "VIRTUAL_ENV") if name in os.environ},
@@ -170,7 +175,9 @@ class Host:
             "KVM_RUN_DIR": str(self.run_dir),
             "KVM_LISTEN": f"127.0.0.1:{self._port}",
             "KVM_ACCEL": "tcg",
+            "KVM_ETCD_WALL": "off",
             "KVM_LOG_FORMAT": "json",
+            **settings,
         }
         begun = time.monotonic()
         with self.log.open("wb") as log:

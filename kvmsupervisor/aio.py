@@ -11,10 +11,11 @@ themselves, too: gRPC does when it gives a stream up (`_raise_for_status` in grp
 
 from __future__ import annotations
 
+import _thread
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -83,6 +84,65 @@ async def both(one: Coroutine[Any, Any, One], other: Coroutine[Any, Any, Other])
     return first, second
 
 
+async def until_one_ends(*steps: Coroutine[Any, Any, object]) -> None:
+    """Do all at once until one ends; cancel the others and wait for them. Raise what that one raised, if it failed.
+
+    Of several that end in one turn, the first one that failed is told of.
+    """
+    tasks = [asyncio.ensure_future(step) for step in steps]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task in done:
+                task.result()
+    finally:
+        await ended(*tasks)
+
+
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and wait for their ends, whatever they come to.
+
+    `gather` would do, but returns at once for a task that has ended since Python 3.12, and one turn later before.
+    """
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            # Looked at, so that nobody is warned of it.
+            task.exception()
+
+
+class Remembered(Generic[T]):
+    """Answers that several ask for: asked once for all that wait, and remembered for a while where it went well.
+
+    Args:
+        keep_s: for how long, from when it was asked.
+    """
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_s = keep_s
+        self._asked: dict[Hashable, tuple[float, asyncio.Task[T]]] = {}
+
+    async def get(self, key: Hashable, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The answer of that key; `ask` is called where there is none. It goes on when one of those that wait ends."""
+        now = asyncio.get_running_loop().time()
+        at, task = self._asked.get(key, (0.0, None))
+        if task is None or now - at >= self._keep_s:
+            task = asyncio.get_running_loop().create_task(ask())
+            self._asked[key] = now, task
+            task.add_done_callback(lambda task: self._look_at(key, task))
+        return await asyncio.shield(task)
+
+    def _look_at(self, key: Hashable, task: asyncio.Task[T]) -> None:
+        if (task.cancelled() or task.exception() is not None) and self._asked.get(key, (0.0, None))[1] is task:
+            self.forget(key)
+
+    def forget(self, key: Hashable) -> None:
+        """Have it asked anew by the next one."""
+        self._asked.pop(key, None)
+
+
 async def end_tool(tool: asyncio.subprocess.Process) -> None:
     """Kill a tool that still works, reap it, and read its pipes to their ends, so that they are closed, too."""
     if tool.returncode is None:
@@ -98,3 +158,40 @@ def leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     for error in group.exceptions:
         found += leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
+
+
+class _Outcome(Generic[T]):
+    """What some work returned or raised; as a context manager it keeps what is raised inside."""
+
+    def __init__(self) -> None:
+        self.results: list[T] = []
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.error = error
+        return True
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Run `work` in a thread that ends afterwards, and wait for it; return what it returns, raise what it raises.
+
+    For what Linux has for each thread, such as namespaces. By the lowest layer: `threading` wakes its caller twice.
+    """
+    outcome = _Outcome[T]()
+    done = _thread.allocate_lock()
+    done.acquire()
+
+    def run() -> None:
+        with outcome:
+            outcome.results.append(work())
+        done.release()
+
+    _thread.start_new_thread(run, ())
+    with done:
+        pass
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.results[0]

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from kvmsupervisor.aio import StrayCancellation, all_of, both, start_part
+from kvmsupervisor.aio import Remembered, StrayCancellation, all_of, both, start_part, until_one_ends
 
 
 async def give(value: int) -> int:
@@ -130,3 +130,70 @@ async def test_a_part_that_was_cancelled_ends_as_it_was_told() -> None:
         part.cancel()
     assert part.cancelled()
     assert endless.cancelled
+
+
+async def test_until_one_ends() -> None:
+    """The others are ended and waited for; who failed is told of, also when another ended in the same turn."""
+    told: list[str] = []
+
+    async def lasts() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            told.append("ended")
+
+    async def ends() -> None:
+        await asyncio.sleep(0)
+
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("why")
+
+    await until_one_ends(lasts(), ends())
+    assert told == ["ended"]
+    with pytest.raises(ValueError, match="why"):
+        await until_one_ends(ends(), lasts(), fails())
+    assert told == ["ended", "ended"]
+    waiting = asyncio.create_task(until_one_ends(lasts(), lasts()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert told == ["ended"] * 4
+
+
+class Answers:
+    """Answers by number, and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.may = asyncio.Event()
+
+    async def ask(self) -> int:
+        self.asked += 1
+        number = self.asked
+        await self.may.wait()
+        if number == 1:
+            raise ValueError("the first fails")
+        return number
+
+
+async def test_what_is_remembered() -> None:
+    """Law: all that wait get one answer; a failure is told to them and forgotten; an answer is kept until its time."""
+    answers, known = Answers(), Remembered[int](60)
+    waiting = [asyncio.ensure_future(known.get("a", answers.ask)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    answers.may.set()
+    _, *told = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [str(error) for error in told] == ["the first fails"] * 2
+    assert await known.get("a", answers.ask) == 2
+    assert await known.get("a", answers.ask) == 2
+    assert await known.get("b", answers.ask) == 3
+    known.forget("a")
+    assert await known.get("a", answers.ask) == 4
+    never = Remembered[int](0)
+    assert [await never.get("a", answers.ask) for _ in range(2)] == [5, 6]

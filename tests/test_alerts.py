@@ -1,4 +1,4 @@
-"""The alerts of docs/metrics.md, by `promtool test rules`: each fires where it is meant to, and is silent elsewhere.
+"""The alerts of deploy/monitoring, by `promtool test rules`: each fires where it is meant to, and is silent elsewhere.
 
 Every case gives series, one value a minute, and says which alerts of one name fire at the end of them. Series are as
 Prometheus keeps them with `honor_labels`: `instance` of a host's own series is the address that was scraped.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+FILE = Path(__file__).parents[1] / "deploy" / "monitoring" / "alerts.yml"
 ALPHA = 'instance="alpha:9746",job="kvmsupervisor"'
 ON_ALPHA = 'instance="web1",host="alpha",job="kvmsupervisor"'
 ON_BETA = 'instance="web1",host="beta",job="kvmsupervisor"'
@@ -56,6 +56,13 @@ def of_an_instance(alert: str, name: str, bad: str, good: str, minutes: int) -> 
     ]
 
 
+def memory(available: str) -> dict[str, str]:
+    return {
+        **gauge("instance_guest_memory_bytes", f'{ON_ALPHA},kind="total"', "1000x20"),
+        **gauge("instance_guest_memory_bytes", f'{ON_ALPHA},kind="available"', available),
+    }
+
+
 NIC = f'{ON_ALPHA},nic="nic0"'
 CRASHED, SHUTDOWN = f'{ON_ALPHA},reason="crashed"', f'{ON_ALPHA},reason="guest-shutdown"'
 
@@ -64,6 +71,23 @@ CASES = [
     Case("an upgrade", "KvmHostSilent", {f"up{{{ALPHA}}}": "1 0 1x5"}, 4),
     *of_a_host("KvmHostWithoutSession", "session_remaining_seconds", "12 0x5", "12 0 14x5", 4),
     *of_a_host("KvmIdentityMismatch", "identity_mismatch", "0 1", "0 0", 1),
+    *of_a_host("KvmEtcdAway", "etcd_up", "1 0x5", "1 0 1x5", 4),
+    *of_a_host("KvmGuestsEndWithSupervisor", "guests_survive", "0x9", "1x9", 7),
+    *of_a_host("KvmGuardMemoryUnlocked", "guard_memory_locked", "0x9", "1x9", 7),
+    *of_a_host("KvmTakeover", "takeovers_total", "0 0 1x5", "1x20", 5),
+    Case(
+        "it sees nothing new, and another host does", "KvmHostBehind",
+        {**gauge("watch_revision", ALPHA, "70x15"), **gauge("watch_revision", 'instance="beta:9746"', "70+1x15")}, 12,
+        [HOST],
+    ),
+    Case(
+        "asked a moment before the other, while keys change", "KvmHostBehind",
+        {**gauge("watch_revision", ALPHA, "70+9x15"), **gauge("watch_revision", 'instance="beta:9746"', "75+9x15")}, 12,
+    ),
+    Case(
+        "nothing changes", "KvmHostBehind",
+        {**gauge("watch_revision", ALPHA, "70x15"), **gauge("watch_revision", 'instance="beta:9746"', "70x15")}, 12,
+    ),
     *of_a_host("KvmHistoryChanged", "history_changes_total", "0 0 1x5", "1x20", 5),
     *of_a_host("KvmRemovalsHeld", "removals_held", "0 3", "0 0", 1),
     Case(
@@ -93,6 +117,9 @@ CASES = [
             **gauge("instance_up", ON_BETA, "0x10"), **phases(ON_BETA, waiting="1x10"),
         }, 9,
     ),
+
+    Case("3 % of 1000", "KvmGuestMemoryLow", memory("30x20"), 17, [WEB1]),
+    Case("for a moment", "KvmGuestMemoryLow", memory("500x9 30 500x9"), 17),
 
     Case("every 12 minutes, and up between", "KvmCrashLoop",
          gauge("instance_exits_total", CRASHED, "0x5 1x12 2x12 3x12 4x12 5x12"), 65, [SUMMED]),
@@ -131,7 +158,7 @@ CASES = [
 
 
 def rules() -> str:
-    return PAGE.read_text().partition("```yaml\n")[2].partition("```")[0]
+    return FILE.read_text()
 
 
 def alerts() -> list[str]:
@@ -142,7 +169,7 @@ def alerts() -> list[str]:
 def judge(folder: Path, *cases: Case, rewritten: str | None = None) -> subprocess.CompletedProcess[str]:
     """What `promtool test rules` makes of the cases; by their labels, for what is said of them is prose."""
     bare = [
-        {key: value for key, value in rule.items() if key != "annotations"}
+        {key: value for key, value in rule.items() if key not in {"annotations", "labels"}}
         for rule in yaml.safe_load(rewritten or rules())["groups"][0]["rules"]
     ]
     (folder / "rules.yaml").write_text(json.dumps({"groups": [{"name": "kvmsupervisor", "rules": bare}]}))
@@ -175,9 +202,16 @@ def test_each_alert_fires_and_is_silent(tmp_path: Path) -> None:
 
 
 def test_no_alert_is_untested() -> None:
-    """Each alert of the page has a case in which it fires and one in which it is silent, and there is no other."""
+    """Each alert of the file has a case in which it fires and one in which it is silent, and there is no other."""
     assert {case.alert for case in CASES if case.fires} == set(alerts())
     assert {case.alert for case in CASES if not case.fires} == set(alerts())
+
+
+def test_each_alert_says_how_bad_it_is() -> None:
+    """A severity of three, and a sentence for people."""
+    (group,) = yaml.safe_load(rules())["groups"]
+    assert {rule["labels"]["severity"] for rule in group["rules"]} == {"critical", "warning", "info"}
+    assert all(rule["annotations"]["summary"] for rule in group["rules"])
 
 
 def test_the_cases_would_fail(tmp_path: Path) -> None:

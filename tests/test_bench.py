@@ -13,7 +13,7 @@ from bench.figures import Figure, Sample, markdown, milliseconds, within
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["imports", "starts", "prefix"])
+@pytest.mark.parametrize("name", ["imports", "starts", "prefix", "simulation", "bystander", "clones"])
 def test_a_benchmark_yields_its_figures(name: str) -> None:
     """With real programs, and without touching the results that are on record."""
     before = [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]
@@ -26,7 +26,15 @@ def test_a_benchmark_yields_its_figures(name: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"imports": "grpc.aio", "starts": "bare spawn", "prefix": "etcdctl get"}[name] in done.stdout
+    shown = {
+        "imports": "grpc.aio",
+        "starts": "bare spawn",
+        "prefix": "etcdctl get",
+        "simulation": "additions",
+        "bystander": "does nothing",
+        "clones": "rbd clone",
+    }
+    assert shown[name] in done.stdout
     assert before == [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]
 
 

@@ -95,7 +95,16 @@ TABLE = [
     (11, "a missing key is no removal", "supervisor/test_history.py::test_machines_outlive_an_empty_etcd"),
     (11, "a person is asked", "supervisor/test_history.py::test_orders_that_come_with_a_backup_wait_for_a_person"),
     (11, "all have spoken", "supervisor/test_history.py::test_a_machine_that_moved_since_the_backup_runs_once"),
-    (11, "or are fenced", "supervisor/test_history.py::test_who_has_the_disks_of_a_host_that_stays_silent_is_fenced"),
+    (
+        11,
+        "whatever a backup's history is called",
+        "supervisor/test_old_backups.py::test_what_moved_between_two_restores_of_one_backup",
+    ),
+    (
+        11,
+        "and whose guest lives is not fenced",
+        "supervisor/test_doubt.py::test_who_has_the_disks_of_a_host_that_stays_silent_is_not_fenced",
+    ),
     (11, "another cluster's", "supervisor/test_history.py::test_another_clusters_etcd_is_not_touched"),
     (12, "that process, whatever its settings", "machine/test_machine.py::test_the_prefix_does_not_tell_who_it_is"),
     (12, "never taken for gone", "machine/test_machine.py::test_a_living_process_is_never_taken_for_gone"),

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephError
+from kvmsupervisor.adapters.ceph.access import located
 from kvmsupervisor.adapters.cgroup.scope import WAIT
 from kvmsupervisor.adapters.cgroup.tree import ENTER
 from kvmsupervisor.adapters.network import HELPERS, NetworkTrouble, open_tap
@@ -173,6 +174,7 @@ def test_what_a_key_says_to_ceph_is_a_value(asked: Path, image: RbdDisk, user: s
     asyncio.run(ask())
     words = asked.read_text().split("\0")[:-1]
     values = {f"--pool={image.pool}", f"--image={image.image}", f"--id={user}"}
+    values |= {f"--namespace={image.namespace}"} if image.namespace else set()
     assert set(words) - OWN_WORDS == values
 
 
@@ -186,7 +188,7 @@ def _rbd(*words: str, folder: Path) -> str:
 @given(image=_images())
 def test_the_real_rbd_takes_it_for_a_value(tmp_path: Path, image: RbdDisk) -> None:
     """Law: rbd itself fails where it would connect to its cluster, neither at a word before, and makes no file."""
-    said = _rbd(f"--pool={image.pool}", f"--image={image.image}", folder=tmp_path)
+    said = _rbd(*located(image), folder=tmp_path)
     assert "couldn't connect to the cluster" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -226,7 +228,9 @@ def test_what_a_key_says_to_the_bridge_helper_is_a_value(tmp_path: Path, program
 def test_the_shell_before_qemu_reads_no_word(words: list[str]) -> None:
     """Law: both prefixes hand on every word as it is."""
     show = ("/bin/sh", "-c", 'printf "%s\\0" "$@"', "sh")
-    for prefix, spoken in ((("/bin/sh", "-c", WAIT, "sh"), b"\n"), (("/bin/sh", "-c", ENTER, "sh", "--"), b"")):
+    # A cgroup's file, which is the second one's standard input, takes any bytes.
+    through = f"exec 0>/dev/null; {ENTER}"
+    for prefix, spoken in ((("/bin/sh", "-c", WAIT, "sh"), b"\n"), (("/bin/sh", "-c", through, "sh"), b"")):
         done = subprocess.run([*prefix, *show, *words], input=spoken, capture_output=True, check=True)
         # printf prints its form once when there is nothing to be printed.
         assert done.stdout.decode().split("\0")[:-1] == (words or [""])

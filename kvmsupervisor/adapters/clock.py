@@ -48,7 +48,8 @@ class Clock:
     async def sleep_until(self, instant: float) -> None:
         """Return when `now()` has reached `instant`; yields to the loop at least once."""
         await asyncio.sleep(0)
-        await self.wait(asyncio.Event(), instant)
+        while (left := instant - self.now()) > 0:  # noqa: ASYNC110 - a suspend delays each sleep
+            await asyncio.sleep(min(left, RECHECK_S))
 
     async def sleep(self, seconds: float) -> None:
         """Return after `seconds`."""

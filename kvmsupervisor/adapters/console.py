@@ -16,6 +16,7 @@ import fcntl
 import os
 import select
 import socket
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +50,7 @@ class ConsoleLog:
         self._at = os.fstat(self._fd).st_size
         kept = _tail(self._fd, self._at)
         if kept.count(b"\n") <= lines:
-            with contextlib.suppress(OSError), self._older.open("rb") as older:
-                kept = _tail(older.fileno(), os.fstat(older.fileno()).st_size) + kept
+            kept = self._of_older(lambda fd: _tail(fd, os.fstat(fd).st_size)) + kept
         return _last_lines(kept, lines)
 
     def read(self) -> bytes:
@@ -86,14 +86,37 @@ class ConsoleLog:
     def _reopen(self) -> None:
         self.close()
         self._at = 0
-        with contextlib.suppress(FileNotFoundError):
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = _open(self._path)
 
     def _missed(self, at: int) -> bytes:
         """The output behind `at` from before the log was copied and truncated: it is in the copy."""
-        with contextlib.suppress(OSError), self._older.open("rb") as older:
-            return os.pread(older.fileno(), SCROLLBACK_BYTES, at)
+        return self._of_older(lambda fd: os.pread(fd, SCROLLBACK_BYTES, at))
+
+    def _of_older(self, read: Callable[[int], bytes]) -> bytes:
+        """What is read of the log before this one; empty when there is none."""
+        with contextlib.suppress(OSError):
+            fd = _open(self._older)
+            if fd >= 0:
+                try:
+                    return read(fd)
+                finally:
+                    os.close(fd)
         return b""
+
+
+def _open(path: Path) -> int:
+    """Open a log; -1 when it is missing, or no file.
+
+    An earlier release's QEMU owns its logs: root follows no link of it, and waits at no pipe.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return -1
 
 
 def _tail(fd: int, end: int) -> bytes:

@@ -156,8 +156,20 @@ def _own(path: Path, fd: int, disk: FileDisk) -> None:
     except OSError as error:
         if disk.ro and error.errno == errno.EROFS:
             return
+        if not _is_open_to_others(found):
+            return  # FAT has no mode 0600 to set, but may be mounted so that all in it is as private
         said = f"it cannot be made this supervisor's alone, mode 0600 ({error.strerror})"
         raise OSError(error.errno, said, str(path)) from error
+    if _is_open_to_others(os.fstat(fd)):
+        # Such as NTFS by FUSE: it takes each mode, and keeps none.
+        raise FileTrouble(
+            f"{path} is on a file system that keeps neither owners nor modes, so that others may open it: mount it "
+            f"with uid={os.geteuid()},umask=077"
+        )
+
+
+def _is_open_to_others(found: os.stat_result) -> bool:
+    return found.st_uid != os.geteuid() or bool(stat.S_IMODE(found.st_mode) & 0o077)
 
 
 def _size(path: Path, fd: int, disk: FileDisk) -> int:

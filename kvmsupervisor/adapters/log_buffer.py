@@ -58,6 +58,8 @@ class LogBuffer:
         memory = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(memory, SIZE)
+            # Otherwise QEMU could open it again for reading, under its name in /proc/self/fd.
+            os.fchmod(memory, 0o600)
             fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
             return cls(os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC))
         finally:

@@ -1,4 +1,4 @@
-"""Media for guests: ISO 9660 images with Joliet and Rock Ridge, made with pycdlib, and files that only QEMU may read.
+"""Media for guests: ISO 9660 images with Joliet and Rock Ridge, made with pycdlib, and files that only we may read.
 
 Every function blocks for milliseconds: call it in a thread. pycdlib is imported when the first image is made: a
 supervisor without such guests saves its 2.6 MB and 20 ms.
@@ -73,13 +73,12 @@ def _iso_file(path: str) -> str:
     return f"{_iso_path(path.rpartition('/')[0])}/{_iso_path(stem)}.{_iso_path(extension)};1"
 
 
-def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
-    """Replace a file in one step. A program that has the old file open, such as QEMU, keeps it.
+def place(path: Path, data: bytes) -> None:
+    """Replace a file of ours alone in one step. A program that has the old file open, such as QEMU, keeps it.
 
     Args:
         path: the file; `<path>.new` beside it is written first.
         data: the whole content.
-        gid: the group that may read the file, beside its owner (mode 0640); None: nobody else (mode 0600).
 
     Raises:
         OSError: the file cannot be written.
@@ -89,9 +88,6 @@ def place(path: Path, data: bytes, *, gid: int | None = None) -> None:
     sweep(path)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        if gid is not None:
-            os.fchown(file.fileno(), -1, gid)
-            os.fchmod(file.fileno(), 0o640)
         # Zeros at the end become a hole, which takes no memory on a tmpfs.
         file.write(data.rstrip(b"\0"))
         file.truncate(len(data))

@@ -66,6 +66,8 @@ class InstanceSample:
         host_absent: whether its keys name a host that has no session, so that it stays here.
         cpu_s: CPU seconds that its QEMU has used; None without a process.
         memory_bytes: resident memory of its QEMU; None without a process.
+        threads: of its QEMU; None without a process.
+        files: that its QEMU has open; None without a process, and where the kernel does not tell.
         disks: bytes of each disk.
         nics: bytes of each NIC, by its name.
         plugged: whether each NIC is plugged into a bridge, by its name.
@@ -85,6 +87,8 @@ class InstanceSample:
     host_absent: bool = False
     cpu_s: float | None = None
     memory_bytes: int | None = None
+    threads: int | None = None
+    files: int | None = None
     disks: Sequence[DiskCounts] = ()
     nics: Sequence[tuple[str, Traffic]] = ()
     plugged: Sequence[tuple[str, bool]] = ()
@@ -102,6 +106,7 @@ class Snapshot:
         session_remaining_s: seconds that the session lasts without another renewal; 0 without a session.
         watch_revision: the etcd revision up to which the wishes are known; 0 before the first list.
         qemu_privileged: whether QEMU runs as root.
+        walls: what keeps guests apart, and whether it does on this host.
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
         orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
@@ -116,6 +121,7 @@ class Snapshot:
     session_remaining_s: float
     watch_revision: int
     qemu_privileged: bool = False
+    walls: Sequence[tuple[str, bool]] = ()
     guests_survive: bool = True
     orphans: int | None = None
     removals_held: int = 0
@@ -133,6 +139,7 @@ class _InstanceCounts:
     internal_errors: int = 0
     resets: int = 0
     events: int = 0
+    connections: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
 
 
@@ -183,6 +190,10 @@ class Metrics:
     def heard_event(self, instance: InstanceId) -> None:
         """Count a QMP event of its QEMU."""
         self._counts(instance).events += 1
+
+    def connected(self, instance: InstanceId) -> None:
+        """Count a connection to its QEMU's QMP."""
+        self._counts(instance).connections += 1
 
     def adopted(self) -> None:
         """Count a running QEMU that was adopted from an earlier supervisor."""
@@ -280,6 +291,10 @@ class Metrics:
             gauge = _gauge(name, documentation)
             gauge.add_metric([], value)
             yield gauge
+        walls = _gauge("wall", "Whether this keeps the guests of this host apart; 0: it cannot here.", "wall")
+        for name, stands in now.walls:
+            walls.add_metric([name], stands)
+        yield walls
         orphans = _gauge("orphans", "Instances of the cluster that no host with a session looks after.")
         if now.orphans is not None:
             orphans.add_metric([], now.orphans)
@@ -324,6 +339,8 @@ class Metrics:
         info = _gauge("instance_info", "Always 1; the labels say what the machine is.", *_INFO_LABELS)
         cpu = _counter("instance_cpu_seconds_total", "CPU seconds used by the instance's QEMU process.", "instance")
         memory = _gauge("instance_memory_bytes", "Resident memory of the instance's QEMU process.", "instance")
+        threads = _gauge("instance_threads", "Threads of the instance's QEMU process.", "instance")
+        files = _gauge("instance_open_files", "Files that the instance's QEMU process has open.", "instance")
         for sample in samples:
             label = [sample.id]
             for each in Phase:
@@ -344,7 +361,12 @@ class Metrics:
                 cpu.add_metric(label, sample.cpu_s)
             if sample.memory_bytes is not None:
                 memory.add_metric(label, sample.memory_bytes)
+            if sample.threads is not None:
+                threads.add_metric(label, sample.threads)
+            if sample.files is not None:
+                files.add_metric(label, sample.files)
         yield from (phase, up, run_state, epoch, pending, invalid, unguarded, absent, placed, info, cpu, memory)
+        yield from (threads, files)
 
     def _guest_counts(self, samples: Sequence[InstanceSample]) -> Iterator[Metric]:
         read = _counter("instance_disk_read_bytes_total", "Bytes that the guest read.", "instance", "disk")
@@ -372,6 +394,7 @@ class Metrics:
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
         resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
         events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
+        connections = _counter("instance_qmp_connections_total", "Connections to its QEMU's QMP.", "instance")
         for instance, counts in self._instances.items():
             starts.add_metric([instance], counts.starts)
             for reason in ExitClass:
@@ -379,7 +402,8 @@ class Metrics:
             errors.add_metric([instance], counts.internal_errors)
             resets.add_metric([instance], counts.resets)
             events.add_metric([instance], counts.events)
-        yield from (starts, exits, errors, resets, events)
+            connections.add_metric([instance], counts.connections)
+        yield from (starts, exits, errors, resets, events, connections)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

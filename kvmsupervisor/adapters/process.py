@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kvmsupervisor.aio import in_own_thread
 from kvmsupervisor.domain.exits import WaitStatus
 
 PROC = Path("/proc")
@@ -44,6 +45,10 @@ SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 
 class SpawnFailed(Exception):
     """The program could not be started; the message names the program and says why."""
+
+
+class NotEntered(OSError):
+    """What keeps the program apart cannot be had now, so the program was not started."""
 
 
 class Hidden(Exception):
@@ -123,6 +128,7 @@ def spawn(
     pass_fds: Sequence[int],
     on_end: Callable[[], None],
     stdin: int | None = None,
+    enter: Callable[[], None] | None = None,
 ) -> Process:
     """Start a program in its own session. Its output goes to `log_fd`, and it inherits `pass_fds` only.
 
@@ -136,13 +142,22 @@ def spawn(
         pass_fds: the descriptors that the program inherits, under the same numbers.
         on_end: called once when the program has ended.
         stdin: its standard input; None for an empty one.
+        enter: called before, in a thread that ends afterwards: whatever the thread enters, the program is in.
+            Nothing is imported there, as our modules may be out of sight.
 
     Raises:
         SpawnFailed: the program does not exist or is not executable.
+        NotEntered: `enter` failed. No process is left.
         OSError: the host is short of something (`SHORTAGES`). No process is left.
     """
-    try:
-        child = subprocess.Popen(
+
+    def start() -> subprocess.Popen[bytes]:
+        if enter is not None:
+            try:
+                enter()
+            except OSError as error:
+                raise NotEntered(error.errno, error.strerror, error.filename) from error
+        return subprocess.Popen(
             argv,
             env=dict(environment),
             cwd="/",
@@ -152,9 +167,11 @@ def spawn(
             pass_fds=pass_fds,
             start_new_session=True,
         )
-        return _watched(child, on_end)
+
+    try:
+        return _watched(start() if enter is None else in_own_thread(start), on_end)
     except OSError as error:
-        if error.errno in SHORTAGES:
+        if error.errno in SHORTAGES or isinstance(error, NotEntered):
             raise
         raise SpawnFailed(f"cannot start {argv[0]}: {error.strerror or error}") from error
 
@@ -351,7 +368,7 @@ def _is_over(pidfd: int) -> bool:
 def _stat_fields(pid: int) -> list[str] | None:
     """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold any character."""
     try:
-        text = (PROC / str(pid) / "stat").read_text(errors="replace")
+        text = Path(f"{PROC}/{pid}/stat").read_text(errors="replace")
     except OSError as error:
         if _is_shortage(error):
             raise

@@ -11,19 +11,28 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
+import socket
+from array import array
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-MESSAGE_LIMIT = 10 << 20
-"""The most bytes of one message. An answer about a hundred disks has some 100 KB."""
+from kvmsupervisor.domain.qmp_answers import shortened
+
+MESSAGE_LIMIT = 1 << 20
+"""The most bytes of one message. An answer about a hundred disks has some 100 KB; to parse this much takes 10 ms."""
 
 UNREAD_LIMIT = 4096
 """How many bytes may wait for a QEMU that reads nothing, beyond the kernel's buffer. A command has a hundred bytes."""
 
 TURN_MESSAGES, TURN_S = 64, 0.01
-"""How many messages of one QEMU are handled before the event loop turns to other work, and the pause before the next
-ones: 6,400 a second. A guest that resets itself 1,360 times a second costs 12 % of a CPU (docs/reliability.md). Further
-messages wait in QEMU."""
+"""How many messages of one QEMU are handled before the event loop turns to other work, and the least pause before the
+next ones: 6,400 a second. A guest that resets itself 1,360 times a second costs 12 % of a CPU (docs/reliability.md).
+Further messages wait in QEMU."""
+
+TURN_BYTES, BYTES_PER_S = 64 << 10, 4 << 20
+"""How many bytes of messages end a turn, and how many are handled in a second; a longer message is followed by a longer
+pause. A QEMU that sends nothing but large ones costs some 5 % of a CPU; without this it was 70 %."""
 
 Command = Callable[[str, Mapping[str, object] | None], Awaitable[Any]]
 """Runs a QMP command; returns None when QEMU did not do it."""
@@ -90,9 +99,20 @@ class Monitor:
         return cls(talk)
 
     async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 5.0
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = 5.0,
+        fd: int | None = None,
     ) -> Any:
         """Run one command, return its result.
+
+        Args:
+            command: its name.
+            arguments: its arguments.
+            timeout_s: how long it may take.
+            fd: a descriptor that goes with it (`add-fd`), of which QEMU gets a copy.
 
         Raises:
             MonitorRefused: QEMU refuses the command.
@@ -102,7 +122,7 @@ class Monitor:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._talk.ask(command, arguments)
+                return await self._talk.ask(command, arguments, fd)
         except TimeoutError as error:
             raise MonitorSilent(f"QEMU did not answer {command} within {timeout_s:g} s") from error
 
@@ -143,7 +163,7 @@ class _Talk(asyncio.Protocol):
 
     # --- for the monitor --------------------------------------------------------------------------------------
 
-    async def ask(self, command: str, arguments: Mapping[str, object] | None) -> Any:
+    async def ask(self, command: str, arguments: Mapping[str, object] | None, fd: int | None = None) -> Any:
         """Send a command and wait for its answer, without a limit of time.
 
         Raises:
@@ -159,7 +179,7 @@ class _Talk(asyncio.Protocol):
             message["arguments"] = dict(arguments)
         self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._transport.write(json.dumps(message).encode())
+            self._send(json.dumps(message).encode(), fd, command)
             answer = await self._waiting[number]
         except _Ended as end:
             raise MonitorLost(f"QMP connection ended during {command}: {end}") from end
@@ -167,8 +187,21 @@ class _Talk(asyncio.Protocol):
             # A later answer is dropped.
             del self._waiting[number]
         if "error" in answer:
-            raise MonitorRefused(f"QEMU refuses {command}: {answer['error']['desc']}")
+            raise MonitorRefused(f"QEMU refuses {command}: {shortened(answer['error']['desc'])}")
         return answer["return"]
+
+    def _send(self, data: bytes, fd: int | None, command: str) -> None:
+        """Write a message; a descriptor goes with its first byte (unix(7), SCM_RIGHTS)."""
+        assert self._transport is not None
+        if fd is not None:
+            if self._transport.get_write_buffer_size():
+                raise MonitorSilent(f"QEMU does not read what it is asked: {command} was not sent")
+            sent = _send_with(self._transport.get_extra_info("socket").fileno(), data, fd)
+            if sent == 0:
+                raise MonitorSilent(f"QEMU does not read what it is asked: {command} was not sent")
+            data = data[sent:]
+        if data:
+            self._transport.write(data)
 
     async def end(self) -> None:
         """Abort the connection; return when it is gone. QEMU need not read the rest."""
@@ -199,10 +232,11 @@ class _Talk(asyncio.Protocol):
         """Handle some of the received messages, and the rest after a pause; read on once all are handled."""
         assert self._transport is not None
         self._next_turn = None
-        self._take_lines(TURN_MESSAGES)
-        if b"\n" in self._heard:
+        taken = self._take_lines(TURN_MESSAGES, TURN_BYTES)
+        if b"\n" in self._heard or taken >= TURN_BYTES:
             self._transport.pause_reading()
-            self._next_turn = asyncio.get_running_loop().call_later(TURN_S, self._turn)
+            pause_s = max(TURN_S, taken / BYTES_PER_S)
+            self._next_turn = asyncio.get_running_loop().call_later(pause_s, self._turn)
             return
         self._searched = len(self._heard)
         if len(self._heard) > MESSAGE_LIMIT:
@@ -210,11 +244,13 @@ class _Talk(asyncio.Protocol):
         elif not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def _take_lines(self, limit: int) -> None:
-        """Handle at most `limit` whole messages."""
+    def _take_lines(self, limit: int, size: int) -> int:
+        """Handle at most `limit` whole messages, and none once `size` bytes are handled; return how many bytes were."""
         begin = 0
         try:
             for _ in range(limit):
+                if begin >= size:
+                    break
                 end = self._heard.find(b"\n", max(begin, self._searched))
                 if end < 0:
                     break
@@ -224,12 +260,13 @@ class _Talk(asyncio.Protocol):
             begin = len(self._heard)
             self._break(f"what came is not QMP: {error}")
         del self._heard[:begin]
+        return begin
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._next_turn is not None:
             # Messages from before the end count; they are no more than one read.
             self._next_turn.cancel()
-            self._take_lines(len(self._heard))
+            self._take_lines(len(self._heard), len(self._heard))
         why = self._fault or (str(exc) if exc else "the other side hung up")
         if not self.greeted.done():
             self.greeted.set_exception(MonitorLost(why))
@@ -260,6 +297,18 @@ class _Talk(asyncio.Protocol):
                     answer.set_result(message)
             case _:
                 raise _Nonsense("neither a greeting nor an event nor an answer")
+
+
+def _send_with(number: int, data: bytes, fd: int) -> int:
+    """Send some of `data`, with a descriptor; return how many bytes, 0 for neither. The event loop does not do that."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", [fd]))]
+    with socket.socket(fileno=os.dup(number)) as same:
+        try:
+            return same.sendmsg([data], rights, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise MonitorLost(f"the QMP connection has ended: {error}") from error
 
 
 class _Ended(Exception):

@@ -1,6 +1,10 @@
-"""Explains shortages of the host (disk space, open files, memory) to people; raises the limit of open files.
+"""Explains shortages of the host (disk space, open files, memory) to people; sets the limits of this and of each QEMU.
 
-Sources: errno(3), statvfs(3), getrlimit(2), open(2): a new descriptor gets the lowest free number.
+Limits belong to a process, and what it starts inherits them. To set one for a process of another user takes
+CAP_SYS_RESOURCE, and a program in between that sets it takes a millisecond. So the supervisor has the limits of its
+QEMUs itself: it needs less.
+
+Sources: errno(3), statvfs(3), getrlimit(2), core(5), open(2): a new descriptor gets the lowest free number.
 """
 
 from __future__ import annotations
@@ -10,22 +14,36 @@ import os
 import resource
 from pathlib import Path
 
-MOST_FILES = 1 << 20
-"""The highest limit that we ask for: the default of `fs.nr_open`, the kernel's own bound."""
+from kvmsupervisor.domain.limits import TASKS
+
+MOST_FILES = 1 << 17
+"""The most files that a supervisor, and a QEMU, may have open. A supervisor needs five for each machine. librbd opens
+one for each OSD and image (github.com/bloomberg/chef-bcpc/pull/1845): 16 disks in a cluster of 8,000 OSDs."""
 
 RAISE_IT = "raise that limit (`ulimit -n`, LimitNOFILE= in its unit, `docker run --ulimit nofile=`)"
 
 
 def raise_limit() -> int:
-    """Raise our limit of open files as far as we may; return the new limit.
+    """Raise our limit of open files to `MOST_FILES`, as far as we may, and no further; return the new limit.
 
-    The programs that we start inherit it. A QEMU with disks in Ceph needs many: a socket for each OSD.
+    The programs that we start inherit it.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return _limit()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    return wanted
+
+
+def bound_guests() -> None:
+    """Bound the processes that each user of a guest has, and take core files from all that we start.
+
+    The kernel counts processes and threads by their user, and never those of root (clone(2), `INIT_USER`). So this is
+    only for QEMUs that have users of their own.
+    """
+    for kind, most in ((resource.RLIMIT_NPROC, TASKS), (resource.RLIMIT_CORE, 0)):
+        _, hard = resource.getrlimit(kind)
+        wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+        resource.setrlimit(kind, (wanted, wanted))
 
 
 def lack_of_files(needed: int) -> str | None:

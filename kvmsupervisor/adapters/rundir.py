@@ -16,7 +16,6 @@
     <run>/<id>/console.lock        flock of the person who types on it; says who that is
     <run>/<id>/agent.sock          guest agent channel
     <run>/<id>/qemu.log            QEMU's own messages
-    <run>/<id>/ceph.key            its key to Ceph, for QEMU's group only
     <run>/<id>/media.json, …       boot media, see kvmsupervisor/machine/boot_media.py
 
 The supervisor's own names begin with an underscore; no instance id does. The files are small and on a tmpfs, so the
@@ -86,16 +85,6 @@ class InstanceDir:
     def console_log(self) -> Path:
         """What the guest wrote to it."""
         return self.path / "console.log"
-
-    @property
-    def ceph_key(self) -> Path:
-        """The key to Ceph, while QEMU starts."""
-        return self.path / "ceph.key"
-
-    @property
-    def spice_password(self) -> Path:
-        """The password, while QEMU starts."""
-        return self.path / "spice-password"
 
     @property
     def agent_socket(self) -> Path:
@@ -187,30 +176,10 @@ class InstanceDir:
         """Delete the saved state: the instance starts from nothing when it comes back."""
         _drop(self._saved)
 
-    def write_ceph_key(self, key: str, *, group: int | None) -> Path:
-        """Write the Ceph key where QEMU reads it once, at its start; return the path.
-
-        Args:
-            key: base64, as in a keyring.
-            group: the id of QEMU's group, which may read the file; None when QEMU runs as our own user.
-        """
-        aside = self.ceph_key.with_name(self.ceph_key.name + ".new")
-        aside.unlink(missing_ok=True)
-        # Never readable for other users, whatever the umask is.
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(descriptor, key.encode())
-            if group is not None:
-                os.fchown(descriptor, -1, group)
-            os.fchmod(descriptor, 0o640)
-        finally:
-            os.close(descriptor)
-        aside.replace(self.ceph_key)
-        return self.ceph_key
-
-    def drop_ceph_key(self) -> None:
-        """Delete the file with the Ceph key: QEMU has read it."""
-        _drop(self.ceph_key)
+    def drop_secrets(self) -> None:
+        """Delete the files with secrets that an earlier release has left; QEMU gets them in memory now."""
+        for name in ("ceph.key", "spice-password"):
+            _drop(self.path / name)
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, for QEMU to inherit: a client can connect before QEMU exists."""
@@ -228,7 +197,10 @@ class InstanceDir:
 
     def log_size(self) -> int:
         """The length of QEMU's log in bytes."""
-        return self.qemu_log.stat().st_size if self.qemu_log.exists() else 0
+        try:
+            return self.qemu_log.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def log_tail(self, offset: int, *, limit: int = 8192) -> list[str]:
         """The last lines behind `offset`, from at most `limit` bytes."""
@@ -408,16 +380,17 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     Raises:
         OSError: the file cannot be written and is unchanged; names `path`.
     """
-    aside = path.with_name(path.name + ".new")
+    aside = f"{path}.new"
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "wb") as file:
             # A file that an earlier release left behind may have another mode.
             os.fchmod(file.fileno(), mode)
             file.write(data)
-        aside.replace(path)
+        # Not `Path.replace`, which makes another path of its result.
+        os.replace(aside, path)  # noqa: PTH105
     except OSError as error:
         # On a full file system half a file takes space from others.
-        _drop(aside)
+        _drop(Path(aside))
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -18,7 +18,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 # Positions among the fields that follow the command's name; proc(5) counts from 1 and calls the first of them
 # 3.
-_STATE, _UTIME, _STIME, _STARTTIME, _RSS = (field - 3 for field in (3, 14, 15, 22, 24))
+_STATE, _UTIME, _STIME, _THREADS, _STARTTIME, _RSS = (field - 3 for field in (3, 14, 15, 20, 22, 24))
 _GONE_STATES = (b"Z", b"X", b"x")
 
 
@@ -32,10 +32,14 @@ class Usage:
         memory_bytes: resident set (RSS). The kernel keeps it in per-CPU counters, so it may be wrong by some
             hundred KiB; memory from hugetlbfs is not in it. PSS would split shared pages, but costs a walk of
             all page tables at every scrape.
+        threads: of the process.
+        files: that it has open; None where the kernel does not tell (before Linux 6.2).
     """
 
     cpu_s: float
     memory_bytes: int
+    threads: int
+    files: int | None
 
 
 def usage_of(pid: int, *, starttime: int | None = None, proc: Path = PROC) -> Usage | None:
@@ -62,7 +66,17 @@ def usage_of(pid: int, *, starttime: int | None = None, proc: Path = PROC) -> Us
     return Usage(
         cpu_s=(int(fields[_UTIME]) + int(fields[_STIME])) / _TICKS_PER_S,
         memory_bytes=int(fields[_RSS]) * _PAGE_BYTES,
+        threads=int(fields[_THREADS]),
+        files=_files_of(pid, proc),
     )
+
+
+def _files_of(pid: int, proc: Path) -> int | None:
+    """How many files a process has open: the size of this folder, since Linux 6.2 (proc_pid_fd(5)); before, 0."""
+    try:
+        return (proc / str(pid) / "fd").stat().st_size or None
+    except OSError:
+        return None
 
 
 def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:

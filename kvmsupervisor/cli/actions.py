@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
-from kvmsupervisor.cli import leftovers
+from kvmsupervisor.cli import leftovers, mac_auto
 from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable_bytes
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout
-from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.names import ANY_HOST, WISH_KEYS
 from kvmsupervisor.domain.parse_keys import VALUE_LIMIT, is_known, parse_wish
 from kvmsupervisor.domain.spec import Power, Problem, RawValue, Wish
 from kvmsupervisor.domain.status import Status
@@ -74,6 +74,7 @@ async def create(
         raise Refused(f"{instance} exists already, with the keys {names}: change it with `set`")
     if not force:
         _refuse_huge(f"{instance} was not created", values)
+    values, chosen = await mac_auto.fill_in(store, layout, instance, values)
     keys = {name.encode(): RawValue(value.encode(), 0) for name, value in values.items()}
     wish = parse_wish(instance, keys)
     if wish.problems and not force:
@@ -89,7 +90,7 @@ async def create(
     )
     if not result.succeeded:
         raise Refused(f"{instance} was not created: another writer has just created it; look with `show {instance}`")
-    notes = [*_problem_notes(wish.problems), *_host_notes(wish, cluster)]
+    notes = [*chosen, *_problem_notes(wish.problems), *_host_notes(wish, cluster)]
     if found.lock is not None:
         notes.append(f"a lock from before is still there, {found.held_by}: {instance} starts when it is released")
     return Written(instance=instance, revision=result.revision, wish=wish, before=found.status, notes=tuple(notes))
@@ -124,6 +125,7 @@ async def change(
 
     if not force:
         _refuse_huge(f"{instance} was not changed", values)
+    values, chosen = await mac_auto.fill_in(store, layout, instance, values)
     absent: dict[str, None] = {}
 
     def plan(found: Instance, cluster: Cluster) -> Sequence[Op]:
@@ -148,7 +150,7 @@ async def change(
         ]
 
     written = await _rewrite(store, layout, instance, plan, [*values, *unset])
-    return replace(written, notes=(*(f"`{name}` was not there" for name in absent), *written.notes))
+    return replace(written, notes=(*chosen, *(f"`{name}` was not there" for name in absent), *written.notes))
 
 
 async def switch(store: Store, layout: Layout, instance: InstanceId, power: str) -> Written:
@@ -367,7 +369,7 @@ def _host_notes(wish: Wish, cluster: Cluster) -> list[str]:
 
 def _candidate_notes(wish: Wish, cluster: Cluster) -> list[str]:
     """A note on failover candidates without a session: they are down, or typos."""
-    absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if not cluster.alive(host)]
+    absent = [f"{host}{cluster.meant_by(host)}" for host in wish.hosts if host != ANY_HOST and not cluster.alive(host)]
     return [f"`hosts` names hosts without a session, which cannot take it over: {', '.join(absent)}"] if absent else []
 
 

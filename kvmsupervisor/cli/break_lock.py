@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import click
 
-from kvmsupervisor.adapters.etcd.api import Put, Store
+from kvmsupervisor.adapters.etcd.api import KeyValue, Put, Store
 from kvmsupervisor.cli.cluster import Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
@@ -14,6 +14,8 @@ from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.cluster.lock import compares
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.lock import Change, Lock, LockState, Storage
 
@@ -28,30 +30,32 @@ from kvmsupervisor.domain.lock import Change, Lock, LockState, Storage
 @yes_option
 @pass_tools
 def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: bool) -> None:
-    """Release the lock of an instance whose host is gone, and whose disks Ceph cannot fence.
+    """Release the lock of an instance whose host is gone, and whose disks Ceph cannot fence, or must not by itself.
 
     With this command you confirm that no QEMU of the instance runs any more: first make sure that its host is off, or
     cannot reach the disks. The command shows what is at stake and asks; without a terminal, --yes is needed. Then the
     host that the key `host` names takes the lock. If the old host comes back, it kills its QEMU of the instance.
     """
 
-    async def look(store: Store, settings: Settings) -> tuple[Instance, bool, bool]:
+    async def look(store: Store, settings: Settings) -> tuple[Instance, bool, int, bool, str]:
         found, cluster = await read_instance(store, settings.layout, instance)
         lock = None if found.lock is None else found.lock.lock
         if lock is None:
-            return found, False, False
-        session_key = _holders(settings.layout, lock).session_key(lock.host)
-        alive = cluster.alive(lock.host) or await store.get(session_key) is not None
-        return found, alive, not lock.is_seen_from(settings.layout.facts)
+            return found, False, 0, False, ""
+        session = await store.get(_holders(settings.layout, lock).session_key(lock.host))
+        namesake = _namesake(lock, session)
+        alive = not namesake and (cluster.alive(lock.host) or session is not None)
+        unseen = not lock.is_seen_from(settings.layout.facts)
+        return found, alive, namesake, unseen, await _history(store, settings.layout)
 
-    found, alive, unseen = with_store(tools, look)
-    lock = _breakable(found, alive=alive, unseen=unseen, ceph_is_gone=ceph_is_gone)
-    click.echo(printable(_what_is_at_stake(found, lock)))
+    found, alive, namesake, unseen, mark = with_store(tools, look)
+    lock = _breakable(found, alive=alive, unseen=unseen, ceph_is_gone=ceph_is_gone, mark=mark)
+    click.echo(printable(_what_is_at_stake(found, lock, ceph_is_gone=ceph_is_gone)))
     confirm(f"Is every QEMU of {instance} on {lock.host} certainly gone?", yes=yes)
 
     async def work(store: Store, settings: Settings) -> bool:
         assert found.lock is not None
-        return await write(store, settings.layout, found, lock.broken(forget_clients=ceph_is_gone))
+        return await write(store, settings.layout, found, lock.broken(forget_clients=ceph_is_gone, mark=mark), namesake)
 
     if not with_store(tools, work):
         raise Refused(f"nothing was written: the lock of {instance} has changed meanwhile, or {lock.host} is back")
@@ -60,7 +64,15 @@ def break_lock(tools: Tools, *, instance: InstanceId, ceph_is_gone: bool, yes: b
         note(f"the key `host` of {instance} still names {lock.host}: name another host in it")
 
 
-async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> bool:
+def _namesake(lock: Lock, session: KeyValue | None) -> int:
+    """`mod_revision` of the session under the holder's name, where another machine has that name now; otherwise 0."""
+    other = None if session is None else HostSession.from_json(session.value)
+    if session is None or other is None:
+        return 0
+    return session.mod_revision if lock.is_namesakes(lock.host, boot_id=other.boot_id, machine=other.machine) else 0
+
+
+async def write(store: Store, layout: Layout, found: Instance, broken: Lock, namesake: int = 0) -> bool:
     """Write a broken lock in place of the one that was read, if its holder still has no session."""
     assert found.lock is not None
     assert found.lock.lock is not None
@@ -70,6 +82,7 @@ async def write(store: Store, layout: Layout, found: Instance, broken: Lock) -> 
         instance=found.id,
         revision=found.lock.kv.mod_revision,
         holder=broken.host,
+        namesake=namesake,
     )
     result = await store.txn(compared, [Put(layout.lock_key(found.id), broken.to_json())])
     return result.succeeded
@@ -80,7 +93,14 @@ def _holders(layout: Layout, lock: Lock) -> Layout:
     return layout if lock.facts is None else replace(layout, facts=lock.facts)
 
 
-def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool) -> Lock:
+async def _history(store: Store, layout: Layout) -> str:
+    """The name of the present history of etcd; empty for a cluster's first one."""
+    found = await store.get(layout.history_key)
+    name = None if found is None else HistoryName.from_json(found.value)
+    return name.id if name is not None and name.number else ""
+
+
+def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool, mark: str) -> Lock:
     """The lock, if only an operator can release it.
 
     Args:
@@ -88,6 +108,7 @@ def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool
         alive: whether the holder has a session.
         unseen: the holder had another `KVM_FACTS_PREFIX`, so no host takes the lock by itself.
         ceph_is_gone: what the operator says of the disks.
+        mark: the name of the present history of etcd, where it is not the first one.
 
     Raises:
         Refused: no operator is needed; the message says what is right instead.
@@ -102,9 +123,12 @@ def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool
             f"{lock.host}, which holds the lock of {found.id}, has a session: it stops {found.id} when the keys say so "
             "(`host`, `power`)"
         )
-    if lock.state is LockState.BROKEN and not ceph_is_gone:
+    is_older = bool(mark) and lock.history != mark
+    if lock.state is LockState.BROKEN and not ceph_is_gone and not is_older:
         raise Refused(f"the lock of {found.id} is broken already; the host that `host` names takes it")
-    if unseen:
+    if unseen or (is_older and lock.storage is Storage.RBD):
+        # From before a change of history: the host where it is to run takes it by itself only if nobody has its disks
+        # open (law 11).
         return lock
     if lock.storage is Storage.NONE:
         raise Refused(f"{found.id} has no disk to lose: the host that `host` names takes its lock by itself")
@@ -116,13 +140,18 @@ def _breakable(found: Instance, *, alive: bool, unseen: bool, ceph_is_gone: bool
     return lock
 
 
-def _what_is_at_stake(found: Instance, lock: Lock) -> str:
+def _what_is_at_stake(found: Instance, lock: Lock, *, ceph_is_gone: bool) -> str:
     pid = "" if lock.pid is None else f", process {lock.pid}"
     last = "" if found.status is None else f" Last seen there: {found.status.phase.value}, {found.status.reason}."
-    return (
+    held = (
         f"{found.id} is held by {lock.host} (epoch {lock.epoch}, {lock.state.value}{pid}), which has no session.{last}"
-        f"\n{_what_ends_it(found, lock)} If one does, two machines write to one disk and destroy it."
     )
+    if lock.storage is Storage.RBD and not ceph_is_gone:
+        return (
+            f"{held}\nIts disks are in Ceph: whoever has them open is fenced there, so that a guest that still runs on "
+            f"{lock.host} ends, and loses what it has not written."
+        )
+    return f"{held}\n{_what_ends_it(found, lock)} If one does, two machines write to one disk and destroy it."
 
 
 def _what_ends_it(found: Instance, lock: Lock) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,6 +15,7 @@ from kvmsupervisor.cli.output import parse_time, printable_bytes
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
+from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.parse_keys import FREE_KEY, FREE_KEY_PREFIX
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
@@ -98,6 +99,7 @@ def find_all(cluster: Cluster, layout: Layout, patience: Patience) -> list[Findi
     findings += _of_images(cluster, layout)
     findings += _of_nobody(cluster, layout)
     findings += _of_history(cluster, layout)
+    findings += _of_doubt(cluster)
     return sorted(findings, key=lambda finding: (not finding.instances, [natural(i) for i in finding.instances[:1]]))
 
 
@@ -299,31 +301,39 @@ def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
 
 
 def _used_twice(cluster: Cluster) -> Iterator[Finding]:
-    """MACs and images that two instances use, and SPICE ports that two use on one host."""
-    yield from _duplicates(cluster, "mac", lambda host, spec: spec.mac, "one MAC for each NIC")
+    """MACs and images that two instances use, and ports that two use on one host."""
+    yield from _duplicates(
+        cluster, "mac", lambda host, spec: {nic.mac for nic in spec.all_nics}, "one MAC for each NIC"
+    )
     yield from _duplicates(
         cluster,
         "rbd",
-        lambda host, spec: spec.rbd.name if spec.rbd is not None else None,
+        lambda host, spec: set() if spec.rbd is None else {spec.rbd.name},
         "an image of its own for each instance: two writers destroy an image",
     )
     yield from _duplicates(
         cluster,
         "spice_port",
-        lambda host, spec: (spec.spice_port, host) if spec.spice_port is not None and host is not None else None,
+        lambda host, spec: set() if spec.spice_port is None or host is None else {(spec.spice_port, host)},
+        "a port of its own for each instance of a host",
+    )
+    yield from _duplicates(
+        cluster,
+        "forward",
+        lambda host, spec: set() if host is None else {(f"{one.protocol} {one.port}", host) for one in spec.forward},
         "a port of its own for each instance of a host",
     )
 
 
 def _duplicates(
-    cluster: Cluster, key: str, value_of: Callable[[str | None, Spec], Hashable | None], wanted: str
+    cluster: Cluster, key: str, values_of: Callable[[str | None, Spec], Collection[Hashable]], wanted: str
 ) -> Iterator[Finding]:
     """One finding for each value that several instances have."""
     users: dict[Hashable, list[InstanceId]] = defaultdict(list)
     for instance in cluster.instances.values():
-        value = value_of(instance.wish.runs_on, instance.wish.spec) if instance.wish.spec is not None else None
-        if value is not None:
-            users[value].append(instance.id)
+        if instance.wish.spec is not None:
+            for value in values_of(instance.wish.runs_on, instance.wish.spec):
+                users[value].append(instance.id)
     for value, ids in users.items():
         if len(ids) > 1:
             text = f"{value[0]} on host {value[1]}" if isinstance(value, tuple) else str(value)
@@ -343,7 +353,16 @@ def _of_images(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             yield Finding(instances=(), key=printable_bytes(kv.key), found=found, wanted=str(unfit))
     for instance in cluster.instances.values():
         runs = instance.status is not None and instance.status.pid is not None
-        origins = {} if runs or instance.wish.spec is None else origins_of(instance.wish.spec)
+        spec = instance.wish.spec
+        origins = {} if runs or spec is None else origins_of(spec)
+        medium = None if spec is None or spec.cdrom is None else spec.cdrom.image
+        if medium is not None and medium not in there:
+            yield Finding(
+                instances=(instance.id,),
+                key="cdrom",
+                found=f"{medium}, and the library has no image of that name",
+                wanted=f"an image that `image list` shows, or `image add {medium}`, or file:NAME.iso",
+            )
         for key, name in origins.items():
             if snapshot_of(name) is None and name not in there:
                 yield Finding(
@@ -386,6 +405,24 @@ def _of_history(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
             found=f"another history of etcd than before (restored, or its data lost), as {name.by} has noticed; "
             f"{', '.join(waited_for)} {'have' if len(waited_for) > 1 else 'has'} not said yet what runs there",
             wanted="a session of each, or `kvmsupervisor confirm-removal HOST` for a host that is gone for good",
+        )
+
+
+def _of_doubt(cluster: Cluster) -> Iterator[Finding]:
+    """Instances that a host which is gone held before etcd had another history, and has not said there what runs."""
+    name = cluster.history
+    if name is None or not name.number:
+        return
+    for one in cluster.instances.values():
+        lock = None if one.lock is None else one.lock.lock
+        if lock is None or lock.storage is not Storage.RBD or lock.history == name.id or cluster.alive(lock.host):
+            continue
+        yield Finding(
+            instances=(one.id,),
+            key="lock",
+            found=f"held by {lock.host}, which has no session, since before etcd was restored or lost its data; while "
+            "somebody has its disks open, its guest counts as running and is not fenced",
+            wanted=f"a session of {lock.host}; if nothing of it runs any more: `kvmsupervisor break-lock {one.id}`",
         )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import field, replace
 from datetime import UTC, datetime
 from functools import wraps
@@ -16,11 +16,14 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Store, Unavailable
-from kvmsupervisor.cli.agent_contact import agent_seen
+from kvmsupervisor.adapters.neighbours import heard_of
+from kvmsupervisor.cli.agent_contact import agent_seen, metrics_of
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
+from kvmsupervisor.cli.mac_auto import AUTO
 from kvmsupervisor.cli.output import on_terminal, printable
+from kvmsupervisor.cli.value_files import FROM_FILE, Unreadable, completions, value_of
 from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
@@ -28,6 +31,7 @@ from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
 from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.user_network import USER
 from kvmsupervisor.domain.values import show, strange
 
 P = ParamSpec("P")
@@ -44,8 +48,10 @@ VALUES: Mapping[str, Sequence[str]] = {
     "restart": tuple(RestartPolicy),
     "firmware": tuple(Firmware),
     "hugepages": tuple(HugePages),
+    "mac": (AUTO,),
+    "bridge": (USER,),
 }
-"""Wishes with few possible values, and these values, for completion."""
+"""Wishes with few possible values, and some values, for completion."""
 
 WAIT_TIMEOUT_S = 300.0
 """Default of `--timeout`: more than twice the default `shutdown_timeout`, enough for a guest that does not react."""
@@ -56,7 +62,7 @@ def connect(settings: Settings) -> Store:
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
     from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
 
-    return Etcd(replace(etcd_config(settings), impatient=True))
+    return Etcd(replace(etcd_config(settings), impatient=True, renewed_every_s=0.0))
 
 
 def _utc_now() -> datetime:
@@ -77,6 +83,8 @@ class Tools:
     now: Callable[[], datetime] = _utc_now
     settle_s: float = SETTLE_S
     agent_seen: Callable[[str, InstanceId], str | None] = agent_seen
+    heard_of: Callable[[Collection[str]], Mapping[str, str]] = heard_of
+    metrics_of: Callable[[str], str | None] = metrics_of
     can_ask: Callable[[], bool] = _on_terminal
 
     def settings(self) -> Settings:
@@ -215,8 +223,18 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
             return value
         name, equals, text = value.partition("=")
         if not equals:
-            self.fail(f"{show(value)} is not KEY=VALUE", param, ctx)
-        return KEY_NAME.convert(name, param, ctx), text
+            self.fail(
+                f"found {show(value)}, which is no KEY=VALUE; a key and its value are one word, such as ram=2G",
+                param,
+                ctx,
+            )
+        if ctx is not None and ctx.resilient_parsing:
+            # A shell completes a later word: nothing is read for that, least of all the shell's own input.
+            return name, text
+        try:
+            return KEY_NAME.convert(name, param, ctx), value_of(name, text)
+        except Unreadable as error:
+            self.fail(str(error), param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Name the known keys, each with its `=`; behind the `=` name the values, if there are few."""
@@ -225,6 +243,8 @@ class AssignmentType(click.ParamType):  # type: ignore[type-arg]
             names = [name if name.endswith("/") else f"{name}=" for name in _key_names(incomplete)]
         elif key in {"host", "hosts"}:
             names = [f"{key}={name}" for name in host_names(ctx)]
+        elif key in FROM_FILE:
+            names = completions(incomplete)
         else:
             names = [f"{key}={value}" for value in VALUES.get(key, ())]
         return [CompletionItem(name) for name in names if name.startswith(incomplete)]

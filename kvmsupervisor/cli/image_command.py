@@ -14,13 +14,14 @@ from kvmsupervisor.cli.cluster import read_cluster
 from kvmsupervisor.cli.common import Tools, complete, output_option, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import Cell, Column, echo_json, echo_table, note, printable
+from kvmsupervisor.cli.unknown import TellingGroup
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import Image, image_name, parse_image, users_of
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.local_disk import DiskFormat
 from kvmsupervisor.domain.media import shown_url
-from kvmsupervisor.domain.storage import origins_of
+from kvmsupervisor.domain.storage import library_images_of
 from kvmsupervisor.domain.values import Unfit, some
 
 COLUMNS = (
@@ -85,7 +86,9 @@ async def _library(store: Store, layout: Layout) -> list[Entry]:
     """All entries, by name."""
     cluster = await read_cluster(store, layout)
     origins = {
-        instance: origins_of(one.wish.spec) for instance, one in cluster.instances.items() if one.wish.spec is not None
+        instance: library_images_of(one.wish.spec)
+        for instance, one in cluster.instances.items()
+        if one.wish.spec is not None
     }
     entries = []
     for kv in cluster.images:
@@ -120,7 +123,7 @@ async def _entry(store: Store, layout: Layout, name: str) -> Entry:
     return found[name]
 
 
-@click.group()
+@click.group(cls=TellingGroup)
 def image() -> None:
     """Keep the image library: what `from=NAME` lets new disks begin with."""
 
@@ -246,22 +249,25 @@ async def _remove_from(settings: Settings, entry: Image, pool: str) -> None:
     Raises:
         Refused: it has clones, or Ceph does not do it.
     """
-    from kvmsupervisor.adapters.ceph import Ceph, CephError, CephImages, NoSuchImage  # noqa: PLC0415 - only this form
+    from kvmsupervisor.adapters.ceph import Ceph, CephError, CephImages, NoSuchImage, image_of  # noqa: PLC0415 - only this form
+    from kvmsupervisor.domain.ceph import Trouble  # noqa: PLC0415 - likewise
     from kvmsupervisor.domain.images import parent_of  # noqa: PLC0415 - likewise
-    from kvmsupervisor.domain.spec import RbdDisk  # noqa: PLC0415 - likewise
     from kvmsupervisor.machine.host import ceph_access  # noqa: PLC0415 - likewise
 
-    snapshot = parent_of(entry, pool)
-    try:
-        await CephImages(Ceph(ceph_access(settings))).remove(RbdDisk(pool, snapshot.image))
-    except NoSuchImage as error:
-        if "pool" in str(error).partition(":")[0]:
+    ceph = CephImages(Ceph(ceph_access(settings)))
+    # For disks in the pool itself, and for those in namespaces of it.
+    for whole in (image_of(parent_of(entry, pool)), image_of(parent_of(entry, pool, apart=True))):
+        try:
+            await ceph.remove(whole)
+        except NoSuchImage as error:
+            if error.kind is Trouble.NO_POOL:
+                raise Refused(f"image {entry.name} was not removed: {error}") from error
+            if not whole.namespace:
+                note(f"it is not in the pool {pool}")
+        except CephError as error:
             raise Refused(f"image {entry.name} was not removed: {error}") from error
-        note(f"it is not in the pool {pool}")
-    except CephError as error:
-        raise Refused(f"image {entry.name} was not removed: {error}") from error
-    else:
-        click.echo(f"removed from the pool {pool}: {snapshot.image}")
+        else:
+            click.echo(f"removed from the pool {whole.place}: {whole.image}")
 
 
 @image.command()
@@ -284,14 +290,14 @@ def fetch(tools: Tools, name: str, form: str | None) -> None:
 
 
 async def _fetch(store: Store, settings: Settings, entry: Image, form: str | None) -> None:
-    from kvmsupervisor.adapters.users import qemu_user  # noqa: PLC0415 - only this form pays for it
+    from kvmsupervisor.adapters.users import qemu_users  # noqa: PLC0415 - only this form pays for it
     from kvmsupervisor.cluster.image_keys import ImageKeys  # noqa: PLC0415 - likewise
     from kvmsupervisor.machine.images import DiskTrouble  # noqa: PLC0415 - likewise
     from kvmsupervisor.machine.jobs import Jobs  # noqa: PLC0415 - likewise
     from kvmsupervisor.machine.library import library_of  # noqa: PLC0415 - likewise
 
     try:
-        user = qemu_user(settings.qemu_user)
+        user = qemu_users(settings.qemu_user, settings.qemu_uids).of_tools
     except ValueError as error:
         raise Refused(str(error)) from error
     jobs = Jobs()

@@ -43,6 +43,7 @@ async def take_away(store: Store, layout: Layout, found: Instance, cluster: Clus
     if status is not None:
         compares.append(Compare(layout.status_key(found.id), Target.MOD_REVISION, found.status_revision))
         ops.append(Delete(layout.status_key(found.id)))
+    ops.append(Delete(layout.events_key(found.id)))
     ops.append(Delete(layout.placement_key(found.id)))
     result = await store.txn(compares, ops)
     if not result.succeeded:
@@ -101,6 +102,6 @@ async def sweep(store: Store, layout: Layout, found: Instance, cluster: Cluster)
             Compare(layout.wish_key(found.id, "host"), Target.MOD_REVISION, 0),
             Compare(layout.status_key(found.id), Target.MOD_REVISION, found.status_revision),
         ],
-        [Delete(layout.status_key(found.id))],
+        [Delete(layout.status_key(found.id)), Delete(layout.events_key(found.id))],
     )
     return result.succeeded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import click
 
@@ -16,7 +17,7 @@ from kvmsupervisor.machine.system import REAL
 from kvmsupervisor.supervisor.drain import Drain
 
 
-def check(instances: tuple[InstanceId, ...], *, everything: bool, local: bool) -> None:
+def check(instances: Sequence[object], *, everything: bool, local: bool) -> None:
     """Check that exactly one of the command's two forms is used.
 
     Raises:

@@ -17,7 +17,9 @@ import click
 
 from kvmsupervisor import __version__
 from kvmsupervisor.cli.errors import INTERRUPTED
+from kvmsupervisor.cli.unknown import ELSEWHERE, TellingGroup
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.values import plain
 
 PROGRAM = "kvmsupervisor"
 
@@ -39,6 +41,10 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "demo": LazyCommand("demo.command", "demo", "Try it on this machine: etcd, a supervisor, a guest that boots."),
     "list": LazyCommand("read_commands", "list_command", "List the instances: their hosts, phases and reasons."),
     "show": LazyCommand("read_commands", "show", "Show everything about one instance."),
+    "hosts": LazyCommand("hosts_command", "hosts", "List the hosts: their state, what runs there, their memory."),
+    "top": LazyCommand("top_command", "top", "Show which instances use processor, memory, disks, network."),
+    "events": LazyCommand("events_command", "events", "Tell what happened to instances, and why."),
+    "logs": LazyCommand("logs_command", "logs", "Show what supervisor and QEMU said of an instance, on its host."),
     "create": LazyCommand("write_commands", "create", "Create an instance from its keys."),
     "set": LazyCommand("write_commands", "set_command", "Change keys of an instance."),
     "delete": LazyCommand("write_commands", "delete", "Remove an instance, after its guest was shut down."),
@@ -46,6 +52,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "stop": LazyCommand("write_commands", "stop", "Shut instances down and keep them off."),
     "restart": LazyCommand("write_commands", "restart", "Shut instances down and start them again."),
     "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
+    "move": LazyCommand("move_command", "move", "Move an instance to another host, while it runs if it can."),
     "image": LazyCommand("image_command", "image", "Keep the image library: add, list, remove, fetch."),
     "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a file that opens an instance's display."),
@@ -61,36 +68,15 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "break-lock": LazyCommand(
         "break_lock", "break_lock", "Release an instance that a dead host holds and Ceph cannot fence."
     ),
+    "remove-host": LazyCommand(
+        "remove_host", "remove_host", "Delete what a host that is gone for good has left in etcd."
+    ),
     "exec": LazyCommand("exec_command", "exec_command", "Run one QEMU and exit with it (single mode)."),
     "completion": LazyCommand("completion", "completion", "Print the completion script for a shell."),
 }
 
 
-ELSEWHERE: Mapping[str, str] = {
-    "ls": "list",
-    "ps": "list",
-    "get": "show",
-    "info": "show",
-    "describe": "show",
-    "dominfo": "show",
-    "new": "create",
-    "launch": "create",
-    "define": "create",
-    "edit": "set",
-    "config": "set",
-    "rm": "delete",
-    "remove": "delete",
-    "undefine": "delete",
-    "shutdown": "stop",
-    "destroy": "stop --now",
-    "reboot": "restart",
-    "dumpxml": "argv",
-}
-"""What other tools (virsh, incus, multipass, qm, kubectl) call these commands. Only told, never run: `destroy` is a
-power cut in virsh, and a removal in others."""
-
-
-class LazyGroup(click.Group):
+class LazyGroup(TellingGroup):
     """A group whose commands are imported when they are called for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -106,20 +92,9 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; for an unknown name, say which was probably meant."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from difflib import get_close_matches  # noqa: PLC0415 - only a typo pays for it
-
-            other = ELSEWHERE.get(args[0].lower())
-            near = [other] if other is not None else get_close_matches(args[0][:40], COMMANDS, n=1)
-            if not near or near[0] in error.message:
-                raise
-            raise click.UsageError(f"{error.message} Did you mean {near[0]}?", ctx) from error
+    def names(self) -> Mapping[str, str]:
+        """Its own words and those of other tools, importing no command."""
+        return {**ELSEWHERE, **{plain(name): name for name in COMMANDS}}
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from the table, importing none."""
@@ -139,6 +114,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(
+    PROGRAM,
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Settings come from the environment, then from /etc/kvmsupervisor/kvmsupervisor.toml: see check-config. "

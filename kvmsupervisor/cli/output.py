@@ -11,7 +11,7 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import click
@@ -121,9 +121,19 @@ def parse_time(text: object) -> datetime | None:
     """Read an RFC 3339 time with its zone; None when it is not one."""
     try:
         found = datetime.fromisoformat(str(text))
-    except ValueError:
+        return found.astimezone(UTC) if found.tzinfo is not None else None
+    except (ValueError, OverflowError):
+        # At the ends of the calendar a time has no UTC.
         return None
-    return found if found.tzinfo is not None else None
+
+
+def local_time(text: object) -> str:
+    """A time (RFC 3339) as the clock on this machine's wall shows it; what is no time as it is."""
+    found = parse_time(text)
+    try:
+        return str(text) if found is None else found.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError):
+        return str(text)
 
 
 def age(since: object, now: datetime) -> str:

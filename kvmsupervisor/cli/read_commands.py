@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import count, islice
 
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import checks, views
+from kvmsupervisor.cli.ceph_remark import remark_on_ceph
+from kvmsupervisor.cli.choice import WORD, Pattern, Word, chosen, has_pattern, meant_by
 from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, read_cluster, read_instance
 from kvmsupervisor.cli.common import HOST, INSTANCE, Tools, output_option, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
@@ -24,9 +27,10 @@ from kvmsupervisor.cli.output import (
 )
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
-from kvmsupervisor.domain.hardware import TapFds
+from kvmsupervisor.domain.hardware import Handed, Nvram, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.secrecy import cleaned_words
+from kvmsupervisor.domain.spec import Firmware
 
 
 @click.command("list")
@@ -40,13 +44,16 @@ from kvmsupervisor.domain.secrecy import cleaned_words
     multiple=True,
     help="Only those with this key for people and this value, such as x-team=shop; of several, all must be so.",
 )
+@click.option("-w", "--watch", is_flag=True, help="Go on: show it anew, or in a pipe each changed row, until Ctrl-C.")
 @output_option
 @pass_tools
 def list_command(
     tools: Tools,
+    *,
     hosts: Sequence[str],
     phases: Sequence[str],
     labels: Sequence[tuple[str, str]],
+    watch: bool,
     output: OutputFormat,
 ) -> None:
     """List the instances: their hosts, phases and reasons.
@@ -58,6 +65,11 @@ def list_command(
     Example: kvmsupervisor list --host alpha --phase running -l x-team=shop
     """
     filters = Filters(hosts=hosts, phases=phases, labels=labels)
+    if watch:
+        from kvmsupervisor.cli.list_watch import watch_list  # noqa: PLC0415 - most lists are not watched
+
+        watch_list(tools, filters, output)
+        return
 
     async def work(store: Store, settings: Settings) -> Cluster:
         return await read_cluster(store, settings.layout)
@@ -79,21 +91,44 @@ def list_command(
 
 
 @click.command()
-@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.argument("words", type=WORD, metavar="ID...", nargs=-1, required=True)
 @output_option
 @pass_tools
-def show(tools: Tools, instance: InstanceId, output: OutputFormat) -> None:
-    """Show everything about one instance: keys, status, guest, lock, its host's session, problems.
+def show(tools: Tools, words: Sequence[Word], output: OutputFormat) -> None:
+    """Show everything about instances: keys, status, guest, lock, its host's session, problems.
 
-    The block "Guest" (addresses, system) is there once the guest's agent has answered. The command asks the host when
-    the agent last answered, and waits a second for that.
+    The block "Guest" (addresses, system) is there once the guest's agent has answered. Of one ID, the command asks the
+    host when the agent last answered, and waits a second for that. An ID may be a pattern, such as 'web*'.
     """
+    if has_pattern(words) or len(words) > 1:
+        _show_several(tools, words, output)
+        return
+    (instance,) = words
+    assert not isinstance(instance, Pattern)
     found, cluster, settings = _existing(tools, instance)
     seen = _agent_seen(tools, found, cluster)
     if output == "json":
         echo_json(views.show_object(found, cluster, seen))
     else:
         echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now(), seen))
+
+
+def _show_several(tools: Tools, words: Sequence[Word], output: OutputFormat) -> None:
+    """Show those that are there, one after the other, and then say which are not."""
+
+    async def work(store: Store, settings: Settings) -> tuple[Cluster, Settings]:
+        return await read_cluster(store, settings.layout), settings
+
+    cluster, settings = with_store(tools, work)
+    ids = chosen(words, cluster.instances.values(), all_or_none=False)
+    found = [cluster.instances[name] for name in ids if name in cluster.instances]
+    if output == "json":
+        echo_json([views.show_object(one, cluster) for one in found])
+    else:
+        echo_blocks([block for one in found for block in views.show_blocks(one, cluster, settings.layout, tools.now())])
+    lacking = [f"{name}{meant_by(name, cluster.instances)}" for name in ids if name not in cluster.instances]
+    if lacking:
+        raise Refused(f"there is no instance {', '.join(lacking)}")
 
 
 def _agent_seen(tools: Tools, instance: Instance, cluster: Cluster) -> str | None:
@@ -114,15 +149,19 @@ def check(tools: Tools, instance: InstanceId | None, output: OutputFormat) -> No
 
     The command names: every bad value and unknown key; keys that belong to no valid id; a `host` that has no session;
     wishes that their host has not acted on; instances that should run and do not, since when and why; shutdowns that
-    last too long; locks that cannot be read, or whose holder has no session; MACs, RBD images and SPICE ports that two
-    instances use. The exit code is 1 if anything was found.
+    last too long; locks that cannot be read, or whose holder has no session; MACs, RBD images and ports that two
+    instances use. The exit code is 1 if anything was found. It also says when Ceph is so old that its keys are no wall,
+    where `ceph` can be asked from here.
     """
 
     async def work(store: Store, settings: Settings) -> tuple[Cluster, list[checks.Finding]]:
         patience = checks.Patience(
             settle_s=tools.settle_s, shutdown_timeout_s=settings.shutdown_timeout_s, now=tools.now()
         )
-        return await checks.check_all(store, settings.layout, patience)
+        cluster, findings = await checks.check_all(store, settings.layout, patience)
+        if (said := await remark_on_ceph(settings, cluster)) is not None:
+            note(said)
+        return cluster, findings
 
     cluster, findings = with_store(tools, work)
     if instance is not None:
@@ -184,8 +223,8 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
     # Imported here: other commands need no adapters of a host.
     from kvmsupervisor.adapters import accelerator  # noqa: PLC0415
     from kvmsupervisor.adapters.rundir import InstanceDir  # noqa: PLC0415
+    from kvmsupervisor.machine.handover import foresee  # noqa: PLC0415
     from kvmsupervisor.machine.host import host_side  # noqa: PLC0415
-    from kvmsupervisor.machine.provisioning import foresee  # noqa: PLC0415
 
     host = host_side(settings, accelerator.choose(settings.accel.value))
     identity = Identity(instance=instance.id, uuid=instance_uuid(settings.layout.prefix, instance.id))
@@ -194,17 +233,23 @@ def command_line(instance: Instance, settings: Settings) -> tuple[str, ...]:
         raise Refused("\n".join([f"{instance.id} cannot run on this host:", *(f"  {one}" for one in problems)]))
     directory, status = InstanceDir(settings.run_dir / instance.id), instance.status
     ready = foresee(instance.id, spec, directory=directory, state_dir=settings.state_dir)
+    numbers = count(3)
+    nvram = Nvram(rbd=ready.variables_image)
+    if ready.variables is not None:
+        nvram = Nvram(file=Handed(next(numbers), ready.variables))
+    qmp, spare, console, agent, console_log = islice(numbers, 5)
     provision = Provision(
         run_dir=str(directory.path),
-        channels=Channels(qmp=3, spare=4, console=5, agent=6, console_log=7),
+        channels=Channels(qmp=qmp, spare=spare, console=console, agent=agent, console_log=console_log),
         machine=None if status is None or status.machine_key != spec.machine else status.machine,
-        taps=tuple(TapFds(fd=7 + number) for number in range(len(spec.all_nics))),
-        files=tuple(range(7 + len(spec.all_nics), 7 + len(spec.all_nics) + len(spec.files))),
-        media=ready.media,
-        ignition=ready.ignition,
-        nvram=ready.nvram,
-        spice_password=None if spec.spice_password is None else str(directory.spice_password),
-        ceph_key=ready.ceph_key,
+        taps=tuple(TapFds(fd=next(numbers)) for _ in spec.bridged_nics),
+        files=tuple(islice(numbers, len(spec.files))),
+        media=tuple(Handed(next(numbers), path) for path in ready.media),
+        ignition=None if ready.ignition is None else next(numbers),
+        cdrom=None if ready.medium is None else Handed(next(numbers), ready.medium),
+        nvram=None if spec.firmware is not Firmware.UEFI else nvram,
+        spice_password=None if spec.spice_password is None else next(numbers),
+        ceph_key=None if ready.ceph_key is None else next(numbers),
     )
     return build_argv(spec, identity=identity, host=host, provision=provision)
 

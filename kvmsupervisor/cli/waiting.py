@@ -6,10 +6,12 @@ Level-triggered: a watch only says *when* to look; each look reads everything an
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
+from kvmsupervisor.cli import reach
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.cluster import UNKNOWN, list_all
 from kvmsupervisor.domain.frozen import frozen
@@ -116,16 +118,37 @@ def until_gone(sighting: Sighting) -> Verdict:
     return (True, "gone") if sighting.status is None and not sighting.locked else None
 
 
-def until_as_written(written: Written) -> Goal:
-    """Until the instance is as the keys say: running on the host that they name, or stopped with power=off."""
+def until_as_written(heard_of: reach.HeardOf, patience_s: float = 0.0) -> Callable[[Written], Goal]:
+    """Until the instance is as the keys say: running on the host that they name, or stopped with power=off.
+
+    Args:
+        heard_of: tells the addresses that this machine has heard of.
+        patience_s: how long to wait on for an address of a guest that runs. That it runs is enough for success.
+    """
+    return lambda written: _until_as_written(written, heard_of, patience_s)
+
+
+def _until_as_written(written: Written, heard_of: reach.HeardOf, patience_s: float) -> Goal:
     if written.wish.power is Power.OFF:
         return until_stopped(written)
-    running = until_running(written)
+    running, spec = until_running(written), written.wish.spec
+    since: list[float] = []
 
     def judge(sighting: Sighting) -> Verdict:
         status = sighting.status
-        stays = status is not None and status.awaited_host is not None
-        return None if stays else running(sighting)
+        if status is not None and status.awaited_host is not None:
+            return None
+        verdict = running(sighting)
+        if status is None or verdict is None or not verdict[0]:
+            return verdict
+        said = reach.clause(spec, status, heard_of)
+        if said or not reach.has_address(spec) or not patience_s:
+            return True, verdict[1] + said
+        now = asyncio.get_running_loop().time()
+        since.append(now)
+        if now < since[0] + patience_s:
+            return None
+        return True, f"{verdict[1]}; its address is not known here yet: see `show {written.instance}`"
 
     return judge
 
@@ -163,12 +186,12 @@ async def wait_for_all(
 async def _wait(
     store: Store, layout: Layout, written: Written, goal: Goal, *, timeout_s: float, report: Report
 ) -> Outcome:
-    """Wait for one goal."""
-    instance = written.instance
+    """Wait for one goal. The time begins anew with each step of work that tells how far it is, such as a fetch."""
+    instance, progress = written.instance, Progress()
     said: tuple[str, str] | None = None
     keys = (layout.status_key(instance), layout.lock_key(instance))
     try:
-        async with asyncio.timeout(timeout_s), doorbell(store, keys, written.revision) as bell:
+        async with asyncio.timeout(timeout_s) as limit, doorbell(store, keys, written.revision) as bell:
             while True:
                 bell.clear()
                 try:
@@ -180,11 +203,35 @@ async def _wait(
                     return Outcome(instance, *verdict)
                 if saying != said:
                     said = saying
+                    if progress.is_made(saying[1]):
+                        limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
                     report(instance, *saying)
                 await _rung(bell)
     except TimeoutError:
         last = ": ".join(said) if said is not None else "nothing was seen"
         return Outcome(instance, False, f"not reached within {timeout_s:g} s; last seen {last}", timed_out=True)
+
+
+class Progress:
+    """How far work has come that a reason tells of: an image of gigabytes, over a slow line, takes its time."""
+
+    def __init__(self) -> None:
+        # Invariant: the most that was told of each piece of work, so that one which begins again and again ends.
+        self._most: dict[str, int] = {}
+
+    def is_made(self, reason: str) -> bool:
+        """Whether the reason tells of more than any before."""
+        found = _PERCENT.search(reason)
+        if found is None:
+            return False
+        what, percent = reason[: found.start()], int(found[1])
+        if percent <= self._most.get(what, -1):
+            return False
+        self._most[what] = percent
+        return True
+
+
+_PERCENT = re.compile(r"\b([0-9]{1,3}) %")
 
 
 async def wait_until_deleted(store: Store, key: str, revision: int, *, timeout_s: float) -> bool:

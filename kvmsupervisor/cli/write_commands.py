@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Sequence
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli import actions, waiting
+from kvmsupervisor.cli import actions, reach, waiting
 from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli.choice import WORD, Word, has_pattern, is_one, question, read_chosen, without_patterns
 from kvmsupervisor.cli.common import (
     ASSIGNMENT,
     INSTANCE,
@@ -34,7 +35,7 @@ force_option = click.option(
     "--force", is_flag=True, help="Write although a value has a problem, or the host has no session."
 )
 yes_option = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-some_ids_argument = click.argument("instances", type=INSTANCE, metavar="[ID]...", nargs=-1)
+some_ids_argument = click.argument("words", type=WORD, metavar="[ID]...", nargs=-1)
 all_option = click.option("--all", "everything", is_flag=True, help="All guests of this host; needs --local.")
 local_option = click.option("--local", is_flag=True, help="On this host itself, without etcd; needs --all.")
 now_option = click.option("--now", is_flag=True, help="At once, without asking the guest: like a power cut.")
@@ -61,14 +62,20 @@ def create(
     The command checks every value before it writes, and names unknown keys; docs/instances.md lists the known ones. No
     host runs the instance until its key `host` is set.
 
-    Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=52:54:00:00:00:01
+    `mac=auto` writes an address that no NIC has, and `user-data=@FILE` the text of a file. With --wait the command ends
+    with the guest's addresses, where they are known, or the ports of `forward`.
+
+    Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=auto user-data=@web1.yaml --wait
     """
     values = _unique(assignments)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.create(store, settings.layout, instance, values, force=force)
 
-    _act(tools, [instance], action, "created", waiting.until_as_written, wait=wait, timeout_s=timeout_s)
+    # Looked at every few seconds, so that it ends before the time is up: a guest that runs is no failure.
+    patience_s = max(0.0, min(reach.ADDRESS_WAIT_S, timeout_s / 2 - waiting.LOOK_AGAIN_S))
+    goal_of = waiting.until_as_written(tools.heard_of, patience_s)
+    act(tools, [instance], action, "created", goal_of, wait=wait, timeout_s=timeout_s)
 
 
 @click.command("set")
@@ -105,25 +112,34 @@ def set_command(
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.change(store, settings.layout, instance, values, unset=unset, force=force)
 
-    _act(tools, [instance], action, "changed", waiting.until_as_written, wait=wait, timeout_s=timeout_s)
+    goal_of = waiting.until_as_written(tools.heard_of)
+    act(tools, [instance], action, "changed", goal_of, wait=wait, timeout_s=timeout_s)
 
 
 @click.command()
-@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.argument("words", type=WORD, metavar="ID...", nargs=-1, required=True)
 @yes_option
 @wait_options
 @pass_tools
-def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s: float) -> None:
-    """Remove an instance: delete all its keys. Its host shuts the guest down and then releases the lock.
+def delete(tools: Tools, words: Sequence[Word], yes: bool, wait: bool, timeout_s: float) -> None:
+    """Remove instances: delete all their keys. Their hosts shut the guests down and then release the locks.
 
-    Disks are not touched. The command asks first; without a terminal, --yes is needed.
+    Disks are not touched. The command asks first; without a terminal, --yes is needed. An ID may be a pattern in
+    quotes, such as 'test*'. When an ID is not there, or a pattern means nothing, nothing is removed at all.
     """
-    confirm(f"Shut the guest of instance {instance} down and remove the instance?", yes=yes)
+    need_an_answer(yes=yes)
+    instances, cluster = read_chosen(tools, words)
+    if is_one(words):
+        asked = f"Shut the guest of instance {instances[0]} down and remove the instance?"
+    else:
+        what = f"Shut the guests of these {len(instances)} instances down and remove the instances?"
+        asked = question(instances, cluster, what)
+    confirm(asked, yes=yes)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.delete(store, settings.layout, instance)
 
-    _act(tools, [instance], action, "removed", lambda _: waiting.until_gone, wait=wait, timeout_s=timeout_s)
+    act(tools, instances, action, "removed", lambda _: waiting.until_gone, wait=wait, timeout_s=timeout_s)
 
 
 @click.command()
@@ -133,37 +149,40 @@ def delete(tools: Tools, instance: InstanceId, yes: bool, wait: bool, timeout_s:
 @wait_options
 @pass_tools
 def start(
-    tools: Tools, *, instances: tuple[InstanceId, ...], everything: bool, local: bool, wait: bool, timeout_s: float
+    tools: Tools, *, words: tuple[Word, ...], everything: bool, local: bool, wait: bool, timeout_s: float
 ) -> None:
-    """Start instances (power=on), also those that ended by themselves.
+    """Start instances (power=on), also those that ended by themselves. An ID may be a pattern, such as 'web*'.
 
     With --all --local: let this host's guests start again after `stop --all --local`. This changes no key.
     """
     from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
 
-    here.check(instances, everything=everything, local=local)
+    here.check(words, everything=everything, local=local)
     if everything:
         here.start_all(tools)
         return
+    instances = read_chosen(tools, words)[0] if has_pattern(words) else without_patterns(words)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.switch(store, settings.layout, instance, Power.ON)
 
-    _act(tools, instances, action, "to be started", waiting.until_running, wait=wait, timeout_s=timeout_s)
+    act(tools, instances, action, "to be started", waiting.until_running, wait=wait, timeout_s=timeout_s)
 
 
 @click.command()
 @some_ids_argument
 @all_option
 @now_option
+@yes_option
 @local_option
 @wait_options
 @pass_tools
 def stop(
     tools: Tools,
     *,
-    instances: tuple[InstanceId, ...],
+    words: tuple[Word, ...],
     now: bool,
+    yes: bool,
     everything: bool,
     local: bool,
     wait: bool,
@@ -171,22 +190,31 @@ def stop(
 ) -> None:
     """Shut instances down gracefully and keep them off (power=off; with --now, power=off-now).
 
+    An ID may be a pattern in quotes, such as 'web*': then the command shows what that means, and asks first.
+
     With --all --local: shut down all guests of this host, wait for them, and let none start until the host boots again.
     This changes no key and needs no etcd. It is for the host's own shutdown.
     """
     from kvmsupervisor.cli import local as here  # noqa: PLC0415 - only this form pays for it
 
-    here.check(instances, everything=everything, local=local)
+    here.check(words, everything=everything, local=local)
     if everything and now:
         raise click.UsageError("--now needs an ID; with --all every guest gets its time to shut down.")
     if everything:
         here.stop_all(tools, timeout_s=timeout_s)
         return
+    if has_pattern(words):
+        need_an_answer(yes=yes)
+        instances, cluster = read_chosen(tools, words)
+        how = "At once, like by a power cut, stop" if now else "Shut down"
+        confirm(question(instances, cluster, f"{how} the guests of these {len(instances)} instances?"), yes=yes)
+    else:
+        instances = without_patterns(words)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.switch(store, settings.layout, instance, OFF_NOW if now else Power.OFF)
 
-    _act(tools, instances, action, "to be stopped", waiting.until_stopped, wait=wait, timeout_s=timeout_s)
+    act(tools, instances, action, "to be stopped", waiting.until_stopped, wait=wait, timeout_s=timeout_s)
 
 
 @click.command()
@@ -203,7 +231,7 @@ def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: b
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.restart(store, settings.layout, instance, _request(tools, "now:" if now else ""))
 
-    _act(
+    act(
         tools,
         instances,
         action,
@@ -224,7 +252,7 @@ def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.restart(store, settings.layout, instance, _request(tools, "reset:"))
 
-    _act(tools, instances, action, "to be reset", waiting.until_running, wait=wait, timeout_s=timeout_s)
+    act(tools, instances, action, "to be reset", waiting.until_running, wait=wait, timeout_s=timeout_s)
 
 
 def _request(tools: Tools, kind: str) -> str:
@@ -232,7 +260,7 @@ def _request(tools: Tools, kind: str) -> str:
     return f"{kind}{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
-def _act(
+def act(
     tools: Tools,
     instances: Sequence[InstanceId],
     action: Action,
@@ -295,11 +323,14 @@ def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def confirm(question: str, *, yes: bool) -> None:
-    """Ask the person at the terminal, unless `--yes` was given."""
-    if yes:
-        return
-    if not tools_of(click.get_current_context()).can_ask():
+def need_an_answer(*, yes: bool) -> None:
+    """Refuse where a question could not be answered, before anything is read for it."""
+    if not yes and not tools_of(click.get_current_context()).can_ask():
         raise click.UsageError("There is no terminal to ask on: give --yes.")
-    if not click.confirm(question):
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask the person at the terminal, unless `--yes` was given. Outside of every event loop: people take their time."""
+    need_an_answer(yes=yes)
+    if not yes and not click.confirm(question):
         raise Refused("nothing was done")

@@ -17,31 +17,13 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd.api import (
-    Ahead,
-    Compacted,
-    Compare,
-    Denied,
-    EtcdError,
-    Put,
-    Rejected,
-    Store,
-    Target,
-    Unavailable,
-)
+from kvmsupervisor.adapters.etcd.api import Compare, Denied, EtcdError, Put, Rejected, Store, Target, Unavailable
 from kvmsupervisor.adapters.rundir import write_whole
+from kvmsupervisor.cluster.proof import judge_by
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.history import (
-    Era,
-    HistoryFile,
-    HistoryName,
-    Verdict,
-    Witness,
-    Witnesses,
-    judge_now,
-    spoken_in,
-)
+from kvmsupervisor.domain.history import Era, Former, HistoryFile, HistoryName, Verdict, Witnesses, spoken_in
 from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.failpoints import cut, point
 
 log = structlog.get_logger(__name__)
 
@@ -58,11 +40,15 @@ UNPROVEN = (
     "`power=off` since then wait for `kvmsupervisor confirm-removal`"
 )
 
-LEFT_KEPT = 8
-"""How many former histories are remembered. Arbitrary: a person who tries one etcd after the other makes no more."""
+FORMER_KEPT, FORMER_WITNESSES = 8, 4
+"""How many former histories are remembered, and with how many keys. Arbitrary: a person who tries one etcd after the
+other makes no more, and the newest key alone decides while etcd has its revision."""
 
 SPEAK_POLL_S = 0.2
 """How often to look whether all locks are written again, after a change. Arbitrary: this is seldom, and soon over."""
+
+SPEAK_AGAIN_S = 5.0
+"""The same after etcd has not taken the word, as one without space does. Arbitrary."""
 
 SAVE_EVERY_S = 1.0
 """The shortest time between two writes of the file. A killed supervisor leaves a file that is at most this old, and its
@@ -76,12 +62,14 @@ class _Found:
     Attributes:
         name: of the history; None when it cannot be read or written.
         since: all revisions up to this one are older than the name, or than this look at it.
+        revision: of the name's key; 0 when it was absent.
         missing: whether the history had no name before.
         written: whether the name was written just now, in the revision `since`.
     """
 
     name: HistoryName | None
     since: int
+    revision: int = 0
     missing: bool = False
     written: bool = False
 
@@ -100,6 +88,7 @@ class History:
     Attributes:
         era: how many times the history has changed since this supervisor started.
         changes: the same, without the changes that could only not be disproven.
+        hosts: how many hosts have a session, as far as it is known.
     """
 
     def __init__(
@@ -107,6 +96,8 @@ class History:
     ) -> None:
         self.era = 0
         self.changes = 0
+        # The newest era whose orders were judged: only then a successor may know its history as its own.
+        self._applied = 0
         self._store = store
         self._clock = clock
         self._key = layout.history_key
@@ -118,18 +109,19 @@ class History:
         self._witnesses = Witnesses(found.witnesses)
         self._id, self._number, self._since = found.id, found.number, found.since
         self._foreign, self._members = found.foreign, frozenset(found.members)
-        self._left = found.left
+        self._formers = found.former
+        self._cluster = found.cluster
         self.spoken = found.spoken
         # The hosts of the former history: waited for when the present one cannot be named.
         self._former: frozenset[str] = frozenset()
         self._named: HistoryName | None = None
         # Host with a session → the history that it has spoken in.
         self._sessions: Mapping[str, str] = dict.fromkeys(found.hosts, "")
-        self._sessions_era = 0
+        self._sessions_era, self.hosts = 0, len(found.hosts)
         self._until = clock.now() + patience_s
         # Since when only members with another history answer.
         self._doubted_at: float | None = None
-        self._proving = asyncio.Lock()
+        self._proving, self._turn = asyncio.Lock(), asyncio.Event()
         # How many proofs were begun, and the last one that succeeded.
         self._begun = self._had = 0
         self._dirty = asyncio.Event()
@@ -144,11 +136,16 @@ class History:
         if self._witnesses.saw(key, revision, value):
             self._dirty.set()
 
+    def applied(self, era: int) -> None:
+        """All instances were told the keys of this era, and what they hold is on record for a successor."""
+        self._applied = era
+        self._dirty.set()
+
     def sessions_are(self, sessions: Mapping[str, str], *, era: int) -> None:
         """Which hosts have a session, and the history that each says it has spoken in, as seen in `era`."""
         if sessions != self._sessions or era != self._sessions_era:
             self._dirty.set()
-        self._sessions, self._sessions_era = sessions, era
+        self._sessions, self._sessions_era, self.hosts = sessions, era, len(sessions)
 
     @property
     def id(self) -> str:
@@ -167,6 +164,7 @@ class History:
             count=self.era,
             number=self._number,
             since=self._since,
+            mark=self._id if self._number else "",
             foreign=self._foreign,
             members=self._members,
             awaited=self.awaited,
@@ -211,7 +209,15 @@ class History:
                     await self._name_first()
                 case _:
                     pass
+            if self._cluster != self._store.cluster:
+                self._cluster = self._store.cluster
+                self._dirty.set()
             self._had = self._begun
+
+    async def turned(self, era: int) -> None:
+        """Return once the history is another one than in `era`."""
+        while self.era == era:
+            await self._turn.wait()
 
     async def _judge(self) -> Verdict:
         """Ask every member before another history is believed: a member that was restored alone is left.
@@ -240,40 +246,26 @@ class History:
         return Verdict.OTHER
 
     async def _ask(self) -> Verdict:
-        newest, *older = self._witnesses.newest()
-        verdict = await self._read(newest)
-        if verdict is not Verdict.UNPROVEN:
-            return verdict
-        for witness in older:
-            if await self._read(witness) is Verdict.OTHER:
-                return Verdict.OTHER
-        return Verdict.UNPROVEN
-
-    async def _read(self, witness: Witness) -> Verdict:
-        """Read one key at the revision at which it was observed."""
-        try:
-            found = await self._store.get_at(witness.key, witness.revision)
-            if witness.digest:
-                same = found is not None and found.mod_revision == witness.revision and witness.is_value(found.value)
-            else:
-                # Deleted then: so it was there just before.
-                same = found is None and await self._store.get_at(witness.key, witness.revision - 1) is not None
-        except Ahead:
+        verdict = await judge_by(self._store, self._witnesses.newest())
+        if self._cluster and self._store.cluster != self._cluster:
+            # A copy, as new as what was observed here: no cluster ever changes its id. The same id proves nothing.
             return Verdict.OTHER
-        except Compacted:
-            now = await self._store.get(witness.key)
-            return judge_now(witness, now and now.mod_revision, now and now.value)
-        return Verdict.SAME if same else Verdict.OTHER
+        return verdict
 
     # --- another one --------------------------------------------------------------------------------------------
 
     async def _begin(self, verdict: Verdict) -> None:
         """Begin everything anew: the history is another one, or cannot be proven."""
         # First the steps that may fail.
-        former = self._id
+        former, formers = self._id, self._formers
+        if verdict is Verdict.OTHER and former and self.spoken:
+            formers = (*(one for one in formers if one.id != former), self._as_former())[-FORMER_KEPT:]
         found = await (self._rename() if verdict is Verdict.OTHER else self._look())
         name, since = found.name, found.since
         self.era += 1
+        self._turn.set()
+        self._turn = asyncio.Event()
+        cut("history changed, no key read")
         self._since = since
         self._witnesses = Witnesses()
         if name is not None and found.written:
@@ -285,9 +277,8 @@ class History:
             return
         self.changes += 1
         # No name: etcd is empty, or belongs to another cluster that never had one. The hosts tell which.
-        if former and self.spoken:
-            self._left = (*(one for one in self._left if one != former), former)[-LEFT_KEPT:]
-        follows = name is not None and not {name.id, name.after}.isdisjoint({former, *self._left})
+        self._formers = formers
+        follows = name is not None and name.follows({former, *(one.id for one in formers)})
         self._foreign = found.missing or not follows
         self._members = frozenset(self._sessions) if found.missing else frozenset()
         self._former = frozenset(self._sessions) - {self._me}
@@ -311,7 +302,8 @@ class History:
         reading = await self._store.read(self._key)
         (found,) = reading.kvs
         name = HistoryName.from_json(found.value) if found is not None else None
-        return _Found(name=name, since=reading.revision, missing=found is None)
+        revision = found.mod_revision if found is not None else 0
+        return _Found(name=name, since=reading.revision, revision=revision, missing=found is None)
 
     async def _rename(self) -> _Found:
         """Give the history a new name, unless another host has done so."""
@@ -319,25 +311,51 @@ class History:
             reading = await self._store.read(self._key)
             (found,) = reading.kvs
             name = HistoryName.from_json(found.value) if found is not None else None
-            if found is not None and (name is None or name.id != self._id):
-                # Another host's word, or another cluster's, or a newer release's.
-                follows = name is not None and name.after == self._id
+            left = await self._left_for_good(name)
+            if found is not None and left is None and (name is None or name.id != self._id):
+                # Another host's word, or another cluster's, or a newer release's; or our own cluster goes on there.
+                follows = name is not None and name.follows({self._id})
                 return _Found(name=name, since=found.mod_revision if follows else reading.revision)
+            hosts = {*(() if left and self._foreign else self._sessions), *(left.hosts if left else ()), self._me}
             fresh = HistoryName(
                 id=str(uuid4()),
                 number=max(self._number, 0 if name is None else name.number) + 1,
                 after=self._id,
                 by=self._me,
-                hosts=tuple(sorted({*self._sessions, self._me})),
+                hosts=tuple(sorted(hosts)),
+                found=left.id if left else "",
             )
             unchanged = Compare(self._key, Target.MOD_REVISION, found.mod_revision if found is not None else 0)
+            await point("history to be named")
             try:
                 done = await self._store.txn([unchanged], [Put(self._key, fresh.to_json())])
-            except (Denied, Rejected) as error:
+            except Denied as error:
                 log.warning("history.unnamed", key=self._key, reason=str(error))
                 return _Found(name=None, since=reading.revision, missing=found is None)
+            except Rejected as error:
+                # Nothing can start there either. Without a name nobody could ever speak in it.
+                raise Rejected(f"etcd has another history, and takes no name for it: {error}") from error
+            await point("history named")
             if done.succeeded:
                 return _Found(name=fresh, since=done.revision, missing=found is None, written=True)
+
+    async def _left_for_good(self, name: HistoryName | None) -> Former | None:
+        """The former history that a store has the name of, where nobody goes on with that: an older backup."""
+        former = next((one for one in self._formers if name is not None and one.id == name.id), None)
+        if former is None or name is None or name.id == self._id or not former.witnesses:
+            return None
+        verdict = await judge_by(self._store, former.witnesses)
+        is_copy = former.cluster not in {0, self._store.cluster}
+        return former if verdict is Verdict.OTHER or is_copy else None
+
+    def _as_former(self) -> Former:
+        """The present history, for when it is left."""
+        return Former(
+            id=self._id,
+            cluster=self._cluster,
+            hosts=tuple(sorted(self._sessions)),
+            witnesses=tuple(self._witnesses.newest()[:FORMER_WITNESSES]),
+        )
 
     async def _name_first(self) -> None:
         """Learn the name of the history; give it one if it has none."""
@@ -357,7 +375,7 @@ class History:
                 return
             found = await self._look()
         if found.name is not None:
-            self.heard(found.name, found.since)
+            self.heard(found.name, found.revision)
 
     def heard(self, name: HistoryName, revision: int) -> None:
         """Take what the key says: another host gave a new name, or all have spoken, or an operator spoke for them.
@@ -399,11 +417,13 @@ class History:
             ready: whether every machine here has its lock in the present history.
             say: puts the name of that history into this host's session; returns whether it is there.
         """
+        trouble = ""
         while True:
             await self._clock.wait(self._unspoken, None)
-            name = self._id
+            name, pause_s = self._id, SPEAK_POLL_S
             if name and ready():
                 try:
+                    await point("history to be spoken in")
                     if await say(name) and name == self._id:
                         self._unspoken.clear()
                         self.spoken = True
@@ -411,15 +431,17 @@ class History:
                         log.info("history.spoken", history=name)
                         continue
                 except EtcdError as error:
-                    log.warning("history.not_spoken", reason=str(error))
-            await self._clock.sleep(SPEAK_POLL_S)
+                    if str(error) != trouble:
+                        log.warning("history.not_spoken", reason=str(error))
+                    trouble, pause_s = str(error), SPEAK_AGAIN_S
+            await self._clock.sleep(pause_s)
 
     async def _settle(self) -> None:
         """Once all hosts have spoken, write that into the key: a host that starts later need not wait."""
         name = self._named
-        if name is None or name.id != self._id or self.awaited:
+        if name is None or name.id != self._id or self.awaited or not name.hosts:
             return
-        if not name.hosts or (name.by != self._me and name.by in self._sessions):
+        if name.by != self._me and name.by in self._sessions:
             return
         try:
             found = await self._store.get(self._key)
@@ -450,8 +472,12 @@ class History:
         return found
 
     def save(self) -> None:
-        """Write the file, whole or not at all. Never raises: only a successor needs it."""
-        if self._leave_file_alone:
+        """Write the file, whole or not at all. Never raises: only a successor needs it.
+
+        Not between a change and its orders being held: a successor would take them for orders of its own history. It
+        finds the change once more instead.
+        """
+        if self._leave_file_alone or self._applied != self.era:
             return
         noted = HistoryFile(
             id=self._id,
@@ -462,7 +488,8 @@ class History:
             spoken=self.spoken,
             hosts=tuple(sorted(self._sessions)),
             witnesses=tuple(self._witnesses.newest()),
-            left=self._left,
+            former=self._formers,
+            cluster=self._cluster,
         )
         try:
             write_whole(self._path, noted.to_json(), mode=0o600)

@@ -15,6 +15,7 @@ from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, dissent
 from kvmsupervisor.domain.keys import HostName, Layout
+from kvmsupervisor.domain.offer import MoveFacts
 
 
 class Neighbours:
@@ -61,6 +62,8 @@ class Neighbours:
         self._dissent: str | None = "the sessions of the other hosts have not been read yet"
         # Host → the history that it says it has spoken in. None before the first list of an era.
         self._sessions: dict[str, str] | None = None
+        self._gone_at: dict[str, float] = {}
+        self._clock = clock
         self._era = history.era
         self._hosts = follow(layout.hosts_prefix, self.table, self._hosts_differ)
         self._name = follow(layout.history_key, self._name_table, self._name_differs)
@@ -78,11 +81,24 @@ class Neighbours:
             return None
         return self.table.get(self._layout.session_key(host).encode()) is not None
 
+    def gone_since(self, host: HostName) -> float:
+        """When a host's session was last seen to go, CLOCK_BOOTTIME; 0 where it never was.
+
+        Whoever asks storage for long may not see that the host was back meanwhile, and has gone once more.
+        """
+        return self._gone_at.get(host, 0.0)
+
     def drains(self, host: HostName) -> bool:
         """Whether a host has a session that says that the host stops all its guests."""
         entry = self.table.get(self._layout.session_key(host).encode())
         found = None if entry is None else HostSession.from_json(entry.value)
         return found is not None and found.draining
+
+    def moves_of(self, host: HostName) -> MoveFacts | None:
+        """What live moves to a host need; None where it has no session, or takes part in none."""
+        entry = self.table.get(self._layout.session_key(host).encode())
+        found = None if entry is None else HostSession.from_json(entry.value)
+        return None if found is None else found.moves
 
     def dissent(self) -> str | None:
         """Why a free lock must not be taken; None when the other hosts look for locks where this one does."""
@@ -102,7 +118,8 @@ class Neighbours:
             host, entry = key[len(self._layout.hosts_prefix) :].decode(errors="replace"), self.table.get(key)
             found = None if entry is None else HostSession.from_json(entry.value)
             if entry is None:
-                sessions.pop(host, None)
+                if sessions.pop(host, None) is not None:
+                    self._gone_at[host] = self._clock.now()
             else:
                 sessions[host] = "" if found is None else found.history
             if found is not None and found.lock and host != self._me:

@@ -2,18 +2,23 @@
 
 Every change is one transaction that compares the lock's `mod_revision` with the last one seen (law 2). When a reply is
 lost, the lock is read again: each value names an incarnation, so this host recognises its own.
+
+Where people who write wishes may write locks, too (the default `LOCK`), a lock alone does not say whom to shut out:
+what supervisors have recorded is repeated, in the same transactions, in a key of their facts (`Layout.clients_key`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
+from kvmsupervisor.cluster.event_keys import EventPut
 from kvmsupervisor.domain.history import Era, is_older
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Change, Compared, Lock, LockView
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockView, clients_from_json, clients_to_json
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.failpoints import point
@@ -34,6 +39,8 @@ def compares(
     session: Compare | None = None,
     ground: Ground | None = None,
     holder: HostName | None = None,
+    namesake: int = 0,
+    offer: int = 0,
 ) -> list[Compare]:
     """What the transaction of a change compares, as the table says.
 
@@ -45,6 +52,8 @@ def compares(
         session: of the writer, where the row has it.
         ground: the two keys that say where it runs, as last seen; None where they have no say.
         holder: who must have no session, where the row has that.
+        namesake: `mod_revision` of the session of another machine under the holder's name; 0 without one.
+        offer: `mod_revision` of a live move's offer.
     """
     found = []
     for compared in change.value.compares:
@@ -62,7 +71,10 @@ def compares(
                 pass
             case Compared.HOLDER_GONE:
                 assert holder is not None
-                found.append(Compare(layout.session_key(holder), Target.MOD_REVISION, 0))
+                found.append(Compare(layout.session_key(holder), Target.MOD_REVISION, namesake))
+            case Compared.TARGET:
+                assert offer > 0
+                found.append(Compare(layout.offer_key(instance), Target.MOD_REVISION, offer))
             case _:
                 assert_never(compared)
     return found
@@ -81,6 +93,10 @@ class InstanceLock:
         self._placement_key = layout.placement_key(instance)
         self._session = session
         self._era = 0
+        self._clients_key = layout.clients_key(instance)
+        self._is_open = layout.locks_are_open
+        # Storage clients that are this instance's, by more than a lock's word.
+        self._vouched: set[str] = set()
 
     def begin_anew(self, era: int) -> None:
         """Take the next value whatever its revision, and ignore replies to earlier requests: etcd has another history.
@@ -96,7 +112,68 @@ class InstanceLock:
     def seen(self, *, data: bytes | None, mod_revision: int, as_of: int) -> None:
         """Take note of a value that a watch or list told, unless it is older than the known one."""
         if not self.view.known or as_of > self.view.as_of:
-            self.view = LockView(known=True, data=data, mod_revision=mod_revision, as_of=as_of, era=self._era)
+            known = self.view.lock if data == self.view.data else None
+            self.view = LockView(
+                known=True, data=data, mod_revision=mod_revision, as_of=as_of, era=self._era, lock=known
+            )
+
+    def vouch(self, addresses: Iterable[str]) -> None:
+        """These storage clients are this instance's: its QEMU's own, or users of its images by storage's word."""
+        self._vouched.update(addresses)
+
+    async def unvouched(self, addresses: Iterable[str]) -> tuple[str, ...]:
+        """Those of the addresses that nothing but the lock calls this instance's, though people may write the lock.
+
+        Raises:
+            SwapFailed: etcd has another history since that was asked.
+            EtcdError: it is not known.
+        """
+        if not self._is_open or self._vouched.issuperset(addresses := tuple(addresses)):
+            return ()
+        found = await self._in_this_era(self._store.get(self._clients_key))
+        if found is not None:
+            self._vouched |= clients_from_json(found.value)
+        return tuple(address for address in addresses if address not in self._vouched)
+
+    async def repeat(self, addresses: Iterable[str]) -> None:
+        """Vouch for storage clients of a QEMU that lives, among the facts, under the lock as last seen.
+
+        Raises:
+            SwapFailed: the lock or the record has changed, or our session is gone; or a reply was lost.
+            EtcdError: etcd did not do it.
+        """
+        self.vouch(addresses)
+        found = await self._in_this_era(self._store.get(self._clients_key))
+        told = frozenset[str]() if found is None else clients_from_json(found.value)
+        if told.issuperset(addresses):
+            return
+        lock = self.view.lock
+        stays = told if lock is None else told.intersection(lock.addresses)
+        compared = [
+            Compare(self._key, Target.MOD_REVISION, self.view.mod_revision),
+            Compare(self._clients_key, Target.MOD_REVISION, 0 if found is None else found.mod_revision),
+            self._session(),
+        ]
+        try:
+            result = await self._txn(compared, [Put(self._clients_key, clients_to_json({*stays, *addresses}))])
+        except Ambiguous:
+            raise SwapFailed("a reply was lost") from None
+        if not result.succeeded:
+            raise SwapFailed("the lock or its clients changed meanwhile")
+
+    def _vouching(self, change: Change, lock: Lock | None) -> list[Op]:
+        """What repeats a lock's clients among the facts. Other changes, such as taking it, hand on what it says."""
+        if not self._is_open:
+            return []
+        if lock is None:
+            return [Delete(self._clients_key)]
+        # A source of an earlier release has announced the guest that arrives.
+        fences, runs = {Change.ENLIST, Change.FENCE}, {Change.RECORD, Change.REASSERT, Change.RENAME}
+        row = {*fences, *runs, Change.ANNOUNCE, Change.ARRIVE}
+        if change not in row:
+            return []
+        known = self._vouched.intersection(lock.addresses)
+        return [Put(self._clients_key, clients_to_json(known))] if known else []
 
     async def look(self) -> Status | None:
         """Read lock and status in one linearizable step; return the status, of whatever host."""
@@ -112,6 +189,7 @@ class InstanceLock:
         if_new: bool = False,
         holder: HostName | None = None,
         status: Status | None = None,
+        offer: int = 0,
     ) -> None:
         """Take the lock, or write its next state.
 
@@ -122,13 +200,54 @@ class InstanceLock:
             if_new: only if there is no status either: no host has ever had this instance.
             holder: the former holder, which must have no session; etcd compares that in the same step (law 4).
             status: what to write into the status key in the same step.
+            offer: `mod_revision` of a live move's offer, where the row compares it.
 
         Raises:
             SwapFailed, EtcdError: see `_swap`.
         """
         more = [Compare(self._status_key, Target.MOD_REVISION, 0)] if if_new else []
         also = () if status is None else (Put(self._status_key, status.to_json()),)
-        await self._swap(change, lock, more, also, ground=ground, holder=holder)
+        await self._swap(change, lock, more, also, ground=ground, holder=holder, offer=offer)
+
+    async def would_hold(self, change: Change, ground: Ground | None, *, offer: int) -> bool:
+        """Whether a change would be made now, by all that it compares; nothing is written.
+
+        Raises:
+            SwapFailed, EtcdError: see `_swap`.
+        """
+        compared = compares(
+            change,
+            layout=self._layout,
+            instance=self._instance,
+            revision=self.view.mod_revision,
+            session=self._session(),
+            ground=ground,
+            offer=offer,
+        )
+        return (await self._txn(compared, [Get(self._key)])).succeeded
+
+    async def epoch_of_the_living(self, record: Incarnation, seen: LockView, era: Era) -> int:
+        """The epoch that a QEMU which lives needs to have its lock again: its own, or one more than what is there.
+
+        Args:
+            record: of that QEMU.
+            seen: the lock that was found to be older than the QEMU, maybe not by its epoch (`View.is_outdated`).
+            era: the present history.
+
+        Raises:
+            SwapFailed: there is another lock by now.
+            EtcdError: etcd does not say.
+        """
+        found, status = await self._look()
+        if self.view.mod_revision != seen.mod_revision:
+            raise SwapFailed("the lock changed meanwhile")
+        known, epochs = self.view.lock, [record.epoch]
+        if known is not None and not is_older(known, epoch=record.epoch, incarnation=record.incarnation):
+            epochs.append(known.epoch + 1)
+        # A status does not say in which history it was written: it goes with its lock, and is as old as that.
+        if status is not None and found is not None and record.is_after(record.history, found.mod_revision, era):
+            epochs.append(status.epoch + 1)
+        return max(epochs)
 
     async def reassert(self, lock: Lock, era: Era) -> Status | None:
         """Write our own lock again where it is missing or older, if our session holds and no other host had it since.
@@ -153,7 +272,7 @@ class InstanceLock:
         await self._swap(Change.REASSERT, lock)
         return None
 
-    async def release(self, status: Status | None, *, stale_placement: int = 0) -> int:
+    async def release(self, status: Status | None, *, stale_placement: int = 0, events: EventPut | None = None) -> int:
         """Release our lock, and write the last status in the same step (None: delete it); return the revision.
 
         The process is proven gone. The next holder finds in the status up to which epoch this host came. A placement
@@ -162,8 +281,12 @@ class InstanceLock:
         Args:
             status: the last one.
             stale_placement: `mod_revision` of the placement that has ended, 0 when there is none.
+            events: to be written with the status. Without a status they are deleted, too.
         """
-        last: list[Op] = [Delete(self._status_key) if status is None else Put(self._status_key, status.to_json())]
+        if status is None:
+            last: list[Op] = [Delete(self._status_key), Delete(self._layout.events_key(self._instance))]
+        else:
+            last = [Put(self._status_key, status.to_json()), *([] if events is None else [events.op])]
         more = []
         if stale_placement:
             more.append(Compare(self._placement_key, Target.MOD_REVISION, stale_placement))
@@ -196,6 +319,7 @@ class InstanceLock:
         *,
         ground: Ground | None = None,
         holder: HostName | None = None,
+        offer: int = 0,
     ) -> None:
         """Replace the lock as last seen by `lock` (None: delete it), under the compares of `change`, and `more`.
 
@@ -214,12 +338,14 @@ class InstanceLock:
             session=self._session(),
             ground=ground,
             holder=holder,
+            offer=offer,
         )
         write: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
         await point("lock to be written")
         try:
-            result = await self._txn([*compared, *more], [write, *also], [Get(self._key)])
+            changes = [write, *self._vouching(change, lock), *also]
+            result = await self._txn([*compared, *more], changes, [Get(self._key)])
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:
@@ -228,7 +354,9 @@ class InstanceLock:
         await point("lock written")
         if result.succeeded:
             revision = 0 if data is None else result.revision
-            self.view = LockView(known=True, data=data, mod_revision=revision, as_of=result.revision, era=self._era)
+            self.view = LockView(
+                known=True, data=data, mod_revision=revision, as_of=result.revision, era=self._era, lock=lock
+            )
             return
         self._read(next(iter(result.reads[0]), None), result.revision)
         if self.view.data == before:

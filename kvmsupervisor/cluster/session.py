@@ -97,6 +97,7 @@ class Session:
         self._yields = yields
         self._rand = rand
         self._file = LeaseFile(run_dir / FILE_NAME, key=self.key, boot_id=value.boot_id)
+        self._said: tuple[HostSession, bytes] | None = None
         self._lease = 0
         # Every lease that this host has asked for on this boot, as far as known. A key on one of them is ours, also
         # on an older one: the reply to its move may have been lost.
@@ -126,6 +127,11 @@ class Session:
     def create_revision(self) -> int:
         """The number that names this session among all sessions of this host; 0 when it is not held."""
         return self._create_revision if self.held else 0
+
+    @property
+    def lease(self) -> int:
+        """The session's lease: a key on it ends with the session."""
+        return self._lease
 
     def compare(self) -> Compare:
         """The condition "my session exists" for a transaction.
@@ -211,10 +217,16 @@ class Session:
             self._lose(f"{self.key} was deleted or replaced")
             return
         self._confirm(self._create_revision, sent, ttl_s)
-        if found.value != (value := self.value.to_json()):
+        if found.value != (value := self._encoded()):
             # `restate` could not write the value.
             with contextlib.suppress(NoSpace):
                 await self._rewrite(found, value)
+
+    def _encoded(self) -> bytes:
+        """`value` as the key holds it: the same at nearly every renewal."""
+        if self._said is None or self._said[0] is not self.value:
+            self._said = self.value, self.value.to_json()
+        return self._said[1]
 
     async def _confirmed(self) -> KeyValue | None:
         """Ask a quorum for our key, without a write; None when the key is not ours any more.

@@ -4,6 +4,8 @@ Level-triggered: for every instance it knows the wanted value and the value of t
 where they differ. Every write compares that this host's session exists, and that the key is as this host knows it: a
 value that another host has written since is read first. A value of a later epoch stays, because after the release of a
 lock only the status says which epoch its instance has reached (law 2).
+
+What has happened to an instance goes with its status, in the same transaction (`event_keys`).
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import replace
-from typing import Never, Protocol
+from typing import Never
 
 import structlog
 
@@ -26,66 +27,25 @@ from kvmsupervisor.adapters.etcd.api import (
     EtcdError,
     Get,
     KeyValue,
+    Op,
     Put,
     Rejected,
     Store,
     Target,
     TxnResult,
 )
-from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.cluster.batches import BURST, OPS_PER_TXN, next_batch
+from kvmsupervisor.cluster.event_keys import EventKeys, EventPut, Known
+from kvmsupervisor.cluster.session_view import SessionView
+from kvmsupervisor.domain.events import Event
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
-from kvmsupervisor.domain.status import Status
+from kvmsupervisor.domain.status import Status, encoded
 from kvmsupervisor.domain.timing import retry_delay
 
 log = structlog.get_logger(__name__)
 
-OPS_PER_TXN = 64
-"""Half of what etcd allows by default (--max-txn-ops=128, https://etcd.io/docs/v3.5/op-guide/configuration/)."""
-
-BYTES_PER_TXN = 512 * 1024
-"""A third of what etcd allows by default (--max-request-bytes=1.5 MiB, same page)."""
-
-GATHER_S = 0.05
-"""How long a host's statuses wait for each other, to be written together. A machine that starts changes its status five
-times in a tenth of a second, and these writes would delay those of its lock. Arbitrary: a person sees no difference."""
-
-SPREAD_S = 0.25
-"""The pause between two writes while there are many: a host that starts a hundred machines makes four writes a second
-for all of them together. Arbitrary, as above."""
-
-BURST = 3
-"""How many writes need no pause after a quiet time: as many as the start of one machine needs."""
-
 FLUSH_S = 2.0
 """How long the end of a supervisor, or of a container in single mode, waits for its last statuses."""
-
-VALUE_BYTES = 64 * 1024
-"""A status is cut to about this: an instance with 10,000 bad keys must not fill etcd. Arbitrary."""
-
-
-class SessionView(Protocol):
-    """What the status writer needs of `session.Session`."""
-
-    @property
-    def held(self) -> bool:
-        """Whether the session is held now."""
-        ...
-
-    def compare(self) -> Compare:
-        """The condition "my session exists"."""
-        ...
-
-    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
-        """Call `listener` whenever the session is won or lost; return a function that ends that."""
-        ...
-
-
-@frozen
-class _Known:
-    """The value of a status key at `revision`; `value` is None when a later write got no reply."""
-
-    value: bytes | None
-    revision: int
 
 
 class StatusWriter:
@@ -115,6 +75,7 @@ class StatusWriter:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
+        self._events = EventKeys(store=store, layout=layout)
         self._clock = clock
         self._layout = layout
         self._host = host
@@ -124,13 +85,16 @@ class StatusWriter:
         # When the next write is due at the earliest.
         self._due_at = 0.0
         self._rand = rand
-        # None: the key is to be deleted.
+        # None: the key is to be deleted, or to become the value in `_last`, where it holds a status of this host.
         self._wanted: dict[InstanceId, bytes | None] = {}
-        self._known: dict[InstanceId, _Known] = {}
+        self._last: dict[InstanceId, bytes] = {}
+        self._known: dict[InstanceId, Known] = {}
         # Instances of which another host has reached a later epoch: that epoch, from its status.
         self._later: dict[InstanceId, int] = {}
         # The callbacks for that.
         self._overtaken: dict[InstanceId, Callable[[], None]] = {}
+        # Instances that other hosts speak for.
+        self._ceded: dict[InstanceId, None] = {}
         # In the order in which they became dirty. Invariant: holds every id whose key may differ from its wanted
         # value; `_clean` is set exactly while it is empty.
         self._dirty: dict[InstanceId, None] = {}
@@ -141,6 +105,9 @@ class StatusWriter:
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
         self._era = 0
+        self._begun = False
+        # Whether the session was lost since the keys were read: meanwhile other hosts may have written them.
+        self._was_lost = False
 
     async def learn(self, only: InstanceId | None = None) -> Mapping[InstanceId, Status]:
         """Read the status keys, as soon as etcd answers; return the values that this host has written.
@@ -171,6 +138,7 @@ class StatusWriter:
             instance = None if status is None else parse_id(kv.key[len(prefix) :].decode(errors="replace"))
             if status is not None and instance is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
+                self._events.doubt(instance)
                 ours[instance] = status
         return ours
 
@@ -180,13 +148,24 @@ class StatusWriter:
         Replies to earlier requests do not count either.
         """
         self._era += 1
-        for known in (self._wanted, self._known, self._later, self._overtaken, self._dirty):
+        for known in (self._wanted, self._last, self._known, self._later, self._overtaken, self._dirty, self._ceded):
             known.clear()
+        self._events.begin_anew()
         self._clean.set()
 
     def ids(self) -> Set[InstanceId]:
         """The instances whose status keys are ours, as far as known: written by this process, or learnt."""
         return self._known.keys() | {i for i, value in self._wanted.items() if value is not None}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether what this host has said is known (`learn`), and is kept up."""
+        return self._begun
+
+    def written(self, instance: InstanceId) -> Status | None:
+        """What this host has said of it, as far as known; also a supervisor before this one."""
+        known = self._known.get(instance)
+        return None if known is None or known.value is None else self._ours(known.value)
 
     def publishes(self, instance: InstanceId) -> bool:
         """Whether there is a status key for it: a lock of single mode may be no instance's."""
@@ -204,33 +183,72 @@ class StatusWriter:
             return
         self._later.pop(instance, None)
         self._overtaken[instance] = overtaken
-        self._want(instance, _encode(status))
+        self._want(instance, encoded(status))
+
+    def cede(self, instance: InstanceId) -> None:
+        """Another host speaks for it now: its key is left as it is until the next `set`."""
+        self._ceded[instance] = None
+        self._dirty.pop(instance, None)
+        if not self._dirty:
+            self._clean.set()
+
+    def note(self, instance: InstanceId, event: Event) -> None:
+        """Add an event to the events key, in the next transaction that writes the status; most events cause one."""
+        if self.publishes(instance):
+            self._events.add(instance, event)
+            if instance in self._wanted:
+                self._judge(instance)
+
+    async def events_of(self, instance: InstanceId) -> EventPut | None:
+        """What of events another transaction has to write that writes the status; see `wrote`. May raise EtcdError."""
+        await self._events.read([instance])
+        return self._events.put(instance)
 
     def forget(self, instance: InstanceId) -> None:
         """Let the status key be deleted, if it holds a status of this host. The last call counts."""
         self._want(instance, None)
 
-    def doubt(self, instance: InstanceId) -> None:
-        """Write the next status in any case: another host may have written the key since."""
-        if instance in self._known:
-            self._known[instance] = _Known(None, self._known[instance].revision)
+    def leave(self, instance: InstanceId, last: Status) -> None:
+        """Nothing of it is here any more: let the status key become `last`, if it holds a status of this host.
+
+        Most often it does not have to: the release of the lock has written the last status (`wrote`). Without a lock
+        to release, a status that tells of a QEMU here would keep other hosts waiting for ever.
+        """
+        known, wanted = self._known.get(instance), self._wanted.get(instance)
+        written = None if known is None or known.value is None else Status.from_json(known.value)
+        if written is not None and not written.tells_of_a_process and known is not None and known.value == wanted:
+            self.abandon(instance)
+            return
+        self._want(instance, None)
+        self._last[instance] = encoded(last)
+
+    def doubt(self, *instances: InstanceId) -> None:
+        """Write the next status in any case: another host may have written the key since, or a reply was lost."""
+        for instance in instances:
+            known = self._known.get(instance)
+            if known is not None or instance in self._wanted:
+                self._known[instance] = Known(None, 0 if known is None else known.revision)
+                self._events.doubt(instance)
 
     def abandon(self, instance: InstanceId) -> None:
         """Leave the status key to the host that has the instance now, whatever it holds."""
-        for known in (self._wanted, self._known, self._later, self._overtaken, self._dirty):
+        for known in (self._wanted, self._last, self._known, self._later, self._overtaken, self._dirty, self._ceded):
             known.pop(instance, None)
+        self._events.forget(instance)
         if not self._dirty:
             self._clean.set()
 
-    def wrote(self, instance: InstanceId, value: bytes, revision: int) -> None:
+    def wrote(self, instance: InstanceId, value: bytes, revision: int, events: EventPut | None = None) -> None:
         """Take note of a value that another transaction of this host has written. It becomes the wanted value.
 
         Args:
             instance: of the status.
             value: as written.
             revision: of that transaction (`TxnResult.revision`), which orders it among the writes made here.
+            events: that it has written, too.
         """
         self._learn(instance, value, revision)
+        self._events.wrote(instance, events, revision)
         self._want(instance, value)
 
     async def flush(self, timeout_s: float = FLUSH_S) -> bool:
@@ -243,20 +261,21 @@ class StatusWriter:
 
     async def run(self) -> Never:
         """Write the values that differ, for ever. Cancelling leaves the rest unwritten (see `flush`)."""
-        end_listening = self._session.listen(self._wake.set)
+        self._begun = True
+        end_listening = self._session.listen(self._on_session)
         try:
             failures = 0
             while True:
                 self._wake.clear()
-                if not self._dirty or not self._session.held:
+                if not self._session.held or not (self._dirty or self._was_lost):
                     await self._wake.wait()
                     now = self._clock.now()
                     await self._clock.wait(self._hurry, max(now + self._gather_s, self._due_at))
                     continue
-                if self._may_wait():
+                if not self._was_lost and self._may_wait():
                     await self._clock.wait(self._hurry, self._due_at)
                     continue
-                if await self._write_some():
+                if await (self._look_again() if self._was_lost else self._write_some()):
                     failures = 0
                     unpaused = self._clock.now() - (BURST - 1) * self._spread_s
                     self._due_at = max(self._due_at, unpaused) + self._spread_s
@@ -266,27 +285,43 @@ class StatusWriter:
         finally:
             end_listening()
 
+    def _on_session(self) -> None:
+        self._was_lost = self._was_lost or not self._session.held
+        self._wake.set()
+
+    async def _look_again(self) -> bool:
+        """See whether the keys hold what is known; write anew what others have written. False: etcd did not say."""
+        self._was_lost, era, known = False, self._era, list(self._known)
+        for begin in range(0, len(known), OPS_PER_TXN):
+            some = known[begin : begin + OPS_PER_TXN]
+            seen = {instance: self._known[instance].revision for instance in some if instance in self._known}
+            try:
+                done = await self._txn(seen)
+            except EtcdError as error:
+                self._was_lost = True
+                self._note(error, some)
+                return False
+            if era != self._era:
+                break
+            if not done.succeeded:
+                self._heed(seen, done)
+        return True
+
     def _may_wait(self) -> bool:
         """Whether changes have to wait for more changes, because there were many writes just now."""
         early = self._clock.now() < self._due_at and not self._hurry.is_set()
         return early and len(self._dirty) < self._ops_per_txn
 
-    # Bookkeeping.
-
     def _want(self, instance: InstanceId, value: bytes | None) -> None:
         self._wanted[instance] = value
+        self._last.pop(instance, None)
+        self._ceded.pop(instance, None)
         self._judge(instance)
 
     def _learn(self, instance: InstanceId, value: bytes, revision: int) -> None:
         known = self._known.get(instance)
         if known is None or revision > known.revision:
-            self._known[instance] = _Known(value, revision)
-
-    def _doubt(self, instances: Iterable[InstanceId]) -> None:
-        """Note that the keys may or may not hold the values that were just sent."""
-        for instance in self._wanted.keys() & instances:
-            known = self._known.get(instance)
-            self._known[instance] = _Known(None, 0 if known is None else known.revision)
+            self._known[instance] = Known(value, revision)
 
     def _judge(self, instance: InstanceId) -> None:
         """Add the instance to the dirty ones, or remove it from them."""
@@ -294,8 +329,10 @@ class StatusWriter:
             # Abandoned while it was being written.
             self._known.pop(instance, None)
             return
+        if instance in self._ceded:
+            return
         wanted, known = self._wanted[instance], self._known.get(instance)
-        if known is not None and wanted is not None and known.value == wanted:
+        if known is not None and wanted is not None and known.value == wanted and not self._events.due(instance):
             self._dirty.pop(instance, None)
         else:
             # A key to be deleted is dirty even when it is not known: a write of it may be under way.
@@ -310,8 +347,9 @@ class StatusWriter:
         """Note that this host must not delete the key, or not any more."""
         self._known.pop(instance, None)
         if self._wanted.get(instance) is None:
-            self._wanted.pop(instance, None)
-            self._dirty.pop(instance, None)
+            self._events.forget(instance)
+            for known in (self._wanted, self._last, self._dirty):
+                known.pop(instance, None)
         else:
             self._judge(instance)
         if not self._dirty:
@@ -322,16 +360,16 @@ class StatusWriter:
         status = Status.from_json(value)
         return status if status is not None and status.host == self._host else None
 
-    # Writing.
-
     async def _write_some(self) -> bool:
         """Write the first of the dirty keys, in one transaction at most; False when it failed."""
-        puts, deletes = self._next()
+        puts, deletes = next_batch(self._dirty, self._wanted, self._ops_per_txn)
         try:
             done = await (self._put(puts) if puts else self._delete(deletes))
         except EtcdError as error:
             if isinstance(error, Ambiguous):
-                self._doubt(puts)
+                self.doubt(*puts)
+                for instance in puts:
+                    self._judge(instance)
             self._note(error, [*puts, *deletes])
             return False
         if self._trouble is not None:
@@ -342,43 +380,33 @@ class StatusWriter:
         # Otherwise etcd says that the session is gone: the session will notice that itself.
         return done
 
-    def _next(self) -> tuple[dict[InstanceId, bytes], list[InstanceId]]:
-        """Take from the front of the dirty keys either values to put or keys to delete."""
-        puts: dict[InstanceId, bytes] = {}
-        deletes: list[InstanceId] = []
-        size = 0
-        for instance in self._dirty:
-            value = self._wanted[instance]
-            size += 0 if value is None else len(value)
-            if len(puts) + len(deletes) == self._ops_per_txn or (size > BYTES_PER_TXN and puts):
-                break
-            if value is None:
-                if puts:
-                    break
-                deletes.append(instance)
-            else:
-                if deletes:
-                    break
-                puts[instance] = value
-        return puts, deletes
-
     async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
-        keys = {instance: self._layout.status_key(instance) for instance in puts}
         seen = {instance: self._known[instance].revision if instance in self._known else 0 for instance in puts}
         era = self._era
-        done = await self._store.txn(
-            [self._session.compare(), *(Compare(keys[one], Target.MOD_REVISION, seen[one]) for one in puts)],
-            [Put(keys[instance], value) for instance, value in puts.items()],
-            [Get(key) for key in keys.values()],
-        )
+        await self._events.read(puts)
+        events = {instance: put for instance in puts if (put := self._events.put(instance)) is not None}
+        done = await self._txn(seen, puts, [put.op for put in events.values()])
         if era != self._era:
             return done.succeeded
         if not done.succeeded:
             return self._heed(seen, done)
         for instance, value in puts.items():
             self._learn(instance, value, done.revision)
+            self._events.wrote(instance, events.get(instance), done.revision)
             self._judge(instance)
         return True
+
+    async def _txn(
+        self, seen: Mapping[InstanceId, int], puts: Mapping[InstanceId, bytes] | None = None, more: Iterable[Op] = ()
+    ) -> TxnResult:
+        """Write values, while the session is there, where keys are as seen; read these keys where one is not."""
+        keys = {instance: self._layout.status_key(instance) for instance in seen}
+        unchanged = [Compare(keys[instance], Target.MOD_REVISION, revision) for instance, revision in seen.items()]
+        return await self._store.txn(
+            [self._session.compare(), *unchanged] if puts else unchanged,
+            [*(Put(keys[instance], value) for instance, value in (puts or {}).items()), *more],
+            [Get(key) for key in keys.values()],
+        )
 
     def _heed(self, seen: Mapping[InstanceId, int], done: TxnResult) -> bool:
         """Take note of values that other hosts have written; return whether such a value made the compare fail.
@@ -394,9 +422,10 @@ class StatusWriter:
             if found_at == revision:
                 continue
             differs = True
+            self._events.doubt(instance)
             known, wanted = self._known.get(instance), self._wanted.get(instance)
             if known is None or known.revision == revision:
-                self._known[instance] = _Known(None if found is None else found.value, found_at)
+                self._known[instance] = Known(None if found is None else found.value, found_at)
             theirs = None if found is None else Status.from_json(found.value)
             ours = None if wanted is None else Status.from_json(wanted)
             if theirs is None or ours is None or theirs.epoch <= ours.epoch:
@@ -410,7 +439,7 @@ class StatusWriter:
         return differs
 
     async def _delete(self, instances: Sequence[InstanceId]) -> bool:
-        """Delete the keys that hold a status of this host: another host may have written its own."""
+        """Delete the keys that hold a status of this host, or write the last: another host may have written its own."""
         known = [instance for instance in instances if instance in self._known]
         for instance in instances:
             if instance not in self._known:
@@ -431,9 +460,14 @@ class StatusWriter:
             Compare(self._layout.status_key(instance), Target.MOD_REVISION, kv.mod_revision)
             for instance, kv in ours.items()
         ]
+        last = {instance: self._last[instance] for instance in ours if instance in self._last}
+        keys = {instance: self._layout.status_key(instance) for instance in ours}
+        await self._events.read(last)
+        events: list[Op] = [put.op for one in last if (put := self._events.put(one)) is not None]
+        events += [self._events.delete(one) for one in ours if one not in last]
         done = await self._store.txn(
             [self._session.compare(), *unchanged],
-            [Delete(self._layout.status_key(instance)) for instance in ours],
+            [*(Put(keys[one], last[one]) if one in last else Delete(keys[one]) for one in ours), *events],
         )
         if done.succeeded:
             for instance in ours:
@@ -461,19 +495,3 @@ class StatusWriter:
                 log.error("publisher.denied", prefix=self._layout.statuses_prefix, error=str(error))
             case _:
                 log.warning("publisher.away", error=str(error))
-
-
-def _encode(status: Status) -> bytes:
-    """The value of the key, with as many problems as fit."""
-    value = status.to_json()
-    if len(value) <= VALUE_BYTES:
-        return value
-    kept: list[str] = []
-    size = 0
-    for problem in status.problems:
-        size += len(problem.encode()) + 3
-        if size > VALUE_BYTES // 2:
-            break
-        kept.append(problem)
-    left_out = len(status.problems) - len(kept)
-    return replace(status, problems=(*kept, f"and {left_out} more problems, see `kvmsupervisor check`")).to_json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvmsupervisor.adapters.etcd import EtcdConfig
 from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.timing import RENEWALS_PER_TTL
 
 
 def etcd_config(settings: Settings) -> EtcdConfig:
@@ -15,4 +16,6 @@ def etcd_config(settings: Settings) -> EtcdConfig:
         key=settings.etcd_key,
         username=settings.etcd_username,
         password_file=settings.etcd_password_file,
+        # Of whoever has a session: a supervisor, or a container in single mode.
+        renewed_every_s=settings.session_ttl_s / RENEWALS_PER_TTL,
     )

@@ -78,6 +78,9 @@ def load_settings(
         found["hostname"] = _default_hostname(hostname(), sources)
     _check_pairs(found, sources)
     _check_etcd(found, sources)
+    _check_ceph(found, sources)
+    if found["qemu_user"] is not None and found["qemu_uids"] is not None:
+        sources.blame("qemu_uids", "KVM_QEMU_USER names one user for all QEMUs: leave one of the two settings out")
     if not sources.bad & {"prefix", "facts_prefix", "lock"}:
         _complete_keys(found, sources)
     if problems:
@@ -245,6 +248,18 @@ def _check_pairs(found: Mapping[str, Any], sources: _Sources) -> None:
     for given, missing in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
         if found[given] is not None and found[missing] is None and missing not in sources.bad:
             sources.blame(missing, f"{_BY_NAME[given].env} is set and needs it")
+
+
+def _check_ceph(found: Mapping[str, Any], sources: _Sources) -> None:
+    """Check that the supervisor has a Ceph user of its own where each guest has one."""
+    guests, own = found["ceph_id"], found["supervisor_ceph_id"]
+    if own is not None and LOCK_PLACEHOLDER in own:
+        sources.blame("supervisor_ceph_id", f"it is one user for all instances, without {LOCK_PLACEHOLDER}")
+    elif guests is not None and LOCK_PLACEHOLDER in guests and own is None and "supervisor_ceph_id" not in sources.bad:
+        sources.blame(
+            "supervisor_ceph_id",
+            f"CEPH_ID is {guests}, the users of guests: this names the user of their supervisor, such as kvm",
+        )
 
 
 def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:

@@ -10,6 +10,7 @@ room. A killed process loses the lines in its queue; an orderly end waits for th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
@@ -217,18 +218,17 @@ def configure(
         _in_order,
         structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
-        _bounded,
     ]
     renderer: Processor
     if console:
-        shared.append(_visible)
+        shared += [_bounded, _visible]
         renderer = structlog.dev.ConsoleRenderer(
             colors=os.isatty(target.fileno()) and "NO_COLOR" not in os.environ,
             exception_formatter=structlog.dev.plain_traceback,
             sort_keys=False,
         )
     else:
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        renderer = _as_json
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.value.upper()]),
@@ -259,6 +259,15 @@ def _in_order(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDi
     """Put the fields that every line has first: time in UTC, level, event."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
     return {"timestamp": now, "level": event.pop("level"), "event": event.pop("event"), **event}
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=repr)
+
+
+def _as_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    """One JSON object. A line that is not too long has no value that is, so the values are hardly ever looked at."""
+    line = _ENCODER.encode(event)
+    return line if len(line) <= TEXT_LIMIT else _ENCODER.encode(_bounded(logger, method, event))
 
 
 def _bounded(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -11,12 +11,22 @@ from pathlib import Path
 
 from kvmsupervisor.config import values as read
 from kvmsupervisor.config.declaration import Setting, optional_setting, setting
-from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
+from kvmsupervisor.config.values import (
+    Accel,
+    CgroupKind,
+    EtcdWallKind,
+    Listen,
+    LogFormat,
+    LogLevel,
+    MigrationKind,
+    Unfenced,
+)
 from kvmsupervisor.domain import values
 from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.local_disk import disk_size
+from kvmsupervisor.domain.uids import DEFAULT_UIDS, UidRange
 
 DEFAULT_CONFIG = Path("/etc/kvmsupervisor/kvmsupervisor.toml")
 
@@ -126,10 +136,30 @@ class Settings:
     )
     qemu_user: str | None = optional_setting(
         read.user,
-        "User that QEMU runs as, confined by seccomp, without any privilege. Empty: as the supervisor, not confined.",
-        unset="qemu, where that user exists",
+        "One user that all QEMUs run as, instead of a user for each. Empty: as the supervisor, not confined.",
+        unset="a user for each, from KVM_QEMU_UIDS",
         example="qemu",
         may_be_empty=True,
+    )
+    qemu_uids: UidRange | None = optional_setting(
+        read.uids,
+        "Range of user and group ids, first-last, from which each QEMU has one of its own. No account, container or "
+        "other supervisor of this host may use them.",
+        unset=str(DEFAULT_UIDS),
+        example=str(DEFAULT_UIDS),
+    )
+    qemu_sees: tuple[str, ...] | None = optional_setting(
+        read.paths,
+        "Further folders and files, separated by commas, that all QEMUs see, for reading: backing files of images that "
+        "extra_flags names, or a QEMU's libraries in an unusual place. / is everything, which opens this wall.",
+        unset="nothing more",
+        example="/srv/images,/opt/qemu",
+    )
+    etcd_wall: EtcdWallKind = setting(
+        values.choice(EtcdWallKind, "it"),
+        "Whether a rule of the host's packet filter (nftables, a table of its own) keeps QEMUs from etcd's ports and "
+        "from KVM_LISTEN's: auto (where nft and the rights for it are there) or off.",
+        default="auto",
     )
     cgroup: CgroupKind = setting(
         values.choice(read.CgroupKind, "it"),
@@ -137,10 +167,12 @@ class Settings:
         "these in turn).",
         default="auto",
     )
-    extra_flags: AllowedFlags = setting(
+    extra_flags: AllowedFlags | None = optional_setting(
         read.flags,
-        "Which QEMU options the key extra_flags may hold: any, none, or a list of options separated by commas.",
-        default="any",
+        "Which QEMU options the key extra_flags may hold: any, none, or a list of options separated by commas. Where "
+        "QEMU is root, any lets writers of keys do anything on this host.",
+        unset="any; none where QEMU runs as root (KVM_QEMU_USER is empty)",
+        example="any",
     )
     bridge_helper: Path | None = optional_setting(
         read.program_file,
@@ -155,7 +187,7 @@ class Settings:
     )
     state_dir: Path = setting(
         read.absolute,
-        "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph.",
+        "Folder of the files that outlive a boot: UEFI variables of machines without a disk in Ceph, and events.",
         default="/var/lib/kvmsupervisor",
     )
     disk_dir: Path = setting(
@@ -210,10 +242,17 @@ class Settings:
     )
     ceph_id: str | None = optional_setting(
         read.ceph_user,
-        "Name of the Ceph user, without client. before it.",
+        "Name of the Ceph user, without client. before it. With %i, which stands for an instance's id, each QEMU is a "
+        "user of its own, and this host's tools are that of KVM_SUPERVISOR_CEPH_ID.",
         unset="librbd's own default, admin",
         example="kvm",
         kvm=False,
+    )
+    supervisor_ceph_id: str | None = optional_setting(
+        read.ceph_user,
+        "Name of the Ceph user that looks at images, makes them and shuts clients out. Needed where CEPH_ID holds %i.",
+        unset="CEPH_ID",
+        example="kvm",
     )
     allow_unfenced: bool = setting(
         read.switch,
@@ -231,6 +270,29 @@ class Settings:
         values.seconds(0, 3600, "it"),
         "Seconds that a takeover waits while Ceph says that the disks are in use: their host may have lost only etcd.",
         default="60",
+    )
+    migration: MigrationKind = setting(
+        values.choice(read.MigrationKind, "it"),
+        "How a running machine moves to another host: auto (while it runs where both hosts can; else it is stopped "
+        "here and started there), live (only while it runs), cold (never so). Needs KVM_MIGRATION_LISTEN.",
+        default="auto",
+    )
+    migration_listen: Listen | None = setting(
+        read.migration_listen,
+        "Address and port of this host on which running machines of other hosts come in; the other hosts must reach "
+        "it. Empty or off: machines move cold.",
+        default="off",
+        may_be_empty=True,
+    )
+    migration_bandwidth_mib: int = setting(
+        values.integer(0, 1 << 20, "it"),
+        "The most MiB in a second that are sent for one machine that moves; 0 for no limit.",
+        default="0",
+    )
+    migration_parallel: int = setting(
+        values.integer(1, 64, "it"),
+        "How many running machines leave this host, and come to it, at one time.",
+        default="1",
     )
     session_ttl_s: int = setting(
         values.integer(2, 3600, "it"),

@@ -18,6 +18,7 @@ from kvmsupervisor.domain.flags import AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, HostName
 from kvmsupervisor.domain.names import QMP_SPARE_SOCKET
+from kvmsupervisor.domain.uids import UidRange, trouble_with
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.domain.words import may_begin_a_word
 
@@ -36,6 +37,13 @@ class Accel(StrEnum):
     TCG = "tcg"
 
 
+class EtcdWallKind(StrEnum):
+    """Values of KVM_ETCD_WALL."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 class CgroupKind(StrEnum):
     """`KVM_CGROUP`: where QEMU processes live."""
 
@@ -50,6 +58,14 @@ class Unfenced(StrEnum):
 
     PIN = "pin"
     GUARD = "guard"
+
+
+class MigrationKind(StrEnum):
+    """`KVM_MIGRATION`: how a machine that runs moves to another host."""
+
+    AUTO = "auto"
+    LIVE = "live"
+    COLD = "cold"
 
 
 class LogLevel(StrEnum):
@@ -210,6 +226,14 @@ def listen(text: str) -> Listen | None:
         raise Unfit(wanted) from None
 
 
+def migration_listen(text: str) -> Listen | None:
+    """The address and port for live moves; None for none. Other hosts connect to it, so it is a certain one."""
+    found = listen(text)
+    if found is not None and found.host in {"0.0.0.0", "::"}:
+        raise Unfit("it is the ADDRESS:PORT of this host that the other hosts reach, such as 10.0.0.5:9747, or off")
+    return found
+
+
 _SIZE = re.compile(r"([0-9]{1,12}) *([kmg]?)(?:i?b)?", re.IGNORECASE)
 _LOG_MIN = 4096
 _LOG_MAX = 1024**3
@@ -246,6 +270,25 @@ def user(text: str) -> str:
     if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", text):
         raise Unfit("it is the name of a user, such as qemu, or empty")
     return text
+
+
+def paths(text: str) -> tuple[str, ...]:
+    """Absolute paths, separated by commas."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if any(not path.startswith("/") or ".." in path.split("/") for path in found):
+        raise Unfit("they are absolute paths without '..', separated by commas")
+    return found
+
+
+def uids(text: str) -> UidRange:
+    """A range of the numbers of users and groups."""
+    found = re.fullmatch(r"(\d{1,10})\s*-\s*(\d{1,10})", text)
+    if found is None:
+        raise Unfit("it is a range of user ids, first-last, such as 70000-79999")
+    first, last = int(found[1]), int(found[2])
+    if (said := trouble_with(first, last)) is not None:
+        raise Unfit(said)
+    return UidRange(first, last)
 
 
 def switch(text: str) -> bool:

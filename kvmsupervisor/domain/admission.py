@@ -98,7 +98,7 @@ class Admission:
     def _fits(self, instance: InstanceId, need_mib: int) -> bool:
         if self._memory_mib is None:
             return True
-        others = sum(mib for name, mib in self._promised.items() if name != instance)
+        others = sum(self._promised.values()) - self._promised.get(instance, 0)
         return others + need_mib <= self._memory_mib
 
     def _grant(self, instance: InstanceId, need_mib: int) -> None:
@@ -107,9 +107,9 @@ class Admission:
 
     def _serve(self) -> None:
         """Hand out what is free."""
+        if len(self._holders) >= self._width:
+            return
         for name, waiting in sorted(self._line.items(), key=lambda item: -item[1].priority):
-            if len(self._holders) >= self._width:
-                return
             if self._fits(name, waiting.need_mib):
                 del self._line[name]
                 self._grant(name, waiting.need_mib)

@@ -14,10 +14,11 @@ from uuid import UUID, uuid5
 from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.flags import ANY_FLAGS, AllowedFlags
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Nvram, Ovmf, TapFds
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.hardware import OWN_DEFAULTS, Ceph, Handed, Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.keys import LOCK_PLACEHOLDER, InstanceId
 from kvmsupervisor.domain.names import CONSOLE_LOG
 from kvmsupervisor.domain.spec import Firmware, Problem, Spec
+from kvmsupervisor.domain.user_network import USER
 from kvmsupervisor.domain.words import escaped, json_option
 
 UUID_NAMESPACE = UUID("b108c36d-2985-4a5f-9c7a-3d69497d770a")
@@ -34,6 +35,10 @@ _LOG_SET = f"set={LOG_SET}"
 IGNITION_NAME = "opt/com.coreos/config"
 """Where Ignition looks for its configuration: a file of QEMU's fw_cfg device
 (https://coreos.github.io/ignition/supported-platforms/)."""
+
+NETWORK_FLAG = "netdev"
+"""The option by which `extra_flags` may give a machine QEMU's own network, and whatever listens on the host's loopback:
+`bridge=:user` is allowed where that is."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """Everything that QEMU's seccomp filter can deny: it never starts a program, nor gains a privilege."""
@@ -104,13 +109,14 @@ class Provision:
         run_dir: the instance's own run directory, an absolute path without a slash at its end.
         channels: sockets that listen already, so that connecting needs no waiting for QEMU.
         machine: the versioned machine type for the wish's `machine`; None: QEMU chooses.
-        taps: of the NICs, in their order.
-        media: paths of the read-only media for the guest's first boot.
-        ignition: path of the Ignition configuration.
+        taps: of the NICs that are on a bridge, in their order.
+        media: the read-only media for the guest's first boot, open for reading.
+        ignition: descriptor of the Ignition configuration.
         files: descriptors of its disks that are files of the host, in their order.
+        cdrom: the medium in its CD-ROM drive; None for an empty one, or none.
         nvram: where the UEFI variables are.
-        spice_password: path of the file that holds the SPICE password.
-        ceph_key: path of the file that holds the key to Ceph; None for the keyring that ceph.conf names.
+        spice_password: descriptor of the file that holds the SPICE password.
+        ceph_key: descriptor of the file that holds the key to Ceph; None for the keyring that ceph.conf names.
     """
 
     run_dir: str
@@ -118,11 +124,12 @@ class Provision:
     machine: str | None = None
     taps: tuple[TapFds, ...] = ()
     files: tuple[int, ...] = ()
-    media: tuple[str, ...] = ()
-    ignition: str | None = None
+    media: tuple[Handed, ...] = ()
+    ignition: int | None = None
+    cdrom: Handed | None = None
     nvram: Nvram | None = None
-    spice_password: str | None = None
-    ceph_key: str | None = None
+    spice_password: int | None = None
+    ceph_key: int | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -130,7 +137,11 @@ class Provision:
         channels = self.channels
         vhost = (tap.vhost_fd for tap in self.taps if tap.vhost_fd is not None)
         fixed = (channels.qmp, channels.spare, channels.console, channels.agent, channels.console_log)
-        return (*fixed, *(tap.fd for tap in self.taps), *vhost, *self.files)
+        variables = None if self.nvram is None or self.nvram.file is None else self.nvram.file.fd
+        medium = None if self.cdrom is None else self.cdrom.fd
+        single = (variables, medium, self.ignition, self.spice_password, self.ceph_key)
+        files = (*self.files, *(medium.fd for medium in self.media), *(fd for fd in single if fd is not None))
+        return (*fixed, *(tap.fd for tap in self.taps), *vhost, *files)
 
 
 def logs_into_memory(argv: Sequence[str]) -> bool:
@@ -157,15 +168,23 @@ def _host_problems(spec: Spec, host: HostSide) -> Iterator[Problem]:
         wanted = "install OVMF there (Debian's package ovmf), or say where it is by KVM_OVMF_CODE and KVM_OVMF_VARS"
         yield Problem("firmware", "'uefi', and this host has no UEFI firmware", wanted)
     yield from host.flags.problems(spec.extra_flags)
+    for nic in spec.all_nics:
+        if nic.bridge == USER and not host.flags.allow(NETWORK_FLAG):
+            found = f"{USER!r}, by which a guest reaches what listens on this host's loopback"
+            wanted = (
+                f"name a bridge: this host's KVM_EXTRA_FLAGS {host.flags.said}, and {USER} needs {NETWORK_FLAG} there"
+            )
+            yield Problem(f"{nic.key}bridge", found, wanted)
 
 
 def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Provision) -> tuple[str, ...]:
     """The whole command line, the program first.
 
     QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. Precondition: `host_problems` is empty,
-    and everything was made ready, such as one tap for each NIC.
+    and everything was made ready, such as one tap for each NIC on a bridge.
     """
-    ceph = replace(host.ceph, key_file=provision.ceph_key)
+    user = None if host.ceph.user is None else host.ceph.user.replace(LOCK_PLACEHOLDER, identity.instance)
+    ceph = replace(host.ceph, user=user, key=provision.ceph_key)
     return (
         host.qemu,
         *("-nodefaults", "-no-user-config", "-S"),
@@ -185,6 +204,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *hardware.nics(spec, provision.taps),
         *hardware.disks(spec, ceph, provision.files),
         *hardware.media(provision.media),
+        *hardware.cdrom(spec, provision.machine or spec.machine, provision.cdrom),
         *_ignition(provision.ignition),
         *hardware.display(spec, host.spice_addr, provision.spice_password),
         *spec.extra_flags,
@@ -200,8 +220,7 @@ def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> It
     if provision.nvram is not None:
         assert host.ovmf is not None
         options += ["pflash0=firmware", "pflash1=nvram"]
-        for node in hardware.flash(host.ovmf, provision.nvram, ceph):
-            yield from ("-blockdev", json_option(node))
+        yield from hardware.flash(host.ovmf, provision.nvram, ceph)
     yield from ("-machine", ",".join(options))
 
 
@@ -225,6 +244,6 @@ def _channels(provision: Provision) -> Iterator[str]:
     yield from ("-chardev", f"socket,id=agent0,fd={provision.channels.agent},server=on,wait=off")
 
 
-def _ignition(path: str | None) -> Iterator[str]:
-    if path is not None:
-        yield from ("-fw_cfg", f"name={IGNITION_NAME},file={escaped(path)}")
+def _ignition(fd: int | None) -> Iterator[str]:
+    if fd is not None:
+        yield from ("-fw_cfg", f"name={IGNITION_NAME},file={hardware.inherited(fd)}")

@@ -32,8 +32,8 @@ class Capability:
 NET_ADMIN = Capability(number=12, name="NET_ADMIN", why="taps are made, and plugged into bridges")
 
 TO_BE_ANOTHER = (
-    Capability(number=0, name="CHOWN", why="QEMU's user gets its console's log, its keys and /dev/kvm"),
-    Capability(number=1, name="DAC_OVERRIDE", why="what belongs to QEMU's user is opened: its log, its environment"),
+    Capability(number=0, name="CHOWN", why="QEMU's group gets /dev/kvm; files of earlier QEMUs are taken back"),
+    Capability(number=1, name="DAC_OVERRIDE", why="what belongs to QEMU's user is opened: its environment"),
     Capability(number=5, name="KILL", why="a QEMU that does not end, or has lost its lock, is killed"),
     Capability(number=6, name="SETGID", why="QEMU gets the groups of its user"),
     Capability(number=7, name="SETUID", why="QEMU becomes its user"),

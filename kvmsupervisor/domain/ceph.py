@@ -62,6 +62,9 @@ PRIMARIES = "default"
 READ_POLICY = "rbd_read_from_replica_policy"
 """The setting of librbd that names the policy."""
 
+READ_POLICY_OF_IMAGE = f"conf_{READ_POLICY}"
+"""What is set for one image is in its metadata (rbd(8), config image set)."""
+
 
 def reads_replicas(name: str, policy: str) -> str:
     """Law 5: the message about an image of which replicas are read."""
@@ -78,6 +81,7 @@ class Trouble(Enum):
     AWAY = "the cluster does not answer"
     REFUSED = "the cluster refuses this client, or the client's settings are incomplete"
     NO_POOL = "there is no such pool"
+    NO_NAMESPACE = "the pool has no such namespace"
     NO_IMAGE = "there is no such image"
     EXISTS = "there is one already"
     BUSY = "somebody has it open"
@@ -193,9 +197,33 @@ def parse_watchers(data: bytes) -> frozenset[Client]:
     return frozenset(_addresses(watchers, "address"))
 
 
-def parse_lock_owners(data: bytes) -> frozenset[Client]:
-    """Read `rbd lock ls --format json`: the clients that hold the image's exclusive lock, or did not release it."""
-    return frozenset(_addresses(_list(_one(data)), "address"))
+@frozen
+class HeldLock:
+    """A lock of an image, as `rbd lock ls` names it, and whose it is."""
+
+    name: str
+    locker: str
+    client: Client
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether it is librbd's own lock for `exclusive-lock`; others are people's (`rbd lock add`)."""
+        return bool(_AUTOMATIC.fullmatch(self.name) and _LOCKER.fullmatch(self.locker))
+
+
+_AUTOMATIC, _LOCKER = re.compile(r"auto [0-9]+"), re.compile(r"client\.[0-9]+")
+
+
+def parse_locks(data: bytes) -> tuple[HeldLock, ...]:
+    """Read `rbd lock ls --format json`: who holds the image's exclusive lock, or did not release it."""
+    found = []
+    for entry in _list(_one(data)):
+        one = _object(entry)
+        name, locker, address = one.get("id"), one.get("locker"), one.get("address")
+        if not isinstance(name, str) or not isinstance(locker, str) or not isinstance(address, str):
+            raise Unfit(f"the entry {show(str(entry))} has no id, no locker, or no address")
+        found.append(HeldLock(name, locker, client_address(address)))
+    return tuple(found)
 
 
 def parse_read_policy(data: bytes) -> str:
@@ -285,6 +313,7 @@ _ABSENT = "its keyring is not there, or no ceph.conf names the monitors"
 _WORDS: tuple[tuple[str, Trouble, str], ...] = (
     # These come from a cluster that let the client in; the names in them may hold any words, so they are matched first.
     ("error opening pool", Trouble.NO_POOL, "there is no such pool"),
+    ("rbd: namespace '", Trouble.NO_NAMESPACE, "there is no such namespace of the pool (`rbd namespace create`)"),
     ("error opening image", Trouble.NO_IMAGE, "there is no such image"),
     ("failed to find snapshot", Trouble.NO_IMAGE, "there is no such snapshot"),
     ("failed to open parent image", Trouble.NO_IMAGE, "there is no such image"),
@@ -312,7 +341,7 @@ _AWAY_STATUS = {101, 107, 110, 111, 113}
 
 _ENOENT = 2
 _EINVAL = 22
-_ONLY_IF_ABSENT = {Trouble.NO_POOL, Trouble.NO_IMAGE}
+_ONLY_IF_ABSENT = {Trouble.NO_POOL, Trouble.NO_NAMESPACE, Trouble.NO_IMAGE}
 
 _STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\S+ \S+ +-?\d+ ")
 

@@ -17,21 +17,21 @@ _iops = values.integer(1, 10**9, "iops")
 _RBD_NAME = r"[^-/@\s\x00-\x1f\x7f][^/@\s\x00-\x1f\x7f]*"
 """None begins with a hyphen: Ceph's own tools would take it for an option, whoever types it."""
 
-_RBD = re.compile(f"/?({_RBD_NAME})/({_RBD_NAME})")
+_RBD = re.compile(f"/?({_RBD_NAME})/(?:({_RBD_NAME})/)?({_RBD_NAME})")
 
 
 def rbd_disk(text: str) -> RbdDisk:
-    """An image in Ceph, `[/]POOL/IMAGE`, and its options."""
+    """An image in Ceph, `[/]POOL[/NAMESPACE]/IMAGE`, and its options."""
     name, *options = text.split()
     if name.startswith(SCHEME):
         raise Unfit(f"it is an image in Ceph, POOL/IMAGE; a file of the host is the first disk by the key {FIRST_DISK}")
     match = _RBD.fullmatch(name)
     if match is None or not name.isprintable():
         raise Unfit(
-            "it is /POOL/IMAGE or POOL/IMAGE, without a snapshot (@), no name beginning with '-'; options follow after "
-            "white space: size=, from=, ro, discard, iops=N"
+            "it is POOL/IMAGE or POOL/NAMESPACE/IMAGE, a slash before it or none, without a snapshot (@), no name "
+            "beginning with '-'; options follow after white space: size=, from=, ro, discard, iops=N"
         )
-    return RbdDisk(match[1], match[2], **_disk_options(options))
+    return RbdDisk(match[1], match[3], namespace=match[2] or "", **_disk_options(options))
 
 
 def any_disk(text: str) -> RbdDisk | FileDisk:

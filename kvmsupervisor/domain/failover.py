@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Collection
 
-from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, Storage
+from kvmsupervisor.domain.names import ANY_HOST
 from kvmsupervisor.domain.spec import Power, Wish
 
 STEP_S = 5.0
@@ -14,7 +16,13 @@ than the write of a takeover takes; a candidate without room, or one that drains
 
 
 def place(
-    wish: Wish, lock: Lock | None, *, me: HostName, facts: str, has_session: Callable[[HostName], bool | None]
+    wish: Wish,
+    lock: Lock | None,
+    *,
+    me: HostName,
+    facts: str,
+    has_session: Callable[[HostName], bool | None],
+    everyone: Collection[str] = (),
 ) -> int | None:
     """This host's place among the live candidates for an orphan, 0 being the first; None when it is not to take it.
 
@@ -27,6 +35,7 @@ def place(
         me: this host.
         facts: its `KVM_FACTS_PREFIX`. A holder whose session would be elsewhere is not known to have none.
         has_session: whether a host has one; None when that is not known.
+        everyone: the names of those that have one.
     """
     if lock is None or wish.runs_on in {None, me}:
         return None
@@ -36,12 +45,24 @@ def place(
         return None
     if any(has_session(HostName(host)) is not False for host in {wish.runs_on, lock.host} if host is not None):
         return None
-    live = [host for host in candidates(wish) if has_session(HostName(host))]
+    live = [host for host in candidates(wish, everyone) if has_session(HostName(host))]
     return live.index(me) if me in live else None
 
 
-def candidates(wish: Wish) -> tuple[str, ...]:
-    """The hosts that may take it over, in order: those of `hosts`, then `host`, where a placement stands in for it."""
-    if wish.placement is None or wish.host is None or wish.host in wish.hosts:
-        return wish.hosts
-    return (*wish.hosts, wish.host)
+def candidates(wish: Wish, everyone: Collection[str] = ()) -> tuple[str, ...]:
+    """The hosts that may take it over, in order: those of `hosts`, then `host`, where a placement stands in for it.
+
+    All that `*` stands for come in an order of the instance's own, so that many orphans are shared out among them.
+    """
+    named = [*wish.hosts]
+    if ANY_HOST in named:
+        at = named.index(ANY_HOST)
+        named[at : at + 1] = sorted(set(everyone) - {*named}, key=lambda host: _order(wish.instance, host))
+    if wish.placement is None or wish.host is None or wish.host in named:
+        return tuple(named)
+    return (*named, wish.host)
+
+
+def _order(instance: InstanceId, host: str) -> bytes:
+    """The same on every host, and another one for each instance."""
+    return hashlib.sha256(f"{instance} {host}".encode()).digest()

@@ -51,14 +51,30 @@ behind one of them, if it is no option, for a disk image."""
 
 @frozen
 class AllowedFlags:
-    """Attributes: options, without their hyphens, that may be given; None for any."""
+    """What a host allows.
+
+    Attributes:
+        options: options, without their hyphens, that may be given; None for any.
+        why: why they are so few although nobody has asked for that, with what would be right; None otherwise.
+    """
 
     options: frozenset[str] | None = None
+    why: str | None = None
 
     def __str__(self) -> str:
         if self.options is None:
             return "any"
         return ",".join(sorted(self.options)) or "none"
+
+    @property
+    def said(self) -> str:
+        """What the setting does, behind its name."""
+        told = "allows none" if self.options == frozenset() else f"allows {self}"
+        return told if self.why is None else f"{told}, {self.why}"
+
+    def allow(self, option: str) -> bool:
+        """Whether this option, without its hyphen, may be given."""
+        return self.options is None or option in self.options
 
     def problems(self, words: Sequence[str]) -> tuple[Problem, ...]:
         """The problem with `words`, the value of `extra_flags` split: all that this host does not allow in it."""
@@ -70,12 +86,18 @@ class AllowedFlags:
         refused = tuple(word for word in _options(words) if word.lstrip("-") not in self.options or word[:1] != "-")
         if not refused:
             return ()
-        allowed = f"allows {self}" if self.options else "allows none"
-        wanted = f"leave that out: this host's KVM_EXTRA_FLAGS {allowed}"
+        wanted = f"leave that out: this host's KVM_EXTRA_FLAGS {self.said}"
         return (Problem("extra_flags", " ".join(dict.fromkeys(map(repr, cleaned_words(refused)))), wanted),)
 
 
 ANY_FLAGS = AllowedFlags()
+
+NONE_AS_ROOT = AllowedFlags(
+    frozenset(),
+    "because QEMU runs as root there, so that any option reaches all of it: leave KVM_QEMU_USER out, and each QEMU has "
+    "a user and a view of its own; or set KVM_EXTRA_FLAGS=any there if all who write keys may do anything on that host",
+)
+"""Of a host whose QEMUs nothing bounds, and whose settings do not say that any may be given."""
 
 
 def _options(words: Sequence[str]) -> list[str]:

@@ -154,7 +154,6 @@ class Groups:
 
     Args:
         layout: of the keys.
-        locks_only: take the locks only, for a prefix that is watched for them.
 
     Attributes:
         lock_before: the beginning of every lock's key.
@@ -162,11 +161,10 @@ class Groups:
         names: the names of keys that are stored once for all instances.
     """
 
-    def __init__(self, layout: Layout, *, locks_only: bool = False) -> None:
+    def __init__(self, layout: Layout) -> None:
         # Under None: the foreign keys, whole, without values.
         self._groups: dict[InstanceId | None, _Group] = {}
         self._layout = layout
-        self._locks_only = locks_only
         self._prefix = layout.wishes_prefix.encode()
         before, _, after = layout.lock.partition(LOCK_PLACEHOLDER)
         self.lock_before, self.lock_after = before.encode(), after.encode()
@@ -204,6 +202,10 @@ class Groups:
             )
         }
 
+    def having(self, key: bytes) -> Set[InstanceId]:
+        """The instances that have a wish key of that name. One walk, without a call for each."""
+        return {instance for instance, group in self._groups.items() if instance is not None and key in group.keys}
+
     def foreign(self) -> Mapping[bytes, str]:
         """Keys below the prefix that belong to no instance and are not the image library's, with the reason."""
         group = self._groups.get(None)
@@ -221,21 +223,24 @@ class Groups:
         None: the key is not for this table.
         """
         if key.endswith(self.lock_after) and key.startswith(self.lock_before):
-            owner = self._layout.id_of_lock(key.decode(errors="replace"))
+            owner = self._id_of(key[len(self.lock_before) : len(key) - len(self.lock_after)])
             if owner is not None:
                 return owner, None
-        if self._locks_only or not key.startswith(self._prefix):
+        if not key.startswith(self._prefix):
             return None
         head, slash, name = key[len(self._prefix) :].partition(b"/")
         if not slash:
             return None, key
-        if head != self._last_head:
-            # A list comes in key order: all keys of an instance come together.
-            self._last_head, self._last_id = head, parse_id(head.decode(errors="replace"))
-        instance = self._last_id
+        instance = self._id_of(head)
         if instance is None:
             return None, key
         return instance, self.share(name)
+
+    def _id_of(self, head: bytes) -> InstanceId | None:
+        if head != self._last_head:
+            # A list comes in key order: all keys of an instance come together.
+            self._last_head, self._last_id = head, parse_id(head.decode(errors="replace"))
+        return self._last_id
 
     def share(self, name: bytes) -> bytes:
         """The shared object for a key's name, where the name is shared."""

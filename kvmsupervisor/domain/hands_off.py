@@ -7,6 +7,7 @@ from dataclasses import replace
 from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.reasons import told
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, View
 
@@ -18,25 +19,32 @@ def hands_off(view: View) -> Decision | None:
     """The decision where nothing may be touched; None where the usual rows decide."""
     if view.left_alone is not None:
         return _left_alone(view, view.left_alone)
-    in_the_way = view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER}
-    if view.process is None and view.holdover is not None and in_the_way:
+    is_hidden = view.process is None and view.holdover is not None
+    if is_hidden and view.claim in {Claim.LEFTOVER, Claim.BROKEN, Claim.STRANGER, Claim.ABSENT}:
+        assert view.holdover is not None
         return _held_over(view, view.holdover)
     if view.mismatch is None and view.dissent is not None and view.process is None and view.claim is Claim.ABSENT:
         wait = Decision(row=Row.DISSENT, phase=Phase.WAITING, reason=view.dissent)
-        return wait if goal(view)[0] is Goal.RUN else None
+        return told(view, wait) if goal(view)[0] is Goal.RUN else None
+    process = view.process
+    if view.claim is Claim.NEWER and process is not None and process.exit is None:
+        # It may be on its way to another host: nobody but that release knows what may be done to it.
+        return _watched(
+            view, process, f"its lock {view.claim.value}: it is left alone until that release is back", Row.LOCK_NEWER
+        )
     if view.mismatch is None or order(view) is not None:
         return None
-    if view.process is None:
+    if process is None:
         # The keys may belong to another cluster or host: take nothing, release nothing.
         runs = view.wish is None or goal(view)[0] is Goal.RUN
         phase = Phase.WAITING if runs else Phase.STOPPED
         return Decision(row=Row.MISMATCH, phase=phase, reason=view.mismatch)
     # An end is recorded as usual: it is a fact.
-    return _watched(view, view.process, view.mismatch) if view.process.exit is None else None
+    return _watched(view, process, view.mismatch, Row.MISMATCH_QEMU) if process.exit is None else None
 
 
 def _held_over(view: View, holdover: Holdover) -> Decision:
-    """Its lock is ours and its process lives, but the run directory has no record of it."""
+    """Its lock is ours, or was until somebody deleted it, and its process lives; there is no record of that here."""
     kept = "" if holdover.folder is None else f" (its record was kept in {holdover.folder})"
     return Decision(
         row=Row.HELD_OVER,
@@ -53,15 +61,13 @@ def _left_alone(view: View, left: LeftAlone) -> Decision:
     said = Decision(row=Row.LEFT_ALONE, phase=phase, reason=left.reason)
     if view.now >= left.look_at:
         return replace(said, action=Action.READ)
-    if view.claim is Claim.ABSENT and not view.looked and view.session_held and view.now >= view.etcd_at:
-        return replace(said, action=Action.LOOK)
-    return replace(said, wake_at=left.look_at)
+    return told(view, replace(said, wake_at=left.look_at))
 
 
-def _watched(view: View, process: Process, mismatch: str) -> Decision:
-    """It was started under other settings (law 12). Its guard goes on watching it."""
+def _watched(view: View, process: Process, why: str, row: Row) -> Decision:
+    """It is another release's, or was started under other settings (law 12). Its guard goes on watching it."""
     phase = Phase.STARTING if process.never_ran else Phase.RUNNING
-    said = Decision(row=Row.MISMATCH_QEMU, phase=phase, reason=f"QEMU lives, but {mismatch}")
+    said = Decision(row=row, phase=phase, reason=f"QEMU lives, but {why}")
     guard_at = view.guard_at if view.guarded is False else None
     if guard_at is not None and view.now >= guard_at:
         return replace(said, action=Action.GUARD)

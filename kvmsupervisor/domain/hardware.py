@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kvmsupervisor.domain import cdrom as medium
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
-from kvmsupervisor.domain.spec import RbdDisk, Spec
+from kvmsupervisor.domain.spec import Nic, RbdDisk, Spec
 from kvmsupervisor.domain.storage import node_of
+from kvmsupervisor.domain.user_network import Forward
 from kvmsupervisor.domain.words import escaped, json_option
 
 # PCI slots are fixed, so that a later display or disk does not rename the guest's NIC. They begin above those that QEMU
@@ -30,6 +32,7 @@ _BRIDGE_SLOT = 0x16
 _MEDIA_SLOTS = (0x17, 0x18)
 
 _FIRST_DISK_BOOTS = 10
+_CDROM_BOOTS_FIRST, _CDROM_BOOTS = 9, 11
 """Its place in the boot order. A `-kernel` gets 0 from QEMU, and devices of `extra_flags` may come before it, too."""
 
 _BALLOON_STATISTICS = "guest-stats-polling-interval=60"
@@ -48,8 +51,21 @@ class TapFds:
     vhost_fd: int | None = None
 
 
-DISK_SETS = 97470000
-"""Number of the first disk's set of open files; the others' follow. Arbitrary, as `argv.LOG_SET`."""
+DISK_SETS, MEDIA_SETS, NVRAM_SET, CDROM_SETS = 97470000, 97471000, 97472000, 97473000
+"""Numbers of sets of open files: the first disk's and the first medium's, which the others' follow, that of the UEFI
+variables, and those of the media of the CD-ROM drive, which take turns. Arbitrary, as `argv.LOG_SET`."""
+
+CDROM_TURNS = 4
+"""While one medium is taken out the next one is there already. QEMU closes an open file of a guest that is paused only
+once that goes on, so there are a few more than two."""
+
+
+@frozen
+class Handed:
+    """A file that QEMU inherits open: its descriptor, and its path on the host, which is for people only."""
+
+    fd: int
+    path: str
 
 
 @frozen(kw_only=True)
@@ -64,7 +80,7 @@ class Ovmf:
 class Nvram:
     """Where a machine's UEFI variables are: in a file of this host, or in an RBD image."""
 
-    file: str | None = None
+    file: Handed | None = None
     rbd: RbdDisk | None = None
 
 
@@ -74,25 +90,34 @@ class Ceph:
 
     Attributes:
         conf: path of ceph.conf, which QEMU's user must be able to read.
-        user: its client's id, without `client.`.
-        key_file: path of a file that holds the client's key in base64 and that QEMU's user can read; None for the
-            keyring that ceph.conf names.
+        user: its client's id, without `client.`; `%i` in it stands for the instance's.
+        key: descriptor of a file that holds the client's key in base64; None for the keyring that ceph.conf names.
     """
 
     conf: str | None = None
     user: str | None = None
-    key_file: str | None = None
+    key: int | None = None
 
 
 OWN_DEFAULTS = Ceph()
+
+_PORTS = 4
+"""Ports of the serial bus: one that QEMU keeps for a console, the agent's, and two for `extra_flags`, such as SPICE's
+agent. QEMU's default is 31. Each has two queues, for which QEMU's main loop asks the kernel at every turn: with 31 a
+guest's write of 4 KiB to a disk takes half as long again (`python -m bench --only disk`)."""
 
 _CEPH_KEY = "ceph0"
 """Name of QEMU's object that holds the key."""
 
 
+def inherited(fd: int) -> str:
+    """The name of an inherited file for options of QEMU that take a name only (proc_pid_fd(5))."""
+    return f"/proc/self/fd/{fd}"
+
+
 def common() -> Iterator[str]:
     """The devices of every machine: the agent's channel, random numbers, a balloon, a device that reports a panic."""
-    yield from ("-device", f"virtio-serial-pci,id=virtio-serial0,addr={_SERIAL_SLOT:#x}")
+    yield from ("-device", f"virtio-serial-pci,id=virtio-serial0,max_ports={_PORTS},addr={_SERIAL_SLOT:#x}")
     agent = "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"
     yield from ("-device", agent)
     yield from ("-device", f"virtio-rng-pci,id=rng0,addr={_RNG_SLOT:#x}")
@@ -107,19 +132,32 @@ def bridge(spec: Spec) -> Iterator[str]:
 
 
 def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
-    """The NICs, on open taps: QEMU itself must not start a helper."""
-    for nic, tap in zip(spec.all_nics, taps, strict=True):
-        vhost = "" if tap.vhost_fd is None else f",vhost=on,vhostfd={tap.vhost_fd}"
-        yield from ("-netdev", f"tap,id=net{nic.number},fd={tap.fd}{vhost}")
+    """The NICs, on open taps, because QEMU itself must not start a helper, or on QEMU's own network."""
+    for nic, tap in _with_taps(spec, taps):
+        if tap is None:
+            ports = "" if nic.number else "".join(map(_forwarded, spec.forward))
+            yield from ("-netdev", f"user,id=net{nic.number}{ports}")
+        else:
+            vhost = "" if tap.vhost_fd is None else f",vhost=on,vhostfd={tap.vhost_fd}"
+            yield from ("-netdev", f"tap,id=net{nic.number},fd={tap.fd}{vhost}")
         place = f"bus={_MORE},addr={nic.number:#x}" if nic.number else f"addr={_NIC_SLOT:#x}"
         device = f"virtio-net-pci,id=nic{nic.number},netdev=net{nic.number},mac={nic.mac}"
         yield from ("-device", f"{device},{place}")
 
 
+def _with_taps(spec: Spec, taps: Sequence[TapFds]) -> Iterator[tuple[Nic, TapFds | None]]:
+    of_bridged = dict(zip(spec.bridged_nics, taps, strict=True))
+    return ((nic, of_bridged.get(nic)) for nic in spec.all_nics)
+
+
+def _forwarded(one: Forward) -> str:
+    return f",hostfwd={one.protocol}:{one.address}:{one.port}-:{one.guest_port}"
+
+
 def ceph_key(ceph: Ceph) -> Iterator[str]:
     """The object that reads the key from its file, once, before any disk; the key is not on the command line."""
-    if ceph.key_file is not None:
-        secret = {"qom-type": "secret", "id": _CEPH_KEY, "file": ceph.key_file, "format": "base64"}
+    if ceph.key is not None:
+        secret = {"qom-type": "secret", "id": _CEPH_KEY, "file": inherited(ceph.key), "format": "base64"}
         yield from ("-object", json_option(secret))
 
 
@@ -141,7 +179,7 @@ def disks(spec: Spec, ceph: Ceph, files: Sequence[int]) -> Iterator[str]:
         name, source = node_of(disk), disk.source
         if isinstance(source, FileDisk):
             number = DISK_SETS + disk.number
-            yield from ("-add-fd", f"fd={next(descriptors)},set={number},opaque={disk.key}")
+            yield from _file_set(next(descriptors), number, disk.key)
             node = _local_node(source, number)
         else:
             node = _rbd_node(source, ceph)
@@ -160,21 +198,57 @@ def disks(spec: Spec, ceph: Ceph, files: Sequence[int]) -> Iterator[str]:
         )
 
 
-def media(paths: Sequence[str]) -> Iterator[str]:
+def media(files: Sequence[Handed]) -> Iterator[str]:
     """Read-only media, as virtio disks: a guest with a driver for its own disk has one for these."""
-    for number, (path, slot) in enumerate(zip(paths, _MEDIA_SLOTS, strict=False)):
-        yield from ("-blockdev", json_option({"node-name": f"medium{number}", **_file_node(path, read_only=True)}))
+    for number, (file, slot) in enumerate(zip(files, _MEDIA_SLOTS, strict=False)):
+        yield from _file_set(file.fd, MEDIA_SETS + number, file.path)
+        node = _file_node(f"/dev/fdset/{MEDIA_SETS + number}", read_only=True)
+        yield from ("-blockdev", json_option({"node-name": f"medium{number}", **node}))
         yield from ("-device", f"virtio-blk-pci,id=medium{number}-dev,drive=medium{number},addr={slot:#x}")
 
 
-def flash(ovmf: Ovmf, nvram: Nvram, ceph: Ceph) -> Iterator[dict[str, Any]]:
-    """The block nodes of the firmware's code, which no guest can write to, and of its variables."""
-    yield {"node-name": "firmware", **_file_node(ovmf.code, read_only=True)}
+def cdrom_node(turn: int) -> dict[str, Any]:
+    """The block node of a medium, which QEMU has got as an open file: see `CDROM_TURNS`."""
+    return {
+        "node-name": f"{medium.DEVICE}-{turn}",
+        **_file_node(f"/dev/fdset/{CDROM_SETS + turn}", read_only=True),
+    }
+
+
+def cdrom(spec: Spec, machine: str, file: Handed | None) -> Iterator[str]:
+    """The CD-ROM drive, on the bus for which every operating system and firmware has a driver: SATA, or IDE.
+
+    It is the last one to boot from, so that a new disk, on which nothing is yet, lets its medium boot; or the first one
+    (`boot`). Of its buses q35 leaves the last to it, so that it moves none of `extra_flags`' own.
+
+    Args:
+        spec: of the machine.
+        machine: its type.
+        file: the medium; None for an empty drive.
+    """
+    if spec.cdrom is None:
+        return
+    device = f"ide-cd,id={medium.DEVICE},bootindex={_CDROM_BOOTS_FIRST if spec.cdrom.boot else _CDROM_BOOTS}"
+    if "q35" in machine:
+        device += ",bus=ide.5"
+    if file is not None:
+        yield from _file_set(file.fd, CDROM_SETS, file.path)
+        yield from ("-blockdev", json_option(cdrom_node(0)))
+        device += f",drive={medium.DEVICE}-0"
+    yield from ("-device", device)
+
+
+def flash(ovmf: Ovmf, nvram: Nvram, ceph: Ceph) -> Iterator[str]:
+    """The firmware's code, which no guest can write to, and its variables."""
+    firmware = {"node-name": "firmware", **_file_node(ovmf.code, read_only=True)}
+    yield from ("-blockdev", json_option(firmware))
     if nvram.rbd is not None:
-        yield {"node-name": "nvram", "driver": "raw", "file": _rbd_node(nvram.rbd, ceph)}
+        node = {"driver": "raw", "file": _rbd_node(nvram.rbd, ceph)}
     else:
         assert nvram.file is not None
-        yield {"node-name": "nvram", **_file_node(nvram.file, read_only=False)}
+        yield from _file_set(nvram.file.fd, NVRAM_SET, nvram.file.path)
+        node = _file_node(f"/dev/fdset/{NVRAM_SET}", read_only=False)
+    yield from ("-blockdev", json_option({"node-name": "nvram", **node}))
 
 
 def huge_memory(spec: Spec) -> dict[str, Any]:
@@ -189,14 +263,14 @@ def huge_memory(spec: Spec) -> dict[str, Any]:
     }
 
 
-def display(spec: Spec, default_addr: str, password_file: str | None) -> Iterator[str]:
+def display(spec: Spec, default_addr: str, password: int | None) -> Iterator[str]:
     """A SPICE server with a pointer that follows the viewer's, or no display at all."""
     if spec.spice_port is None:
         yield from ("-vga", "none", "-display", "none")
         return
     ticket = "disable-ticketing=on"
-    if password_file is not None:
-        yield from ("-object", json_option({"qom-type": "secret", "id": "spice0", "file": password_file}))
+    if password is not None:
+        yield from ("-object", json_option({"qom-type": "secret", "id": "spice0", "file": inherited(password)}))
         ticket = "password-secret=spice0"
     yield from ("-vga", "qxl")
     addr = escaped(spec.spice_addr or default_addr)
@@ -213,15 +287,22 @@ def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:
         "read-only": rbd.ro,
         "cache": {"direct": False, "no-flush": False},
     }
+    if rbd.namespace:
+        node["namespace"] = rbd.namespace
     if rbd.discard:
         node["discard"] = "unmap"
     if ceph.conf is not None:
         node["conf"] = ceph.conf
     if ceph.user is not None:
         node["user"] = ceph.user
-    if ceph.key_file is not None:
+    if ceph.key is not None:
         node |= {"key-secret": _CEPH_KEY, "auth-client-required": ["cephx"]}
     return node
+
+
+def _file_set(fd: int, number: int, told: str) -> Iterator[str]:
+    """A file that QEMU has open already, as `/dev/fdset/<number>`; `told` is what it is, for people."""
+    yield from ("-add-fd", f"fd={fd},set={number},opaque={escaped(told)}")
 
 
 def _local_node(disk: FileDisk, number: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A revision, an epoch or a missing key means something within one history only. A
 has another history from that backup on, whatever its revision and cluster id say. So has another store at the same
 address. Histories are told apart by *witnesses*: the newest keys that were observed, each with the revision that wrote
 it. Read at its own revision, such a key is the same in the same history and in no other; so all that came before it is
-proven, too.
+proven, too. A copy that was made a moment ago has all of them: it is told by another cluster id, if it has one.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class HistoryName:
         hosts: those that had a session when it was noticed: nothing unfenceable starts before they have spoken. Emptied
             once they have.
         gone: those of them that are gone for good, as an operator said.
+        found: the name that the store had, where that is an older one than `after`: a backup of then was restored.
     """
 
     id: str
@@ -132,7 +133,12 @@ class HistoryName:
     by: str = ""
     hosts: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    found: str = ""
     version: int = VERSION
+
+    def follows(self, names: Iterable[str]) -> bool:
+        """Whether it is one of these histories, or comes after one of them."""
+        return not {self.id, self.after, self.found or self.after}.isdisjoint(names)
 
     def to_json(self) -> bytes:
         """As the key holds it."""
@@ -149,6 +155,26 @@ class HistoryName:
 
 
 @frozen(kw_only=True)
+class Former:
+    """A history that was left, for one of two reasons that look alike.
+
+    This host was with another cluster's etcd for a while: then its own one goes on where it was. Or a backup was
+    restored, and then an older one, which has the name of a history that nobody goes on with.
+
+    Attributes:
+        id: its name.
+        cluster: the id of etcd's cluster; 0 where it is not known.
+        hosts: those that had a session in it.
+        witnesses: the newest keys that were observed in it.
+    """
+
+    id: str
+    cluster: int = 0
+    hosts: tuple[str, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
+
+
+@frozen(kw_only=True)
 class HistoryFile:
     """`_history.json` in the run directory: what a supervisor acted on, for its successor.
 
@@ -161,8 +187,8 @@ class HistoryFile:
         spoken: whether this host's machines have their locks in it.
         hosts: those that had a session.
         witnesses: the newest keys that were observed.
-        left: names of other histories in which this host has spoken, the newest last: one of them may be back, after a
-            run with another cluster's etcd.
+        former: other histories in which this host has spoken, the newest last.
+        cluster: the id of etcd's cluster; 0 where an earlier release has not noted it.
     """
 
     id: str = ""
@@ -173,7 +199,8 @@ class HistoryFile:
     spoken: bool = True
     hosts: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
-    left: tuple[str, ...] = ()
+    former: tuple[Former, ...] = ()
+    cluster: int = 0
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -198,6 +225,7 @@ class Era:
         count: how many times this supervisor has begun anew with another history.
         number: how many histories this cluster had before it.
         since: the revision up to which everything came with the last change of history; 0 when there was none.
+        mark: what a lock says that was written in it: its name; empty for the first history, or without a name.
         foreign: whether, by its name, this host's cluster was never in this store.
         members: hosts in a foreign store that are known to be of this host's cluster.
         awaited: the hosts that have not spoken in it yet.
@@ -207,6 +235,7 @@ class Era:
     count: int = 0
     number: int = 0
     since: int = 0
+    mark: str = ""
     foreign: bool = False
     members: frozenset[str] = frozenset()
     awaited: tuple[str, ...] = ()
@@ -216,6 +245,22 @@ class Era:
     def epoch_floor(self) -> int:
         """Every epoch of this history is greater than this."""
         return self.number * EPOCHS_PER_HISTORY
+
+    def has(self, mark: str | None, revision: int) -> bool:
+        """Whether a lock was written in this history: by its revision, or by what it says.
+
+        A host that learns of the change later than others takes a revision of that later time for the change.
+
+        Args:
+            mark: what the lock says.
+            revision: of the lock.
+        """
+        return revision > self.since or (bool(self.mark) and mark == self.mark)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether there was another history, or another store, before it."""
+        return self.number > 0 or self.foreign
 
     def keeps_waiting(self, storage: Storage, now: float) -> bool:
         """Whether a machine with this storage must wait, because another host may be running it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.records import Unfit, parse
+from kvmsupervisor.domain.offer import MoveFacts
+from kvmsupervisor.domain.records import Unfit, parse, shallow
+from kvmsupervisor.domain.records import plain as as_object
 from kvmsupervisor.domain.values import nearest, plain, some
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 SOME = 3
 """How many hosts a sentence names."""
@@ -32,6 +35,7 @@ class HostSession:
         draining: whether it stops all its guests (`stop --all --local`), and starts none.
         history: the history of etcd in which its locks say what runs here; empty where none ever changed.
         lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
+        moves: what live moves to it need; None where it takes part in none.
     """
 
     host: str
@@ -46,15 +50,16 @@ class HostSession:
     draining: bool = False
     history: str = ""
     lock: str = ""
+    moves: MoveFacts | None = None
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object."""
-        return asdict(self)
+        return shallow(self) | {"moves": None if self.moves is None else as_object(self.moves)}
 
     def to_json(self) -> bytes:
         """As the session key holds it."""
         # A lone surrogate (of bytes that were no UTF-8) becomes what JSON writes for it.
-        return json.dumps(self.to_object(), ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
+        return _ENCODER.encode(self.to_object()).encode(errors="backslashreplace")
 
     @classmethod
     def from_json(cls, data: bytes) -> HostSession | None:

@@ -22,10 +22,16 @@ PACKED = ("gz", "xz", "zst", "bz2", "zip", "tar", "tgz", "7z")
 
 LIBRARY_PREFIX, LIBRARY_SNAPSHOT = "kvm-image-", "image"
 ASIDE_PREFIX = "kvm-new-"
+LIBRARY_NAMESPACE = "kvm-images"
+"""Where images of the library are for disks in a namespace: their guests read it, and have no right to the namespace
+without a name, where other guests' disks may be."""
+
+_FORMATS = {"iso": "raw"}
+"""Formats by other endings: a medium's file holds its bytes."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.IGNORECASE)
 _RBD_NAME = r"[^-/@\s\x00-\x1f\x7f][^/@\s\x00-\x1f\x7f]*"
-_SNAPSHOT = re.compile(f"({_RBD_NAME})/({_RBD_NAME})@({_RBD_NAME})")
+_SNAPSHOT = re.compile(f"({_RBD_NAME})/(?:({_RBD_NAME})/)?({_RBD_NAME})@({_RBD_NAME})")
 
 
 @frozen(kw_only=True)
@@ -57,17 +63,24 @@ class Snapshot:
     pool: str
     image: str
     snap: str
+    namespace: str = ""
 
     def __str__(self) -> str:
-        return f"{self.pool}/{self.image}@{self.snap}"
+        return f"{'/'.join(filter(None, (self.pool, self.namespace, self.image)))}@{self.snap}"
 
 
-def parent_of(image: Image, pool: str) -> Snapshot:
+def parent_of(image: Image, pool: str, *, apart: bool = False) -> Snapshot:
     """Where an image of the library is in a pool: the snapshot of which its clones are made.
 
     The image has this name once it is whole and its snapshot is protected.
+
+    Args:
+        image: of the library.
+        pool: where it is, or is to be.
+        apart: whether it is for disks in a namespace.
     """
-    return Snapshot(pool, f"{LIBRARY_PREFIX}{image.content}", LIBRARY_SNAPSHOT)
+    namespace = LIBRARY_NAMESPACE if apart else ""
+    return Snapshot(pool, f"{LIBRARY_PREFIX}{image.content}", LIBRARY_SNAPSHOT, namespace=namespace)
 
 
 def aside_of(name: str) -> str:
@@ -114,7 +127,7 @@ def _format(ending: str, said: str | None) -> DiskFormat:
     if ending in PACKED:
         raise Unfit(f"the file is packed (.{ending}), and nothing is unpacked here: give the URL of the unpacked image")
     try:
-        return DiskFormat(ending if said is None else said)
+        return DiskFormat(_FORMATS.get(ending, ending) if said is None else said)
     except ValueError:
         wanted = "format=qcow2 or format=raw"
         if said is not None:
@@ -131,8 +144,8 @@ def origin(text: str) -> str:
         return image_name(text)
     if _SNAPSHOT.fullmatch(text) is None or not text.isprintable():
         raise Unfit(
-            "from= is the name of an image of the library, or a snapshot in Ceph, POOL/IMAGE@SNAP, no name beginning "
-            "with '-'"
+            "from= is the name of an image of the library, or a snapshot in Ceph, POOL/IMAGE@SNAP or "
+            "POOL/NAMESPACE/IMAGE@SNAP, no name beginning with '-'"
         )
     return text
 
@@ -140,12 +153,18 @@ def origin(text: str) -> str:
 def snapshot_of(text: str) -> Snapshot | None:
     """The snapshot that a checked `from=` names; None for an image of the library."""
     found = _SNAPSHOT.fullmatch(text)
-    return None if found is None else Snapshot(found[1], found[2], found[3])
+    return None if found is None else Snapshot(found[1], found[3], found[4], namespace=found[2] or "")
 
 
-def note_of(instance: InstanceId, text: str) -> str:
-    """What is kept beside a disk that was made for an instance: whose it is, and what it began with."""
-    return f"{instance} {text}"
+def note_of(instance: InstanceId, text: str, *, mark: str = "") -> str:
+    """What is kept beside a disk that was made for an instance: whose it is, and what it began with.
+
+    Args:
+        instance: whose.
+        text: what it began with, one word.
+        mark: a word that no other disk has, by which it is known again; empty for none.
+    """
+    return " ".join(filter(None, (instance, text, mark)))
 
 
 def refusal(key: str, disk: str, text: str, instance: InstanceId, note: str | None) -> str | None:
@@ -170,10 +189,24 @@ def refusal(key: str, disk: str, text: str, instance: InstanceId, note: str | No
 
 def remark(key: str, disk: str, text: str, note: str | None) -> str | None:
     """What to say of a disk that was made for this instance and began with something else; None otherwise."""
-    began = (note or "").partition(" ")[2]
+    _, began, *_ = [*(note or "").split(" "), "", ""]
     if not began or began == text:
         return None
     return f"{key}: {disk} began with {began}; from={text} is for a new disk only, and this one is left as it is"
+
+
+def leftover(key: str, disk: str, instance: InstanceId, note: str | None) -> str | None:
+    """What to say of a disk that is there when its machine begins, because an earlier machine of that id has left it.
+
+    None where it was made by something else, which `refusal` is about.
+    """
+    owner, began, *_ = [*(note or "").split(" "), "", ""]
+    if owner != instance:
+        return None
+    return (
+        f"{key}: {disk} was there already, made of {began} for {instance} before, and is used as it is, with all that "
+        "is on it: for a fresh one remove it while the machine is off, or name another disk"
+    )
 
 
 def users_of(name: str, origins: Mapping[InstanceId, Mapping[str, str]]) -> dict[InstanceId, tuple[str, ...]]:

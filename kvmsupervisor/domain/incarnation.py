@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
-from kvmsupervisor.domain.records import Unfit, lined, parse
+from kvmsupervisor.domain.records import Unfit, build, lined, load
+from kvmsupervisor.domain.spec import spec_from_object
+from kvmsupervisor.domain.storage import images_of
 
 VERSION = 1
 
@@ -47,9 +50,17 @@ class Incarnation:
         pid: None until the process exists.
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
+        medium: what is in its CD-ROM drive, as the key `cdrom` names it; None for nothing.
         paused: whether its guest was paused when it was last asked for its run state.
+        uid: the user that it runs as; None for its supervisor's own, and in a record of an older release.
+        incoming: whether it waits for the guest of another host (`-incoming`), which is not its own yet. Its epoch is 0
+            until then, so that no release takes the lock of that host for an older one.
         under: the identity of the supervisor that started it, or took it over by a person's word (law 12); None in a
             record of an older release.
+        history: the name of the history of etcd that it was started in, as `Lock.history`; None in a cluster's first
+            history, and in a record of an older release.
+        vouched: whether its clients stand among the facts wherever they stand in a lock that people may write
+            (`Layout.clients_key`); not so for an older release.
     """
 
     instance: str
@@ -71,17 +82,23 @@ class Incarnation:
     pid: int | None = None
     starttime: int | None = None
     clients: tuple[str, ...] = ()
+    medium: str | None = None
     paused: bool = False
+    uid: int | None = None
+    incoming: bool = False
     under: HostIdentity | None = None
+    history: str | None = None
+    vouched: bool = False
     version: int = VERSION
 
-    def as_lock(self, host: HostName, *, facts: str, ran: bool) -> Lock:
+    def as_lock(self, host: HostName, *, facts: str, ran: bool, machine: str | None = None) -> Lock:
         """The lock for this process.
 
         Args:
             host: this one, by its present name.
             facts: its `KVM_FACTS_PREFIX`.
             ran: whether its guest may have run.
+            machine: this one, as `HostSession.machine`.
         """
         return Lock(
             host=host,
@@ -92,9 +109,32 @@ class Incarnation:
             pid=self.pid,
             starttime=self.starttime,
             clients=self.clients,
+            images=self.images,
             storage=self.storage,
             facts=facts,
+            machine=machine or None,
         )
+
+    def is_after(self, mark: str | None, revision: int, era: Era) -> bool:
+        """Whether it was started after a key was written that came with the change to `era`.
+
+        Revisions order all writes of one history, epochs do not: they begin anew with a machine that was removed and
+        made again. So a backup from before that has a greater epoch than the machine that runs. The revision that it
+        was started from is older than its lock.
+
+        Args:
+            mark: the history that the key says it was written in.
+            revision: of the key.
+            era: the present history.
+        """
+        came = era.has_changed and not era.has(mark, revision)
+        return came and mark == self.history and revision <= self.revision
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The images in Ceph that it has open for writing, by name; none where that is not known."""
+        spec = spec_from_object(self.spec)
+        return () if spec is None else tuple(image.name for image in images_of(spec))
 
     def to_json(self) -> bytes:
         """As `incarnation.json` holds it."""
@@ -202,10 +242,11 @@ RecordT = TypeVar("RecordT", Incarnation, InstanceState, GuardNote)
 def _read(cls: type[RecordT], data: bytes) -> RecordT:
     """Parse a record; its version is judged first, because a newer one may have other fields."""
     try:
-        version = parse(_Versioned, data).version
+        found = load(data)
+        version = build(_Versioned, found).version
         if version != VERSION:
             raise Unreadable(f"its version is {version}, this release reads {VERSION}")
-        return parse(cls, data)
+        return build(cls, found)
     except Unfit as error:
         raise Unreadable(str(error)) from error
 

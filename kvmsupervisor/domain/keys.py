@@ -76,6 +76,11 @@ class Layout:
         return f"{self.facts}/instances/"
 
     @property
+    def events_prefix(self) -> str:
+        """The prefix of the instances' last events."""
+        return f"{self.facts}/events/"
+
+    @property
     def history_key(self) -> str:
         """Key with the name of the present history of the store."""
         return f"{self.facts}/history"
@@ -84,6 +89,11 @@ class Layout:
     def placements_prefix(self) -> str:
         """The prefix of the placements (law 10)."""
         return f"{self.facts}/placements/"
+
+    @property
+    def offers_prefix(self) -> str:
+        """The prefix of the offers of live moves' targets; each key ends with its host's session."""
+        return f"{self.facts}/incoming/"
 
     @property
     def confirmations_prefix(self) -> str:
@@ -110,9 +120,21 @@ class Layout:
         """Key of the instance's status."""
         return self.statuses_prefix + instance
 
+    def events_key(self, instance: InstanceId) -> str:
+        """Key of the instance's last events."""
+        return self.events_prefix + instance
+
     def placement_key(self, instance: InstanceId) -> str:
         """Key of the instance's placement."""
         return self.placements_prefix + instance
+
+    def clients_key(self, instance: InstanceId) -> str:
+        """Key that repeats a lock's storage clients where people may write the lock: there only supervisors write."""
+        return f"{self.facts}/clients/{instance}"
+
+    def offer_key(self, instance: InstanceId) -> str:
+        """Key of the target's offer during a live move of the instance."""
+        return self.offers_prefix + instance
 
     def session_key(self, host: HostName) -> str:
         """Key of a host's session."""
@@ -126,6 +148,11 @@ class Layout:
         """The prefix to watch for the locks; None where the prefix of the wishes covers them."""
         static = self.lock.partition(LOCK_PLACEHOLDER)[0]
         return None if static.startswith(self.wishes_prefix) else static
+
+    @property
+    def locks_are_open(self) -> bool:
+        """Whether those who write wishes may write locks, too."""
+        return self.locks_prefix() is None
 
     def id_of_lock(self, key: str) -> InstanceId | None:
         """The instance whose lock `key` is, or None."""

@@ -12,18 +12,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from kvmsupervisor.domain import move
 from kvmsupervisor.domain.decision import Decision, Row
+from kvmsupervisor.domain.doubt import asked_just_now, is_in_doubt, unless_it_runs
 from kvmsupervisor.domain.goal import Goal, goal, order
 from kvmsupervisor.domain.hands_off import hands_off
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Claim, LockState, Storage
 from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_hosts
-from kvmsupervisor.domain.reasons import while_it_runs
+from kvmsupervisor.domain.reasons import told, while_it_runs
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
 from kvmsupervisor.domain.spec import Power, Request, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, Haste, Process, Stopping, View
+from kvmsupervisor.domain.waiting import etcd_trouble, when, with_etcd
 
 POWERDOWN_EVERY_S = 5.0
 """A guest without a loaded driver for its power button loses the press in silence, so the press is repeated."""
@@ -57,11 +60,15 @@ def decide(view: View) -> Decision:
 
 
 def _with_process(view: View, process: Process) -> Decision:
+    if move.is_targets(view, process):
+        return move.target(view, process)
+    if (left := move.stranded(view, process)) is not None:
+        return left
     if (ruled := by_its_lock(view, process)) is not None:
         return ruled
     if process.never_ran:
         return _before_it_runs(view, process)
-    return _under_guard(view, _while_it_runs(view, process))
+    return _under_guard(view, move.source(view, process) or _while_it_runs(view, process))
 
 
 def _before_it_runs(view: View, process: Process) -> Decision:
@@ -106,14 +113,14 @@ def _before_it_runs(view: View, process: Process) -> Decision:
         slot = view.now < slot_until
         next_at = min(slot_until, give_up_at) if slot else give_up_at
         said, at = "QEMU is starting", process.connect_at
-        due = _when(view, Row.PAUSED_CONNECT, Action.CONNECT, Phase.STARTING, said, at=at, or_at=next_at)
+        due = when(view, Row.PAUSED_CONNECT, Action.CONNECT, Phase.STARTING, said, at=at, or_at=next_at)
         return replace(due, slot=slot)
     lock = view.lock.lock
     if view.claim is not Claim.MINE or lock is None:
         return Decision(
             row=Row.PAUSED_LOCKLESS,
             phase=Phase.WAITING,
-            reason=f"QEMU is ready and paused; its lock {view.claim.value}: {_etcd_trouble(view)}",
+            reason=f"QEMU is ready and paused; its lock {view.claim.value}: {etcd_trouble(view)}",
             wake_at=view.now + LOCK_POLL_S,
         )
     if view.now < view.quiet_at:
@@ -123,14 +130,16 @@ def _before_it_runs(view: View, process: Process) -> Decision:
             reason="QEMU is ready; its keys may still be changing",
             wake_at=view.quiet_at,
         )
-    if not (lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid):
+    is_there = lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid
+    # The lock of one that did not answer may have been written again as that of a guest that runs: without its clients.
+    if not is_there or (process.incarnation.images and not lock.clients):
         said = "QEMU is ready and paused until it is on record"
-        return _with_etcd(view, Row.RECORD, Action.RECORD, Phase.STARTING, said)
+        return with_etcd(view, Row.RECORD, Action.RECORD, Phase.STARTING, said)
     if view.guarded is False:
         said, phase = "QEMU is ready and paused until its guard watches it", Phase.STARTING
         if view.guard_trouble is not None:
             said, phase = f"{said}: {view.guard_trouble}", Phase.WAITING
-        return _when(view, Row.PAUSED_GUARD, Action.GUARD, phase, said, at=view.guard_at)
+        return when(view, Row.PAUSED_GUARD, Action.GUARD, phase, said, at=view.guard_at)
     return Decision(row=Row.CONTINUE, phase=Phase.STARTING, reason="its guest starts to run", action=Action.CONTINUE)
 
 
@@ -163,10 +172,10 @@ def _while_it_runs(view: View, process: Process) -> Decision:
             reason = "a reset was asked for"
             return Decision(row=Row.RESET, phase=Phase.RUNNING, reason=reason, action=Action.RESET)
     if aim is Goal.STOP or restart:
-        return _stop(view, process, "a restart was asked for" if restart else why)
+        return _stop(view, process, "a restart was asked for" if restart else move.and_why_cold(view, why))
     if not process.connected:
         reason = "runs, but QEMU does not answer on QMP" if process.silent_since else "runs; QMP is being connected"
-        return _when(view, Row.RUNS_CONNECT, Action.CONNECT, Phase.RUNNING, reason, at=process.connect_at)
+        return when(view, Row.RUNS_CONNECT, Action.CONNECT, Phase.RUNNING, reason, at=process.connect_at)
     tidy = _has_to_tidy(view, aim)
     reason = while_it_runs(view, process, aim, why)
     if view.now >= process.probe_at:
@@ -175,11 +184,14 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return Decision(row=Row.RUNS_TIDY, phase=Phase.RUNNING, reason=reason, action=Action.TIDY)
     if view.now >= process.plug_at:
         return Decision(row=Row.RUNS_PLUG, phase=Phase.RUNNING, reason=reason, action=Action.PLUG)
+    medium_at = process.medium_due(wish if aim is Goal.RUN else None)
+    if view.now >= medium_at:
+        return Decision(row=Row.RUNS_MEDIUM, phase=Phase.RUNNING, reason=reason, action=Action.MEDIUM)
     if view.now >= process.grow_at:
         return Decision(row=Row.RUNS_GROW, phase=Phase.RUNNING, reason=reason, action=Action.GROW)
     if view.now >= process.room_at:
         return Decision(row=Row.RUNS_ROOM, phase=Phase.RUNNING, reason=reason, action=Action.ROOM)
-    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at)
+    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at, medium_at)
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(row=Row.RUNS, phase=Phase.RUNNING, reason=reason, wake_at=wake_at)
@@ -203,7 +215,7 @@ def _power_off(view: View, process: Process) -> Decision | None:
     if stopping is not None and stopping.quit_at is not None:
         said += ": it was told to end"
         kill_at = stopping.quit_at + QUIT_WAIT_S
-        return _when(view, Row.OFF_TOLD, Action.KILL, Phase.STOPPING, said, at=kill_at)
+        return when(view, Row.OFF_TOLD, Action.KILL, Phase.STOPPING, said, at=kill_at)
     if not process.connected:
         return None
     reason = f"{said}: it is told to end"
@@ -214,12 +226,13 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     """The stop sequence: power button, repeated; QEMU's own quit; SIGKILL. Each step has its time limit."""
     stopping = process.stopping or Stopping(since=view.now)
     at_once = _needs_no_consent(view)
-    force_at = stopping.since + (0.0 if at_once else view.shutdown_timeout_s)
+    force_at = stopping.force_at(0.0 if at_once else view.shutdown_timeout_s)
+    must_ask = process.connected and stopping.pressed_at is None and not at_once
     phase = Phase.STOPPING
     if stopping.quit_at is not None:
         kill_at = stopping.quit_at + (0.0 if view.haste is Haste.KILL else QUIT_WAIT_S)
-        return _when(view, Row.STOP_TOLD, Action.KILL, phase, f"{why}: QEMU was told to end", at=kill_at)
-    if view.now >= force_at:
+        return when(view, Row.STOP_TOLD, Action.KILL, phase, f"{why}: QEMU was told to end", at=kill_at)
+    if view.now >= force_at and not must_ask:
         reason = (
             f"{why}, at once: QEMU is told to end"
             if at_once
@@ -229,9 +242,13 @@ def _stop(view: View, process: Process, why: str) -> Decision:
     left = f"{why}: its guest is asked to shut down, by force {view.shutdown_timeout_s:g} s after the first time"
     if not process.connected:
         at = process.connect_at
-        return _when(view, Row.STOP_CONNECT, Action.CONNECT, phase, left, at=at, or_at=force_at)
+        return when(view, Row.STOP_CONNECT, Action.CONNECT, phase, left, at=at, or_at=force_at)
     press_at = view.now if stopping.pressed_at is None else stopping.pressed_at + POWERDOWN_EVERY_S
-    return _when(view, Row.STOP_ASK, Action.POWERDOWN, phase, left, at=press_at, or_at=force_at)
+    if process.probe_at <= view.now < press_at:
+        # Under `-no-shutdown` a guest that has heeded the button is told by QEMU's run state only.
+        return Decision(row=Row.STOP_PROBE, phase=phase, reason=left, action=Action.PROBE)
+    next_at = min(force_at, process.probe_at)
+    return when(view, Row.STOP_ASK, Action.POWERDOWN, phase, left, at=press_at, or_at=next_at)
 
 
 def _needs_no_consent(view: View) -> bool:
@@ -251,19 +268,16 @@ def _without_process(view: View) -> Decision:
     claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if (not_yet := for_other_hosts(view) or _pause(view) or _share(view)) is not None:
-        return not_yet
+    if (long := for_other_hosts(view) or _pause(view)) is not None:
+        return told(view, long)
+    if (shared := _share(view)) is not None:
+        return shared
     match claim:
         case Claim.UNKNOWN:
-            reason = f"its lock has not been read yet: {_etcd_trouble(view)}"
+            reason = f"its lock has not been read yet: {etcd_trouble(view)}"
             return Decision(row=Row.UNKNOWN, phase=Phase.WAITING, reason=reason)
-        case Claim.UNREADABLE:
-            return Decision(
-                row=Row.UNREADABLE,
-                phase=Phase.WAITING,
-                reason="its lock holds what this release cannot read, so it counts as held; "
-                "once no host runs it, delete that key",
-            )
+        case Claim.UNREADABLE | Claim.NEWER:
+            return _unreadable(claim)
         case Claim.STRANGER:
             return _held_elsewhere(view)
         case Claim.BROKEN:
@@ -284,11 +298,17 @@ def _without_process(view: View) -> Decision:
             assert lock is not None
             if lock.state is LockState.FENCING:
                 said = "earlier incarnations are being fenced"
-                return _with_etcd(view, Row.FENCE, Action.FENCE, Phase.WAITING, said)
+                return with_etcd(view, Row.FENCE, Action.FENCE, Phase.WAITING, said)
             ready = Decision(row=Row.SPAWN, phase=Phase.STARTING, reason="QEMU is being started", action=Action.SPAWN)
             return _in_turn(view, ready)
         case _:
             assert_never(claim)
+
+
+def _unreadable(claim: Claim) -> Decision:
+    said = "holds what this release cannot read, so it" if claim is Claim.UNREADABLE else f"{claim.value}, which"
+    reason = f"its lock {said} counts as held; once no host runs it, delete that key"
+    return Decision(row=Row.UNREADABLE, phase=Phase.WAITING, reason=reason)
 
 
 def _pause(view: View) -> Decision | None:
@@ -310,14 +330,14 @@ def _share(view: View) -> Decision | None:
     lock = view.lock.lock
     if lock is not None and view.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}:
         if lock.is_unfenced:
-            return _with_etcd(view, Row.SHARE_FENCE, Action.FENCE, Phase.WAITING, view.rival)
-        return _with_etcd(view, Row.SHARE_RELEASE, Action.RELEASE, Phase.WAITING, view.rival)
+            return with_etcd(view, Row.SHARE_FENCE, Action.FENCE, Phase.WAITING, view.rival)
+        return with_etcd(view, Row.SHARE_RELEASE, Action.RELEASE, Phase.WAITING, view.rival)
     if view.claim is not Claim.ABSENT:
         return None
-    due = _with_etcd(view, Row.SHARE_ASK, Action.ASK, Phase.WAITING, view.rival)
+    due = with_etcd(view, Row.SHARE_ASK, Action.ASK, Phase.WAITING, view.rival)
     if due.action is None or view.now >= view.ask_at:
         return due
-    return _told(view, replace(due, action=None, wake_at=view.ask_at))
+    return told(view, replace(due, action=None, wake_at=view.ask_at))
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
@@ -333,16 +353,20 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
         if lock.is_unfenced:
             # Releasing the lock would lose the addresses that are to be fenced.
             said = f"{why}; its earlier QEMUs are being fenced"
-            return _with_etcd(view, Row.REST_FENCE, Action.FENCE, phase, said)
-        return _with_etcd(view, Row.REST_RELEASE, Action.RELEASE, phase, why)
+            return with_etcd(view, Row.REST_FENCE, Action.FENCE, phase, said)
+        return with_etcd(view, Row.REST_RELEASE, Action.RELEASE, phase, why)
+    is_theirs = claim is Claim.STRANGER and view.is_namesakes
+    if is_theirs:
+        # Its QEMU may live there, and its status has this name.
+        why += f"; another machine under the name {view.me} has taken its lock, which is left alone"
     if aim is Goal.STOP and view.wish.stale_placement and _is_placed_by_us(view.wish, view.me):
-        return _with_etcd(view, Row.REST_TIDY, Action.TIDY, phase, why)
+        return with_etcd(view, Row.REST_TIDY, Action.TIDY, phase, why)
     left = view.leaving is not None or view.wish.keys == 0 or view.wish.runs_on != view.me
-    if left and (aim is Goal.STOP or view.wish.placed.is_damaged):
+    if left and not is_theirs and (aim is Goal.STOP or view.wish.placed.is_damaged):
         return Decision(row=Row.FORGET, phase=Phase.STOPPED, reason=why, action=Action.FORGET)
     if claim is Claim.ABSENT and not view.looked:
         # Keep what another host wrote there: its last epoch, its machine type.
-        return _with_etcd(view, Row.REST_LOOK, Action.LOOK, phase, why)
+        return with_etcd(view, Row.REST_LOOK, Action.LOOK, phase, why)
     return Decision(row=Row.REST, phase=phase, reason=why)
 
 
@@ -366,24 +390,28 @@ def _held_elsewhere(view: View) -> Decision:
             f"good, say so by `kvmsupervisor break-lock {view.wish.instance}`",
         )
     if view.holder_has_session is not False:
+        if (coming := move.offer(view)) is not None:
+            return coming
         return Decision(
             row=Row.HELD,
             phase=Phase.WAITING,
             reason=f"{lock.host} holds its lock (epoch {lock.epoch}); waits until {lock.host} has stopped it",
         )
+    holder = f"another machine under the name {lock.host}" if view.is_namesakes else lock.host
     if lock.storage is Storage.NONE:
-        return _take(view, Row.TAKE_HARMLESS, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
-    held = f"{lock.host} holds its lock (epoch {lock.epoch}) and has no session"
+        return _take(view, Row.TAKE_HARMLESS, Phase.WAITING, f"{holder} is gone; its lock is taken over")
+    held = f"{holder} holds its lock (epoch {lock.epoch}) and has no session"
     if lock.storage is Storage.UNFENCEABLE:
         return Decision(
             row=Row.UNFENCEABLE,
             phase=Phase.WAITING,
-            reason=f"{held}; what it may write to cannot be fenced, so it waits until {lock.host} is back, or until "
+            reason=f"{held}; what it may write to cannot be fenced, so it waits until {holder} is back, or until "
             f"a person makes sure that it runs no more and says so: `kvmsupervisor break-lock {view.wish.instance}`",
         )
     deferral = view.deferral
-    if deferral is not None and (view.now >= deferral.until or deferral.watchers == ()):
-        return _take(view, Row.TAKE_OVER, Phase.WAITING, f"{lock.host} is gone; its lock is taken over")
+    is_over = deferral is not None and (view.now >= deferral.until or deferral.watchers == ())
+    if is_over or is_in_doubt(view):
+        return _take(view, Row.TAKE_OVER, Phase.WAITING, f"{holder} is gone; its lock is taken over")
     if deferral is not None and deferral.watchers:
         held += (
             f", but its disks are in use ({', '.join(deferral.watchers)}), so it probably runs and has lost etcd only; "
@@ -391,7 +419,7 @@ def _held_elsewhere(view: View) -> Decision:
         )
     else:
         held += "; Ceph is asked whether its disks are in use"
-    due = _with_etcd(view, Row.ASK_WATCHERS, Action.ASK_WATCHERS, Phase.WAITING, held)
+    due = with_etcd(view, Row.ASK_WATCHERS, Action.ASK_WATCHERS, Phase.WAITING, held)
     if deferral is None or view.now >= deferral.ask_at or due.action is None:
         return due
     return replace(due, action=None, wake_at=min(deferral.ask_at, deferral.until))
@@ -414,8 +442,13 @@ def _broken(view: View) -> Decision:
 
 def _take(view: View, row: Row, phase: Phase, reason: str) -> Decision:
     """Take the lock, once etcd is worth an attempt and it is this instance's turn."""
-    ready = _with_etcd(view, row, Action.TAKE, phase, reason)
-    return ready if ready.action is None else _in_turn(view, ready)
+    ready = with_etcd(view, row, Action.TAKE, phase, reason)
+    if ready.action is None:
+        return ready
+    if (doubted := unless_it_runs(view)) is not None:
+        return doubted if doubted.action is not None else told(view, doubted)
+    due = _in_turn(view, ready)
+    return asked_just_now(view, due) if due.action is Action.TAKE else due
 
 
 def _in_turn(view: View, ready: Decision) -> Decision:
@@ -423,10 +456,13 @@ def _in_turn(view: View, ready: Decision) -> Decision:
     if view.obstacle is not None:
         if view.now < view.start_at:
             wait = Decision(row=Row.OBSTACLE, phase=Phase.WAITING, reason=view.obstacle, wake_at=view.start_at)
-            return _told(view, wait)
+            return told(view, wait)
         # Try again without a word: otherwise a failure would take back a status that was just written.
         again = _in_turn(replace(view, obstacle=None), ready)
         return again if again.action is None else replace(again, phase=Phase.WAITING, reason=view.obstacle)
+    if view.etcd_trouble is not None:
+        again = _in_turn(replace(view, etcd_trouble=None), ready)
+        return again if again.action is None else replace(again, phase=ready.phase, reason=ready.reason)
     if not view.prepared:
         reason = "its disks are checked, its boot media and UEFI variables prepared"
         return Decision(row=Row.PREPARE, phase=Phase.STARTING, reason=reason, action=Action.PREPARE)
@@ -436,41 +472,7 @@ def _in_turn(view: View, ready: Decision) -> Decision:
     if not view.slot:
         if view.shortage is not None:
             reason = f"waits for memory of this host: {view.shortage}"
-            return _told(view, Decision(row=Row.MEMORY, phase=Phase.WAITING, reason=reason, slot=True))
+            return told(view, Decision(row=Row.MEMORY, phase=Phase.WAITING, reason=reason, slot=True))
         reason = "waits for its turn: others are starting on this host"
         return Decision(row=Row.TURN, phase=Phase.WAITING, reason=reason, slot=True)
     return replace(ready, slot=True)
-
-
-def _told(view: View, wait: Decision) -> Decision:
-    """`wait`, which may be long. People look into the status key, which has to be read before this host writes it."""
-    if view.looked or view.claim is not Claim.ABSENT:
-        return wait
-    return replace(wait, action=Action.LOOK)
-
-
-def _with_etcd(view: View, row: Row, action: Action, phase: Phase, reason: str) -> Decision:
-    """`action`, which needs etcd, once etcd is worth an attempt."""
-    if not view.session_held:
-        said, again_at = f"{reason}, but {_etcd_trouble(view)}", view.now + LOCK_POLL_S
-    elif view.now < view.etcd_at:
-        said = reason if view.etcd_trouble is None else f"{reason}, but {_etcd_trouble(view)}"
-        again_at = view.etcd_at
-    else:
-        return Decision(row=row, phase=phase, reason=reason, action=action)
-    return Decision(row=row, phase=Phase.WAITING, reason=said, wake_at=again_at)
-
-
-def _when(
-    view: View, row: Row, action: Action, phase: Phase, reason: str, *, at: float, or_at: float | None = None
-) -> Decision:
-    """`action` from `at` on; until then decide again at `at` or `or_at`, whichever is first."""
-    if view.now >= at:
-        return Decision(row=row, phase=phase, reason=reason, action=action)
-    return Decision(row=row, phase=phase, reason=reason, wake_at=at if or_at is None else min(at, or_at))
-
-
-def _etcd_trouble(view: View) -> str:
-    if view.etcd_trouble is not None:
-        return view.etcd_trouble
-    return "etcd is being asked" if view.session_held else "this host has no session with etcd"

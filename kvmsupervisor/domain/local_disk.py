@@ -16,6 +16,9 @@ from kvmsupervisor.domain.values import MIB_PER_UNIT, Unfit
 SCHEME = "file:"
 """What the value of a disk's key begins with when the disk is a file."""
 
+MEDIUM = "iso"
+"""The ending of a file that is no disk but a medium: its bytes, as those of a raw disk."""
+
 NAME_LENGTH = 128
 """Characters of a file's name. Arbitrary: half of what file systems allow, so that there is room for more beside it."""
 
@@ -87,7 +90,8 @@ class FileDisk:
     @property
     def format(self) -> DiskFormat:
         """What the name's ending says."""
-        return DiskFormat(self.name.rpartition(".")[2])
+        ending = self.name.rpartition(".")[2]
+        return DiskFormat.RAW if ending == MEDIUM else DiskFormat(ending)
 
 
 def file_name(text: str) -> str:

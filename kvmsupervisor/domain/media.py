@@ -109,6 +109,21 @@ def detect(data: bytes) -> MediumKind:
     return kind
 
 
+def user_data(text: str) -> bytes:
+    """User data that a key holds, as the guest gets it: with a line feed at its end, which etcd's values have not.
+
+    Raises:
+        NotUserData: it is none.
+    """
+    if "\0" in text:
+        raise NotUserData("a NUL character", "user data in a key is text")
+    if "\n" not in text and text.startswith(("http://", "https://", "file:///")):
+        raise NotUserData("a URL", "a URL belongs into the key cloud-config; this one holds the user data itself")
+    data = f"{text}\n".encode()
+    detect(data)
+    return data
+
+
 def _detect_in_gzip(data: bytes) -> MediumKind:
     """cloud-init unpacks gzip itself, so gzip is passed on unchanged; Ignition does not unpack it."""
     unpacker = zlib.decompressobj(wbits=31)

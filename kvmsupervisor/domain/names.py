@@ -8,12 +8,15 @@ WISH_KEYS = (
     "ram",
     "mac",
     "bridge",
+    "forward",
     "rbd",
+    "cdrom",
     "spice_port",
     "spice_addr",
     "spice_password",
     "extra_flags",
     "cloud-config",
+    "user-data",
     "cpus",
     "cpu",
     "machine",
@@ -28,6 +31,9 @@ WISH_KEYS = (
     "shutdown_timeout",
 )
 """The names of all wishes but the numbered ones, in the order in which they are explained."""
+
+ANY_HOST = "*"
+"""In `hosts`: every host that it does not name otherwise."""
 
 QMP_SOCKET = "qmp.sock"
 QMP_SPARE_SOCKET = "qmp-spare.sock"

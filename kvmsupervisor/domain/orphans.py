@@ -75,7 +75,7 @@ def _is_orphan(name: InstanceId, wishes: AllWishes, alive: Container[str]) -> bo
 
 
 def _holder(value: bytes) -> str | None:
-    """The host in a lock; None when it cannot be read."""
+    """The host in a lock's value; None when it cannot be read. Cheap: asked of every instance."""
     begin = value.find(_HOST)
     if begin >= 0 and b"\\" not in value:
         begin += len(_HOST)

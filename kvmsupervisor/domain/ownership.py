@@ -6,7 +6,7 @@ Pure.
 from __future__ import annotations
 
 from kvmsupervisor.domain.decision import Decision, Row
-from kvmsupervisor.domain.lock import Claim, LockState, Storage
+from kvmsupervisor.domain.lock import Claim, Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.values import some
@@ -42,14 +42,27 @@ def by_its_lock(view: View, process: Process) -> Decision | None:
             return Decision(
                 row=Row.RENAME,
                 phase=_phase(process),
-                reason=f"its lock names this host as it was before ({lock.host}, KVM_FACTS_PREFIX={lock.facts}): it is "
-                "written anew",
+                reason=f"its lock {_as_before(view, lock)}: it is written anew",
                 action=Action.RENAME,
             )
         case Claim.ABSENT:
             return _write_again(view, process, "was deleted")
+        case Claim.MINE if _is_to_be_vouched_for(view, process) and _is_able(view):
+            reason = "an earlier release started it: its clients are repeated where only supervisors write"
+            return Decision(row=Row.VOUCH, phase=Phase.RUNNING, reason=reason, action=Action.VOUCH)
         case _:
             return None
+
+
+def _is_to_be_vouched_for(view: View, process: Process) -> bool:
+    record = process.incarnation
+    return view.locks_are_open and bool(record.clients) and not record.vouched and not process.never_ran
+
+
+def _as_before(view: View, lock: Lock) -> str:
+    if lock.host == view.me and lock.is_seen_from(view.facts):
+        return "was written before etcd had another history"
+    return f"names this host as it was before ({lock.host}, KVM_FACTS_PREFIX={lock.facts})"
 
 
 def _write_again(view: View, process: Process, why: str) -> Decision | None:
@@ -84,7 +97,7 @@ def for_other_hosts(view: View) -> Decision | None:
     era, wish, lock = view.era, view.wish, view.lock.lock
     if not era.awaited or wish is None or wish.spec is None:
         return None
-    said_since = lock is not None and view.lock.mod_revision > era.since
+    said_since = lock is not None and era.has(lock.history, view.lock.mod_revision)
     if said_since and lock is not None and (lock.host == view.me or lock.state is LockState.BROKEN):
         # Since then this host had it, or an operator broke it.
         return None

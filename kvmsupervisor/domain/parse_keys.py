@@ -11,11 +11,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
 from kvmsupervisor.domain import values
+from kvmsupervisor.domain.cdrom import cdrom
 from kvmsupervisor.domain.disk_values import any_disk, rbd_disk
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
-from kvmsupervisor.domain.media import media_url, shown_url
-from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.media import NotUserData, media_url, shown_url, user_data
+from kvmsupervisor.domain.names import ANY_HOST, WISH_KEYS
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
 from kvmsupervisor.domain.spec import (
@@ -36,6 +37,7 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
+from kvmsupervisor.domain.user_network import USER, bridge_name, forwards
 from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
@@ -54,7 +56,7 @@ ALL_NUMBERED_KEYS = (
 )
 """Every name that those can have."""
 
-SECRET_KEYS = frozenset({"spice_password"})
+SECRET_KEYS = frozenset({"spice_password", "user-data"})
 """Keys whose values are shown nowhere."""
 
 FREE_KEY = "description"
@@ -112,16 +114,19 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     spec = Spec(
         ram_mib=reader.read("ram", values.ram_mib, 0),
         mac=reader.read("mac", values.mac_address, None),
-        bridge=reader.read("bridge", values.interface_name, None),
+        bridge=reader.read("bridge", bridge_name, None),
+        forward=reader.read("forward", forwards, ()),
         nics=reader.nics(),
         rbd=rbd,
         rbd_key=rbd_key,
         disks=disks,
+        cdrom=reader.read("cdrom", cdrom, None),
         spice_port=reader.read("spice_port", _spice_port, None),
         spice_addr=reader.read("spice_addr", _ip_address, None),
         spice_password=reader.read("spice_password", _spice_password, None),
         extra_flags=reader.read("extra_flags", _extra_flags, ()),
         cloud_config=reader.read("cloud-config", _cloud_config, None),
+        user_data=reader.read("user-data", _user_data, None),
         cpus=reader.read("cpus", _cpus, 1),
         cpu=reader.read("cpu", _cpu, None),
         machine=reader.read("machine", _machine, DEFAULT_MACHINE),
@@ -134,6 +139,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
     reader.unique(((disk.key, disk.name) for disk in spec.all_disks), "each disk is another image or file")
     reader.limit(spec)
+    reader.one_of("user-data", "cloud-config", "they are both its user data: delete one of the two keys")
+    reader.user_network(spec)
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
@@ -178,6 +185,9 @@ class _Reader:
             return default
         try:
             return parse(_text(raw.value))
+        except NotUserData as unfit:
+            self.problems[name] = Problem(name, unfit.found, unfit.wanted)
+            return default
         except Unfit as unfit:
             self.problems[name] = Problem(name, _shown(name, raw.value), str(unfit))
             return default
@@ -187,7 +197,7 @@ class _Reader:
         nics = []
         for number in self._numbers(_NIC_KEY):
             mac = self.read(f"nic/{number}/mac", values.mac_address, None)
-            bridge = self.read(f"nic/{number}/bridge", values.interface_name, None)
+            bridge = self.read(f"nic/{number}/bridge", bridge_name, None)
             self.require(f"nic/{number}/mac", "the MAC address of the NIC, such as 52:54:00:12:34:56")
             if mac is not None:
                 nics.append(Nic(number, mac, bridge))
@@ -205,11 +215,7 @@ class _Reader:
                 first, key = disk, FIRST_DISK
             elif disk is not None:
                 others.append(Disk(number, disk))
-        if {FIRST_IMAGE.encode(), FIRST_DISK.encode()} <= self._keys.keys():
-            wanted = f"{FIRST_DISK} and {FIRST_IMAGE} are the same disk, the first one: delete one of the two keys"
-            self.problems.setdefault(
-                FIRST_DISK, Problem(FIRST_DISK, _shown(FIRST_DISK, self._keys[FIRST_DISK.encode()].value), wanted)
-            )
+        self.one_of(FIRST_DISK, FIRST_IMAGE, "they are the same disk, the first one: delete one of the two keys")
         return first, key, tuple(others)
 
     def _numbers(self, pattern: re.Pattern[bytes]) -> list[int]:
@@ -219,6 +225,21 @@ class _Reader:
         """Note the problem that `name` is not there."""
         if name.encode() not in self._keys:
             self.problems[name] = Problem(name, "nothing", f"it is required: {wanted}")
+
+    def one_of(self, name: str, other: str, wanted: str) -> None:
+        """Note the problem that both keys are there, which mean the same."""
+        if {name.encode(), other.encode()} <= self._keys.keys():
+            found = f"{_shown(name, self._keys[name.encode()].value)}, and {other} beside it"
+            self.problems.setdefault(name, Problem(name, found, wanted))
+
+    def user_network(self, spec: Spec) -> None:
+        """Note the problems of a port that leads to no NIC, and of a network without one."""
+        if spec.bridge == USER and b"mac" not in self._keys:
+            self.require("mac", f"bridge={USER} needs a NIC; `kvmsupervisor set ID mac=auto` chooses its address")
+        if spec.forward and spec.bridge != USER and "bridge" not in self.problems:
+            found = _shown("forward", self._keys[b"forward"].value)
+            wanted = f"it is for bridge={USER}: write that, or delete the key; a guest on a bridge has an address"
+            self.problems.setdefault("forward", Problem("forward", found, wanted))
 
     def unique(self, named: Iterable[tuple[str, Hashable]], wanted: str) -> None:
         """Note the problem that two keys have the same value."""
@@ -275,6 +296,9 @@ _SYNONYMS = {
     "mem": "ram",
     "disk": "disk/0",
     "drive": "disk/0",
+    "iso": "cdrom",
+    "cd": "cdrom",
+    "dvd": "cdrom",
     "image": "rbd",
     "vcpus": "cpus",
     "smp": "cpus",
@@ -283,7 +307,14 @@ _SYNONYMS = {
     "spice": "spice_port",
     "node": "host",
     "nic": "mac",
-    "user-data": "cloud-config",
+    "cloud-init": "user-data",
+    "userdata": "user-data",
+    "network": "bridge",
+    "net": "bridge",
+    "hostfwd": "forward",
+    "port-forward": "forward",
+    "ports": "forward",
+    "publish": "forward",
     "uefi": "firmware",
 }
 """Other names of the wishes, in the form of `values.plain`."""
@@ -310,10 +341,13 @@ def _with_suggestion(key: bytes) -> str:
 
 def _hosts(text: str) -> tuple[str, ...]:
     """The candidates for a takeover."""
-    wanted = f"it is one to {CANDIDATES} different host names in the order in which they are asked, such as node2 node3"
+    wanted = (
+        f"it is one to {CANDIDATES} different host names in the order in which they are asked, such as node2 node3; "
+        f"{ANY_HOST} is every other one"
+    )
     names = [word for word in re.split(r"[\s,]+", text) if word]
     try:
-        found = tuple(values.host_name(name) for name in names)
+        found = tuple(name if name == ANY_HOST else values.host_name(name) for name in names)
     except Unfit as unfit:
         raise Unfit(wanted) from unfit
     if not 0 < len(found) <= CANDIDATES or len(set(found)) < len(found):
@@ -373,6 +407,10 @@ def _hugepages(text: str) -> HugePages | None:
 def _cloud_config(text: str) -> str:
     media_url(text)
     return text
+
+
+def _user_data(text: str) -> Secret:
+    return Secret.of(user_data(text).decode())
 
 
 def _extra_flags(text: str) -> tuple[str, ...]:

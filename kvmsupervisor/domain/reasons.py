@@ -1,11 +1,14 @@
-"""The reason in the status of a running machine: everything that a person should know of it. Pure."""
+"""What the status tells people: everything that they should know of a running machine, and that one waits. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.goal import Goal, why_it_stays
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.run_state import why_not_running
-from kvmsupervisor.domain.view import Process, View
+from kvmsupervisor.domain.view import Action, Process, View
 
 
 def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
@@ -30,11 +33,22 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if not view.session_held and view.wish is not None:
         what = "its guard kills it once the time of this host's session is up" if view.guarded else "it runs on"
         said.append(f"etcd is away; {what}")
-    if beside := (*process.disk_trouble, *(() if view.shared is None else (view.shared,))):
+    if beside := (
+        *process.disk_trouble,
+        *_of_the_drive(view, process),
+        *(() if view.shared is None else (view.shared,)),
+    ):
         said = [*(said or ["runs"]), *beside]
     if view.stays:
         said = [*(said or ["runs"]), why_it_stays(view)]
     return "; ".join(said) or "runs"
+
+
+def _of_the_drive(view: View, process: Process) -> list[str]:
+    """What keeps its CD-ROM drive from the medium of its key."""
+    told = process.medium_trouble
+    is_wanted = told is not None and process.holds_another(None if view.wish is None else view.wish.spec)
+    return [told] if told is not None and is_wanted else []
 
 
 def _why_it_stands(process: Process) -> list[str]:
@@ -42,3 +56,12 @@ def _why_it_stands(process: Process) -> list[str]:
         return [f"its guest does not run: {process.full}"]
     still = why_not_running(process.run_state)
     return [] if still is None else [still]
+
+
+def told(view: View, wait: Decision) -> Decision:
+    """`wait`, which may be long. People look into the status key, which has to be read before this host writes it."""
+    if view.looked or view.claim is not Claim.ABSENT or not view.session_held:
+        return wait
+    if view.now < view.etcd_at:
+        return replace(wait, wake_at=view.etcd_at if wait.wake_at is None else min(view.etcd_at, wait.wake_at))
+    return replace(wait, action=Action.LOOK)

@@ -13,6 +13,9 @@ NEVER_RAN = "prelaunch"
 INCOMING = "inmigrate"
 """Of a QEMU that waits for another one's guest to migrate to it."""
 
+POSTMIGRATE = "postmigrate"
+"""Of a QEMU whose guest was sent to another one, or, where a person had paused it, failed to be."""
+
 PAUSED = "paused"
 
 RUNNING = "running"
@@ -55,6 +58,8 @@ _TOLD = {state.value for state in RunState} - {RunState.OTHER, RunState.UNKNOWN}
 
 _WHY = {
     "paused": "it is paused; `cont` over QMP lets it go on",
+    INCOMING: "it waits for the guest of another host",
+    POSTMIGRATE: "it was sent to another host",
     "suspended": "it suspended itself to memory; a wake-up of the machine lets it go on",
     IO_ERROR: "a disk has failed, is full, or was fenced; once that is mended, `cont` over QMP lets it go on",
     "internal-error": "QEMU cannot go on running it; its log may say why; a restart helps",

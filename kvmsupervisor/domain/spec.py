@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, field, fields, replace
+from dataclasses import field, fields, replace
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
 from kvmsupervisor.domain import records
+from kvmsupervisor.domain.cdrom import Cdrom
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, size_text
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
+from kvmsupervisor.domain.user_network import USER, Forward
 
 DEFAULT_MACHINE = "q35"
 
@@ -95,6 +97,7 @@ class RbdDisk:
         iops: most requests per second, None for no limit.
         size: bytes that the disk has at least; None for those that it has.
         origin: what it begins with, an image of the library or a snapshot POOL/IMAGE@SNAP; None for an empty disk.
+        namespace: of the pool; empty for the one without a name.
     """
 
     pool: str
@@ -104,6 +107,7 @@ class RbdDisk:
     iops: int | None = None
     size: int | None = None
     origin: str | None = None
+    namespace: str = ""
 
     def __str__(self) -> str:
         options = (
@@ -118,7 +122,22 @@ class RbdDisk:
     @property
     def name(self) -> str:
         """The image as Ceph's tools name it."""
-        return f"{self.pool}/{self.image}"
+        return "/".join(filter(None, (self.pool, self.namespace, self.image)))
+
+    @property
+    def place(self) -> str:
+        """Where it is, as Ceph's tools name it: the pool, and the namespace if it has a name."""
+        return self.name.rpartition("/")[0]
+
+    def beside(self, image: str) -> RbdDisk:
+        """The image of another name in the same pool and namespace."""
+        return RbdDisk(self.pool, image, namespace=self.namespace)
+
+    @classmethod
+    def named(cls, name: str) -> RbdDisk:
+        """The image that Ceph's tools call so, `POOL[/NAMESPACE]/IMAGE`."""
+        pool, *namespace, image = name.split("/")
+        return cls(pool, image, namespace="".join(namespace))
 
     @property
     def title(self) -> str:
@@ -183,7 +202,7 @@ class Nic:
     Attributes:
         number: which.
         mac: its address.
-        bridge: what it is plugged into; None for the host's `BRIDGE_IF`.
+        bridge: what it is plugged into; None for the host's `BRIDGE_IF`, `USER` for QEMU's own network.
     """
 
     number: int
@@ -220,10 +239,13 @@ class Spec:
 
     Attributes:
         nics: those beyond the first, by number; `all_nics` has them all.
+        forward: ports of the host that lead to the guest, of the first NIC when that is on QEMU's own network.
         rbd: the first disk, when it is an image in Ceph.
         rbd_key: the key that says so, of the two that can.
         disks: the others, by number; `all_disks` has them all.
+        cdrom: its CD-ROM drive, None without one.
         cloud_config: URL of the user data.
+        user_data: the user data itself, instead.
         hugepages: None for ordinary pages.
         cpu_shares: weight of its CPU time among others, 1024 being ordinary.
         memory_limit_mib: most that QEMU may use for itself and its guest.
@@ -233,14 +255,17 @@ class Spec:
     mac: str | None = None
     bridge: str | None = None
     nics: tuple[Nic, ...] = ()
+    forward: tuple[Forward, ...] = ()
     rbd: RbdDisk | None = None
     rbd_key: str = field(default=FIRST_IMAGE, compare=False)
     disks: tuple[Disk, ...] = ()
+    cdrom: Cdrom | None = None
     spice_port: int | None = None
     spice_addr: str | None = None
     spice_password: Secret | None = None
     extra_flags: tuple[str, ...] = ()
     cloud_config: str | None = None
+    user_data: Secret | None = None
     cpus: int = 1
     cpu: str | None = None
     machine: str = DEFAULT_MACHINE
@@ -253,6 +278,16 @@ class Spec:
     def all_nics(self) -> tuple[Nic, ...]:
         """Every NIC, by number."""
         return self.nics if self.mac is None else (Nic(0, self.mac, self.bridge), *self.nics)
+
+    @property
+    def bridged_nics(self) -> tuple[Nic, ...]:
+        """Those that have a tap on a bridge, by number."""
+        return tuple(nic for nic in self.all_nics if nic.bridge != USER)
+
+    @property
+    def has_user_data(self) -> bool:
+        """Whether its guest gets user data, from a URL or a key."""
+        return self.cloud_config is not None or self.user_data is not None
 
     @property
     def all_disks(self) -> tuple[Disk, ...]:
@@ -349,7 +384,8 @@ class Wish:
 def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
     """Names of the wishes in which the running machine differs from the wanted one.
 
-    Neither the size of a disk, which grows while its machine runs, nor what it began with is one of them.
+    Neither the size of a disk, which grows while its machine runs, nor what it began with is one of them, nor the
+    medium in its drive.
     """
     names: list[str] = []
     for one in fields(Spec):
@@ -360,12 +396,20 @@ def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
             names += _differing_nics(before, after)
         elif one.name == "disks":
             names += sorted({disk.key for disk in {*map(_as_it_stays, before)} ^ {*map(_as_it_stays, after)}})
+        elif one.name == "cdrom":
+            if is_another_drive(before, after):
+                names.append("cdrom")
         elif one.name == "rbd":
             if None in {before, after} or _of_restarts(before) != _of_restarts(after):
                 names.append(running.rbd_key if wanted.rbd is None else wanted.rbd_key)
         else:
             names.append(_KEY_OF_FIELD.get(one.name, one.name))
     return tuple(dict.fromkeys(names))
+
+
+def is_another_drive(before: Cdrom | None, after: Cdrom | None) -> bool:
+    """Whether it is another drive: that waits for a restart. One that is wanted no more is just empty."""
+    return after is not None and (before is None or before.boot != after.boot)
 
 
 def _as_it_stays(disk: Disk) -> Disk:
@@ -380,7 +424,12 @@ def _of_restarts(image: RbdDisk) -> RbdDisk:
     return replace(image, size=None, origin=None)
 
 
-_KEY_OF_FIELD = {"ram_mib": "ram", "cloud_config": "cloud-config", "memory_limit_mib": "memory_limit"}
+_KEY_OF_FIELD = {
+    "ram_mib": "ram",
+    "cloud_config": "cloud-config",
+    "user_data": "user-data",
+    "memory_limit_mib": "memory_limit",
+}
 
 
 def _differing_nics(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[str]:
@@ -395,9 +444,12 @@ def _differing_nics(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[str
 
 def spec_to_object(spec: Spec) -> dict[str, Any]:
     """`spec` as a JSON object, for the record of the running incarnation. It holds no secret."""
-    secret = spec.spice_password
-    shown = spec if secret is None else replace(spec, spice_password=replace(secret, text=None))
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(shown).items()}
+    shown = replace(spec, spice_password=_untold(spec.spice_password), user_data=_untold(spec.user_data))
+    return records.plain(shown)
+
+
+def _untold(secret: Secret | None) -> Secret | None:
+    return None if secret is None else replace(secret, text=None)
 
 
 def spec_from_object(found: object) -> Spec | None:

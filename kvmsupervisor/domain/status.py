@@ -16,6 +16,9 @@ from kvmsupervisor.domain.words import is_name
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
+VALUE_BYTES = 64 * 1024
+"""A status is cut to about this: an instance with 10,000 bad keys must not fill etcd. Arbitrary."""
+
 
 class Phase(StrEnum):
     """Where an instance is in its life."""
@@ -60,6 +63,7 @@ class Status:
         guarded: whether the guard watches QEMU, which may write to what cannot be fenced; None when it need not.
         placed_for: the host for which this one runs it (law 10), None for its own host.
         files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
+        cdrom: what is in its CD-ROM drive, `empty` for nothing; None without a drive.
         images: its images in Ceph that are made when they are missing, once it has run with them.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
@@ -90,6 +94,7 @@ class Status:
     placed_for: str | None = None
     awaited_host: str | None = None
     files: Mapping[str, str] | None = None
+    cdrom: str | None = None
     images: tuple[str, ...] = ()
 
     @property
@@ -107,6 +112,22 @@ class Status:
         """Whether it says that a QEMU of this instance lives on its host."""
         living = {Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING}
         return self.pid is not None and self.phase in living
+
+    def taken_over(self, host: str, *, epoch: int, since: str, reason: str) -> Status:
+        """What `host` says in its place when it takes the lock over: what goes on from host to host, and no QEMU."""
+        return Status(
+            id=self.id,
+            host=host,
+            phase=Phase.WAITING,
+            reason=reason,
+            since=since,
+            epoch=max(epoch, self.epoch),
+            revision=self.revision,
+            machine=self.machine,
+            machine_key=self.machine_key,
+            files=self.files,
+            images=self.images,
+        )
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object, that of the status key and of HTTP; see docs/cli.md."""
@@ -134,3 +155,19 @@ class Status:
         # It becomes an argument of QEMU.
         fits = found.machine is None or is_name(found.machine)
         return found if fits else replace(found, machine=None, machine_key=None)
+
+
+def encoded(status: Status) -> bytes:
+    """The value of the key, with as many problems as fit."""
+    value = status.to_json()
+    if len(value) <= VALUE_BYTES:
+        return value
+    kept: list[str] = []
+    size = 0
+    for problem in status.problems:
+        size += len(problem.encode()) + 3
+        if size > VALUE_BYTES // 2:
+            break
+        kept.append(problem)
+    left_out = len(status.problems) - len(kept)
+    return replace(status, problems=(*kept, f"and {left_out} more problems, see `kvmsupervisor check`")).to_json()

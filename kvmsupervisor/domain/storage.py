@@ -6,10 +6,12 @@ unfenceable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.images import Snapshot
 from kvmsupervisor.domain.local_disk import FileDisk
-from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
 
 
@@ -37,6 +39,13 @@ def images_of(spec: Spec) -> tuple[RbdDisk, ...]:
     return disks if variables is None else (*disks, variables)
 
 
+def had_open(lock: Lock | None, images: Collection[RbdDisk]) -> tuple[RbdDisk, ...]:
+    """The images that the holder of a lock has open, and that are none of these: its keys have changed since."""
+    known = {image.name for image in images}
+    held = () if lock is None else (name for name in lock.images if name not in known and "/" in name)
+    return tuple(map(RbdDisk.named, held))
+
+
 def growable(spec: Spec) -> dict[str, RbdDisk]:
     """The images that may grow under a running machine, by the name of their block node (`hardware.disks`)."""
     return {node_of(disk): image for disk, image in spec.images if not image.ro}
@@ -61,6 +70,25 @@ def sized(running: Spec, wanted: Spec | None) -> dict[str, tuple[str, FileDisk |
     }
 
 
+@frozen(kw_only=True)
+class Unmade:
+    """An image in Ceph that is to be made, or to be made larger.
+
+    Attributes:
+        disk: of the machine.
+        image: the same disk's.
+        has: bytes that it has; None where it is missing.
+        parent: what it is to be a clone of; None for an empty one.
+        parent_size: bytes of that.
+    """
+
+    disk: Disk
+    image: RbdDisk
+    has: int | None = None
+    parent: Snapshot | None = None
+    parent_size: int = 0
+
+
 def made(spec: Spec) -> tuple[str, ...]:
     """The images in Ceph that are made when they are missing: once the machine has run with one, never again."""
     return tuple(sorted(image.name for _, image in spec.images if image.may_be_made and not image.ro))
@@ -69,6 +97,12 @@ def made(spec: Spec) -> tuple[str, ...]:
 def origins_of(spec: Spec) -> dict[str, str]:
     """What its disks begin with, by key."""
     return {disk.key: disk.source.origin for disk in spec.all_disks if disk.source.origin is not None}
+
+
+def library_images_of(spec: Spec) -> dict[str, str]:
+    """The images of the library, and snapshots, that its keys name, by key: for its disks, and its CD-ROM drive."""
+    medium = None if spec.cdrom is None else spec.cdrom.image
+    return origins_of(spec) | ({} if medium is None else {"cdrom": medium})
 
 
 def files_elsewhere(spec: Spec, files: Mapping[str, str] | None, host: str | None) -> dict[str, str]:
@@ -89,7 +123,7 @@ def nvram_of(spec: Spec) -> RbdDisk | None:
     """
     if spec.firmware is not Firmware.UEFI or spec.rbd is None or spec.rbd.ro:
         return None
-    return RbdDisk(spec.rbd.pool, f"{spec.rbd.image}.nvram")
+    return spec.rbd.beside(f"{spec.rbd.image}.nvram")
 
 
 def _all_harmless(words: Sequence[str]) -> bool:

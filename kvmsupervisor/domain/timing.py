@@ -97,7 +97,7 @@ class SessionTimer:
 
     def held(self, now: float) -> bool:
         """Whether the session is held at `now`."""
-        return now < self.deadline
+        return now < self.confirmed_at + self.ttl_s
 
     def next_renewal(self, now: float) -> float:
         """When to send the next renewal: a fifth of the TTL after the last one, or at once."""

@@ -114,7 +114,11 @@ def nearest(name: str, candidates: Mapping[str, str], cutoff: float = SUGGESTION
     from difflib import get_close_matches  # noqa: PLC0415 - only a typo pays for it
 
     # Longer names resemble none, and the time grows with the square of the length.
-    near = get_close_matches(plain(name[:40]), candidates, n=1, cutoff=cutoff)
+    typed = plain(name[:40])
+    near = get_close_matches(typed, candidates, n=1, cutoff=cutoff)
+    if not near and len(typed) > 1:
+        # Two letters that changed places make a short word unlike itself, by difflib's count: `rma` for `ram`.
+        near = [one for one in candidates if len(one) == len(typed) and sorted(one) == sorted(typed)]
     return candidates[near[0]] if near else None
 
 
@@ -182,7 +186,10 @@ def ram_mib(text: str) -> int:
 def mac_address(text: str) -> str:
     """Return a unicast MAC address in lower case with colons, from one with colons or hyphens."""
     if not _MAC.fullmatch(text):
-        raise Unfit("a MAC address is six pairs of hexadecimal digits, such as 52:54:00:12:34:56")
+        raise Unfit(
+            "a MAC address is six pairs of hexadecimal digits, such as 52:54:00:12:34:56"
+            "; the commands `create` and `set` choose one for mac=auto"
+        )
     address = text.lower().replace("-", ":")
     if int(address[:2], 16) & 1:
         raise Unfit("a NIC's MAC address is unicast: its first pair is an even number, such as 52")

@@ -6,14 +6,16 @@ import math
 from dataclasses import field
 from enum import Enum, IntEnum
 
+from kvmsupervisor.domain.cdrom import medium_of
 from kvmsupervisor.domain.exits import Exit
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import Claim, LockView
+from kvmsupervisor.domain.lock import NOT_YET_RUN, Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
+from kvmsupervisor.domain.transfer import NO_COURSE, Course, Stage
 
 
 class Haste(IntEnum):
@@ -36,6 +38,7 @@ class Action(Enum):
     TAKE = "write the lock for a new incarnation"
     REASSERT = "write the lock of a living QEMU again, which was deleted or is older"
     RENAME = "write this host's present name into the lock of its own QEMU"
+    VOUCH = "repeat its clients among the facts"
     FENCE = "fence every address of earlier incarnations"
     QUEUE = "queue for a start slot"
     PREPARE = "prepare what takes time: boot media, UEFI variables"
@@ -47,6 +50,7 @@ class Action(Enum):
     PROBE = "ask QEMU for its run state"
     PLUG = "plug its NICs in again"
     GROW = "look whether its images grew, and tell QEMU"
+    MEDIUM = "change the medium in its CD-ROM drive"
     ROOM = "look whether a guest that lacks room on its disk's file system can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end, whose guest powered itself off"
@@ -54,6 +58,20 @@ class Action(Enum):
     RESET = "reset the machine like its button: the process stays"
     KILL = "SIGKILL through the pidfd, on purpose"
     GIVE_UP = "SIGKILL a QEMU that never answered: a failure, not a wish"
+    OFFER = "say that this host takes the guest in live"
+    RECEIVE = "start QEMU for the guest that the source has told of"
+    TELL = "put that QEMU's addresses on record in the offer, and tell the source"
+    CALL = "ask the target to make ready, and tell it what comes"
+    ANNOUNCE = "write the target's QEMU into the lock"
+    SEND = "have QEMU transfer its guest"
+    CANCEL = "have QEMU cancel the transfer"
+    SWITCH = "ask etcd once more, then have QEMU transfer the rest"
+    CUT = "cut the connection of a transfer that is stuck"
+    GIVE = "hand the lock over to the target"
+    CALL_OFF = "take the target's QEMU out of the lock"
+    GO_BACK = "let the guest go on that was not handed over"
+    ARRIVE = "let the guest go on that was handed over"
+    SETTLE = "write that it runs here, once nothing of it is left at the source"
     TIDY = "delete a placement that has ended"
     RECORD_EXIT = "record the exit, delete the process's record"
     RELEASE = "delete the lock of a process that is proven gone"
@@ -62,11 +80,23 @@ class Action(Enum):
 
 @frozen(kw_only=True)
 class Stopping:
-    """How far a stop has come. Times are CLOCK_BOOTTIME seconds."""
+    """How far a stop has come. Times are CLOCK_BOOTTIME seconds.
+
+    Attributes:
+        since: when it began.
+        asked_at: when the power button was pressed first; None before.
+        pressed_at: when it was pressed last.
+        quit_at: when QEMU was told to end.
+    """
 
     since: float
+    asked_at: float | None = None
     pressed_at: float | None = None
     quit_at: float | None = None
+
+    def force_at(self, limit_s: float) -> float:
+        """When a guest has had its time, which begins when it is asked: before that its supervisor may be frozen."""
+        return (self.since if self.asked_at is None else self.asked_at) + limit_s
 
 
 @frozen(kw_only=True)
@@ -78,6 +108,7 @@ class Process:
         spec: the machine that was started; None when a newer release wrote it and it cannot be read.
         exit: why it ended, None while it lives.
         connected: whether QMP answered on the present connection.
+        stage: how far a live move of its guest has come.
         run_state: the last known run state of QMP; None before the first answer to this supervisor.
         connect_at: when the next attempt to connect is due.
         probe_at: when the next probe is due.
@@ -85,6 +116,8 @@ class Process:
         disk_trouble: what keeps its disks from the size of their keys, for people.
         room_at: when to look whether its disks have room again; never while they lack none.
         full: what people should know of the room that they lack; None for nothing.
+        medium_at: when its CD-ROM drive is worth the next attempt to change its medium; the past: now.
+        medium_trouble: why the last one came to nothing, for people; None for no reason.
         unplugged: what people should know of its NICs; empty when all are plugged in.
         plug_at: when to plug a NIC in again; never while all are plugged in.
         silent_since: since when it owes an answer, None when it answers.
@@ -97,12 +130,15 @@ class Process:
     exit: Exit | None = None
     connected: bool = False
     run_state: str | None = None
+    stage: Stage = Stage.UNKNOWN
     connect_at: float = 0.0
     probe_at: float = 0.0
     grow_at: float = math.inf
     disk_trouble: tuple[str, ...] = ()
     room_at: float = math.inf
     full: str | None = None
+    medium_at: float = 0.0
+    medium_trouble: str | None = None
     unplugged: tuple[str, ...] = ()
     plug_at: float = math.inf
     silent_since: float | None = None
@@ -112,7 +148,20 @@ class Process:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran. An unknown state counts as "may have run"."""
-        return self.run_state == NEVER_RAN
+        return self.run_state == NEVER_RAN or self.incarnation.incoming
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether it was started with a CD-ROM drive."""
+        return self.spec is not None and self.spec.cdrom is not None
+
+    def holds_another(self, wanted: Spec | None) -> bool:
+        """Whether another medium is in its drive than `wanted` says; False where nothing sound is wanted."""
+        return self.has_drive and wanted is not None and self.incarnation.medium != medium_of(wanted.cdrom)
+
+    def medium_due(self, wish: Wish | None) -> float:
+        """When to change the medium in its drive for `wish`; never where that, or None, wants no other one."""
+        return self.medium_at if wish is not None and self.holds_another(wish.spec) else math.inf
 
 
 @frozen(kw_only=True)
@@ -121,10 +170,12 @@ class Holdover:
 
     Attributes:
         pid: of it.
+        starttime: of it, clock ticks since boot.
         folder: the run directory with its record; None when that is not known.
     """
 
     pid: int
+    starttime: int
     folder: str | None = None
 
 
@@ -190,7 +241,9 @@ class View:
         now: CLOCK_BOOTTIME, seconds.
         me: this host.
         facts: its `KVM_FACTS_PREFIX`.
+        locks_are_open: as `Layout.locks_are_open`.
         boot_id: of this boot.
+        machine: this one, as `HostSession.machine`; None where that does not matter.
         wish: the keys; None until they were read for the first time.
         problems: the wish's, and those that this host has with it (no bridge, …). Empty ⇔ it can be run here.
         left_alone: what is left of it and cannot be read, or must not be touched; None without that. No process then.
@@ -211,6 +264,7 @@ class View:
         holder_has_session: whether the lock's host has a session; None when not known.
         deferral: the wait of a takeover, None before it begins.
         target: the host where it is to run, when that is another one.
+        course: of its live move.
         holdover: a QEMU of ours that lives without a record in the run directory, or None.
         claimed_by: the host whose status says that it runs this although the lock is absent, or None.
         looked: whether the status key was read, which another host may have written; it is not overwritten before.
@@ -240,6 +294,7 @@ class View:
     wish: Wish | None
     problems: tuple[Problem, ...] = ()
     left_alone: LeftAlone | None = None
+    locks_are_open: bool = False
     mismatch: str | None = None
     dissent: str | None = None
     held: bool = False
@@ -255,8 +310,10 @@ class View:
     planned: str | None = None
     last_ended: str | None = None
     holder_has_session: bool | None = None
+    machine: str | None = None
     deferral: Deferral | None = None
     target: Target = field(default_factory=Target)
+    course: Course = NO_COURSE
     holdover: Holdover | None = None
     claimed_by: HostName | None = None
     looked: bool = True
@@ -284,6 +341,12 @@ class View:
         return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
 
     @property
+    def is_namesakes(self) -> bool:
+        """Whether another machine took the lock under this host's name (law 12)."""
+        lock = self.lock.lock
+        return lock is not None and lock.is_namesakes(self.me, boot_id=self.boot_id, machine=self.machine)
+
+    @property
     def is_outdated(self) -> bool:
         """Whether the lock is older than the process: restored, or written by hand, and no takeover.
 
@@ -295,9 +358,19 @@ class View:
         if lock is None or process is None:
             return False
         known = process.incarnation
-        of_this_history = known.epoch > self.era.epoch_floor and self.lock.mod_revision > self.era.since
-        if of_this_history and lock.host != self.me and self.holder_has_session:
+        if lock.epoch <= known.epoch and lock.state in NOT_YET_RUN and not process.never_ran:
+            # Somebody deleted lock and status of a guest that runs, so another host began anew. That one has not run.
+            return True
+        if self.claim is Claim.LEFTOVER and known.history != (self.era.mark or None):
+            # This host wrote it, for a QEMU before this one, which was started in another history, or another store.
+            return True
+        # Two histories may have one number: two restores of one backup, noticed by different hosts.
+        started_in_it = known.epoch > self.era.epoch_floor and known.history == (self.era.mark or None)
+        written_in_it = self.lock.mod_revision > self.era.since
+        if started_in_it and written_in_it and lock.host != self.me and self.holder_has_session:
             return False
+        if known.is_after(lock.history, self.lock.mod_revision, self.era):
+            return True
         return is_older(lock, epoch=known.epoch, incarnation=known.incarnation)
 
     @property
@@ -317,7 +390,13 @@ class View:
             return Claim.UNKNOWN
         known = self.planned if self.process is None else self.process.incarnation.incarnation
         return self.lock.claim(
-            host=self.me, facts=self.facts, boot_id=self.boot_id, incarnation=known, last_ended=self.last_ended
+            host=self.me,
+            facts=self.facts,
+            boot_id=self.boot_id,
+            incarnation=known,
+            last_ended=self.last_ended,
+            mark=self.era.mark,
+            machine=self.machine,
         )
 
     @property

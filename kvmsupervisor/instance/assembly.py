@@ -9,7 +9,7 @@ each is.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,13 +20,16 @@ from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
 from kvmsupervisor.adapters.cgroup import CgroupManager
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
+from kvmsupervisor.adapters.event_files import EventFiles, events_folder
 from kvmsupervisor.adapters.links import Changed, Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics
+from kvmsupervisor.adapters.packet_rule import PacketRule
 from kvmsupervisor.cluster.fencing import CephFencing, Fencing
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.image_keys import ImageKeys, Imports
+from kvmsupervisor.cluster.owners import Owners
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.config.settings import DISK_DIR, Settings
@@ -36,8 +39,9 @@ from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.guard.client import GuardClient
-from kvmsupervisor.instance.context import InstanceContext, Life
+from kvmsupervisor.instance.context import InstanceContext, Life, Moving
 from kvmsupervisor.machine import system
+from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import HostFacts, gather_host_facts
@@ -77,6 +81,8 @@ class Outside:
         disks: images in Ceph; whether some may be written to without a lock of theirs (`KVM_ALLOW_UNFENCED`).
         fencing: of the storage; likewise.
         files: of this host that are disks.
+        event_files: of the instances' events.
+        packet_rule: keeps users, first to last, from TCP ports; None where nothing may be done to the host's filter.
     """
 
     clock: Clock
@@ -93,6 +99,8 @@ class Outside:
     disks: Callable[[CephAccess, bool], Disks]
     fencing: Callable[[CephAccess, bool], Fencing]
     files: FileAccess = field(default_factory=FileAccess)
+    event_files: Callable[[Settings], EventFiles] = lambda settings: EventFiles(events_folder(settings.state_dir))
+    packet_rule: Callable[[int, int, Iterable[int]], PacketRule] | None = None
 
 
 REAL = Outside(
@@ -109,6 +117,7 @@ REAL = Outside(
     machine_types=MachineTypes,
     disks=lambda access, allow_unfenced: Disks(Ceph(access), allow_unfenced=allow_unfenced),
     fencing=lambda access, allow_unfenced: CephFencing(Ceph(access), allow_unfenced=allow_unfenced),
+    packet_rule=PacketRule,
 )
 
 
@@ -119,12 +128,14 @@ class Holder:
     Attributes:
         name: what locks and statuses call it; a host, or a container in single mode.
         boot_id: of this boot.
+        machine: this one, as `HostSession.machine`.
         layout: of the keys.
         run_dir: the folder that is this holder's own; it exists once the parts are put together.
     """
 
     name: HostName
     boot_id: str
+    machine: str
     layout: Layout
     run_dir: Path
 
@@ -135,7 +146,7 @@ class Holder:
             version=__version__,
             url="",
             boot_id=self.boot_id,
-            machine=outside.machine_id(),
+            machine=self.machine,
             started=outside.clock.wall(),
         )
 
@@ -239,7 +250,7 @@ def assemble_context(
     bridge_owner: str,
     settle_s: float,
     guard: GuardClient | None,
-    recorded_for: Callable[[str], Awaitable[InstanceId | None]],
+    recorded_for: Owners,
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]],
     mismatch: str | None,
@@ -248,6 +259,7 @@ def assemble_context(
     draining: Callable[[], bool],
     life: Life,
     launch: Launch,
+    moving: Moving | None = None,
 ) -> InstanceContext:
     """What all instances of one holder share. The arguments are what differs between holders; see `InstanceContext`.
 
@@ -263,7 +275,7 @@ def assemble_context(
         bridge_owner: as whom lines of bridge.conf are written.
         settle_s: how long changed keys must be quiet before a new guest runs.
         guard: of machines that may write to what cannot be fenced; None when there shall be none.
-        recorded_for: whose lock has a storage client on record.
+        recorded_for: the other instances whose locks have storage clients on record.
         holders: the other instances that name an image, and have a lock.
         namesakes: the other instances that name an image.
         mismatch: why nothing is started or stopped here.
@@ -272,6 +284,7 @@ def assemble_context(
         draining: whether this host stops all its guests.
         life: what the instances are part of.
         launch: how QEMUs are started.
+        moving: live moves; None where there are none, as in single mode.
     """
     holder = member.holder
     disks = outside.disks(host_facts.ceph_access, settings.allow_unfenced)
@@ -282,9 +295,11 @@ def assemble_context(
         access=outside.files,
     )
     contents = contents_of(member, settings=settings, outside=outside, host_facts=host_facts)
+    media = Media(local_disks, contents)
     return InstanceContext(
         me=holder.name,
         boot_id=holder.boot_id,
+        machine=holder.machine,
         layout=holder.layout,
         store=member.store,
         session=member.session,
@@ -295,25 +310,29 @@ def assemble_context(
             system=outside.system,
             host=host_facts.host_side,
             files=replace(host_facts.files, bridge_owner=bridge_owner),
-            user=host_facts.user,
+            users=host_facts.users,
+            walls=host_facts.walls,
             types=outside.machine_types(settings.qemu),
             cgroups=cgroups,
             disks=disks,
             local_disks=local_disks,
             contents=contents,
+            media=media,
         ),
         disks=disks,
         local_disks=local_disks,
         contents=contents,
+        media=media,
         logs=outside.logs(outside.clock, settings),
+        event_files=outside.event_files(settings),
         links=links,
-        user=host_facts.user,
         clock=outside.clock,
         jitter=outside.jitter,
         metrics=metrics,
         fencing=outside.fencing(host_facts.ceph_access, settings.allow_unfenced),
         era=lambda: member.history.present,
         host_has_session=member.neighbours.has_session,
+        host_gone_since=member.neighbours.gone_since,
         sessions=member.neighbours.names,
         host_drains=member.neighbours.drains,
         host_side=host_facts.host_side,
@@ -331,6 +350,7 @@ def assemble_context(
         draining=draining,
         life=life,
         launch=launch,
+        moving=moving,
     )
 
 
@@ -338,7 +358,9 @@ def contents_of(member: Membership, *, settings: Settings, outside: Outside, hos
     """What new disks of one holder begin with."""
     layout, jobs = member.holder.layout, Jobs()
     keys = ImageKeys(member.store, layout)
-    library = library_of(settings, user=host_facts.user, jobs=jobs, kept=keys.sums, threads=outside.files.threads)
+    library = library_of(
+        settings, user=host_facts.users.of_tools, jobs=jobs, kept=keys.sums, threads=outside.files.threads
+    )
     return Contents(
         library=library,
         jobs=jobs,
@@ -346,5 +368,6 @@ def contents_of(member: Membership, *, settings: Settings, outside: Outside, hos
         imports=Imports(member.store, layout, member.holder.name, outside.clock),
         ceph=CephImages(Ceph(host_facts.ceph_access)),
         folder=settings.disk_dir,
+        allow_unfenced=settings.allow_unfenced,
         threads=outside.files.threads,
     )

@@ -94,6 +94,6 @@ class Bridges:
         for instance in self._instances.values():
             wish = instance.wish
             if wish is not None and wish.spec is not None and wish.runs_on == self._me:
-                found |= {nic.bridge or self._bridge_if for nic in wish.spec.all_nics}
+                found |= {nic.bridge or self._bridge_if for nic in wish.spec.bridged_nics}
             found |= {one.bridge for one in instance.plugs.attachments()}
         return {bridge for bridge in found if bridge is not None}

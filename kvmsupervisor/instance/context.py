@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.event_files import EventFiles
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.metrics import Metrics
-from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.cluster.fencing import Fencing
+from kvmsupervisor.cluster.owners import Owners
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
 from kvmsupervisor.domain.admission import Admission
@@ -21,8 +22,10 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.offer import MoveFacts
 from kvmsupervisor.domain.view import Haste, View
 from kvmsupervisor.guard.client import GuardClient
+from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.contents import Contents
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.images import Disks
@@ -70,6 +73,52 @@ class HostsLife:
         """Nothing to do."""
 
 
+class Few:
+    """At most so many instances at a time.
+
+    Args:
+        most: how many.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken: set[InstanceId] = set()
+
+    def take(self, instance: InstanceId) -> bool:
+        """Whether it is one of them now."""
+        if instance not in self._taken and len(self._taken) >= self._most:
+            return False
+        self._taken.add(instance)
+        return True
+
+    def give_back(self, instance: InstanceId) -> None:
+        """It is one of them no more, if it was."""
+        self._taken.discard(instance)
+
+
+@frozen(kw_only=True)
+class Moving:
+    """What live moves need of this host; a host without it takes part in none.
+
+    Attributes:
+        facts: as its session tells them.
+        facts_of: those of another host; None where that takes part in none.
+        only_cold: `KVM_MIGRATION=cold`.
+        only_live: `KVM_MIGRATION=live`.
+        bandwidth: bytes in a second for one guest; 0 for no limit.
+        leaving: who is on the way from here.
+        coming: who is on the way to here.
+    """
+
+    facts: MoveFacts
+    facts_of: Callable[[HostName], MoveFacts | None]
+    only_cold: bool = False
+    only_live: bool = False
+    bandwidth: int = 0
+    leaving: Few
+    coming: Few
+
+
 @frozen(kw_only=True)
 class InstanceContext:
     """What all instances of a host share.
@@ -77,6 +126,7 @@ class InstanceContext:
     Attributes:
         me: this host.
         boot_id: of this boot.
+        machine: this one, as `HostSession.machine`.
         layout: of the keys.
         store: etcd.
         session: of this host.
@@ -84,12 +134,12 @@ class InstanceContext:
         admission: who may start, and how many MiB are promised to whom.
         provisioner: of what QEMUs need of this host.
         system: processes, QMP and networks of this host.
-        user: that QEMU runs as; None for our own.
         clock: the machine's.
         jitter: random numbers, 0 ≤ x < 1.
         metrics: where starts and ends are counted.
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
+        host_gone_since: when a host's session was last seen to go, CLOCK_BOOTTIME; 0 where it never was.
         host_drains: whether a host says that it stops all its guests.
         sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
@@ -99,14 +149,15 @@ class InstanceContext:
         disks: images in Ceph.
         local_disks: files of this host.
         contents: what new disks begin with.
+        media: what CD-ROM drives hold.
         logs: of all guests.
+        event_files: what happened to the instances, on this host.
         links: network interfaces of this host.
         guard: of machines that may write to what cannot be fenced; None when there shall be none (KVM_UNFENCED=pin).
         takeover_wait_s: how long a takeover waits for a host whose machine still has its disks open (law 4).
         holders: the other instances whose keys name one of these images for writing, and which have a lock.
         namesakes: the other instances whose keys name one of these images for writing, in the order of their ids.
-        recorded_for: the instance whose lock has a storage client on record, None when none has; raises `EtcdError`
-            where that is not known.
+        recorded_for: the other instances whose locks have storage clients on record.
         mismatch: why nothing is started or stopped on this host (law 12); None when all goes its way.
         dissent: why no lock is taken where none is: other hosts look for it elsewhere; None when all agree.
         objection: why a QEMU on record is not ours to touch; None when it is.
@@ -114,10 +165,12 @@ class InstanceContext:
         draining: whether this host stops all its guests (`stop --all --local`).
         life: what the instances are part of.
         launch: how QEMUs are started.
+        moving: live moves; None where they are not switched on.
     """
 
     me: HostName
     boot_id: str
+    machine: str
     layout: Layout
     store: Store
     session: Session
@@ -125,12 +178,12 @@ class InstanceContext:
     admission: Admission
     provisioner: Provisioner
     system: System
-    user: QemuUser | None
     clock: Clock
     jitter: Callable[[], float]
     metrics: Metrics
     fencing: Fencing
     host_has_session: Callable[[HostName], bool | None]
+    host_gone_since: Callable[[HostName], float]
     host_drains: Callable[[HostName], bool]
     sessions: Callable[[], Collection[str]]
     host_side: HostSide
@@ -140,7 +193,9 @@ class InstanceContext:
     disks: Disks
     local_disks: LocalDisks
     contents: Contents
+    media: Media
     logs: GuestLogs
+    event_files: EventFiles
     links: Links
     era: Callable[[], Era]
     # Without defaults: a quiet "nobody", or "nothing against it", where a hook was forgotten would be a guest's end.
@@ -148,10 +203,11 @@ class InstanceContext:
     takeover_wait_s: float
     holders: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
     namesakes: Callable[[InstanceId, Collection[str]], Iterable[InstanceId]]
-    recorded_for: Callable[[str], Awaitable[InstanceId | None]]
+    recorded_for: Owners
     mismatch: str | None
     dissent: Callable[[], str | None]
     objection: Callable[[Incarnation], str | None]
     draining: Callable[[], bool]
     life: Life
     launch: Launch
+    moving: Moving | None

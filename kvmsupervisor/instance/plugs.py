@@ -47,7 +47,7 @@ class Plugs:
         spec, record = self._machine.spec, self._machine.record
         if spec is None or record is None:
             return
-        for place, (nic, tap) in enumerate(zip(spec.all_nics, record.taps, strict=False)):
+        for place, (nic, tap) in enumerate(zip(spec.bridged_nics, record.taps, strict=False)):
             # An earlier release has kept no more than the tap's name.
             index = record.tap_indexes[place] if place < len(record.tap_indexes) else None
             bridge = record.bridges[place] if place < len(record.bridges) else nic.bridge or self._bridge_if

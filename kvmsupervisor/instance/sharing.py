@@ -92,6 +92,11 @@ class Namesakes:
                     self._naming[name] = (*others, one) if name in now else others
         return concerned
 
+    def beside(self, names: Set[InstanceId]) -> Set[InstanceId]:
+        """The others that may name an image of one of these: told by the text of their keys."""
+        images = {image for name in names for image in self._named.get(name, ())}
+        return {other for image in images for other in self._naming.get(image, ())} - names
+
     def heard_anew(self) -> None:
         """All keys are another history's."""
         self.heard(self._named.keys() | self._wishes.ids())
@@ -119,12 +124,8 @@ def _named(keys: Mapping[bytes, RawValue]) -> tuple[bytes, ...]:
 
     Whole names: many images share the last part of theirs, such as `root` in the pool of each customer.
     """
-    values = (raw.value.decode(errors="replace") for key, raw in keys.items() if _is_of_a_disk(key))
+    values = [raw.value.decode(errors="replace") for key, raw in keys.items() if key == b"rbd" or key[:5] == b"disk/"]
     return tuple(sorted({words[0].removeprefix("/").encode() for value in values if (words := value.split(None, 1))}))
-
-
-def _is_of_a_disk(key: bytes) -> bool:
-    return key == b"rbd" or key.startswith(b"disk/")
 
 
 class Sharing:
@@ -168,11 +169,10 @@ class Sharing:
             EtcdError: it is not known whose clients those are.
         """
         holders = self._holders(spec)
-        for client in conflict.clients:
-            other = await self._context.recorded_for(client)
-            if other not in {None, self._id}:
-                self._wait_for(other, spec)
-                return True
+        others = await self._context.recorded_for(conflict.clients, besides=self._id)
+        if (other := next(iter(others.values()), None)) is not None:
+            self._wait_for(other, spec)
+            return True
         other = min(holders, default=None)
         if other is None:
             return False

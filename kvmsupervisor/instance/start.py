@@ -10,33 +10,33 @@ from dataclasses import replace
 from functools import partial
 from uuid import uuid4
 
-from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed
-from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.aio import both
-from kvmsupervisor.cluster.fencing import InUse, NotFenced
+from kvmsupervisor.cluster.fencing import NEW_S, InUse, NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.admission import OVERHEAD_MIB
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
+from kvmsupervisor.domain.doubt import is_doubted
+from kvmsupervisor.domain.events import TAKEN, why_taken
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
-from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import images_of, made, storage_of
+from kvmsupervisor.domain.storage import made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
-from kvmsupervisor.instance import disks
+from kvmsupervisor.instance import cdrom, disks
 from kvmsupervisor.instance.context import InstanceContext
+from kvmsupervisor.instance.new_qemu import launch, must_note, new_record
 from kvmsupervisor.instance.sharing import Sharing
+from kvmsupervisor.instance.shutting_out import admit, may_be_shut_out, shut_out
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.takeover_wait import TakeoverWait
 from kvmsupervisor.machine import identity as process_identity
+from kvmsupervisor.machine.handover import Prepared
 from kvmsupervisor.machine.machine import Machine
-from kvmsupervisor.machine.provisioning import HOST_RETRY_S, NotReady, Opened, Prepared
+from kvmsupervisor.machine.provisioning import NotReady, Opened
 
 GUARD_EVERY_S = 1.0
 """How often a machine asks to be put under guard. Cheap: the guard is sought for all of them at once."""
@@ -51,6 +51,15 @@ class Wanted:
     restart_request: str | None
     revision: int
     priority: int
+
+
+@frozen(kw_only=True)
+class New:
+    """The images in Ceph that were made for one incarnation, and since when they may be there (CLOCK_BOOTTIME)."""
+
+    incarnation: str | None = None
+    images: tuple[str, ...] = ()
+    since: float = 0.0
 
 
 def need_mib(spec: Spec) -> int:
@@ -117,8 +126,10 @@ class Start:
         self._wake = wake
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
+        self._new = New()
         # Addresses of processes that are proven gone: fenced once, so that their watch is not waited for, then dropped.
         self._gone: set[str] = set()
+        self._unrecorded: Holdover | None = None
 
     # --- what is observed -------------------------------------------------------------------------------------
 
@@ -129,20 +140,34 @@ class Start:
         return self._prepared is not None and self._prepared.spec == wish.spec
 
     def holdover(self, lock: Lock | None) -> Holdover | None:
-        """A QEMU that the lock says is ours, that lives, and of which there is no record."""
-        if lock is None or lock.boot_id != self._context.boot_id:
+        """A QEMU that lives without a record: the lock says that it is ours, or said so until it was deleted."""
+        seen = self._unrecorded
+        if lock is not None:
+            seen = self._look_for_unrecorded(lock)
+        elif seen is not None and not self._context.system.processes.is_alive(seen.pid, seen.starttime):
+            seen = None
+        self._unrecorded = seen
+        return seen
+
+    def _look_for_unrecorded(self, lock: Lock) -> Holdover | None:
+        if lock.boot_id != self._context.boot_id:
             return None
         is_ours = lock.host == self._context.me
         if lock.incarnation == self.planned or (lock.pid is None and not is_ours):
             # Written a moment ago, for a process to come. Looking for it would mean to read all of /proc.
             return None
-        pid = self._machine.holdover(self._id, lock)
+        pid = process_identity.pid_of(
+            self._context.system.processes, self._id, lock.incarnation, pid=lock.pid, starttime=lock.starttime
+        )
         if pid is None:
             return None
         folder = process_identity.folder_of(self._context.system.processes, pid, self._id)
         # Under another name of this host, which has lost its records as well (law 12). Hosts may share a kernel.
         is_ours = is_ours or (folder is not None and process_identity.is_same(folder, self._machine.directory.path))
-        return Holdover(pid=pid, folder=None if folder is None else str(folder)) if is_ours else None
+        starttime = self._context.system.processes.starttime_of(pid)
+        if starttime is None or not is_ours:
+            return None
+        return Holdover(pid=pid, starttime=starttime, folder=None if folder is None else str(folder))
 
     def is_guarded(self) -> bool | None:
         """Whether the guard watches the living QEMU; None when it need not."""
@@ -171,10 +196,10 @@ class Start:
             self._report.tell("instance.not_ready", level="warning", reason=str(error))
         self.obstacle = str(error)
 
-    def lives(self, spec: Spec) -> None:
-        """A QEMU of this machine lives here, or is started now."""
+    def lives(self, spec: Spec, uid: int | None) -> None:
+        """A QEMU of this machine lives here, or is started now, as a user of its own or not."""
         self._context.admission.promise(self._id, need_mib(spec))
-        self._context.provisioner.arrived(self._id, spec)
+        self._context.provisioner.arrived(self._id, spec, uid)
 
     # --- the steps --------------------------------------------------------------------------------------------
 
@@ -190,8 +215,8 @@ class Start:
             EtcdError: it is not known which host has its files.
         """
         context = self._context
-        if (wish.spec.files or made(wish.spec)) and not self._report.looked:
-            await self.look()  # a disk that it ran with is never made anew
+        if (wish.spec.files or made(wish.spec) or wish.spec.cdrom) and not self._report.looked:
+            await self.look()  # a disk that it ran with is never made anew, a medium no longer waited for
         self._prepared = await context.provisioner.prepare(
             self._id,
             uuid=instance_uuid(context.layout.prefix, self._id),
@@ -199,6 +224,7 @@ class Start:
             directory=self._machine.directory,
             files=self._report.status.files or {},
             images=self._report.status.images,
+            is_first=self._report.status.machine is None,
         )
         if self._prepared.notice is not None:
             self._report.tell("instance.notice", level="warning", reason=self._prepared.notice)
@@ -263,7 +289,8 @@ class Start:
 
     def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
         """The lock for a new incarnation."""
-        context, previous = self._context, self._lock.view.lock
+        context, seen = self._context, self._lock.view
+        era, previous = context.era(), seen.lock
         lock = take(
             previous,
             host=context.me,
@@ -271,9 +298,13 @@ class Start:
             facts=context.layout.facts,
             incarnation=str(uuid4()),
             storage=storage_of(wish.spec),
-            epoch_floor=max(epoch_floor, context.era().epoch_floor),
+            epoch_floor=max(epoch_floor, era.epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
-            doubted=bool(context.era().awaited),
+            doubted=is_doubted(
+                era, previous, lock_revision=seen.mod_revision, spec=wish.spec, wish_revision=wish.revision
+            ),
+            mark=era.mark,
+            machine=context.machine,
         )
         # Noted before it is written: a write whose reply is lost is recognised by it when the watch shows it.
         self.planned = lock.incarnation
@@ -283,31 +314,22 @@ class Start:
         lock = self._lock.view.lock
         assert lock is not None
         holder = None if previous is None else previous.host
-        self._report.tell("lock.taken", epoch=lock.epoch, incarnation=lock.incarnation, previous=holder)
+        why = why_taken(previous, me=self._context.me, boot_id=self._context.boot_id)
+        known = {} if why is None else {"reason": why}
+        self._report.tell(TAKEN, epoch=lock.epoch, incarnation=lock.incarnation, previous=holder, **known)
 
     async def fence(self, wish: Wish) -> None:
         """Shut out the storage clients of earlier incarnations, and whoever else has its disks open after a takeover.
 
         Raises:
-            NotFenced: one of them could not be.
+            NotFenced: one of them could not be, or must not be without a person's word (law 11).
             SwapFailed, EtcdError: see `take`.
         """
         context, lock = self._context, self._lock.view.lock
         assert lock is not None
-        images = () if wish.spec is None or lock.taken_from is None else images_of(wish.spec)
-        # What is on record is shut out whatever storage says of the images, and meanwhile.
-        _, used = await both(context.fencing.fence(lock.fence), context.fencing.users(images))
-        others = [address for address in used if address not in lock.fence]
-        for address in others:
-            other = await context.recorded_for(address)
-            if other not in {None, self._id}:
-                raise NotFenced(
-                    f"{address} has one of its disks open and is the QEMU of instance {other}: no two instances can "
-                    "have one image; change the keys of one of them"
-                )
-        await context.fencing.fence(others)
-        await point("shut out")
-        everyone = (*lock.fence, *others)
+        everyone = await shut_out(
+            lock, wish, instance=self._id, context=context, own=self._lock, seen=self.takeover_wait.seen
+        )
         context.metrics.fenced(len(everyone))
         fenced = lock.fenced(address for address in everyone if address not in self._gone)
         await self._lock.write(Change.FENCE, fenced, wish.ground)
@@ -328,15 +350,16 @@ class Start:
         lock = seen.lock
         if lock is None or not lock.clients or lock.incarnation == self.closed:
             return
+        clients = await may_be_shut_out(lock.clients, instance=self._id, context=self._context, own=self._lock)
         try:
-            await self._context.fencing.fence(lock.clients)
+            await self._context.fencing.fence(clients)
             await point("dead shut out")
         except NotFenced as error:
             self._report.tell("lock.left_unfenced", level="warning", addresses=list(lock.clients), reason=str(error))
         else:
             self.closed = lock.incarnation
-            self._context.metrics.fenced(len(lock.clients))
-            self._report.tell("lock.fenced", addresses=list(lock.clients), taken_from=None)
+            self._context.metrics.fenced(len(clients))
+            self._report.tell("lock.fenced", addresses=list(clients), taken_from=None)
         if self._lock.view.mod_revision != seen.mod_revision:
             raise SwapFailed("the lock changed meanwhile")
 
@@ -353,6 +376,7 @@ class Start:
             ready = Prepared(spec=wish.spec)
         lock = self._lock.view.lock
         assert lock is not None
+        begun = context.clock.now()
         opened = await context.provisioner.open(
             self._id,
             lock.incarnation,
@@ -360,51 +384,32 @@ class Start:
             machine=self._report.machine_of(wish.spec),
             directory=directory,
         )
+        self._new = New(incarnation=lock.incarnation, images=opened.new, since=begun)
         with opened.closing:
             self.obstacle = None
-            self.lives(wish.spec)
             record = self._record_of(wish, lock, opened)
-            build, argv = partial(opened.provision, directory), partial(self._argv, wish.spec)
-            try:
-                self._machine.spawn(record, build, argv, opened.cgroup)
-            except OSError as error:
-                said = explain(error, directory.path)
-                raise NotReady(f"QEMU cannot be started: {said}", HOST_RETRY_S) from error
-            if self._machine.pid is not None:
-                await self._settle(opened.cgroup, self._machine.pid)
+            self.lives(wish.spec, record.uid)
+            await launch(self._machine, record, wish.spec, opened, partial(self._argv, wish.spec))
         self._report.notice = ready.notice
+        if opened.quarters.entry is not None and (hidden := opened.quarters.entry.kept_out):
+            self._report.tell("instance.paths_hidden", level="warning", paths=list(hidden))
         self.planned = None
         context.metrics.started(self._id)
         told = self._machine.record or record
         self._report.tell("instance.spawned", pid=self._machine.pid, accelerator=told.accelerator, machine=told.machine)
 
-    async def _settle(self, cgroup: Cgroup, pid: int) -> None:
-        try:
-            await cgroup.settle(pid)
-        except CgroupFailed as error:
-            await self._machine.give_up(str(error))
-
     def _record_of(self, wish: Wanted, lock: Lock, opened: Opened) -> Incarnation:
-        context = self._context
-        return Incarnation(
-            instance=self._id,
-            incarnation=lock.incarnation,
-            epoch=lock.epoch,
-            boot_id=context.boot_id,
-            argv=(),
+        begun = new_record(
+            self._id,
+            lock.incarnation,
+            wish.spec,
+            opened,
+            self._context,
             spec=spec_to_object(wish.spec),
-            storage=storage_of(wish.spec),
-            accelerator=context.host_side.accel,
-            machine=opened.machine,
-            taps=opened.tap_names,
-            tap_indexes=tuple(context.system.index_of(tap) or ELSEWHERE for tap in opened.tap_names),
-            bridges=opened.bridges,
             restart_request=wish.restart_request,
             revision=wish.revision,
-            log_offset=0,
-            spawned_at=context.clock.now(),
-            under=HostIdentity.of(context.me, context.layout),
         )
+        return replace(begun, epoch=lock.epoch, medium=opened.ready.medium, history=lock.history)
 
     def _argv(self, spec: Spec, provision: Provision) -> tuple[str, ...]:
         identity = Identity(instance=self._id, uuid=instance_uuid(self._context.layout.prefix, self._id))
@@ -423,22 +428,27 @@ class Start:
         assert record.pid is not None
         assert record.starttime is not None
         try:
-            clients = await self._context.fencing.clients(record, known=lock.fence)
+            clients = await self._context.fencing.clients(
+                record,
+                known=lock.fence,
+                new=self._new_images(record),
+                admit=partial(admit, self._id, self._context),
+            )
         except InUse as conflict:
             if await self.sharing.gives_way(wish.spec, conflict):
                 return
             raise
+        self._lock.vouch(clients)
         await point("clients known")
-        try:
-            self._machine.note(clients=clients)
-        except OSError as error:
-            said = explain(error, self._machine.directory.path)
-            raise NotReady(f"its record cannot be written: {said}", HOST_RETRY_S) from error
-        # QEMU has read it.
-        self._machine.directory.drop_ceph_key()
-        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients)
+        must_note(self._machine, clients=clients)
+        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients, images=record.images)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(Change.RECORD, replace(recorded, storage=record.storage), wish.ground)
+
+    def _new_images(self, record: Incarnation) -> tuple[str, ...]:
+        new = self._new
+        is_new = new.incarnation == record.incarnation and self._context.clock.now() - new.since < NEW_S
+        return new.images if is_new else ()
 
     async def guard(self) -> None:
         """Put the process under guard (law 7). Failing is observed: when to try again, and why."""
@@ -457,8 +467,11 @@ class Start:
             self.guard_trouble = None
 
     async def tend(self, action: Action, wish: Wish | None) -> None:
-        """Do what `action` says of the disks of a running machine."""
+        """Do what `action` says of the disks of a running machine, or of its CD-ROM drive."""
         context = self._context
+        if action is Action.MEDIUM:
+            await cdrom.change(self._id, wanted(wish).spec, machine=self._machine, report=self._report, context=context)
+            return
         await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, context=context)
 
     async def go_on(self, wish: Wish | None) -> None:

@@ -9,19 +9,28 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, Wish, pending
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import made, pinning
-from kvmsupervisor.domain.view import Action, View
+from kvmsupervisor.domain.view import Action, Process, View
+from kvmsupervisor.instance.chronicle import Chronicle
 from kvmsupervisor.instance.context import InstanceContext
+from kvmsupervisor.machine.cdrom import holds
 from kvmsupervisor.machine.machine import Machine
 
 CHANGED = "instance.changes_untold"
 CHANGES_A_MINUTE = 20
 """How often a changed reason is logged within a minute. Arbitrary: more than a person brings about, or a start."""
+
+
+def is_away(process: Process) -> bool:
+    """Whether its guest was sent to another host: the status is that host's to write."""
+    return process.run_state == POSTMIGRATE
 
 
 class Report:
@@ -57,7 +66,10 @@ class Report:
         self.notice: str | None = None
         self.looked = False
         self._published: Status | None = None
-        self._sparing: dict[str, Sparing] = {"instance.guest_reset": Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
+        # What keeps a step from being made, and how often that is told.
+        self._chronicle = Chronicle(instance, context=context, at_first=self.status)
+        self._trouble: tuple[str, Sparing] = "", Sparing()
+        self._sparing: dict[str, Sparing] = {RESET: Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -126,7 +138,7 @@ class Report:
             epoch=record.epoch if record else (lock.epoch if lock else before.epoch),
             restarts=view.saved.restarts,
             # Asked at every turn, and hardly ever different.
-            pending=pending(running, wish.spec) if running and wish and wish.spec and running != wish.spec else (),
+            pending=self._pending(view, running),
             problems=tuple(str(problem) for problem in view.problems),
             revision=wish.revision if wish else before.revision,
             incarnation=record.incarnation if record else None,
@@ -145,6 +157,7 @@ class Report:
             placed_for=None if wish is None or wish.placement is None or wish.runs_on != context.me else wish.host,
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
             files=self._files(wish, running),
+            cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
             images=self._images(wish, running),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
@@ -156,16 +169,32 @@ class Report:
         else:
             self.status = status
             self._tell_change(before, status)
-        if status != self._published and self._may_publish(view):
+        if view.claim is not Claim.UNKNOWN:
+            self._chronicle.see(status)
+        if status == self._published:
+            return
+        if self._may_publish(view):
             self._published = status
             context.status_writer.set(self._instance, status, overtaken=self._was_overtaken)
+        else:
+            # What was said before is not written over what another host says.
+            self._published = None
+            context.status_writer.cede(self._instance)
+
+    def _pending(self, view: View, running: Spec | None) -> tuple[str, ...]:
+        """The keys of which QEMU, as it runs, does not know the present value."""
+        wanted = None if view.wish is None else view.wish.spec
+        if running is None or wanted is None or view.process is None:
+            return ()
+        names = pending(running, wanted) if running != wanted else ()
+        return (*names, "cdrom") if view.process.holds_another(wanted) and "cdrom" not in names else names
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
         """Which host has its files: this one those that its QEMU writes to, others those that they had."""
         files = dict(self.status.files or {})
         if running is not None:
             files |= dict.fromkeys((file.title for file in pinning(running).values()), self._context.me)
-        if wish is not None and wish.spec is not None:
+        if files and wish is not None and wish.spec is not None:
             named = {file.title for spec in (wish.spec, running) if spec is not None for _, file in spec.files}
             files = {title: host for title, host in files.items() if title in named}
         return files or None
@@ -173,7 +202,7 @@ class Report:
     def _images(self, wish: Wish | None, running: Spec | None) -> tuple[str, ...]:
         """Which of its images that may be made it has run with."""
         known = {*self.status.images, *(() if running is None else made(running))}
-        if wish is not None and wish.spec is not None:
+        if known and wish is not None and wish.spec is not None:
             known &= {image.name for spec in (wish.spec, running) if spec is not None for _, image in spec.images}
         return tuple(sorted(known))
 
@@ -186,7 +215,9 @@ class Report:
         if view.claim is Claim.STRANGER and view.is_strange:
             # Another cluster's instance of that name.
             return False
-        if view.process is not None:
+        if view.process is not None and view.claim is Claim.STRANGER and is_away(view.process):
+            return False
+        if view.process is not None and not view.process.incarnation.incoming:
             return True
         match view.claim:
             case Claim.UNKNOWN:
@@ -221,15 +252,28 @@ class Report:
         more = self._sparing[event].note(self._context.clock.now())
         if more is not None:
             self._tell_with(event, untold=more)
+            if event == RESET:
+                self._chronicle.note(event, self.status, reason=RESET_SAYS, times=more + 1)
+
+    def tell_trouble(self, why: str) -> None:
+        """Log what keeps a step from being made: when it begins, and while it lasts once a minute, with a count."""
+        if why != self._trouble[0]:
+            self._trouble = why, Sparing()
+        more = self._trouble[1].note(self._context.clock.now())
+        if more is not None:
+            self._tell_with("instance.etcd_trouble", untold=more, reason=why)
 
     def tell_rest(self) -> None:
         """Tell how often something has happened that was not told each time, once it is over."""
         for event, kind in self._sparing.items():
             if untold := kind.rest(self._context.clock.now()):
                 self._tell_with(event, untold=untold)
+                if event == RESET:
+                    self._chronicle.note(event, self.status, reason=RESET_SAYS, times=untold)
 
-    def _tell_with(self, event: str, *, untold: int) -> None:
-        details: dict[str, Any] = {"untold": untold} if untold else {}
+    def _tell_with(self, event: str, *, untold: int, **details: Any) -> None:
+        if untold:
+            details["untold"] = untold
         self.tell(event, **details)
 
     def tell(self, event: str, *, level: str = "info", **details: Any) -> None:
@@ -237,3 +281,6 @@ class Report:
         record = self._machine.record
         known = {} if record is None else {"epoch": record.epoch, "incarnation": record.incarnation}
         getattr(self._log, level)(event, **{**known, **details})
+        if (reason := said(event, details)) is not None:
+            epoch = details.get("epoch", known.get("epoch"))
+            self._chronicle.note(event, self.status, reason=reason, epoch=epoch, end=details.get("end", ""))

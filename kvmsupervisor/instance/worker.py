@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import assert_never
 
 from structlog.typing import FilteringBoundLogger
 
@@ -36,6 +35,7 @@ from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import InstanceContext
+from kvmsupervisor.instance.moves import Moves
 from kvmsupervisor.instance.plugs import Plugs
 from kvmsupervisor.instance.saved_state import SavedState
 from kvmsupervisor.instance.start import Start, wanted
@@ -51,6 +51,9 @@ ETCD_RETRY_S = 1.0
 
 REFUSED_RETRY_S = 10.0
 """The same after etcd refused: an operator has to mend something first."""
+
+PREPARATIONS = frozenset({Action.QUEUE, Action.PREPARE, Action.LOOK, Action.READ})
+"""What can be done also while etcd takes no writes, so that it tells nothing of that."""
 
 STORAGE_RETRY_S = 2.0
 """The same after storage did not answer: an outage that ends should end for all soon; an attempt takes seconds."""
@@ -86,10 +89,10 @@ class Worker:
             prefix=context.layout.prefix,
             directory=directory,
             clock=context.clock,
-            user=context.user,
             notify=self._wake.set,
             on_reset=self._saw_reset,
             on_event=lambda: context.metrics.heard_event(instance),
+            on_connect=lambda: context.metrics.connected(instance),
             logs=context.logs.of(directory),
             log=log.bind(instance=instance),
             caught_up=None if context.guard is None else context.guard.caught_up,
@@ -104,6 +107,10 @@ class Worker:
         self._start = Start(
             instance, context=context, machine=self._machine, lock=self._lock, report=self.report, wake=self._wake.set
         )
+        self.moves = Moves(
+            instance, context=context, machine=self._machine, lock=self._lock, start=self._start, report=self.report,
+            wake=self._wake.set,
+        )  # fmt: skip
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet = Quiet(context.settle_s)
@@ -131,6 +138,7 @@ class Worker:
         if self.wish is None or wish.revision != self.wish.revision:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
+            self._machine.drive.look()
         if fresh:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
@@ -141,8 +149,10 @@ class Worker:
         self._held = held
         saved = noting(self._saved.state, wish, held=held, hold=hold)
         # The time that people gave the guest holds for the shutdown that follows the removal of all keys, too.
-        if wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems):
-            saved = replace(saved, shutdown_timeout_s=wish.shutdown_timeout_s)
+        asked_s = wish.shutdown_timeout_s
+        is_sound = wish.keys > 0 and not any(problem.key == "shutdown_timeout" for problem in wish.problems)
+        if is_sound and asked_s != saved.shutdown_timeout_s:
+            saved = replace(saved, shutdown_timeout_s=asked_s)
         self._saved.keep(saved)
         self._wake.set()
 
@@ -171,9 +181,10 @@ class Worker:
         """Take over what an earlier supervisor left, before the loop runs."""
         context = self._context
         under = HostIdentity.of(context.me, context.layout)
+        self._lock.vouch(record.clients)
         self._adopting = self._machine.adopt(record, boot_id=context.boot_id, under=under)
         if (spec := self._machine.spec) is not None:
-            self._start.lives(spec)
+            self._start.lives(spec, record.uid)
 
     def inherit(self, record: Incarnation | None = None) -> None:
         """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
@@ -201,7 +212,9 @@ class Worker:
         if self._machine.pid is None:
             return True
         view = self._observe()
-        return view.claim in {Claim.MINE, Claim.UNREADABLE} or (view.claim is Claim.STRANGER and view.is_strange)
+        return view.claim in {Claim.MINE, Claim.UNREADABLE, Claim.NEWER} or (
+            view.claim is Claim.STRANGER and view.is_strange
+        )
 
     @property
     def pid(self) -> int | None:
@@ -236,7 +249,8 @@ class Worker:
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
-            self.report.say(view, decision)
+            if decision.action is not Action.QUEUE:  # done at once, and the next view tells whether it is its turn
+                self.report.say(view, decision)
             self._context.life.decided(view, decision)
             self._admit(view, decision)
             if decision.action is Action.FORGET:
@@ -262,17 +276,21 @@ class Worker:
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
-                self._etcd_trouble = None
+                self._went_well(decision.action)
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
         self._context.admission.release(self.id)
+        self.moves.close()
         await self._machine.detach()
+
+    def _went_well(self, action: Action | None) -> None:
+        if action not in PREPARATIONS:
+            self._etcd_trouble = None
 
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._context.clock.now() + seconds
-        if self._etcd_trouble != why:
-            self.report.tell("instance.etcd_trouble", reason=why)
+        self.report.tell_trouble(why)
         self._etcd_trouble = why
 
     def _admit(self, view: View, decision: Decision) -> None:
@@ -287,15 +305,21 @@ class Worker:
 
     def _observe(self) -> View:
         context, saved = self._context, self._saved.state
+        keeping.follow_epoch(self._machine, self._lock.view, context.era())
         process = self._machine.view()
         lock = self._lock.view.lock
         has_session = None if lock is None else context.host_has_session(lock.host)
+        if lock is not None and lock.is_namesakes(context.me, boot_id=context.boot_id, machine=context.machine):
+            # One name has one session, and this host has it.
+            has_session = False if context.session.held else None
         target = target_of(self.id, self.wish, context)
         view = View(
             now=context.clock.now(),
             me=context.me,
             facts=context.layout.facts,
+            locks_are_open=context.layout.locks_are_open,
             boot_id=context.boot_id,
+            machine=context.machine,
             wish=self.wish,
             problems=self._problems if self.wish is None or not target.receives else self.wish.problems,
             left_alone=self._inheritance.alone,
@@ -316,6 +340,7 @@ class Worker:
             holder_has_session=has_session,
             deferral=self._start.takeover_wait.so_far(lock, holder_has_session=has_session),
             target=target,
+            course=self.moves.course(self.wish, lock),
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
@@ -378,12 +403,12 @@ class Worker:
                 if start.claimed_by is not None:
                     self._etcd_at = self._context.clock.now() + LOCK_POLL_S
             case Action.ASK_WATCHERS:
-                assert view.lock.lock is not None
                 await start.takeover_wait.ask_watchers(view.lock.lock, wanted(wish).spec)
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
             case Action.TAKE:
                 await start.take(wanted(wish))
+                await self.moves.arrival.withdraw()
             case Action.FENCE:
                 assert wish is not None
                 await start.fence(wish)
@@ -400,33 +425,23 @@ class Worker:
                 await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
-            case Action.GROW | Action.ROOM:
+            case Action.GROW | Action.ROOM | Action.MEDIUM:
                 await start.tend(action, wish)
-            case Action.REASSERT:
-                await keeping.reassert(machine, self._lock, self.report, self._context)
+            case Action.REASSERT | Action.RENAME | Action.VOUCH:
+                await keeping.keep(action, machine, self._lock, self.report, self._context, seen=view.lock)
             case Action.TIDY:
                 assert wish is not None
                 await self._lock.tidy(wish.stale_placement)
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
-            case Action.RENAME:
-                await keeping.rename(self._lock, self.report, self._context)
             case Action.RECORD_EXIT:
                 await self._record_exit()
             case Action.RELEASE:
                 await self._release()
-            case (
-                Action.CONNECT
-                | Action.PROBE
-                | Action.POWERDOWN
-                | Action.FINISH
-                | Action.QUIT
-                | Action.KILL
-                | Action.GIVE_UP
-            ):
+            case _ if action in ladder.STEPS:
                 await ladder.step(machine, decision)
             case _:
-                assert_never(action)
+                await self.moves.act(action, wish)
 
     async def _record_exit(self) -> None:
         process = self._machine.view()
@@ -438,7 +453,7 @@ class Worker:
                 self._saved.state,
                 process.exit,
                 self.wish,
-                asked=process.asked,
+                asked=process.asked or process.incarnation.incoming,
                 ran=not process.never_ran,
                 spawned_at=process.incarnation.spawned_at,
                 now=self._context.clock.now(),
@@ -450,6 +465,7 @@ class Worker:
             "instance.ended",
             level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
             reason=process.exit.text,
+            end=process.exit.kind.value,
             pause_s=self._saved.state.pause_s,
         )
         if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
@@ -459,6 +475,8 @@ class Worker:
             self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._context.life.ended(process.exit, self._machine.wait_status)
+        if process.incarnation.incoming:
+            self.moves.arrival.ended()
         await self._machine.drop_record()
         self._start.last_ended = process.incarnation.incarnation
         await self._context.provisioner.left(self.id)
@@ -468,15 +486,10 @@ class Worker:
         self.report.tell_sparingly("instance.guest_reset")
 
     async def _release(self) -> None:
-        status_writer = self._context.status_writer
         await self._start.shut_out_the_dead()
         stale = 0 if self.wish is None or self._held else self.wish.stale_placement
-        if self.wish is not None and self.wish.keys > 0 and status_writer.publishes(self.id):
-            last = replace(self.report.status, pid=None, incarnation=None)
-            status_writer.wrote(self.id, last.to_json(), await self._lock.release(last, stale_placement=stale))
-        else:
-            await self._lock.release(None, stale_placement=stale)
-            status_writer.forget(self.id)
+        there = self.wish is not None and self.wish.keys > 0
+        await keeping.release(self._lock, self.report, self._context, there=there, stale_placement=stale)
         if stale and self.wish is not None:
             self.wish = replace(self.wish, placed=NOT_PLACED)
         self._start.planned = None

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.view import Action
 from kvmsupervisor.machine.machine import Machine
+
+ASK_STAGE = frozenset({Row.MOVE_PROBE, Row.ARRIVING_PROBE})
+"""Rows that want to know how far a live move has come, not only the run state."""
+
+STEPS = frozenset(
+    {Action.CONNECT, Action.PROBE, Action.POWERDOWN, Action.FINISH, Action.QUIT, Action.KILL, Action.GIVE_UP}
+)
+"""What `step` does."""
 
 
 async def step(machine: Machine, decision: Decision) -> bool:
@@ -14,6 +22,8 @@ async def step(machine: Machine, decision: Decision) -> bool:
             await machine.connect()
         case Action.PROBE:
             await machine.probe()
+            if decision.row in ASK_STAGE:
+                await machine.migration.look()
         case Action.POWERDOWN:
             await machine.press_power_button()
         case Action.FINISH:

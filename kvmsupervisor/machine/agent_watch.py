@@ -20,6 +20,7 @@ from kvmsupervisor.adapters.agent import AgentSilent
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.argv import AGENT_PORT
+from kvmsupervisor.domain.qmp_answers import objects_in
 
 ASK_EVERY_S = 60.0
 """How often to ask while the channel is open. One exchange costs 1 ms of CPU: 0.2 % of a core with 100 guests."""
@@ -77,7 +78,8 @@ class AgentWatch:
         answer = await command("query-chardev")
         # An event that arrived meanwhile is newer than the answer.
         if answer is not None and not self._told:
-            self.turn(is_open=AGENT_PORT in {chardev["label"] for chardev in answer if chardev["frontend-open"]})
+            ours = (one for one in objects_in(answer) if one.get("label") == AGENT_PORT)
+            self.turn(is_open=any(one.get("frontend-open") is True for one in ours))
 
     def turn(self, *, is_open: bool) -> None:
         """Note that the guest has opened or closed the channel. Does not block."""

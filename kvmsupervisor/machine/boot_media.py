@@ -1,7 +1,7 @@
 """A guest's boot media: fetches user data, keeps a copy, and makes the files that QEMU attaches.
 
     <directory>/user-data       the last usable user data; for root only
-    <directory>/media.json      its URL (a digest), and a digest of what the files below were made from
+    <directory>/media.json      its URL (a digest), if any, and a digest of what the files below were made from
     <directory>/seed.iso        NoCloud, label cidata          } for all but Ignition
     <directory>/config-2.iso    config-drive, label config-2 }
     <directory>/ignition.json   for QEMU's fw_cfg `opt/com.coreos/config`
@@ -62,6 +62,13 @@ class Media:
     notice: str | None
 
 
+NONE = Media(cdroms=(), ignition=None, notice=None)
+"""Without user data."""
+
+OF_KEY = "the key user-data"
+"""Instead of a URL, in `media.json`."""
+
+
 @frozen(kw_only=True)
 class _Files:
     """The content of the media, before any file is made: images are made only when they are needed."""
@@ -69,9 +76,9 @@ class _Files:
     images: Mapping[str, tuple[str, Mapping[str, bytes]]] = field(default_factory=dict)
     plain: Mapping[str, bytes] = field(default_factory=dict)
 
-    def recipe(self, gid: int | None) -> str:
-        """A digest of everything that goes into the files, and of who may read them."""
-        digest = hashlib.sha256(repr((EDITION, gid)).encode())
+    def recipe(self) -> str:
+        """A digest of everything that goes into the files."""
+        digest = hashlib.sha256(repr(EDITION).encode())
         for name, (label, files) in sorted(self.images.items()):
             digest.update(repr((name, label, sorted(files.items()))).encode())
         digest.update(repr(sorted(self.plain.items())).encode())
@@ -90,7 +97,7 @@ class _Ledger:
 
     Attributes:
         recipe: a digest of what the files for QEMU were made from; empty while they are being made.
-        sources: the digest of the URL, by the digest of the user data that came from it.
+        sources: the digest of the URL, or of `OF_KEY`, by the digest of the user data that came from it.
     """
 
     recipe: str = ""
@@ -116,7 +123,6 @@ async def furnish(
     instance: InstanceId,
     uuid: UUID,
     file_root: Path | None,
-    gid: int | None,
     ca_file: Path | None = None,
     follow_inward: bool = False,
     timeout_s: float | None = None,
@@ -135,7 +141,6 @@ async def furnish(
         instance: becomes the guest's host name.
         uuid: the machine's uuid.
         file_root: folder below which `file:` URLs are allowed; None for nowhere.
-        gid: QEMU's group, which may read the media; None: only the owner may.
         ca_file: CA certificates in addition to the system's.
         follow_inward: whether to follow redirects to addresses of this host.
         timeout_s: for the fetch, in seconds; None for its default.
@@ -166,15 +171,52 @@ async def furnish(
             why = cleaned(str(error), secrets)
             notice = f"cloud-config {shown}: {why}; until then the copy that the last start had is used"
         files = _files(kind, instance, uuid, data, network_config)
-        await _in_thread(lambda: _write(directory, data=data, source=source, files=files, gid=gid))
+        await _in_thread(lambda: _write(directory, data=data, source=source, files=files))
     except (FetchFailed, NotUserData) as error:
         raise MediaTrouble(f"cloud-config {shown}: {cleaned(str(error), secrets)}") from error
     except OSError as error:
         raise MediaTrouble(f"cloud-config {shown}: its media cannot be made: {explain(error, directory)}") from error
+    return _made(kind, directory, files, notice)
+
+
+async def keep(data: bytes, *, directory: Path, instance: InstanceId, uuid: UUID) -> Media:
+    """Make the media for one start of user data that is at hand, from the key `user-data`.
+
+    The arguments, and what holds, are those of `furnish`.
+
+    Raises:
+        MediaTrouble: the files cannot be written.
+    """
+    kind = media.detect(data)
+    files = _files(kind, instance, uuid, data, None)
+    try:
+        await _in_thread(lambda: _write(directory, data=data, source=_digest(OF_KEY.encode()), files=files))
+    except OSError as error:
+        raise MediaTrouble(f"user-data: its media cannot be made: {explain(error, directory)}") from error
+    return _made(kind, directory, files, None)
+
+
+def _made(kind: MediumKind, directory: Path, files: _Files, notice: str | None) -> Media:
     paths = [directory / name for name in files.names]
     if kind is MediumKind.IGNITION:
         return Media(cdroms=(), ignition=paths[0], notice=notice)
     return Media(cdroms=tuple(paths), ignition=None, notice=notice)
+
+
+def put(directory: Path, name: str, data: bytes) -> None:
+    """Write a medium that another host has made.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it is none.
+    """
+    if name not in {SEED, CONFIG_DRIVE, IGNITION}:
+        raise ValueError(f"{name} is no medium")
+    aside = directory / f"{name}.new"
+    aside.unlink(missing_ok=True)
+    aside.touch(mode=0o600, exist_ok=False)
+    aside.write_bytes(data)
+    aside.replace(directory / name)
 
 
 def discard(directory: Path) -> None:
@@ -202,11 +244,11 @@ def _kept(directory: Path, source: str) -> bytes | None:
     return data
 
 
-def _write(directory: Path, *, data: bytes, source: str, files: _Files, gid: int | None) -> None:
+def _write(directory: Path, *, data: bytes, source: str, files: _Files) -> None:
     """Write the media. Crash-safe: may be interrupted after any statement."""
     for name in ALL:
         medium.sweep(directory / name)
-    recipe, digest = files.recipe(gid), _digest(data)
+    recipe, digest = files.recipe(), _digest(data)
     done = _Ledger(recipe=recipe, sources={digest: source})
     kept = medium.read(directory / USER_DATA)
     before = _Ledger.read(directory)
@@ -220,9 +262,9 @@ def _write(directory: Path, *, data: bytes, source: str, files: _Files, gid: int
         medium.place(directory / USER_DATA, data)
     if not vouched:
         for name, content in files.plain.items():
-            medium.place(directory / name, content, gid=gid)
+            medium.place(directory / name, content)
         for name, (label, contents) in files.images.items():
-            medium.place(directory / name, medium.image(label, contents), gid=gid)
+            medium.place(directory / name, medium.image(label, contents))
         for name in set(FOR_QEMU) - set(files.names):
             medium.discard(directory / name)
     done.write(directory)

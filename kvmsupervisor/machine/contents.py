@@ -7,35 +7,33 @@ half made, and is told from one that has other content. See docs/decisions/0026-
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import math
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
 
 from kvmsupervisor.adapters import disk_files, image_files, image_tools
-from kvmsupervisor.adapters.ceph import CephError, CephFailed, CephImages, NoSuchImage
+from kvmsupervisor.adapters.ceph import CephError, CephFailed, CephImages, NoSuchImage, image_of
 from kvmsupervisor.adapters.disk_files import FileTrouble, Threads
 from kvmsupervisor.adapters.image_tools import ToolFailed
 from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.aio import all_of
+from kvmsupervisor.aio import Remembered, all_of, both
+from kvmsupervisor.domain.ceph import ImageInfo, Trouble
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.images import Image, Snapshot, aside_of, note_of, parent_of, refusal, remark, snapshot_of
+from kvmsupervisor.domain.images import Image, Snapshot, leftover, note_of, parent_of, refusal, remark, snapshot_of
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk, Sized, size_text, too_small
 from kvmsupervisor.domain.spec import Disk, RbdDisk, Spec
+from kvmsupervisor.domain.storage import Unmade
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.failpoints import point
-from kvmsupervisor.machine.images import DiskTrouble, trouble_of
+from kvmsupervisor.machine.images import DiskTrouble, Law5, trouble_of
 from kvmsupervisor.machine.jobs import Jobs, Say, Underway
+from kvmsupervisor.machine.leftovers import SWEEP_AFTER_S, Leftovers
 from kvmsupervisor.machine.library import FLUSH_S, STEP, Library, Stored
-
-DROP_TRIES, DROP_EVERY_S = 20, 3.0
-"""How often, and at what pauses, it is tried to take away an image that was made in vain: twice as long as Ceph takes a
-client that died for a living one (`osd_client_watch_timeout`, 30 s)."""
 
 RETRY_S = 5.0
 """Pause before it is looked again for what people have to mend: a key, a file, an image."""
@@ -75,7 +73,7 @@ class Lacking:
         remarks: what a person should know.
     """
 
-    disks: tuple[Disk, ...] = ()
+    disks: tuple[Unmade, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -89,6 +87,8 @@ class Contents:
         imports: which host imports an image.
         ceph: the cluster.
         folder: of the disks that are files.
+        allow_unfenced: see `images.Disks`.
+        sweep_after_s: see `leftovers.SWEEP_AFTER_S`.
         threads: makes what runs calls that may block.
     """
 
@@ -101,6 +101,8 @@ class Contents:
         imports: Imports,
         ceph: CephImages,
         folder: Path,
+        allow_unfenced: bool = False,
+        sweep_after_s: float = SWEEP_AFTER_S,
         threads: Callable[[], Threads] = Threads,
     ) -> None:
         self._library = library
@@ -110,10 +112,26 @@ class Contents:
         self._ceph = ceph
         self._folder = folder
         self._threads = threads()
+        self._law = Law5(ceph.ceph, allow_unfenced=allow_unfenced)
+        self._leftovers = Leftovers(ceph, jobs, sweep_after_s=sweep_after_s)
+        # Bytes of images of the library in Ceph that are whole: they never change, and who misses one forgets it here.
+        self._whole = Remembered[int | None](math.inf)
+        # What was made for machines whose QEMU does not live yet: their own, and left by no earlier machine.
+        self._fresh: dict[InstanceId, set[str]] = {}
+        # Images that are missing and wait for a job: they are not looked at again until it has ended.
+        self._waiting: dict[str, str] = {}
 
     async def close(self) -> None:
         """End what is being done. A successor goes on with it."""
         await self._jobs.close()
+
+    def is_fresh(self, instance: InstanceId, name: str) -> bool:
+        """Whether a disk was made a moment ago; implements `local_disks.Filling`."""
+        return name in self._fresh.get(instance, ())
+
+    def left(self, instance: InstanceId) -> None:
+        """Note that its QEMU is proven gone: what was made for it is no longer new."""
+        self._fresh.pop(instance, None)
 
     async def _entry(self, name: str) -> Image:
         """The entry of the library that a key names.
@@ -143,6 +161,26 @@ class Contents:
             name = f"disk {file} of {instance}: {image.content} {image.url}"
             self._jobs.ask(name, partial(self._fill, instance, key, file, image))
 
+    async def open_medium(self, key: str, name: str) -> int:
+        """A descriptor of an image of the library as a medium, for reading, to be closed by the caller.
+
+        Raises:
+            DiskTrouble: it cannot be had, or is being fetched.
+            EtcdError: it is not known what it is.
+        """
+        with _told(key, None):
+            image = await self._entry(name)
+            stored = await self._library.look(image, DiskFormat.RAW)
+            if stored is None:
+                self._jobs.ask(f"medium {image.content}: {image.url}", partial(self._fetch, image))
+                stored = await self._library.look(image, DiskFormat.RAW)
+            if stored is None:
+                raise DiskTrouble(f"image {name}: its file was removed as soon as it was there", RETRY_S)
+        return stored.fd
+
+    async def _fetch(self, image: Image, say: Say) -> None:
+        (await self._library.get(image, DiskFormat.RAW, say)).close()
+
     async def _fill(self, instance: InstanceId, key: str, file: FileDisk, image: Image, say: Say) -> None:
         assert file.origin is not None
         with contextlib.closing(await self._library.get(image, file.format, say)) as source:
@@ -166,6 +204,8 @@ class Contents:
                 say(f"{size_text(source.size)} are being copied")
                 await self._library.with_room(self._folder, image_tools.copy(source.fd, begun.fd, size=source.size))
             await point("copied")
+            # Before it has its name, by which it may be found at once.
+            self._fresh.setdefault(instance, set()).add(file.title)
             await self._threads.call(name, begun.finish, deadline_s=FLUSH_S)
 
     # --- images in Ceph: before there is a lock -----------------------------------------------------------------
@@ -192,33 +232,55 @@ class Contents:
 
     async def _look(self, instance: InstanceId, disk: Disk, image: RbdDisk, known: Collection[str]) -> Lacking:
         key, is_known = disk.key, image.name in known
+        with _told(key, image.origin):
+            self._jobs.wait_for(self._waiting.get(image.name))
+        if self._waiting.pop(image.name, None) is not None and not is_known:
+            # Missing a moment ago. Where it no longer is, what is made gets no name, and it is looked at anew.
+            return await self._lacking(disk, image)
         try:
-            size = (await self._ceph.ceph.image_info(image)).size
-            note = None if image.origin is None else await self._ceph.note(image)
+            # One that the machine never ran with is missing, as a rule.
+            info, note = await self._found(image, key, is_likely=is_known)
         except NoSuchImage as error:
             if is_known:
                 raise DiskTrouble(
                     f"{key}: {error}; the machine ran with it, so it is not made anew: see `rbd trash ls "
-                    f"{image.pool}`, and for an empty disk give it another name",
+                    f"{image.place}`, and for an empty disk give it another name",
                     RETRY_S,
                 ) from error
-            if image.origin is not None:
-                with _told(key, image.origin):
-                    _, size = await self._parent(image)
-                    _fits(key, image, size)
-            elif "pool" in str(error).partition(":")[0]:
+            if image.origin is None and error.lacks_place:
                 raise trouble_of(error, key) from error
-            return Lacking(disks=(disk,))
+            return await self._lacking(disk, image)
         except CephError as error:
             raise trouble_of(error, key) from error
-        if (said := too_small(key, image, size)) is not None:
+        if (said := too_small(key, image, info.size)) is not None:
             raise DiskTrouble(said, RETRY_S)
         remarks: tuple[str, ...] = ()
         if image.origin is not None:
             if not is_known and (said := refusal(key, image.name, image.origin, instance, note)) is not None:
                 raise DiskTrouble(said, RETRY_S)
             remarks = tuple(filter(None, [remark(key, image.name, image.origin, note)]))
-        return Lacking(disks=(disk,) if (image.size or 0) > size else (), remarks=remarks)
+            if not is_known and not self.is_fresh(instance, image.name):
+                remarks += tuple(filter(None, [leftover(key, image.name, instance, note)]))
+        small = Unmade(disk=disk, image=image, has=info.size)
+        return Lacking(disks=(small,) if (image.size or 0) > info.size else (), remarks=remarks)
+
+    async def _lacking(self, disk: Disk, image: RbdDisk) -> Lacking:
+        """What a missing image is to begin with; brought in where it is not there."""
+        if image.origin is None:
+            return Lacking(disks=(Unmade(disk=disk, image=image),))
+        with _told(disk.key, image.origin):
+            parent, size = await self._parent(image)
+            _fits(disk.key, image, size)
+        return Lacking(disks=(Unmade(disk=disk, image=image, parent=parent, parent_size=size),))
+
+    async def _found(self, image: RbdDisk, key: str, *, is_likely: bool) -> tuple[ImageInfo, str | None]:
+        """Info and note of an image, by law 5."""
+        look = self._law.look(image, key, is_likely=is_likely)
+        if image.origin is None:
+            return await look, None
+        if is_likely:
+            return await both(look, self._ceph.note(image))
+        return await look, await self._ceph.note(image)
 
     async def _parent(self, image: RbdDisk) -> tuple[Snapshot, int]:
         """The snapshot that an image is to be a clone of, and its bytes. An image of the library is imported.
@@ -231,20 +293,28 @@ class Contents:
         if snapshot is not None:
             return snapshot, await self._size_of(snapshot)
         entry = await self._entry(image.origin)
-        snapshot = parent_of(entry, image.pool)
-        size = await self._size_if_whole(snapshot)
-        if size is None:
-            name = f"import {snapshot}: {entry.url}"
-            self._jobs.ask(name, partial(self._import, entry, snapshot))
-            size = await self._size_if_whole(snapshot)
-        if size is None:
-            raise DiskTrouble(f"{snapshot} was removed as soon as it was there", RETRY_S)
+        snapshot = parent_of(entry, image.pool, apart=bool(image.namespace))
+        name = f"import {snapshot}: {entry.url}"
+        # Twice where the import that is told of is an earlier one, and has been removed since.
+        while (size := await self._size_once(snapshot)) is None:
+            try:
+                self._jobs.ask(name, partial(self._import, entry, snapshot))
+            except Underway:
+                self._waiting[image.name] = name
+                raise
         return snapshot, size
+
+    async def _size_once(self, snapshot: Snapshot) -> int | None:
+        """`_size_if_whole`, asked once for all machines of this host."""
+        size = await self._whole.get(snapshot, partial(self._size_if_whole, snapshot))
+        if size is None:
+            self._whole.forget(snapshot)
+        return size
 
     async def _size_of(self, snapshot: Snapshot) -> int:
         """Bytes of a snapshot that people have made."""
         try:
-            found = (await self._ceph.snapshots(RbdDisk(snapshot.pool, snapshot.image))).get(snapshot.snap)
+            found = (await self._ceph.snapshots(image_of(snapshot))).get(snapshot.snap)
         except CephError as error:
             raise trouble_of(error) from error
         if found is None:
@@ -259,16 +329,17 @@ class Contents:
     async def _size_if_whole(self, snapshot: Snapshot) -> int | None:
         """Bytes of an image of the library in Ceph, None where it is not there. Whoever has the name has all of it."""
         try:
-            found = (await self._ceph.snapshots(RbdDisk(snapshot.pool, snapshot.image))).get(snapshot.snap)
+            found = (await self._ceph.snapshots(image_of(snapshot))).get(snapshot.snap)
         except NoSuchImage as error:
-            if "pool" in str(error).partition(":")[0]:
+            # Its namespace in the library is made with the first import.
+            if error.kind is Trouble.NO_POOL:
                 raise DiskTrouble(str(error), RETRY_S) from error
             return None
         except CephError as error:
             raise trouble_of(error) from error
         if found is None or not found.is_protected:
             raise DiskTrouble(
-                f"the image {snapshot.pool}/{snapshot.image} is there without its protected snapshot, so somebody has "
+                f"the image {image_of(snapshot).name} is there without its protected snapshot, so somebody has "
                 "changed it: rename or remove it, and it is imported again",
                 RETRY_S,
             )
@@ -278,104 +349,96 @@ class Contents:
 
     async def _import(self, entry: Image, snapshot: Snapshot, say: Say) -> None:
         """Bring an image of the library into a pool, once for all hosts."""
-        whole = RbdDisk(snapshot.pool, snapshot.image)
-        async with self._imports.claim(f"{snapshot.pool}/{snapshot.image}") as other:
+        whole = image_of(snapshot)
+        async with self._imports.claim(whole.name) as other:
             if other is not None:
-                raise Elsewhere(f"{other} imports it into the pool {snapshot.pool}")
+                raise Elsewhere(f"{other} imports it into the pool {whole.place}")
             if await self._size_if_whole(snapshot) is not None:
                 return  # another host has, between our look and our claim
             with contextlib.closing(await self._library.get(entry, DiskFormat.RAW, say)) as source:
-                try:
-                    aside = await self._aside(whole)
-                    say(f"imported into the pool {snapshot.pool}, 0 %")
+                with self._leftovers.aside(whole) as aside:
+                    await self._ceph.make_namespace(whole)
+                    say(f"imported into the pool {whole.place}, 0 %")
                     # By our descriptor: the file's name may go while it is read, when no key names it any more.
                     file = Path(f"/proc/{os.getpid()}/fd/{source.fd}")
-                    await self._ceph.bring(file, aside, size=source.size, hear=_steps(say, snapshot.pool))
+                    await self._ceph.bring(file, aside, size=source.size, hear=_steps(say, whole.place))
                     await point("imported")
                     await self._ceph.freeze(aside, snapshot.snap)
                     await point("frozen")
-                    await self._named(aside, whole)
-                except CephError as error:
-                    raise trouble_of(error) from error
+                await self._named(aside, whole)
 
-    async def _aside(self, image: RbdDisk) -> RbdDisk:
-        """A name that nobody else has or will have, for an image that is being made; what others left is removed."""
-        prefix = aside_of(image.image)
-        for name in await self._ceph.names(image.pool):
-            left = RbdDisk(image.pool, name)
-            if name.startswith(prefix):
-                self._drop_behind(left, image)
-        return RbdDisk(image.pool, f"{prefix}{uuid4().hex[:8]}")
+    async def _named(self, aside: RbdDisk, image: RbdDisk, note: str | None = None) -> Mapping[str, str] | None:
+        """Give what was made its name. Where there is one already, another one was first: None.
 
-    async def _named(self, aside: RbdDisk, image: RbdDisk) -> bool:
-        """Give what was made its name. Where there is one already, another one was first, and this one goes: False."""
+        Args:
+            aside: what was made.
+            image: what it is to be called.
+            note: what was left with it and with no other; None for nothing.
+
+        Returns:
+            Its metadata, as far as it has a note.
+
+        Raises:
+            DiskTrouble: it has no name, or it is not known. Whoever makes the image next takes it away.
+        """
+        metadata: Mapping[str, str] | None = {}
         try:
-            await self._ceph.rename(aside, image.image)
-        except CephFailed:
-            await self._ceph.ceph.image_info(image)
-            self._drop_behind(aside, image)
-            return False
-        return True
-
-    def _drop_behind(self, aside: RbdDisk, image: RbdDisk) -> None:
-        self._jobs.begin(f"drop {aside.name}", lambda _: self._drop(aside, image))
-
-    async def _drop(self, aside: RbdDisk, image: RbdDisk) -> None:
-        """Take away what was made in vain. Ceph names a tool that was killed for another 30 s as having it open."""
-        for _ in range(DROP_TRIES):
             try:
-                if await self._ceph.is_idle(aside, image):
-                    await self._ceph.remove(aside)
-                    return
-            except NoSuchImage:
-                return
-            except CephError:
-                pass  # one that has a clone stays: it is in nobody's way
-            await asyncio.sleep(DROP_EVERY_S)
+                metadata = await self._ceph.rename(aside, image.image, note)
+            except CephFailed:
+                await self._ceph.ceph.image_info(image)
+                metadata = None
+        except CephError as error:
+            raise trouble_of(error) from error
+        self._leftovers.sweep_behind(image)
+        return metadata
 
     # --- images in Ceph: under the instance's lock --------------------------------------------------------------
 
-    async def make(self, instance: InstanceId, disk: Disk) -> None:
+    async def make(self, instance: InstanceId, unmade: Unmade) -> None:
         """Make an image of a machine, or make it larger. The caller holds the instance's lock.
 
-        Raises:
-            DiskTrouble: that is not done.
-            EtcdError: it is not known what it begins with.
-        """
-        image = disk.rbd
-        assert image is not None
-        try:
-            size = (await self._ceph.ceph.image_info(image)).size
-        except NoSuchImage:
-            with _told(disk.key, image.origin):
-                await self._make(instance, image)
-            return
-        except CephError as error:
-            raise trouble_of(error, disk.key) from error
-        if image.size is not None and image.size > size:
-            await _done(self._ceph.grow(image, image.size), disk.key)
+        What was found before there was a lock may be no longer so. Nothing depends on it: who makes an image that is
+        there by now gets no name for it, and Ceph makes no image smaller.
 
-    async def _make(self, instance: InstanceId, image: RbdDisk) -> None:
-        parent = None if image.origin is None else await self._parent(image)
+        Raises:
+            DiskTrouble: that is not done, or what was made may not be opened.
+        """
+        image, key = unmade.image, unmade.disk.key
         try:
-            aside = await self._aside(image)
+            if unmade.has is not None:
+                assert image.size is not None
+                await self._ceph.grow(image, image.size)
+                return
+            with _told(key, image.origin):
+                metadata = await self._make(instance, unmade)
+                self._fresh.setdefault(instance, set()).add(image.name)
+            await self._law.look_at_new(image, key, metadata)
+        except CephError as error:
+            raise trouble_of(error, key) from error
+
+    async def _make(self, instance: InstanceId, unmade: Unmade) -> Mapping[str, str]:
+        image, parent = unmade.image, unmade.parent
+        with self._leftovers.aside(image) as aside:
             if parent is None:
                 assert image.size is not None
                 await self._ceph.create(aside, image.size)
-                await self._ceph.set_note(aside, note_of(instance, "nothing"))
             else:
-                assert image.origin is not None
-                snapshot, size = parent
-                await self._ceph.clone(snapshot, aside)
+                try:
+                    await self._ceph.clone(parent, aside)
+                except CephError:
+                    self._whole.forget(parent)  # perhaps somebody has removed it
+                    raise
                 await point("cloned")
-                if image.size is not None and image.size > size:
+                if image.size is not None and image.size > unmade.parent_size:
                     await self._ceph.grow(aside, image.size)
-                await self._ceph.set_note(aside, note_of(instance, image.origin))
+            note = note_of(instance, image.origin or "nothing", mark=aside.image.rpartition("-")[2])
+            await self._ceph.set_note(aside, note)
             await point("noted")
-            if not await self._named(aside, image):
-                raise DiskTrouble(f"{image.name} was made by somebody else meanwhile: it is looked at anew", 0.0)
-        except CephError as error:
-            raise trouble_of(error) from error
+        metadata = await self._named(aside, image, note)
+        if metadata is None:
+            raise DiskTrouble(f"{image.name} was made by somebody else meanwhile: it is looked at anew", 0.0)
+        return metadata
 
 
 def _steps(say: Say, pool: str) -> Callable[[int], None]:
@@ -402,13 +465,6 @@ def _fits(key: str, disk: Sized, size: int) -> None:
         raise DiskTrouble(
             f"size={size_text(disk.size)} is less than the {size_text(size)} of the image: {right}", RETRY_S
         )
-
-
-async def _done(step: Awaitable[None], key: str) -> None:
-    try:
-        await step
-    except CephError as error:
-        raise trouble_of(error, key) from error
 
 
 @contextlib.contextmanager

@@ -48,6 +48,8 @@ class MachineLogs:
 
     def __init__(self, directory: InstanceDir, *, logs: GuestLogs) -> None:
         self._directory = directory
+        self._own = directory.qemu_log
+        self._console = directory.console_log
         self._logs = logs
         self._buffers: dict[Path, LogBuffer] = {}
         self._watches: list[int] = []
@@ -64,18 +66,18 @@ class MachineLogs:
         self.close()
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
-            for path in (self._directory.console_log, self._directory.qemu_log):
+            for path in (self._console, self._own):
                 self._buffers[path] = LogBuffer.make(path.name)
                 # Makes the file, for readers that wait for it, and sets aside one of an earlier release's QEMU.
                 self._logs.writer.append(path, b"")
             undo.pop_all()
         self._watch()
-        return self._buffers[self._directory.console_log].fd, self._buffers[self._directory.qemu_log].fd
+        return self._buffers[self._console].fd, self._buffers[self._own].fd
 
     def adopt(self, argv: Sequence[str], *, pid: int, pidfd: int) -> None:
         """Open the logs of a QEMU that an earlier supervisor started with that command line."""
         self.close()
-        paths = (self._directory.console_log, self._directory.qemu_log)
+        paths = (self._console, self._own)
         if logs_into_memory(argv):
             try:
                 numbers = numbers_of(pid, [path.name for path in paths])
@@ -103,7 +105,7 @@ class MachineLogs:
             except OSError:
                 # No file can be opened now: the bytes stay in memory until the next call.
                 continue
-            if path == self._directory.qemu_log:
+            if path is self._own:
                 self._tail = (self._tail + data)[-TAIL_BYTES:]
             if data:
                 self._logs.writer.append(path, data + MISSED if full else data)

@@ -65,7 +65,7 @@ def name_of(instance: str, incarnation: str) -> dict[str, str]:
 
 def environment_of(identity: ProcessIdentity) -> dict[str, str]:
     """The whole environment of a QEMU process."""
-    kept = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    kept = {name: value for name in KEPT_ENVIRONMENT if (value := os.environ.get(name)) is not None}
     return kept | identity.environment()
 
 

@@ -105,6 +105,16 @@ class Jobs:
         result: T = job.task.result()
         return result
 
+    def wait_for(self, name: str | None) -> None:
+        """Wait for the work of that name, where it is being done.
+
+        Raises:
+            Underway: it is.
+        """
+        job = None if name is None else self._jobs.get(name)
+        if job is not None and not job.task.done():
+            raise Underway(job.said)
+
     def begin(self, name: str, work: Callable[[Say], Awaitable[None]]) -> None:
         """Begin work that nobody asks for, unless it is being done."""
         if name not in self._jobs:

@@ -14,7 +14,7 @@ from kvmsupervisor.adapters import disk_files
 from kvmsupervisor.adapters.disk_files import DiskFile, FileTrouble, NoFile, Threads
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.images import refusal, remark
+from kvmsupervisor.domain.images import leftover, refusal, remark
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, too_small
 from kvmsupervisor.domain.spec import Spec
@@ -34,6 +34,10 @@ class Filling(Protocol):
             DiskTrouble: it is not there yet, or cannot be made.
             EtcdError: it is not known what it is to begin with.
         """
+        ...
+
+    def is_fresh(self, instance: InstanceId, name: str) -> bool:
+        """Whether it was made a moment ago, for the start that goes on."""
         ...
 
 
@@ -108,6 +112,26 @@ class LocalDisks:
         """
         return await self._open_all(instance, spec, {}, None, [])
 
+    async def open_medium(self, instance: InstanceId, key: str, name: str) -> int:
+        """A descriptor of a medium, for reading, to be closed by the caller.
+
+        Raises:
+            DiskTrouble: it is missing, empty, in use by who writes to it, or refused.
+        """
+        file = FileDisk(name, ro=True)
+        try:
+            opened = await self._open_one(instance, key, file)
+        except NoFile as error:
+            raise DiskTrouble(
+                f"{key}: there is no file {self.folder / name} on this host: put it there, or give {key} another "
+                "medium",
+                RETRY_S,
+            ) from error
+        if not opened.size:
+            os.close(opened.fd)
+            raise DiskTrouble(f"{key}: {self.folder / name} is empty: is it still to be copied there?", RETRY_S)
+        return opened.fd
+
     async def _open_all(
         self,
         instance: InstanceId,
@@ -139,6 +163,9 @@ class LocalDisks:
                     said = refusal(disk.key, file.title, file.origin, instance, opened.note)
                     if said is not None:
                         raise DiskTrouble(said, RETRY_S)
+                    assert filling is not None
+                    if not filling.is_fresh(instance, file.title):
+                        remarks += filter(None, [leftover(disk.key, file.title, instance, opened.note)])
                 if filling is not None and file.origin is not None:
                     remarks += filter(None, [remark(disk.key, file.title, file.origin, opened.note)])
                 found.append(opened.fd)

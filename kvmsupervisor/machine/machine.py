@@ -11,24 +11,24 @@ import math
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
-from kvmsupervisor.adapters.cgroup import Cgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorRefused
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.aio import ended
 from kvmsupervisor.domain import view
 from kvmsupervisor.domain.argv import AGENT_PORT, Channels, Provision
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.exits import SHUTDOWN_REASONS, Exit, ExitClass, WaitStatus, classify
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.lock import Lock
-from kvmsupervisor.domain.run_state import INCOMING, IO_ERROR, NEVER_RAN, PAUSED, RUNNING
+from kvmsupervisor.domain.qmp_answers import text_in
+from kvmsupervisor.domain.run_state import INCOMING, IO_ERROR, NEVER_RAN, PAUSED, POSTMIGRATE, RUNNING
 from kvmsupervisor.domain.secrecy import secrets_in
 from kvmsupervisor.domain.spec import Spec, spec_from_object
 from kvmsupervisor.domain.storage import pinning
@@ -36,12 +36,14 @@ from kvmsupervisor.domain.view import Stopping
 from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
+from kvmsupervisor.machine.cdrom import Drive
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
+from kvmsupervisor.machine.migration import Migration
 from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.room import Room
-from kvmsupervisor.machine.spawn import BEHIND, Launch, SpawnRequest
+from kvmsupervisor.machine.spawn import BEHIND, Launch, Quarters, SpawnRequest
 from kvmsupervisor.machine.system import QemuProcess, System
 
 KILL_S = 5.0
@@ -52,8 +54,7 @@ class Machine:
     """The instance's QEMU: none, living, or ended and still on record.
 
     `notify` is called, in the event loop, whenever something changed that a decision or the status may depend on. QEMU
-    is started as `launch` says, and runs as `user`, or as the supervisor's own user when that is None. `caught_up`
-    returns once the guard has written down what it did.
+    is started as `launch` says. `caught_up` returns once the guard has written down what it did.
 
     Attributes:
         directory: the instance's folder in the run directory.
@@ -70,10 +71,10 @@ class Machine:
         prefix: str,
         directory: InstanceDir,
         clock: Clock,
-        user: QemuUser | None,
         notify: Callable[[], None],
         on_reset: Callable[[], None],
         on_event: Callable[[], None] = lambda: None,
+        on_connect: Callable[[], None] = lambda: None,
         logs: MachineLogs,
         log: FilteringBoundLogger,
         caught_up: Callable[[], Awaitable[None]] | None = None,
@@ -87,7 +88,6 @@ class Machine:
         self._processes = system.processes
         self._prefix = prefix
         self._clock = clock
-        self._user = user
         self._notify = notify
         self._on_reset = on_reset
         self._count_event = on_event
@@ -102,6 +102,7 @@ class Machine:
             socket=directory.qmp_socket,
             clock=clock,
             on_event=self._on_event,
+            on_connect=on_connect,
             notify=notify,
             log=log,
         )
@@ -115,6 +116,8 @@ class Machine:
         self._shutdown: str | None = None
         self.growth = Growth(self._clock, self._talk.ask)
         self.room = Room(self._clock, self._talk.command)
+        self.migration = Migration(self._clock, self._talk)
+        self.drive = Drive(self._clock, self._talk.ask)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
@@ -137,12 +140,15 @@ class Machine:
             exit=self._exit,
             connected=self._talk.answered,
             run_state=self._state,
+            stage=self._talk.stage,
             connect_at=self._talk.connect_at,
             probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
             disk_trouble=self.growth.trouble,
             room_at=self.room.at if self._may_lack_room else math.inf,
             full=self.room.said if self._may_lack_room else None,
+            medium_at=self.drive.at,
+            medium_trouble=self.drive.trouble,
             silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
@@ -182,7 +188,7 @@ class Machine:
         spec, record = self.spec, self.record
         if spec is None or record is None:
             return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.all_nics, record.taps, strict=False))
+        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.bridged_nics, record.taps, strict=False))
 
     @property
     def wait_status(self) -> WaitStatus:
@@ -192,24 +198,21 @@ class Machine:
     @property
     def never_ran(self) -> bool:
         """Whether the guest certainly never ran."""
-        return self._state == NEVER_RAN
-
-    def holdover(self, instance: str, lock: Lock) -> int | None:
-        """The pid of a living QEMU that `lock`, of this boot, names, although there is no record here."""
-        return process_identity.pid_of(
-            self._processes, instance, lock.incarnation, pid=lock.pid, starttime=lock.starttime
-        )
+        return self._state == NEVER_RAN or (self.record is not None and self.record.incoming)
 
     # --- beginnings -------------------------------------------------------------------------------------------
 
     def spawn(
         self,
         record: Incarnation,
+        spec: Spec,
         build: Callable[[Channels], Provision],
         argv: Callable[[Provision], Sequence[str]],
-        cgroup: Cgroup,
+        quarters: Quarters,
     ) -> None:
-        """Write the record, start QEMU, then add its pid to it. The arguments are those of `spawn.SpawnRequest`.
+        """Write the record, start QEMU, then add its pid to it.
+
+        `spec` is the machine of the record. The other arguments are those of `spawn.SpawnRequest`.
 
         Crash-safe: a successor finds a record without a process, or finds the process by its environment. A program
         that cannot be started is an end like any other.
@@ -225,12 +228,11 @@ class Machine:
                     record=record,
                     build=build,
                     argv=argv,
-                    cgroup=cgroup,
+                    quarters=quarters,
                     processes=self._processes,
                     prefix=self._prefix,
-                    user=self._user,
                     logs=self._logs,
-                    on_record=self._begin,
+                    on_record=partial(self._begin, spec=spec),
                     on_end=self._on_end,
                 )
             )
@@ -242,15 +244,16 @@ class Machine:
             raise
         assert self.record is not None
         self._talk.run_state = NEVER_RAN if self._launch.paused else None
+        self._talk.receives = record.incoming
         cut("spawned, pid not on record")
         # A successor finds the process without the pid, too. The next `note`, before the guest runs, tries again.
         with contextlib.suppress(OSError):
             self.note(pid=self._process.pid, starttime=self._process.starttime)
 
-    def _begin(self, record: Incarnation) -> None:
+    def _begin(self, record: Incarnation, spec: Spec | None) -> None:
         self.record = record
         self._talk.argv = record.argv
-        self.spec = spec_from_object(record.spec)
+        self.spec = spec
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
         """Adopt the process that an earlier supervisor started; return False when the process is gone.
@@ -264,10 +267,11 @@ class Machine:
         is_of_boot = record.boot_id == boot_id
         found = process_identity.reopen(self._processes, record, on_end=self._on_end) if is_of_boot else None
         self._clear()
-        self._begin(record)
+        self._begin(record, spec_from_object(record.spec))
         self._process = found
         if found is not None:
             self._talk.run_state = PAUSED if record.paused else None
+            self._talk.receives = record.incoming
             self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
@@ -342,7 +346,7 @@ class Machine:
         """Press the ACPI power button. Only the guest's end shows that the guest heeded it."""
         now = self._clock.now()
         begun = self._stopping or Stopping(since=now)
-        self._stopping = replace(begun, pressed_at=now)
+        self._stopping = replace(begun, asked_at=now if begun.asked_at is None else begun.asked_at, pressed_at=now)
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
 
@@ -425,8 +429,7 @@ class Machine:
             # First: an end that is noticed while the rest is being closed would begin another task.
             process.close()
         if settling is not None:
-            settling.cancel()
-            await asyncio.gather(settling, return_exceptions=True)
+            await ended(settling)
         self._logs.close()
         await self.agent.close()
         await self._talk.close()
@@ -437,8 +440,9 @@ class Machine:
         if self._process is None:
             return
         self._verdict = self._verdict or verdict
-        if self.never_ran:
-            # Costs nothing before the guest ran; of a killed one Ceph would report the disks as open for another 30 s.
+        if self.never_ran or self._talk.run_state == POSTMIGRATE:
+            # Costs nothing before the guest ran, or once it was sent. A killed one would keep its disks open in Ceph
+            # for another 30 s.
             await self._process.terminate()
         self._process.signal(signal.SIGKILL)
         try:
@@ -453,11 +457,13 @@ class Machine:
         self._count_event()
         match name:
             case "SHUTDOWN":
-                self._shutdown = str(data.get("reason"))
+                self._shutdown = text_in(data, "reason")
             case "VSERPORT_CHANGE":
                 if data.get("id") == AGENT_PORT:
                     self.agent.turn(is_open=bool(data.get("open")))
                 return
+            case "DEVICE_TRAY_MOVED" if self.drive.moved():
+                pass
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from structlog.typing import FilteringBoundLogger
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import MonitorError, MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
-from kvmsupervisor.domain.run_state import NEVER_RAN, PANICKED, PAUSED, RUNNING
+from kvmsupervisor.domain.qmp_answers import text_in
+from kvmsupervisor.domain.run_state import NEVER_RAN, PANICKED, PAUSED, POSTMIGRATE, RUNNING
 from kvmsupervisor.domain.secrecy import cleaned, secrets_in
 from kvmsupervisor.domain.timing import on_a_beat
+from kvmsupervisor.domain.transfer import Stage
 from kvmsupervisor.machine.system import Connect, QmpConnection
 
 ANSWER_S = 5.0
@@ -36,6 +38,15 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 """Called with the name and the data of each QMP event, in the event loop."""
 
 
+class Ask(Protocol):
+    """Runs a QMP command, as `Conversation.ask` does."""
+
+    async def __call__(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None
+    ) -> Any:
+        """Its result, None when QEMU did not answer; raises MonitorRefused."""
+
+
 class Conversation:
     """The conversation with one QEMU after the other at the same socket; `reset` comes between two of them.
 
@@ -46,6 +57,8 @@ class Conversation:
         connect_at: when the next attempt to connect is due, CLOCK_BOOTTIME.
         probe_at: when to ask for the run state again, CLOCK_BOOTTIME.
         silent_since: since when an answer is missing, CLOCK_BOOTTIME; None while QEMU answers.
+        stage: how far a live move has come; asked for when somebody wants to know, then QEMU tells.
+        receives: whether QEMU is at the target of one.
         argv: QEMU's command line; a secret in it is hidden in every message that repeats QEMU's words.
     """
 
@@ -56,6 +69,7 @@ class Conversation:
         socket: Path,
         clock: Clock,
         on_event: OnEvent,
+        on_connect: Callable[[], None],
         notify: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -63,6 +77,7 @@ class Conversation:
         self._socket = socket
         self._clock = clock
         self._on_event = on_event
+        self._on_connect = on_connect
         self._notify = notify
         self._log = log
         self._monitor: QmpConnection | None = None
@@ -71,6 +86,8 @@ class Conversation:
     def reset(self) -> None:
         """Forget everything: there is another QEMU, or none. The connection was closed before."""
         self.run_state: str | None = None
+        self.stage = Stage.UNKNOWN
+        self.receives = False
         self.connect_at = 0.0
         self.probe_at = 0.0
         self._raised_at = -math.inf
@@ -94,10 +111,12 @@ class Conversation:
         if self._monitor is not None:
             return True
         self._answered = False
+        self.stage = Stage.UNKNOWN
         try:
             self._monitor = await self._connect(
                 str(self._socket), on_event=self._on_event, on_lost=self._on_lost, timeout_s=ANSWER_S
             )
+            self._on_connect()
             if uuid is not None:
                 await self._check_identity(uuid)
         except MonitorLost as error:
@@ -116,9 +135,9 @@ class Conversation:
             MonitorLost: another machine answers; the connection is closed.
         """
         answer = await self.command("query-uuid")
-        if answer is not None and answer["UUID"] != expected:
+        if answer is not None and (found := text_in(answer, "UUID")) != expected:
             await self.close()
-            raise MonitorLost(f"machine {answer['UUID']} answers on {self._socket}, but the record says {expected}")
+            raise MonitorLost(f"machine {found} answers on {self._socket}, but the record says {expected}")
 
     def retry(self) -> None:
         """Try again after a pause."""
@@ -140,8 +159,12 @@ class Conversation:
     async def probe(self) -> None:
         """Ask for the run state."""
         answer = await self.command("query-status")
-        if answer is not None:
-            told = str(answer["status"])
+        if answer is None:
+            return
+        told = text_in(answer, "status")
+        if told is None:
+            self._fell_silent(MonitorSilent("QEMU's answer to query-status names no state"))
+        else:
             # QEMU says so of every guest that is reset while it is stopped (`main_loop_should_exit` in its runstate.c).
             # A guest that ran, or was paused, just before: a person has paused it, and lets it go on.
             was_paused = told == NEVER_RAN and self.run_state in {RUNNING, PAUSED}
@@ -156,8 +179,13 @@ class Conversation:
             self._log.warning("qmp.refused", command=command, error=str(error))
             return None
 
-    async def ask(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """Run a QMP command; return None when QEMU did not answer, or the connection ended.
+    async def ask(self, command: str, arguments: Mapping[str, object] | None = None, *, fd: int | None = None) -> Any:
+        """Run a QMP command, `fd` with it; return None when QEMU did not answer, or the connection ended.
+
+        Args:
+            command: of QMP.
+            arguments: likewise.
+            fd: a descriptor of which QEMU gets a copy.
 
         Raises:
             MonitorRefused: QEMU refuses the command.
@@ -166,7 +194,7 @@ class Conversation:
         if monitor is None:
             return None
         try:
-            answer = await monitor.execute(command, arguments, timeout_s=ANSWER_S)
+            answer = await monitor.execute(command, arguments, timeout_s=ANSWER_S, fd=fd)
         except MonitorSilent as error:
             self._fell_silent(error)
             return None
@@ -178,7 +206,8 @@ class Conversation:
             self._heard()
             raise MonitorRefused(cleaned(str(error), secrets_in(self.argv))) from None
         self._heard()
-        return answer
+        # QMP's commands return no null; of one that did, nobody must take it for no answer, and ask again at once.
+        return {} if answer is None else answer
 
     # --- what is heard ----------------------------------------------------------------------------------------
 
@@ -192,11 +221,26 @@ class Conversation:
             case "STOP" if self.run_state == PANICKED:
                 # QEMU is ending. QEMU 7.2 has been seen to hang on a `query-status` at that moment.
                 return False
+            case "MIGRATION":
+                self.note_migration(str(data.get("status")))
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._raise_question()
             case _:
                 return False
         return True
+
+    def note_migration(self, status: str) -> None:
+        """Note what QEMU says of its migration. A source whose migration has completed stands still for it."""
+        if self.receives:
+            self.stage = Stage.of_target(status)
+            if self.stage is Stage.DONE and self.run_state != RUNNING:
+                self.run_state = PAUSED
+            return
+        if status == "completed" and self.stage in {Stage.SWITCHOVER, Stage.DEVICE}:
+            self.run_state = POSTMIGRATE
+        self.stage = Stage.of_source(status, self.run_state)
+        if self.stage is Stage.IDLE:
+            self._raise_question()
 
     def _raise_question(self) -> None:
         """Ask for the run state at once, or a little later when it was asked just now."""

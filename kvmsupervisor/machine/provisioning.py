@@ -15,27 +15,34 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from uuid import UUID
 
-from kvmsupervisor.adapters import devices, ports, resources
-from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed, CgroupManager
+from kvmsupervisor.adapters import devices, resources
+from kvmsupervisor.adapters.apart import Walls
+from kvmsupervisor.adapters.cgroup import CgroupFailed, CgroupManager
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
-from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.aio import both
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.hardware import Nvram, TapFds
+from kvmsupervisor.domain.hardware import Handed, TapFds
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.limits import Limits
-from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
-from kvmsupervisor.domain.storage import nvram_of
-from kvmsupervisor.machine import boot_media as media
-from kvmsupervisor.machine.contents import Contents
+from kvmsupervisor.domain.limits import limits_of
+from kvmsupervisor.domain.sight import Sight, sight_of
+from kvmsupervisor.domain.spec import Firmware, RbdDisk, Secret, Spec
+from kvmsupervisor.domain.storage import Unmade, nvram_of
+from kvmsupervisor.machine import boot_media
+from kvmsupervisor.machine.cdrom import Media
+from kvmsupervisor.machine.contents import Contents, Lacking
+from kvmsupervisor.machine.guest_users import GuestUsers, NoUser
+from kvmsupervisor.machine.handover import HandedFiles, Prepared, file_of_variables, hand
 from kvmsupervisor.machine.images import Disks, DiskTrouble
 from kvmsupervisor.machine.jobs import Underway
+from kvmsupervisor.machine.listening import Listening, Taken
 from kvmsupervisor.machine.local_disks import LocalDisks
+from kvmsupervisor.machine.spawn import Quarters
 from kvmsupervisor.machine.system import System
 
 HOST_RETRY_S = 5.0
@@ -50,9 +57,6 @@ START_FILES = 16
 SPARE_FILES = 16
 """How many more must stay free, so that etcd, HTTP and QMP can reconnect. Arbitrary; each needs one or two."""
 
-ANYWHERE = frozenset({"0.0.0.0", "::"})
-"""Addresses that mean all addresses of the host."""
-
 
 class NotReady(Exception):
     """Something is missing on this host. The message says what, and what would be right.
@@ -66,49 +70,6 @@ class NotReady(Exception):
         super().__init__(reason)
         self.retry_s = retry_s
         self.underway = underway
-
-
-@frozen(kw_only=True)
-class Prepared:
-    """What `prepare` made for one start.
-
-    Attributes:
-        spec: the spec that it was made for.
-        ceph_key: path of the file with the Ceph key; None without an RBD disk.
-        lacking: images in Ceph that are to be made, or to be made larger.
-        notice: what a person should know about it; None for nothing.
-    """
-
-    spec: Spec
-    lacking: tuple[Disk, ...] = ()
-    media: tuple[str, ...] = ()
-    ignition: str | None = None
-    nvram: Nvram | None = None
-    ceph_key: str | None = None
-    notice: str | None = None
-
-
-def foresee(instance: InstanceId, spec: Spec, *, directory: InstanceDir, state_dir: Path) -> Prepared:
-    """What `prepare` would make, as far as that is known without making it.
-
-    Whether user data is Ignition is known only after a fetch on this host; until then it is taken for another kind.
-    """
-    ignition = directory.path / media.IGNITION
-    is_ignition = spec.cloud_config is not None and ignition.exists()
-    drives = () if spec.cloud_config is None or is_ignition else (media.SEED, media.CONFIG_DRIVE)
-    image = nvram_of(spec)
-    nvram = Nvram(rbd=image) if image is not None else Nvram(file=str(_file_of_variables(state_dir, instance)))
-    return Prepared(
-        spec=spec,
-        media=tuple(str(directory.path / name) for name in drives),
-        ignition=str(ignition) if is_ignition else None,
-        nvram=nvram if spec.firmware is Firmware.UEFI else None,
-        ceph_key=str(directory.ceph_key) if spec.images else None,
-    )
-
-
-def _file_of_variables(state_dir: Path, instance: InstanceId) -> Path:
-    return state_dir / instance / "nvram.fd"
 
 
 @frozen(kw_only=True)
@@ -139,12 +100,14 @@ class Opened:
     Attributes:
         ready: the result of `prepare`.
         machine: the versioned machine type.
-        taps: one for each NIC.
+        taps: one for each NIC on a bridge.
         files: descriptors of the disks that are files.
+        cdrom: the medium in its CD-ROM drive.
+        handed: descriptors of what `ready` names, and of the SPICE password.
         tap_names: the names of the taps on the host.
         bridges: the bridge of each tap.
-        spice_password: path of the file with the SPICE password; None without one.
-        cgroup: the cgroup that the process enters.
+        quarters: where the process is to live.
+        new: the images in Ceph that were made for it, by name.
         closing: closes our descriptors; QEMU has inherited its own by then.
     """
 
@@ -152,11 +115,13 @@ class Opened:
     machine: str
     taps: tuple[Tap, ...]
     files: tuple[int, ...]
+    cdrom: Handed | None
+    handed: HandedFiles
     tap_names: tuple[str, ...]
     bridges: tuple[str, ...]
-    spice_password: str | None
-    cgroup: Cgroup
+    quarters: Quarters
     closing: contextlib.ExitStack
+    new: tuple[str, ...] = ()
 
     def provision(self, directory: InstanceDir, channels: Channels) -> Provision:
         """Everything that the command line needs."""
@@ -166,11 +131,12 @@ class Opened:
             machine=self.machine,
             taps=tuple(TapFds(fd=tap.fd, vhost_fd=tap.vhost_fd) for tap in self.taps),
             files=self.files,
-            media=self.ready.media,
-            ignition=self.ready.ignition,
-            nvram=self.ready.nvram,
-            spice_password=self.spice_password,
-            ceph_key=self.ready.ceph_key,
+            media=self.handed.media,
+            cdrom=self.cdrom,
+            ignition=self.handed.ignition,
+            nvram=self.handed.nvram,
+            spice_password=self.handed.spice_password,
+            ceph_key=self.handed.ceph_key,
         )
 
 
@@ -181,12 +147,14 @@ class Provisioner:
         system: where taps and device nodes come from.
         host: the host's part of the command line.
         files: paths and choices of this host.
-        user: the user that QEMU runs as, and owner of its files; None for the supervisor's own.
+        users: who QEMUs run as.
+        walls: what keeps them apart.
         types: the machine types that QEMU knows.
         cgroups: makes cgroups for QEMU processes.
         disks: images in Ceph.
         local_disks: files of this host.
         contents: what new disks begin with.
+        media: what CD-ROM drives hold.
     """
 
     def __init__(
@@ -195,31 +163,35 @@ class Provisioner:
         system: System,
         host: HostSide,
         files: HostFiles,
-        user: QemuUser | None,
+        users: QemuUsers,
+        walls: Walls,
         types: MachineTypes,
         cgroups: CgroupManager,
         disks: Disks,
         local_disks: LocalDisks,
         contents: Contents,
+        media: Media,
     ) -> None:
         self._system = system
         self._host = host
         self._files = files
-        self._user = user
+        self._users = GuestUsers(users)
+        self._walls = walls
         self._types = types
         self._cgroups = cgroups
         self._disks = disks
         self._local_disks = local_disks
         self._contents = contents
-        # Invariant: the SPICE servers of all QEMUs that live on this host or are being started.
-        self._displays: dict[InstanceId, tuple[str, int]] = {}
+        self._cdroms = media
+        self._listening = Listening(system.port_trouble, spice_addr=host.spice_addr)
 
     # --- what takes its time ----------------------------------------------------------------------------------
 
     @staticmethod
     def needs_time(spec: Spec) -> bool:
         """Whether `prepare` has anything to do for such a machine."""
-        return spec.cloud_config is not None or spec.firmware is Firmware.UEFI or bool(spec.all_disks)
+        has_more = spec.firmware is Firmware.UEFI or spec.cdrom is not None
+        return spec.has_user_data or has_more or bool(spec.all_disks)
 
     async def prepare(
         self,
@@ -230,6 +202,7 @@ class Provisioner:
         directory: InstanceDir,
         files: Mapping[str, str],
         images: Collection[str],
+        is_first: bool,
     ) -> Prepared:
         """Check the disks, make boot media and UEFI variables. Crash-safe: it can be repeated at any point.
 
@@ -240,6 +213,7 @@ class Provisioner:
             directory: its run directory.
             files: the host that has each of its disks that are files, as far as it has run with them.
             images: its images in Ceph that may be made, as far as it has run with them.
+            is_first: whether it has never run: only then is its medium waited for.
 
         Raises:
             NotReady: an image is unsuitable, the user data cannot be fetched, or a file cannot be written.
@@ -249,21 +223,71 @@ class Provisioner:
             directory.create()
         except OSError as error:
             raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
-        nvram = None
+        variables = None
         remarks, lacking, ceph_key = await self._look_at_disks(instance, spec, directory, files, images)
         try:
             if spec.firmware is Firmware.UEFI:
-                nvram = await self._nvram(instance, spec)
+                variables = await self._variables(instance, spec)
         except OSError as error:
-            said = explain(error, _file_of_variables(self._files.state_dir, instance))
+            said = explain(error, file_of_variables(self._files.state_dir, instance))
             raise NotReady(f"its UEFI variables cannot be made: {said}", HOST_RETRY_S) from error
-        if spec.cloud_config is None:
-            media.discard(directory.path)
-            return Prepared(
-                spec=spec, nvram=nvram, ceph_key=ceph_key, lacking=lacking, notice="; ".join(remarks) or None
-            )
+        medium, lacks = await self._look_at_medium(instance, spec, is_first=is_first)
+        made = await self._media(instance, uuid, spec, directory)
+        return Prepared(
+            spec=spec,
+            media=tuple(map(str, made.cdroms)),
+            ignition=None if made.ignition is None else str(made.ignition),
+            variables=variables,
+            variables_image=nvram_of(spec),
+            ceph_key=ceph_key,
+            lacking=lacking,
+            medium=medium,
+            notice="; ".join(filter(None, [made.notice, *remarks, lacks])) or None,
+        )
+
+    async def prepare_arrival(
+        self, instance: InstanceId, *, spec: Spec, directory: InstanceDir, media: Mapping[str, bytes]
+    ) -> Prepared:
+        """As `prepare`, for a guest that comes from another host with its media: QEMU compares none.
+
+        Args:
+            instance: which.
+            spec: the machine.
+            directory: its run directory.
+            media: boot media and Ignition file, by name.
+
+        Raises:
+            NotReady: an image is unsuitable, or a file cannot be written.
+        """
         try:
-            made = await media.furnish(
+            directory.create()
+            for name, data in media.items():
+                boot_media.put(directory.path, name, data)
+            key = Secret.of(await self._disks.check(instance, spec)) if spec.images else None
+        except DiskTrouble as error:
+            raise NotReady(str(error), error.retry_s) from error
+        except OSError as error:
+            raise NotReady(f"its media cannot be written: {explain(error, directory.path)}", HOST_RETRY_S) from error
+        at = {name: str(directory.path / name) for name in media}
+        return Prepared(
+            spec=spec,
+            media=tuple(at[name] for name in (boot_media.SEED, boot_media.CONFIG_DRIVE) if name in at),
+            ignition=at.get(boot_media.IGNITION),
+            variables_image=nvram_of(spec) if spec.firmware is Firmware.UEFI else None,
+            ceph_key=key,
+        )
+
+    async def _media(self, instance: InstanceId, uuid: UUID, spec: Spec, directory: InstanceDir) -> boot_media.Media:
+        """The media with its user data; none without any."""
+        try:
+            if spec.user_data is not None:
+                assert spec.user_data.text is not None
+                data = spec.user_data.text.encode()
+                return await boot_media.keep(data, directory=directory.path, instance=instance, uuid=uuid)
+            if spec.cloud_config is None:
+                boot_media.discard(directory.path)
+                return boot_media.NONE
+            return await boot_media.furnish(
                 spec.cloud_config,
                 directory=directory.path,
                 instance=instance,
@@ -271,19 +295,9 @@ class Provisioner:
                 file_root=self._files.media_root,
                 ca_file=self._files.media_cacert,
                 follow_inward=self._files.media_inward,
-                gid=None if self._user is None else self._user.gid,
             )
-        except media.MediaTrouble as error:
+        except boot_media.MediaTrouble as error:
             raise NotReady(str(error), MEDIA_RETRY_S) from error
-        return Prepared(
-            spec=spec,
-            media=tuple(map(str, made.cdroms)),
-            ignition=None if made.ignition is None else str(made.ignition),
-            nvram=nvram,
-            ceph_key=ceph_key,
-            lacking=lacking,
-            notice="; ".join(filter(None, [made.notice, *remarks])) or None,
-        )
 
     async def _look_at_disks(
         self,
@@ -292,42 +306,76 @@ class Provisioner:
         directory: InstanceDir,
         files: Mapping[str, str],
         images: Collection[str],
-    ) -> tuple[tuple[str, ...], tuple[Disk, ...], str | None]:
-        """Check the disks, and write the Ceph key where QEMU reads it.
+    ) -> tuple[tuple[str, ...], tuple[Unmade, ...], Secret | None]:
+        """Check the disks.
 
         Returns:
-            What a person should know, the images that are to be made, and the key's path, None without an image.
+            What a person should know, the images that are to be made, and the key to Ceph, None without an image.
         """
         try:
             remarks = await self._local_disks.check(instance, spec, files, self._contents)
             if not spec.images:
                 return remarks, (), None
-            lacking, key = await both(self._contents.look(instance, spec, images), self._disks.check(spec))
-            path = directory.write_ceph_key(key, group=None if self._user is None else self._user.gid)
-            return (*remarks, *lacking.remarks), lacking.disks, str(path)
+            lacking, key = await self._look_at_images(instance, spec, images)
+            return (*remarks, *lacking.remarks), lacking.disks, Secret.of(key)
         except DiskTrouble as error:
             raise NotReady(str(error), error.retry_s, underway=isinstance(error, Underway)) from error
-        except OSError as error:
-            said = explain(error, directory.ceph_key)
-            raise NotReady(f"the key to Ceph cannot be kept for QEMU: {said}", HOST_RETRY_S) from error
 
-    async def _nvram(self, instance: InstanceId, spec: Spec) -> Nvram:
-        """Where the UEFI variables are. Without a file, one is copied from the firmware's template."""
+    async def _look_at_medium(
+        self, instance: InstanceId, spec: Spec, *, is_first: bool
+    ) -> tuple[str | None, str | None]:
+        """Which medium it starts with, and what a person should know.
+
+        A machine that has run before does without: it most likely was installed from it. It follows once it is there.
+        """
+        if spec.cdrom is None or spec.cdrom.medium is None:
+            return None, None
+        try:
+            medium = await self._cdroms.open(instance, spec.cdrom)
+        except DiskTrouble as error:
+            if is_first:
+                raise NotReady(str(error), error.retry_s, underway=isinstance(error, Underway)) from error
+            return None, f"it has started with an empty CD-ROM drive: {error}"
+        assert medium is not None
+        os.close(medium.fd)
+        return medium.path, None
+
+    async def _medium(self, instance: InstanceId, ready: Prepared, stack: contextlib.ExitStack) -> Handed | None:
+        """The medium that it starts with, open; `stack` closes it.
+
+        Raises:
+            DiskTrouble, EtcdError: see `Media.open`.
+        """
+        if ready.spec.cdrom is None or ready.medium is None:
+            return None
+        medium = await self._cdroms.open(instance, ready.spec.cdrom)
+        if medium is not None:
+            stack.callback(os.close, medium.fd)
+        return medium
+
+    async def _look_at_images(self, instance: InstanceId, spec: Spec, images: Collection[str]) -> tuple[Lacking, str]:
+        """What of its images in Ceph is to be made, and the guest's key."""
+        check, look = self._disks.check(instance, spec, but_made=True), self._contents.look
+        if self._disks.guests_apart:
+            # In turn: nothing is asked for, such as an import, for a guest that may not open it.
+            key = await check
+            return await look(instance, spec, images), key
+        return await both(look(instance, spec, images), check)
+
+    async def _variables(self, instance: InstanceId, spec: Spec) -> str | None:
+        """Path of the file with the UEFI variables, copied from the firmware's template where it is missing."""
         assert self._host.ovmf is not None
-        image = nvram_of(spec)
-        if image is not None:
-            return Nvram(rbd=image)
-        file = _file_of_variables(self._files.state_dir, instance)
+        if nvram_of(spec) is not None:
+            return None
+        file = file_of_variables(self._files.state_dir, instance)
         if not file.exists():
             await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
-        else:
-            self._give(file)
-        return Nvram(file=str(file))
+        return str(file)
 
     async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
         """Make the image of UEFI variables: from this host's file of them, or else from the firmware's template."""
         assert self._host.ovmf is not None
-        file = _file_of_variables(self._files.state_dir, instance)
+        file = file_of_variables(self._files.state_dir, instance)
         template = file if file.exists() else Path(self._host.ovmf.variables)
         try:
             await self._disks.furnish_variables(image, template)
@@ -341,13 +389,7 @@ class Provisioner:
         # The mode is set while the file is empty, so that no other user can open it meanwhile.
         aside.touch(mode=0o600, exist_ok=False)
         shutil.copyfile(template, aside)
-        self._give(aside)
         aside.replace(file)
-
-    def _give(self, file: Path) -> None:
-        """Give the file to QEMU's user; after an upgrade the user may be new, or have another uid."""
-        if self._user is not None:
-            os.chown(file, self._user.uid, self._user.gid)
 
     # --- what a start follows at once -------------------------------------------------------------------------
 
@@ -367,50 +409,64 @@ class Provisioner:
             NotReady: a bridge is missing or not allowed, a port is in use, or a file or image cannot be made or opened.
         """
         spec = ready.spec
-        lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.all_nics) + len(spec.files))
+        lack = resources.lack_of_files(START_FILES + SPARE_FILES + 2 * len(spec.bridged_nics) + len(spec.files))
         if lack is not None:
             raise NotReady(f"it cannot be started: {lack}", HOST_RETRY_S)
-        self._check_display(instance, spec)
+        try:
+            self._listening.check(instance, spec)
+        except Taken as error:
+            raise NotReady(str(error), HOST_RETRY_S) from error
         machine = machine or await self._types.versioned(spec.machine)
         # Not in `prepare`: only the holder of the lock may make an image.
         try:
-            for disk in ready.lacking:
-                await self._contents.make(instance, disk)
+            for unmade in ready.lacking:
+                await self._contents.make(instance, unmade)
             if ready.lacking:
-                await self._disks.check(spec)  # a pool may have its own mind of what is made there
+                await self._disks.admit(instance, spec)
         except DiskTrouble as error:
             raise NotReady(str(error), error.retry_s) from error
-        if ready.nvram is not None and ready.nvram.rbd is not None:
-            await self._furnish_variables(instance, ready.nvram.rbd)
+        if ready.variables_image is not None and spec.firmware is Firmware.UEFI:
+            await self._furnish_variables(instance, ready.variables_image)
         with contextlib.ExitStack() as stack:
             try:
                 files = await self._local_disks.open(instance, spec)
                 for fd in files:
                     stack.callback(os.close, fd)
-                password = self._write_password(spec, directory)
+                cdrom = await self._medium(instance, ready, stack)
+                handed = hand(ready, stack)
+                user, entry = self._users.take(instance), self._walls.entry(self._sight(spec))
+                if entry is not None:
+                    stack.callback(entry.close)
                 taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
-                cgroup = await self._cgroups.prepare(instance, incarnation, _limits(spec))
+                cgroup = await self._cgroups.prepare(instance, incarnation, limits_of(spec))
                 stack.callback(cgroup.close)
-            except (NetworkTrouble, CgroupFailed, DiskTrouble) as error:
+            except (NetworkTrouble, CgroupFailed, DiskTrouble, NoUser) as error:
                 raise NotReady(str(error), HOST_RETRY_S) from error
             except OSError as error:
                 said = explain(error, directory.path)
-                raise NotReady(f"a file for QEMU cannot be written: {said}", HOST_RETRY_S) from error
+                raise NotReady(f"a file for QEMU cannot be opened: {said}", HOST_RETRY_S) from error
             return Opened(
                 ready=ready,
                 machine=machine,
                 taps=tuple(taps),
                 files=files,
+                cdrom=cdrom,
+                handed=handed,
                 tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
                 bridges=self._bridges(spec),
-                spice_password=password,
-                cgroup=cgroup,
+                quarters=Quarters(user=user, entry=entry, cgroup=cgroup),
+                new=tuple(unmade.image.name for unmade in ready.lacking if unmade.has is None),
                 closing=stack.pop_all(),
             )
 
+    def _sight(self, spec: Spec) -> Sight:
+        """What its QEMU needs to see."""
+        host = self._host
+        return sight_of(spec, accel=host.accel, ceph_conf=host.ceph.conf, ovmf=host.ovmf)
+
     async def _taps(self, spec: Spec) -> AsyncIterator[Tap]:
-        """A tap for each NIC, one after the other: each takes milliseconds."""
-        if not spec.all_nics:
+        """A tap for each NIC on a bridge, one after the other: each takes milliseconds."""
+        if not spec.bridged_nics:
             return
         for device in (devices.TUN, devices.VHOST_NET):
             with contextlib.suppress(DeviceTrouble):
@@ -422,67 +478,22 @@ class Provisioner:
             yield await self._system.network.open_tap(bridge, helper=self._files.bridge_helper)
 
     def _bridges(self, spec: Spec) -> tuple[str, ...]:
-        """The bridge of each NIC."""
-        bridges = (nic.bridge or self._host.bridge_if for nic in spec.all_nics)
+        """The bridge of each NIC that is on one."""
+        bridges = (nic.bridge or self._host.bridge_if for nic in spec.bridged_nics)
         return tuple(bridge for bridge in bridges if bridge is not None)
-
-    def _write_password(self, spec: Spec, directory: InstanceDir) -> str | None:
-        """Write the SPICE password where only QEMU reads it; return the path, None without a password."""
-        if spec.spice_port is None or spec.spice_password is None:
-            return None
-        assert spec.spice_password.text is not None
-        directory.create()
-        path = directory.spice_password
-        path.unlink(missing_ok=True)
-        path.touch(mode=0o600, exist_ok=False)
-        path.write_bytes(spec.spice_password.text.encode())
-        if self._user is not None:
-            os.chown(path, self._user.uid, self._user.gid)
-        return str(path)
 
     # --- who is here ------------------------------------------------------------------------------------------
 
-    def arrived(self, instance: InstanceId, spec: Spec) -> None:
-        """Note that a QEMU of this machine lives on this host or is being started."""
+    def arrived(self, instance: InstanceId, spec: Spec, uid: int | None) -> None:
+        """Note that a QEMU of this machine lives on this host, or is being started, as a user of its own or not."""
+        self._users.arrived(instance, uid)
         self._local_disks.arrived(instance, spec)
-        if spec.spice_port is not None:
-            self._displays[instance] = (spec.spice_addr or self._host.spice_addr, spec.spice_port)
+        self._listening.arrived(instance, spec)
 
     async def left(self, instance: InstanceId) -> None:
         """Note that the QEMU is proven gone."""
-        self._displays.pop(instance, None)
+        self._listening.left(instance)
+        self._users.left(instance)
         self._local_disks.left(instance)
+        self._contents.left(instance)
         await self._cgroups.remove(instance)
-
-    def _check_display(self, instance: InstanceId, spec: Spec) -> None:
-        if spec.spice_port is None:
-            return
-        address = spec.spice_addr or self._host.spice_addr
-        for other, (its_address, its_port) in self._displays.items():
-            overlap = address == its_address or not ANYWHERE.isdisjoint({address, its_address})
-            if other != instance and spec.spice_port == its_port and overlap:
-                raise NotReady(
-                    f"spice_port: port {its_port} on {its_address} belongs to instance {other}; give one of the two "
-                    "another port",
-                    HOST_RETRY_S,
-                )
-        trouble = self._system.port_trouble(address, spec.spice_port)
-        if trouble is None:
-            return
-        if trouble == ports.TAKEN:
-            raise NotReady(
-                f"spice_port: port {spec.spice_port} on {address} cannot be used: {trouble}; "
-                "give the instance another port, or end that program",
-                HOST_RETRY_S,
-            )
-        key = "spice_addr" if spec.spice_addr is not None else "SPICE_ADDR"
-        raise NotReady(
-            f"{key}: {address} cannot be listened on ({trouble}): use an address of this host, such as 127.0.0.1, or "
-            "0.0.0.0 for all addresses",
-            HOST_RETRY_S,
-        )
-
-
-def _limits(spec: Spec) -> Limits:
-    memory = None if spec.memory_limit_mib is None else spec.memory_limit_mib << 20
-    return Limits(cpu_shares=spec.cpu_shares, memory_limit=memory)

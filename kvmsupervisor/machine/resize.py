@@ -14,6 +14,7 @@ import structlog
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import Command, MonitorRefused
 from kvmsupervisor.domain.local_disk import FileDisk, size_text, too_small
+from kvmsupervisor.domain.qmp_answers import number_in, object_in, objects_in, text_in
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.domain.storage import growable, pinning
 
@@ -47,9 +48,9 @@ class Growth:
             wanted: disks whose keys have a size, by block node: the key, and the disk as it is wanted.
         """
         trouble = []
-        for device in await self._asked("query-block") or ():
-            inserted = device.get("inserted") or {}
-            node, known = str(inserted.get("node-name")), (inserted.get("image") or {}).get("virtual-size")
+        for device in objects_in(await self._asked("query-block")):
+            inserted = object_in(device, "inserted")
+            node, known = text_in(inserted, "node-name") or "", number_in(object_in(inserted, "image"), "virtual-size")
             key, disk = wanted.get(node, ("", None))
             # An image may have grown since QEMU looked: where its size is not known, nothing is done to it.
             actual = known if isinstance(disk, FileDisk) else sizes.get(node)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.disk_files import FileTrouble
 from kvmsupervisor.adapters.qmp import Command
+from kvmsupervisor.domain.qmp_answers import object_in, objects_in, text_in
 from kvmsupervisor.domain.spec import Spec
 from kvmsupervisor.domain.storage import node_of, pinning
 
@@ -65,8 +66,8 @@ class Room:
         """The keys of the disks that lack room; none where any disk has failed for another reason."""
         local = {node_of(disk): disk.key for disk, _ in spec.files if disk.key in pinning(spec)}
         full = []
-        for device in await self._command("query-block", None) or ():
-            node = str((device.get("inserted") or {}).get("node-name"))
+        for device in objects_in(await self._command("query-block", None)):
+            node = text_in(object_in(device, "inserted"), "node-name")
             match device.get("io-status"):
                 case "nospace" if node in local:
                     full.append(local[node])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
+from pathlib import Path
 
-from kvmsupervisor.adapters.cgroup import Cgroup
+from kvmsupervisor.adapters.apart import Entry, become
+from kvmsupervisor.adapters.cgroup import Cgroup, SameCgroup
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUser
 from kvmsupervisor.domain.argv import Channels, Provision
@@ -19,6 +21,45 @@ from kvmsupervisor.machine.system import Processes, QemuProcess
 
 
 @frozen(kw_only=True)
+class Quarters:
+    """Where one QEMU lives: who it is, what it sees, and where it is counted.
+
+    Attributes:
+        user: the user that it runs as; None for our own.
+        entry: the way into its walls; None without.
+        cgroup: the cgroup that it enters before it becomes QEMU; the caller waits until it has.
+    """
+
+    user: QemuUser | None = None
+    entry: Entry | None = None
+    cgroup: Cgroup = field(default_factory=SameCgroup)
+
+    @property
+    def _in_thread(self) -> QemuUser | None:
+        """The user that the thread becomes. Whoever is the same user could kill it, and so the supervisor (kill(2))."""
+        return None if self.user is None or self.cgroup.enters_as_root or not self.user.is_alone else self.user
+
+    def wrap(self, words: Sequence[str]) -> Sequence[str]:
+        """The command line to be spawned, of QEMU's own."""
+        later = self.user if self._in_thread is None else None
+        return self.cgroup.wrap(words if later is None else (*later.become(), *words))
+
+    def enter(self) -> None:
+        """Move the thread in that starts the process.
+
+        The cgroup comes first, whose files nobody sees inside; the user last, who may do nothing of this.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self.cgroup.enter()
+        if self.entry is not None:
+            self.entry.enter()
+        if (user := self._in_thread) is not None:
+            become(user.uid, user.gid, user.groups)
+
+
+@frozen(kw_only=True)
 class SpawnRequest:
     """One start of a QEMU process.
 
@@ -27,10 +68,9 @@ class SpawnRequest:
         record: the record of the process to start, without pid, argv and log offset.
         build: makes the provision from the listening sockets.
         argv: makes the command line from the provision.
-        cgroup: the cgroup that the process enters before it becomes QEMU; the caller waits until it has.
+        quarters: where the process is to live.
         processes: of this host.
         prefix: `KVM_PREFIX`, for the marks.
-        user: the user that QEMU runs as; None for our own.
         logs: makes the memory that QEMU logs into.
         on_record: called with the whole record once it is written, before the process exists.
         on_end: called once when the process has ended.
@@ -40,10 +80,9 @@ class SpawnRequest:
     record: Incarnation
     build: Callable[[Channels], Provision]
     argv: Callable[[Provision], Sequence[str]]
-    cgroup: Cgroup
+    quarters: Quarters
     processes: Processes
     prefix: str
-    user: QemuUser | None
     logs: MachineLogs
     on_record: Callable[[Incarnation], None]
     on_end: Callable[[], None]
@@ -56,19 +95,20 @@ def spawn(request: SpawnRequest) -> QemuProcess:
         SpawnFailed: the program cannot be started. The record exists.
         OSError: the host lacks disk space, open files or memory. There is no record and no process.
     """
-    directory, cgroup = request.directory, request.cgroup
+    directory, quarters = request.directory, request.quarters
     directory.create()
+    directory.drop_secrets()
     with contextlib.ExitStack() as stack:
 
-        def listen(name: str) -> int:
-            return stack.enter_context(directory.listen(directory.path / name)).fileno()
+        def listen(path: Path) -> int:
+            return stack.enter_context(directory.listen(path)).fileno()
 
         console_log, own_log = request.logs.begin()
         channels = Channels(
-            qmp=listen(directory.qmp_socket.name),
-            spare=listen(directory.spare_socket.name),
-            console=listen(directory.console_socket.name),
-            agent=listen(directory.agent_socket.name),
+            qmp=listen(directory.qmp_socket),
+            spare=listen(directory.spare_socket),
+            console=listen(directory.console_socket),
+            agent=listen(directory.agent_socket),
             console_log=console_log,
         )
         provision = request.build(channels)
@@ -80,7 +120,7 @@ def spawn(request: SpawnRequest) -> QemuProcess:
             request.on_record(record)
             cut("on record, not spawned")
             return request.processes.spawn(
-                cgroup.wrap(words if request.user is None else (*request.user.become(), *words)),
+                quarters.wrap(words),
                 environment=process_identity.environment_of(
                     process_identity.ProcessIdentity(
                         prefix=request.prefix,
@@ -92,7 +132,8 @@ def spawn(request: SpawnRequest) -> QemuProcess:
                 log_fd=own_log,
                 pass_fds=provision.descriptors,
                 on_end=request.on_end,
-                stdin=cgroup.stdin,
+                stdin=quarters.cgroup.stdin,
+                enter=quarters.enter,
             )
         except OSError:
             directory.drop_incarnation()

@@ -56,6 +56,7 @@ class Processes(Protocol):
         pass_fds: Sequence[int],
         on_end: Callable[[], None],
         stdin: int | None = None,
+        enter: Callable[[], None] | None = None,
     ) -> QemuProcess:
         """Start a program; raises SpawnFailed, OSError."""
 
@@ -97,9 +98,14 @@ class QmpConnection(Protocol):
     """One connection to one QEMU, as `adapters.qmp.Monitor` describes it."""
 
     async def execute(
-        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float = 5.0
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float = 5.0,
+        fd: int | None = None,
     ) -> Any:
-        """Run one command; raises MonitorRefused, MonitorSilent, MonitorLost."""
+        """Run one command; a descriptor may go with it; raises MonitorRefused, MonitorSilent, MonitorLost."""
 
     async def drained(self, timeout_s: float) -> None:
         """Wait until the connection has ended and `on_event` got its last event."""
@@ -141,6 +147,13 @@ class Network(Protocol):
         """Why an administrator denies taps on this bridge; None when nothing denies them."""
 
 
+class PortTrouble(Protocol):
+    """Looks whether a port is free, as `adapters.ports.trouble_with` does."""
+
+    def __call__(self, address: str, port: int, protocol: str = "tcp") -> str | None:
+        """Why a server cannot listen there; None when it can."""
+
+
 @frozen(kw_only=True)
 class System:
     """The ports to one host.
@@ -152,7 +165,7 @@ class System:
         network: taps and bridges.
         index_of: returns the index of a network interface; None when there is no interface of that name.
         ensure_device: makes a device node if it is missing, and returns whether it did; raises DeviceTrouble.
-        port_trouble: returns why a server cannot listen at an address and a TCP port; None when it can.
+        port_trouble: returns why a server cannot listen at an address and a port; None when it can.
     """
 
     processes: Processes
@@ -161,7 +174,7 @@ class System:
     network: Network
     index_of: Callable[[str], int | None]
     ensure_device: Callable[[Device], bool]
-    port_trouble: Callable[[str, int], str | None]
+    port_trouble: PortTrouble
 
 
 REAL = System(

@@ -21,12 +21,13 @@ from uuid import uuid4
 import structlog
 
 from kvmsupervisor.adapters import accelerator, devices, network
-from kvmsupervisor.adapters.cgroup import SameCgroup
+from kvmsupervisor.adapters.apart import NO_WALLS
 from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.cluster.fencing import Fencing, NotFenced
+from kvmsupervisor.adapters.users import QemuUsers
+from kvmsupervisor.cluster.fencing import Admit, Fencing, NotFenced
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
@@ -35,7 +36,7 @@ from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.lock import Claim, Lock
 from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.spec import RbdDisk, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import storage_of
@@ -46,6 +47,7 @@ from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.host import HostFacts, ceph_access, look_at_bridge
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.provisioning import HostFiles
+from kvmsupervisor.machine.spawn import Quarters
 from kvmsupervisor.machine.system import System
 from kvmsupervisor.single.container import Container, Manner
 from kvmsupervisor.single.front import in_front
@@ -107,7 +109,14 @@ class UnknownImages:
     def __init__(self, storage: Fencing) -> None:
         self._storage = storage
 
-    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
+    async def clients(
+        self,
+        record: Incarnation,
+        known: Collection[str] = (),
+        *,
+        new: Collection[str] = (),
+        admit: Admit | None = None,
+    ) -> tuple[str, ...]:
         """None that are known: so they are never fenced, and a person has to say when it may be taken over (law 7)."""
         return ()
 
@@ -123,7 +132,7 @@ class UnknownImages:
         """Of the images that are known: there are none."""
         return ()
 
-    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
+    async def watchers(self, images: Collection[RbdDisk], lock: Lock | None = None) -> tuple[str, ...]:
         """Nobody can be asked.
 
         Raises:
@@ -260,7 +269,6 @@ class SingleCommand:
             prefix=settings.prefix,
             directory=directory,
             clock=clock,
-            user=None,
             notify=wake.set,
             on_reset=lambda: None,
             logs=logs.of(directory),
@@ -287,7 +295,8 @@ class SingleCommand:
 
         try:
             if not self._life.left.is_set():
-                machine.spawn(_record(wish, boot_id, clock.now()), _built, _built, SameCgroup())
+                assert wish.spec is not None
+                machine.spawn(_record(wish, boot_id, clock.now()), wish.spec, _built, _built, Quarters())
             ended = await see_to_its_end(machine, wake=wake, clock=clock, view=view, decided=self._life.decided)
             if ended is not None and ended.exit is not None:
                 self._life.ended(ended.exit, machine.wait_status)
@@ -308,14 +317,15 @@ def _is_elsewhere(view: View) -> bool:
     if view.claim is Claim.STRANGER:
         # Before the sessions are read, a holder that is gone looks like one that lives.
         return view.holder_has_session is not None
-    return view.claim is Claim.UNREADABLE or view.claimed_by is not None or view.holdover is not None
+    return view.claim in {Claim.UNREADABLE, Claim.NEWER} or view.claimed_by is not None or view.holdover is not None
 
 
 def _bare(settings: Settings) -> HostFacts:
     """What options need of a host: nothing that is known of them."""
     return HostFacts(
         accelerator=accelerator.Choice(name="tcg"),
-        user=None,
+        users=QemuUsers(),
+        walls=NO_WALLS,
         host_side=HostSide(qemu=settings.qemu, accel="tcg"),
         files=HostFiles(state_dir=settings.state_dir, bridge_owner=""),
         memory_mib=0,

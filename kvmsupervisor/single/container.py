@@ -21,12 +21,11 @@ from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.informer import Informer
-from kvmsupervisor.cluster.owners import other_of_client
+from kvmsupervisor.cluster.owners import OwnersInEtcd
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.grouping import Flat
-from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import Hold
 from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.instance.assembly import Outside, assemble_context
@@ -146,7 +145,7 @@ class Container:
             bridge_owner=manner.bridge_owner,
             settle_s=0.0,
             guard=None,
-            recorded_for=self._recorded_for,
+            recorded_for=OwnersInEtcd(store, settings.layout, own=identity.lock_key).recorded_for,
             # It follows its own keys only: of others it knows what etcd says of a client.
             holders=lambda instance, images: (),
             namesakes=lambda instance, images: (),
@@ -230,6 +229,7 @@ class Container:
         await context.contents.close()
         await instance.detach()
         context.logs.close()
+        context.event_files.close()
         await end_session(context.session)
 
     async def _give_up_on_etcd(self, loop: asyncio.Task[None]) -> None:
@@ -279,6 +279,8 @@ class Container:
             as_of=self._informers[key].revision,
         )
         instance.update(wish, held=self._hold is not None, fresh=False, hold=self._hold)
+        if anew:
+            self._member.history.applied(era)
         if wish.power is Power.OFF and life.leaving() is None and self._hold is None:
             life.go("`power` is off")
 
@@ -297,11 +299,3 @@ class Container:
         """Whether the lock says what runs here, in the history that etcd has now."""
         known = self._era == self._member.history.era and self._in_step
         return known and self._context.session.held and self.instance.has_spoken
-
-    async def _recorded_for(self, client: str) -> InstanceId | None:
-        """The instance, other than this one, whose lock has a storage client on record; asked of etcd, for a takeover.
-
-        Raises:
-            EtcdError: etcd does not say.
-        """
-        return await other_of_client(self._store, self._settings.layout, client, own=self._identity.lock_key)

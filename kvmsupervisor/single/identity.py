@@ -53,6 +53,7 @@ class ContainerIdentity:
         holder = Holder(
             name=holder_of(settings.hostname, name, pid_namespace=pid_namespace()),
             boot_id=outside.boot_id(),
+            machine=outside.machine_id(),
             layout=replace(settings.layout, lock=lock_key),
             run_dir=run_dir.path,
         )

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from kvmsupervisor import __version__
+from kvmsupervisor.adapters import resources
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.config.etcd import etcd_config
 from kvmsupervisor.config.settings import Settings
@@ -164,6 +165,8 @@ class Single:
         if too_long > 0:
             raise ValueError(f"KVM_RUN_DIR: {settings.run_dir} is {too_long} bytes too long for the sockets below it")
         host_facts = outside.gather_host_facts(settings)
+        if host_facts.users.uids is not None:
+            resources.bound_guests()
         async with AsyncExitStack() as stack:
             store = outside.connect(etcd_config(settings))
             stack.push_async_callback(store.close)
@@ -195,7 +198,7 @@ class Single:
                 lock=self._identity.lock_key,
                 overrides=sorted(self._overrides),
                 run_dir=str(directory.path),
-                qemu_user=None if host_facts.user is None else host_facts.user.name,
+                qemu_user=host_facts.users.title,
             )
             await container.run()
             await withdraw(outside.system.network, self._bridge_owner)

@@ -11,11 +11,12 @@ from typing import Protocol
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.cluster.informer import Wishes
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.grouping import names
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.parse_keys import parse_wish
+from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.removal import Hold, MassRemovalHold, differing, ends_it, names_no_host, order_of, why_held
 from kvmsupervisor.domain.spec import RawValue, Wish
 from kvmsupervisor.instance.sharing import Namesakes
@@ -44,7 +45,7 @@ class Dispatch:
         guard: judges removals.
         admit: makes an instance that was not known here.
         start: called with an instance that was just made, once it was told its wish.
-        on_candidates: keys of an instance with candidates (`hosts`) differ.
+        on_heard: called with all instances whose keys, lock or placement differ.
         on_held: a removal is held.
         on_told: it is known anew which instances are this host's, and what they want.
     """
@@ -60,11 +61,12 @@ class Dispatch:
         guard: MassRemovalHold,
         admit: Admit,
         start: Callable[[Worker], None],
-        on_candidates: Callable[[], None],
+        on_heard: Callable[[Set[InstanceId]], None],
         on_held: Callable[[], None],
         on_told: Callable[[], None],
     ) -> None:
         self._me = me
+        self._mark = me.encode()
         self._clock = clock
         self._wishes = wishes
         self._instances = instances
@@ -72,7 +74,7 @@ class Dispatch:
         self._guard = guard
         self._admit = admit
         self._start = start
-        self._on_candidates = on_candidates
+        self._on_heard = on_heard
         self._on_held = on_held
         self._on_told = on_told
         # The wishes of the instances that are this host's, and the keys that they were parsed from.
@@ -95,6 +97,11 @@ class Dispatch:
         # Also where that is nothing: it is known now.
         self._on_told()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether instances are told of keys."""
+        return self._listed
+
     def begin_anew(self) -> None:
         """Etcd has another history: look at all of it. What it would end here is held, whatever its number."""
         self._namesakes.heard_anew()
@@ -106,10 +113,12 @@ class Dispatch:
                 continue
             keys, wish = self._wishes.keys_of(name), self._wish(name)
             former, before = instance.wish, self._told.get(name)
+            # Its keys named a host that was not there: no order was being followed.
+            stayed = instance.report.status.awaited_host is not None
             instance.begin_anew(wish)
             if instance.pid is None or not ends_it(wish, self._me):
                 self._release({name})
-            elif former is None or name in self._guard.held or not ends_it(former, self._me):
+            elif former is None or stayed or name in self._guard.held or not ends_it(former, self._me):
                 held = self._holds.get(name) or instance.hold
                 stood: Mapping[str, str] = {"host": str(self._me)} if before is None else differing(before, keys)
                 stood = stood if held is None else held.stood
@@ -126,30 +135,38 @@ class Dispatch:
             changed: whose keys or lock differ.
             fresh: somebody has just written them.
         """
-        for name in sorted(self._namesakes.heard(changed) & self._instances.keys()):
-            self._instances[name].notify()
+        if concerned := self._namesakes.heard(changed):
+            for name in sorted(concerned & self._instances.keys()):
+                self._instances[name].notify()
         if not self._listed:
             return
-        if any(b"hosts" in self._wishes.keys_of(name) for name in changed):
-            self._on_candidates()
+        self._on_heard(changed)
         # In the order of their ids: who is told, and started, first does not depend on how Python hashes names.
         ours = sorted(name for name in changed if name in self._instances or self._is_ours(name))
+        if not ours:
+            return
         wishes = {name: self._wish(name) for name in ours}
         held = self._judge_orders(wishes) | self._judge_removals(wishes)
+        told = False
         for name, wish in wishes.items():
             known = self._instances.get(name)
             instance = known or self._admit(name, fresh=fresh)
-            lock = self._wishes.lock_of(name)
-            instance.saw_lock(
-                data=None if lock is None else lock.value,
-                mod_revision=0 if lock is None else lock.mod_revision,
-                as_of=self._wishes.locks_revision,
-            )
+            lock, as_of = self._wishes.lock_of(name), self._wishes.lock_known_at(name)
+            if as_of is not None:
+                instance.saw_lock(
+                    data=None if lock is None else lock.value,
+                    mod_revision=0 if lock is None else lock.mod_revision,
+                    as_of=as_of,
+                )
+            if wish is instance.wish and name not in held and not instance.was_held:
+                # Its lock alone differs, as at each step of a start.
+                continue
+            told = True
             instance.update(wish, held=name in held, fresh=fresh, hold=self._holds.get(name))
             self._told[name] = self._wishes.keys_of(name)
             if known is None:
                 self._start(instance)
-        if ours:
+        if told:
             self._on_told()
 
     def let_go(self, freed: Set[InstanceId]) -> None:
@@ -173,29 +190,35 @@ class Dispatch:
 
     def is_wanted_here(self, name: InstanceId) -> bool:
         """Whether this host is where it shall run: by the key `host`, or by the placement that stands in for it."""
-        host = self._wishes.keys_of(name).get(b"host")
+        return self._names_us(self._wishes.keys_of(name).get(b"host"), self._wishes.placed(name).placement)
+
+    def _names_us(self, host: RawValue | None, placement: Placement | None) -> bool:
         if host is None:
             return False
-        placement = self._wishes.placed(name).placement
         if placement is not None and placement.stands(host.mod_revision):
             return placement.host == self._me
-        return names(host.value, self._me.encode())
+        return names(host.value, self._mark)
+
+    def concerns(self, name: InstanceId) -> bool:
+        """Whether an instance is here, or is to be, whatever its lock says. Cheap: asked for every key."""
+        if name in self._instances:
+            return True
+        keys, placement = self._wishes.keys_of(name), self._wishes.placed(name).placement
+        if self._names_us(keys.get(b"host"), placement):
+            return True
+        # Nothing but a placement here is left of it, while nobody was here to take that away.
+        return placement is not None and placement.host == self._me and not keys
 
     def _is_ours(self, name: InstanceId) -> bool:
         """Whether this host has to do with an instance that it does not know yet. Cheap: asked for every key."""
-        if self.is_wanted_here(name) or self._left_its_placement(name):
+        if self.concerns(name):
             return True
         entry = self._wishes.lock_of(name)
         # Looking for the name costs less than reading JSON, but it may also be part of another host's.
-        if entry is None or self._me.encode() not in entry.value:
+        if entry is None or self._mark not in entry.value:
             return False
         lock = Lock.from_json(entry.value)
         return lock is not None and lock.host == self._me
-
-    def _left_its_placement(self, name: InstanceId) -> bool:
-        """Whether nothing but a placement here is left of an instance, while nobody was here to take it away."""
-        placement = self._wishes.placed(name).placement
-        return placement is not None and placement.host == self._me and not self._wishes.keys_of(name)
 
     def _wish(self, name: InstanceId) -> Wish:
         """What the keys say. They are parsed when they differ only: most that is heard of a start is its lock."""

@@ -15,6 +15,7 @@ from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
+from kvmsupervisor.aio import ended
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -147,8 +148,7 @@ class Drain:
                 await ours
         finally:
             if ours is not None:
-                ours.cancel()
-                await asyncio.gather(ours, return_exceptions=True)
+                await ended(ours)
         return True
 
     def end(self) -> None:
@@ -194,7 +194,6 @@ class Drain:
             prefix=self._prefix,
             directory=directory,
             clock=self._clock,
-            user=None,
             notify=wake.set,
             on_reset=lambda: None,
             logs=self._logs.of(directory),

@@ -17,10 +17,10 @@ from kvmsupervisor.adapters import cgroup
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import Part, start_part
-from kvmsupervisor.cluster.informer import Wishes
-from kvmsupervisor.cluster.owners import instance_of_client
+from kvmsupervisor.cluster.batches import GATHER_S, SPREAD_S
+from kvmsupervisor.cluster.owners import LockOwners
 from kvmsupervisor.cluster.removal_approval import RemovalApprovals
-from kvmsupervisor.cluster.status_writer import GATHER_S, SPREAD_S
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import Unfenced
 from kvmsupervisor.domain.admission import Admission
@@ -29,6 +29,7 @@ from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
+from kvmsupervisor.failpoints import cut
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.assembly import Holder, Membership, Outside, assemble_context
 from kvmsupervisor.instance.bridges import Bridges
@@ -40,12 +41,20 @@ from kvmsupervisor.machine.host import HostFacts, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
+from kvmsupervisor.supervisor.etcd_wall import etcd_wall
 from kvmsupervisor.supervisor.failover import Failover
+from kvmsupervisor.supervisor.gate import Gate, open_gate
 from kvmsupervisor.supervisor.http_view import HttpView
 from kvmsupervisor.supervisor.identity import Standing
 from kvmsupervisor.supervisor.statuses import Statuses
 
 log = structlog.get_logger(__name__)
+
+PAUSE_PER_HOST_S = 0.001
+MOST_PAUSE_S = 0.5
+LEAST_PAUSE_S = 0.05
+"""How long the news that a host came or went waits for more such news: 1 ms for each host that is there, from 50 hosts
+on. Arbitrary: a session's end was waited for thirty times as long."""
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
@@ -103,11 +112,18 @@ class Host:
         # Invariant: every instance has a task exactly while `_tasks` is set.
         self._tasks: asyncio.TaskGroup | None = None
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
+        self._looking: asyncio.TimerHandle | None = None
         self._guard = MassRemovalHold(settings.mass_removal_window_s)
         self._admission = Admission(settings.start_parallel, host_facts.memory_mib)
 
         # In etcd.
-        holder = Holder(name=me, boot_id=premises.boot_id, layout=layout, run_dir=settings.run_dir)
+        holder = Holder(
+            name=me,
+            boot_id=premises.boot_id,
+            machine=outside.machine_id(),
+            layout=layout,
+            run_dir=settings.run_dir,
+        )
         member = Membership(
             holder,
             settings=settings,
@@ -135,6 +151,8 @@ class Host:
             clock=clock,
             layout=layout,
             history=self._history,
+            me=me,
+            concerns=self._concerns,
             on_change=self._on_keys,
             on_anew=self._on_anew,
             rand=outside.jitter,
@@ -145,13 +163,6 @@ class Host:
             key=layout.confirmation_key(me),
             guard=self._guard,
             on_freed=self._let_go,
-        )
-        self._statuses = Statuses(
-            status_writer=self._status_writer,
-            wishes=self._wishes,
-            instances=self._instances,
-            # Whether a status without keys is the last word on an instance is known under one's own settings only.
-            drops=mismatch is None,
         )
 
         # On the host.
@@ -164,6 +175,7 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
+        self._etcd_wall = etcd_wall(settings, outside, host_facts)
         self.http_view = HttpView(
             host=me,
             instances=self._instances,
@@ -174,6 +186,7 @@ class Host:
             wishes=self._wishes,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=host_facts.privileged,
+            walls=lambda: (*host_facts.wall_states, ("etcd", self._etcd_wall.stands)),
             guests_survive=premises.cgroups.warning is None,
             guard_unlocked=lambda: self._post.unlocked,
             mismatch=mismatch,
@@ -181,7 +194,10 @@ class Host:
         self._metrics = self.http_view.counters
 
         # For the instances.
-        namesakes = Namesakes(self._wishes, member.holder.name)
+        self._gate: Gate | None = None
+        if mismatch is None:
+            self._gate = open_gate(settings, host_facts.host_side, self._neighbours, self._instances)
+        namesakes = self._namesakes = Namesakes(self._wishes, me)
         self._context = assemble_context(
             member,
             settings=settings,
@@ -194,7 +210,7 @@ class Host:
             bridge_owner=host_facts.files.bridge_owner,
             settle_s=settings.settle_s,
             guard=self._post if settings.unfenced is Unfenced.GUARD else None,
-            recorded_for=self._recorded_for,
+            recorded_for=LockOwners(self._wishes, premises.store, layout).recorded_for,
             holders=namesakes.holders,
             namesakes=namesakes.of,
             mismatch=mismatch,
@@ -203,6 +219,7 @@ class Host:
             draining=lambda: premises.drain.on,
             life=HostsLife(),
             launch=BEHIND,
+            moving=None if self._gate is None else self._gate.moving,
         )
         self._failover = Failover(self._context, self._wishes)
         self._bridges = Bridges(
@@ -222,9 +239,18 @@ class Host:
             guard=self._guard,
             admit=self._admit,
             start=self._start,
-            on_candidates=self._failover.look,
+            on_heard=self._failover.heard,
             on_held=self._confirmations.look,
             on_told=self._bridges.heed,
+        )
+        self._statuses = Statuses(
+            status_writer=self._status_writer,
+            wishes=self._wishes,
+            instances=self._instances,
+            concerns=self._dispatch.concerns,
+            processes=outside.system.processes,
+            # Whether a status without keys is the last word on an instance is known under one's own settings only.
+            drops=mismatch is None,
         )
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -243,11 +269,13 @@ class Host:
         for name in run_dir.instances():
             if run_dir.instance(name).has_record:
                 self._instance(name, records.get(name))
+        self._wishes.heed(self._instances)
         return len(self._instances)
 
     def served_at(self, url: str) -> None:
         """Have the session say where HTTP is served. Before `run`."""
-        self._session.value = replace(self._session.value, url=url, draining=self._premises.drain.on)
+        moves = None if self._gate is None else self._gate.moving.facts
+        self._session.value = replace(self._session.value, url=url, draining=self._premises.drain.on, moves=moves)
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections.
@@ -272,8 +300,9 @@ class Host:
             self._confirmations.run,
             self._context.logs.run,
             self._links.run,
-            *(() if self._mismatch is not None else (self._bridges.run,)),
+            *(() if self._mismatch is not None else (self._bridges.run, *self._etcd_wall.parts)),
             *(() if self._context.guard is None else (self._context.guard.run,)),
+            *(() if self._gate is None else (self._gate.run,)),
             partial(self._failover.run, self._wishes.wait_synced, self._neighbours.synced.wait)
             if self._mismatch is None
             else partial(self._await_word, stop, again),
@@ -290,8 +319,13 @@ class Host:
 
     def close(self) -> None:
         """Let go of what `run` has opened. Guests and their guard go on."""
+        if self._looking is not None:
+            self._looking.cancel()
         self._post.close()
+        if self._gate is not None:
+            self._gate.close()
         self._context.logs.close()
+        self._context.event_files.close()
 
     async def _run_instances(self, stop: asyncio.Event) -> None:
         """Run every instance's loop until `stop`; then let go of each QEMU without touching it."""
@@ -377,10 +411,10 @@ class Host:
             self._context.logs.writer.drop(directory.path)
             directory.remove()
         else:
-            if instance.wish is None or instance.wish.host is not None:
-                self._status_writer.abandon(name)
+            self._status_writer.leave(name, instance.report.status)
             directory.drop_state()
         instance.report.tell("instance.forgotten", reason=instance.report.status.reason)
+        self._context.event_files.set_aside(name)
         # Its keys may have come back between its last decision and now. Its lock is no sign of that: what the watch
         # has shown of it may be older than our own deletion.
         if self._dispatch.is_wanted_here(name):
@@ -390,6 +424,8 @@ class Host:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
         self._dispatch.begin()
+        self._context.event_files.begin(self._instances)
+        self._history.applied(self._wishes.era)
         look_at_files(self._premises.most_files, len(self._instances))
 
     # --- what it is told --------------------------------------------------------------------------------------
@@ -402,14 +438,42 @@ class Host:
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
         """Keys or locks of these instances differ."""
         self._dispatch.tell(changed)
+        self._heed(changed)
+
+    def _heed(self, changed: Set[InstanceId]) -> None:
+        """Follow the locks that concern this host by now."""
+        if self._wishes.locks_apart:
+            self._wishes.heed(changed | self._namesakes.beside(changed))
+
+    def _concerns(self, name: InstanceId) -> bool:
+        """Whether a lock concerns this host: its instance is here, may be taken over, or shares an image with one."""
+        if self._dispatch.concerns(name) or self._failover.may_take(name):
+            return True
+        return not self._instances.keys().isdisjoint(self._namesakes.beside({name}))
 
     def _on_anew(self) -> None:
         """Keys and locks are those of another history of etcd."""
+        self._failover.heard_anew()
         self._dispatch.begin_anew()
+        self._heed(self._wishes.ids() | self._instances.keys())
         self._statuses.begin_anew()
+        if self._dispatch.has_begun:
+            cut("orders held, history not on record")
+            self._history.applied(self._wishes.era)
 
     def _on_hosts(self) -> None:
-        """A host came or went, or has spoken: whoever waits looks again."""
+        """A host came or went, or has spoken: whoever waits looks again.
+
+        In a large cluster hosts come in crowds, and each look costs: then one look serves for many.
+        """
+        pause_s = min(self._history.hosts * PAUSE_PER_HOST_S, MOST_PAUSE_S)
+        if pause_s < LEAST_PAUSE_S:
+            self._look_at_hosts()
+        elif self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(pause_s, self._look_at_hosts)
+
+    def _look_at_hosts(self) -> None:
+        self._looking = None
         self.notify_all()
         self._failover.look()
 
@@ -427,6 +491,3 @@ class Host:
         """Whether everything that runs here has its lock in the history that etcd has now."""
         known = self._wishes.synced and self._wishes.era == self._history.era
         return known and self._session.held and all(one.has_spoken for one in self._instances.values())
-
-    async def _recorded_for(self, client: str) -> InstanceId | None:
-        return instance_of_client(self._wishes, client)

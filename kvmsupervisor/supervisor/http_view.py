@@ -8,8 +8,8 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
 from kvmsupervisor.adapters.usage import traffic_of, usage_of
 from kvmsupervisor.cluster.history import History
-from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.session import Session
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -32,6 +32,7 @@ class HttpView:
         wishes: the keys.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
+        walls: what keeps guests apart, and whether it does on this host.
         guests_survive: whether guests outlive the supervisor's container, and the next one can adopt them.
         mismatch: why nothing is started or stopped here (law 12); None when all goes its way.
         guard_unlocked: tells why the guard's memory is not locked; None when it is, or there is none.
@@ -49,6 +50,7 @@ class HttpView:
         wishes: Wishes,
         removals_held: Callable[[], int],
         qemu_privileged: bool,
+        walls: Callable[[], Sequence[tuple[str, bool]]],
         guests_survive: bool,
         guard_unlocked: Callable[[], str | None],
         mismatch: str | None,
@@ -64,6 +66,7 @@ class HttpView:
         self._wishes = wishes
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
+        self._walls = walls
         self._guests_survive = guests_survive
         self._guard_unlocked = guard_unlocked
         self._mismatch = mismatch
@@ -109,6 +112,7 @@ class HttpView:
             session_remaining_s=self._session.remaining_s,
             watch_revision=self._wishes.revision,
             qemu_privileged=self._qemu_privileged,
+            walls=self._walls(),
             guests_survive=self._guests_survive,
             removals_held=self._removals_held(),
             orphans=self._orphans(),
@@ -144,6 +148,8 @@ class HttpView:
             host_absent=status.awaited_host is not None,
             cpu_s=None if usage is None else usage.cpu_s,
             memory_bytes=None if usage is None else usage.memory_bytes,
+            threads=None if usage is None else usage.threads,
+            files=None if usage is None else usage.files,
             disks=instance.counts.disks,
             guest_memory=instance.counts.memory,
             nics=[

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Never
 
 from kvmsupervisor.aio import start_part
-from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.status_writer import StatusWriter
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.identity import pid_of
+from kvmsupervisor.machine.system import Processes
 
 
 class Statuses:
@@ -20,15 +24,26 @@ class Statuses:
         status_writer: reads and writes them.
         wishes: the keys of all instances.
         instances: those of this host; a live mapping.
+        concerns: whether an instance is one of them, or will be.
+        processes: of this host.
         drops: whether those of instances that are gone are taken away.
     """
 
     def __init__(
-        self, *, status_writer: StatusWriter, wishes: Wishes, instances: Mapping[InstanceId, Worker], drops: bool
+        self,
+        *,
+        status_writer: StatusWriter,
+        wishes: Wishes,
+        instances: Mapping[InstanceId, Worker],
+        concerns: Callable[[InstanceId], bool],
+        processes: Processes,
+        drops: bool,
     ) -> None:
         self._status_writer = status_writer
         self._wishes = wishes
         self._instances = instances
+        self._concerns = concerns
+        self._processes = processes
         self._drops = drops
         self._unread = asyncio.Event()
 
@@ -39,11 +54,15 @@ class Statuses:
 
     async def run(self) -> Never:
         """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""
-        for name, written in (await self._status_writer.learn()).items():
+        found = await self._status_writer.learn()
+        for name, written in found.items():
             if name in self._instances:
                 self._instances[name].report.recall(written)
+        for name in self._instances.keys() - found.keys():
+            # Of what happened to it meanwhile it could not be told yet whether that is news.
+            self._instances[name].notify()
         await self._wishes.wait_synced()
-        self._drop()
+        self._drop(found)
         async with asyncio.TaskGroup() as tasks:
             start_part(tasks, self._read_again)
             await self._status_writer.run()
@@ -52,11 +71,24 @@ class Statuses:
         while True:
             await self._unread.wait()
             self._unread.clear()
-            await self._status_writer.learn()
-            self._drop()
+            self._drop(await self._status_writer.learn())
 
-    def _drop(self) -> None:
-        """Take away those of instances that are gone."""
+    def _drop(self, found: Mapping[InstanceId, Status]) -> None:
+        """Take away those of instances that are gone, and correct what tells of a QEMU that is gone.
+
+        Args:
+            found: our statuses, as read.
+        """
         for name in sorted(self._status_writer.ids() - self._instances.keys()) if self._drops else ():
             if not self._wishes.keys_of(name):
                 self._status_writer.forget(name)
+            elif name in found and not self._concerns(name) and not self._may_live(found[name]):
+                last = replace(found[name], phase=Phase.STOPPED, reason="no QEMU of it runs here any more", pid=None)
+                last = replace(last, incarnation=None, run_state=None, held=False, stood=None)
+                self._status_writer.leave(name, last)
+
+    def _may_live(self, status: Status) -> bool:
+        """Whether a status that tells of a QEMU here may be right: a record of it may be in another run directory."""
+        if not status.tells_of_a_process or status.incarnation is None:
+            return True
+        return pid_of(self._processes, status.id, status.incarnation, pid=None, starttime=None) is not None

@@ -72,6 +72,8 @@ class Supervisor:
         settings, outside = self._settings, self._outside
         most_files = resources.raise_limit()
         host_facts = outside.gather_host_facts(settings)
+        if host_facts.users.uids is not None:
+            resources.bound_guests()
         self._run_dir.acquire()
         self.heed_draining()
         async with contextlib.AsyncExitStack() as stack:
@@ -116,7 +118,7 @@ class Supervisor:
                 run_dir=str(settings.run_dir),
                 accelerator=host_facts.accelerator.name,
                 why_no_kvm=host_facts.accelerator.fallback,
-                qemu_user=None if host_facts.user is None else host_facts.user.name,
+                qemu_user=host_facts.users.title,
                 memory_mib=host_facts.memory_mib,
                 homes=chosen.cgroups.name,
                 homes_rejected=dict(chosen.rejected),
@@ -126,7 +128,10 @@ class Supervisor:
             if chosen.warning is not None:
                 log.error("homes.lost_with_container", reason=chosen.warning)
             if host_facts.privileged:
-                log.warning("qemu.privileged", reason="QEMU runs as root: create a user qemu, or set KVM_QEMU_USER")
+                flags = host_facts.host_side.flags
+                log.warning(
+                    "qemu.privileged", reason="QEMU runs as root: leave KVM_QEMU_USER out", extra_flags=str(flags)
+                )
             on_started(host)
             again = await host.run(self._stop)
         log.info("supervisor.stopped")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,6 +25,7 @@ from kvmsupervisor.adapters.ceph import (
     NoSuchImage,
 )
 from kvmsupervisor.domain.ceph import PRIMARIES, Client, ImageInfo
+from kvmsupervisor.domain.ceph_versions import too_old
 from kvmsupervisor.domain.spec import RbdDisk
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
@@ -295,16 +297,17 @@ async def test_a_tool_that_is_slow_gets_more_time(vm: CephAccess, tool: Callable
 
 async def test_without_monitors_it_is_away(away: None, vm: CephAccess, image: RbdDisk) -> None:
     """Law 4: no answer in time is "wait", for each tool; the tool is gone then."""
+    client = f"192.0.2.1:0/{os.getpid()}"  # which no other worker's test asks for
     calls: tuple[Callable[[Ceph], Awaitable[object]], ...] = (
         lambda cluster: cluster.image_info(image),
         lambda cluster: cluster.watchers(image),
-        lambda cluster: cluster.fence([NOBODY]),
+        lambda cluster: cluster.fence([client]),
     )
     for call in calls:
         with pytest.raises(CephAway, match=r"took longer than 0\.3 s"):
             await call(Ceph(vm, answer_s=0.3))
     assert running(f"--image={image.image}") == []
-    assert running(NOBODY) == []
+    assert running(client) == []
 
 
 async def test_a_cancelled_question_leaves_nothing(away: None, vm: CephAccess, image: RbdDisk) -> None:
@@ -381,7 +384,7 @@ async def test_osds_that_do_not_answer(ceph: Cluster, vm: CephAccess, image: Rbd
     ceph.stop_osd()
     try:
         with pytest.raises(CephAway, match=r"though its monitors do: no OSD does, or client\.vm has no capability"):
-            await Ceph(vm, answer_s=3.0).watchers(image)
+            await Ceph(vm, answer_s=6.0).watchers(image)
     finally:
         ceph.thaw()
 
@@ -447,3 +450,10 @@ async def test_no_name_is_an_option_of_the_tool(ceph: Cluster, vm: CephAccess, h
         with pytest.raises(NoSuchImage):
             await Ceph(vm).image_info(image)
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - it is one look
+
+
+async def test_versions_are_told(vm: CephAccess) -> None:
+    """Law: the client that fences may ask for the versions of all daemons; those of Debian 12 and 13 are too old."""
+    found = await Ceph(vm).versions()
+    assert found
+    assert too_old(found) is not None

@@ -18,8 +18,9 @@ from kvmsupervisor.adapters.cgroup.manager import Cgroup, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import FIRST_PID_NAMESPACE, Place, is_of_the_host, look
 from kvmsupervisor.adapters.cgroup.scope import Scopes
 from kvmsupervisor.adapters.cgroup.tree import FOLDER, Hierarchy, Tree, find_hierarchies, open_tree
+from kvmsupervisor.aio import in_own_thread
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.limits import Limits
+from kvmsupervisor.domain.limits import TASKS, Limits
 
 ONE = InstanceId("one")
 HOST = Place(contained=False, host_pids=True, host_cgroups=True, service=None)
@@ -62,13 +63,18 @@ def hierarchies() -> Iterator[tuple[Hierarchy, ...]]:
 
 async def spawned(cgroups: CgroupManager, cgroup: Cgroup, *argv: str) -> subprocess.Popen[bytes]:
     """Spawn as the supervisor does, and see it in."""
-    child = subprocess.Popen(  # noqa: ASYNC220 - as the supervisor does
-        cgroup.wrap(argv),
-        stdin=subprocess.PIPE if cgroup.stdin is None else cgroup.stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+
+    def start() -> subprocess.Popen[bytes]:
+        cgroup.enter()
+        return subprocess.Popen(
+            cgroup.wrap(argv),
+            stdin=subprocess.PIPE if cgroup.stdin is None else cgroup.stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    child = in_own_thread(start)
     await cgroup.settle(child.pid)
     cgroup.close()
     return child
@@ -82,7 +88,7 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
     if not any(one.has("memory") for one in hierarchies):
         limits = Limits()
     cgroup = await cgroups.prepare(ONE, "abc", limits)
-    child = await spawned(cgroups, cgroup, "/bin/sh", "-c", "cat /proc/$$/cgroup; echo $$; read -r _")
+    child = await spawned(cgroups, cgroup, "/bin/sh", "-c", "cat /proc/$$/cgroup; echo $$; exec sleep 600")
     assert child.stdout is not None
     lines = []
     while not (line := child.stdout.readline().decode().strip()).isdigit():
@@ -105,6 +111,7 @@ async def test_a_process_is_in_its_home_in_every_hierarchy_when_it_execs(hierarc
         assert busy
         assert all((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
     finally:
+        child.kill()
         child.communicate()
     await cgroups.remove(ONE)
     assert not any((one.top / FOLDER / "one@abc").exists() for one in hierarchies)
@@ -163,11 +170,15 @@ async def test_a_process_that_cannot_enter_never_execs(hierarchies: tuple[Hierar
     cgroups = Tree(hierarchies, survives_container=True)
     cgroup = await cgroups.prepare(ONE, "gone", Limits())
     await cgroups.remove(ONE)
+    if any(not one.unified for one in hierarchies):
+        with pytest.raises(FileNotFoundError, match="one@gone"):
+            await spawned(cgroups, cgroup, "/bin/echo", "ran")
+        cgroup.close()
+        return
     child = await spawned(cgroups, cgroup, "/bin/echo", "ran")
     said = child.communicate()[0].decode()
     assert child.returncode == 126
     assert "ran" not in said
-    assert "one@gone" in said
 
 
 async def test_a_limit_that_no_controller_keeps_is_refused(tmp_path: Path) -> None:
@@ -178,20 +189,49 @@ async def test_a_limit_that_no_controller_keeps_is_refused(tmp_path: Path) -> No
     cgroups = Tree([Hierarchy(top=top)], survives_container=True)
     with pytest.raises(CgroupFailed, match="no cgroup controller memory for this limit"):
         await cgroups.prepare(ONE, "i", Limits(memory_limit=1 << 30))
-    assert not list((top / FOLDER).iterdir())
+    assert not [one for one in (top / FOLDER).iterdir() if one.is_dir()]
 
 
 async def test_v2_limits_are_written_in_its_own_words(tmp_path: Path) -> None:
     """Law: on v2 controllers are switched on down to the cgroup, shares are weight, and the door is cgroup.procs."""
     (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
     cgroups = Tree([Hierarchy(top=tmp_path)], survives_container=True)
-    cgroup = await cgroups.prepare(ONE, "i", Limits(cpu_shares=2048, memory_limit=1 << 30))
     folder = tmp_path / FOLDER / "one@i"
+    folder.mkdir(parents=True)
+    (folder / "cgroup.procs").touch()
+    (folder / "pids.max").write_text("max")
+    cgroup = await cgroups.prepare(ONE, "i", Limits(cpu_shares=2048, memory_limit=1 << 30))
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+cpu +memory"
     assert (tmp_path / FOLDER / "cgroup.subtree_control").read_text() == "+cpu +memory"
     assert (folder / "cpu.weight").read_text() == "200"
     assert (folder / "memory.max").read_text() == str(1 << 30)
-    assert str(folder / "cgroup.procs") in cgroup.wrap(["qemu"])
+    assert (folder / "pids.max").read_text() == str(TASKS)
+    assert cgroup.stdin is not None
+    assert os.path.samestat(os.fstat(cgroup.stdin), (folder / "cgroup.procs").stat())
+    cgroup.close()
+    assert cgroup.stdin is None
+
+
+async def test_threads_are_bounded_without_any_limit_of_a_key(tmp_path: Path) -> None:
+    """Law: v2's controller is switched on where nothing else has; where there is none, a start goes on without."""
+    for has, told in (("pids", "+pids"), ("io", None)):
+        top = tmp_path / has
+        top.mkdir()
+        (top / "cgroup.controllers").write_text(f"{has}\n")
+        folder = top / FOLDER / "one@i"
+        folder.mkdir(parents=True)
+        (folder / "cgroup.procs").touch()
+        cgroup = await Tree([Hierarchy(top=top)], survives_container=True).prepare(ONE, "i", Limits())
+        cgroup.close()
+        for above in (top, top / FOLDER):
+            file = above / "cgroup.subtree_control"
+            assert (file.read_text() if file.exists() else None) == told
+    top = tmp_path / "v1"
+    (top / FOLDER / "one@i").mkdir(parents=True)
+    (top / FOLDER / "one@i" / "pids.max").write_text("max")
+    hierarchy = Hierarchy(top=top, controllers=frozenset({"pids"}))
+    (await Tree([hierarchy], survives_container=True).prepare(ONE, "i", Limits())).close()
+    assert (top / FOLDER / "one@i" / "pids.max").read_text() == str(TASKS)
 
 
 def test_v1_and_hybrid_mounts_are_told_apart(tmp_path: Path) -> None:

@@ -93,6 +93,28 @@ def test_a_file_system_without_nameless_files(tmp_path: Path, name: str) -> None
     assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
+def test_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a disk that others may open is refused, whatever chmod(2) says; one that they may not is taken as it is."""
+    monkeypatch.setattr(os, "fchmod", lambda fd, mode: None)
+    path = tmp_path / "a.raw"
+    path.write_bytes(b"x")
+    for mode in (0o644, 0o620, 0o604):
+        path.chmod(mode)
+        with pytest.raises(FileTrouble, match=r"keeps neither owners nor modes.*umask=077"):
+            open_disk(tmp_path, FileDisk("a.raw"))
+    path.chmod(0o700)
+    assert opened(tmp_path, FileDisk("a.raw")).size == 512
+
+    def refuse(fd: int, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    assert opened(tmp_path, FileDisk("a.raw")).size == 512
+    path.chmod(0o644)
+    with pytest.raises(PermissionError, match="mode 0600"):
+        open_disk(tmp_path, FileDisk("a.raw"))
+
+
 @pytest.mark.usefixtures("no_nameless_files")
 @pytest.mark.parametrize("cut", ["fsync", "ftruncate", "fchmod", "link", "unlink"])
 def test_a_making_with_names_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str) -> None:

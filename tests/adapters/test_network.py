@@ -44,7 +44,8 @@ async def no_descriptor_is_left() -> AsyncIterator[None]:
     """Law: whatever happens, no descriptor stays open but those of a tap that was returned."""
     before = descriptors()
     yield
-    await until(lambda: descriptors() == before)
+    # One of an earlier test may have been closed meanwhile, by the collector.
+    await until(lambda: descriptors() <= before)
 
 
 def descriptors() -> set[str]:

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from kvmsupervisor.adapters.qmp import TURN_MESSAGES, Monitor, MonitorLost, MonitorRefused, MonitorSilent
+from kvmsupervisor.adapters.qmp import (
+    BYTES_PER_S,
+    MESSAGE_LIMIT,
+    TURN_MESSAGES,
+    Monitor,
+    MonitorLost,
+    MonitorRefused,
+    MonitorSilent,
+)
 
 LIMIT_S = 5.0
 SHORT_S = 0.05
@@ -134,6 +142,29 @@ async def connected(path: str, told: Told) -> AsyncIterator[Monitor]:
 
 
 # --- commands -------------------------------------------------------------------------------------------------
+
+
+async def test_no_descriptor_is_sent_behind_what_is_not_read(folder: Path, told: Told) -> None:
+    """Law: a descriptor goes with its own command or not at all: never with a part of another one."""
+    path = str(folder / "qmp.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        connecting = asyncio.create_task(
+            Monitor.connect(path, on_event=told.event, on_lost=told.on_lost, timeout_s=LIMIT_S)
+        )
+        listener.setblocking(False)
+        peer, _ = await asyncio.get_running_loop().sock_accept(listener)
+        with peer:
+            peer.sendall(json.dumps(GREETING).encode() + b"\n")
+            await asyncio.get_running_loop().sock_recv(peer, 4096)
+            peer.sendall(b'{"return": {}, "id": 1}\n')
+            monitor = await connecting
+            with pytest.raises(MonitorSilent):
+                await monitor.execute("x" * 1_000_000, timeout_s=SHORT_S)
+            with pytest.raises(MonitorSilent, match="was not sent"):
+                await monitor.execute("add-fd", {}, fd=peer.fileno(), timeout_s=SHORT_S)
+            await monitor.close()
 
 
 async def test_a_command_is_answered(server: Server, told: Told) -> None:
@@ -278,6 +309,37 @@ async def test_a_flood_of_events_leaves_the_loop_to_others(server: Server, told:
         # It reads on afterwards.
         assert await monitor.execute("query-status", timeout_s=LIMIT_S) == {"to": "query-status"}
     assert len(told.all) == 6000
+
+
+async def test_large_messages_are_handled_one_by_one_with_pauses(server: Server, told: Told) -> None:
+    """Bytes have a rate, as messages have: the loop waits longer after a longer one; the answer comes after all."""
+    large = json.dumps({"event": "RTC_CHANGE", "data": {"x": "x" * (MESSAGE_LIMIT // 2)}}).encode() + b"\n"
+    count = 6
+
+    async def flooded(server: Server, request: Mapping[str, Any]) -> None:
+        server.writer.write(large * count)
+        await server.done(request)
+
+    async with connected(server.path, told) as monitor:
+        server.answer = flooded
+        began = asyncio.get_running_loop().time()
+        await monitor.execute("query-status", timeout_s=LIMIT_S)
+        # A lower bound: each has been paused for.
+        assert asyncio.get_running_loop().time() - began >= count * len(large) / BYTES_PER_S
+    assert len(told.all) == count
+
+
+async def test_a_refusal_is_no_longer_than_people_read(server: Server, told: Told) -> None:
+    """QEMU's words go into the log and the status: a megabyte of them does not."""
+
+    async def refused(server: Server, request: Mapping[str, Any]) -> None:
+        await server.say(error={"class": "GenericError", "desc": "x" * 500_000}, id=request["id"])
+
+    async with connected(server.path, told) as monitor:
+        server.answer = refused
+        with pytest.raises(MonitorRefused) as caught:
+            await monitor.execute("cont", timeout_s=LIMIT_S)
+    assert len(str(caught.value)) < 600
 
 
 async def test_the_end_of_a_flood_is_heard(server: Server, told: Told) -> None:
@@ -455,6 +517,34 @@ async def test_a_real_qemu_serves_one_after_the_other(
         await monitor.execute("quit")
         await told.end()
     assert told.all == ["SHUTDOWN {'guest': False, 'reason': 'host-qmp-quit'}", "lost"]
+
+
+async def test_a_real_qemu_gets_a_descriptor(qemu: asyncio.subprocess.Process, folder: Path, told: Told) -> None:
+    """§5: an open file goes with a command, among others in any order; QEMU has a copy, and lets go of it when told."""
+    (folder / "medium").write_bytes(bytes(65536))
+    fds = Path(f"/proc/{qemu.pid}/fd")
+
+    def has_it() -> bool:
+        return any(path.readlink() == folder / "medium" for path in fds.iterdir() if path.is_symlink())
+
+    async with connected(str(folder / "qmp.sock"), told) as monitor:
+        # It closes none while its guest is paused.
+        await monitor.execute("cont")
+        for number in (7, 8):
+            with (folder / "medium").open("rb") as medium:
+                add = monitor.execute("add-fd", {"fdset-id": number}, fd=medium.fileno())
+                added, *_ = await asyncio.gather(add, *(monitor.execute("query-status") for _ in range(5)))
+            assert added["fdset-id"] == number
+            assert has_it()
+            file = {"driver": "file", "filename": f"/dev/fdset/{number}", "read-only": True}
+            await monitor.execute("blockdev-add", {"node-name": "m", "read-only": True, "driver": "raw", "file": file})
+            await monitor.execute("blockdev-del", {"node-name": "m"})
+            await monitor.execute("remove-fd", {"fdset-id": number})
+            assert not has_it()
+        with pytest.raises(MonitorRefused):
+            await monitor.execute("add-fd", {"fdset-id": 9})
+    with pytest.raises(MonitorLost), (folder / "medium").open("rb") as medium:
+        await monitor.execute("add-fd", {"fdset-id": 9}, fd=medium.fileno())
 
 
 async def test_a_real_qemu_tells_of_running_and_of_its_killer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.adapters import resources
+from kvmsupervisor.domain.limits import TASKS
 
 LIMITS = """
 import resource, sys
@@ -37,6 +39,41 @@ def told_of_files(soft: int, hard: int, needed: int) -> list[str]:
 def test_the_soft_limit_is_raised_to_the_hard_one() -> None:
     """Nobody has to raise it by hand whom the host does not stop from it."""
     assert told_of_files(64, 512, 100) == ["512 (512, 512)", "None"]
+
+
+BOUNDED = """
+import os, resource, subprocess, sys
+from kvmsupervisor.adapters import resources
+if len(sys.argv) > 1:
+    for kind in (resource.RLIMIT_NPROC, resource.RLIMIT_NOFILE):
+        resource.setrlimit(kind, (int(sys.argv[1]), int(sys.argv[1])))
+resources.raise_limit()
+resources.bound_guests()
+become = ("setpriv", "--reuid=79990", "--regid=79990", "--clear-groups", "--bounding-set=-all", "--no-new-privs")
+subprocess.run([*become, "cat", "/proc/self/limits"], check=True)
+# Root itself is never counted.
+subprocess.run(["true"], check=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts programs as other users")
+def test_a_guest_has_bounds_that_it_cannot_raise() -> None:
+    """Law: soft and hard limits of what is started as another user are those that we say, and no core file is left."""
+    done = subprocess.run([sys.executable, "-c", BOUNDED], check=True, capture_output=True, text=True)
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.splitlines()[1:]}
+    tasks = min(TASKS, resource.getrlimit(resource.RLIMIT_NPROC)[1])
+    assert limits["Max processes"] == [str(tasks)] * 2
+    assert limits["Max core file size"] == ["0", "0"]
+    soft, hard = map(int, limits["Max open files"])
+    assert soft == hard <= resources.MOST_FILES
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts programs as other users")
+def test_lower_limits_of_the_host_stay() -> None:
+    """Law: nothing is raised above a hard limit, for which rights would be missing (kubevirt/kubevirt#17925)."""
+    done = subprocess.run([sys.executable, "-c", BOUNDED, "200"], check=True, capture_output=True, text=True)
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in done.stdout.splitlines()[1:]}
+    assert limits["Max processes"] == limits["Max open files"] == ["200", "200"]
 
 
 def test_a_hard_limit_that_is_too_low_is_told_with_its_number() -> None:

@@ -12,11 +12,14 @@ from kvmsupervisor.domain.counters import Traffic
 
 
 def stat_line(
-    name: str, *, state: str = "S", utime: int = 0, stime: int = 0, starttime: int = 0, rss: int = 0
+    name: str, *, state: str = "S", utime: int = 0, stime: int = 0, threads: int = 1, starttime: int = 0, rss: int = 0
 ) -> bytes:
     """A `/proc/<pid>/stat` line as proc(5) describes it, other fields 0."""
     fields = ["0"] * 50
-    fields[0], fields[11], fields[12], fields[19], fields[21] = state, *map(str, (utime, stime, starttime, rss))
+    numbers = {11: utime, 12: stime, 17: threads, 19: starttime, 21: rss}
+    fields[0] = state
+    for place, number in numbers.items():
+        fields[place] = str(number)
     return f"42 ({name}) {' '.join(fields)}\n".encode()
 
 
@@ -28,14 +31,16 @@ def write_stat(proc: Path, line: bytes) -> None:
 def test_reads_cpu_time_and_resident_memory(tmp_path: Path) -> None:
     """User and system ticks add up to seconds, pages become bytes."""
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    write_stat(tmp_path, stat_line("qemu", utime=3 * ticks, stime=ticks, rss=7))
-    assert usage_of(42, proc=tmp_path) == Usage(cpu_s=4.0, memory_bytes=7 * page)
+    write_stat(tmp_path, stat_line("qemu", utime=3 * ticks, stime=ticks, threads=3, rss=7))
+    assert usage_of(42, proc=tmp_path) == Usage(cpu_s=4.0, memory_bytes=7 * page, threads=3, files=None)
 
 
 def test_a_hostile_process_name_changes_nothing(tmp_path: Path) -> None:
     """A name may hold spaces and parentheses: the last one ends it."""
     write_stat(tmp_path, stat_line("x) Z 1 (y", rss=1))
-    assert usage_of(42, proc=tmp_path) == Usage(cpu_s=0.0, memory_bytes=os.sysconf("SC_PAGE_SIZE"))
+    assert usage_of(42, proc=tmp_path) == Usage(
+        cpu_s=0.0, memory_bytes=os.sysconf("SC_PAGE_SIZE"), threads=1, files=None
+    )
 
 
 def test_a_recycled_pid_gives_nothing(tmp_path: Path) -> None:
@@ -56,6 +61,9 @@ def test_a_real_process() -> None:
     assert found is not None
     assert found.cpu_s > 0
     assert 1 << 20 < found.memory_bytes < 1 << 40
+    assert found.threads >= 1
+    # Linux 6.2 and later tell.
+    assert found.files is None or found.files >= 3
 
 
 def test_a_zombie_gives_nothing() -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import permutations
 
 from tests.chaos.faults import PARTS, Fault, Kind, Part, Reach
+from tests.chaos.points import drawn
 from tests.chaos.world import ChaosHost, World
 from tests.support.cluster import Qemu
 from tests.support.processes import freeze
@@ -95,6 +96,7 @@ class Acts:
             Kind.NAME: self._name,
             Kind.RUN_DIR: self._run_dir,
             Kind.FLOOD: self._flood,
+            Kind.FAILPOINT: self._failpoint,
             Kind.SITE_POWER: self._site_power,
         }
         # What each fault that has begun and not ended has hold of, by its number.
@@ -155,6 +157,27 @@ class Acts:
             return _void(fault, host.name)
         thaw = _frozen_supervisor(host)
         return Act(fault=fault, whom=host.name, machines=machines, end=thaw)
+
+    def _failpoint(self, fault: Fault) -> Act:
+        host, machines = self._hit(fault)
+        machine = self._machine(fault)
+        qemus = self._world.qemus_of(machine)
+        if not host.running or not qemus:
+            return _void(fault, host.name)
+        name, way = drawn(fault.other)
+        host.points.arm(name, way)
+        for qemu in qemus:
+            qemu.signal(signal.SIGKILL)
+
+        def end() -> None:
+            host.points.disarm()
+            if host.running:
+                # Nothing, where it is not stopped.
+                os.kill(host.pid, signal.SIGCONT)
+            else:
+                host.launch()
+
+        return Act(fault=fault, whom=f"{host.name}, {way} at {name!r}", machines=machines, end=end)
 
     def _qemu_kill(self, fault: Fault) -> Act:
         machine = self._machine(fault)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.chaos.faults import WATCH_S, Fault, Kind, Terms, Way
+from tests.chaos.faults import Fault, Kind, Terms, Way
+from tests.support.bounds import WATCH_S
 
 FACTOR = 1.5
 SLACK_S = 5.0
@@ -86,6 +87,9 @@ def promise(fault: Fault, terms: Terms, *, pause_s: float = 1.0) -> Promise:  # 
             return NOTHING if duration < patience else fenced
         case Kind.QEMU_KILL:
             return Promise(away_s=pause_s, boots=1, restarts=1)
+        case Kind.FAILPOINT:
+            # Its start is cut off: it goes on afterwards, or elsewhere once the host counts as dead.
+            return Promise(away_s=pause_s + max(duration + LAUNCH_S, terms.dead_s), boots=2, restarts=2)
         case Kind.QEMU_FREEZE:
             return Promise(away_s=duration)
         case Kind.HOST_CRASH:

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
-WATCH_S = 30.0
-"""After which Ceph forgets a client that has gone silent (`osd_client_watch_timeout`)."""
+from tests.support.bounds import WATCH_S
 
 RIDER_SHARE = 0.25
 """How many faults are made worse by another one."""
@@ -64,6 +63,9 @@ class Kind(StrEnum):
     """No byte is free in the run directory, and the supervisor is killed and started again meanwhile."""
     FLOOD = "log-flood"
     """One more machine on the host writes to its serial port without end."""
+    FAILPOINT = "failpoint"
+    """The supervisor is killed, frozen, or gets an error of etcd's at a named point of the program, and the QEMU of one
+    of its machines is killed, so that it comes by."""
     SITE_POWER = "site-power"
     """All hosts, etcd and Ceph lose their power, and come back in an order of chance."""
 
@@ -145,6 +147,7 @@ PARTS: dict[Kind, frozenset[Part]] = {
     Kind.NAME: frozenset({Part.SUPERVISOR}),
     Kind.RUN_DIR: frozenset({Part.SUPERVISOR, Part.FILES}),
     Kind.FLOOD: frozenset({Part.FILES}),
+    Kind.FAILPOINT: _HOST,
     Kind.SITE_POWER: frozenset(Part),
 }
 """What each kind has hold of: of one host, one machine, or all, as its reach says."""

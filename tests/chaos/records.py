@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvmsupervisor.domain.lock import Lock, LockState
+from tests.support.invariants import Debts, Epochs, Writers
 
 SECTOR = 512
 SLOTS = 63
@@ -248,19 +249,15 @@ def _known(journal: Journal, history: History) -> Iterator[str]:
 def _epochs(journal: Journal, history: History) -> Iterator[str]:
     epoch_of = _epoch_of(history)
     late: dict[tuple[str, str], list[Record]] = {}
-    highest = before = ("", 0)
-    sequence = 0
+    writers = Writers()
     for record in journal.records:
-        if record.sequence != sequence:
-            # Which of two with one sequence came first is not known.
-            sequence, before = record.sequence, highest
         epoch = epoch_of.get(record.owner)
         if epoch is None:
             continue
-        if epoch < before[1]:
-            late.setdefault((record.owner, before[0]), []).append(record)
-        if epoch > highest[1]:
-            highest = (record.owner, epoch)
+        # Which of two with one sequence came first is not known.
+        later = writers.wrote("its disk", record.owner, rank=epoch, at=record.sequence)
+        if later is not None:
+            late.setdefault((record.owner, later), []).append(record)
     for (owner, later), found in late.items():
         told = f"{later} (epoch {epoch_of[later]})"
         yield f"{owner} (epoch {epoch_of[owner]}) wrote after {told} had written: {_few(found)}"
@@ -300,19 +297,10 @@ def _slots(journal: Journal, history: History) -> Iterator[str]:
 
 
 def _lock(journal: Journal, history: History) -> Iterator[str]:
-    epoch_of: dict[str, int] = {}
-    highest = 0
+    epochs = Epochs()
     for lock in history.locks:
-        if lock is None:
-            continue
-        epoch = epoch_of.setdefault(lock.incarnation, lock.epoch)
-        if epoch != lock.epoch:
-            yield f"the lock named {lock.incarnation} with epoch {epoch} and with epoch {lock.epoch}"
-        elif lock.epoch < highest:
-            yield f"the lock went back from epoch {highest} to {lock.epoch} of {lock.incarnation} on {lock.host}"
-        elif len({one for one, its in epoch_of.items() if its == epoch}) > 1:
-            yield f"the lock named {lock.incarnation} with epoch {epoch}, which was another's"
-        highest = max(highest, lock.epoch)
+        if lock is not None:
+            yield from epochs.saw(lock)
 
 
 def _recorded(journal: Journal, history: History) -> Iterator[str]:
@@ -329,24 +317,13 @@ def _fenced(journal: Journal, history: History) -> Iterator[str]:
     is in `closed`. An address once owed and not closed is owed before every later owner's first record.
     """
     writers = set(journal.owners)
-    owed: dict[str, str] = {}
+    debts = Debts()
     seen: set[str] = set()
     for lock in history.locks:
-        if lock is None or _forgets(lock):
-            owed.clear()
-            continue
-        owner = lock.incarnation
-        # What it found to fence when it took the lock is an earlier one's, whose value may not have been seen.
-        owed.update({address: owed.get(address, "an earlier one") for address in lock.fence})
-        if owner in writers and owner not in seen:
-            seen.add(owner)
-            yield from _not_fenced(owner, owed, history)
-        owed.update(dict.fromkeys(lock.clients, owner))
-
-
-def _forgets(lock: Lock) -> bool:
-    """Whether it is an operator's word that there is nothing to fence any more: that storage is gone for good."""
-    return lock.state is LockState.BROKEN and not lock.clients and not lock.fence
+        debts.saw(lock)
+        if lock is not None and lock.incarnation in writers and lock.incarnation not in seen:
+            seen.add(lock.incarnation)
+            yield from _not_fenced(lock.incarnation, debts.before(lock.incarnation), history)
 
 
 def _not_fenced(owner: str, owed: Mapping[str, str], history: History) -> Iterator[str]:

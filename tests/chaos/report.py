@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 
 from tests.chaos.faults import Terms
+from tests.chaos.points import DRAWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,7 @@ class Report:
         records: that were found on the disks.
         owners: incarnations that wrote.
         load: of the machine, in the last minute at the end.
+        reached: failpoints that a supervisor came to.
         violations: of the promises and of the laws.
         replay: the command that does it again.
     """
@@ -85,6 +87,7 @@ class Report:
     records: int = 0
     owners: int = 0
     load: float = 0.0
+    reached: tuple[str, ...] = ()
     violations: tuple[str, ...] = ()
     replay: str = field(default="")
 
@@ -103,6 +106,8 @@ class Report:
             "",
             *table(rows(self.episodes)),
             "",
+            f"failpoints reached: {len(self.reached)} of {len(DRAWN)}, never: "
+            f"{', '.join(name for name in DRAWN if name not in self.reached) or 'none'}",
         ]
         if self.violations:
             lines += [f"VIOLATION {one}" for one in self.violations]

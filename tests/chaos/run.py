@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,15 +15,18 @@ from typing import TypeVar
 
 from kvmsupervisor.domain.lock import Lock
 from tests.chaos.acts import Act, Acts, felt_by
-from tests.chaos.bounds import NOTHING, OPEN, Promise, guarded, promise, together
+from tests.chaos.bounds import FACTOR, NOTHING, OPEN, SLACK_S, Promise, guarded, promise, together
 from tests.chaos.disk import Away, Observer, boottime
 from tests.chaos.downtime import downtime
 from tests.chaos.fabric import joined
 from tests.chaos.faults import Fault, Kind
 from tests.chaos.records import check
 from tests.chaos.report import Episode, Felt, Report
+from tests.chaos.truth import false_status, killed_for_nothing, off_the_record
 from tests.chaos.world import World
+from tests.support.bounds import STATUS_S
 from tests.support.ceph import CephError
+from tests.support.invariants import unexplained
 
 T = TypeVar("T")
 
@@ -97,6 +102,8 @@ class Run:
         self._faults: Counter[str] = Counter()
         self._crashes: Counter[str] = Counter()
         self._violations: list[str] = []
+        # Machines that somebody wanted elsewhere.
+        self._moved: set[str] = set()
 
     def play(self, faults: Sequence[Fault]) -> Report:
         """Let it all happen; return what came of it."""
@@ -154,6 +161,8 @@ class Run:
             self._sleep_until(at)
             begun = self._now()
             act = self._acts.begin(fault)
+            if fault.kind is Kind.MOVE:
+                self._moved |= act.machines
             playing.acts.append(act)
             playing.ends.append((self._now() + fault.duration_s, begun, act))
             line = f"{fault}: {'nothing to hit' if act.void else act.whom}"
@@ -252,11 +261,39 @@ class Run:
             for machine in world.machines:
                 _until(f"writes of {machine}", lambda machine=machine: self._writes(machine, observer))  # type: ignore[misc]
         except Unsettled as error:
+            for machine in world.machines:
+                why = None if world.qemus_of(machine) else unexplained(world.keys.status(machine))
+                if why is not None:
+                    self._violations.append(f"{machine} does not run, and {why}")
             raise Unsettled(f"{error}\n{self._state()}") from None
+        for machine in world.machines:
+            self._look_at_status(machine)
+        for host in world.hosts:
+            qemus = host.qemus()
+            records = {qemu.instance: host.record_of(qemu.instance) for qemu in qemus}
+            self._violations += [
+                f"{name} lives on {host.name}, and its record was deleted" for name in off_the_record(qemus, records)
+            ]
         before, begin = self._tool_s, time.monotonic()
         world.ceph.blocklist()
         # A busy machine is not busy at each instant: what it was like before the episode counts, too.
         self._tool_s, self._tool_before_s = time.monotonic() - begin, before
+
+    def _look_at_status(self, machine: str) -> None:
+        """Wait until its status is so; one that is not within its bound is a violation."""
+        world, deadline = self._world, time.monotonic() + FACTOR * STATUS_S + SLACK_S
+        while True:
+            what: str | None = "etcd does not tell"
+            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+                sessions = {host.name for host in world.hosts if world.has_session(host)}
+                status = world.keys.status(machine)
+                what = false_status(status, world.runs(machine), world.qemus_of(machine), sessions)
+            if what is None:
+                return
+            if time.monotonic() > deadline:
+                self._violations.append(f"the status of {machine} is not so for too long: {what}")
+                return
+            time.sleep(LOOK_S)
 
     def _writes(self, machine: str, observer: Observer) -> bool:
         """Whether it is written to by the one QEMU that its lock names, and goes on."""
@@ -300,6 +337,10 @@ class Run:
             locks = world.locks(machine)
             history = observer.history(machine, locks)
             self._violations += [f"{machine}: {violation}" for violation in check(journal, history)]
+            ends = [end for host in world.hosts for end in host.events("instance.ended", instance=machine)]
+            self._violations += killed_for_nothing(
+                ends, owners=journal.owners, locks=locks, ordered=machine in self._moved
+            )
             takeovers += _takeovers(locks)
             fenced |= {address for lock in locks if lock is not None for address in lock.fence}
             records += len(journal.records)
@@ -317,6 +358,7 @@ class Run:
             records=records,
             owners=owners,
             load=os.getloadavg()[0],
+            reached=tuple(sorted(frozenset().union(*(host.points.reached for host in world.hosts)))),
             violations=tuple(self._violations),
             replay=self._replay,
         )

@@ -69,7 +69,8 @@ def test_without_fencing_two_writers_are_found(tmp_path: Path) -> None:
     )
     found = "\n".join(report["violations"])
     assert status == 1
-    assert " wrote after " in found, "no writer of a lower epoch behind one of a higher"
+    # Which of the two is written depends on whose record came last before the end: either tells two writers.
+    assert " wrote after " in found or " wrote as if the other were not there" in found, "no two writers"
     assert "blocklist" in found, "no client that was not shut out in time"
     assert "again: python -m tests.chaos --seed 1" in said
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.chaos.acts import Act, felt_by
 from tests.chaos.bounds import Promise, guarded, promise, together
-from tests.chaos.faults import RIDERS, WATCH_S, Fault, Kind, Reach, Terms, Way, by_hand, schedule
+from tests.chaos.faults import RIDERS, Fault, Kind, Reach, Terms, Way, by_hand, schedule
+from tests.support.bounds import WATCH_S
 
 TERMS = Terms(machines=3, hosts=3, ttl_s=5, wait_s=40)
 KINDS = [kind for kind in Kind if kind is not Kind.GUARD_KILL]

@@ -13,7 +13,7 @@ from tests.support.lock_history import FORWARD, check_lock_values
 ALPHA, BETA = HostName("alpha"), HostName("beta")
 
 
-def taken(previous: Lock | None, host: HostName, name: str, **more: bool) -> Lock:
+def taken(previous: Lock | None, host: HostName, name: str, *, closed: bool = False) -> Lock:
     """As the product takes one."""
     return take(
         previous,
@@ -22,7 +22,7 @@ def taken(previous: Lock | None, host: HostName, name: str, **more: bool) -> Loc
         facts="/kvmsupervisor",
         incarnation=name,
         storage=Storage.RBD,
-        **more,
+        closed=closed,
     )
 
 

@@ -26,6 +26,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.spec import RbdDisk
 from tests.chaos import guest
+from tests.chaos.armed import FOLDER, Points
 from tests.chaos.fabric import Fabric, Node, new_fabric
 from tests.chaos.faults import Terms
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
@@ -120,6 +121,12 @@ class ChaosHost(Host):
         super().__init__(keys, node.name, run_dir=run_dir, **settings)
         self.node = node
         self._programs = programs
+        # As `kvmsupervisor`, with failpoints.
+        self.entry = "tests.chaos.armed"
+        folder = self.folder / "points"
+        folder.mkdir()
+        self.points = Points(folder)
+        self.settings[FOLDER] = str(folder)
         self.around = lambda *argv: node.inside.command("env", "-C", str(ROOT), *argv)
         self._watched: set[int] = set()
 
@@ -166,6 +173,11 @@ class ChaosHost(Host):
         file.write_text(f"{uuid.uuid4()}\n")
         self.node.inside.run("mount", "--bind", str(file), _BOOT_ID)
         self.launch()
+
+    def record_of(self, instance: str) -> str:
+        """What is on record of the QEMU of an instance; empty without a record."""
+        file = self.run_dir / instance / "incarnation.json"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def fill_run_dir(self) -> Callable[[], None]:
         """Leave no byte free in the run directory, whoever frees one; returns what ends that."""
@@ -231,6 +243,7 @@ class World:
             "CEPH_ID": "vm",
             "KVM_QEMU": str(guest.qemu_wrapper(folder)),
             "KVM_QEMU_USER": "",
+            "KVM_EXTRA_FLAGS": "any",
             "KVM_SESSION_TTL": f"{terms.ttl_s:.0f}",
             "KVM_TAKEOVER_WAIT": f"{terms.wait_s:g}",
             "KVM_SHUTDOWN_TIMEOUT": "0",

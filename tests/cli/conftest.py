@@ -31,6 +31,7 @@ class World:
     layout: Layout = field(default_factory=Layout)
     environ: dict[str, str] = field(default_factory=lambda: {"KVM_HOSTNAME": "alpha"})
     agents_seen: dict[tuple[str, str], str] = field(default_factory=dict)
+    heard: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def keys(self, instance: str, **values: str) -> int:
         """Write wishes (`cloud_config` for a name with a hyphen); return the revision."""
@@ -81,6 +82,7 @@ class World:
             settle_s=0,
             can_ask=lambda: asked,
             agent_seen=lambda url, instance: self.agents_seen.get((url, instance)),
+            heard_of=lambda macs: {address: by for address, (mac, by) in self.heard.items() if mac in macs},
         )
         return CliRunner().invoke(cli, args, obj=tools, input=input_text)
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from kvmsupervisor.domain.history import HistoryName
+from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
@@ -75,6 +77,46 @@ def test_a_holder_with_a_session(held: World) -> None:
     result = held.run("break-lock", "1", "--yes")
     assert (result.exit_code, "has a session" in result.stderr) == (1, True)
     assert lock_of(held) == HELD
+
+
+@pytest.mark.parametrize(("machine", "exit_code"), [("second", 0), ("first", 1), ("", 1)])
+def test_another_machine_under_the_name_of_the_holder(held: World, machine: str, exit_code: int) -> None:
+    """Law 12: its session says nothing of the holder; the same machine, or one that is not known, has rebooted."""
+    put(held, replace(HELD, machine="first"))
+    session = HostSession(host="beta", version="1", url="", boot_id="another", machine=machine)
+    held.etcd.write(held.layout.session_key(HostName("beta")), session.to_json())
+    result = held.run("break-lock", "1", "--yes")
+    assert result.exit_code == exit_code, result.output
+    broken = lock_of(held)
+    assert broken is not None
+    assert (broken.state is LockState.BROKEN) == (exit_code == 0)
+
+
+def named(world: World, *, number: int) -> None:
+    """Etcd has a history of this name."""
+    name = HistoryName(id="present", number=number, by="alpha")
+    world.etcd.write(world.layout.history_key, name.to_json())
+
+
+@pytest.mark.parametrize("state", [LockState.RUNNING, LockState.BROKEN])
+def test_a_lock_from_before_a_change_of_history(held: World, state: LockState) -> None:
+    """Law 11: who has the disks open is fenced by a word only; the lock says in which history that was given."""
+    on_rbd = replace(HELD, storage=Storage.RBD, state=state)
+    put(held, on_rbd)
+    named(held, number=1)
+    result = held.run("break-lock", "1", "--yes")
+    assert result.exit_code == 0, result.output
+    assert "whoever has them open is fenced" in result.stdout
+    assert lock_of(held) == replace(on_rbd, state=LockState.BROKEN, history="present")
+
+
+@pytest.mark.parametrize(("number", "history"), [(0, None), (1, "present")])
+def test_a_lock_of_the_present_history(held: World, number: int, history: str | None) -> None:
+    """Law 4: what was written in it is taken, and fenced, without a word."""
+    put(held, replace(HELD, storage=Storage.RBD, history=history))
+    named(held, number=number)
+    result = held.run("break-lock", "1", "--yes")
+    assert (result.exit_code, "--ceph-is-gone" in result.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

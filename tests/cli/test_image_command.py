@@ -181,6 +181,9 @@ def test_check_knows_the_library(used: World) -> None:
     assert "64 hexadecimal digits" in found["wanted"]
     assert "pw" not in str(found)
     used.run("image", "remove", "debian", "--force")
+    used.run("set", "web2", "cdrom=tools")
+    (found,) = (one for one in used.json("check") if one["key"] == "cdrom")
+    assert "tools" in found["found"]
     (found,) = (one for one in used.json("check") if one["key"] == "disk/1")
     assert found["instances"] == ["web2"]
     assert "image add debian" in found["wanted"]

@@ -14,7 +14,8 @@ from kvmsupervisor import __version__
 from kvmsupervisor.adapters.etcd.api import Denied, Rejected
 from kvmsupervisor.cli import main
 from kvmsupervisor.cli.common import Tools
-from kvmsupervisor.cli.main import COMMANDS, ELSEWHERE
+from kvmsupervisor.cli.main import COMMANDS
+from kvmsupervisor.cli.unknown import ELSEWHERE
 from tests.cli.conftest import World
 
 
@@ -127,8 +128,42 @@ def test_a_command_that_is_none_gets_a_suggestion(world: World, typed: str, mean
     """A typo is usage, exit code 2, and what was probably meant is named; nonsense gets no suggestion."""
     result = world.run(typed)
     assert result.exit_code == 2
-    assert f"Did you mean {meant}?" in result.stderr
-    assert "Did you mean" not in world.run("xyzzy").stderr
+    assert f"did you mean {meant}?" in result.stderr
+    assert "did you mean" not in world.run("xyzzy").stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["xyzzy"], "found 'xyzzy', which is no command of `kvmsupervisor`; `kvmsupervisor --help` lists them"),
+        (["LIST"], "did you mean list?"),
+        (["check_config"], "did you mean check-config?"),
+        (["image", "ad"], "found 'ad', which is no command of `kvmsupervisor image`; did you mean add?"),
+        (["w" * 5000], "(5000 characters)"),
+        (["\x1b[2J"], "found '\\x1b[2J'"),
+        (["stop", "1", "--wiat"], "found '--wiat', which is no option of `kvmsupervisor stop`; did you mean --wait?"),
+        (["list", "--json"], "did you mean -o json?"),
+        (["delete", "1", "--force"], "did you mean --yes?"),
+        (["argv", "1", "--xyzzy"], "its options are --output, --shell, --help"),
+        (
+            ["--wait", "stop"],
+            "no option of `kvmsupervisor`; its options are --version, --help; those of a command stand",
+        ),
+        (["stop", "1", "-z"], "found '-z', which is no option of `kvmsupervisor stop`"),
+        (
+            ["set", "1", "ram", "2G"],
+            "found 'ram', which is no KEY=VALUE; a key and its value are one word, such as ram=2G",
+        ),
+        (["set", "1", "rma=2G"], "unknown key: found 'rma' (did you mean ram?); the keys are host, "),
+    ],
+)
+def test_a_mistyped_word_is_told_in_three_parts(world: World, args: list[str], said: str) -> None:
+    """Law: what was found, what is wrong with it, what would be right; nothing is written, no option is guessed."""
+    world.running("1")
+    before = world.etcd.revision
+    result = world.run(*args)
+    assert (result.exit_code in {1, 2}, world.etcd.revision) == (True, before)
+    assert said in " ".join(result.stderr.split()), result.stderr
 
 
 @pytest.mark.parametrize("typed", [*ELSEWHERE, "DESTROY"])
@@ -138,7 +173,7 @@ def test_the_words_of_other_tools_are_told_and_never_run(world: World, typed: st
     before = world.etcd.revision
     result = world.run(typed, "1")
     assert result.exit_code == 2
-    assert f"Did you mean {ELSEWHERE[typed.lower()]}?" in result.stderr
+    assert f"did you mean {ELSEWHERE[typed.lower()]}?" in result.stderr
     assert world.etcd.revision == before
     assert typed not in COMMANDS
     assert ELSEWHERE[typed.lower()].split()[0] in COMMANDS

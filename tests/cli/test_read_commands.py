@@ -350,6 +350,19 @@ def test_check_names_locks_of_dead_hosts_and_unreadable_ones(world: World) -> No
     ]
 
 
+def test_check_names_every_nic_and_forward_that_is_used_twice(world: World) -> None:
+    """Law: a MAC of any NIC counts, and a port of `forward` on one host; the same port elsewhere is another one."""
+    world.host("alpha", "beta")
+    user = {"bridge": ":user", "forward": "tcp:2222:22 udp:2222:53"}
+    world.running("1", mac="52:54:00:00:00:01", **user)
+    world.running("2", **{"mac": "52:54:00:00:00:02", "nic/1/mac": "52-54-00-00-00-01"}, **user)
+    world.running("3", "beta", mac="52:54:00:00:00:03", **user)
+    said = {(key, text) for _, key, text in found(world)}
+    assert ("mac", "52:54:00:00:00:01, used by 1, 2") in said
+    assert {("forward", f"{kind} 2222 on host alpha, used by 1, 2") for kind in ("tcp", "udp")} < said
+    assert not any("beta" in text for _, text in said)
+
+
 def test_check_names_what_is_used_twice(world: World) -> None:
     """MACs and images anywhere, SPICE ports on one host; however they are written."""
     world.host("alpha", "beta")
@@ -405,14 +418,14 @@ def test_argv_foresees_what_a_start_makes(world: World, tmp_path: Path) -> None:
         world.keys("1", ram="1G", rbd="rbd/vm1", firmware="uefi", **{"cloud-config": "https://example.org/config"})
         words = world.run("argv", "1").stdout
         assert '"image":"vm1.nvram"' in words
-        assert f"{run_dir}/1/ceph.key" in words
+        assert '"id":"ceph0","file":"/proc/self/fd/' in words
         assert f"{run_dir}/1/seed.iso" in words
 
         ignition = Path(run_dir, "1/ignition.json")
         ignition.parent.mkdir()
         ignition.touch()
         words = world.run("argv", "1").stdout
-        assert f"opt/com.coreos/config,file={ignition}" in words
+        assert "opt/com.coreos/config,file=/proc/self/fd/" in words
         assert "seed.iso" not in words
 
 

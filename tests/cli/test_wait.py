@@ -31,6 +31,7 @@ def seen(phase: Phase, revision: int = 7, *, locked: bool = True, holder: str = 
     return Sighting(status=status, locked=locked, holder=holder, host_alive=True)
 
 
+AS_WRITTEN = waiting.until_as_written(lambda macs: {})
 NOTHING = Sighting(status=None, locked=False)
 ONLY_LOCKED = Sighting(status=None, locked=True)
 
@@ -47,8 +48,8 @@ ONLY_LOCKED = Sighting(status=None, locked=True)
         (waiting.until_running, seen(Phase.RUNNING, problems=("ram: bad",)), False),
         (waiting.until_running, seen(Phase.INVALID, problems=("ram: bad",)), False),
         (waiting.until_running, seen(Phase.RUNNING, 9), True),
-        (waiting.until_as_written, seen(Phase.RUNNING, 9), True),
-        (waiting.until_as_written, seen(Phase.RUNNING, 9, awaited_host="nowhere"), None),
+        (AS_WRITTEN, seen(Phase.RUNNING, 9), True),
+        (AS_WRITTEN, seen(Phase.RUNNING, 9, awaited_host="nowhere"), None),
         (waiting.until_restarted, seen(Phase.RUNNING, incarnation="i2", awaited_host="nowhere"), True),
         (waiting.until_stopped, seen(Phase.STOPPED, 6), None),
         (waiting.until_stopped, seen(Phase.STOPPING), None),
@@ -76,7 +77,11 @@ def test_a_goal_is_reached_by_facts_that_are_new_enough(
 
 
 async def waited(
-    world: World, supervisor: Callable[[], Awaitable[None]], goal_of: Callable[[Written], Goal]
+    world: World,
+    supervisor: Callable[[], Awaitable[None]],
+    goal_of: Callable[[Written], Goal],
+    *,
+    timeout_s: float = 20,
 ) -> tuple[list[Outcome], list[tuple[str, str]]]:
     """Switch instance 1 on and wait for a goal while `supervisor` acts; return outcomes and what was told."""
     client = world.etcd.peer()
@@ -87,7 +92,7 @@ async def waited(
         client,
         world.layout,
         [(written, goal_of(written))],
-        timeout_s=20,
+        timeout_s=timeout_s,
         report=lambda instance, phase, reason: told.append((phase, reason)),
     )
     await acting
@@ -166,6 +171,32 @@ async def test_an_etcd_that_goes_away_is_waited_for(world: World, monkeypatch: p
     (outcome,) = await waiting.wait_for_all(client, world.layout, goals, timeout_s=20, report=report)
     assert outcome.ok
     assert told == ["etcd does not answer: the fake etcd is away"]
+
+
+async def test_work_that_goes_on_is_waited_for(world: World) -> None:
+    """The time begins anew with each step of a fetch, over however slow a line; not where it stands still."""
+    world.host("alpha")
+    world.keys("1", host="alpha", ram="1G")
+    limit_s = 1.0
+    began = asyncio.get_running_loop().time()
+
+    async def supervisor() -> None:
+        for percent in (0, 5, 10, 15):
+            world.status("1", "alpha", Phase.WAITING, f"disk/0: fetched {percent} % of 600 MiB")
+            await asyncio.sleep(0.4 * limit_s)
+        world.status("1", "alpha", Phase.RUNNING, pid=5)
+
+    outcomes, _ = await waited(world, supervisor, waiting.until_running, timeout_s=limit_s)
+    assert outcomes == [Outcome(ONE, True, "running on alpha, pid 5")]
+    assert asyncio.get_running_loop().time() - began > limit_s
+
+
+def test_what_counts_as_progress() -> None:
+    """More of the same work than ever before: what fails half way and begins again and again ends a wait."""
+    progress = waiting.Progress()
+    told = ["fetched 0 % of 9 MiB", "fetched 5 % of 9 MiB", "fetched 5 % of 9 MiB", "fetched 0 % of 9 MiB",
+            "fetched 5 % of 9 MiB", "fetched 10 % of 9 MiB", "converted to raw, 0 %", "waits for its turn"]  # fmt: skip
+    assert [progress.is_made(one) for one in told] == [True, True, False, False, False, True, True, False]
 
 
 async def test_rights_that_are_gone_end_the_wait(world: World) -> None:

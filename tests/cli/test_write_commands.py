@@ -514,14 +514,27 @@ def test_no_time_is_no_number_of_seconds(world: World) -> None:
 
 
 @pytest.mark.parametrize("command", ["stop", "start", "restart", "reset", "delete", "show", "set"])
-@pytest.mark.parametrize("word", ["web", "we", "w", "web*", "web1 ", "web1/", "/kvm/web1", "1", "", "WEB1", "."])
+@pytest.mark.parametrize(
+    "word",
+    ["web", "we", "w", "*b", "web?x", "WEB*", "web[!1]", "web1 ", "web1/", "web1/*", "/kvm/*", "1", "", "WEB1", "."],
+)
 def test_no_command_takes_a_part_for_the_whole(world: World, command: str, word: str) -> None:
-    """Neither a prefix, a pattern, a path nor another case of an id is that id; nothing is written."""
+    """Neither a prefix, a pattern of a part, a path nor another case of an id is that id; nothing is written."""
     for name in ("web1", "web10", "web1.x"):
         world.running(name)
     before = world.etcd.revision
-    more = {"delete": ["--yes"], "set": ["ram=2G"]}.get(command, [])
+    more = {"delete": ["--yes"], "stop": ["--yes"], "set": ["ram=2G"]}.get(command, [])
     assert world.run(command, word, *more).exit_code in {1, 2}
+    assert world.etcd.revision == before
+
+
+@pytest.mark.parametrize("command", ["restart", "reset", "set"])
+@pytest.mark.parametrize("word", ["web*", "web1*", "*", "web[1]"])
+def test_other_commands_take_no_pattern(world: World, command: str, word: str) -> None:
+    """A pattern is for `show`, `delete`, `start` and `stop`, which say or ask what it means; else it is no id."""
+    world.running("web1")
+    before = world.etcd.revision
+    assert world.run(command, word, *(["ram=2G"] if command == "set" else [])).exit_code == 2
     assert world.etcd.revision == before
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.ceph import FENCE_MIN_S, Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import FENCE_MIN_S, Ceph, CephAccess, NoSuchImage
+from kvmsupervisor.adapters.handed import sealed
 from kvmsupervisor.adapters.rundir import InstanceDir
-from kvmsupervisor.cluster.fencing import CephFencing, NotFenced, StorageAway
+from kvmsupervisor.cluster.fencing import CephFencing, InUse, NotFenced, StorageAway
 from kvmsupervisor.domain import hardware
+from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_to_object
 from tests.support.ceph import CLIENT_CAPS, POOL
@@ -99,6 +102,20 @@ async def test_two_on_one_image_are_never_mixed_up(ceph: Cluster, fencing: CephF
             assert await fencing.clients(record(image), known=[target]) == (client,)
         await fencing.fence([target])
         assert await fencing.clients(record(image)) == (client,)
+
+
+async def test_of_a_new_image_it_is_asked_who_has_it_open(
+    ceph: Cluster, fencing: CephFencing, image: RbdDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 3: features and lock of an image that was just made are known; who else has it open is asked all the same."""
+    monkeypatch.setattr(fencing._ceph, "image_info", None)
+    monkeypatch.setattr(fencing._ceph, "lock_owners", None)
+    async with RbdQemu(ceph, image):
+        (client,) = await fencing.clients(record(image), new=[image.name])
+        assert {client} == ceph.watchers(str(image))
+        async with RbdQemu(ceph, image):
+            with pytest.raises(InUse):
+                await fencing.clients(record(image), new=[image.name])
 
 
 async def test_what_has_no_disk_has_no_client(fencing: CephFencing) -> None:
@@ -216,7 +233,14 @@ async def test_who_left_the_image_locked_is_shut_out_for_good(
         await until(lambda: count(ceph, writer))
         old.freeze()
         await until(lambda: zombie not in ceph.watchers(str(writer)))
+
+        async def admit(clients: Collection[str]) -> None:
+            raise NotFenced(f"{sorted(clients)} is another instance's")
+
         async with RbdQemu(ceph, writer) as new:
+            with pytest.raises(NotFenced, match=rf"{zombie}'\] is another instance's"):
+                await fencing.clients(record(writer), admit=admit)
+            assert zombie not in ceph.blocklist()
             (own,) = await fencing.clients(record(writer))
             assert own != zombie
             (entry,) = [
@@ -251,6 +275,35 @@ async def test_without_ceph_nothing_is_known(ceph: Cluster, access: CephAccess, 
         ceph.cont_mon()
 
 
+class Told(Ceph):
+    """Images and who has them open, as a test says; no other image is there."""
+
+    def __init__(self, images: dict[str, set[str]]) -> None:
+        super().__init__(CephAccess())
+        self._images = images
+
+    async def watchers(self, image: RbdDisk) -> frozenset[Client]:
+        if image.name not in self._images:
+            raise NoSuchImage(f"{image.name} does not exist")
+        return frozenset(map(Client, self._images[image.name]))
+
+
+async def test_an_image_that_the_keys_name_no_more() -> None:
+    """Law 4: it counts while the holder has it open; others may have it, or have deleted it."""
+    running = record(RbdDisk("rbd", "former")).as_lock(HostName("z"), facts="/f", ran=True)
+    lock = replace(running, clients=("own",))
+    assert lock.images == ("rbd/former",)
+    now = RbdDisk("rbd", "now")
+    images = {"rbd/now": {"any"}, "rbd/former": {"own", "another"}}
+    assert await CephFencing(Told(images)).watchers([now], lock) == ("any", "own")
+    assert await CephFencing(Told(images)).watchers([now]) == ("any",)
+    del images["rbd/former"]
+    assert await CephFencing(Told(images)).watchers([now], lock) == ("any",)
+    del images["rbd/now"]
+    with pytest.raises(NotFenced, match="does not exist"):
+        await CephFencing(Told(images)).watchers([now], lock)
+
+
 async def test_what_ceph_refuses_is_told(fencing: CephFencing, image: RbdDisk) -> None:
     """Law 4: what waiting does not mend is not "away"."""
     gone = RbdDisk(pool=POOL, image=f"{image.image}-gone")
@@ -280,13 +333,12 @@ async def _write_as_somebody_else(
 ) -> None:
     root = os.geteuid() == 0
     key = await Ceph(access).key()
-    key_file = folder.write_ceph_key(key, group=_group_of_nobody() if root else None)
-    assert key_file.stat().st_mode & 0o777 == 0o640
+    key_file = sealed("ceph-key", key.encode())
     # It must be able to read ceph.conf, in whose folder it may not look around.
     conf = folder.path / "ceph.conf"
     shutil.copy(ceph.conf, conf)
     conf.chmod(0o644)
-    side = hardware.Ceph(user="vm", conf=str(conf), key_file=str(key_file))
+    side = hardware.Ceph(user="vm", conf=str(conf), key=key_file)
     async with RbdQemu(ceph, writer, side=side, prefix=UNPRIVILEGED if root else ()) as qemu:
         of_process = Path(f"/proc/{qemu.process.pid}")
         status = (of_process / "status").read_text()
@@ -295,14 +347,9 @@ async def _write_as_somebody_else(
             assert "CapEff:\t0000000000000000" in status
         assert "Seccomp:\t2" in status
         assert key.encode() not in (of_process / "cmdline").read_bytes()
-        # Read once, at the beginning: a file that is gone does not matter any more.
-        key_file.unlink()
+        os.close(key_file)
         (client,) = await fencing.clients(record(writer))
         await qemu.cont()
         await until(lambda: count(ceph, writer))
         await fencing.fence([client])
         await qemu.until_event("BLOCK_IO_ERROR")
-
-
-def _group_of_nobody() -> int:
-    return grp.getgrnam("nogroup").gr_gid

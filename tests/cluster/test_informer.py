@@ -12,9 +12,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Batch, Compacted, Denied, Event, KeyValue, Listing, Unavailable
-from kvmsupervisor.cluster.informer import SLICE, Informer, Wishes
+from kvmsupervisor.cluster.informer import SLICE, Informer, Proof
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.grouping import Flat
-from kvmsupervisor.domain.keys import InstanceId, Layout
+from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.parse_keys import VALUE_LIMIT
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
@@ -47,11 +48,11 @@ class Bench:
         self.table = Flat()
         self.told: list[tuple[set[bytes], int]] = []
 
-    def informer(self, etcd: FakeEtcd | None = None) -> Informer[bytes]:
+    def informer(self, etcd: FakeEtcd | None = None, *, history: Proof | None = None) -> Informer[bytes]:
         return Informer(
             store=etcd or self.etcd,
             clock=self.clock,
-            history=SameHistory(),
+            history=history or SameHistory(),
             prefix="/p/",
             table=self.table,
             on_change=self.note,
@@ -95,6 +96,28 @@ async def test_lists_then_watches(bench: Bench) -> None:
         assert set().union(*(keys for keys, _ in bench.told[1:])) == {b"/p/a", b"/p/b", b"/p/c"}
         assert informer.revision == bench.etcd.revision == bench.told[-1][1]
     assert not informer.in_step
+
+
+class Turning(SameHistory):
+    """Another connection finds another history, now and then."""
+
+    def __init__(self) -> None:
+        self.era, self.turn = 0, asyncio.Event()
+
+    async def turned(self, era: int) -> None:
+        if self.era == era:
+            await self.turn.wait()
+
+
+async def test_another_history_that_is_found_beside_a_quiet_watch_is_listed(bench: Bench) -> None:
+    """Law 11: otherwise tables of two histories stand beside each other, and no key is told (simulation, seed 4867)."""
+    history = Turning()
+    informer = bench.informer(history=history)
+    async with running(informer):
+        history.era, turn, history.turn = 1, history.turn, asyncio.Event()
+        turn.set()
+        await bench.clock.advance(5.0)
+        assert (informer.era, informer.in_step) == (1, True)
 
 
 async def test_an_empty_prefix_is_in_step_and_tells_of_nothing(bench: Bench) -> None:
@@ -342,12 +365,19 @@ async def test_whatever_happens_the_changes_told_add_up_to_the_truth(bench: Benc
 
 def wishes_on(etcd: FakeEtcd, clock: FakeClock, layout: Layout) -> tuple[Wishes, list[set[str]]]:
     told: list[set[str]] = []
+
+    def note(ids: Set[InstanceId], _: int) -> None:
+        told.append(set(ids))
+        wishes.heed(ids)
+
     wishes = Wishes(
         store=etcd,
         clock=clock,
         layout=layout,
         history=SameHistory(),
-        on_change=lambda ids, _: told.append(set(ids)),
+        me=HostName("a"),
+        concerns=lambda name: True,
+        on_change=note,
         on_anew=lambda: None,
     )
     return wishes, told
@@ -359,7 +389,8 @@ async def test_wishes_and_locks_wherever_the_template_puts_them(bench: Bench, te
     layout = Layout(lock=template)
     bench.etcd.write("/kvm/1/ram", "512")
     bench.etcd.write("/kvm/../ram", "512")
-    bench.etcd.write(layout.lock_key(InstanceId("2")), "{}")
+    # A lock that names this host concerns it, whatever the keys say.
+    bench.etcd.write(layout.lock_key(InstanceId("2")), '{"host":"a"}')
     wishes, told = wishes_on(bench.etcd, bench.clock, layout)
     assert not wishes.synced
     async with running(wishes):
@@ -401,6 +432,41 @@ async def test_ten_thousand_unknown_keys_of_one_instance_hurt_no_other(bench: Be
         await settle()
         assert set().union(*told) == {"1"}
         assert len(wishes.keys_of(ONE)) == 10_000
+
+
+async def test_a_crowd_lists_again_one_after_the_other(bench: Bench) -> None:
+    """What makes one host list again makes all: each waits a random part of what all need. A first list does not."""
+    history = SameHistory()
+    history.hosts = 101
+
+    async def slow(call: str) -> None:
+        if call == "list":
+            await bench.clock.sleep(0.1)
+
+    bench.etcd.hook = slow
+    informer = Informer(
+        store=bench.etcd,
+        clock=bench.clock,
+        history=history,
+        prefix="/p/",
+        table=Flat(),
+        on_change=lambda keys, revision: None,
+        rand=lambda: 0.5,
+    )
+    async with running(informer):
+        await bench.clock.advance(0.1)
+        assert informer.in_step
+        bench.etcd.away()
+        await settle()
+        for value in "12":
+            bench.etcd.write("/p/a", value)
+        bench.etcd.compact()
+        bench.etcd.back()
+        await bench.clock.advance(4.9)
+        assert bench.etcd.calls["list"] == 1
+        await bench.clock.advance(0.3)
+        assert bench.etcd.calls["list"] == 2
+        assert informer.in_step
 
 
 async def test_batches_need_not_come_from_the_fake() -> None:

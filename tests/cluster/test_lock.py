@@ -83,13 +83,16 @@ DISTURBED = {
     Compared.SESSION: lambda etcd: etcd.erase(SESSION_KEY),
     Compared.GROUND: lambda etcd: etcd.write(HOST_KEY, "b"),
     Compared.HOLDER_GONE: lambda etcd: etcd.write("/kvmsupervisor/hosts/b", "{}"),
+    Compared.TARGET: lambda etcd: etcd.erase(Layout().offer_key(ONE)),
 }
 
 
 @pytest.mark.parametrize("disturbed", Compared, ids=lambda each: each.name.lower())
 @pytest.mark.parametrize("change", Change, ids=lambda each: each.name.lower())
 async def test_each_row_compares_what_it_says(bench: Bench, change: Change, disturbed: Compared) -> None:
-    """Laws 2, 4 and 7: what a row of the lock's state table compares fails the transaction, and nothing else does."""
+    """Laws 2, 4, 7 and 13: what a row of the lock's table compares fails the transaction, and nothing else does."""
+    bench.etcd.write(Layout().offer_key(ONE), "{}")
+    offer = bench.etcd.revision
     bench.etcd.write(LOCK_KEY, MINE.to_json())
     compared = compares(
         change,
@@ -99,6 +102,7 @@ async def test_each_row_compares_what_it_says(bench: Bench, change: Change, dist
         session=bench.session,
         ground=bench.ground,
         holder=HostName("b"),
+        offer=offer,
     )
     DISTURBED[disturbed](bench.etcd)
     result = await bench.etcd.txn(compared, [])

@@ -15,6 +15,7 @@ import pytest
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Page
+from kvmsupervisor.adapters.etcd.api import Event, KeyValue
 from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.session import HostnameTaken, Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
@@ -24,6 +25,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.history import SameHistory
 from tests.support.etcd import EtcdCluster, EtcdServer
+from tests.support.invariants import Followed, Value
 
 ME = HostSession(host="a", version="1", url="http://a:9746", boot_id="boot-1", machine="machine-a")
 ONE = InstanceId("1")
@@ -159,22 +161,38 @@ async def test_a_living_namesake_is_found_and_a_dead_one_waited_out(etcd: Etcd, 
 
 async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> None:
     """History that is gone before the watch begins: listed again, the difference told, then in step."""
-    await etcd.put("/p/a", b"1")
-    await etcd.put("/p/b", b"1")
+    truth: list[Event] = []
+
+    async def put(key: str, value: bytes) -> int:
+        revision = await etcd.put(key, value)
+        truth.append(Event(KeyValue(key.encode(), value, revision, 0), deleted=False))
+        return revision
+
+    await put("/p/a", b"1")
+    await put("/p/b", b"1")
     real = etcd.pages
     told: list[set[bytes]] = []
+    wrong: list[str] = []
     table = Flat()
+    follows: Followed[bytes] = Followed(lambda key: key)
     news = asyncio.Event()
 
-    def note(keys: Set[bytes], _: int) -> None:
+    def held(key: bytes) -> Value:
+        entry = table.get(key)
+        return None if entry is None else (entry.value, entry.mod_revision)
+
+    def note(keys: Set[bytes], revision: int) -> None:
+        events = [one for one in truth if follows.revision < one.kv.mod_revision <= revision]
+        if len(told) < 2:
+            wrong.extend(follows.told(keys, revision, events=events, held=held))
         told.append(set(keys))
         news.set()
 
     async def late(prefix: str, *, page: int = 10_000) -> AsyncGenerator[Page, None]:
         etcd.pages = real  # type: ignore[method-assign]
         async for listing in real(prefix, page=page):
-            await etcd.put("/p/a", b"2")
-            revision = await etcd.put("/p/c", b"1")
+            await put("/p/a", b"2")
+            revision = await put("/p/c", b"1")
             await asyncio.to_thread(server.ctl, "compact", str(revision))
             yield listing
 
@@ -187,6 +205,7 @@ async def test_the_mirror_after_a_compaction(server: EtcdServer, etcd: Etcd) -> 
             news.clear()
             await news.wait()
         assert told == [{b"/p/a", b"/p/b"}, {b"/p/a", b"/p/c"}]
+        assert wrong == []
         news.clear()
         await asyncio.to_thread(server.ctl, "del", "--prefix", "/p/")
         await news.wait()

@@ -6,14 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, KeyValue, Put, Rejected, Target, Unavailable
-from kvmsupervisor.cluster.status_writer import BURST, BYTES_PER_TXN, OPS_PER_TXN, VALUE_BYTES, StatusWriter
+from kvmsupervisor.cluster.batches import BURST, BYTES_PER_TXN, OPS_PER_TXN
+from kvmsupervisor.cluster.status_writer import StatusWriter
+from kvmsupervisor.domain.events import RESET, made
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.status import VALUE_BYTES, Phase, Status
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 
@@ -322,6 +325,23 @@ async def test_after_a_lost_reply_the_key_is_written_again(bench: Bench, applied
         assert await status_writer.flush(0)
 
 
+async def test_what_the_key_held_before_a_lost_reply_is_written_again(bench: Bench) -> None:
+    """While a write is on its way, what the key held before it is wanted again; then its reply is lost (seed 4161)."""
+    bench.status_writer.set(ONE, status(ONE, "before"))
+    async with bench.running() as status_writer:
+        await bench.clock.advance(5)
+
+        async def meanwhile(call: str) -> None:
+            bench.etcd.hook = None
+            status_writer.set(ONE, status(ONE, "before"))
+
+        bench.etcd.hook = meanwhile
+        bench.etcd.lose_next_reply()
+        status_writer.set(ONE, status(ONE, "for a moment"))
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == status(ONE, "before").to_json()
+
+
 async def test_forgetting_deletes_what_is_ours(bench: Bench) -> None:
     """One of this host's statuses, written by this process or an earlier one; once."""
     bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
@@ -381,6 +401,52 @@ async def test_a_value_written_between_look_and_deletion_stays(bench: Bench) -> 
         assert await status_writer.flush(0)
 
 
+RUNS = replace(status(ONE, "runs", epoch=3), pid=7)
+LAST = replace(status(ONE, "its `host` is b", epoch=3), phase=Phase.STOPPED)
+THEIRS = status(ONE, "waits", host="b", epoch=3)
+
+
+@pytest.mark.parametrize("wanted", [RUNS, LAST], ids=["told of it", "was to tell of its end"])
+@pytest.mark.parametrize("theirs", [None, THEIRS], ids=["ours", "another host's"])
+async def test_what_leaves_is_not_said_to_live_here(bench: Bench, wanted: Status, theirs: Status | None) -> None:
+    """Nobody else may correct a status of this host: it is written for the last time, when etcd has space again."""
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, RUNS)
+        await settle()
+        bench.etcd.fill()
+        status_writer.set(ONE, wanted)
+        status_writer.leave(ONE, LAST)
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == RUNS.to_json()
+        if theirs is not None:
+            bench.etcd.write(Layout().status_key(ONE), theirs.to_json())
+        bench.etcd.make_space()
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == (theirs or LAST).to_json()
+        assert status_writer.ids() == set()
+        assert await status_writer.flush(0)
+
+
+async def test_what_left_with_its_lock_has_said_so(bench: Bench) -> None:
+    """Nothing is asked: the release has written the last status. Wanted again, it is written again."""
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, RUNS)
+        await settle()
+        bench.etcd.write(Layout().status_key(ONE), LAST.to_json())
+        status_writer.wrote(ONE, LAST.to_json(), bench.etcd.revision)
+        bench.etcd.calls.clear()
+        status_writer.leave(ONE, replace(LAST, reason="in other words"))
+        await settle()
+        assert bench.etcd.calls.total() == 0
+        assert status_writer.ids() == set()
+        status_writer.set(ONE, RUNS)
+        status_writer.leave(ONE, LAST)
+        status_writer.set(ONE, RUNS)
+        status_writer.forget(ONE)
+        await bench.clock.advance(1)
+        assert bench.value(ONE) == LAST.to_json()
+
+
 async def test_forgotten_and_wanted_again(bench: Bench) -> None:
     """The last word counts, at whatever moment it comes."""
     async with bench.running() as status_writer:
@@ -419,6 +485,48 @@ async def test_what_another_host_may_have_written_is_written_over(bench: Bench) 
         status_writer.doubt(ONE)
         await bench.clock.advance(1)
         assert bench.value(ONE) is None
+
+
+@pytest.mark.parametrize("others", [b"another host's", None])
+async def test_what_was_written_while_the_session_was_lost_is_written_over(bench: Bench, others: bytes | None) -> None:
+    """Others may speak for a host that has no session. Once it has one again, its own word counts (seed 559)."""
+    names = [InstanceId(f"i{number}") for number in range(2 * OPS_PER_TXN)]
+    async with bench.running() as status_writer:
+        for name in names:
+            status_writer.set(name, status(name))
+        await bench.clock.advance(60)
+        bench.session.turn(held=False)
+        if others is None:
+            bench.etcd.erase(Layout().status_key(names[-1]))
+        else:
+            bench.etcd.write(Layout().status_key(names[-1]), others)
+        revision = bench.etcd.revision
+        bench.etcd.fail_next(Unavailable("not now"))
+        bench.session.turn(held=True)
+        await bench.clock.advance(60)
+        assert bench.value(names[-1]) == status(names[-1]).to_json()
+        assert bench.etcd.revision == revision + 1
+
+
+@pytest.mark.parametrize("cause", ["an event", "the session"])
+async def test_what_another_host_speaks_for_is_left_alone(bench: Bench, cause: str) -> None:
+    """Neither an event nor a session that is back writes an old status over another host's (seed 1734)."""
+    async with bench.running() as status_writer:
+        status_writer.set(ONE, status(ONE))
+        await bench.clock.advance(5)
+        bench.etcd.write(Layout().status_key(ONE), b"another host's")
+        status_writer.cede(ONE)
+        if cause == "an event":
+            status_writer.note(ONE, made(RESET, status(ONE), at="now"))
+        else:
+            bench.session.turn(held=False)
+            bench.session.turn(held=True)
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == b"another host's"
+        assert await status_writer.flush(0)
+        status_writer.set(ONE, status(ONE))
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == status(ONE).to_json()
 
 
 @pytest.mark.parametrize("ours", ["unknown", "written before", "on its way"])
@@ -519,7 +627,7 @@ async def test_a_value_written_by_another_transaction_is_known(bench: Bench) -> 
         assert bench.etcd.writes == []
         status_writer.forget(ONE)
         await settle()
-        assert [type(op) for op in bench.etcd.writes] == [Delete]
+        assert [type(op) for op in bench.etcd.writes] == [Delete, Delete]  # its status, and its events
 
 
 async def test_a_write_on_its_way_does_not_undo_what_another_transaction_wrote(bench: Bench) -> None:

@@ -13,8 +13,16 @@ import pytest
 
 from kvmsupervisor.config.load import SettingsError, load_settings, origins
 from kvmsupervisor.config.settings import SETTINGS, Settings
-from kvmsupervisor.config.values import Accel, CgroupKind, Listen, LogFormat, LogLevel, Unfenced
-from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.config.values import (
+    Accel,
+    CgroupKind,
+    EtcdWallKind,
+    Listen,
+    LogFormat,
+    LogLevel,
+    MigrationKind,
+    Unfenced,
+)
 from kvmsupervisor.domain.keys import Layout
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +80,11 @@ def test_defaults() -> None:
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
         qemu_user=None,
+        qemu_uids=None,
+        qemu_sees=None,
+        etcd_wall=EtcdWallKind.AUTO,
         cgroup=CgroupKind.AUTO,
-        extra_flags=AllowedFlags(),
+        extra_flags=None,
         bridge_helper=None,
         memory_reserve_mib=512,
         state_dir=Path("/var/lib/kvmsupervisor"),
@@ -87,9 +98,14 @@ def test_defaults() -> None:
         media_inward_redirects=False,
         ceph_conf=None,
         ceph_id=None,
+        supervisor_ceph_id=None,
         allow_unfenced=False,
         unfenced=Unfenced.PIN,
         takeover_wait_s=60.0,
+        migration=MigrationKind.AUTO,
+        migration_listen=None,
+        migration_bandwidth_mib=0,
+        migration_parallel=1,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
         start_timeout_s=60.0,
@@ -284,6 +300,19 @@ def test_etcd_options_come_in_pairs(secret: str) -> None:
         assert problem_of({**https, one: secret}) == f"{other}: found nothing; {one} is set and needs it"
     both = load({**https, "ETCD_CERT": secret, "ETCD_KEY": secret, "ETCD_CACERT": secret})
     assert both.etcd_cert == both.etcd_key == both.etcd_cacert == Path(secret)
+
+
+def test_guests_with_clients_of_their_own_need_one_beside() -> None:
+    """Law: with %i in CEPH_ID the supervisor's own client is named, and is one for all."""
+    assert problem_of({"CEPH_ID": "kvm-%i"}) == (
+        "KVM_SUPERVISOR_CEPH_ID: found nothing; CEPH_ID is kvm-%i, the users of guests: this names the user of their "
+        "supervisor, such as kvm"
+    )
+    said = problem_of({"CEPH_ID": "kvm-%i", "KVM_SUPERVISOR_CEPH_ID": "kvm-%i"})
+    assert said == "KVM_SUPERVISOR_CEPH_ID: found 'kvm-%i'; it is one user for all instances, without %i"
+    both = load({"CEPH_ID": "kvm-%i", "KVM_SUPERVISOR_CEPH_ID": "kvm"})
+    assert (both.ceph_id, both.supervisor_ceph_id) == ("kvm-%i", "kvm")
+    assert load({"CEPH_ID": "kvm"}).supervisor_ceph_id is None
 
 
 def test_tls_needs_https(secret: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from kvmsupervisor.adapters.cgroup import choose
 from kvmsupervisor.adapters.cgroup.manager import cgroups_of, CgroupFailed
 from kvmsupervisor.adapters.cgroup.place import look
+from kvmsupervisor.aio import in_own_thread
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 ONE = InstanceId("one")
@@ -25,7 +26,11 @@ ONE = InstanceId("one")
 async def begin(manager, *argv, incarnation="i1", limits=Limits(), **more):
     cgroup = await manager.prepare(ONE, incarnation, limits)
     stdin = subprocess.DEVNULL if cgroup.stdin is None else cgroup.stdin
-    child = subprocess.Popen(cgroup.wrap(argv), stdin=stdin, start_new_session=True, **more)
+    def start():
+        cgroup.enter()
+        return subprocess.Popen(cgroup.wrap(argv), stdin=stdin, start_new_session=True, **more)
+
+    child = in_own_thread(start)
     try:
         await cgroup.settle(child.pid)
     finally:

@@ -29,6 +29,7 @@ SPAWNER = """
 import asyncio, json, subprocess, sys
 from pathlib import Path
 from kvmsupervisor.adapters.cgroup import choose
+from kvmsupervisor.aio import in_own_thread
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 
@@ -36,7 +37,10 @@ async def main():
     chosen = await choose("auto")
     cgroup = await chosen.cgroups.prepare(InstanceId("one"), "i1", Limits())
     stdin = subprocess.DEVNULL if cgroup.stdin is None else cgroup.stdin
-    guest = subprocess.Popen(cgroup.wrap(["/bin/sleep", "600"]), stdin=stdin, start_new_session=True)
+    def start():
+        cgroup.enter()
+        return subprocess.Popen(cgroup.wrap(["/bin/sleep", "600"]), stdin=stdin, start_new_session=True)
+    guest = in_own_thread(start)
     await cgroup.settle(guest.pid)
     neighbour = subprocess.Popen(["/bin/sleep", "601"], stdin=subprocess.DEVNULL, start_new_session=True)
     while Path(f"/proc/{guest.pid}/comm").read_text() != "sleep\\n":

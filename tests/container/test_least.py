@@ -9,6 +9,7 @@ import pytest
 
 from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.capabilities import TO_BE_ANOTHER, Capability
+from kvmsupervisor.domain.uids import DEFAULT_UIDS
 from tests.support.boxed import Boxes, begin
 from tests.support.ceph import CLIENT_CAPS, POOL, Ceph
 from tests.support.cluster import Keys, eventually
@@ -25,8 +26,6 @@ TREE = "--volume=/sys/fs/cgroup:/sys/fs/cgroup"
 BUS = ["--volume=/run/dbus/system_bus_socket:/run/dbus/system_bus_socket", "--volume=/run/systemd:/run/systemd"]
 BRIDGED = ["--cap-add=NET_ADMIN", "--device=/dev/net/tun"]
 """What only NICs need."""
-
-QEMU_UID = "107"
 
 
 def without(*words: str) -> list[str]:
@@ -73,13 +72,20 @@ def test_it_is_enough(image_host: ImageHost, storage: Ceph, guest: Guest, home: 
         for line in host.run("cat", f"/proc/{before.pid}/status").stdout.splitlines()
         if ":\t" in line
     )
-    assert state["Uid"].split() == [QEMU_UID] * 4
+    (uid,) = set(state["Uid"].split())
+    assert DEFAULT_UIDS.first <= int(uid) <= DEFAULT_UIDS.last
     assert (state["CapPrm"], state["CapEff"], state["CapAmb"], state["NoNewPrivs"]) == (
         "0" * 16,
         "0" * 16,
         "0" * 16,
         "1",
     )
+    # Its user does not reach etcd, and root does.
+    eventually("the rule", lambda: host.metric(r'wall\{wall="etcd"\}') == 1)
+    port = ETCD.rpartition(":")[2]
+    reach = ("python3", "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}))")
+    assert host.run("setpriv", f"--reuid={uid}", "--clear-groups", *reach, check=False).returncode != 0
+    assert host.run(*reach, check=False).returncode == 0
     (tap,) = host.run("ls", f"/sys/class/net/{BRIDGE}/brif").stdout.split()
 
     def sent() -> int:

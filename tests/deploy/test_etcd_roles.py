@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.adapters.etcd import Delete, Etcd, EtcdConfig, Put
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
@@ -35,6 +37,18 @@ class Secured:
 
     def put(self, user: str, key: str, value: str = "x") -> None:
         self.etcd.ctl("put", key, value, user=f"{user}:{user}{user}")
+
+    async def instead(self, user: str, old: Iterable[str], new: Mapping[str, str]) -> int:
+        """As this user, delete keys and write others in one transaction; return its revision."""
+        config = EtcdConfig(
+            endpoints=self.etcd.endpoints, username=user, password_file=self.folder / user, call_timeout_s=30.0
+        )
+        etcd = Etcd(config)
+        try:
+            gone = [Delete(key) for key in old if key not in new]
+            return (await etcd.txn([], [*gone, *(Put(key, value.encode()) for key, value in new.items())])).revision
+        finally:
+            await etcd.close()
 
     def refused(self, user: str, *args: str) -> None:
         with pytest.raises(AssertionError, match="permission denied"):
@@ -64,12 +78,14 @@ def test_each_may_do_its_part_and_no_more(secured: Secured, tiny: str) -> None:
         assert made.returncode == 0, made.stderr
         assert host.wait_for("one", Phase.RUNNING).pid is not None
         assert "one" in people.cli("list").stdout
+        assert "running" in people.cli("events", "one").stdout
         assert people.cli("stop", "one", "--wait").returncode == 0
         assert people.cli("delete", "one", "--yes", "--wait").returncode == 0
         host.wait_forgotten("one")
     secured.refused("supervisor", "put", "/kvm/one/host", "alpha")
     secured.refused("operator", "put", "/kvmsupervisor/locks/one", "x")
     secured.refused("operator", "put", "/kvmsupervisor/instances/one", "x")
+    secured.refused("operator", "put", "/kvmsupervisor/events/one", "x")
     secured.refused("operator", "put", "/kvmsupervisor/hosts/alpha", "x")
     secured.put("operator", "/kvmsupervisor/confirm-removal/alpha", "[]")
     for user in ("supervisor", "operator"):

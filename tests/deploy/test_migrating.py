@@ -128,7 +128,7 @@ def test_one_guest_goes_over_by_the_commands_of_the_page(
     program.chmod(0o755)
     with EtcdServer(args=("--enable-v2",)) as etcd:
         keys = Keys(etcd)
-        with Host(keys, CEPH_CONF=str(ceph.conf), KVM_QEMU_USER="") as host:
+        with Host(keys, CEPH_CONF=str(ceph.conf), KVM_QEMU_USER="", KVM_EXTRA_FLAGS="any") as host:
             host.start()
             bios = tiny.removeprefix("-bios ")
             more = {"OLD": etcd.endpoint, "NEW": etcd.endpoint, "BIOS": bios}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,10 +23,13 @@ from kvmsupervisor.domain.argv import (
     instance_uuid,
     logs_into_memory,
 )
-from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.flags import AllowedFlags
+from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
+from kvmsupervisor.domain.storage import nvram_of
+from kvmsupervisor.domain.user_network import USER, Forward
 
 VM = InstanceId("vm-1")
 IDENTITY = Identity(instance=VM, uuid=UUID("8b1cf5f6-4d2e-4b8a-9d5e-1f6a2a3c4d5e"))
@@ -36,7 +40,7 @@ TINY = Spec(ram_mib=64)
 
 def argv(spec: Spec, host: HostSide = HOST, **ready: Any) -> tuple[str, ...]:
     """The command line, with as many taps as the machine has NICs."""
-    taps = tuple(TapFds(fd=20 + number) for number in range(len(spec.all_nics)))
+    taps = tuple(TapFds(fd=20 + number) for number in range(len(spec.bridged_nics)))
     return build_argv(spec, identity=IDENTITY, host=host, provision=replace(READY, **{"taps": taps, **ready}))
 
 
@@ -74,7 +78,7 @@ def test_tiny_diskless() -> None:
         "socket,id=serial0,fd=11,server=on,wait=off,logfile=/dev/fdset/97469746,logappend=on",
         *("-serial", "chardev:serial0"),
         *("-chardev", "socket,id=agent0,fd=13,server=on,wait=off"),
-        *("-device", "virtio-serial-pci,id=virtio-serial0,addr=0x12"),
+        *("-device", "virtio-serial-pci,id=virtio-serial0,max_ports=4,addr=0x12"),
         *("-device", "virtserialport,id=agent0,bus=virtio-serial0.0,chardev=agent0,name=org.qemu.guest_agent.0"),
         *("-device", "virtio-rng-pci,id=rng0,addr=0x13"),
         *("-device", "virtio-balloon-pci,id=balloon0,guest-stats-polling-interval=60,addr=0x14"),
@@ -109,6 +113,31 @@ def test_nics() -> None:
         "virtio-net-pci,id=nic3,netdev=net3,mac=52:54:00:12:34:57,bus=more0,addr=0x3",
     } < set(values_of(words, "-device"))
     assert replace(READY, taps=taps).descriptors == (7, 9, 11, 13, 15, 20, 22, 21)
+
+
+def test_nics_on_qemus_own_network() -> None:
+    """Law: `:user` needs no tap, and the forwards lead to the first NIC; taps go to the NICs on bridges."""
+    forward = (Forward("tcp", "127.0.0.1", 2222, 22), Forward("udp", "0.0.0.0", 5353, 53))
+    spec = replace(TINY, mac="52:54:00:12:34:56", bridge=USER, forward=forward)
+    spec = replace(spec, nics=(Nic(1, "52:54:00:12:34:57", "br1"), Nic(2, "52:54:00:12:34:58", USER)))
+    assert values_of(argv(spec), "-netdev") == [
+        "user,id=net0,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp:0.0.0.0:5353-:53",
+        "tap,id=net1,fd=20",
+        "user,id=net2",
+    ]
+    assert host_problems(spec, HOST) == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [((), ["bridge", "nic/2/bridge"]), (("netdev",), []), (("device",), ["bridge", "nic/2/bridge"])],
+)
+def test_qemus_own_network_is_a_power_of_extra_flags(options: tuple[str, ...], keys: list[str]) -> None:
+    """Law: where a host does not let keys give a NIC by `extra_flags`, `:user` does not, either."""
+    spec = replace(TINY, mac="52:54:00:12:34:56", bridge=USER, nics=(Nic(2, "52:54:00:12:34:58", USER),))
+    problems = host_problems(spec, replace(HOST, flags=AllowedFlags(frozenset(options))))
+    assert [problem.key for problem in problems] == keys
+    assert all("KVM_EXTRA_FLAGS" in problem.wanted for problem in problems)
 
 
 def test_a_bridge_alone_makes_no_nic() -> None:
@@ -171,25 +200,37 @@ def test_disks_of_a_client_with_a_key() -> None:
     spec = replace(TINY, rbd=RbdDisk("rbd", "vm1"), firmware=Firmware.UEFI)
     ceph = Ceph(user="vm", conf="/etc/ceph/ceph.conf")
     nvram = Nvram(rbd=RbdDisk("rbd", "vm1.nvram"))
-    words = argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), ceph_key="/run/a,b/ceph.key", nvram=nvram)
+    words = argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), ceph_key=21, nvram=nvram)
     (secret,) = json_of(words, "-object")
-    assert secret == {"qom-type": "secret", "id": "ceph0", "file": "/run/a,b/ceph.key", "format": "base64"}
+    assert secret == {"qom-type": "secret", "id": "ceph0", "file": "/proc/self/fd/21", "format": "base64"}
     _, variables, disk = json_of(words, "-blockdev")
     for node in (variables["file"], disk):
         assert (node["user"], node["conf"]) == ("vm", "/etc/ceph/ceph.conf")
         assert (node["key-secret"], node["auth-client-required"]) == ("ceph0", ["cephx"])
     assert "-object" not in argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), nvram=nvram)
-    assert "-object" not in argv(TINY, replace(HOST, ceph=ceph), ceph_key="/run/a,b/ceph.key")
+    assert "-object" not in argv(TINY, replace(HOST, ceph=ceph), ceph_key=21)
+
+
+def test_each_guest_has_a_client_of_its_own() -> None:
+    """Law: `%i` is the instance's id, for every image of the machine; a namespace is told to QEMU as one."""
+    spec = replace(TINY, rbd=RbdDisk("rbd", "disk", namespace="web"), firmware=Firmware.UEFI)
+    ceph = Ceph(user="kvm-%i", conf="/etc/ceph/ceph.conf")
+    words = argv(spec, replace(HOST, ceph=ceph, ovmf=OVMF), nvram=Nvram(rbd=nvram_of(spec)))
+    _, variables, disk = json_of(words, "-blockdev")
+    for node in (variables["file"], disk):
+        assert (node["user"], node["pool"], node["namespace"]) == (f"kvm-{IDENTITY.instance}", "rbd", "web")
+    assert variables["file"]["image"] == "disk.nvram"
 
 
 def test_media_and_ignition() -> None:
     """Law: media are read-only virtio disks in slots of their own; Ignition goes by fw_cfg."""
-    words = argv(TINY, media=("/r/a,b.iso", "/r/c.iso"), ignition="/r/x,y.json")
+    words = argv(TINY, media=(Handed(21, "/r/a,b.iso"), Handed(22, "/r/c.iso")), ignition=23)
     nodes = json_of(words, "-blockdev")
-    file = {"driver": "file", "filename": "/r/a,b.iso", "read-only": True}
+    file = {"driver": "file", "filename": "/dev/fdset/97471000", "read-only": True}
     assert nodes[0] == {"node-name": "medium0", "driver": "raw", "read-only": True, "file": file}
     assert {"virtio-blk-pci,id=medium0-dev,drive=medium0,addr=0x17"} < set(values_of(words, "-device"))
-    assert value_of(words, "-fw_cfg") == "name=opt/com.coreos/config,file=/r/x,,y.json"
+    assert value_of(words, "-fw_cfg") == "name=opt/com.coreos/config,file=/proc/self/fd/23"
+    assert "fd=21,set=97471000,opaque=/r/a,,b.iso" in values_of(words, "-add-fd")
 
 
 OVMF = Ovmf(code="/o/code.fd", variables="/o/vars.fd")
@@ -198,11 +239,11 @@ OVMF = Ovmf(code="/o/code.fd", variables="/o/vars.fd")
 def test_uefi() -> None:
     """Law: UEFI is flash memory: code that is read only, and variables that are the machine's own."""
     spec = replace(TINY, firmware=Firmware.UEFI)
-    words = argv(spec, replace(HOST, ovmf=OVMF), nvram=Nvram(file="/s/nvram.fd"))
+    words = argv(spec, replace(HOST, ovmf=OVMF), nvram=Nvram(file=Handed(21, "/s/nvram.fd")))
     assert value_of(words, "-machine") == "q35,accel=kvm,pflash0=firmware,pflash1=nvram"
     code, variables = json_of(words, "-blockdev")
     assert (code["read-only"], code["file"]["filename"]) == (True, "/o/code.fd")
-    assert (variables["read-only"], variables["file"]["filename"]) == (False, "/s/nvram.fd")
+    assert (variables["read-only"], variables["file"]["filename"]) == (False, "/dev/fdset/97472000")
     on_rbd = argv(spec, replace(HOST, ovmf=OVMF), nvram=Nvram(rbd=RbdDisk("p", "i.nvram")))
     assert json_of(on_rbd, "-blockdev")[1]["file"]["image"] == "i.nvram"
 
@@ -240,9 +281,9 @@ def test_spice() -> None:
     assert value_of(words, "-k") == "en-us"
     assert {"qemu-xhci,id=usb0,addr=0x15", "usb-tablet,bus=usb0.0"} < set(values_of(words, "-device"))
     assert "-display" not in words
-    own = argv(replace(TINY, spice_port=1, spice_addr="::"), spice_password="/r/pw,x")
+    own = argv(replace(TINY, spice_port=1, spice_addr="::"), spice_password=21)
     assert value_of(own, "-spice") == "port=1,addr=::,password-secret=spice0"
-    assert json_of(own, "-object") == [{"qom-type": "secret", "id": "spice0", "file": "/r/pw,x"}]
+    assert json_of(own, "-object") == [{"qom-type": "secret", "id": "spice0", "file": "/proc/self/fd/21"}]
 
 
 def test_extra_flags_come_last() -> None:
@@ -255,7 +296,11 @@ def test_slots_do_not_depend_on_what_else_there_is() -> None:
     host = replace(HOST, bridge_if="br0")
     nic = replace(TINY, mac="52:54:00:12:34:56")
     more = replace(nic, nics=(Nic(1, "52:54:00:12:34:57", "b"),), disks=(Disk(1, RbdDisk("p", "j")),))
-    full = argv(replace(more, rbd=RbdDisk(pool="p", image="i"), spice_port=5901), host, media=("/a", "/b"))
+    full = argv(
+        replace(more, rbd=RbdDisk(pool="p", image="i"), spice_port=5901),
+        host,
+        media=(Handed(21, "/a"), Handed(22, "/b")),
+    )
     assert set(values_of(argv(nic, host), "-device")) < set(values_of(full, "-device"))
     places = [
         tuple(part for part in parts(value) if part.startswith(("addr=", "bus=more")))
@@ -306,7 +351,7 @@ def test_no_value_becomes_an_option(texts: dict[str, str]) -> None:
     spec = _spec_of(sound | texts)
     if spec is None:
         return
-    found, expected = argv(spec, spice_password="/r/p"), argv(usual, spice_password="/r/p")
+    found, expected = argv(spec, spice_password=21), argv(usual, spice_password=21)
     for word, usual_word in zip(found, expected, strict=True):
         if usual_word.startswith("{"):
             assert json.loads(word).keys() == json.loads(usual_word).keys() | ({"discard"} & json.loads(word).keys())
@@ -320,7 +365,7 @@ def test_no_secret_is_an_argument() -> None:
     """Law: the SPICE password is in a file that only QEMU reads, never among its arguments."""
     spec = _spec_of({"ram": "64", "spice_port": "1", "spice_password": "hush-hush"})
     assert spec is not None
-    assert not any("hush-hush" in word for word in argv(spec, spice_password="/r/p"))
+    assert not any("hush-hush" in word for word in argv(spec, spice_password=21))
     assert "hush-hush" not in repr(spec)
     assert "hush-hush" not in json.dumps(spec_to_object(spec))
 

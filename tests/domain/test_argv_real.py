@@ -31,7 +31,7 @@ from kvmsupervisor.domain.argv import (
     build_argv,
     instance_uuid,
 )
-from kvmsupervisor.domain.hardware import Ceph, Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.names import AGENT_SOCKET, CONSOLE_LOG, CONSOLE_SOCKET, QMP_SOCKET, QMP_SPARE_SOCKET
 from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
@@ -219,7 +219,7 @@ def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Cluster, ceph_image: s
     host = replace(HOST, ceph=Ceph(user="admin", conf=str(ceph.conf)))
     with ExitStack() as stack:
         spec = Spec(ram_mib=64, rbd=RbdDisk(pool=POOL, image=ceph_image))
-        machine = Machine(stack, run_dir, spec, host=host, ceph_key=str(run_dir / "a,key"))
+        machine = Machine(stack, run_dir, spec, host=host, ceph_key=_opened(stack, run_dir / "a,key"))
         assert machine.ask("query-status")["status"] == "prelaunch"
         (disk,) = machine.ask("query-block")
         assert disk["inserted"]["cache"] == {"no-flush": False, "direct": False, "writeback": True}
@@ -235,7 +235,7 @@ def test_a_kernel_in_extra_flags_beside_a_disk(run_dir: Path, ceph: Cluster, cep
     (run_dir / "key").write_text(ceph.ceph("auth", "get-key", "client.admin"))
     spec = Spec(ram_mib=64, rbd=RbdDisk(pool=POOL, image=ceph_image), extra_flags=("-kernel", str(guest.kernel)))
     with ExitStack() as stack:
-        machine = Machine(stack, run_dir, spec, host=host, ceph_key=str(run_dir / "key"))
+        machine = Machine(stack, run_dir, spec, host=host, ceph_key=_opened(stack, run_dir / "key"))
         assert machine.ask("query-status")["status"] == "prelaunch"
 
 
@@ -246,7 +246,7 @@ def test_spice_with_a_password(run_dir: Path, address: str) -> None:
     (run_dir / "password").write_text("hunter2")
     spec = Spec(ram_mib=64, spice_port=port, spice_addr=address, spice_password=Secret.of("hunter2"))
     with ExitStack() as stack:
-        machine = Machine(stack, run_dir, spec, spice_password=str(run_dir / "password"))
+        machine = Machine(stack, run_dir, spec, spice_password=_opened(stack, run_dir / "password"))
         spice = machine.ask("query-spice")
         assert (spice["host"], spice["port"], spice["auth"]) == (address, port, "spice")
         assert machine.objects == {"spice0"}
@@ -271,6 +271,12 @@ def test_two_nics(run_dir: Path) -> None:
         assert machine.ask("query-status")["status"] == "prelaunch"
 
 
+def _opened(stack: ExitStack, path: Path, flags: int = os.O_RDONLY) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
+
+
 def _tap(stack: ExitStack) -> int:
     """A tap without a bridge, which ends with the test; QEMU wants a real one."""
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
@@ -290,11 +296,12 @@ def test_media(run_dir: Path) -> None:
     for path in paths:
         path.write_bytes(bytes(4096))
     with ExitStack() as stack:
-        machine = Machine(stack, run_dir, Spec(ram_mib=64), media=tuple(map(str, paths[:2])), ignition=str(paths[2]))
+        media = tuple(Handed(_opened(stack, path), str(path)) for path in paths[:2])
+        machine = Machine(stack, run_dir, Spec(ram_mib=64), media=media, ignition=_opened(stack, paths[2]))
         nodes = machine.nodes
         assert {name: (file_behind(node), node["ro"]) for name, node in nodes.items()} == {
-            "medium0": (str(paths[0]), True),
-            "medium1": (str(paths[1]), True),
+            "medium0": ("/dev/fdset/97471000", True),
+            "medium1": ("/dev/fdset/97471001", True),
         }
         assert {block["qdev"].split("/")[3] for block in machine.ask("query-block")} == {
             "medium0-dev",
@@ -315,11 +322,11 @@ def test_uefi(run_dir: Path) -> None:
             run_dir,
             Spec(ram_mib=64, firmware=Firmware.UEFI),
             host=replace(HOST, ovmf=ovmf),
-            nvram=Nvram(file=str(variables)),
+            nvram=Nvram(file=Handed(_opened(stack, variables, os.O_RDWR), "variables")),
         )
         nodes = machine.nodes
         assert (file_behind(nodes["firmware"]), nodes["firmware"]["ro"]) == (ovmf.code, True)
-        assert (file_behind(nodes["nvram"]), nodes["nvram"]["ro"]) == (str(variables), False)
+        assert (file_behind(nodes["nvram"]), nodes["nvram"]["ro"]) == ("/dev/fdset/97472000", False)
         assert machine.ask("query-status")["status"] == "prelaunch"
 
 
@@ -402,27 +409,28 @@ def test_what_qemu_understands_is_the_value(
         paths[1].write_text("secret")
         spec = Spec(ram_mib=64, spice_port=free_port("::1"), spice_addr="::1", spice_password=Secret.of("secret"))
         ovmf = Ovmf(code=str(paths[2]), variables="")
+        password_fd = _opened(stack, paths[1])
         machine = Machine(
             stack,
             run_dir,
             replace(spec, firmware=Firmware.UEFI),
             host=replace(HOST, ovmf=ovmf),
             instance=instance,
-            media=(str(paths[0]),),
-            ignition=str(paths[0]),
-            nvram=Nvram(file=str(paths[3])),
-            spice_password=str(paths[1]),
+            media=(Handed(_opened(stack, paths[0]), str(paths[0])),),
+            ignition=_opened(stack, paths[0]),
+            nvram=Nvram(file=Handed(_opened(stack, paths[3], os.O_RDWR), str(paths[3]))),
+            spice_password=password_fd,
         )
         assert machine.ask("query-name")["name"] == instance
         assert {name: file_behind(node) for name, node in machine.nodes.items()} == {
-            "medium0": str(paths[0]),
+            "medium0": "/dev/fdset/97471000",
             "firmware": str(paths[2]),
-            "nvram": str(paths[3]),
+            "nvram": "/dev/fdset/97472000",
         }
-        (log,) = machine.ask("query-fdsets")
-        assert [one["opaque"] for one in log["fds"]] == [f"{run_dir}/{CONSOLE_LOG}"]
+        told = {one["opaque"] for fdset in machine.ask("query-fdsets") for one in fdset["fds"]}
+        assert told == {f"{run_dir}/{CONSOLE_LOG}", str(paths[0]), str(paths[3])}
         assert machine.objects == {"spice0"}
-        assert machine.ask("qom-get", path="/objects/spice0", property="file") == str(paths[1])
+        assert machine.ask("qom-get", path="/objects/spice0", property="file") == f"/proc/self/fd/{password_fd}"
         assert machine.chardevs == OWN_CHARDEVS
         assert machine.ask("human-monitor-command", command_line="info network") == ""
         assert machine.slots.keys() == OWN_SLOTS.keys() | {"usb0", "medium0-dev"}

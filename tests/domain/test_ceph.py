@@ -21,7 +21,7 @@ from kvmsupervisor.domain.ceph import (
     parse_blocklist,
     parse_info,
     parse_keyring,
-    parse_lock_owners,
+    parse_locks,
     parse_read_policy,
     parse_watchers,
     trouble,
@@ -29,7 +29,7 @@ from kvmsupervisor.domain.ceph import (
 from kvmsupervisor.domain.records import Unfit
 
 PARSERS: tuple[Callable[[bytes], object], ...] = (
-    *(parse_info, parse_watchers, parse_lock_owners, parse_read_policy, parse_blocklist),
+    *(parse_info, parse_watchers, parse_locks, parse_read_policy, parse_blocklist),
 )
 
 # Printed by Ceph 16.2.
@@ -56,8 +56,12 @@ def test_what_the_tools_print_is_understood() -> None:
     assert parse_info(INFO).has_exclusive_lock
     assert parse_watchers(STATUS) == {"127.0.0.1:0/196779820"}
     assert parse_watchers(b'{"watchers":[]}') == frozenset()
-    assert parse_lock_owners(LOCKS) == {"127.0.0.1:0/1768140858"}
-    assert parse_lock_owners(b"[]") == frozenset()
+    (lock,) = parse_locks(LOCKS)
+    assert (lock.name, lock.locker, lock.client) == ("auto 140031301784736", "client.4285", "127.0.0.1:0/1768140858")
+    assert lock.is_exclusive
+    (other,) = parse_locks(LOCKS.replace(b"auto 140031301784736", b"--x"))
+    assert not other.is_exclusive
+    assert parse_locks(b"[]") == ()
     assert parse_blocklist(b"\n[][]") == {}
 
 

@@ -25,11 +25,14 @@ from kvmsupervisor.domain.incarnation import InstanceState
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Claim, LockState, LockView, Storage
 from kvmsupervisor.domain.spec import RestartPolicy, Spec
+from kvmsupervisor.domain.transfer import Course, Stage
 from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, Stopping, View
 from tests.domain import test_lifecycle as cases
+from tests.domain import test_move as moves
 
 SOURCES = {path.name: path.read_text() for path in sorted(Path(lifecycle.__file__).parent.glob("*.py"))}
-PROCESSES = {"none", "ended", "paused", "ran"}
+PROCESSES = {"none", "ended", "paused", "coming", "ran"}
+TABLE = (*cases.TABLE, *moves.TABLE)
 OURS = {"mine", "renamed", "leftover"}
 
 # --- views ----------------------------------------------------------------------------------------------------
@@ -38,11 +41,13 @@ ended, paused, running = cases.running(exit=Exit(ExitClass.CRASHED, "c")), cases
 QEMUS = (
     None, ended, paused, replace(paused, connected=False), running, replace(running, connected=False),
     replace(running, run_state="shutdown"), replace(running, stopping=Stopping(since=1.0, quit_at=100.0)),
+    replace(running, incarnation=cases.UNVOUCHED),
     replace(running, incarnation=cases.record(epoch=2)), replace(paused, incarnation=cases.record(epoch=2)),
 )  # fmt: skip
 there = cases.locked(host=cases.OTHER, name="y")
+NEWER = LockView(known=True, data=b'{"version":9}', mod_revision=3, as_of=9)
 LOCKS = (
-    LockView(), LockView(known=True, data=b"?", mod_revision=3, as_of=9), cases.seen(None),
+    LockView(), LockView(known=True, data=b"?", mod_revision=3, as_of=9), NEWER, cases.seen(None),
     *(cases.seen(lock) for lock in (
         cases.locked(), cases.locked(state=LockState.STARTING, pid=None),
         cases.locked(state=LockState.FENCING, pid=None), cases.locked(name="y"),
@@ -54,7 +59,7 @@ LOCKS = (
     )),
 )  # fmt: skip
 WISHES: tuple[dict[str, Any], ...] = (
-    {}, {"wish": None}, {"wish": cases.OFF}, {"wish": cases.OFF_NOW}, {"wish": cases.GONE},
+    {}, {"wish": None}, {"wish": cases.WITH_IMAGE}, {"wish": cases.OFF}, {"wish": cases.OFF_NOW}, {"wish": cases.GONE},
     {"wish": cases.BAD, "problems": cases.BAD.problems}, {"wish": cases.MOVED, "target": cases.THERE},
     {"wish": cases.MOVED, "target": cases.ABSENT}, {"wish": replace(cases.PLACED_HERE, host_revision=6)},
     {"wish": replace(cases.PLACED_HERE, host=cases.ME, host_revision=6)},
@@ -67,7 +72,8 @@ WISHES: tuple[dict[str, Any], ...] = (
 MORE: tuple[dict[str, Any], ...] = (
     {}, {"looked": False}, {"session_held": False}, {"etcd_at": 102.0}, {"rival": "r"}, {"quiet_at": 102.0},
     {"guarded": False}, {"guarded": False, "guard_at": 102.0}, {"now": 110.0}, {"now": 170.0}, {"mismatch": "m"},
-    {"mismatch": "m", "guarded": False}, {"dissent": "d"}, {"draining": True}, {"leaving": "l"}, {"held": True},
+    {"mismatch": "m", "guarded": False}, {"dissent": "d"}, {"dissent": "d", "looked": False},
+    {"draining": True}, {"leaving": "l"}, {"held": True}, {"locks_are_open": True},
     {"era": Era(foreign=True, since=9)},
 )  # fmt: skip
 NOT_YET: tuple[dict[str, Any], ...] = (
@@ -81,7 +87,10 @@ WITHOUT_PROCESS: tuple[dict[str, Any], ...] = (
     *({"looked": False, **more} for more in NOT_YET), {"looked": False, "session_held": False},
     {"holder_has_session": True}, {"rival": "r", "etcd_at": 102.0}, {"rival": "r", "ask_at": 102.0},
     {"rival": "r", "ask_at": 102.0, "looked": False}, {"claimed_by": cases.OTHER},
-    {"claimed_by": cases.OTHER, "etcd_at": 102.0}, {"holdover": Holdover(pid=42)}, {"era": cases.AWAITED},
+    {"claimed_by": cases.OTHER, "etcd_at": 102.0}, {"holdover": Holdover(pid=42, starttime=9)}, {"era": cases.AWAITED},
+    *({"era": cases.RESTORED, "slot": True, "holder_has_session": False, **more} for more in (
+        {}, {"planned": "x"}, {"deferral": cases.WAITED}, {"deferral": cases.WAITED, "planned": "x"},
+    )),
     {"saved": InstanceState(boot_id=cases.BOOT, not_before=102.0)}, {"left_alone": LeftAlone(reason="r")},
     {"left_alone": LeftAlone(reason="r", look_at=102.0)},
     {"left_alone": LeftAlone(reason="r", look_at=102.0), "looked": False},
@@ -91,13 +100,68 @@ CLOCKS: tuple[dict[str, float], ...] = (
 )  # fmt: skip
 
 
+COURSES = (
+    Course(), Course(cold="c"), Course(cold="c", only_live=True), moves.LIVE, moves.READY, moves.SENDS,
+    *(replace(course, give_up_at=100.0) for course in (moves.LIVE, moves.SENDS, moves.TOLD)),
+    replace(moves.SENDS, refused=True), moves.TAKES, moves.TOLD, replace(moves.TAKES, offered=True),
+    replace(moves.TAKES, called=True), replace(moves.TOLD, told=False),
+)  # fmt: skip
+MOVERS = (
+    None, *(moves.sending(stage) for stage in Stage), *(moves.coming(stage=stage) for stage in Stage), moves.HAS_ALL,
+    moves.coming(run_state="running"),
+    *(replace(paused, stage=stage, probe_at=101.0) for stage in (Stage.DONE, Stage.IDLE)),
+    *(replace(moves.coming(), connected=False, connect_at=at) for at in (0.0, 105.0)),
+    *(replace(one, connected=False, connect_at=105.0) for one in (running, paused)),
+    moves.sending(Stage.DONE, connected=False),
+    replace(moves.coming(), probe_at=101.0),
+    *(replace(moves.sending(stage), probe_at=101.0) for stage in (Stage.IDLE, Stage.ACTIVE, Stage.DONE)),
+)  # fmt: skip
+MOVING_LOCKS = (
+    LockView(), LockView(known=True, data=b"?", mod_revision=3, as_of=9),
+    NEWER, cases.seen(None),
+    *(cases.seen(lock) for lock in (
+        moves.HERE, moves.MOVING, moves.THEIRS, moves.COMING_LOCK, moves.GIVEN, replace(moves.GIVEN, facts="/other"),
+        replace(moves.GIVEN, paused=True), replace(moves.MOVING, host=cases.OTHER), cases.locked(name="z"),
+        cases.locked(state=LockState.BROKEN), replace(moves.MOVING, facts="/other"),
+        replace(moves.HERE, facts="/other"),
+    )),
+)  # fmt: skip
+WHILE_MOVING: tuple[dict[str, Any], ...] = (
+    {}, {"session_held": False}, {"etcd_at": 102.0}, {"draining": True}, {"era": cases.RESTORED}, {"guarded": False},
+    {"era": Era(number=1, since=9)}, {"holder_has_session": True}, {"held": True}, {"mismatch": "m"},
+)  # fmt: skip
+MOVE_WISHES: tuple[dict[str, Any], ...] = (
+    moves.GOES, {}, {"wish": None}, {"wish": cases.GONE}, {"wish": cases.OFF_NOW},
+    {"wish": replace(cases.WISH, restart=RestartPolicy.NEVER),
+     "saved": InstanceState(boot_id=cases.BOOT, ended=cases.ENDED)},
+    {"wish": replace(cases.WISH, restart_request="r")},
+)  # fmt: skip
+
+
+def moving() -> Iterator[View]:
+    """One thing at a time changed of each process with each lock: all of all would take minutes."""
+    for qemu, lock in itertools.product(MOVERS, MOVING_LOCKS):
+        plain = {"process": qemu, "lock": lock, "course": moves.SENDS}
+        yield from (cases.view(**plain, **wish) for wish in MOVE_WISHES)
+        yield from (cases.view(**{**plain, **wish, **more}) for wish in MOVE_WISHES[:2] for more in WHILE_MOVING)
+        for wish, course in itertools.product(MOVE_WISHES[:2], COURSES):
+            there = {**plain, "course": course, "holder_has_session": True, **wish}
+            yield cases.view(**there)
+            yield cases.view(**{**there, "etcd_at": 102.0})
+
+
 def views() -> Iterator[View]:
+    yield from moving()
     for qemu, lock, wish in itertools.product(QEMUS, LOCKS, WISHES):
         for more in (*MORE, *WITHOUT_PROCESS) if qemu is None else MORE:
             yield cases.view(**{"process": qemu, "lock": lock, **wish, **more})
         if qemu is not None:
             for clock in CLOCKS:
                 yield cases.view(process=replace(qemu, **clock), lock=lock, **wish)
+            if "wish" not in wish:
+                # What the key wants is not in its drive.
+                drives = {"process": replace(qemu, spec=cases.WITH_DRIVE), "wish": cases.MEDIUM_WANTED}
+                yield from (cases.view(**drives, lock=lock, **more) for more in MORE)
 
 
 def process_of(process: Process | None) -> str:
@@ -105,6 +169,8 @@ def process_of(process: Process | None) -> str:
         return "none"
     if process.exit is not None:
         return "ended"
+    if process.incarnation.incoming:
+        return "coming"
     return "paused" if process.never_ran else "ran"
 
 
@@ -122,7 +188,7 @@ class Seen:
 def decided() -> Mapping[str, Seen]:
     """By row."""
     found: dict[str, Seen] = {}
-    for view in (*(case[2] for case in cases.TABLE), *views()):
+    for view in (*(case[2] for case in TABLE), *views()):
         decision = decide(view)
         seen = found.setdefault(decision.row.name, Seen())
         seen.process.add(process_of(view.process))
@@ -190,7 +256,7 @@ def faults(
     said = [f"{name}: no code decides by it" for name in rows if name not in in_code]
     said += [f"{name}: no row of the table" for name in sorted(in_code - rows.keys())]
     said += [f"{name}: no case names it" for name in rows if name not in told.values()]
-    actual = {what: decide(case).row.name for what, _, case, *_ in cases.TABLE}
+    actual = {what: decide(case).row.name for what, _, case, *_ in TABLE}
     said += [f"{what}: decided by {actual[what]}, not by {name}" for what, name in told.items() if actual[what] != name]
     for names in functions:
         known = [name for name in names if name in rows]
@@ -200,13 +266,18 @@ def faults(
 
 ROWS = {row.name: row.value for row in Row}
 WITH_STRAY = {**ROWS, "STRAY": ROWS["RUNS"]}
-TOLD = {what: row.name for what, row, *_ in cases.TABLE}
+TOLD = {what: row.name for what, row, *_ in TABLE}
 
 
 def test_rows_code_and_cases_are_the_same() -> None:
     """Each row is decided by some code and has a case; each code and each case names a row, and the right one."""
     assert faults(ROWS, SOURCES, TOLD, decided()) == []
-    assert len(TOLD) == len(cases.TABLE), "two cases of one name"
+    assert len(TOLD) == len(TABLE), "two cases of one name"
+
+
+def test_every_action_is_decided_somewhere() -> None:
+    """No action is dead."""
+    assert {action for *_, action in TABLE} == {*Action, None}
 
 
 def swapped(rows: Mapping[str, Cells], a: str, b: str) -> dict[str, Cells]:

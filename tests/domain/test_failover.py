@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvmsupervisor.domain.failover import place
+from kvmsupervisor.domain.failover import candidates, place
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.parse_keys import parse_wish
@@ -34,6 +34,9 @@ def placed(on: str, *, of: int = 3, **changes: object) -> Wish:
         pytest.param(WISH, LOCK, "bcd", 1, id="in the order of the key"),
         pytest.param(WISH, LOCK, "cd", 0, id="of those that live"),
         pytest.param(replace(WISH, hosts=("a", "b")), LOCK, "bc", None, id="only who is named"),
+        pytest.param(replace(WISH, hosts=("*",)), LOCK, "c", 0, id="a star is any"),
+        pytest.param(replace(WISH, hosts=("c", "*")), LOCK, "bcd", 0, id="those named before it come first"),
+        pytest.param(replace(WISH, hosts=("*", "c")), LOCK, "bcde", 3, id="and those behind it last"),
         pytest.param(replace(WISH, hosts=()), LOCK, "bc", None, id="without the key nobody"),
         pytest.param(WISH, LOCK, "abcd", None, id="not while the holder lives"),
         pytest.param(replace(WISH, host="b"), LOCK, "bcd", None, id="nor while another host was named that lives"),
@@ -68,7 +71,17 @@ def placed(on: str, *, of: int = 3, **changes: object) -> Wish:
 )
 def test_place(wish: Wish, lock: Lock | None, live: str, expected: int | None) -> None:
     """Law: the live candidates in the order of the key; nothing that somebody has, or that storage cannot fence."""
-    assert place(wish, lock, me=ME, facts="/kvmsupervisor", has_session=lambda host: host in live) == expected
+    has_session = live.__contains__
+    assert place(wish, lock, me=ME, facts="/kvmsupervisor", has_session=has_session, everyone=live) == expected
+
+
+def test_a_star_shares_out() -> None:
+    """Law: all hosts see one order of those that a star stands for, and each machine has an order of its own."""
+    everyone = tuple("abcdefgh")
+    orders = {candidates(replace(WISH, instance=InstanceId(f"vm{n}"), hosts=("*",)), everyone) for n in range(50)}
+    assert len({order[0] for order in orders}) > 4
+    assert all(sorted(order) == list(everyone) for order in orders)
+    assert candidates(replace(WISH, hosts=("*",)), everyone) == candidates(replace(WISH, hosts=("*",)), everyone[::-1])
 
 
 def test_unknown_sessions_are_no_reason() -> None:

@@ -107,15 +107,6 @@ def test_locks_are_told_apart_from_wishes(template: str, key: bytes) -> None:
     assert table.ids() == set()
 
 
-def test_a_table_of_locks_looks_at_nothing_else() -> None:
-    """A prefix watched for locks may hold anything, even the wishes."""
-    table = Groups(Layout(lock="/%i/lock"), locks_only=True)
-    fill(table, [(b"/kvm/1/ram", b"1", 2), (b"/1/lock", b"{}", 3), (b"/other", b"", 4), (b"/kvm/x", b"", 5)])
-    assert table.ids() == {"1"}
-    assert table.keys_of(InstanceId("1")) == {}
-    assert table.foreign() == {}
-
-
 def test_values_are_cut() -> None:
     """One byte more than the limit is kept, to tell that it was too long."""
     table = Groups(Layout())
@@ -222,12 +213,12 @@ LAYOUTS = st.sampled_from(["/kvm/%i/lock", "/kvm/%i/x", "/kvm/1/%i", "/kvm/%i", 
 ENTRIES = st.lists(st.tuples(KEYS, st.binary(max_size=3), st.integers(1, 3), st.just(1), st.just(0)), max_size=12)
 
 
-@given(LAYOUTS, st.booleans(), st.booleans(), st.lists(st.tuples(st.booleans(), ENTRIES), max_size=3))
+@given(LAYOUTS, st.booleans(), st.lists(st.tuples(st.booleans(), ENTRIES), max_size=3))
 def test_many_keys_at_once_come_to_the_same_as_one_by_one(
-    layout: Layout, locks_only: bool, ordered: bool, stages: list[tuple[bool, list[tuple[bytes, bytes, int, int, int]]]]
+    layout: Layout, ordered: bool, stages: list[tuple[bool, list[tuple[bytes, bytes, int, int, int]]]]
 ) -> None:
     """Law: `put_all` is `put` for each, wherever locks lie, in whatever order, on an empty table or a full one."""
-    one_by_one, at_once = (Groups(layout, locks_only=locks_only) for _ in range(2))
+    one_by_one, at_once = (Groups(layout) for _ in range(2))
     for fresh, entries in stages:
         first, second = (table.begin(fresh=fresh) for table in (one_by_one, at_once))
         listed = sorted(entries) if ordered else entries
@@ -270,3 +261,16 @@ def test_a_flat_table() -> None:
     stage.delete(b"e")
     assert stage.commit() == {b"a", b"e"}
     assert list(table.entries) == [b"c"]
+
+
+def test_instances_are_found_by_a_key() -> None:
+    """Those that have it now, whatever it holds; a lock is no wish, and a stranger's key is nobody's."""
+    table = Groups(Layout())
+    fill(
+        table,
+        [(b"/kvm/1/hosts", b"a", 5), (b"/kvm/2/host", b"a", 5), (b"/kvm/3/lock", b"{}", 5), (b"/kvm/hosts", b"", 5)],
+    )
+    assert table.having(b"hosts") == {"1"}
+    assert table.having(b"lock") == set()
+    erase(table, b"/kvm/1/hosts")
+    assert table.having(b"hosts") == set()

@@ -108,10 +108,14 @@ def test_an_origin_is_a_name_or_a_snapshot(text: str) -> None:
         assert image_name(found) == text
     else:
         assert str(snapshot) == text
-        assert not any(part.startswith("-") for part in (snapshot.pool, snapshot.image, snapshot.snap))
+        assert not any(
+            part.startswith("-") for part in (snapshot.pool, snapshot.namespace, snapshot.image, snapshot.snap)
+        )
 
 
-@pytest.mark.parametrize("bad", ["a/b", "a@b", "a/b@", "a/b@c@d", "-a/b@c", "a/b@-c", "a/b/c@d", "", "../x", "a\0/b@c"])
+@pytest.mark.parametrize(
+    "bad", ["a/b", "a@b", "a/b@", "a/b@c@d", "-a/b@c", "a/b@-c", "a/b/c/d@e", "a//c@d", "", "../x", "a\0/b@c"]
+)
 def test_bad_origins(bad: str) -> None:
     """Law: a source that is neither is a problem of its key."""
     with pytest.raises(Unfit):

@@ -10,14 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmsupervisor.domain.handover import announced, arrived, called_off
+from kvmsupervisor.domain.handover import given as given_away
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import (
     ANOTHER_HISTORY,
+    MOVING,
     VERSION,
     Change,
     Claim,
     Compared,
+    Destination,
     Lock,
     LockState,
     LockView,
@@ -33,18 +37,28 @@ LOCK = Lock(host=ME, boot_id="boot-1", epoch=3, state=LockState.RUNNING, incarna
 _texts = st.text(max_size=20)
 _addresses = st.lists(_texts, max_size=4).map(tuple)
 _numbers = st.none() | st.integers(1, 2**31 - 1)
-locks = st.builds(
+_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", fullmatch=True)
+_plain = st.builds(
     Lock,
     host=_texts.map(HostName),
     boot_id=_texts,
     epoch=st.integers(1, 2**63 - 1),
-    state=st.sampled_from(LockState),
-    incarnation=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", fullmatch=True),
+    state=st.sampled_from([state for state in LockState if state not in MOVING]),
+    incarnation=_names,
     pid=_numbers,
     starttime=_numbers,
     clients=_addresses,
     fence=_addresses,
     storage=st.sampled_from(Storage),
+)
+_waiting = st.builds(
+    Destination, host=_texts.map(HostName), boot_id=_texts, incarnation=_names, pid=st.integers(1),
+    starttime=st.integers(1), clients=_addresses,
+)  # fmt: skip
+locks = (
+    _plain
+    | st.builds(announced, _plain, _waiting)
+    | st.builds(announced, _plain, _waiting).map(lambda lock: given_away(lock, paused=True, mark=""))
 )
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | _texts,
@@ -91,6 +105,15 @@ def test_a_lock_without_a_needed_field_is_none(name: str) -> None:
     assert Lock.from_json(json.dumps(value).encode()) is None
 
 
+def test_a_value_is_parsed_once_unless_it_is_long() -> None:
+    """What anybody writes is not kept in memory for its length."""
+    value = LOCK.to_json()
+    assert Lock.from_json(value) is Lock.from_json(value)
+    long = value + b" " * 5000
+    assert Lock.from_json(long) == Lock.from_json(value)
+    assert Lock.from_json(long) is not Lock.from_json(long)
+
+
 def test_a_newer_lock_is_left_alone_and_new_fields_are_passed_over() -> None:
     """Law: another version is a stranger's; a field that this release does not know changes nothing."""
     value = json.loads(LOCK.to_json())
@@ -130,7 +153,7 @@ def test_taking_grows_the_epoch_by_one(previous: Lock | None, floor: int) -> Non
 def test_no_address_is_forgotten_before_it_is_fenced(previous: Lock) -> None:
     """Law 4: every address that was ever recorded and not proven dead is to be fenced, each once."""
     lock = taken(previous)
-    assert set(lock.fence) == {*previous.fence, *previous.clients}
+    assert set(lock.fence) == {*previous.fence, *previous.living}
     assert len(lock.fence) == len(set(lock.fence))
     fences = lock.fence or lock.taken_from is not None
     assert lock.state is (LockState.FENCING if fences else LockState.STARTING)
@@ -148,14 +171,16 @@ def test_a_row_of_incarnations_keeps_all_addresses(clients: list[tuple[str, ...]
 
 
 ANY = [*LockState, None]
+TO = Destination(host=OTHER, boot_id="boot-2", incarnation="q", pid=7, starttime=8)
 IN_STATE = {state: state and replace(LOCK, state=state, fence=()) for state in ANY}
+IN_STATE[LockState.MIGRATING] = announced(LOCK, TO)
 LIVING = Incarnation(
     instance="1", incarnation="x", epoch=9, boot_id="boot-1", argv=(), spec={}, storage=Storage.RBD, accelerator="tcg",
     restart_request=None, revision=1, log_offset=0, spawned_at=1.0, pid=42, starttime=9,
 ).as_lock(ME, facts="/kvmsupervisor", ran=True)  # fmt: skip
 
 
-def written(change: Change, before: Lock | None) -> list[Lock | None]:
+def written(change: Change, before: Lock | None) -> list[Lock | None]:  # noqa: C901, PLR0912 - a table
     """Every value that the code writes with this change over `before`, where `before` is what the change is for."""
     match change:
         case Change.TAKE | Change.TAKE_OVER:
@@ -169,12 +194,24 @@ def written(change: Change, before: Lock | None) -> list[Lock | None]:
     match change:
         case Change.FENCE:
             return [before.fenced(["c"])]
+        case Change.ENLIST:
+            return [replace(before, fence=(*before.fence, "c"))]
         case Change.RECORD:
             return [before.recorded(pid=1, starttime=2, clients=("c",))]
         case Change.RENAME:
             return [replace(before, host=OTHER)]
         case Change.BREAK:
             return [before.broken()]
+        case Change.ANNOUNCE:
+            return [announced(before, TO)]
+        case Change.ARRIVE:
+            return [arrived(before)]
+    moving = before if before.to is not None else replace(before, to=TO)
+    match change:
+        case Change.CALL_OFF:
+            return [called_off(moving)]
+        case Change.GIVE:
+            return [given_away(moving, paused=False, mark="")]
     raise AssertionError(change)
 
 
@@ -219,10 +256,14 @@ def test_what_each_change_compares() -> None:
     """Laws 2, 4, 7 and 9: always the lock; session and `host` up to `cont`; the holder's session where it is robbed."""
     row = {change: set(change.value.compares) for change in Change}
     assert all(Compared.LOCK in compares for compares in row.values())
-    to_cont = {Change.TAKE, Change.TAKE_OVER, Change.FENCE, Change.RECORD}
+    moves = {Change.ANNOUNCE, Change.GIVE}
+    to_cont = {Change.TAKE, Change.TAKE_OVER, Change.FENCE, Change.RECORD, *moves}
+    assert {change for change in Change if Compared.TARGET in row[change]} == moves
     assert {change for change in Change if Compared.GROUND in row[change]} == to_cont
     assert {change for change in Change if Compared.SESSION in row[change]} == {
         *to_cont,
+        Change.ARRIVE,
+        Change.ENLIST,
         Change.REASSERT,
         Change.RENAME,
     }
@@ -284,6 +325,22 @@ def test_recorded_is_what_lets_a_guest_run() -> None:
 def test_what_a_value_means_to_one_host(view: LockView, incarnation: str | None, claim: Claim) -> None:
     """Laws 2 and 12: our incarnation, on our boot, is ours under whatever name; what cannot be read is nobody's."""
     assert view.claim(host=ME, boot_id=LOCK.boot_id, facts="/kvmsupervisor", incarnation=incarnation) is claim
+
+
+@pytest.mark.parametrize(
+    ("boot_id", "theirs", "ours", "claim"),
+    [
+        ("z", "first", "second", Claim.STRANGER),
+        ("z", "first", "first", Claim.LEFTOVER),
+        (LOCK.boot_id, "first", "second", Claim.LEFTOVER),
+        ("z", None, "second", Claim.LEFTOVER),
+        ("z", "first", "", Claim.LEFTOVER),
+    ],
+)
+def test_another_machine_under_our_name(boot_id: str, theirs: str | None, ours: str, claim: Claim) -> None:
+    """Law 12: a name proves no process gone; this machine's own reboot does, and what is not known counts as that."""
+    view = LockView(known=True, data=replace(LOCK, machine=theirs).to_json())
+    assert view.claim(host=ME, boot_id=boot_id, facts="/kvmsupervisor", incarnation="y", machine=ours) is claim
 
 
 def test_what_was_buried_under_another_name_is_a_leftover() -> None:

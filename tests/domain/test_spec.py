@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+from kvmsupervisor.domain.cdrom import Cdrom
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import (
     Disk,
@@ -19,6 +20,7 @@ from kvmsupervisor.domain.spec import (
     spec_from_object,
     spec_to_object,
 )
+from kvmsupervisor.domain.user_network import Forward
 from tests.support.spec import FULL
 
 
@@ -65,11 +67,14 @@ CHANGES: dict[str, object] = {
     "mac": "52:54:00:00:00:01",
     "bridge": "br7",
     "rbd": RbdDisk(pool="rbd", image="vm1"),
+    "cdrom": Cdrom("file:a.iso"),
     "spice_port": None,
     "spice_addr": None,
     "spice_password": Secret.of("other"),
     "extra_flags": (),
     "cloud_config": None,
+    "user_data": Secret.of("#!/bin/sh"),
+    "forward": (Forward("tcp", "127.0.0.1", 2222, 22),),
     "cpus": 1,
     "cpu": "host",
     "machine": "pc",
@@ -99,7 +104,10 @@ def test_pending_names_numbered_keys(changes: dict[str, object], keys: tuple[str
     assert pending(changed, FULL) == keys
 
 
-@pytest.mark.parametrize("spec", [FULL, Spec(ram_mib=64)])
+ON_ITS_OWN = Spec(ram_mib=64, bridge=":user", forward=(Forward("udp", "0.0.0.0", 5353, 53),), user_data=Secret.of("#!"))
+
+
+@pytest.mark.parametrize("spec", [FULL, ON_ITS_OWN, Spec(ram_mib=64)])
 def test_record_round_trip(spec: Spec) -> None:
     """Law: a machine survives JSON, and fields of a newer release are left out."""
     found = json.loads(json.dumps(spec_to_object(spec)))
@@ -116,9 +124,10 @@ def test_a_record_of_the_first_release() -> None:
 
 
 def test_a_record_holds_no_secret() -> None:
-    """Law: a record has the digest of the password alone, which tells whether another one is wished."""
+    """Law: a record has the digest alone of a password and of user data, which tells whether another one is wished."""
+    data = json.dumps(spec_to_object(Spec(ram_mib=64, user_data=Secret.of("#!/bin/sh hush"))))
     written = json.dumps(spec_to_object(FULL))
-    assert "hush" not in written
+    assert "hush" not in written + data
     read = spec_from_object(json.loads(written))
     assert read is not None
     assert read.spice_password is not None

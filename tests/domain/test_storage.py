@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
-from kvmsupervisor.domain.storage import images_of, nvram_of, storage_of
+from kvmsupervisor.domain.storage import had_open, images_of, nvram_of, storage_of
 
 RBD = RbdDisk(pool="rbd", image="vm1")
 READ_ONLY = RbdDisk(pool="rbd", image="vm2", ro=True)
@@ -113,3 +114,17 @@ def test_media_and_variables_of_a_host_pin_nothing() -> None:
     """Law: boot media are only read, and UEFI variables in a file are one host's own: neither needs a fence."""
     spec = Spec(ram_mib=64, firmware=Firmware.UEFI, cloud_config="http://h/x")
     assert storage_of(spec) is Storage.NONE
+
+
+def test_images_have_their_namespace_in_their_name() -> None:
+    """Law: one name stands for one image, in keys, in locks and for Ceph's tools; those of a lock are read back."""
+    image = RbdDisk("rbd", "disk", namespace="web")
+    assert RbdDisk.named(image.name) == image
+    assert RbdDisk.named("rbd/disk") == RbdDisk("rbd", "disk")
+    assert (image.name, image.place, image.beside("x").name) == ("rbd/web/disk", "rbd/web", "rbd/web/x")
+    lock = Lock(
+        host=HostName("a"), boot_id="b", epoch=1, state=LockState.RUNNING, incarnation="i",
+        images=("rbd/web/disk", "rbd/disk", "odd"),
+    )  # fmt: skip
+    assert had_open(lock, [image]) == (RbdDisk("rbd", "disk"),)
+    assert had_open(lock, [RbdDisk("rbd", "disk")]) == (image,)

@@ -115,6 +115,11 @@ def test_the_run_directory_is_wiped(keys: Keys, hosts: Hosts, tiny: str) -> None
     assert str(before.pid) in status.reason
     assert "run directory" in status.reason
     assert host.qemus() == [before]
+    # Nor when somebody deletes the lock that names it.
+    keys.delete("1", "lock")
+    heard = keys.put("1", description="it lives")
+    assert str(before.pid) in host.wait_for("1", lambda status: status.revision >= heard).reason
+    assert host.qemus() == [before]
     before.kill()
     wait_replaced(host, before)
 

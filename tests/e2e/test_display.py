@@ -104,7 +104,9 @@ def test_every_address_is_each_of_them(keys: Keys, host: Host, tiny: str) -> Non
     keys.machines(host.name, "all", ram=16, extra_flags=tiny, spice_port=port, spice_addr="0.0.0.0")
     host.wait_running("all")
     keys.machines(host.name, "one", ram=16, extra_flags=tiny, spice_port=port)
-    host.wait_for("one", lambda s: s.phase is Phase.WAITING and f"{port} on 0.0.0.0 belongs to" in s.reason)
+    host.wait_for(
+        "one", lambda s: s.phase is Phase.WAITING and f"{port} on 127.0.0.1 belongs to instance all" in s.reason
+    )
 
 
 def test_a_port_of_another_program(keys: Keys, host: Host, tiny: str) -> None:
@@ -162,7 +164,7 @@ def where(secret: str, said: dict[str, str]) -> list[str]:
 
 
 def test_the_password_is_nowhere(keys: Keys, host: Host, tiny: str) -> None:
-    """Law: not in a command line, record, status, HTTP, log, nor in what commands print; but in QEMU's own file."""
+    """Law: not in a command line, record, status, HTTP, log, nor in what commands print; nor in a file."""
     keys.machines(host.name, "one", ram=16, extra_flags=tiny, spice_port=free_port(), spice_password=PASSWORD)
     qemu = host.wait_running("one")["one"]
     keys.wait_status("one", lambda s: s.phase is Phase.RUNNING)
@@ -170,9 +172,7 @@ def test_the_password_is_nowhere(keys: Keys, host: Host, tiny: str) -> None:
     assert len(said) > 20
     assert where("spice_port", said) != []
     assert where(PASSWORD, said) == []
-    (file,) = host.folder.rglob("spice-password")
-    assert file.read_text() == PASSWORD
-    assert file.stat().st_mode & 0o777 == 0o600
+    assert list(host.folder.rglob("spice-password")) == []
 
     # Commands that write it do not say it either, and a changed one is as silent as the first.
     other = "Anoth3r,horse=battery"

@@ -1,27 +1,23 @@
-"""Why a QEMU ended, told apart with real QEMUs and real guests, and what follows by its restart policy."""
+"""Why a QEMU ended, told apart with real QEMUs, and what follows by its restart policy."""
 
 from __future__ import annotations
 
 import signal
 import socket
 
-import pytest
-
-from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
 from tests.support.etcd import free_port
+from tests.support.firmware import RAM_MIB, Puppet
 
 HELLO = "HELLO from"
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_a_guest_powers_off(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+def test_a_guest_powers_off(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """`guest-shutdown`; `always` runs it again, the other policies leave it, and give its lock back."""
     host = hosts().start()
     for policy in ("always", "on-failure", "never"):
-        keys.put(policy, host=host.name, ram=MINIMUM_RAM_MIB, restart=policy, extra_flags=guest.extra_flags())
+        keys.put(policy, host=host.name, ram=RAM_MIB, restart=policy, extra_flags=puppet.extra_flags())
     for one, qemu in host.wait_running("always", "on-failure", "never").items():
         host.hears(one, HELLO)
         assert host.qemu(one) == qemu
@@ -45,15 +41,13 @@ def test_a_guest_powers_off(keys: Keys, hosts: Hosts, guest: Guest) -> None:
     assert [qemu.instance for qemu in host.qemus() if qemu.instance == "on-failure"] == []
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """A reboot is the guest's own affair: its QEMU lives on. A panic ends it, as `guest-panic`: a failure."""
     host = hosts().start()
     for one in ("reboots", "panics"):
-        keys.put(one, host=host.name, ram=MINIMUM_RAM_MIB, restart="on-failure", extra_flags=guest.extra_flags())
+        keys.put(one, host=host.name, ram=RAM_MIB, restart="on-failure", extra_flags=puppet.extra_flags())
     qemus = host.wait_running("reboots", "panics")
-    host.hears("reboots", "HB 1 ")
+    host.hears("reboots", HELLO)
     host.say("reboots", "reboot")
     host.hears("panics", HELLO)
     host.say("panics", "panic")
@@ -63,7 +57,7 @@ def test_a_guest_reboots_or_panics(keys: Keys, hosts: Hosts, guest: Guest) -> No
     assert host.metric("instance_exits_total", instance="panics", reason="guest-panic") == 1
     host.hears("panics", HELLO, 2)
 
-    host.hears("reboots", "HB 1 ", 2)
+    host.hears("reboots", HELLO, 2)
     assert host.qemu("reboots") == qemus["reboots"]
     assert host.events("instance.guest_reset", instance="reboots")
     assert host.metric("instance_exits_total", instance="reboots", reason="guest-reset") == 0
@@ -88,14 +82,12 @@ def test_a_guest_that_does_not_run_is_not_up(keys: Keys, hosts: Hosts, tiny: str
     assert host.qemu("1") == qemu
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_a_guest_powers_off_under_a_qemu_that_is_told_to_live_on(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+def test_a_guest_powers_off_under_a_qemu_that_is_told_to_live_on(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """§4: a power-off is a power-off, also with `-no-shutdown`; `restart` decides what follows."""
     host = hosts().start()
-    flags = f"{guest.extra_flags()} -no-shutdown"
+    flags = f"{puppet.extra_flags()} -no-shutdown"
     for policy in ("always", "on-failure"):
-        keys.put(policy, host=host.name, ram=MINIMUM_RAM_MIB, restart=policy, extra_flags=flags)
+        keys.put(policy, host=host.name, ram=RAM_MIB, restart=policy, extra_flags=flags)
     host.wait_running("always", "on-failure")
     for one in ("always", "on-failure"):
         host.hears(one, HELLO)

@@ -5,31 +5,27 @@ from __future__ import annotations
 import re
 from datetime import datetime
 
-import pytest
-
-from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, eventually
+from tests.support.firmware import RAM_MIB, Puppet
 
 GOODBYE = "power button: GOODBYE from"
 
 
 def put_guest(keys: Keys, host: Host, instance: str, flags: str, **more: object) -> None:
     """Wish for a machine that boots; `host` comes last, so that it is started once."""
-    keys.put(instance, ram=MINIMUM_RAM_MIB, extra_flags=flags, **more, host=host.name)
+    keys.put(instance, ram=RAM_MIB, extra_flags=flags, **more, host=host.name)
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_guests_are_shut_down_by_acpi(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+def test_guests_are_shut_down_by_acpi(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """`power=off`, the removal of `host` and of all keys press the power button; a restart request does so once.
 
     A guest that is deaf is told to end when `shutdown_timeout` has passed, not before.
     """
     host = hosts().start()
-    put_guest(keys, host, "off", guest.extra_flags())
-    put_guest(keys, host, "again", guest.extra_flags())
-    put_guest(keys, host, "deaf", guest.extra_flags(deaf=True), shutdown_timeout=6)
+    put_guest(keys, host, "off", puppet.extra_flags())
+    put_guest(keys, host, "again", puppet.extra_flags())
+    put_guest(keys, host, "deaf", puppet.extra_flags(deaf=True), shutdown_timeout=6)
     before = host.wait_running("off", "again", "deaf")
     for one in before:
         host.hears(one, "HELLO from")
@@ -70,12 +66,10 @@ def test_guests_are_shut_down_by_acpi(keys: Keys, hosts: Hosts, guest: Guest) ->
     assert keys.lock("again") is None
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_what_is_done_at_once_asks_no_guest(keys: Keys, hosts: Hosts, guest: Guest) -> None:
+def test_what_is_done_at_once_asks_no_guest(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """A deaf guest is reset once, in its process, also when its supervisor is replaced; then restarted, and stopped."""
     host = hosts().start()
-    put_guest(keys, host, "deaf", guest.extra_flags(deaf=True), shutdown_timeout=3600)
+    put_guest(keys, host, "deaf", puppet.extra_flags(deaf=True), shutdown_timeout=3600)
     first = host.wait_running("deaf")["deaf"]
     host.hears("deaf", "HELLO from")
 

@@ -14,6 +14,7 @@ from kvmsupervisor.domain.agent import GuestAddress
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.cluster import Host, Hosts, Keys, eventually
 from tests.support.etcd import free_port
+from tests.support.firmware import RAM_MIB, Puppet
 from tests.support.spice import LinkResult, link
 from tests.support.terminal import at_terminal
 
@@ -62,11 +63,10 @@ def test_a_guest_with_an_agent(keys: Keys, hosts: Hosts, agent_options: list[str
     assert stopped.agent is None
 
 
-@pytest.mark.guest
-def test_a_guest_s_console(keys: Keys, hosts: Hosts, guest: Any) -> None:
+def test_a_guest_s_console(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
     """Law: two people at one guest; the keyboard changes hands; a QEMU that starts again is followed."""
     host = hosts().start()
-    keys.put("web1", host=host.name, ram=96, extra_flags=guest.extra_flags(tag="web1", heartbeat_s=60))
+    keys.put("web1", host=host.name, ram=RAM_MIB, extra_flags=puppet.extra_flags(tag="web1"))
     host.hears("web1", "HELLO")
     with at_terminal("console", "web1", environ=host.environment) as first:
         first.sees("HELLO from web1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import InstanceId, parse_id
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
 
@@ -59,7 +59,9 @@ def test_hostile_keys(keys: Keys, hosts: Hosts, tiny: str) -> None:
     assert host.cli("list").returncode == 0
 
     # Mended, each runs; and nobody's files were touched.
-    assert sorted(path.name for path in host.folder.iterdir()) == ["log", "run"]
+    assert sorted(path.name for path in host.folder.iterdir()) == ["log", "run", "state"]
+    assert [path.name for path in (host.folder / "state").iterdir()] == ["_events"]
+    assert all(parse_id(path.name.partition(".jsonl")[0]) for path in (host.folder / "state" / "_events").iterdir())
     keys.etcd.ctl("del", "--prefix", keys.layout.instance_prefix(InstanceId("rubbish")))
     host.wait_forgotten("rubbish")
     keys.machines(host.name, "rubbish", ram=16, extra_flags=tiny)

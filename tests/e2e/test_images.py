@@ -12,7 +12,7 @@ from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase
 from tests.support.ceph import POOL
 from tests.support.cluster import Host, Hosts, Keys, eventually
-from tests.support.farm import Farm
+from tests.support.farm import COUNT_S, Farm
 from tests.support.images import RAW
 from tests.support.rbd_qemu import WRITER, WRITES_PER_S, count
 
@@ -31,6 +31,7 @@ class Shelf:
             "KVM_IMAGE_DIR": str(self.images),
             "KVM_MEDIA_ROOT": str(self.root),
             "KVM_QEMU_USER": "",
+            "KVM_EXTRA_FLAGS": "any",
         }
 
     def entry(self, data: bytes, name: str = "a.raw") -> str:
@@ -111,7 +112,11 @@ def test_hosts_of_one_ceph(farm: Farm, tmp_path: Path) -> None:
     keys.together(wishes)
     for instance, host in where.items():
         hosts[host].wait_running(instance)
-        eventually(f"{instance} to write", lambda one=instance: count(ceph, images[one]) > 0)  # type: ignore[misc]
+        eventually(
+            f"{instance} to write",
+            lambda one=instance: count(ceph, images[one]) > 0,  # type: ignore[misc]
+            poll_s=COUNT_S,
+        )
     parent = parent_of(parse_image("writer", value), POOL)
     found: list[str] = json.loads(ceph.rbd("ls", POOL, "--format", "json"))
     assert parent.image in found
@@ -132,7 +137,7 @@ def test_hosts_of_one_ceph(farm: Farm, tmp_path: Path) -> None:
     before = count(ceph, images["1"])
     keys.put("1", host="beta")
     hosts["beta"].wait_for("1", lambda s: s.phase is Phase.RUNNING and s.epoch > status.epoch)
-    eventually("it to go on", lambda: count(ceph, images["1"]) > before)
+    eventually("it to go on", lambda: count(ceph, images["1"]) > before, poll_s=COUNT_S)
     keys.delete("1")
     hosts["beta"].wait_forgotten("1")
     keys.machines("beta", "4", ram=16, rbd=f"{images['1'].name} from=writer")

@@ -21,7 +21,6 @@ from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Host, Hosts, Keys, eventually
 
 QEMU = shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
-NOBODY = 65534
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that to its host")
@@ -48,7 +47,7 @@ def test_uefi(keys: Keys, hosts: Hosts) -> None:
     host.hears("one", "BdsDxe")
     variables = host.folder / "state" / "one" / "nvram.fd"
     found = variables.stat()
-    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (NOBODY, 0o600)
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600)
     # The firmware itself has written to them: what it found to boot.
     written = variables.read_bytes()
     assert "EFI Internal Shell".encode("utf-16-le") in written
@@ -231,7 +230,8 @@ def test_one_that_does_not_fit_waits(keys: Keys, hosts: Hosts, tiny: str) -> Non
 
 def test_priority(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """Law: whose turn it is: the greater priority first, then who came first; one at a time where one is allowed."""
-    host = hosts(KVM_START_PARALLEL="1")
+    # In the supervisor's own view, where the gate is.
+    host = hosts(KVM_START_PARALLEL="1", KVM_QEMU_USER="", KVM_EXTRA_FLAGS="any")
     gate = host.folder / "gate"
     os.mkfifo(gate)
     host.settings["KVM_QEMU"] = wrapped_qemu(
@@ -275,3 +275,29 @@ def test_which_extra_flags_a_host_allows(keys: Keys, hosts: Hosts, tiny: str) ->
     # Mended by its key, it starts.
     keys.put("on-some", extra_flags=tiny)
     some.wait_running("on-some")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="otherwise QEMU is not root")
+def test_where_qemu_is_root_any_flags_are_asked_for(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law: what runs goes on after an upgrade, and says what is to be done; nothing new of that kind starts."""
+    host = hosts(KVM_QEMU_USER="", KVM_EXTRA_FLAGS="any").start()
+    keys.machines(host.name, "old", ram=16, extra_flags=tiny)
+    before = host.wait_running("old")
+    host.stop()
+    del host.settings["KVM_EXTRA_FLAGS"]
+    host.start()
+    (line,) = host.events("qemu.privileged")[1:]
+    assert line["extra_flags"] == "none"
+    keys.machines(host.name, "new", ram=16, extra_flags=tiny)
+    for instance in ("new", "old"):
+        status = host.wait_for(instance, lambda one: bool(one.problems))
+        assert "leave KVM_QEMU_USER out" in status.problems[0]
+        assert "set KVM_EXTRA_FLAGS=any there" in status.problems[0]
+    assert host.wait_running("old") == before
+    assert [qemu.instance for qemu in host.qemus()] == ["old"]
+    # With users of their own both are bounded by what those may.
+    host.stop()
+    del host.settings["KVM_QEMU_USER"]
+    host.start()
+    host.wait_running("new")
+    assert host.wait_running("old") == before

@@ -139,10 +139,10 @@ def test_a_guest_finds_its_ignition(keys: Keys, hosts: Hosts, shop: Shop, guest:
 
 @needs_root
 def test_qemu_reads_its_media_and_others_do_not(keys: Keys, hosts: Hosts, shop: Shop) -> None:
-    """Law: QEMU's group reads the media, and nobody else but root does; the copy is for root only."""
+    """Law: QEMU gets its media open, and nobody but root opens them by name."""
     shop.files["/a"], shop.files["/b"] = CLOUD_CONFIG, IGNITION
     shop.open()
-    host = hosts(KVM_QEMU_USER="nobody").start()
+    host = hosts().start()
     # QEMU's user reads it, so it lies where everybody may look.
     firmware = host.folder / "hlt.bin"
     firmware.write_bytes(b"\xf4" * 65536)
@@ -153,15 +153,12 @@ def test_qemu_reads_its_media_and_others_do_not(keys: Keys, hosts: Hosts, shop: 
     host.wait_running("a", "b")
     for_qemu = [host.run_dir / "a" / "seed.iso", host.run_dir / "a" / "config-2.iso", host.run_dir / "b/ignition.json"]
     copies = [host.run_dir / one / "user-data" for one in ("a", "b")]
-    for path, mode in {**dict.fromkeys(for_qemu, 0o640), **dict.fromkeys(copies, 0o600)}.items():
+    for path, mode in dict.fromkeys([*for_qemu, *copies], 0o600).items():
         found = path.stat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (mode, 0), path
         stranger = ["setpriv", "--reuid=12001", "--regid=12001", "--clear-groups", "cat", str(path)]
         done = subprocess.run(stranger, capture_output=True, text=True, check=False)
         assert "Permission denied" in done.stderr, path
-    # QEMU itself cannot write to them, whatever its guest makes of it.
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", f"echo >>{for_qemu[0]}"]
-    assert subprocess.run(nobody, capture_output=True, check=False).returncode != 0
 
 
 def test_files_only_below_their_folder(keys: Keys, hosts: Hosts, tiny: str) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.cli.demo.guest import Guest
-from tests.support.cluster import ROOT, Hosts, Keys, eventually
+from tests.support.cluster import Hosts, Keys, eventually
 from tests.support.net import Lan, Namespace
+from tests.support.pages import commands
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="bridges take root, and so does the supervisor here")
 
@@ -22,19 +23,6 @@ WAYS = {
     "docs/network.md": ("Guests in a network behind the host", "The guest"),
 }
 """Sections whose commands lead there, one after the other."""
-
-HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-BLOCK = re.compile(r"^```(?:sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def commands(page: str, heading: str) -> list[str]:
-    """The shell commands of one section; behind `$ ` where answers stand among them."""
-    _, found, rest = (ROOT / page).read_text().partition(f"# {heading}\n")
-    assert found, f"{page} has no section {heading!r}"
-    end = HEADING.search(rest)
-    lines = [line for block in BLOCK.findall(rest[: end.start() if end else None]) for line in block.splitlines()]
-    prompted = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return prompted or lines
 
 
 @pytest.fixture

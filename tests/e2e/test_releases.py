@@ -179,8 +179,7 @@ def test_a_newer_lock_is_left_alone_with_its_process(leave: Leave, keys: Keys) -
     """
     host, left = leave(RELEASES[-1], newer="runs/lock.json")
     host.start()
-    status = host.wait_for("runs", lambda status: "lock" in status.reason or bool(status.notice))
-    assert "cannot read" in f"{status.reason} {status.notice}"
+    host.wait_for("runs", lambda status: "its lock was written by a newer release" in status.reason)
     assert untouched(host, left.qemu)
     assert keys.get(keys.layout.lock_key(InstanceId("runs"))) == left.lock
 
@@ -195,3 +194,24 @@ def test_a_newer_session_file_is_left_alone_and_costs_a_wait(leave: Leave) -> No
     assert line["version"] == 2
     assert (host.run_dir / "_session.json").read_bytes() == before
     assert untouched(host, left.qemu)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("state", ["migrating", "given", "sold"])
+def test_a_lock_in_the_hands_of_a_newer_release_is_left_alone(
+    leave: Leave, keys: Keys, release: str, state: str
+) -> None:
+    """Law 13: in the midst of a move that this release does not know nothing is stopped, taken or written."""
+    host, left = leave(release)
+    key = keys.layout.lock_key(InstanceId("runs"))
+    newer = json.dumps(json.loads(left.lock) | {"version": 9, "state": state, "host": "beta"})
+    keys.write(key, newer)
+    host.start()
+    said = host.wait_for("runs", lambda status: "newer release" in status.reason)
+    assert (said.phase, said.pid) == (Phase.RUNNING, left.qemu.pid)
+    keys.put("runs", power="off")
+    keys.put("runs", host="beta")
+    host.wait_for("runs", lambda status: status.awaited_host == "beta" and "newer release" in status.reason)
+    assert left.qemu.alive
+    assert host.run_state(left.qemu) == "running"
+    assert keys.get(key) == newer.encode()

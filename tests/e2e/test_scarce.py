@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvmsupervisor.domain.status import Phase
+from tests.chaos.armed import FOLDER, FREEZE, Points
+from tests.e2e.test_live_move import LISTEN
 from tests.support.cluster import Host, Hosts, Keys, eventually
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
@@ -43,6 +47,16 @@ def fill(folder: Path) -> Path:
             except OSError:
                 continue
     return ballast
+
+
+def with_points(host: Host) -> Points:
+    """Start a host that takes guests in, and whose supervisor has failpoints."""
+    folder = host.folder / "points"
+    folder.mkdir()
+    host.settings |= {FOLDER: str(folder), **LISTEN}
+    host.entry = "tests.chaos.armed"
+    host.start()
+    return Points(folder)
 
 
 @needs_root
@@ -87,6 +101,25 @@ def test_a_full_state_directory_is_named(small: Host, keys: Keys, tiny: str) -> 
     small.wait_running("uefi")
 
 
+@needs_root
+def test_a_full_state_directory_costs_events_only(small: Host, keys: Keys, tiny: str) -> None:
+    """Guests start and go on, it is told once, etcd has what happened; there is room: the file goes on."""
+    ballast = fill(small.folder / "state")
+    small.start()
+    keys.machines(small.name, "1", ram=16, extra_flags=tiny)
+    for restarts in (1, 2):
+        small.wait_running("1")["1"].signal(signal.SIGKILL)
+        keys.wait_status("1", lambda status, wanted=restarts: status.restarts == wanted and status.up)  # type: ignore[misc]
+    told = json.loads(small.cli("events", "1", "-o", "json").stdout)
+    assert [one["event"] for one in told].count("instance.ended") == 2
+    eventually("it to be told", lambda: small.events("events.unwritten"))
+    ballast.unlink()
+    small.wait_running("1")["1"].signal(signal.SIGKILL)
+    file = small.folder / "state" / "_events" / "1.jsonl"
+    eventually("the file to go on", lambda: file.exists() and "instance.ended" in file.read_text())
+    assert len(small.events("events.unwritten")) == 1
+
+
 def test_few_open_files_are_waited_for(hosts: Hosts, keys: Keys, tiny: str) -> None:
     """With a limit that is too low the start says so, no machine fails for it, and each one says what it waits for."""
     host = hosts()
@@ -113,3 +146,23 @@ def test_few_open_files_are_waited_for(hosts: Hosts, keys: Keys, tiny: str) -> N
     host.around = lambda *argv: ["prlimit", "--nofile=64:4096", *argv]
     host.start()
     host.wait_running(*names)
+
+
+@needs_root
+def test_a_guest_arrives_in_a_full_run_directory(small: Host, hosts: Hosts, keys: Keys, tiny: str) -> None:
+    """Law 13: it is this host's by its lock, so it goes on, though that cannot be put on record."""
+    points = with_points(small)
+    source = hosts("source", **LISTEN).start()
+    keys.machines("source", "1", ram=16, extra_flags=tiny)
+    source.wait_running("1")
+    points.arm("arriving", FREEZE)
+    keys.put("1", host=small.name)
+    eventually("the arrival", lambda: points.was_met)
+    ballast = fill(small.run_dir)
+    small.thaw()
+    came = small.wait_for("1", lambda status: status.run_state == "running")
+    ballast.unlink()
+    small.stop()
+    small.start()
+    assert small.wait_running("1")["1"].pid == came.pid
+    eventually("the source's QEMU to end", lambda: not source.qemus())

@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.cli.demo.guest import MINIMUM_RAM_MIB, Guest
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Hosts, Keys, eventually
+from tests.support.firmware import RAM_MIB, Puppet
 from tests.support.lock_history import check_lock_history
 from tests.support.single import Container, Containers, holder
 from tests.support.terminal import at_terminal
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_an_instance_runs_and_is_shut_down_by_a_signal(keys: Keys, containers: Containers, guest: Guest) -> None:
+def test_an_instance_runs_and_is_shut_down_by_a_signal(keys: Keys, containers: Containers, puppet: Puppet) -> None:
     """Law: from its keys, under its lock; SIGTERM presses the power button; lock and session go, the status says so."""
-    keys.put("1", ram=MINIMUM_RAM_MIB, extra_flags=guest.extra_flags(tag="one"), host="alpha")
+    keys.put("1", ram=RAM_MIB, extra_flags=puppet.extra_flags(tag="one"), host="alpha")
     container = containers.instance("1").begin()
     qemu = container.wait_running()["1"]
     console = container.folder_of("1") / "console.log"

@@ -14,6 +14,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase
 from tests.support.cluster import Keys, eventually
+from tests.support.firmware import RAM_MIB, Puppet
 from tests.support.lock_history import check_lock_history
 from tests.support.net import Lan
 from tests.support.single import Containers, holder
@@ -29,12 +30,10 @@ def hlt(tiny: str) -> tuple[str, ...]:
     return (*SMALL, *tiny.split())
 
 
-@pytest.mark.guest
-@pytest.mark.timeout(300)
-def test_its_terminal_is_the_guests_and_a_signal_is_the_power_button(containers: Containers, guest: Guest) -> None:
+def test_its_terminal_is_the_guests_and_a_signal_is_the_power_button(containers: Containers, puppet: Puppet) -> None:
     """Law: standard output is QEMU's; SIGTERM asks the guest, which shuts down; QEMU's 0 is the container's."""
-    options = ("-accel", "tcg", "-m", str(MINIMUM_RAM_MIB), "-nodefaults", "-nographic", "-serial", "stdio")
-    container = containers(*options, *guest.options(tag="plain")).begin()
+    options = ("-accel", "tcg", "-m", str(RAM_MIB), "-nodefaults", "-nographic", "-serial", "stdio")
+    container = containers(*options, "-machine", "q35", *puppet.options(tag="plain")).begin()
     eventually("the guest", lambda: "HELLO from plain" in container.log)
     assert container.stop() == 0
     assert "power button: GOODBYE from plain" in container.log

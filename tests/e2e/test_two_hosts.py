@@ -51,9 +51,13 @@ A_DISK = "-blockdev driver=null-co,node-name=disk"
 """Of a machine that writes to what cannot be fenced."""
 
 
+STILL = {None, "prelaunch", "inmigrate", "finish-migrate", "postmigrate", "paused"}
+"""Run states of QMP in which a guest stands still: it has not begun, or it is on its way."""
+
+
 def _runs(host: Host, qemu: Qemu) -> bool:
-    """Whether the guest may have run: anything but the state in which QEMU waits for its first `cont`."""
-    return host.run_state(qemu) not in {None, "prelaunch", "inmigrate"}
+    """Whether the guest runs, or has ended by itself."""
+    return host.run_state(qemu) not in STILL
 
 
 def test_a_host_that_looks_for_locks_elsewhere(keys: Keys, hosts: Hosts, tiny: str) -> None:
@@ -118,6 +122,7 @@ def test_a_move_to_nobody(keys: Keys, hosts: Hosts, tiny: str) -> None:
         assert status.phase is Phase.RUNNING
         assert "`host` is apha, which has no session (did you mean alpha?)" in status.reason
         assert alpha.metric("instance_host_absent", instance="1") == 1
+        keys.wait_status("1", lambda s: s.awaited_host == "apha")
         assert "did you mean alpha?" in alpha.cli("list").stdout
         found = alpha.cli("check", "1")
         assert found.returncode == 1
@@ -149,6 +154,7 @@ def test_failover_by_a_placement(keys: Keys, hosts: Hosts, tiny: str) -> None:
     assert keys.get(host_key) == b"alpha"
     assert beta.wait_for("1", lambda s: s.placed_for == "alpha").host == "beta"
     assert beta.metric("instance_placed", instance="1", home="alpha") == 1
+    keys.wait_status("1", lambda status: status.up and status.placed_for == "alpha")
     listed = beta.cli("list").stdout
     assert "beta (for alpha)" in listed
     assert "runs in place of alpha" in listed

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from kvmsupervisor.adapters.etcd.api import (
@@ -51,14 +51,16 @@ class _Lease:
 class _Server:
     """The data that all clients of one fake share."""
 
-    def __init__(self, clock: Callable[[], float] | None) -> None:
+    def __init__(self, clock: Callable[[], float] | None, cluster: int = 1) -> None:
         self.clock = clock
+        self.cluster = cluster
         self.revision = 1
         self.compacted = 0
         self.keys: dict[bytes, KeyValue] = {}
         self.history: list[Event] = []
         self.leases: dict[int, _Lease] = {}
-        self.next_lease = 0x1000
+        # Another cluster's are other ones: etcd makes them of the member's id and the time.
+        self.next_lease = (cluster - 1 << 32) + 0x1000
         self.full = False
         self.wakers: set[asyncio.Event] = set()
         # How often another history has taken the place of this one: each breaks every watch.
@@ -87,6 +89,9 @@ class _Server:
 
     def index_of(self, revision: int) -> int:
         """Where in the history the first event at or after `revision` is."""
+        if not self.history or self.history[-1].kv.mod_revision < revision:
+            # Mostly: who asks is up to date.
+            return len(self.history)
         return bisect_left(self.history, revision, key=lambda event: event.kv.mod_revision)
 
     def now(self) -> float:
@@ -97,9 +102,11 @@ class _Server:
             waker.set()
 
     def expire_due(self) -> None:
-        for lease_id, lease in list(self.leases.items()):
-            if self.clock is not None and self.now() >= lease.renewed + lease.ttl_s:
-                self.end_lease(lease_id)
+        if self.clock is None:
+            return
+        now = self.clock()
+        for lease_id in [one for one, lease in self.leases.items() if now >= lease.renewed + lease.ttl_s]:
+            self.end_lease(lease_id)
 
     def end_lease(self, lease_id: int) -> None:
         lease = self.leases.pop(lease_id)
@@ -121,7 +128,7 @@ class _Server:
         wanted = key.encode()
         if not prefix:
             return [self.keys[wanted]] if wanted in self.keys else []
-        return [self.keys[found] for found in sorted(self.keys) if found.startswith(wanted)]
+        return [self.keys[found] for found in sorted(found for found in self.keys if found.startswith(wanted))]
 
     def check(self, ops: Iterable[Op]) -> None:
         """Refuse what the server refuses before it writes anything."""
@@ -195,6 +202,8 @@ class FakeEtcd:
     Args:
         clock: seconds, for leases; they expire when a call (or `tick`) finds them due. Without a clock
             leases live until `expire` or `revoke`.
+        cluster: the id of the cluster. What is restored in its place has the same, as with `etcdctl snapshot restore`
+            under the same name, URLs and token.
 
     Attributes:
         calls: how often each method was called, by name, failed calls included.
@@ -202,8 +211,10 @@ class FakeEtcd:
         hook: awaited with the method's name at the start of each call; may raise, block or interfere.
     """
 
-    def __init__(self, clock: Callable[[], float] | None = None, *, server: _Server | None = None) -> None:
-        self._server = server if server is not None else _Server(clock)
+    def __init__(
+        self, clock: Callable[[], float] | None = None, *, server: _Server | None = None, cluster: int = 1
+    ) -> None:
+        self._server = server if server is not None else _Server(clock, cluster)
         self._away = False
         self._denied = False
         self._closed = False
@@ -326,6 +337,10 @@ class FakeEtcd:
         return "http://fake"
 
     @property
+    def cluster(self) -> int:
+        return self._server.cluster if any(self.calls.values()) else 0
+
+    @property
     def members(self) -> int:
         return 1
 
@@ -350,11 +365,22 @@ class FakeEtcd:
     ) -> AsyncIterator[FakeWatch]:
         self.calls["watch"] += 1
         watch = FakeWatch(self, self._server, prefix, start_revision, prove)
-        self._server.wakers.add(watch.waker)
-        try:
+        with self._waking(watch.waker):
             yield watch
+
+    @asynccontextmanager
+    async def watch_keys(self, *, prove: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[FakeKeysWatch]:
+        watch = FakeKeysWatch(self, self._server, prove)
+        with self._waking(watch.waker):
+            yield watch
+
+    @contextmanager
+    def _waking(self, waker: asyncio.Event) -> Iterator[None]:
+        self._server.wakers.add(waker)
+        try:
+            yield
         finally:
-            self._server.wakers.discard(watch.waker)
+            self._server.wakers.discard(waker)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         await self._arrive("put")
@@ -459,6 +485,8 @@ class FakeWatch:
         self._server = server
         self._prefix = prefix.encode()
         self._next = start_revision
+        # Up to where there is nothing below its prefix that was not delivered. A link begins at `_next` all the same.
+        self._passed = start_revision
         self._linked = False
         self._born = server.born
         self.waker = asyncio.Event()
@@ -477,19 +505,29 @@ class FakeWatch:
                 raise StopAsyncIteration
             if self._client._away or self._born != self._server.born:
                 self._linked = False
-                self._born = self._server.born
+                self._born, self._passed = self._server.born, self._next
             if not self._client._away:
                 if not await self._link():
                     # Connected to nobody, and the proof cannot be had: tried again, as the real one does.
                     await asyncio.sleep(0)
                     continue
-                news = self._server.history[self._server.index_of(self._next) :]
-                events = [event for event in news if event.kv.key.startswith(self._prefix)]
-                if events:
-                    revision = events[-1].kv.mod_revision
-                    self._next = revision + 1
-                    return Batch(events, revision)
+                if events := self._news():
+                    return Batch(events, events[-1].kv.mod_revision)
             await self.waker.wait()
+
+    @property
+    def _from(self) -> int:
+        """The oldest revision that is needed."""
+        return self._next
+
+    def _news(self) -> list[Event]:
+        """The events that were not delivered yet; they are now."""
+        news = self._server.history[self._server.index_of(self._passed) :]
+        events = [event for event in news if event.kv.key.startswith(self._prefix)]
+        if events:
+            self._next = events[-1].kv.mod_revision + 1
+        self._passed = max(self._next, self._server.revision + 1)
+        return events
 
     async def _link(self) -> bool:
         """Connect, unless it is; False when the proof could not be had."""
@@ -497,15 +535,41 @@ class FakeWatch:
             raise Denied("etcdserver: permission denied")
         if self._linked:
             return True
-        if self._next < self._server.compacted:
+        if self._from < self._server.compacted:
             raise Compacted(self._server.compacted)
         if self._prove is not None:
             try:
                 await self._prove()
             except Unavailable:
                 return False
-        if self._client._away:
+        if self._client._away or self._born != self._server.born:
+            # Cut off, or restored, while that was asked: the connection is broken, whatever the answer was.
             return False
         self._linked = True
         self._client._up = True
         return True
+
+
+class FakeKeysWatch(FakeWatch):
+    """A watch of some keys. A key that is added to a watch which is linked needs its history, too."""
+
+    def __init__(self, client: FakeEtcd, server: _Server, prove: Callable[[], Awaitable[None]] | None) -> None:
+        super().__init__(client, server, "", 0, prove)
+        self._keys: dict[bytes, int] = {}
+
+    def add(self, key: str, start_revision: int) -> None:
+        self._client.calls["watch"] += 1
+        self._keys[key.encode()] = start_revision
+        self._linked = self._linked and start_revision >= self._server.compacted
+        self.waker.set()
+
+    @property
+    def _from(self) -> int:
+        return min(self._keys.values(), default=self._server.revision + 1)
+
+    def _news(self) -> list[Event]:
+        news = self._server.history[self._server.index_of(self._from) :]
+        events = [event for event in news if event.kv.mod_revision >= self._keys.get(event.kv.key, 1 << 62)]
+        for event in events:
+            self._keys[event.kv.key] = event.kv.mod_revision + 1
+        return events

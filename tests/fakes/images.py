@@ -88,4 +88,5 @@ class Stock:
             imports=self.imports,
             ceph=CephImages(ceph or Ceph(CephAccess())),
             folder=self.disks,
+            sweep_after_s=0.0,
         )

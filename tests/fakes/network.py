@@ -20,7 +20,7 @@ class FakeNetwork:
         denied: why no guest may be plugged into a bridge, by the bridge's name.
         trouble: why bridge.conf cannot be written; None when it can.
         hung: bridges whose helper never returns.
-        taken: TCP ports on which another program listens.
+        taken: ports on which another program listens.
         taps: all that were opened, in order.
         allowed: all bridges that were allowed, in order.
         owner: for whom they were allowed last.
@@ -44,7 +44,7 @@ class FakeNetwork:
         """Stands for `adapters.links.index_of`."""
         return int(name.removeprefix("tap")) if name in self._names.values() else None
 
-    def port_trouble(self, address: str, port: int) -> str | None:
+    def port_trouble(self, address: str, port: int, protocol: str = "tcp") -> str | None:
         """Stands for `adapters.ports.trouble_with`."""
         return ports.TAKEN if port in self.taken else None
 

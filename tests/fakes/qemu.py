@@ -35,6 +35,7 @@ from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.run_state import NEVER_RAN, POWERED_OFF, RUNNING
 from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
+from tests.fakes.drive import COMMANDS, FakeDrive
 from tests.fakes.network import FakeNetwork
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -79,6 +80,7 @@ class FakeQemu:
         words: what it writes on its standard error before it exits with status 1 at once; None: it lives.
         run_state: QMP's.
         blocks: its disks, as `query-block` tells them.
+        drive: its CD-ROM drive.
         agent: what its guest's agent says, None when nobody answers there.
         agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
         presses: when its power button was pressed.
@@ -112,6 +114,7 @@ class FakeQemu:
                 # The monitor that single mode puts beside its user's options.
                 self.monitors |= {listening[int(fd)] for fd in re.findall(r'fd = "(\d+)"', Path(value).read_text())}
         self.blocks: list[dict[str, Any]] = []
+        self.drive = FakeDrive(argv, self.event)
         self.run_state = NEVER_RAN
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
@@ -260,6 +263,8 @@ class FakeQemu:
                 answer = self._run(request.command, request.arguments)
             except MonitorRefused as error:
                 answer = error
+            if not self.alive:
+                answer = MonitorLost(f"QMP connection ended during {request.command}: the other side hung up")
             if self._host.lose_answer_to == request.command:
                 self._host.lose_answer_to = None
                 client.lose()
@@ -281,11 +286,14 @@ class FakeQemu:
         answers = {
             "query-status": {"status": self.run_state, "running": self.run_state == RUNNING},
             "query-chardev": [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}],
-            "query-block": self.blocks,
+            "query-block": [*self.blocks, *self.drive.block],
             "query-blockstats": [],
+            "query-migrate": {},  # it was never asked to move
             "qom-get": {},
         }
         self.commands.append(command)
+        if command in COMMANDS:
+            return self.drive.run(command, dict(arguments or {}))
         if command == "block_resize":
             self._resize(arguments)
             return {}
@@ -400,7 +408,9 @@ class FakeMonitor:
         self._asked: set[Request] = set()
         qemu.attach(self)
 
-    async def execute(self, command: str, arguments: object = None, *, timeout_s: float = 5.0) -> Any:
+    async def execute(
+        self, command: str, arguments: object = None, *, timeout_s: float = 5.0, fd: int | None = None
+    ) -> Any:
         await asyncio.sleep(0)
         if self._lost.is_set():
             raise MonitorLost(f"no QMP connection for {command}")
@@ -499,6 +509,7 @@ class FakeQemus:
         pass_fds: Sequence[int],
         on_end: Callable[[], None],
         stdin: int | None = None,
+        enter: Callable[[], None] | None = None,
     ) -> FakeProcess:
         if self.no_program is not None:
             raise SpawnFailed(self.no_program)
@@ -584,7 +595,8 @@ class FakeQemus:
         self, path: str, *, on_event: OnEvent, on_lost: Callable[[], None], timeout_s: float
     ) -> FakeMonitor:
         await asyncio.sleep(0)
-        for qemu in self.alive:
-            if Path(path) in qemu.monitors:
-                return await qemu.serve(Path(path), on_event, on_lost, self.clock.now() + timeout_s)
+        # Who binds a path takes it from whoever had it, also when it ends.
+        bound = next((qemu for qemu in reversed(self.all) if Path(path) in qemu.monitors), None)
+        if bound is not None and bound.alive:
+            return await bound.serve(Path(path), on_event, on_lost, self.clock.now() + timeout_s)
         raise MonitorLost(f"cannot connect to QMP at {path}: nobody listens")

@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
 from kvmsupervisor.adapters.disk_files import Threads
-from kvmsupervisor.cluster.fencing import InUse, NotFenced, StorageAway
+from kvmsupervisor.cluster.fencing import Admit, InUse, NotFenced, StorageAway
 from kvmsupervisor.domain.incarnation import Incarnation
-from kvmsupervisor.domain.lock import Storage
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.lock import Lock, Storage
 from kvmsupervisor.domain.spec import RbdDisk, Spec, spec_from_object
-from kvmsupervisor.domain.storage import growable, images_of
+from kvmsupervisor.domain.storage import growable, had_open, images_of
 from kvmsupervisor.machine.images import Disks, DiskTrouble
 from kvmsupervisor.machine.local_disks import FileAccess, LocalDisks
 
@@ -46,7 +47,14 @@ class FakeStorage:
         self.refused: str | None = None
         self.asked = 0
 
-    async def clients(self, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
+    async def clients(
+        self,
+        record: Incarnation,
+        known: Collection[str] = (),
+        *,
+        new: Collection[str] = (),
+        admit: Admit | None = None,
+    ) -> tuple[str, ...]:
         if record.storage is Storage.NONE:
             return ()
         self._ask()
@@ -76,8 +84,10 @@ class FakeStorage:
     async def users(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
         return self._named(self.users_of, images)
 
-    async def watchers(self, images: Collection[RbdDisk]) -> tuple[str, ...]:
-        return self._named(self.watching, images)
+    async def watchers(self, images: Collection[RbdDisk], lock: Lock | None = None) -> tuple[str, ...]:
+        had = () if lock is None else self._named(self.watching, had_open(lock, images))
+        own = {address for address in had if lock is not None and address in lock.clients}
+        return tuple(sorted({*self._named(self.watching, images), *own}))
 
     def _named(self, table: dict[str, set[str]], images: Collection[RbdDisk]) -> tuple[str, ...]:
         if not images:
@@ -104,7 +114,7 @@ class FakeDisks(Disks):
         self.trouble: str | None = None
         self.bytes_of: dict[str, int] = {}
 
-    async def check(self, spec: Spec) -> str:
+    async def check(self, instance: InstanceId, spec: Spec, *, but_made: bool = False) -> str:
         if self.trouble is not None:
             raise DiskTrouble(self.trouble)
         return "AQBe"

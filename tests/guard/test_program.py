@@ -135,7 +135,7 @@ class Machine:
 class Guard:
     """A guard's process, and the socket that it was started with."""
 
-    def __init__(self, folder: Path, version: str = "1") -> None:
+    def __init__(self, folder: Path, version: str = "1", *, log: int | None = None) -> None:
         self.folder = folder
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.link.settimeout(LIMIT_S)
@@ -143,7 +143,7 @@ class Guard:
         words = [sys.executable, "-I", "-S", str(PROGRAM), str(theirs.fileno()), *files, version]
         with theirs:
             self.process = subprocess.Popen(
-                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=log, start_new_session=True
             )
         self.pidfd = os.pidfd_open(self.process.pid)
 
@@ -312,6 +312,23 @@ def test_a_note_that_cannot_be_written_is_in_nobodys_way(guard: Guard, machines:
     for machine in machines:
         machine.wait_killed()
     assert guard.ask("hello").startswith("guard")
+
+
+def test_a_full_log_is_in_nobodys_way(tmp_path: Path, machines: list[Machine]) -> None:
+    """Law 7: a guard whose log takes no line kills all the same, and leaves its notes where there is room for them."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    guard = Guard(tmp_path, log=full)
+    os.close(full)
+    try:
+        assert guard.ask("watch a /nonexistent/a.json", machines[0].pidfd) == "ok"
+        guard.watch("b", machines[1])
+        guard.take(until=now())
+        for machine in machines:
+            machine.wait_killed()
+        assert guard.ask("hello").startswith("guard")
+        assert guard.note("b") is not None
+    finally:
+        guard.close()
 
 
 def test_nobody_else_can_speak_to_it(guard: Guard) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.domain.exits import WaitStatus
-from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, Storage, clients_to_json
+from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.instance.disks import GROWTH_EVERY_S
 from tests.fakes.clock import FakeClock
@@ -61,8 +62,10 @@ def theirs(**changes: object) -> Lock:
 
 
 def orphan(host: Host, lock: Lock | None = None) -> None:
-    """A machine of `host` whose lock a dead host has."""
-    host.etcd.write(LOCK_KEY, (lock or theirs()).to_json())
+    """A machine of `host` whose lock a dead host has, as that host wrote it."""
+    lock = lock or theirs()
+    host.etcd.write(LOCK_KEY, lock.to_json())
+    host.etcd.write(LAYOUT.clients_key(ONE), clients_to_json((*lock.clients, *lock.fence)))
     host.wish(rbd=IMAGE)
 
 
@@ -84,6 +87,19 @@ async def test_who_has_the_disks_open_is_waited_for(host: Host) -> None:
     assert host.lock is not None
     assert (host.lock.epoch, host.lock.state) == (8, LockState.RUNNING)
     assert set(host.lock.fence) == {OLD, OLDER}
+
+
+async def test_the_disks_are_those_that_its_qemu_has_open(host: Host) -> None:
+    """Law 4: the lock names them, and the keys may name others since; who else has them open by now does not matter."""
+    orphan(host, theirs(images=("rbd/former",)))
+    host.fencing.watching["rbd/former"] = {OLD, UNKNOWN}
+    host.begin()
+    await host.clock.advance(50.0)
+    assert host.lock == theirs(images=("rbd/former",))
+    host.fencing.watching["rbd/former"].discard(OLD)
+    await host.runs(4.0)
+    assert host.lock is not None
+    assert host.lock.images == (IMAGE,)
 
 
 async def test_who_is_gone_is_not_waited_for(host: Host) -> None:
@@ -291,16 +307,76 @@ async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> 
     assert host.fencing.asked == asked
 
 
+async def test_a_holder_that_was_back_is_waited_for_anew(host: Host) -> None:
+    """Law 4: also where storage gave no answer for so long that nobody saw that it was back (seed 2352)."""
+    orphan(host)
+    host.fencing.watching[IMAGE] = {OLD}
+    ask = host.fencing.watchers
+
+    async def takes_long(*told: object) -> tuple[str, ...]:
+        host.fencing.watchers = ask  # type: ignore[method-assign]
+        await host.clock.sleep(70.0)
+        host.gone_since = host.clock.now()
+        return (OLD,)
+
+    host.fencing.watchers = takes_long  # type: ignore[method-assign, assignment]
+    host.begin()
+    await host.clock.advance(125.0)
+    assert host.lock == theirs()
+    await host.until(lambda: host.lock != theirs(), 10.0)
+
+
+async def test_the_qemu_of_a_later_taker_is_not_fenced(host: Host) -> None:
+    """Law 4: frozen while it asks storage, a host shuts out nobody once another one has the lock (seed 582)."""
+    orphan(host)
+    meanwhile, users = theirs(epoch=9), host.fencing.users
+
+    async def takes_long(images: Collection[RbdDisk]) -> tuple[str, ...]:
+        host.fencing.users = users  # type: ignore[method-assign]
+        host.sessions = {"a", "b"}
+        host.etcd.write(LOCK_KEY, meanwhile.to_json())
+        host.fencing.users_of[IMAGE] = {UNKNOWN}
+        return await users(images)
+
+    host.fencing.users = takes_long  # type: ignore[method-assign]
+    host.begin()
+    await host.clock.advance(90.0)
+    assert host.fencing.users is users
+    assert UNKNOWN not in host.fencing.fenced
+    assert (host.lock, host.qemus.all) == (meanwhile, [])
+
+
 async def test_another_instance_is_not_fenced(host: Host) -> None:
     """Law 4: two instances with one image are a mistake of the keys: neither loses its QEMU for it."""
     orphan(host)
     host.fencing.users_of[IMAGE] = {UNKNOWN}
-    host.recorded_for = lambda client: ONE.__class__("2") if client == UNKNOWN else None
+    host.recorded_for = lambda client: InstanceId("2") if client == UNKNOWN else None
     host.begin()
     await host.clock.advance(90.0)
     assert UNKNOWN not in host.fencing.fenced
     assert host.qemus.all == []
     assert "the QEMU of instance 2" in host.status.reason
+
+
+@pytest.mark.parametrize("lives", [True, False])
+async def test_one_that_just_starts_is_not_fenced(host: Host, lives: bool) -> None:
+    """Law 4: nor is the QEMU of another instance with that image before it is on record: whose it is cannot be told.
+
+    Who is gone, and has only left the image locked, is none (simulation, seed 5162).
+    """
+    orphan(host)
+    host.fencing.users_of[IMAGE] = {UNKNOWN}
+    host.fencing.watching[IMAGE] = {UNKNOWN} if lives else set()
+    for name, value in {"host": "c", "ram": "64", "rbd": IMAGE}.items():
+        host.etcd.write(LAYOUT.wish_key(InstanceId("2"), name), value)
+    host.begin()
+    await host.clock.advance(90.0)
+    if not lives:
+        assert UNKNOWN in host.fencing.fenced
+        return
+    assert UNKNOWN not in host.fencing.fenced
+    assert host.qemus.all == []
+    assert "the keys of instance 2 name the same image" in host.status.reason
 
 
 async def test_two_takers(host: Host, make: MakeHost) -> None:

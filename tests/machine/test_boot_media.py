@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import threading
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from kvmsupervisor.machine.boot_media import (
     MediaTrouble,
     discard,
     furnish,
+    keep,
 )
 from tests.support.web import Site, ok, raw, site
 
@@ -35,8 +35,8 @@ IGNITION_DATA = b'{"ignition": {"version": "3.4.0"}}\n'
 GONE = raw(b"HTTP/1.1 503 Gone away\r\n\r\n")
 
 
-async def made(url: str, directory: Path, *, gid: int | None = None, instance: InstanceId = WEB1) -> Media:
-    return await furnish(url, directory=directory, instance=instance, uuid=MACHINE, file_root=None, gid=gid)
+async def made(url: str, directory: Path, *, instance: InstanceId = WEB1) -> Media:
+    return await furnish(url, directory=directory, instance=instance, uuid=MACHINE, file_root=None)
 
 
 def names(directory: Path) -> set[str]:
@@ -81,16 +81,26 @@ async def test_ignition_becomes_a_file(tmp_path: Path) -> None:
     assert names(tmp_path) == {IGNITION, USER_DATA, LEDGER}
 
 
-async def test_only_qemus_group_reads_media(tmp_path: Path) -> None:
-    """Law: what QEMU attaches is 0640 with its group; what only the supervisor needs is for root alone."""
+async def test_user_data_of_a_key_becomes_the_same(tmp_path: Path) -> None:
+    """Law: what a key holds is on the media as if it came from a URL; the copy is no URL's, and goes with the key."""
+    for data, expected in ((OLD, {SEED, CONFIG_DRIVE}), (IGNITION_DATA, {IGNITION})):
+        found = await keep(data, directory=tmp_path, instance=WEB1, uuid=MACHINE)
+        assert names(tmp_path) == {*expected, USER_DATA, LEDGER}
+        assert [on_medium(path) for path in found.cdroms] == [OLD] * len(found.cdroms)
+    async with site(a=GONE) as server:
+        with pytest.raises(MediaTrouble):
+            await made(server.url("/a"), tmp_path)
+    discard(tmp_path)
+    assert names(tmp_path) == set()
+
+
+async def test_only_we_read_media(tmp_path: Path) -> None:
+    """Law: all files are for their owner alone: QEMU gets them open."""
     async with site(a=ok(OLD), i=ok(IGNITION_DATA)) as server:
         for path in ("/a", "/i"):
-            await made(server.url(path), tmp_path, gid=os.getgid())
+            await made(server.url(path), tmp_path)
             for name in names(tmp_path):
-                assert mode(tmp_path / name) == (0o600 if name in {USER_DATA, LEDGER} else 0o640), name
-            # Another group: the same content for other eyes.
-        await made(server.url("/i"), tmp_path, gid=None)
-        assert mode(tmp_path / IGNITION) == 0o600
+                assert mode(tmp_path / name) == 0o600, name
 
 
 async def test_without_user_data_a_first_boot_waits(tmp_path: Path) -> None:
@@ -235,12 +245,12 @@ class Knife:
         self.half = False
         place, discard = medium.place, medium.discard
 
-        def cut_place(path: Path, data: bytes, *, gid: int | None = None) -> None:
+        def cut_place(path: Path, data: bytes) -> None:
             if self._cuts():
                 if self.half:
                     path.with_name(f"{path.name}.new").write_bytes(data[: len(data) // 2])
                 raise CutOff
-            place(path, data, gid=gid)
+            place(path, data)
 
         def cut_discard(path: Path) -> None:
             if self._cuts():
@@ -345,10 +355,10 @@ async def test_cancelled_it_ends_when_its_files_are_whole(tmp_path: Path, monkey
     begun, go_on = threading.Event(), threading.Event()
     place = medium.place
 
-    def slow_place(path: Path, data: bytes, *, gid: int | None = None) -> None:
+    def slow_place(path: Path, data: bytes) -> None:
         begun.set()
         assert go_on.wait(20)
-        place(path, data, gid=gid)
+        place(path, data)
 
     monkeypatch.setattr(medium, "place", slow_place)
     async with site(a=ok(OLD)) as server:

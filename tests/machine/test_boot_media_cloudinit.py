@@ -34,7 +34,6 @@ async def made(folder: Path, data: bytes, *, instance: str = "web1", network_con
         instance=InstanceId(instance),
         uuid=MACHINE,
         file_root=folder,
-        gid=None,
         network_config=network_config,
     )
 

@@ -43,7 +43,7 @@ async def test_the_example_is_so(tmp_path: Path) -> None:
         assert found is not None, said
         url = block("console", "etcdctl").split()[-1].replace(":8000", f":{found[1]}")
         uuid = instance_uuid("/kvm", WEB1)
-        await furnish(url, directory=run, instance=WEB1, uuid=uuid, file_root=None, gid=None)
+        await furnish(url, directory=run, instance=WEB1, uuid=uuid, file_root=None)
     finally:
         server.kill()
         await server.wait()

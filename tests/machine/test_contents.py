@@ -128,6 +128,18 @@ async def test_another_machines_disk(tmp_path: Path, parts: Parts) -> None:
     assert "was made for instance one" in await host.refused(disk, instance=TWO)
 
 
+async def test_what_an_earlier_machine_of_that_id_left(tmp_path: Path, parts: Parts) -> None:
+    """Law: a machine that was deleted and is created again gets its old disk, and is told so; a new disk is its own."""
+    host, disk = Host(tmp_path, parts), FileDisk("a.raw", origin="debian")
+    assert await host.made(disk) == ()
+    # As often as it is looked at until its QEMU lives, and when that ended before its status was written.
+    assert await host.check(disk) == ()
+    host.stock.contents.left(ONE)
+    (said,) = await host.check(disk)
+    assert said.startswith("disk/0: file:a.raw was there already, made of debian for one before, and is used as it is")
+    assert await host.check(disk, known=("file:a.raw",)) == ()
+
+
 async def test_a_disk_that_is_missing_is_not_made_anew(tmp_path: Path, parts: Parts) -> None:
     """Law: what a machine has run with is never replaced by an image."""
     host, disk = Host(tmp_path, parts), FileDisk("a.raw", size=G, origin="debian")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmsupervisor import failpoints
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephFailed, CephImages
 from kvmsupervisor.domain.images import Image, aside_of, note_of, parent_of
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import DiskFormat
 from kvmsupervisor.domain.spec import Disk, RbdDisk, Spec
+from kvmsupervisor.domain.storage import Unmade
 from kvmsupervisor.machine.contents import Lacking
 from kvmsupervisor.machine.images import DiskTrouble
 from kvmsupervisor.machine.jobs import Underway
@@ -80,8 +82,22 @@ def fresh(parts: Parts) -> int:
 
 
 @pytest.fixture
-def host(tmp_path: Path, parts: Parts, access: CephAccess, fresh: int) -> Host:
-    return Host(tmp_path, parts, access)
+async def hosts(tmp_path: Path, parts: Parts, access: CephAccess, fresh: int) -> AsyncIterator[Callable[..., Host]]:
+    """Makes hosts, each with a folder of its own, and ends what goes on behind their machines."""
+    made: list[Host] = []
+
+    def new(imports: FakeImports | None = None) -> Host:
+        made.append(Host(tmp_path / f"host{len(made)}", parts, access, imports))
+        return made[-1]
+
+    yield new
+    for one in made:
+        await one.contents.close()
+
+
+@pytest.fixture
+def host(hosts: Callable[..., Host]) -> Host:
+    return hosts()
 
 
 @pytest.fixture
@@ -131,6 +147,74 @@ async def test_a_machine_is_a_clone(ceph: Cluster, host: Host, disk: RbdDisk, pa
     await nothing_beside(ceph)
 
 
+class Asked(Ceph):
+    """A way to the cluster that writes down what it is asked.
+
+    Attributes:
+        asked: the tools' words, in order.
+    """
+
+    def __init__(self, access: CephAccess) -> None:
+        super().__init__(access)
+        self.asked: list[str] = []
+
+    async def run(
+        self, program: str, *args: str, limit_s: float = 0.0, hear: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, bytes]:
+        self.asked.append(" ".join(word for word in args[:2] if not word.startswith("--")))
+        return await super().run(program, *args, limit_s=limit_s, hear=hear)
+
+
+async def test_each_further_machine_asks_little(access: CephAccess, host: Host, disk: RbdDisk) -> None:
+    """Law: each tool costs a tenth of a start, so nothing is asked twice: not of the image, the pool or the machine."""
+    await host.make(disk)
+    ceph = host.contents._ceph.ceph = host.contents._law._ceph = Asked(access)
+    machines = [RbdDisk(POOL, f"{disk.image}-{number}", origin="debian", size=16 * M) for number in range(3)]
+    await asyncio.gather(*(host.make(one, InstanceId(f"vm{number}")) for number, one in enumerate(machines)))
+    each = {word: ceph.asked.count(word) for word in ("info", "clone", "resize", "image-meta set", "rename")}
+    assert each == dict.fromkeys(each, 3)
+    assert ceph.asked.count("image-meta list") == 3
+    others = [word for word in ceph.asked if word not in {*each, "image-meta list", "ls"}]
+    assert others in ([], ["config pool"])  # that of the first machine counts for some seconds
+
+
+async def test_an_image_of_which_replicas_are_read_is_not_made_to_run(
+    ceph: Cluster, host: Host, disk: RbdDisk, access: CephAccess
+) -> None:
+    """Law 5: a new image is read as its pool is, or as its parent was: a clone begins with its settings."""
+    setting = "rbd_read_from_replica_policy"
+    base = f"{disk.name}-base"
+    ceph.rbd_create(base)
+    ceph.rbd("config", "image", "set", base, setting, "balance")
+    ceph.rbd("snap", "create", "--no-progress", f"{base}@s")
+    ceph.rbd("snap", "protect", f"{base}@s")
+    with pytest.raises(DiskTrouble, match=rf"^rbd: {setting} is balance for the image {disk.name}"):
+        await host.make(RbdDisk(POOL, disk.image, origin=f"{base}@s"))
+    ceph.rbd("config", "pool", "set", POOL, setting, "localize")
+    try:
+        with pytest.raises(DiskTrouble, match=f"^rbd: {setting} is localize"):
+            await host.make(RbdDisk(POOL, f"{disk.image}-empty", size=M))
+    finally:
+        ceph.rbd("config", "pool", "rm", POOL, setting)
+
+
+async def test_an_image_of_the_library_that_is_gone_is_imported_again(
+    ceph: Cluster, host: Host, disk: RbdDisk, parts: Parts, tmp_path: Path
+) -> None:
+    """Law: that it was there a moment ago is no more than a reason to try: the next attempt looks for it."""
+    await host.make(disk)
+    whole = parent_of(host.entry, POOL)
+    ceph.rbd("rm", "--no-progress", disk.name)
+    ceph.rbd("snap", "unprotect", str(whole))
+    ceph.rbd("snap", "rm", "--no-progress", str(whole))
+    ceph.rbd("rm", "--no-progress", f"{POOL}/{whole.image}")
+    with pytest.raises(DiskTrouble, match=r"^rbd: from=debian: "):
+        await host.make(disk)
+    await host.make(disk)
+    assert read(ceph, disk.name, tmp_path).rstrip(b"\0") == parts.data
+    await nothing_beside(ceph)
+
+
 async def test_a_qcow2_image(ceph: Cluster, host: Host, disk: RbdDisk, parts: Parts, tmp_path: Path) -> None:
     """Law: in Ceph is what a guest reads, whatever the format of the file is."""
     data = parts.data.ljust(4 * M, b"\0")
@@ -147,14 +231,20 @@ async def test_first_content_only(ceph: Cluster, host: Host, disk: RbdDisk, tmp_
     ceph.rbd("flatten", "--no-progress", disk.name)
     del host.stock.keys["debian"]
     assert await host.look(disk) == Lacking()
+    host.contents.left(ONE)
+    (said,) = (await host.look(disk)).remarks
+    assert said.startswith(f"rbd: {disk.name} was there already, made of debian for one before")
+    assert await host.look(disk, known=(disk.name,)) == Lacking()
     assert "was made for instance one" in await host.refused(disk, TWO)
-    (said,) = (await host.look(RbdDisk(POOL, disk.image, origin="fedora"))).remarks
+    (said,) = (await host.look(RbdDisk(POOL, disk.image, origin="fedora"), known=(disk.name,))).remarks
     assert "began with debian" in said
     ceph.rbd_create(f"{disk.name}-other")
     other = RbdDisk(POOL, f"{disk.image}-other", origin="debian", size=16 * M)
     told = await host.refused(other)
     assert told.startswith(f"rbd: from=debian is what a new disk begins with, and {other.name} is there already")
-    assert await host.look(other, known=(other.name,)) == Lacking(disks=(Disk(0, other, key="rbd"),))
+    assert await host.look(other, known=(other.name,)) == Lacking(
+        disks=(Unmade(disk=Disk(0, other, key="rbd"), image=other, has=8 * M),)
+    )
     assert read(ceph, disk.name, tmp_path) == before
     # A clone begins with its parent's note: it is another machine's all the same.
     ceph.rbd("snap", "create", "--no-progress", f"{disk.name}@s")
@@ -202,14 +292,13 @@ async def test_what_is_missing(ceph: Cluster, host: Host, disk: RbdDisk) -> None
 
 
 async def test_hosts_that_ask_at_the_same_instant(
-    ceph: Cluster, parts: Parts, access: CephAccess, tmp_path: Path, disk: RbdDisk
+    ceph: Cluster, parts: Parts, hosts: Callable[..., Host], tmp_path: Path, disk: RbdDisk
 ) -> None:
     """Law: even where each takes itself for the one that imports, there is one image, whole, and nothing beside it."""
-    hosts = [Host(tmp_path / str(number), parts, access) for number in range(3)]
     await asyncio.gather(
         *(
             host.make(RbdDisk(POOL, f"{disk.image}-{number}", origin="debian"), InstanceId(f"vm{number}"))
-            for number, host in enumerate(hosts)
+            for number, host in enumerate(hosts() for _ in range(3))
         )
     )
     for number in range(3):
@@ -218,11 +307,11 @@ async def test_hosts_that_ask_at_the_same_instant(
 
 
 async def test_another_host_imports_it(
-    ceph: Cluster, parts: Parts, access: CephAccess, tmp_path: Path, disk: RbdDisk
+    ceph: Cluster, parts: Parts, hosts: Callable[..., Host], tmp_path: Path, disk: RbdDisk
 ) -> None:
     """Law: a host whose neighbour imports the image says so, fetches nothing, and goes on once it is there."""
     imports = FakeImports()
-    host, other = Host(tmp_path / "a", parts, access, imports), Host(tmp_path / "b", parts, access)
+    host, other = hosts(imports), hosts()
     whole = parent_of(host.entry, POOL)
     imports.others[f"{POOL}/{whole.image}"] = "beta"
     assert "beta imports it into the pool rbd" in await host.refused(disk)
@@ -276,7 +365,7 @@ async def test_a_second_name_is_no_leftover(ceph: Cluster, host: Host, disk: Rbd
     ceph._run("rados", "--conf", str(ceph.conf), "-p", POOL, "get", f"rbd_id.{disk.image}", str(data))
     ceph._run("rados", "--conf", str(ceph.conf), "-p", POOL, "put", f"rbd_id.{aside}", str(data))
     assert info(ceph, f"{POOL}/{aside}")["id"] == found
-    assert not await host.contents._ceph.is_idle(RbdDisk(POOL, aside), disk)
+    assert not await host.contents._ceph.is_lost(RbdDisk(POOL, aside), disk)
     assert info(ceph, disk.name)["id"] == found
 
 
@@ -300,6 +389,16 @@ async def test_what_a_killed_tool_left_goes_later(ceph: Cluster, host: Host, dis
     await nothing_beside(ceph)
 
 
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two that make an image have both made it before one of them gives it its name."""
+    both = asyncio.Barrier(2)
+    monkeypatch.setattr(failpoints, "reached", lambda name: both.wait() if name == "noted" else None)
+    yield
+    monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("together")
 async def test_somebody_made_it_meanwhile(ceph: Cluster, host: Host, disk: RbdDisk) -> None:
     """Law: of two that make one image one has it; the other says so, and leaves nothing behind."""
     (lacking,) = (await host.look(disk)).disks
@@ -307,10 +406,55 @@ async def test_somebody_made_it_meanwhile(ceph: Cluster, host: Host, disk: RbdDi
         *(host.contents.make(instance, lacking) for instance in (ONE, TWO)), return_exceptions=True
     )
     note = await host.contents._ceph.note(disk)
-    assert note in {note_of(ONE, "debian"), note_of(TWO, "debian")}
-    lost = results[1 if note == note_of(ONE, "debian") else 0]
+    assert note is not None
+    lost = results[1 if note.startswith(f"{note_of(ONE, 'debian')} ") else 0]
     assert isinstance(lost, DiskTrouble)
     assert "by somebody else" in str(lost)
+    await nothing_beside(ceph)
+
+
+async def test_a_rename_that_only_says_that_it_won(
+    host: Host, disk: RbdDisk, access: CephAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: whose image has the name is looked at, not believed: librbd may tell two that they renamed."""
+    await host.make(disk)
+    ceph = Ceph(access)
+    images, aside = CephImages(ceph), RbdDisk(POOL, f"{aside_of(disk.image)}01234567")
+    await images.create(aside, M)
+    note = note_of(TWO, "nothing", mark="01234567")
+    await images.set_note(aside, note)
+    real = ceph.run
+
+    async def run(program: str, *args: str, **more: Any) -> tuple[bytes, bytes]:
+        return (b"", b"") if args[0] == "rename" else await real(program, *args, **more)
+
+    monkeypatch.setattr(ceph, "run", run)
+    for told in (note, None):
+        with pytest.raises(CephFailed, match="is there already"):
+            await images.rename(aside, disk.image, told)
+    await images.remove(aside)
+
+
+async def test_what_may_get_its_name_yet_is_no_leftover(ceph: Cluster, host: Host, disk: RbdDisk) -> None:
+    """Law: what another one is making of an image stays until the name is taken: it may be named at any moment."""
+    aside = RbdDisk(POOL, f"{aside_of(disk.image)}01234567")
+    ceph.rbd_create(aside.name)
+    assert not await host.contents._ceph.is_lost(aside, disk)
+    await host.make(disk)
+    assert await host.contents._ceph.is_lost(aside, disk)
+    await nothing_beside(ceph)
+
+
+async def test_a_step_fails(ceph: Cluster, host: Host, monkeypatch: pytest.MonkeyPatch, disk: RbdDisk) -> None:
+    """Law: what came to nothing is taken away by who made it, whether or not anybody tries again."""
+
+    async def fails() -> None:
+        raise CephFailed("no room")
+
+    monkeypatch.setattr(failpoints, "reached", lambda name: fails() if name == "cloned" else None)
+    with pytest.raises(DiskTrouble, match=r"^rbd: from=debian: no room$"):
+        await host.make(disk)
+    assert disk.image not in names(ceph)
     await nothing_beside(ceph)
 
 
@@ -325,7 +469,7 @@ async def test_a_changed_image_of_the_library(ceph: Cluster, host: Host, disk: R
 
 async def test_ceph_is_away(ceph: Cluster, host: Host, disk: RbdDisk, access: CephAccess) -> None:
     """Law: while the cluster does not answer the machine waits, and its reason says so."""
-    host.contents._ceph.ceph = Ceph(access, answer_s=0.5)
+    host.contents._ceph.ceph = host.contents._law._ceph = Ceph(access, answer_s=0.5)
     ceph.stop_mon()
     try:
         told = await host.refused(disk)
@@ -333,3 +477,30 @@ async def test_ceph_is_away(ceph: Cluster, host: Host, disk: RbdDisk, access: Ce
         ceph.cont_mon()
     assert told.startswith("rbd: Ceph does not answer")
     assert disk.image not in names(ceph)
+
+
+async def test_disks_in_a_namespace(ceph: Cluster, host: Host, disk: RbdDisk, parts: Parts, tmp_path: Path) -> None:
+    """Law: a disk in a namespace is a clone of the library's image in the library's own namespace, made once."""
+    apart = parent_of(host.entry, POOL, apart=True)
+    for name in ("guest1", "guest2"):
+        ceph.rbd("namespace", "create", f"{POOL}/{name}{disk.image}")
+    first = RbdDisk(POOL, "root", namespace=f"guest1{disk.image}", origin="debian", size=16 * M)
+    await host.make(first)
+    await host.make(RbdDisk(POOL, "root", namespace=f"guest2{disk.image}", origin="debian"), TWO)
+    found = info(ceph, first.name)
+    assert found["size"] == 16 * M
+    parent = found["parent"]
+    assert isinstance(parent, dict)
+    assert (parent["pool_namespace"], parent["image"]) == (apart.namespace, apart.image)
+    assert read(ceph, first.name, tmp_path).rstrip(b"\0") == parts.data
+    assert parts.offsets == [0]
+    assert apart.image not in names(ceph)
+    # Made from a snapshot of a machine in a namespace, and an empty one.
+    ceph.rbd("snap", "create", f"{first.name}@s")
+    ceph.rbd("snap", "protect", f"{first.name}@s")
+    copy = RbdDisk(POOL, "copy", namespace=first.namespace, origin=f"{first.name}@s")
+    await host.make(copy)
+    assert read(ceph, copy.name, tmp_path).rstrip(b"\0") == parts.data
+    await host.make(RbdDisk(POOL, "data", namespace=first.namespace, size=8 * M))
+    lost = RbdDisk(POOL, "root", namespace="nowhere", size=8 * M)
+    assert "there is no such namespace" in await host.refused(lost)

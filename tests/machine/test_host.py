@@ -91,15 +91,15 @@ def test_qemus_user_gets_at_kvm(kvm: Kvm) -> None:
     kvm.granted = Grant(gid=4242, changed=True)
     with capture_logs() as lines:
         found = gather_host_facts(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
-    assert found.user is not None
-    assert 4242 in found.user.groups
+    assert found.users.one is not None
+    assert 4242 in found.users.one.groups
     assert kvm.asked[0][0] == (NOBODY.pw_gid,)
     assert [line["event"] for line in lines if line["event"] == "device.granted"] == ["device.granted"]
     kvm.granted = Grant(gid=None)
     with capture_logs() as lines:
         found = gather_host_facts(settings(KVM_ACCEL="auto", KVM_QEMU_USER="nobody"))
-    assert found.user is not None
-    assert found.user.groups == (NOBODY.pw_gid,)
+    assert found.users.one is not None
+    assert found.users.one.groups == (NOBODY.pw_gid,)
     assert "device.granted" not in {line["event"] for line in lines}
 
 
@@ -166,6 +166,20 @@ def test_an_empty_user_means_unconfined() -> None:
     assert gather_host_facts(settings(KVM_QEMU_USER="")).host_side.sandbox is False
     ours = pwd.getpwuid(os.geteuid()).pw_name
     assert gather_host_facts(settings(KVM_QEMU_USER=ours)).host_side.sandbox is True
+
+
+@as_root
+def test_any_flags_are_asked_for_where_qemu_is_root() -> None:
+    """Law: where nothing bounds QEMU, a host allows no option unless its settings say so; elsewhere any."""
+    for user in ("", "root"):
+        flags = gather_host_facts(settings(KVM_QEMU_USER=user)).host_side.flags
+        (problem,) = flags.problems(("-netdev", "bridge,id=n,helper=/tmp/x"))
+        assert "KVM_EXTRA_FLAGS allows none, because QEMU runs as root there" in problem.wanted
+        assert "set KVM_EXTRA_FLAGS=any there" in problem.wanted
+        asked = gather_host_facts(settings(KVM_QEMU_USER=user, KVM_EXTRA_FLAGS="any")).host_side.flags
+        assert asked.problems(("-netdev", "user")) == ()
+    bounded = gather_host_facts(settings(KVM_QEMU_USER="nobody")).host_side.flags
+    assert bounded.problems(("-netdev", "user")) == ()
 
 
 def test_where_files_are(tmp_path: Path) -> None:

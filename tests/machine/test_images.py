@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Disk, Firmware, RbdDisk, Spec
 from kvmsupervisor.machine.images import AWAY_RETRY_S, RETRY_S, Disks, DiskTrouble
 from tests.support.ceph import CLIENT_CAPS, POOL
 from tests.support.ceph import Ceph as Cluster
+
+ONE = InstanceId("one")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def image(ceph_image: str) -> RbdDisk:
 
 async def trouble(disks: Disks, spec: Spec) -> DiskTrouble:
     with pytest.raises(DiskTrouble) as found:
-        await disks.check(spec)
+        await disks.check(ONE, spec)
     return found.value
 
 
@@ -35,8 +38,8 @@ async def test_what_is_there_comes_with_the_key(ceph: Cluster, access: CephAcces
     """All images of a machine are there: the key for QEMU is what the cluster has. Variables are made later."""
     disks = Disks(Ceph(access))
     key = ceph.ceph("auth", "get-key", "client.vm").strip()
-    assert await disks.check(Spec(ram_mib=64, rbd=image)) == key
-    assert await disks.check(Spec(ram_mib=64, rbd=image, firmware=Firmware.UEFI)) == key
+    assert await disks.check(ONE, Spec(ram_mib=64, rbd=image)) == key
+    assert await disks.check(ONE, Spec(ram_mib=64, rbd=image, firmware=Firmware.UEFI)) == key
 
 
 async def test_what_is_not_there_is_named_by_its_key(access: CephAccess, image: RbdDisk) -> None:
@@ -57,8 +60,8 @@ async def test_an_image_that_leaves_no_trace_is_refused(ceph: Cluster, access: C
     spec = Spec(ram_mib=64, rbd=RbdDisk(POOL, bare))
     found = await trouble(Disks(Ceph(access)), spec)
     assert f"rbd feature enable {POOL}/{bare} exclusive-lock" in str(found)
-    assert await Disks(Ceph(access), allow_unfenced=True).check(spec)
-    assert await Disks(Ceph(access)).check(Spec(ram_mib=64, rbd=RbdDisk(POOL, bare, ro=True)))
+    assert await Disks(Ceph(access), allow_unfenced=True).check(ONE, spec)
+    assert await Disks(Ceph(access)).check(ONE, Spec(ram_mib=64, rbd=RbdDisk(POOL, bare, ro=True)))
 
 
 async def test_an_image_of_which_replicas_are_read_is_refused(
@@ -72,11 +75,11 @@ async def test_an_image_of_which_replicas_are_read_is_refused(
     ceph.rbd("config", "image", "set", image.name, "rbd_read_from_replica_policy", "localize")
     found = await trouble(Disks(Ceph(access)), spec)
     assert "rbd: rbd_read_from_replica_policy is localize" in str(found)
-    assert await Disks(Ceph(access), allow_unfenced=True).check(spec)
-    assert await Disks(Ceph(access)).check(Spec(ram_mib=64, rbd=replace(image, ro=True)))
+    assert await Disks(Ceph(access), allow_unfenced=True).check(ONE, spec)
+    assert await Disks(Ceph(access)).check(ONE, Spec(ram_mib=64, rbd=replace(image, ro=True)))
     advice = str(found).partition("`rbd ")[2].partition("`")[0]
     ceph.rbd(*advice.split(), name="vm")
-    assert await Disks(Ceph(access)).check(spec)
+    assert await Disks(Ceph(access)).check(ONE, spec)
 
 
 async def test_a_cluster_without_quorum_is_waited_for(ceph: Cluster, access: CephAccess, image: RbdDisk) -> None:
@@ -90,7 +93,7 @@ async def test_a_cluster_without_quorum_is_waited_for(ceph: Cluster, access: Cep
         assert await disks.sizes(Spec(ram_mib=64, rbd=image)) == {}
     finally:
         ceph.cont_mon()
-    assert await Disks(Ceph(access)).check(Spec(ram_mib=64, rbd=image))
+    assert await Disks(Ceph(access)).check(ONE, Spec(ram_mib=64, rbd=image))
 
 
 async def test_who_may_not_is_told(ceph: Cluster, image: RbdDisk) -> None:

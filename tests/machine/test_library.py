@@ -322,11 +322,11 @@ async def test_what_no_key_names_goes(tmp_path: Path, parts: Parts) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_a_converter_without_rights(tmp_path: Path, parts: Parts) -> None:
     """Law: what reads a file from outside runs as QEMU's user, and the result is the supervisor's own."""
-    from kvmsupervisor.adapters.users import qemu_user  # noqa: PLC0415
+    from kvmsupervisor.adapters.users import qemu_users  # noqa: PLC0415
 
     parts.data = qcow2_of(tmp_path, RAW)
     stock = Stock(tmp_path)
-    stock.library._user = qemu_user("nobody")
+    stock.library._user = qemu_users(None, None).of_tools
     entry = image(parts.url, parts.data, of=QCOW2)
     assert await got(stock, entry, RAW_FORM) == RAW
     found = (stock.images / f"{entry.content}.raw").stat()

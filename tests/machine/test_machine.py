@@ -18,7 +18,6 @@ from uuid import uuid4
 import pytest
 import structlog
 
-from kvmsupervisor.adapters.cgroup.manager import SameCgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import InstanceDir
@@ -30,9 +29,11 @@ from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Spec, spec_to_object
 from kvmsupervisor.domain.view import Process
+from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine import monitor
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.machine import Machine
+from kvmsupervisor.machine.spawn import Quarters
 from kvmsupervisor.machine.system import REAL
 from tests.support.processes import freeze, stat_of
 
@@ -43,6 +44,12 @@ SPEC = Spec(ram_mib=16)
 
 NAME = str(uuid4())
 """Incarnations are found by name among all processes of the machine: another test run has others."""
+
+
+def living_of(machine: Machine, lock: Lock) -> int | None:
+    """The pid of the living QEMU of instance `1` that a lock names, although there is no record here."""
+    processes, name = machine._processes, lock.incarnation
+    return process_identity.pid_of(processes, "1", name, pid=lock.pid, starttime=lock.starttime)
 
 
 def record(name: str = NAME) -> Incarnation:
@@ -101,7 +108,6 @@ class Bench:
             prefix=self.prefix,
             directory=self.directory,
             clock=Clock(),
-            user=None,
             notify=self.changed.set,
             on_reset=lambda: self.resets.append("reset"),
             logs=self.logs.of(self.directory),
@@ -126,7 +132,7 @@ class Bench:
 
     async def up(self, *more: str) -> Process:
         """Spawn and connect."""
-        self.machine.spawn(record(), plain, tiny(*more), SameCgroup())
+        self.machine.spawn(record(), SPEC, plain, tiny(*more), Quarters())
         return await self.connected()
 
     async def connected(self) -> Process:
@@ -170,7 +176,7 @@ async def bench() -> AsyncIterator[Bench]:
 async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     """Law 3: on record before it exists, with its pid after; paused until `cont`."""
     assert bench.machine.view() is None
-    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
+    bench.machine.spawn(record(), SPEC, plain, tiny(), Quarters())
     written = bench.directory.read_incarnation()
     assert written is not None
     assert written == bench.machine.record
@@ -247,6 +253,11 @@ async def test_quit_and_the_button(bench: Bench) -> None:
     stopping = bench.view.stopping
     assert stopping is not None
     assert stopping.pressed_at is not None
+    await bench.machine.press_power_button()
+    # Its time counts from the first press.
+    again = bench.view.stopping
+    assert again is not None
+    assert again.asked_at == stopping.asked_at == stopping.pressed_at
     await bench.machine.quit()
     assert await bench.exit() == Exit(ExitClass.HOST_QUIT, "host-quit")
     assert bench.view.asked
@@ -254,7 +265,7 @@ async def test_quit_and_the_button(bench: Bench) -> None:
 
 async def test_quit_without_qmp_is_sigterm(bench: Bench) -> None:
     """§4: without a monitor QEMU is told to end by a signal that it heeds."""
-    bench.machine.spawn(record(), plain, tiny(), SameCgroup())
+    bench.machine.spawn(record(), SPEC, plain, tiny(), Quarters())
     await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT_S):
         # Before it has set up its handlers, SIGTERM would simply kill it; then it listens on QMP, too.
@@ -310,7 +321,7 @@ async def test_being_killed_by_us_has_our_reason(bench: Bench) -> None:
 async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
     """§4: `failed: <QEMU's own last error line>`, not that of the incarnation before."""
     for number, name in enumerate(("nonsense", "rubbish")):
-        bench.machine.spawn(record(f"{NAME}-{number}"), plain, tiny("-device", name), SameCgroup())
+        bench.machine.spawn(record(f"{NAME}-{number}"), SPEC, plain, tiny("-device", name), Quarters())
         end = await bench.exit()
         assert end.kind is ExitClass.FAILED
         assert end.text == f"failed: -device {name}: '{name}' is not a valid device model name"
@@ -319,7 +330,7 @@ async def test_qemu_refuses_its_options_in_its_own_words(bench: Bench) -> None:
 
 async def test_a_program_that_is_not_there(bench: Bench) -> None:
     """A QEMU that cannot be started at all has ended, with the reason; its record goes like any other."""
-    bench.machine.spawn(record(), plain, lambda provision: ["/nonexistent/qemu"], SameCgroup())
+    bench.machine.spawn(record(), SPEC, plain, lambda provision: ["/nonexistent/qemu"], Quarters())
     assert bench.view.exit == Exit(
         ExitClass.FAILED, "failed: cannot start /nonexistent/qemu: No such file or directory"
     )
@@ -337,7 +348,7 @@ async def test_what_cannot_be_put_on_record_is_not_started(bench: Bench, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(InstanceDir, "write_incarnation", no_space)
         with pytest.raises(OSError, match="No space left"):
-            bench.machine.spawn(record(), plain, tiny(), SameCgroup())
+            bench.machine.spawn(record(), SPEC, plain, tiny(), Quarters())
     assert bench.machine.view() is None
     assert (await bench.up()).connected
 
@@ -451,7 +462,7 @@ async def test_the_prefix_does_not_tell_who_it_is(bench: Bench) -> None:
     assert await bench.successor()
     assert bench.machine.pid == pid
     lock = Lock(host=HostName("a"), boot_id=BOOT, epoch=1, state=LockState.STARTING, incarnation=NAME)
-    assert bench.machine.holdover("1", lock) == pid
+    assert living_of(bench.machine, lock) == pid
 
 
 async def test_a_record_of_another_boot_is_of_the_past(bench: Bench) -> None:
@@ -487,12 +498,12 @@ async def test_a_qemu_without_a_record_is_found_by_the_lock(bench: Bench) -> Non
         pid=written.pid, starttime=written.starttime,
     )  # fmt: skip
     other = bench.make()
-    assert other.holdover("1", lock) == written.pid
-    assert other.holdover("1", replace(lock, pid=None, starttime=None)) == written.pid
-    assert other.holdover("1", replace(lock, pid=None, starttime=None, incarnation="y")) is None
+    assert living_of(other, lock) == written.pid
+    assert living_of(other, replace(lock, pid=None, starttime=None)) == written.pid
+    assert living_of(other, replace(lock, pid=None, starttime=None, incarnation="y")) is None
     await bench.machine.kill("gone")
-    assert other.holdover("1", lock) is None
-    assert other.holdover("1", replace(lock, pid=None, starttime=None)) is None
+    assert living_of(other, lock) is None
+    assert living_of(other, replace(lock, pid=None, starttime=None)) is None
 
 
 # --- a QEMU that does not answer ------------------------------------------------------------------------------

@@ -16,23 +16,27 @@ from uuid import UUID
 
 import pytest
 
+from kvmsupervisor.adapters.apart import NO_WALLS
 from kvmsupervisor.adapters.cgroup import CgroupFailed
 from kvmsupervisor.adapters.cgroup.manager import Cgroup, NoCgroups, SameCgroup
 from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
-from kvmsupervisor.adapters.users import QemuUser
+from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.domain.argv import Channels, HostSide
-from kvmsupervisor.domain.hardware import Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.hardware import Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.limits import Limits
 from kvmsupervisor.domain.spec import Firmware, Nic, Secret, Spec
+from kvmsupervisor.domain.uids import UidRange
+from kvmsupervisor.domain.user_network import forwards
+from kvmsupervisor.machine.cdrom import Media
+from kvmsupervisor.machine.handover import Prepared
 from kvmsupervisor.machine.provisioning import (
     HOST_RETRY_S,
     MEDIA_RETRY_S,
     HostFiles,
     NotReady,
     Opened,
-    Prepared,
     Provisioner,
 )
 from kvmsupervisor.machine.system import REAL
@@ -47,10 +51,12 @@ ONE, TWO = InstanceId("one"), InstanceId("two")
 UUID_OF_ONE = UUID(int=1)
 TINY = Spec(ram_mib=64)
 NOBODY = pwd.getpwnam("nobody")
-AS_NOBODY = QemuUser(name="nobody", uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, groups=(NOBODY.pw_gid,), setpriv="setpriv")
 CHANNELS = Channels(qmp=1, spare=2, console=3, agent=4, console_log=5)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+UNCONFINED = QemuUsers()
 
 
 class NotedCgroups(NoCgroups):
@@ -99,32 +105,39 @@ class Bench:
         )
         self.provisioner = self.make()
 
-    def make(self, user: QemuUser | None = None) -> Provisioner:
+    def make(self, users: QemuUsers = UNCONFINED) -> Provisioner:
+        files, contents = local_disks(self.path / "disks"), Stock(self.path).contents
         self.provisioner = Provisioner(
             system=replace(REAL, network=self.network, ensure_device=lambda device: False),
             host=self.host,
             files=HostFiles(state_dir=self.state, bridge_owner="of-a", media_root=self.path),
-            user=user,
+            users=users,
+            walls=NO_WALLS,
             types=KnownTypes(),
             cgroups=self.cgroups,
             disks=FakeDisks(),
-            local_disks=local_disks(self.path / "disks"),
-            contents=Stock(self.path).contents,
+            local_disks=files,
+            contents=contents,
+            media=Media(files, contents),
         )
         return self.provisioner
 
     def directory(self, instance: InstanceId = ONE) -> InstanceDir:
         return RunDir(self.path).instance(instance)
 
-    async def prepare(self, spec: Spec) -> Prepared:
+    async def prepare(self, spec: Spec, *, is_first: bool = True) -> Prepared:
         return await self.provisioner.prepare(
-            ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory(), files={}, images=()
+            ONE, uuid=UUID_OF_ONE, spec=spec, directory=self.directory(), files={}, images=(), is_first=is_first
         )
 
     async def open(self, spec: Spec, instance: InstanceId = ONE, machine: str | None = None) -> Opened:
         ready = Prepared(spec=spec)
         directory = self.directory(instance)
         return await self.provisioner.open(instance, "incarnation", ready=ready, machine=machine, directory=directory)
+
+    async def start_of(self, ready: Prepared) -> Opened:
+        directory = self.directory()
+        return await self.provisioner.open(ONE, "incarnation", ready=ready, machine="pc-q35-7.2", directory=directory)
 
     async def refused(self, spec: Spec, instance: InstanceId = ONE) -> NotReady:
         with pytest.raises(NotReady) as caught:
@@ -227,11 +240,11 @@ async def test_uefi_variables_are_made_once(bench: Bench) -> None:
     """Law: a machine begins with the firmware's own variables; those that its guest wrote are kept ever after."""
     ready = await bench.prepare(UEFI)
     file = bench.state / ONE / "nvram.fd"
-    assert ready.nvram == Nvram(file=str(file))
+    assert (ready.variables, ready.variables_image) == (str(file), None)
     assert (file.read_bytes(), mode_of(file)) == (b"variables", 0o600)
     file.write_bytes(b"the guest's")
     (bench.path / "vars.fd").write_bytes(b"of a newer package")
-    assert (await bench.prepare(UEFI)).nvram == ready.nvram
+    assert (await bench.prepare(UEFI)).variables == ready.variables
     assert file.read_bytes() == b"the guest's"
 
 
@@ -263,11 +276,35 @@ async def test_firmware_that_went_away(bench: Bench) -> None:
 
 
 @as_root
-async def test_uefi_variables_belong_to_qemu(bench: Bench) -> None:
-    """Law: QEMU's user, who may be no other user's reader, writes its variables."""
-    bench.make(AS_NOBODY)
-    await bench.prepare(UEFI)
-    assert owner_and_mode(bench.state / ONE / "nvram.fd") == (NOBODY.pw_uid, NOBODY.pw_gid, 0o600)
+async def test_uefi_variables_are_ours_alone(bench: Bench) -> None:
+    """Law: QEMU gets its variables open, and no user of a guest owns them; one of an earlier release is taken back."""
+    ready = await bench.prepare(UEFI)
+    file = bench.state / ONE / "nvram.fd"
+    os.chown(file, NOBODY.pw_uid, NOBODY.pw_gid)
+    file.chmod(0o640)
+    opened = await bench.start_of(ready)
+    with opened.closing:
+        nvram = opened.provision(bench.directory(), CHANNELS).nvram
+        assert nvram is not None
+        assert nvram.file is not None
+        assert nvram.file.path == str(file)
+        os.write(nvram.file.fd, b"of the guest")
+    assert owner_and_mode(file) == (0, 0, 0o600)
+    assert file.read_bytes() == b"of the guest"
+
+
+async def test_no_pipe_is_waited_for_and_no_link_followed(bench: Bench) -> None:
+    """Law: what an earlier release's QEMU may have put in the place of its file holds nobody up, and leads nowhere."""
+    ready = await bench.prepare(UEFI)
+    file = bench.state / ONE / "nvram.fd"
+    for kind in ("pipe", "link"):
+        file.unlink()
+        if kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to(bench.path / "code.fd")
+        with pytest.raises(NotReady, match=r"a file for QEMU cannot be opened: .*nvram\.fd"):
+            await bench.start_of(ready)
 
 
 # --- SPICE ----------------------------------------------------------------------------------------------------
@@ -276,7 +313,7 @@ async def test_uefi_variables_belong_to_qemu(bench: Bench) -> None:
 async def test_a_port_that_is_another_instances(bench: Bench) -> None:
     """Law: of two machines with one port the second waits, and is told whose it is; once that is gone it goes on."""
     spec = replace(TINY, spice_port=free_port())
-    bench.provisioner.arrived(TWO, spec)
+    bench.provisioner.arrived(TWO, spec, None)
     refusal = await bench.refused(spec)
     assert f"port {spec.spice_port} on 127.0.0.1 belongs to instance two" in str(refusal)
     assert refusal.retry_s == HOST_RETRY_S
@@ -298,7 +335,7 @@ async def test_a_port_that_is_another_instances(bench: Bench) -> None:
 async def test_addresses_that_overlap(bench: Bench, mine: str | None, theirs: str | None, conflict: bool) -> None:
     """Law: a port is shared by machines on different addresses, unless one of the two listens on all of them."""
     port = free_port()
-    bench.provisioner.arrived(TWO, replace(TINY, spice_port=port, spice_addr=theirs))
+    bench.provisioner.arrived(TWO, replace(TINY, spice_port=port, spice_addr=theirs), None)
     spec = replace(TINY, spice_port=port, spice_addr=mine)
     if conflict:
         assert "instance two" in str(await bench.refused(spec))
@@ -306,11 +343,37 @@ async def test_addresses_that_overlap(bench: Bench, mine: str | None, theirs: st
         (await bench.open(spec)).closing.close()
 
 
+async def test_a_forwarded_port_is_a_port_like_a_displays(bench: Bench) -> None:
+    """Law: of whatever kind two servers are, both instances and both keys are named; UDP and TCP do not meet."""
+    port = free_port()
+    bench.provisioner.arrived(TWO, replace(TINY, spice_port=port), None)
+    taken = replace(TINY, forward=forwards(f"tcp:0.0.0.0:{port}:22"))
+    said = str(await bench.refused(taken))
+    assert (
+        f"forward: TCP port {port} on 0.0.0.0 belongs to instance two (its spice_port), and one wants it, too" in said
+    )
+    (await bench.open(replace(TINY, forward=forwards(f"udp:{port}:22")))).closing.close()
+    both = replace(taken, spice_port=port)
+    await bench.provisioner.left(TWO)
+    assert "is that of its spice_port, too" in str(await bench.refused(both))
+
+
+async def test_a_forwarded_port_that_is_another_programs(bench: Bench) -> None:
+    """Law: TCP or UDP, it is waited for; an address that is not the host's is told as that."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        said = str(await bench.refused(replace(TINY, forward=forwards(f"udp:{port}:53"))))
+    assert f"forward: UDP port {port} on 127.0.0.1 cannot be used: another program listens there" in said
+    said = str(await bench.refused(replace(TINY, forward=forwards(f"tcp:192.0.2.1:{port}:53"))))
+    assert said.startswith("forward: 192.0.2.1 cannot be listened on")
+
+
 async def test_its_own_port_and_other_ports_are_no_conflict(bench: Bench) -> None:
     """Law: a machine that starts again has its port, machines without display have none."""
     first, second = replace(TINY, spice_port=free_port()), replace(TINY, spice_port=free_port())
-    bench.provisioner.arrived(ONE, first)
-    bench.provisioner.arrived(TWO, TINY)
+    bench.provisioner.arrived(ONE, first, None)
+    bench.provisioner.arrived(TWO, TINY, None)
     for spec in (first, second, TINY):
         (await bench.open(spec)).closing.close()
     await bench.provisioner.left(TWO)
@@ -338,42 +401,16 @@ async def test_an_address_that_is_not_the_hosts(bench: Bench) -> None:
 SECRET = Secret.of("hunter2 é")
 
 
-async def test_the_password_is_in_a_file_of_its_owner(bench: Bench) -> None:
-    """Law: the password is in a file that only QEMU reads; a new one replaces it, whatever stood there."""
-    spec = replace(TINY, spice_port=free_port(), spice_password=SECRET)
-    before = os.umask(0)
-    try:
-        with (await bench.open(spec)).closing:
-            pass
-        opened = await bench.open(replace(spec, spice_password=Secret.of("other")))
-    finally:
-        os.umask(before)
-    opened.closing.close()
-    path = bench.directory().path / "spice-password"
-    assert opened.spice_password == str(path)
-    assert (path.read_bytes(), mode_of(path)) == (b"other", 0o600)
-
-
-async def test_a_link_in_its_place_is_not_followed(bench: Bench) -> None:
-    """Law: the password is written into a file of its own, never through a link."""
-    bench.directory().create()
-    elsewhere = bench.path / "elsewhere"
-    elsewhere.write_bytes(b"kept")
-    (bench.directory().path / "spice-password").symlink_to(elsewhere)
+async def test_the_password_is_in_memory(bench: Bench) -> None:
+    """Law: QEMU inherits the password in a file without a name, which nobody can change."""
     opened = await bench.open(replace(TINY, spice_port=free_port(), spice_password=SECRET))
-    opened.closing.close()
-    assert elsewhere.read_bytes() == b"kept"
-
-
-@as_root
-async def test_the_password_belongs_to_qemu(bench: Bench) -> None:
-    """Law: QEMU's user reads it, and nobody else."""
-    bench.make(AS_NOBODY)
-    opened = await bench.open(replace(TINY, spice_port=free_port(), spice_password=SECRET))
-    opened.closing.close()
-    assert opened.spice_password is not None
-    assert owner_and_mode(Path(opened.spice_password)) == (NOBODY.pw_uid, NOBODY.pw_gid, 0o600)
-    assert read(opened.spice_password) == "hunter2 é".encode()
+    with opened.closing:
+        fd = opened.provision(bench.directory(), CHANNELS).spice_password
+        assert fd is not None
+        assert os.pread(fd, 100, 0) == "hunter2 é".encode()
+        with pytest.raises(PermissionError):
+            os.truncate(f"/proc/self/fd/{fd}", 0)
+    assert not (bench.directory().path / "spice-password").exists()
 
 
 @pytest.mark.parametrize("changes", [{"spice_port": None}, {"spice_password": None}])
@@ -382,8 +419,7 @@ async def test_no_password_without_use(bench: Bench, changes: dict[str, None]) -
     spec = replace(replace(TINY, spice_port=free_port(), spice_password=SECRET), **changes)  # type: ignore[arg-type]
     opened = await bench.open(spec)
     opened.closing.close()
-    assert opened.spice_password is None
-    assert not (bench.directory().path / "spice-password").exists()
+    assert opened.provision(bench.directory(), CHANNELS).spice_password is None
 
 
 # --- taps and cgroups -----------------------------------------------------------------------------------------
@@ -440,12 +476,33 @@ async def test_taps_are_closed_when_the_start_is_cut_off(bench: Bench) -> None:
     assert not is_open(bench.network.taps[0])
 
 
-async def test_a_file_that_cannot_be_written(bench: Bench) -> None:
-    """Law: a run directory that cannot be written to is waited for, and named."""
-    bench.directory().path.parent.mkdir(exist_ok=True)
-    bench.directory().path.write_text("a file, where the folder should be")
-    refusal = await bench.refused(replace(TINY, spice_port=free_port(), spice_password=SECRET))
-    assert "a file for QEMU cannot be written" in str(refusal)
+async def test_a_file_that_cannot_be_opened(bench: Bench) -> None:
+    """Law: what was prepared and is gone is waited for, and named."""
+    with pytest.raises(NotReady, match=r"a file for QEMU cannot be opened: /nonexistent/seed\.iso"):
+        await bench.start_of(Prepared(spec=TINY, media=("/nonexistent/seed.iso",)))
+
+
+# --- users ----------------------------------------------------------------------------------------------------
+
+OWN = QemuUsers(uids=UidRange(70000, 70017), setpriv="setpriv", groups=(36,))
+
+
+async def test_each_has_a_user_of_its_own(bench: Bench) -> None:
+    """Law: no two have the same one, until the first is gone; a start again has the one that it had."""
+    bench.make(OWN)
+    one, again, two = [await bench.open(TINY, instance) for instance in (ONE, ONE, TWO)]
+    for opened in (one, again, two):
+        opened.closing.close()
+    assert one.quarters.user is not None
+    assert two.quarters.user is not None
+    assert again.quarters.user == one.quarters.user
+    assert one.quarters.user.uid != two.quarters.user.uid
+    assert (one.quarters.user.gid, one.quarters.user.groups) == (one.quarters.user.uid, (one.quarters.user.uid, 36))
+    bench.make(OWN).arrived(TWO, TINY, one.quarters.user.uid)
+    other = await bench.open(TINY, ONE)
+    other.closing.close()
+    assert other.quarters.user is not None
+    assert other.quarters.user.uid != one.quarters.user.uid
 
 
 # --- the machine type -----------------------------------------------------------------------------------------
@@ -461,14 +518,34 @@ async def test_the_machine_type(bench: Bench) -> None:
 
 async def test_everything_reaches_the_command_line(bench: Bench) -> None:
     """Law: what was prepared and opened is what the command line is made of."""
-    ready = Prepared(spec=TINY, media=("/m",), ignition="/i", nvram=Nvram(file="/n"), notice="note")
+    for name in ("m", "i"):
+        (bench.path / name).write_bytes(name.encode())
+    medium = str(bench.path / "m")
+    ready = Prepared(
+        spec=UEFI,
+        media=(medium,),
+        ignition=str(bench.path / "i"),
+        variables=str(bench.path / "vars.fd"),
+        ceph_key=Secret.of("key"),
+        notice="note",
+    )
     opened = await bench.provisioner.open(ONE, "i", ready=ready, machine="pc-q35-5.2", directory=bench.directory())
-    opened.closing.close()
     provision = opened.provision(bench.directory(), CHANNELS)
     assert (provision.run_dir, provision.channels, provision.machine) == (
         str(bench.directory().path),
         CHANNELS,
         "pc-q35-5.2",
     )
-    assert (provision.media, provision.ignition, provision.nvram) == (("/m",), "/i", Nvram(file="/n"))
     assert (provision.taps, provision.spice_password) == ((), None)
+    assert provision.nvram is not None
+    assert provision.nvram.file is not None
+    assert provision.ignition is not None
+    assert provision.ceph_key is not None
+    assert [one.path for one in provision.media] == [medium]
+    fds = (provision.media[0].fd, provision.nvram.file.fd, provision.ignition, provision.ceph_key)
+    assert set(fds) < set(provision.descriptors)
+    assert [os.pread(fd, 100, 0) for fd in fds] == [b"m", b"variables", b"i", b"key"]
+    opened.closing.close()
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

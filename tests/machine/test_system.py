@@ -363,6 +363,35 @@ async def test_both_sockets_serve_at_once_and_hear_the_same(place: Place) -> Non
     assert await place.state(first) == RUNNING
 
 
+async def test_one_that_ends_between_two_commands(place: Place) -> None:
+    """The first was done and answered; whoever has asked the second learns that the connection ended, no more."""
+    process = place.spawn()
+    monitor = await place.connect()
+    assert await place.do(monitor, "cont") == {}
+    process.signal(signal.SIGSTOP)
+    asked = asyncio.ensure_future(monitor.execute("query-status", timeout_s=LIMIT_S))
+    await asyncio.sleep(0)
+    process.signal(signal.SIGKILL)
+    await place.until(asked.done)
+    assert isinstance(asked.exception(), MonitorLost)
+    await place.until(process.ended.is_set)
+    await place.told("RESUME", "LOST")
+
+
+async def test_one_that_somebody_else_lets_go_on(place: Place) -> None:
+    """A person at the spare socket pauses its guest, and lets it go on: the supervisor is told of both."""
+    place.spawn()
+    monitor, theirs = await place.connect(), await place.connect(spare=True)
+    await place.do(monitor, "cont")
+    await place.told("RESUME", "RESUME")
+    await place.do(theirs, "stop")
+    await place.told("STOP", "STOP")
+    assert await place.state(monitor) == "paused"
+    await place.do(theirs, "cont")
+    await place.told("RESUME", "RESUME")
+    assert await place.state(monitor) == RUNNING
+
+
 async def test_a_command_that_it_does_not_know(place: Place) -> None:
     """It is refused by its name, and the connection goes on."""
     place.spawn()

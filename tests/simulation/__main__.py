@@ -1,4 +1,4 @@
-"""Plays histories: `python -m tests.simulation --seed 7 --steps 12`, `--seeds 1-500`, `--seed 7 --shrink`.
+"""Plays histories: `python -m tests.simulation --seed 7 --steps 12`, `--seeds 500`, `--seed 7 --shrink`.
 
 Exit status 1 when something was violated. docs/reliability.md, "Simulation".
 """
@@ -11,19 +11,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from tests.simulation.mutants import MUTANTS
-from tests.simulation.points import POINTS
+from tests.simulation.points import ELSEWHERE, HERE, POINTS
 from tests.simulation.run import Played, play
 from tests.simulation.shrink import shrink
+from tests.simulation.workers import Lost, play_all
 
 Plays = Callable[..., Played]
 """`play`, with what the command line says of all histories."""
 
 STEPS = 16
 """Acts of a history when nothing else is said."""
+
+TOLD_EVERY = 1000
+"""Histories after which a long run says how far it is."""
 
 
 def _numbers(text: str) -> list[int]:
@@ -33,6 +36,11 @@ def _numbers(text: str) -> list[int]:
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """`3,5,9` or `1-500`; a plain number is how many."""
+    return _numbers(f"1-{text}" if text.isdecimal() else text)
 
 
 def _one(plays: Plays, seed: int, only: list[int] | None, *, trace: bool) -> int:
@@ -70,9 +78,13 @@ def _many(plays: Plays, seeds: list[int], workers: int) -> int:
     begun = time.monotonic()
     counts: Counter[str] = Counter()
     reached: Counter[str] = Counter()
-    bad, done, virtual_s, work = 0, 0, 0.0, 0
-    for seed, played in zip(seeds, _all(plays, seeds, workers), strict=True):
+    bad, done, lost, virtual_s, work = 0, 0, 0, 0.0, 0
+    for seed, played in _all(plays, seeds, workers):
         done += 1
+        if isinstance(played, Lost):
+            lost += 1
+            print(f"seed {seed}: NOT PLAYED to its end: {played.how}", flush=True)
+            continue
         virtual_s += played.virtual_s
         work += played.steps
         counts.update(played.counts)
@@ -80,22 +92,31 @@ def _many(plays: Plays, seeds: list[int], workers: int) -> int:
         if played.violations:
             bad += 1
             print(f"seed {seed}: {played.violations[0]}", flush=True)
+        if done % TOLD_EVERY == 0:
+            print(f"{done} of {len(seeds)} histories, {bad} with a violation{_not_played(lost)}", flush=True)
     took_s = time.monotonic() - begun
     print(
-        f"{done} histories, {bad} with a violation, in {took_s:.0f} s: {60 * done / took_s:.0f} a minute, "
+        f"{done} histories, {bad} with a violation{_not_played(lost)}, "
+        f"in {took_s:.0f} s: {60 * done / took_s:.0f} a minute, "
         f"{virtual_s / 60 / took_s:.1f} virtual minutes a second, {work} steps"
     )
     print(", ".join(f"{name}: {number}" for name, number in sorted(counts.items())))
-    print(f"failpoints reached: {len(reached)} of {len(POINTS)}, never: {sorted(set(POINTS) - set(reached))}")
-    return 1 if bad else 0
+    never = sorted(set(HERE) - set(reached))
+    print(
+        f"failpoints reached: {len(HERE) - len(never)} of {len(HERE)}, never: {never}; "
+        f"{len(ELSEWHERE)} more of {len(POINTS)} are cut in {len(set(ELSEWHERE.values()))} other tests"
+    )
+    return 1 if bad or lost else 0
 
 
-def _all(plays: Plays, seeds: list[int], workers: int) -> Iterator[Played]:
+def _not_played(lost: int) -> str:
+    return f", {lost} NOT PLAYED to their ends" if lost else ""
+
+
+def _all(plays: Plays, seeds: list[int], workers: int) -> Iterator[tuple[int, Played | Lost]]:
     if workers == 1:
-        yield from (plays(seed) for seed in seeds)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(plays, seeds, chunksize=8)
+        return ((seed, plays(seed)) for seed in seeds)
+    return play_all(plays, seeds, workers=workers, tell=partial(print, flush=True))
 
 
 def _mutants(names: list[str], seeds: list[int], steps: int) -> int:
@@ -119,7 +140,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="play this one, and tell what happened")
-    parser.add_argument("--seeds", type=_numbers, help="play these (1-500, or 3,5,9), and tell what was violated")
+    parser.add_argument("--seeds", type=seeds_of, help="play these (500, 1-500, or 3,5,9), and tell what was violated")
     parser.add_argument("--steps", type=int, default=STEPS, help="how many acts a history has")
     parser.add_argument("--acts", help="only these of its acts happen (numbers, or none)")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=[], help="only these kinds are drawn")
@@ -129,11 +150,12 @@ def main() -> int:
     parser.add_argument(
         "--mutants", nargs="*", help="look for the first of the seeds that finds each of these (or all)"
     )
+    parser.add_argument("--lock", help="the setting LOCK, such as /locks/%%i")
     parser.add_argument("--workers", type=int, default=1, help="processes that play --seeds")
     told = parser.parse_args()
     if told.mutants is not None:
         return _mutants(told.mutants or list(MUTANTS), told.seeds or [], told.steps)
-    plays: Plays = partial(play, steps=told.steps, kinds=told.kinds)
+    plays: Plays = partial(play, steps=told.steps, kinds=told.kinds, lock=told.lock)
     with MUTANTS[told.mutant].planted() if told.mutant is not None else contextlib.nullcontext():
         if told.seeds is not None:
             return _many(plays, told.seeds, told.workers)

@@ -69,7 +69,10 @@ class CephCluster:
         return EPOCH + timedelta(seconds=self.time())
 
     def image(self, name: str) -> Image:
-        return self.images.setdefault(name, Image())
+        found = self.images.get(name)
+        if found is None:
+            found = self.images[name] = Image()
+        return found
 
     def is_shut_out(self, client: Client) -> bool:
         return client in self.shut_out and self.shut_out[client] > self.now
@@ -85,9 +88,11 @@ class CephCluster:
 
     def bar(self, client: Client, until: datetime) -> None:
         """Put a client on the blocklist."""
-        if self.is_shut_out(client):
-            return
+        is_new = not self.is_shut_out(client)
+        # A later entry replaces the one that is there.
         self.shut_out[client] = until
+        if not is_new:
+            return
         if self.late_s:
             self._unheard[client] = self.time() + self.chance.random() * self.late_s
         self.on_shut_out(client)
@@ -118,11 +123,11 @@ class CephCluster:
                 image.watchers[client] = self.time() + WATCH_S
 
     def watching(self, name: str) -> frozenset[Client]:
-        image = self.image(name)
-        for client, until in list(image.watchers.items()):
-            if (until is not None and until <= self.time()) or self.is_shut_out(client):
-                del image.watchers[client]
-        return frozenset(image.watchers)
+        watchers, now = self.image(name).watchers, self.time()
+        gone = [one for one, until in watchers.items() if (until is not None and until <= now) or self.is_shut_out(one)]
+        for client in gone:
+            del watchers[client]
+        return frozenset(watchers)
 
 
 class SimCeph(Ceph):

@@ -21,21 +21,24 @@ class SimClock(Clock):
         skew_s: how wrong the time of day is.
     """
 
-    def __init__(self, *, since_s: float = 0.0, hardware: contextvars.Context | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, since_s: float = 0.0, hardware: contextvars.Context | None = None
+    ) -> None:
+        self._loop = loop
         self._since_s = since_s
         self._hardware = hardware
         self.skew_s = 0.0
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time() + self._since_s
+        return self._loop.time() + self._since_s
 
     def wall(self) -> str:
         return self.wall_after(0.0)
 
     def wall_after(self, seconds: float) -> str:
-        elapsed = asyncio.get_running_loop().time() + self.skew_s + seconds
+        elapsed = self._loop.time() + self.skew_s + seconds
         return (EPOCH + timedelta(seconds=elapsed)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def call_at(self, when: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
         """What the host's hardware does at an instant, whatever becomes of who asked for it."""
-        return asyncio.get_running_loop().call_at(when - self._since_s, callback, context=self._hardware)
+        return self._loop.call_at(when - self._since_s, callback, context=self._hardware)

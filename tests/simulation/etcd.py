@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, EtcdError, Get, KeyValue, Op, TxnResult, Unavailable
 from kvmsupervisor.adapters.etcd.api import Batch, Listing, Page, Reading
-from tests.fakes.etcd import FakeEtcd, FakeWatch
+from tests.fakes.etcd import FakeEtcd, FakeKeysWatch, FakeWatch
 from tests.simulation.loop import WORLD, context_of
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class SimEtcd:
         data: FakeEtcd,
         *,
         weather: Weather,
-        quorum: Callable[[], bool],
+        quorum: asyncio.Event,
         chance: Random,
         tell: Callable[[str], None],
     ) -> None:
@@ -100,7 +100,7 @@ class SimEtcd:
         timeout_s: float | None = None,
     ) -> T:
         limit_s = TIMEOUT_S if timeout_s is None else timeout_s
-        loop = asyncio.get_running_loop()
+        loop: Any = asyncio.get_running_loop()
         weather = self._weather_of_call()
         failed = Ambiguous if writes else Unavailable
         answer: asyncio.Future[T] = loop.create_future()
@@ -110,14 +110,17 @@ class SimEtcd:
             self._tell(f"{what} refused")
             raise Unavailable("etcdserver: no leader" if not self._closed else "the client is closed")
         # The loop keeps it: it is nobody's to cancel.
-        loop.create_task(self._carry(what, work, weather, answer), context=self._context.copy())  # noqa: RUF006
+        loop.create_task(self._carry(loop.pause, what, work, weather, answer), context=self._context)  # noqa: RUF006
+        # Not `asyncio.timeout`, which costs as much as all the rest.
+        limit = loop.call_later(limit_s, _give_up, answer)
         try:
-            async with asyncio.timeout(limit_s):
-                result = await answer
+            result = await answer
         except TimeoutError:
             self._up = False
             self._tell(f"{what} no answer within {limit_s:g} s")
             raise failed(f"no answer within {limit_s:g} s") from None
+        finally:
+            limit.cancel()
         self._up = True
         return result
 
@@ -136,16 +139,21 @@ class SimEtcd:
         )
 
     async def _carry(
-        self, what: str, work: Callable[[], Coroutine[Any, Any, T]], passage: _Passage, answer: asyncio.Future[T]
+        self,
+        pause: Callable[[float], Awaitable[None]],
+        what: str,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        passage: _Passage,
+        answer: asyncio.Future[T],
     ) -> None:
         """What the network and the server do for one call."""
-        await asyncio.sleep(passage.there_s)
+        await pause(passage.there_s)
         if passage.lost:
             self._tell(f"{what} lost on its way")
             return
         # A proposal waits for a quorum; its client may have given up by then.
-        while not self._quorum():  # noqa: ASYNC110 - in virtual time
-            await asyncio.sleep(0.1)
+        while not self._quorum.is_set():
+            await self._quorum.wait()
         try:
             result = await work()
             if passage.twice:
@@ -153,12 +161,12 @@ class SimEtcd:
                 result = await work()
         except EtcdError as error:
             self._tell(f"{what} -> {type(error).__name__}")
-            await asyncio.sleep(passage.back_s)
+            await pause(passage.back_s)
             if not passage.deaf and not self.weather.cut and not answer.done():
                 answer.set_exception(error)
             return
         self._tell(f"{what} -> {_short(result)}{' (answer lost)' if passage.deaf else ''}")
-        await asyncio.sleep(passage.back_s)
+        await pause(passage.back_s)
         if not passage.deaf and not self.weather.cut and not answer.done():
             answer.set_result(result)
 
@@ -171,6 +179,10 @@ class SimEtcd:
     @property
     def endpoint(self) -> str:
         return "http://etcd:2379"
+
+    @property
+    def cluster(self) -> int:
+        return self.data.cluster
 
     @property
     def members(self) -> int:
@@ -201,6 +213,11 @@ class SimEtcd:
     ) -> AsyncIterator[SimWatch]:
         async with self._watched.watch(prefix, start_revision, prove=prove) as inner:
             yield SimWatch(self, inner)
+
+    @asynccontextmanager
+    async def watch_keys(self, *, prove: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[SimKeysWatch]:
+        async with self._watched.watch_keys(prove=prove) as inner:
+            yield SimKeysWatch(self, inner)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         return await self._call(f"put {key}", lambda: self.data.put(key, value, lease=lease), writes=True)
@@ -252,7 +269,7 @@ class SimEtcd:
         await asyncio.sleep(weather.back_s if not weather.deaf else 3.0 * self._chance.random())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Passage:
     there_s: float
     back_s: float
@@ -260,6 +277,11 @@ class _Passage:
     deaf: bool
     refused: bool
     twice: bool
+
+
+def _give_up(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 class SimWatch:
@@ -280,6 +302,17 @@ class SimWatch:
         batch = await self._inner.__anext__()
         await self._client.pass_on()
         return batch
+
+
+class SimKeysWatch(SimWatch):
+    """The same of some keys."""
+
+    def __init__(self, client: SimEtcd, inner: FakeKeysWatch) -> None:
+        super().__init__(client, inner)
+        self._inner_keys = inner
+
+    def add(self, key: str, start_revision: int) -> None:
+        self._inner_keys.add(key, start_revision)
 
 
 def _short(result: object) -> str:

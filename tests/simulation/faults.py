@@ -9,6 +9,9 @@ from tests.simulation.acts import Act, kind, later
 from tests.simulation.points import POINTS, Armed, Way
 from tests.simulation.world import World
 
+START_TIMEOUT_S = 60.0
+"""`KVM_START_TIMEOUT`."""
+
 # --- supervisors and hosts ----------------------------------------------------------------------------------------
 
 
@@ -41,8 +44,15 @@ def _(world: World, act: Act) -> None:
 
 @kind("frozen-at-the-lock", 6)
 def _(world: World, act: Act) -> None:
-    """A supervisor is frozen right before it writes a lock."""
-    world.armed["lock to be written"] = Armed(act.host, Way.FREEZE, act.for_s)
+    """A supervisor is frozen right before it writes a lock; what does not run there yet may be moved meanwhile."""
+
+    def move() -> None:
+        for name, keys in sorted(world.wishes.items()):
+            if act.x < 0.5 and keys.get("host") == act.host != act.other and not world.judge.living(name):
+                world.judge.ordered(name, f"moves to {act.other}")
+                world.put(name, host=act.other)
+
+    world.armed["lock to be written"] = Armed(act.host, Way.FREEZE, act.for_s, move)
 
 
 @kind("host-freeze", 6)
@@ -96,7 +106,8 @@ def _(world: World, act: Act) -> None:
         host.lose_records()
     else:
         host.kill()
-        host.damage_record(act.machine)
+        living = [qemu.instance for qemu in host.kernel.living]
+        host.damage_record(living[int(act.x * len(living))] if living else act.machine)
     later(world, min(act.for_s, 8.0), host.start)
 
 
@@ -134,6 +145,14 @@ def _(world: World, act: Act) -> None:
     if (qemu := _qemu_of(world, act)) is not None:
         qemu.mute = True
         later(world, act.for_s, lambda: setattr(qemu, "mute", False))
+
+
+@kind("qemu-hangs", 2)
+def _(world: World, act: Act) -> None:
+    """One ends, and whatever is started on its host does no command for longer than a start may take."""
+    if (qemu := _qemu_of(world, act)) is not None:
+        world.host(qemu.host).kernel.hangs_until = world.loop.time() + START_TIMEOUT_S + act.for_s
+        qemu.crash()
 
 
 @kind("guest-deaf", 3)
@@ -201,13 +220,19 @@ def _(world: World, act: Act) -> None:
     weather.loses_request, weather.loses_reply = 0.2 * act.x, 0.2 * act.x
     weather.delays, weather.refuses, weather.slow_s = 0.15 * act.x, 0.2 * (1 - act.x), 0.5 * act.x + 0.02
     weather.repeats = 0.1 * act.x
-    later(world, act.for_s, lambda: None if weather.cut else weather.clear())
+
+    def mend() -> None:
+        cut = weather.cut
+        weather.clear()
+        weather.cut = cut
+
+    later(world, act.for_s, mend)
 
 
 @kind("etcd-no-quorum")
 def _(world: World, act: Act) -> None:
-    world.quorum = False
-    later(world, act.for_s, lambda: setattr(world, "quorum", True), ends="quorum")
+    world.quorum.clear()
+    later(world, act.for_s, world.quorum.set, ends="quorum")
 
 
 @kind("etcd-watches-cut", 6)
@@ -241,12 +266,16 @@ def _(world: World, act: Act) -> None:
 
 @kind("etcd-restored", 3)
 def _(world: World, act: Act) -> None:
-    """The backup takes the place of what there is, and what people do meanwhile may pass the revision that was seen."""
+    """The backup takes the place of what there is, and what people do meanwhile may pass the revision that was seen.
+
+    It may be restored once more.
+    """
     if world.backup is not None:
         while act.x < 0.5 and world.backup.revision <= world.etcd.revision + 3:
             world.backup.write("/elsewhere", str(world.backup.revision))
         world.etcd.restore(world.backup)
-        world.backup = None
+        if not 0.5 <= act.x < 0.75:
+            world.backup = None
 
 
 @kind("etcd-lost", 1)

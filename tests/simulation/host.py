@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,12 @@ from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.identity import Standing
 from kvmsupervisor.supervisor.supervisor import Supervisor
-from tests.simulation.ceph import SimCeph
 from tests.simulation.clock import SimClock
 from tests.simulation.etcd import SimEtcd, Weather
 from tests.simulation.loop import Life, context_of
 from tests.simulation.outside import outside
 from tests.simulation.qemu import SimQemus
+from tests.simulation.tries import TriedCeph, TriedEtcd
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -34,6 +34,8 @@ AGAIN_S = 2.0
 
 
 PREFIX = "/kvm"
+NOWHERE = "http://127.0.0.1:1"
+"""An endpoint for who has another way to etcd."""
 """The prefix that is the right one."""
 
 
@@ -53,11 +55,11 @@ class SupervisorLife(Life):
         return self.parts is not None and self.parts._session.held
 
 
-@cache
-def settings_of(name: str, prefix: str, run_dir: str) -> Settings:
+@lru_cache(maxsize=64)
+def settings_of(name: str, prefix: str, run_dir: str, lock: str | None, endpoint: str = NOWHERE) -> Settings:
     """What a host is set to: defaults, but for what would touch this machine."""
     environ = {
-        "ETCD_ENDPOINTS": "http://127.0.0.1:1",
+        "ETCD_ENDPOINTS": endpoint,
         "KVM_HOSTNAME": name,
         "KVM_PREFIX": prefix,
         "KVM_RUN_DIR": run_dir,
@@ -65,6 +67,7 @@ def settings_of(name: str, prefix: str, run_dir: str) -> Settings:
         "KVM_LISTEN": "off",
         "KVM_ACCEL": "tcg",
         "KVM_CGROUP": "none",
+        **({} if lock is None else {"LOCK": lock}),
     }
     return load_settings(environ, default_config=Path(run_dir, "none.toml"))
 
@@ -81,10 +84,10 @@ class SimHost:
         frozen: nothing on it runs.
     """
 
-    def __init__(self, world: World, number: int) -> None:
+    def __init__(self, world: World, number: int, name: str) -> None:
         self.world = world
         self.number = number
-        self.name = self.true_name = "abcdefgh"[number]
+        self.name = self.true_name = name
         self.prefix = PREFIX
         self.astray = False
         self.machine_id = f"machine-{self.name}"
@@ -104,7 +107,7 @@ class SimHost:
         self.hardware = Life(f"{self.true_name}/hardware")
         hardware = context_of(self.hardware)
         since_s = self._chance.random() * 10_000.0 - self.world.loop.time()
-        self.clock = SimClock(since_s=since_s, hardware=hardware)
+        self.clock = SimClock(self.world.loop, since_s=since_s, hardware=hardware)
         self.kernel = SimQemus(
             self.true_name,
             self.number + 1,
@@ -132,19 +135,24 @@ class SimHost:
 
     def connect(self, life: SupervisorLife) -> SimEtcd:
         world = self.world
-        life.client = SimEtcd(
+        life.client = TriedEtcd(
             (world.elsewhere if self.astray else world.etcd).peer(),
             weather=self.weather,
-            quorum=lambda: world.quorum,
+            quorum=world.quorum,
             chance=world.chance.of(f"net {life.name}"),
             tell=lambda what: world.trace.add(life.name, what),
+            tries=world.looks.tries,
+            who=life.name,
         )
         return life.client
 
-    def ceph_client(self) -> SimCeph:
+    def ceph_client(self) -> TriedCeph:
         name = self.true_name
-        return SimCeph(
-            self.world.ceph, reach=lambda: self.reaches_ceph, tell=lambda what: self.world.trace.add(name, what)
+        return TriedCeph(
+            self.world.ceph,
+            reach=lambda: self.reaches_ceph,
+            tell=lambda what: self.world.trace.add(name, what),
+            tries=self.world.looks.tries,
         )
 
     # --- its supervisor ---------------------------------------------------------------------------------------
@@ -152,7 +160,7 @@ class SimHost:
     @property
     def settings(self) -> Settings:
         """The present ones."""
-        return settings_of(self.name, self.prefix, str(self.run_dir))
+        return settings_of(self.name, self.prefix, str(self.run_dir), self.world.lock_template)
 
     def start(self) -> None:
         """Start a supervisor, unless one lives."""
@@ -182,6 +190,7 @@ class SimHost:
             return
         if task.cancelled() or (error is not None and not _is_usual(error)):
             self.world.judge.wrong("no part ends", f"the supervisor of {self.true_name} ended with {error!r}")
+        self.world.looks.tries.over(life.name)
         if self.life is life:
             self.kernel.forget(life)
             self.life = None
@@ -201,6 +210,7 @@ class SimHost:
         if life is None:
             return
         life.dead = True
+        self.world.looks.tries.over(life.name)
         self.world.trace.add(self.true_name, "supervisor killed")
         if life.supervisor is not None:
             # As the kernel does with what a process had open.
@@ -245,6 +255,7 @@ class SimHost:
     def lose_records(self) -> None:
         """Somebody empties the run directory, between two supervisors."""
         self.kill()
+        self.world.looks.excuse(self.kernel.living)
         shutil.rmtree(self.run_dir, ignore_errors=True)
         self.world.trace.add(self.true_name, "its run directory is empty")
 
@@ -253,18 +264,21 @@ class SimHost:
         record = self.run_dir / instance / "incarnation.json"
         if record.exists():
             record.write_bytes(b"{")
+            self.world.looks.excuse(qemu for qemu in self.kernel.living if qemu.instance == instance)
             self.world.trace.add(self.true_name, f"the record of {instance} is damaged")
 
     def end_the_unrecorded(self) -> None:
         """A person ends what lives and cannot be adopted, as its reason says, and takes away what cannot be read."""
-        for qemu in self.kernel.living:
-            directory = RunDir(self.run_dir).instance(InstanceId(qemu.instance))
+        recorded = set()
+        for path in sorted(self.run_dir.glob("*/incarnation.json")):
             try:
-                record = directory.read_incarnation()
+                record = RunDir(self.run_dir).instance(InstanceId(path.parent.name)).read_incarnation()
             except Unreadable:
-                record = None
-                (self.run_dir / qemu.instance / "incarnation.json").unlink()
-            if record is None or record.incarnation != qemu.incarnation:
+                path.unlink()
+            else:
+                recorded.add(record and record.incarnation)
+        for qemu in self.kernel.living:
+            if qemu.incarnation not in recorded:
                 self.world.judge.ordered(qemu.instance, f"{qemu.pid} on {self.true_name} is ended by hand")
                 qemu.crash(15)
 
@@ -274,6 +288,7 @@ class SimHost:
         """The whole host stands still, guests and all; thawed, its clients in Ceph are back, unless shut out."""
         if not self.powered:
             return
+        self.world.look_at_watches()
         self.frozen = self.hardware.frozen = on
         if self.life is not None:
             self.life.frozen = on

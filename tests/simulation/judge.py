@@ -1,18 +1,21 @@
-"""What must hold after every step, and at the end: pure checkers over what is told of a history.
+"""What must hold after every step: what is told of a history goes to the checkers of `tests.support.invariants`.
 
-Told of are QEMUs (spawned, let run, ended), what people write, and every change of etcd.
+Told of are QEMUs (spawned, let run, ended), what people write, and every change of etcd. What nobody tells of is looked
+at between two steps, by `looks.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvmsupervisor.adapters.etcd.api import Event
-from kvmsupervisor.domain.keys import Layout
+from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.status import Status
 from tests.simulation.qemu import SimQemu
+from tests.support.invariants import ASKED_FIRST, Debts, Epochs, Lasting, Plight, Writers, right_to_end
 
 TTL_S = 15.0
 """`KVM_SESSION_TTL`."""
@@ -34,11 +37,6 @@ RESTARTS, WITHIN_S = 12, 60.0
 
 EARLIER_S = 60.0
 """How long before a QEMU was spawned an order may have been given that still ends it: it was on its way."""
-
-
-SAID_SO, ELSEWHERE = "a person said so", "people want it elsewhere, or not at all"
-ASKED_FIRST = {SAID_SO, ELSEWHERE}
-"""Why a guest may be ended that is asked to shut down first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,7 @@ class Judge:
         belongs: whether an instance is to run on a host, as people want it.
         at_home: the same, as the keys stand in etcd.
         watched: whether anybody has an image open.
+        shut_out: whether storage shuts out a client.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class Judge:
         belongs: Callable[[str, str], bool],
         at_home: Callable[[str, str], bool],
         watched: Callable[[str], bool],
+        shut_out: Callable[[str], bool],
     ) -> None:
         self.violations: list[Violation] = []
         self.qemus: dict[str, list[SimQemu]] = defaultdict(list)
@@ -92,21 +92,40 @@ class Judge:
         self._belongs = belongs
         self._at_home = at_home
         self._watched = watched
+        self._shut_out = shut_out
         # When people gave an order that ends a guest, by instance.
         self._orders: dict[str, float] = {}
-        # By instance, whose lock says what: epochs by incarnation, clients of those that may run.
-        self._epochs: dict[str, dict[str, int]] = defaultdict(dict)
+        # By instance: what its lock was, what is to be fenced by it, clients of those that may run; its status.
+        self._epochs: dict[str, Epochs] = defaultdict(Epochs)
+        self._debts: dict[str, Debts] = defaultdict(Debts)
+        self._statuses: dict[str, tuple[bytes, Status | None]] = {}
+        # Instances whose status people have deleted: it is written again when there is something new to say.
+        self.lost_statuses: set[str] = set()
+        # By instance: the revision of each of its keys.
+        self._revisions: dict[str, dict[str, int]] = defaultdict(dict)
+        # Incarnations that have closed their disks.
+        self._closed: set[str] = set()
+        self._writers = Writers()
+        self._looks = 0
         self._recorded: dict[str, frozenset[str]] = {}
         self._locks: dict[str, Lock] = {}
         self._by_people: set[int] = set()
         # Incarnations whose lock another one took, or an operator broke.
         self._superseded: set[str] = set()
         self._broken: set[str] = set()
+        # Instance → the incarnations that it had before all was forgotten of it.
+        self._former: dict[str, set[str]] = defaultdict(set)
+        # In another cluster's etcd: the lock's key → what was written into it last.
+        self._elsewhere: dict[bytes, Lock] = {}
+        # Incarnations whose host has written their lock there itself: it is a dead one there once it has left.
+        self._published: set[str] = set()
+        # Incarnation → its epoch.
+        self._ranks: dict[str, int] = {}
         # Host → when its session's key was deleted; image → when nobody watched it last.
         self._session_gone: dict[str, float] = {}
         self._unwatched: dict[str, float] = {}
-        # Host → the session that it believes in, and since when etcd has none such.
-        self._mistaken: dict[str, tuple[str, float]] = {}
+        # Host → the session that it believes in, where etcd has none such.
+        self._mistaken: Lasting[str] = Lasting()
         self._hasty: dict[str, float] = {}
         self._spawns: dict[str, list[float]] = defaultdict(list)
 
@@ -135,13 +154,9 @@ class Judge:
 
     def believes(self, host: str, key: str | None, *, exists: bool) -> None:
         """A host believes that it has this session (None: it has none), and etcd has that, or has not."""
-        if key is None or exists:
-            self._mistaken.pop(host, None)
-            return
-        _, since = self._mistaken.setdefault(host, (key, self._time()))
-        if self._time() - since > TTL_S + 2 * TICK_S:
-            self._mistaken[host] = key, self._time()
-            self.wrong("law 1", f"{host} believes in {key}, which etcd has not had for longer than its TTL")
+        lasted_s = self._mistaken.see(host, None if exists else key, now=self._time(), bound_s=TTL_S + 2 * TICK_S)
+        if lasted_s is not None:
+            self.wrong("law 1", f"{host} believes in {key}, which etcd has not had for {lasted_s:.1f} s")
 
     def lost_session(self, host: str) -> None:
         """A host that nothing had happened to says that it has lost its session."""
@@ -155,6 +170,9 @@ class Judge:
         """Storage shuts out the client of a living QEMU."""
         self.counts["shut out alive"] += 1
         lock = self._locks.get(qemu.instance)
+        if qemu.incarnation in self._published & self._superseded:
+            # Taken over elsewhere, where its host had published it and is not any more (docs/weaknesses.md, 9).
+            return
         if lock is not None and lock.state is LockState.RUNNING and lock.incarnation == qemu.incarnation:
             self.wrong("law 4", f"{qemu.instance}: {qemu.pid} on {qemu.host} is shut out, and the lock is its own")
 
@@ -182,22 +200,33 @@ class Judge:
             self.wrong("law 3", f"{qemu.instance}: {qemu.pid} runs, and {qemu.client} is on no record")
         if not qemu.kernel.ceph.has_exclusive_lock(qemu.image):
             self.wrong("law 5", f"{qemu.instance}: {qemu.pid} runs, and {qemu.image} has no exclusive lock")
-        self.look_at_writers(qemu.disk)
+        # One that is shut out itself may go on until its supervisor has read that, if that was frozen: nothing lands.
+        owed = self._debts[qemu.instance].before(qemu.incarnation) if qemu.writes else {}
+        for address, whose in owed.items():
+            if whose not in self._closed and not self._shut_out(address):
+                self.wrong("law 4", f"{qemu.instance}: {qemu.pid} runs, and {address} of {whose} is not shut out")
+        if qemu.disk is not None:
+            self.look_at_writers([qemu])
+            self.look_at_writers(one for one in self._all() if one.disk == qemu.disk)
 
-    def look_at_writers(self, disk: str | None) -> None:
-        """At most one may write to a disk; None is no disk."""
-        if disk is None:
-            return
-        found = (qemu for qemus in self.qemus.values() for qemu in qemus if qemu.disk == disk)
-        writers = [qemu for qemu in found if qemu.writes and qemu.incarnation not in self._broken]
-        if len(writers) > 1:
-            self.wrong("two writers", f"{disk}: " + ", ".join(f"{one.pid} on {one.host}" for one in writers))
+    def _all(self) -> Iterator[SimQemu]:
+        return (qemu for qemus in self.qemus.values() for qemu in qemus)
+
+    def look_at_writers(self, qemus: Iterable[SimQemu]) -> None:
+        """Of these, some write now."""
+        self._looks += 1
+        for qemu in qemus:
+            if qemu.disk is None or not qemu.writes or qemu.ran_at is None or qemu.incarnation in self._broken:
+                continue
+            later = self._writers.wrote(qemu.disk, qemu.incarnation, rank=qemu.ran_at, at=self._looks)
+            if later is not None:
+                self.wrong("two writers", f"{qemu.disk}: {qemu.pid} on {qemu.host} writes, and {later} has written")
 
     def ended_by_us(self, qemu: SimQemu, how: str) -> None:
         """A supervisor ends a QEMU."""
         self._tell(qemu.host, f"{how} for {qemu.instance} {qemu.pid}")
         qemu.bears.append(how)
-        why = self._right(qemu)
+        why = right_to_end(self._plight(qemu))
         if why is None:
             self.counts["wrongly ended"] += 1
             self.wrong("nothing but an order", f"{qemu.instance}: {how} for {qemu.pid} on {qemu.host}, for nothing")
@@ -208,22 +237,30 @@ class Judge:
                 said = f"{how} for {qemu.pid} on {qemu.host}, which was asked for {asked_for_s:.1f} s"
                 self.wrong("a guest is asked first", f"{qemu.instance}: {said}")
 
-    def _right(self, qemu: SimQemu) -> str | None:
-        """Why this one may be ended; None when it may not."""
-        if qemu.ran_at is None:
-            return "it never ran"
-        if qemu.run_state != "running":
-            return "its guest has stopped by itself"
-        if qemu.incarnation in self._superseded | self._broken:
-            return "its lock was taken over"
-        if not qemu.writes:
-            return "it is shut out"
-        if self._orders.get(qemu.instance, -1.0) >= qemu.since - EARLIER_S:
-            return SAID_SO
-        return None if self._belongs(qemu.instance, qemu.host) else ELSEWHERE
+    def _plight(self, qemu: SimQemu) -> Plight:
+        return Plight(
+            ran=qemu.ran_at is not None,
+            stands=qemu.run_state != "running",
+            lost=qemu.incarnation in self._superseded | self._broken or self._is_outranked(qemu),
+            shut_out=not qemu.writes,
+            ordered=self._orders.get(qemu.instance, -1.0) >= qemu.since - EARLIER_S,
+            elsewhere=not self._belongs(qemu.instance, qemu.host),
+        )
+
+    def _is_outranked(self, qemu: SimQemu) -> bool:
+        """Whether it has no disk, and the other cluster's lock is a later one's (docs/etcd-restored.md, "Limits")."""
+        there = self._elsewhere.get(self._layout.lock_key(InstanceId(qemu.instance)).encode())
+        here = self._locks.get(qemu.instance) if qemu.incarnation in self._published else None
+        epoch = self._ranks.get(qemu.incarnation)
+        if qemu.disk is not None or epoch is None:
+            return False
+        others = [(lock.epoch, lock.incarnation) for lock in (there, here) if lock is not None]
+        return any((epoch, qemu.incarnation) < other for other in others)
 
     def ended(self, qemu: SimQemu) -> None:
         self.counts["ended"] += 1
+        if qemu.status is not None and qemu.status.code == 0:
+            self._closed.add(qemu.incarnation)
         self._tell(qemu.host, f"ended {qemu.instance} {qemu.pid} {qemu.status}")
 
     # --- etcd -------------------------------------------------------------------------------------------------
@@ -232,29 +269,69 @@ class Judge:
         """A key of etcd changed."""
         key = event.kv.key.decode(errors="replace")
         by_people = event.kv.mod_revision in self._by_people
-        prefix = f"{self._layout.prefix}/"
-        if not key.startswith(prefix):
+        prefix, lock_of = f"{self._layout.prefix}/", self._layout.id_of_lock(key)
+        if lock_of is None and not key.startswith(prefix):
             status, hosts = f"{self._layout.facts}/instances/", f"{self._layout.facts}/hosts/"
             if event.deleted and key.startswith(hosts):
                 self._session_gone[key.removeprefix(hosts)] = self._time()
-            if event.deleted and key.startswith(status) and (name := key.removeprefix(status)) not in self._locks:
-                # All is forgotten of it: the next one of that name is another machine.
-                self._epochs.pop(name, None)
+            if key.startswith(status):
+                self._status_is(key.removeprefix(status), event, by_people=by_people)
             return
         instance, _, name = key.removeprefix(prefix).partition("/")
-        if name != "lock":
+        if lock_of is None:
+            if event.deleted:
+                self._revisions[instance].pop(name, None)
+            else:
+                self._revisions[instance][name] = event.kv.mod_revision
             if not by_people:
                 self.wrong("law 10", f"{key} was written by a supervisor")
             return
         if event.deleted:
-            self._lock_gone(instance, by_people=by_people)
+            self._lock_gone(lock_of, by_people=by_people)
         else:
-            self._lock_is(instance, event.kv.value)
+            self._lock_is(lock_of, event.kv.value)
+
+    def _status_is(self, instance: str, event: Event, *, by_people: bool) -> None:
+        """A status was written, or deleted: never that of a QEMU that lives."""
+        if not event.deleted:
+            self._statuses[instance] = event.kv.value, None
+            self.lost_statuses.discard(instance)
+            return
+        if by_people:
+            self.lost_statuses.add(instance)
+        status = self.status(instance)
+        self._statuses.pop(instance, None)
+        if not by_people and status is not None:
+            for qemu in self.living(instance):
+                if (qemu.host, qemu.pid) == (status.host, status.pid) and qemu.incarnation not in self._superseded:
+                    self.wrong("the living are on record", f"{instance}: its status is deleted, and {qemu.pid} lives")
+        if instance not in self._locks:
+            # All is forgotten of it: the next one of that name is another machine.
+            self._forget_epochs(instance)
+
+    def _forget_epochs(self, instance: str) -> None:
+        """Neither lock nor status is there. People may have deleted both: then who lives of it may be overtaken."""
+        if (epochs := self._epochs.pop(instance, None)) is not None:
+            self._former[instance].update(epochs.of)
+
+    def another_history_elsewhere(self, locks: Mapping[bytes, bytes]) -> None:
+        """Another cluster's etcd was replaced by a copy with these locks, by their keys."""
+        found = {key: Lock.from_json(value) for key, value in locks.items()}
+        self._elsewhere = {key: lock for key, lock in found.items() if lock is not None}
+        self._published.clear()
 
     def changed_elsewhere(self, event: Event) -> None:
         """A key of another cluster's etcd changed: a host that is there by mistake may run its guests by its locks."""
         lock = None if event.deleted else Lock.from_json(event.kv.value)
-        if lock is not None and lock.state is LockState.RUNNING:
+        if lock is None:
+            return
+        before, self._elsewhere[event.kv.key] = self._elsewhere.get(event.kv.key), lock
+        self._ranks[lock.incarnation] = lock.epoch
+        self._published.add(lock.incarnation)
+        if before is not None and before.incarnation != lock.incarnation:
+            # Published there, and taken over there.
+            self._superseded.add(before.incarnation)
+        if lock.state is LockState.RUNNING:
             self._recorded[lock.incarnation] = frozenset(lock.clients)
 
     def _lock_is(self, instance: str, value: bytes) -> None:
@@ -263,14 +340,18 @@ class Judge:
             return
         before = self._locks.get(instance)
         self._locks[instance] = lock
-        known = self._epochs[instance]
-        if lock.incarnation not in known:
-            if lock.epoch in known.values():
-                self.wrong("no epoch twice", f"{instance}: epoch {lock.epoch} of {lock.host} was used before")
-            if before is not None and lock.epoch <= before.epoch:
-                self.wrong("epochs grow", f"{instance}: {lock.epoch} after {before.epoch}")
-            self._superseded.update(known)
-            known[lock.incarnation] = lock.epoch
+        self._ranks[lock.incarnation] = lock.epoch
+        epochs, debts = self._epochs[instance], self._debts[instance]
+        is_new = lock.incarnation not in epochs.of
+        if is_new:
+            self._superseded.update(epochs.of, self._former.pop(instance, ()))
+            for address, whose in debts.lost_by(lock).items():
+                if whose not in self._closed and not self._shut_out(address):
+                    self.wrong("law 4", f"{instance}: the lock of {lock.host} does not tell of {address} of {whose}")
+        for what in epochs.saw(lock):
+            self.wrong("law 2", f"{instance}: {what}")
+        debts.saw(lock)
+        if is_new:
             self.counts["taken"] += 1
             # One that is written again has its QEMU there, whatever the keys say.
             is_taken = lock.state is not LockState.RUNNING
@@ -302,18 +383,70 @@ class Judge:
 
     def _lock_gone(self, instance: str, *, by_people: bool) -> None:
         lock = self._locks.pop(instance, None)
+        self._debts[instance].saw(None)
+        if instance not in self._statuses:
+            self._forget_epochs(instance)
+        if by_people:
+            # With it goes what says that it was broken.
+            self._unbreak(instance)
         if lock is None or by_people:
             return
         self.counts["released"] += 1
         alive = [qemu for qemu in self.qemus[instance] if qemu.alive and qemu.incarnation == lock.incarnation]
         if alive:
             self.wrong("law 9", f"{instance}: its lock was let go of, and {alive[0].pid} on {alive[0].host} lives")
+        if unfenced := [address for address in lock.fence if not self._shut_out(address)]:
+            self.wrong("law 4", f"{instance}: its lock was let go of, and {unfenced} are not shut out")
 
-    def another_history(self, locks: dict[str, bytes]) -> None:
-        """Etcd was restored, or emptied: these are the locks in it."""
+    def _unbreak(self, instance: str) -> None:
+        """Nothing tells any more that its lock was broken: whoever lives of it may write it again."""
+        self._broken.difference_update(qemu.incarnation for qemu in self.living(instance))
+
+    def another_history(
+        self,
+        locks: Mapping[str, bytes],
+        statuses: Mapping[str, bytes],
+        revisions: Mapping[str, Mapping[str, int]],
+        *,
+        named: bool,
+    ) -> None:
+        """Etcd was restored, or emptied: these are the locks and statuses in it, and the revisions of wishes.
+
+        A host that has just booted may be the first to name an emptied one; then epochs begin again
+        (docs/etcd-restored.md, "Limits").
+        """
+        self._revisions.clear()
+        for name, keys in revisions.items():
+            self._revisions[name].update(keys)
+        self._statuses = {name: (value, None) for name, value in statuses.items()}
+        self._debts.clear()
+        for epochs in self._epochs.values():
+            epochs.begin_again(from_one=not named)
         self._locks = {name: lock for name, value in locks.items() if (lock := Lock.from_json(value)) is not None}
+        for name, lock in self._locks.items():
+            self._debts[name].saw(lock)
+        for name in self.qemus:
+            if (found := self._locks.get(name)) is None or found.state is not LockState.BROKEN:
+                self._unbreak(name)
         self._by_people.clear()
         self._session_gone.clear()
+
+    def status(self, instance: str) -> Status | None:
+        """As it stands; None when there is none."""
+        if instance not in self._statuses:
+            return None
+        value, status = self._statuses[instance]
+        if status is None and (status := Status.from_json(value)) is not None:
+            self._statuses[instance] = value, status
+        return status
+
+    def newest(self, instance: str) -> int:
+        """The revision of the newest of its keys; 0 without any."""
+        return max(self._revisions[instance].values(), default=0)
+
+    def with_a_status(self) -> list[str]:
+        """The instances that have one."""
+        return list(self._statuses)
 
     def lock(self, instance: str) -> Lock | None:
         """As it stands."""

@@ -26,13 +26,18 @@ import gc
 import heapq
 import warnings
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Loop = TypeVar("Loop", bound="SimLoop")
 
 START_S = 1000.0
+
+copy_context = contextvars.copy_context
+_new_handle = object.__new__
 
 
 class Life:
@@ -85,12 +90,42 @@ ROUNDS_TO_END = 5
 """How often all are told to end. The second time reaches who took the first for somebody else's."""
 
 
+class _Handle(asyncio.TimerHandle):
+    """A callback that will be run. Made by `SimLoop._handle`: there are millions, and asyncio's take twice as long."""
+
+    def __init__(self) -> None:
+        pass
+
+    # Of two that are due at the same time, neither comes before the other: the heap leaves them as they lie.
+    def __lt__(self, other: object) -> bool:
+        return False
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._callback = self._args = None  # type: ignore[assignment]
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+LANE_BITS = 40
+TASK_BITS = (1 << LANE_BITS) - 1
+"""A lane is one number: the life's, then, in so many bits, the task's; 0 is no task."""
+
+
 class SimLoop(asyncio.BaseEventLoop):
     """See the module.
 
     Attributes:
         steps: callbacks that were run.
-        on_step: called after each, with the life; None for nothing.
+        now_s: the time.
+        on_step: called after each that has stirred something, with the life; None for nothing.
+        stirred: something happened that `on_step` looks at. Most steps only pass something on.
         errors: what was told to the loop's exception handler.
     """
 
@@ -98,26 +133,34 @@ class SimLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.steps = 0
         self.on_step: Callable[[Life], None] | None = None
+        self.stirred = False
         self.errors: list[str] = []
-        self._now = START_S
-        self._timer_cancelled_count = 0
+        self.now_s = START_S
+        # When, and what: a heap.
+        self._timers: list[tuple[float, _Handle]] = []
         self._draw = Random(f"{seed}/loop").random
-        # Ready callbacks by life and task; the number 0 is that of what belongs to no task.
-        self._lanes: dict[tuple[int, int], deque[asyncio.Handle]] = {}
+        # Ready callbacks by lane; a lane is that of one task, or of all that belongs to a life and to no task of it.
+        self._ready: dict[int, Any] = {}
         self._lives: dict[Life, int] = {}
         self._order: list[Life] = []
         # What the dead will never do, for `abandon`.
         self._morgue: list[asyncio.Handle] = []
         # Invariant: holds every task that is not done, also of the dead: nothing is torn down at the collector's time.
-        self._numbers: dict[asyncio.Task[Any], int] = {}
+        self._lane_of: dict[Any, int] = {}
         self._made = 0
-        self._spun = 0
+        self._spins_at = SPIN_LIMIT
         self.set_exception_handler(self._note)
 
     # --- time -------------------------------------------------------------------------------------------------
 
     def time(self) -> float:
-        return self._now
+        return self.now_s
+
+    def pause(self, seconds: float) -> asyncio.Future[None]:
+        """`asyncio.sleep`, for what nobody cancels: half as dear."""
+        future: asyncio.Future[None] = self.create_future()
+        self.call_later(seconds, _wake, future)
+        return future
 
     # --- what is ready ----------------------------------------------------------------------------------------
 
@@ -129,93 +172,156 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
         self._made += 1
-        number = self._made
-        # Its first step becomes ready while it is being made, before there is a number for it.
+        # Its first step becomes ready while it is being made, before there is a lane for it.
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name or "task", context=context)
-        self._numbers[task] = number
+        life = LIFE.get() if context is None else context.get(LIFE, WORLD)
+        self._lane_of[task] = self._lane(life, self._made)
         return task
 
-    def _call_soon(
-        self, callback: Callable[..., Any], args: Any, context: contextvars.Context | None
-    ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._enqueue(handle)
-        return handle
-
-    def _enqueue(self, handle: asyncio.Handle) -> None:
-        life: Life = handle._context.get(LIFE, WORLD)  # type: ignore[attr-defined]
-        if life.dead:
-            self._morgue.append(handle)
-            return
-        owner = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
-        number = 0 if not isinstance(owner, asyncio.Task) else self._numbers.get(owner, self._made)
+    def _lane(self, life: Life, number: int) -> int:
         place = self._lives.get(life)
         if place is None:
             place = self._lives[life] = len(self._order)
             self._order.append(life)
-        lane = place, number
-        self._lanes.setdefault(lane, deque()).append(handle)
+        return (place << LANE_BITS) + number
 
-    def _pick(self) -> tuple[Life, asyncio.Handle] | None:
-        """Draw one of the ready callbacks; None when there is none that may run."""
-        while True:
-            open_lanes = [lane for lane in self._lanes if not self._order[lane[0]].frozen]
-            if not open_lanes:
-                return None
-            open_lanes.sort()
-            lane = open_lanes[int(self._draw() * len(open_lanes))] if len(open_lanes) > 1 else open_lanes[0]
-            life, handles = self._order[lane[0]], self._lanes[lane]
-            handle = handles.popleft()
-            if not handles:
-                del self._lanes[lane]
-            if life.dead:
-                self._morgue.append(handle)
-            elif not handle.cancelled():
-                return life, handle
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        handle = self._handle(0.0, callback, args, context)
+        self._enqueue(handle)
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = self._handle(when, callback, args, context)
+        heapq.heappush(self._timers, (when, handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        when = self.now_s + delay
+        handle = self._handle(when, callback, args, context)
+        heapq.heappush(self._timers, (when, handle))
+        return handle
+
+    def _handle(
+        self, when: float, callback: Callable[..., Any], args: tuple[Any, ...], context: contextvars.Context | None
+    ) -> _Handle:
+        handle: Any = _new_handle(_Handle)
+        handle._context = copy_context() if context is None else context
+        handle._loop, handle._when = self, when
+        handle._callback, handle._args = callback, args
+        handle._cancelled = False
+        handle._repr = handle._source_traceback = None
+        return handle  # type: ignore[no-any-return]
+
+    def _enqueue(self, handle: asyncio.Handle) -> None:
+        owner, lane = getattr(handle._callback, "__self__", None), None  # type: ignore[attr-defined]
+        is_step = type(owner) is asyncio.Task
+        if is_step:
+            lane = self._lane_of.get(owner)
+        if lane is None:
+            life: Life = handle._context.get(LIFE, WORLD)  # type: ignore[attr-defined]
+            lane = self._lane(life, self._made if is_step else 0)
+        if self._order[lane >> LANE_BITS].dead:
+            self._morgue.append(handle)
+            return
+        waiting = self._ready.get(lane)
+        if waiting is None:
+            # A task has one step that is ready, at most.
+            self._ready[lane] = handle if is_step else deque((handle,))
+        elif type(waiting) is deque:
+            waiting.append(handle)
+        else:
+            self._ready[lane] = deque((waiting, handle))
 
     # --- running ----------------------------------------------------------------------------------------------
 
     def _run_once(self) -> None:
-        picked = self._pick()
-        if picked is None:
-            self._advance()
-            return
-        life, handle = picked
+        """Run what is ready, drawn one by one, and whenever nothing is, move time on; until the loop is to stop."""
+        while True:
+            lane = self._drawn()
+            if lane is None:
+                self._advance()
+            else:
+                life, handle = self._order[lane >> LANE_BITS], self._first_of(lane)
+                if life.dead:
+                    self._morgue.append(handle)
+                    continue
+                if handle._cancelled:
+                    continue
+                self._step(life, lane, handle)
+            if self._stopping:  # type: ignore[attr-defined]
+                return
+
+    def _drawn(self) -> int | None:
+        """The lane of which something is run next; None when there is none that may."""
+        ready, order = self._ready, self._order
+        if len(ready) == 1:
+            # Mostly there is one only.
+            (lane,) = ready
+            return None if order[lane >> LANE_BITS].frozen else lane
+        lanes = [lane for lane in ready if not order[lane >> LANE_BITS].frozen]
+        if len(lanes) > 1:
+            lanes.sort()
+            return lanes[int(self._draw() * len(lanes))]
+        return lanes[0] if lanes else None
+
+    def _first_of(self, lane: int) -> Any:
+        waiting = self._ready[lane]
+        if type(waiting) is deque:
+            first = waiting.popleft()
+            if not waiting:
+                del self._ready[lane]
+            return first
+        del self._ready[lane]
+        return waiting
+
+    def _step(self, life: Life, lane: int, handle: Any) -> None:
         self.steps += 1
-        self._spun += 1
-        if self._spun > SPIN_LIMIT:
-            self._spun = 0
-            said = f"{life} at {self._now:.3f}: {handle!r}"
-            if life is WORLD:
-                raise Spinning(said)
-            self.errors.append(f"it spins: {said}")
-            life.dead = True
-        owner = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
-        handle._run()
-        if isinstance(owner, asyncio.Task) and owner.done():
-            self._numbers.pop(owner, None)
-        if self.on_step is not None:
+        if self.steps > self._spins_at:
+            self._spin(life, handle)
+        callback = handle._callback
+        try:
+            handle._context.run(callback, *handle._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - as asyncio does: whatever it is, the loop goes on
+            told = {"message": f"Exception in callback {handle!r}", "exception": error, "handle": handle}
+            self.call_exception_handler(told)
+        if lane & TASK_BITS and callback.__self__.done():
+            self._lane_of.pop(callback.__self__, None)
+        if self.stirred and self.on_step is not None:
+            self.stirred = False
             self.on_step(life)
+
+    def _spin(self, life: Life, handle: asyncio.Handle) -> None:
+        self._spins_at = self.steps + SPIN_LIMIT
+        said = f"{life} at {self.now_s:.3f}: {handle!r}"
+        if life is WORLD:
+            raise Spinning(said)
+        self.errors.append(f"it spins: {said}")
+        self.stirred = True
+        life.dead = True
 
     def _advance(self) -> None:
         """Move time on to the next timer, and make ready all that are due."""
-        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
-        while scheduled and scheduled[0].cancelled():
-            self._timer_cancelled_count -= 1
-            heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
-        if not scheduled:
+        timers = self._timers
+        while timers and timers[0][1]._cancelled:
+            heapq.heappop(timers)
+        if not timers:
             if self._stopping:  # type: ignore[attr-defined]
                 return
             raise Stuck
-        self._spun = 0
+        self._spins_at = self.steps + SPIN_LIMIT
         # A little more: who waits for an instant, and computes with fractions, has it behind it then.
-        self._now = max(self._now, scheduled[0].when()) + MOMENT_S
-        while scheduled and scheduled[0].when() <= self._now:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False  # type: ignore[attr-defined]
-            if handle.cancelled():
-                self._timer_cancelled_count -= 1
-            else:
+        now = self.now_s = max(self.now_s, timers[0][0]) + MOMENT_S
+        while timers and timers[0][0] <= now:
+            _, handle = heapq.heappop(timers)
+            if not handle._cancelled:
                 self._enqueue(handle)
 
     # --- what there is not ------------------------------------------------------------------------------------
@@ -247,19 +353,20 @@ class SimLoop(asyncio.BaseEventLoop):
         errors, self.errors, self.on_step = self.errors, [], None
         for life in self._order:
             life.dead = life.frozen = False
-        for handle in self._morgue:
+        # Taken away first: whatever were put back there would be come upon again, for ever.
+        morgue, self._morgue = self._morgue, []
+        for handle in morgue:
             self._enqueue(handle)
-        self._morgue = []
         for _ in range(ROUNDS_TO_END):
-            left = list(self._numbers)
+            left = list(self._lane_of)
             if not left:
                 break
             for task in left:
                 task.cancel()
             self.run_until_complete(asyncio.wait(left, timeout=60.0))
-        for task in self._numbers:
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-        self._numbers.clear()
+        for task in self._lane_of:
+            task._log_destroy_pending = False
+        self._lane_of.clear()
         self.run_until_complete(self.shutdown_asyncgens())
         self.errors = errors
 
@@ -267,14 +374,45 @@ class SimLoop(asyncio.BaseEventLoop):
         if LIFE.get().dead:
             return
         self.errors.append(f"{context.get('message')}: {context.get('exception')!r}")
+        self.stirred = True
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Collect no garbage on the way: when that is done is no part of a history, as what it finalises would be.
+
+    What is garbage at the end is collected then. So whoever holds the history's world must have let go of it by then:
+    the collector never comes upon it again, as what is there before is none of its business.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    # To look through all that was there before, at each collection, took a seventh of a history.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            # As in `run_within`.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            gc.collect()
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def run(main: Callable[[SimLoop], Coroutine[Any, Any, T]], seed: object = 0) -> T:
     """Run `main(loop)` to its end on a loop of its own."""
-    loop = SimLoop(seed)
-    # When garbage is collected is no part of a history: what it finalises would be.
-    was_enabled = gc.isenabled()
-    gc.disable()
+    return run_on(SimLoop(seed), main)
+
+
+def run_on(loop: Loop, main: Callable[[Loop], Coroutine[Any, Any, T]]) -> T:
+    """The same on a given loop, which is closed then."""
+    with apart():
+        return run_within(loop, main)
+
+
+def run_within(loop: Loop, main: Callable[[Loop], Coroutine[Any, Any, T]]) -> T:
+    """The same for who is `apart`."""
     try:
         asyncio.set_event_loop(loop)
         return loop.run_until_complete(main(loop))
@@ -284,7 +422,4 @@ def run(main: Callable[[SimLoop], Coroutine[Any, Any, T]], seed: object = 0) -> 
             # Who is ended while it starts its parts has made coroutines that nobody awaits.
             warnings.simplefilter("ignore", RuntimeWarning)
             loop.abandon()
-            gc.collect()
         loop.close()
-        if was_enabled:
-            gc.enable()

@@ -6,36 +6,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import structlog
 
 from kvmsupervisor.adapters.etcd import Compare, Get, KeyValue
-from kvmsupervisor.cluster import history, session
+from kvmsupervisor.adapters.etcd.api import Event
+from kvmsupervisor.cluster import history, informer, session
 from kvmsupervisor.cluster import lock as lock_module
-from kvmsupervisor.cluster.fencing import CephFencing
+from kvmsupervisor.cluster.fencing import Admit, CephFencing
+from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.lock import compares as right_compares
-from kvmsupervisor.domain import lifecycle
-from kvmsupervisor.domain.decision import Decision
+from kvmsupervisor.cluster.owners import LockOwners
+from kvmsupervisor.domain import doubt, lifecycle
+from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import Change, Claim, Lock, LockState, LockView, Storage
 from kvmsupervisor.domain.lock import take as domain_take
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.domain.spec import Spec
+from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
 from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.instance import start, worker
-from kvmsupervisor.instance.sharing import Sharing
-from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.instance.sharing import Namesakes, Sharing
+from kvmsupervisor.instance.status import Report
+from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.images import Law5
 from kvmsupervisor.supervisor import failover, identity
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.host import Host
+from tests.simulation.etcd import SimEtcd
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -100,7 +109,7 @@ def lock_without_session(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lock_module, "compares", left)
 
 
-@mutant("law 2", seed=1)
+@mutant("law 2", seed=2)
 def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
     """A new incarnation takes over its predecessor's epoch."""
     right = domain_take
@@ -112,13 +121,34 @@ def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant("law 2", seed=5)
+@mutant("law 2", seed=2)
 def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     """What the status tells of the last epoch is not looked at."""
     right = domain_take
 
     def take(previous: Lock | None, **told: Any) -> Lock:
         return right(previous, **{**told, "epoch_floor": 0})
+
+    patch.setattr(start, "take", take)
+
+
+@mutant("law 2", seed=27, kinds=("frozen-at-the-lock", "move"))
+def wherever_it_was_wanted(patch: pytest.MonkeyPatch) -> None:
+    """An instance is started although its keys want it elsewhere by then: neither `host` nor placement is compared."""
+
+    def left(change: Change, **told: Any) -> list[Compare]:
+        return right_compares(change, **{**told, "ground": None})
+
+    patch.setattr(lock_module, "compares", left)
+
+
+@mutant("law 4", seed=2, kinds=("host-freeze",))
+def addresses_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a lock does not take over what there is to fence."""
+    right = domain_take
+
+    def take(previous: Lock | None, **told: Any) -> Lock:
+        return replace(right(previous, **told), fence=(), state=LockState.STARTING, taken_from=None)
 
     patch.setattr(start, "take", take)
 
@@ -140,7 +170,9 @@ def no_fence(patch: pytest.MonkeyPatch) -> None:
 def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
     """A guest runs before its storage clients are on record."""
 
-    async def clients(self: CephFencing, record: Incarnation, known: Collection[str] = ()) -> tuple[str, ...]:
+    async def clients(
+        self: CephFencing, record: Incarnation, known: Collection[str] = (), *, admit: Admit | None = None
+    ) -> tuple[str, ...]:
         await asyncio.sleep(0)
         return ()
 
@@ -149,7 +181,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "track record, simulation seed 12",
-    seed=69,
+    seed=102,
     kinds=("supervisor-kill", "host-freeze", "remove", "create", "key-deleted"),
 )
 def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
@@ -262,6 +294,35 @@ def what_is_missing_was_removed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Dispatch, "_judge_orders", judge_orders)
 
 
+@mutant("law 11, seed 1071", seed=11, kinds=("host-astray",))
+def the_id_of_a_cluster_is_nothing(patch: pytest.MonkeyPatch) -> None:
+    """A copy of etcd that has all keys that were seen is the same etcd."""
+    patch.setattr(SimEtcd, "cluster", 0)
+
+
+@mutant("law 11, seed 1071", seed=95, kinds=("host-astray", "etcd-cut"))
+def a_timer_decides(patch: pytest.MonkeyPatch) -> None:
+    """In a copy of etcd a machine is taken over after a while from a host that is not there, and fenced."""
+    for module in (doubt, start, failover):
+        patch.setattr(module, "is_doubted", lambda *told, **more: False)
+
+
+@mutant("law 11, seed 15", seed=150, kinds=("etcd-backup", "move", "etcd-restored", "supervisor-freeze"))
+def a_name_is_a_history(patch: pytest.MonkeyPatch) -> None:
+    """A backup that is restored a second time is the history that has its name."""
+
+    async def left_for_good(self: history.History, name: object) -> None:
+        await asyncio.sleep(0)
+
+    patch.setattr(history.History, "_left_for_good", left_for_good)
+
+
+@mutant("law 12, seed 414", seed=8, kinds=("host-renamed", "supervisor-kill"))
+def a_name_is_a_machine(patch: pytest.MonkeyPatch) -> None:
+    """A host that is given another one's name takes that one's locks for its own of an earlier boot."""
+    patch.setattr(Lock, "is_namesakes", lambda self, host, **told: False)
+
+
 @mutant("A6, law 12", seed=1, kinds=("host-other-prefix",))
 def a_prefix_is_no_identity(patch: pytest.MonkeyPatch) -> None:
     """A supervisor with another prefix goes on with what lives, by the keys below that."""
@@ -302,10 +363,12 @@ def the_session_takes_a_transaction(patch: pytest.MonkeyPatch) -> None:
 def nobody_says_whose_a_client_is(patch: pytest.MonkeyPatch) -> None:
     """Who takes a lock over shuts out whoever has the disks open, also another instance's QEMU that lives."""
 
-    async def recorded_for(self: Host, client: str) -> None:
+    async def recorded_for(self: LockOwners, clients: object, **how: object) -> Mapping[str, InstanceId]:
         await asyncio.sleep(0)
+        return {}
 
-    patch.setattr(Host, "_recorded_for", recorded_for)
+    patch.setattr(LockOwners, "recorded_for", recorded_for)
+    patch.setattr(Namesakes, "of", lambda self, instance, images: ())
 
 
 @mutant("A11, law 7", seed=1, kinds=("etcd-cut", "lock-broken"))
@@ -328,9 +391,20 @@ def a_broken_lock_is_ours(patch: pytest.MonkeyPatch) -> None:
 def nobody_asks_who_watches(patch: pytest.MonkeyPatch) -> None:
     """A machine whose disks are in use is taken over as soon as its host has no session."""
 
-    async def watchers(self: CephFencing, images: object) -> tuple[str, ...]:
+    async def watchers(self: CephFencing, images: object, lock: object = None) -> tuple[str, ...]:
         await asyncio.sleep(0)
         return ()
+
+    patch.setattr(CephFencing, "watchers", watchers)
+
+
+@mutant("law 4, seed 240", seed=67, kinds=("rbd-mistaken", "etcd-cut"))
+def its_keys_tell_its_disks(patch: pytest.MonkeyPatch) -> None:
+    """Who is to be taken over is looked for at the disks that its keys name now, not at those that it has open."""
+    right = CephFencing.watchers
+
+    async def watchers(self: CephFencing, images: Any, lock: object = None) -> tuple[str, ...]:
+        return await right(self, images)
 
     patch.setattr(CephFencing, "watchers", watchers)
 
@@ -339,11 +413,11 @@ def nobody_asks_who_watches(patch: pytest.MonkeyPatch) -> None:
 def any_image_will_do(patch: pytest.MonkeyPatch) -> None:
     """Images without `exclusive-lock` are taken."""
     always = property(lambda self: True, lambda self, value: None)
-    for checks in (CephFencing, Disks):
+    for checks in (CephFencing, Law5):
         patch.setattr(checks, "_allow_unfenced", always, raising=False)
 
 
-@mutant("law 7", seed=24, kinds=("etcd-cut", "move", "host-freeze"))
+@mutant("law 7", seed=109, kinds=("etcd-cut", "move", "host-freeze"))
 def files_are_nothing(patch: pytest.MonkeyPatch) -> None:
     """What storage cannot fence may be taken over like a machine without a disk."""
 
@@ -385,3 +459,105 @@ def many_removals_are_one(patch: pytest.MonkeyPatch) -> None:
         return set()
 
     patch.setattr(MassRemovalHold, "judge", judge)
+
+
+# --- statuses, records, watches, tries --------------------------------------------------------------------------
+
+
+@mutant("life of an instance, seed 7", seed=2, kinds=("guest-shutdown",))
+def nobody_sees_who_is_down(patch: pytest.MonkeyPatch) -> None:
+    """A guest under `-no-shutdown` that has powered itself off counts as one that runs."""
+    patch.setattr(lifecycle, "_power_off", lambda view, process: None)
+
+
+@mutant("a status is so", seed=1, kinds=("qemu-kill",))
+def it_runs_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """Once a status says that it runs, nothing else is published."""
+    right, stuck = Report._may_publish, set[Report]()
+
+    def may_publish(self: Report, view: View) -> bool:
+        if self in stuck or not right(self, view):
+            return False
+        if self.status.phase is Phase.RUNNING:
+            stuck.add(self)
+        return True
+
+    patch.setattr(Report, "_may_publish", may_publish)
+
+
+@mutant("the living are on record", seed=1, kinds=("supervisor-upgrade",))
+def who_lets_go_forgets(patch: pytest.MonkeyPatch) -> None:
+    """A supervisor that ends deletes the records of what lives."""
+    right = Worker.detach
+
+    async def detach(self: Worker) -> None:
+        await right(self)
+        self._machine.directory.drop_incarnation()
+
+    patch.setattr(Worker, "detach", detach)
+
+
+@mutant("etcd's watch: unique", seed=1, kinds=("move",))
+def told_twice(patch: pytest.MonkeyPatch) -> None:
+    """An informer tells each change twice."""
+    right = Informer._commit
+
+    def commit(self: Informer[Any], stage: Any, revision: int, *, era: int) -> None:
+        told: list[Any] = []
+        listener = self._on_change
+        self._on_change = lambda *words: told.append(words)
+        right(self, stage, revision, era=era)
+        self._on_change = listener
+        for words in told * 2:
+            listener(*words)
+
+    patch.setattr(Informer, "_commit", commit)
+
+
+@mutant("etcd's watch: ordered", seed=1, kinds=("etcd-cut", "restart", "power"))
+def the_last_comes_first(patch: pytest.MonkeyPatch) -> None:
+    """The events of a batch are applied in the wrong order."""
+    right = informer._fill
+
+    async def fill(stage: Any, events: Sequence[Event]) -> None:
+        await right(stage, tuple(reversed(events)))
+
+    patch.setattr(informer, "_fill", fill)
+
+
+@mutant("etcd's watch: resumable", seed=1, kinds=("etcd-cut", "move", "power"))
+def lost_behind_a_reconnect(patch: pytest.MonkeyPatch) -> None:
+    """What an informer hears first on a new connection is lost."""
+    prove, commit = Informer._prove, Informer._commit
+    fresh: set[int] = set()
+
+    async def proven(self: Informer[Any]) -> None:
+        await prove(self)
+        fresh.add(id(self))
+
+    def committed(self: Informer[Any], stage: Any, revision: int, *, era: int) -> None:
+        if id(self) in fresh and self.synced.is_set():
+            fresh.discard(id(self))
+            self.revision = revision
+            return
+        commit(self, stage, revision, era=era)
+
+    patch.setattr(Informer, "_prove", proven)
+    patch.setattr(Informer, "_commit", committed)
+
+
+@mutant("nothing in silence", seed=4, kinds=("ceph-away", "host-power"))
+def it_waits_without_a_word(patch: pytest.MonkeyPatch) -> None:
+    """A host that cannot take over, because Ceph does not answer, tries again and says nothing."""
+    patch.setattr(failover, "log", structlog.wrap_logger(None, processors=[_said_nothing]))
+
+
+def _said_nothing(logger: Any, method: str, event: Any) -> Any:
+    raise structlog.DropEvent
+
+
+@mutant("liveness", seed=1, kinds=("qemu-kill",))
+def a_pause_without_end(patch: pytest.MonkeyPatch) -> None:
+    """What ended by itself twice is not started again."""
+    patch.setattr(lifecycle, "pauses", lambda state, wish, now: state.attempt > 1)
+    _with_decisions(patch, lambda view, one: replace(one, wake_at=None) if one.row is Row.BACKOFF else one)

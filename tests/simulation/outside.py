@@ -8,20 +8,31 @@ import random
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Never
 
 import pytest
 
+from kvmsupervisor.adapters import accelerator, cgroup
+from kvmsupervisor.adapters.apart import NO_WALLS
 from kvmsupervisor.adapters.ceph import Ceph
+from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.event_files import EventFiles
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.rundir import InstanceDir
+from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.cluster.fencing import CephFencing
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.argv import HostSide
+from kvmsupervisor.domain.flags import ANY_FLAGS
 from kvmsupervisor.instance.assembly import REAL, Outside
 from kvmsupervisor.machine.guest_logs import GuestLogs, MachineLogs
+from kvmsupervisor.machine.host import HostFacts, ceph_access
 from kvmsupervisor.machine.images import Disks
+from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.system import System
 from tests.support.host import KnownTypes
 
@@ -68,6 +79,29 @@ class QuietLogs(GuestLogs):
         await asyncio.Event().wait()
 
 
+MEMORY_MIB = 16384
+"""Of a host, for its guests."""
+
+
+def _host_facts(settings: Settings) -> HostFacts:
+    """What a host offers, whatever this machine does: so a seed is the same history everywhere."""
+    choice = accelerator.choose("tcg", trouble=None)
+    return HostFacts(
+        accelerator=choice,
+        users=QemuUsers(),
+        walls=NO_WALLS,
+        host_side=HostSide(qemu=settings.qemu, accel=choice.name, flags=settings.extra_flags or ANY_FLAGS),
+        files=HostFiles(state_dir=settings.state_dir, bridge_owner=settings.layout.session_key(settings.hostname)),
+        memory_mib=MEMORY_MIB,
+        ceph_access=ceph_access(settings),
+    )
+
+
+async def _no_cgroups(wanted: cgroup.Wanted, *, run_dir: Path) -> cgroup.Chosen:
+    """Guests outlive their supervisor, whatever this process lives in."""
+    return cgroup.Chosen(cgroups=NoCgroups(survives_container=True))
+
+
 _opened: list[int] = []
 
 
@@ -97,9 +131,12 @@ def outside(
         boot_id=lambda: boot_id,
         machine_id=lambda: machine_id,
         connect=lambda config: connect(),
+        gather_host_facts=_host_facts,
+        cgroups=_no_cgroups,
         links=QuietLinks,
         logs=lambda clock, settings: QuietLogs(clock=clock),
         machine_types=lambda qemu: KnownTypes(),
+        event_files=lambda settings: EventFiles(None),
         disks=lambda access, allow_unfenced: Disks(ceph(), allow_unfenced=allow_unfenced),
         fencing=lambda access, allow_unfenced: CephFencing(ceph(), allow_unfenced=allow_unfenced),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.removal import ALWAYS_ALLOWED
 from tests.simulation.acts import HOSTS, Act, create, kind, later
-from tests.simulation.world import LAYOUT, World
+from tests.simulation.world import World
 
 
 @kind("move", 8)
@@ -13,6 +13,15 @@ def _(world: World, act: Act) -> None:
     if world.wishes.get(act.machine, {}).get("host") not in (None, act.other):
         world.judge.ordered(act.machine, f"moves to {act.other}")
         world.put(act.machine, host=act.other)
+
+
+@kind("host-as-placed", 3)
+def _(world: World, act: Act) -> None:
+    """`host` is written again, as the place where a failover has put the machine."""
+    for name in sorted(world.wishes):
+        placed = world.placed(name)
+        if placed is not None and world.wishes[name].get("host") != placed:
+            world.put(name, host=placed)
 
 
 @kind("power", 5)
@@ -86,7 +95,9 @@ def _(world: World, act: Act) -> None:
     On a host that runs more than two, nothing is to happen. For the others it is an order.
     """
     for host in world.hosts:
-        running = [qemu.instance for qemu in host.kernel.living]
+        statuses = {qemu.instance: world.judge.status(qemu.instance) for qemu in host.kernel.living}
+        # The removal of one that is held already is no other one.
+        running = [name for name, status in statuses.items() if status is None or not status.held]
         for name in running if len(running) <= ALWAYS_ALLOWED else []:
             world.judge.ordered(name, "removed by mistake")
     world.erase([key for key in world.etcd.data if key.startswith("/kvm/") and not key.endswith("/lock")])
@@ -97,8 +108,8 @@ def _(world: World, act: Act) -> None:
 def _(world: World, act: Act) -> None:
     """A key that is a supervisor's is deleted by hand: a lock, a status, both, a session."""
     name = InstanceId(act.machine)
-    lock, status = LAYOUT.lock_key(name), LAYOUT.status_key(name)
-    session = LAYOUT.session_key(HostName(act.host))
+    lock, status = world.layout.lock_key(name), world.layout.status_key(name)
+    session = world.layout.session_key(HostName(act.host))
     world.erase([[lock], [status], [lock, status], [session]][int(act.x * 4)])
 
 

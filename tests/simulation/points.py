@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +33,32 @@ POINTS = (*(f"before {action.name}" for action in Action if action is not Action
 """All of them."""
 
 
+MOVES = (
+    *("before OFFER", "before RECEIVE", "before TELL", "clients of the arrival known", "before ARRIVE", "arriving"),
+    *("before SETTLE", "before CALL", "connected to the target", "before ANNOUNCE", "before SEND", "sending"),
+    *("before SWITCH", "switching", "before GIVE", "handing over", "handed over", "before CANCEL", "before CALL_OFF"),
+    *("before CUT", "before GO_BACK"),
+)
+"""Those of a live move: no history has one yet."""
+
+ELSEWHERE = {
+    **dict.fromkeys(MOVES, "e2e/test_live_move_points.py::test_cut_off"),
+    "before GO_BACK": "e2e/test_live_move_points.py::test_cut_off_where_a_guest_that_was_sent_goes_back",
+    "before CUT": "e2e/test_live_move_points.py::test_cut_off_where_a_target_takes_no_more",
+    "before GUARD": "instance/test_failpoints.py::test_guard",
+    "before MEDIUM": "instance/test_failpoints.py::test_medium",
+    "before PLUG": "instance/test_failpoints.py::test_plug",
+    "before ROOM": "instance/test_failpoints.py::test_room",
+    "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
+    **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
+}
+"""Points that no history comes to: nothing here has a guard, a NIC, a drive, a disk that is a file, or an image that is
+made. Each with the test that cuts there, in virtual time or on a real Ceph."""
+
+HERE = tuple(name for name in POINTS if name not in ELSEWHERE)
+"""Those that a hundred histories come to."""
+
+
 class Way(Enum):
     """What happens at a point."""
 
@@ -47,11 +73,19 @@ class Killed(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """What happens the next time that a host comes to a point."""
+    """What happens the next time that a host comes to a point.
+
+    Attributes:
+        host: which.
+        way: what happens.
+        for_s: for how long.
+        meanwhile: what somebody does while it is frozen there.
+    """
 
     host: str
     way: Way
     for_s: float
+    meanwhile: Callable[[], None] = lambda: None
 
 
 @contextmanager
@@ -89,6 +123,7 @@ def _meet(world: World, name: str, armed: Armed) -> Awaitable[None] | None:
             return _never()
         case Way.FREEZE:
             host.freeze_supervisor(on=True)
+            world.loop.call_later(armed.for_s / 2, armed.meanwhile, context=context_of(WORLD))
             thaw = lambda: host.freeze_supervisor(on=False)  # noqa: E731
             world.loop.call_later(armed.for_s, thaw, context=context_of(WORLD))
             return None if name in CUTS else asyncio.sleep(0)

@@ -8,10 +8,9 @@ import gc
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Coroutine
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tests.simulation import faults, people
 from tests.simulation import loop as sim
@@ -20,13 +19,9 @@ from tests.simulation.chance import Chance
 from tests.simulation.judge import Violation
 from tests.simulation.outside import drawn
 from tests.simulation.points import listening
+from tests.simulation.settling import CONFIRM_S, LOOK_S, Settling
+from tests.simulation.watches import followed
 from tests.simulation.world import Enough, World, tapped
-
-SETTLE_S = 900.0
-"""Within which everything must run once all is healed: TTL + takeover's wait + the longest pause of a restart (300 s)
-and as much again."""
-
-CONFIRM_S = 20.0
 
 KNOWN = (faults, people)
 """Whose kinds can be drawn."""
@@ -65,6 +60,7 @@ def play(
     kinds: Collection[str] = (),
     keep: int | None = 0,
     to_the_first: bool = False,
+    lock: str | None = None,
 ) -> Played:
     """Play one history.
 
@@ -75,23 +71,27 @@ def play(
         kinds: of acts that are drawn; all, where none is named.
         keep: how many lines of its trace are kept; None for all.
         to_the_first: whether to end with the first violation.
+        lock: `LOCK`; None for the default.
     """
     folder = Path(tempfile.mkdtemp(prefix="kvs", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    worlds: list[World] = []
-
-    def begin(loop: sim.SimLoop) -> Coroutine[Any, Any, None]:
-        world = World(loop, seed, folder, keep=keep)
-        world.to_the_first = to_the_first
-        worlds.append(world)
-        return _play(world, acts, only)
-
     acts = draw_acts(Chance(seed).of("acts"), steps, kinds)
+
+    def played() -> Played:
+        world = World(sim.SimLoop(seed), Chance(seed), folder, keep=keep, lock=lock)
+        world.to_the_first = to_the_first
+        with contextlib.suppress(Enough), tapped(world):
+            sim.run_within(world.loop, lambda loop: _play(world, acts, only))
+        return _played(world, acts)
+
     try:
-        with contextlib.suppress(Enough):
-            sim.run(begin, seed)
+        # When `played` has returned, nothing holds its world any more.
+        with sim.apart():
+            return played()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    (world,) = worlds
+
+
+def _played(world: World, acts: list[Act]) -> Played:
     return Played(
         acts=acts,
         violations=list(world.judge.violations),
@@ -106,7 +106,7 @@ def play(
 
 async def _play(world: World, acts: list[Act], only: Collection[int] | None) -> None:
     loop = world.loop
-    with drawn(world.chance.of("program")), tapped(world), listening(world):
+    with drawn(world.chance.of("program")), listening(world), followed(world):
         draw_cluster(world)
         for host in world.hosts:
             host.start()
@@ -132,15 +132,12 @@ async def _play(world: World, acts: list[Act], only: Collection[int] | None) -> 
 
 async def _settle(world: World) -> None:
     """Wait until everything is as people want it, and stays so."""
-    loop = world.loop
-    limit = loop.time() + SETTLE_S
-    while True:
-        await asyncio.sleep(CONFIRM_S)
+    settling = Settling(world)
+    is_well = False
+    while not is_well and not settling.is_over:
+        for _ in range(int(CONFIRM_S / LOOK_S)):
+            await asyncio.sleep(LOOK_S)
+            is_well = settling.look()
         world.confirm()
-        missing = world.what_is_missing()
-        if not missing:
-            return
-        if loop.time() > limit:
-            for what in missing:
-                world.judge.wrong("liveness", what)
-            return
+        world.give_back()
+    settling.end()

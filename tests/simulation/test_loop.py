@@ -154,6 +154,20 @@ def test_nothing_of_a_dead_life_is_cleaned_up() -> None:
     assert run(main) == []
 
 
+def test_a_life_that_was_dead_before_it_did_anything_is_torn_down() -> None:
+    """A supervisor may be killed before its first step. What it will never do was looked through for ever."""
+    seen: list[str] = []
+
+    async def main(loop: SimLoop) -> None:
+        life = Life("one")
+        life.dead = True
+        loop.call_soon(seen.append, "stillborn", context=context_of(life))
+        await asyncio.sleep(1.0)
+        assert seen == []
+
+    run(main)
+
+
 def test_who_spins_is_told() -> None:
     async def main(loop: SimLoop) -> None:
         while True:  # noqa: ASYNC110 - that is the point
@@ -174,3 +188,15 @@ def test_an_exception_that_is_never_fetched_is_told() -> None:
 
     (error,) = run(main)
     assert "lost" in error
+
+
+def test_a_life_may_end_before_it_begins() -> None:
+    """Nothing of it was ever in line, and the end of the history is the end all the same (seed 504)."""
+
+    async def main(loop: SimLoop) -> None:
+        life = Life("stillborn")
+        life.dead = True
+        loop.create_task(asyncio.sleep(1.0), context=context_of(life))
+        await asyncio.sleep(1.0)
+
+    run(main)

@@ -15,14 +15,18 @@ class Trace:
 
     Args:
         time: the virtual time.
+        steps: how many steps were taken; what lies between two lines is compared by it.
         hide: what is the same in each history but for its name, as the folder it was played in.
         keep: how many of the last lines are kept; None for all.
     """
 
-    def __init__(self, time: Callable[[], float], *, hide: str = "", keep: int | None = KEPT) -> None:
+    def __init__(
+        self, time: Callable[[], float], *, steps: Callable[[], int], hide: str = "", keep: int | None = KEPT
+    ) -> None:
         self.lines: deque[str] = deque(maxlen=keep)
         self.count = 0
         self._time = time
+        self._steps = steps
         self._hide = hide
         self._hash = hashlib.sha256()
 
@@ -30,13 +34,9 @@ class Trace:
         line = f"{self._time():10.3f} {who} {what}"
         if self._hide:
             line = line.replace(self._hide, "")
-        self._hash.update(line.encode())
+        self._hash.update(f"{self._steps()}{line}".encode())
         self.count += 1
         self.lines.append(line)
-
-    def mix(self, number: int) -> None:
-        """Something that is too much for a line, and is to be the same all the same."""
-        self._hash.update(number.to_bytes(8, "big"))
 
     @property
     def digest(self) -> str:

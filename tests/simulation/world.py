@@ -8,12 +8,13 @@ import json
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from kvmsupervisor.adapters.etcd.api import Event
 from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
@@ -24,9 +25,11 @@ from tests.simulation.ceph import CephCluster
 from tests.simulation.chance import Chance
 from tests.simulation.host import SimHost
 from tests.simulation.judge import TICK_S, Judge
+from tests.simulation.looks import Looks
 from tests.simulation.loop import LIFE, Life, SimLoop, context_of
 from tests.simulation.points import Armed
 from tests.simulation.trace import Trace
+from tests.simulation.tries import hear
 
 SHAKEN_S = 60.0
 """How long after its end a fault may still cost a session."""
@@ -34,9 +37,21 @@ SHAKEN_S = 60.0
 WRITE_S = 5.0
 """The longest time a guest writes nothing."""
 
-LAYOUT = Layout()
+OF_THIS_MACHINE = frozenset({"qemu.privileged", "files.too_few"})
+"""What supervisors say of the machine that they are played on: who plays, and with how many open files."""
 
 log = structlog.get_logger(__name__)
+
+
+class _Bell(asyncio.Event):
+    """Rung with the watches of an etcd whenever that changes: then there is something to look at after this step."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def set(self) -> None:
+        self._loop.stirred = True
 
 
 class Enough(BaseException):
@@ -47,36 +62,53 @@ class World:
     """All of it.
 
     Attributes:
-        quorum: whether etcd has one.
+        lock_template: `LOCK`; None for the default.
+        layout: of the keys.
+        quorum: set while etcd has one.
         elsewhere: the data of another cluster's etcd.
         over: the history has ended; what is torn down now counts no more.
         until: what is wrong → how long.
         to_the_first: the history ends with the first violation.
         upgraded: supervisors that were stopped to be replaced.
+        on_log: told what a supervisor logs: its name, the event, what goes with it.
     """
 
-    def __init__(self, loop: SimLoop, seed: object, folder: Path, *, hosts: int = 3, keep: int | None = None) -> None:
+    def __init__(
+        self,
+        loop: SimLoop,
+        chance: Chance,
+        folder: Path,
+        *,
+        names: Sequence[str] = "abc",
+        keep: int | None = None,
+        lock: str | None = None,
+    ) -> None:
         self.loop = loop
         self.folder = folder
-        self.chance = Chance(seed)
-        self.trace = Trace(loop.time, hide=str(folder), keep=keep)
+        self.chance = chance
+        self.lock_template = lock
+        self.layout = Layout() if lock is None else Layout(lock=lock)
+        self.on_log: Callable[[str, str, Mapping[str, Any]], None] = lambda who, event, told: None
+        self.trace = Trace(loop.time, steps=lambda: loop.steps, hide=str(folder), keep=keep)
         self.etcd = FakeEtcd(loop.time)
-        self.elsewhere = FakeEtcd(loop.time)
+        self.elsewhere = FakeEtcd(loop.time, cluster=2)
         self._elsewhere: Any = self.elsewhere._server
         self._server: Any = self.etcd._server
         self.judge = Judge(
             loop.time,
-            layout=LAYOUT,
-            tell=self.trace.add,
+            layout=self.layout,
+            tell=self._told,
             exists=lambda key: key.encode() in self._server.keys,
             belongs=self.belongs,
             at_home=self.at_home,
             watched=lambda image: bool(self.ceph.watching(image)),
+            shut_out=lambda client: self.ceph.is_shut_out(Client(client)),
         )
         self.ceph = CephCluster(loop.time, self.chance.of("ceph"))
         self.ceph.on_shut_out = self._shut_out
         self.ceph.on_unwatched = self.judge.unwatched
-        self.quorum = True
+        self.quorum = asyncio.Event()
+        self.quorum.set()
         self.over = self.to_the_first = False
         self.until: dict[str, float] = {}
         self._shaken_until = 0.0
@@ -86,10 +118,14 @@ class World:
         self.armed: dict[str, Armed] = {}
         self.reached: Counter[str] = Counter()
         self.wishes: dict[str, dict[str, str]] = {}
-        self.hosts = [SimHost(self, number) for number in range(hosts)]
+        self.looks = Looks(self)
+        self._histories = {False: [self._server.history], True: [self._elsewhere.history]}
+        self.hosts = [SimHost(self, number, name) for number, name in enumerate(names)]
         self._seen = self._seen_elsewhere = 0
-        self._born = 0
+        self._born = self._born_elsewhere = 0
         loop.on_step = self._stepped
+        for server in (self._server, self._elsewhere):
+            server.wakers.add(_Bell(loop))
         loop.create_task(self._tick())
 
     def host(self, name: str) -> SimHost:
@@ -97,20 +133,32 @@ class World:
 
     # --- after every step -------------------------------------------------------------------------------------
 
+    def _told(self, who: str, what: str) -> None:
+        """The judge says something, of a violation too."""
+        self.trace.add(who, what)
+        self.loop.stirred = True
+
     def _stepped(self, life: Life) -> None:
-        while self.loop.errors:
-            self.judge.wrong("unheard error", self.loop.errors.pop(0))
+        if self.loop.errors:
+            self._hear_errors()
         if self.to_the_first and self.judge.violations:
+            # What is torn down now counts no more.
+            self.over = True
             raise Enough
-        self.trace.mix(self.loop.steps)
         server = self._server
         if server.born != self._born:
             self._born = server.born
             self._seen = len(server.history)
-            self.judge.another_history(self.locks())
-        strange = self._elsewhere.history
-        while self._seen_elsewhere < len(strange):
-            event = strange[self._seen_elsewhere]
+            self._histories[False].append(server.history)
+            named = self.layout.history_key in self.etcd.data
+            self.judge.another_history(self.locks(), self._statuses(), self._revisions(), named=named)
+        if self._elsewhere.born != self._born_elsewhere:
+            self._born_elsewhere = self._elsewhere.born
+            self._seen_elsewhere = len(self._elsewhere.history)
+            locks = self._elsewhere.keys.items()
+            self.judge.another_history_elsewhere({key: kv.value for key, kv in locks if self._is_lock(key)})
+        while self._seen_elsewhere < len(self._elsewhere.history):
+            event = self._elsewhere.history[self._seen_elsewhere]
             self._seen_elsewhere += 1
             self.judge.changed_elsewhere(event)
         while self._seen < len(server.history):
@@ -118,9 +166,16 @@ class World:
             self._seen += 1
             self.judge.changed(event)
 
+    def _is_lock(self, key: bytes) -> bool:
+        return self.layout.id_of_lock(key.decode(errors="replace")) is not None
+
+    def _hear_errors(self) -> None:
+        while self.loop.errors:
+            self.judge.wrong("unheard error", self.loop.errors.pop(0))
+
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await self.loop.pause(TICK_S)
             self.etcd.tick()
             self.elsewhere.tick()
             for host in self.hosts:
@@ -132,9 +187,14 @@ class World:
                     assert life.parts is not None
                     key = life.parts._session.key
                     self.judge.believes(host.true_name, key, exists=key.encode() in keys)
-            for name in self.ceph.images:
-                if not self.ceph.watching(name):
-                    self.judge.unwatched(name)
+            self.looks.look()
+            self.look_at_watches()
+
+    def look_at_watches(self) -> None:
+        """Note which images nobody watches: once in a while, and before a watch may be there again."""
+        for name, image in self.ceph.images.items():
+            if not image.watchers or not self.ceph.watching(name):
+                self.judge.unwatched(name)
 
     def _shut_out(self, client: Client) -> None:
         """A guest whose client is shut out is stopped at its next write (`werror=stop`)."""
@@ -144,6 +204,13 @@ class World:
                     self.judge.shut_out(qemu)
                     after_s = self.ceph.chance.random() * WRITE_S
                     self.loop.call_later(after_s, qemu.fail_to_write, context=context_of(host.hardware))
+
+    def histories_of(self, *, elsewhere: bool) -> list[list[Event]]:
+        """All that an etcd had, the present one last; the list grows."""
+        found, server = self._histories[elsewhere], self._elsewhere if elsewhere else self._server
+        if found[-1] is not server.history:
+            found.append(server.history)
+        return found
 
     def shaken(self, for_s: float) -> None:
         """For so long, and until sessions are won again, something may keep them from being renewed."""
@@ -171,6 +238,22 @@ class World:
             self.wishes.get(instance, {}).pop(key.removeprefix(prefix), None)
         self.trace.add("people", f"remove {found}")
 
+    def has_anothers(self, instance: str, image: str | None) -> bool:
+        """Whether a QEMU of an instance has this image open, which its keys do not name any more."""
+        own = self.wishes.get(instance, {}).get("rbd")
+        return image not in {None, own} and any(qemu.image == image for qemu in self.judge.living(instance))
+
+    def give_back(self) -> None:
+        """A person restarts whoever was started with another's image by mistake.
+
+        The status of that other one asks for it, and `pending` of this one says that its key waits for a restart.
+        """
+        images = {keys.get("rbd") for keys in self.wishes.values()}
+        for name in sorted(self.wishes):
+            if any(self.has_anothers(name, image) for image in images):
+                self.judge.ordered(name, "restarted with its own image", at_once=True)
+                self.put(name, restart_request=f"now:{self.loop.time():.3f}")
+
     def confirm(self) -> None:
         """A person confirms whatever any host holds."""
         held: dict[str, list[str]] = {}
@@ -183,7 +266,7 @@ class World:
             for instance in instances:
                 self.judge.ordered(instance, "confirmed")
             self.trace.add("people", f"confirm {host} {instances}")
-            self.etcd.write(LAYOUT.confirmation_key(HostName(host)), json.dumps(instances))
+            self.etcd.write(self.layout.confirmation_key(HostName(host)), json.dumps(instances))
 
     def set_right(self) -> None:
         """A person writes down again what etcd has lost, or has otherwise since it was restored."""
@@ -202,8 +285,20 @@ class World:
     def locks(self) -> dict[str, bytes]:
         found = {}
         for key, value in self.etcd.data.items():
-            if key.startswith("/kvm/") and key.endswith("/lock"):
-                found[key.split("/")[2]] = value
+            if (instance := self.layout.id_of_lock(key)) is not None:
+                found[str(instance)] = value
+        return found
+
+    def _statuses(self) -> dict[str, bytes]:
+        prefix = self.layout.statuses_prefix
+        return {key.removeprefix(prefix): value for key, value in self.etcd.data.items() if key.startswith(prefix)}
+
+    def _revisions(self) -> dict[str, dict[str, int]]:
+        found: dict[str, dict[str, int]] = {}
+        for key, kv in self._server.keys.items():
+            instance, _, name = key.decode(errors="replace").removeprefix("/kvm/").partition("/")
+            if key.startswith(b"/kvm/") and name != "lock":
+                found.setdefault(instance, {})[name] = kv.mod_revision
         return found
 
     def erase(self, keys: Sequence[str]) -> None:
@@ -217,11 +312,11 @@ class World:
         lock = self.lock(instance)
         if lock is None or lock.storage is not Storage.UNFENCEABLE or lock.state is LockState.BROKEN:
             return
-        if LAYOUT.session_key(lock.host) in self.etcd.data:
+        if self.layout.session_key(lock.host) in self.etcd.data:
             return
         self.judge.broken(instance)
         self.judge.wrote(self.etcd.revision + 1)
-        self.etcd.write(LAYOUT.lock_key(InstanceId(instance)), lock.broken().to_json())
+        self.etcd.write(self.layout.lock_key(InstanceId(instance)), lock.broken().to_json())
 
     def belongs(self, instance: str, host: str) -> bool:
         """Whether an instance is to run there, as people want it and supervisors have placed it.
@@ -233,30 +328,39 @@ class World:
             return False
         if all(wish["host"] != one.true_name for one in self.hosts):
             return True
-        return host in {wish["host"], self._placed(instance)}
+        return host in {wish["host"], self.placed(instance)}
 
     def at_home(self, instance: str, host: str) -> bool:
         """Whether it is to run there, as the keys are now, or may stay until the host where it is to run is there."""
         keys = self._server.keys
-        value = keys.get(LAYOUT.wish_key(InstanceId(instance), "host").encode())
-        wanted = self._placed(instance) or ("" if value is None else value.value.decode())
-        return host == wanted or LAYOUT.session_key(HostName(wanted)).encode() not in keys
+        value = keys.get(self.layout.wish_key(InstanceId(instance), "host").encode())
+        wanted = self.placed(instance) or ("" if value is None else value.value.decode())
+        return host == wanted or self.layout.session_key(HostName(wanted)).encode() not in keys
 
-    def _placed(self, instance: str) -> str | None:
+    def has_session(self, host: str) -> bool:
+        """Whether etcd has its session."""
+        return self.layout.session_key(HostName(host)).encode() in self._server.keys
+
+    def is_heeded(self, instance: str, host: str) -> bool:
+        """Whether it is this host that acts on the keys of an instance: they name it, or it is placed there."""
+        value = self._server.keys.get(self.layout.wish_key(InstanceId(instance), "host").encode())
+        return value is not None and host in {value.value.decode(), self.placed(instance)}
+
+    def placed(self, instance: str) -> str | None:
         """Where its placement says, while that stands."""
         keys, name = self._server.keys, InstanceId(instance)
-        home = keys.get(LAYOUT.wish_key(name, "host").encode())
-        placed = keys.get(LAYOUT.placement_key(name).encode())
+        home = keys.get(self.layout.wish_key(name, "host").encode())
+        placed = keys.get(self.layout.placement_key(name).encode())
         placement = None if placed is None else Placement.from_json(placed.value)
         stands = placement is not None and home is not None and 0 < home.mod_revision <= placement.of
         return placement.host if placement is not None and stands else None
 
     def lock(self, instance: str) -> Lock | None:
-        value = self.etcd.data.get(LAYOUT.lock_key(InstanceId(instance)))
+        value = self.etcd.data.get(self.layout.lock_key(InstanceId(instance)))
         return None if value is None else Lock.from_json(value)
 
     def status(self, instance: str) -> Status | None:
-        value = self.etcd.data.get(LAYOUT.status_key(InstanceId(instance)))
+        value = self.etcd.data.get(self.layout.status_key(InstanceId(instance)))
         return None if value is None else Status.from_json(value)
 
     # --- the end ----------------------------------------------------------------------------------------------
@@ -264,7 +368,7 @@ class World:
     def heal(self) -> None:
         """Nothing is wrong with anything any more."""
         self.trace.add("world", "all is healed")
-        self.quorum = True
+        self.quorum.set()
         self.etcd.allow()
         self.ceph.away = None
         self.ceph.slow_s = 0.3
@@ -274,14 +378,29 @@ class World:
         self.set_right()
         for host in self.hosts:
             host.heal()
+        self._break_locks_of_nobody()
+
+    def _break_locks_of_nobody(self) -> None:
+        """A person breaks the locks of a host that had a wrong name, where nothing of it lives, as the reason says."""
+        names = {host.true_name for host in self.hosts}
+        for instance in sorted(self.wishes):
+            lock = self.lock(instance)
+            if lock is not None and lock.host not in names and not self.judge.living(instance):
+                self.break_lock(instance)
 
     def end(self) -> None:
         """The history is told."""
+        self.trace.add("world", "the end")
         self.ended_at, self.over = self.loop.time(), True
 
-    def what_is_missing(self) -> list[str]:
-        """What is not as people want it."""
-        missing = []
+    @property
+    def has_begun_again(self) -> bool:
+        """Whether etcd has had another history."""
+        return self._born > 0
+
+    def missing(self) -> dict[str, str]:
+        """What is not as people want it, by instance."""
+        missing: dict[str, str] = {}
         wanted_ones = {name for name, keys in self.wishes.items() if keys.get("host") and keys.get("power") != "off"}
         for name in sorted(self.wishes):
             image = self.wishes[name].get("rbd")
@@ -296,15 +415,15 @@ class World:
                 found = ", ".join(f"{one.pid} on {one.host} ({one.run_state}, {one.writes})" for one in living)
                 status = self.status(name)
                 reason = None if status is None else f"{status.host} {status.phase} {status.reason}"
-                missing.append(f"{name} is to run once; there is: {found or 'none'}; its status: {reason}")
+                missing[name] = f"{name} is to run once; there is: {found or 'none'}; its status: {reason}"
             elif wanted and not self.belongs(name, running[0].host):
-                missing.append(f"{name} is to run on {self.wishes[name]['host']}, and runs on {running[0].host}")
+                missing[name] = f"{name} is to run on {self.wishes[name]['host']}, and runs on {running[0].host}"
             elif any(self.judge.was_broken(qemu) for qemu in living):
-                missing.append(f"{name}: its lock was broken, and {living[0].pid} on {living[0].host} lives")
+                missing[name] = f"{name}: its lock was broken, and {living[0].pid} on {living[0].host} lives"
             elif not wanted and living:
                 status = self.status(name)
                 reason = None if status is None else f"{status.host} {status.phase} {status.reason}"
-                missing.append(f"{name} is not to run, and {living[0].pid} does; its status: {reason}")
+                missing[name] = f"{name} is not to run, and {living[0].pid} does; its status: {reason}"
         return missing
 
 
@@ -318,8 +437,12 @@ class LogTap:
         world = self.world
         if world is not None and not world.over:
             name = event.pop("event")
+            if name in OF_THIS_MACHINE:
+                raise structlog.DropEvent
             broken = event.pop("exc_info", None)
             world.trace.add(LIFE.get().name, f"{method} {name} {event}")
+            hear(world.looks.tries, LIFE.get().name, name, event, wishes=world.wishes)
+            world.on_log(LIFE.get().name, name, event)
             if name == "session.lost" and world.loop.time() > world._shaken_until:
                 world.judge.lost_session(LIFE.get().name)
             if name == "instance.error":

@@ -119,7 +119,8 @@ async def test_only_what_has_nothing_to_protect_is_taken_over(
     """Law 7: from a holder whose session is gone; what may be written to stays his, however long that takes."""
     lock = replace(BETA, storage=storage, clients=clients)
     bench.etcd.write(KEY, lock.to_json())
-    await bench.options("-m", "16", virtual_s=600.0)
+    # The wait for a disk in use (`KVM_TAKEOVER_WAIT`, 60 s) has passed three times.
+    await bench.options("-m", "16", virtual_s=200.0)
     assert (bench.lock == lock) is not taken
     assert len(bench.qemus.all) == taken
     assert bench.storage.fenced == []

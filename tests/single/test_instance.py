@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lock import Lock, LockState, Storage
+from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.lock import Lock, LockState, Storage, clients_to_json
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.single.life import NotHere
 from tests.fakes.storage import address_of
@@ -168,6 +168,7 @@ def left_by_b(bench: Bench) -> Lock:
         storage=Storage.RBD, clients=(OLD,),
     )  # fmt: skip
     bench.etcd.write(KEY, lock.to_json())
+    bench.etcd.write(LAYOUT.clients_key(InstanceId("1")), clients_to_json(lock.clients))
     return lock
 
 

@@ -37,6 +37,9 @@ WRONG = {
     ),
 }
 
+LONG_S = 900.0
+"""Longer than any deadline and any pause of a supervisor."""
+
 wrong = pytest.mark.parametrize(("settings", "told"), WRONG.values(), ids=WRONG)
 
 
@@ -76,12 +79,12 @@ async def test_one_run_under_other_settings_touches_nothing(bench: Bench, settin
     await bench.end()
     bench.more = settings
     with capture_logs() as logs:
-        await bench.begin(virtual_s=3600.0)
+        await bench.begin(virtual_s=LONG_S)
         bench.create("new")
         bench.create("other", host="b")
         bench.etcd.write("/vms/1/host", "b")
         bench.etcd.write("/vms/1/ram", "64")
-        await bench.clock.advance(3600.0)
+        await bench.clock.advance(LONG_S)
     # All goes on, and nothing begins.
     assert bench.of("1", "2") == qemus
     assert len(bench.qemus.all) == 2

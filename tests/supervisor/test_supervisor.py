@@ -6,21 +6,24 @@ import asyncio
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.rundir import RunDir
-from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.supervisor import host as host_module
 from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.supervisor import Supervisor
 from tests.fakes.clock import FakeClock, settle
@@ -46,6 +49,7 @@ class Bench:
         self.host: Host
         self.memory_mib: int | None = None
         self.storage: FakeStorage | None = None
+        self.machine: str | None = None
         self._task: asyncio.Task[bool] | None = None
         self.client = self.etcd
 
@@ -76,6 +80,7 @@ class Bench:
             memory_mib=self.memory_mib,
             fencing=self.storage,
             disks=None if self.storage is None else FakeDisks(),
+            machine=self.machine,
         )
         self.supervisor = Supervisor(self.settings(), world)
         self._task = asyncio.create_task(self.supervisor.run(self._started))
@@ -596,3 +601,60 @@ async def test_the_first_statuses_are_written_once_the_supervisor_stops(bench: B
     written = Status.from_json(bench.etcd.data["/kvmsupervisor/instances/1"])
     assert written is not None
     assert written.pending == ("ram",)
+
+
+async def test_locks_outside_the_wishes_are_followed_where_they_concern_this_host(bench: Bench) -> None:
+    """Our guest's, and one that only names us, which is released; what happens to others' is not heard of."""
+    bench.more = {"LOCK": "/locks/%i"}
+    bench.etcd.write("/locks/left", lock_of(ME, Storage.NONE))
+    bench.etcd.write("/locks/1", lock_of("ab", Storage.NONE))
+    bench.there("ab")
+    bench.create("1")
+    await bench.begin()
+    assert "/locks/left" not in bench.etcd.data
+    assert bench.phases == {"1": Phase.WAITING}
+    bench.etcd.erase("/locks/1")
+    await bench.clock.advance_until(lambda: bench.of("1"), 60.0)
+    await bench.clock.advance(30.0)
+    calls = Counter(bench.etcd.calls)
+    wishes = bench.host._wishes
+    for number in range(100):
+        bench.etcd.write(f"/locks/other{number}", lock_of("ab"))
+    await bench.clock.advance(0.0)
+    assert bench.etcd.calls == calls
+    assert wishes.lock_known_at(InstanceId("other7")) is None
+    assert wishes.in_step
+    # Another host has fenced us and taken it: law 6.
+    bench.etcd.write("/locks/1", replace_holder(bench.etcd.data["/locks/1"], "ab"))
+    await bench.clock.advance_until(lambda: not bench.of("1"), 60.0)
+
+
+def replace_holder(value: bytes, host: str) -> bytes:
+    lock = Lock.from_json(value)
+    assert lock is not None
+    return replace(lock, host=HostName(host), boot_id="b", epoch=lock.epoch + 1, incarnation="other").to_json()
+
+
+async def test_news_of_many_hosts_is_looked_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand hosts that come at the same time make an instance look a few times, not a thousand times."""
+    await bench.begin()
+    looks: list[int] = []
+    more = asyncio.Event()
+
+    def look() -> None:
+        looks.append(1)
+        more.set()
+
+    monkeypatch.setattr(bench.host, "notify_all", look)
+    bench.there("ab")
+    await bench.clock.advance(1.0)
+    assert len(looks) == 1
+    monkeypatch.setattr(host_module, "PAUSE_PER_HOST_S", host_module.MOST_PAUSE_S)
+    for number in range(20):
+        bench.there(f"n{number}")
+        await bench.clock.advance(0.0)
+    assert len(looks) == 1
+    more.clear()
+    async with asyncio.timeout(60.0):
+        await more.wait()
+    assert len(looks) == 2

@@ -27,6 +27,7 @@ from typing import Any, Self
 import pytest
 
 from tests.support.again import start_again
+from tests.support.ceph_monitor import Monitor, Silent, ask_daemon
 from tests.support.etcd import _reaper, free_port
 from tests.support.place import HERE, Place
 from tests.support.processes import freeze
@@ -117,6 +118,7 @@ class Ceph:
         self._osds = range(osds)
         self._more = conf
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._monitor: Monitor | None = None
 
     def __enter__(self) -> Self:
         start_again(
@@ -153,8 +155,22 @@ class Ceph:
     # --- its tools --------------------------------------------------------------------------------------------
 
     def ceph(self, *args: str) -> str:
-        """Run `ceph` as `client.admin`; return what it printed."""
-        return self._run("ceph", "--conf", str(self.conf), *args)
+        """What `ceph` would print as `client.admin`; see `ceph_monitor`."""
+        if args[0] == "tell" or "--id" in args:
+            return self._run("ceph", "--conf", str(self.conf), *args)
+        words, more = args, dict[str, str]()
+        if args[-2:-1] == ("--format",):
+            words, more = args[:-2], {"format": args[-1]}
+        self._monitor = self._monitor or Monitor(self.conf, self.place, _environment())
+        try:
+            status, out, said = self._monitor.ask(words, more, COMMAND_S)
+        except Silent as error:
+            self._check_daemons()
+            raise CephError(f"ceph {' '.join(args)}: no answer after {COMMAND_S} s\n{self._log_end()}") from error
+        if status != 0:
+            self._check_daemons()
+            raise CephError(f"ceph {' '.join(args)}: {status}: {said}")
+        return out
 
     def rbd(self, *args: str, name: str = "admin") -> str:
         """Run `rbd`; return what it printed."""
@@ -168,7 +184,7 @@ class Ceph:
         """Make `client.NAME` with these capabilities; return its keyring, where tools that know `conf` find it."""
         keyring = self.folder / f"client.{name}.keyring"
         pairs = [word for pair in caps.items() for word in pair]
-        self.ceph("auth", "get-or-create", f"client.{name}", *pairs, "-o", str(keyring))
+        keyring.write_text(self.ceph("auth", "get-or-create", f"client.{name}", *pairs))
         return keyring
 
     def watchers(self, spec: str) -> set[str]:
@@ -201,6 +217,7 @@ class Ceph:
 
     def stop_mon(self) -> None:
         """Freeze the monitor: its sockets stay, and nothing answers."""
+        self._forget_monitor()
         freeze(self._daemons["mon"].pid)
 
     def cont_mon(self) -> None:
@@ -224,6 +241,7 @@ class Ceph:
 
     def lose_power(self) -> None:
         """Kill the monitor, and end the OSD so that it writes down what it has in memory, as a disk would have it."""
+        self._forget_monitor()
         self._end("mon", signal.SIGKILL)
         for osd in self._osds:
             self._end(f"osd.{osd}", signal.SIGTERM)
@@ -234,6 +252,7 @@ class Ceph:
 
     def close(self) -> None:
         """End the daemons and delete their data."""
+        self._forget_monitor()
         for name in list(self._daemons):
             self._end(name, signal.SIGKILL)
         shutil.rmtree(self.folder)
@@ -252,10 +271,15 @@ class Ceph:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _ask_osd(self, osd: int, *command: str) -> dict[str, Any]:
-        (socket,) = self.folder.glob(f"osd.{osd}.*.asok")
-        found: dict[str, Any] = json.loads(self.ceph("daemon", str(socket), *command))
-        return found
+    def _ask_osd(self, osd: int, command: str) -> dict[str, Any]:
+        (path,) = self.folder.glob(f"osd.{osd}.*.asok")
+        return ask_daemon(path, command, COMMAND_S)
+
+    def _forget_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.drop()
+        # Another folder, when it is started again.
+        self._monitor = None
 
     def _continue(self, name: str) -> None:
         self._daemons[name].send_signal(signal.SIGCONT)
@@ -302,7 +326,7 @@ class Ceph:
         # Without the same uuid here and there the OSD would boot for ever.
         self.ceph("osd", "new", osd_uuid)
         caps = ("mon", "allow profile osd", "osd", "allow *", "mgr", "allow profile osd")
-        self.ceph("auth", "get-or-create", f"osd.{osd}", *caps, "-o", str(keyring))
+        keyring.write_text(self.ceph("auth", "get-or-create", f"osd.{osd}", *caps))
         self._run(
             *("ceph-osd", "--conf", str(self.conf), "-i", str(osd), "--mkfs", "--no-mon-config"),
             *("--osd-uuid", osd_uuid, "--keyring", str(keyring)),

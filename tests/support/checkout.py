@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,3 +21,11 @@ def files() -> Iterator[Path]:
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             yield Path(name)
+
+
+def copy_to(folder: Path) -> Path:
+    """Copy them into `folder`, and return it: building leaves folders behind."""
+    for path in files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    return folder

@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -38,6 +37,7 @@ from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.status import Phase, Status
+from tests.support import fork_server
 from tests.support.etcd import EtcdCluster, EtcdServer
 from tests.support.processes import freeze, stat_of
 
@@ -53,15 +53,15 @@ PROC = Path("/proc")
 T = TypeVar("T")
 
 
-def eventually(what: str, look: Callable[[], T | None], deadline_s: float = DEADLINE_S) -> T:
-    """Call `look` until it returns something that counts as true; return that."""
+def eventually(what: str, look: Callable[[], T | None], deadline_s: float = DEADLINE_S, *, poll_s: float = POLL_S) -> T:
+    """Call `look` until it returns something that counts as true; return that. A dear look is taken less often."""
     deadline = time.monotonic() + deadline_s
     while True:
         found = look()
         if found:
             return found
         assert time.monotonic() < deadline, f"{what}: not so within {deadline_s:g} s, last seen: {found!r}"
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------
@@ -300,6 +300,8 @@ class Host:
             "KVM_PREFIX": keys.layout.prefix,
             "KVM_RUN_DIR": str(self.run_dir),
             "KVM_CGROUP": "none",
+            # Tests change nothing of this machine's own network.
+            "KVM_ETCD_WALL": "off",
             "KVM_STATE_DIR": str(self.folder / "state"),
             "KVM_ACCEL": "tcg",
             "KVM_LISTEN": "127.0.0.1:0",
@@ -311,8 +313,10 @@ class Host:
         self.url = ""
         self.around: Callable[..., list[str]] = lambda *argv: [*argv]
         """Makes the supervisor's command line of the plain one, for instance to start it on a test's own network."""
+        self.entry = fork_server.MAIN
+        self.args: Sequence[str] = ("run",)
         self._log = self.folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | fork_server.Forked | None = None
         _open.add(self)
 
     def __enter__(self) -> Self:
@@ -343,9 +347,16 @@ class Host:
     def launch(self) -> None:
         """Start the supervisor; does not wait for anything."""
         assert not self.running
+        plain = fork_server.command(self.args, entry=self.entry)
+        argv = self.around(*plain)
         with self._log.open("ab") as log:
+            if argv == plain:
+                self._process = fork_server.start(
+                    self.args, env=self.environment, cwd=ROOT, output=log.fileno(), entry=self.entry
+                )
+                return
             self._process = subprocess.Popen(
-                self.around(sys.executable, "-m", "kvmsupervisor", "run"),
+                argv,
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -401,16 +412,7 @@ class Host:
 
     def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `kvmsupervisor` on this host."""
-        return subprocess.run(
-            [sys.executable, "-m", "kvmsupervisor", *args],
-            cwd=ROOT,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
+        return fork_server.run(args, env=self.environment, cwd=ROOT, timeout=DEADLINE_S)
 
     # What it says.
 

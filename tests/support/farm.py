@@ -21,6 +21,9 @@ TTL_S = 2
 """Of a host's session: the shortest that is allowed."""
 
 
+COUNT_S = 0.3
+"""Between two looks at what a guest has written."""
+
 WATCH_S = 12
 """After which Ceph forgets a client that died, here; 30 by default. Clients tell of themselves every 5 s."""
 
@@ -50,6 +53,7 @@ class Farm:
             "CEPH_CONF": str(self.ceph.conf),
             "CEPH_ID": "vm",
             "KVM_QEMU_USER": "",
+            "KVM_EXTRA_FLAGS": "any",
             "KVM_SESSION_TTL": f"{TTL_S}",
             "KVM_SHUTDOWN_TIMEOUT": "0",
             **more,
@@ -69,7 +73,7 @@ class Farm:
         """Wait until the guest has written more than it had."""
         image = self.images[int(instance) - 1]
         before = count(self.ceph, image)
-        eventually(f"a write to {image.name}", lambda: count(self.ceph, image) != before)
+        eventually(f"a write to {image.name}", lambda: count(self.ceph, image) != before, poll_s=COUNT_S)
 
     def lock(self, instance: str = "1") -> Lock:
         """The instance's lock."""

@@ -6,27 +6,31 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import structlog
 
+from kvmsupervisor.adapters.apart import NO_WALLS
 from kvmsupervisor.adapters.cgroup import NoCgroups
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Op, Put, Target, Unavailable
+from kvmsupervisor.adapters.event_files import EventFiles
 from kvmsupervisor.adapters.links import Links
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.metrics import Metrics, Snapshot
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.cluster.history import History
-from kvmsupervisor.cluster.informer import Wishes
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.status_writer import StatusWriter
+from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.admission import Admission
 from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock
+from kvmsupervisor.domain.lock import Lock, LockState
 from kvmsupervisor.domain.nics import Link
 from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.status import Phase, Status
@@ -34,6 +38,7 @@ from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.instance.context import HostsLife, InstanceContext
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.guest_logs import GuestLogs
 from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
 from kvmsupervisor.machine.spawn import BEHIND
@@ -154,6 +159,7 @@ class Host:
         self.session = FakeSession(etcd, name)
         self.jitters: list[float] = []
         self.sessions: set[str] | None = {name}
+        self.gone_since = 0.0
         self.dissent: str | None = None
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
@@ -192,6 +198,8 @@ class Host:
             clock=self.clock,
             layout=LAYOUT,
             history=self.history,
+            me=self.me,
+            concerns=lambda name: True,
             on_change=self._on_change,
             on_anew=self._on_anew,
             rand=lambda: 0.5,
@@ -236,6 +244,7 @@ class Host:
         self.context.status_writer.begin_anew()
         self.namesakes.heard_anew()
         self._on_change(set(), 0)
+        self.history.applied(self.wishes.era)
 
     def _tell(self, *, fresh: bool) -> None:
         lock = self.wishes.lock_of(ONE)
@@ -272,19 +281,30 @@ class Host:
         if not self.dead:
             await self.die()
         if hasattr(self, "context"):  # otherwise it never began
+            self.context.event_files.close()
             self.context.logs.close()  # its thread writes below the path
         shutil.rmtree(self.path)
 
-    async def _recorded_for(self, client: str) -> InstanceId | None:
-        return self.recorded_for(client)
+    async def _recorded_for(
+        self, clients: Collection[str], *, besides: InstanceId, proven: bool = False, everywhere: bool = True
+    ) -> Mapping[str, InstanceId]:
+        found = {client: self.recorded_for(client) for client in clients}
+        return {client: other for client, other in found.items() if other not in {None, besides}}
+
+    @cached_property
+    def event_files(self) -> EventFiles:
+        """What happened here, in files that outlive each supervisor."""
+        return EventFiles(self.path / "_state" / "_events")
 
     def _make_context(self) -> InstanceContext:
         session = cast("Session", self.session)
         host_side = HostSide(qemu="qemu", accel="tcg", **self.side)
         contents = Stock(self.path).contents
+        media = Media(self.local_disks, contents)
         return InstanceContext(
             me=self.me,
             boot_id=self.boot_id,
+            machine=f"machine-{self.me}",
             layout=LAYOUT,
             store=self.store,
             session=session,
@@ -297,19 +317,22 @@ class Host:
                 system=self.qemus.system,
                 host=host_side,
                 files=HostFiles(state_dir=self.path / "_state", bridge_owner=LAYOUT.session_key(self.me)),
-                user=None,
+                users=QemuUsers(),
+                walls=NO_WALLS,
                 types=KnownTypes(),
                 cgroups=NoCgroups(survives_container=True),
                 disks=self.disks,
                 local_disks=self.local_disks,
                 contents=contents,
+                media=media,
             ),
             disks=self.disks,
             local_disks=self.local_disks,
             contents=contents,
+            media=media,
             logs=GuestLogs(clock=self.clock),
+            event_files=self.event_files,
             links=self.links,
-            user=None,
             clock=self.clock,
             jitter=lambda: self.jitters.pop(0) if self.jitters else 0.5,
             metrics=Metrics(
@@ -317,12 +340,14 @@ class Host:
             ),
             fencing=self.fencing,
             host_has_session=lambda host: None if self.sessions is None else host in self.sessions,
+            host_gone_since=lambda host: self.gone_since,
             host_drains=lambda host: False,
             sessions=lambda: self.sessions or (),
             host_side=host_side,
             shutdown_timeout_s=120.0,
             start_timeout_s=60.0,
             settle_s=SETTLE_S,
+            moving=None,
             era=lambda: self.history.present,
             recorded_for=self._recorded_for,
             holders=self.namesakes.holders,
@@ -383,12 +408,10 @@ class Host:
     def is_on_record(self, qemu: FakeQemu) -> bool:
         """Law 3: whether the lock names this very process, and says that its guest may run."""
         lock = self.lock
-        return lock is not None and (lock.incarnation, lock.pid, lock.starttime, lock.state.value) == (
-            qemu.environment["KVMSUPERVISOR_INCARNATION"],
-            qemu.pid,
-            qemu.starttime,
-            "running",
-        )
+        if lock is None or lock.state not in {LockState.RUNNING, LockState.GIVEN}:
+            return False
+        named = (lock.incarnation, lock.pid, lock.starttime)
+        return named == (qemu.environment["KVMSUPERVISOR_INCARNATION"], qemu.pid, qemu.starttime)
 
 
 def as_written(etcd: FakeEtcd, key: str) -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ from tests.support.cluster import Keys
 FORWARD: Mapping[LockState, frozenset[LockState]] = {
     LockState.FENCING: frozenset({LockState.STARTING, LockState.BROKEN}),
     LockState.STARTING: frozenset({LockState.RUNNING, LockState.BROKEN}),
-    LockState.RUNNING: frozenset({LockState.RUNNING, LockState.BROKEN}),
+    LockState.RUNNING: frozenset({LockState.RUNNING, LockState.MIGRATING, LockState.BROKEN}),
+    LockState.MIGRATING: frozenset({LockState.RUNNING, LockState.BROKEN}),
+    LockState.GIVEN: frozenset({LockState.RUNNING, LockState.BROKEN}),
     LockState.BROKEN: frozenset(),
 }
 """What may follow within one incarnation."""
@@ -50,6 +52,13 @@ def check_lock_values(locks: Sequence[Lock | None], *, takeovers: Sequence[str] 
             assert (before.host, before.epoch) == (after.host, after.epoch)
             assert after.state in FORWARD[before.state], f"only forward: {before} {after}"
             assert after.state is not LockState.RUNNING or after.pid is not None
+        elif after.state is LockState.GIVEN:
+            # Law 13: the source gives it to the QEMU that it has put on record.
+            assert before is not None
+            assert before.to is not None
+            assert (before.to.incarnation, before.to.host) == (after.incarnation, after.host), (before, after)
+            assert after.epoch == before.epoch + 1
+            assert {*before.clients, *before.fence} <= {*after.fence}
         else:
             # A new incarnation: the epoch grows, it has not run yet, and no address is lost that is to be fenced.
             assert after.epoch > epoch, (before, after)

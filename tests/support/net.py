@@ -11,7 +11,6 @@ helper, run where the bridge is. QEMU only gets a descriptor, which works wherev
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -27,6 +26,8 @@ from typing import TypeVar
 
 import pytest
 
+from tests.support.namespaces import set_network
+
 HELPER = next(
     (
         path
@@ -36,7 +37,6 @@ HELPER = next(
     Path("/usr/lib/qemu/qemu-bridge-helper"),
 )
 LIMIT_S = 20.0
-CLONE_NEWNET = 0x40000000
 T = TypeVar("T")
 AS_ROOT = os.geteuid() == 0
 
@@ -113,11 +113,11 @@ class Namespace:
     def entered(self) -> Iterator[None]:
         """Have the calling thread in this network meanwhile (root only): what it starts, and connects to, is there."""
         with Path("/proc/thread-self/ns/net").open("rb") as before, Path(f"/proc/{self.pid}/ns/net").open("rb") as here:
-            _set_network(here.fileno())
+            set_network(here.fileno())
             try:
                 yield
             finally:
-                _set_network(before.fileno())
+                set_network(before.fileno())
 
     def program(self, name: str, *argv: str | Path) -> Path:
         """A program outside that runs `argv` inside, with its own arguments behind."""
@@ -131,11 +131,6 @@ class Namespace:
     def helper(self) -> Path:
         """The real qemu-bridge-helper, run inside."""
         return self.program("helper", HELPER)
-
-
-def _set_network(namespace: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 @contextmanager

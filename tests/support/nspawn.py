@@ -24,7 +24,7 @@ ROOTS = ROOT / ".cache" / "roots"
 PACKAGES = "systemd,systemd-sysv,dbus,python3,docker.io,procps,iproute2"
 UNIFIED = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
 SYSTEMD_V1 = Path("/sys/fs/cgroup/systemd")
-BOOT_S = 60.0
+BOOT_S = 150.0
 
 SUITE = platform.freedesktop_os_release().get("VERSION_CODENAME", "bookworm")
 """This machine's Debian, so that its Python runs the packages of this environment."""
@@ -51,20 +51,28 @@ class BootedHost:
     Args:
         binds: what is seen inside at the same path, read-only, beside the checkout and the virtual environment.
         prepare: called with its root before it boots for the first time.
+        debian: its tree; without it this machine's Debian, with Docker.
     """
 
-    def __init__(self, binds: Sequence[Path] = (), *, prepare: Callable[[Path], None] = lambda root: None) -> None:
+    def __init__(
+        self,
+        binds: Sequence[Path] = (),
+        *,
+        prepare: Callable[[Path], None] = lambda root: None,
+        debian: Path | None = None,
+    ) -> None:
         # A Python that is not Debian's has to be seen, too; Debian's own is in the root.
         own = {ROOT, Path(sys.prefix)} | ({Path(sys.base_prefix)} - {Path("/usr")})
         self._binds = sorted({*own, *binds})
         self._prepare = prepare
+        self._debian = debian
         self._folder = Path()
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._cgroup = Path()
         self.leader = 0
 
     def __enter__(self) -> Self:
-        lower = debian_root(SUITE, f"{SUITE}-host", PACKAGES)
+        lower = self._debian or debian_root(SUITE, f"{SUITE}-host", PACKAGES)
         # Its name is the machine's too, which has letters and digits only.
         self._folder = Path(tempfile.gettempdir()) / f"kvh{uuid.uuid4().hex[:8]}"
         self._folder.mkdir(mode=0o700)

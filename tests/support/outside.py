@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from kvmsupervisor.adapters.etcd import Store
+from kvmsupervisor.adapters.event_files import EventFiles
 from kvmsupervisor.cluster.fencing import Fencing
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.instance.assembly import REAL, Outside
@@ -23,6 +24,7 @@ def outside(
     memory_mib: int | None = None,
     fencing: Fencing | None = None,
     disks: Disks | None = None,
+    machine: str | None = None,
 ) -> Outside:
     """The world with these processes, their clock and this etcd. No chance; no real QEMU is asked in real time.
 
@@ -32,15 +34,19 @@ def outside(
         memory_mib: of the host, `KVM_MEMORY_RESERVE` included; None for what this machine has.
         fencing: of the storage; None for the real one, which has no Ceph here.
         disks: likewise.
+        machine: names the machine, and its boot; None for this one.
     """
+    real = REAL if machine is None else replace(REAL, boot_id=lambda: f"boot-{machine}", machine_id=lambda: machine)
     return replace(
-        REAL,
+        real,
         clock=qemus.clock,
+        packet_rule=None,
         system=qemus.system,
         jitter=lambda: 0.5,
         connect=lambda config: connect(),
         gather_host_facts=gather_host_facts if memory_mib is None else partial(_with_memory, memory_mib),
         machine_types=lambda qemu: KnownTypes(),
+        event_files=lambda settings: EventFiles(None),
         fencing=REAL.fencing if fencing is None else lambda access, allow_unfenced: fencing,
         disks=REAL.disks if disks is None else lambda access, allow_unfenced: disks,
     )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+BLOCK = re.compile(r"^```(sh|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NAMED = "kvmsupervisor"
 """What the pages call the image."""
 
@@ -16,6 +18,35 @@ PAIRS = {"-v": "--volume", "--volume": "--volume", "-e": "--env", "--env": "--en
 
 UNWANTED = ("--env=", "--name=", "--detach", "--rm", "-it")
 """What a test says itself."""
+
+
+def commands(page: str, heading: str) -> list[str]:
+    """The shell commands of one section, in order; a command that goes on in the next line is one.
+
+    In a block of the kind `console` answers stand among them, so a command is behind the prompt of a person or of root.
+
+    Args:
+        page: below the checkout.
+        heading: as it is, without its `#`.
+    """
+    _, found, rest = (DOCS.parent / page).read_text().partition(f"# {heading}\n")
+    assert found, f"{page} has no section {heading!r}"
+    blocks = [(kind, text.replace("\\\n", " ").splitlines()) for kind, text in BLOCK.findall(_section(rest))]
+    return [
+        line[2:] if kind == "console" else line
+        for kind, lines in blocks
+        for line in lines
+        if kind == "sh" or line.startswith(("$ ", "# "))
+    ]
+
+
+def _section(text: str) -> str:
+    """What stands before the next heading; a line of a block that begins as one is none."""
+    blocks = [found.span() for found in BLOCK.finditer(text)]
+    for found in HEADING.finditer(text):
+        if not any(start <= found.start() < end for start, end in blocks):
+            return text[: found.start()]
+    return text
 
 
 def documented(page: str, heading: str) -> list[str]:

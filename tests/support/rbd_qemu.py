@@ -22,15 +22,16 @@ from tests.support.processes import freeze
 LIMIT_S = 60.0
 
 WRITES_PER_S = 100
-"""Of a guest, so that it does not take the processor that others need."""
+"""A limit that QEMU holds a guest to; the guest itself stays below it."""
 
 SECTOR = 512
 COUNTER = 0x100
 
-# 16 bit code at 0x7c00. It adds one to a counter in its own sector and writes that to the next one, without end:
+# 16 bit code at 0x7c00. At each tick of the firmware's clock, 18 a second, it adds one to a counter in its own sector
+# and writes that to the next one. Without a pause the firmware would wait for the limit, with all of a processor.
 #         xor ax,ax; mov ds,ax; mov es,ax
-#   next: inc word [0x7d00]; mov ax,0x0301; mov cx,2; mov dx,0x80; mov bx,0x7c00; int 0x13; jmp next
-_CODE = bytes.fromhex("31c0 8ed8 8ec0 ff06007d b80103 b90200 ba8000 bb007c cd13 ebec")
+#   next: sti; hlt; inc word [0x7d00]; mov ax,0x0301; mov cx,2; mov dx,0x80; mov bx,0x7c00; int 0x13; jmp next
+_CODE = bytes.fromhex("31c0 8ed8 8ec0 fb f4 ff06007d b80103 b90200 ba8000 bb007c cd13 ebea")
 WRITER = _CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
 
 SANDBOX = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
@@ -53,7 +54,7 @@ def make_writer_image(ceph: Ceph, image: RbdDisk, folder: Path) -> None:
 
 
 def count(ceph: Ceph, image: RbdDisk) -> int:
-    """How far the writer came, as the image says; 0 before it has written."""
+    """How far the writer came, as the image says; 0 before it has written. It takes 0.1 s of a processor."""
     with tempfile.TemporaryDirectory(prefix="kvs") as folder:
         ceph.rbd("export", "--no-progress", str(image), f"{folder}/image")
         with Path(folder, "image").open("rb") as file:
@@ -84,7 +85,7 @@ class RbdQemu:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=[listener.fileno()],
+                    pass_fds=[listener.fileno(), *([] if self._side.key is None else [self._side.key])],
                 )
             stack.push_async_callback(self.kill)
             self._monitor = await Monitor.connect(
@@ -118,6 +119,11 @@ class RbdQemu:
     async def cont(self) -> None:
         """Let the guest run."""
         await self._monitor.execute("cont", timeout_s=LIMIT_S)
+
+    async def quit(self) -> None:
+        """Have it end in order; returns when it is gone."""
+        await self._monitor.execute("quit", timeout_s=LIMIT_S)
+        await self.process.wait()
 
     async def until_event(self, name: str) -> None:
         """Wait for an event, unless it came already."""

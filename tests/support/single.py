@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ from kvmsupervisor.adapters.process import pid_namespace
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.single import holder_of
+from tests.support import fork_server
 from tests.support.cluster import PROC, Host, Keys, Qemu, eventually, find_qemus
 from tests.support.processes import stat_of
 
 __all__ = ["Container", "Containers", "containers", "holder"]
-
-ENTRY_POINT = "from kvmsupervisor.cli.entrypoint import main; main()"
 
 
 def holder(host: str, name: str) -> str:
@@ -42,7 +39,7 @@ class Container(Host):
         super().__init__(keys, name, **settings)
         # What one that is killed leaves goes with the test.
         self.settings["TMPDIR"] = str(self.folder)
-        self.around = lambda *_: [sys.executable, "-c", ENTRY_POINT, *options]
+        self.entry, self.args = fork_server.ENTRY_POINT, options
 
     def begin(self) -> Container:
         """Start it."""
@@ -50,8 +47,9 @@ class Container(Host):
         return self
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, number)
+        """Send it a signal; one that has ended does not mind."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def wait_running(self, instance: str = "1", *_: str) -> dict[str, Qemu]:
         """Wait until the lock says that its guest may run; return that QEMU."""

@@ -1,10 +1,8 @@
 """Ceph through its own tools: `client.py` asks and fences, `images.py` makes images and takes them away."""
 
-from kvmsupervisor.adapters.ceph.client import (
-    FENCE_MIN_S,
-    FENCE_S,
-    Ceph,
-    CephAccess,
+from kvmsupervisor.adapters.ceph.access import CephAccess
+from kvmsupervisor.adapters.ceph.client import FENCE_MIN_S, FENCE_S, Ceph
+from kvmsupervisor.adapters.ceph.errors import (
     CephAway,
     CephError,
     CephFailed,
@@ -12,7 +10,7 @@ from kvmsupervisor.adapters.ceph.client import (
     NoSuchImage,
     _NoAnswerInTime,
 )
-from kvmsupervisor.adapters.ceph.images import CephImages, SnapshotInUse
+from kvmsupervisor.adapters.ceph.images import CephImages, SnapshotInUse, image_of
 
 __all__ = [
     "FENCE_MIN_S",
@@ -27,4 +25,5 @@ __all__ = [
     "NoSuchImage",
     "SnapshotInUse",
     "_NoAnswerInTime",
+    "image_of",
 ]

@@ -14,15 +14,25 @@ import contextlib
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from kvmsupervisor.adapters.ceph.access import CephAccess, destined, located
+from kvmsupervisor.adapters.ceph.errors import (
+    CephAway,
+    CephError,
+    CephFailed,
+    CephRefused,
+    NoSuchImage,
+    _NoAnswerInTime,
+)
 from kvmsupervisor.aio import all_of, end_tool
 from kvmsupervisor.domain.ceph import (
     EXCLUSIVE_LOCK,
     Client,
+    HeldLock,
     ImageInfo,
     Trouble,
     client_address,
@@ -32,11 +42,12 @@ from kvmsupervisor.domain.ceph import (
     parse_blocklist,
     parse_info,
     parse_keyring,
-    parse_lock_owners,
+    parse_locks,
     parse_read_policy,
     parse_watchers,
     trouble,
 )
+from kvmsupervisor.domain.ceph_versions import Version, parse_versions
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit
 from kvmsupervisor.domain.spec import RbdDisk
@@ -78,50 +89,6 @@ KEPT_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "CEPH_ARGS")
 it."""
 
 _T = TypeVar("_T")
-
-
-class CephError(Exception):
-    """The call failed. The subclasses say what to do next; the message is for people."""
-
-
-class CephAway(CephError):
-    """The cluster does not answer: wait and try again."""
-
-
-class _NoAnswerInTime(CephAway):
-    """The tool was killed at its deadline."""
-
-
-class CephRefused(CephError):
-    """The cluster refuses this client, or the settings do not lead to a cluster: an operator has to fix something."""
-
-
-class NoSuchImage(CephError):
-    """The image or its pool does not exist: the wish names the wrong one, or it has not been created yet."""
-
-
-class CephFailed(CephError):
-    """A tool failed in another way, or its output was not understood."""
-
-
-@frozen(kw_only=True)
-class CephAccess:
-    """How this host reaches its cluster.
-
-    Attributes:
-        user: the client's id, without `client.` (`CEPH_ID`).
-        conf: path of ceph.conf (`CEPH_CONF`); None: where Ceph looks by itself.
-        keyring: path of the client's keyring; None: where ceph.conf says.
-    """
-
-    user: str = "admin"
-    conf: str | None = None
-    keyring: str | None = None
-
-    @property
-    def entity(self) -> str:
-        """The client's full name."""
-        return f"client.{self.user}"
 
 
 @frozen(kw_only=True)
@@ -167,6 +134,14 @@ class Ceph:
         """
         return await self.ask(parse_read_policy, "rbd", "config", "image", "ls", *located(image), "--format", "json")
 
+    async def pool_policy(self, pool: str) -> str:
+        """The same for all images of a pool of which nothing is set for the image itself.
+
+        Raises:
+            NoSuchImage: the pool does not exist.
+        """
+        return await self.ask(parse_read_policy, "rbd", "config", "pool", "ls", pool, "--format", "json")
+
     async def watchers(self, image: RbdDisk) -> frozenset[Client]:
         """The clients that have the image open for writing. Ceph drops a dead client after 30 s, a fenced one at once.
 
@@ -181,7 +156,20 @@ class Ceph:
         Raises:
             NoSuchImage: the image or its pool does not exist.
         """
-        return await self.ask(parse_lock_owners, "rbd", "lock", "ls", *located(image), "--format", "json")
+        return frozenset(lock.client for lock in await self._locks(image))
+
+    async def break_locks(self, image: RbdDisk, owners: Collection[str]) -> None:
+        """Take away the exclusive lock that one of these clients left behind; they are shut out for good already.
+
+        The next client of the image does so by itself where it may shut clients out (`profile rbd`). A guest with a
+        client of its own may not: its first write would fail.
+        """
+        for lock in await self._locks(image):
+            if lock.client in owners and lock.is_exclusive:
+                await self.run("rbd", "lock", "rm", *located(image), lock.name, lock.locker)
+
+    async def _locks(self, image: RbdDisk) -> tuple[HeldLock, ...]:
+        return await self.ask(parse_locks, "rbd", "lock", "ls", *located(image), "--format", "json")
 
     async def import_image(self, image: RbdDisk, file: Path) -> bool:
         """Create an image from a small file unless the image exists; return False when it does.
@@ -199,14 +187,18 @@ class Ceph:
             pass
         else:
             return False
-        aside = RbdDisk(pool=image.pool, image=f"{image.image}.new")
+        aside = image.beside(f"{image.image}.new")
         with contextlib.suppress(NoSuchImage):
             await self.run("rbd", "rm", "--no-progress", *located(aside), limit_s=IMPORT_S)
         features = [word for name in ("layering", EXCLUSIVE_LOCK) for word in ("--image-feature", name)]
         source = option("--path", str(file))
-        await self.run("rbd", "import", "--no-progress", *features, source, *_destined(aside), limit_s=IMPORT_S)
-        await self.run("rbd", "rename", *located(aside), *_destined(image))
+        await self.run("rbd", "import", "--no-progress", *features, source, *destined(aside), limit_s=IMPORT_S)
+        await self.run("rbd", "rename", *located(aside), *destined(image))
         return True
+
+    async def versions(self) -> frozenset[Version]:
+        """Those of all daemons of the cluster."""
+        return await self.ask(parse_versions, "ceph", "versions", "--format", "json")
 
     # --- shutting out -----------------------------------------------------------------------------------------
 
@@ -296,18 +288,31 @@ class Ceph:
 
     # --- the key ----------------------------------------------------------------------------------------------
 
+    def of_guest(self, instance: str) -> Ceph | None:
+        """The cluster as the guest of an instance sees it; None where that is the same client."""
+        access = self.access.of_guest(instance)
+        return None if access is None else Ceph(access, answer_s=self._answer_s)
+
     async def key(self) -> str:
         """The client's cephx key, base64, from the first keyring in which Ceph would look for it.
 
         Raises:
             CephRefused: no keyring can be read, or none has the key.
         """
+        return (await self.keyring())[1]
+
+    async def keyring(self) -> tuple[str, str]:
+        """The path of the keyring with the client's key, and the key.
+
+        Raises:
+            CephRefused: see `key`.
+        """
         paths = (self.access.keyring,) if self.access.keyring else await self._keyring_paths()
         tried = []
         for path in paths:
             try:
                 text = await asyncio.to_thread(Path(path).read_text, encoding="utf-8", errors="replace")
-                return parse_keyring(text, self.access.entity)
+                return path, parse_keyring(text, self.access.entity)
             except OSError as error:
                 tried.append(f"{path}: {error.strerror}")
             except Unfit as error:
@@ -347,7 +352,9 @@ class Ceph:
         if access.keyring is not None:
             who.append(option("--keyring", access.keyring))
         try:
-            answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
+            # Not `ceph`: what shuts clients out does not wait behind what asks for images.
+            async with access.slots.one() if program == "rbd" else contextlib.nullcontext():
+                answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
         except _NoAnswerInTime as silence:
             self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
@@ -407,12 +414,12 @@ class Ceph:
                 return CephAway(f"somebody has it open, or had until 30 s ago: {told}")
             case Trouble.REFUSED:
                 return CephRefused(f"Ceph cannot be used as {self.access.entity}{because}: {told}; see docs/ceph.md")
-            case Trouble.NO_POOL | Trouble.NO_IMAGE:
-                return NoSuchImage(f"{cause}: {told}")
+            case Trouble.NO_POOL | Trouble.NO_NAMESPACE | Trouble.NO_IMAGE:
+                return NoSuchImage(f"{cause}: {told}", kind)
             case Trouble.OLD:
                 return CephFailed(f"Ceph 16 or newer is needed{because}: `{shown}`")
             case Trouble.EXISTS | Trouble.OTHER:
-                return CephFailed(told)
+                return CephFailed(told, is_there=kind is Trouble.EXISTS)
 
 
 async def _heard(tool: asyncio.subprocess.Process, hear: Callable[[bytes], None]) -> tuple[bytes, bytes]:
@@ -440,16 +447,6 @@ def _path_of(program: str, package: str) -> str:
     if path is None:
         raise CephRefused(f"cannot start {program}: no such program in PATH; it is in {package}")
     return path
-
-
-def located(image: RbdDisk) -> tuple[str, str]:
-    """An image as options. In `POOL/IMAGE` an `@` or a second slash would have a meaning of its own."""
-    return option("--pool", image.pool), option("--image", image.image)
-
-
-def _destined(image: RbdDisk) -> tuple[str, str]:
-    """An image that is to be created, as options."""
-    return option("--dest-pool", image.pool), option("--dest", image.image)
 
 
 def _exactly(clients: Iterable[str]) -> tuple[Client, ...]:

@@ -8,10 +8,12 @@ nobody uses, and two that make one at the same instant make one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kvmsupervisor.adapters.ceph.client import IMPORT_S, Ceph, CephAway, NoSuchImage, located
+from kvmsupervisor.adapters.ceph.access import destined, located, placed
+from kvmsupervisor.adapters.ceph.client import IMPORT_S, Ceph
+from kvmsupervisor.adapters.ceph.errors import CephAway, CephFailed, NoSuchImage
 from kvmsupervisor.domain.ceph import (
     EXCLUSIVE_LOCK,
     SnapshotInfo,
@@ -70,16 +72,18 @@ class CephImages:
         Raises:
             NoSuchImage: it, or its pool, is not there.
         """
-        found = await self.ceph.ask(parse_metadata, "rbd", "image-meta", "list", *located(image), "--format", "json")
-        return found.get(NOTE)
+        return (await self._metadata(image)).get(NOTE)
 
-    async def names(self, pool: str) -> tuple[str, ...]:
-        """The images of a pool.
+    async def _metadata(self, image: RbdDisk) -> Mapping[str, str]:
+        return await self.ceph.ask(parse_metadata, "rbd", "image-meta", "list", *located(image), "--format", "json")
+
+    async def names(self, image: RbdDisk) -> tuple[str, ...]:
+        """The images in the pool and namespace of this one.
 
         Raises:
-            NoSuchImage: there is no such pool.
+            NoSuchImage: there is no such pool, or no such namespace.
         """
-        return await self.ceph.ask(parse_names, "rbd", "ls", option("--pool", pool), "--format", "json")
+        return await self.ceph.ask(parse_names, "rbd", "ls", *placed(image), "--format", "json")
 
     async def children(self, snapshot: Snapshot) -> tuple[str, ...]:
         """The clones of a snapshot, as people name them.
@@ -91,6 +95,20 @@ class CephImages:
         return await self.ceph.ask(parse_children, "rbd", "children", *where)
 
     # --- making -----------------------------------------------------------------------------------------------
+
+    async def make_namespace(self, image: RbdDisk) -> None:
+        """Make the namespace of an image, unless it is there.
+
+        Raises:
+            NoSuchImage: there is no such pool.
+        """
+        if not image.namespace:
+            return
+        try:
+            await self.ceph.run("rbd", "namespace", "create", *placed(image), limit_s=IMPORT_S)
+        except CephFailed as error:
+            if not error.is_there:
+                raise
 
     async def bring(self, file: Path, image: RbdDisk, *, size: int, hear: Callable[[int], None]) -> None:
         """Import a file, the bytes of a disk.
@@ -110,14 +128,14 @@ class CephImages:
                 hear(min(100, int(found[-1])))
 
         limit_s = IMPORT_S + size / SLOWEST
-        where = (option("--path", str(file)), *_destined(image))
+        where = (option("--path", str(file)), *destined(image))
         await self.ceph.run("rbd", "import", *_FEATURE_WORDS, *where, limit_s=limit_s, hear=listen)
         if (await self.ceph.image_info(image)).size < size:
             await self.grow(image, size)
 
     async def freeze(self, image: RbdDisk, snap: str) -> None:
         """Make a snapshot that stays, of which clones can be made."""
-        snapshot = Snapshot(image.pool, image.image, snap)
+        snapshot = _snapshot(image, snap)
         await self.ceph.run("rbd", "snap", "create", "--no-progress", *_at(snapshot), limit_s=IMPORT_S)
         await self.ceph.run("rbd", "snap", "protect", *_at(snapshot), limit_s=IMPORT_S)
 
@@ -127,7 +145,10 @@ class CephImages:
         Raises:
             NoSuchImage: the snapshot, or a pool, is not there.
         """
-        await self.ceph.run("rbd", "clone", *_FEATURE_WORDS, *_at(snapshot), *_destined(image), limit_s=IMPORT_S)
+        # Across namespaces Ceph clones in its second format only, whatever the cluster's default is (rbd(8), clone).
+        form = () if image.namespace == snapshot.namespace else ("--rbd-default-clone-format=2",)
+        where = (*_at(snapshot), *destined(image))
+        await self.ceph.run("rbd", "clone", *form, *_FEATURE_WORDS, *where, limit_s=IMPORT_S)
 
     async def create(self, image: RbdDisk, size: int) -> None:
         """Make an empty image.
@@ -147,14 +168,33 @@ class CephImages:
         """Leave a note with an image, instead of one that is there: a clone begins with that of its parent."""
         await self.ceph.run("rbd", "image-meta", "set", *located(image), NOTE, note, limit_s=IMPORT_S)
 
-    async def rename(self, image: RbdDisk, name: str) -> None:
+    async def rename(self, image: RbdDisk, name: str, note: str | None = None) -> Mapping[str, str]:
         """Give an image its name.
+
+        Of two that rename to one name at once both may be told that all went well (seen with Ceph 16.2.15: the
+        cluster refuses the second, and librbd's `Operations::rename` says nothing of it). So it is looked which image
+        has the name now: by a note that no other image has, or else by its id.
+
+        Args:
+            image: to be renamed.
+            name: in the same pool and namespace.
+            note: what `set_note` has left with this image alone; None for nothing.
+
+        Returns:
+            The image's metadata where it has a note, and else nothing.
 
         Raises:
             CephFailed: there is one of that name.
             NoSuchImage: the image is not there.
         """
-        await self.ceph.run("rbd", "rename", *located(image), *_destined(RbdDisk(image.pool, name)), limit_s=IMPORT_S)
+        named = image.beside(name)
+        ours = await self._id(image) if note is None else ""
+        await self.ceph.run("rbd", "rename", *located(image), *destined(named), limit_s=IMPORT_S)
+        metadata = {} if note is None else await self._metadata(named)
+        is_ours = metadata.get(NOTE) == note if note is not None else await self._id(named) == ours
+        if not is_ours:
+            raise CephFailed(f"{named.name} is there already")
+        return metadata
 
     # --- taking away ------------------------------------------------------------------------------------------
 
@@ -168,28 +208,36 @@ class CephImages:
         """
         found = await self.snapshots(image)
         for name in found:
-            snapshot = Snapshot(image.pool, image.image, name)
+            snapshot = _snapshot(image, name)
             if clones := await self.children(snapshot):
                 raise SnapshotInUse(f"{snapshot} has clones, which need it: {', '.join(clones)}")
         for name, one in found.items():
-            where = _at(Snapshot(image.pool, image.image, name))
+            where = _at(_snapshot(image, name))
             if one.is_protected:
                 # Of a clone that was made meanwhile Ceph itself knows.
                 await self.ceph.run("rbd", "snap", "unprotect", *where, limit_s=IMPORT_S)
             await self.ceph.run("rbd", "snap", "rm", "--no-progress", *where, limit_s=IMPORT_S)
         await self.ceph.run("rbd", "rm", "--no-progress", *located(image), limit_s=REMOVE_S)
 
-    async def is_idle(self, image: RbdDisk, other_than: RbdDisk) -> bool:
-        """Whether nobody has an image open, and it is not another one under a second name.
+    async def is_lost(self, image: RbdDisk, name: RbdDisk | None) -> bool:
+        """Whether nobody has an image open, and none can give it a name any more: another image has that name.
 
-        A `rename` that is cut off leaves both names for a moment, or for good: to remove one removes both.
+        Whoever removed it without that could remove what has its name a moment later: the tool goes by the id that it
+        found behind a name. A `rename` that is cut off leaves both names, for a moment or for good: to remove one
+        removes both, so the ids are compared.
+
+        Args:
+            image: perhaps left over.
+            name: that it was to get; None where nobody is left who would give it one.
         """
         if await self.ceph.watchers(image):
             return False
-        try:
-            theirs = await self._id(other_than)
-        except NoSuchImage:
+        if name is None:
             return True
+        try:
+            theirs = await self._id(name)
+        except NoSuchImage:
+            return False
         return await self._id(image) != theirs
 
     async def _id(self, image: RbdDisk) -> str:
@@ -199,9 +247,14 @@ class CephImages:
 _FEATURE_WORDS = tuple(word for name in FEATURES for word in ("--image-feature", name))
 
 
+def image_of(snapshot: Snapshot) -> RbdDisk:
+    """The image that a snapshot is of."""
+    return RbdDisk(snapshot.pool, snapshot.image, namespace=snapshot.namespace)
+
+
+def _snapshot(image: RbdDisk, name: str) -> Snapshot:
+    return Snapshot(image.pool, image.image, name, namespace=image.namespace)
+
+
 def _at(snapshot: Snapshot) -> tuple[str, ...]:
-    return (*located(RbdDisk(snapshot.pool, snapshot.image)), option("--snap", snapshot.snap))
-
-
-def _destined(image: RbdDisk) -> tuple[str, str]:
-    return option("--dest-pool", image.pool), option("--dest", image.image)
+    return (*located(image_of(snapshot)), option("--snap", snapshot.snap))

@@ -35,6 +35,19 @@ class Cgroup(Protocol):
         """The descriptor that the child must get as its standard input; None: any will do. This object closes it."""
         ...
 
+    @property
+    def enters_as_root(self) -> bool:
+        """Whether the spawned process needs our privileges to enter, and becomes another user only then."""
+        ...
+
+    def enter(self) -> None:
+        """Called before the spawn, in a thread that starts the process and ends afterwards.
+
+        Raises:
+            OSError: the cgroup cannot be entered.
+        """
+        ...
+
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
         """The command line to be spawned: it enters the cgroup, then becomes `argv`, with the same pid."""
         ...
@@ -89,6 +102,10 @@ class SameCgroup:
     """No cgroup of its own: the process stays in its supervisor's."""
 
     stdin: int | None = None
+    enters_as_root = False
+
+    def enter(self) -> None:
+        """Nothing to do."""
 
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
         """As it is."""

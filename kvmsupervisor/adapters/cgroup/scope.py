@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvmsupervisor.adapters.cgroup.manager import PROC, Cgroup, CgroupFailed, Impossible, cgroups_of
 from kvmsupervisor.adapters.cgroup.place import Place
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.limits import Limits, cpu_weight
+from kvmsupervisor.domain.limits import TASKS, Limits, cpu_weight
 
 if TYPE_CHECKING:
     from jeepney import Message
@@ -54,10 +54,15 @@ Properties = list[tuple[str, tuple[str, Any]]]
 class ScopeCgroup:
     """A scope that is still to be made, and the pipe on which its process waits."""
 
+    enters_as_root = False
+
     def __init__(self, start: Callable[[int], Any], unit: str) -> None:
         self._start = start
         self._unit = unit
         self.stdin, self._gate = os.pipe2(os.O_CLOEXEC)
+
+    def enter(self) -> None:
+        """Nothing to do: systemd moves the process."""
 
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
         """Wait for a line on standard input, then become `argv` with /dev/null as standard input."""
@@ -272,6 +277,7 @@ def _properties(pid: int, description: str, limits: Limits) -> Properties:
         ("KillMode", ("s", "control-group")),
         ("TimeoutStopUSec", ("t", TERM_S * 1_000_000)),
         ("Before", ("as", [STOPS_AFTER])),
+        ("TasksMax", ("t", TASKS)),
     ]
     if limits.cpu_shares is not None:
         properties.append(("CPUWeight", ("t", cpu_weight(limits.cpu_shares))))

@@ -21,14 +21,13 @@ from kvmsupervisor.adapters.cgroup.manager import PROC, Cgroup, CgroupFailed, Im
 from kvmsupervisor.adapters.cgroup.place import Place, unescaped
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.limits import Limits, cpu_weight
+from kvmsupervisor.domain.limits import TASKS, Limits, cpu_weight
 
 FOLDER = "kvmsupervisor"
 
-ENTER = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 126; shift; done; shift; exec "$@"'
-"""The child's prefix, run by /bin/sh. 0 stands for the writer itself, in any PID namespace. On v1 it is written to
-`tasks`: for a thread that moves itself the kernel does not take the lock that every write to `cgroup.procs` waits for
-(kernel/cgroup/cgroup.c, cgroup_procs_write_start), and a shell has one thread."""
+ENTER = 'echo 0 >&0 || exit 126; exec "$@" </dev/null'
+"""The child's prefix in v2's hierarchy, run by /bin/sh. 0 stands for the writer itself, in any PID namespace. The file
+is open already, as standard input: where the child is, it has no name."""
 
 LIMITED = ("cpu", "memory")
 """The controllers of the limits that an instance may have."""
@@ -63,6 +62,11 @@ class Hierarchy:
         if not self.unified:
             return controller in self.controllers
         return controller in (self.top / "cgroup.controllers").read_text(encoding="ascii").split()
+
+    @property
+    def folder(self) -> Path:
+        """The cgroup above all of ours."""
+        return self.top / FOLDER
 
     @property
     def door(self) -> str:
@@ -123,22 +127,52 @@ def _mounts(mountinfo: str) -> Mapping[frozenset[str], Path]:
     return mounts
 
 
-@frozen
 class TreeCgroup:
-    """The files through which a process enters the folders of its cgroup, which exist."""
+    """The files through which a process enters its cgroups, which exist.
 
-    doors: tuple[Path, ...]
-    stdin: int | None = None
+    In a hierarchy of v1 a thread may be elsewhere than its process, and what the thread starts is where it is: so the
+    thread enters that starts the process. There 0 is written to `tasks`: for a thread that moves itself the kernel does
+    not take the lock that every write to `cgroup.procs` waits for (kernel/cgroup/cgroup.c, cgroup_procs_write_start).
+    In v2 the process enters by itself before it becomes its program.
+
+    Args:
+        tasks: the file of each hierarchy of v1.
+        procs: the file of v2's; None where no cgroup is needed there.
+
+    Raises:
+        OSError: the latter cannot be opened.
+    """
+
+    def __init__(self, tasks: Sequence[Path], procs: Path | None) -> None:
+        self._tasks = tuple(map(os.fspath, tasks))
+        self.stdin: int | None = None if procs is None else os.open(procs, os.O_WRONLY | os.O_CLOEXEC)
+
+    @property
+    def enters_as_root(self) -> bool:
+        """In v2: kernels before Linux 5.17 ask who writes to the file, and not who opened it."""
+        return self.stdin is not None
+
+    def enter(self) -> None:
+        """Move this thread in every hierarchy of v1."""
+        for path in self._tasks:
+            file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(file, b"0")
+            finally:
+                os.close(file)
 
     def wrap(self, argv: Sequence[str]) -> tuple[str, ...]:
-        """Write itself into every door, then become `argv`."""
-        return ("/bin/sh", "-c", ENTER, "sh", *map(str, self.doors), "--", *argv)
+        """Enter v2's cgroup, then become `argv`."""
+        return tuple(argv) if self.stdin is None else ("/bin/sh", "-c", ENTER, "sh", *argv)
 
     async def settle(self, pid: int) -> None:
         """Nothing to do: the process enters by itself, or ends with status 126 and a line in its log."""
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Close the file."""
+        if self.stdin is not None:
+            os.close(self.stdin)
+            self.stdin = None
 
 
 class Tree:
@@ -162,26 +196,29 @@ class Tree:
             CgroupFailed: the kernel refuses, or a limit has no controller here.
         """
         name = f"{instance}@{incarnation}"
-        doors: list[Path] = []
+        tasks, procs = [], None
         kept: set[str] = set()
         try:
             for hierarchy in self._hierarchies:
-                folder = hierarchy.top / FOLDER / name
-                _make(hierarchy, folder, limits, kept)
-                doors.append(folder / hierarchy.door)
+                parent = hierarchy.folder
+                _make(hierarchy, parent, folder := parent / name, limits, kept)
+                if hierarchy.unified:
+                    procs = folder / hierarchy.door
+                else:
+                    tasks.append(folder / hierarchy.door)
+            if missing := _wanted(limits) - kept:
+                await self.remove(instance)
+                raise CgroupFailed(f"this kernel has no cgroup controller {', '.join(sorted(missing))} for this limit")
+            return TreeCgroup(tasks, procs)
         except OSError as error:
             await self.remove(instance)
             raise CgroupFailed(f"cannot make a cgroup: {error.filename}: {error.strerror}") from error
-        if missing := _wanted(limits) - kept:
-            await self.remove(instance)
-            raise CgroupFailed(f"this kernel has no cgroup controller {', '.join(sorted(missing))} for this limit")
-        return TreeCgroup(tuple(doors))
 
     async def remove(self, instance: InstanceId) -> None:
         """Remove the instance's folders that have no process in them."""
         for attempt in range(REMOVE_ATTEMPTS):
             # An id has no '@' in it, so "a" does not match a folder of "a.b".
-            left = [path for one in self._hierarchies for path in (one.top / FOLDER).glob(f"{instance}@*")]
+            left = [path for one in self._hierarchies for path in one.folder.glob(f"{instance}@*")]
             for path in left:
                 with contextlib.suppress(OSError):
                     path.rmdir()
@@ -195,7 +232,7 @@ class Tree:
         The kernel does not remove a cgroup with a process in it. A cgroup that was made just now may still get its
         process.
         """
-        for path in [path for one in self._hierarchies for path in (one.top / FOLDER).glob("*@*")]:
+        for path in [path for one in self._hierarchies for path in one.folder.glob("*@*")]:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.rmdir()
@@ -222,9 +259,8 @@ def _wanted(limits: Limits) -> set[str]:
     return {controller for controller, limit in wanted.items() if limit is not None}
 
 
-def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) -> None:
+def _make(hierarchy: Hierarchy, parent: Path, folder: Path, limits: Limits, kept: set[str]) -> None:
     """Make one folder and write its limits; add to `kept` the controller of each limit that was written."""
-    parent = folder.parent
     parent.mkdir(mode=0o755, exist_ok=True)
     if hierarchy.unified:
         controllers = sorted(one for one in _wanted(limits) if hierarchy.has(one))
@@ -237,6 +273,7 @@ def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) ->
     folder.mkdir(mode=0o755, exist_ok=True)
     if "cpuset" in hierarchy.controllers:
         _inherit(folder)
+    _bound_tasks(hierarchy, parent, folder)
     if limits.cpu_shares is not None and hierarchy.has("cpu"):
         if hierarchy.unified:
             (folder / "cpu.weight").write_text(str(cpu_weight(limits.cpu_shares)))
@@ -247,6 +284,17 @@ def _make(hierarchy: Hierarchy, folder: Path, limits: Limits, kept: set[str]) ->
         name = "memory.max" if hierarchy.unified else "memory.limit_in_bytes"
         (folder / name).write_text(str(limits.memory_limit))
         kept.add("memory")
+
+
+def _bound_tasks(hierarchy: Hierarchy, parent: Path, folder: Path) -> None:
+    """Bound its threads, where this hierarchy can; nothing else depends on it, as its user is bounded, too."""
+    bound = folder / "pids.max"
+    with contextlib.suppress(OSError):
+        if hierarchy.unified and not bound.exists() and hierarchy.has("pids"):
+            for above in (hierarchy.top, parent):
+                (above / "cgroup.subtree_control").write_text("+pids")
+        if bound.exists():
+            bound.write_text(str(TASKS))
 
 
 def _inherit(folder: Path) -> None:

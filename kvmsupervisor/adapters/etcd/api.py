@@ -201,6 +201,18 @@ class Watch(Protocol):
         ...
 
 
+class KeysWatch(Watch, Protocol):
+    """A running watch of some keys, each by itself.
+
+    Events of one key come in the order of their revisions, each once; those of different keys in any order. So a
+    batch's `revision` says nothing of keys that are not in it.
+    """
+
+    def add(self, key: str, start_revision: int) -> None:
+        """Watch this key, too, from a revision on. Returns at once."""
+        ...
+
+
 class Store(Protocol):
     """etcd as this program uses it. Implemented by `client.Etcd`, and by a fake for tests.
 
@@ -255,6 +267,11 @@ class Store(Protocol):
         ...
 
     @property
+    def cluster(self) -> int:
+        """The id of the cluster that answered the last read; 0 before the first answer."""
+        ...
+
+    @property
     def members(self) -> int:
         """How many endpoints there are."""
         ...
@@ -276,6 +293,12 @@ class Store(Protocol):
             prove: awaited after each connection, including the first, before any event from it is delivered. An
                 exception ends the watch, but for `Unavailable`, which makes it reconnect.
         """
+        ...
+
+    def watch_keys(
+        self, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[KeysWatch]:
+        """Watch the keys that are added to it, and no others; see `watch`."""
         ...
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:

@@ -29,6 +29,11 @@ class Auth:
         self._metadata: Metadata | None = None
         self._lock = asyncio.Lock()
 
+    @property
+    def known(self) -> Metadata | None:
+        """The metadata to send; None before a log-in, and once etcd has refused the token."""
+        return self._metadata
+
     async def metadata(self, endpoint: Endpoint, *, timeout_s: float) -> Metadata:
         """Return the metadata to send; log in at `endpoint` first if there is no token.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Unavailable, Unreachable
@@ -36,10 +35,12 @@ class Caller:
         auth: the token.
         closed: whether `close` was called.
         up: whether the last request of a call or a watch was answered (a refusal is an answer).
+        renewed_every_s: see `EtcdConfig`.
     """
 
     def __init__(self, config: EtcdConfig) -> None:
         self._config = config
+        self.renewed_every_s = config.renewed_every_s
         self.closed = False
         self.endpoints = Endpoints(config)
         self.auth = Auth(config)
@@ -102,14 +103,19 @@ class Caller:
             AttemptFailed: no connection, or no token, within `timeout_s` (None: the configured limit).
             Denied: wrong user or password.
         """
+        if endpoint.connected and (known := self.auth.known) is not None:
+            # As at nearly every request: nothing is waited for, so no time limit is needed.
+            return known
         timeout_s = self._config.attempt_timeout_s if timeout_s is None else timeout_s
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         try:
-            with self._giving_up_is_failing(done_maybe=False):
+            with no_stray_cancellation():
                 async with asyncio.timeout_at(deadline):
                     await endpoint.connect()
                     return await self.auth.metadata(endpoint, timeout_s=deadline - loop.time())
+        except StrayCancellation as error:
+            raise self._gave_up(done_maybe=False) from error
         except TimeoutError as error:
             raise AttemptFailed("no connection in time", done_maybe=False, connected=False) from error
 
@@ -140,27 +146,24 @@ class Caller:
         if self.closed:
             raise AttemptFailed(_CLOSED, done_maybe=False)
         try:
-            with self._giving_up_is_failing(done_maybe=True):
+            with no_stray_cancellation():
                 reply = await request(endpoint, metadata, deadline - loop.time())
                 endpoint.answered_at = loop.time()
                 return reply
+        except StrayCancellation as error:
+            raise self._gave_up(done_maybe=True) from error
         except grpc.aio.AioRpcError as error:
             failure = judge(error, what)
             if isinstance(failure, TokenRefused):
                 self.auth.forget(metadata)
             raise failure from error
 
-    @contextmanager
-    def _giving_up_is_failing(self, *, done_maybe: bool) -> Iterator[None]:
-        """Translate a cancellation that nobody requested.
+    def _gave_up(self, *, done_maybe: bool) -> AttemptFailed:
+        """What a cancellation that nobody requested comes to.
 
         gRPC raises one when the channel was closed, or when a stream could not be written to.
         """
-        try:
-            with no_stray_cancellation():
-                yield
-        except StrayCancellation as error:
-            raise AttemptFailed(_CLOSED if self.closed else _GIVEN_UP, done_maybe=done_maybe) from error
+        return AttemptFailed(_CLOSED if self.closed else _GIVEN_UP, done_maybe=done_maybe)
 
     async def _try_elsewhere(self, endpoint: Endpoint, progress: _Progress) -> None:
         self.endpoints.leave(endpoint)

@@ -58,6 +58,12 @@ class Endpoint:
         # When a call was last answered, by asyncio's clock; minus infinity before the first answer.
         self.answered_at = float("-inf")
 
+    @property
+    def connected(self) -> bool:
+        """Whether the channel is connected now."""
+        state = self._channel.get_state(try_to_connect=True)
+        return bool(state is grpc.ChannelConnectivity.READY)
+
     async def connect(self) -> None:
         """Wait until the channel is connected; has no time limit of its own.
 

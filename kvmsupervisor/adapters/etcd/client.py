@@ -11,6 +11,7 @@ from kvmsupervisor.adapters.etcd.api import (
     Compacted,
     Compare,
     Get,
+    KeysWatch,
     KeyValue,
     LeaseGone,
     Listing,
@@ -30,6 +31,7 @@ from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, Reply
 from kvmsupervisor.adapters.etcd.messages import compare_message, entries, key_value, op_message, range_of
 from kvmsupervisor.adapters.etcd.protocol import rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
+from kvmsupervisor.adapters.etcd.watch_keys import EtcdKeysWatch
 from kvmsupervisor.aio import all_of
 
 _SHRINK = 8
@@ -58,6 +60,7 @@ class Etcd:
 
     def __init__(self, config: EtcdConfig) -> None:
         self._caller = Caller(config)
+        self._cluster = 0
         # Pages that were requested ahead, by prefix, and until when each may be used.
         self._ahead: dict[str, tuple[float, asyncio.Task[Any]]] = {}
 
@@ -102,6 +105,11 @@ class Etcd:
         request = rpc.RangeRequest(**range_of(key, prefix=False), revision=revision)
         reply = await self._range(f"get {key} at revision {revision}", request, None)
         return key_value(reply.kvs[0]) if reply.kvs else None
+
+    @property
+    def cluster(self) -> int:
+        """The id of the cluster that answered the last read; 0 before the first answer."""
+        return self._cluster
 
     @property
     def members(self) -> int:
@@ -182,6 +190,12 @@ class Etcd:
     ) -> AbstractAsyncContextManager[Watch]:
         """Watch all changes below `prefix` from `start_revision` on; see `EtcdWatch`."""
         return EtcdWatch(self._caller, prefix, start_revision, prove=prove)
+
+    def watch_keys(
+        self, *, prove: Callable[[], Awaitable[None]] | None = None
+    ) -> AbstractAsyncContextManager[KeysWatch]:
+        """Watch the keys that are added to it; see `EtcdKeysWatch`."""
+        return EtcdKeysWatch(self._caller, prove=prove)
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         """Write one key without a condition; return the revision.
@@ -304,7 +318,9 @@ class Etcd:
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> Any:
             return await endpoint.kv.Range(message, metadata=metadata, timeout=timeout_s)
 
-        return await self._caller.call(what, send, timeout_s=timeout_s, repeatable=True)
+        reply = await self._caller.call(what, send, timeout_s=timeout_s, repeatable=True)
+        self._cluster = int(reply.header.cluster_id)
+        return reply
 
 
 async def _given_up(task: asyncio.Task[Any]) -> None:

@@ -23,6 +23,8 @@ class EtcdConfig:
         call_timeout_s: deadline of a call that gives none.
         attempt_timeout_s: how long one endpoint may take, connecting included, before the next one is tried. 2 s is far
             above any healthy answer, and three members get their turn within 5 s.
+        renewed_every_s: how often this client renews a lease; 0 when it renews none. While those calls are answered, no
+            watch has to ask whether its member lives.
         impatient: for commands, where a person waits: until one endpoint has answered, try each only once.
     """
 
@@ -34,6 +36,7 @@ class EtcdConfig:
     password_file: Path | None = None
     call_timeout_s: float = 5.0
     attempt_timeout_s: float = 2.0
+    renewed_every_s: float = 0.0
     impatient: bool = False
 
     def __post_init__(self) -> None:

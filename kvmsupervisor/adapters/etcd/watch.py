@@ -33,6 +33,8 @@ _SILENCE_S = 5.0
 """How long a stream may be silent before the member is asked for progress, unless the member has answered a call
 meanwhile. Calls use the same connection, and a call that fails makes every watch leave the member. So a session's
 renewals, each confirmed by a quorum, make such questions unnecessary in an idle cluster."""
+_PER_RENEWAL = 1.5
+"""How many times the renewals' interval a stream may be silent at least: with a long session, too, they come first."""
 _ANSWER_S = 4.0
 """How long the member may take to answer. Both limits together bound how long a dead stream is taken for a quiet
 one."""
@@ -139,31 +141,12 @@ class EtcdWatch:
     async def _read_stream(self, endpoint: Endpoint, metadata: Metadata) -> None:
         """Read one stream until it breaks; always ends with an exception."""
         self._buffer.begin_stream()
-        loop = asyncio.get_running_loop()
-        async with _Stream(self._caller, endpoint, metadata) as stream:
-            await stream.write(self._create_request())
-            asked = True  # the creation has to be answered, too
-            while True:
-                await self._buffer.room.wait()
-                message = await stream.read(_ANSWER_S if asked else _SILENCE_S)
-                if message is not None:
-                    asked = False
-                    self._caller.up = True
-                    await self._take(message)
-                elif asked:
-                    raise AttemptFailed("the watch's member gives no sign of life", done_maybe=False)
-                elif loop.time() - endpoint.answered_at > _SILENCE_S:
-                    asked = True
-                    await stream.write(rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()))
-
-    def _create_request(self) -> Any:
-        return rpc.WatchRequest(
-            create_request=rpc.WatchCreateRequest(
-                **range_of(self._prefix, prefix=True), start_revision=self._buffer.next_revision, fragment=True
-            )
-        )
+        async with Stream(self._caller, endpoint, metadata) as stream:
+            await stream.write(create_request(range_of(self._prefix, prefix=True), self._buffer.next_revision))
+            await stream.read_all(self._take, room=self._buffer.room)
 
     async def _take(self, message: Any) -> None:
+        self._caller.up = True
         # etcd refuses a watch by one message that is both "created" and canceled, so this comes first.
         if message.canceled:
             if message.compact_revision:
@@ -173,10 +156,17 @@ class EtcdWatch:
                 said or "the watch was canceled", done_maybe=False
             )
         if message.created:
-            await self._check_history(message.header)
-            self._connected = True
+            await self._created(message)
         if message.events:
-            self._buffer.add([event(one) for one in message.events], unfinished=message.fragment)
+            self._take_events([event(one) for one in message.events], unfinished=message.fragment)
+
+    async def _created(self, message: Any) -> None:
+        """The member watches what was asked for."""
+        await self._check_history(message.header)
+        self._connected = True
+
+    def _take_events(self, events: Sequence[Event], *, unfinished: bool) -> None:
+        self._buffer.add(events, unfinished=unfinished)
 
     async def _check_history(self, header: Any) -> None:
         """Notice an etcd that was restored from a backup: it would wait silently until it reaches our revision.
@@ -204,17 +194,31 @@ class EtcdWatch:
             raise Compacted(0)
 
 
-class _Stream:
+def create_request(bounds: dict[str, bytes], start_revision: int) -> Any:
+    """The request to watch a range of keys from a revision on."""
+    wanted = rpc.WatchCreateRequest(**bounds, start_revision=start_revision, fragment=True)
+    return rpc.WatchRequest(create_request=wanted)
+
+
+class Stream:
     """One gRPC stream of watch messages. It ends when its endpoint is left.
 
-    Reads and writes run in tasks of their own: to cancel one of them ends the stream, and a time limit on reading must
-    not end it.
+    Reading and writing run in tasks of their own: to cancel one of them ends the stream, and a time limit must not end
+    it. One task reads all messages, because a task for each would cost more than the message.
     """
 
     def __init__(self, caller: Caller, endpoint: Endpoint, metadata: Metadata) -> None:
         self._call = endpoint.watch.Watch(metadata=metadata)
+        self._endpoint = endpoint
+        self._silence_s = max(_SILENCE_S, _PER_RENEWAL * caller.renewed_every_s)
+        # Since when a message is waited for; None while the reader does something else.
+        self._waits_since: float | None = None
+        # Whether the member owes an answer (the creation has to be answered, too), and after how much silence to look.
+        self._asked = True
+        self._due_s = _ANSWER_S
         self._reading: asyncio.Task[Any] | None = None
         self._writing: asyncio.Task[Any] | None = None
+        self._turn = asyncio.Lock()
         self._stay = caller.endpoints.on_left(endpoint, self._give_up)
 
     async def __aenter__(self) -> Self:
@@ -242,35 +246,62 @@ class _Stream:
             task.cancel()
         return left
 
+    def expect(self) -> None:
+        """What was just written has to be answered."""
+        self._asked, self._due_s = True, self._silent_s() + _ANSWER_S
+
     async def write(self, message: Any) -> None:
         """Send one message.
 
         Raises:
             AttemptFailed: the stream has ended, or is stuck.
         """
-        self._writing = asyncio.create_task(self._call.write(message))
-        done, _ = await asyncio.wait((self._writing,), timeout=_ANSWER_S)
-        if not done:
-            raise AttemptFailed("the watch's stream is stuck", done_maybe=False)
-        writing, self._writing = self._writing, None
-        _result(writing)
+        async with self._turn:
+            self._writing = asyncio.create_task(self._call.write(message))
+            done, _ = await asyncio.wait((self._writing,), timeout=_ANSWER_S)
+            if not done:
+                raise AttemptFailed("the watch's stream is stuck", done_maybe=False)
+            writing, self._writing = self._writing, None
+            _result(writing)
 
-    async def read(self, timeout_s: float) -> Any:
-        """Return the next message, or None after `timeout_s` seconds without one.
+    async def read_all(self, take: Callable[[Any], Awaitable[None]], *, room: asyncio.Event) -> None:
+        """Pass every message to `take`, while there is `room`; always ends with an exception.
 
         Raises:
-            AttemptFailed, TokenRefused, EtcdError: the stream ended; the class depends on its error.
+            AttemptFailed, TokenRefused, EtcdError: the stream ended, or is silent for too long; or from `take`.
         """
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._call.read())
-        done, _ = await asyncio.wait((self._reading,), timeout=timeout_s)
-        if not done:
-            return None
-        reading, self._reading = self._reading, None
-        message = _result(reading)
-        if message is grpc.aio.EOF:
-            raise AttemptFailed("the member ended the watch's stream", done_maybe=False)
-        return message
+        loop = asyncio.get_running_loop()
+        reading = self._reading = asyncio.create_task(self._read_all(take, room))
+        while True:
+            await asyncio.wait((reading,), timeout=self._due_s - self._silent_s())
+            if reading.done():
+                _result(reading)
+            silent_s = self._silent_s()
+            if silent_s < self._due_s:
+                continue
+            if self._asked:
+                raise AttemptFailed("the watch's member gives no sign of life", done_maybe=False)
+            if loop.time() - self._endpoint.answered_at > self._silence_s:
+                self._asked, self._due_s = True, silent_s + _ANSWER_S
+                await self.write(rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()))
+            else:
+                self._due_s = silent_s + self._silence_s
+
+    async def _read_all(self, take: Callable[[Any], Awaitable[None]], room: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await room.wait()
+            self._waits_since = loop.time()
+            message = await self._call.read()
+            self._waits_since = None
+            if message is grpc.aio.EOF:
+                raise AttemptFailed("the member ended the watch's stream", done_maybe=False)
+            self._asked, self._due_s = False, self._silence_s
+            await take(message)
+
+    def _silent_s(self) -> float:
+        """How long the member has said nothing, as far as somebody listens."""
+        return 0.0 if self._waits_since is None else asyncio.get_running_loop().time() - self._waits_since
 
 
 def _result(task: asyncio.Task[Any]) -> Any:
@@ -322,7 +353,7 @@ class _Buffer:
             whole = next(index for index, one in enumerate(self._held) if one.kv.mod_revision == last)
         ready, self._held = self._held[:whole], self._held[whole:]
         if ready:
-            self._append(Batch(ready, ready[-1].kv.mod_revision))
+            self.append(Batch(ready, ready[-1].kv.mod_revision))
 
     def end(self) -> None:
         """No more events will be added."""
@@ -342,7 +373,8 @@ class _Buffer:
             self._news.clear()
         return batch
 
-    def _append(self, batch: Batch) -> None:
+    def append(self, batch: Batch) -> None:
+        """Add a batch as it is."""
         size = sum(_EVENT_BYTES + len(one.kv.key) + len(one.kv.value) for one in batch.events)
         self.next_revision = batch.revision + 1
         self._batches.append((batch, size))

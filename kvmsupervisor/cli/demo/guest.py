@@ -7,21 +7,18 @@ both need neither root nor a place outside the cache. The initramfs is a cpio ar
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import lzma
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
+from kvmsupervisor.cli.demo.packages import GuestError, apt_options, fetch, locked, only, run_program
 from kvmsupervisor.domain.frozen import frozen
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -54,13 +51,6 @@ APPLETS = (
 MINIMUM_RAM_MIB = 96
 """Less makes the kernel run out of memory while it unpacks the initramfs (tried with Debian 12 and 13)."""
 
-RUN_TIMEOUT_S = 300.0
-"""For one program. Arbitrary: enough for apt-get to fetch 60 MB over a slow line."""
-
-
-class GuestError(Exception):
-    """The guest cannot be built here; the message says what is missing."""
-
 
 @frozen(kw_only=True)
 class Guest:
@@ -75,7 +65,14 @@ class Guest:
         return cls(kernel=folder / "vmlinuz", initramfs=folder / "initramfs")
 
     def options(
-        self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True, dhcp: bool = False
+        self,
+        *,
+        tag: str = "guest",
+        heartbeat_s: float = 1,
+        deaf: bool = False,
+        quiet: bool = True,
+        dhcp: bool = False,
+        login: bool = False,
     ) -> list[str]:
         """QEMU options that boot the guest.
 
@@ -85,6 +82,7 @@ class Guest:
             deaf: whether it ignores the power button.
             quiet: whether the kernel keeps its messages to itself; otherwise it shows a few.
             dhcp: whether it asks for an address for its NIC, and says `DHCP <address>`.
+            login: whether its console is a login prompt for people, without heartbeats, instead of `demo/init`'s words.
         """
         # panic=-1: without a pvpanic device a panic reboots at once; it must not leave a frozen guest.
         # cryptomgr.notests: a seventh of the boot under TCG would be the kernel's tests of its own ciphers.
@@ -96,13 +94,23 @@ class Guest:
             f"hb={heartbeat_s:g}",
         ]
         words += [f"tag={tag}", *(["deaf=1"] if deaf else []), *(["dhcp=1"] if dhcp else [])]
+        words += ["login=1"] if login else []
         return ["-kernel", str(self.kernel), "-initrd", str(self.initramfs), "-append", " ".join(words)]
 
     def extra_flags(
-        self, *, tag: str = "guest", heartbeat_s: float = 1, deaf: bool = False, quiet: bool = True, dhcp: bool = False
+        self,
+        *,
+        tag: str = "guest",
+        heartbeat_s: float = 1,
+        deaf: bool = False,
+        quiet: bool = True,
+        dhcp: bool = False,
+        login: bool = False,
     ) -> str:
         """`options` as the text of an `extra_flags` key."""
-        return shlex.join(self.options(tag=tag, heartbeat_s=heartbeat_s, deaf=deaf, quiet=quiet, dhcp=dhcp))
+        return shlex.join(
+            self.options(tag=tag, heartbeat_s=heartbeat_s, deaf=deaf, quiet=quiet, dhcp=dhcp, login=login)
+        )
 
 
 def build_guest(cache: Path) -> Guest:
@@ -119,8 +127,8 @@ def build_guest(cache: Path) -> Guest:
     """
     cache = cache.absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock"):
-        kernel_deb, busybox_deb = _fetch_kernel(cache), _fetch(cache, BUSYBOX_PACKAGE)
+    with locked(cache / "lock"):
+        kernel_deb, busybox_deb = _fetch_kernel(cache), fetch(cache, BUSYBOX_PACKAGE)
         init = (resources.files("kvmsupervisor") / "demo" / "init").read_bytes()
         recipe = [kernel_deb.name.encode(), busybox_deb.name.encode(), init, Path(__file__).read_bytes()]
         built = cache / hashlib.sha256(b"\0".join(recipe)).hexdigest()[:12]
@@ -134,13 +142,13 @@ def _build(folder: Path, kernel_deb: Path, busybox_deb: Path, init: bytes) -> Pa
     """Unpack the packages below `folder` and make a folder of `vmlinuz` and `initramfs` there."""
     system = folder / "system"
     for deb in (kernel_deb, busybox_deb):
-        _run(["dpkg", "-x", str(deb), str(system)])
+        run_program(["dpkg", "-x", str(deb), str(system)])
     result = folder / "result"
     result.mkdir()
-    shutil.copyfile(_only(system, "boot/vmlinuz-*"), result / "vmlinuz")
-    files = {"init": init, "bin/busybox": _only(system, "bin/busybox", "usr/bin/busybox").read_bytes()}
+    shutil.copyfile(only(system, "boot/vmlinuz-*"), result / "vmlinuz")
+    files = {"init": init, "bin/busybox": only(system, "bin/busybox", "usr/bin/busybox").read_bytes()}
     # Debian 13 has them below /usr; a release in between may have both, one of them empty.
-    modules = Modules(_only(system, "lib/modules/*", "usr/lib/modules/*"))
+    modules = Modules(only(system, "lib/modules/*", "usr/lib/modules/*"))
     for stage, names in (("first", MODULES_FIRST), ("later", MODULES_LATER)):
         for number, path in enumerate(modules.take(names)):
             files[f"modules/{stage}/{number:02}-{_module_name(path)}.ko"] = _content(path)
@@ -233,89 +241,14 @@ def _fetch_kernel(cache: Path) -> Path:
     if kernels:
         return kernels[-1]
     found: list[str] = []
-    for options in _apt_options(cache):
-        text = _run(["apt-cache", *options, "depends", KERNEL_PACKAGE], check=False)
+    for options in apt_options(cache):
+        text = run_program(["apt-cache", *options, "depends", KERNEL_PACKAGE], check=False)
         found = re.findall(r"Depends: (linux-image-\S+)", text)
         if found:
             break
     if not found:
         raise GuestError(f"apt knows no package {KERNEL_PACKAGE}; the guest needs Debian's package sources (amd64)")
-    return _fetch(cache, found[0])
-
-
-def _fetch(cache: Path, package: str) -> Path:
-    """Download `package` into the cache, unless it is there."""
-    pattern = f"{package}_*.deb"
-    if not any(cache.glob(pattern)):
-        with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as folder:
-            for options in _apt_options(cache):
-                said = _run(["apt-get", *options, "download", package], cwd=Path(folder), check=False)
-                if any(Path(folder).glob(pattern)):
-                    break
-            else:
-                raise GuestError(f"apt-get cannot download {package}; it says:\n{said.strip()}")
-            deb = _only(Path(folder), pattern)
-            deb.rename(cache / deb.name)
-    return _only(cache, pattern)
-
-
-def _apt_options(cache: Path) -> Iterator[Sequence[str]]:
-    """Yield options for apt: with the system's package lists, then with fresh ones in the cache.
-
-    The system's may be missing, as in most container images, or name a package that was replaced since.
-    Lists of our own can be fetched without being root, and change nothing for others.
-    """
-    # apt gives up root for a user who cannot write to this folder, and warns about it each time.
-    mine = ("-qq", "-o", "APT::Sandbox::User=root")
-    yield mine
-    lists = (*mine, "-o", f"Dir::State::lists={cache}/lists", "-o", f"Dir::Cache={cache}/apt")
-    _run(["apt-get", *lists, "update"], check=False)
-    yield lists
-
-
-def _run(command: Sequence[str], *, cwd: Path | None = None, check: bool = True) -> str:
-    """Run a program; return what it printed.
-
-    Raises:
-        GuestError: it is not installed, takes too long, or (with `check`) failed.
-    """
-    environment = os.environ | {"LC_ALL": "C"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=RUN_TIMEOUT_S,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise GuestError(f"{command[0]} is missing: the guest is made of Debian's packages") from error
-    except subprocess.TimeoutExpired as error:
-        raise GuestError(f"{shlex.join(command)} did not end within {RUN_TIMEOUT_S:g} s") from error
-    if check and done.returncode != 0:
-        raise GuestError(f"{shlex.join(command)} failed:\n{done.stdout.strip()}")
-    return done.stdout
-
-
-def _only(folder: Path, *patterns: str) -> Path:
-    """Return what matches the first of `patterns` that matches anything below `folder`."""
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found[-1]
-    raise GuestError(f"no {' or '.join(patterns)} in {folder}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock on the cache; wait for whoever builds there."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return fetch(cache, found[0])
 
 
 def main() -> None:

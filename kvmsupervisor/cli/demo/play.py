@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from kvmsupervisor.cli.demo.keys import (
     hosted,
     running,
 )
+from kvmsupervisor.cli.demo.ssh import Ssh
 from kvmsupervisor.cli.demo.stage import (
     LOOK_S,
     Child,
@@ -48,7 +50,11 @@ T = TypeVar("T")
 INSTANCE = InstanceId("hello")
 HOST = HostName("demo")
 HELLO = f"HELLO from {INSTANCE}"
-HEARTBEAT = "HB "
+RAM_MIB = MINIMUM_RAM_MIB + 32
+"""The SSH server is kept in memory twice while the kernel unpacks it, and people want to try something in there."""
+
+SSH_READY = "SSH at port 22"
+"""What `demo/online` says in the guest."""
 
 # Deadlines, in seconds. Arbitrary: each is far above what a slow, busy machine needs, and short enough for a person who
 # waits.
@@ -56,6 +62,7 @@ GUEST_DEADLINE_S = 900.0
 ETCD_DEADLINE_S = 30.0
 SUPERVISOR_DEADLINE_S = 30.0
 HELLO_DEADLINE_S = 180.0
+SSH_DEADLINE_S = 180.0
 LIST_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 10.0
 
@@ -68,19 +75,27 @@ SHUTDOWN_TIMEOUT_S = 30
 MARGIN = 12
 """Columns for the words on the left, and a space."""
 
-TO_TRY = (
-    ("etcdctl put {key}power off", 'shuts it down; "on" starts it'),
-    ("etcdctl put {key}restart_request 1", "one graceful restart"),
-    ("etcdctl put {key}ram 128", "pending until it restarts"),
-    ("etcdctl get --prefix {facts}/", "what is observed"),
-    ("{program} list", ""),
-    ("{program} show {id}", ""),
-    ("curl http://{http}/metrics", "what Prometheus scrapes"),
-    ("socat - UNIX:{console}", "its console; type help"),
-    ("kill -9 {pid}", "its QEMU; another starts at once"),
-    ("kill -9 {supervisor}", "the supervisor; a new one adopts it"),
-)
+TO_TRY: dict[str, tuple[tuple[str, str], ...]] = {
+    "Log in": (("{program} console {id}", "as root, without a password; Ctrl-] q leaves"),),
+    "Write a key": (
+        ("etcdctl put {key}restart_request 1", "one graceful restart"),
+        ("etcdctl put {key}ram 160", "pending until it restarts"),
+        ("etcdctl put {key}power off", 'shuts it down; "on" starts it'),
+    ),
+    "Look": (
+        ("{program} list", ""),
+        ("{program} show {id}", ""),
+        ("etcdctl get --prefix {facts}/", "what is observed"),
+        ("curl http://{http}/metrics", "what Prometheus scrapes"),
+    ),
+    "Kill": (
+        ("kill -9 {supervisor}", "the supervisor: the guest runs on, a new one adopts it"),
+        ("kill -9 {pid}", "its QEMU: another one starts at once"),
+    ),
+}
 """Commands, and what they do."""
+
+NEXT = 'Next: "A first machine" in README.md, with a cloud image and a disk, for as long as you like.'
 
 
 class Play:
@@ -97,7 +112,7 @@ class Play:
         self.said_hello = False
         self._folder = folder
         self._supervisor_command = supervisor
-        etcd_port, peer_port, http_port = free_ports(3)
+        etcd_port, peer_port, http_port, self._ssh_port = free_ports(4)
         self._endpoint = f"http://127.0.0.1:{etcd_port}"
         self._peers = f"http://127.0.0.1:{peer_port}"
         self._http = f"127.0.0.1:{http_port}"
@@ -110,6 +125,7 @@ class Play:
             "KVM_CGROUP": "none",
             # The guest's kernel may lie where only this user can read it.
             "KVM_QEMU_USER": "",
+            "KVM_EXTRA_FLAGS": "any",
             "KVM_CONFIG": str(config),
             "KVM_HOSTNAME": HOST,
             "KVM_LISTEN": self._http,
@@ -124,6 +140,8 @@ class Play:
         self._store: Store | None = None
         self._console: asyncio.Task[None] | None = None
         self._hello = asyncio.Event()
+        self._ssh: Ssh | None = None
+        self._ssh_ready = asyncio.Event()
 
     async def begin(self, cache: Path, *, stay: bool) -> None:
         """Start everything and show it; with `stay`, go on showing what changes until cancelled.
@@ -133,11 +151,13 @@ class Play:
             EtcdError: etcd failed.
         """
         click.secho("etcd, a supervisor and a virtual machine on this machine. Ctrl-C ends it.\n", bold=True)
-        guest = await self._prepare_guest(cache)
+        guest = await self._prepare_ssh(cache, await self._prepare_guest(cache))
         self._store = store = await self._start_etcd()
         await self._start_supervisor(store)
         await self._write_keys(store, guest)
         status = await self._wait_for_hello(store)
+        # First what takes the guest a while: by then its console is quiet, and does not write into the table.
+        await self._show_ssh()
         await self._show_list()
         if stay:
             self._show_what_to_try(status)
@@ -192,8 +212,27 @@ class Play:
 
     async def _prepare_guest(self, cache: Path) -> Guest:
         say("guest", f"Debian's kernel and busybox, kept in {_short(cache)}")
+        return Guest.at(Path(await self._build("guest", "kvmsupervisor.cli.demo.guest", cache)))
+
+    async def _prepare_ssh(self, cache: Path, guest: Guest) -> Guest:
+        """The guest with SSH in it; where something for that is missing, say what, and go on without."""
+        say("ssh", f"Debian's dropbear, kept in {_short(cache)}")
+        try:
+            ssh = await Ssh.prepare(self._folder, port=self._ssh_port, qemu=self._settings.qemu, environ=self._environ)
+            built = await self._build("ssh", "kvmsupervisor.cli.demo.ssh_layer", cache, guest.initramfs)
+        except ChildEnded as ended:
+            say("", f"without SSH: {''.join(ended.child.output.splitlines()[-1:])}")
+            return guest
+        except DemoError as error:
+            say("", f"without SSH: {str(error).splitlines()[0]}")
+            return guest
+        self._ssh = ssh
+        return replace(guest, initramfs=Path(built))
+
+    async def _build(self, name: str, module: str, *paths: Path) -> str:
+        """Let a module build something; return the last line that it prints."""
         # A process, so that Ctrl-C can end it in the middle of a download.
-        builder = await self._start("guest", [sys.executable, "-m", "kvmsupervisor.cli.demo.guest", str(cache)])
+        builder = await self._start(name, [sys.executable, "-m", module, *map(str, paths)])
         try:
             async with asyncio.timeout(GUEST_DEADLINE_S):
                 code = await builder.wait()
@@ -203,8 +242,8 @@ class Play:
             # As Ctrl-C would do: it deletes what is half fetched.
             await builder.stop(deadline_s=STOP_DEADLINE_S, by=signal.SIGINT)
         if code != 0:
-            raise ChildEnded(builder, code, "building the guest")
-        return Guest.at(Path(builder.output.splitlines()[-1]))
+            raise ChildEnded(builder, code, f"building the {name}")
+        return builder.output.splitlines()[-1]
 
     async def _start_etcd(self) -> Store:
         say("etcd", self._endpoint)
@@ -256,11 +295,15 @@ class Play:
         )
 
     async def _write_keys(self, store: Store, guest: Guest) -> None:
-        flags = guest.extra_flags(tag=INSTANCE, quiet=False)
-        wishes = {"ram": str(MINIMUM_RAM_MIB), "extra_flags": flags, "host": HOST}
-        keys = {self._layout.wish_key(INSTANCE, name): value for name, value in wishes.items()}
+        flags = guest.extra_flags(tag=INSTANCE, quiet=False, login=True, dhcp=self._ssh is not None)
+        wishes = {"ram": str(RAM_MIB), "extra_flags": flags}
+        wishes |= self._ssh.wishes if self._ssh is not None else {}
+        keys = {self._layout.wish_key(INSTANCE, name): value for name, value in (wishes | {"host": HOST}).items()}
         width = max(map(len, keys))
-        say("keys", *(f"{key:{width}}  {value}" for key, value in keys.items()))
+        # A value of several lines stands in one column.
+        between = "\n" + " " * (width + 2)
+        lines = [f"{key:{width}}  {between.join(value.splitlines())}" for key, value in keys.items()]
+        say("keys", *"\n".join(lines).splitlines())
         await store.txn([], [Put(key, value.encode()) for key, value in keys.items()])
 
     async def _wait_for_hello(self, store: Store) -> Status:
@@ -277,12 +320,13 @@ class Play:
         return status
 
     async def _show_console(self) -> None:
-        """Print the console's lines as they come, heartbeats left out; cancelled at the end."""
+        """Print the console's lines as they come; cancelled at the end."""
         async for line in follow_lines(self._run_dir / "console.log"):
-            if not line.startswith(HEARTBEAT):
-                say("", f"│ {line}", fold=False)
+            say("", f"│ {line}", fold=False)
             if line == HELLO:
                 self._hello.set()
+            elif line == SSH_READY:
+                self._ssh_ready.set()
 
     async def _show_list(self) -> None:
         click.echo()
@@ -304,6 +348,22 @@ class Play:
         if code != 0:
             raise DemoError(f"`list` ended with exit code {code}")
 
+    async def _show_ssh(self) -> None:
+        """Run a command in the guest, so that it is known whether people can log in."""
+        if self._ssh is None:
+            return
+        try:
+            async with asyncio.timeout(SSH_DEADLINE_S):
+                await self._ssh_ready.wait()
+                answer = await self._ssh.ask("uname -a; uptime", self._environ)
+        except (TimeoutError, DemoError) as error:
+            say("ssh", f"no answer: {error or f'the guest was not ready for it within {SSH_DEADLINE_S:g} s'}")
+            self._ssh = None
+        else:
+            click.echo()
+            say("ssh", f"{self._ssh.line} 'uname -a; uptime'")
+            say("", *answer.splitlines())
+
     def _show_what_to_try(self, status: Status) -> None:
         assert self._supervisor is not None
         words = {
@@ -312,19 +372,26 @@ class Play:
             "program": _program(),
             "id": INSTANCE,
             "http": self._http,
-            "console": str(self._run_dir / "console.sock"),
             "pid": str(status.pid),
             "supervisor": str(self._supervisor.pid),
         }
         click.secho("\nIt runs. To try in another terminal:\n", bold=True)
         click.echo(f"  export ETCDCTL_API=3 ETCDCTL_ENDPOINTS={self._endpoint}")
-        click.echo(f"  export ETCD_ENDPOINTS={self._endpoint}\n")
-        commands = [(template.format(**words), meaning) for template, meaning in TO_TRY]
-        width = max(len(command) for command, _ in commands)
-        for command, meaning in commands:
-            comment = click.style(f"# {meaning}", dim=True) if meaning else ""
-            click.echo(f"  {command:{width}}  {comment}".rstrip())
-        click.secho("\nChanges are shown below. Ctrl-C shuts the guest down and removes everything.\n", bold=True)
+        click.echo(f"  export ETCD_ENDPOINTS={self._endpoint} KVM_RUN_DIR={self._settings.run_dir}")
+        commands = {
+            title: [(template.format(**words), meaning) for template, meaning in lines]
+            for title, lines in TO_TRY.items()
+        }
+        width = max(len(command) for lines in commands.values() for command, _ in lines)
+        for title, lines in commands.items():
+            click.echo(f"\n{title}")
+            for command, meaning in lines:
+                comment = click.style(f"# {meaning}", dim=True) if meaning else ""
+                click.echo(f"  {command:{width}}  {comment}".rstrip())
+            if title == "Log in" and self._ssh is not None:
+                click.echo(f"  {self._ssh.line}")
+        click.secho(f"\n{NEXT}", bold=True)
+        click.secho("Changes are shown below. Ctrl-C shuts the guest down and removes everything.\n", bold=True)
 
     async def _stay(self, store: Store) -> None:
         """Show what changes, until cancelled; a supervisor that was told to end gets a successor."""

@@ -350,3 +350,49 @@ async def test_a_watch_is_proven_before_it_tells_anything(store: Store, etcd_pre
         with pytest.raises(Rejected):
             await anext(aiter(watch))
         assert not watch.connected
+
+
+async def test_keys_are_watched_each_by_itself(store: Store, etcd_prefix: str) -> None:
+    """Events of the keys that were added, each from its own revision on, and of no neighbour; keys may come later."""
+    a, b, c = (f"{etcd_prefix}/{name}" for name in "abc")
+    first = await store.put(a, b"1")
+    second = await store.put(b, b"1")
+    await store.put(c, b"1")
+    async with store.watch_keys() as watch:
+        watch.add(a, first + 1)
+        watch.add(b, second)
+        assert events_of(await batches_until(watch, second)) == [(b, b"1", False, second)]
+        await store.put(c, b"2")
+        await store.put(f"{a}a", b"no")
+        third = await store.put(a, b"2")
+        assert events_of(await batches_until(watch, third)) == [(a, b"2", False, third)]
+        assert watch.connected
+        watch.add(c, third)
+        await store.txn([], [Delete(a)])
+        last = await store.put(c, b"3")
+        # Those of two keys come in any order.
+        batches: list[Batch] = []
+        while sum(len(batch.events) for batch in batches) < 2:
+            batches += await batches_until(watch, 0)
+        assert sorted(events_of(batches)) == [(a, b"", True, last - 1), (c, b"3", False, last)]
+
+
+@pytest.mark.parametrize("kind", ["fake", "real"])
+async def test_a_key_whose_history_is_gone_ends_the_watch_of_keys(kind: str, request: pytest.FixtureRequest) -> None:
+    """What happened to it in between can be read only, whatever else is watched."""
+    store: FakeEtcd | Etcd = FakeEtcd()
+    if kind == "real":
+        alone: EtcdServer = request.getfixturevalue("etcd_alone")
+        store = Etcd(EtcdConfig(endpoints=alone.endpoints))
+    old = await store.put("/k/a", b"1")
+    now = await store.put("/k/b", b"1")
+    if isinstance(store, FakeEtcd):
+        store.compact()
+    else:
+        await asyncio.to_thread(alone.ctl, "compact", str(now))
+    async with store.watch_keys() as watch:
+        watch.add("/k/b", now + 1)
+        watch.add("/k/a", old)
+        with pytest.raises(Compacted):
+            await batches_until(watch, now + 1)
+    await store.close()

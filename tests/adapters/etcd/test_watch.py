@@ -218,6 +218,26 @@ async def test_silence_is_probed_and_then_left(monkeypatch: pytest.MonkeyPatch) 
     assert answered == 2
 
 
+async def test_a_client_that_renews_a_lease_has_its_calls_tell_of_the_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long its session: a watch that asks between two renewals costs etcd more than they do."""
+    monkeypatch.setattr(watch_module, "_SILENCE_S", 0.01)
+    asked = asyncio.Event()
+
+    async def quiet(stream: Stream) -> None:
+        await stream.accept(revision=20)
+        await stream.send_puts(10)
+        await stream.take()
+        asked.set()
+
+    async with ScriptedEtcd(quiet).running() as server:
+        etcd = Etcd(EtcdConfig(endpoints=(server.url,), renewed_every_s=1000.0))
+        async with etcd.watch("/", 10) as watch:
+            assert await revisions(watch, 1) == [[10]]
+            await asyncio.sleep(0.3)
+            assert not asked.is_set()
+        await etcd.close()
+
+
 async def test_a_member_that_never_creates_the_watch_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A member that accepts the stream and says nothing does not hold the watch."""
     monkeypatch.setattr(watch_module, "_ANSWER_S", 0.1)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from kvmsupervisor.adapters.etcd import Batch, Etcd, EtcdConfig, Store, Unavailable
+from tests.support.invariants import WatchLog
 
 SOON_S = 40.0
 """Nothing here takes so long on any machine that is of use; a fault that never ends does."""
@@ -35,12 +36,14 @@ async def client(endpoints: Sequence[str], *, call_timeout_s: float = 10.0) -> A
 
 async def follow(store: Store, prefix: str, start: int, last: int) -> list[Change]:
     """Watch `prefix` from revision `start` on, until revision `last` has been seen."""
-    seen: list[Batch] = []
+    seen, log, wrong = list[Batch](), WatchLog(start), list[str]()
     async with asyncio.timeout(SOON_S), store.watch(prefix, start) as watch:
         async for batch in watch:
             seen.append(batch)
+            wrong += log.handed(batch)
             if batch.revision >= last:
                 break
+    assert wrong == []
     return changes(seen)
 
 
@@ -59,6 +62,8 @@ class Traffic:
         self._begun = 0
         self._answered = 0
         self._batches: list[Batch] = []
+        self._log = WatchLog(1)
+        self._wrong: list[str] = []
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -86,6 +91,7 @@ class Traffic:
         last = await self._etcd.put(f"{self._prefix}/last", b"0")
         async with asyncio.timeout(SOON_S), self._changed:
             await self._changed.wait_for(lambda: self._batches[-1].revision >= last)
+        assert self._wrong == []
         # A put that was given up may still be on its way, and come behind the last one.
         seen, true = changes(self._batches), await history(endpoints, self._prefix, last)
         assert [one for one in seen if one[3] <= last] == [one for one in true if one[3] <= last]
@@ -110,6 +116,7 @@ class Traffic:
             async for batch in watch:
                 async with self._changed:
                     self._batches.append(batch)
+                    self._wrong += self._log.handed(batch)
                     self._changed.notify_all()
 
     async def _stop(self) -> None:

@@ -1,0 +1,109 @@
+"""A rule of the kernel's packet filter that keeps the users of QEMUs from TCP ports of the hosts' own services.
+
+One table of nftables, which nobody else has: no other table is read or changed, and whoever manages the host's own
+rules keeps them. It goes by the user who has made a socket (`meta skuid`, nft(8)), so it holds for a QEMU whatever its
+guest has made of it, and for a guest's user-mode network, which QEMU connects for it. It stays when the supervisor
+ends, as guests do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+
+from kvmsupervisor.aio import end_tool
+
+ANSWER_S = 10.0
+"""How long nft may take. Arbitrary; it takes 20 ms."""
+
+PLACES = ("/usr/sbin", "/sbin")
+"""Where nft is, besides PATH: that of a service may lack them."""
+
+
+class NoRule(Exception):
+    """The rule cannot be had, or not be looked at. The message says why."""
+
+
+def table_of(first: int, last: int) -> str:
+    """The name of the table for these users. Another supervisor of the host has other ones."""
+    return f"kvmsupervisor_{first}_{last}"
+
+
+def ruleset(first: int, last: int, ports: Iterable[int]) -> str:
+    """What nft reads: the table with its one rule, made or replaced in one step."""
+    table, those = table_of(first, last), ", ".join(map(str, sorted(ports)))
+    return (
+        # Made first, so that it is there to be deleted (nft(8), "add" and "delete").
+        f"table inet {table}\n"
+        f"delete table inet {table}\n"
+        f"table inet {table} {{\n"
+        "  chain output {\n"
+        "    type filter hook output priority 0; policy accept;\n"
+        f"    meta skuid {first}-{last} tcp dport {{ {those} }} reject with tcp reset\n"
+        "  }\n"
+        "}\n"
+    )
+
+
+class PacketRule:
+    """The rule for the users of one range.
+
+    Args:
+        first: the first of them.
+        last: the last.
+        ports: that they are kept from; some.
+        places: where nft may be, besides PATH.
+    """
+
+    def __init__(self, first: int, last: int, ports: Iterable[int], places: Sequence[str] = PLACES) -> None:
+        self._places = places
+        self._table = table_of(first, last)
+        self._wanted = ruleset(first, last, ports)
+        self._seen: bytes | None = None
+
+    async def keep(self) -> bool:
+        """Make the rule, unless it is as this has made it; whether it had to be made.
+
+        Raises:
+            NoRule: it cannot be had.
+        """
+        if self._seen is not None and await self._listed() == self._seen:
+            return False
+        await self._nft("-f", "-", told=self._wanted.encode())
+        self._seen = await self._listed()
+        return True
+
+    async def remove(self) -> None:
+        """Take the table away, if there is one.
+
+        Raises:
+            NoRule: it stays.
+        """
+        await self._nft("-f", "-", told=f"table inet {self._table}\ndelete table inet {self._table}\n".encode())
+        self._seen = None
+
+    async def _listed(self) -> bytes | None:
+        try:
+            return await self._nft("list", "table", "inet", self._table)
+        except NoRule:
+            return None
+
+    async def _nft(self, *words: str, told: bytes = b"") -> bytes:
+        tool = shutil.which("nft", path=os.pathsep.join((os.environ.get("PATH", ""), *self._places)))
+        if tool is None:
+            raise NoRule("nft is not installed (package nftables)")
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(tool, *words, stdin=pipe, stdout=pipe, stderr=pipe)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                out, said = await process.communicate(told)
+        except TimeoutError:
+            raise NoRule(f"nft has not ended after {ANSWER_S:g} s") from None
+        finally:
+            await end_tool(process)
+        if process.returncode != 0:
+            words_of_it = said.decode(errors="replace").strip().splitlines()
+            raise NoRule(f"nft refuses: {words_of_it[0] if words_of_it else 'without a word'}")
+        return out

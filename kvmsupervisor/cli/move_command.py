@@ -1,0 +1,109 @@
+"""`move`: writes a new `host`, and tells beforehand whether the guest will move while it runs."""
+
+from __future__ import annotations
+
+import click
+
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.cli import actions, waiting
+from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
+from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, wait_options, with_store
+from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cli.output import printable
+from kvmsupervisor.cli.waiting import Goal, Sighting, Verdict
+from kvmsupervisor.cli.write_commands import act, force_option
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.move_checks import Guest, refusals
+from kvmsupervisor.domain.status import Phase
+
+
+@frozen
+class Foreseen:
+    """What a move will be.
+
+    Attributes:
+        live: whether the guest goes on running.
+        said: the sentence for people.
+    """
+
+    live: bool
+    said: str
+
+
+def foresee(instance: Instance, cluster: Cluster, target: str) -> Foreseen:
+    """Tell by keys, statuses and sessions, as the hosts will judge.
+
+    What only the target sees is not known here: its ports, bridges and free memory.
+    """
+    status, spec = instance.status, instance.wish.spec
+    if status is None or status.pid is None:
+        return Foreseen(live=False, said=f"it does not run: it starts on {target}")
+    if status.host == target:
+        return Foreseen(live=True, said=f"it runs on {target} already")
+    if spec is None:
+        return Foreseen(live=False, said="its keys have problems: it stays as it is until they are mended")
+    sessions = [cluster.sessions.get(host) for host in (status.host, target)]
+    here, there = (None if session is None else session.moves for session in sessions)
+    guest = Guest(spec=spec, machine=status.machine, accel=status.accelerator)
+    found = refusals(guest, target, here, there)
+    if found:
+        why = "; ".join(map(str, found))
+        return Foreseen(live=False, said=f"cold: it is stopped on {status.host} and started on {target}, because {why}")
+    return Foreseen(live=True, said=f"live: it goes on running while it moves from {status.host} to {target}")
+
+
+def until_on(host: str, written: Written) -> Goal:
+    """Until it runs on that host by the written wish."""
+    running = waiting.until_running(written)
+
+    def judge(sighting: Sighting) -> Verdict:
+        status = sighting.status
+        if status is None or status.host != host or status.phase is Phase.MIGRATING:
+            return None
+        return running(sighting)
+
+    return judge
+
+
+@click.command()
+@click.argument("instance", type=INSTANCE, metavar="ID")
+@click.argument("host", metavar="HOST")
+@click.option("--dry-run", is_flag=True, help="Tell how it would move, and change nothing; exit status 1: not live.")
+@force_option
+@wait_options
+@pass_tools
+def move(
+    tools: Tools, *, instance: InstanceId, host: str, dry_run: bool, force: bool, wait: bool, timeout_s: float
+) -> None:
+    """Move an instance to another host: write its key `host`.
+
+    Its guest goes on running where both hosts can do that (docs/moving.md), otherwise it is stopped and started there.
+    Writing the former host back cancels the move, as long as the guest is not handed over.
+
+    Example: kvmsupervisor move web1 beta --wait
+    """
+
+    async def look(store: Store, settings: Settings) -> Foreseen:
+        found, cluster = await read_instance(store, settings.layout, instance)
+        if found.wish.keys == 0:
+            raise Refused(f"{instance} has no keys: there is nothing to move")
+        if not cluster.takes(instance, host) and not force:
+            raise Refused(f"{host} has no session{cluster.meant_by(host)}: {instance} would stay where it is")
+        return foresee(found, cluster, host)
+
+    foreseen = with_store(tools, look)
+    if dry_run:
+        click.echo(printable(f"{instance}: {foreseen.said}"))
+        if not foreseen.live:
+            raise SystemExit(1)
+        return
+
+    async def action(store: Store, settings: Settings, one: InstanceId) -> Written:
+        return await actions.change(store, settings.layout, one, {"host": host}, unset=(), force=force)
+
+    click.echo(printable(f"{instance}: {foreseen.said}"), err=True)
+    act(tools, [instance], action, f"moves to {host}", lambda written: until_on(host, written), wait=wait,
+        timeout_s=timeout_s)  # fmt: skip
