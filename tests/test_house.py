@@ -92,7 +92,7 @@ def test_the_rooms_are_those_of_the_page() -> None:
         for path in (PACKAGE / room).glob("*.py")
         if path.name != "__init__.py"
     }
-    assert told == {f"{room}/" for room in rooms} | inside | {"aio.py", "failpoints.py"}
+    assert told == {f"{room}/" for room in rooms} | inside | {"aio.py", "failpoints.py", "folders.py"}
     for room in rooms:
         assert ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())), room
 
@@ -131,6 +131,16 @@ def test_a_broad_except_is_found_in_every_shape() -> None:
     for shape in shapes:
         assert list(broad_excepts(ast.parse(f"try: pass\n{shape} pass"))) == [2], shape
     assert list(broad_excepts(ast.parse("try: pass\nexcept (OSError, ValueError): pass"))) == []
+
+
+def test_every_folder_is_made_with_its_mode() -> None:
+    """`mkdir(parents=True)` and `makedirs` make parents that the umask decides: with 0 they are open to everybody.
+
+    Two may: one is in a file system of its own with a umask of its own, the demo is a person's own.
+    """
+    made = re.compile(r"parents=True|makedirs\(")
+    found = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py") if made.search(file.read_text())}
+    assert found == {"kvmsupervisor/adapters/apart/room.py", "kvmsupervisor/cli/demo/guest.py"}
 
 
 def test_no_test_patches_our_modules_by_their_names() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.folders import make_folder
 
 PROC_MISC = Path("/proc/misc")
 
@@ -80,7 +81,7 @@ def ensure(device: Device, *, misc: Path = PROC_MISC) -> bool:
             f"modprobe {device.module.split(' or ')[0]} on the host"
         )
     try:
-        device.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folder(device.path.parent)
         os.mknod(device.path, stat.S_IFCHR | MADE_MODE, os.makedev(MISC_MAJOR, minor))
     except FileExistsError:
         # Another program, such as udev, was faster.

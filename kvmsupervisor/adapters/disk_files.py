@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from kvmsupervisor import folders
 from kvmsupervisor.domain import qcow2
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
@@ -81,7 +82,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    folders.make_folder(folder, mode=FOLDER_MODE)
 
 
 def open_disk(folder: Path, disk: FileDisk) -> DiskFile:

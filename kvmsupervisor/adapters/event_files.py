@@ -21,6 +21,8 @@ from pathlib import Path
 
 import structlog
 
+from kvmsupervisor.folders import make_folder
+
 log = structlog.get_logger(__name__)
 
 HALF_BYTES = 64 * 1024
@@ -129,7 +131,7 @@ class EventFiles:
     # --- what the thread does ---------------------------------------------------------------------------------
 
     def _append(self, folder: Path, instance: str, line: bytes) -> None:
-        folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(folder, mode=FOLDER_MODE)
         path = folder / (instance + SUFFIX)
         if not path.exists():
             self._take_back(folder, instance)
@@ -176,7 +178,7 @@ class EventFiles:
             with contextlib.suppress(FileNotFoundError):
                 # From now on it is kept for that time, however old its last event is.
                 os.utime(folder / name, (self._now(), self._now()))
-                left.mkdir(mode=FOLDER_MODE, exist_ok=True)
+                make_folder(left, mode=FOLDER_MODE)
                 (folder / name).replace(left / name)
         self._sweep(left)
 

@@ -21,6 +21,8 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
+from kvmsupervisor import folders
+
 FOLDER_MODE, PART_MODE, WHOLE_MODE = 0o700, 0o600, 0o444
 
 PART = ".part"
@@ -43,7 +45,7 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    folder.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    folders.make_folder(folder, mode=FOLDER_MODE)
 
 
 def is_private(folder: Path) -> bool:

@@ -25,6 +25,7 @@ from pathlib import Path
 from kvmsupervisor.domain.bridge_acl import Acl, BrokenAcl, can_be_named, missing, read_acl, with_lines, without_lines
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.words import option
+from kvmsupervisor.folders import make_folder
 
 HELPERS = (
     Path("/usr/lib/qemu/qemu-bridge-helper"),  # Debian, Ubuntu, Arch, Alpine
@@ -433,7 +434,7 @@ def _content(path: Path) -> bytes | None:
 def _replace(path: Path, before: bytes | None, content: bytes) -> bool:
     """Replace the file, keeping its mode and owner; return False if its content is not `before` any more."""
     path = path.resolve()
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     aside = Path(name)
     try:

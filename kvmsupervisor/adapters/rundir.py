@@ -38,6 +38,7 @@ from pathlib import Path
 
 from kvmsupervisor.domain.incarnation import GuardNote, Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import InstanceId, parse_id
+from kvmsupervisor.folders import make_folder
 
 BACKLOG = 4
 """The backlog of the sockets. QEMU serves one client and the next waits: a successor may connect before we are gone."""
@@ -356,22 +357,6 @@ class RunDir:
         for entry in sorted(self.path.iterdir()):
             if entry.is_dir() and (instance := parse_id(entry.name)) is not None:
                 yield instance
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, whatever the umask: other users may enter, not write.
-
-    QEMU runs as another user and opens its files in there. An existing folder stays as it is.
-    """
-    if not path.parent.exists():
-        make_folder(path.parent)
-    try:
-        path.mkdir(mode=0o755)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-    else:
-        path.chmod(0o755)
 
 
 def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:

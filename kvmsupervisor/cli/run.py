@@ -37,8 +37,8 @@ def run(daemon: bool, pid_file: Path | None) -> int:
     if not daemon:
         return serve(settings, lambda: None)
     # Imported here: only a daemon pays for it.
-    from kvmsupervisor.adapters.rundir import make_folder  # noqa: PLC0415
     from kvmsupervisor.cli.daemon import AlreadyRunningError, run_daemon  # noqa: PLC0415
+    from kvmsupervisor.folders import make_folder  # noqa: PLC0415
 
     make_folder(settings.run_dir)
     log_file = settings.run_dir / "_supervisor.log"

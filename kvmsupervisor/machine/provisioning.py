@@ -22,7 +22,7 @@ from kvmsupervisor.adapters.devices import DeviceTrouble
 from kvmsupervisor.adapters.machines import MachineTypes
 from kvmsupervisor.adapters.network import NetworkTrouble, Tap
 from kvmsupervisor.adapters.resources import explain
-from kvmsupervisor.adapters.rundir import InstanceDir, make_folder
+from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.aio import both
 from kvmsupervisor.domain.argv import Channels, HostSide, Provision
@@ -33,6 +33,7 @@ from kvmsupervisor.domain.limits import limits_of
 from kvmsupervisor.domain.sight import Sight, sight_of
 from kvmsupervisor.domain.spec import Firmware, RbdDisk, Secret, Spec
 from kvmsupervisor.domain.storage import Unmade, nvram_of
+from kvmsupervisor.folders import make_folder
 from kvmsupervisor.machine import boot_media
 from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.contents import Contents, Lacking

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
 from kvmsupervisor.adapters.rundir import RunDir
+from kvmsupervisor.cli.console.session import Mode, Session
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
@@ -81,8 +83,8 @@ class Qemu:
                 with contextlib.suppress(OSError):
                     self._client.sendall(text.encode())
 
-    def end(self) -> None:
-        """QEMU's process ends, and its sockets with it."""
+    def end(self, last_words: str = "") -> None:
+        """QEMU's process ends, and its sockets with it; the supervisor writes its last output, and drops the record."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -94,6 +96,8 @@ class Qemu:
                         self._client.shutdown(socket.SHUT_RDWR)
             self._thread.join()
             self._listener.close()
+            self.write(last_words)
+            self.directory.drop_incarnation()
 
     def hears(self, text: str) -> None:
         """Wait until this was typed."""
@@ -293,8 +297,7 @@ def test_qemu_starts_again(qemu: Qemu, run_dir: Path, sit: Sit) -> None:
     """Law: the session tells of QEMU's end, waits, and goes on with the next one, keyboard and all."""
     with sit() as person:
         at_keyboard(person, qemu)
-        qemu.write("last words\r\n")
-        qemu.end()
+        qemu.end("last words\r\n")
         person.sees("QEMU has ended, waiting for the next one")
         assert person.seen.index("last words") < person.seen.index("QEMU has ended")
         person.types("into the void")
@@ -392,15 +395,40 @@ def test_a_pipe(qemu: Qemu, environ: dict[str, str]) -> None:
     process.stdin.write(text)
     process.stdin.close()
     eventually("the end of the input", lambda: len(qemu.typed) == len(text), DEADLINE_S)
-    qemu.write("GOODBYE\r\n")
     assert process.poll() is None
-    qemu.end()
+    qemu.end("GOODBYE\r\n")
     process.stdin = None
     out, err = process.communicate(timeout=DEADLINE_S)
     assert qemu.typed == text
     assert out == b"login: GOODBYE\r\n"
     assert process.returncode == 0
     assert b"QEMU has ended" in err
+
+
+def test_the_last_words_come_late(qemu: Qemu, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Law: QEMU's end is told behind its last output, which the supervisor writes before it drops the record."""
+    directory = RunDir(run_dir).instance(WEB1)
+    record = directory.read_incarnation()
+    assert record is not None
+    looks = iter([record, record, record])
+
+    def recorded() -> Incarnation | None:
+        found = next(looks, None)
+        if found is None:
+            qemu.write("GOODBYE\r\n")
+        return found
+
+    Session(
+        WEB1,
+        record,
+        recorded=recorded,
+        lives=lambda _record: False,
+        is_here=lambda: True,
+        log=ConsoleLog(directory.console_log),
+        keyboard=lambda wake: Keyboard(directory.path, who="test", wake=wake),
+        mode=Mode(read_only=True, take=False, lines=1, terminal=False),
+    ).run()
+    assert capfd.readouterr().out == "login: GOODBYE\r\n"
 
 
 def test_a_pipe_that_may_not_type(qemu: Qemu, environ: dict[str, str], sit: Sit) -> None:

@@ -53,14 +53,15 @@ def console(tools: Tools, instance: InstanceId, read_only: bool, take: bool, lin
         raise click.UsageError("--read-only and --take exclude each other.")
     settings = tools.settings()
     folder = RunDir(settings.run_dir).find(instance)
-    record = _living(folder)
-    if record is None:
+    record = _recorded(folder)
+    if record is None or not _lives(record):
         raise Refused(_why_not_here(tools, instance, folder))
     mode = Mode(read_only=read_only, take=take, lines=lines, terminal=is_terminal())
     session = Session(
         instance,
         record,
-        living=lambda: _living(folder),
+        recorded=lambda: _recorded(folder),
+        lives=_lives,
         is_here=folder.path.is_dir,
         log=ConsoleLog(folder.console_log),
         keyboard=_keyboard(folder),
@@ -84,19 +85,21 @@ def console(tools: Tools, instance: InstanceId, read_only: bool, take: bool, lin
             raise
 
 
-def _living(folder: InstanceDir) -> Incarnation | None:
-    """The record of the living QEMU on this host; None when there is none.
+def _recorded(folder: InstanceDir) -> Incarnation | None:
+    """The record of the QEMU on this host; None when there is none.
 
     Raises:
         Refused: the record cannot be read.
     """
     try:
-        record = folder.read_incarnation()
+        return folder.read_incarnation()
     except (Unreadable, PermissionError, NotADirectoryError) as error:
         raise Refused(str(error)) from error
-    if record is None or record.pid is None or record.starttime is None:
-        return None
-    return record if kernel.is_alive(record.pid, record.starttime) else None
+
+
+def _lives(record: Incarnation) -> bool:
+    """Whether the QEMU of that record lives."""
+    return record.pid is not None and record.starttime is not None and kernel.is_alive(record.pid, record.starttime)
 
 
 def _keyboard(folder: InstanceDir) -> Callable[[Callable[[], None]], Keyboard]:

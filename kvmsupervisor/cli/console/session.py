@@ -38,6 +38,12 @@ LOOK_EVERY_S = 0.3
 TAKE_S = 3.0
 """How long the holder of the keyboard may take to release it: ten times what a living one needs (`LOOK_EVERY_S`)."""
 
+NOTED_S = 2.0
+"""How long the supervisor may take to note QEMU's end. Arbitrary: without a supervisor a person waits for so long."""
+
+WRITTEN_S = 0.1
+"""How long the supervisor's thread may take to write the log after that. Arbitrary."""
+
 _CONTROL = re.compile(
     rb"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI
     rb"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC, DCS, SOS, PM, APC, with what they hold
@@ -74,7 +80,9 @@ class Session:
     Args:
         instance: of the console.
         record: of its QEMU.
-        living: finds the record of a living QEMU; None when there is none.
+        recorded: reads the record of the instance's QEMU; None when there is none. The supervisor drops it after it
+            has seen QEMU's end, and has passed on its last output.
+        lives: tells whether the QEMU of a record lives.
         is_here: tells whether this host still runs the instance.
         log: of the console, to show.
         keyboard: makes a keyboard, from a function that wakes this session.
@@ -86,7 +94,8 @@ class Session:
         instance: InstanceId,
         record: Incarnation,
         *,
-        living: Callable[[], Incarnation | None],
+        recorded: Callable[[], Incarnation | None],
+        lives: Callable[[Incarnation], bool],
         is_here: Callable[[], bool],
         log: ConsoleLog,
         keyboard: Callable[[Callable[[], None]], Keyboard],
@@ -94,7 +103,8 @@ class Session:
     ) -> None:
         self._instance = instance
         self._record: Incarnation | None = record
-        self._living = living
+        self._recorded = recorded
+        self._lives = lives
         self._is_here = is_here
         self._log = log
         self._mode = mode
@@ -301,11 +311,13 @@ class Session:
 
     def _look_at_qemu(self) -> None:
         """Notice the end of QEMU, its next start, and that this host does not run the instance any more."""
-        found = self._living()
+        found = self._recorded()
+        if found is not None and not self._lives(found):
+            found = None
         if self._record is not None and (found is None or found.incarnation != self._record.incarnation):
-            self._record = None
             self._keyboard.disconnect()
-            self._print_rest()
+            self._print_rest(self._record)
+            self._record = None
             self._say("QEMU has ended" + (", waiting for the next one" if self._mode.terminal else ""))
             self._done = not self._mode.terminal
         if self._record is None and not self._done:
@@ -319,7 +331,16 @@ class Session:
             # A QEMU that has just been started does not listen yet: the next look tries again.
             self._keyboard.connect()
 
-    def _print_rest(self) -> None:
+    def _print_rest(self, ended: Incarnation) -> None:
+        """Print the last output of a QEMU that has ended: its supervisor, if there is one, passes it on a bit later."""
+        until = time.monotonic() + NOTED_S
+        while time.monotonic() < until and (found := self._recorded()) and found.incarnation == ended.incarnation:
+            self._print_log()
+            time.sleep(BUSY_S)
+        time.sleep(WRITTEN_S)
+        self._print_log()
+
+    def _print_log(self) -> None:
         while data := self._log.read():
             self._print(data)
 
