@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 
@@ -47,8 +48,18 @@ def ruleset(first: int, last: int, ports: Iterable[int]) -> str:
     )
 
 
+def ports_in(listed: str, first: int, last: int) -> frozenset[int]:
+    """The ports of the rule for these users, in what `nft list table` prints; none where it is not there as made."""
+    found = re.search(rf"meta skuid {first}-{last} tcp dport ([^\n]*) reject with tcp reset\n", listed)
+    if found is None or not re.search(r"type filter hook output priority [^;\n]*; policy accept;", listed):
+        return frozenset()
+    return frozenset(map(int, re.findall(r"\d+", found[1])))
+
+
 class PacketRule:
     """The rule for the users of one range.
+
+    Several may keep it: a supervisor, and containers in single mode. So ports that others have put in stay in it.
 
     Args:
         first: the first of them.
@@ -59,36 +70,27 @@ class PacketRule:
 
     def __init__(self, first: int, last: int, ports: Iterable[int], places: Sequence[str] = PLACES) -> None:
         self._places = places
-        self._table = table_of(first, last)
-        self._wanted = ruleset(first, last, ports)
-        self._seen: bytes | None = None
+        self._first, self._last = first, last
+        self._ports = frozenset(ports)
 
     async def keep(self) -> bool:
-        """Make the rule, unless it is as this has made it; whether it had to be made.
+        """Make the rule, unless it is there; whether it had to be made.
 
         Raises:
             NoRule: it cannot be had.
         """
-        if self._seen is not None and await self._listed() == self._seen:
+        there = await self._listed()
+        if self._ports <= there:
             return False
-        await self._nft("-f", "-", told=self._wanted.encode())
-        self._seen = await self._listed()
+        await self._nft("-f", "-", told=ruleset(self._first, self._last, self._ports | there).encode())
         return True
 
-    async def remove(self) -> None:
-        """Take the table away, if there is one.
-
-        Raises:
-            NoRule: it stays.
-        """
-        await self._nft("-f", "-", told=f"table inet {self._table}\ndelete table inet {self._table}\n".encode())
-        self._seen = None
-
-    async def _listed(self) -> bytes | None:
+    async def _listed(self) -> frozenset[int]:
         try:
-            return await self._nft("list", "table", "inet", self._table)
+            listed = await self._nft("list", "table", "inet", table_of(self._first, self._last))
         except NoRule:
-            return None
+            return frozenset()
+        return ports_in(listed.decode(errors="replace"), self._first, self._last)
 
     async def _nft(self, *words: str, told: bytes = b"") -> bytes:
         tool = shutil.which("nft", path=os.pathsep.join((os.environ.get("PATH", ""), *self._places)))

@@ -298,6 +298,13 @@ def _of_hosts(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
                 found=session.notice,
                 wanted="a host that supervises",
             )
+        for gap in () if session is None else session.gaps:
+            yield Finding(
+                instances=(),
+                key=layout.session_key(HostName(host)),
+                found=f"a wall between guests is missing on {host}: {gap}",
+                wanted="what it takes, or a setting that does without it (docs/security.md)",
+            )
 
 
 def _used_twice(cluster: Cluster) -> Iterator[Finding]:

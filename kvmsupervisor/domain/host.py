@@ -35,6 +35,7 @@ class HostSession:
         draining: whether it stops all its guests (`stop --all --local`), and starts none.
         history: the history of etcd in which its locks say what runs here; empty where none ever changed.
         lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
+        gaps: the walls between guests that cannot be had on it, each with the reason.
         moves: what live moves to it need; None where it takes part in none.
     """
 
@@ -50,6 +51,7 @@ class HostSession:
     draining: bool = False
     history: str = ""
     lock: str = ""
+    gaps: tuple[str, ...] = ()
     moves: MoveFacts | None = None
 
     def to_object(self) -> dict[str, Any]:

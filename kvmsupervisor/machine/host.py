@@ -71,6 +71,11 @@ class HostFacts:
         )
 
     @property
+    def gaps(self) -> tuple[str, ...]:
+        """The walls between guests that cannot be had, and why; nothing where an operator wants none."""
+        return () if self.users.is_own else tuple(f"{name}: {why}" for name, why in self.walls.lacking.items())
+
+    @property
     def privileged(self) -> bool:
         """Whether QEMU runs as root: a guest that breaks out of QEMU is then root on the host."""
         return self.users.is_own and os.geteuid() == 0

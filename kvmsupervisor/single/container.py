@@ -31,6 +31,7 @@ from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.instance.assembly import Outside, assemble_context
 from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.etcd_wall import etcd_wall
 from kvmsupervisor.machine.host import HostFacts
 from kvmsupervisor.machine.spawn import Launch
 from kvmsupervisor.single.identity import LET_GO_S, ContainerIdentity, end_session
@@ -127,6 +128,7 @@ class Container:
         self._member = identity.join(settings, outside, store=store, on_hosts=self._notify)
         session = self._member.session
         self._links = outside.links(self._on_links)
+        self._etcd_wall = etcd_wall(settings, manner.host_facts.users, outside.packet_rule, outside.clock)
         context = assemble_context(
             self._member,
             settings=settings,
@@ -216,6 +218,7 @@ class Container:
             self._publish,
             self._first_look,
             context.logs.run,
+            *self._etcd_wall.parts,
         )
         async with asyncio.TaskGroup() as parts:
             serving = [start_part(parts, part) for part in work]

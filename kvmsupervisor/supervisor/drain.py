@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 
 import structlog
 
 from kvmsupervisor.adapters.clock import Clock
-from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.process import Hidden
 from kvmsupervisor.adapters.rundir import AlreadyRunning, InstanceDir, RunDir
 from kvmsupervisor.aio import ended
-from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState, Unreadable
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.restart import after
-from kvmsupervisor.domain.timing import RETRY_CAP_S
 from kvmsupervisor.domain.view import Process, View
 from kvmsupervisor.instance.alone import see_to_its_end
 from kvmsupervisor.machine.guest_logs import GuestLogs
@@ -35,24 +31,21 @@ LOOK_EVERY_S = 0.2
 
 
 class DrainMark:
-    """What a supervisor knows of it: the mark in the run directory; and its session says so to other hosts.
+    """What a supervisor knows of it: the mark in the run directory.
 
     Args:
         run_dir: `KVM_RUN_DIR`.
         boot_id: of this boot; a mark of another one means nothing.
-        clock: the machine's.
 
     Attributes:
         on: whether this host stops all its guests.
     """
 
-    def __init__(self, run_dir: RunDir, *, boot_id: str, clock: Clock) -> None:
+    def __init__(self, run_dir: RunDir, *, boot_id: str) -> None:
         self.on = False
         self._run_dir = run_dir
         self._boot_id = boot_id
-        self._clock = clock
         self._listeners: list[Callable[[], None]] = []
-        self._changed = asyncio.Event()
 
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` whenever it came or went; return what ends that."""
@@ -65,21 +58,8 @@ class DrainMark:
         if on != self.on:
             self.on = on
             log.info("host.draining" if on else "host.drain_ended")
-            self._changed.set()
             for listener in self._listeners:
                 listener()
-
-    async def run_telling(self, session: Session) -> None:
-        """Have the session say it, for ever: nobody moves a guest here meanwhile."""
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await session.restate(replace(session.value, draining=self.on))
-            except EtcdError as error:
-                log.warning("host.drain_untold", reason=str(error))
-                await self._clock.sleep(RETRY_CAP_S)
-                self._changed.set()
 
 
 class Drain:

@@ -37,16 +37,17 @@ from kvmsupervisor.instance.containment import keep_going
 from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.etcd_wall import etcd_wall
 from kvmsupervisor.machine.host import HostFacts, look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.drain import DrainMark
-from kvmsupervisor.supervisor.etcd_wall import etcd_wall
 from kvmsupervisor.supervisor.failover import Failover
 from kvmsupervisor.supervisor.gate import Gate, open_gate
 from kvmsupervisor.supervisor.http_view import HttpView
 from kvmsupervisor.supervisor.identity import Standing
 from kvmsupervisor.supervisor.statuses import Statuses
+from kvmsupervisor.supervisor.telling import Telling
 
 log = structlog.get_logger(__name__)
 
@@ -175,7 +176,8 @@ class Host:
         )
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
-        self._etcd_wall = etcd_wall(settings, outside, host_facts)
+        self._etcd_wall = etcd_wall(settings, host_facts.users, outside.packet_rule, clock)
+        self._telling = Telling(self._session, clock, premises.drain, self._etcd_wall, host_facts.gaps)
         self.http_view = HttpView(
             host=me,
             instances=self._instances,
@@ -275,7 +277,7 @@ class Host:
     def served_at(self, url: str) -> None:
         """Have the session say where HTTP is served. Before `run`."""
         moves = None if self._gate is None else self._gate.moving.facts
-        self._session.value = replace(self._session.value, url=url, draining=self._premises.drain.on, moves=moves)
+        self._session.value = self._telling.said(replace(self._session.value, url=url, moves=moves))
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Run all parts until `stop`, then end them in order: decisions, statuses, connections.
@@ -286,7 +288,6 @@ class Host:
         Raises:
             HostnameTaken: another supervisor lives under this host's name; inside an exception group.
         """
-        drain = self._premises.drain
         again = asyncio.Event()
         work: tuple[Part, ...] = (
             self._wishes.run,  # first: reading a large cluster takes longest
@@ -294,7 +295,7 @@ class Host:
             self._history.run,
             partial(self._history.run_speaking, self._may_speak, self._speak),
             self._session.run,
-            partial(drain.run_telling, self._session),
+            self._telling.run,
             self._statuses.run,
             self._look_first,
             self._confirmations.run,

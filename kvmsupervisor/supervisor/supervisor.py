@@ -41,7 +41,7 @@ class Supervisor:
         self._outside = outside
         self._boot_id = outside.boot_id()
         self._run_dir = RunDir(settings.run_dir)
-        self._drain = DrainMark(self._run_dir, boot_id=self._boot_id, clock=outside.clock)
+        self._drain = DrainMark(self._run_dir, boot_id=self._boot_id)
         self._stop = asyncio.Event()
 
     def stop(self) -> None:

@@ -20,6 +20,7 @@ from kvmsupervisor.adapters.packet_rule import NoRule, PacketRule
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root has a packet filter and other users")
 
 FIRST, LAST, PORT, OTHER = 70_000, 79_999, 2379, 6789
+OURS = "kvmsupervisor_70000_79999"
 FOREIGN = "table inet theirs {\n\tchain output {\n\t\ttype filter hook output priority filter; policy accept;\n\t}\n}\n"
 
 
@@ -72,7 +73,7 @@ def kept_from() -> list[bool]:
 
 
 def test_its_users_reach_those_ports_no_more() -> None:
-    """Issue 15.2: by IPv4 and IPv6; other users, and other ports such as Ceph's, are as before."""
+    """Law: by IPv4 and IPv6; other users, and other ports such as Ceph's, are as before."""
     closed, open_ = [False] * 6, [True] * 8
     assert inside("kept_from") == [*closed, *open_, *[True] * 7]
 
@@ -87,24 +88,28 @@ def beside_others() -> list[Any]:
         theirs = PacketRule(90_000, 90_100, [PORT])
         await theirs.keep()
         found.append(await ours.keep())
-        await theirs.remove()
-        found.append(await rule(OTHER).keep())
+        nft("delete", "table", "inet", "kvmsupervisor_90000_90100")
+        # A container in single mode, which has the same users and another etcd.
+        found.append([await rule(OTHER).keep(), await ours.keep(), await rule(OTHER).keep()])
+        found.append(nft("list", "table", "inet", OURS))
+        # Somebody opens it.
+        nft("-f", "-", told=f"flush chain inet {OURS} output\n")
         found.append(await ours.keep())
         # Somebody loads the rules of the host anew.
         nft("flush", "ruleset")
         nft("-f", "-", told=FOREIGN)
         found.append(await ours.keep())
-        await ours.remove()
-        await ours.remove()
+        nft("delete", "table", "inet", OURS)
 
     asyncio.run(play())
     return [*found, nft("list", "ruleset")]
 
 
 def test_it_is_one_table_of_its_own() -> None:
-    """Law: made once, again where it is gone or another, and taken away; no other table is touched."""
-    once, *beside, left = inside("beside_others")
-    assert (once, beside) == ([True, False], [False, True, True, True])
+    """Law: made once, and again where it is gone; who keeps it beside us adds its ports; no other table is touched."""
+    once, beside, shared, listed, *again, left = inside("beside_others")
+    assert (once, beside, shared, again) == ([True, False], False, [True, False, False], [True, True])
+    assert f"{{ {PORT}, {OTHER} }}" in listed
     assert left == FOREIGN
 
 

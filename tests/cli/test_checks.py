@@ -45,6 +45,18 @@ def test_a_machine_that_ended_by_itself(world: World, restart: str, drains: bool
     assert world.run("check").exit_code == status
 
 
+def test_a_wall_that_is_missing(world: World) -> None:
+    """Law: who runs guests on a host that cannot keep them apart is told so, with the reason."""
+    gaps = ("etcd: nft is not installed (package nftables)",)
+    session = HostSession(host="alpha", version="1", url="http://alpha:9746", boot_id="b", gaps=gaps)
+    key = world.layout.session_key(HostName("alpha"))
+    world.etcd.write(key, session.to_json())
+    found = world.run("check")
+    assert found.exit_code == 1
+    assert f"a wall between guests is missing on alpha: {gaps[0]}" in found.stdout
+    assert key in found.stdout
+
+
 @pytest.mark.parametrize(
     ("keys", "since", "status"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -10,11 +11,10 @@ import structlog
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.packet_rule import NoRule
+from kvmsupervisor.adapters.users import QemuUsers
 from kvmsupervisor.aio import Part
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import EtcdWallKind
-from kvmsupervisor.instance.assembly import Outside
-from kvmsupervisor.machine.host import HostFacts
 
 log = structlog.get_logger(__name__)
 
@@ -47,13 +47,21 @@ def ports_of(settings: Settings) -> tuple[frozenset[int], frozenset[int]]:
     return frozenset(ports) - shared, shared
 
 
-def etcd_wall(settings: Settings, outside: Outside, host_facts: HostFacts) -> EtcdWall:
-    """The wall of this host. There is none where QEMUs have no users that nobody else has."""
-    uids, (ports, shared) = host_facts.users.uids, ports_of(settings)
-    make = outside.packet_rule
-    wanted = settings.etcd_wall is EtcdWallKind.AUTO and uids is not None and ports
-    rule = make(uids.first, uids.last, ports) if wanted and make is not None and uids is not None else None
-    return EtcdWall(rule, shared, outside.clock)
+def etcd_wall(
+    settings: Settings, who: QemuUsers, make: Callable[[int, int, Iterable[int]], Rule] | None, clock: Clock
+) -> EtcdWall:
+    """The wall of this host. There is none where QEMUs have no users that nobody else has.
+
+    Args:
+        settings: of this host.
+        who: QEMUs run as.
+        make: makes the rule for users, first to last, and ports; None where nothing may be done to the host's filter.
+        clock: the machine's.
+    """
+    ports, shared = ports_of(settings)
+    wanted = settings.etcd_wall is EtcdWallKind.AUTO and who.uids is not None and ports
+    rule = make(who.uids.first, who.uids.last, ports) if wanted and make is not None and who.uids is not None else None
+    return EtcdWall(rule, shared, clock)
 
 
 class EtcdWall:
@@ -63,12 +71,22 @@ class EtcdWall:
         rule: what it is made of; None where there shall be none.
         shared: the ports that it leaves open.
         clock: the machine's.
+
+    Attributes:
+        stands: whether it does.
+        gap: why it does not although it should; None as long as nothing is known against it.
     """
 
     def __init__(self, rule: Rule | None, shared: frozenset[int], clock: Clock) -> None:
         self._rule, self._shared, self._clock = rule, shared, clock
-        self._trouble: str | None = ""
+        self._listeners: list[Callable[[], None]] = []
         self.stands = False
+        self.gap: str | None = None
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` whenever `gap` has changed; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -88,8 +106,12 @@ class EtcdWall:
                 self._say(f"etcd is at port {at}, which guests' own networks need" if self._shared else None)
             await self._clock.sleep(LOOK_EVERY_S)
 
-    def _say(self, trouble: str | None) -> None:
-        self.stands = trouble is None
-        if trouble != self._trouble and trouble is not None:
-            log.warning("qemu.wall_missing", wall="etcd", reason=trouble)
-        self._trouble = trouble
+    def _say(self, gap: str | None) -> None:
+        self.stands = gap is None
+        if gap == self.gap:
+            return
+        self.gap = gap
+        if gap is not None:
+            log.warning("qemu.wall_missing", wall="etcd", reason=gap)
+        for listener in self._listeners:
+            listener()

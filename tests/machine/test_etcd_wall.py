@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.packet_rule import NoRule
 from kvmsupervisor.config.load import load_settings
-from kvmsupervisor.supervisor.etcd_wall import LOOK_EVERY_S, EtcdWall, ports_of
+from kvmsupervisor.machine.etcd_wall import LOOK_EVERY_S, EtcdWall, ports_of
 from tests.fakes.clock import FakeClock
 
 
@@ -36,7 +36,7 @@ class FakeRule:
     ],
 )
 def test_which_ports(endpoints: str, listen: str, closed: set[int], left: set[int], tmp_path: Path) -> None:
-    """Issue 15.2: etcd's, its members' beside it, the supervisor's own; not those that any guest's network needs."""
+    """Law: etcd's, its members' beside it, the supervisor's own; not those that any guest's network needs."""
     told = {"ETCD_ENDPOINTS": endpoints, "KVM_LISTEN": listen}
     assert ports_of(load_settings(told, default_config=tmp_path / "none.toml")) == (frozenset(closed), frozenset(left))
 
