@@ -244,6 +244,9 @@ class InstanceLock:
         known, epochs = self.view.lock, [record.epoch]
         if known is not None and not is_older(known, epoch=record.epoch, incarnation=record.incarnation):
             epochs.append(known.epoch + 1)
+        if status is not None and status.incarnation == record.incarnation:
+            # Ours, maybe written before it was seen that etcd has another history.
+            status = None
         # A status does not say in which history it was written: it goes with its lock, and is as old as that.
         if status is not None and found is not None and record.is_after(record.history, found.mod_revision, era):
             epochs.append(status.epoch + 1)

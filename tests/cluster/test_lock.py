@@ -8,9 +8,10 @@ import pytest
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Target, Unavailable
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed, compares
-from kvmsupervisor.domain.history import FIRST_ERA
+from kvmsupervisor.domain.history import FIRST_ERA, Era
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState, Storage
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.etcd import FakeEtcd
@@ -205,6 +206,19 @@ async def test_the_same_value_written_by_somebody_else_is_a_change(bench: Bench)
     with pytest.raises(SwapFailed):
         await bench.write(NEXT)
     assert bench.stored == MINE
+
+
+@pytest.mark.parametrize(("incarnation", "epoch"), [("x", 1), ("of a former machine", 2), (None, 2)])
+async def test_the_epoch_of_one_that_lives(bench: Bench, incarnation: str | None, epoch: int) -> None:
+    """Law 11: a status that came with another history may be of a machine before; this QEMU's own raises nothing."""
+    last = replace(LAST, phase=Phase.RUNNING, incarnation=incarnation)
+    bench.etcd.write(STATUS_KEY, last.to_json())
+    era = Era(count=1, number=1, since=bench.etcd.revision, mark="second")
+    record = Incarnation(
+        instance="1", incarnation="x", epoch=1, boot_id="boot-1", argv=(), spec={}, storage=Storage.NONE,
+        accelerator="tcg", restart_request=None, revision=bench.etcd.revision + 9, log_offset=0, spawned_at=1.0,
+    )  # fmt: skip
+    assert await bench.lock.epoch_of_the_living(record, bench.lock.view, era) == epoch
 
 
 async def test_a_reassertion_needs_an_absent_lock_and_the_session(bench: Bench) -> None:

@@ -74,8 +74,8 @@ def test_a_guest_that_does_not_run_is_not_up(keys: Keys, hosts: Hosts, tiny: str
     status = host.wait_for("1", lambda status: status.run_state == "paused")
     assert (status.phase, host.metric("instance_up", instance="1")) == (Phase.RUNNING, 0)
     assert host.metric("instance_run_state", instance="1", state="paused") == 1
-    listed = host.cli("list")
-    assert "running (paused)" in listed.stdout
+    # What etcd has may come a moment later.
+    eventually("the list", lambda: "running (paused)" in host.cli("list").stdout)
     assert host.cli("check").returncode == 1
     host.ask("1", "cont")
     host.wait_for("1", lambda status: status.up)
