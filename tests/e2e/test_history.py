@@ -144,6 +144,8 @@ def holds(host: Host, ids: list[str]) -> None:
     """These are held, and no others; metric, status and both commands say so."""
     wait(host, ids, lambda status: status.held)
     eventually("the metric", lambda: host.metric("removals_held") == len(ids))
+    for one in ids:
+        host.keys.wait_status(one, lambda status: status.held)
     checked, shown = host.cli("check").stdout, host.cli("confirm-removal").stdout
     assert f"holds the removal of {len(ids)} instances: {', '.join(ids)}" in shown.replace("\n", " ")
     for one in ids:

@@ -56,13 +56,14 @@ def test_a_bridge_that_is_made_again(lan: Lan, host: Host, tiny: str) -> None:
     tap = tap_of(lan)
     eventually("the NIC to be seen", lambda: "instance_nic_plugged{" in host.metrics())
     assert host.metric("instance_nic_plugged", instance="net", nic="nic0") == 1
-    assert host.cli("check").returncode == 0
+    eventually("nothing to find", lambda: host.cli("check").returncode == 0)
 
     lan.inside.run("ip", "link", "del", "br9")
     status = host.wait_for("net", lambda status: bool(status.unplugged))
     assert status.phase is Phase.RUNNING
     assert f"its nic0 ({tap}) has no network: there is no bridge br9" in status.reason
     assert host.metric("instance_nic_plugged", instance="net", nic="nic0") == 0
+    host.keys.wait_status("net", lambda status: bool(status.unplugged))
     found = host.cli("check")
     assert found.returncode == 1
     assert "there is no bridge br9" in found.stdout

@@ -241,6 +241,7 @@ def test_a_dead_host(keys: Keys, hosts: Hosts, tiny: str) -> None:
     assert status.phase is Phase.WAITING
     assert "beta holds its lock" in status.reason
     assert _lock(keys, "disk").host == "beta"
+    keys.wait_status("disk", lambda s: s.host == "alpha" and "no session" in s.reason)
     found = alpha.cli("check", "disk")
     assert found.returncode == 1
     assert "beta" in found.stdout
