@@ -80,7 +80,7 @@ async def create(
     if wish.problems and not force:
         raise Refused(_problems_message(f"{instance} was not created", wish.problems))
     if not force:
-        _refuse_absent_host(f"{instance} was not created", wish, cluster)
+        refuse_absent_host(f"{instance} was not created", wish, cluster)
     result = await store.txn(
         [
             Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
@@ -142,8 +142,8 @@ async def change(
         if new and not force:
             raise Refused(_problems_message(f"{instance} was not changed", new))
         if "host" in values and not force:
-            _refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
-            _refuse_to_leave_files(f"{instance} was not changed", parse_wish(instance, merged), found)
+            refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
+            refuse_to_leave_files(f"{instance} was not changed", parse_wish(instance, merged), found)
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
@@ -386,7 +386,7 @@ def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
     return []
 
 
-def _refuse_to_leave_files(what: str, wish: Wish, found: Instance) -> None:
+def refuse_to_leave_files(what: str, wish: Wish, found: Instance) -> None:
     """Refuse a `host` that has not its local disks: they do not go along.
 
     Raises:
@@ -402,7 +402,7 @@ def _refuse_to_leave_files(what: str, wish: Wish, found: Instance) -> None:
         )
 
 
-def _refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:
+def refuse_absent_host(what: str, wish: Wish, cluster: Cluster) -> None:
     """Refuse a `host` without a session: a typo, or a host that is down.
 
     Raises:
