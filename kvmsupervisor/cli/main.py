@@ -55,6 +55,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "move": LazyCommand("move_command", "move", "Move an instance to another host, while it runs if it can."),
     "apply": LazyCommand("wish_files.apply_command", "apply", "Make instances as files say: show, ask, write."),
     "export": LazyCommand("wish_files.export_command", "export", "Print instances as a file that `apply` reads."),
+    "import": LazyCommand("imports.command", "import_command", "Print a machine of libvirt or Proxmox as such a file."),
     "image": LazyCommand("image_command", "image", "Keep the image library: add, list, remove, fetch."),
     "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a file that opens an instance's display."),

@@ -48,7 +48,7 @@ def differences(present: Mapping[str, str], wanted: Mapping[str, str]) -> Iterat
         present: the keys that the instance has.
         wanted: the keys that the file names.
     """
-    for key in sorted({*present, *wanted}, key=lambda key: (_ORDER.get(key, len(_ORDER)), natural(key))):
+    for key in sorted({*present, *wanted}, key=in_order):
         before, after = present.get(key), wanted.get(key)
         if after is None:
             if key not in LEFT:
@@ -57,6 +57,11 @@ def differences(present: Mapping[str, str], wanted: Mapping[str, str]) -> Iterat
             yield Change(key, before, after)
 
 
+def in_order(key: str) -> tuple[int, tuple[tuple[int, int, str], ...]]:
+    """Sort key of names of keys: as they are explained, then in natural order."""
+    return _ORDER.get(key, len(_ORDER)), natural(key)
+
+
 def _shown(key: str, text: str) -> str:
     first, *more = public_value(key, text.strip().encode()).decode(errors="replace").splitlines() or [""]
-    return f"{first} … ({len(more)} more lines)" if more else first
+    return f"{first} … ({len(more)} more line{'s' if len(more) > 1 else ''})" if more else first

@@ -8,15 +8,15 @@ import click
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.choice import WORD, Word, chosen
-from kvmsupervisor.cli.cluster import Cluster, natural, read_cluster
+from kvmsupervisor.cli.cluster import Cluster, read_cluster
 from kvmsupervisor.cli.common import Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.filters import LABEL, Filters
 from kvmsupervisor.cli.output import note, printable, printable_bytes
+from kvmsupervisor.cli.wish_files.difference import in_order
 from kvmsupervisor.cli.wish_files.reading import IMAGES, written
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import SECRET_KEYS
 
 ORDERS = frozenset({"restart_request"})
@@ -49,18 +49,14 @@ def export(tools: Tools, words: Sequence[Word], labels: Sequence[tuple[str, str]
         images = [(kv.key.decode(errors="replace").removeprefix(prefix), kv.value) for kv in cluster.images]
         click.echo(written(IMAGES, _texts(IMAGES, images, lost)))
     for one in found:
-        keys = [(name.decode(errors="replace"), raw.value) for name, raw in sorted(one.keys.items(), key=_rank)]
+        keys = [(name.decode(errors="replace"), raw.value) for name, raw in one.keys.items()]
+        keys.sort(key=lambda pair: in_order(pair[0]))
         left = [name for name, _ in keys if name in ORDERS or (name in SECRET_KEYS and not secrets)]
         if hidden := [name for name in left if name in SECRET_KEYS]:
             note(f"{one.id}: {', '.join(hidden)} left out; --secrets writes it")
         click.echo(written(one.id, _texts(one.id, [pair for pair in keys if pair[0] not in left], lost)))
     if lost:
         raise Refused("not all could be written as text: " + ", ".join(lost))
-
-
-def _rank(pair: tuple[bytes, object]) -> tuple[int, tuple[tuple[int, int, str], ...]]:
-    name = pair[0].decode(errors="replace")
-    return (WISH_KEYS.index(name) if name in WISH_KEYS else len(WISH_KEYS), natural(name))
 
 
 def _texts(part: str, pairs: Sequence[tuple[str, bytes]], lost: list[str]) -> list[tuple[str, str]]:
