@@ -164,6 +164,16 @@ def test_the_smallest() -> None:
     assert small.keys == {"ram": "1024", "restart": "never"}
 
 
+def test_the_disk_that_is_booted_comes_first() -> None:
+    """Law: by its order, not by its place."""
+    disks = "".join(
+        f"<disk type='file'><source file='/{name}'/><target dev='{name}'/>{boot}</disk>"
+        for name, boot in (("vda", ""), ("vdb", "<boot order='2'/>"), ("vdc", "<boot order='1'/>"))
+    )
+    machine = read(f"<domain><name>a</name><memory>1</memory><devices>{disks}</devices></domain>")
+    assert [one.partition(":")[0] for one in machine.left if "qemu-img" in one] == ["disk vdc", "disk vdb", "disk vda"]
+
+
 def test_paths_are_words_of_a_shell() -> None:
     """Law: a command that people paste does what it says, whatever a file's name is."""
     assert """qemu-img convert -O qcow2 '/var/lib/my images/db'"'"'1.img' db-1.qcow2""" in left(read(DOMAIN))

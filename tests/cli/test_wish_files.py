@@ -288,6 +288,19 @@ def test_prune_needs_a_label(world: World, file: Path) -> None:
     assert keys_of(world, "old")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing\n", ".x-web: {ram: 1G}\n"])
+def test_files_without_an_instance_prune_nothing(world: World, tmp_path: Path, text: str) -> None:
+    """Law: a template that came to nothing, or an empty folder, removes no machine."""
+    world.keys("web3", host="alpha", ram="1G", **{"x-team": "shop"})
+    (tmp_path / "shop.yaml").write_text(text)
+    (tmp_path / "none").mkdir()
+    for name in ("shop.yaml", "none"):
+        refused = world.run("apply", "-f", str(tmp_path / name), "--prune", "-l", "x-team=shop", "--yes")
+        assert refused.exit_code == 1
+        assert "nothing was written" in refused.stderr
+    assert keys_of(world, "web3")
+
+
 def test_without_a_terminal_the_word_is_needed(world: World, file: Path) -> None:
     """Law: a job that forgets --yes changes nothing."""
     world.host("alpha")

@@ -82,7 +82,8 @@ def _domain(domain: Element) -> Machine:
         machine.leave(f"domain type {domain.get('type')}", "machines are QEMU's")
     _computer(machine, domain)
     devices = domain.find("devices")
-    for device in devices if devices is not None else ():
+    # The first disk is booted here; there it is the one with the least order, wherever it stands.
+    for device in sorted(devices if devices is not None else (), key=_boot_order):
         _device(machine, device)
     if said := (domain.findtext("description") or domain.findtext("title") or "").strip():
         machine.keys["description"] = said
@@ -255,6 +256,13 @@ def _display(machine: Machine, display: Element) -> None:
 def _plain(element: Element) -> str:
     """Its name without a namespace."""
     return str(element.tag).rpartition("}")[2]
+
+
+def _boot_order(device: Element) -> int:
+    """Its place among those that are booted from; behind them all without one."""
+    boot = device.find("boot")
+    order = "" if boot is None or _plain(device) != "disk" else boot.get("order", "")
+    return int(order) if order.isdecimal() else 1 << 16
 
 
 def _target(channel: Element) -> str:

@@ -229,6 +229,8 @@ def _objections(
             parse_image(image_name(entry.name), entry.after)
         except Unfit as unfit:
             yield f"{IMAGES}: {entry.name}: {unfit}"
+    if labels and not wanted.instances:
+        yield "the files have no instance: a template that came to nothing would remove all; `delete` removes instances"
     for instance, keys in wanted.instances.items():
         for key, value in labels:
             if keys.get(key, "").strip() != value:
