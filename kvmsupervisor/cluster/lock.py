@@ -242,7 +242,8 @@ class InstanceLock:
         if self.view.mod_revision != seen.mod_revision:
             raise SwapFailed("the lock changed meanwhile")
         known, epochs = self.view.lock, [record.epoch]
-        if known is not None and not is_older(known, epoch=record.epoch, incarnation=record.incarnation):
+        if known is not None:
+            # Also where it is the same: another host began anew with it, and no two have one epoch (law 2).
             epochs.append(known.epoch + 1)
         if status is not None and status.incarnation == record.incarnation:
             # Ours, maybe written before it was seen that etcd has another history.

@@ -24,6 +24,10 @@ PLACEMENT_KEY = "/kvmsupervisor/placements/1"
 NEXT = MINE.recorded(pid=7, starttime=8, clients=())
 THEIRS = replace(MINE, host=HostName("b"), epoch=2, incarnation="y")
 LAST = Status(id="1", host="a", phase=Phase.STOPPED, reason="it has no `host`", since="now", epoch=1)
+RECORD = Incarnation(
+    instance="1", incarnation="x", epoch=1, boot_id="boot-1", argv=(), spec={}, storage=Storage.NONE,
+    accelerator="tcg", restart_request=None, revision=1, log_offset=0, spawned_at=1.0,
+)  # fmt: skip
 
 
 class Bench:
@@ -214,10 +218,7 @@ async def test_the_epoch_of_one_that_lives(bench: Bench, incarnation: str | None
     last = replace(LAST, phase=Phase.RUNNING, incarnation=incarnation)
     bench.etcd.write(STATUS_KEY, last.to_json())
     era = Era(count=1, number=1, since=bench.etcd.revision, mark="second")
-    record = Incarnation(
-        instance="1", incarnation="x", epoch=1, boot_id="boot-1", argv=(), spec={}, storage=Storage.NONE,
-        accelerator="tcg", restart_request=None, revision=bench.etcd.revision + 9, log_offset=0, spawned_at=1.0,
-    )  # fmt: skip
+    record = replace(RECORD, revision=bench.etcd.revision + 9)
     assert await bench.lock.epoch_of_the_living(record, bench.lock.view, era) == epoch
 
 
@@ -235,6 +236,17 @@ async def test_a_reassertion_needs_an_absent_lock_and_the_session(bench: Bench) 
     with pytest.raises(SwapFailed):
         await bench.lock.reassert(NEXT, FIRST_ERA)
     assert bench.stored is None
+
+
+@pytest.mark.parametrize("name", ["w", "y"], ids=["lesser", "greater"])
+async def test_no_two_have_one_epoch(bench: Bench, name: str) -> None:
+    """Law 2: where another host began anew with the epoch of one that lives, that one gets the next, whatever its name.
+
+    The machine was removed and made again while its host was away (simulation, seed 8621).
+    """
+    bench.etcd.write(LOCK_KEY, replace(THEIRS, epoch=1, incarnation=name).to_json())
+    await bench.lock.look()
+    assert await bench.lock.epoch_of_the_living(RECORD, bench.lock.view, FIRST_ERA) == 2
 
 
 async def test_a_lost_reply_to_a_write_that_was_done_is_a_success(bench: Bench) -> None:
