@@ -184,6 +184,20 @@ class Following:
         if self._history.era != self.era:
             raise AnotherHistory("etcd has another history")
 
+    async def _prove_list(self, era: int) -> None:
+        """Prove the history of a list. After the list: the proof then asks the member that answered the list.
+
+        Args:
+            era: in which the list was begun.
+
+        Raises:
+            AnotherHistory: another one was found since. The list may be the former history's, or be older than the
+                new one's name.
+        """
+        await self._history.prove()
+        if self._history.era != era:
+            raise AnotherHistory("etcd has another history")
+
     def _note(self, error: EtcdError) -> None:
         """Remember what is wrong; log it when it differs from what was wrong before."""
         before, self._trouble = self._trouble, (type(error), f"{self._prefix} cannot be read: {error}")
@@ -232,7 +246,7 @@ class Informer(Following, Generic[LabelT]):
         self._on_change = on_change
 
     async def _list(self) -> None:
-        stage = self._table.begin(fresh=True)
+        stage, era = self._table.begin(fresh=True), self._history.era
         revision = 0
         newest: list[tuple[bytes, bytes, int, int, int]] = []
         async with aclosing(self._store.pages(self._prefix)) as pages:
@@ -244,13 +258,12 @@ class Informer(Following, Generic[LabelT]):
                         newest = heapq.nlargest(KEPT, [*newest, *entries], key=_BY_REVISION)
                     await asyncio.sleep(0)
                 revision = page.revision
-        # After the list: the proof then asks the member that answered the list, not an earlier one.
-        await self._history.prove()
+        await self._prove_list(era)
         self._listed = True
         self._well()
         for key, value, mod_revision, _, _ in newest:
             self._history.saw(key, mod_revision, value)
-        self._commit(stage, revision, era=self._history.era)
+        self._commit(stage, revision, era=era)
         self.synced.set()
 
     async def _follow(self) -> Never:

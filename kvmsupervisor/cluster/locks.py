@@ -118,7 +118,7 @@ class Locks(Following):
         for ready in self._first:
             await ready.wait()
         found: dict[InstanceId, Entry] = {}
-        wanted = self._seen.keys() | self._unread.keys()
+        wanted, era = self._seen.keys() | self._unread.keys(), self._history.era
         async with aclosing(self._store.pages(self._prefix)) as pages:
             async for page in pages:
                 for begin in range(0, len(page.entries), SLICE):
@@ -128,11 +128,10 @@ class Locks(Following):
                             found[name] = Entry(value[: VALUE_LIMIT + 1], mod_revision, create_revision, lease)
                     await asyncio.sleep(0)
                 revision = page.revision
-        # After the list, as an `Informer` does.
-        await self._history.prove()
+        await self._prove_list(era)
         self._well()
         self._listed = True
-        self.era = self._history.era
+        self.era = era
         self._seen = {name: Seen(found.get(name), revision) for name in wanted | found.keys()}
         for name in wanted:
             self._unread.pop(name, None)

@@ -120,6 +120,31 @@ async def test_another_history_that_is_found_beside_a_quiet_watch_is_listed(benc
         assert (informer.era, informer.in_step) == (1, True)
 
 
+class Finding(SameHistory):
+    """A proof that finds another history, once: that of `there`, a moment after the list."""
+
+    def __init__(self, etcd: FakeEtcd, there: FakeEtcd) -> None:
+        self.era = 0
+        self._etcd, self._there = etcd, there
+
+    async def prove(self) -> None:
+        if self.era == 0:
+            self._etcd.restore(self._there)
+            self.era = 1
+
+
+async def test_a_list_that_began_in_a_former_history_is_read_again(bench: Bench) -> None:
+    """Law 11: it is that history's, or is older than the name of the new one (simulation, seed 3443)."""
+    there = FakeEtcd()
+    there.write("/p/there", "1")
+    bench.etcd.write("/p/here", "1")
+    informer = bench.informer(history=Finding(bench.etcd, there))
+    async with running(informer):
+        assert bench.held() == {"/p/there": b"1"}
+        assert bench.told == [({b"/p/there"}, bench.etcd.revision)]
+        assert (informer.era, informer.in_step) == (1, True)
+
+
 async def test_an_empty_prefix_is_in_step_and_tells_of_nothing(bench: Bench) -> None:
     """Nobody is called for nothing, yet the first sync is signalled."""
     informer = bench.informer()

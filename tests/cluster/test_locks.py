@@ -8,7 +8,7 @@ import pytest
 
 from kvmsupervisor.cluster.locks import READ_AT_ONCE, SPARE, Locks
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from tests.cluster.test_informer import running
+from tests.cluster.test_informer import Finding, running
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.history import SameHistory
@@ -147,6 +147,18 @@ async def test_another_history_is_read_whole(bench: Bench) -> None:
         assert bench.locks.era == bench.history.era
         assert bench.told[0] == {ONE, TWO}
         assert (bench.value(ONE), bench.value(TWO)) == (None, b'"a"')
+
+
+async def test_a_list_that_began_in_a_former_history_is_read_again(bench: Bench) -> None:
+    """Law 11: as an informer does."""
+    there = FakeEtcd()
+    there.write(LAYOUT.lock_key(TWO), '"a"')
+    bench.lock(ONE, '"a"')
+    bench.locks._history = Finding(bench.etcd, there)
+    async with running(bench.locks):
+        assert (bench.value(ONE), bench.value(TWO)) == (None, b'"a"')
+        assert bench.told == [{TWO}]
+        assert (bench.locks.era, bench.locks.in_step) == (1, True)
 
 
 async def test_locks_that_concern_it_no_more_are_let_go(bench: Bench) -> None:
