@@ -40,10 +40,6 @@ UNPROVEN = (
     "`power=off` since then wait for `kvmsupervisor confirm-removal`"
 )
 
-FORMER_KEPT, FORMER_WITNESSES = 8, 4
-"""How many former histories are remembered, and with how many keys. Arbitrary: a person who tries one etcd after the
-other makes no more, and the newest key alone decides while etcd has its revision."""
-
 SPEAK_POLL_S = 0.2
 """How often to look whether all locks are written again, after a change. Arbitrary: this is seldom, and soon over."""
 
@@ -259,7 +255,7 @@ class History:
         # First the steps that may fail.
         former, formers = self._id, self._formers
         if verdict is Verdict.OTHER and former and self.spoken:
-            formers = (*(one for one in formers if one.id != former), self._as_former())[-FORMER_KEPT:]
+            formers = self._as_former().added_to(formers)
         found = await (self._rename() if verdict is Verdict.OTHER else self._look())
         name, since = found.name, found.since
         self.era += 1
@@ -277,7 +273,7 @@ class History:
             return
         self.changes += 1
         # No name: etcd is empty, or belongs to another cluster that never had one. The hosts tell which.
-        self._formers = formers
+        self._formers = formers if name is None else name.with_former(formers)
         follows = name is not None and name.follows({former, *(one.id for one in formers)})
         self._foreign = found.missing or not follows
         self._members = frozenset(self._sessions) if found.missing else frozenset()
@@ -342,11 +338,12 @@ class History:
     async def _left_for_good(self, name: HistoryName | None) -> Former | None:
         """The former history that a store has the name of, where nobody goes on with that: an older backup."""
         former = next((one for one in self._formers if name is not None and one.id == name.id), None)
-        if former is None or name is None or name.id == self._id or not former.witnesses:
+        if former is None or name is None or name.id == self._id:
             return None
-        verdict = await judge_by(self._store, former.witnesses)
         is_copy = former.cluster not in {0, self._store.cluster}
-        return former if verdict is Verdict.OTHER or is_copy else None
+        # Of a history before this host's boot it knows the name only: nothing proves that anybody goes on with that.
+        is_proven = former.witnesses and await judge_by(self._store, former.witnesses) is not Verdict.OTHER
+        return None if is_proven and not is_copy else former
 
     def _as_former(self) -> Former:
         """The present history, for when it is left."""
@@ -354,7 +351,7 @@ class History:
             id=self._id,
             cluster=self._cluster,
             hosts=tuple(sorted(self._sessions)),
-            witnesses=tuple(self._witnesses.newest()[:FORMER_WITNESSES]),
+            witnesses=tuple(self._witnesses.newest()[: Former.WITNESSES]),
         )
 
     async def _name_first(self) -> None:
@@ -391,6 +388,7 @@ class History:
                 self._since, self._until = revision, self._clock.now() + self._patience_s
             if name.number:
                 self._must_speak()
+            self._formers = name.with_former(self._formers)
             self._id, self._number = name.id, name.number
             self._dirty.set()
         self._named = name

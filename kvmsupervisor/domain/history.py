@@ -13,6 +13,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from typing import ClassVar
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.lock import Lock, Storage
@@ -140,6 +141,12 @@ class HistoryName:
         """Whether it is one of these histories, or comes after one of them."""
         return not {self.id, self.after, self.found or self.after}.isdisjoint(names)
 
+    def with_former(self, formers: tuple[Former, ...]) -> tuple[Former, ...]:
+        """The former histories, and the one before this: a host that has booted since then knows that by its name."""
+        if not self.after or any(one.id == self.after for one in formers):
+            return formers
+        return (Former(id=self.after), *formers)[-Former.KEPT :]
+
     def to_json(self) -> bytes:
         """As the key holds it."""
         return compact(self)
@@ -165,13 +172,22 @@ class Former:
         id: its name.
         cluster: the id of etcd's cluster; 0 where it is not known.
         hosts: those that had a session in it.
-        witnesses: the newest keys that were observed in it.
+        witnesses: the newest keys that were observed in it; none where this host knows it by name only.
     """
+
+    KEPT: ClassVar = 8
+    WITNESSES: ClassVar = 4
+    """How many former histories are remembered, and with how many keys. Arbitrary: a person who tries one etcd after
+    the other makes no more, and the newest key alone decides while etcd has its revision."""
 
     id: str
     cluster: int = 0
     hosts: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
+
+    def added_to(self, formers: Iterable[Former]) -> tuple[Former, ...]:
+        """Those that are remembered once this one is left."""
+        return (*(one for one in formers if one.id != self.id), self)[-self.KEPT :]
 
 
 @frozen(kw_only=True)

@@ -21,7 +21,7 @@ from kvmsupervisor.cluster.history import FILE_NAME, History
 from kvmsupervisor.domain.history import EPOCHS_PER_HISTORY, HistoryName
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Lock, LockState
+from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
@@ -437,6 +437,33 @@ async def test_back_from_another_clusters_etcd(bench: Bench) -> None:
     # `b` has no session, so it was taken over: it runs once.
     assert lock(bench, "1").epoch == 3
     assert len(bench.qemus.running) == 2
+
+
+async def test_back_from_a_copy_that_it_has_booted_into(bench: Bench) -> None:
+    """Law 11: it knows its cluster's history by the name in the copy only. It is no stranger there, and proves nothing.
+
+    The machine without a disk has run in both meanwhile: the greater epoch stays (simulation, seeds 8194 and 8826).
+    """
+    name = LAYOUT.history_key
+    make(bench.etcd, "1", host="b")
+    bench.etcd.write(name, HistoryName(id="ours", by="b").to_json())
+    theirs = Lock(host=HostName("b"), boot_id="bb", epoch=5, state=LockState.RUNNING, incarnation="i")
+    bench.etcd.write(LAYOUT.lock_key(InstanceId("1")), replace(theirs, storage=Storage.NONE).to_json())
+    ours = bench.etcd.backup()
+    bench.etcd.write(name, HistoryName(id="copy", number=1, after="ours", by="b").to_json())
+    bench.etcd.erase(LAYOUT.lock_key(InstanceId("1")))
+    bench.etcd.write("/kvm/1/host", ME)
+    await bench.begin(virtual_s=60.0)
+    assert lock(bench, "1").epoch > EPOCHS_PER_HISTORY
+    await bench.end()
+    ours.write("/kvm/1/x-note", "b goes on there")
+    bench.etcd.restore(ours)
+    bench.there("b")
+    await bench.begin(virtual_s=60.0)
+    named = HistoryName.from_json(bench.etcd.data[name])
+    assert named is not None
+    assert (named.number, named.after, named.found) == (2, "copy", "ours")
+    assert (lock(bench, "1").host, lock(bench, "1").pid) == (ME, bench.of("1")["1"].pid)
 
 
 async def test_a_lock_of_a_former_history_says_nothing(bench: Bench) -> None:
