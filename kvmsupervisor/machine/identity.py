@@ -58,9 +58,9 @@ class ProcessIdentity:
         return told | name_of(self.instance, self.incarnation)
 
 
-def name_of(instance: str, incarnation: str) -> dict[str, str]:
-    """The variables that identify the process, wherever it was started from."""
-    return {INSTANCE_MARK: instance, INCARNATION_MARK: incarnation}
+def name_of(instance: str, incarnation: str | None) -> dict[str, str]:
+    """The variables that identify the process, wherever it was started from; any of an instance's without a name."""
+    return {INSTANCE_MARK: instance} | ({} if incarnation is None else {INCARNATION_MARK: incarnation})
 
 
 def environment_of(identity: ProcessIdentity) -> dict[str, str]:
@@ -96,9 +96,12 @@ def reopen(processes: Processes, record: Incarnation, *, on_end: Callable[[], No
 
 
 def pid_of(
-    processes: Processes, instance: str, incarnation: str, *, pid: int | None, starttime: int | None
+    processes: Processes, instance: str, incarnation: str | None, *, pid: int | None, starttime: int | None
 ) -> int | None:
-    """The pid of an incarnation's living process, by pid and start time where they are known; None without one."""
+    """The pid of an incarnation's living process, by pid and start time where they are known; None without one.
+
+    Without an incarnation it may be any of the instance.
+    """
     if pid is not None and starttime is not None:
         return pid if processes.is_alive(pid, starttime) else None
     return next(processes.find(name_of(instance, incarnation)), None)

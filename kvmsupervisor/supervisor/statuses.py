@@ -89,6 +89,7 @@ class Statuses:
 
     def _may_live(self, status: Status) -> bool:
         """Whether a status that tells of a QEMU here may be right: a record of it may be in another run directory."""
-        if not status.tells_of_a_process or status.incarnation is None:
+        if not status.tells_of_a_process:
             return True
+        # Without an incarnation its record could not be read: then it may be any QEMU of that instance.
         return pid_of(self._processes, status.id, status.incarnation, pid=None, starttime=None) is not None

@@ -440,6 +440,34 @@ async def test_what_cannot_be_read_is_told(bench: Bench, spoilt: Callable[[Path]
     assert (status.phase, status.reason) == (Phase.RUNNING, "runs")
 
 
+async def test_what_could_not_be_read_and_is_gone_is_not_said_to_live(bench: Bench) -> None:
+    """A person has ended it, and it is to run elsewhere: its status, which has no incarnation, is taken back.
+
+    Otherwise its next host waits for this one for ever (simulation, seed 3206).
+    """
+    qemus = await two_run(bench)
+    await bench.end()
+    spoil(bench.path / "1" / "incarnation.json")
+    await bench.begin(virtual_s=60.0)
+    told = Status.from_json(bench.etcd.data["/kvmsupervisor/instances/1"])
+    assert told is not None
+    assert (told.pid, told.incarnation) == (qemus["1"].pid, None)
+    await bench.end()
+    bench.there("b")
+    bench.etcd.write("/kvm/1/host", "b")
+    bench.etcd.erase("/kvm/1/lock")
+    (bench.path / "1" / "incarnation.json").unlink()
+    await bench.begin(virtual_s=60.0)
+    assert bench.etcd.data["/kvmsupervisor/instances/1"] == told.to_json()
+    await bench.end()
+    qemus["1"].crash()
+    await bench.begin(virtual_s=60.0)
+    told = Status.from_json(bench.etcd.data["/kvmsupervisor/instances/1"])
+    assert told is not None
+    assert (told.phase, told.pid) == (Phase.STOPPED, None)
+    assert bench.of("1", "2") == {"2": qemus["2"]}
+
+
 async def test_a_folder_that_was_copied(bench: Bench) -> None:
     """A record of another instance is none of this one: two loops would have one QEMU."""
     qemus = await two_run(bench)
