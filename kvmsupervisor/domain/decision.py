@@ -186,7 +186,7 @@ class Row(Enum):
     RUNS_GROW        = Cells("ran",        "any",                      "run keep",      "grow",
                              "its images were not looked at for a while")
     RUNS_ROOM        = Cells("ran",        "any",                      "run keep",      "room",
-                             "a full file system has stopped its guest")
+                             "a disk's error has stopped its guest")
     RUNS             = Cells("ran",        "any",                      "run keep",      "wait",
                              "as it should be")
 

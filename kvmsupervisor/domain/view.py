@@ -51,7 +51,7 @@ class Action(Enum):
     PLUG = "plug its NICs in again"
     GROW = "look whether its images grew, and tell QEMU"
     MEDIUM = "change the medium in its CD-ROM drive"
-    ROOM = "look whether a guest that lacks room on its disk's file system can go on"
+    ROOM = "look why a disk's error has stopped its guest, and whether it can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end, whose guest powered itself off"
     QUIT = "tell QEMU to end"
@@ -114,8 +114,8 @@ class Process:
         probe_at: when the next probe is due.
         grow_at: when to look at its images again; never for a machine without.
         disk_trouble: what keeps its disks from the size of their keys, for people.
-        room_at: when to look whether its disks have room again; never while they lack none.
-        full: what people should know of the room that they lack; None for nothing.
+        room_at: when to look why a disk's error has stopped its guest, and whether it can go on; never without one.
+        full: what people should know of that: its file system is full, its client is shut out; None for nothing.
         medium_at: when its CD-ROM drive is worth the next attempt to change its medium; the past: now.
         medium_trouble: why the last one came to nothing, for people; None for no reason.
         unplugged: what people should know of its NICs; empty when all are plugged in.

@@ -7,7 +7,7 @@ and one that can succeed waits for the slowest answer only. A machine without RB
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvmsupervisor.adapters.ceph import Ceph, CephAway, CephError, CephRefused, NoSuchImage, image_of
@@ -187,16 +187,22 @@ class Disks:
         except CephError as error:
             raise trouble_of(error) from error
 
-    async def sizes(self, spec: Spec) -> dict[str, int]:
-        """Sizes in bytes of the images that can grow, by block node; without those that Ceph does not tell now."""
+    async def sizes(self, spec: Spec, tell: Callable[[str], None]) -> dict[str, int]:
+        """Sizes in bytes of the images that can grow, by block node; without those that Ceph does not tell now.
+
+        Args:
+            spec: the machine.
+            tell: is told why, for people, of each of those.
+        """
         found = growable(spec)
-        sizes = await asyncio.gather(*(self._size(image) for image in found.values()))
+        sizes = await asyncio.gather(*(self._size(image, tell) for image in found.values()))
         return {node: size for node, size in zip(found, sizes, strict=True) if size is not None}
 
-    async def _size(self, image: RbdDisk) -> int | None:
+    async def _size(self, image: RbdDisk, tell: Callable[[str], None]) -> int | None:
         try:
             return (await self._ceph.image_info(image)).size
-        except CephError:
+        except CephError as error:
+            tell(f"whether {image.name} has grown is not known: {error}")
             return None
 
 

@@ -145,8 +145,8 @@ class Machine:
             probe_at=self._talk.probe_at,
             grow_at=self.growth.at,
             disk_trouble=self.growth.trouble,
-            room_at=self.room.at if self._may_lack_room else math.inf,
-            full=self.room.said if self._may_lack_room else None,
+            room_at=self.room.at if self._is_to_be_explained else math.inf,
+            full=self.room.said if self._is_to_be_explained else None,
             medium_at=self.drive.at,
             medium_trouble=self.drive.trouble,
             silent_since=self._talk.silent_since,
@@ -155,9 +155,10 @@ class Machine:
         )
 
     @property
-    def _may_lack_room(self) -> bool:
-        """Whether a disk's error has stopped the guest, and it has a disk whose file system may be full."""
-        return self._talk.run_state == IO_ERROR and self.spec is not None and bool(pinning(self.spec))
+    def _is_to_be_explained(self) -> bool:
+        """Whether a disk's error has stopped the guest: a file system may be full, or its client shut out."""
+        clients = () if self.record is None else self.record.clients
+        return self._talk.run_state == IO_ERROR and self.spec is not None and bool(pinning(self.spec) or clients)
 
     @property
     def pid(self) -> int | None:

@@ -253,7 +253,10 @@ class Conversation:
 
     def _heard(self) -> None:
         self._answered = True
-        self.silent_since = None
+        if self.silent_since is not None:
+            # It may have been asked for its run state while it was silent.
+            self.silent_since = None
+            self._raise_question()
 
     def _fell_silent(self, error: MonitorError) -> None:
         now = self._clock.now()

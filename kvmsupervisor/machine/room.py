@@ -1,4 +1,4 @@
-"""A guest that was stopped because the file system of its disk is full: what is said of it, and how it goes on.
+"""A guest that a disk's error has stopped: what is said of it, and how it goes on after a full file system.
 
 QEMU keeps the request that failed, and tries it again when the guest goes on: nothing is lost
 (qemu-system-x86_64(1), `werror=stop`). Only a guest that QEMU itself has stopped for that (`io-error`, every disk that
@@ -28,7 +28,7 @@ class Room:
 
     Attributes:
         at: when it is to be looked at, once the guest was stopped.
-        said: what is said of it, for people; None where room is not what it lacks, as far as known.
+        said: what is said of it, for people; None where the error is not known.
     """
 
     def __init__(self, clock: Clock, command: Command) -> None:
@@ -61,6 +61,10 @@ class Room:
             f"lost nothing; it goes on by itself once {ENOUGH >> 20} MiB are free: make room there"
         )
         return left >= ENOUGH and await self._command("cont", None) is not None
+
+    def blame(self, said: str | None, *, again_s: float) -> None:
+        """Take what somebody else has found out: `said`, for people, None for nothing; to be looked at again later."""
+        self.said, self.at = said, self._clock.now() + again_s
 
     async def _full(self, spec: Spec) -> list[str]:
         """The keys of the disks that lack room; none where any disk has failed for another reason."""

@@ -119,7 +119,10 @@ class FakeDisks(Disks):
             raise DiskTrouble(self.trouble)
         return "AQBe"
 
-    async def sizes(self, spec: Spec) -> dict[str, int]:
+    async def sizes(self, spec: Spec, tell: Callable[[str], None]) -> dict[str, int]:
+        if self.trouble is not None:
+            tell(self.trouble)
+            return {}
         return {
             node: self.bytes_of[image.name] for node, image in growable(spec).items() if image.name in self.bytes_of
         }

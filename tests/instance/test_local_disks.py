@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from structlog.testing import capture_logs
+
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.lock import Storage
@@ -15,6 +17,7 @@ from kvmsupervisor.domain.spec import Disk, Spec
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine.room import LOOK_EVERY_S
 from tests.fakes.qemu import FakeQemu
+from tests.fakes.storage import address_of
 from tests.support.host import LAYOUT, ONE, Host
 
 G = 1 << 30
@@ -227,3 +230,41 @@ async def test_a_disk_is_made_once(host: Host) -> None:
     host.put(**{DISK: "file:b.raw size=1M"})
     await host.runs()
     assert host.status.files == {"file:b.raw": "a"}
+
+
+async def test_a_guest_that_is_shut_out_says_so(host: Host) -> None:
+    """Law 4: `cont` does not help it, and its lock is its own. A restart does, as its reason says.
+
+    A host with a copy of etcd had taken it over (simulation, seeds 8261 and 8650).
+    """
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    qemu = await host.runs()
+    host.fencing.fenced.append(address_of(qemu.pid))
+    stop_for_want_of_room(qemu, block(status="failed"))
+    await host.until(lambda: "is shut out in Ceph" in host.status.reason, 5.0)
+    assert f"{address_of(qemu.pid)} is shut out" in host.status.reason
+    assert "`kvmsupervisor restart 1` begins it anew" in host.status.reason
+    assert not host.status.up
+    asked = host.fencing.asked
+    await host.clock.advance(600.0)
+    assert 9 <= host.fencing.asked - asked <= 11
+    assert qemu.alive
+    host.put(restart_request="now:1")
+    await host.until(lambda: host.running is not None and host.running is not qemu)
+    await host.until(lambda: host.status.reason == "runs")
+
+
+async def test_a_disk_that_fails_is_not_said_to_be_shut_out(host: Host) -> None:
+    """Nor while Ceph does not answer: then that is a line in the log."""
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    qemu = await host.runs()
+    stop_for_want_of_room(qemu, block(status="failed"))
+    await host.until(lambda: "a disk has failed" in host.status.reason, 5.0)
+    host.fencing.away = True
+    with capture_logs() as lines:
+        await host.clock.advance(120.0)
+    assert "shut out" not in host.status.reason
+    (line,) = [one for one in lines if one["event"] == "instance.etcd_trouble"][:1]
+    assert "does not say whether this QEMU was shut out" in line["reason"]

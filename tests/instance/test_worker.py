@@ -1329,3 +1329,32 @@ async def test_since_survives_a_new_supervisor(host: Host) -> None:
     assert host.status.since == since
     host.instance.report.recall(Status(id="1", host="a", phase=Phase.STOPPED, reason="", since="long ago"))
     assert host.status.since == since
+
+
+async def test_one_that_answers_again_is_asked_for_its_run_state(host: Host) -> None:
+    """Somebody has paused the guest while QEMU hung: its status says so once QEMU has answered anything.
+
+    Otherwise it said for up to a minute that the guest runs (simulation, seed 7362).
+    """
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    qemu = await host.runs()
+    qemu.frozen = True
+    qemu.by_hand("stop")
+    await host.clock.advance(7.0)
+    qemu.frozen = False
+    host.put(ram="128")
+    await host.clock.advance(3.0)
+    assert host.status.run_state == "paused"
+
+
+async def test_a_size_that_ceph_does_not_tell_is_a_line_in_the_log(host: Host) -> None:
+    """Each change of a key has the disks looked at: not without a word where Ceph is away (simulation, seed 2739)."""
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    await host.runs()
+    host.disks.trouble = "whether rbd/vm has grown is not known: Ceph does not answer"
+    with capture_logs() as lines:
+        host.put(ram="128")
+        await host.clock.advance(3.0)
+    assert [one["reason"] for one in lines if one["event"] == "instance.etcd_trouble"] == [host.disks.trouble]

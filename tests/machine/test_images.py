@@ -90,7 +90,9 @@ async def test_a_cluster_without_quorum_is_waited_for(ceph: Cluster, access: Cep
         found = await trouble(disks, Spec(ram_mib=64, rbd=image))
         assert "Ceph does not answer" in str(found)
         assert found.retry_s == AWAY_RETRY_S < RETRY_S
-        assert await disks.sizes(Spec(ram_mib=64, rbd=image)) == {}
+        told: list[str] = []
+        assert await disks.sizes(Spec(ram_mib=64, rbd=image), told.append) == {}
+        assert [why for why in told if image.name in why and "Ceph does not answer" in why] == told != []
     finally:
         ceph.cont_mon()
     assert await Disks(Ceph(access)).check(ONE, Spec(ram_mib=64, rbd=image))
@@ -109,4 +111,7 @@ async def test_sizes_of_what_may_grow(ceph: Cluster, access: CephAccess, image: 
     spec = Spec(
         ram_mib=64, rbd=image, disks=(Disk(1, RbdDisk(POOL, "gone")), Disk(2, RbdDisk(POOL, image.image, ro=True)))
     )
-    assert await Disks(Ceph(access)).sizes(spec) == {"disk0": 16 << 20}
+    told: list[str] = []
+    assert await Disks(Ceph(access)).sizes(spec, told.append) == {"disk0": 16 << 20}
+    assert len(told) == 1
+    assert f"{POOL}/gone" in told[0]
