@@ -24,7 +24,10 @@ def _(world: World, act: Act) -> None:
 
 @kind("supervisor-upgrade")
 def _(world: World, act: Act) -> None:
-    world.host(act.host).stop()
+    """The one that is replaced may be of an earlier release."""
+    host = world.host(act.host)
+    host.was_earlier = act.x < 0.25
+    host.stop()
 
 
 @kind("supervisor-freeze", 8)

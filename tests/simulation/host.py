@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from tests.simulation.clock import SimClock
 from tests.simulation.etcd import SimEtcd, Weather
 from tests.simulation.loop import Life, context_of
 from tests.simulation.outside import outside
-from tests.simulation.qemu import SimQemus
+from tests.simulation.qemu import SimQemu, SimQemus
 from tests.simulation.tries import TriedCeph, TriedEtcd
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class SimHost:
         true_name: as they say when nobody has made a mistake.
         prefix: `KVM_PREFIX`, as its present settings say.
         astray: they name another cluster's etcd.
+        was_earlier: its last supervisor was of an earlier release.
         powered: it has power.
         frozen: nothing on it runs.
     """
@@ -89,7 +92,7 @@ class SimHost:
         self.number = number
         self.name = self.true_name = name
         self.prefix = PREFIX
-        self.astray = False
+        self.astray = self.was_earlier = False
         self.machine_id = f"machine-{self.name}"
         self.run_dir = world.folder / self.name
         self.powered = True
@@ -166,6 +169,9 @@ class SimHost:
         """Start a supervisor, unless one lives."""
         if self.life is not None or not self.powered:
             return
+        if self.was_earlier:
+            self.was_earlier = False
+            self._leave_unvouched()
         self._lives += 1
         life = self.life = SupervisorLife(self, self._lives)
         life.frozen = self.frozen
@@ -266,6 +272,22 @@ class SimHost:
             record.write_bytes(b"{")
             self.world.looks.excuse(qemu for qemu in self.kernel.living if qemu.instance == instance)
             self.world.trace.add(self.true_name, f"the record of {instance} is damaged")
+
+    def _leave_unvouched(self) -> None:
+        """Leave its guests as a release did that did not repeat their clients among the facts."""
+        for path in sorted(self.run_dir.glob("*/incarnation.json")):
+            with contextlib.suppress(ValueError):
+                record = json.loads(path.read_bytes())
+                record.pop("vouched", None)
+                path.write_text(json.dumps(record))
+        theirs = [qemu.instance for qemu in self.kernel.living if self._holds(qemu)]
+        self.world.erase([self.world.layout.clients_key(InstanceId(name)) for name in theirs])
+        self.world.trace.add(self.true_name, "its last supervisor was of an earlier release")
+
+    def _holds(self, qemu: SimQemu) -> bool:
+        """Whether the lock of a QEMU here is its own."""
+        lock = self.world.lock(qemu.instance)
+        return lock is not None and lock.incarnation == qemu.incarnation
 
     def end_the_unrecorded(self) -> None:
         """A person ends what lives and cannot be adopted, as its reason says, and takes away what cannot be read."""

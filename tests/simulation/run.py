@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.simulation import faults, people
+from tests.simulation import advice, faults, people
 from tests.simulation import loop as sim
 from tests.simulation.acts import Act, draw_acts, draw_cluster
 from tests.simulation.chance import Chance
@@ -120,6 +120,7 @@ async def _play(world: World, acts: list[Act], only: Collection[int] | None) -> 
         for name in sorted(world.wishes):
             people.mend_keys(world, name, "a")
         world.heal()
+        advice.break_locks_of_nobody(world)
         await _settle(world)
         gc.collect()
         # What the collector came upon is told in a step.
@@ -138,6 +139,5 @@ async def _settle(world: World) -> None:
         for _ in range(int(CONFIRM_S / LOOK_S)):
             await asyncio.sleep(LOOK_S)
             is_well = settling.look()
-        world.confirm()
-        world.give_back()
+        advice.heed(world)
     settling.end()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.status import Phase
+from tests.simulation.advice import is_nobodys
 from tests.simulation.judge import SHUTDOWN_S
 from tests.support.bounds import Terms
 from tests.support.invariants import Wait, unexplained
@@ -55,17 +57,21 @@ class Settling:
             if late is not None and name not in self._late:
                 self._late.add(name)
                 self._world.judge.wrong("liveness", f"{what}; {late}")
-        return not missing
+        return not missing and not any(self._unexplained())
 
     def end(self) -> None:
-        """What does not run says why not."""
+        """What does not run says why not: its host has had the time for that."""
+        for what in self._unexplained():
+            self._world.judge.wrong("nothing in silence", what)
+
+    def _unexplained(self) -> Iterator[str]:
         world, judge = self._world, self._world.judge
         for name, wish in sorted(world.wishes.items()):
             runs = any(qemu.writes for qemu in judge.living(name))
             if not wish.get("host") or runs or name in judge.lost_statuses:
                 continue
             if (what := unexplained(judge.status(name))) is not None:
-                judge.wrong("nothing in silence", f"{name} does not run, and {what}")
+                yield f"{name} does not run, and {what}"
 
     def _wait_of(self, name: str) -> Wait:
         """What may hold an instance up, as things are now."""
@@ -88,6 +94,8 @@ class Settling:
         image = world.wishes[name].get("rbd")
         if any(world.has_anothers(one, image) for one in world.wishes if one != name):
             causes["a person who restarts who has its image"] = TERMS.word_s + TERMS.leave_s
-        if (status is not None and (status.held or status.phase is Phase.INVALID)) or world.has_begun_again:
+        is_held = status is not None and (status.held or status.phase is Phase.INVALID)
+        shut_out = any(world.ceph.is_shut_out(qemu.client) for qemu in living)
+        if is_held or shut_out or world.has_begun_again or is_nobodys(world, lock):
             causes["a person's word"] = TERMS.word_s + TERMS.leave_s
         return Wait(causes=causes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sys
 import traceback
 from collections import Counter
@@ -243,31 +242,6 @@ class World:
         own = self.wishes.get(instance, {}).get("rbd")
         return image not in {None, own} and any(qemu.image == image for qemu in self.judge.living(instance))
 
-    def give_back(self) -> None:
-        """A person restarts whoever was started with another's image by mistake.
-
-        The status of that other one asks for it, and `pending` of this one says that its key waits for a restart.
-        """
-        images = {keys.get("rbd") for keys in self.wishes.values()}
-        for name in sorted(self.wishes):
-            if any(self.has_anothers(name, image) for image in images):
-                self.judge.ordered(name, "restarted with its own image", at_once=True)
-                self.put(name, restart_request=f"now:{self.loop.time():.3f}")
-
-    def confirm(self) -> None:
-        """A person confirms whatever any host holds."""
-        held: dict[str, list[str]] = {}
-        for key, value in self.etcd.data.items():
-            if key.startswith("/kvmsupervisor/instances/"):
-                status = Status.from_json(value)
-                if status is not None and status.held:
-                    held.setdefault(status.host, []).append(status.id)
-        for host, instances in sorted(held.items()):
-            for instance in instances:
-                self.judge.ordered(instance, "confirmed")
-            self.trace.add("people", f"confirm {host} {instances}")
-            self.etcd.write(self.layout.confirmation_key(HostName(host)), json.dumps(instances))
-
     def set_right(self) -> None:
         """A person writes down again what etcd has lost, or has otherwise since it was restored."""
         for instance, keys in sorted(self.wishes.items()):
@@ -378,15 +352,6 @@ class World:
         self.set_right()
         for host in self.hosts:
             host.heal()
-        self._break_locks_of_nobody()
-
-    def _break_locks_of_nobody(self) -> None:
-        """A person breaks the locks of a host that had a wrong name, where nothing of it lives, as the reason says."""
-        names = {host.true_name for host in self.hosts}
-        for instance in sorted(self.wishes):
-            lock = self.lock(instance)
-            if lock is not None and lock.host not in names and not self.judge.living(instance):
-                self.break_lock(instance)
 
     def end(self) -> None:
         """The history is told."""
