@@ -119,6 +119,24 @@ def test_a_frozen_host_wakes_up(farm: Farm) -> None:
     farm.writes()
 
 
+def test_a_guest_that_somebody_has_shut_out(farm: Farm) -> None:
+    """Its lock is its own, so nobody ends it. `cont` does not help, and its reason says what does."""
+    alpha = farm.host("alpha")
+    farm.machine("alpha")
+    first = alpha.wait_running("1")["1"]
+    farm.writes()
+    address = farm.address
+    farm.ceph.ceph("osd", "blocklist", "add", address, "3600")
+    status = alpha.wait_for("1", lambda s: "is shut out in Ceph" in s.reason)
+    assert address in status.reason
+    alpha.ask("1", "cont")
+    eventually("its guest to be stopped again", lambda: alpha.run_state(first) == "io-error")
+    farm.keys.put("1", restart_request="now:1")
+    alpha.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.pid not in {None, first.pid})
+    farm.writes()
+    assert not first.alive
+
+
 def test_failover(farm: Farm) -> None:
     """Law 4, and the key `hosts`: the power of a host fails, and its machine writes again on another, by itself."""
     alpha, beta = farm.pair(60)
