@@ -57,7 +57,7 @@ async def _ask_whether_shut_out(
         if gone := await context.fencing.shut_out(clients):
             said = (
                 f"{', '.join(gone)} is shut out in Ceph (`ceph osd blocklist ls`), so this QEMU never writes again; "
-                f"make sure that nobody else runs it, then `kvmsupervisor restart {instance}` begins it anew"
+                f"make sure that nobody else runs it, then `kvmsupervisor restart --now {instance}` begins it anew"
             )
     except NotFenced as error:
         report.tell_trouble(f"Ceph does not say whether this QEMU was shut out: {error}")

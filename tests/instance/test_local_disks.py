@@ -244,7 +244,7 @@ async def test_a_guest_that_is_shut_out_says_so(host: Host) -> None:
     stop_for_want_of_room(qemu, block(status="failed"))
     await host.until(lambda: "is shut out in Ceph" in host.status.reason, 5.0)
     assert f"{address_of(qemu.pid)} is shut out" in host.status.reason
-    assert "`kvmsupervisor restart 1` begins it anew" in host.status.reason
+    assert "`kvmsupervisor restart --now 1` begins it anew" in host.status.reason
     assert not host.status.up
     asked = host.fencing.asked
     await host.clock.advance(600.0)
