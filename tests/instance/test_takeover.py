@@ -296,6 +296,29 @@ async def test_a_lock_is_not_written_again_for_who_was_shut_out(host: Host, shut
     assert host.lock.clients == (address_of(again.pid),)
 
 
+async def test_who_holds_the_lock_and_lives_speaks_until_it_is_written_again(host: Host) -> None:
+    """Its status stays while a host finds that lock older than its own QEMU, and then ends that, which is shut out.
+
+    Otherwise the status of a QEMU that is gone stood there with a greater epoch for ever (simulation, seed 550).
+    """
+    host.wish(rbd=IMAGE)
+    host.begin()
+    first = await host.runs()
+    assert host.lock is not None
+    await host.fencing.fence([address_of(first.pid)])
+    host.sessions = {"a", "b"}
+    theirs = replace(host.status, host="b", pid=7, incarnation="y").to_json()
+    began = replace(host.lock, host=HostName("b"), boot_id="b", incarnation="y", state=LockState.STARTING, pid=None)
+    values = [theirs]
+    host.etcd.write(LAYOUT.status_key(ONE), theirs)
+    host.etcd.write(LOCK_KEY, began.to_json())
+    for _ in range(100):
+        await host.clock.advance(0.1)
+        values.append(host.etcd.data[LAYOUT.status_key(ONE)])
+    assert not first.alive
+    assert set(values) == {theirs}
+
+
 async def test_who_closed_its_disks_is_not_fenced_at_the_release(host: Host) -> None:
     """Law 9: an end in order leaves nothing, so a stop asks nothing of storage."""
     host.wish(rbd=IMAGE)
