@@ -280,9 +280,11 @@ class Start:
     async def _take_if_new(self, wish: Wanted) -> bool:
         """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
         try:
-            await self._lock.write(Change.TAKE, self._plan(wish, 0), wish.ground, if_new=True)
+            events = await self._lock.take_new(self._plan(wish, 0), wish.ground)
         except SwapFailed:
             return False
+        if events is not None:
+            self._context.status_writer.events.was_read(self._id, events.kvs[0], events.revision)
         self._report.key_was_read(None)
         self._tell_taken(None)
         return True
