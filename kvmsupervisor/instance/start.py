@@ -22,7 +22,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import made, storage_of
+from kvmsupervisor.domain.storage import images_of, made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
@@ -443,7 +443,9 @@ class Start:
         self._lock.vouch(clients)
         await point("clients known")
         must_note(self._machine, clients=clients)
-        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients, images=record.images)
+        spec = self._machine.spec
+        images = () if spec is None else tuple(image.name for image in images_of(spec))
+        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients, images=images)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(Change.RECORD, replace(recorded, storage=record.storage), wish.ground)
 
