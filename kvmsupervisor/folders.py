@@ -8,8 +8,8 @@ OPEN = 0o755
 """Other users may enter and read, not write."""
 
 
-def make_folder(path: Path, *, mode: int = OPEN) -> None:
-    """Make a folder, and its missing parents as `OPEN`. A folder that exists stays as it is.
+def make_folder(path: Path, *, mode: int = OPEN) -> bool:
+    """Make a folder, and its missing parents as `OPEN`; return whether it was made. One that exists stays as it is.
 
     `mkdir` takes the bits of the umask away, and gives a parent that it makes every bit that the umask leaves: with
     a umask of 0 anybody could write there.
@@ -17,12 +17,14 @@ def make_folder(path: Path, *, mode: int = OPEN) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    if not path.parent.exists():
-        make_folder(path.parent)
     try:
+        path.mkdir(mode=mode)
+    except FileNotFoundError:
+        make_folder(path.parent)
         path.mkdir(mode=mode)
     except FileExistsError:
         if not path.is_dir():
             raise
-    else:
-        path.chmod(mode)
+        return False
+    path.chmod(mode)
+    return True

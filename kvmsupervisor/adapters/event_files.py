@@ -131,11 +131,13 @@ class EventFiles:
     # --- what the thread does ---------------------------------------------------------------------------------
 
     def _append(self, folder: Path, instance: str, line: bytes) -> None:
-        make_folder(folder, mode=FOLDER_MODE)
         path = folder / (instance + SUFFIX)
-        if not path.exists():
+        try:
+            fd = self._open(path, 0)
+        except FileNotFoundError:
+            make_folder(folder, mode=FOLDER_MODE)
             self._take_back(folder, instance)
-        fd = self._open(path)
+            fd = self._open(path)
         try:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
@@ -153,8 +155,8 @@ class EventFiles:
         finally:
             os.close(fd)
 
-    def _open(self, path: Path) -> int:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _FLAGS, FILE_MODE)
+    def _open(self, path: Path, create: int = os.O_CREAT) -> int:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | create | _FLAGS, FILE_MODE)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fd
         os.close(fd)

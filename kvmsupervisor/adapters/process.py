@@ -31,6 +31,9 @@ PIDFD_GET_INFO = 0xC040FF0B
 PIDFD_INFO_EXIT = 1 << 3
 """Flag that asks for the exit code; set in the answer when there is one (Linux ≥ 6.15)."""
 
+STAT_BYTES = 4096
+"""More than a line of /proc/<pid>/stat can have: some fifty numbers, and a name of 64 bytes (proc_pid_stat(5))."""
+
 FIRST_PID_NAMESPACE = "4026531836"
 """The number of the initial PID namespace; it never changes (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 
@@ -368,7 +371,12 @@ def _is_over(pidfd: int) -> bool:
 def _stat_fields(pid: int) -> list[str] | None:
     """The fields of /proc/<pid>/stat from the third on (proc_pid_stat(5)); the second may hold any character."""
     try:
-        text = Path(f"{PROC}/{pid}/stat").read_text(errors="replace")
+        # Without pathlib, which takes longer than the kernel: each start does this.
+        file = os.open(f"{PROC}/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(file, STAT_BYTES).decode(errors="replace")
+        finally:
+            os.close(file)
     except OSError as error:
         if _is_shortage(error):
             raise

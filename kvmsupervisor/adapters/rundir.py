@@ -105,9 +105,9 @@ class InstanceDir:
     def _saved(self) -> Path:
         return self.path / "memory.json"
 
-    def create(self) -> None:
-        """Make the folder unless it exists."""
-        make_folder(self.path)
+    def create(self) -> bool:
+        """Make the folder unless it exists; return whether it was made."""
+        return make_folder(self.path)
 
     def remove(self) -> None:
         """Delete the folder and everything in it."""
@@ -184,12 +184,18 @@ class InstanceDir:
 
     def listen(self, path: Path) -> socket.socket:
         """A listening unix socket at `path`, for QEMU to inherit: a client can connect before QEMU exists."""
-        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Before `bind`, so that the path never has another mode (unix_bind in the kernel).
             os.fchmod(listener.fileno(), 0o600)
-            listener.bind(str(path))
+            try:
+                listener.bind(str(path))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                # Of an earlier QEMU.
+                path.unlink(missing_ok=True)
+                listener.bind(str(path))
             listener.listen(BACKLOG)
         except OSError:
             listener.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmsupervisor.adapters.etcd.api import Delete, Put, Store
+from kvmsupervisor.adapters.etcd.api import Delete, KeyValue, Put, Store
 from kvmsupervisor.domain.events import DUE, Event, fitted, from_json, joined, to_json
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId, Layout
@@ -72,7 +72,13 @@ class EventKeys:
         if era != self._era:
             return
         for instance, kv in zip(unread, found.kvs, strict=True):
-            self._known[instance] = Known(b"" if kv is None else kv.value, found.revision)
+            self.was_read(instance, kv, found.revision)
+
+    def was_read(self, instance: InstanceId, found: KeyValue | None, revision: int) -> None:
+        """The key holds this, as of a revision."""
+        known = self._known.get(instance)
+        if known is None or revision >= known.revision:
+            self._known[instance] = Known(b"" if found is None else found.value, revision)
 
     def put(self, instance: InstanceId) -> EventPut | None:
         """What writes the events that are to be added; None when there are none, or the key has to be read first."""

@@ -13,7 +13,19 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, assert_never
 
-from kvmsupervisor.adapters.etcd import Ambiguous, Compare, Delete, Get, KeyValue, Op, Put, Store, Target, TxnResult
+from kvmsupervisor.adapters.etcd import (
+    Ambiguous,
+    Compare,
+    Delete,
+    Get,
+    KeyValue,
+    Op,
+    Put,
+    Reading,
+    Store,
+    Target,
+    TxnResult,
+)
 from kvmsupervisor.cluster.event_keys import EventPut
 from kvmsupervisor.domain.history import Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation
@@ -90,6 +102,7 @@ class InstanceLock:
         self._instance = instance
         self._key = layout.lock_key(instance)
         self._status_key = layout.status_key(instance)
+        self._events_key = layout.events_key(instance)
         self._placement_key = layout.placement_key(instance)
         self._session = session
         self._era = 0
@@ -186,7 +199,6 @@ class InstanceLock:
         lock: Lock,
         ground: Ground | None,
         *,
-        if_new: bool = False,
         holder: HostName | None = None,
         status: Status | None = None,
         offer: int = 0,
@@ -197,7 +209,6 @@ class InstanceLock:
             change: the row of the table; what it says is compared.
             lock: what to write.
             ground: `host` and the placement as last seen; None when they do not matter.
-            if_new: only if there is no status either: no host has ever had this instance.
             holder: the former holder, which must have no session; etcd compares that in the same step (law 4).
             status: what to write into the status key in the same step.
             offer: `mod_revision` of a live move's offer, where the row compares it.
@@ -205,9 +216,25 @@ class InstanceLock:
         Raises:
             SwapFailed, EtcdError: see `_swap`.
         """
-        more = [Compare(self._status_key, Target.MOD_REVISION, 0)] if if_new else []
         also = () if status is None else (Put(self._status_key, status.to_json()),)
-        await self._swap(change, lock, more, also, ground=ground, holder=holder, offer=offer)
+        await self._swap(change, lock, (), also, ground=ground, holder=holder, offer=offer)
+
+    async def take_new(self, lock: Lock, ground: Ground | None) -> Reading | None:
+        """Take the lock if there is no status either: no host has ever had this instance.
+
+        Args:
+            lock: what to write.
+            ground: as for `write`.
+
+        Returns:
+            The events key, read in the same step; None where the reply was lost.
+
+        Raises:
+            SwapFailed, EtcdError: see `_swap`.
+        """
+        never_had = Compare(self._status_key, Target.MOD_REVISION, 0)
+        done = await self._swap(Change.TAKE, lock, [never_had], [Get(self._events_key)], ground=ground)
+        return None if done is None else Reading([next(iter(done.reads[0]), None)], done.revision)
 
     async def would_hold(self, change: Change, ground: Ground | None, *, offer: int) -> bool:
         """Whether a change would be made now, by all that it compares; nothing is written.
@@ -288,7 +315,7 @@ class InstanceLock:
             events: to be written with the status. Without a status they are deleted, too.
         """
         if status is None:
-            last: list[Op] = [Delete(self._status_key), Delete(self._layout.events_key(self._instance))]
+            last: list[Op] = [Delete(self._status_key), Delete(self._events_key)]
         else:
             last = [Put(self._status_key, status.to_json()), *([] if events is None else [events.op])]
         more = []
@@ -324,8 +351,11 @@ class InstanceLock:
         ground: Ground | None = None,
         holder: HostName | None = None,
         offer: int = 0,
-    ) -> None:
+    ) -> TxnResult | None:
         """Replace the lock as last seen by `lock` (None: delete it), under the compares of `change`, and `more`.
+
+        Returns:
+            What etcd said; None where its reply was lost, but the change was made.
 
         Raises:
             SwapFailed: a compare failed, or `change` does not lead from the lock as last seen to `lock`.
@@ -353,7 +383,7 @@ class InstanceLock:
         except Ambiguous:
             await self.look()
             if self.view.data == data and data != before:
-                return
+                return None
             raise SwapFailed("a reply was lost, and the change was not made") from None
         await point("lock written")
         if result.succeeded:
@@ -361,7 +391,7 @@ class InstanceLock:
             self.view = LockView(
                 known=True, data=data, mod_revision=revision, as_of=result.revision, era=self._era, lock=lock
             )
-            return
+            return result
         self._read(next(iter(result.reads[0]), None), result.revision)
         if self.view.data == before:
             raise SwapFailed("a session, the key `host` or the placement changed meanwhile")

@@ -51,6 +51,8 @@ FLUSH_S = 2.0
 class StatusWriter:
     """Keeps the status keys of this host's instances at their wanted values.
 
+    `events` are the events keys.
+
     Args:
         store: etcd.
         clock: the machine's.
@@ -75,7 +77,7 @@ class StatusWriter:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
-        self._events = EventKeys(store=store, layout=layout)
+        self.events = EventKeys(store=store, layout=layout)
         self._clock = clock
         self._layout = layout
         self._host = host
@@ -138,7 +140,7 @@ class StatusWriter:
             instance = None if status is None else parse_id(kv.key[len(prefix) :].decode(errors="replace"))
             if status is not None and instance is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
-                self._events.doubt(instance)
+                self.events.doubt(instance)
                 ours[instance] = status
         return ours
 
@@ -150,7 +152,7 @@ class StatusWriter:
         self._era += 1
         for known in (self._wanted, self._last, self._known, self._later, self._overtaken, self._dirty, self._ceded):
             known.clear()
-        self._events.begin_anew()
+        self.events.begin_anew()
         self._clean.set()
 
     def ids(self) -> Set[InstanceId]:
@@ -195,14 +197,14 @@ class StatusWriter:
     def note(self, instance: InstanceId, event: Event) -> None:
         """Add an event to the events key, in the next transaction that writes the status; most events cause one."""
         if self.publishes(instance):
-            self._events.add(instance, event)
+            self.events.add(instance, event)
             if instance in self._wanted:
                 self._judge(instance)
 
     async def events_of(self, instance: InstanceId) -> EventPut | None:
         """What of events another transaction has to write that writes the status; see `wrote`. May raise EtcdError."""
-        await self._events.read([instance])
-        return self._events.put(instance)
+        await self.events.read([instance])
+        return self.events.put(instance)
 
     def forget(self, instance: InstanceId) -> None:
         """Let the status key be deleted, if it holds a status of this host. The last call counts."""
@@ -228,13 +230,13 @@ class StatusWriter:
             known = self._known.get(instance)
             if known is not None or instance in self._wanted:
                 self._known[instance] = Known(None, 0 if known is None else known.revision)
-                self._events.doubt(instance)
+                self.events.doubt(instance)
 
     def abandon(self, instance: InstanceId) -> None:
         """Leave the status key to the host that has the instance now, whatever it holds."""
         for known in (self._wanted, self._last, self._known, self._later, self._overtaken, self._dirty, self._ceded):
             known.pop(instance, None)
-        self._events.forget(instance)
+        self.events.forget(instance)
         if not self._dirty:
             self._clean.set()
 
@@ -248,7 +250,7 @@ class StatusWriter:
             events: that it has written, too.
         """
         self._learn(instance, value, revision)
-        self._events.wrote(instance, events, revision)
+        self.events.wrote(instance, events, revision)
         self._want(instance, value)
 
     async def flush(self, timeout_s: float = FLUSH_S) -> bool:
@@ -332,7 +334,7 @@ class StatusWriter:
         if instance in self._ceded:
             return
         wanted, known = self._wanted[instance], self._known.get(instance)
-        if known is not None and wanted is not None and known.value == wanted and not self._events.due(instance):
+        if known is not None and wanted is not None and known.value == wanted and not self.events.due(instance):
             self._dirty.pop(instance, None)
         else:
             # A key to be deleted is dirty even when it is not known: a write of it may be under way.
@@ -347,7 +349,7 @@ class StatusWriter:
         """Note that this host must not delete the key, or not any more."""
         self._known.pop(instance, None)
         if self._wanted.get(instance) is None:
-            self._events.forget(instance)
+            self.events.forget(instance)
             for known in (self._wanted, self._last, self._dirty):
                 known.pop(instance, None)
         else:
@@ -383,8 +385,8 @@ class StatusWriter:
     async def _put(self, puts: dict[InstanceId, bytes]) -> bool:
         seen = {instance: self._known[instance].revision if instance in self._known else 0 for instance in puts}
         era = self._era
-        await self._events.read(puts)
-        events = {instance: put for instance in puts if (put := self._events.put(instance)) is not None}
+        await self.events.read(puts)
+        events = {instance: put for instance in puts if (put := self.events.put(instance)) is not None}
         done = await self._txn(seen, puts, [put.op for put in events.values()])
         if era != self._era:
             return done.succeeded
@@ -392,7 +394,7 @@ class StatusWriter:
             return self._heed(seen, done)
         for instance, value in puts.items():
             self._learn(instance, value, done.revision)
-            self._events.wrote(instance, events.get(instance), done.revision)
+            self.events.wrote(instance, events.get(instance), done.revision)
             self._judge(instance)
         return True
 
@@ -422,7 +424,7 @@ class StatusWriter:
             if found_at == revision:
                 continue
             differs = True
-            self._events.doubt(instance)
+            self.events.doubt(instance)
             known, wanted = self._known.get(instance), self._wanted.get(instance)
             if known is None or known.revision == revision:
                 self._known[instance] = Known(None if found is None else found.value, found_at)
@@ -462,9 +464,9 @@ class StatusWriter:
         ]
         last = {instance: self._last[instance] for instance in ours if instance in self._last}
         keys = {instance: self._layout.status_key(instance) for instance in ours}
-        await self._events.read(last)
-        events: list[Op] = [put.op for one in last if (put := self._events.put(one)) is not None]
-        events += [self._events.delete(one) for one in ours if one not in last]
+        await self.events.read(last)
+        events: list[Op] = [put.op for one in last if (put := self.events.put(one)) is not None]
+        events += [self.events.delete(one) for one in ours if one not in last]
         done = await self._store.txn(
             [self._session.compare(), *unchanged],
             [*(Put(keys[one], last[one]) if one in last else Delete(keys[one]) for one in ours), *events],

@@ -311,8 +311,7 @@ def to_json(events: Sequence[Event]) -> tuple[bytes, tuple[Event, ...]]:
     kept = fitted(events)
     while True:
         for limit in REASON_BYTES:
-            shorter = [replace(one, reason=cut(one.reason, limit)) for one in kept]
-            value = _encode([one.to_object() for one in shorter])
+            value = _encode([{**one.to_object(), "reason": cut(one.reason, limit)} for one in kept])
             if len(value) <= MOST_BYTES:
                 return value, kept
         least = _least(kept)

@@ -25,6 +25,7 @@ from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
 from kvmsupervisor.domain.spec import Power, Request, Wish
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.storage import images_of
 from kvmsupervisor.domain.view import Action, Haste, Process, Stopping, View
 from kvmsupervisor.domain.waiting import etcd_trouble, when, with_etcd
 
@@ -132,7 +133,8 @@ def _before_it_runs(view: View, process: Process) -> Decision:
         )
     is_there = lock.state is LockState.RUNNING and lock.pid == process.incarnation.pid
     # The lock of one that did not answer may have been written again as that of a guest that runs: without its clients.
-    if not is_there or (process.incarnation.images and not lock.clients):
+    has_images = process.spec is not None and bool(images_of(process.spec))
+    if not is_there or (has_images and not lock.clients):
         said = "QEMU is ready and paused until it is on record"
         return with_etcd(view, Row.RECORD, Action.RECORD, Phase.STARTING, said)
     if view.guarded is False:

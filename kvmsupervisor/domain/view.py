@@ -285,6 +285,8 @@ class View:
         quiet_at: when the wish has been quiet for long enough to let a new guest run.
         start_timeout_s: time limit for a new QEMU to answer.
         shutdown_timeout_s: time between the power button and force.
+        claim: what the lock means to the process's incarnation, or to the planned one. One that was seen in a former
+            history means nothing in the present one.
     """
 
     now: float
@@ -333,6 +335,7 @@ class View:
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0
+    claim: Claim = field(init=False, compare=False, repr=False)
 
     @property
     def is_strange(self) -> bool:
@@ -380,12 +383,11 @@ class View:
             return self.left_alone.pid
         return None if self.holdover is None else self.holdover.pid
 
-    @property
-    def claim(self) -> Claim:
-        """What the lock means to the process's incarnation, or to the planned one.
+    def __post_init__(self) -> None:
+        """Judge the lock once: decision and status ask for that often."""
+        object.__setattr__(self, "claim", self._claim())
 
-        One that was seen in a former history means nothing in the present one.
-        """
+    def _claim(self) -> Claim:
         if self.lock.era != self.era.count:
             return Claim.UNKNOWN
         known = self.planned if self.process is None else self.process.incarnation.incarnation

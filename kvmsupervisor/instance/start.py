@@ -22,7 +22,7 @@ from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
-from kvmsupervisor.domain.storage import made, storage_of
+from kvmsupervisor.domain.storage import images_of, made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
@@ -280,9 +280,11 @@ class Start:
     async def _take_if_new(self, wish: Wanted) -> bool:
         """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
         try:
-            await self._lock.write(Change.TAKE, self._plan(wish, 0), wish.ground, if_new=True)
+            events = await self._lock.take_new(self._plan(wish, 0), wish.ground)
         except SwapFailed:
             return False
+        if events is not None:
+            self._context.status_writer.events.was_read(self._id, events.kvs[0], events.revision)
         self._report.key_was_read(None)
         self._tell_taken(None)
         return True
@@ -441,7 +443,9 @@ class Start:
         self._lock.vouch(clients)
         await point("clients known")
         must_note(self._machine, clients=clients)
-        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients, images=record.images)
+        spec = self._machine.spec
+        images = () if spec is None else tuple(image.name for image in images_of(spec))
+        recorded = lock.recorded(pid=record.pid, starttime=record.starttime, clients=clients, images=images)
         # The keys may have changed since the lock was taken: what counts is the machine that was started.
         await self._lock.write(Change.RECORD, replace(recorded, storage=record.storage), wish.ground)
 

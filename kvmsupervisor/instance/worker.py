@@ -305,7 +305,8 @@ class Worker:
 
     def _observe(self) -> View:
         context, saved = self._context, self._saved.state
-        keeping.follow_epoch(self._machine, self._lock.view, context.era())
+        era = context.era()
+        keeping.follow_epoch(self._machine, self._lock.view, era)
         process = self._machine.view()
         lock = self._lock.view.lock
         has_session = None if lock is None else context.host_has_session(lock.host)
@@ -327,7 +328,7 @@ class Worker:
             dissent=context.dissent(),
             held=self._held,
             held_why=saved.held_why,
-            era=context.era(),
+            era=era,
             draining=context.draining(),
             leaving=context.life.leaving(),
             haste=context.life.haste(),

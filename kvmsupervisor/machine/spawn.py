@@ -96,8 +96,8 @@ def spawn(request: SpawnRequest) -> QemuProcess:
         OSError: the host lacks disk space, open files or memory. There is no record and no process.
     """
     directory, quarters = request.directory, request.quarters
-    directory.create()
-    directory.drop_secrets()
+    if not directory.create():
+        directory.drop_secrets()
     with contextlib.ExitStack() as stack:
 
         def listen(path: Path) -> int:

@@ -244,8 +244,6 @@ async def test_a_shortage_is_no_sign_that_a_process_has_gone(start: Spawn, monke
     for function in ("pidfd_open", "open"):
         with monkeypatch.context() as patch:
             patch.setattr(os, function, refused)
-            if function == "open":
-                patch.setattr("pathlib.Path.read_text", refused)
             assert is_alive(process.pid, process.starttime)
             with pytest.raises(Hidden, match="Too many open files"):
                 reopen(process.pid, starttime=process.starttime, marks=MARKS, on_end=nothing)

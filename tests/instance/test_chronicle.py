@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from kvmsupervisor.adapters.event_files import read
-from kvmsupervisor.domain.events import Event, from_json, from_lines
+from kvmsupervisor.domain.events import Event, from_json, from_lines, to_json
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase
+from tests.fakes.etcd import FakeEtcd
 from tests.instance.test_takeover import orphan, theirs
 from tests.support.host import LAYOUT, ONE, Host
 
@@ -46,6 +47,25 @@ async def test_a_crash_is_told_with_its_cause(host: Host) -> None:
     assert (ended.end, ended.reason, ended.host, ended.epoch) == ("crashed", "crashed (signal 9)", host.me, 1)
     assert told[-1].epoch == 2
     assert told[-1].revision > 0
+
+
+async def test_a_first_start_asks_for_no_events(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read in the step that takes the lock, also where somebody has deleted a status and left its events."""
+    left = Event(at="2026-01-01T00:00:00Z", host="b", event="instance.ended", epoch=3, reason="guest-shutdown")
+    host.etcd.write(EVENTS_KEY, to_json([left])[0])
+    host.wish()
+    host.begin()
+    writer = host.context.status_writer._store
+    assert isinstance(writer, FakeEtcd)
+    compared: list[bool] = []
+    monkeypatch.setattr(writer, "begin_txn", lambda compare, _: compared.append(bool(compare)))
+    await host.runs()
+    await host.told()
+    assert in_key(host)[0] == left
+    assert names(in_key(host))[1:] == ["instance.starting", "instance.running"]
+    assert all(compared), "a transaction that only reads"
+    assert (writer.calls["txn"], writer.calls["read"]) == (len(compared), 0)
+    assert compared
 
 
 async def test_a_stop_is_told_by_the_release_and_what_follows(host: Host) -> None:

@@ -261,7 +261,8 @@ def _wanted(limits: Limits) -> set[str]:
 
 def _make(hierarchy: Hierarchy, parent: Path, folder: Path, limits: Limits, kept: set[str]) -> None:
     """Make one folder and write its limits; add to `kept` the controller of each limit that was written."""
-    parent.mkdir(mode=0o755, exist_ok=True)
+    if not parent.is_dir():
+        parent.mkdir(mode=0o755, exist_ok=True)
     if hierarchy.unified:
         controllers = sorted(one for one in _wanted(limits) if hierarchy.has(one))
         for above in (hierarchy.top, parent) if controllers else ():
@@ -293,8 +294,12 @@ def _bound_tasks(hierarchy: Hierarchy, parent: Path, folder: Path) -> None:
         if hierarchy.unified and not bound.exists() and hierarchy.has("pids"):
             for above in (hierarchy.top, parent):
                 (above / "cgroup.subtree_control").write_text("+pids")
-        if bound.exists():
-            bound.write_text(str(TASKS))
+        # Never made here: where the kernel has not made it, there is no such bound.
+        file = os.open(bound, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(file, str(TASKS).encode())
+        finally:
+            os.close(file)
 
 
 def _inherit(folder: Path) -> None:
