@@ -16,7 +16,6 @@ import click
 from kvmsupervisor.adapters import event_files
 from kvmsupervisor.adapters.etcd.api import KeyValue, Store
 from kvmsupervisor.cli.choice import WORD, Pattern, Word, is_one, meant_by
-from kvmsupervisor.cli.cluster import list_all, natural, read_cluster
 from kvmsupervisor.cli.common import Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.following import follow
@@ -31,6 +30,7 @@ from kvmsupervisor.cli.output import (
     plain_table,
     printable,
 )
+from kvmsupervisor.cluster.overview import list_all, natural, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.events import Event, from_json, from_lines, woven
 from kvmsupervisor.domain.frozen import frozen
