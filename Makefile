@@ -19,8 +19,8 @@ export PATH := $(CURDIR)/.cache/tools:$(PATH)
 # Without bytecode on the disk each worker would compile all tests anew, for 15 s of a processor.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test compiled lint quick soak chaos simulate container upgrade bench lowest wheel deb lock ignition settings
-.PHONY: stories format clean
+.PHONY: help demo test compiled lint quick soak browser chaos simulate container upgrade bench lowest wheel deb lock ignition settings
+.PHONY: schemas stories format clean
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
@@ -28,6 +28,7 @@ help:
 	@echo 'make lint    ruff, mypy, import directions'
 	@echo 'make quick   the tests that boot no guest'
 	@echo 'make soak    the slow tests'
+	@echo 'make browser  the tests that drive a real Chromium'
 	@echo 'make chaos   faults at random, for MINUTES=30, drawn from SEED=…; the disks tell who wrote'
 	@echo 'make simulate  a cluster in one process, deterministic: SEEDS=500 histories (or 501-900), STEPS=16 acts each'
 	@echo 'make container  the image built and run, hosts booted with systemd; needs root'
@@ -39,6 +40,7 @@ help:
 	@echo 'make lock    renews deploy/requirements.lock, the packages of the image'
 	@echo 'make ignition  renews deploy/coreos/*.ign'
 	@echo 'make settings  renews the table in docs/settings.md and config/kvmsupervisor.toml'
+	@echo 'make schemas  renews the JSON schemas and the OpenAPI description in kvmsupervisor/web/schemas'
 	@echo 'make stories  plays the stories of docs/reliability.md, and writes down what happens now'
 	@echo 'make format  what ruff can mend by itself'
 	@echo 'make clean   removes all that these made'
@@ -65,7 +67,12 @@ quick: $(VENV)/.dev
 	$(BIN)/pytest -n $(WORKERS) -m 'not soak and not guest and not docker'
 
 soak: $(VENV)/.dev
+	@tools/install-system browser
 	$(BIN)/pytest -m 'soak and not docker' --timeout 3600
+
+browser: $(VENV)/.dev
+	@tools/install-system browser
+	$(BIN)/pytest -m browser
 
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) --minutes $(MINUTES) \
@@ -119,6 +126,9 @@ ignition: $(VENV)/.dev
 
 settings: $(VENV)/.dev
 	$(BIN)/python tools/settings-pages
+
+schemas: $(VENV)/.dev
+	$(BIN)/python tools/schemas
 
 stories: $(VENV)/.dev
 	$(BIN)/python -m tests.simulation.stories

@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.status import Status
 
-from bench import bystander, clones, disk, fleet, imports, prefix, simulation, starts
+from bench import bystander, clones, disk, fleet, imports, page, prefix, simulation, starts
 from bench.figures import Figure, markdown, show
 from bench.rig import Rig
 
@@ -34,6 +34,7 @@ FULL: Mapping[str, Benchmark] = {
     "bystander": lambda rig: bystander.measure(rig, instances=1000, events=2000, rounds=5),
     "disk": lambda rig: disk.measure(rig, rounds=15),
     "clones": lambda rig: clones.measure(rig, machines=50, rounds=3),
+    "page": lambda rig: page.measure(rig, instances=1000, viewers=20, settle_s=10.0, idle_s=60.0, changes=15),
 }
 
 QUICK: Mapping[str, Benchmark] = {
@@ -45,6 +46,7 @@ QUICK: Mapping[str, Benchmark] = {
     "bystander": lambda rig: bystander.measure(rig, instances=10, events=20, rounds=1),
     "disk": lambda rig: disk.measure(rig, rounds=1),
     "clones": lambda rig: clones.measure(rig, machines=2, rounds=1),
+    "page": lambda rig: page.measure(rig, instances=10, viewers=2, settle_s=0.5, idle_s=1.0, changes=2),
 }
 """The same with the least that makes a figure. They say nothing about the budgets."""
 

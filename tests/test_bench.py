@@ -13,7 +13,7 @@ from bench.figures import Figure, Sample, markdown, milliseconds, within
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["imports", "starts", "prefix", "simulation", "bystander", "clones"])
+@pytest.mark.parametrize("name", ["imports", "starts", "prefix", "simulation", "bystander", "clones", "page"])
 def test_a_benchmark_yields_its_figures(name: str) -> None:
     """With real programs, and without touching the results that are on record."""
     before = [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]
@@ -33,6 +33,7 @@ def test_a_benchmark_yields_its_figures(name: str) -> None:
         "simulation": "additions",
         "bystander": "does nothing",
         "clones": "rbd clone",
+        "page": "a viewer is told",
     }
     assert shown[name] in done.stdout
     assert before == [path.read_bytes() for path in (ROOT / "bench").glob("RESULTS.md")]

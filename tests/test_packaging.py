@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.support import checkout
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = (ROOT / "deploy" / "requirements.lock").read_text()
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 REQUIREMENTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)", LOCK, re.MULTILINE))
 
@@ -52,6 +55,16 @@ def test_the_lock_is_closed(python: str) -> None:
             if one.marker is None or one.marker.evaluate(told)
         ]
     assert found == set(PINS), f"run `make lock`: {sorted(found ^ set(PINS))}"
+
+
+def test_a_package_has_every_file_that_is_no_module() -> None:
+    """Law: what the program reads of its own folders is in wheel, sdist, image and Debian package: all of one list."""
+    patterns = SETUPTOOLS["package-data"]["kvmsupervisor"]
+    files = [path for path in checkout.files() if str(path).startswith("kvmsupervisor/")]
+    for path in files:
+        if path.suffix != ".py":
+            assert any(path.relative_to("kvmsupervisor").match(pattern) for pattern in patterns), path
+    assert any(path.name == "list.js" for path in files)
 
 
 def test_the_image_takes_what_it_is_made_of_and_nothing_else() -> None:

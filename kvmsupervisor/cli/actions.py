@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
 from kvmsupervisor.cli import leftovers, mac_auto
-from kvmsupervisor.cli.cluster import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.cluster.overview import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.keys import InstanceId, Layout

@@ -7,12 +7,12 @@ from dataclasses import replace
 import click
 
 from kvmsupervisor.adapters.etcd.api import KeyValue, Put, Store
-from kvmsupervisor.cli.cluster import Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
 from kvmsupervisor.cluster.lock import compares
+from kvmsupervisor.cluster.overview import Instance, read_instance
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from kvmsupervisor.cli.cluster import Cluster
+from kvmsupervisor.cluster.overview import Cluster
 from kvmsupervisor.config.settings import Settings
 
 ANSWER_S = 5.0

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.output import parse_time, printable_bytes
+from kvmsupervisor.cluster.overview import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout

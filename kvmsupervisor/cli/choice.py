@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster, shown
 from kvmsupervisor.cli.common import InstanceType, Tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster, shown
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId

@@ -19,11 +19,11 @@ from kvmsupervisor.adapters.etcd.api import Ambiguous, Denied, EtcdError, Store,
 from kvmsupervisor.adapters.neighbours import heard_of
 from kvmsupervisor.cli.agent_contact import agent_seen, metrics_of
 from kvmsupervisor.cli.checks import SETTLE_S
-from kvmsupervisor.cli.cluster import list_all, natural
 from kvmsupervisor.cli.errors import EtcdAway, Refused
 from kvmsupervisor.cli.mac_auto import AUTO
 from kvmsupervisor.cli.output import on_terminal, printable
 from kvmsupervisor.cli.value_files import FROM_FILE, Unreadable, completions, value_of
+from kvmsupervisor.cluster.overview import list_all, natural
 from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen

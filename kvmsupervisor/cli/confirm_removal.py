@@ -10,12 +10,12 @@ import click
 
 from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
 from kvmsupervisor.cli import waiting
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster
 from kvmsupervisor.cli.common import HOST, Tools, pass_tools, wait_options, with_store
 from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import click
 from kvmsupervisor.adapters import event_files
 from kvmsupervisor.adapters.etcd.api import KeyValue, Store
 from kvmsupervisor.cli.choice import WORD, Pattern, Word, is_one, meant_by
-from kvmsupervisor.cli.cluster import list_all, natural, read_cluster
 from kvmsupervisor.cli.common import Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.following import follow
@@ -27,12 +25,12 @@ from kvmsupervisor.cli.output import (
     echo_table,
     local_time,
     note,
-    parse_time,
     plain_table,
     printable,
 )
+from kvmsupervisor.cluster.overview import list_all, natural, read_cluster
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.events import Event, from_json, from_lines, woven
+from kvmsupervisor.domain.events import Event, from_json, from_lines, in_order, when, woven
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 
@@ -213,19 +211,6 @@ def _of_file(folder: Path, instance: InstanceId) -> tuple[Event, ...]:
         return ()
 
 
-def _in_order(histories: History) -> Iterable[tuple[InstanceId, Event]]:
-    """All of them by time, where each history has its own order: clocks of hosts differ."""
-    every = []
-    for name, history in histories.items():
-        times = accumulate((_when(event) for event in history), max)
-        every += [(at, name, event) for at, event in zip(times, history, strict=True)]
-    return [(name, event) for _, name, event in sorted(every, key=lambda one: one[0])]
-
-
-def _when(event: Event) -> datetime:
-    return parse_time(event.at) or datetime.min.replace(tzinfo=UTC)
-
-
 class _Printer:
     """Prints events.
 
@@ -248,7 +233,7 @@ class _Printer:
             lines: whether more will follow: nothing is aligned to what comes later, and JSON has an object per line.
             titled: whether a table begins with its titles.
         """
-        found = [one for one in _in_order(histories) if self._oldest is None or _when(one[1]) >= self._oldest]
+        found = [one for one in in_order(histories) if self._oldest is None or when(one[1]) >= self._oldest]
         if self._output == "json":
             objects = [{"instance": name, **event.to_object()} for name, event in found]
             if not lines:

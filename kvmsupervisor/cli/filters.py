@@ -9,8 +9,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import UNKNOWN, Cluster, Instance, list_all, shown
 from kvmsupervisor.cli.common import complete
+from kvmsupervisor.cluster.overview import UNKNOWN, Cluster, Instance, list_all, shown
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import parse_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Event, KeyValue, Store
-from kvmsupervisor.cli.cluster import list_all
+from kvmsupervisor.cluster.overview import list_all
 
 
 async def follow(store: Store, prefix: str, known: Iterable[KeyValue], revision: int) -> AsyncGenerator[list[Event]]:

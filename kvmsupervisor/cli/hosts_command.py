@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.common import Tools, output_option, pass_tools, with_store
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, age, echo_json, echo_table, note
+from kvmsupervisor.cluster.host_table import DRAINING, NO_SESSION, UNREADABLE, UP, HostFact, facts_of
+from kvmsupervisor.cluster.overview import Cluster, read_cluster
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.host import HostSession
-from kvmsupervisor.domain.lock import LockState
-from kvmsupervisor.domain.values import some
 
 COLUMNS = (
     Column(title="HOST"),
@@ -31,59 +26,7 @@ COLUMNS = (
 )
 WIDE_COLUMNS = (*COLUMNS[:-1], Column(title="URL"), Column(title="LOCKS", long=True, label="locks: "), COLUMNS[-1])
 
-UP, DRAINING, NO_SESSION, UNREADABLE = "up", "draining", "no session", "unreadable"
 STYLES = {UP: "green", DRAINING: "yellow", NO_SESSION: "magenta", UNREADABLE: "red"}
-
-NAMED = 5
-"""Instances that a notice names; the others are counted. Arbitrary: a line."""
-
-
-@frozen(kw_only=True)
-class HostFact:
-    """A host as the keys show it.
-
-    Attributes:
-        host: its name.
-        state: `up`, `draining` (it stops all its guests), `no session`, or `unreadable`: it has one of another release.
-        session: what it says of itself.
-        running: the instances whose guests run there, as it says; none without a session.
-        locks: the instances whose locks it holds.
-        promised_mib: the memory of these, by their keys.
-    """
-
-    host: str
-    state: str
-    session: HostSession | None
-    running: tuple[str, ...]
-    locks: tuple[str, ...]
-    promised_mib: int
-
-    @property
-    def notice(self) -> str:
-        """What a person should know."""
-        if self.state == NO_SESSION:
-            held = f"it holds the locks of {some(self.locks, NAMED)}, and may run them" if self.locks else ""
-            return held or "nothing of it is locked; `remove-host` deletes what it has left"
-        if self.session is None:
-            return "this release cannot read its session"
-        return self.session.notice
-
-    def to_object(self) -> dict[str, Any]:
-        """For programs."""
-        session = self.session
-        return {
-            "host": self.host,
-            "state": self.state,
-            "since": None if session is None else session.started or None,
-            "running": list(self.running),
-            "locks": list(self.locks),
-            "promised_mib": self.promised_mib,
-            "memory_mib": None if session is None else session.memory_mib,
-            "cpus": None if session is None else session.cpus,
-            "version": None if session is None else session.version,
-            "url": None if session is None else session.url,
-            "notice": self.notice,
-        }
 
 
 @click.command()
@@ -111,46 +54,6 @@ def hosts(tools: Tools, output: OutputFormat) -> None:
         echo_table(WIDE_COLUMNS if wide else COLUMNS, [_row(fact, now, wide=wide) for fact in found])
     else:
         note("no host has a session, and none has left anything")
-
-
-def facts_of(cluster: Cluster) -> list[HostFact]:
-    """All hosts that etcd knows of, in natural order."""
-    locked: dict[str, list[Instance]] = {}
-    said: dict[str, list[Instance]] = {}
-    for instance in cluster.instances.values():
-        lock = None if instance.lock is None else instance.lock.lock
-        if lock is not None and lock.state is not LockState.BROKEN:
-            locked.setdefault(lock.host, []).append(instance)
-        if instance.status is not None:
-            said.setdefault(instance.status.host, []).append(instance)
-    names = {*cluster.sessions, *locked, *(host for host, left in said.items() if any(_tells(one) for one in left))}
-    return [
-        _fact(host, cluster, locked=locked.get(host, ()), said=said.get(host, ()))
-        for host in sorted(names, key=natural)
-    ]
-
-
-def _tells(instance: Instance) -> bool:
-    """Whether its status says that something of it runs; that of an ended container is no host's."""
-    return instance.status is not None and instance.status.tells_of_a_process
-
-
-def _fact(host: str, cluster: Cluster, *, locked: Sequence[Instance], said: Sequence[Instance]) -> HostFact:
-    session = cluster.sessions.get(host)
-    if not cluster.alive(host):
-        state = NO_SESSION
-    elif session is None:
-        state = UNREADABLE
-    else:
-        state = DRAINING if session.draining else UP
-    return HostFact(
-        host=host,
-        state=state,
-        session=session,
-        running=tuple(one.id for one in said if state != NO_SESSION and one.status is not None and one.status.up),
-        locks=tuple(one.id for one in locked),
-        promised_mib=sum(one.wish.spec.ram_mib for one in locked if one.wish.spec is not None),
-    )
 
 
 def _row(fact: HostFact, now: datetime, *, wide: bool) -> list[Cell]:

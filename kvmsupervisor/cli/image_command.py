@@ -10,11 +10,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Put, Store, Target
-from kvmsupervisor.cli.cluster import read_cluster
 from kvmsupervisor.cli.common import Tools, complete, output_option, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import Cell, Column, echo_json, echo_table, note, printable
 from kvmsupervisor.cli.unknown import TellingGroup
+from kvmsupervisor.cluster.overview import read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import Image, image_name, parse_image, users_of

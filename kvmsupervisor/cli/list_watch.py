@@ -12,11 +12,11 @@ import click
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import views
-from kvmsupervisor.cli.cluster import Cluster, as_object
 from kvmsupervisor.cli.common import Tools, with_store
 from kvmsupervisor.cli.filters import Filters
 from kvmsupervisor.cli.output import Cell, Column, OutputFormat, echo_table, on_terminal, plain_table, printable
 from kvmsupervisor.cli.watching import clusters
+from kvmsupervisor.cluster.overview import Cluster, as_object
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 

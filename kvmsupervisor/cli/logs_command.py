@@ -21,10 +21,10 @@ from kvmsupervisor.adapters.console import ConsoleLog
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
 from kvmsupervisor.cli.choice import meant_by
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster, shown
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import local_time, note, printable
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster, shown
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 

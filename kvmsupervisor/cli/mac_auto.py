@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import list_all
+from kvmsupervisor.cluster.overview import list_all
 from kvmsupervisor.domain.keys import InstanceId, Layout
 from kvmsupervisor.domain.values import Unfit, mac_address
 

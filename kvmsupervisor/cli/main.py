@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "top": LazyCommand("top_command", "top", "Show which instances use processor, memory, disks, network."),
     "events": LazyCommand("events_command", "events", "Tell what happened to instances, and why."),
     "logs": LazyCommand("logs_command", "logs", "Show what supervisor and QEMU said of an instance, on its host."),
+    "web": LazyCommand("web_command", "web", "Show the whole cluster on a page, in a process of its own."),
     "create": LazyCommand("write_commands", "create", "Create an instance from its keys."),
     "set": LazyCommand("write_commands", "set_command", "Change keys of an instance."),
     "delete": LazyCommand("write_commands", "delete", "Remove an instance, after its guest was shut down."),

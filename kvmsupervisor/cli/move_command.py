@@ -7,12 +7,12 @@ import click
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import actions, waiting
 from kvmsupervisor.cli.actions import Written
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, wait_options, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.waiting import Goal, Sighting, Verdict
 from kvmsupervisor.cli.write_commands import act, force_option
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_instance
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId

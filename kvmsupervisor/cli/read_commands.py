@@ -12,7 +12,6 @@ from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import checks, views
 from kvmsupervisor.cli.ceph_remark import remark_on_ceph
 from kvmsupervisor.cli.choice import WORD, Pattern, Word, chosen, has_pattern, meant_by
-from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, read_cluster, read_instance
 from kvmsupervisor.cli.common import HOST, INSTANCE, Tools, output_option, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.filters import LABEL, PHASE, Filters
@@ -25,6 +24,8 @@ from kvmsupervisor.cli.output import (
     on_terminal,
     quoted,
 )
+from kvmsupervisor.cluster.details import details
+from kvmsupervisor.cluster.overview import Cluster, Instance, as_object, read_cluster, read_instance
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.argv import Channels, Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.hardware import Handed, Nvram, TapFds
@@ -108,7 +109,7 @@ def show(tools: Tools, words: Sequence[Word], output: OutputFormat) -> None:
     found, cluster, settings = _existing(tools, instance)
     seen = _agent_seen(tools, found, cluster)
     if output == "json":
-        echo_json(views.show_object(found, cluster, seen))
+        echo_json(details(found, cluster, seen))
     else:
         echo_blocks(views.show_blocks(found, cluster, settings.layout, tools.now(), seen))
 
@@ -123,7 +124,7 @@ def _show_several(tools: Tools, words: Sequence[Word], output: OutputFormat) -> 
     ids = chosen(words, cluster.instances.values(), all_or_none=False)
     found = [cluster.instances[name] for name in ids if name in cluster.instances]
     if output == "json":
-        echo_json([views.show_object(one, cluster) for one in found])
+        echo_json([details(one, cluster) for one in found])
     else:
         echo_blocks([block for one in found for block in views.show_blocks(one, cluster, settings.layout, tools.now())])
     lacking = [f"{name}{meant_by(name, cluster.instances)}" for name in ids if name not in cluster.instances]

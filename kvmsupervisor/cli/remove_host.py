@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import click
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Store, Target
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster
 from kvmsupervisor.cli.common import HOST, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, Layout

@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance, shown
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import note, printable
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_instance, shown
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli.cluster import list_all
 from kvmsupervisor.cli.common import HOST, Tools, pass_tools, with_store
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, echo_json, echo_table, note, on_terminal
+from kvmsupervisor.cluster.overview import list_all
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession

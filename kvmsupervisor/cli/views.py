@@ -8,12 +8,13 @@ from datetime import datetime
 from typing import Any
 
 from kvmsupervisor.cli.checks import Finding
-from kvmsupervisor.cli.cluster import Cluster, Instance, as_object, shown
 from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
+from kvmsupervisor.cluster.details import public
+from kvmsupervisor.cluster.overview import Cluster, Instance, shown
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY, public_value
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
 from kvmsupervisor.domain.values import some
 
 OTHERS = 100
@@ -151,37 +152,9 @@ def _wishes(instance: Instance) -> Iterator[tuple[str, Cell]]:
     for name, raw in sorted(instance.keys.items()):
         others += name not in wishes
         if name in wishes or others <= OTHERS:
-            yield printable_bytes(name), Cell(printable_bytes(_public(name, raw.value)))
+            yield printable_bytes(name), Cell(printable_bytes(public(name, raw.value)))
     if others > OTHERS:
         yield "…", Cell(f"and {others - OTHERS} more, which `-o json` has")
-
-
-def _public(name: bytes, value: bytes) -> bytes:
-    """A key's value without its secrets."""
-    return public_value(name.decode(errors="replace"), value.strip())
-
-
-def show_object(instance: Instance, cluster: Cluster, agent_seen: str | None = None) -> dict[str, Any]:
-    """Everything about one instance, for `show -o json`; see `show_blocks`."""
-    host = instance.wish.runs_on or (instance.status.host if instance.status is not None else None)
-    session = cluster.sessions.get(host) if host is not None else None
-    return {
-        "id": instance.id,
-        "keys": {
-            name.decode("utf-8", "backslashreplace"): {
-                "value": _public(name, raw.value).decode("utf-8", "backslashreplace"),
-                "mod_revision": raw.mod_revision,
-            }
-            for name, raw in sorted(instance.keys.items())
-        },
-        "revision": instance.wish.revision,
-        "problems": list(instance.problems),
-        "status": as_object(instance, cluster),
-        "lock": _lock_object(instance),
-        "placement": None if instance.wish.placement is None else asdict(instance.wish.placement),
-        "session": session.to_object() if session is not None else None,
-        "agent_seen": agent_seen,
-    }
 
 
 def finding_row(finding: Finding) -> list[Cell]:
@@ -217,15 +190,6 @@ def _guest_lines(agent: GuestFacts, seen: str | None, now: datetime) -> Sequence
         ("agent version", _or_nothing(agent.version)),
         ("last contact", Cell(f"{age(seen, now)} ago") if seen is not None else Cell("not known", "dim")),
     ]
-
-
-def _lock_object(instance: Instance) -> dict[str, Any] | None:
-    """The lock for JSON; an unreadable one as text."""
-    if instance.lock is None:
-        return None
-    if instance.lock.lock is None:
-        return {"unreadable": instance.lock.kv.value.decode("utf-8", "backslashreplace")}
-    return asdict(instance.lock.lock)
 
 
 def _lock_lines(instance: Instance) -> Sequence[tuple[str, Cell]]:

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from kvmsupervisor.adapters.etcd.api import KeyValue, Store
-from kvmsupervisor.cli.cluster import Cluster, assemble, list_all
 from kvmsupervisor.cli.following import follow
+from kvmsupervisor.cluster.overview import Cluster, assemble, list_all
 from kvmsupervisor.domain.keys import Layout
 
 LEAST_S = 0.5

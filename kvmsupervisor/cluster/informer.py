@@ -38,6 +38,8 @@ LabelT = TypeVar("LabelT", bound=Hashable)
 SLICE = 1000
 """Keys that are applied before other tasks get their turn: at most 2 ms of work."""
 
+PAGE = 10_000
+"""Keys that a list asks for at once: a supervisor is to be in step soon, also with 80,000 keys."""
 
 _BY_REVISION = itemgetter(2)
 
@@ -228,6 +230,7 @@ class Informer(Following, Generic[LabelT]):
         on_change: called with the labels that differ and the revision, once per batch that changed
             anything, after the whole batch is in the table. It runs in the informer's own task: it must
             neither block nor raise. It is called after the first list of another era, too, whatever differs.
+        page: keys that are asked for at once. Fewer are slower, and need less memory.
     """
 
     def __init__(
@@ -240,16 +243,18 @@ class Informer(Following, Generic[LabelT]):
         table: Table[LabelT],
         on_change: Callable[[Set[LabelT], int], None],
         rand: Callable[[], float] = random.random,
+        page: int = PAGE,
     ) -> None:
         super().__init__(store=store, clock=clock, history=history, prefix=prefix, rand=rand)
         self._table = table
         self._on_change = on_change
+        self._page = page
 
     async def _list(self) -> None:
         stage, era = self._table.begin(fresh=True), self._history.era
         revision = 0
         newest: list[tuple[bytes, bytes, int, int, int]] = []
-        async with aclosing(self._store.pages(self._prefix)) as pages:
+        async with aclosing(self._store.pages(self._prefix, page=self._page)) as pages:
             async for page in pages:
                 for begin in range(0, len(page.entries), SLICE):
                     entries = page.entries[begin : begin + SLICE]

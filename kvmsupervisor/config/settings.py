@@ -124,6 +124,18 @@ class Settings:
         default="0.0.0.0:9746",
         may_be_empty=True,
     )
+    web_listen: Listen = setting(
+        read.web_listen,
+        "Address and port of `kvmsupervisor web`, IPv6 in brackets. It shows the cluster to whoever reaches it.",
+        default="127.0.0.1:9747",
+    )
+    web_names: tuple[str, ...] | None = optional_setting(
+        read.web_names,
+        "Names by which browsers call `kvmsupervisor web`, separated by commas, beside IP addresses, localhost and "
+        "KVM_HOSTNAME; * for any. Another name is refused: a page from elsewhere could have it point here.",
+        unset="no other",
+        example="vms.example.org",
+    )
     accel: Accel = setting(
         values.choice(read.Accel, "it"),
         "Accelerator: kvm, tcg (slow, works anywhere) or auto (kvm where /dev/kvm works).",

@@ -226,6 +226,25 @@ def listen(text: str) -> Listen | None:
         raise Unfit(wanted) from None
 
 
+def web_listen(text: str) -> Listen:
+    """The address and port of `kvmsupervisor web`, which is there to listen."""
+    found = listen(text)
+    if found is None:
+        raise Unfit("it is ADDRESS:PORT, such as 127.0.0.1:9747 or [::1]:9747")
+    return found
+
+
+_WEB_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,251}[a-z0-9])?")
+
+
+def web_names(text: str) -> tuple[str, ...]:
+    """Names by which browsers call `kvmsupervisor web`, separated by commas; `*` is any."""
+    names = tuple(part.strip().lower() for part in text.split(","))
+    if names != ("*",) and not all(map(_WEB_NAME.fullmatch, names)):
+        raise Unfit("it is names separated by commas, without scheme and port, such as vms.example.org, or *")
+    return names
+
+
 def migration_listen(text: str) -> Listen | None:
     """The address and port for live moves; None for none. Other hosts connect to it, so it is a certain one."""
     found = listen(text)

@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import accumulate
 from typing import Any
 
 from kvmsupervisor.domain.frozen import frozen
@@ -343,6 +345,28 @@ def from_lines(data: bytes) -> tuple[Event, ...]:
         if event is not None:
             found.append(event)
     return tuple(found)
+
+
+def in_order(histories: Mapping[InstanceId, Sequence[Event]]) -> list[tuple[InstanceId, Event]]:
+    """The events of several instances by time, where each history has its own order: clocks of hosts differ."""
+    every = []
+    for name, history in histories.items():
+        times = accumulate((when(event) for event in history), max)
+        every += [(at, name, event) for at, event in zip(times, history, strict=True)]
+    return [(name, event) for _, name, event in sorted(every, key=lambda one: one[0])]
+
+
+def when(event: Event) -> datetime:
+    """The time of an event; before all others when it is no time with a zone."""
+    try:
+        at = datetime.fromisoformat(event.at)
+        return at.astimezone(UTC) if at.tzinfo is not None else _NEVER
+    except (ValueError, OverflowError):
+        # At the ends of the calendar a time has no UTC.
+        return _NEVER
+
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 def _read(found: object) -> Event | None:

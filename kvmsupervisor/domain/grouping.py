@@ -28,7 +28,7 @@ _NOTHING: Mapping[bytes, RawValue] = MappingProxyType({})
 
 @frozen
 class Entry:
-    """One key as etcd held it at `mod_revision`; the value is cut to `VALUE_LIMIT` + 1 bytes."""
+    """One key as etcd held it at `mod_revision`; the value is cut to `VALUE_LIMIT` + 1 bytes, if not said otherwise."""
 
     value: bytes
     mod_revision: int
@@ -79,10 +79,15 @@ def names(value: bytes, host: bytes) -> bool:
 
 
 class Flat:
-    """A table of keys by themselves; the label of a change is the key."""
+    """A table of keys by themselves; the label of a change is the key.
 
-    def __init__(self) -> None:
+    Args:
+        limit: bytes of a value that are kept.
+    """
+
+    def __init__(self, limit: int = VALUE_LIMIT + 1) -> None:
         self._entries: dict[bytes, Entry] = {}
+        self._limit = limit
 
     @property
     def entries(self) -> Mapping[bytes, Entry]:
@@ -95,22 +100,25 @@ class Flat:
 
     def begin(self, *, fresh: bool) -> Stage[bytes]:
         """See `Table.begin`."""
-        return _FlatStage(self._entries, self._replace if fresh else None)
+        return _FlatStage(self._entries, self._limit, self._replace if fresh else None)
 
     def _replace(self, entries: dict[bytes, Entry]) -> None:
         self._entries = entries
 
 
 class _FlatStage:
-    def __init__(self, old: dict[bytes, Entry], replace: Callable[[dict[bytes, Entry]], None] | None) -> None:
+    def __init__(
+        self, old: dict[bytes, Entry], limit: int, replace: Callable[[dict[bytes, Entry]], None] | None
+    ) -> None:
         self._old = old
+        self._limit = limit
         self._replace = replace
         self._new: dict[bytes, Entry] = {}
         self._gone: set[bytes] = set()
         self._changed: set[bytes] = set()
 
     def put(self, key: bytes, value: bytes, mod_revision: int, create_revision: int, lease: int) -> None:
-        value = value[: VALUE_LIMIT + 1]
+        value = value[: self._limit]
         old = self._old.get(key)
         self._gone.discard(key)
         if old is not None and _same(old, value, mod_revision):

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.offer import MoveFacts
-from kvmsupervisor.domain.records import Unfit, parse, shallow
+from kvmsupervisor.domain.records import Unfit, parse
 from kvmsupervisor.domain.records import plain as as_object
 from kvmsupervisor.domain.values import nearest, plain, some
 
@@ -56,7 +56,7 @@ class HostSession:
 
     def to_object(self) -> dict[str, Any]:
         """As a JSON object."""
-        return shallow(self) | {"moves": None if self.moves is None else as_object(self.moves)}
+        return as_object(self)
 
     def to_json(self) -> bytes:
         """As the session key holds it."""

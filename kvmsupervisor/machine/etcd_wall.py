@@ -1,4 +1,4 @@
-"""Keeps QEMUs of this host from etcd and from the supervisor's own page, where the host's packet filter can do that."""
+"""Keeps QEMUs of this host from etcd, the supervisor's page and that of the cluster, by the host's packet filter."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ def ports_of(settings: Settings) -> tuple[frozenset[int], frozenset[int]]:
         ports.add(ETCD_PEERS)
     if settings.listen is not None and settings.listen.port:
         ports.add(settings.listen.port)
+    # Also where `web` does not run: what a host's settings say of it is all that is known here.
+    if settings.web_listen.port:
+        ports.add(settings.web_listen.port)
     shared = frozenset(port for port in ports if port < FIRST_OWN)
     return frozenset(ports) - shared, shared
 

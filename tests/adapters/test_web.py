@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsupervisor.adapters.web import ListenError, Reply, Routes, Web, page, server
+from kvmsupervisor.adapters.web import ListenError, Reply, Request, Routes, Web, page, server
 from kvmsupervisor.adapters.web.exchange import Exchange
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.status import Phase, Status
@@ -590,6 +590,141 @@ class TestServer:
         """There is no port before there is a server."""
         with pytest.raises(RuntimeError):
             _ = Web("127.0.0.1", 0, Routes(FakeView(), host="h", version="1")).port
+
+
+@dataclass
+class FakeFeed:
+    """A feed that a test fills."""
+
+    readers: list[FakeReader] = field(default_factory=list)
+
+    def open(self, wake: Callable[[], None]) -> FakeReader:
+        self.readers.append(FakeReader(wake))
+        return self.readers[-1]
+
+    def __call__(self, request: Request) -> Reply:
+        """The answer of a server with this feed at one path."""
+        feed = self if request.path == "/feed" else None
+        return Reply(status=HTTPStatus.OK, body=b"begin\n", content_type="text/plain", feed=feed)
+
+
+@dataclass
+class FakeReader:
+    wake: Callable[[], None]
+    due: list[bytes] = field(default_factory=list)
+    closed: bool = False
+
+    def take(self) -> bytes:
+        return self.due.pop(0) if self.due else b""
+
+    def close(self) -> None:
+        self.closed = True
+
+    def tell(self, *pieces: bytes) -> None:
+        self.due += pieces
+        self.wake()
+
+
+@asynccontextmanager
+async def feeding(**limits: Any) -> AsyncIterator[tuple[Web, FakeFeed]]:
+    feed = FakeFeed()
+    web = Web("127.0.0.1", 0, feed, **limits)
+    await web.start()
+    try:
+        yield web, feed
+    finally:
+        await web.close()
+
+
+async def listen_in(web: Web, version: str = "1.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+    """Ask for the feed; return the connection, and the head of the reply."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+    writer.write(f"GET /feed HTTP/{version}\r\nHost: h\r\n\r\n".encode())
+    return reader, writer, await reader.readuntil(b"\r\n\r\n")
+
+
+class TestFeed:
+    """A reply that goes on."""
+
+    async def test_pieces_come_as_they_are_told(self) -> None:
+        """In chunks, so that their end is told from a lost connection; the body before them first."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer, head = await listen_in(web)
+            with closing(writer):
+                assert b"transfer-encoding: chunked" in head.lower()
+                assert b"content-length" not in head.lower()
+                assert await reader.readexactly(11) == b"6\r\nbegin\n\r\n"
+                feed.readers[0].tell(b"one\n", b"two\n")
+                assert await reader.readexactly(18) == b"4\r\none\n\r\n4\r\ntwo\n\r\n"
+
+    async def test_old_clients_get_them_plain(self) -> None:
+        """HTTP/1.0 knows no chunks."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer, head = await listen_in(web, "1.0")
+            with closing(writer):
+                assert b"chunked" not in head.lower()
+                feed.readers[0].tell(b"one\n")
+                assert await reader.readexactly(10) == b"begin\none\n"
+
+    async def test_it_outlives_the_limits_of_others(self) -> None:
+        """Neither its age nor a crowd ends it; it gives way to none, and none gives way to it."""
+        async with feeding(limit_s=0.1, connections=2) as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer, _ = await listen_in(web)
+            others = [await listen_in(web) for _ in range(5)]
+            await reader.readexactly(11)
+            await asyncio.sleep(0.3)
+            for _ in range(5):
+                assert (await ask(web, get("/other")))[0] == HTTPStatus.OK
+            feed.readers[0].tell(b"x")
+            assert await reader.readexactly(6) == b"1\r\nx\r\n"
+            for _, one, _ in [*others, (reader, writer, b"")]:
+                one.close()
+
+    async def test_who_leaves_is_forgotten(self) -> None:
+        """At once, also while nothing is told."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            _, writer, _ = await listen_in(web)
+            writer.close()
+            while not feed.readers[0].closed:  # noqa: ASYNC110 - the kernel tells
+                await asyncio.sleep(0.01)
+
+    async def test_what_a_reader_sends_is_ignored(self) -> None:
+        """Another request, or anything."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer, _ = await listen_in(web)
+            with closing(writer):
+                writer.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n" * 100 + b"\0" * 100_000)
+                await reader.readexactly(11)
+                feed.readers[0].tell(b"x")
+                assert await reader.readexactly(6) == b"1\r\nx\r\n"
+
+    async def test_a_slow_reader_takes_no_more_than_it_reads(self) -> None:
+        """While it reads nothing, nothing is taken for it; when it reads nothing for long, it is dropped."""
+        async with feeding(limit_s=0.5) as (web, feed), asyncio.timeout(DEADLINE_S):
+            _, writer, _ = await listen_in(web)
+            with closing(writer):
+                feed.readers[0].tell(*[b"x" * 1_000_000] * 100)
+                assert len(feed.readers[0].due) > 50
+                while not feed.readers[0].closed:  # noqa: ASYNC110 - the kernel tells
+                    await asyncio.sleep(0.01)
+
+    async def test_close_ends_it(self) -> None:
+        """Without waiting for anything."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer, _ = await listen_in(web)
+            with closing(writer):
+                await web.close()
+                await until_dropped(reader)
+                assert feed.readers[0].closed
+
+    async def test_head_gets_no_feed(self) -> None:
+        """Its reply is complete."""
+        async with feeding() as (web, feed), asyncio.timeout(DEADLINE_S):
+            reader, writer = await asyncio.open_connection("127.0.0.1", web.port)
+            with closing(writer):
+                writer.write(b"HEAD /feed HTTP/1.1\r\nHost: h\r\n\r\n")
+                assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+            assert feed.readers == []
 
 
 class TestExchange:

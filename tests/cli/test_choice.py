@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from kvmsupervisor.cli.choice import Pattern, chosen, question
-from kvmsupervisor.cli.cluster import Cluster, Instance
 from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cluster.overview import Cluster, Instance
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.spec import RawValue

@@ -77,6 +77,8 @@ def test_defaults() -> None:
         facts_prefix="/kvmsupervisor",
         run_dir=Path("/run/kvmsupervisor"),
         listen=Listen(host="0.0.0.0", port=9746),
+        web_listen=Listen(host="127.0.0.1", port=9747),
+        web_names=None,
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
         qemu_user=None,

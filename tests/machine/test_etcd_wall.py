@@ -28,16 +28,18 @@ class FakeRule:
 
 
 @pytest.mark.parametrize(
-    ("endpoints", "listen", "closed", "left"),
+    ("endpoints", "listens", "closed", "left"),
     [
-        ("http://127.0.0.1:2379", "0.0.0.0:9746", {2379, 2380, 9746}, set()),
-        ("https://a:2379,https://b:12379", "off", {2379, 2380, 12379}, set()),
-        ("https://etcd.example:443", "127.0.0.1:0", set(), {443}),
+        ("http://127.0.0.1:2379", ("0.0.0.0:9746", "127.0.0.1:9747"), {2379, 2380, 9746, 9747}, set()),
+        ("https://a:2379,https://b:12379", ("off", "0.0.0.0:8080"), {2379, 2380, 12379, 8080}, set()),
+        ("https://etcd.example:443", ("127.0.0.1:0", "127.0.0.1:0"), set(), {443}),
     ],
 )
-def test_which_ports(endpoints: str, listen: str, closed: set[int], left: set[int], tmp_path: Path) -> None:
-    """Law: etcd's, its members' beside it, the supervisor's own; not those that any guest's network needs."""
-    told = {"ETCD_ENDPOINTS": endpoints, "KVM_LISTEN": listen}
+def test_which_ports(
+    endpoints: str, listens: tuple[str, str], closed: set[int], left: set[int], tmp_path: Path
+) -> None:
+    """Law: etcd's, its members' beside it, the pages of host and cluster; not those that any guest's network needs."""
+    told = {"ETCD_ENDPOINTS": endpoints, "KVM_LISTEN": listens[0], "KVM_WEB_LISTEN": listens[1]}
     assert ports_of(load_settings(told, default_config=tmp_path / "none.toml")) == (frozenset(closed), frozenset(left))
 
 

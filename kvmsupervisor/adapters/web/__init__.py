@@ -1,11 +1,13 @@
 """HTTP: `/metrics`, `/healthz`, `/readyz`, `/api/v1/…` and a page for people. Read-only.
 
-`routes` makes the answers and is pure but for the clock. `page` writes the HTML. Only `exchange` knows HTTP's bytes,
-and only `listener` and `server` know sockets.
+`messages` has what a request and a reply are. `routes` makes a supervisor's answers and is pure but for the clock;
+`page` writes its HTML. Only `exchange` knows HTTP's bytes, and only `listener` and `server` know sockets: they serve
+whoever makes answers.
 """
 
 from kvmsupervisor.adapters.web.listener import ListenError
-from kvmsupervisor.adapters.web.routes import Reply, Routes, View
+from kvmsupervisor.adapters.web.messages import Answer, Feed, Reply, Request, Subscription
+from kvmsupervisor.adapters.web.routes import Routes, View
 from kvmsupervisor.adapters.web.server import Web
 
-__all__ = ["ListenError", "Reply", "Routes", "View", "Web"]
+__all__ = ["Answer", "Feed", "ListenError", "Reply", "Request", "Routes", "Subscription", "View", "Web"]

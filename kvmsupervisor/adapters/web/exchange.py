@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote
 
 import h11
 
-from kvmsupervisor.adapters.web.routes import SAFETY_HEADERS, Reply, Routes
+from kvmsupervisor.adapters.web.messages import SAFETY_HEADERS, Answer, Feed, Reply, Request
 
 SERVER_NAME = "kvmsupervisor"
 
@@ -40,21 +40,25 @@ class Exchange:
     """The one request of a connection, and its reply.
 
     A reply never tells which software serves it, whatever goes wrong. Malformed requests are not logged.
+
+    Args:
+        answer: makes the reply.
+
+    Attributes:
+        body: of the reply, once there is one; sent as it is, behind the head.
+        feed: what comes after that, each piece through `more`; None when the reply is complete.
     """
 
-    def __init__(self, routes: Routes) -> None:
-        """Begin.
-
-        Args:
-            routes: makes the answers.
-        """
-        self._routes = routes
+    def __init__(self, answer: Answer) -> None:
+        self.body = b""
+        self.feed: Feed | None = None
+        self._answer = answer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
         self._room = HEAD_LIMIT + 1  # h11 refuses a request that is incomplete even with the last of these bytes
         self._with_body = True
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take the next bytes from the client; return all bytes to send, or None while the headers are incomplete.
+        """Take the next bytes from the client; return the reply's head, or None while the headers are incomplete.
 
         A body or another request behind the headers is ignored. Do not call this again after a reply.
         """
@@ -65,7 +69,7 @@ class Exchange:
             if not isinstance(request, h11.Request):
                 return None
             self._with_body = request.method != b"HEAD"
-            return self._written(self._answer(request))
+            return self._written(self._replied(request))
         except h11.RemoteProtocolError:
             return self._written(_plain(HTTPStatus.BAD_REQUEST, "not a request that this server understands"))
 
@@ -73,21 +77,35 @@ class Exchange:
         """The bytes to send when `receive` ended with a bug of ours."""
         return self._written(_plain(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of this server; its log says more"))
 
-    def _written(self, reply: Reply) -> bytes:
-        # h11 adds nothing to a body whose length is in the headers, so the body is sent as it is.
-        return self._http.send(_head(reply)) + (reply.body if self._with_body else b"")
+    def more(self, data: bytes) -> bytes:
+        """A piece of the feed as HTTP writes it: in a chunk, or for HTTP/1.0 as it is."""
+        return self._http.send(h11.Data(data=data)) or b""
 
-    def _answer(self, request: h11.Request) -> Reply:
+    def _written(self, reply: Reply) -> bytes:
+        head = self._http.send(_head(reply))
+        assert head is not None
+        if self._with_body:
+            # h11 adds nothing to a body whose length is in the headers.
+            self.body = reply.body if reply.feed is None else self.more(reply.body)
+            self.feed = reply.feed
+        return head
+
+    def _replied(self, request: h11.Request) -> Reply:
         if not _acceptable(request):
             raise h11.RemoteProtocolError("another HTTP, or too much")
         target = _TARGET.fullmatch(request.target.decode("ascii"))
         assert target is not None
-        return self._routes.answer(
-            method=request.method.decode("ascii"),
-            path=unquote(target["path"]) or "/",  # an empty path means the root (RFC 9110, 4.2.3)
-            refresh=parse_qs(target["query"]).get("refresh", [""])[0],
-            # Several headers of one name form one list (RFC 9110, 5.3).
-            accept=", ".join(value.decode("latin-1") for name, value in request.headers if name == b"accept"),
+        headers: dict[str, str] = {}
+        for raw, value in request.headers:
+            name, text = raw.decode("latin-1"), value.decode("latin-1")
+            headers[name] = f"{headers[name]}, {text}" if name in headers else text
+        return self._answer(
+            Request(
+                method=request.method.decode("ascii"),
+                path=unquote(target["path"]) or "/",  # an empty path means the root (RFC 9110, 4.2.3)
+                query=parse_qs(target["query"]),
+                headers=headers,
+            )
         )
 
 
@@ -107,7 +125,7 @@ def _head(reply: Reply) -> h11.Response:
         "Server": SERVER_NAME,
         "Date": formatdate(usegmt=True),  # required of a server that has a clock (RFC 9110, 6.6.1)
         "Content-Type": reply.content_type,
-        "Content-Length": str(len(reply.body)),
+        **({"Content-Length": str(len(reply.body))} if reply.feed is None else {}),
         "Connection": "close",
         **reply.headers,
     }

@@ -8,21 +8,22 @@ from ipaddress import ip_address
 
 
 class ListenError(Exception):
-    """The server cannot listen on `KVM_LISTEN`: tell the operator."""
+    """The server cannot listen where its setting says: tell the operator."""
 
 
-def listen(host: str, port: int, *, backlog: int) -> socket.socket:
+def listen(host: str, port: int, *, backlog: int, setting: str) -> socket.socket:
     """Open the listening socket. Names are refused, not resolved.
 
     Args:
         host: an IP address; `0.0.0.0` or `::` for all interfaces (`::` takes IPv4 clients too).
         port: TCP port; 0 for any free one.
         backlog: how many clients may wait to be accepted, see listen(2).
+        setting: what the address comes from.
 
     Raises:
         ListenError: the address is malformed, in use, or not this host's.
     """
-    shown = f"KVM_LISTEN={f'[{host}]' if ':' in host else host}:{port}"
+    shown = f"{setting}={f'[{host}]' if ':' in host else host}:{port}"
     try:
         address = ip_address(host)
     except ValueError:
@@ -45,7 +46,7 @@ def _advice(error: OSError, host: str, port: int) -> str:
     match error.errno:
         case errno.EADDRINUSE:
             return (
-                "another program, perhaps another supervisor, listens there; "
+                "another program, perhaps another one of ours, listens there; "
                 f"`ss -ltnp 'sport = :{port}'` names it. End it, or give a port that is free"
             )
         case errno.EADDRNOTAVAIL:

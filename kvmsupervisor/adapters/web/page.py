@@ -1,7 +1,7 @@
 """The page for people: one self-contained HTML document without scripts.
 
-Reasons and problems contain untrusted text. All of it goes through `_text`, which escapes HTML, makes invisible
-characters visible and limits the length. The security policy is the second defence.
+Reasons and problems contain untrusted text. All of it goes through `_text`, which escapes HTML and lets `words.visible`
+bound it. The security policy is the second defence.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 
+from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.status import Phase, Status
 
-TEXT_LIMIT = 400
-"""The most characters of a reason or problem on the page. Arbitrary; the JSON has all of them."""
-
 LIST_LIMIT = 8
-"""The most problems or pending keys of one instance on the page. Arbitrary, see `TEXT_LIMIT`."""
+"""The most problems or pending keys of one instance on the page. Arbitrary; the JSON has all of them."""
 
 REFRESH_RANGE_S = range(1, 3601)
 
@@ -238,10 +236,4 @@ def _number(found: object) -> str:
 
 def _text(found: object) -> str:
     """Convert any value for use in HTML, between tags or in a quoted attribute."""
-    text = str(found)
-    if len(text) > TEXT_LIMIT:
-        text = text[:TEXT_LIMIT] + "…"
-    # Control characters, bidirectional overrides and lone surrogates are not printable. They are shown as \x1b or
-    # \u202e, so that they neither hide nor reverse the text beside them.
-    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return escape(visible)
+    return escape(visible(found))

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.adapters.web.messages import Reply, Request
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.status import Status
 
 ALLOWED_METHODS = ("GET", "HEAD")
 INSTANCES_PATH = "/api/v1/instances"
-
-SAFETY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
-"""On every reply. A reply may contain untrusted text (of QEMU or of keys), which no browser may execute."""
 
 
 class View(Protocol):
@@ -52,16 +43,6 @@ class View(Protocol):
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """The body of `/metrics` and its content type, for a request with this Accept header."""
         ...
-
-
-@frozen(kw_only=True)
-class Reply:
-    """One HTTP reply. `headers` add to `SAFETY_HEADERS` or replace them."""
-
-    status: HTTPStatus
-    body: bytes
-    content_type: str
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 def utc_now() -> datetime:
@@ -93,6 +74,15 @@ class Routes:
             INSTANCES_PATH: self._instances,
             "/api/v1/hosts": self._hosts,
         }
+
+    def __call__(self, request: Request) -> Reply:
+        """Answer one request."""
+        return self.answer(
+            method=request.method,
+            path=request.path,
+            refresh=request.first("refresh"),
+            accept=request.headers.get("accept", ""),
+        )
 
     def answer(self, *, method: str, path: str, refresh: str = "", accept: str = "") -> Reply:
         """Answer one request.

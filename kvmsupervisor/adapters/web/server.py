@@ -2,7 +2,9 @@
 
 Limits against slow, many or hostile clients: a connection carries one request and lives for `CONNECTION_LIMIT_S` at
 most (so a client gains nothing by sending headers, or reading the reply, slowly). When `CONNECTIONS` are open, a new
-one ends the oldest. Nothing here resolves names. Only `Web.close` waits, and it has a deadline.
+one ends the oldest. A reply that goes on (a feed) has no such end: whoever makes the answers limits how many there
+are. A reply is given to the kernel piece by piece, so that a client that does not read costs one piece of memory, and
+is dropped after `CONNECTION_LIMIT_S`. Nothing here resolves names. Only `Web.close` waits, and it has a deadline.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmsupervisor.adapters.web.listener import listen
-from kvmsupervisor.adapters.web.routes import Routes
+from kvmsupervisor.adapters.web.messages import Answer, Subscription
 
 if TYPE_CHECKING:
     from kvmsupervisor.adapters.web.exchange import Exchange
@@ -28,6 +30,9 @@ CONNECTIONS = 64
 SHUTDOWN_GRACE_S = 1.0
 """How long unfinished replies may still take when the server closes. Arbitrary."""
 
+PIECE = 1 << 16
+"""Bytes of a reply that are handed over at once: as many as asyncio keeps before it says that the client is slow."""
+
 _LINGER_NOT = struct.pack("ii", 1, 0)
 """`struct linger` that turns close(2) into a reset, see socket(7)."""
 
@@ -40,39 +45,91 @@ class _Connection(asyncio.Protocol):
         self._crowd = crowd
         self._limit_s = limit_s
         self._transport: asyncio.Transport
-        self._timer: asyncio.TimerHandle
+        self._timer: asyncio.TimerHandle | None = None
+        # What is left of the reply, or of the piece of a feed; None before there is a reply.
+        self._left: memoryview | None = None
+        self._paused = False
+        self._reader: Subscription | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the connection's time limit."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._timer = asyncio.get_running_loop().call_later(self._limit_s, self.drop)
+        self._limit()
         self._crowd.join(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Clean up, whichever side ended the connection."""
-        self._timer.cancel()
+        self._unlimit()
+        if self._reader is not None:
+            self._reader.close()
         self._crowd.leave(self)
 
     def data_received(self, data: bytes) -> None:
-        """Reply once the request is complete. Nothing is received after that.
+        """Reply once the request is complete. What is received after that is ignored.
 
         A bug of ours costs this connection only: asyncio logs it with its traceback.
         """
+        if self._left is not None:
+            return
         with contextlib.ExitStack() as on_error:
             on_error.callback(lambda: self._send(self._exchange.failed()))
-            reply = self._exchange.receive(data)
+            head = self._exchange.receive(data)
             on_error.pop_all()
-        if reply is not None:
-            self._send(reply)
+        if head is not None:
+            self._send(head)
 
-    def _send(self, reply: bytes) -> None:
-        self._transport.write(reply)
-        self._transport.close()  # once the reply is sent
+    def eof_received(self) -> bool:
+        """A client may end its own direction and listen on: the rest of a reply is sent. A feed's reader has left."""
+        return self._reader is None and bool(self._left)
+
+    def pause_writing(self) -> None:
+        """The client is slower than we are."""
+        self._paused = True
+        if self._reader is not None:
+            self._limit()
+
+    def resume_writing(self) -> None:
+        """It has read what was kept for it."""
+        self._paused = False
+        if self._reader is not None:
+            self._unlimit()
+        self._pump()
+
+    def _send(self, head: bytes) -> None:
+        self._left = memoryview(self._exchange.body)
+        self._transport.write(head)
+        if self._exchange.feed is not None:
+            self._unlimit()
+            self._crowd.admit(self)
+            self._reader = self._exchange.feed.open(self._pump)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what is there, as far as the client takes it."""
+        while not self._paused and not self._transport.is_closing():
+            if not self._left:
+                piece = b"" if self._reader is None else self._reader.take()
+                if not piece:
+                    break
+                self._left = memoryview(self._exchange.more(piece))
+            self._transport.write(self._left[:PIECE])
+            self._left = self._left[PIECE:]
+        if not self._left and self._reader is None:
+            self._transport.close()  # once the reply is sent
+
+    def _limit(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._limit_s, self.drop)
+
+    def _unlimit(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def finish(self) -> None:
-        """Let an unfinished reply be sent; without one, end now."""
-        if not self._transport.is_closing():
+        """Let an unfinished reply be sent; without one, and in a feed, end now."""
+        if self._reader is not None:
+            self._transport.close()
+        elif not self._left and not self._transport.is_closing():
             self.drop()
 
     def drop(self) -> None:
@@ -92,6 +149,7 @@ class _Crowd:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[_Connection, asyncio.Future[None]] = {}  # in order of arrival
+        self._admitted: set[_Connection] = set()
         self._dispersed = False
 
     def join(self, connection: _Connection) -> None:
@@ -105,33 +163,40 @@ class _Crowd:
             oldest.drop()
         self._open[connection] = asyncio.get_running_loop().create_future()
 
+    def admit(self, connection: _Connection) -> None:
+        """It stays: it is not counted any more, and gives way to none."""
+        self.leave(connection)
+        self._admitted.add(connection)
+
     def leave(self, connection: _Connection) -> None:
         """Forget a connection that ended."""
+        self._admitted.discard(connection)
         if (ended := self._open.pop(connection, None)) is not None and not ended.done():
             ended.set_result(None)
 
     async def disperse(self, grace_s: float) -> None:
         """End all connections, unfinished replies after `grace_s` at the latest, and accept no more."""
         self._dispersed = True
-        for connection in self._open:
+        for connection in [*self._open, *self._admitted]:
             connection.finish()
         try:
             if self._open:
                 await asyncio.wait(self._open.values(), timeout=grace_s)
         finally:
-            for connection in self._open:
+            for connection in [*self._open, *self._admitted]:
                 connection.drop()
 
 
 class Web:
-    """The HTTP server of one supervisor. Start it once."""
+    """An HTTP server. Start it once."""
 
     def __init__(
         self,
         listen_host: str,
         listen_port: int,
-        routes: Routes,
+        answer: Answer,
         *,
+        setting: str = "KVM_LISTEN",
         limit_s: float = CONNECTION_LIMIT_S,
         connections: int = CONNECTIONS,
     ) -> None:
@@ -140,13 +205,15 @@ class Web:
         Args:
             listen_host: an IP address; `0.0.0.0` or `::` for all interfaces (`::` takes IPv4 clients too).
             listen_port: TCP port; 0 for any free one.
-            routes: makes the answers.
-            limit_s: longest life of a connection, seconds.
+            answer: makes the replies.
+            setting: what the address comes from, for messages.
+            limit_s: longest life of a connection, seconds; in a feed how long a client may read nothing.
             connections: the most open connections.
         """
         self._host = listen_host
         self._wanted_port = listen_port
-        self._routes = routes
+        self._answer = answer
+        self._setting = setting
         self._limit_s = limit_s
         self._server: asyncio.Server | None = None
         self._crowd = _Crowd(connections)
@@ -169,7 +236,7 @@ class Web:
         Raises:
             ListenError: the address is malformed, in use, or not this host's.
         """
-        listener = listen(self._host, self._wanted_port, backlog=CONNECTIONS)
+        listener = listen(self._host, self._wanted_port, backlog=CONNECTIONS, setting=self._setting)
         self._port = listener.getsockname()[1]
         self._server = await asyncio.get_running_loop().create_server(
             self._accepted,
@@ -183,7 +250,7 @@ class Web:
         # Imported by the first connection: no start should wait for h11.
         from kvmsupervisor.adapters.web.exchange import Exchange  # noqa: PLC0415
 
-        return _Connection(Exchange(self._routes), self._crowd, self._limit_s)
+        return _Connection(Exchange(self._answer), self._crowd, self._limit_s)
 
     async def close(self) -> None:
         """Stop listening, give unfinished replies `SHUTDOWN_GRACE_S`, and end all connections.

@@ -14,11 +14,11 @@ from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_instance, shown
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, with_store
 from kvmsupervisor.cli.console.session import Lacking, Mode, Session
 from kvmsupervisor.cli.console.terminal import Signalled, is_terminal
 from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_instance, shown
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.incarnation import Incarnation, Unreadable
 from kvmsupervisor.domain.keys import InstanceId

@@ -14,7 +14,6 @@ import click
 from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
 from kvmsupervisor.cli import actions, mac_auto, waiting
 from kvmsupervisor.cli.actions import Written
-from kvmsupervisor.cli.cluster import Cluster, Instance, read_cluster
 from kvmsupervisor.cli.common import Tools, pass_tools, wait_options, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.filters import LABEL, value_of
@@ -24,6 +23,7 @@ from kvmsupervisor.cli.wish_files.difference import Change, differences
 from kvmsupervisor.cli.wish_files.reading import IMAGES, Faulty, Wanted, read_files
 from kvmsupervisor.cli.wish_files.schema import schema
 from kvmsupervisor.cli.write_commands import act, confirm, force_option, need_an_answer, yes_option
+from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import image_name, parse_image

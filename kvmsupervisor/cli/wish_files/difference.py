@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from kvmsupervisor.cli import mac_auto
-from kvmsupervisor.cli.cluster import natural
+from kvmsupervisor.cluster.overview import natural
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import SECRET_KEYS, public_value

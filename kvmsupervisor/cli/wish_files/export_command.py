@@ -8,13 +8,13 @@ import click
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.choice import WORD, Word, chosen
-from kvmsupervisor.cli.cluster import Cluster, read_cluster
 from kvmsupervisor.cli.common import Tools, pass_tools, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.filters import LABEL, Filters
 from kvmsupervisor.cli.output import note, printable, printable_bytes
 from kvmsupervisor.cli.wish_files.difference import in_order
 from kvmsupervisor.cli.wish_files.reading import IMAGES, written
+from kvmsupervisor.cluster.overview import Cluster, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.parse_keys import SECRET_KEYS

@@ -1,0 +1,82 @@
+"""A request and the reply to it, as routes see them; and a feed, a reply that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from http import HTTPStatus
+from typing import Protocol
+
+from kvmsupervisor.domain.frozen import frozen
+
+SAFETY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+"""On every reply. A reply may contain untrusted text (of QEMU or of keys), which no browser may execute."""
+
+
+@frozen(kw_only=True)
+class Request:
+    """One request. Its body is not read.
+
+    Attributes:
+        method: as the client wrote it.
+        path: percent-decoded, without the query.
+        query: parameters of the query, each with all its values, in their order.
+        headers: by their names in small letters; several of one name are one list, with commas (RFC 9110, 5.3).
+    """
+
+    method: str
+    path: str
+    query: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def first(self, name: str) -> str:
+        """The first value of a parameter of the query; empty without it."""
+        return next(iter(self.query.get(name, ())), "")
+
+
+class Subscription(Protocol):
+    """One reader of a feed."""
+
+    def take(self) -> bytes:
+        """What this reader has not had yet, in one piece; empty when it has everything."""
+        ...
+
+    def close(self) -> None:
+        """The reader has left."""
+        ...
+
+
+class Feed(Protocol):
+    """The body of a reply that goes on until one side ends it."""
+
+    def open(self, wake: Callable[[], None]) -> Subscription:
+        """Add a reader; `wake` is called when there may be something to take, and must not raise."""
+        ...
+
+
+@frozen(kw_only=True)
+class Reply:
+    """One HTTP reply.
+
+    Attributes:
+        status: of it.
+        body: whole, or with a feed what comes before that.
+        content_type: of the body.
+        headers: add to `SAFETY_HEADERS`, or replace them.
+        feed: what the body goes on with; None for a body that is whole.
+    """
+
+    status: HTTPStatus
+    body: bytes
+    content_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    feed: Feed | None = None
+
+
+Answer = Callable[[Request], Reply]
+"""Makes the reply to a request. It never waits."""

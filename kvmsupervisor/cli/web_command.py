@@ -1,0 +1,54 @@
+"""`kvmsupervisor web`: the cluster on a page, read from etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+# Before all others that import structlog: it keeps rich out.
+from kvmsupervisor.config.logs import configure
+
+# isort: split
+import click
+
+from kvmsupervisor.config.load import SettingsError, load_settings
+
+
+@click.command()
+def web() -> None:
+    """Show the whole cluster on a page, live, until SIGTERM or Ctrl-C.
+
+    It only reads, on KVM_WEB_LISTEN (127.0.0.1:9747), and shows what it reads to whoever reaches it. It needs no
+    privileges, and of etcd the role reader. One in a cluster is enough; several do not disturb each other.
+
+    Example: KVM_WEB_LISTEN=127.0.0.1:9747 kvmsupervisor web
+    """
+    from kvmsupervisor.adapters.clock import Clock  # noqa: PLC0415 - `--help` needs nothing of these
+    from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
+    from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
+    from kvmsupervisor.web.service import Service  # noqa: PLC0415
+
+    try:
+        settings = load_settings(os.environ)
+    except SettingsError as error:
+        raise click.ClickException("the settings cannot be used:\n" + str(error)) from error
+    log = configure(level=settings.log_level, format=settings.log_format, rotation=None)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        etcd = Etcd(etcd_config(settings))
+        try:
+            await Service(settings, etcd, Clock()).run(stop)
+        finally:
+            await etcd.close()
+
+    try:
+        asyncio.run(serve())
+    except ListenError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        log.close()

@@ -1,0 +1,48 @@
+"""The hosts: who has a session, what runs there, and how much memory is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvmsupervisor.adapters.web.words import visible
+from kvmsupervisor.cluster.host_table import NO_SESSION, HostFact
+from kvmsupervisor.web.choice import Choice
+from kvmsupervisor.web.frame import State, page, time
+from kvmsupervisor.web.html import NOTHING, Html, join, tag
+
+COLUMNS = ("Host", "State", "Since", "Running", "Locks", "Memory promised", "CPUs", "Release", "Notice")
+
+
+def hosts_page(facts: Sequence[HostFact], state: State) -> bytes:
+    """The page."""
+    table = tag(
+        "table",
+        tag("thead", tag("tr", *(tag("th", title, scope="col") for title in COLUMNS))),
+        tag("tbody", *map(_row, facts)),
+        class_="list",
+    )
+    empty = tag("p", "No host has a session, and none has left anything.")
+    main = join((tag("h1", "Hosts"), table if facts else empty))
+    return page(title="Hosts – kvmsupervisor", here="/hosts", state=state, main=main, script="refresh.js")
+
+
+def _row(fact: HostFact) -> Html:
+    session = fact.session
+    name = visible(fact.host)
+    memory = "" if session is None or not session.memory_mib else f" of {session.memory_mib}"
+    return tag(
+        "tr",
+        tag("th", tag("a", tag("bdi", name), href=Choice(host=name).address()), scope="row"),
+        _cell("State", tag("span", fact.state, class_=f"phase {fact.state.replace(' ', '-')}")),
+        _cell("Since", time(session.started or None) if session is not None else NOTHING),
+        _cell("Running", "" if fact.state == NO_SESSION else str(len(fact.running)), class_="number"),
+        _cell("Locks", str(len(fact.locks)), class_="number"),
+        _cell("Memory promised", f"{fact.promised_mib}{memory} MiB", class_="number"),
+        _cell("CPUs", "" if session is None or not session.cpus else str(session.cpus), class_="number"),
+        _cell("Release", "" if session is None else visible(session.version)),
+        _cell("Notice", tag("bdi", visible(fact.notice)), class_="why"),
+    )
+
+
+def _cell(label: str, *children: str | None, class_: str | None = None) -> Html:
+    return tag("td", *children, class_=class_, data_label=label)

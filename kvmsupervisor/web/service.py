@@ -1,0 +1,113 @@
+"""The life of `kvmsupervisor web`: watches etcd, keeps the rows, serves, until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Never
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.etcd.api import Store
+from kvmsupervisor.adapters.web import Web
+from kvmsupervisor.aio import start_part, until_one_ends
+from kvmsupervisor.cluster.live_overview import LiveOverview
+from kvmsupervisor.cluster.read_history import ReadHistory
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.web.board import Board
+from kvmsupervisor.web.frame import State
+from kvmsupervisor.web.routes import Routes
+from kvmsupervisor.web.stream import BEAT_S, Stream
+
+log = structlog.get_logger(__name__)
+
+GATHER_S = 0.2
+"""How long changes are gathered. Arbitrary: a start makes five in a moment, and a page is to show them within 1 s."""
+
+LOOK_S = 2.0
+"""How often to look whether etcd answers; of a change of that nobody tells. Arbitrary: the silence of a member that
+hangs is noticed after five seconds at the earliest."""
+
+
+class Service:
+    """All parts of the process.
+
+    Args:
+        settings: of this host.
+        store: etcd.
+        clock: the machine's.
+    """
+
+    def __init__(self, settings: Settings, store: Store, clock: Clock) -> None:
+        self._clock = clock
+        self._overview = LiveOverview(store=store, clock=clock, layout=settings.layout, history=ReadHistory(store))
+        self._board = Board(self._overview)
+        self._as_of: str | None = None
+        self._stream = Stream(self._board, self.state)
+        self.routes = Routes(
+            overview=self._overview,
+            board=self._board,
+            stream=self._stream,
+            state=self.state,
+            names=(settings.hostname.lower(), *(settings.web_names or ())),
+        )
+        self._web = Web(settings.web_listen.host, settings.web_listen.port, self.routes, setting="KVM_WEB_LISTEN")
+
+    def state(self) -> State:
+        """What is known of etcd now; while all is in step, that is noted for later."""
+        overview = self._overview
+        # Before the first rows nothing is shown of what was read.
+        if overview.in_step and self._board.turn:
+            self._as_of = self._clock.wall()
+            return State(in_step=True, revision=overview.revision)
+        problem = overview.problem or "the first list is being read"
+        return State(in_step=False, problem=problem, as_of=self._as_of, revision=overview.revision)
+
+    async def run(self, stop: asyncio.Event, listening: Callable[[int], None] = lambda port: None) -> None:
+        """Serve until `stop` is set.
+
+        Args:
+            stop: ends it.
+            listening: called with the port.
+
+        Raises:
+            ListenError: `KVM_WEB_LISTEN` cannot be listened on.
+        """
+        try:
+            await self._web.start()
+            log.info("web.listening", port=self._web.port)
+            listening(self._web.port)
+            await until_one_ends(stop.wait(), self._keep_up())
+        finally:
+            await self._web.close()
+
+    async def _keep_up(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            start_part(tasks, self._overview.run)
+            start_part(tasks, self._keep_rows)
+            start_part(tasks, self._keep_state)
+            start_part(tasks, self._keep_alive)
+
+    async def _keep_rows(self) -> Never:
+        await self._overview.wait_synced()
+        while True:
+            if await self._board.turn_over():
+                self._stream.tell()
+            await self._clock.sleep(GATHER_S)
+            await self._overview.changed.wait()
+
+    async def _keep_state(self) -> Never:
+        told = self.state()
+        while True:
+            state = self.state()
+            if state != told:
+                (log.info if state.in_step else log.warning)("web.state", in_step=state.in_step, problem=state.problem)
+                told = state
+                self._stream.tell()
+            await self._clock.sleep(LOOK_S)
+
+    async def _keep_alive(self) -> Never:
+        while True:
+            await self._clock.sleep(BEAT_S)
+            self._stream.beat()
