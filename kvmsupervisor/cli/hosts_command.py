@@ -11,11 +11,14 @@ import click
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.cluster import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.cli.common import Tools, output_option, pass_tools, with_store
+from kvmsupervisor.cli.drain_command import summary, title_of
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, age, echo_json, echo_table, note
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.host_wish import IN_SERVICE, HostProgress, HostWish
 from kvmsupervisor.domain.lock import LockState
+from kvmsupervisor.domain.records import plain
 from kvmsupervisor.domain.values import some
 
 COLUMNS = (
@@ -29,10 +32,17 @@ COLUMNS = (
     Column(title="RELEASE", spare=True),
     Column(title="NOTICE", long=True),
 )
-WIDE_COLUMNS = (*COLUMNS[:-1], Column(title="URL"), Column(title="LOCKS", long=True, label="locks: "), COLUMNS[-1])
+WIDE_COLUMNS = (
+    *COLUMNS[:-1],
+    Column(title="URL"),
+    Column(title="GUESTS", right=True),
+    Column(title="LOCKS", long=True, label="locks: "),
+    COLUMNS[-1],
+)
 
-UP, DRAINING, NO_SESSION, UNREADABLE = "up", "draining", "no session", "unreadable"
-STYLES = {UP: "green", DRAINING: "yellow", NO_SESSION: "magenta", UNREADABLE: "red"}
+UP, DRAINING, DRAINED = "up", "draining", "drained"
+NO_SESSION, UNREADABLE = "no session", "unreadable"
+STYLES = {UP: "green", DRAINING: "yellow", DRAINED: "cyan", NO_SESSION: "magenta", UNREADABLE: "red"}
 
 NAMED = 5
 """Instances that a notice names; the others are counted. Arbitrary: a line."""
@@ -44,11 +54,14 @@ class HostFact:
 
     Attributes:
         host: its name.
-        state: `up`, `draining` (it stops all its guests), `no session`, or `unreadable`: it has one of another release.
+        state: `up`, `draining` (it empties itself, or stops all its guests), `drained`, `no session`, or `unreadable`:
+            it has a session of another release.
         session: what it says of itself.
         running: the instances whose guests run there, as it says; none without a session.
         locks: the instances whose locks it holds.
         promised_mib: the memory of these, by their keys.
+        wish: what people want of it.
+        progress: how far it has come with that.
     """
 
     host: str
@@ -57,6 +70,8 @@ class HostFact:
     running: tuple[str, ...]
     locks: tuple[str, ...]
     promised_mib: int
+    wish: HostWish = IN_SERVICE
+    progress: HostProgress | None = None
 
     @property
     def notice(self) -> str:
@@ -66,7 +81,13 @@ class HostFact:
             return held or "nothing of it is locked; `remove-host` deletes what it has left"
         if self.session is None:
             return "this release cannot read its session"
-        return self.session.notice
+        said = [self.session.notice]
+        if self.wish.drain is not None and self.progress is None:
+            said.append(f"drains ({self.wish.drain}); its supervisor has not said anything yet")
+        elif self.progress is not None:
+            what = "takes back" if self.progress.mode is None else f"drains ({self.progress.mode})"
+            said += [f"{what}: {summary(self.progress)}", self.progress.notice]
+        return "; ".join(filter(None, said))
 
     def to_object(self) -> dict[str, Any]:
         """For programs."""
@@ -79,6 +100,9 @@ class HostFact:
             "locks": list(self.locks),
             "promised_mib": self.promised_mib,
             "memory_mib": None if session is None else session.memory_mib,
+            "guests_mib": None if session is None else session.guests_mib or None,
+            "drain": None if self.wish.drain is None else self.wish.drain.value,
+            "progress": None if self.progress is None else plain(self.progress),
             "cpus": None if session is None else session.cpus,
             "version": None if session is None else session.version,
             "url": None if session is None else session.url,
@@ -92,9 +116,10 @@ class HostFact:
 def hosts(tools: Tools, output: OutputFormat) -> None:
     """List the hosts: their state, what runs there, and the memory that is promised.
 
-    `up` has a session, `draining` shuts all its guests down, `no session` has left locks or statuses and is off, cut
-    off, or without a supervisor. RUNNING counts guests that run; PROMISED is the memory of the instances whose locks
-    the host holds, of MEMORY. SINCE is how long its supervisor runs. `-o wide` adds its address and these instances.
+    `up` has a session, `draining` empties itself or shuts all its guests down, `drained` is empty, `no session` has
+    left locks or statuses and is off, cut off, or without a supervisor. RUNNING counts guests that run; PROMISED is the
+    memory of the instances whose locks the host holds, of MEMORY. SINCE is how long its supervisor runs. `-o wide` adds
+    its address, the memory for guests, and these instances.
 
     Example: kvmsupervisor hosts -o wide
     """
@@ -123,7 +148,12 @@ def facts_of(cluster: Cluster) -> list[HostFact]:
             locked.setdefault(lock.host, []).append(instance)
         if instance.status is not None:
             said.setdefault(instance.status.host, []).append(instance)
-    names = {*cluster.sessions, *locked, *(host for host, left in said.items() if any(_tells(one) for one in left))}
+    names = {
+        *cluster.sessions,
+        *cluster.host_wishes,
+        *locked,
+        *(host for host, left in said.items() if any(_tells(one) for one in left)),
+    }
     return [
         _fact(host, cluster, locked=locked.get(host, ()), said=said.get(host, ()))
         for host in sorted(names, key=natural)
@@ -142,7 +172,8 @@ def _fact(host: str, cluster: Cluster, *, locked: Sequence[Instance], said: Sequ
     elif session is None:
         state = UNREADABLE
     else:
-        state = DRAINING if session.draining else UP
+        drains = title_of(cluster.wish_of(host), cluster.progress.get(host))
+        state = drains or (DRAINING if session.draining else UP)
     return HostFact(
         host=host,
         state=state,
@@ -150,6 +181,8 @@ def _fact(host: str, cluster: Cluster, *, locked: Sequence[Instance], said: Sequ
         running=tuple(one.id for one in said if state != NO_SESSION and one.status is not None and one.status.up),
         locks=tuple(one.id for one in locked),
         promised_mib=sum(one.wish.spec.ram_mib for one in locked if one.wish.spec is not None),
+        wish=cluster.wish_of(host),
+        progress=cluster.progress.get(host),
     )
 
 
@@ -166,5 +199,10 @@ def _row(fact: HostFact, now: datetime, *, wide: bool) -> list[Cell]:
         Cell(NOTHING if session is None else session.version),
     ]
     if wide:
-        cells += [Cell(NOTHING if session is None else session.url or NOTHING), Cell(", ".join(fact.locks) or NOTHING)]
+        for_guests = NOTHING if session is None or not session.guests_mib else f"{session.guests_mib}M"
+        cells += [
+            Cell(NOTHING if session is None else session.url or NOTHING),
+            Cell(for_guests),
+            Cell(", ".join(fact.locks) or NOTHING),
+        ]
     return [*cells, Cell(fact.notice or NOTHING, "" if fact.notice else "dim")]
