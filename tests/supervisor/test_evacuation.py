@@ -353,6 +353,30 @@ async def test_a_held_order_keeps_a_machine_where_it_is(site: Site) -> None:
     assert beta.guests == {}
 
 
+async def test_fifty_machines(site: Site) -> None:
+    """§6: two cannot go, one ends meanwhile, one target dies meanwhile: each of the others runs, and once."""
+    site.hosts["alpha"] = Node(site, "alpha")
+    site.hosts["alpha"].more["KVM_MIGRATION_PARALLEL"] = "4"
+    alpha, beta, gamma = await site.start("alpha", "beta", "gamma")
+    names = [f"m{number}" for number in range(50)]
+    for name in names:
+        site.put(name, ram="64", host="alpha", hosts="beta gamma")
+    site.put("m1", hosts="nobody")
+    site.put("m2", **{"disk/1": "file:data.qcow2 size=1G", "power": "off"})
+    site.put("m3", restart="never")
+    await site.clock.advance_until(lambda: len(alpha.guests) == 49, 300.0)
+    drain(site, "alpha")
+    alpha.guests["m3"].crash()
+    await site.clock.advance_until(lambda: len(said_by(site).moved) >= 10, 600.0)
+    await beta.die()
+    await site.clock.advance_until(
+        lambda: [*alpha.guests] == ["m1"] and {*gamma.guests} >= {*names} - {"m1", "m2", "m3"}, 1800.0
+    )
+    assert len(gamma.guests) == 47
+    assert said_by(site).refused == {"m1": "nobody has no session"}
+    assert said_by(site).left == ("m1",)
+
+
 # --- a return -------------------------------------------------------------------------------------------------
 
 
