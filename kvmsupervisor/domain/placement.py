@@ -128,3 +128,8 @@ class Ground:
 
     host_revision: int
     placement_revision: int = 0
+
+    @property
+    def revision(self) -> int:
+        """Since when they say so."""
+        return max(self.host_revision, self.placement_revision)

@@ -55,6 +55,9 @@ LEAST_S, PER_GIB_S = 120.0, 150.0
 DOWNTIME_MS = 300
 """QEMU's own default."""
 
+FAILURES = 2
+"""After so many attempts a target counts as one that does not get it. One fails also by an upgrade of a supervisor."""
+
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 1800.0
 """Pause after an attempt that came to nothing; each further one is twice as long."""
 
@@ -63,11 +66,7 @@ SETTLE_S, SETTLE_POLL_S = 2.0, 0.3
 
 
 class Moves:
-    """The live moves of one instance, away from this host and to it.
-
-    Attributes:
-        cold: why the last attempt says that it can only be moved cold, by incarnation and target.
-    """
+    """The live moves of one instance, away from this host and to it."""
 
     def __init__(
         self,
@@ -131,13 +130,13 @@ class Moves:
         )
 
     def setback(self, target: str) -> str | None:
-        """Why a guest that runs here cannot be moved live to `target`, by the last attempt; None without a reason."""
+        """Why a guest that runs here cannot be moved live to `target`, by the last attempts; None without a reason."""
         if self._target != target or self._link is not Link.NONE or self._calling is not None:
             return None
         record, cold = self._machine.record, self._cold
         if record is not None and cold is not None and cold[:2] == (record.incarnation, target):
             return cold[2]
-        return self._trouble if self._failures else None
+        return self._trouble if self._failures >= FAILURES else None
 
     @property
     def _link(self) -> Link:
@@ -233,11 +232,12 @@ class Moves:
             self._again_at = self._context.clock.now() + OFFER_POLL_S
             return
         self._trouble = f"{wish.runs_on} makes ready for it"
-        self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on))))
+        since = 0 if wish.ground is None else wish.ground.revision
+        self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on)), since))
 
-    async def _calling_for(self, target: HostName) -> None:
+    async def _calling_for(self, target: HostName, since: int) -> None:
         try:
-            await self._talk_to(target)
+            await self._talk_to(target, since)
         except (TransferFailed, EtcdError) as error:
             self._fails(f"{target} does not make ready: {error}")
             self._hang_up()
@@ -252,12 +252,13 @@ class Moves:
             self._calling = None
             self._wake()
 
-    async def _talk_to(self, target: HostName) -> None:
+    async def _talk_to(self, target: HostName, since: int) -> None:
         context = self._context
         key = context.layout.offer_key(self._id)
         found = (await context.store.read(key)).kvs[0]
         offer = None if found is None else Offer.from_json(found.value)
-        if offer is None or offer.host != target:
+        # One from before it was to go there is of an earlier move: nobody answers to its key any more.
+        if found is None or offer is None or offer.host != target or found.mod_revision < since:
             self._trouble = f"waits until {target} has said that it takes it"
             self._again_at = context.clock.now() + OFFER_POLL_S
             self._leave_line()

@@ -164,6 +164,9 @@ class Evacuation:
         if self._era != self._wishes.era:
             await self._placing.recall()
             self._era = self._wishes.era
+        if wish.drain_revision != self._ordered:
+            # People who give the order again have changed something.
+            self._ordered, self._setbacks = wish.drain_revision, {}
         on_their_way = await self._withdraw_failed()
         arriving = await self._arriving()
         if wish.drain is not None:
@@ -177,9 +180,6 @@ class Evacuation:
 
     async def _drain(self, wish: HostWish, arriving: Mapping[str, str]) -> float:
         context, now = self._context, self._context.clock.now()
-        if wish.drain_revision != self._ordered:
-            # People who give the order again have changed something.
-            self._ordered, self._setbacks = wish.drain_revision, {}
         rooms = self._rooms()
         told = self._progress(wish, arriving)
         leavers = self._leavers(wish, rooms)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase
+from tests.chaos.armed import FAIL, KILL
+from tests.e2e.test_live_move_points import armed
 from tests.e2e.test_two_hosts import watched
 from tests.support.cluster import Host, Hosts, Keys, eventually
 from tests.support.lock_history import check_lock_history
@@ -122,4 +126,26 @@ def test_a_supervisor_that_is_killed_goes_on(keys: Keys, hosts: Hosts, tiny: str
         eventually("the fact to go", lambda: told(keys) is None)
         assert before["2"].alive
         assert placed_on(keys, "2") is None
+    check_lock_history(keys, "1")
+
+
+@pytest.mark.parametrize("way", [KILL, FAIL])
+@pytest.mark.parametrize("step", ["to be placed", "placed"])
+def test_cut_off(keys: Keys, hosts: Hosts, tiny: str, step: str, way: str) -> None:
+    """A supervisor is killed before its placement, and between that and the move, or etcd fails it there."""
+    (alpha, points), (beta, _) = (armed(hosts, host) for host in ("alpha", "beta"))
+    with watched(alpha, beta):
+        keys.machines("alpha", "1", ram=16, extra_flags=tiny, hosts="beta")
+        (before,) = alpha.wait_running("1").values()
+        points.arm(step, way)
+        assert beta.cli("drain", "alpha").returncode == 0
+        eventually(f"{step} is come to", lambda: points.was_met)
+        if way == KILL:
+            eventually("its end", lambda: not alpha.running)
+            assert before.alive
+            alpha.start()
+        (after,) = beta.wait_running("1").values()
+        assert "-incoming" in after.argv, "it was stopped"
+        eventually("the host to be empty", lambda: (said := told(keys)) and said.drained)
+        assert told(keys).moved == {"1": "beta"}  # type: ignore[union-attr]
     check_lock_history(keys, "1")

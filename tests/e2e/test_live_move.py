@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.e2e.test_two_hosts import watched
@@ -156,6 +157,25 @@ def test_ctrl_c_twice_calls_it_off(keys: Keys, hosts: Hosts, tiny: str) -> None:
     assert before.alive
     assert keys.get(f"{keys.layout.prefix}/1/host") == b"alpha"
     assert alpha.metric("migrations_total", result="cancelled") == 1
+
+
+def test_an_offer_from_before_is_none(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """`host` written to and fro leaves an offer to whose key nobody answers: the next one is waited for."""
+    alpha, beta = pair(hosts, KVM_SESSION_TTL="60")
+    keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+    alpha.wait_running("1")
+    alpha.freeze()
+    keys.put("1", host="beta")
+    eventually("the offer", lambda: keys.get(keys.layout.offer_key(InstanceId("1"))))
+    keys.put("1", host="alpha")
+    beta.wait_forgotten("1")
+    beta.freeze()
+    alpha.thaw()
+    keys.put("1", host="beta")
+    alpha.wait_for("1", lambda s: "waits until beta has said that it takes it" in s.reason)
+    beta.thaw()
+    beta.wait_running("1")
+    assert alpha.events("move.failed") == []
 
 
 def test_a_host_without_live_moves_gets_it_cold(keys: Keys, hosts: Hosts, tiny: str) -> None:
