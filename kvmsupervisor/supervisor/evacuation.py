@@ -188,7 +188,8 @@ class Evacuation:
             notice = "etcd has another history since this drain was ordered: nothing goes until it is ordered again"
             await self._tell(wish, told, Plan(), notice=notice)
             return now + RETRY_S
-        found = self._plan(leavers, rooms, wish, told)
+        # While it stops all its guests, each ends where it is.
+        found = Plan() if context.draining() else self._plan(leavers, rooms, wish, told)
         told = await self._tell(wish, told, found)
         if found.go:
             others = await self._placing.others()

@@ -132,6 +132,9 @@ class Homecoming:
         coming = [one for one in away if one.wish.runs_on == context.me and not self._is_back(one)]
         coming = [one for one in coming if not await self._stays_there(one)]
         owed = self._take_note(wish, [one for one in away if one.wish.runs_on != context.me], now)
+        if context.draining():
+            # It stops all its guests, and takes none in.
+            owed = []
         told = self._progress(wish, coming, owed)
         refused: dict[str, str] = {}
         for one in owed:
@@ -155,10 +158,13 @@ class Homecoming:
         await self._placing.say(told if told.left or told.moving else None)
         if told.moving:
             return now + LOOK_EVERY_S
-        waits = [known.until for name, known in self._setbacks.items() if name in told.left]
+        waits = [known.until for name, known in self._setbacks.items() if name in refused]
+        if len(refused) < len(told.left):
+            # Others are on their way here because of another host.
+            waits.append(now + LOOK_EVERY_S)
         if self._by_itself and now < self._from:
             waits.append(self._from)
-        return min(waits, default=now + LOOK_EVERY_S if told.left else math.inf)
+        return min(waits, default=math.inf)
 
     def _take_note(self, wish: HostWish, elsewhere: list[_Away], now: float) -> list[_Away]:
         """Those that are to come back. An order is about what was placed elsewhere before it was given."""

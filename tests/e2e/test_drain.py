@@ -149,3 +149,21 @@ def test_cut_off(keys: Keys, hosts: Hosts, tiny: str, step: str, way: str) -> No
         eventually("the host to be empty", lambda: (said := told(keys)) and said.drained)
         assert told(keys).moved == {"1": "beta"}  # type: ignore[union-attr]
     check_lock_history(keys, "1")
+
+
+def test_with_locks_outside_the_prefix(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """As config/etcd-roles has it: a host follows only the locks that concern it, and needs no others for a drain."""
+    lock = {"LOCK": f"{keys.layout.facts}/locks/%i"}
+    alpha, beta = start(hosts, "alpha", "beta", **lock)
+    with watched(alpha, beta):
+        keys.machines("alpha", "1", "2", ram=16, extra_flags=tiny, hosts="beta")
+        alpha.wait_running("1", "2")
+        waited = beta.cli("drain", "alpha", "--wait")
+        assert waited.returncode == 0, waited.stderr
+        assert "alpha is empty since " in waited.stdout
+        for qemu in beta.wait_running("1", "2").values():
+            assert "-incoming" in qemu.argv
+        assert beta.cli("undrain", "alpha", "--return").returncode == 0
+        for qemu in alpha.wait_running("1", "2").values():
+            assert "-incoming" in qemu.argv
+        eventually("the end of it", lambda: told(keys) is None and placed_on(keys, "1") is None)

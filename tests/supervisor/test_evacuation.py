@@ -353,6 +353,18 @@ async def test_a_held_order_keeps_a_machine_where_it_is(site: Site) -> None:
     assert beta.guests == {}
 
 
+async def test_a_host_that_stops_all_its_guests_sends_none_away(site: Site) -> None:
+    """`stop --all --local`, as at a shutdown, is the later word: they end, and start nowhere else."""
+    alpha, beta = await site.start("alpha", "beta")
+    await machines(site, alpha, "1", "2")
+    alpha.drain(on=True)
+    drain(site, "alpha")
+    await site.clock.advance(300.0)
+    assert (alpha.guests, beta.guests) == ({}, {})
+    assert site.placement("1") is None
+    assert site.placement("2") is None
+
+
 async def test_fifty_machines(site: Site) -> None:
     """§6: two cannot go, one ends meanwhile, one target dies meanwhile: each of the others runs, and once."""
     site.hosts["alpha"] = Node(site, "alpha")
