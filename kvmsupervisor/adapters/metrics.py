@@ -110,6 +110,8 @@ class Snapshot:
         guests_survive: whether guests outlive the supervisor's container.
         history_changes: how often etcd had another history than before.
         orphans: instances of the whole cluster that no host with a session looks after; None while that is not known.
+        drain: machines of a host that drains by state: left, moving, moved, refused; empty in service.
+        drained: whether it drains and none is left.
         removals_held: instances whose removal waits for an operator's confirmation.
         identity_mismatch: whether nothing is started or stopped, because the settings differ from those under which the
             QEMUs of this host were started.
@@ -124,6 +126,8 @@ class Snapshot:
     walls: Sequence[tuple[str, bool]] = ()
     guests_survive: bool = True
     orphans: int | None = None
+    drain: Sequence[tuple[str, int]] = ()
+    drained: bool = False
     removals_held: int = 0
     identity_mismatch: bool = False
     history_changes: int = 0
@@ -162,6 +166,8 @@ class Metrics:
         self._fences = 0
         self._takeovers = 0
         self._migrations: Counter[MigrationResult] = Counter()
+        self._migrated_bytes = 0
+        self._downtime_s = 0.0
         self._starts_per_bucket = [0] * (len(START_BUCKETS_S) + 1)
         self._starts_sum_s = 0.0
         self._registry: CollectorRegistry | None = None
@@ -207,9 +213,17 @@ class Metrics:
         """Count a lock that was taken from a host without a session."""
         self._takeovers += 1
 
-    def migrated(self, result: MigrationResult) -> None:
-        """Count a live migration that ended."""
+    def migrated(self, result: MigrationResult, *, sent: int = 0, downtime_s: float = 0.0) -> None:
+        """Count a live migration that ended.
+
+        Args:
+            result: how.
+            sent: bytes that were sent for it.
+            downtime_s: how long the guest was stopped, as QEMU tells it.
+        """
         self._migrations[result] += 1
+        self._migrated_bytes += sent
+        self._downtime_s += downtime_s
 
     def forget(self, instance: InstanceId) -> None:
         """Drop an instance that left this host, so that labels stay bounded by those that are here."""
@@ -286,11 +300,16 @@ class Metrics:
                 "1 while the settings name another host or prefix than what lives.",
                 now.identity_mismatch,
             ),
+            ("drained", "1 while this host drains and no QEMU is left on it.", now.drained),
             ("removals_held", "Instances whose removal waits for confirm-removal.", now.removals_held),
         ):
             gauge = _gauge(name, documentation)
             gauge.add_metric([], value)
             yield gauge
+        drain = _gauge("drain_machines", "Machines of a host that drains; no series in service.", "state")
+        for state, number in now.drain:
+            drain.add_metric([state], number)
+        yield drain
         walls = _gauge("wall", "Whether this keeps the guests of this host apart; 0: it cannot here.", "wall")
         for name, stands in now.walls:
             walls.add_metric([name], stands)
@@ -303,6 +322,8 @@ class Metrics:
             ("adopted_total", "Running QEMU processes taken over from a former supervisor.", self._adopted),
             ("fences_total", "Client addresses that storage was told to refuse.", self._fences),
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
+            ("migration_sent_bytes_total", "Bytes sent for live migrations that ended.", self._migrated_bytes),
+            ("migration_downtime_seconds_total", "Seconds that their guests were stopped.", self._downtime_s),
             ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
         ):
             counter = _counter(name, documentation)

@@ -381,6 +381,8 @@ def _target_notes(wish: Wish, cluster: Cluster) -> list[str]:
         named = f"`host` names {wish.host}" if wish.placement is None else where_else(wish)
         return [f"{named}, which has no session ({cluster.who_has_sessions()}{cluster.meant_by(wish.runs_on)})"]
     target = cluster.sessions.get(wish.runs_on or "")
+    if cluster.wish_of(wish.runs_on or "").drain is not None:
+        return [f"{wish.runs_on} drains: nothing starts there, and nothing moves there, until `undrain`"]
     if target is not None and target.draining:
         return [f"{wish.runs_on} is stopping all its guests: a guest that runs elsewhere stays there until that ends"]
     return []

@@ -382,13 +382,24 @@ def _of_images(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
 
 def _of_nobody(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
     """Keys that belong to no instance, and facts that cannot be read."""
+    hosts = layout.host_wishes_prefix
     for kv in cluster.strays:
+        if kv.key.startswith(hosts.encode()):
+            wanted = f"{hosts}<host>/drain, or {hosts}<host>/return"
+            yield Finding(instances=(), key=printable_bytes(kv.key), found="no wish for a host", wanted=wanted)
+            continue
         yield Finding(
             instances=(),
             key=printable_bytes(kv.key),
             found="a key that belongs to no instance",
             wanted=f"{layout.prefix}/<id>/<key>, where an id is {ID_RULE}",
         )
+    for host, wish in cluster.host_wishes.items():
+        if wish.odd:
+            yield Finding(instances=(), key=f"{hosts}{host}/", found=wish.odd, wanted="one of these values")
+        elif not cluster.alive(host):
+            found = f"{host}, which has no session{cluster.meant_by(host)}"
+            yield Finding(instances=(), key=f"{hosts}{host}/", found=found, wanted="a host that has one")
     for kv in cluster.unreadable:
         yield Finding(
             instances=(),

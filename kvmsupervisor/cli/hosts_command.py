@@ -9,7 +9,7 @@ import click
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.common import Tools, output_option, pass_tools, with_store
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, age, echo_json, echo_table, note
-from kvmsupervisor.cluster.host_table import DRAINING, NO_SESSION, UNREADABLE, UP, HostFact, facts_of
+from kvmsupervisor.cluster.host_table import DRAINED, DRAINING, NO_SESSION, UNREADABLE, UP, HostFact, facts_of
 from kvmsupervisor.cluster.overview import Cluster, read_cluster
 from kvmsupervisor.config.settings import Settings
 
@@ -24,9 +24,15 @@ COLUMNS = (
     Column(title="RELEASE", spare=True),
     Column(title="NOTICE", long=True),
 )
-WIDE_COLUMNS = (*COLUMNS[:-1], Column(title="URL"), Column(title="LOCKS", long=True, label="locks: "), COLUMNS[-1])
+WIDE_COLUMNS = (
+    *COLUMNS[:-1],
+    Column(title="URL"),
+    Column(title="GUESTS", right=True),
+    Column(title="LOCKS", long=True, label="locks: "),
+    COLUMNS[-1],
+)
 
-STYLES = {UP: "green", DRAINING: "yellow", NO_SESSION: "magenta", UNREADABLE: "red"}
+STYLES = {UP: "green", DRAINING: "yellow", DRAINED: "cyan", NO_SESSION: "magenta", UNREADABLE: "red"}
 
 
 @click.command()
@@ -35,9 +41,10 @@ STYLES = {UP: "green", DRAINING: "yellow", NO_SESSION: "magenta", UNREADABLE: "r
 def hosts(tools: Tools, output: OutputFormat) -> None:
     """List the hosts: their state, what runs there, and the memory that is promised.
 
-    `up` has a session, `draining` shuts all its guests down, `no session` has left locks or statuses and is off, cut
-    off, or without a supervisor. RUNNING counts guests that run; PROMISED is the memory of the instances whose locks
-    the host holds, of MEMORY. SINCE is how long its supervisor runs. `-o wide` adds its address and these instances.
+    `up` has a session, `draining` empties itself or shuts all its guests down, `drained` is empty, `no session` has
+    left locks or statuses and is off, cut off, or without a supervisor. RUNNING counts guests that run; PROMISED is the
+    memory of the instances whose locks the host holds, of MEMORY. SINCE is how long its supervisor runs. `-o wide` adds
+    its address, the memory for guests, and these instances.
 
     Example: kvmsupervisor hosts -o wide
     """
@@ -69,5 +76,10 @@ def _row(fact: HostFact, now: datetime, *, wide: bool) -> list[Cell]:
         Cell(NOTHING if session is None else session.version),
     ]
     if wide:
-        cells += [Cell(NOTHING if session is None else session.url or NOTHING), Cell(", ".join(fact.locks) or NOTHING)]
+        for_guests = NOTHING if session is None or not session.guests_mib else f"{session.guests_mib}M"
+        cells += [
+            Cell(NOTHING if session is None else session.url or NOTHING),
+            Cell(for_guests),
+            Cell(", ".join(fact.locks) or NOTHING),
+        ]
     return [*cells, Cell(fact.notice or NOTHING, "" if fact.notice else "dim")]

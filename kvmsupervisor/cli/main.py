@@ -53,6 +53,8 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "stop": LazyCommand("write_commands", "stop", "Shut instances down and keep them off."),
     "restart": LazyCommand("write_commands", "restart", "Shut instances down and start them again."),
     "reset": LazyCommand("write_commands", "reset", "Press the reset button of instances."),
+    "drain": LazyCommand("drain_command", "drain", "Have a host empty itself: its machines move to other hosts."),
+    "undrain": LazyCommand("drain_command", "undrain", "Take a host into service again."),
     "move": LazyCommand("move_command", "move", "Move an instance to another host, while it runs if it can."),
     "apply": LazyCommand("wish_files.apply_command", "apply", "Make instances as files say: show, ask, write."),
     "export": LazyCommand("wish_files.export_command", "export", "Print instances as a file that `apply` reads."),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import signal
+
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli import actions, waiting
 from kvmsupervisor.cli.actions import Written
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, wait_options, with_store
-from kvmsupervisor.cli.errors import Refused
-from kvmsupervisor.cli.output import printable
+from kvmsupervisor.cli.errors import INTERRUPTED, Refused
+from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.waiting import Goal, Sighting, Verdict
 from kvmsupervisor.cli.write_commands import act, force_option
 from kvmsupervisor.cluster.overview import Cluster, Instance, read_instance
@@ -63,7 +67,10 @@ def until_on(host: str, written: Written) -> Goal:
         status = sighting.status
         if status is None or status.host != host or status.phase is Phase.MIGRATING:
             return None
-        return running(sighting)
+        verdict = running(sighting)
+        if verdict is None or not verdict[0] or status.move is None or status.move.stopped_ms is None:
+            return verdict
+        return True, f"{verdict[1]}; its guest stood still for {status.move.stopped_ms} ms on the way"
 
     return judge
 
@@ -81,7 +88,8 @@ def move(
     """Move an instance to another host: write its key `host`.
 
     Its guest goes on running where both hosts can do that (docs/moving.md), otherwise it is stopped and started there.
-    Writing the former host back cancels the move, as long as the guest is not handed over.
+    Writing the former host back cancels the move, as long as the guest is not handed over; with --wait, Ctrl-C twice
+    does.
 
     Example: kvmsupervisor move web1 beta --wait
     """
@@ -101,9 +109,70 @@ def move(
             raise SystemExit(1)
         return
 
+    interrupted = Interrupted(instance)
+
     async def action(store: Store, settings: Settings, one: InstanceId) -> Written:
-        return await actions.change(store, settings.layout, one, {"host": host}, unset=(), force=force)
+        found, _ = await read_instance(store, settings.layout, one)
+        written = await actions.change(store, settings.layout, one, {"host": host}, unset=(), force=force)
+        if wait and found.wish.host is not None:
+            interrupted.listen(back=found.wish.host, written=host)
+        return written
 
     click.echo(printable(f"{instance}: {foreseen.said}"), err=True)
-    act(tools, [instance], action, f"moves to {host}", lambda written: until_on(host, written), wait=wait,
-        timeout_s=timeout_s)  # fmt: skip
+    try:
+        act(tools, [instance], action, f"moves to {host}", lambda written: until_on(host, written), wait=wait,
+            timeout_s=timeout_s)  # fmt: skip
+    except asyncio.CancelledError:
+        interrupted.call_off(tools)
+        raise SystemExit(INTERRUPTED) from None
+
+
+class Interrupted:
+    """Ctrl-C while a move is waited for: once, it is asked whether that is meant; twice, the move is called off.
+
+    Args:
+        instance: that moves.
+    """
+
+    def __init__(self, instance: InstanceId) -> None:
+        self._instance = instance
+        self._back, self._written = "", ""
+        self._presses = 0
+
+    def listen(self, *, back: str, written: str) -> None:
+        """From now on, in the present task.
+
+        Args:
+            back: the former value of `host`.
+            written: the new one.
+        """
+        self._back, self._written = back, written
+        task = asyncio.current_task()
+        assert task is not None
+
+        def pressed() -> None:
+            self._presses += 1
+            if self._presses == 1:
+                note(f"{self._instance} goes on moving; Ctrl-C again calls that off (`host` is {back} again)")
+            else:
+                task.cancel()
+
+        # Without signals, as in a thread, Ctrl-C ends the command, and the move goes on.
+        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, pressed)
+
+    def call_off(self, tools: Tools) -> None:
+        """Write the former `host` back, unless somebody has written another one since.
+
+        Raises:
+            Refused: somebody has.
+        """
+
+        async def work(store: Store, settings: Settings) -> None:
+            found, _ = await read_instance(store, settings.layout, self._instance)
+            if found.wish.host != self._written:
+                raise Refused(f"`host` of {self._instance} is {found.wish.host} by now: it is left so")
+            await actions.change(store, settings.layout, self._instance, {"host": self._back}, unset=(), force=True)
+
+        with_store(tools, work)
+        click.echo(printable(f"{self._instance}: called off: `host` is {self._back} again"))

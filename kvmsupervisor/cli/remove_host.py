@@ -81,8 +81,10 @@ async def remove(store: Store, layout: Layout, gone: HostName) -> Removed:
             ]
             # What happened to an instance that people still wish for is told on: another host may take it.
             wanted[key] = compares, [] if instance.keys else [Delete(layout.events_key(instance.id))]
-    if await store.get(layout.confirmation_key(gone)) is not None:
-        wanted[layout.confirmation_key(gone)] = [], []
+    of_host = (layout.drain_fact_key, layout.drain_key, layout.return_key, layout.confirmation_key)
+    for key in (key_of(gone) for key_of in of_host):
+        if await store.get(key) is not None:
+            wanted[key] = [], []
     absent = Compare(layout.session_key(gone), Target.MOD_REVISION, 0)
     done = {
         key: (await store.txn([*compares, absent], [Delete(key), *more])).succeeded

@@ -15,6 +15,7 @@ from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
+from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.values import some
 
 OTHERS = 100
@@ -103,9 +104,12 @@ def _description(instance: Instance) -> str | None:
 
 
 def _where(instance: Instance, host: str | None) -> str | None:
-    """The host where it runs; with a placement also its own host."""
-    placement = instance.wish.placement
-    return host if placement is None or placement.host != host else f"{host} (for {instance.wish.host})"
+    """The host where it runs; with a placement also its own host; while it moves also where to."""
+    status, placement = instance.status, instance.wish.placement
+    if status is not None and status.phase is Phase.MIGRATING and status.move is not None and status.host == host:
+        return f"{host} → {status.move.target}"
+    is_placed = placement is not None and placement.host == host != instance.wish.host
+    return f"{host} (for {instance.wish.host})" if is_placed else host
 
 
 def show_blocks(

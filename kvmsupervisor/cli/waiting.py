@@ -319,4 +319,15 @@ def _saying(sighting: Sighting, host: str | None) -> tuple[str, str]:
         return Phase.WAITING.value, f"host {host} {alive}"
     if sighting.host_alive is False:
         return UNKNOWN, f"host {status.host} has no session; last seen: {status.phase.value}"
-    return status.phase.value, status.reason
+    return status.phase.value, status.reason + progress_of(status)
+
+
+def progress_of(status: Status) -> str:
+    """How far its live move is, as a clause; empty where none is under way."""
+    move = status.move
+    if move is None or status.phase is not Phase.MIGRATING or not move.sent_bytes + move.left_bytes:
+        return ""
+    percent = 100 * move.sent_bytes // (move.sent_bytes + move.left_bytes)
+    done = "█" * (percent // 10) + "·" * (10 - percent // 10)
+    rate = f"{move.bytes_per_s / (1 << 20):.1f} MiB/s"
+    return f"; {done} {percent} %: {move.sent_bytes >> 20} MiB sent, {move.left_bytes >> 20} MiB left, {rate}"

@@ -8,10 +8,13 @@ from typing import Any
 from kvmsupervisor.cluster.overview import Cluster, Instance, natural
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.host_wish import IN_SERVICE, HostProgress, HostWish, summary, title_of
 from kvmsupervisor.domain.lock import LockState
+from kvmsupervisor.domain.records import plain
 from kvmsupervisor.domain.values import some
 
-UP, DRAINING, NO_SESSION, UNREADABLE = "up", "draining", "no session", "unreadable"
+UP, DRAINING, DRAINED = "up", "draining", "drained"
+NO_SESSION, UNREADABLE = "no session", "unreadable"
 
 NAMED = 5
 """Instances that a notice names; the others are counted. Arbitrary: a line."""
@@ -23,11 +26,14 @@ class HostFact:
 
     Attributes:
         host: its name.
-        state: `up`, `draining` (it stops all its guests), `no session`, or `unreadable`: it has one of another release.
+        state: `up`, `draining` (it empties itself, or stops all its guests), `drained`, `no session`, or `unreadable`:
+            it has a session of another release.
         session: what it says of itself.
         running: the instances whose guests run there, as it says; none without a session.
         locks: the instances whose locks it holds.
         promised_mib: the memory of these, by their keys.
+        wish: what people want of it.
+        progress: how far it has come with that.
     """
 
     host: str
@@ -36,6 +42,8 @@ class HostFact:
     running: tuple[str, ...]
     locks: tuple[str, ...]
     promised_mib: int
+    wish: HostWish = IN_SERVICE
+    progress: HostProgress | None = None
 
     @property
     def notice(self) -> str:
@@ -45,7 +53,13 @@ class HostFact:
             return held or "nothing of it is locked; `remove-host` deletes what it has left"
         if self.session is None:
             return "this release cannot read its session"
-        return self.session.notice
+        said = [self.session.notice]
+        if self.wish.drain is not None and self.progress is None:
+            said.append(f"drains ({self.wish.drain}); its supervisor has not said anything yet")
+        elif self.progress is not None:
+            what = "takes back" if self.progress.mode is None else f"drains ({self.progress.mode})"
+            said += [f"{what}: {summary(self.progress)}", self.progress.notice]
+        return "; ".join(filter(None, said))
 
     def to_object(self) -> dict[str, Any]:
         """For programs."""
@@ -58,6 +72,9 @@ class HostFact:
             "locks": list(self.locks),
             "promised_mib": self.promised_mib,
             "memory_mib": None if session is None else session.memory_mib,
+            "guests_mib": None if session is None else session.guests_mib or None,
+            "drain": None if self.wish.drain is None else self.wish.drain.value,
+            "progress": None if self.progress is None else plain(self.progress),
             "cpus": None if session is None else session.cpus,
             "version": None if session is None else session.version,
             "url": None if session is None else session.url,
@@ -75,7 +92,12 @@ def facts_of(cluster: Cluster) -> list[HostFact]:
             locked.setdefault(lock.host, []).append(instance)
         if instance.status is not None:
             said.setdefault(instance.status.host, []).append(instance)
-    names = {*cluster.sessions, *locked, *(host for host, left in said.items() if any(_tells(one) for one in left))}
+    names = {
+        *cluster.sessions,
+        *cluster.host_wishes,
+        *locked,
+        *(host for host, left in said.items() if any(_tells(one) for one in left)),
+    }
     return [
         _fact(host, cluster, locked=locked.get(host, ()), said=said.get(host, ()))
         for host in sorted(names, key=natural)
@@ -94,7 +116,8 @@ def _fact(host: str, cluster: Cluster, *, locked: Sequence[Instance], said: Sequ
     elif session is None:
         state = UNREADABLE
     else:
-        state = DRAINING if session.draining else UP
+        drains = title_of(cluster.wish_of(host), cluster.progress.get(host))
+        state = drains or (DRAINING if session.draining else UP)
     return HostFact(
         host=host,
         state=state,
@@ -102,4 +125,6 @@ def _fact(host: str, cluster: Cluster, *, locked: Sequence[Instance], said: Sequ
         running=tuple(one.id for one in said if state != NO_SESSION and one.status is not None and one.status.up),
         locks=tuple(one.id for one in locked),
         promised_mib=sum(one.wish.spec.ram_mib for one in locked if one.wish.spec is not None),
+        wish=cluster.wish_of(host),
+        progress=cluster.progress.get(host),
     )

@@ -88,16 +88,24 @@ class Neighbours:
         """
         return self._gone_at.get(host, 0.0)
 
+    def session_of(self, host: HostName) -> HostSession | None:
+        """What a host says of itself; None where it has no session, or one that cannot be read."""
+        entry = self.table.get(self._layout.session_key(host).encode())
+        return None if entry is None else HostSession.from_json(entry.value)
+
+    def number_of(self, host: HostName) -> int:
+        """The create revision of a host's session, which names it among all sessions of that host; 0 without one."""
+        entry = self.table.get(self._layout.session_key(host).encode())
+        return 0 if entry is None else entry.create_revision
+
     def drains(self, host: HostName) -> bool:
         """Whether a host has a session that says that the host stops all its guests."""
-        entry = self.table.get(self._layout.session_key(host).encode())
-        found = None if entry is None else HostSession.from_json(entry.value)
+        found = self.session_of(host)
         return found is not None and found.draining
 
     def moves_of(self, host: HostName) -> MoveFacts | None:
         """What live moves to a host need; None where it has no session, or takes part in none."""
-        entry = self.table.get(self._layout.session_key(host).encode())
-        found = None if entry is None else HostSession.from_json(entry.value)
+        found = self.session_of(host)
         return None if found is None else found.moves
 
     def dissent(self) -> str | None:

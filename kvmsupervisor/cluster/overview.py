@@ -12,6 +12,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
 from kvmsupervisor.domain.history import HistoryName
 from kvmsupervisor.domain.host import HostSession, resembling
+from kvmsupervisor.domain.host_wish import IN_SERVICE, HostProgress, HostWish
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.parse_keys import VALUE_LIMIT, parse_wish
@@ -80,6 +81,8 @@ class Cluster:
         images: those of the image library.
         unreadable: status and session keys whose value cannot be read.
         history: name of the present history of etcd; None when it has no name, or was not read.
+        host_wishes: what people want of whole hosts, by host.
+        progress: how far hosts have come that drain, or take back what stands elsewhere for them.
     """
 
     instances: Mapping[InstanceId, Instance] = field(default_factory=dict)
@@ -88,6 +91,12 @@ class Cluster:
     images: tuple[KeyValue, ...] = ()
     unreadable: tuple[KeyValue, ...] = ()
     history: HistoryName | None = None
+    host_wishes: Mapping[str, HostWish] = field(default_factory=dict)
+    progress: Mapping[str, HostProgress] = field(default_factory=dict)
+
+    def wish_of(self, host: str) -> HostWish:
+        """What people want of a host."""
+        return self.host_wishes.get(host, IN_SERVICE)
 
     def alive(self, host: str | None) -> bool:
         """Whether `host` has a session."""
@@ -219,6 +228,7 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
     statuses = await list_all(store, layout.statuses_prefix)
     sessions = await list_all(store, layout.hosts_prefix)
     named = await store.get(layout.history_key)
+    drains = await list_all(store, layout.drains_prefix)
     cluster = assemble(
         layout,
         wishes=[*wishes.kvs, *locks],
@@ -226,6 +236,12 @@ async def read_cluster(store: Store, layout: Layout) -> Cluster:
         statuses=statuses.kvs,
         sessions=sessions.kvs,
     )
+    said = {
+        kv.key.decode("utf-8", "replace").removeprefix(layout.drains_prefix): told
+        for kv in drains.kvs
+        if (told := HostProgress.from_json(kv.value)) is not None
+    }
+    cluster = replace(cluster, progress=said)
     return cluster if named is None else replace(cluster, history=HistoryName.from_json(named.value))
 
 
@@ -264,6 +280,7 @@ def assemble(
     locks: dict[InstanceId, LockFact] = {}
     strays: list[KeyValue] = []
     images: list[KeyValue] = []
+    host_keys: dict[str, dict[str, KeyValue]] = {}
     for kv in wishes:
         lock_of = layout.id_of_lock(kv.key.decode("utf-8", "replace"))
         if lock_of is not None:
@@ -271,6 +288,9 @@ def assemble(
             continue
         if kv.key.startswith(layout.images_prefix.encode()):
             images.append(kv)
+            continue
+        if (of_host := _of_host(layout, kv)) is not None:
+            host_keys.setdefault(of_host[0], {})[of_host[1]] = kv
             continue
         named, slash, name = kv.key.removeprefix(layout.wishes_prefix.encode()).partition(b"/")
         instance = parse_id(named.decode("utf-8", "replace")) if slash else None
@@ -310,7 +330,17 @@ def assemble(
         strays=tuple(strays),
         images=tuple(images),
         unreadable=tuple(unreadable),
+        host_wishes={host: HostWish.of(said.get("drain"), said.get("return")) for host, said in host_keys.items()},
     )
+
+
+def _of_host(layout: Layout, kv: KeyValue) -> tuple[str, str] | None:
+    """The host and the word of a key that says what people want of a whole host; None for another key."""
+    prefix = layout.host_wishes_prefix.encode()
+    if not kv.key.startswith(prefix):
+        return None
+    host, _, word = kv.key[len(prefix) :].decode("utf-8", "replace").partition("/")
+    return (host, word) if host and word in {"drain", "return"} else None
 
 
 def _id_of(layout: Layout, status: KeyValue) -> InstanceId | None:

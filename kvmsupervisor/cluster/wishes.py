@@ -12,13 +12,14 @@ from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Following, Informer, Proof
 from kvmsupervisor.cluster.locks import Locks
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups
+from kvmsupervisor.domain.host_wish import IN_SERVICE, HostWish
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.spec import RawValue
 
 
 class Wishes:
-    """Every instance's wish keys, lock and placement, in step with etcd.
+    """Every instance's wish keys, lock and placement, and what people want of whole hosts, in step with etcd.
 
     A placement is a fact, but it says where an instance runs, as `host` does: so placements are read before anything is
     decided. Where `LOCK` puts the locks outside the wishes' prefix, only those that concern this host are followed
@@ -76,6 +77,16 @@ class Wishes:
             on_change=lambda keys, revision: self._changed(self._ids_of_placements(keys), revision),
             rand=rand,
         )
+        self._host_keys = Flat()
+        self._of_hosts = Informer(
+            store=store,
+            clock=clock,
+            history=history,
+            prefix=layout.host_wishes_prefix,
+            table=self._host_keys,
+            on_change=lambda keys, revision: self._changed(frozenset(), revision),
+            rand=rand,
+        )
         self._locks: Locks | None = None
         if layout.locks_prefix() is not None:
             self._locks = Locks(
@@ -108,7 +119,7 @@ class Wishes:
     @property
     def _all(self) -> tuple[Following, ...]:
         locks = () if self._locks is None else (self._locks,)
-        return (self._of_keys, *locks, self._of_placements)
+        return (self._of_keys, *locks, self._of_placements, self._of_hosts)
 
     @property
     def locks_apart(self) -> bool:
@@ -177,6 +188,29 @@ class Wishes:
         """The placement of one instance (law 10). Cheap for the many instances that have none."""
         entries = self._placements.entries
         return Placed.of(entries.get(self._layout.placement_key(instance).encode())) if entries else NOT_PLACED
+
+    def placements(self) -> Set[InstanceId]:
+        """Every instance that has a placement."""
+        return self._ids_of_placements(self._placements.entries)
+
+    def host_wish(self, host: str) -> HostWish:
+        """What people want of a whole host. Cheap where they want nothing of any."""
+        entries = self._host_keys.entries
+        if not entries:
+            return IN_SERVICE
+        drain, back = (
+            entries.get(key.encode()) for key in (self._layout.drain_key(host), self._layout.return_key(host))
+        )
+        return HostWish.of(drain, back)
+
+    def runs_on(self, instance: InstanceId) -> str | None:
+        """Where an instance is to run, by `host` or its placement. Cheap: nothing else of it is parsed."""
+        host, placement = self.keys_of(instance).get(b"host"), self.placed(instance).placement
+        if host is None:
+            return None
+        if placement is not None and placement.stands(host.mod_revision):
+            return placement.host
+        return host.value.decode(errors="replace").strip()
 
     def _ids_of_placements(self, keys: Iterable[bytes]) -> Set[InstanceId]:
         length = len(self._layout.placements_prefix.encode())

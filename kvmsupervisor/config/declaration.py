@@ -49,7 +49,8 @@ class Setting:
 
     @property
     def _word(self) -> str:
-        return self.name.removesuffix("_s").removesuffix("_mib")
+        # An underscore at the end keeps a field from being a word of Python.
+        return self.name.removesuffix("_s").removesuffix("_mib").removesuffix("_")
 
 
 def setting(

@@ -19,6 +19,7 @@ from kvmsupervisor.config.values import (
     LogFormat,
     LogLevel,
     MigrationKind,
+    ReturnKind,
     Unfenced,
 )
 from kvmsupervisor.domain import values
@@ -303,8 +304,20 @@ class Settings:
     )
     migration_parallel: int = setting(
         values.integer(1, 64, "it"),
-        "How many running machines leave this host, and come to it, at one time.",
+        "How many running machines leave this host, and come to it, at one time. Drains and returns keep to it, too.",
         default="1",
+    )
+    drain_any: bool = setting(
+        read.switch,
+        "1: when this host drains, any host with room may run the machines without the key hosts. Those with it go to "
+        "the hosts that it names.",
+        default="0",
+    )
+    return_: ReturnKind = setting(
+        values.choice(read.ReturnKind, "it"),
+        "Whether machines of this host that a drain or a failover has placed elsewhere come back by themselves while "
+        "they run, once it is in service: auto, or asked (only by `undrain --return`).",
+        default="asked",
     )
     session_ttl_s: int = setting(
         values.integer(2, 3600, "it"),

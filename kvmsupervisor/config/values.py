@@ -68,6 +68,13 @@ class MigrationKind(StrEnum):
     COLD = "cold"
 
 
+class ReturnKind(StrEnum):
+    """`KVM_RETURN`: whether what stands elsewhere for a host comes back by itself."""
+
+    ASKED = "asked"
+    AUTO = "auto"
+
+
 class LogLevel(StrEnum):
     """`KVM_LOG_LEVEL`: the lowest level that is logged."""
 

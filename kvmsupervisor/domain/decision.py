@@ -131,9 +131,9 @@ class Row(Enum):
                              "here and in the next: on its way, or to go. QMP does not answer")
     MOVE_PROBE       = Cells("ran",        "mine renamed",             "any",           "probe",
                              "QEMU was not asked how far it has come")
-    MOVE_SEND        = Cells("ran",        "mine",                     "stop",          "send",
+    MOVE_SEND        = Cells("ran",        "mine",                     "stop run",      "send",
                              "here and in the next six, the lock says `migrating`. Nothing is sent yet")
-    MOVE_SWITCH      = Cells("ran",        "mine",                     "stop",          "switch",
+    MOVE_SWITCH      = Cells("ran",        "mine",                     "stop run",      "switch",
                              "the guest is stopped; etcd is there")
     MOVE_CUT         = Cells("ran",        "mine renamed",             "any",           "cut",
                              "the rest has been under way for too long")
@@ -147,11 +147,11 @@ class Row(Enum):
                              "memory is sent, or the guest is stopped for the rest, and it is not to go on")
     MOVE_BACK        = Cells("ran",        "mine",                     "any",           "go_back",
                              "sent, and called off. No other row lets a guest go on that was sent")
-    MOVE_REFUSED     = Cells("ran",        "mine",                     "stop",          "wait",
+    MOVE_REFUSED     = Cells("ran",        "mine",                     "stop run",      "wait",
                              "to go, and it can only be moved cold, which is not wanted")
     MOVE_LATER       = Cells("ran",        "mine",                     "stop",          "wait",
                              "to go, and the last attempt has failed a moment ago")
-    MOVE_ANNOUNCE    = Cells("ran",        "mine",                     "stop",          "announce wait",
+    MOVE_ANNOUNCE    = Cells("ran",        "mine",                     "stop run",      "announce wait",
                              "to go, and the target's QEMU is ready")
     MOVE_CALL        = Cells("ran",        "mine",                     "stop run",          "call wait",
                              "to go")
@@ -209,6 +209,12 @@ class Row(Enum):
                              "as it should be")
 
     # No process, and one wanted: what holds it up whatever the lock says.
+    CLOSED_FENCE     = Cells("none",       "ours",                     "run",           "fence wait",
+                             "this host drains, and the lock has addresses that are not fenced")
+    CLOSED_RELEASE   = Cells("none",       "ours",                     "run",           "release wait",
+                             "this host drains: another one may start it")
+    CLOSED           = Cells("none",       "unknown unreadable newer stranger broken absent", "run", "look wait",
+                             "this host drains")
     HISTORY          = Cells("none",       "any",                      "run",           "look wait",
                              "etcd has another history, in which not all hosts have spoken (law 11)")
     BACKOFF          = Cells("none",       "any",                      "run",           "look wait",

@@ -57,12 +57,12 @@ def candidates(wish: Wish, everyone: Collection[str] = ()) -> tuple[str, ...]:
     named = [*wish.hosts]
     if ANY_HOST in named:
         at = named.index(ANY_HOST)
-        named[at : at + 1] = sorted(set(everyone) - {*named}, key=lambda host: _order(wish.instance, host))
+        named[at : at + 1] = sorted(set(everyone) - {*named}, key=lambda host: order_of_any(wish.instance, host))
     if wish.placement is None or wish.host is None or wish.host in named:
         return tuple(named)
     return (*named, wish.host)
 
 
-def _order(instance: InstanceId, host: str) -> bytes:
+def order_of_any(instance: InstanceId, host: str) -> bytes:
     """The same on every host, and another one for each instance."""
     return hashlib.sha256(f"{instance} {host}".encode()).digest()

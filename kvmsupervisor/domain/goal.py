@@ -34,7 +34,7 @@ def goal(view: View) -> tuple[Goal, str]:
         if any(problem.key == "host" for problem in wish.problems):
             return Goal.KEEP, _first(view.problems)
         return Goal.STOP, "it has no `host`"
-    if wish.is_elsewhere(view.me) and not view.stays:
+    if wish.is_elsewhere(view.me) and not view.stays and not view.goes_only_live:
         return Goal.STOP, where_else(wish)
     if wish.power is None:
         return Goal.KEEP, _first(view.problems)
@@ -56,6 +56,8 @@ def where_else(wish: Wish) -> str:
     placement = wish.placement
     if placement is None:
         return f"its `host` is {wish.host}"
+    if placement.host == wish.host:
+        return f"it goes back to its `host` {wish.host}"
     return f"it is placed on {placement.host} since {placement.since}, in place of {wish.host} ({placement.why})"
 
 
@@ -67,15 +69,25 @@ def why_it_stays(view: View) -> str:
     if target.receives:
         return f"{where_else(wish)}: it goes there once this host has a session with etcd again"
     if target.drains:
-        return f"{where_else(wish)}, which stops all its guests just now: it stays here until that ends"
+        return f"{where_else(wish)}, which drains, or stops all its guests just now: it stays here until that ends"
     if target.there is None:
         return f"{where_else(wish)}; it is not known yet whether that has a session: it stays here"
     meant = "" if target.meant is None else f" (did you mean {target.meant}?)"
     return f"{where_else(wish)}, which has no session{meant}: it stays here until {wish.runs_on} is there"
 
 
+def why_it_waits(view: View) -> str:
+    """Why a guest that may go only while it runs is still here, where no move of it is under way."""
+    assert view.wish is not None
+    cold = view.course.cold
+    why = f", and that cannot be: {cold}" if cold else ""
+    return f"{where_else(view.wish)}, but only while it runs{why}: it stays here"
+
+
 def order(view: View) -> str | None:
     """Why it is to be stopped whatever the wish; None without such an order."""
+    if view.clearing.evicted is not None:
+        return view.clearing.evicted
     if view.leaving is not None:
         return view.leaving
     if view.draining:

@@ -215,10 +215,10 @@ class Groups:
         return {instance for instance, group in self._groups.items() if instance is not None and key in group.keys}
 
     def foreign(self) -> Mapping[bytes, str]:
-        """Keys below the prefix that belong to no instance and are not the image library's, with the reason."""
+        """Keys below the prefix that belong to no instance, no host and not the image library, with the reason."""
         group = self._groups.get(None)
-        library = self._layout.images_prefix.encode()
-        keys = () if group is None else (key for key in group.keys if not key.startswith(library))
+        others = (self._layout.images_prefix.encode(), self._layout.host_wishes_prefix.encode())
+        keys = () if group is None else (key for key in group.keys if not key.startswith(others))
         return {key: self._why_foreign(key) for key in keys}
 
     def begin(self, *, fresh: bool) -> Stage[InstanceId]:

@@ -23,13 +23,14 @@ def called_off(lock: Lock) -> Lock:
     return replace(lock, state=LockState.RUNNING, to=None, fence=fence, version=VERSION)
 
 
-def given(lock: Lock, *, paused: bool, mark: str) -> Lock:
+def given(lock: Lock, *, paused: bool, mark: str, stopped_ms: int | None = None) -> Lock:
     """The lock that hands the guest to the QEMU at the target, which has all of it; the epoch grows.
 
     Args:
         lock: while it is `migrating`.
         paused: whether a person had paused the guest.
         mark: the history in which it is handed over, as `Era.mark`.
+        stopped_ms: how long it was stopped, for people.
     """
     to = lock.to
     assert to is not None
@@ -50,10 +51,11 @@ def given(lock: Lock, *, paused: bool, mark: str) -> Lock:
         history=mark or None,
         machine=to.machine,
         paused=paused,
+        stopped_ms=stopped_ms,
         version=MOVING_VERSION,
     )
 
 
 def arrived(lock: Lock) -> Lock:
     """The lock of a guest that goes on at the target. What is in `fence` stays on record there: it costs nothing."""
-    return replace(lock, state=LockState.RUNNING, taken_from=None, paused=False, version=VERSION)
+    return replace(lock, state=LockState.RUNNING, taken_from=None, paused=False, stopped_ms=None, version=VERSION)

@@ -31,11 +31,13 @@ class HostSession:
         started: when the supervisor started, RFC 3339 in UTC, for people.
         cpus: of the host.
         memory_mib: of the host.
+        guests_mib: of that, for all guests together; 0 where an earlier release does not say.
         notice: what a person should know of it, or empty.
         draining: whether it stops all its guests (`stop --all --local`), and starts none.
         history: the history of etcd in which its locks say what runs here; empty where none ever changed.
         lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
         gaps: the walls between guests that cannot be had on it, each with the reason.
+        drain_any: whether any host may run its machines without the key `hosts` when it drains (`KVM_DRAIN_ANY`).
         moves: what live moves to it need; None where it takes part in none.
     """
 
@@ -47,11 +49,13 @@ class HostSession:
     started: str = ""
     cpus: int = 0
     memory_mib: int = 0
+    guests_mib: int = 0
     notice: str = ""
     draining: bool = False
     history: str = ""
     lock: str = ""
     gaps: tuple[str, ...] = ()
+    drain_any: bool = False
     moves: MoveFacts | None = None
 
     def to_object(self) -> dict[str, Any]:

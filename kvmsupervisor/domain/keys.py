@@ -20,6 +20,9 @@ LOCK_PLACEHOLDER = "%i"
 IMAGES = ".images"
 """The folder of the image library below the prefix of the wishes: no id begins with a dot."""
 
+HOSTS = ".hosts"
+"""The folder of what people want of whole hosts, likewise."""
+
 
 def default_facts(prefix: str) -> str:
     """`KVM_FACTS_PREFIX` where it is not set."""
@@ -59,6 +62,16 @@ class Layout:
     def images_prefix(self) -> str:
         """The prefix of the image library."""
         return f"{self.prefix}/{IMAGES}/"
+
+    @property
+    def host_wishes_prefix(self) -> str:
+        """The prefix of what people want of whole hosts."""
+        return f"{self.prefix}/{HOSTS}/"
+
+    @property
+    def drains_prefix(self) -> str:
+        """The prefix of how far hosts have come that empty themselves, or take their instances back."""
+        return f"{self.facts}/drains/"
 
     @property
     def imports_prefix(self) -> str:
@@ -103,6 +116,18 @@ class Layout:
     def image_key(self, name: str) -> str:
         """Key of an image of the library."""
         return self.images_prefix + name
+
+    def drain_key(self, host: str) -> str:
+        """Key by which people have a host empty itself."""
+        return f"{self.host_wishes_prefix}{host}/drain"
+
+    def return_key(self, host: str) -> str:
+        """Key by which people have a host take back what stands elsewhere for it."""
+        return f"{self.host_wishes_prefix}{host}/return"
+
+    def drain_fact_key(self, host: str) -> str:
+        """Key in which a host says how far its drain, or return, has come."""
+        return self.drains_prefix + host
 
     def wish_key(self, instance: InstanceId, name: str) -> str:
         """Key of one wish, such as `/kvm/1/ram`."""

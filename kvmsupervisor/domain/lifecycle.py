@@ -270,10 +270,8 @@ def _without_process(view: View) -> Decision:
     claim = view.claim
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
-    if (long := for_other_hosts(view) or _pause(view)) is not None:
-        return told(view, long)
-    if (shared := _share(view)) is not None:
-        return shared
+    if (held_up := _closed(view) or _in_time(view) or _share(view)) is not None:
+        return held_up
     match claim:
         case Claim.UNKNOWN:
             reason = f"its lock has not been read yet: {etcd_trouble(view)}"
@@ -313,6 +311,12 @@ def _unreadable(claim: Claim) -> Decision:
     return Decision(row=Row.UNREADABLE, phase=Phase.WAITING, reason=reason)
 
 
+def _in_time(view: View) -> Decision | None:
+    """Wait for other hosts, or after an end."""
+    long = for_other_hosts(view) or _pause(view)
+    return None if long is None else told(view, long)
+
+
 def _pause(view: View) -> Decision | None:
     """Wait after an unrequested end."""
     if view.wish is None or not pauses(view.saved, view.wish, view.now):
@@ -340,6 +344,18 @@ def _share(view: View) -> Decision | None:
     if due.action is None or view.now >= view.ask_at:
         return due
     return told(view, replace(due, action=None, wake_at=view.ask_at))
+
+
+def _closed(view: View) -> Decision | None:
+    """Start nothing on a host that drains, and hold no lock meanwhile: another host may start it."""
+    lock, why = view.lock.lock, view.clearing.closed
+    if why is None:
+        return None
+    if lock is not None and view.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}:
+        if lock.is_unfenced:
+            return with_etcd(view, Row.CLOSED_FENCE, Action.FENCE, Phase.WAITING, why)
+        return with_etcd(view, Row.CLOSED_RELEASE, Action.RELEASE, Phase.WAITING, why)
+    return told(view, Decision(row=Row.CLOSED, phase=Phase.WAITING, reason=why))
 
 
 def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:

@@ -101,6 +101,7 @@ class Lock:
             releases.
         to: while it is `migrating`, the QEMU at the target: its clients have the disks open, too.
         paused: once it is `given`, whether a person had paused the guest, which stays so.
+        stopped_ms: once it is `given`, how long QEMU says that the guest was stopped; None where it does not say.
     """
 
     host: HostName
@@ -120,6 +121,7 @@ class Lock:
     machine: str | None = None
     to: Destination | None = None
     paused: bool = False
+    stopped_ms: int | None = None
     version: int = VERSION
 
     def to_json(self) -> bytes:

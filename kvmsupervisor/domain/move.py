@@ -127,7 +127,7 @@ def _why_not(view: View, to: Destination) -> str | None:
     if wish.power is not Power.ON:
         return "`power` is off"
     if not view.target.receives:
-        return f"{to.host} has no session any more" if not view.target.drains else f"{to.host} stops all its guests"
+        return f"{to.host} has no session any more" if not view.target.drains else f"{to.host} takes nobody in any more"
     return None
 
 

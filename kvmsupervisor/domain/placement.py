@@ -20,6 +20,12 @@ VERSION = 1
 FAILOVER = "failover"
 """Its host was gone, and a candidate of the key `hosts` took it over."""
 
+DRAIN = "drain"
+"""Its host empties itself."""
+
+RETURN = "return"
+"""It goes back to its `host`, which deletes the placement once it runs there."""
+
 
 @frozen(kw_only=True)
 class Placement:
@@ -27,15 +33,17 @@ class Placement:
 
     Attributes:
         host: where it runs.
-        why: one word, for people (`failover`).
+        why: one word, for people (`failover`, `drain`, `return`).
         since: when it was placed there, RFC 3339 in UTC, for people (no decision uses it).
         of: `mod_revision` of the key `host` that it stands in for.
+        only_live: whether its guest may not be stopped for it. One that ends by itself starts there.
     """
 
     host: HostName
     why: str
     since: str
     of: int
+    only_live: bool = False
     version: int = VERSION
 
     def to_json(self) -> bytes:
@@ -120,3 +128,8 @@ class Ground:
 
     host_revision: int
     placement_revision: int = 0
+
+    @property
+    def revision(self) -> int:
+        """Since when they say so."""
+        return max(self.host_revision, self.placement_revision)

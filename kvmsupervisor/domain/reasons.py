@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvmsupervisor.domain.decision import Decision
-from kvmsupervisor.domain.goal import Goal, why_it_stays
+from kvmsupervisor.domain.goal import Goal, why_it_stays, why_it_waits
 from kvmsupervisor.domain.lock import Claim
 from kvmsupervisor.domain.run_state import why_not_running
 from kvmsupervisor.domain.view import Action, Process, View
@@ -14,8 +14,8 @@ from kvmsupervisor.domain.view import Action, Process, View
 def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     """The reason for a machine that runs; `why` is the clause for its goal."""
     said = []
-    placement = None if view.wish is None or view.stays else view.wish.placement
-    if placement is not None and view.wish is not None:
+    placement = None if view.wish is None else view.wish.placement
+    if placement is not None and view.wish is not None and placement.host == view.me != view.wish.host:
         since = f"since {placement.since} ({placement.why})"
         said.append(f"runs in place of {view.wish.host}, {since}, until `host` is written again")
     said += _why_it_stands(process)
@@ -39,8 +39,10 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
         *(() if view.shared is None else (view.shared,)),
     ):
         said = [*(said or ["runs"]), *beside]
-    if view.stays:
-        said = [*(said or ["runs"]), why_it_stays(view)]
+    if view.stays or view.goes_only_live:
+        said = [*(said or ["runs"]), why_it_stays(view) if view.stays else why_it_waits(view)]
+    if view.clearing.remark is not None:
+        said = [*(said or ["runs"]), view.clearing.remark]
     return "; ".join(said) or "runs"
 
 

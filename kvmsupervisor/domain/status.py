@@ -34,6 +34,27 @@ class Phase(StrEnum):
 
 
 @frozen(kw_only=True)
+class Transfer:
+    """A live move of a guest: under way, or how the last one to this host went.
+
+    Attributes:
+        source: the host that it leaves.
+        target: the host that it goes to.
+        sent_bytes: so far.
+        left_bytes: what is to be sent yet, as QEMU guesses: the guest may write the same page again.
+        bytes_per_s: lately.
+        stopped_ms: how long the guest stood still, as QEMU tells it; None until it has come.
+    """
+
+    source: str
+    target: str
+    sent_bytes: int = 0
+    left_bytes: int = 0
+    bytes_per_s: int = 0
+    stopped_ms: int | None = None
+
+
+@frozen(kw_only=True)
 class Status:
     """One instance as its host sees it.
 
@@ -65,6 +86,7 @@ class Status:
         files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
         cdrom: what is in its CD-ROM drive, `empty` for nothing; None without a drive.
         images: its images in Ceph that are made when they are missing, once it has run with them.
+        move: its live move that is under way, or by which its QEMU came here; None without one.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
 
@@ -93,6 +115,7 @@ class Status:
     unplugged: tuple[str, ...] = ()
     placed_for: str | None = None
     awaited_host: str | None = None
+    move: Transfer | None = None
     files: Mapping[str, str] | None = None
     cdrom: str | None = None
     images: tuple[str, ...] = ()
@@ -138,6 +161,7 @@ class Status:
             "unplugged": list(self.unplugged),
             "images": list(self.images),
             "agent": None if self.agent is None else asdict(self.agent),
+            "move": None if self.move is None else shallow(self.move),
         }
 
     def to_json(self) -> bytes:

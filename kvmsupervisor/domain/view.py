@@ -202,7 +202,7 @@ class Target:
 
     Attributes:
         there: whether it has a session; None when not known.
-        drains: whether it stops all its guests.
+        drains: whether it drains, or stops all its guests.
         meant: a host with a session that was probably meant, when this one has none; None when none comes close.
     """
 
@@ -214,6 +214,24 @@ class Target:
     def receives(self) -> bool:
         """Whether an instance can move there now."""
         return self.there is True and not self.drains
+
+
+@frozen(kw_only=True)
+class Clearing:
+    """What a host that empties itself means to one of its instances.
+
+    Attributes:
+        closed: why nothing is started here; None when things are.
+        evicted: why this one is stopped, whatever its wish; None when it is not.
+        remark: what a person should know of it besides; None for nothing.
+    """
+
+    closed: str | None = None
+    evicted: str | None = None
+    remark: str | None = None
+
+
+IN_SERVICE = Clearing()
 
 
 @frozen(kw_only=True)
@@ -253,6 +271,7 @@ class View:
         held_why: the cause, for people; empty for a mass removal.
         era: the history of etcd in which this is decided.
         draining: the host stops all its guests, whatever the wish.
+        clearing: what the host's drain means to it.
         leaving: why this instance is to be stopped and released, whatever the wish; None when it is not.
         haste: how much of a hurry that is.
         session_held: whether this host's session holds now.
@@ -303,6 +322,7 @@ class View:
     held_why: str = ""
     era: Era = FIRST_ERA
     draining: bool = False
+    clearing: Clearing = IN_SERVICE
     leaving: str | None = None
     haste: Haste = Haste.NONE
     session_held: bool = True
@@ -410,3 +430,11 @@ class View:
         if self.wish is None or not self.wish.is_elsewhere(self.me) or (self.target.receives and self.session_held):
             return False
         return self.process is not None or self.claim in {Claim.MINE, Claim.RENAMED, Claim.LEFTOVER}
+
+    @property
+    def goes_only_live(self) -> bool:
+        """Whether its guest may have run here, is to go elsewhere, and may not be stopped for that."""
+        placement = None if self.wish is None else self.wish.placement
+        if placement is None or not placement.only_live or placement.host == self.me or self.process is None:
+            return False
+        return self.process.exit is None and not self.process.never_ran

@@ -257,6 +257,7 @@ def assemble_context(
     dissent: Callable[[], str | None],
     objection: Callable[[Incarnation], str | None],
     draining: Callable[[], bool],
+    host_drains: Callable[[HostName], bool],
     life: Life,
     launch: Launch,
     moving: Moving | None = None,
@@ -282,6 +283,7 @@ def assemble_context(
         dissent: why no lock is taken where none is.
         objection: why a QEMU on record is not ours to touch.
         draining: whether this host stops all its guests.
+        host_drains: whether a host takes no guest in.
         life: what the instances are part of.
         launch: how QEMUs are started.
         moving: live moves; None where there are none, as in single mode.
@@ -334,7 +336,7 @@ def assemble_context(
         host_has_session=member.neighbours.has_session,
         host_gone_since=member.neighbours.gone_since,
         sessions=member.neighbours.names,
-        host_drains=member.neighbours.drains,
+        host_drains=host_drains,
         host_side=host_facts.host_side,
         shutdown_timeout_s=settings.shutdown_timeout_s,
         start_timeout_s=settings.start_timeout_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 from kvmsupervisor.adapters.clock import Clock
@@ -23,7 +23,7 @@ from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.offer import MoveFacts
-from kvmsupervisor.domain.view import Haste, View
+from kvmsupervisor.domain.view import IN_SERVICE, Clearing, Haste, View
 from kvmsupervisor.guard.client import GuardClient
 from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.contents import Contents
@@ -46,6 +46,10 @@ class Life(Protocol):
         """In what a hurry that is."""
         ...
 
+    def clearing(self, instance: InstanceId) -> Clearing:
+        """What a drain means to an instance."""
+        ...
+
     def decided(self, view: View, decision: Decision) -> None:
         """Be told, at every turn, what was seen of an instance and what was decided."""
         ...
@@ -56,7 +60,18 @@ class Life(Protocol):
 
 
 class HostsLife:
-    """A host's."""
+    """A host's. What its drain says to the instances is written here by `supervisor.evacuation`.
+
+    Attributes:
+        why_closed: why nothing is started; None when things are.
+        evictions: why instances are stopped, by id.
+        remarks: why instances stay although the host drains, by id.
+    """
+
+    def __init__(self) -> None:
+        self.why_closed: str | None = None
+        self.evictions: Mapping[InstanceId, str] = {}
+        self.remarks: Mapping[InstanceId, str] = {}
 
     def leaving(self) -> str | None:
         """Nobody leaves a host as a whole: keys and drains say who goes."""
@@ -65,6 +80,13 @@ class HostsLife:
     def haste(self) -> Haste:
         """None, therefore."""
         return Haste.NONE
+
+    def clearing(self, instance: InstanceId) -> Clearing:
+        """As it was last decided."""
+        if self.why_closed is None:
+            return IN_SERVICE
+        evicted, remark = self.evictions.get(instance), self.remarks.get(instance)
+        return Clearing(closed=self.why_closed, evicted=evicted, remark=remark)
 
     def decided(self, view: View, decision: Decision) -> None:
         """Nothing to do."""
@@ -140,7 +162,7 @@ class InstanceContext:
         fencing: of the storage.
         host_has_session: whether a host has a session; None when not known.
         host_gone_since: when a host's session was last seen to go, CLOCK_BOOTTIME; 0 where it never was.
-        host_drains: whether a host says that it stops all its guests.
+        host_drains: whether a host takes no guest in: it drains, or says that it stops all its guests.
         sessions: the names under which hosts, and containers in single mode, have sessions; as far as it is known.
         host_side: what the host chooses for every QEMU.
         shutdown_timeout_s: default between power button and force.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from kvmsupervisor.adapters.etcd import Delete, EtcdError
 from kvmsupervisor.adapters.metrics import MigrationResult
@@ -19,9 +19,9 @@ from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.handover import announced, arrived, called_off, given
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Destination, Lock, LockState
-from kvmsupervisor.domain.move_checks import Guest, refusals
+from kvmsupervisor.domain.move_checks import SWITCHES, Guest, refusals
 from kvmsupervisor.domain.offer import Offer
-from kvmsupervisor.domain.spec import Wish, spec_from_object
+from kvmsupervisor.domain.spec import Power, Spec, Wish, spec_from_object
 from kvmsupervisor.domain.storage import images_of
 from kvmsupervisor.domain.transfer import NO_COURSE, Course, Link
 from kvmsupervisor.domain.view import Action
@@ -55,6 +55,9 @@ LEAST_S, PER_GIB_S = 120.0, 150.0
 DOWNTIME_MS = 300
 """QEMU's own default."""
 
+FAILURES = 2
+"""After so many attempts a target counts as one that does not get it. One fails also by an upgrade of a supervisor."""
+
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 1800.0
 """Pause after an attempt that came to nothing; each further one is twice as long."""
 
@@ -63,11 +66,7 @@ SETTLE_S, SETTLE_POLL_S = 2.0, 0.3
 
 
 class Moves:
-    """The live moves of one instance, away from this host and to it.
-
-    Attributes:
-        cold: why the last attempt says that it can only be moved cold, by incarnation and target.
-    """
+    """The live moves of one instance, away from this host and to it."""
 
     def __init__(
         self,
@@ -97,6 +96,7 @@ class Moves:
         self._refused = False
         self._cold: tuple[str, str, str] | None = None
         self._failures = 0
+        self._target: str | None = None
         self._again_at = 0.0
         self._trouble: str | None = None
         self._give_up_at = math.inf
@@ -113,6 +113,10 @@ class Moves:
         if wish is not None and wish.runs_on == self._context.me and (record is None or record.incoming):
             return self.arrival.course(lock, moving)
         is_calling = self._calling is not None
+        target = None if wish is None else wish.runs_on
+        if target != self._target and self._link is Link.NONE and not is_calling:
+            # What another target said, or the same one before somebody had second thoughts, is of no account.
+            self._target, self._failures, self._again_at, self._trouble = target, 0, 0.0, None
         return Course(
             cold=None if record is None or wish is None else self._why_cold(wish),
             only_live=moving.only_live,
@@ -125,6 +129,15 @@ class Moves:
             why_give_up=self._why_give_up,
         )
 
+    def setback(self, target: str) -> str | None:
+        """Why a guest that runs here cannot be moved live to `target`, by the last attempts; None without a reason."""
+        if self._target != target or self._link is not Link.NONE or self._calling is not None:
+            return None
+        record, cold = self._machine.record, self._cold
+        if record is not None and cold is not None and cold[:2] == (record.incarnation, target):
+            return cold[2]
+        return self._trouble if self._failures >= FAILURES else None
+
     @property
     def _link(self) -> Link:
         if self._relay is not None:
@@ -132,12 +145,21 @@ class Moves:
         return Link.OPEN if self._connection is not None and self._connection.is_alive else Link.NONE
 
     def _why_cold(self, wish: Wish) -> str | None:
-        moving, record = self._context.moving, self._machine.record
+        moving, target = self._context.moving, wish.runs_on
         assert moving is not None
-        assert record is not None
-        target = wish.runs_on
         if moving.only_cold or target is None or not wish.is_elsewhere(self._context.me):
             return ""
+        return self.why_cold(target)
+
+    def why_cold(self, target: str) -> str | None:
+        """Why the guest that runs here can be moved to `target` only cold; None when it can be moved live."""
+        moving, record = self._context.moving, self._machine.record
+        if moving is None:
+            return f"this host moves no guest live ({SWITCHES})"
+        if moving.only_cold:
+            return "KVM_MIGRATION is cold here"
+        if record is None:
+            return None
         if self._cold is not None and self._cold[:2] == (record.incarnation, target):
             return self._cold[2]
         spec = spec_from_object(record.spec)
@@ -146,6 +168,11 @@ class Moves:
         guest = Guest(spec=spec, machine=record.machine, accel=record.accelerator)
         found = refusals(guest, target, moving.facts, moving.facts_of(HostName(target)))
         return "; ".join(map(str, found)) or None
+
+    @property
+    def running(self) -> Spec | None:
+        """The machine that was started here; None where none lives, or another release has started it."""
+        return self._machine.spec
 
     # --- the steps --------------------------------------------------------------------------------------------
 
@@ -176,7 +203,7 @@ class Moves:
             case Action.GIVE:
                 await self._give(wish)
             case Action.CALL_OFF:
-                await self._call_off()
+                await self._call_off(wish)
             case Action.GO_BACK:
                 await self._go_back()
             case Action.OFFER:
@@ -205,11 +232,12 @@ class Moves:
             self._again_at = self._context.clock.now() + OFFER_POLL_S
             return
         self._trouble = f"{wish.runs_on} makes ready for it"
-        self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on))))
+        since = 0 if wish.ground is None else wish.ground.revision
+        self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on)), since))
 
-    async def _calling_for(self, target: HostName) -> None:
+    async def _calling_for(self, target: HostName, since: int) -> None:
         try:
-            await self._talk_to(target)
+            await self._talk_to(target, since)
         except (TransferFailed, EtcdError) as error:
             self._fails(f"{target} does not make ready: {error}")
             self._hang_up()
@@ -224,12 +252,13 @@ class Moves:
             self._calling = None
             self._wake()
 
-    async def _talk_to(self, target: HostName) -> None:
+    async def _talk_to(self, target: HostName, since: int) -> None:
         context = self._context
         key = context.layout.offer_key(self._id)
         found = (await context.store.read(key)).kvs[0]
         offer = None if found is None else Offer.from_json(found.value)
-        if offer is None or offer.host != target:
+        # One from before it was to go there is of an earlier move: nobody answers to its key any more.
+        if found is None or offer is None or offer.host != target or found.mod_revision < since:
             self._trouble = f"waits until {target} has said that it takes it"
             self._again_at = context.clock.now() + OFFER_POLL_S
             self._leave_line()
@@ -277,7 +306,7 @@ class Moves:
         self._why_give_up = f"its memory is not there after {lasts_s:g} s: it writes faster than it can be sent"
         try:
             await self._machine.migration.send(
-                self._relay.qemus_end.fileno(), bandwidth=moving.bandwidth, downtime_ms=DOWNTIME_MS
+                self._relay.qemus_end.fileno(), bandwidth=moving.bandwidth, downtime_ms=DOWNTIME_MS, told=self._wake
             )
         except MoveRefused as error:
             self._fails(str(error))
@@ -319,7 +348,8 @@ class Moves:
         if not self._offer:
             await self._find_offer(lock)
         if self._offer:
-            now = given(lock, paused=record.paused, mark=self._context.era().mark)
+            stopped_ms = await self._machine.migration.stopped_ms()
+            now = given(lock, paused=record.paused, mark=self._context.era().mark, stopped_ms=stopped_ms)
             await point("handing over")
             try:
                 await self._lock.write(Change.GIVE, now, wish.ground, offer=self._offer)
@@ -330,13 +360,14 @@ class Moves:
         else:
             self._refused = True
             return
-        await self._machine.migration.look()
         figures = self._machine.migration.figures
         self._report.tell(
             "move.given", to=now.host, epoch=now.epoch, bytes=figures.sent, downtime_s=figures.downtime_s,
             seconds=round(self._context.clock.now() - self._began, 3) if self._began else None,
         )  # fmt: skip
-        self._context.metrics.migrated(MigrationResult.COMPLETED)
+        self._context.metrics.migrated(
+            MigrationResult.COMPLETED, sent=figures.sent, downtime_s=figures.downtime_s or 0.0
+        )
         self._end()
 
     async def _find_offer(self, lock: Lock) -> None:
@@ -346,14 +377,17 @@ class Moves:
         if found is not None and offer is not None and offer.waits == lock.to:
             self._offer = found.mod_revision
 
-    async def _call_off(self) -> None:
+    async def _call_off(self, wish: Wish | None) -> None:
         lock = self._lock.view.lock
         assert lock is not None
+        target = None if lock.to is None else lock.to.host
+        is_wanted = wish is not None and wish.runs_on == target and wish.power is Power.ON
         await self._lock.write(Change.CALL_OFF, called_off(lock), None)
         if self._again_at <= self._context.clock.now():
             self._fails(self._trouble or "the connection was lost")
         self._report.tell("move.called_off", level="warning", reason=self._trouble)
-        self._context.metrics.migrated(MigrationResult.FAILED)
+        result = MigrationResult.FAILED if is_wanted else MigrationResult.CANCELLED
+        self._context.metrics.migrated(result, sent=self._machine.migration.figures.sent)
         self._hang_up()
 
     async def _go_back(self) -> None:
@@ -391,6 +425,7 @@ class Moves:
 
     def close(self) -> None:
         """Let go of everything: what is under way fails, and is called off by a successor."""
+        self._machine.migration.close()
         if self._calling is not None:
             self._calling.cancel()
         self._hang_up()
@@ -417,6 +452,7 @@ class Moves:
                 await machine.give_up(f"it cannot go on: {error}")
                 return
         self.arrival.settle_from = context.clock.now()
+        self._report.arrived(lock, record.incarnation)
         self._report.tell("move.arrived", of=lock.taken_from, paused=lock.paused or None)
 
     async def _may_be_shut_out(self, addresses: Sequence[str]) -> Sequence[str]:
@@ -453,14 +489,10 @@ class Moves:
         images = () if spec is None else images_of(spec)
         deadline = context.clock.now() + SETTLE_S
         with contextlib.suppress(NotFenced):  # its addresses stay on record
-            while images and (left := _both(await context.fencing.watchers(images), lock.fence)):
+            while images and (left := sorted({*await context.fencing.watchers(images)} & {*lock.fence})):
                 if context.clock.now() >= deadline:
                     await admit(self._id, context, left)
                     await context.fencing.fence(left)
                     self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
                     return
                 await context.clock.sleep(SETTLE_POLL_S)
-
-
-def _both(one: Iterable[str], other: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({*one} & {*other}))

@@ -11,11 +11,11 @@ from structlog.typing import FilteringBoundLogger
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.lock import Claim
+from kvmsupervisor.domain.lock import Claim, Lock
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, Wish, pending
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.status import Phase, Status, Transfer
 from kvmsupervisor.domain.storage import made, pinning
 from kvmsupervisor.domain.view import Action, Process, View
 from kvmsupervisor.instance.chronicle import Chronicle
@@ -66,6 +66,7 @@ class Report:
         self.notice: str | None = None
         self.looked = False
         self._published: Status | None = None
+        self._came: tuple[str, Transfer] | None = None
         # What keeps a step from being made, and how often that is told.
         self._chronicle = Chronicle(instance, context=context, at_first=self.status)
         self._trouble: tuple[str, Sparing] = "", Sparing()
@@ -154,7 +155,8 @@ class Report:
             guarded=view.guarded,
             run_state=self._machine.run_state,
             unplugged=() if view.process is None else view.process.unplugged,
-            placed_for=None if wish is None or wish.placement is None or wish.runs_on != context.me else wish.host,
+            placed_for=None if wish is None or wish.runs_on != context.me or wish.host == context.me else wish.host,
+            move=self._transfer(view),
             awaited_host=wish.runs_on if wish is not None and view.stays else None,
             files=self._files(wish, running),
             cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
@@ -180,6 +182,27 @@ class Report:
             # What was said before is not written over what another host says.
             self._published = None
             context.status_writer.cede(self._instance)
+
+    def arrived(self, lock: Lock, incarnation: str) -> None:
+        """Its QEMU of that name came here by a live move, under this lock."""
+        came = Transfer(source=lock.taken_from or "", target=self._context.me, stopped_ms=lock.stopped_ms)
+        self._came = incarnation, came
+
+    def _transfer(self, view: View) -> Transfer | None:
+        """Its live move, under way from here, or that by which it came."""
+        lock, record, process = view.lock.lock, self._machine.record, view.process
+        if lock is None or record is None or process is None:
+            return None
+        if lock.to is None or lock.host != self._context.me:
+            return self._came[1] if self._came is not None and self._came[0] == record.incarnation else None
+        figures = self._machine.migration.figures
+        return Transfer(
+            source=lock.host,
+            target=lock.to.host,
+            sent_bytes=figures.sent,
+            left_bytes=figures.left,
+            bytes_per_s=int(figures.rate),
+        )
 
     def _pending(self, view: View, running: Spec | None) -> tuple[str, ...]:
         """The keys of which QEMU, as it runs, does not know the present value."""

@@ -330,6 +330,7 @@ class Worker:
             held_why=saved.held_why,
             era=era,
             draining=context.draining(),
+            clearing=context.life.clearing(self.id),
             leaving=context.life.leaving(),
             haste=context.life.haste(),
             session_held=context.session.held,

@@ -6,7 +6,9 @@ what QEMU does by itself in which phase, was measured (docs/moving.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvmsupervisor.adapters.clock import Clock
@@ -21,6 +23,12 @@ NAME = "move"
 
 CAPABILITIES = ("events", "return-path", "pause-before-switchover", "auto-converge")
 """With `return-path` a source that says `completed` has heard that the target has all of it (law 13)."""
+
+FIGURES_S = 0.2
+"""How long QEMU may take to say how long its guest was stopped, which is still so; it takes a millisecond."""
+
+FIGURES_EVERY_S = 2.0
+"""How often to ask how much was sent. Each answer is a write of the status key. Arbitrary: a person watches it."""
 
 CANCEL_S, CANCEL_POLL_S = 3.0, 0.02
 """How long a cancelled transfer may take to end, and how often that is looked for. It takes milliseconds."""
@@ -47,23 +55,43 @@ class Migration:
     def __init__(self, clock: Clock, talk: Conversation) -> None:
         self._clock, self._talk = clock, talk
         self.figures = Figures()
+        self._following: asyncio.Task[None] | None = None
 
-    async def send(self, fd: int, *, bandwidth: int, downtime_ms: int) -> None:
+    async def send(self, fd: int, *, bandwidth: int, downtime_ms: int, told: Callable[[], None]) -> None:
         """Begin to send the guest over that descriptor, of which QEMU gets a copy.
 
         Args:
             fd: a connected socket.
             bandwidth: bytes in a second; 0 for no limit.
             downtime_ms: for how long the guest may be stopped.
+            told: called whenever there are new figures.
 
         Raises:
             MoveRefused: QEMU does not.
         """
+        self.figures = Figures()
         await self._set(CAPABILITIES)
         await self._ask("migrate-set-parameters", {"max-bandwidth": bandwidth, "downtime-limit": downtime_ms})
         await self._ask("getfd", {"fdname": NAME}, fd=fd)
         await self._ask("migrate", {"uri": f"fd:{NAME}"})
         self._talk.stage = Stage.ACTIVE
+        self.close()
+        self._following = asyncio.create_task(self._follow(told))
+
+    async def _follow(self, told: Callable[[], None]) -> None:
+        """Ask for figures now and then, while memory is sent and the guest runs."""
+        while True:
+            await self._clock.sleep(FIGURES_EVERY_S)
+            if self._talk.stage is not Stage.ACTIVE:
+                return
+            await self.look()
+            told()
+
+    def close(self) -> None:
+        """Ask no more by itself."""
+        if self._following is not None:
+            self._following.cancel()
+            self._following = None
 
     async def receive(self, fd: int) -> None:
         """Have a QEMU that waits take its guest from that descriptor; see `send`."""
@@ -119,6 +147,14 @@ class Migration:
         )
         if self._talk.stage is Stage.DONE and not self._talk.receives:
             self._talk.run_state = POSTMIGRATE
+
+    async def stopped_ms(self) -> int | None:
+        """How long the guest has been stopped for it; None where QEMU does not say so at once."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIGURES_S):
+                await self.look()
+        stopped_s = self.figures.downtime_s
+        return None if stopped_s is None else round(stopped_s * 1000)
 
     async def _set(self, names: tuple[str, ...]) -> None:
         wanted = [{"capability": name, "state": True} for name in names]

@@ -156,6 +156,7 @@ class Container:
             dissent=lambda: None,
             objection=lambda record: None,
             draining=lambda: False,
+            host_drains=self._member.neighbours.drains,
             life=life,
             launch=manner.launch,
         )

@@ -10,7 +10,8 @@ import structlog
 
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.exits import Exit, ExitClass, WaitStatus
-from kvmsupervisor.domain.view import Haste, View
+from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.view import IN_SERVICE, Clearing, Haste, View
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +87,10 @@ class ContainersLife:
     def haste(self) -> Haste:
         """In what a hurry that is."""
         return self._haste
+
+    def clearing(self, instance: InstanceId) -> Clearing:
+        """A container is no host that drains."""
+        return IN_SERVICE
 
     def decided(self, view: View, decision: Decision) -> None:
         """Be told what was seen and decided."""

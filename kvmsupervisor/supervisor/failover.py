@@ -200,7 +200,8 @@ class Failover:
         key, turn_s = (orphan.id, orphan.lock.incarnation), orphan.place * STEP_S
         # While storage was asked, for another one maybe, its host may have been back, and have gone once more.
         since = max(self._since.setdefault(key, now), context.host_gone_since(orphan.lock.host))
-        if now < since + turn_s or context.draining() or not context.session.held:
+        is_closed = context.draining() or context.life.clearing(orphan.id).closed is not None
+        if now < since + turn_s or is_closed or not context.session.held:
             return
         if context.era().keeps_waiting(storage_of(orphan.spec), now):
             # Another host may run it, and has not said so in the history that etcd has now.

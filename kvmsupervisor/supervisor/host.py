@@ -13,21 +13,16 @@ from functools import partial
 
 import structlog
 
-from kvmsupervisor.adapters import cgroup
-from kvmsupervisor.adapters.etcd import Store
-from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.aio import Part, start_part
 from kvmsupervisor.cluster.batches import GATHER_S, SPREAD_S
 from kvmsupervisor.cluster.owners import LockOwners
 from kvmsupervisor.cluster.removal_approval import RemovalApprovals
 from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.config.values import Unfenced
+from kvmsupervisor.config.values import ReturnKind, Unfenced
 from kvmsupervisor.domain.admission import Admission
-from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.identity import HostIdentity, Mismatch
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.failpoints import cut
 from kvmsupervisor.guard.client import GuardClient
@@ -38,14 +33,14 @@ from kvmsupervisor.instance.context import HostsLife
 from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.etcd_wall import etcd_wall
-from kvmsupervisor.machine.host import HostFacts, look_at_files
+from kvmsupervisor.machine.host import look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
 from kvmsupervisor.supervisor.dispatch import Dispatch
-from kvmsupervisor.supervisor.drain import DrainMark
+from kvmsupervisor.supervisor.evacuation import Evacuation
 from kvmsupervisor.supervisor.failover import Failover
 from kvmsupervisor.supervisor.gate import Gate, open_gate
 from kvmsupervisor.supervisor.http_view import HttpView
-from kvmsupervisor.supervisor.identity import Standing
+from kvmsupervisor.supervisor.premises import Premises
 from kvmsupervisor.supervisor.statuses import Statuses
 from kvmsupervisor.supervisor.telling import Telling
 
@@ -59,35 +54,6 @@ on. Arbitrary: a session's end was waited for thirty times as long."""
 
 WORD_POLL_S = 2.0
 """How often it is looked for a person's word on a mismatch of identity. Arbitrary: who has given it waits for that."""
-
-
-@frozen(kw_only=True)
-class Premises:
-    """What is known of a host before its parts are made.
-
-    Attributes:
-        run_dir: ours by now.
-        boot_id: of this boot.
-        standing: what lives on this host, and under which identity.
-        identity: as whom the host works.
-        mismatch: how that differs from what the settings say; None when it does not.
-        store: etcd.
-        host_facts: what the host brings.
-        cgroups: the cgroup manager, and why it was chosen.
-        drain: whether the host stops all its guests.
-        most_files: how many files this process may have open.
-    """
-
-    run_dir: RunDir
-    boot_id: str
-    standing: Standing
-    identity: HostIdentity
-    mismatch: Mismatch | None
-    store: Store
-    host_facts: HostFacts
-    cgroups: cgroup.Chosen
-    drain: DrainMark
-    most_files: int
 
 
 class Host:
@@ -134,6 +100,8 @@ class Host:
                 holder.introduction(outside),
                 cpus=os.cpu_count() or 0,
                 memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+                guests_mib=host_facts.memory_mib,
+                drain_any=settings.drain_any,
                 notice=mismatch or "",
                 lock=layout.lock,
             ),
@@ -186,6 +154,7 @@ class Host:
             session=self._session,
             history=self._history,
             wishes=self._wishes,
+            progress=lambda: self._evacuation.progress,
             removals_held=lambda: len(self._guard.held),
             qemu_privileged=host_facts.privileged,
             walls=lambda: (*host_facts.wall_states, ("etcd", self._etcd_wall.stands)),
@@ -199,6 +168,7 @@ class Host:
         self._gate: Gate | None = None
         if mismatch is None:
             self._gate = open_gate(settings, host_facts.host_side, self._neighbours, self._instances)
+        life = HostsLife()
         namesakes = self._namesakes = Namesakes(self._wishes, me)
         self._context = assemble_context(
             member,
@@ -217,13 +187,25 @@ class Host:
             namesakes=namesakes.of,
             mismatch=mismatch,
             dissent=self._neighbours.dissent,
-            objection=self._objection,
+            objection=premises.standing.objection(identity),
             draining=lambda: premises.drain.on,
-            life=HostsLife(),
+            host_drains=self._takes_nobody,
+            life=life,
             launch=BEHIND,
             moving=None if self._gate is None else self._gate.moving,
         )
         self._failover = Failover(self._context, self._wishes)
+        self._evacuation = Evacuation(
+            self._context,
+            wishes=self._wishes,
+            neighbours=self._neighbours,
+            instances=self._instances,
+            life=life,
+            any_host=settings.drain_any,
+            most=settings.migration_parallel,
+            by_itself=settings.return_ is ReturnKind.AUTO,
+            notify_all=self.notify_all,
+        )
         self._bridges = Bridges(
             network=outside.system.network,
             me=me,
@@ -304,9 +286,7 @@ class Host:
             *(() if self._mismatch is not None else (self._bridges.run, *self._etcd_wall.parts)),
             *(() if self._context.guard is None else (self._context.guard.run,)),
             *(() if self._gate is None else (self._gate.run,)),
-            partial(self._failover.run, self._wishes.wait_synced, self._neighbours.synced.wait)
-            if self._mismatch is None
-            else partial(self._await_word, stop, again),
+            *((partial(self._await_word, stop, again),) if self._mismatch is not None else self._between_hosts),
         )
         async with asyncio.TaskGroup() as parts:
             serving = [start_part(parts, part) for part in work]
@@ -317,6 +297,12 @@ class Host:
             for task in serving:
                 task.cancel()
         return again.is_set()
+
+    @property
+    def _between_hosts(self) -> tuple[Part, ...]:
+        """The parts by which instances come from other hosts, and go there, unasked."""
+        known = (self._wishes.wait_synced, self._neighbours.synced.wait)
+        return partial(self._failover.run, *known), partial(self._evacuation.run, *known)
 
     def close(self) -> None:
         """Let go of what `run` has opened. Guests and their guard go on."""
@@ -358,20 +344,6 @@ class Host:
             self._instances[name] = Worker(name, context=self._context, directory=directory, saved=fresh, log=log)
             self._instances[name].inherit(record)
         return self._instances[name]
-
-    def _objection(self, record: Incarnation) -> str | None:
-        """Why a QEMU on record is not ours to touch: it lives, and was started under another identity."""
-        standing, identity = self._premises.standing, self._premises.identity
-        if record.under == identity:
-            return None  # also when it has ended: nobody needs to look
-        pid = standing.pid_of(record)
-        under = identity if pid is None else standing.under(record, pid)
-        if under == identity:
-            return None
-        return (
-            f"QEMU {pid} of this instance was started under {under.unlike(identity)}, and this supervisor works "
-            f"under {identity.unlike(under)}: it is left alone; a supervisor under its own settings takes it over"
-        )
 
     async def _await_word(self, stop: asyncio.Event, again: asyncio.Event) -> None:
         """Go on under what the settings say once a person has said so, or nothing lives that says otherwise."""
@@ -424,6 +396,7 @@ class Host:
     async def _look_first(self) -> None:
         """Once all is listed, look at all of it."""
         await self._wishes.wait_synced()
+        self._evacuation.heed()
         self._dispatch.begin()
         self._context.event_files.begin(self._instances)
         self._history.applied(self._wishes.era)
@@ -437,8 +410,11 @@ class Host:
             instance.notify()
 
     def _on_keys(self, changed: Set[InstanceId], revision: int) -> None:
-        """Keys or locks of these instances differ."""
+        """Keys or locks of these instances differ; of none: what people want of hosts."""
+        if not changed:
+            self._evacuation.heed()
         self._dispatch.tell(changed)
+        self._evacuation.heard(changed)
         self._heed(changed)
 
     def _heed(self, changed: Set[InstanceId]) -> None:
@@ -455,6 +431,7 @@ class Host:
     def _on_anew(self) -> None:
         """Keys and locks are those of another history of etcd."""
         self._failover.heard_anew()
+        self._evacuation.heed()
         self._dispatch.begin_anew()
         self._heed(self._wishes.ids() | self._instances.keys())
         self._statuses.begin_anew()
@@ -477,6 +454,7 @@ class Host:
         self._looking = None
         self.notify_all()
         self._failover.look()
+        self._evacuation.look()
 
     def _on_links(self, changed: Set[int]) -> None:
         """Network interfaces of this host differ."""
@@ -487,6 +465,10 @@ class Host:
         self._dispatch.let_go(freed)
 
     # --- what the instances ask ----------------------------------------------------------------------------------
+
+    def _takes_nobody(self, host: HostName) -> bool:
+        """Whether a host takes no guest in: it drains, or says that it stops all its guests."""
+        return self._wishes.host_wish(host).drain is not None or self._neighbours.drains(host)
 
     def _may_speak(self) -> bool:
         """Whether everything that runs here has its lock in the history that etcd has now."""

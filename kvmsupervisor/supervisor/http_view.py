@@ -12,6 +12,7 @@ from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.wishes import Wishes
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.orphans import count_orphans
 from kvmsupervisor.domain.run_state import RunState
@@ -30,6 +31,7 @@ class HttpView:
         session: of this host.
         history: that etcd has.
         wishes: the keys.
+        progress: tells how far the drain of this host has come; None in service.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
         walls: what keeps guests apart, and whether it does on this host.
@@ -48,6 +50,7 @@ class HttpView:
         session: Session,
         history: History,
         wishes: Wishes,
+        progress: Callable[[], HostProgress | None],
         removals_held: Callable[[], int],
         qemu_privileged: bool,
         walls: Callable[[], Sequence[tuple[str, bool]]],
@@ -64,6 +67,7 @@ class HttpView:
         self._session = session
         self._history = history
         self._wishes = wishes
+        self._progress = progress
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
         self._walls = walls
@@ -114,6 +118,8 @@ class HttpView:
             qemu_privileged=self._qemu_privileged,
             walls=self._walls(),
             guests_survive=self._guests_survive,
+            drain=() if (told := self._progress()) is None else told.counts,
+            drained=told is not None and told.drained is not None,
             removals_held=self._removals_held(),
             orphans=self._orphans(),
             history_changes=self._history.changes,

@@ -8,7 +8,7 @@ lives any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import structlog
@@ -106,6 +106,26 @@ class Standing:
     def under(self, record: Incarnation, pid: int) -> HostIdentity:
         """What a living QEMU was started under; what its record does not say is told by what is known otherwise."""
         return record.under or self._derived(pid)
+
+    def objection(self, identity: HostIdentity) -> Callable[[Incarnation], str | None]:
+        """What tells a supervisor that works under `identity` why a QEMU on record is not its own to touch.
+
+        It is when it lives, and was started under another identity.
+        """
+
+        def object_to(record: Incarnation) -> str | None:
+            if record.under == identity:
+                return None  # also when it has ended: nobody needs to look
+            pid = self.pid_of(record)
+            under = identity if pid is None else self.under(record, pid)
+            if under == identity:
+                return None
+            return (
+                f"QEMU {pid} of this instance was started under {under.unlike(identity)}, and this supervisor works "
+                f"under {identity.unlike(under)}: it is left alone; a supervisor under its own settings takes it over"
+            )
+
+        return object_to
 
     def note(self) -> IdentityNote | None:
         """The question, or the word on it; None when there is none, or it is of an earlier boot."""

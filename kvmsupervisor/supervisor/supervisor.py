@@ -19,9 +19,10 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.supervisor.drain import DrainMark
-from kvmsupervisor.supervisor.host import Host, Premises
+from kvmsupervisor.supervisor.host import Host
 from kvmsupervisor.supervisor.http import serve
 from kvmsupervisor.supervisor.identity import Standing
+from kvmsupervisor.supervisor.premises import Premises
 
 log = structlog.get_logger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
@@ -37,6 +38,8 @@ CONTRACT = {
     "guard_memory_locked": "gauge",
     "identity_mismatch": "gauge",
     "removals_held": "gauge",
+    "drain_machines": "gauge",
+    "drained": "gauge",
     "orphans": "gauge",
     "instance_phase": "gauge",
     "instance_up": "gauge",
@@ -69,6 +72,8 @@ CONTRACT = {
     "takeovers_total": "counter",
     "history_changes_total": "counter",
     "migrations_total": "counter",
+    "migration_sent_bytes_total": "counter",
+    "migration_downtime_seconds_total": "counter",
     "start_seconds": "histogram",
 }
 
@@ -138,7 +143,7 @@ def busy(supervisor: Supervisor) -> None:
     metrics.adopted()
     metrics.fenced(1)
     metrics.took_over()
-    metrics.migrated(MigrationResult.COMPLETED)
+    metrics.migrated(MigrationResult.COMPLETED, sent=4096, downtime_s=0.25)
 
 
 def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
@@ -208,6 +213,11 @@ def test_gauges_follow_the_snapshot(supervisor: Supervisor) -> None:
     assert supervisor.value("session_remaining_seconds") == 12.5
     assert supervisor.value("watch_revision") == 4711
     assert supervisor.value("removals_held") == 3
+    assert supervisor.value("drained") == 0
+    assert supervisor.value("drain_machines", state="left") is None
+    supervisor.now = replace(supervisor.now, drain=(("left", 2), ("refused", 1)), drained=True)
+    assert supervisor.value("drain_machines", state="left") == 2
+    assert supervisor.value("drained") == 1
     assert supervisor.value("orphans") == 2
     assert supervisor.value("instance_up", instance=ONE) == 1
     assert supervisor.value("instance_lock_epoch", instance=ONE) == 7
@@ -274,6 +284,8 @@ def test_counters_begin_at_0_and_count(supervisor: Supervisor) -> None:
     for name in ("adopted_total", "fences_total", "takeovers_total"):
         assert supervisor.value(name) == 2
     assert supervisor.value("migrations_total", result="completed") == 2
+    assert supervisor.value("migration_sent_bytes_total") == 8192
+    assert supervisor.value("migration_downtime_seconds_total") == 0.5
     assert supervisor.value("migrations_total", result="failed") == 0
 
 

@@ -11,10 +11,11 @@ import pytest
 from kvmsupervisor.adapters.etcd.api import Denied
 from kvmsupervisor.cli import actions, waiting
 from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli.move_command import until_on
 from kvmsupervisor.cli.waiting import Goal, Outcome, Sighting
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Power, Wish
-from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.status import Phase, Status, Transfer
 from tests.cli.conftest import SINCE, World
 
 ONE = InstanceId("1")
@@ -283,3 +284,30 @@ def test_delete_waits_until_status_and_lock_are_gone(world: World, acting: Actin
     acting(act)
     result = world.run("delete", "1", "--yes", "--wait")
     assert (result.exit_code, result.stdout) == (0, "1: gone\n")
+
+
+MOVES = Transfer(source="alpha", target="beta", sent_bytes=30 << 20, left_bytes=70 << 20, bytes_per_s=5 << 20)
+
+
+def test_how_far_a_live_move_is() -> None:
+    """§6: bytes, rate and what is left; a percentage, by which the time limit begins anew."""
+    migrating = replace(BEFORE, phase=Phase.MIGRATING, move=MOVES)
+    said = waiting.progress_of(migrating)
+    assert said == "; ███······· 30 %: 30 MiB sent, 70 MiB left, 5.0 MiB/s"
+    assert waiting.Progress().is_made(said)
+    assert waiting.progress_of(BEFORE) == ""
+    assert waiting.progress_of(replace(migrating, move=replace(MOVES, sent_bytes=0, left_bytes=0))) == ""
+    assert waiting.progress_of(replace(migrating, phase=Phase.RUNNING)) == ""
+
+
+@pytest.mark.parametrize(
+    ("stopped_ms", "said"), [(28, "; its guest stood still for 28 ms on the way"), (None, "")], ids=["live", "cold"]
+)
+def test_a_move_is_over_once_it_runs_there(stopped_ms: int | None, said: str) -> None:
+    """And says how long the guest stood still, where it came live."""
+    judge = until_on("beta", WRITTEN)
+    came = replace(MOVES, stopped_ms=stopped_ms)
+    assert judge(seen(Phase.RUNNING, 9, move=came)) is None, "it runs on alpha yet"
+    assert judge(seen(Phase.MIGRATING, 9, host="beta", move=came)) is None
+    verdict = judge(seen(Phase.RUNNING, 9, host="beta", pid=7, move=came))
+    assert verdict == (True, f"running on beta, pid 7{said}")

@@ -21,6 +21,7 @@ from kvmsupervisor.config.values import (
     LogFormat,
     LogLevel,
     MigrationKind,
+    ReturnKind,
     Unfenced,
 )
 from kvmsupervisor.domain.keys import Layout
@@ -108,6 +109,8 @@ def test_defaults() -> None:
         migration_listen=None,
         migration_bandwidth_mib=0,
         migration_parallel=1,
+        drain_any=False,
+        return_=ReturnKind.ASKED,
         session_ttl_s=15,
         shutdown_timeout_s=120.0,
         start_timeout_s=60.0,

@@ -83,6 +83,10 @@ def test_each_may_do_its_part_and_no_more(secured: Secured, tiny: str) -> None:
         assert people.cli("delete", "one", "--yes", "--wait").returncode == 0
         host.wait_forgotten("one")
     secured.refused("supervisor", "put", "/kvm/one/host", "alpha")
+    secured.refused("supervisor", "put", "/kvm/.hosts/alpha/drain", "live")
+    secured.put("operator", "/kvm/.hosts/alpha/drain", "live")
+    secured.put("supervisor", "/kvmsupervisor/drains/alpha")
+    secured.refused("operator", "put", "/kvmsupervisor/drains/alpha", "x")
     secured.refused("operator", "put", "/kvmsupervisor/locks/one", "x")
     secured.refused("operator", "put", "/kvmsupervisor/instances/one", "x")
     secured.refused("operator", "put", "/kvmsupervisor/events/one", "x")

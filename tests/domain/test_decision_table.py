@@ -74,11 +74,13 @@ MORE: tuple[dict[str, Any], ...] = (
     {"guarded": False}, {"guarded": False, "guard_at": 102.0}, {"now": 110.0}, {"now": 170.0}, {"mismatch": "m"},
     {"mismatch": "m", "guarded": False}, {"dissent": "d"}, {"dissent": "d", "looked": False},
     {"draining": True}, {"leaving": "l"}, {"held": True}, {"locks_are_open": True},
-    {"era": Era(foreign=True, since=9)},
+    {"era": Era(foreign=True, since=9)}, {"clearing": cases.CLOSED}, {"clearing": cases.EVICTED},
+    {"clearing": cases.CLOSED, "etcd_at": 102.0}, {"clearing": cases.CLOSED, "looked": False},
 )  # fmt: skip
 NOT_YET: tuple[dict[str, Any], ...] = (
     {"slot": True}, {"slot": False}, {"slot": False, "shortage": "s"}, {"prepared": False},
     {"obstacle": "o", "start_at": 102.0}, {"obstacle": "o"}, {"slot": True, "etcd_at": 102.0},
+    {"clearing": cases.CLOSED},
 )  # fmt: skip
 WITHOUT_PROCESS: tuple[dict[str, Any], ...] = (
     *NOT_YET, *({"planned": "x", **more} for more in (*NOT_YET, {"rival": "r"})),
@@ -131,7 +133,8 @@ WHILE_MOVING: tuple[dict[str, Any], ...] = (
     {"era": Era(number=1, since=9)}, {"holder_has_session": True}, {"held": True}, {"mismatch": "m"},
 )  # fmt: skip
 MOVE_WISHES: tuple[dict[str, Any], ...] = (
-    moves.GOES, {}, {"wish": None}, {"wish": cases.GONE}, {"wish": cases.OFF_NOW},
+    moves.GOES, {"wish": cases.LIVE_ONLY, "target": cases.THERE}, {},
+    {"wish": None}, {"wish": cases.GONE}, {"wish": cases.OFF_NOW},
     {"wish": replace(cases.WISH, restart=RestartPolicy.NEVER),
      "saved": InstanceState(boot_id=cases.BOOT, ended=cases.ENDED)},
     {"wish": replace(cases.WISH, restart_request="r")},
@@ -143,8 +146,8 @@ def moving() -> Iterator[View]:
     for qemu, lock in itertools.product(MOVERS, MOVING_LOCKS):
         plain = {"process": qemu, "lock": lock, "course": moves.SENDS}
         yield from (cases.view(**plain, **wish) for wish in MOVE_WISHES)
-        yield from (cases.view(**{**plain, **wish, **more}) for wish in MOVE_WISHES[:2] for more in WHILE_MOVING)
-        for wish, course in itertools.product(MOVE_WISHES[:2], COURSES):
+        yield from (cases.view(**{**plain, **wish, **more}) for wish in MOVE_WISHES[:3] for more in WHILE_MOVING)
+        for wish, course in itertools.product(MOVE_WISHES[:3], COURSES):
             there = {**plain, "course": course, "holder_has_session": True, **wish}
             yield cases.view(**there)
             yield cases.view(**{**there, "etcd_at": 102.0})

@@ -27,7 +27,7 @@ from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RbdDisk, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
-from kvmsupervisor.domain.view import Action, Deferral, Holdover, LeftAlone, Process, Stopping, Target, View
+from kvmsupervisor.domain.view import Action, Clearing, Deferral, Holdover, LeftAlone, Process, Stopping, Target, View
 
 ME, OTHER = HostName("a"), HostName("b")
 BOOT = "boot-1"
@@ -93,6 +93,8 @@ OFF = replace(WISH, power=Power.OFF)
 OFF_NOW = replace(OFF, power_off_now=True)
 THERE, ABSENT = Target(there=True), Target(there=False)
 MOVED = replace(WISH, host=OTHER)
+LIVE_ONLY = replace(WISH, placed=Placed(9, Placement(host=OTHER, why="drain", since="12:00", of=5, only_live=True)))
+CLOSED, EVICTED = Clearing(closed="it drains"), Clearing(closed="it drains", evicted="nobody takes it in")
 PLACED_HERE = replace(MOVED, placed=Placed(9, Placement(host=ME, why="failover", since="12:00", of=5)))
 PLACED_AWAY = replace(WISH, placed=Placed(9, Placement(host=OTHER, why="failover", since="12:00", of=5)))
 DAMAGED = replace(WISH, spec=None, problems=(Problem("placement", "x", "y"),), placed=Placed(9))
@@ -234,6 +236,31 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("nothing is started then", Row.REST, view(lock=seen(None), draining=True), Phase.STOPPED, None),
     ("and its lock is released", Row.REST_RELEASE, view(lock=seen(locked(pid=None)), planned="x", draining=True), Phase.STOPPED,
      Action.RELEASE),
+    ("a host that empties itself starts nothing", Row.CLOSED, view(lock=seen(None), slot=True, clearing=CLOSED), Phase.WAITING, None),
+    ("what it would read of others is read", Row.CLOSED, view(lock=seen(None), looked=False, clearing=CLOSED), Phase.WAITING,
+     Action.LOOK),
+    ("nor does it take anything over", Row.CLOSED, view(lock=seen(ON_RBD), holder_has_session=False, deferral=WAITED,
+     clearing=CLOSED), Phase.WAITING, None),
+    ("it holds no lock meanwhile: another host may start it", Row.CLOSED_RELEASE, view(lock=seen(locked(pid=None)), planned="x",
+     clearing=CLOSED), Phase.WAITING, Action.RELEASE),
+    ("law 4: but for what is to be fenced before", Row.CLOSED_FENCE, view(lock=seen(locked(state=LockState.FENCING, pid=None)),
+     planned="x", clearing=CLOSED), Phase.WAITING, Action.FENCE),
+    ("what runs there runs on", Row.RUNS, view(process=running(), lock=seen(locked()), clearing=CLOSED), Phase.RUNNING, None),
+    ("unless it was ordered to be stopped", Row.STOP_ASK, view(process=running(), lock=seen(locked()), clearing=EVICTED),
+     Phase.STOPPING, Action.POWERDOWN),
+    ("and then it stays stopped", Row.REST, view(lock=seen(None), clearing=EVICTED), Phase.STOPPED, None),
+    ("a start that has begun goes on", Row.CONTINUE, view(process=paused(), lock=seen(locked()), clearing=CLOSED), Phase.STARTING,
+     Action.CONTINUE),
+    ("a guest that may go only while it runs is not stopped", Row.RUNS, view(process=running(), lock=seen(locked()), wish=LIVE_ONLY,
+     target=THERE), Phase.RUNNING, None),
+    ("whatever it stands still for", Row.RUNS, view(process=running(run_state="io-error"), lock=seen(locked()), wish=LIVE_ONLY,
+     target=THERE), Phase.RUNNING, None),
+    ("power off stops it all the same, too", Row.STOP_ASK, view(process=running(), lock=seen(locked()), target=THERE,
+     wish=replace(LIVE_ONLY, power=Power.OFF)), Phase.STOPPING, Action.POWERDOWN),
+    ("what never ran has nothing to lose", Row.PAUSED_UNWANTED, view(process=paused(), lock=seen(locked()), wish=LIVE_ONLY,
+     target=THERE), Phase.STOPPING, Action.KILL),
+    ("and one that has ended by itself starts there", Row.REST_RELEASE, view(lock=seen(locked()), wish=LIVE_ONLY, target=THERE),
+     Phase.STOPPED, Action.RELEASE),
     ("power off begins with the button", Row.STOP_ASK, view(process=running(), lock=seen(locked()), wish=OFF), Phase.STOPPING,
      Action.POWERDOWN),
     ("power off of a bad wish too", Row.STOP_ASK, view(process=running(), lock=seen(locked()),

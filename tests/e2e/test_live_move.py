@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import LockState
 from kvmsupervisor.domain.status import Phase
 from tests.e2e.test_two_hosts import watched
 from tests.support.ceph import Ceph
-from tests.support.cluster import Host, Hosts, Keys, eventually
+from tests.support.cluster import ROOT, Host, Hosts, Keys, eventually
 from tests.support.farm import Farm
 from tests.support.lock_history import check_lock_history
 
@@ -106,6 +109,73 @@ def test_a_move_that_comes_to_nothing_leaves_it_running_at_the_source(
         keys.put("1", host="alpha")
         alpha.wait_running("1")
     check_lock_history(keys, "1")
+
+
+def test_it_tells_how_far_it_is(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """§6: bytes, rate and what is left while it is sent, from where to where; at the end how long the guest stood."""
+    alpha, beta = slow_move(keys, hosts, tiny)
+    status = keys.wait_status("1", lambda s: s.move is not None and s.move.sent_bytes > 0)
+    assert status.move is not None
+    assert (status.phase, status.move.source, status.move.target) == (Phase.MIGRATING, "alpha", "beta")
+    assert status.move.stopped_ms is None
+    assert "alpha → beta" in beta.cli("list").stdout
+    moved = alpha.cli("move", "1", "beta", "--wait", "--timeout", "80")
+    assert moved.returncode == 0, moved.stderr
+    assert " %: " in moved.stderr
+    assert " MiB left, " in moved.stderr
+    assert "its guest stood still for " in moved.stdout
+    after = keys.wait_status("1", lambda s: s.host == "beta" and s.phase is Phase.RUNNING and s.move is not None)
+    assert after.move is not None
+    assert after.move.source == "alpha"
+    assert after.move.stopped_ms is not None
+    assert alpha.metric("migration_sent_bytes_total") > 1 << 20
+    assert alpha.metric("migration_downtime_seconds_total") > 0
+
+
+def test_ctrl_c_twice_calls_it_off(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """§6: once asks, twice writes `host` back: the guest runs on where it was."""
+    alpha, beta = pair(hosts, **SLOW)
+    keys.machines("alpha", "1", ram=3072, extra_flags=tiny)
+    (before,) = alpha.wait_running("1").values()
+    command = [sys.executable, "-m", "kvmsupervisor", "move", "1", "beta", "--wait"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=alpha.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as moving:
+        assert moving.stderr is not None
+        eventually("the transfer", lambda: (lock := keys.lock("1")) and lock.state is LockState.MIGRATING)
+        moving.send_signal(signal.SIGINT)
+        said = ""
+        while "Ctrl-C again" not in said:
+            said = moving.stderr.readline()
+            assert said, "it has ended"
+        moving.send_signal(signal.SIGINT)
+        out, _ = moving.communicate(timeout=60)
+    assert moving.returncode == 130
+    assert "called off: `host` is alpha again" in out
+    alpha.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.run_state == "running")
+    beta.wait_forgotten("1")
+    assert before.alive
+    assert keys.get(f"{keys.layout.prefix}/1/host") == b"alpha"
+    assert alpha.metric("migrations_total", result="cancelled") == 1
+
+
+def test_an_offer_from_before_is_none(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """`host` written to and fro leaves an offer to whose key nobody answers: the next one is waited for."""
+    alpha, beta = pair(hosts, KVM_SESSION_TTL="60")
+    keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+    alpha.wait_running("1")
+    alpha.freeze()
+    keys.put("1", host="beta")
+    eventually("the offer", lambda: keys.get(keys.layout.offer_key(InstanceId("1"))))
+    keys.put("1", host="alpha")
+    beta.wait_forgotten("1")
+    beta.freeze()
+    alpha.thaw()
+    keys.put("1", host="beta")
+    alpha.wait_for("1", lambda s: "waits until beta has said that it takes it" in s.reason)
+    beta.thaw()
+    beta.wait_running("1")
+    assert alpha.events("move.failed") == []
 
 
 def test_a_host_without_live_moves_gets_it_cold(keys: Keys, hosts: Hosts, tiny: str) -> None:

@@ -49,11 +49,12 @@ ELSEWHERE = {
     "before MEDIUM": "instance/test_failpoints.py::test_medium",
     "before PLUG": "instance/test_failpoints.py::test_plug",
     "before ROOM": "instance/test_failpoints.py::test_room",
+    **dict.fromkeys(("to be placed", "placed"), "e2e/test_drain.py::test_cut_off"),
     "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
     **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
 }
-"""Points that no history comes to: nothing here has a guard, a NIC, a drive, a disk that is a file, or an image that is
-made. Each with the test that cuts there, in virtual time or on a real Ceph."""
+"""Points that no history comes to: nobody here drains a host, and nothing has a guard, a NIC, a drive, a disk that is a
+file, or an image that is made. Each with the test that cuts there, in virtual time or on a real Ceph."""
 
 HERE = tuple(name for name in POINTS if name not in ELSEWHERE)
 """Those that a hundred histories come to."""

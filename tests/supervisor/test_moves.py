@@ -82,6 +82,7 @@ class Node:
         self.client = site.etcd.peer()
         self.supervisor: Supervisor
         self.host: Host
+        self.more: dict[str, str] = {}
         self._task: asyncio.Task[bool] | None = None
 
     async def start(self) -> None:
@@ -92,6 +93,7 @@ class Node:
             "KVM_LISTEN": "off",
             "KVM_ACCEL": "tcg",
             "KVM_CGROUP": "none",
+            **self.more,
         }
         self.client = self.site.etcd.peer()
         settings = load_settings(environ, default_config=self.path / "none.toml")
@@ -329,7 +331,9 @@ async def test_a_target_that_stops_all_its_guests(site: Site) -> None:
     assert alpha.guests == {"1": guest}
     status = alpha.status()
     assert status is not None
-    assert "`host` is beta, which stops all its guests just now: it stays here until that ends" in status.reason
+    assert (
+        "`host` is beta, which drains, or stops all its guests just now: it stays here until that ends" in status.reason
+    )
     # Its next supervisor says so, too.
     await beta.stop()
     await beta.start()
@@ -387,7 +391,14 @@ async def test_failover_writes_no_wish(site: Site) -> None:
     placement = site.placement()
     assert placement is not None
     assert (placement.host, placement.why, placement.of) == ("beta", "failover", of)
-    assert json.loads(data["/kvmsupervisor/placements/1"]).keys() == {"version", "host", "why", "since", "of"}
+    assert json.loads(data["/kvmsupervisor/placements/1"]).keys() == {
+        "version",
+        "host",
+        "why",
+        "since",
+        "of",
+        "only_live",
+    }
     status = beta.status()
     assert status is not None
     assert (status.host, status.placed_for) == ("beta", "alpha")
