@@ -181,7 +181,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "track record, simulation seed 12",
-    seed=102,
+    seed=43,
     kinds=("supervisor-kill", "host-freeze", "remove", "create", "key-deleted"),
 )
 def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def what_is_missing_was_removed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Dispatch, "_judge_orders", judge_orders)
 
 
-@mutant("law 11, seed 1071", seed=11, kinds=("host-astray",))
+@mutant("law 11, seed 1071", seed=112, kinds=("host-astray",))
 def the_id_of_a_cluster_is_nothing(patch: pytest.MonkeyPatch) -> None:
     """A copy of etcd that has all keys that were seen is the same etcd."""
     patch.setattr(SimEtcd, "cluster", 0)
@@ -445,7 +445,7 @@ def told_to_end_at_once(patch: pytest.MonkeyPatch) -> None:
     _with_decisions(patch, change)
 
 
-@mutant("life of an instance", seed=2, kinds=("qemu-fails", "qemu-kill"))
+@mutant("life of an instance", seed=5, kinds=("qemu-fails", "qemu-kill"))
 def no_pause_between_restarts(patch: pytest.MonkeyPatch) -> None:
     """What ended by itself is started again at once, over and over."""
     patch.setattr(lifecycle, "pauses", lambda state, wish, now: False)
