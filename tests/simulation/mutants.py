@@ -43,7 +43,7 @@ from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.images import Law5
 from kvmsupervisor.supervisor import failover, identity
 from kvmsupervisor.supervisor.dispatch import Dispatch
-from kvmsupervisor.supervisor.host import Host
+from kvmsupervisor.supervisor.identity import Standing
 from tests.simulation.etcd import SimEtcd
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -256,7 +256,7 @@ def session_for_ever(patch: pytest.MonkeyPatch) -> None:
 
 def _whatever_its_identity(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(identity, "judge", lambda wanted, living: (wanted, None))
-    patch.setattr(Host, "_objection", lambda self, record: None)
+    patch.setattr(Standing, "objection", lambda self, own: lambda record: None)
 
 
 @mutant("A1, law 12", seed=1, kinds=("host-renamed",))

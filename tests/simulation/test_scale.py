@@ -7,8 +7,8 @@ import pytest
 from tests.simulation.scale import APART, CANDIDATES, simulate
 from tests.simulation.scale_real import play_for_real
 
-WATCHED = 4
-"""Prefixes that each host watches: wishes with locks, placements, sessions, the history's name."""
+WATCHED = 5
+"""Prefixes that each host watches: wishes with locks, those for hosts, placements, sessions, the history's name."""
 
 LOCK_WRITES = 2
 """Of a machine that starts: the lock is taken, and says that the guest runs."""
