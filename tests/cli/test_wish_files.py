@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmsupervisor.cli.wish_files.difference import LEFT, differences
@@ -161,6 +161,7 @@ LETTERS = st.characters(exclude_categories=["Cs"])
 TEXTS = st.text(LETTERS, min_size=1, max_size=60).map(str.strip).filter(bool).filter(lambda one: one[0] != "@")
 
 
+@example({"host": "0\x850", "ram": "a\rb", "cpu": "a\u2028b\nc", "mac": "12:40:37:27:57:41"}, "a")
 @given(st.dictionaries(st.sampled_from(WISH_KEYS), TEXTS, min_size=1, max_size=6), NAMES)
 def test_what_is_written_is_read_again(keys: dict[str, str], name: str) -> None:
     """Law: whatever text a value is, a reader of the file has the same text."""

@@ -229,12 +229,17 @@ def _beside(name: str, key: str, value: str) -> str:
 # --- writing --------------------------------------------------------------------------------------------------
 
 
+_BREAKS = frozenset("\r\x85\u2028\u2029")
+
+
 class _Dumper(yaml.SafeDumper):
     """Writes text of several lines as such."""
 
 
 def _written(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text.strip("\n") else None)
+    style = "|" if "\n" in text.strip("\n") else None
+    # Other line breaks than \n are read as \n, or as a space (YAML 1.1, "line breaks"): they are written as escapes.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _BREAKS & set(text) else style)
 
 
 _Dumper.add_representer(str, _written)
