@@ -83,10 +83,8 @@ class Monitor:
         try:
             async with asyncio.timeout(timeout_s):
                 await asyncio.get_running_loop().create_unix_connection(lambda: talk, path)
-                # QEMU reads it once it has greeted, and answers it before the next command, which it would refuse
-                # otherwise. So neither is waited for one by one: a QEMU that starts greets early, and answers late.
-                talk.send("qmp_capabilities", None)
                 await talk.greeted
+                await talk.ask("qmp_capabilities", None)
             if talk.ended.is_set():
                 raise MonitorLost("the other side hung up")
             # Not before: `on_lost` is only for a connection that was established.
@@ -171,9 +169,17 @@ class _Talk(asyncio.Protocol):
         Raises:
             MonitorRefused, MonitorSilent, MonitorLost: see `Monitor.execute`.
         """
-        number = self.send(command, arguments, fd)
+        if self._transport is None or self._transport.is_closing():
+            raise MonitorLost(f"no QMP connection for {command}")
+        if self._unread:
+            raise MonitorSilent(f"QEMU does not read what it is asked: {command} was not sent")
+        number = next(self._ids)
+        message: dict[str, object] = {"execute": command, "id": number}
+        if arguments:
+            message["arguments"] = dict(arguments)
         self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
+            self._send(json.dumps(message).encode(), fd, command)
             answer = await self._waiting[number]
         except _Ended as end:
             raise MonitorLost(f"QMP connection ended during {command}: {end}") from end
@@ -184,24 +190,7 @@ class _Talk(asyncio.Protocol):
             raise MonitorRefused(f"QEMU refuses {command}: {shortened(answer['error']['desc'])}")
         return answer["return"]
 
-    def send(self, command: str, arguments: Mapping[str, object] | None, fd: int | None = None) -> int:
-        """Send a command; return the number of its answer, which is dropped unless somebody waits for it.
-
-        Raises:
-            MonitorSilent, MonitorLost: it was not sent.
-        """
-        if self._transport is None or self._transport.is_closing():
-            raise MonitorLost(f"no QMP connection for {command}")
-        if self._unread:
-            raise MonitorSilent(f"QEMU does not read what it is asked: {command} was not sent")
-        number = next(self._ids)
-        message: dict[str, object] = {"execute": command, "id": number}
-        if arguments:
-            message["arguments"] = dict(arguments)
-        self._write(json.dumps(message).encode(), fd, command)
-        return number
-
-    def _write(self, data: bytes, fd: int | None, command: str) -> None:
+    def _send(self, data: bytes, fd: int | None, command: str) -> None:
         """Write a message; a descriptor goes with its first byte (unix(7), SCM_RIGHTS)."""
         assert self._transport is not None
         if fd is not None:

@@ -444,28 +444,8 @@ async def test_somebody_who_greets_and_answers_nothing(
 ) -> None:
     """Law: a QEMU that waits for its devices greets, and does not agree to anything yet: silent, not up."""
     monkeypatch.setattr(Server, "done", Server.keep_silent)
-    server.answer = Server.keep_silent
-    async with connected(server.path, told) as monitor:
-        with pytest.raises(MonitorSilent):
-            await monitor.execute("query-status", timeout_s=SHORT_S)
-
-
-async def test_a_qemu_is_asked_while_it_has_not_agreed_yet(server: Server, told: Told) -> None:
-    """Law: the first command follows the greeting: nobody waits for QEMU to agree to what it never refuses."""
-    held: list[dict[str, Any]] = []
-
-    async def take(request: dict[str, Any]) -> None:
-        server.commands.append(request["execute"])
-        if request["execute"] == "qmp_capabilities":
-            held.append(request)
-            return
-        await server.done(held.pop())
-        await server.done(request)
-
-    server.take = take  # type: ignore[method-assign]
-    async with connected(server.path, told) as monitor:
-        assert await monitor.execute("query-status") == {"to": "query-status"}
-    assert server.commands == ["qmp_capabilities", "query-status"]
+    with pytest.raises(MonitorSilent):
+        await try_to_connect(server.path, told, SHORT_S)
 
 
 @pytest.mark.parametrize("greeting", [b"hello\n", b"{}\n", b"\xff\n", b"[" * 100_000 + b"\n"])
