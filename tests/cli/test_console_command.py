@@ -410,12 +410,12 @@ def test_the_last_words_come_late(qemu: Qemu, run_dir: Path, capfd: pytest.Captu
     directory = RunDir(run_dir).instance(WEB1)
     record = directory.read_incarnation()
     assert record is not None
-    looks = iter([record, record, record])
+    looks, words = iter([record, record, record]), iter(["GOODBYE\r\n"])
 
     def recorded() -> Incarnation | None:
         found = next(looks, None)
         if found is None:
-            qemu.write("GOODBYE\r\n")
+            qemu.write(next(words, ""))
         return found
 
     Session(

@@ -82,10 +82,10 @@ def test_a_guest_s_console(keys: Keys, hosts: Hosts, puppet: Puppet) -> None:
             second.sees("deaf: the power button does nothing now")
             first.sees("deaf: the power button does nothing now")
 
+            before = second.seen.count("HELLO from web1")
             second.types("poweroff\r")
             second.sees("GOODBYE from web1")
             second.sees("QEMU was started again")
-            before = second.seen.count("HELLO from web1")
             while second.seen.count("HELLO from web1") == before:
                 assert second.looks()
             second.types("help\r")

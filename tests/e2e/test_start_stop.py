@@ -13,7 +13,7 @@ TWENTY = [str(number) for number in range(1, 21)]
 
 
 def test_twenty_machines(keys: Keys, hosts: Hosts, tiny: str) -> None:
-    """The life of twenty machines, and of their supervisor, as the operator of issue 2 lives it."""
+    """The life of twenty machines, and of their supervisor, as an operator lives it."""
     host = hosts().start()
     for one in TWENTY:
         flags = f"-msg timestamp=on -rtc base=utc,driftfix=slew -name 'the guest no. {one}' {tiny}"

@@ -137,6 +137,7 @@ def outside(
         logs=lambda clock, settings: QuietLogs(clock=clock),
         machine_types=lambda qemu: KnownTypes(),
         event_files=lambda settings: EventFiles(None),
+        packet_rule=None,
         disks=lambda access, allow_unfenced: Disks(ceph(), allow_unfenced=allow_unfenced),
         fencing=lambda access, allow_unfenced: CephFencing(ceph(), allow_unfenced=allow_unfenced),
     )

@@ -334,10 +334,15 @@ class Session:
     def _print_rest(self, ended: Incarnation) -> None:
         """Print the last output of a QEMU that has ended: its supervisor, if there is one, passes it on a bit later."""
         until = time.monotonic() + NOTED_S
-        while time.monotonic() < until and (found := self._recorded()) and found.incarnation == ended.incarnation:
+        while (found := self._recorded()) and found.incarnation == ended.incarnation and time.monotonic() < until:
             self._print_log()
             time.sleep(BUSY_S)
-        time.sleep(WRITTEN_S)
+        # What the next QEMU writes is told behind its start: it is not waited for once that is on record.
+        until = time.monotonic() + WRITTEN_S
+        while found is None and time.monotonic() < until:
+            self._print_log()
+            time.sleep(BUSY_S)
+            found = self._recorded()
         self._print_log()
 
     def _print_log(self) -> None:
