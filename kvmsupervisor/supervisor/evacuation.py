@@ -243,7 +243,8 @@ class Evacuation:
         for gone, host in ({} if before is None else before.moving).items():
             if gone not in left and gone not in moving and self._wishes.runs_on(InstanceId(gone)) == host:
                 moved[gone] = host
-        is_empty = all(worker.pid is None for worker in self._instances.values())
+        # With the last one arrived: until then nobody can say where it is.
+        is_empty = not moving and all(worker.pid is None for worker in self._instances.values())
         drained = None if before is None else before.drained
         return HostProgress(
             host=context.me,
