@@ -81,8 +81,8 @@ def test_a_file_of_an_image(keys: Keys, hosts: Hosts, tiny: str, tmp_path: Path)
     assert told.phase is Phase.RUNNING
     assert path.read_bytes().startswith(b"by its guest")
 
-    keys.machines(host.name, "three", ram=16, extra_flags=tiny, **{"disk/0": "file:three.raw from=debian"})
     (shelf.disks / "three.raw").write_bytes(b"precious")
+    keys.machines(host.name, "three", ram=16, extra_flags=tiny, **{"disk/0": "file:three.raw from=debian"})
     waits = host.wait_for("three", lambda s: "is there already" in s.reason)
     assert (shelf.disks / "three.raw").read_bytes() == b"precious"
     assert host.metric("internal_errors_total", instance="three") == 0

@@ -46,6 +46,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 90.0
 """For one wait. What goes well takes a second; a machine that does other things too may need twenty."""
 
+ECHO_S = 20.0
+"""How long a guest may take to echo what is typed, before it is typed again. Arbitrary; it takes a second at most."""
+
 POLL_S = 0.05
 
 PROC = Path("/proc")
@@ -557,12 +560,25 @@ class Host:
         return path.read_bytes().decode(errors="replace") if path.exists() else ""
 
     def say(self, instance: str, word: str) -> None:
-        """Type a line on the guest's serial console; returns when the terminal has echoed it."""
+        """Type a line on the guest's serial console; returns when the terminal has echoed it.
+
+        What the guest writes at that instant stands within the echo, which is not seen then: it is typed again.
+        """
         before = self.console(instance).count(f"{word}\r")
         with socket.socket(socket.AF_UNIX) as console:
             console.connect(str(self.run_dir / instance / "console.sock"))
-            console.sendall(f"{word}\n".encode())
-            eventually(f"the echo of {word!r}", lambda: self.console(instance).count(f"{word}\r") > before)
+            deadline = time.monotonic() + DEADLINE_S
+            while True:
+                console.sendall(f"{word}\n".encode())
+                try:
+                    eventually(
+                        f"the echo of {word!r}", lambda: self.console(instance).count(f"{word}\r") > before, ECHO_S
+                    )
+                except AssertionError:
+                    if time.monotonic() > deadline:
+                        raise
+                else:
+                    return
 
     def hears(self, instance: str, text: str, times: int = 1) -> None:
         """Wait until the guest has written `text` so many times."""
