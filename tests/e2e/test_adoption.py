@@ -111,8 +111,7 @@ def test_the_run_directory_is_wiped(keys: Keys, hosts: Hosts, tiny: str) -> None
     host.kill9()
     shutil.rmtree(host.run_dir)
     host.start()
-    status = host.wait_for("1", Phase.WAITING)
-    assert str(before.pid) in status.reason
+    status = host.wait_for("1", lambda s: s.phase is Phase.WAITING and str(before.pid) in s.reason)
     assert "run directory" in status.reason
     assert host.qemus() == [before]
     # Nor when somebody deletes the lock that names it.

@@ -155,8 +155,8 @@ def test_qemu_refuses(keys: Keys, hosts: Hosts, tiny: str) -> None:
             assert str(status.last_exit).startswith("failed: ")
             assert host.metric("instance_exits_total", instance=one, reason="failed") > 1
         # Not tried in vain: the host is known to lack it.
-        waiting = host.wait_for("port", Phase.WAITING)
-        assert f"port {port} on 127.0.0.1 cannot be used: another program listens there" in waiting.reason
+        words = f"port {port} on 127.0.0.1 cannot be used: another program listens there"
+        host.wait_for("port", lambda s: s.phase is Phase.WAITING and words in s.reason)
         assert host.metric("instance_starts_total", instance="port") == 0
     good = host.wait_running("good")["good"]
     # Whatever changes the keys ends the pause, which can last for minutes by then.

@@ -147,7 +147,8 @@ def test_two_machines_and_one_file(keys: Keys, hosts: Hosts, tiny: str, disks: P
     other = Keys(keys.etcd, f"{keys.layout.prefix}other")
     stranger = hosts("beta", keys=other, KVM_DISK_DIR=str(disks)).start()
     other.machines(stranger.name, "four", ram=16, extra_flags=tiny, **disk)
-    assert "in use by another program" in stranger.wait_for("four", lambda s: s.phase is Phase.WAITING).reason
+    waits = stranger.wait_for("four", lambda s: "in use by another program" in s.reason)
+    assert waits.phase is Phase.WAITING
     host.kill9()
     waits = stranger.wait_for("four", lambda s: s.phase is Phase.WAITING)
     qemu.kill()

@@ -158,8 +158,8 @@ def test_beside_a_supervisor_of_its_host_it_runs_once(
     container = containers.instance("1", KVM_SHUTDOWN_TIMEOUT="0").begin()
     single = container.wait_running()["1"]
     host = hosts("alpha", run_dir=container.run_dir, KVM_SHUTDOWN_TIMEOUT="0", KVM_SESSION_TTL="2").start()
-    status = host.wait_for("1", Phase.WAITING)
-    assert status.reason.startswith(f"{holder('alpha', '1')} holds its lock (epoch 1)")
+    held = f"{holder('alpha', '1')} holds its lock (epoch 1)"
+    host.wait_for("1", lambda s: s.phase is Phase.WAITING and s.reason.startswith(held))
     assert host.qemus() == []
     assert single.alive
     # What the container says of it stands in the status key.
