@@ -15,13 +15,13 @@ from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import LOOK_AGAIN_S, Report, doorbell
 from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
-from kvmsupervisor.domain.admission import OVERHEAD_MIB
+from kvmsupervisor.domain.admission import OVERHEAD_MIB, need_mib
 from kvmsupervisor.domain.evacuation import Leaver, Plan, Room, named_hosts, plan, why_it_stays, why_kept
 from kvmsupervisor.domain.host_wish import HostProgress, Mode, named_moves, summary
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.move_checks import Guest, refusals
 from kvmsupervisor.domain.single import is_single
-from kvmsupervisor.domain.spec import HugePages, Power, Spec
+from kvmsupervisor.domain.spec import Power, Spec
 from kvmsupervisor.domain.values import Unfit, host_name
 
 host_argument = click.argument("host", required=False, type=HOST, metavar="[HOST]")
@@ -30,9 +30,7 @@ force_option = click.option("--force", is_flag=True, help="Also for a host that 
 
 def _need_mib(spec: Spec | None) -> int:
     """As a host counts it."""
-    if spec is None:
-        return OVERHEAD_MIB
-    return OVERHEAD_MIB + (spec.ram_mib if spec.hugepages in {None, HugePages.OFF} else 0)
+    return OVERHEAD_MIB if spec is None else need_mib(spec)
 
 
 def _rooms(cluster: Cluster, leaving: str) -> dict[str, Room]:
@@ -56,12 +54,13 @@ def _leaver(one: Instance, cluster: Cluster, host: str, rooms: Mapping[str, Room
     assert status is not None
     here = cluster.sessions.get(host)
     not_live: dict[str, str] = {}
-    for target in rooms if spec is not None else ():
-        there = cluster.sessions.get(target)
-        guest = Guest(spec=spec, machine=status.machine, accel=status.accelerator)  # type: ignore[arg-type]
-        moves = (None if session is None else session.moves for session in (here, there))
-        if found := refusals(guest, target, *moves):
-            not_live[target] = "; ".join(map(str, found))
+    if spec is not None:
+        guest = Guest(spec=spec, machine=status.machine, accel=status.accelerator)
+        for target in rooms:
+            there = cluster.sessions.get(target)
+            moves = (None if session is None else session.moves for session in (here, there))
+            if found := refusals(guest, target, *moves):
+                not_live[target] = "; ".join(map(str, found))
     named, home = named_hosts(wish, host)
     return Leaver(
         id=one.id,

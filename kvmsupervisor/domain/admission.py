@@ -10,10 +10,16 @@ from collections.abc import Callable
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.spec import Spec
 
 OVERHEAD_MIB = 64
 """What a QEMU needs beside its guest's memory. Arbitrary, between a tiny paused one (16 MiB were measured) and one that
 serves disks and a display under load (some hundred); the reserve makes up for the rest."""
+
+
+def need_mib(spec: Spec) -> int:
+    """Of the host's ordinary memory: huge pages are set aside already."""
+    return OVERHEAD_MIB + (spec.ram_mib if spec.hugepages is None else 0)
 
 
 @frozen(kw_only=True)

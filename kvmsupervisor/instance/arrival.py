@@ -16,6 +16,7 @@ from uuid import uuid4
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
 from kvmsupervisor.adapters.transfer import KEY_BYTES, Connection, Relay, TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
+from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -29,7 +30,7 @@ from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext, Moving
 from kvmsupervisor.instance.new_qemu import launch, must_note, new_record
 from kvmsupervisor.instance.shutting_out import admit
-from kvmsupervisor.instance.start import Start, need_mib
+from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.machine import Machine

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from kvmsupervisor.cluster.fencing import NEW_S, InUse, NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
-from kvmsupervisor.domain.admission import OVERHEAD_MIB
+from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, instance_uuid
 from kvmsupervisor.domain.doubt import is_doubted
 from kvmsupervisor.domain.events import TAKEN, why_taken
@@ -60,11 +60,6 @@ class New:
     incarnation: str | None = None
     images: tuple[str, ...] = ()
     since: float = 0.0
-
-
-def need_mib(spec: Spec) -> int:
-    """Of the host's ordinary memory: huge pages are set aside already."""
-    return OVERHEAD_MIB + (spec.ram_mib if spec.hugepages is None else 0)
 
 
 def wanted(wish: Wish | None) -> Wanted:

@@ -17,7 +17,7 @@ import structlog
 from kvmsupervisor.adapters.etcd import Compare, EtcdError, Target
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.wishes import Wishes
-from kvmsupervisor.domain.admission import OVERHEAD_MIB
+from kvmsupervisor.domain.admission import OVERHEAD_MIB, need_mib
 from kvmsupervisor.domain.evacuation import Leaver, Plan, Room, Setback, named_hosts, plan, why_it_stays, why_kept
 from kvmsupervisor.domain.host_wish import HostProgress, HostWish
 from kvmsupervisor.domain.keys import HostName, InstanceId
@@ -28,7 +28,6 @@ from kvmsupervisor.domain.single import is_single
 from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.instance.context import HostsLife, InstanceContext
-from kvmsupervisor.instance.start import need_mib
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.supervisor.homecoming import Homecoming
 from kvmsupervisor.supervisor.placing import Placing, with_moving

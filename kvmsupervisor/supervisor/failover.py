@@ -18,6 +18,7 @@ import structlog
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Op, Put, Target
 from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.cluster.lock import compares
+from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.doubt import is_doubted
 from kvmsupervisor.domain.events import PLACED, from_json, joined, made, to_json, to_line
@@ -33,7 +34,6 @@ from kvmsupervisor.domain.status import Status
 from kvmsupervisor.domain.storage import images_of, storage_of
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import need_mib
 from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S
 
 log = structlog.get_logger(__name__)

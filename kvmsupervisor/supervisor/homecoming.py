@@ -14,6 +14,7 @@ import structlog
 from kvmsupervisor.adapters.etcd import Compare, Target
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.cluster.wishes import Wishes
+from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.evacuation import Setback, why_it_stays
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.host_wish import HostProgress, HostWish
@@ -25,7 +26,6 @@ from kvmsupervisor.domain.placement import DRAIN, RETURN
 from kvmsupervisor.domain.spec import Wish
 from kvmsupervisor.domain.status import Status
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.start import need_mib
 from kvmsupervisor.supervisor.placing import Placing, with_moving
 
 log = structlog.get_logger(__name__)

@@ -40,7 +40,7 @@ class Promises:
 
 
 def _need_mib(keys: Mapping[bytes, RawValue]) -> int:
-    """As `start.need_mib`, without parsing all of its keys."""
+    """As `admission.need_mib`, without parsing all of its keys."""
     power, ram, huge = (keys.get(name) for name in (b"power", b"ram", b"hugepages"))
     if ram is None or (power is not None and power.value.strip().startswith(b"off")):
         return 0

@@ -53,7 +53,7 @@ class Machine:
             options: behind it.
             part: what it is called in the file.
         """
-        number = sum(key.startswith("disk/") for key in self.keys)
+        number = self._disks()
         if number == DISKS:
             self.leave(part, f"a machine has at most {DISKS} disks")
             return
@@ -68,7 +68,7 @@ class Machine:
             options: of the disk.
             part: what it is called in the file.
         """
-        number = sum(key.startswith("disk/") for key in self.keys)
+        number = self._disks()
         name = _NOT_IN_A_NAME.sub("-", self.id) + (f"-{number}" if number else "")
         ending = "raw" if form == "raw" else "qcow2"
         self.add_disk(f"file:{name}.{ending}", options, part)
@@ -77,6 +77,10 @@ class Machine:
             f"copy it to the host's KVM_DISK_DIR while the machine is off: qemu-img convert -O {ending} {source} "
             f"{name}.{ending}",
         )
+
+    def _disks(self) -> int:
+        """How many there are."""
+        return sum(key.startswith("disk/") for key in self.keys)
 
     def add_medium(self, source: str, name: str, part: str) -> None:
         """Put a medium into the CD-ROM drive, and say what has to be copied where.

@@ -10,13 +10,14 @@ from typing import Any
 
 from kvmsupervisor.cli.common import VALUES
 from kvmsupervisor.cli.wish_files.reading import IMAGES, TEMPLATE
+from kvmsupervisor.domain.keys import ID_PATTERN
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY, FREE_KEY_PREFIX
 
 CLOSED = frozenset({"power", "restart", "firmware", "hugepages"})
 """Keys that have no other values than those that are completed."""
 
-_ID = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+_ID = f"^{ID_PATTERN.pattern}$"
 
 # A reader of YAML may take text for something else; `apply` takes it for text.
 _TEXT: Mapping[str, Any] = {"type": ["string", "number", "boolean"]}
