@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
-from kvmsupervisor.adapters.transfer import KEY_BYTES, Connection, Relay, TransferFailed
+from kvmsupervisor.adapters.transfer import KEY_BYTES, TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
@@ -36,6 +36,7 @@ from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.migration import MoveRefused
 from kvmsupervisor.machine.provisioning import NotReady
+from kvmsupervisor.machine.system import Connection, Relay
 
 HEAR_S = 60.0
 """How long the source may take to say what comes."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from kvmsupervisor.adapters.etcd import Delete, EtcdError
 from kvmsupervisor.adapters.metrics import MigrationResult
-from kvmsupervisor.adapters.transfer import Connection, Relay, TransferFailed, call
+from kvmsupervisor.adapters.transfer import TransferFailed
 from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.handover import announced, arrived, called_off, given
@@ -33,6 +33,7 @@ from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.migration import MoveRefused
+from kvmsupervisor.machine.system import Connection, Relay
 
 CONNECT_S = 10.0
 """How long the target may take to answer the source's call. Arbitrary; it takes milliseconds."""
@@ -264,7 +265,7 @@ class Moves:
             self._leave_line()
             return
         host, _, port = offer.address.rpartition(":")
-        self._connection = connection = await call(
+        self._connection = connection = await context.system.transfers.call(
             host.strip("[]"), int(port), instance=self._id, key=bytes.fromhex(offer.key), timeout_s=CONNECT_S
         )
         await point("connected to the target")
