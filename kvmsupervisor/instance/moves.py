@@ -277,7 +277,7 @@ class Moves:
         offer = None if now is None else Offer.from_json(now.value)
         if now is None or offer is None or offer.waits is None or offer.waits.host != target:
             raise TransferFailed("its offer is gone")
-        self._ready, self._offer, self._refused = offer.waits, now.mod_revision, False
+        self._ready, self._offer, self._refused, self._trouble = offer.waits, now.mod_revision, False, None
 
     async def _announce(self, wish: Wish | None) -> None:
         assert wish is not None

@@ -179,7 +179,7 @@ class FakeQemu:
     @property
     def counted_s(self) -> float:
         """For how long its guest has run, as it counts in its memory."""
-        runs_s = self._host.clock.now() - self._ran_from if self._run_state == RUNNING else 0.0
+        runs_s = self._host.clock.now() - self._ran_from if self.alive and self._run_state == RUNNING else 0.0
         return self._guest.counted_s + runs_s
 
     @property
@@ -249,6 +249,8 @@ class FakeQemu:
     def end(self, status: WaitStatus) -> None:
         if not self.alive:
             return
+        # What its guest has counted counts.
+        self.run_state = self.run_state
         self.status = status
         self.migration.end()
         for client in tuple(self._clients):
@@ -526,7 +528,7 @@ class FakeQemus:
         system: all of it.
     """
 
-    def __init__(self, clock: FakeClock, net: FakeNet | None = None) -> None:
+    def __init__(self, clock: FakeClock, net: FakeNet | None = None, name: str = "") -> None:
         self.clock = clock
         self.all: list[FakeQemu] = []
         self.prepare: Callable[[FakeQemu], None] = lambda qemu: None
@@ -537,7 +539,7 @@ class FakeQemus:
         self.ran_off_the_record: list[FakeQemu] = []
         self.network = FakeNetwork()
         self.descriptors = Descriptors()
-        self.transfers = FakeTransfers(net or FakeNet(clock), self.descriptors)
+        self.transfers = FakeTransfers(net or FakeNet(clock), self.descriptors, name)
         self.system = System(
             processes=self,
             connect=self.connect,

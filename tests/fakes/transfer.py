@@ -38,22 +38,22 @@ class FakeNet:
         clock: its time.
 
     Attributes:
-        swallowed: directions in which nothing passes: from, to.
+        swallowed: directions in which nothing passes: from, to; hosts by their names.
         down: hosts that hear nothing, and answer nothing.
         passage_s: how long what is sent now is under way.
     """
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
-        self.swallowed: set[tuple[FakeTransfers, FakeTransfers]] = set()
-        self.down: set[FakeTransfers] = set()
+        self.swallowed: set[tuple[str, str]] = set()
+        self.down: set[str] = set()
         self.passage_s: Callable[[], float] = lambda: PASSAGE_S
         self.listeners: dict[tuple[str, int], FakeListener] = {}
         self.connections: list[FakeConnection] = []
 
     def passes(self, one: FakeTransfers, other: FakeTransfers) -> bool:
         """Whether something that is sent in this direction arrives."""
-        return (one, other) not in self.swallowed and one not in self.down and other not in self.down
+        return (one.name, other.name) not in self.swallowed and not {one.name, other.name} & self.down
 
     def is_whole(self, one: FakeTransfers, other: FakeTransfers) -> bool:
         return self.passes(one, other) and self.passes(other, one)
@@ -82,10 +82,12 @@ class FakeTransfers:
     Args:
         net: the network.
         descriptors: of its QEMUs.
+        name: of the host.
     """
 
-    def __init__(self, net: FakeNet, descriptors: Descriptors) -> None:
+    def __init__(self, net: FakeNet, descriptors: Descriptors, name: str = "") -> None:
         self.net = net
+        self.name = name
         self.descriptors = descriptors
 
     async def call(self, host: str, port: int, *, instance: str, key: bytes, timeout_s: float) -> FakeConnection:

@@ -25,6 +25,9 @@ QUIET = (
     "qemu-",
     "qmp-",
     "ceph-",
+    "transfer-",
+    "drain",
+    "undrain",
     "move",
     "power",
     "restart",
@@ -139,6 +142,20 @@ def draw_acts(chance: Random, number: int, kinds: Collection[str] = ()) -> list[
             )
         )
     return acts
+
+
+def draw_settings(chance: Random) -> dict[str, str]:
+    """What hosts are set to: mostly so that guests are moved while they run."""
+    settings = {}
+    if chance.random() < 0.8:
+        settings["KVM_MIGRATION_LISTEN"] = "192.0.2.{number}:9747"
+    if chance.random() < 0.3:
+        settings["KVM_MIGRATION_PARALLEL"] = "2"
+    if chance.random() < 0.5:
+        settings["KVM_DRAIN_ANY"] = "1"
+    if chance.random() < 0.1:
+        settings["KVM_RETURN"] = "auto"
+    return settings
 
 
 def draw_cluster(world: World) -> None:

@@ -147,5 +147,5 @@ class Looks:
             running=[qemu.pid for qemu in qemus if qemu.run_state == "running" and not qemu.frozen],
             lock=world.judge.lock(name),
             newest=0 if status.held or not world.is_heeded(name, status.host) else world.judge.newest(name),
-            sessions=sessions,
+            sessions={one for one in sessions if not world.drains(one)},
         )
