@@ -27,6 +27,7 @@ what is observed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import assert_never
 
 from kvmsupervisor.domain.decision import Decision, Row
@@ -52,6 +53,9 @@ def source(view: View, process: Process) -> Decision | None:
         return Decision(row=Row.MOVE_UNREAD, phase=Phase.RUNNING, reason=reason)
     if lock is None or view.claim not in {Claim.MINE, Claim.RENAMED}:
         return None
+    if process.stage is Stage.DONE and process.run_state != POSTMIGRATE:
+        # That is how its guest came here. QEMU tells of it until it sends that on.
+        process = replace(process, stage=Stage.IDLE)
     if lock.to is not None:
         return _under_way(view, process, lock.to)
     if view.claim is Claim.RENAMED or lock.state is not LockState.RUNNING:

@@ -272,7 +272,8 @@ class Machine:
         self._process = found
         if found is not None:
             self._talk.run_state = PAUSED if record.paused else None
-            self._talk.receives = record.incoming
+            # Cut off before its guest went on, it may be on record as one that has come.
+            self._talk.receives = record.incoming or "-incoming" in record.argv
             self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)

@@ -14,7 +14,7 @@ from tests.simulation.loop import WORLD as WORLD_LIFE
 from tests.simulation.loop import context_of
 from tests.simulation.world import World
 
-HOSTS = "abc"
+HOSTS = ("a", "b", "c")
 
 MACHINES = {"r1": 0.8, "r2": 0.8, "r3": 0.8, "d1": 0.7, "f1": 0.8, "s1": 0.15, "n1": 0.1}
 """How likely each is there at the beginning; `create` has what its letter says: `r` has an image, `n` one without an

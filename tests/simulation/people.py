@@ -54,7 +54,7 @@ def _(world: World, act: Act) -> None:
 
 
 def _undrain(world: World, host: str, mode: str, back: str | None) -> None:
-    if world.host_wishes.get(host, {}).get("drain") == mode:
+    if world.host_wishes.get(host, {}).get("drain") == mode and not world.is_healed:
         world.undrain(host, back)
 
 

@@ -78,6 +78,7 @@ class World:
         over: the history has ended; what is torn down now counts no more.
         until: what is wrong → how long.
         to_the_first: the history ends with the first violation.
+        is_healed: nothing goes wrong any more.
         upgraded: supervisors that were stopped to be replaced.
         on_log: told what a supervisor logs: its name, the event, what goes with it.
     """
@@ -125,7 +126,7 @@ class World:
         self.net.passage_s = lambda: net_chance.random() * self.net_slow_s
         self.quorum = asyncio.Event()
         self.quorum.set()
-        self.over = self.to_the_first = False
+        self.over = self.to_the_first = self.is_healed = False
         self.until: dict[str, float] = {}
         self._shaken_until = 0.0
         self.ended_at = loop.time()
@@ -428,6 +429,7 @@ class World:
     def heal(self) -> None:
         """Nothing is wrong with anything any more."""
         self.trace.add("world", "all is healed")
+        self.is_healed = True
         self.quorum.set()
         self.etcd.allow()
         self.ceph.away = None
