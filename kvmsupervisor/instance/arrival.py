@@ -118,7 +118,8 @@ class Arrival:
         self._report = report
         self._wake = wake
         self._key: bytes | None = None
-        self._era = 0
+        # The history, and the lease of the session, in which the offer was written.
+        self._said_in = 0, 0
         self._connection: Connection | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._manifest: Manifest | None = None
@@ -159,7 +160,8 @@ class Arrival:
     def course(self, lock: Lock | None, moving: Moving) -> Course:
         """What is known of a guest that may come."""
         source = None if lock is None else moving.facts_of(HostName(lock.host))
-        if self._key is not None and self._era != self._context.era().count:
+        if self._key is not None and self._said_in != self._present:
+            # It has gone with the history, or the session, that it was said in: it is said again.
             self._key = None
         link = Link.NONE
         if self._relay is not None:
@@ -180,6 +182,10 @@ class Arrival:
         )
 
     @property
+    def _present(self) -> tuple[int, int]:
+        return self._context.era().count, self._context.session.lease
+
+    @property
     def key(self) -> bytes | None:
         """Of the offer that stands; None without one."""
         return self._key
@@ -192,9 +198,9 @@ class Arrival:
         Raises:
             SwapFailed, EtcdError: etcd does not say so.
         """
-        key = secrets.token_bytes(KEY_BYTES)
+        key, present = secrets.token_bytes(KEY_BYTES), self._present
         await self._write(wish, key, None)
-        self._key, self._era = key, self._context.era().count
+        self._key, self._said_in = key, present
         self._report.tell("move.offered")
 
     async def _write(self, wish: Wish, key: bytes, waits: Destination | None) -> None:

@@ -232,7 +232,8 @@ class Moves:
             self._trouble = "others are on their way from here, one at a time"
             self._again_at = self._context.clock.now() + OFFER_POLL_S
             return
-        self._trouble = f"{wish.runs_on} makes ready for it"
+        # What kept the last attempt from it is said until this one has come to something.
+        self._trouble = self._trouble or f"{wish.runs_on} makes ready for it"
         since = 0 if wish.ground is None else wish.ground.revision
         self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on)), since))
 
@@ -446,6 +447,7 @@ class Moves:
         await point("arriving")
         # On record first: a successor takes it for its own by the lock.
         self._record_arrival(lock, paused=lock.paused)
+        await point("arrival on record")
         if not lock.paused:
             try:
                 await machine.migration.go_on()
@@ -477,8 +479,6 @@ class Moves:
             self._record_arrival(lock)
             return
         await self._see_the_source_off(lock)
-        # What the source has said of both is kept.
-        await self._lock.unvouched(lock.addresses)
         await self._lock.write(Change.ARRIVE, arrived(lock), None)
         with contextlib.suppress(EtcdError):
             await self._context.store.txn([], [Delete(self._context.layout.offer_key(self._id))])

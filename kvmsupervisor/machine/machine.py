@@ -346,11 +346,12 @@ class Machine:
 
     async def press_power_button(self) -> None:
         """Press the ACPI power button. Only the guest's end shows that the guest heeded it."""
-        now = self._clock.now()
-        begun = self._stopping or Stopping(since=now)
-        self._stopping = replace(begun, asked_at=now if begun.asked_at is None else begun.asked_at, pressed_at=now)
+        begun = self._stopping or Stopping(since=self._clock.now())
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
+        # The guest's time begins once QEMU has heard of it: a supervisor may be frozen before that.
+        now = self._clock.now()
+        self._stopping = replace(begun, asked_at=now if begun.asked_at is None else begun.asked_at, pressed_at=now)
 
     async def reset(self, request: str | None) -> None:
         """Reset the machine for this `restart_request`, at most once: the record tells a successor that it was done."""

@@ -117,6 +117,7 @@ class Migration:
         while self._talk.stage in {Stage.ACTIVE, Stage.SWITCHOVER} and self._clock.now() < deadline:
             await self._clock.sleep(CANCEL_POLL_S)
             await self.look()
+        self._talk.probe_at = 0.0
 
     async def go_on(self) -> bool:
         """Let the guest go on, at whichever side; whether QEMU has confirmed it.

@@ -225,6 +225,8 @@ class Conversation:
                 return False
             case "MIGRATION":
                 self.note_migration(str(data.get("status")))
+                if self.stage is Stage.IDLE:
+                    self._raise_question()
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._raise_question()
             case _:
@@ -241,8 +243,6 @@ class Conversation:
         if status == "completed" and self.stage in {Stage.SWITCHOVER, Stage.DEVICE}:
             self.run_state = POSTMIGRATE
         self.stage = Stage.of_source(status, self.run_state)
-        if self.stage is Stage.IDLE:
-            self._raise_question()
 
     def runs(self) -> None:
         """Note that the guest runs: what it was to receive has come, and what QEMU tells of that is past."""

@@ -50,6 +50,7 @@ POINTS = (*(f"before {action.name}" for action in Action if action is not Action
 
 MOVES = (
     *("before OFFER", "before RECEIVE", "before TELL", "clients of the arrival known", "before ARRIVE", "arriving"),
+    "arrival on record",
     *("before SETTLE", "before CALL", "connected to the target", "before ANNOUNCE", "before SEND", "sending"),
     *("before SWITCH", "switching", "before GIVE", "handing over", "handed over", "before CANCEL", "before CALL_OFF"),
     *("before CUT", "before GO_BACK"),
