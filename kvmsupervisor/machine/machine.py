@@ -314,12 +314,16 @@ class Machine:
     async def probe(self) -> None:
         """Ask for the run state. A successor learns from the record that a person has paused the guest."""
         await self._talk.probe()
-        if self._talk.run_state in {PAUSED, RUNNING}:
-            with contextlib.suppress(OSError):
-                self.note(paused=self._talk.run_state == PAUSED)
+        self._note_paused()
         if self._launch.furnished and self._talk.run_state == RUNNING:
             # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)
+
+    def _note_paused(self) -> None:
+        """Note whether a person has paused the guest, where that is known: on record it goes with a live move."""
+        if self._talk.run_state in {PAUSED, RUNNING} and self.record is not None and not self.record.incoming:
+            with contextlib.suppress(OSError):
+                self.note(paused=self._talk.run_state == PAUSED)
 
     async def resume(self) -> bool:
         """Let the guest run; return True when QEMU confirms it.
@@ -472,6 +476,8 @@ class Machine:
                 return
             case _ if not self._talk.hears(name, data):
                 return
+            case "RESUME":
+                self._note_paused()
         self._notify()
 
     def _on_end(self) -> None:

@@ -79,6 +79,7 @@ def test_a_guest_that_has_come_moves_on_with_its_memory(keys: Keys, hosts: Hosts
         beta.wait_for("1", lambda s: s.run_state == "running")
         alpha.thaw()
         alpha.wait_running("1")
+        alpha.wait_for("1", lambda s: s.run_state == "running")
         beta.wait_forgotten("1")
         assert not before.alive
     (given,) = beta.events("move.given")

@@ -387,7 +387,7 @@ class SimHost:
         for qemu in self.kernel.living:
             qemu.deaf = qemu.stubborn = qemu.frozen = qemu.mute = False
             qemu.migration.lasts_s = min(qemu.migration.lasts_s, LASTS_S)
-            if self._holds(qemu):
+            if self.world.is_the_guests(qemu):
                 qemu.resume()
         self.end_the_unrecorded()
         self.boot()

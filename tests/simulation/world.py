@@ -30,6 +30,7 @@ from tests.simulation.judge import TICK_S, Judge
 from tests.simulation.looks import Looks
 from tests.simulation.loop import LIFE, WORLD, Life, SimLoop, context_of
 from tests.simulation.points import Armed
+from tests.simulation.qemu import SimQemu
 from tests.simulation.trace import Trace
 from tests.simulation.tries import hear
 
@@ -413,8 +414,14 @@ class World:
         """Whoever has paused a guest lets it go on, wherever it is by then."""
         for host in self.hosts:
             for qemu in host.kernel.living:
-                if qemu.boot is guest and host._holds(qemu):
+                if qemu.boot is guest and self.is_the_guests(qemu):
                     qemu.resume()
+
+    def is_the_guests(self, qemu: SimQemu) -> bool:
+        """Whether a QEMU is the one whose guest a person lets go on: its lock's, or the only one that has it."""
+        lock, living = self.lock(qemu.instance), self.judge.living(qemu.instance)
+        holds = lock is not None and lock.incarnation == qemu.incarnation
+        return holds or not any(one is not qemu and one.boot is qemu.boot for one in living)
 
     def lock(self, instance: str) -> Lock | None:
         value = self.etcd.data.get(self.layout.lock_key(InstanceId(instance)))
