@@ -113,9 +113,7 @@ class Place:
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[int]:
-        listener = self.target.listen(
-            self.address, self.port, key_of={"1": KEY}.get, on_call=lambda one: self.calls.append(one)
-        )
+        listener = self.target.listen(self.address, self.port, key_of={"1": KEY}.get, on_call=self.calls.append)
         running = asyncio.create_task(listener.run())
         try:
             yield listener.port

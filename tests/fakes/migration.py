@@ -284,7 +284,10 @@ class FakeMigration:
     def _comes(self, what: Callable[[], None]) -> None:
         """What comes is heard in its order."""
         self._inbox.append(what)
-        self._after(0.0, lambda: self._inbox.popleft()())
+        self._after(0.0, self._hear_next)
+
+    def _hear_next(self) -> None:
+        self._inbox.popleft()()
 
     def _send_first(self) -> None:
         if self.status != "setup" or self._receives:

@@ -7,7 +7,8 @@ Each spawned process is a `FakeQemu`, whose fields say how it behaves (`deaf`, `
 called with each one before it begins. The run directory, its sockets and records stay real: a fake finds out, as the
 real one does, which sockets its options give it by number.
 
-What it has in common with a real QEMU is held by `tests/machine/test_system.py` and `test_migration.py`, which run on both.
+What it has in common with a real QEMU is held by `tests/machine/test_system.py` and `test_migration.py`, which run on
+both.
 
 `FakeQemus.ran_off_the_record` is what law 3 forbids: guests that were let run although `on_record` denied it.
 """

@@ -1,4 +1,4 @@
-"""The connections between supervisors over which guests are moved, in virtual time: what stands for `adapters.transfer`.
+"""The connections between supervisors over which guests are moved, in virtual time: as `adapters.transfer` has them.
 
 A connection is of two ends, each on a host, each in the context of whoever opened it. What goes over it keeps its
 order. Where the way is not whole for `SILENCE_S`, in one direction or both, it breaks, as TCP's user timeout has it;
@@ -356,5 +356,3 @@ class FakeRelay:
         """Nobody carries any more."""
         self._is_ending = True
         self._local.shut_down()
-
-

@@ -67,6 +67,7 @@ def settings_of(
     run_dir: str,
     lock: str | None,
     endpoint: str = NOWHERE,
+    *,
     more: tuple[tuple[str, str], ...] = (),
 ) -> Settings:
     """What a host is set to: defaults, but for what would touch this machine, and `more`."""

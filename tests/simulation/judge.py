@@ -235,7 +235,9 @@ class Judge:
     def _is_done_with(self, address: str, whose: str) -> bool:
         """Whether a client writes no more: it is shut out, or has closed its disks."""
         qemu = self._clients.get(address)
-        return self._shut_out(address) or whose in self._closed or (qemu is not None and qemu.incarnation in self._closed)
+        return (
+            self._shut_out(address) or whose in self._closed or (qemu is not None and qemu.incarnation in self._closed)
+        )
 
     def _is_harmless(self, address: str) -> bool:
         """Whether a client writes no more, or is that of a QEMU that waited for a guest which never went on in it."""
@@ -243,7 +245,7 @@ class Judge:
         return self._is_done_with(address, "") or (qemu is not None and qemu.is_arrival and qemu.ran_at is None)
 
     def _stands_for(self, qemu: SimQemu, address: str) -> bool:
-        """Whether a client is that of a QEMU whose guest came to this one by hand-over, or of one that never had any."""
+        """Whether a client is that of a QEMU whose guest came to this one by hand-over, or that never had any."""
         other = self._clients.get(address)
         if other is None or qemu.incarnation not in self._given:
             return False
@@ -254,11 +256,15 @@ class Judge:
         others = [one for one in self.qemus[qemu.instance] if one is not qemu and one.boot is qemu.boot]
         for one in others:
             if one.alive and one.run_state == "running" and not self._shut_out(one.client):
-                self.wrong("law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} runs, and {one.pid} on {one.host} does")
+                self.wrong(
+                    "law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} runs, and {one.pid} on {one.host} does"
+                )
         counted_s = max((one.counted_s for one in others if one.ran_at is not None), default=0.0)
         if counted_s > qemu.counted_s + MOMENT_S:
             lacks_s = counted_s - qemu.counted_s
-            self.wrong("law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} goes on, and lacks the last {lacks_s:.3f} s")
+            self.wrong(
+                "law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} goes on, and lacks the last {lacks_s:.3f} s"
+            )
 
     def _all(self) -> Iterator[SimQemu]:
         return (qemu for qemus in self.qemus.values() for qemu in qemus)
@@ -409,26 +415,29 @@ class Judge:
             self.wrong("law 2", f"{instance}: {what}")
         debts.saw(lock)
         if is_new:
-            self.counts["taken"] += 1
-            # One that is written again has its QEMU there, whatever the keys say.
-            is_taken = lock.state is not LockState.RUNNING
-            # Who has it may start it again while the host where it is to run was not there a moment ago.
-            is_new_here = is_taken and (before is None or before.host != lock.host)
-            if is_new_here and not self._at_home(instance, lock.host):
-                self.wrong("law 2", f"{instance}: {lock.host} took its lock, and it is to run elsewhere")
-            if not self._exists(self._layout.session_key(lock.host)):
-                self.wrong("law 2", f"{instance}: {lock.host} took its lock, and has no session")
-            # A host that was renamed takes its own.
-            is_given = lock.state is LockState.GIVEN
-            is_anothers = before is not None and before.host != lock.host and before.boot_id != lock.boot_id
-            if is_taken and is_anothers and not is_given:
-                assert before is not None
-                self.counts["taken over"] += 1
-                self._look_at_wait(instance, before)
-                if before.state is not LockState.BROKEN and self._exists(self._layout.session_key(before.host)):
-                    self.wrong("law 4", f"{instance}: {lock.host} took the lock of {before.host}, which has a session")
+            self._is_new_incarnations(instance, before, lock)
         if lock.state in {LockState.RUNNING, LockState.GIVEN}:
             self._recorded[lock.incarnation] = frozenset(lock.clients)
+
+    def _is_new_incarnations(self, instance: str, before: Lock | None, lock: Lock) -> None:
+        """The lock names another incarnation than it ever did: it was taken, handed over, or written again."""
+        self.counts["taken"] += 1
+        # One that is written again has its QEMU there, whatever the keys say.
+        is_taken = lock.state is not LockState.RUNNING
+        # Who has it may start it again while the host where it is to run was not there a moment ago.
+        is_new_here = is_taken and (before is None or before.host != lock.host)
+        if is_new_here and not self._at_home(instance, lock.host):
+            self.wrong("law 2", f"{instance}: {lock.host} took its lock, and it is to run elsewhere")
+        if not self._exists(self._layout.session_key(lock.host)):
+            self.wrong("law 2", f"{instance}: {lock.host} took its lock, and has no session")
+        # A host that was renamed takes its own.
+        is_anothers = before is not None and before.host != lock.host and before.boot_id != lock.boot_id
+        if is_taken and is_anothers and lock.state is not LockState.GIVEN:
+            assert before is not None
+            self.counts["taken over"] += 1
+            self._look_at_wait(instance, before)
+            if before.state is not LockState.BROKEN and self._exists(self._layout.session_key(before.host)):
+                self.wrong("law 4", f"{instance}: {lock.host} took the lock of {before.host}, which has a session")
 
     def _handed_over(self, instance: str, before: Lock | None, lock: Lock) -> None:
         """Law 13: the source hands over once, to the QEMU that it has on record, which has all of the guest."""
@@ -440,7 +449,9 @@ class Judge:
             self._moves.pop(instance, None)
         announced = None if before is None or before.state is not LockState.MIGRATING else before.to
         if announced is None or announced.incarnation != lock.incarnation:
-            self.wrong("law 13", f"{instance}: handed over to {lock.incarnation} on {lock.host}, which was not announced")
+            self.wrong(
+                "law 13", f"{instance}: handed over to {lock.incarnation} on {lock.host}, which was not announced"
+            )
             return
         assert before is not None
         for qemu in self.living(instance):

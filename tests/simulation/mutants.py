@@ -26,7 +26,8 @@ from kvmsupervisor.cluster.lock import compares as right_compares
 from kvmsupervisor.cluster.owners import LockOwners
 from kvmsupervisor.domain import doubt, lifecycle
 from kvmsupervisor.domain.decision import Decision, Row
-from kvmsupervisor.domain.handover import given
+from kvmsupervisor.domain.evacuation import plan
+from kvmsupervisor.domain.handover import announced, given
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
@@ -501,8 +502,7 @@ def goes_on_because_the_source_fell_silent(patch: pytest.MonkeyPatch) -> None:
 @mutant("laws 3 and 13", seed=1, kinds=("move",))
 def the_target_is_on_no_record(patch: pytest.MonkeyPatch) -> None:
     """The lock does not name the clients of the QEMU that a guest is sent to."""
-    right = moves.announced
-    patch.setattr(moves, "announced", lambda lock, to: right(lock, replace(to, clients=())))
+    patch.setattr(moves, "announced", lambda lock, to: announced(lock, replace(to, clients=())))
 
 
 @mutant("law 13", seed=1, kinds=(*MOVING, "etcd-flaky"))
@@ -530,9 +530,8 @@ def a_live_drain_stops(patch: pytest.MonkeyPatch) -> None:
 @mutant("a drain ends", seed=1, kinds=("drain",))
 def a_drain_says_nothing(patch: pytest.MonkeyPatch) -> None:
     """Why a machine stays is not said."""
-    right = evacuation.plan
     nothing: dict[str, Any] = {"refused": {}, "evicted": frozenset()}
-    patch.setattr(evacuation, "plan", lambda *told, **more: replace(right(*told, **more), **nothing))
+    patch.setattr(evacuation, "plan", lambda *told, **more: replace(plan(*told, **more), **nothing))
 
 
 # --- statuses, records, watches, tries --------------------------------------------------------------------------

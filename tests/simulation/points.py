@@ -68,8 +68,8 @@ ELSEWHERE = {
     "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
     **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
 }
-"""Points that no history comes to: nothing has a guard, a NIC, a drive, a disk that is a file, or an image that is made.
-Each with the test that cuts there, in virtual time or on a real Ceph."""
+"""Points that no history comes to: nothing has a guard, a NIC, a drive, a disk that is a file, or an image that is
+made. Each with the test that cuts there, in virtual time or on a real Ceph."""
 
 HERE = tuple(name for name in POINTS if name not in ELSEWHERE)
 """Those that a hundred histories come to."""

@@ -299,9 +299,9 @@ class SimQemus(FakeQemus):
         number: of the host, for addresses.
         clock: its clock.
         ceph: the cluster's.
-        net: over which guests are moved, the cluster's.
         chance: for the time that things take.
         watcher: told of what happens.
+        net: over which guests are moved, the cluster's; None for one of its own.
 
     Attributes:
         hidden: processes that may not be looked at.
@@ -318,9 +318,9 @@ class SimQemus(FakeQemus):
         *,
         clock: SimClock,
         ceph: CephCluster,
-        net: FakeNet,
         chance: Random,
         watcher: Watcher,
+        net: FakeNet | None = None,
     ) -> None:
         super().__init__(clock, net, name)  # type: ignore[arg-type]
         self.name = name

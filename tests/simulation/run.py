@@ -16,10 +16,10 @@ from tests.simulation import advice, faults, people
 from tests.simulation import loop as sim
 from tests.simulation.acts import Act, draw_acts, draw_cluster, draw_settings
 from tests.simulation.chance import Chance
+from tests.simulation.emptying import Emptying, Returning
 from tests.simulation.judge import Violation
 from tests.simulation.outside import drawn
 from tests.simulation.points import listening
-from tests.simulation.emptying import Emptying, Returning
 from tests.simulation.settling import CONFIRM_S, LOOK_S, Settling
 from tests.simulation.watches import followed
 from tests.simulation.world import Enough, World, tapped

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class Stage:
         qemu = found()
         assert qemu is not None
         return qemu
+
+    def is_alone(self, host: str) -> bool:
+        """Whether its one QEMU is there, and a lock that says so, whether its guest runs or not."""
+        lock, living = self.world.lock("r1"), self.world.judge.living("r1")
+        return [one.host for one in living] == [host] and lock is not None and lock.state is LockState.RUNNING
 
     def make(self, host: str, **keys: str) -> None:
         self.world.put("r1", rbd="rbd/r1", ram="64", shutdown_timeout="20", **keys, host=host)
@@ -147,8 +153,7 @@ def test_one_that_a_person_paused_is_sent_on(played: Callable[[Told], list[str]]
         await asyncio.sleep(2.0)
         for host in "bc":
             stage.move(host)
-            await stage.until(lambda host=host: [one.host for one in stage.world.judge.living("r1")] == [host])
-            await stage.until(lambda: stage.world.lock("r1").state is LockState.RUNNING)  # type: ignore[union-attr]
+            await stage.until(partial(stage.is_alone, host))
         (there,) = stage.world.judge.living("r1")
         assert (there.run_state, there.boot is first.boot) == ("paused", True)
         stage.world.let_go_on(first.boot)
@@ -172,7 +177,7 @@ def test_a_target_that_is_cut_off_once_it_is_on_record(played: Callable[[Told], 
 
 
 def test_an_offer_that_went_with_a_session_is_made_again(played: Callable[[Told], list[str]]) -> None:
-    """A target that has lost its session while the source was away says once more that it takes the guest (seed 453)."""
+    """A target that has lost its session meanwhile says once more that it takes the guest (seed 453)."""
 
     async def told(stage: Stage) -> None:
         stage.make("a")

@@ -274,7 +274,9 @@ class World:
         """`drain`. What runs there, or may start there, may be stopped where the mode says so."""
         if mode != "live":
             for name, keys in sorted(self.wishes.items()):
-                if host in {keys.get("host"), self.placed(name)} or any(q.host == host for q in self.judge.living(name)):
+                if host in {keys.get("host"), self.placed(name)} or any(
+                    q.host == host for q in self.judge.living(name)
+                ):
                     self.judge.ordered(name, f"{host} drains ({mode})")
         self.want(host, "return", None)
         self.want(host, "drain", mode)
@@ -318,10 +320,10 @@ class World:
                 self.remove(instance, *gone)
         for host in sorted(one.true_name for one in self.hosts):
             for name in ("drain", "return"):
-                value = self.host_wishes.get(host, {}).get(name)
-                found_value = self.etcd.data.get(f"{self.layout.host_wishes_prefix}{host}/{name}")
-                if found_value != (None if value is None else value.encode()):
-                    self.want(host, name, value)
+                wanted = self.host_wishes.get(host, {}).get(name)
+                there = self.etcd.data.get(f"{self.layout.host_wishes_prefix}{host}/{name}")
+                if there != (None if wanted is None else wanted.encode()):
+                    self.want(host, name, wanted)
 
     def locks(self) -> dict[str, bytes]:
         found = {}
