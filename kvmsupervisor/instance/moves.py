@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from kvmsupervisor.adapters.etcd import Delete, EtcdError
 from kvmsupervisor.adapters.metrics import MigrationResult
 from kvmsupervisor.adapters.transfer import TransferFailed
-from kvmsupervisor.cluster.fencing import NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.handover import announced, arrived, called_off, given
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Destination, Lock, LockState
 from kvmsupervisor.domain.move_checks import SWITCHES, Guest, refusals
@@ -28,7 +28,7 @@ from kvmsupervisor.domain.view import Action
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.arrival import Arrival, Unwelcome
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.shutting_out import admit, may_be_shut_out
+from kvmsupervisor.instance.shutting_out import may_be_shut_out, see_off
 from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
@@ -61,9 +61,6 @@ FAILURES = 2
 
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 1800.0
 """Pause after an attempt that came to nothing; each further one is twice as long."""
-
-SETTLE_S, SETTLE_POLL_S = 2.0, 0.3
-"""How long the source's QEMU may take to close its disks, once they are the target's; it takes 40 ms."""
 
 
 class Moves:
@@ -425,6 +422,14 @@ class Moves:
         if self._context.moving is not None:
             self._context.moving.leaving.give_back(self._id)
 
+    def ended(self, record: Incarnation) -> None:
+        """Its QEMU has ended: what was on its way from it, or to it, is not any more."""
+        if self._calling is not None:
+            self._calling.cancel()
+        self._hang_up()
+        if record.incoming:
+            self.arrival.ended()
+
     def close(self) -> None:
         """Let go of everything: what is under way fails, and is called off by a successor."""
         self._machine.migration.close()
@@ -478,22 +483,11 @@ class Moves:
             # Its arrival could not be recorded.
             self._record_arrival(lock)
             return
-        await self._see_the_source_off(lock)
+        record = self._machine.record
+        spec = None if record is None else spec_from_object(record.spec)
+        if spec is not None and (left := await see_off(lock, images_of(spec), self._id, self._context)):
+            self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
         await self._lock.write(Change.ARRIVE, arrived(lock), None)
         with contextlib.suppress(EtcdError):
             await self._context.store.txn([], [Delete(self._context.layout.offer_key(self._id))])
         self.arrival.end()
-
-    async def _see_the_source_off(self, lock: Lock) -> None:
-        record, context = self._machine.record, self._context
-        spec = None if record is None else spec_from_object(record.spec)
-        images = () if spec is None else images_of(spec)
-        deadline = context.clock.now() + SETTLE_S
-        with contextlib.suppress(NotFenced):  # its addresses stay on record
-            while images and (left := sorted({*await context.fencing.watchers(images)} & {*lock.fence})):
-                if context.clock.now() >= deadline:
-                    await admit(self._id, context, left)
-                    await context.fencing.fence(left)
-                    self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
-                    return
-                await context.clock.sleep(SETTLE_POLL_S)

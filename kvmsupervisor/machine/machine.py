@@ -289,7 +289,8 @@ class Machine:
 
     async def connect(self) -> None:
         """Connect to QMP and ask for the run state. A failure shows in `view`: `connect_at`, `silent_since`."""
-        if not await self._talk.open(self._uuid_to_check):
+        assert self.record is not None
+        if not await self._talk.open(process_identity.uuid_to_check(self.record, self._process)):
             return
         # QEMU greets before its devices exist: only an answered command means that it is up.
         await self.probe()
@@ -297,17 +298,6 @@ class Machine:
             self._talk.retry()
         elif self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
-
-    @property
-    def _uuid_to_check(self) -> str | None:
-        """The uuid of the machine that must answer at the socket of an adopted process (law 8).
-
-        None for our own child: it inherited the socket, which listened before the process existed.
-        """
-        assert self.record is not None
-        argv = self.record.argv
-        is_child = self._process is not None and self._process.is_child
-        return None if is_child or "-uuid" not in argv else argv[argv.index("-uuid") + 1]
 
     # --- commands ---------------------------------------------------------------------------------------------
 

@@ -104,10 +104,11 @@ class Descriptors:
         self._open[number] = end
         return number
 
-    def take(self, number: int) -> FakeSocket:
-        """What goes with a message: one more has it."""
-        end = self._open.pop(number)
-        end.dup()
+    def take(self, number: int) -> FakeSocket | None:
+        """What goes with a message, and one more has then; None for a file of another kind."""
+        end = self._open.pop(number, None)
+        if end is not None:
+            end.dup()
         return end
 
 

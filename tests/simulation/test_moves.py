@@ -254,6 +254,45 @@ def test_who_has_handed_over_says_nothing_of_his_qemu(played: Callable[[Told], l
     assert played(told) == []
 
 
+def test_one_whose_qemu_dies_on_its_way_keeps_nobody_from_leaving(played: Callable[[Told], list[str]]) -> None:
+    """Others move from that host afterwards, one at a time (seed 1059)."""
+
+    async def told(stage: Stage) -> None:
+        stage.make("a")
+        first = await stage.running("a")
+        stage.world.put("r2", rbd="rbd/r2", ram="64", shutdown_timeout="20", host="a")
+        second = await stage.running("a", "r2")
+        stage.world.armed["before ANNOUNCE"] = Armed("a", Way.HIT, 0.0, hit=lambda world, host, for_s: first.crash())
+        stage.move("b")
+        await stage.running("b")
+        stage.world.judge.ordered("r2", "moves to b", to="b")
+        stage.world.put("r2", host="b")
+        assert (await stage.running("b", "r2")).boot is second.boot
+
+    assert played(told) == []
+
+
+def test_a_host_is_drained_once_it_has_ended_what_was_taken_over(played: Callable[[Told], list[str]]) -> None:
+    """It comes back to a drain with a QEMU that is another one's by now: that leaves, and it says so (seed 1039)."""
+
+    async def told(stage: Stage) -> None:
+        world = stage.world
+        stage.make("a", hosts="a b")
+        (qemu,) = [await stage.running("a")]
+        world.host("a").freeze(on=True)
+        world.shaken(200.0)
+        await stage.until(lambda: any(one.host == "b" and one.writes for one in world.judge.living("r1")))
+        world.drain("a", "live")
+        # It hangs in the kernel.
+        dies = qemu.crash
+        qemu.crash = lambda number=9: world.loop.call_later(3.0, dies, number)  # type: ignore[method-assign, assignment]
+        world.host("a").freeze(on=False)
+        await stage.until(lambda: (said := world.progress("a")) is not None and said.drained is not None)
+        assert not qemu.alive
+
+    assert played(told) == []
+
+
 def test_a_host_empties_itself_and_takes_all_back(played: Callable[[Told], list[str]]) -> None:
     """Nobody is stopped for it; `drained` is said once all have arrived."""
 
