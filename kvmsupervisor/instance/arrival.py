@@ -118,8 +118,8 @@ class Arrival:
         self._report = report
         self._wake = wake
         self._key: bytes | None = None
-        # The history, and the lease of the session, in which the offer was written.
-        self._said_in = 0, 0
+        # In which history, session and state of the keys the offer was written.
+        self._said_in = 0, 0, 0
         self._connection: Connection | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._manifest: Manifest | None = None
@@ -157,11 +157,11 @@ class Arrival:
 
     # --- what is observed -------------------------------------------------------------------------------------
 
-    def course(self, lock: Lock | None, moving: Moving) -> Course:
+    def course(self, wish: Wish, lock: Lock | None, moving: Moving) -> Course:
         """What is known of a guest that may come."""
         source = None if lock is None else moving.facts_of(HostName(lock.host))
-        if self._key is not None and self._said_in != self._present:
-            # It has gone with the history, or the session, that it was said in: it is said again.
+        if self._key is not None and self._said_in != self._present(wish):
+            # It has gone with the session, or is older than the keys that the source sees: it is said again.
             self._key = None
         link = Link.NONE
         if self._relay is not None:
@@ -181,9 +181,10 @@ class Arrival:
             why_give_up="the source has not put it on record in time",
         )
 
-    @property
-    def _present(self) -> tuple[int, int]:
-        return self._context.era().count, self._context.session.lease
+    def _present(self, wish: Wish) -> tuple[int, int, int]:
+        """The history, the session, and the keys that have the guest come here; an offer of others is worth nothing."""
+        ground = 0 if wish.ground is None else wish.ground.revision
+        return self._context.era().count, self._context.session.lease, ground
 
     @property
     def key(self) -> bytes | None:
@@ -198,7 +199,7 @@ class Arrival:
         Raises:
             SwapFailed, EtcdError: etcd does not say so.
         """
-        key, present = secrets.token_bytes(KEY_BYTES), self._present
+        key, present = secrets.token_bytes(KEY_BYTES), self._present(wish)
         await self._write(wish, key, None)
         self._key, self._said_in = key, present
         self._report.tell("move.offered")

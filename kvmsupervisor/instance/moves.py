@@ -109,7 +109,7 @@ class Moves:
         if moving is None:
             return NO_COURSE
         if wish is not None and wish.runs_on == self._context.me and (record is None or record.incoming):
-            return self.arrival.course(lock, moving)
+            return self.arrival.course(wish, lock, moving)
         is_calling = self._calling is not None
         target = None if wish is None else wish.runs_on
         if target != self._target and self._link is Link.NONE and not is_calling:

@@ -196,6 +196,21 @@ def test_an_offer_that_went_with_a_session_is_made_again(played: Callable[[Told]
     assert played(told) == []
 
 
+def test_keys_that_are_written_again_need_another_offer(played: Callable[[Told], list[str]]) -> None:
+    """A person writes the host again where a drain has placed a guest: an offer from before is none (seed 482)."""
+
+    async def told(stage: Stage) -> None:
+        stage.make("a", hosts="b")
+        first = await stage.running("a")
+        stage.world.armed["before CALL"] = Armed("a", Way.FAIL, 0.0)
+        stage.world.drain("a", "live")
+        await stage.until(lambda: stage.events("move.offered"))
+        stage.move("b")
+        assert (await stage.running("b")).boot is first.boot
+
+    assert played(told) == []
+
+
 def test_who_waits_for_his_target_writes_nothing(played: Callable[[Told], list[str]]) -> None:
     """However often he asks: his status says once what he waits for (seed 453)."""
 
