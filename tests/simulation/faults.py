@@ -140,6 +140,26 @@ HITS: tuple[Hit, ...] = (
 )
 
 
+STUCK_S = 45.0
+"""Longer than the rest of a transfer may be under way (`instance.moves.REST_S`)."""
+
+
+@kind("end-of-a-move", 6)
+def _(world: World, act: Act) -> None:
+    """Somebody has second thoughts when all is sent; or the target takes no more, right before it would have all."""
+    if act.x < 0.5:
+        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=_think_better)
+    else:
+        world.armed["switching"] = Armed("", Way.HIT, STUCK_S + act.for_s, hit=_freeze_targets)
+
+
+def _freeze_targets(world: World, host: SimHost, for_s: float) -> None:
+    for other in world.hosts:
+        for qemu in [one for one in other.kernel.living if one.is_arrival and one.ran_at is None]:
+            qemu.frozen = True
+            later(world, for_s, partial(setattr, qemu, "frozen", False))
+
+
 @kind("frozen-at-the-lock", 6)
 def _(world: World, act: Act) -> None:
     """A supervisor is frozen right before it writes a lock; what does not run there yet may be moved meanwhile."""
