@@ -19,7 +19,7 @@ from kvmsupervisor.adapters.etcd import Compare, EtcdError, Get, KeyValue
 from kvmsupervisor.adapters.etcd.api import Event
 from kvmsupervisor.cluster import history, informer, session
 from kvmsupervisor.cluster import lock as lock_module
-from kvmsupervisor.cluster.fencing import Admit, CephFencing
+from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.cluster.informer import Informer
 from kvmsupervisor.cluster.lock import SwapFailed
 from kvmsupervisor.cluster.lock import compares as right_compares
@@ -178,7 +178,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
     """A guest runs before its storage clients are on record."""
 
     async def clients(
-        self: CephFencing, record: Incarnation, known: Collection[str] = (), *, admit: Admit | None = None
+        self: CephFencing, record: Incarnation, known: Collection[str] = (), **more: object
     ) -> tuple[str, ...]:
         await asyncio.sleep(0)
         return ()
