@@ -346,6 +346,7 @@ class Worker:
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
+            statuses_known=context.status_writer.has_begun,
             process=None if process is None else self.plugs.look(process),
             saved=saved,
             slot=context.admission.state(self.id),

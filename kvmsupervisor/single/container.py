@@ -251,6 +251,7 @@ class Container:
         written = (await self._context.status_writer.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
+        self.instance.notify()
         await self._context.status_writer.run()
 
     # --- what it is told --------------------------------------------------------------------------------------
