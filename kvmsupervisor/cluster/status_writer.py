@@ -135,12 +135,11 @@ class StatusWriter:
         mark = json.dumps(self._host, ensure_ascii=False).encode()
         prefix = self._layout.statuses_prefix
         for kv in kvs:
-            instance = parse_id(kv.key.decode(errors="replace").removeprefix(prefix))
-            if instance is None:
-                continue
             # A search for the name costs less than reading JSON, and most statuses are other hosts'.
-            found[instance] = status = self._ours(kv.value) if mark in kv.value else None
-            if status is not None:
+            status = self._ours(kv.value) if mark in kv.value else None
+            if (instance := parse_id(kv.key.decode(errors="replace").removeprefix(prefix))) is not None:
+                found[instance] = status
+            if instance is not None and status is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
                 self.events.doubt(instance)
         return found
