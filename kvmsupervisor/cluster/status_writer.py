@@ -427,7 +427,7 @@ class StatusWriter:
             differs = True
             self.events.doubt(instance)
             known, wanted = self._known.get(instance), self._wanted.get(instance)
-            if known is None or known.revision == revision:
+            if known is None or known.revision == revision or found_at > known.revision:
                 self._known[instance] = Known(None if found is None else found.value, found_at)
             theirs = None if found is None else Status.from_json(found.value)
             ours = None if wanted is None else Status.from_json(wanted)

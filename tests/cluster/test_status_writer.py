@@ -343,6 +343,28 @@ async def test_what_the_key_held_before_a_lost_reply_is_written_again(bench: Ben
         assert bench.value(ONE) == status(ONE, "before").to_json()
 
 
+async def test_a_list_from_before_a_write_is_not_believed(bench: Bench) -> None:
+    """A write of the former history's time comes after the list of the keys, which is read while another is under way.
+
+    Simulation, seed 2475: the status of before stayed although another one was wanted.
+    """
+    bench.status_writer.set(ONE, status(ONE, "wanted"))
+    async with bench.running() as status_writer:
+        await settle()
+        listed = bench.listed()
+        bench.etcd.write(Layout().status_key(ONE), status(ONE, "of a moment").to_json())
+        status_writer.begin_anew()
+
+        async def meanwhile(call: str) -> None:
+            bench.etcd.hook = None
+            status_writer.prime(listed)
+
+        bench.etcd.hook = meanwhile
+        status_writer.set(ONE, status(ONE, "wanted"))
+        await bench.clock.advance(60)
+        assert bench.value(ONE) == status(ONE, "wanted").to_json()
+
+
 async def test_forgetting_deletes_what_is_ours(bench: Bench) -> None:
     """One of this host's statuses, written by this process or an earlier one; once."""
     bench.etcd.write(Layout().status_key(ONE), status(ONE).to_json())
