@@ -68,6 +68,7 @@ class Judge:
         tell: told of each event, for the trace.
         exists: whether etcd has a key.
         belongs: whether an instance is to run on a host, as people want it.
+        wanted: whether it is to run at all.
         at_home: the same, as the keys stand in etcd.
         leaves: whether a placement has it leave that host: True: also by a stop; False: only while it runs; None: not.
         watched: whether anybody has an image open.
@@ -82,6 +83,7 @@ class Judge:
         tell: Callable[[str, str], None],
         exists: Callable[[str], bool],
         belongs: Callable[[str, str], bool],
+        wanted: Callable[[str], bool],
         at_home: Callable[[str, str], bool],
         leaves: Callable[[str, str], bool | None],
         watched: Callable[[str], bool],
@@ -95,6 +97,7 @@ class Judge:
         self._tell = tell
         self._exists = exists
         self._belongs = belongs
+        self._wanted = wanted
         self._at_home = at_home
         self._leaves = leaves
         self._watched = watched
@@ -297,7 +300,6 @@ class Judge:
     def _plight(self, qemu: SimQemu) -> Plight:
         leaves = self._leaves(qemu.instance, qemu.host)
         belongs = self._belongs(qemu.instance, qemu.host)
-        is_gone = not self._belongs(qemu.instance, "")
         return Plight(
             ran=qemu.ran_at is not None,
             stands=qemu.run_state != "running",
@@ -305,7 +307,7 @@ class Judge:
             shut_out=not qemu.writes,
             ordered=self._orders.get(qemu.instance, -1.0) >= qemu.since - EARLIER_S,
             # One that is placed elsewhere, and goes only while it runs, is not stopped for that.
-            elsewhere=leaves or (not belongs and leaves is None) or is_gone,
+            elsewhere=leaves or not (belongs or (leaves is not None and self._wanted(qemu.instance))),
         )
 
     def _is_outranked(self, qemu: SimQemu) -> bool:

@@ -113,6 +113,7 @@ class World:
             tell=self._told,
             exists=lambda key: key.encode() in self._server.keys,
             belongs=self.belongs,
+            wanted=self.wanted,
             at_home=self.at_home,
             leaves=self.leaves,
             watched=lambda image: bool(self.ceph.watching(image)),
@@ -367,11 +368,16 @@ class World:
         A `host` that there is not moves nothing.
         """
         wish = self.wishes.get(instance, {})
-        if wish.get("power", "on") != "on" or "host" not in wish:
+        if not self.wanted(instance):
             return False
         if all(wish["host"] != one.true_name for one in self.hosts):
             return True
         return host in {wish["host"], self.placed(instance)}
+
+    def wanted(self, instance: str) -> bool:
+        """Whether people want it to run."""
+        wish = self.wishes.get(instance, {})
+        return wish.get("power", "on") == "on" and "host" in wish
 
     def leaves(self, instance: str, host: str) -> bool | None:
         """Whether a placement has it leave a host where it may be: True where its guest may be stopped for that.
