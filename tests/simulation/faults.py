@@ -146,9 +146,10 @@ STUCK_S = 45.0
 
 @kind("end-of-a-move", 6)
 def _(world: World, act: Act) -> None:
-    """Somebody has second thoughts when all is sent; or the target takes no more, right before it would have all."""
-    if act.x < 0.5:
-        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=_think_better)
+    """Somebody has second thoughts when all is sent; nobody hears of the hand-over; or the target takes no more."""
+    if act.x < 0.6:
+        hit = _think_better if act.x < 0.3 else _lose_replies
+        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=hit)
     else:
         world.armed["switching"] = Armed("", Way.HIT, STUCK_S + act.for_s, hit=_freeze_targets)
 

@@ -18,7 +18,7 @@ from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
-from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.domain.placement import FAILOVER, Placement
 from kvmsupervisor.domain.status import Status
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.transfer import FakeNet
@@ -382,12 +382,13 @@ class World:
     def leaves(self, instance: str, host: str) -> bool | None:
         """Whether a placement has it leave a host where it may be: True where its guest may be stopped for that.
 
-        False: it may not be, so that it goes only while it runs. None: nothing has it leave.
+        False: it may not be, but by a person's order: a drain, or a return, that says so is one (`drain`, `undrain`).
+        None: nothing has it leave.
         """
         found = self._placement(instance)
         if found is None or found.host == host:
             return None
-        return not found.only_live
+        return found.why == FAILOVER
 
     def at_home(self, instance: str, host: str) -> bool:
         """Whether it is to run there, as the keys are now, or may stay until the host where it is to run is there."""
