@@ -401,6 +401,24 @@ def _(world: World, act: Act) -> None:
             world.backup = None
 
 
+@kind("etcd-restored-twice", 2)
+def _(world: World, act: Act) -> None:
+    """One backup is restored, and once more a little later: somebody had moved a machine that writes to a file."""
+    backup = world.etcd.backup()
+
+    def restore() -> None:
+        if not world.is_healed:
+            world.etcd.restore(backup)
+
+    def move() -> None:
+        if not world.is_healed and world.wishes.get("f1", {}).get("host") not in {None, act.other}:
+            world.judge.ordered("f1", f"moves to {act.other}", to=act.other)
+            world.put("f1", host=act.other)
+
+    for after_s, what in ((5.0, restore), (15.0, move), (30.0 + 30.0 * act.x, restore)):
+        later(world, after_s, what)
+
+
 @kind("etcd-lost", 1)
 def _(world: World, act: Act) -> None:
     """All data is lost."""

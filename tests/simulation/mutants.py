@@ -140,7 +140,7 @@ def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant("law 2", seed=1, kinds=("frozen-at-the-lock", "create", "remove"))
+@mutant("law 2", seed=1, kinds=("frozen-at-the-lock", "power"))
 def wherever_it_was_wanted(patch: pytest.MonkeyPatch) -> None:
     """An instance is started although its keys want it elsewhere by then: neither `host` nor placement is compared."""
 
@@ -189,7 +189,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "track record, simulation seed 12",
-    seed=43,
+    seed=69,
     kinds=("supervisor-kill", "host-freeze", "remove", "create", "key-deleted"),
 )
 def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
