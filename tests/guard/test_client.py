@@ -7,9 +7,9 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
