@@ -214,7 +214,8 @@ def _(world: World, act: Act) -> None:
     if act.x < 0.3:
         world.elsewhere.restore(world.etcd.backup())
     host.start_with(astray=True)
-    later(world, act.for_s, host.start_with)
+    # In a copy it may be for as long as a takeover waits.
+    later(world, act.for_s + (90.0 if act.x < 0.15 else 0.0), host.start_with)
 
 
 @kind("host-records-lost", 2)

@@ -306,7 +306,7 @@ def what_is_missing_was_removed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Dispatch, "_judge_orders", judge_orders)
 
 
-@mutant("law 11, seed 1071", seed=95, kinds=("host-astray",))
+@mutant("law 11, seed 1071", seed=17, kinds=("host-astray", "guest-deaf", "qmp-answer-lost"))
 def the_id_of_a_cluster_is_nothing(patch: pytest.MonkeyPatch) -> None:
     """A copy of etcd that has all keys that were seen is the same etcd."""
     patch.setattr(SimEtcd, "cluster", 0)
