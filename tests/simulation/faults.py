@@ -212,6 +212,7 @@ def _(world: World, act: Act) -> None:
     """The same with another cluster's etcd, which knows nothing of these machines, or holds a copy of their keys."""
     host = world.host(act.host)
     if act.x < 0.3:
+        world.is_copied = True
         world.elsewhere.restore(world.etcd.backup())
     host.start_with(astray=True)
     # In a copy it may be for as long as a takeover waits.

@@ -80,6 +80,8 @@ class World:
         until: what is wrong → how long.
         to_the_first: the history ends with the first violation.
         is_healed: nothing goes wrong any more.
+        is_copied: the other cluster's etcd is, or was, a copy of this one's.
+        asked: how often people have read in a status that they are to end another QEMU, by instance.
         upgraded: supervisors that were stopped to be replaced.
         on_log: told what a supervisor logs: its name, the event, what goes with it.
     """
@@ -128,7 +130,8 @@ class World:
         self.net.passage_s = lambda: net_chance.random() * self.net_slow_s
         self.quorum = asyncio.Event()
         self.quorum.set()
-        self.over = self.to_the_first = self.is_healed = False
+        self.over = self.to_the_first = self.is_healed = self.is_copied = False
+        self.asked: Counter[str] = Counter()
         self.until: dict[str, float] = {}
         self._shaken_until = 0.0
         self.ended_at = loop.time()
