@@ -191,6 +191,11 @@ class Arrival:
         """Of the offer that stands; None without one."""
         return self._key
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a guest is expected here, or its way to here is kept."""
+        return self._key is not None or self._connection is not None or self._relay is not None
+
     # --- the steps --------------------------------------------------------------------------------------------
 
     async def offer(self, wish: Wish) -> None:
@@ -362,7 +367,7 @@ class Arrival:
     # --- ends -------------------------------------------------------------------------------------------------
 
     def ended(self) -> None:
-        """The QEMU that waited has ended: the offer that names it is worth nothing."""
+        """The QEMU that waited, or whose guest has come, has ended: the offer that names it is worth nothing."""
         self.end()
 
     def end(self) -> None:

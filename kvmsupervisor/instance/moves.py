@@ -16,7 +16,6 @@ from kvmsupervisor.adapters.metrics import MigrationResult
 from kvmsupervisor.adapters.transfer import TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.handover import announced, arrived, called_off, given
-from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Destination, Lock, LockState
 from kvmsupervisor.domain.move_checks import SWITCHES, Guest, refusals
@@ -110,6 +109,10 @@ class Moves:
             return NO_COURSE
         if wish is not None and wish.runs_on == self._context.me and (record is None or record.incoming):
             return self.arrival.course(wish, lock, moving)
+        is_own = lock is not None and record is not None and lock.incarnation == record.incarnation
+        if self.arrival.is_open and is_own and lock is not None and lock.state is LockState.RUNNING:
+            # That it has come was written, and the reply was lost.
+            self.arrival.end()
         is_calling = self._calling is not None
         target = None if wish is None else wish.runs_on
         if target != self._target and self._link is Link.NONE and not is_calling:
@@ -422,13 +425,12 @@ class Moves:
         if self._context.moving is not None:
             self._context.moving.leaving.give_back(self._id)
 
-    def ended(self, record: Incarnation) -> None:
+    def ended(self) -> None:
         """Its QEMU has ended: what was on its way from it, or to it, is not any more."""
         if self._calling is not None:
             self._calling.cancel()
         self._hang_up()
-        if record.incoming:
-            self.arrival.ended()
+        self.arrival.ended()
 
     def close(self) -> None:
         """Let go of everything: what is under way fails, and is called off by a successor."""

@@ -479,7 +479,7 @@ class Worker:
             self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._context.life.ended(process.exit, self._machine.wait_status)
-        self.moves.ended(process.incarnation)
+        self.moves.ended()
         await self._machine.drop_record()
         self._start.last_ended = process.incarnation.incarnation
         await self._context.provisioner.left(self.id)

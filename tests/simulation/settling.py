@@ -84,7 +84,8 @@ class Settling:
         causes = {"its host": TERMS.host_s, "its start": TERMS.start_s}
         if any(not (qemu.writes and world.belongs(name, qemu.host)) for qemu in living) or len(living) > 1:
             causes["a QEMU that is in its way"] = TERMS.leave_s
-        if world.moves_live and any(not world.belongs(name, qemu.host) or qemu.is_arrival for qemu in living):
+        is_away = any(not world.belongs(name, qemu.host) or qemu.is_arrival for qemu in living)
+        if world.moves_live and (is_away or world.placed(name) is not None):
             pause_s = max(self._pause_s(name), TERMS.moved_s)
             causes["a live move, and one that is tried again"] = 2 * TERMS.moved_s + pause_s
         status = judge.status(name)
