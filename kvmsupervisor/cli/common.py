@@ -30,7 +30,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
-from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.spec import OFF_NOW, Display, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.user_network import USER
 from kvmsupervisor.domain.values import show, strange
 
@@ -48,6 +48,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "restart": tuple(RestartPolicy),
     "firmware": tuple(Firmware),
     "hugepages": tuple(HugePages),
+    "display": tuple(Display),
     "mac": (AUTO,),
     "bridge": (USER,),
 }

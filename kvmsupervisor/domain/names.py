@@ -11,6 +11,7 @@ WISH_KEYS = (
     "forward",
     "rbd",
     "cdrom",
+    "display",
     "spice_port",
     "spice_addr",
     "spice_password",
