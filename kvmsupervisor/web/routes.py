@@ -1,9 +1,9 @@
-"""The answers by path. None waits, all come from memory."""
+"""The answers by path. What is shown comes from memory; what waits is who asks, and what they change."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -23,9 +23,17 @@ from kvmsupervisor.web.html import join, tag
 from kvmsupervisor.web.instance_page import instance_page
 from kvmsupervisor.web.list_page import list_page
 from kvmsupervisor.web.metrics import metrics
+from kvmsupervisor.web.people import People, Person, Refusal
+from kvmsupervisor.web.same_origin import need_own_page, need_same_origin
 from kvmsupervisor.web.stream import RETRY_MS, VIEWERS, Full, Stream
 
 METHODS = ("GET", "HEAD")
+
+Changing = Callable[[Request, Person], Awaitable[Reply]]
+"""Answers a POST: of somebody who is known, and from a page of ours. It looks at their roles itself, by `need`."""
+
+OPEN = "/healthz"
+"""The one path of which nobody is asked who they are: whether the loop turns is no secret, and probes have no names."""
 
 INSTANCES = "/instances/"
 API_INSTANCES = "/api/v1/instances/"
@@ -56,6 +64,8 @@ class Routes:
         stream: of changes.
         state: tells what is known of etcd.
         names: by which browsers may call this server, in small letters, beside addresses and localhost; `*` for any.
+        people: knows who asks.
+        changing: answers POST, by path.
     """
 
     def __init__(
@@ -66,12 +76,16 @@ class Routes:
         stream: Stream,
         state: Callable[[], State],
         names: Collection[str],
+        people: People,
+        changing: Mapping[str, Changing],
     ) -> None:
         self._overview = overview
         self._board = board
         self._stream = stream
         self._state = state
         self._names = frozenset(names)
+        self._people = people
+        self._changing = changing
         self._requests: Counter[int] = Counter()
         # The list as it was asked for last: of many who look, most look at the same.
         self._list: tuple[object, bytes] = (None, b"")
@@ -90,24 +104,38 @@ class Routes:
             "/api/v1/stream": self._streamed,
         }
 
-    def __call__(self, request: Request) -> Reply:
+    async def __call__(self, request: Request) -> Reply:
         """Answer one request."""
-        reply = self._answer(request)
+        try:
+            reply = await self._answer(request)
+        except Refusal as refusal:
+            refused = refusal.refused
+            reply = api.error(refused.status, refused.message, refused.headers)
         self._requests[reply.status] += 1
         return replace(reply, headers={**SAFETY_HEADERS, **reply.headers})
 
-    def _answer(self, request: Request) -> Reply:
+    async def _answer(self, request: Request) -> Reply:
         if not self._is_called(request.headers.get("host", "")):
             return api.error(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 "this server is not called by that name; KVM_WEB_NAMES has the names by which browsers may call it",
             )
+        if request.path == OPEN and request.method in METHODS:
+            return self._shown(request)
+        person = await self._people.of(request)
+        if request.method == "POST" and (change := self._changing.get(request.path)) is not None:
+            need_same_origin(request)
+            return await change(request, person)
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
-                "this server only shows; change wishes in etcd, or with the kvmsupervisor command",
-                {"Allow": ", ".join(METHODS)},
+                "this path only shows; change wishes in etcd, or with the kvmsupervisor command",
+                {"Allow": "POST" if request.path in self._changing else ", ".join(METHODS)},
             )
+        need_own_page(request)
+        return self._shown(request)
+
+    def _shown(self, request: Request) -> Reply:
         path = request.path
         if (found := self._table.get(path)) is not None:
             return found(request)

@@ -17,6 +17,7 @@ from kvmsupervisor.cluster.read_history import ReadHistory
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.web.board import Board
 from kvmsupervisor.web.frame import State
+from kvmsupervisor.web.people import Everybody
 from kvmsupervisor.web.routes import Routes
 from kvmsupervisor.web.stream import BEAT_S, Stream
 
@@ -51,6 +52,8 @@ class Service:
             stream=self._stream,
             state=self.state,
             names=(settings.hostname.lower(), *(settings.web_names or ())),
+            people=Everybody(),
+            changing={},
         )
         self._web = Web(settings.web_listen.host, settings.web_listen.port, self.routes, setting="KVM_WEB_LISTEN")
 

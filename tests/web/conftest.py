@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +17,17 @@ from kvmsupervisor.web.service import GATHER_S, Service
 from tests.cli.conftest import World
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
+
+
+def at_once(answer: Coroutine[Any, Any, Reply]) -> Reply:
+    """The reply of an answer that waits for nothing."""
+    try:
+        answer.send(None)
+    except StopIteration as done:
+        found: Reply = done.value
+        return found
+    answer.close()
+    raise AssertionError("the answer waits for something")
 
 
 @dataclass
@@ -45,9 +56,8 @@ class Site:
 
         path, _, query = path.partition("?")
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.service.routes(
-            Request(method=method, path=path, query=parse_qs(query), headers={"host": host, **named})
-        )
+        request = Request(method=method, path=path, query=parse_qs(query), headers={"host": host, **named})
+        return at_once(self.service.routes(request))
 
     def json(self, path: str) -> Any:
         """The same for JSON."""

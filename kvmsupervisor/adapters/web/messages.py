@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import field
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 
+from kvmsupervisor.adapters.web.body import Body, NoBody
 from kvmsupervisor.domain.frozen import frozen
 
 SAFETY_HEADERS = {
@@ -19,20 +20,43 @@ SAFETY_HEADERS = {
 
 
 @frozen(kw_only=True)
+class Peer:
+    """The other end of a connection.
+
+    Attributes:
+        address: its IP address; empty where that is not known.
+        secure: whether it speaks TLS with this server itself.
+        certificate: that it has proven, as `ssl.SSLSocket.getpeercert` tells it; None without one.
+    """
+
+    address: str = ""
+    secure: bool = False
+    certificate: Mapping[str, Any] | None = None
+
+
+UNKNOWN_PEER = Peer()
+NO_BODY = NoBody()
+
+
+@frozen(kw_only=True)
 class Request:
-    """One request. Its body is not read.
+    """One request.
 
     Attributes:
         method: as the client wrote it.
         path: percent-decoded, without the query.
         query: parameters of the query, each with all its values, in their order.
         headers: by their names in small letters; several of one name are one list, with commas (RFC 9110, 5.3).
+        peer: who has sent it.
+        body: of it, read by whoever asks for it. An answer that does not wait cannot.
     """
 
     method: str
     path: str
     query: Mapping[str, Sequence[str]] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    peer: Peer = UNKNOWN_PEER
+    body: Body = NO_BODY
 
     def first(self, name: str) -> str:
         """The first value of a parameter of the query; empty without it."""
@@ -78,5 +102,8 @@ class Reply:
     feed: Feed | None = None
 
 
-Answer = Callable[[Request], Reply]
-"""Makes the reply to a request. It never waits."""
+Later = Coroutine[Any, Any, Reply]
+"""A reply that is waited for, at most as long as a connection lives; cancelled when the client leaves."""
+
+Answer = Callable[[Request], Reply | Later]
+"""Makes the reply to a request. It returns at once."""
