@@ -137,6 +137,14 @@ class Settings:
         unset="no other",
         example="vms.example.org",
     )
+    console_group: str | None = optional_setting(
+        read.group,
+        "Group whose members may ask the supervisor for consoles of its guests, by name or number: that of the user of "
+        "`kvmsupervisor web`. Empty: nobody but root may.",
+        unset="kvmsupervisor-consoles, where that exists",
+        example="kvmsupervisor-consoles",
+        may_be_empty=True,
+    )
     accel: Accel = setting(
         values.choice(read.Accel, "it"),
         "Accelerator: kvm, tcg (slow, works anywhere) or auto (kvm where /dev/kvm works).",

@@ -298,6 +298,13 @@ def user(text: str) -> str:
     return text
 
 
+def group(text: str) -> str:
+    """The name or number of a group, or empty text."""
+    if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31}|[0-9]{1,9})?", text):
+        raise Unfit("it is the name of a group, such as kvmsupervisor-consoles, its number, or empty")
+    return text
+
+
 def paths(text: str) -> tuple[str, ...]:
     """Absolute paths, separated by commas."""
     found = tuple(part.strip() for part in text.split(",") if part.strip())

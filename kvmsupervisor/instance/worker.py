@@ -66,6 +66,7 @@ class Worker:
         id: which.
         report: what is said of it.
         plugs: its NICs.
+        viewers: of its display.
         wish: as last told; None before that.
     """
 
@@ -98,6 +99,7 @@ class Worker:
             caught_up=None if context.guard is None else context.guard.caught_up,
             launch=context.launch,
         )
+        self.viewers = self._machine.viewers
         self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
         self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
         self._lock = InstanceLock(

@@ -80,6 +80,7 @@ def test_defaults() -> None:
         listen=Listen(host="0.0.0.0", port=9746),
         web_listen=Listen(host="127.0.0.1", port=9747),
         web_names=None,
+        console_group=None,
         accel=Accel.AUTO,
         qemu="qemu-system-x86_64",
         qemu_user=None,
