@@ -85,7 +85,11 @@ class LiveOverview:
         self._dirty_hosts = False
         self._by_instance = (layout.statuses_prefix, layout.placements_prefix, layout.events_prefix)
         self._dirty_drains = False
-        self._wishes = Groups(layout, kept=(layout.host_wishes_prefix.encode(), layout.images_prefix.encode()))
+        self._wishes = Groups(
+            layout,
+            kept=(layout.host_wishes_prefix.encode(), layout.images_prefix.encode()),
+            on_apart=self.changed.set,
+        )
         of_wishes = Informer(
             store=store,
             clock=clock,

@@ -163,16 +163,21 @@ class Groups:
     Args:
         layout: of the keys.
         kept: beginnings of keys that belong to no instance, and whose values are kept all the same, see `apart`.
+        on_apart: called when a key that belongs to no instance has changed: no label tells of it.
 
     Attributes:
         lock_before: the beginning of every lock's key.
         lock_after: its end.
         kept: see above.
+        on_apart: see above.
         names: the names of keys that are stored once for all instances.
     """
 
-    def __init__(self, layout: Layout, kept: tuple[bytes, ...] = ()) -> None:
+    def __init__(
+        self, layout: Layout, kept: tuple[bytes, ...] = (), on_apart: Callable[[], None] = lambda: None
+    ) -> None:
         self.kept = kept
+        self.on_apart = on_apart
         # Under None: the foreign keys, whole, without values but for those that are kept.
         self._groups: dict[InstanceId | None, _Group] = {}
         self._layout = layout
@@ -355,6 +360,8 @@ class _GroupStage:
                     self._old[instance] = group
                 else:
                     self._old.pop(instance, None)
+        if None in self._changed:
+            self._table.on_apart()
         return {instance for instance in self._changed if instance is not None}
 
     def _staged(self, instance: InstanceId | None) -> _Group:

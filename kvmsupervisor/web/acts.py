@@ -323,5 +323,6 @@ def _audit(order: Order, result: Result, person: Person, address: str) -> None:
         **({"instance": result.name} if result.about == "instance" else {}),
         result=result.outcome.value,
         revision=result.revision,
-        message=result.message,
+        # What follows names problems of values, and with that values.
+        message=result.message.partition("\n")[0],
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 import structlog
 
 from kvmsupervisor.adapters.web import Reply, Request
-from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.cluster.host_table import facts_of
 from kvmsupervisor.cluster.live_overview import LiveOverview
 from kvmsupervisor.domain.keys import ID_RULE, Layout, parse_id
@@ -126,8 +125,6 @@ class Routes:
             reply = await self._answer(request)
         except Refusal as refusal:
             refused = refusal.refused
-            if request.method not in METHODS:
-                log.warning("web.refused", path=visible(request.path), status=int(refused.status), why=refused.message)
             reply = api.error(refused.status, refused.message, refused.headers)
         self._requests[reply.status] += 1
         security = {"Strict-Transport-Security": self.transport_security} if self.transport_security else {}
@@ -143,9 +140,19 @@ class Routes:
             return self._shown(request, ANYBODY)
         person = await self._people.of(request)
         if request.method == "POST" and (change := self._changing.get(request.path)) is not None:
-            need_same_origin(request)
-            need_json(request)
-            return await change(request, person)
+            try:
+                need_same_origin(request)
+                need_json(request)
+                return await change(request, person)
+            except Refusal as refusal:
+                log.warning(
+                    "web.refused",
+                    who=person.name,
+                    address=request.peer.address,
+                    path=request.path,
+                    why=refusal.refused.message,
+                )
+                raise
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
