@@ -13,7 +13,7 @@ from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import LOOK_AGAIN_S, Report, doorbell
 from kvmsupervisor.cluster.acts import hosts
-from kvmsupervisor.cluster.acts.foresight import foresee_drain
+from kvmsupervisor.cluster.acts.foresight import foresee_drain, told
 from kvmsupervisor.cluster.overview import Cluster, read_cluster
 from kvmsupervisor.domain.evacuation import Plan
 from kvmsupervisor.domain.host_wish import HostProgress, Mode, named_moves, summary
@@ -88,14 +88,8 @@ def _name(tools: Tools, host: str | None) -> HostName:
 
 
 def _print_plan(found: Plan) -> None:
-    for go in found.go:
-        how = "while it runs" if go.live else "while it runs if it can, else cold"
-        click.echo(printable(f"{go.id}: goes to {go.host}, {how}"))
-    for name, why in found.refused.items():
-        does = "is shut down" if name in found.evicted else "stays"
-        click.echo(printable(f"{name}: {does}: {why}"))
-    if not found.go and not found.refused:
-        click.echo("nothing runs there")
+    for line in told(found) or ["nothing runs there"]:
+        click.echo(printable(line))
     if found.refused.keys() - found.evicted:
         raise SystemExit(1)
 

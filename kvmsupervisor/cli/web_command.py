@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from typing import TYPE_CHECKING
 
 # Before all others that import structlog: it keeps rich out.
 from kvmsupervisor.config.logs import configure
@@ -13,6 +14,9 @@ from kvmsupervisor.config.logs import configure
 import click
 
 from kvmsupervisor.config.load import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from kvmsupervisor.adapters.etcd.api import Store
 
 
 @click.command()
@@ -27,14 +31,22 @@ def web() -> None:
     from kvmsupervisor.adapters.clock import Clock  # noqa: PLC0415 - `--help` needs nothing of these
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415
     from kvmsupervisor.adapters.web import ListenError  # noqa: PLC0415
-    from kvmsupervisor.config.etcd import etcd_config  # noqa: PLC0415
+    from kvmsupervisor.config.etcd import etcd_config, web_writer_config  # noqa: PLC0415
+    from kvmsupervisor.web.access import AccessError, read_access  # noqa: PLC0415
     from kvmsupervisor.web.service import Service  # noqa: PLC0415
 
     try:
         settings = load_settings(os.environ)
     except SettingsError as error:
         raise click.ClickException("the settings cannot be used:\n" + str(error)) from error
+    try:
+        access = read_access(settings)
+    except AccessError as error:
+        raise click.ClickException("the files that say who may come in cannot be used:\n" + str(error)) from error
     log = configure(level=settings.log_level, format=settings.log_format, rotation=None)
+
+    def connect() -> Store:
+        return Etcd(web_writer_config(settings))
 
     async def serve() -> None:
         stop = asyncio.Event()
@@ -42,7 +54,7 @@ def web() -> None:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         etcd = Etcd(etcd_config(settings))
         try:
-            await Service(settings, etcd, Clock()).run(stop)
+            await Service(settings, etcd, Clock(), connect, access).run(stop)
         finally:
             await etcd.close()
 

@@ -9,11 +9,12 @@ from kvmsupervisor.cluster.host_table import NO_SESSION, HostFact
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.people import Person
 
 COLUMNS = ("Host", "State", "Since", "Running", "Locks", "Memory promised", "CPUs", "Release", "Notice")
 
 
-def hosts_page(facts: Sequence[HostFact], state: State) -> bytes:
+def hosts_page(facts: Sequence[HostFact], state: State, person: Person) -> bytes:
     """The page."""
     table = tag(
         "table",
@@ -23,7 +24,8 @@ def hosts_page(facts: Sequence[HostFact], state: State) -> bytes:
     )
     empty = tag("p", "No host has a session, and none has left anything.")
     main = join((tag("h1", "Hosts"), table if facts else empty))
-    return page(title="Hosts – kvmsupervisor", here="/hosts", state=state, main=main, script="refresh.js")
+    title = "Hosts – kvmsupervisor"
+    return page(title=title, here="/hosts", state=state, person=person, main=main, script="refresh.js")
 
 
 def _row(fact: HostFact) -> Html:

@@ -12,6 +12,7 @@ from kvmsupervisor.domain.events import Event
 from kvmsupervisor.domain.spec import Disk
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.people import Person
 
 LONG = 4000
 """Characters of a text on this page. Arbitrary: a user's keys are read here, a megabyte is not."""
@@ -23,7 +24,7 @@ HEADED = frozenset({"id", "host", "phase", "reason", "since", "problems", "agent
 """Fields of a status that this page shows elsewhere than in the list of fields."""
 
 
-def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event], state: State) -> bytes:
+def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event], state: State, person: Person) -> bytes:
     """The page."""
     view, found = shown(instance, cluster), as_object(instance, cluster)
     phase = f"{view.phase} ({visible(view.halted)})" if view.halted else view.phase
@@ -56,7 +57,7 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
         )
     )
     title = f"{instance.id} – kvmsupervisor"
-    return page(title=title, here="", state=state, main=main, script="refresh.js")
+    return page(title=title, here="", state=state, person=person, main=main, script="refresh.js")
 
 
 def _section(title: str, content: Html) -> Html:

@@ -113,11 +113,3 @@ class People(Protocol):
             Refusal: 401 for nobody that is known, 429 for too many tries.
         """
         ...
-
-
-class Everybody:
-    """Asks nobody who they are: reading only."""
-
-    async def of(self, request: Request) -> Person:
-        """The same for all."""
-        return ANYBODY

@@ -9,10 +9,12 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 
+import structlog
+
 from kvmsupervisor.adapters.web import Reply, Request
 from kvmsupervisor.cluster.host_table import facts_of
 from kvmsupervisor.cluster.live_overview import LiveOverview
-from kvmsupervisor.domain.keys import ID_RULE, parse_id
+from kvmsupervisor.domain.keys import ID_RULE, Layout, parse_id
 from kvmsupervisor.web import api, frame
 from kvmsupervisor.web.api import Api
 from kvmsupervisor.web.board import Board
@@ -22,10 +24,12 @@ from kvmsupervisor.web.hosts_page import hosts_page
 from kvmsupervisor.web.html import join, tag
 from kvmsupervisor.web.instance_page import instance_page
 from kvmsupervisor.web.list_page import list_page
-from kvmsupervisor.web.metrics import metrics
-from kvmsupervisor.web.people import People, Person, Refusal
-from kvmsupervisor.web.same_origin import need_own_page, need_same_origin
+from kvmsupervisor.web.metrics import Numbers, metrics
+from kvmsupervisor.web.people import ANYBODY, People, Person, Refusal
+from kvmsupervisor.web.same_origin import need_json, need_own_page, need_same_origin
 from kvmsupervisor.web.stream import RETRY_MS, VIEWERS, Full, Stream
+
+log = structlog.get_logger(__name__)
 
 METHODS = ("GET", "HEAD")
 
@@ -62,10 +66,15 @@ class Routes:
         overview: the cluster.
         board: its instances.
         stream: of changes.
+        layout: where the keys lie.
         state: tells what is known of etcd.
         names: by which browsers may call this server, in small letters, beside addresses and localhost; `*` for any.
         people: knows who asks.
         changing: answers POST, by path.
+        numbers: further metrics, see `metrics`.
+
+    Attributes:
+        transport_security: the value of Strict-Transport-Security; empty for none.
     """
 
     def __init__(
@@ -74,11 +83,14 @@ class Routes:
         overview: LiveOverview,
         board: Board,
         stream: Stream,
+        layout: Layout,
         state: Callable[[], State],
         names: Collection[str],
         people: People,
         changing: Mapping[str, Changing],
+        numbers: Callable[[], Numbers] = Numbers,
     ) -> None:
+        self.transport_security = ""
         self._overview = overview
         self._board = board
         self._stream = stream
@@ -86,21 +98,24 @@ class Routes:
         self._names = frozenset(names)
         self._people = people
         self._changing = changing
+        self._numbers = numbers
         self._requests: Counter[int] = Counter()
         # The list as it was asked for last: of many who look, most look at the same.
         self._list: tuple[object, bytes] = (None, b"")
-        served = Api(overview, board)
+        served = Api(overview, board, layout)
         self._api_instance = served.instance
-        self._table: Mapping[str, Callable[[Request], Reply]] = {
+        self._table: Mapping[str, Callable[[Request, Person], Reply]] = {
             "/": self._list_page,
             "/hosts": self._hosts_page,
             "/api": self._api_page,
-            "/healthz": lambda _: _text(HTTPStatus.OK, "ok"),
+            "/healthz": lambda _, __: _text(HTTPStatus.OK, "ok"),
             "/readyz": self._readyz,
             "/metrics": self._metrics,
             "/api/v1/instances": served.instances,
             "/api/v1/hosts": served.hosts,
+            "/api/v1/images": served.images,
             "/api/v1/events": served.events,
+            "/api/v1/me": served.me,
             "/api/v1/stream": self._streamed,
         }
 
@@ -112,7 +127,8 @@ class Routes:
             refused = refusal.refused
             reply = api.error(refused.status, refused.message, refused.headers)
         self._requests[reply.status] += 1
-        return replace(reply, headers={**SAFETY_HEADERS, **reply.headers})
+        security = {"Strict-Transport-Security": self.transport_security} if self.transport_security else {}
+        return replace(reply, headers={**SAFETY_HEADERS, **security, **reply.headers})
 
     async def _answer(self, request: Request) -> Reply:
         if not self._is_called(request.headers.get("host", "")):
@@ -121,11 +137,22 @@ class Routes:
                 "this server is not called by that name; KVM_WEB_NAMES has the names by which browsers may call it",
             )
         if request.path == OPEN and request.method in METHODS:
-            return self._shown(request)
+            return self._shown(request, ANYBODY)
         person = await self._people.of(request)
         if request.method == "POST" and (change := self._changing.get(request.path)) is not None:
-            need_same_origin(request)
-            return await change(request, person)
+            try:
+                need_same_origin(request)
+                need_json(request)
+                return await change(request, person)
+            except Refusal as refusal:
+                log.warning(
+                    "web.refused",
+                    who=person.name,
+                    address=request.peer.address,
+                    path=request.path,
+                    why=refusal.refused.message,
+                )
+                raise
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
@@ -133,14 +160,14 @@ class Routes:
                 {"Allow": "POST" if request.path in self._changing else ", ".join(METHODS)},
             )
         need_own_page(request)
-        return self._shown(request)
+        return self._shown(request, person)
 
-    def _shown(self, request: Request) -> Reply:
+    def _shown(self, request: Request, person: Person) -> Reply:
         path = request.path
         if (found := self._table.get(path)) is not None:
-            return found(request)
+            return found(request, person)
         if path.startswith(INSTANCES):
-            return self._instance_page(path.removeprefix(INSTANCES))
+            return self._instance_page(path.removeprefix(INSTANCES), person)
         if path.startswith(API_INSTANCES):
             return self._api_instance(path.removeprefix(API_INSTANCES))
         if path.startswith("/static/"):
@@ -171,9 +198,9 @@ class Routes:
             return False
         return True
 
-    def _list_page(self, request: Request) -> Reply:
+    def _list_page(self, request: Request, person: Person) -> Reply:
         choice, state = Choice.parse(request.query), self._state()
-        key = (choice, state, self._board.mark)
+        key = (choice, state, self._board.mark, person)
         if self._list[0] != key:
             entries = self._board.entries
             html = {entry.row.id: entry.html for entry in entries}
@@ -187,24 +214,25 @@ class Routes:
                     total=total,
                     choice=choice,
                     state=state,
+                    person=person,
                     mark=self._board.mark,
                 ),
             )
         return _page(self._list[1])
 
-    def _instance_page(self, name: str) -> Reply:
+    def _instance_page(self, name: str, person: Person) -> Reply:
         instance = parse_id(name)
         found = None if instance is None else self._overview.cluster.instances.get(instance)
         if instance is None or found is None:
             why = f"There is no instance {name}." if instance is not None else f"An instance's id is {ID_RULE}."
-            return _page(frame.not_found(why, self._state()), HTTPStatus.NOT_FOUND)
+            return _page(frame.not_found(why, self._state(), person), HTTPStatus.NOT_FOUND)
         events = self._overview.events_of(instance)
-        return _page(instance_page(found, self._overview.cluster, events, self._state()))
+        return _page(instance_page(found, self._overview.cluster, events, self._state(), person))
 
-    def _hosts_page(self, _request: Request) -> Reply:
-        return _page(hosts_page(facts_of(self._overview.cluster), self._state()))
+    def _hosts_page(self, _request: Request, person: Person) -> Reply:
+        return _page(hosts_page(facts_of(self._overview.cluster), self._state(), person))
 
-    def _api_page(self, _request: Request) -> Reply:
+    def _api_page(self, _request: Request, person: Person) -> Reply:
         paths = [*(path for path in self._table if path.startswith("/api/v1")), "/metrics", "/healthz", "/readyz"]
         schemas = [f"/api/v1/{'' if name == 'openapi' else 'schemas/'}{name}.json" for name in api.SCHEMAS]
         main = join(
@@ -214,11 +242,10 @@ class Routes:
                 tag("ul", *(tag("li", tag("a", path, href=path)) for path in (*paths, *schemas))),
             )
         )
-        return _page(
-            frame.page(title="API – kvmsupervisor", here="/api", state=self._state(), main=main, script="refresh.js")
-        )
+        title, state = "API – kvmsupervisor", self._state()
+        return _page(frame.page(title=title, here="/api", state=state, person=person, main=main, script="refresh.js"))
 
-    def _streamed(self, request: Request) -> Reply:
+    def _streamed(self, request: Request, _person: Person) -> Reply:
         # A browser names the last event by itself when it comes again; a script that opens a stream names it here.
         mark = request.headers.get("last-event-id") or request.first("since")
         try:
@@ -235,13 +262,13 @@ class Routes:
             feed=feed,
         )
 
-    def _readyz(self, _request: Request) -> Reply:
+    def _readyz(self, _request: Request, _person: Person) -> Reply:
         state = self._state()
         if state.in_step:
             return _text(HTTPStatus.OK, f"in step with revision {state.revision}")
         return _text(HTTPStatus.SERVICE_UNAVAILABLE, f"not in step: {state.problem}")
 
-    def _metrics(self, _request: Request) -> Reply:
+    def _metrics(self, _request: Request, _person: Person) -> Reply:
         rows = [entry.row for entry in self._board.entries]
         body = metrics(
             state=self._state(),
@@ -250,6 +277,7 @@ class Routes:
             ranks=Counter(row.rank for row in rows),
             hosts=Counter(fact.state for fact in facts_of(self._overview.cluster)),
             requests=self._requests,
+            numbers=self._numbers(),
         )
         return Reply(status=HTTPStatus.OK, body=body.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 

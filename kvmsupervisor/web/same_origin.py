@@ -48,6 +48,24 @@ def need_same_origin(request: Request) -> None:
         )
 
 
+def need_json(request: Request) -> None:
+    """Let through a POST that no form can send: JSON, and a header of our own unless it brings a token.
+
+    A second wall beside `need_same_origin`, for a browser that would not send Origin.
+
+    Raises:
+        Refusal: 415 or 403.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"Content-Type is {visible(kind, 80)!r}; right would be application/json",
+        )
+    if HEADER not in request.headers and not has_token(request):
+        raise _foreign("the header X-Kvmsupervisor is missing (any value): a form of another site cannot send it")
+
+
 def need_own_page(request: Request) -> None:
     """Let through what is read by a page of ours, by a program, or by somebody who follows a link.
 

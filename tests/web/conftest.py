@@ -125,7 +125,7 @@ async def site() -> AsyncIterator[Site]:
     world = World(FakeEtcd(clock.now))
     etcd = world.etcd.peer()
     settings = load_settings({"KVM_CONFIG": "/dev/null", "KVM_HOSTNAME": "alpha", "KVM_WEB_LISTEN": "127.0.0.1:0"})
-    service = Service(settings, etcd, clock)
+    service = Service(settings, etcd, clock, world.etcd.peer)
     stop = asyncio.Event()
     running = asyncio.create_task(service.run(stop))
     await clock.advance_until(lambda: service.state().in_step, 10)

@@ -64,7 +64,13 @@ class Request:
 
 
 class Subscription(Protocol):
-    """One reader of a feed."""
+    """One reader of a feed.
+
+    Attributes:
+        over: whether nothing more will come: the connection ends once what there is was sent.
+    """
+
+    over: bool
 
     def take(self) -> bytes:
         """What this reader has not had yet, in one piece; empty when it has everything."""

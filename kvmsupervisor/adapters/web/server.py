@@ -217,7 +217,7 @@ class _Connection(asyncio.Protocol):
                 self._left = memoryview(self._exchange.more(piece))
             self._transport.write(self._left[:PIECE])
             self._left = self._left[PIECE:]
-        if not self._left and self._reader is None:
+        if not self._left and (self._reader is None or self._reader.over):
             self._transport.close()  # once the reply is sent
 
     def _limit(self) -> None:

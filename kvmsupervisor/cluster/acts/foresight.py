@@ -62,11 +62,19 @@ async def look_ahead(store: Store, layout: Layout, instance: InstanceId, target:
     Raises:
         Refused: there is nothing to move, or the target has no session and `force` is not set.
     """
-    found, cluster = await read_instance(store, layout, instance)
+    return foresee_unless_refused(*await read_instance(store, layout, instance), target, force=force)
+
+
+def foresee_unless_refused(found: Instance, cluster: Cluster, target: str, *, force: bool) -> Foreseen:
+    """The same of what was read already.
+
+    Raises:
+        Refused: likewise.
+    """
     if found.wish.keys == 0:
-        raise Refused(f"{instance} has no keys: there is nothing to move")
-    if not cluster.takes(instance, target) and not force:
-        raise Refused(f"{target} has no session{cluster.meant_by(target)}: {instance} would stay where it is")
+        raise Refused(f"{found.id} has no keys: there is nothing to move")
+    if not cluster.takes(found.id, target) and not force:
+        raise Refused(f"{target} has no session{cluster.meant_by(target)}: {found.id} would stay where it is")
     return foresee(found, cluster, target)
 
 
@@ -131,3 +139,15 @@ def foresee_drain(cluster: Cluster, host: str, mode: Mode) -> Plan:
     ]
     any_host = session is not None and session.drain_any
     return plan(leavers, rooms, mode=mode, any_host=any_host, leaving=0, most=math.inf, now=0.0)
+
+
+def told(found: Plan) -> list[str]:
+    """What a drain would do, one line for each machine; none where nothing runs."""
+    lines = []
+    for go in found.go:
+        how = "while it runs" if go.live else "while it runs if it can, else cold"
+        lines.append(f"{go.id}: goes to {go.host}, {how}")
+    for name, why in found.refused.items():
+        does = "is shut down" if name in found.evicted else "stays"
+        lines.append(f"{name}: {does}: {why}")
+    return lines
