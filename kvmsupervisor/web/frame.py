@@ -47,7 +47,15 @@ class State:
 
 
 def page(
-    *, title: str, here: str, state: State, person: Person, main: Html, script: str, mark: str | None = None
+    *,
+    title: str,
+    here: str,
+    state: State,
+    person: Person,
+    main: Html,
+    script: str,
+    mark: str | None = None,
+    style: str | None = None,
 ) -> bytes:
     """A whole document.
 
@@ -59,6 +67,7 @@ def page(
         main: what the page is about.
         script: name of its script.
         mark: what the list is as of, for the stream; None where the whole list has to be asked for.
+        style: path of a further style sheet, before our own.
     """
     create = (("/create", "Create"),) if person.may(Role.OPERATOR) else ()
     ways = (("/", "Instances"), ("/hosts", "Hosts"), *create, ("/api", "API"))
@@ -71,6 +80,7 @@ def page(
             tag("meta", name="color-scheme", content="light dark"),
             tag("title", title),
             tag("link", rel="icon", href="/static/icon.svg", type="image/svg+xml"),
+            NOTHING if style is None else tag("link", rel="stylesheet", href=style),
             tag("link", rel="stylesheet", href="/static/style.css"),
             tag("script", src=f"/static/{script}", type="module"),
         ),

@@ -63,6 +63,11 @@ class Known:
         """Whether anybody is asked who they are."""
         return bool(self.users or self.tokens or self.by_certificate or self.proxies)
 
+    def gives(self, name: str, role: Role) -> bool:
+        """Whether somebody of that name is still known, and has that role."""
+        is_known = name.startswith((CERT, PROXY)) or name in self.users or name in self.tokens.values()
+        return is_known and role in up_to(self.roles.get(name, Role.VIEWER))
+
 
 class Recognition:
     """Implements `People`.

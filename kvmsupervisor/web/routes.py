@@ -14,11 +14,13 @@ import structlog
 from kvmsupervisor.adapters.web import Reply, Request
 from kvmsupervisor.cluster.host_table import facts_of
 from kvmsupervisor.cluster.live_overview import LiveOverview
+from kvmsupervisor.domain.consoles import ConsoleKind
 from kvmsupervisor.domain.keys import ID_RULE, Layout, parse_id
 from kvmsupervisor.web import api, frame
 from kvmsupervisor.web.api import Api
 from kvmsupervisor.web.board import Board
 from kvmsupervisor.web.choice import Choice
+from kvmsupervisor.web.console_page import PAGES, POLICIES, console_page
 from kvmsupervisor.web.frame import State
 from kvmsupervisor.web.hosts_page import hosts_page
 from kvmsupervisor.web.html import join, tag
@@ -28,6 +30,7 @@ from kvmsupervisor.web.metrics import Numbers, metrics
 from kvmsupervisor.web.people import ANYBODY, People, Person, Refusal
 from kvmsupervisor.web.same_origin import need_json, need_own_page, need_same_origin
 from kvmsupervisor.web.stream import RETRY_MS, VIEWERS, Full, Stream
+from kvmsupervisor.web.vendored import vendored
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +38,10 @@ METHODS = ("GET", "HEAD")
 
 Changing = Callable[[Request, Person], Awaitable[Reply]]
 """Answers a POST: of somebody who is known, and from a page of ours. It looks at their roles itself, by `need`."""
+
+Connect = Callable[[Request, Person, str, ConsoleKind], Awaitable[Reply]]
+"""Answers who asks for a console's WebSocket: of the instance of that name, if there is one. It looks at everything but
+who asks itself."""
 
 OPEN = "/healthz"
 """The one path of which nobody is asked who they are: whether the loop turns is no secret, and probes have no names."""
@@ -47,6 +54,10 @@ STATIC: Mapping[str, str] = {
     "list.js": "text/javascript; charset=utf-8",
     "live.js": "text/javascript; charset=utf-8",
     "refresh.js": "text/javascript; charset=utf-8",
+    "consoles.js": "text/javascript; charset=utf-8",
+    "serial.js": "text/javascript; charset=utf-8",
+    "display.js": "text/javascript; charset=utf-8",
+    "keys.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 """The files that pages name, and their types."""
@@ -71,6 +82,7 @@ class Routes:
         names: by which browsers may call this server, in small letters, beside addresses and localhost; `*` for any.
         people: knows who asks.
         changing: answers POST, by path.
+        connect: answers requests for a console's WebSocket.
         numbers: further metrics, see `metrics`.
 
     Attributes:
@@ -88,6 +100,7 @@ class Routes:
         names: Collection[str],
         people: People,
         changing: Mapping[str, Changing],
+        connect: Connect,
         numbers: Callable[[], Numbers] = Numbers,
     ) -> None:
         self.transport_security = ""
@@ -98,6 +111,7 @@ class Routes:
         self._names = frozenset(names)
         self._people = people
         self._changing = changing
+        self._connect = connect
         self._numbers = numbers
         self._requests: Counter[int] = Counter()
         # The list as it was asked for last: of many who look, most look at the same.
@@ -153,6 +167,8 @@ class Routes:
                     why=refusal.refused.message,
                 )
                 raise
+        if (wanted := _console_of(request)) is not None:
+            return await self._connect(request, person, *wanted)
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
@@ -221,11 +237,18 @@ class Routes:
         return _page(self._list[1])
 
     def _instance_page(self, name: str, person: Person) -> Reply:
+        name, _, part = name.partition("/")
         instance = parse_id(name)
         found = None if instance is None else self._overview.cluster.instances.get(instance)
         if instance is None or found is None:
             why = f"There is no instance {name}." if instance is not None else f"An instance's id is {ID_RULE}."
             return _page(frame.not_found(why, self._state(), person), HTTPStatus.NOT_FOUND)
+        if (kind := PAGES.get(part)) is not None:
+            return _page(
+                console_page(found, self._overview.cluster, kind, self._state(), person), policy=POLICIES[kind]
+            )
+        if part:
+            return _page(frame.not_found("There is no such page.", self._state(), person), HTTPStatus.NOT_FOUND)
         events = self._overview.events_of(instance)
         return _page(instance_page(found, self._overview.cluster, events, self._state(), person))
 
@@ -284,17 +307,27 @@ class Routes:
 
 def _file(name: str) -> Reply:
     if name not in STATIC:
+        if (found := vendored(name.removeprefix("vendor/"))) is not None and name.startswith("vendor/"):
+            return found
         return api.error(HTTPStatus.NOT_FOUND, "no such file")
     body = Path(__file__).with_name("static").joinpath(name).read_bytes()
     return Reply(status=HTTPStatus.OK, body=body, content_type=STATIC[name])
 
 
-def _page(body: bytes, status: HTTPStatus = HTTPStatus.OK) -> Reply:
+def _console_of(request: Request) -> tuple[str, ConsoleKind] | None:
+    """The instance and the console that a request for a WebSocket names; None where it is another request."""
+    name, _, kind = request.path.removeprefix(API_INSTANCES).partition("/")
+    if request.method == "GET" and request.path.startswith(API_INSTANCES) and kind in tuple(ConsoleKind):
+        return name, ConsoleKind(kind)
+    return None
+
+
+def _page(body: bytes, status: HTTPStatus = HTTPStatus.OK, *, policy: str = frame.POLICY) -> Reply:
     return Reply(
         status=status,
         body=body,
         content_type="text/html; charset=utf-8",
-        headers={"Content-Security-Policy": frame.POLICY},
+        headers={"Content-Security-Policy": policy},
     )
 
 

@@ -19,8 +19,10 @@ from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.web.access import EVERYBODY, Access, AccessWatch
 from kvmsupervisor.web.acts import Acts
 from kvmsupervisor.web.board import Board
+from kvmsupervisor.web.consoles import TICKETS, Consoles
 from kvmsupervisor.web.frame import State
 from kvmsupervisor.web.metrics import Numbers
+from kvmsupervisor.web.people import Role
 from kvmsupervisor.web.recognition import Recognition
 from kvmsupervisor.web.routes import Routes
 from kvmsupervisor.web.stream import BEAT_S, Stream
@@ -70,6 +72,7 @@ class Service:
             clock=clock,
             address_of=self._people.address_of,
         )
+        self._consoles = Consoles(settings, self._overview, clock, self._people.address_of)
         self.routes = Routes(
             overview=self._overview,
             board=self._board,
@@ -78,7 +81,8 @@ class Service:
             state=self.state,
             names=(settings.hostname.lower(), *(settings.web_names or ())),
             people=self._people,
-            changing={"/api/v1/acts": self._acts},
+            changing={"/api/v1/acts": self._acts, TICKETS: self._consoles.ticket},
+            connect=self._consoles.connect,
             numbers=self._numbers,
         )
         self._web = Web(settings.web_listen.host, settings.web_listen.port, self.routes, setting="KVM_WEB_LISTEN")
@@ -91,9 +95,16 @@ class Service:
         self.routes.transport_security = access.transport_security
         self._web.tls = access.tls
         self._stream.end()
+        self._consoles.end_unless(lambda name: access.known.gives(name, Role.CONSOLE))
 
     def _numbers(self) -> Numbers:
-        return Numbers(acts=self._acts.counts, refused=self._people.refused, access=not self._watch.problems)
+        return Numbers(
+            consoles=self._consoles.open,
+            opened=self._consoles.counts,
+            acts=self._acts.counts,
+            refused=self._people.refused,
+            access=not self._watch.problems,
+        )
 
     def state(self) -> State:
         """What is known of etcd now; while all is in step, that is noted for later."""

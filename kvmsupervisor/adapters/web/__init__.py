@@ -7,7 +7,7 @@ know sockets: they serve whoever makes answers.
 
 from kvmsupervisor.adapters.web.body import Body, TooLarge, Unreadable
 from kvmsupervisor.adapters.web.listener import ListenError
-from kvmsupervisor.adapters.web.messages import Answer, Feed, Later, Peer, Reply, Request, Subscription
+from kvmsupervisor.adapters.web.messages import Answer, Feed, Later, Peer, Reply, Request, ServeSocket, Subscription
 from kvmsupervisor.adapters.web.routes import Routes, View
 from kvmsupervisor.adapters.web.server import Web
 
@@ -21,6 +21,7 @@ __all__ = [
     "Reply",
     "Request",
     "Routes",
+    "ServeSocket",
     "Subscription",
     "TooLarge",
     "Unreadable",

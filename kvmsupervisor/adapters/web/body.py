@@ -88,7 +88,9 @@ class Arriving:
     def _look(self) -> None:
         if self._limit is not None and max(len(self._got), self._length or 0) > self._limit:
             self._got.clear()
-            self.fail(TooLarge(f"the request has more than {self._limit} bytes"))
+            # Also when all of it came before anybody wanted it.
+            self._error = TooLarge(f"the request has more than {self._limit} bytes")
+            self._wake()
 
     def _wake(self) -> None:
         if self._done is not None and not self._done.done():

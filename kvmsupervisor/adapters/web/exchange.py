@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
 import h11
@@ -27,6 +29,9 @@ from kvmsupervisor.adapters.web.messages import (
     Reply,
     Request,
 )
+
+if TYPE_CHECKING:
+    from wsproto.connection import Connection
 
 SERVER_NAME = "kvmsupervisor"
 
@@ -70,6 +75,7 @@ class Exchange:
         self._answer = answer
         self._peer = peer
         self._wanted = wanted
+        self._asked: h11.Request | None = None
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
         self._room = HEAD_LIMIT + 1  # h11 refuses a request that is incomplete even with the last of these bytes
         self._with_body = True
@@ -90,6 +96,7 @@ class Exchange:
             request = self._http.next_event()
             if not isinstance(request, h11.Request):
                 return None
+            self._asked = request
             self._with_body = request.method != b"HEAD"
             reply = self._replied(request)
         except h11.RemoteProtocolError:
@@ -104,11 +111,29 @@ class Exchange:
         """The head of the reply that was waited for."""
         return self._written(reply)
 
+    def upgrade(self) -> tuple[bytes, bytes, Connection]:
+        """Go on with a WebSocket: what to answer, what the client has sent already, and the protocol from now on.
+
+        Raises:
+            NotAsked: the client asks for none; `reply` may still be called.
+        """
+        # Imported by the first one: no server's start should wait for it.
+        from kvmsupervisor.adapters.web.websocket import accept  # noqa: PLC0415
+
+        assert self._asked is not None
+        answer, protocol = accept(list(self._asked.headers), self._asked.target)
+        return answer, self._http.trailing_data[0], protocol
+
     def go_on(self) -> bytes:
         """What to send when the body is wanted: some clients ask before they send it (RFC 9110, 10.1.1)."""
         if not self._http.they_are_waiting_for_100_continue:
             return b""
         return self._http.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")) or b""
+
+    def not_upgraded(self, why: str) -> bytes:
+        """The head of a reply to who asks for no WebSocket, and could have nothing else."""
+        headers = {"Upgrade": "websocket", "Connection": "close, upgrade"}
+        return self._written(replace(_plain(HTTPStatus.UPGRADE_REQUIRED, why), headers=headers))
 
     def left(self) -> None:
         """The client sends nothing more."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import field
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmsupervisor.adapters.web.body import Body, NoBody
 from kvmsupervisor.domain.frozen import frozen
+
+if TYPE_CHECKING:
+    from kvmsupervisor.adapters.web.websocket import WebSocket
 
 SAFETY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -89,6 +92,10 @@ class Feed(Protocol):
         ...
 
 
+ServeSocket = Callable[["WebSocket"], Coroutine[Any, Any, None]]
+"""Uses a WebSocket until its end; cancelled when the connection is lost. `Closed` is an end like any other."""
+
+
 @frozen(kw_only=True)
 class Reply:
     """One HTTP reply.
@@ -99,6 +106,8 @@ class Reply:
         content_type: of the body.
         headers: add to `SAFETY_HEADERS`, or replace them.
         feed: what the body goes on with; None for a body that is whole.
+        socket: serves the WebSocket that was asked for, until it returns; None for a reply of HTTP. With it the rest of
+            the reply is not sent.
     """
 
     status: HTTPStatus
@@ -106,6 +115,7 @@ class Reply:
     content_type: str
     headers: Mapping[str, str] = field(default_factory=dict)
     feed: Feed | None = None
+    socket: ServeSocket | None = None
 
 
 Later = Coroutine[Any, Any, Reply]

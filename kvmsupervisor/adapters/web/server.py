@@ -2,10 +2,10 @@
 
 Limits against slow, many or hostile clients: a connection carries one request and lives for `CONNECTION_LIMIT_S` at
 most (so a client gains nothing by sending headers, or reading the reply, slowly). When `CONNECTIONS` are open, a new
-one ends the oldest. A reply that goes on (a feed) has no such end: whoever makes the answers limits how many there
-are. A reply is given to the kernel piece by piece, so that a client that does not read costs one piece of memory, and
-is dropped after `CONNECTION_LIMIT_S`. Of a request's body nothing is received before somebody reads it. Nothing here
-resolves names. Only `Web.close` waits, and it has a deadline.
+one ends the oldest. A reply that goes on (a feed, a WebSocket) has no such end: whoever makes the answers limits how
+many there are. A reply is given to the kernel piece by piece, so that a client that does not read costs one piece of
+memory, and is dropped after `CONNECTION_LIMIT_S`. Of a request's body nothing is received before somebody reads it.
+Nothing here resolves names. Only `Web.close` waits, and it has a deadline.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvmsupervisor.adapters.web.listener import listen
-from kvmsupervisor.adapters.web.messages import Answer, Later, Peer, Subscription
+from kvmsupervisor.adapters.web.messages import Answer, Later, Peer, ServeSocket, Subscription
 
 if TYPE_CHECKING:
     import ssl
 
     from kvmsupervisor.adapters.web.exchange import Exchange
+    from kvmsupervisor.adapters.web.websocket import WebSocket
 
 CONNECTION_LIMIT_S = 30.0
 """Longest life of a connection: three times Prometheus' default scrape timeout of 10 s."""
@@ -70,6 +71,7 @@ class _Connection(asyncio.Protocol):
         self._left: memoryview | None = None
         self._paused = False
         self._reader: Subscription | None = None
+        self._socket: WebSocket | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the connection's time limit, and the handshake where there is one."""
@@ -125,6 +127,8 @@ class _Connection(asyncio.Protocol):
             self._task.cancel()
         if self._reader is not None:
             self._reader.close()
+        if self._socket is not None:
+            self._socket.lost()
         self._crowd.leave(self)
 
     def data_received(self, data: bytes) -> None:
@@ -132,6 +136,8 @@ class _Connection(asyncio.Protocol):
 
         A bug of ours costs this connection only: asyncio logs it with its traceback.
         """
+        if self._socket is not None:
+            self._socket.received(data)
         if self._left is not None:
             return
         if self._exchange is None:
@@ -148,7 +154,36 @@ class _Connection(asyncio.Protocol):
     async def _wait_for(self, exchange: Exchange, later: Later) -> None:
         with self._failing(exchange):
             reply = await later
-        self._send(exchange.reply(reply))
+        if reply.socket is None:
+            self._send(exchange.reply(reply))
+        else:
+            await self._serve(exchange, reply.socket)
+
+    async def _serve(self, exchange: Exchange, serve: ServeSocket) -> None:
+        """Go on with a WebSocket, which stays: nothing of a request's limits is for it any more."""
+        # Imported by the first one: a supervisor serves none.
+        from kvmsupervisor.adapters.web.websocket import NORMAL, OURS, Closed, NotAsked, WebSocket  # noqa: PLC0415
+
+        try:
+            answer, early, protocol = exchange.upgrade()
+        except NotAsked as error:
+            self._send(exchange.not_upgraded(str(error)))
+            return
+        self._left = memoryview(b"")
+        self._unlimit()
+        self._crowd.admit(self)
+        self._transport.write(answer)
+        self._socket = WebSocket(protocol, self._transport)
+        if early:
+            self._socket.received(early)
+        self._transport.resume_reading()
+        end = OURS
+        try:
+            with contextlib.suppress(Closed):
+                await serve(self._socket)
+            end = NORMAL
+        finally:
+            self._socket.close(end)
 
     @contextlib.contextmanager
     def _failing(self, exchange: Exchange) -> Iterator[None]:
@@ -179,6 +214,9 @@ class _Connection(asyncio.Protocol):
 
         With TLS both directions end together (as asyncio has it).
         """
+        if self._socket is not None:
+            self._socket.received(b"")
+            return False
         if self._exchange is not None:
             self._exchange.left()
         return self._tls is None and self._reader is None and (self._is_waited_for or bool(self._left))
@@ -186,12 +224,17 @@ class _Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client is slower than we are."""
         self._paused = True
+        if self._socket is not None:
+            self._socket.paused(True)
         if self._reader is not None:
             self._limit()
 
     def resume_writing(self) -> None:
         """It has read what was kept for it."""
         self._paused = False
+        if self._socket is not None:
+            self._socket.paused(False)
+            return
         if self._reader is not None:
             self._unlimit()
         self._pump()
@@ -228,8 +271,10 @@ class _Connection(asyncio.Protocol):
             self._timer.cancel()
 
     def finish(self) -> None:
-        """Let an unfinished reply be sent; without one, and in a feed, end now."""
-        if self._reader is not None:
+        """Let an unfinished reply be sent; without one, in a feed and in a WebSocket, end now."""
+        if self._socket is not None:
+            self._socket.go_away()
+        elif self._reader is not None:
             self._transport.close()
         elif not (self._left or self._is_waited_for or self._transport.is_closing()):
             self.drop()
