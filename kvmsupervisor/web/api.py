@@ -82,6 +82,11 @@ class Api:
                 found.append({"name": name, **said, "problem": None})
         return reply(found)
 
+    def image_names(self) -> list[str]:
+        """Of the image library."""
+        prefix = self._layout.images_prefix
+        return [kv.key.decode(errors="replace").removeprefix(prefix) for kv in self._overview.images()]
+
     def me(self, _request: Request, person: Person) -> Reply:
         """Who asks, and what they may."""
         return reply({"name": person.name, "roles": [role.value for role in Role if person.may(role)]})

@@ -12,7 +12,7 @@ from kvmsupervisor.domain.events import Event
 from kvmsupervisor.domain.spec import Disk
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
-from kvmsupervisor.web.people import Person
+from kvmsupervisor.web.people import Person, Role
 
 LONG = 4000
 """Characters of a text on this page. Arbitrary: a user's keys are read here, a megabyte is not."""
@@ -39,6 +39,7 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
                 class_="lead",
             ),
             tag("p", tag("bdi", _long(view.reason)), class_="lead"),
+            _acts(instance) if person.may(Role.OPERATOR) else NOTHING,
             _list("Problems", instance.problems, "problem"),
             _list("At the next restart these keys take effect", found["pending"], "pending"),
             _list("Not plugged in", found["unplugged"], "problem"),
@@ -58,6 +59,25 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
     )
     title = f"{instance.id} – kvmsupervisor"
     return page(title=title, here="", state=state, person=person, main=main, script="refresh.js")
+
+
+ACTS = (
+    ("start", "Start"),
+    ("stop", "Shut down…"),
+    ("restart", "Restart…"),
+    ("move", "Move…"),
+    ("set", "Change keys…"),
+    ("reset", "Reset…"),
+    ("stop now", "Power off now…"),
+    ("restart now", "Restart now…"),
+    ("delete", "Delete…"),
+)
+"""Acts, and their buttons: `static/acts.js` does them."""
+
+
+def _acts(instance: Instance) -> Html:
+    buttons = (tag("button", title, type="button", data_act=act, data_id=instance.id) for act, title in ACTS)
+    return tag("div", *buttons, class_="acts", role="group", aria_label="Acts")
 
 
 def _section(title: str, content: Html) -> Html:

@@ -84,6 +84,13 @@ def test_every_problem_of_every_file_stops_the_start(folder: Path) -> None:
     ]
 
 
+def test_what_the_first_act_would_miss_is_told_at_the_start(folder: Path) -> None:
+    """Not with the first act, weeks later."""
+    more = {"KVM_WEB_ETCD_USERNAME": "operator", "KVM_WEB_ETCD_PASSWORD_FILE": str(folder / "gone")}
+    with pytest.raises(AccessError, match=r"KVM_WEB_ETCD_PASSWORD_FILE: it is .*/gone, and there is no such file"):
+        read_access(settings(folder, **more))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
