@@ -154,7 +154,7 @@ class Routes:
                 log.warning(
                     "web.refused",
                     who=person.name,
-                    address=request.peer.address,
+                    address=self._people.address_of(request),
                     path=request.path,
                     why=refusal.refused.message,
                 )

@@ -271,6 +271,15 @@ class TestTls:
             assert subject == ((("commonName", "renewed"),),)
             for one in (writer, other):
                 one.transport.abort()
+            # Also what it asks of clients: not only the certificate is another one.
+            strict = server_context(authority)
+            strict.load_verify_locations(authority.certificate)
+            strict.verify_mode = ssl.CERT_REQUIRED
+            web.tls = strict
+            got = b""
+            with suppress(OSError):
+                got = await ask(web, post(b"a"), ssl=context, server_hostname="localhost")
+            assert got == b""
 
     async def test_who_does_not_shake_hands_is_dropped(self, authority: Authority) -> None:
         """Attacks: plain HTTP, rubbish, silence, and more of that than there may be connections; no line in the log."""

@@ -97,6 +97,7 @@ def test_many_at_once(chrome: Browser, page: Page, keys: Keys) -> None:
     press(chrome, "[data-many='stop']")
     agree(chrome)
     chrome.until("no dialog", NO_DIALOG)
+    assert chrome.run("return document.querySelector('#bulk output').textContent") == "0 chosen"
     said = str(chrome.run(RESULTS))
     assert "Shut down vm1: written at revision" in said
     assert "Shut down vm2: " in said

@@ -164,6 +164,18 @@ def test_a_file_that_turned_bad_changes_nothing(folder: Path) -> None:
     assert "new.pem" in logs[0]["problems"][0]
 
 
+def test_a_certificate_and_its_key_are_two_writes(folder: Path, authority: Authority) -> None:
+    """A renewal that is looked at between them leaves the old pair, and comes in force with the second one."""
+    watch, found = watching(folder)
+    (folder / "server.pem").write_bytes((authority.folder / "other.pem").read_bytes())
+    watch.look()
+    assert found == []
+    assert "the key is not that of the certificate" in watch.problems[0]
+    (folder / "server.key").write_bytes((authority.folder / "other.key").read_bytes())
+    watch.look()
+    assert (len(found), watch.problems) == (1, ())
+
+
 async def test_who_loses_a_role_is_asked_again(folder: Path) -> None:
     """Attack: keep what was opened before. A stream ends; the next request has the new role, or none."""
     wanted = settings(folder)

@@ -161,12 +161,23 @@ async def test_health_and_readiness(site: Site) -> None:
     assert site.get("/readyz").body.startswith(b"in step with revision ")
 
 
+def test_a_page_without_files_imports_nothing_for_them() -> None:
+    """Neither YAML nor bcrypt, each of which would be memory for nothing."""
+    program = (
+        "import sys, kvmsupervisor.web.service, kvmsupervisor.web.access\n"
+        "print([name for name in sys.modules if name in ('yaml', 'bcrypt', 'click')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_supervisor_imports_nothing_of_it() -> None:
     """Requirement: none of this room is in a supervisor's process."""
     program = (
         "import sys, kvmsupervisor.cli.supervise, kvmsupervisor.cli.run, kvmsupervisor.adapters.web.exchange\n"
         "import kvmsupervisor.adapters.web.page, kvmsupervisor.cli.exec_command\n"
-        "print([name for name in sys.modules if name.startswith(('kvmsupervisor.web', 'kvmsupervisor.cluster.live'))])"
+        "print([name for name in sys.modules if name in ('yaml', 'bcrypt')"
+        " or name.startswith(('kvmsupervisor.web', 'kvmsupervisor.cluster.live', 'kvmsupervisor.cluster.acts.inst'))])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -20,6 +20,8 @@ const TITLES = {
   undrain: "Return to service", "confirm-removal": "Confirm",
 };
 const SHOWN = 20;
+// The phase in which an act is done; the others are done once the host has acted on them.
+const DONE = { start: "running", stop: "stopped" };
 
 // --- orders -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +61,9 @@ async function order(found, quiet = false) {
     const name = one.instance ?? one.host;
     const notes = [one.message, ...one.notes].filter((text) => text);
     const kind = one.instance ? "wait" : "done";
-    if (one.result === "done") say(title, name, `written at revision ${one.revision}`, kind, one, notes);
+    if (one.result === "done") {
+      say(title, name, `written at revision ${one.revision}`, kind, { ...one, phase: DONE[found.act] ?? null }, notes);
+    }
     else say(title, name, one.message, "problem", null, one.notes);
   }
   return refused.map((one) => `${one.instance ?? one.host}: ${one.message}`).join("\n");
@@ -80,7 +84,8 @@ document.getElementById("main").before(panel);
 function say(title, name, text, kind, waits = null, notes = []) {
   const line = element(
     "li",
-    { class: kind, "data-id": waits?.instance ?? null, "data-revision": waits?.instance ? waits.revision : null },
+    { class: kind, "data-id": waits?.instance ?? null, "data-revision": waits?.instance ? waits.revision : null,
+      "data-phase": waits?.phase ?? null },
     element("strong", {}, name === null ? title : `${title} ${name}`), ": ",
     element("span", { class: "said" }, text),
     notes.length ? element("ul", {}, ...notes.slice(0, SHOWN).map((one) => element("li", {}, one))) : null,
@@ -101,7 +106,8 @@ export function seen(news) {
     } else if (row && row.phase !== "unknown" && row.acted_on >= Number(line.dataset.revision)) {
       said.textContent = `${row.host ?? "its host"} has acted on it: ${row.phase}${row.halted ? ` (${row.halted})` : ""}; ${
         row.reason}`;
-      line.className = row.rank === 0 ? "problem" : "done";
+      const done = !line.dataset.phase || line.dataset.phase === row.phase;
+      line.className = row.rank === 0 ? "problem" : done ? "done" : "wait";
     }
   }
 }
@@ -124,8 +130,8 @@ function ask({ title, text = [], names = [], fields = [], word = null, button, d
     element("h2", { id: "asked" }, title),
     ...text.map((one) => element("p", {}, one)),
     names.length
-      ? element("ul", { class: "names" }, ...names.slice(0, SHOWN).map((one) => element("li", {}, one)),
-        names.length > SHOWN ? element("li", {}, `and ${names.length - SHOWN} more`) : null)
+      // All of them: who agrees to what is not shown has not agreed.
+      ? element("ul", { class: "names" }, ...names.map((one) => element("li", {}, one)))
       : null,
     ...fields, typed, refusal, forced,
     element("p", { class: "buttons" }, cancel, agree),
@@ -158,7 +164,7 @@ async function hostNames() {
   return (await reply.json()).filter((one) => !["no session", "unreadable"].includes(one.state));
 }
 
-async function move(names) {
+async function move(names, done) {
   const hosts = await hostNames();
   const choice = element("select", { name: "host", required: true }, element("option", { value: "" }, "choose a host"),
     ...hosts.map((one) => element("option", { value: one.host }, `${one.host} (${one.state})`)));
@@ -177,9 +183,13 @@ async function move(names) {
     text: ["A guest goes on running where both hosts can do that; otherwise it is stopped and started there. The former "
       + "host back calls it off."],
     fields: [element("label", {}, "To ", choice), foreseen],
-    act: (form) => order({
-      act: "move", instances: names, host: choice.value, force: form.elements.force.checked,
-    }, names.length === 1),
+    act: async (form) => {
+      const refused = await order({
+        act: "move", instances: names, host: choice.value, force: form.elements.force.checked,
+      }, names.length === 1);
+      if (names.length > 1) done();
+      return names.length === 1 ? refused : "";
+    },
   });
 }
 
@@ -275,14 +285,17 @@ function confirmHeld(host, names) {
   });
 }
 
-// One act, for one or many; asks first where a guest stops.
-export function perform(name, names) {
+// One act, for one or many; asks first where a guest stops. `done` is called once it was ordered.
+export function perform(name, names, done = () => {}) {
   const [act, at] = name.split(" ");
-  if (act === "move") return void move(names);
+  if (act === "move") return void move(names, done);
   if (act === "set") return void change(names);
   const found = { act, instances: names, ...(at ? { now: true } : {}) };
   const question = QUESTIONS[name];
-  if (question === null) return void order(found);
+  if (question === null) {
+    done();
+    return void order(found);
+  }
   ask({
     title: `${TITLES[name]}: ${plural(names)}`, names: names.length > 1 ? names : [], button: TITLES[name],
     text: [question], danger: Boolean(at) || act === "delete" || act === "reset",
@@ -290,6 +303,7 @@ export function perform(name, names) {
     // What was refused for some stays in the list of results.
     act: async () => {
       const refused = await order(found, names.length === 1);
+      done();
       return names.length === 1 ? refused : "";
     },
   });

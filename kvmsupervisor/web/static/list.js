@@ -107,9 +107,13 @@ if (isOperator) {
   });
   bar.addEventListener("click", (event) => {
     const act = event.target.closest("button")?.dataset.many;
-    if (act === "none") chosen.clear();
-    else if (act) perform(act, [...chosen].sort(natural.compare));
-    showChosen();
+    // What was ordered is chosen no more: the next act is not to meet what has scrolled out of sight.
+    const forget = () => {
+      chosen.clear();
+      showChosen();
+    };
+    if (act === "none") forget();
+    else if (act) perform(act, [...chosen].sort(natural.compare), forget);
   });
 }
 
