@@ -228,6 +228,17 @@ def client_context(authority: Authority) -> ssl.SSLContext:
 class TestTls:
     """The same over TLS."""
 
+    async def test_no_piece_of_a_reply_waits_for_an_acknowledgement(self) -> None:
+        """Nagle's algorithm is off for every connection: with TLS each reply took 40 ms more."""
+        async with serving() as web, asyncio.timeout(DEADLINE_S):
+            _, writer = await asyncio.open_connection("127.0.0.1", web.port)
+            while not web._crowd._open:  # noqa: ASYNC110 - the kernel tells
+                await asyncio.sleep(0.01)
+            (one,) = web._crowd._open
+            accepted = one._transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.transport.abort()
+
     async def test_requests_and_bodies(self, authority: Authority) -> None:
         """In one piece with the end of the handshake, or later."""
         async with serving(tls=server_context(authority)) as web:
