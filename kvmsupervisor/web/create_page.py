@@ -9,6 +9,7 @@ from kvmsupervisor.cluster.host_table import NO_SESSION, UNREADABLE, HostFact
 from kvmsupervisor.domain.keys import ID_RULE
 from kvmsupervisor.web.frame import State, page
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.order import is_host
 from kvmsupervisor.web.people import Person
 
 
@@ -22,7 +23,7 @@ def create_page(facts: Sequence[HostFact], images: Sequence[str], prefix: str, s
         state: of etcd.
         person: who asks.
     """
-    hosts = [fact.host for fact in facts if fact.state not in {NO_SESSION, UNREADABLE}]
+    hosts = [fact.host for fact in facts if fact.state not in {NO_SESSION, UNREADABLE} and is_host(fact.host)]
     form = tag(
         "form",
         _group(

@@ -12,6 +12,7 @@ from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.order import is_host
 from kvmsupervisor.web.people import Person, Role
 
 COLUMNS = ("Host", "State", "Since", "Running", "Locks", "Memory promised", "CPUs", "Release", "Notice")
@@ -37,6 +38,8 @@ def hosts_page(facts: Sequence[HostFact], cluster: Cluster, state: State, person
 def _acts(fact: HostFact, held: Sequence[Instance]) -> Html:
     """Buttons; `static/acts.js` does what they say."""
     name = fact.host
+    if not is_host(name):
+        return NOTHING
     drains = fact.wish.drain is not None
     buttons = [tag("button", "Drain…", type="button", data_act="drain", data_host=name)]
     if drains or (fact.progress is not None and fact.progress.moved):
