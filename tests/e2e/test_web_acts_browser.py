@@ -115,8 +115,12 @@ def test_many_at_once(chrome: Browser, page: Page, keys: Keys) -> None:
 def test_what_is_refused_stays_in_the_dialog(chrome: Browser, page: Page, keys: Keys) -> None:
     """With the words of the command line, and --force; a deletion wants the id typed."""
     come_in(chrome, page, "alice", "/instances/vm1")
+    keys.put("vm1", spice_password="hunter2")
+    eventually("the secret", lambda: "spice_password" in page.json("/api/v1/instances/vm1")["keys"])
     press(chrome, "[data-act='set']")
     chrome.until("the keys", "return document.querySelector('dialog [data-key=ram] input')")
+    field = "return document.querySelector('dialog [data-key=spice_password] input').value"
+    assert chrome.run(field) == ""
     chrome.run("document.querySelector('dialog [data-key=ram] input').value = 'plenty'")
     assert chrome.run("return document.querySelector('dialog .forced').hidden")
     agree(chrome)
@@ -126,6 +130,7 @@ def test_what_is_refused_stays_in_the_dialog(chrome: Browser, page: Page, keys: 
     agree(chrome)
     chrome.until("no dialog", NO_DIALOG)
     assert value(keys, "vm1", "ram") == "3G"
+    assert value(keys, "vm1", "spice_password") == "hunter2"
     press(chrome, "[data-act='delete']")
     chrome.until("the question", DIALOG)
     assert chrome.run("return document.querySelector('dialog .danger').disabled")

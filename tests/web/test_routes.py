@@ -181,3 +181,19 @@ def test_a_supervisor_imports_nothing_of_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_key_says_whether_it_is_shown_whole(site: Site) -> None:
+    """Law: nobody who changes what is shown loses what is not: secrets, and bytes that are no text."""
+    site.world.keys("1", ram="1G", spice_password="x" * 8, extra_flags="-device a")
+    site.world.etcd.write(site.world.layout.wish_key(InstanceId("1"), "cloud-config"), "https://user:secret@host/x")
+    site.world.etcd.write(site.world.layout.wish_key(InstanceId("1"), "description"), b"\xff")
+    await site.pass_by()
+    keys = site.json("/api/v1/instances/1")["keys"]
+    assert {name: key["whole"] for name, key in keys.items()} == {
+        "cloud-config": False,
+        "description": False,
+        "extra_flags": True,
+        "ram": True,
+        "spice_password": False,
+    }

@@ -202,14 +202,18 @@ async function change(names) {
     return;
   }
   const rows = element("div", { class: "keys" });
-  const line = (key, value) => {
-    const box = value.includes("\n") ? element("textarea", { rows: 6, "aria-label": key }) : element("input", { "aria-label": key });
+  // What is not shown whole cannot be changed in part: it is written anew, or left as it is.
+  const shownOf = (key) => (keys[key].whole ? keys[key].value : "");
+  const line = (key) => {
+    const value = shownOf(key);
+    const named = { "aria-label": key, placeholder: keys[key].whole ? null : "not shown; a new value replaces it" };
+    const box = value.includes("\n") ? element("textarea", { rows: 6, ...named }) : element("input", named);
     box.value = value;
     const gone = element("input", { type: "checkbox", "aria-label": `delete ${key}` });
     rows.append(element("div", { class: "key", "data-key": key }, element("code", {}, key), box,
       element("label", {}, gone, " delete")));
   };
-  for (const key of Object.keys(keys).sort()) line(key, keys[key].value);
+  for (const key of Object.keys(keys).sort()) line(key);
   const added = element("textarea", { name: "added", rows: 2, placeholder: "cpus=4" });
   ask({
     title: `Change keys of ${name}`, button: "Write", force: true,
@@ -221,7 +225,7 @@ async function change(names) {
       for (const row of rows.children) {
         const [box, gone] = row.querySelectorAll("input, textarea");
         if (gone.checked) unset.push(row.dataset.key);
-        else if (box.value !== keys[row.dataset.key].value) changed[row.dataset.key] = box.value;
+        else if (box.value !== shownOf(row.dataset.key)) changed[row.dataset.key] = box.value;
       }
       const fresh = parseLines(added.value);
       if (typeof fresh === "string") return fresh;
