@@ -159,11 +159,14 @@ class Routes:
                     why=refusal.refused.message,
                 )
                 raise
+        if request.path in self._changing:
+            said = "this path takes orders, by POST; /api/v1/openapi.json describes them"
+            return api.error(HTTPStatus.METHOD_NOT_ALLOWED, said, {"Allow": "POST"})
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
-                "this path only shows; change wishes in etcd, or with the kvmsupervisor command",
-                {"Allow": "POST" if request.path in self._changing else ", ".join(METHODS)},
+                "this path only shows; /api/v1/acts takes orders, and so do etcd and the kvmsupervisor command",
+                {"Allow": ", ".join(METHODS)},
             )
         need_own_page(request)
         return self._shown(request, person)

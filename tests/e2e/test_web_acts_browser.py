@@ -208,6 +208,29 @@ def test_who_may_not_act_sees_no_acts(chrome: Browser, page: Page) -> None:
     assert chrome.complaints() == []
 
 
+def test_who_is_known_no_more_is_told(chrome: Browser, keys: Keys, tmp_path: Path) -> None:
+    """Somebody whose name was taken out of the file: the stream ends, and the page says why.
+
+    With a password Chromium itself asks for another one.
+    """
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name * 20)
+    (tmp_path / "people.yml").write_text("tokens: {one: one, other: other}\n")
+    host = Host(keys, "alpha")
+    chrome.cdp("Network.enable")
+    chrome.cdp("Network.setExtraHTTPHeaders", headers={"Authorization": f"Bearer {'one' * 20}"})
+    try:
+        with Page(keys, host, KVM_WEB_PEOPLE=str(tmp_path / "people.yml")) as page:
+            chrome.open(page.url)
+            chrome.until("the stream", LIVE)
+            (tmp_path / "people.yml").write_text("tokens: {other: other}\n")
+            words = "return document.getElementById('state').textContent.includes('asks who you are')"
+            chrome.until("the words", words)
+    finally:
+        chrome.cdp("Network.setExtraHTTPHeaders", headers={})
+        host.close()
+
+
 class Blank(http.server.BaseHTTPRequestHandler):
     """A site of somebody else: a page without any policy."""
 

@@ -149,6 +149,14 @@ async def test_what_is_only_foreseen_writes_nothing(asking: Site) -> None:
     assert asking.world.etcd.revision == before
 
 
+async def test_orders_are_posted(asking: Site) -> None:
+    """Another method is told so; nothing else takes a POST."""
+    for method in ("GET", "HEAD", "PUT", "DELETE"):
+        reply = asking.get("/api/v1/acts", method=method, authorization=f"Bearer {OPERATOR}")
+        assert (reply.status, reply.headers["Allow"]) == (405, "POST")
+    assert (await asking.post({}, path="/api/v1/instances"))[0] == 405
+
+
 async def test_only_operators_act(asking: Site) -> None:
     """401 for nobody, 403 with the missing role for others; nothing is read of the order, nothing is written."""
     furnish(asking.world)
