@@ -1,4 +1,4 @@
-"""`kvmsupervisor web`: the cluster on a page, read from etcd."""
+"""`kvmsupervisor web`: the cluster on a page, read from etcd, and acts of those who may."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 def web() -> None:
     """Show the whole cluster on a page, live, until SIGTERM or Ctrl-C.
 
-    It only reads, on KVM_WEB_LISTEN (127.0.0.1:9747), and shows what it reads to whoever reaches it. It needs no
-    privileges, and of etcd the role reader. One in a cluster is enough; several do not disturb each other.
+    On KVM_WEB_LISTEN (127.0.0.1:9747) it shows what it reads to whoever reaches it. With KVM_WEB_CONFIG (users, TLS)
+    and KVM_WEB_PEOPLE (roles) it asks who they are, and operators act there. It needs no privileges, and of etcd the
+    role reader, for acts another user with the role operator. One in a cluster is enough; several do not disturb each
+    other.
 
-    Example: KVM_WEB_LISTEN=127.0.0.1:9747 kvmsupervisor web
+    Example: KVM_WEB_CONFIG=/etc/kvmsupervisor/web.yml kvmsupervisor web
     """
     from kvmsupervisor.adapters.clock import Clock  # noqa: PLC0415 - `--help` needs nothing of these
     from kvmsupervisor.adapters.etcd import Etcd  # noqa: PLC0415

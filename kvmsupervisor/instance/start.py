@@ -273,9 +273,13 @@ class Start:
         self._tell_taken(previous)
 
     async def _take_if_new(self, wish: Wanted) -> bool:
-        """Take a lock that nobody ever had, in one step; False when there is a status, or the lock is not free."""
+        """Take a lock that nobody ever had, in one step; False when a status says otherwise, or it is not free."""
+        written = self._context.status_writer.written(self._id)
+        if written is not None and written[0].epoch > 0:
+            return False
         try:
-            events = await self._lock.take_new(self._plan(wish, 0), wish.ground)
+            status_at = 0 if written is None else written[1]
+            events = await self._lock.take_new(self._plan(wish, 0), wish.ground, status_at=status_at)
         except SwapFailed:
             return False
         if events is not None:

@@ -240,7 +240,7 @@ class Report:
             return False
         if view.process is not None and view.claim is Claim.STRANGER and is_away(view.process):
             return False
-        if view.process is not None and not view.process.incarnation.incoming:
+        if view.process is not None and not view.process.never_ran:
             # The lock may be older than this QEMU: whoever holds it, and lives, speaks until it is written again.
             return view.claim is not Claim.STRANGER or not view.holder_has_session
         match view.claim:

@@ -29,6 +29,7 @@ from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.quiet import Quiet
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
@@ -65,8 +66,7 @@ class Worker:
     Attributes:
         id: which.
         report: what is said of it.
-        plugs: its NICs.
-        viewers: of its display.
+        plugs, viewers: its NICs, and who looks at its display.
         wish: as last told; None before that.
     """
 
@@ -99,9 +99,8 @@ class Worker:
             caught_up=None if context.guard is None else context.guard.caught_up,
             launch=context.launch,
         )
-        self.viewers = self._machine.viewers
         self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
-        self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
+        self.plugs, self.viewers = Plugs(self._machine, context=context, tell=self.report.tell), self._machine.viewers
         self._lock = InstanceLock(
             store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )
@@ -117,12 +116,9 @@ class Worker:
         self._etcd_trouble: str | None = None
         self._quiet = Quiet(context.settle_s)
         self._adopting = False
+        processes, objection = context.system.processes, context.objection
         self._inheritance = Inheritance(
-            context.system.processes,
-            directory,
-            boot_id=context.boot_id,
-            clock=context.clock,
-            objection=context.objection,
+            processes, directory, boot_id=context.boot_id, clock=context.clock, objection=objection
         )
         self._saved = SavedState(saved, machine=self._machine, report=self.report)
 
@@ -190,9 +186,8 @@ class Worker:
 
     def inherit(self, record: Incarnation | None = None) -> None:
         """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
-        self._saved.state = self._inheritance.take(
-            self.adopt, record
-        )  # as its file holds it: that is not written again
+        # As its file holds it: that is not written again.
+        self._saved.state = self._inheritance.take(self.adopt, record)
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -214,15 +209,19 @@ class Worker:
         if self._machine.pid is None:
             return True
         view = self._observe()
-        return view.claim in {Claim.MINE, Claim.UNREADABLE, Claim.NEWER} or (
-            view.claim is Claim.STRANGER and view.is_strange
-        )
+        is_another_clusters = view.claim is Claim.STRANGER and view.is_strange
+        return view.claim in {Claim.MINE, Claim.UNREADABLE, Claim.NEWER} or is_another_clusters
 
     @property
     def pid(self) -> int | None:
         """Of the living QEMU, ours or left alone."""
         alone = self._inheritance.alone
         return self._machine.pid if alone is None else alone.pid
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether there is a QEMU whose guest may have run, or to which a guest is on its way."""
+        return self.pid is not None and self._machine.run_state != NEVER_RAN
 
     @property
     def starttime(self) -> int | None:
@@ -348,6 +347,7 @@ class Worker:
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
+            statuses_known=context.status_writer.has_begun,
             process=None if process is None else self.plugs.look(process),
             saved=saved,
             slot=context.admission.state(self.id),

@@ -6,8 +6,9 @@ is told: a half-written file must neither lock people out nor let others in.
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Never
@@ -96,6 +97,7 @@ def read_access(settings: Settings) -> Access:
     if settings.web_people is not None:
         people, found = read_people(settings.web_people, None if problems else config.users, note)
         problems += (f"KVM_WEB_PEOPLE: {one}" for one in found)
+    problems += _unreadable(settings)
     if problems:
         raise AccessError(problems)
     return Access(
@@ -112,6 +114,18 @@ def read_access(settings: Settings) -> Access:
         without_effect=config.without_effect,
         mark=mark,
     )
+
+
+def _unreadable(settings: Settings) -> Iterator[str]:
+    """What the client of etcd that writes would miss with the first act."""
+    for name, path in (
+        ("KVM_WEB_ETCD_PASSWORD_FILE", settings.web_etcd_password_file),
+        ("KVM_WEB_ETCD_CERT", settings.web_etcd_cert),
+        ("KVM_WEB_ETCD_KEY", settings.web_etcd_key),
+    ):
+        if path is not None and not os.access(path, os.R_OK):
+            why = "which this user may not read" if path.exists() else "and there is no such file"
+            yield f"{name}: it is {path}, {why}"
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +15,7 @@ from kvmsupervisor.cluster.host_table import HostFact, facts_of
 from kvmsupervisor.cluster.live_overview import LiveOverview
 from kvmsupervisor.cluster.overview import as_object
 from kvmsupervisor.domain.events import Event, in_order, when
-from kvmsupervisor.domain.images import image_name, parse_image
+from kvmsupervisor.domain.images import Image, image_name, parse_image
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout, parse_id
 from kvmsupervisor.domain.media import shown_url
 from kvmsupervisor.domain.values import Unfit
@@ -69,18 +69,29 @@ class Api:
 
     def images(self, _request: Request, _person: Person) -> Reply:
         """The image library, without what its URLs hide."""
-        prefix = self._layout.images_prefix
         found = []
+        for name, image in self._library():
+            url, sha256, form, problem = None, None, None, None
+            if isinstance(image, Unfit):
+                problem = str(image)
+            else:
+                url, sha256, form = shown_url(image.url), image.sha256, image.format.value
+            found.append({"name": name, "url": url, "sha256": sha256, "format": form, "problem": problem})
+        return reply(found)
+
+    def image_names(self) -> list[str]:
+        """Of the images that can be used."""
+        return [name for name, image in self._library() if isinstance(image, Image)]
+
+    def _library(self) -> Iterator[tuple[str, Image | Unfit]]:
+        """Each entry, or what is wrong with it."""
+        prefix = self._layout.images_prefix
         for kv in self._overview.images():
             name = kv.key.decode(errors="replace").removeprefix(prefix)
             try:
-                image = parse_image(image_name(name), kv.value.decode(errors="replace"))
+                yield name, parse_image(image_name(name), kv.value.decode(errors="replace"))
             except Unfit as unfit:
-                found.append({"name": name, "url": None, "sha256": None, "format": None, "problem": str(unfit)})
-            else:
-                said = {"url": shown_url(image.url), "sha256": image.sha256, "format": image.format.value}
-                found.append({"name": name, **said, "problem": None})
-        return reply(found)
+                yield name, unfit
 
     def me(self, _request: Request, person: Person) -> Reply:
         """Who asks, and what they may."""

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import field
 from enum import StrEnum
 from pathlib import Path
-
-from yaml.nodes import Node
+from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import show
 from kvmsupervisor.web.yaml_file import Reader
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
 
 
 class ClientAuth(StrEnum):

@@ -40,6 +40,7 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
             ),
             tag("p", tag("bdi", _long(view.reason)), class_="lead"),
             _consoles(instance) if person.may(Role.CONSOLE) else NOTHING,
+            _acts(instance) if person.may(Role.OPERATOR) else NOTHING,
             _list("Problems", instance.problems, "problem"),
             _list("At the next restart these keys take effect", found["pending"], "pending"),
             _list("Not plugged in", found["unplugged"], "problem"),
@@ -68,6 +69,25 @@ def _consoles(instance: Instance) -> Html:
     if spec is not None and spec.screen is Display.NONE:
         return tag("p", serial)
     return tag("p", serial, " · ", tag("a", "Display", href=f"/instances/{instance.id}/display"))
+
+
+ACTS = (
+    ("start", "Start"),
+    ("stop", "Shut down…"),
+    ("restart", "Restart…"),
+    ("move", "Move…"),
+    ("set", "Change keys…"),
+    ("reset", "Reset…"),
+    ("stop now", "Power off now…"),
+    ("restart now", "Restart now…"),
+    ("delete", "Delete…"),
+)
+"""Acts, and their buttons: `static/acts.js` does them."""
+
+
+def _acts(instance: Instance) -> Html:
+    buttons = (tag("button", title, type="button", data_act=act, data_id=instance.id) for act, title in ACTS)
+    return tag("div", *buttons, class_="acts", role="group", aria_label="Acts")
 
 
 def _section(title: str, content: Html) -> Html:

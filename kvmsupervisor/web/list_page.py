@@ -11,7 +11,7 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.frame import State, instance_link, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
-from kvmsupervisor.web.people import Person
+from kvmsupervisor.web.people import Person, Role
 from kvmsupervisor.web.rows import Rank, Row
 
 COLUMNS = (
@@ -92,6 +92,7 @@ def list_page(
             _counts(total, problems, choice),
             _form(total, choice),
             tag("p", _how_many(len(rows), len(total)), id="shown", role="status"),
+            _bulk() if person.may(Role.OPERATOR) else NOTHING,
             _table(html, choice),
         )
     )
@@ -160,6 +161,30 @@ def _form(total: Sequence[Row], choice: Choice) -> Html:
         action="/",
         method="get",
         role="search",
+    )
+
+
+MANY = (
+    ("start", "Start"),
+    ("stop", "Shut down…"),
+    ("restart", "Restart…"),
+    ("move", "Move…"),
+    ("stop now", "Power off now…"),
+    ("delete", "Delete…"),
+    ("none", "None"),
+)
+"""Acts on many instances, and their buttons: scripts do them."""
+
+
+def _bulk() -> Html:
+    """The acts on what is chosen; shown where scripts run."""
+    return tag(
+        "div",
+        tag("label", tag("input", type="checkbox"), " all that is shown"),
+        tag("output", "0 chosen"),
+        *(tag("button", title, type="button", data_many=act) for act, title in MANY),
+        id="bulk",
+        class_="acts",
     )
 
 

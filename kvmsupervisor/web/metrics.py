@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 
-from kvmsupervisor.cluster.host_table import DRAINING, NO_SESSION, UNREADABLE, UP
+from kvmsupervisor.cluster.host_table import DRAINED, DRAINING, NO_SESSION, UNREADABLE, UP
 from kvmsupervisor.domain.consoles import ConsoleKind
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.web.frame import State
@@ -60,7 +60,7 @@ def metrics(
         numbers: of people.
     """
     by_phase = [(f'{{phase="{phase}"}}', phases.get(phase, 0)) for phase in PHASES]
-    by_state = [(f'{{state="{one}"}}', hosts.get(one, 0)) for one in (UP, DRAINING, NO_SESSION, UNREADABLE)]
+    by_state = [(f'{{state="{one}"}}', hosts.get(one, 0)) for one in (UP, DRAINING, DRAINED, NO_SESSION, UNREADABLE)]
     by_act = [(f'{{act="{act}",result="{result}"}}', n) for (act, result), n in sorted(numbers.acts.items())]
     by_reason = [(f'{{reason="{reason}"}}', n) for reason, n in sorted(numbers.refused.items())]
     by_console = [(f'{{console="{kind}"}}', numbers.consoles.get(kind, 0)) for kind in ConsoleKind]

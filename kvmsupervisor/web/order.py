@@ -185,6 +185,15 @@ def _host(found: object) -> HostName:
         raise Unfit(f"{show(found)} is no host: {unfit}") from None
 
 
+def is_host(name: str) -> bool:
+    """Whether an order can name this host: etcd may have names that nobody could write in a key."""
+    try:
+        _host(name)
+    except Unfit:
+        return False
+    return True
+
+
 def _key(found: object) -> str:
     if isinstance(found, str) and len(found) <= KEY_MOST and found.isprintable() and not _has_gaps(found):
         return found

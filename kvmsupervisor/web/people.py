@@ -113,3 +113,7 @@ class People(Protocol):
             Refusal: 401 for nobody that is known, 429 for too many tries.
         """
         ...
+
+    def address_of(self, request: Request) -> str:
+        """Where a request comes from, for the audit: behind a trusted proxy, where that says that it comes from."""
+        ...

@@ -10,13 +10,15 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import field
 from pathlib import Path
-
-from yaml.nodes import Node
+from typing import TYPE_CHECKING
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.values import nearest, plain, show
 from kvmsupervisor.web.people import Role
 from kvmsupervisor.web.yaml_file import Reader, Text
+
+if TYPE_CHECKING:
+    from yaml.nodes import Node
 
 CERT, TOKEN, PROXY = "cert:", "token:", "proxy:"
 """How names begin of those who prove by a certificate, by a token, by a proxy's word."""

@@ -24,7 +24,6 @@ from kvmsupervisor.web.passwords import Passwords, TooMany
 from kvmsupervisor.web.people import ANYBODY, Person, Refusal, Role, up_to
 from kvmsupervisor.web.people_file import CERT, PROXY
 from kvmsupervisor.web.tls import name_of, sans_of
-from kvmsupervisor.web.tries import neighbourhood
 
 log = structlog.get_logger(__name__)
 
@@ -182,11 +181,15 @@ class Recognition:
         address = request.peer.address
         if not self._is_proxy(address):
             return address
-        last = request.headers.get(FORWARDED_HEADER, "").rpartition(",")[2].strip()
-        try:
-            return str(ip_address(last))
-        except ValueError:
-            return neighbourhood(address)
+        # From its end: what stands before the first one that is no proxy of ours, anybody may have written.
+        for said in reversed(request.headers.get(FORWARDED_HEADER, "").split(",")):
+            try:
+                address = str(ip_address(said.strip()))
+            except ValueError:
+                break
+            if not self._is_proxy(address):
+                break
+        return address
 
     def _unknown(self, why: str, message: str) -> Refusal:
         self.refused[why] += 1

@@ -21,13 +21,14 @@ from kvmsupervisor.web.api import Api
 from kvmsupervisor.web.board import Board
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.console_page import PAGES, POLICIES, console_page
+from kvmsupervisor.web.create_page import create_page
 from kvmsupervisor.web.frame import State
 from kvmsupervisor.web.hosts_page import hosts_page
 from kvmsupervisor.web.html import join, tag
 from kvmsupervisor.web.instance_page import instance_page
 from kvmsupervisor.web.list_page import list_page
 from kvmsupervisor.web.metrics import Numbers, metrics
-from kvmsupervisor.web.people import ANYBODY, People, Person, Refusal
+from kvmsupervisor.web.people import ANYBODY, People, Person, Refusal, Role, need
 from kvmsupervisor.web.same_origin import need_json, need_own_page, need_same_origin
 from kvmsupervisor.web.stream import RETRY_MS, VIEWERS, Full, Stream
 from kvmsupervisor.web.vendored import vendored
@@ -51,6 +52,9 @@ API_INSTANCES = "/api/v1/instances/"
 SCHEMA = "/api/v1/"
 STATIC: Mapping[str, str] = {
     "style.css": "text/css; charset=utf-8",
+    "acts.js": "text/javascript; charset=utf-8",
+    "create.js": "text/javascript; charset=utf-8",
+    "dom.js": "text/javascript; charset=utf-8",
     "list.js": "text/javascript; charset=utf-8",
     "live.js": "text/javascript; charset=utf-8",
     "refresh.js": "text/javascript; charset=utf-8",
@@ -117,10 +121,12 @@ class Routes:
         # The list as it was asked for last: of many who look, most look at the same.
         self._list: tuple[object, bytes] = (None, b"")
         served = Api(overview, board, layout)
+        self._images, self._prefix = served.image_names, layout.prefix
         self._api_instance = served.instance
         self._table: Mapping[str, Callable[[Request, Person], Reply]] = {
             "/": self._list_page,
             "/hosts": self._hosts_page,
+            "/create": self._create_page,
             "/api": self._api_page,
             "/healthz": lambda _, __: _text(HTTPStatus.OK, "ok"),
             "/readyz": self._readyz,
@@ -162,18 +168,21 @@ class Routes:
                 log.warning(
                     "web.refused",
                     who=person.name,
-                    address=request.peer.address,
+                    address=self._people.address_of(request),
                     path=request.path,
                     why=refusal.refused.message,
                 )
                 raise
         if (wanted := _console_of(request)) is not None:
             return await self._connect(request, person, *wanted)
+        if request.path in self._changing:
+            said = "this path takes orders, by POST; /api/v1/openapi.json describes them"
+            return api.error(HTTPStatus.METHOD_NOT_ALLOWED, said, {"Allow": "POST"})
         if request.method not in METHODS:
             return api.error(
                 HTTPStatus.METHOD_NOT_ALLOWED,
-                "this path only shows; change wishes in etcd, or with the kvmsupervisor command",
-                {"Allow": "POST" if request.path in self._changing else ", ".join(METHODS)},
+                "this path only shows; /api/v1/acts takes orders, and so do etcd and the kvmsupervisor command",
+                {"Allow": ", ".join(METHODS)},
             )
         need_own_page(request)
         return self._shown(request, person)
@@ -253,7 +262,12 @@ class Routes:
         return _page(instance_page(found, self._overview.cluster, events, self._state(), person))
 
     def _hosts_page(self, _request: Request, person: Person) -> Reply:
-        return _page(hosts_page(facts_of(self._overview.cluster), self._state(), person))
+        return _page(hosts_page(facts_of(self._overview.cluster), self._overview.cluster, self._state(), person))
+
+    def _create_page(self, _request: Request, person: Person) -> Reply:
+        need(person, Role.OPERATOR)
+        facts, images = facts_of(self._overview.cluster), self._images()
+        return _page(create_page(facts, images, self._prefix, self._state(), person))
 
     def _api_page(self, _request: Request, person: Person) -> Reply:
         paths = [*(path for path in self._table if path.startswith("/api/v1")), "/metrics", "/healthz", "/readyz"]

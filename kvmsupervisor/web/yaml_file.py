@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from typing import TYPE_CHECKING, TypeGuard
 
 from kvmsupervisor.domain.values import nearest, plain, show
+
+if TYPE_CHECKING:
+    from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 MOST_BYTES = 1 << 20
 """Of one file. Arbitrary: a thousand users are 80 KB."""
@@ -60,6 +61,9 @@ class Reader:
         if len(data) > MOST_BYTES:
             self.problem(None, f"it has more than {MOST_BYTES >> 20} MiB")
             return None
+        # A page without such a file does without the library.
+        import yaml  # noqa: PLC0415
+
         try:
             found: Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
@@ -78,13 +82,13 @@ class Reader:
         """The entries of a mapping, each once."""
         if node is None or node.tag == _NULL:
             return
-        if not isinstance(node, MappingNode):
+        if not _is_mapping(node):
             self.problem(node.start_mark.line + 1, f"{what} is a mapping, `name: value` on lines of their own")
             return
         seen: set[str] = set()
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if not isinstance(key, ScalarNode):
+            if not _is_scalar(key):
                 self.problem(line, f"{what}: a name is plain text")
             elif key.value in seen:
                 self.problem(line, f"{what}: {show(key.value)} stands there twice")
@@ -121,7 +125,7 @@ class Reader:
         if node is None:
             return None
         line = node.start_mark.line + 1
-        if not isinstance(node, ScalarNode):
+        if not _is_scalar(node):
             self.problem(line, f"{what} is one value, no list and no mapping")
             return None
         if node.tag == _NULL or not node.value.strip():
@@ -133,7 +137,7 @@ class Reader:
         """A list of scalars."""
         if node is None or node.tag == _NULL:
             return []
-        if not isinstance(node, SequenceNode):
+        if not _is_sequence(node):
             self.problem(node.start_mark.line + 1, f"{what} is a list, such as [one, other]")
             return []
         found = (self.text(one, f"an entry of {what}") for one in node.value)
@@ -157,3 +161,15 @@ class Reader:
         because = f", which is not taken here: {why}" if why else ""
         self.problem(found.line, f"{what} is {show(found.text)}{because}; right would be {right}")
         return None
+
+
+def _is_mapping(node: Node) -> TypeGuard[MappingNode]:
+    return getattr(node, "id", None) == "mapping"
+
+
+def _is_scalar(node: Node) -> TypeGuard[ScalarNode]:
+    return getattr(node, "id", None) == "scalar"
+
+
+def _is_sequence(node: Node) -> TypeGuard[SequenceNode]:
+    return getattr(node, "id", None) == "sequence"

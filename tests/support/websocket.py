@@ -75,10 +75,14 @@ class Client:
         request = Request(host=f"{host}:{port}", target=target, extra_headers=named)
         end.sendall(self._ws.send(request))
         rejected, body = 0, b""
+        self._left: list[Any] = []
         while True:
-            for event in self._read():
-                match event:
+            events = self._read()
+            while events:
+                match events.pop(0):
                     case AcceptConnection():
+                        # The first messages may have come with it.
+                        self._left = events
                         return
                     case RejectConnection(status_code=code, has_body=has_body):
                         rejected = code
@@ -104,7 +108,10 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.end.close()
 
-    def _read(self) -> Iterable[Any]:
+    def _read(self) -> list[Any]:
+        if left := self._left:
+            self._left = []
+            return left
         data = self.end.recv(1 << 16)
         self._ws.receive_data(data or None)
         return list(self._ws.events())

@@ -59,6 +59,7 @@ class Arriving:
     async def read(self, limit: int) -> bytes:
         """Implements `Body`; one reader, once."""
         self._limit = limit
+        # All of it may be here already.
         self._look()
         if self._error is None and not self._ended:
             self._done = asyncio.get_running_loop().create_future()
@@ -67,6 +68,11 @@ class Arriving:
         if self._error is not None:
             raise self._error
         return bytes(self._got)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of it has come, or no more will."""
+        return self._ended or self._error is not None
 
     def more(self, piece: bytes) -> None:
         """A piece has come. Beyond the limit nothing is kept."""
@@ -88,7 +94,6 @@ class Arriving:
     def _look(self) -> None:
         if self._limit is not None and max(len(self._got), self._length or 0) > self._limit:
             self._got.clear()
-            # Also when all of it came before anybody wanted it.
             self._error = TooLarge(f"the request has more than {self._limit} bytes")
             self._wake()
 

@@ -87,7 +87,8 @@ class Exchange:
         Another request behind the first one is ignored. Do not call this again after a reply.
         """
         if self._arriving is not None:
-            self._take_body(data)
+            if not self._arriving.ended:
+                self._take_body(data)
             return None
         self._http.receive_data(data[: self._room])
         rest = data[self._room :]
@@ -106,6 +107,11 @@ class Exchange:
         self.later = reply
         self._take_body(rest)
         return None
+
+    @property
+    def body_is_due(self) -> bool:
+        """Whether more of the request's body will come."""
+        return self._arriving is not None and not self._arriving.ended
 
     def reply(self, reply: Reply) -> bytes:
         """The head of the reply that was waited for."""

@@ -148,8 +148,11 @@ class _Connection(asyncio.Protocol):
         if head is not None:
             self._send(head)
         elif self._task is None and (later := self._exchange.later) is not None:
-            self._transport.pause_reading()
+            if self._exchange.body_is_due:
+                # Until somebody reads it. Otherwise what comes is ignored, but that the client leaves is seen.
+                self._transport.pause_reading()
             self._task = asyncio.get_running_loop().create_task(self._wait_for(self._exchange, later))
+            self._task.add_done_callback(_tell_of_a_bug)
 
     async def _wait_for(self, exchange: Exchange, later: Later) -> None:
         with self._failing(exchange):
@@ -288,6 +291,13 @@ class _Connection(asyncio.Protocol):
         if (sock := self._transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
         self._transport.abort()
+
+
+def _tell_of_a_bug(task: asyncio.Task[None]) -> None:
+    """As asyncio does where a protocol fails."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        told = {"message": "a reply of the HTTP server failed", "exception": error, "task": task}
+        asyncio.get_running_loop().call_exception_handler(told)
 
 
 class _Crowd:

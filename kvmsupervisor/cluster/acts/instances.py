@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
+from kvmsupervisor.adapters.etcd.api import Compare, Delete, Denied, Op, Put, Store, Target
 from kvmsupervisor.cluster.acts import leftovers, mac_auto
 from kvmsupervisor.cluster.acts.refused import Refused
 from kvmsupervisor.cluster.overview import Cluster, Instance, list_all, read_instance
@@ -233,7 +233,15 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
     notes: list[str] = []
     holder = found.status.host if found.status is not None else None
-    swept = await leftovers.sweep(store, layout, found, cluster)
+    swept = False
+    try:
+        swept = await leftovers.sweep(store, layout, found, cluster)
+    except Denied:
+        # The wishes are gone, which is what was asked for: people need not be able to write facts.
+        notes.append(
+            f"its status is left, which this user of etcd may not delete: `delete {instance}` by one who may write "
+            f"{layout.status_key(instance)} takes it away"
+        )
     if not swept and holder is not None and not cluster.alive(holder):
         notes.append(
             f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is "
