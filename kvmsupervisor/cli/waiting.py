@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli import reach
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cluster.acts.instances import Written
 from kvmsupervisor.cluster.overview import UNKNOWN, list_all
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli import actions, reach, waiting
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli import reach, waiting
 from kvmsupervisor.cli.choice import WORD, Word, has_pattern, is_one, question, read_chosen, without_patterns
 from kvmsupervisor.cli.common import (
     ASSIGNMENT,
@@ -25,6 +23,9 @@ from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
+from kvmsupervisor.cluster.acts import instances as actions
+from kvmsupervisor.cluster.acts.instances import Written
+from kvmsupervisor.cluster.acts.refused import Refused as ActRefused
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import OFF_NOW, Power
@@ -229,7 +230,7 @@ def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: b
     """
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        return await actions.restart(store, settings.layout, instance, _request(tools, "now:" if now else ""))
+        return await actions.restart(store, settings.layout, instance, actions.new_request(tools.now(), at_once=now))
 
     act(
         tools,
@@ -250,14 +251,9 @@ def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: 
     """Press the reset button of instances: QEMU goes on, and the guest boots again without being asked."""
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        return await actions.restart(store, settings.layout, instance, _request(tools, "reset:"))
+        return await actions.restart(store, settings.layout, instance, actions.new_request(tools.now(), reset=True))
 
     act(tools, instances, action, "to be reset", waiting.until_running, wait=wait, timeout_s=timeout_s)
-
-
-def _request(tools: Tools, kind: str) -> str:
-    """A new `restart_request`, unique also when two people ask in the same second."""
-    return f"{kind}{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
 def act(
@@ -281,8 +277,8 @@ def act(
         for instance in dict.fromkeys(instances):
             try:
                 written = await action(store, settings, instance)
-            except Refused as error:
-                failures.append(error)
+            except ActRefused as refused:
+                failures.append(Refused(str(refused)))
                 continue
             for sentence in written.notes:
                 note(f"{instance}: {sentence}")

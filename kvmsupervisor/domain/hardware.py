@@ -10,12 +10,13 @@ QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from kvmsupervisor.domain import cdrom as medium
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
-from kvmsupervisor.domain.spec import Nic, RbdDisk, Spec
+from kvmsupervisor.domain.spec import Display, Nic, RbdDisk, Spec
 from kvmsupervisor.domain.storage import node_of
 from kvmsupervisor.domain.user_network import Forward
 from kvmsupervisor.domain.words import escaped, json_option
@@ -264,19 +265,37 @@ def huge_memory(spec: Spec) -> dict[str, Any]:
 
 
 def display(spec: Spec, default_addr: str, password: int | None) -> Iterator[str]:
-    """A SPICE server with a pointer that follows the viewer's, or no display at all."""
-    if spec.spice_port is None:
+    """A display with a pointer that follows the viewer's, and its servers; or none at all.
+
+    The VNC server listens nowhere. Its viewers come as connections that the supervisor hands to QEMU (`add_client`).
+
+    With `-k` QEMU takes the characters that a VNC viewer types for keys of a US keyboard, and leaves out those that it
+    lacks. Without, it takes the keys themselves, and the guest's own layout makes characters of them. SPICE viewers
+    send keys in any case. So `-k`, which machines without the key `display` always had, is not there with it.
+    """
+    screen = spec.screen
+    if screen is Display.NONE:
         yield from ("-vga", "none", "-display", "none")
         return
     ticket = "disable-ticketing=on"
     if password is not None:
         yield from ("-object", json_option({"qom-type": "secret", "id": "spice0", "file": inherited(password)}))
         ticket = "password-secret=spice0"
-    yield from ("-vga", "qxl")
-    addr = escaped(spec.spice_addr or default_addr)
-    yield from ("-spice", f"port={spec.spice_port},addr={addr},{ticket}")
-    yield from ("-k", "en-us")
+    yield from ("-vga", screen)
+    if spec.spice_port is not None:
+        addr = escaped(spec.spice_addr or default_addr)
+        yield from ("-spice", f"port={spec.spice_port},addr={addr},{ticket}")
+    if not takes_viewers(spec.extra_flags):
+        # QEMU takes viewers for its first VNC server only, and a person's own one is to be that.
+        yield from ("-vnc", "none")
+    if spec.display is None:
+        yield from ("-k", "en-us")
     yield from ("-device", f"qemu-xhci,id=usb0,addr={_USB_SLOT:#x}", "-device", "usb-tablet,bus=usb0.0")
+
+
+def takes_viewers(argv: Sequence[str]) -> bool:
+    """Whether a QEMU with these options has a VNC server: one without answers `add_client` as if it had."""
+    return any(option in {"-vnc", "--vnc"} for option, _ in pairwise(argv))
 
 
 def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:

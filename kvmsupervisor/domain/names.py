@@ -11,6 +11,7 @@ WISH_KEYS = (
     "forward",
     "rbd",
     "cdrom",
+    "display",
     "spice_port",
     "spice_addr",
     "spice_password",
@@ -34,6 +35,10 @@ WISH_KEYS = (
 
 ANY_HOST = "*"
 """In `hosts`: every host that it does not name otherwise."""
+
+CONSOLES_FOLDER, CONSOLES_SOCKET = "_consoles", "sock"
+"""Where `kvmsupervisor web` asks a supervisor for consoles, in the run directory. The socket has a folder of its own,
+so that a container can be given that, and nothing else of the run directory."""
 
 QMP_SOCKET = "qmp.sock"
 QMP_SPARE_SOCKET = "qmp-spare.sock"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
@@ -25,6 +24,7 @@ from kvmsupervisor.domain.spec import (
     FIRST_IMAGE,
     OFF_NOW,
     Disk,
+    Display,
     Firmware,
     HugePages,
     Nic,
@@ -121,8 +121,9 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         rbd_key=rbd_key,
         disks=disks,
         cdrom=reader.read("cdrom", cdrom, None),
+        display=reader.read("display", _display, None),
         spice_port=reader.read("spice_port", _spice_port, None),
-        spice_addr=reader.read("spice_addr", _ip_address, None),
+        spice_addr=reader.read("spice_addr", values.ip_address, None),
         spice_password=reader.read("spice_password", _spice_password, None),
         extra_flags=reader.read("extra_flags", _extra_flags, ()),
         cloud_config=reader.read("cloud-config", _cloud_config, None),
@@ -141,6 +142,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     reader.limit(spec)
     reader.one_of("user-data", "cloud-config", "they are both its user data: delete one of the two keys")
     reader.user_network(spec)
+    reader.screen(spec)
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
@@ -241,6 +243,12 @@ class _Reader:
             wanted = f"it is for bridge={USER}: write that, or delete the key; a guest on a bridge has an address"
             self.problems.setdefault("forward", Problem("forward", found, wanted))
 
+    def screen(self, spec: Spec) -> None:
+        """Note the problem of viewers that would have nothing to look at."""
+        if spec.display is Display.NONE and spec.spice_port is not None:
+            wanted = "that port is of viewers, who look at a display: write another one, or delete spice_port"
+            self.problems.setdefault("display", Problem("display", "'none', and spice_port beside it", wanted))
+
     def unique(self, named: Iterable[tuple[str, Hashable]], wanted: str) -> None:
         """Note the problem that two keys have the same value."""
         users: dict[Hashable, str] = {}
@@ -305,6 +313,10 @@ _SYNONYMS = {
     "flags": "extra_flags",
     "args": "extra_flags",
     "spice": "spice_port",
+    "vga": "display",
+    "video": "display",
+    "graphics": "display",
+    "vnc": "display",
     "node": "host",
     "nic": "mac",
     "cloud-init": "user-data",
@@ -396,6 +408,7 @@ def _shown(name: str, value: bytes) -> str:
 
 _restart = values.choice(RestartPolicy, "it")
 _firmware = values.choice(Firmware, "it")
+_display = values.choice(Display, "it")
 _any_hugepages = values.choice(HugePages, "it")
 
 
@@ -427,17 +440,6 @@ def _spice_password(text: str) -> Secret:
     if len(text.encode()) > SPICE_PASSWORD_LENGTH or not text.isprintable():
         raise Unfit(f"it is at most {SPICE_PASSWORD_LENGTH} bytes, without control characters")
     return Secret.of(text)
-
-
-_IP_ADDRESS = re.compile(r"[0-9A-Fa-f.:]+(?:%[A-Za-z0-9._-]+)?")
-
-
-def _ip_address(text: str) -> str:
-    try:
-        # Python takes anything behind the % for an interface, a NUL too.
-        return str(ipaddress.ip_address(text if _IP_ADDRESS.fullmatch(text) else ""))
-    except ValueError:
-        raise Unfit("it is an IP address of the host, such as 127.0.0.1, 0.0.0.0 or ::") from None
 
 
 _PRIORITY = re.compile(r"-?[0-9]{1,4}")

@@ -55,6 +55,15 @@ class Firmware(StrEnum):
     UEFI = "uefi"
 
 
+class Display(StrEnum):
+    """`display`: the graphics device that the guest sees. All but `none` can be looked at in a browser."""
+
+    NONE = "none"
+    STD = "std"
+    VIRTIO = "virtio"
+    QXL = "qxl"
+
+
 class HugePages(StrEnum):
     """`hugepages`: the size of the pages that the guest's memory is made of."""
 
@@ -244,6 +253,7 @@ class Spec:
         rbd_key: the key that says so, of the two that can.
         disks: the others, by number; `all_disks` has them all.
         cdrom: its CD-ROM drive, None without one.
+        display: as the key says; None without it, see `screen`.
         cloud_config: URL of the user data.
         user_data: the user data itself, instead.
         hugepages: None for ordinary pages.
@@ -260,6 +270,7 @@ class Spec:
     rbd_key: str = field(default=FIRST_IMAGE, compare=False)
     disks: tuple[Disk, ...] = ()
     cdrom: Cdrom | None = None
+    display: Display | None = None
     spice_port: int | None = None
     spice_addr: str | None = None
     spice_password: Secret | None = None
@@ -288,6 +299,11 @@ class Spec:
     def has_user_data(self) -> bool:
         """Whether its guest gets user data, from a URL or a key."""
         return self.cloud_config is not None or self.user_data is not None
+
+    @property
+    def screen(self) -> Display:
+        """The graphics device that it has."""
+        return self.display or (Display.NONE if self.spice_port is None else Display.QXL)
 
     @property
     def all_disks(self) -> tuple[Disk, ...]:

@@ -66,7 +66,7 @@ class Worker:
     Attributes:
         id: which.
         report: what is said of it.
-        plugs: its NICs.
+        plugs, viewers: its NICs, and who looks at its display.
         wish: as last told; None before that.
     """
 
@@ -100,7 +100,7 @@ class Worker:
             launch=context.launch,
         )
         self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
-        self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
+        self.plugs, self.viewers = Plugs(self._machine, context=context, tell=self.report.tell), self._machine.viewers
         self._lock = InstanceLock(
             store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )

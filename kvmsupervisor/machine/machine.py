@@ -45,6 +45,7 @@ from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.room import Room
 from kvmsupervisor.machine.spawn import BEHIND, Launch, Quarters, SpawnRequest
 from kvmsupervisor.machine.system import QemuProcess, System
+from kvmsupervisor.machine.viewers import Viewers
 
 KILL_S = 5.0
 """How long to wait for a killed process to end before the worker goes on (the process may hang in the kernel)."""
@@ -106,6 +107,7 @@ class Machine:
             notify=notify,
             log=log,
         )
+        self.viewers = Viewers(self._talk.ask, lambda: self.record)
         self._settling: asyncio.Task[None] | None = None
         self._clear()
 
@@ -489,12 +491,10 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        log_tail = self._logs.tail(self.record.log_offset)
-        killed_at = self.directory.guard_killed_at(self.record.incarnation)
         return classify(
             shutdown=self._shutdown,
             status=status,
-            log_tail=log_tail,
-            guard_killed_at=killed_at,
+            log_tail=self._logs.tail(self.record.log_offset),
+            guard_killed_at=self.directory.guard_killed_at(self.record.incarnation),
             secrets=secrets_in(self.record.argv),
         )

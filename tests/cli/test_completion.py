@@ -62,7 +62,7 @@ def test_keys_and_hosts_are_completed(full: World) -> None:
 
 def test_numbered_keys_and_values_are_completed(full: World) -> None:
     """Keys with a number once their kind is begun, and the values of wishes that have few."""
-    assert complete(full, "set", "9", "di") == ["disk/"]
+    assert complete(full, "set", "9", "di") == ["display=", "disk/"]
     assert complete(full, "set", "9", "disk/1")[:2] == ["disk/1=", "disk/10="]
     assert complete(full, "set", "9", "nic/2/") == ["nic/2/mac=", "nic/2/bridge="]
     assert complete(full, "set", "9", "--unset", "nic/7/m") == ["nic/7/mac"]

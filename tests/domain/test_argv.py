@@ -24,10 +24,10 @@ from kvmsupervisor.domain.argv import (
     logs_into_memory,
 )
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds, takes_viewers
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
+from kvmsupervisor.domain.spec import Disk, Display, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
 from kvmsupervisor.domain.storage import nvram_of
 from kvmsupervisor.domain.user_network import USER, Forward
 
@@ -281,9 +281,35 @@ def test_spice() -> None:
     assert value_of(words, "-k") == "en-us"
     assert {"qemu-xhci,id=usb0,addr=0x15", "usb-tablet,bus=usb0.0"} < set(values_of(words, "-device"))
     assert "-display" not in words
+    assert value_of(words, "-vnc") == "none"
     own = argv(replace(TINY, spice_port=1, spice_addr="::"), spice_password=21)
     assert value_of(own, "-spice") == "port=1,addr=::,password-secret=spice0"
     assert json_of(own, "-object") == [{"qom-type": "secret", "id": "spice0", "file": "/proc/self/fd/21"}]
+
+
+@pytest.mark.parametrize("display", [Display.STD, Display.VIRTIO, Display.QXL])
+def test_a_display_of_its_own(display: Display) -> None:
+    """Law: a VNC server that listens nowhere, keys that the guest makes characters of, a tablet; and no SPICE."""
+    words = argv(replace(TINY, display=display))
+    assert value_of(words, "-vga") == display.value
+    assert value_of(words, "-vnc") == "none"
+    assert {"qemu-xhci,id=usb0,addr=0x15", "usb-tablet,bus=usb0.0"} < set(values_of(words, "-device"))
+    assert not {"-k", "-spice", "-display"} & set(words)
+    beside = argv(replace(TINY, display=display, spice_port=5901))
+    assert value_of(beside, "-spice").startswith("port=5901,")
+    assert "-k" not in beside
+
+
+def test_who_can_be_looked_at_is_told_by_the_command_line() -> None:
+    """Law: a QEMU without a VNC server is known by its record: it would answer that it has taken a viewer."""
+    assert not takes_viewers(argv(TINY))
+    assert argv(replace(TINY, display=Display.NONE)) == argv(TINY)
+    assert takes_viewers(argv(replace(TINY, display=Display.STD)))
+    # That of a person is QEMU's first, which is the one that viewers are handed to.
+    own = argv(replace(TINY, display=Display.STD, extra_flags=("-vnc", ":7,password=on")))
+    assert values_of(own, "-vnc") == [":7,password=on"]
+    assert takes_viewers(own)
+    assert not takes_viewers(("qemu", "-vga", "qxl", "-spice", "port=1"))
 
 
 def test_extra_flags_come_last() -> None:

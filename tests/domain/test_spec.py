@@ -11,6 +11,7 @@ from kvmsupervisor.domain.cdrom import Cdrom
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.spec import (
     Disk,
+    Display,
     Firmware,
     Nic,
     RbdDisk,
@@ -68,6 +69,7 @@ CHANGES: dict[str, object] = {
     "bridge": "br7",
     "rbd": RbdDisk(pool="rbd", image="vm1"),
     "cdrom": Cdrom("file:a.iso"),
+    "display": Display.STD,
     "spice_port": None,
     "spice_addr": None,
     "spice_password": Secret.of("other"),

@@ -44,6 +44,7 @@ _SOUND = {
     "machine": "M",
     "firmware": "uefi",
     "hugepages": "2M",
+    "display": "std",
     "cpu_shares": "2",
     "memory_limit": "1G",
     "priority": "-3",

@@ -37,7 +37,7 @@ _REASONS = {
     "commandline": "options of QEMU; look whether extra_flags should have them",
 }
 _DEVICE_REASONS = {
-    "video": "a display is there with spice_port",
+    "video": "display=std, virtio or qxl is one for browsers; spice_port adds a server",
     "sound": "extra_flags may have one",
     "audio": "extra_flags may have one",
     "hostdev": "devices of a host are not passed through by a key; extra_flags may, and pin the machine",

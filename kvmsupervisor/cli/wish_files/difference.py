@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvmsupervisor.cli import mac_auto
+from kvmsupervisor.cluster.acts import mac_auto
 from kvmsupervisor.cluster.overview import natural
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.names import WISH_KEYS

@@ -14,7 +14,7 @@ from kvmsupervisor.domain.keys import ID_PATTERN
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY, FREE_KEY_PREFIX
 
-CLOSED = frozenset({"power", "restart", "firmware", "hugepages"})
+CLOSED = frozenset({"power", "restart", "firmware", "hugepages", "display"})
 """Keys that have no other values than those that are completed."""
 
 _ID = f"^{ID_PATTERN.pattern}$"

@@ -1,0 +1,186 @@
+"""Consoles in the browser: who may have one, how many, and the way to it.
+
+A page asks for a ticket (a POST, as acts are), and opens a WebSocket with it. The WebSocket has passed the same checks
+as a POST by then: who asks, from which page, and with which role. Each console is told in the log: by whom, of what,
+from where, and its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+
+from kvmsupervisor.adapters.clock import Clock
+from kvmsupervisor.adapters.web import Reply, Request, TooLarge, Unreadable
+from kvmsupervisor.adapters.web.words import visible
+from kvmsupervisor.cluster.live_overview import LiveOverview
+from kvmsupervisor.cluster.overview import shown
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.domain.consoles import ConsoleKind, ConsoleRequest, Unfit, decoded
+from kvmsupervisor.domain.keys import InstanceId, parse_id
+from kvmsupervisor.web.api import error, reply
+from kvmsupervisor.web.people import Person, Refusal, Role, need
+from kvmsupervisor.web.same_origin import need_same_origin
+from kvmsupervisor.web.tickets import Purpose, Tickets, TooMany
+
+log = structlog.get_logger(__name__)
+
+BODY_MOST = 1024
+"""Bytes of a request for a ticket."""
+
+MOST, MOST_OF_ONE = 100, 16
+"""How many consoles there may be, and of one person. Arbitrary: each costs some 100 KB here."""
+
+TICKETS = "/api/v1/console-tickets"
+
+
+class Consoles:
+    """All of them.
+
+    Args:
+        settings: of this host.
+        overview: the cluster: which instances there are, and where.
+        clock: the machine's.
+        address_of: where a request comes from.
+
+    Attributes:
+        counts: how many were opened, by kind.
+    """
+
+    def __init__(
+        self, settings: Settings, overview: LiveOverview, clock: Clock, address_of: Callable[[Request], str]
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._settings = settings
+        self._overview = overview
+        self._clock = clock
+        self._address_of = address_of
+        self._tickets = Tickets(clock.now)
+        self._open: dict[object, tuple[Purpose, Callable[[str], None]]] = {}
+
+    @property
+    def open(self) -> Counter[str]:
+        """How many are open, by kind."""
+        return Counter(purpose.console for purpose, _ in self._open.values())
+
+    async def ticket(self, request: Request, person: Person) -> Reply:
+        """`POST /api/v1/console-tickets`."""
+        need(person, Role.CONSOLE)
+        try:
+            wanted = decoded(await request.body.read(BODY_MOST))
+            kind, instance = _kind(wanted.get("console")), _instance(wanted.get("instance"))
+        except TooLarge as large:
+            return error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(large))
+        except (Unreadable, Unfit) as unfit:
+            return error(HTTPStatus.BAD_REQUEST, str(unfit))
+        self._find(instance)
+        try:
+            ticket = self._tickets.give(Purpose(person.name, kind, instance))
+        except TooMany as many:
+            return error(HTTPStatus.TOO_MANY_REQUESTS, str(many), {"Retry-After": "10"})
+        return reply({"ticket": ticket, "path": f"/api/v1/instances/{instance}/{kind}?ticket={ticket}"})
+
+    async def connect(self, request: Request, person: Person, name: str, kind: ConsoleKind) -> Reply:
+        """`GET /api/v1/instances/<id>/serial?ticket=`, or `/display`: a WebSocket.
+
+        Raises:
+            Refusal: it is not for this person.
+        """
+        instance = parse_id(name)
+        # First of all it is used up, whatever comes of this.
+        purpose = None if instance is None else Purpose(person.name, kind, instance)
+        is_good = self._tickets.use(request.first("ticket"), purpose)
+        need(person, Role.CONSOLE)
+        need_same_origin(request)
+        if not is_good or instance is None or purpose is None:
+            raise Refusal(
+                HTTPStatus.FORBIDDEN,
+                "a console is opened with a ticket of its own (POST /api/v1/console-tickets): once, within ten "
+                "seconds, by who got it; this is none, or not any more",
+            )
+        of_one = sum(other.person == person.name for other, _ in self._open.values())
+        if of_one >= MOST_OF_ONE or len(self._open) >= MOST:
+            what = f"{person.name} has {of_one} consoles open" if of_one >= MOST_OF_ONE else f"{MOST} consoles are open"
+            raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"{what}, and no room for one more: close one")
+        self._find(instance)
+
+        from kvmsupervisor.web.console_session import Session  # noqa: PLC0415 - no start should wait for wsproto
+
+        session = Session(
+            self._settings.run_dir,
+            ConsoleRequest(kind=kind, instance=instance, who=f"{person.name} (in a browser)"),
+            clock=self._clock,
+        )
+        told = log.bind(who=person.name, address=self._address_of(request), instance=instance, console=str(kind))
+
+        async def serve(browser: Any) -> None:
+            with self._counted(purpose, lambda why: browser.close(POLICY, why)):
+                told.info("web.console_opened")
+                why = "the browser has left"
+                try:
+                    why = await session.run(browser)
+                finally:
+                    told.info("web.console_closed", reason=why)
+
+        return Reply(status=HTTPStatus.SWITCHING_PROTOCOLS, body=b"", content_type="text/plain", socket=serve)
+
+    def end_unless(self, may: Callable[[str], bool]) -> None:
+        """End the consoles of those who may have none any more.
+
+        Args:
+            may: whether somebody still may, by name.
+        """
+        for purpose, end in list(self._open.values()):
+            if not may(purpose.person):
+                end("you may have no console any more")
+
+    @contextlib.contextmanager
+    def _counted(self, purpose: Purpose, end: Callable[[str], None]) -> Iterator[None]:
+        mark = object()
+        self._open[mark] = purpose, end
+        self.counts[purpose.console] += 1
+        try:
+            yield
+        finally:
+            del self._open[mark]
+
+    def _find(self, instance: InstanceId) -> None:
+        """Make sure that its console can be had from here.
+
+        Raises:
+            Refusal: there is no such instance, or it runs elsewhere, or nowhere.
+        """
+        cluster = self._overview.cluster
+        found = cluster.instances.get(instance)
+        if found is None:
+            raise Refusal(HTTPStatus.NOT_FOUND, f"there is no instance {instance}")
+        view = shown(found, cluster)
+        if view.host is None:
+            raise Refusal(HTTPStatus.CONFLICT, f"{instance} does not run: {visible(view.reason)}")
+        if view.host != self._settings.hostname:
+            raise Refusal(
+                HTTPStatus.CONFLICT,
+                f"{instance} is on host {visible(view.host)}, and this page is of {self._settings.hostname}: its "
+                "consoles are on the page of that host",
+            )
+
+
+POLICY = 1008
+"""Status code of a WebSocket that is ended because it is not allowed (any more) (RFC 6455, 7.4.1)."""
+
+
+def _kind(text: object) -> ConsoleKind:
+    if not isinstance(text, str) or text not in tuple(ConsoleKind):
+        raise Unfit(f"console is one of {', '.join(ConsoleKind)}")
+    return ConsoleKind(text)
+
+
+def _instance(text: object) -> InstanceId:
+    if not isinstance(text, str) or (name := parse_id(text)) is None:
+        raise Unfit("instance is the id of one")
+    return name
