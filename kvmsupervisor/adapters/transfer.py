@@ -359,6 +359,17 @@ class Listener:
         return Connection(tls, instance)
 
 
+def listen(
+    address: str,
+    port: int,
+    *,
+    key_of: Callable[[str], bytes | None],
+    on_call: Callable[[Connection], None],
+) -> Listener:
+    """Take connections of sources; see `Listener`."""
+    return Listener(address, port, key_of=key_of, on_call=on_call)
+
+
 def _set_up(plain: socket.socket) -> None:
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))

@@ -92,6 +92,16 @@ def compares(
     return found
 
 
+VOUCHING = frozenset(
+    {
+        *(Change.ENLIST, Change.FENCE, Change.RECORD, Change.REASSERT, Change.RENAME),
+        # A source of an earlier release has announced the guest that arrives.
+        *(Change.ANNOUNCE, Change.ARRIVE),
+    }
+)
+"""Changes that repeat a lock's clients among the facts. Others, such as taking it, hand on what it says."""
+
+
 class InstanceLock:
     """The lock of one instance, as last seen."""
 
@@ -175,15 +185,12 @@ class InstanceLock:
             raise SwapFailed("the lock or its clients changed meanwhile")
 
     def _vouching(self, change: Change, lock: Lock | None) -> list[Op]:
-        """What repeats a lock's clients among the facts. Other changes, such as taking it, hand on what it says."""
+        """What repeats a lock's clients among the facts."""
         if not self._is_open:
             return []
         if lock is None:
             return [Delete(self._clients_key)]
-        # A source of an earlier release has announced the guest that arrives.
-        fences, runs = {Change.ENLIST, Change.FENCE}, {Change.RECORD, Change.REASSERT, Change.RENAME}
-        row = {*fences, *runs, Change.ANNOUNCE, Change.ARRIVE}
-        if change not in row:
+        if change not in VOUCHING:
             return []
         known = self._vouched.intersection(lock.addresses)
         return [Put(self._clients_key, clients_to_json(known))] if known else []
@@ -377,6 +384,9 @@ class InstanceLock:
         )
         write: Op = Delete(self._key) if data is None else Put(self._key, data)
         before = self.view.data
+        if change in VOUCHING and lock is not None:
+            # What an earlier supervisor, or the source of a live move, has said of its addresses is kept.
+            await self.unvouched(lock.addresses)
         await point("lock to be written")
         try:
             changes = [write, *self._vouching(change, lock), *also]

@@ -219,7 +219,7 @@ class StatusWriter:
         """
         known, wanted = self._known.get(instance), self._wanted.get(instance)
         written = None if known is None or known.value is None else Status.from_json(known.value)
-        if written is not None and not written.tells_of_a_process and known is not None and known.value == wanted:
+        if written is not None and written.pid is None and known is not None and known.value == wanted:
             self.abandon(instance)
             return
         self._want(instance, None)

@@ -27,6 +27,7 @@ what is observed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import assert_never
 
 from kvmsupervisor.domain.decision import Decision, Row
@@ -52,6 +53,9 @@ def source(view: View, process: Process) -> Decision | None:
         return Decision(row=Row.MOVE_UNREAD, phase=Phase.RUNNING, reason=reason)
     if lock is None or view.claim not in {Claim.MINE, Claim.RENAMED}:
         return None
+    if process.stage is Stage.DONE and process.run_state != POSTMIGRATE:
+        # That is how its guest came here. QEMU tells of it until it sends that on.
+        process = replace(process, stage=Stage.IDLE)
     if lock.to is not None:
         return _under_way(view, process, lock.to)
     if view.claim is Claim.RENAMED or lock.state is not LockState.RUNNING:
@@ -188,25 +192,27 @@ def _begin(view: View, process: Process) -> Decision | None:
     if course.cold is not None and not course.only_live:
         return None
     where = _where(view)
-    if (asked := _ask(view, process, where)) is not None:
+    # What is tried again and again is said once.
+    waits = None if course.trouble is None or course.ready is not None else f"{where}; {course.trouble}"
+    phase = Phase.MIGRATING if waits is None else Phase.RUNNING
+    if (asked := _ask(view, process, waits or where, phase)) is not None:
         return asked
     if course.cold is not None:
         reason = f"{where}, but it cannot be moved while it runs: {course.cold}; it stays here (KVM_MIGRATION=live)"
         return Decision(row=Row.MOVE_REFUSED, phase=Phase.RUNNING, reason=reason, wake_at=process.probe_at)
     if view.now < course.again_at:
-        reason = f"{where}; {course.trouble or 'that is tried again in a moment'}"
+        reason = waits or f"{where}; that is tried again in a moment"
         wake_at = min(course.again_at, process.probe_at)
         return Decision(row=Row.MOVE_LATER, phase=Phase.RUNNING, reason=reason, wake_at=wake_at)
     if course.ready is not None and course.link is Link.OPEN:
         reason = f"it moves to {course.ready.host}: the QEMU there is ready"
         return with_etcd(view, Row.MOVE_ANNOUNCE, Action.ANNOUNCE, Phase.MIGRATING, reason)
-    reason = f"{where}: that host makes ready for it"
-    return with_etcd(view, Row.MOVE_CALL, Action.CALL, Phase.MIGRATING, reason)
+    reason = waits or f"{where}: that host makes ready for it"
+    return with_etcd(view, Row.MOVE_CALL, Action.CALL, phase, reason)
 
 
-def _ask(view: View, process: Process, reason: str) -> Decision | None:
+def _ask(view: View, process: Process, reason: str, phase: Phase = Phase.MIGRATING) -> Decision | None:
     """Connect to QEMU, and ask it how far it has come, where that is due; None where it is known."""
-    phase = Phase.MIGRATING
     if not process.connected:
         said = f"{reason}; QEMU does not answer" if process.silent_since is not None else reason
         return when(view, Row.MOVE_CONNECT, Action.CONNECT, phase, said, at=process.connect_at)

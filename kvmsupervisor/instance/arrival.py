@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from kvmsupervisor.adapters.etcd import Compare, Delete, EtcdError, Put, Target
-from kvmsupervisor.adapters.transfer import KEY_BYTES, Connection, Relay, TransferFailed
+from kvmsupervisor.adapters.transfer import KEY_BYTES, TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
@@ -36,6 +36,7 @@ from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.migration import MoveRefused
 from kvmsupervisor.machine.provisioning import NotReady
+from kvmsupervisor.machine.system import Connection, Relay
 
 HEAR_S = 60.0
 """How long the source may take to say what comes."""
@@ -117,7 +118,8 @@ class Arrival:
         self._report = report
         self._wake = wake
         self._key: bytes | None = None
-        self._era = 0
+        # In which history, session and state of the keys the offer was written.
+        self._said_in = 0, 0, 0
         self._connection: Connection | None = None
         self._hearing: asyncio.Task[None] | None = None
         self._manifest: Manifest | None = None
@@ -155,10 +157,11 @@ class Arrival:
 
     # --- what is observed -------------------------------------------------------------------------------------
 
-    def course(self, lock: Lock | None, moving: Moving) -> Course:
+    def course(self, wish: Wish, lock: Lock | None, moving: Moving) -> Course:
         """What is known of a guest that may come."""
         source = None if lock is None else moving.facts_of(HostName(lock.host))
-        if self._key is not None and self._era != self._context.era().count:
+        if self._key is not None and self._said_in != self._present(wish):
+            # It has gone with the session, or is older than the keys that the source sees: it is said again.
             self._key = None
         link = Link.NONE
         if self._relay is not None:
@@ -178,6 +181,11 @@ class Arrival:
             why_give_up="the source has not put it on record in time",
         )
 
+    def _present(self, wish: Wish) -> tuple[int, int, int]:
+        """The history, the session, and the keys that have the guest come here; an offer of others is worth nothing."""
+        ground = 0 if wish.ground is None else wish.ground.revision
+        return self._context.era().count, self._context.session.lease, ground
+
     @property
     def key(self) -> bytes | None:
         """Of the offer that stands; None without one."""
@@ -191,9 +199,9 @@ class Arrival:
         Raises:
             SwapFailed, EtcdError: etcd does not say so.
         """
-        key = secrets.token_bytes(KEY_BYTES)
+        key, present = secrets.token_bytes(KEY_BYTES), self._present(wish)
         await self._write(wish, key, None)
-        self._key, self._era = key, self._context.era().count
+        self._key, self._said_in = key, present
         self._report.tell("move.offered")
 
     async def _write(self, wish: Wish, key: bytes, waits: Destination | None) -> None:

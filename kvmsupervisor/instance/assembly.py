@@ -22,7 +22,7 @@ from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
 from kvmsupervisor.adapters.event_files import EventFiles, events_folder
 from kvmsupervisor.adapters.links import Changed, Links
-from kvmsupervisor.adapters.machines import MachineTypes
+from kvmsupervisor.adapters.machines import MachineTypes, qemu_version
 from kvmsupervisor.adapters.metrics import Metrics
 from kvmsupervisor.adapters.packet_rule import PacketRule
 from kvmsupervisor.cluster.fencing import CephFencing, Fencing
@@ -78,6 +78,7 @@ class Outside:
         links: network interfaces.
         logs: what guests write, with this clock and these settings.
         machine_types: those that a QEMU knows.
+        qemu_version: the version of one; empty where that is not known.
         disks: images in Ceph; whether some may be written to without a lock of theirs (`KVM_ALLOW_UNFENCED`).
         fencing: of the storage; likewise.
         files: of this host that are disks.
@@ -96,6 +97,7 @@ class Outside:
     links: Callable[[Changed], Links]
     logs: Callable[[Clock, Settings], GuestLogs]
     machine_types: Callable[[str], MachineTypes]
+    qemu_version: Callable[[str], str]
     disks: Callable[[CephAccess, bool], Disks]
     fencing: Callable[[CephAccess, bool], Fencing]
     files: FileAccess = field(default_factory=FileAccess)
@@ -115,6 +117,7 @@ REAL = Outside(
     links=Links,
     logs=lambda clock, settings: GuestLogs(clock=clock, max_bytes=settings.log_max_bytes, keep=settings.log_keep),
     machine_types=MachineTypes,
+    qemu_version=qemu_version,
     disks=lambda access, allow_unfenced: Disks(Ceph(access), allow_unfenced=allow_unfenced),
     fencing=lambda access, allow_unfenced: CephFencing(Ceph(access), allow_unfenced=allow_unfenced),
     packet_rule=PacketRule,

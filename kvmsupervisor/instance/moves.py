@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 from kvmsupervisor.adapters.etcd import Delete, EtcdError
 from kvmsupervisor.adapters.metrics import MigrationResult
-from kvmsupervisor.adapters.transfer import Connection, Relay, TransferFailed, call
-from kvmsupervisor.cluster.fencing import NotFenced
+from kvmsupervisor.adapters.transfer import TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.handover import announced, arrived, called_off, given
+from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Destination, Lock, LockState
 from kvmsupervisor.domain.move_checks import SWITCHES, Guest, refusals
@@ -28,11 +28,12 @@ from kvmsupervisor.domain.view import Action
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.arrival import Arrival, Unwelcome
 from kvmsupervisor.instance.context import InstanceContext
-from kvmsupervisor.instance.shutting_out import admit, may_be_shut_out
+from kvmsupervisor.instance.shutting_out import may_be_shut_out, see_off
 from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.migration import MoveRefused
+from kvmsupervisor.machine.system import Connection, Relay
 
 CONNECT_S = 10.0
 """How long the target may take to answer the source's call. Arbitrary; it takes milliseconds."""
@@ -60,9 +61,6 @@ FAILURES = 2
 
 PAUSE_S, LONGEST_PAUSE_S = 5.0, 1800.0
 """Pause after an attempt that came to nothing; each further one is twice as long."""
-
-SETTLE_S, SETTLE_POLL_S = 2.0, 0.3
-"""How long the source's QEMU may take to close its disks, once they are the target's; it takes 40 ms."""
 
 
 class Moves:
@@ -111,7 +109,7 @@ class Moves:
         if moving is None:
             return NO_COURSE
         if wish is not None and wish.runs_on == self._context.me and (record is None or record.incoming):
-            return self.arrival.course(lock, moving)
+            return self.arrival.course(wish, lock, moving)
         is_calling = self._calling is not None
         target = None if wish is None else wish.runs_on
         if target != self._target and self._link is Link.NONE and not is_calling:
@@ -231,7 +229,8 @@ class Moves:
             self._trouble = "others are on their way from here, one at a time"
             self._again_at = self._context.clock.now() + OFFER_POLL_S
             return
-        self._trouble = f"{wish.runs_on} makes ready for it"
+        # What kept the last attempt from it is said until this one has come to something.
+        self._trouble = self._trouble or f"{wish.runs_on} makes ready for it"
         since = 0 if wish.ground is None else wish.ground.revision
         self._calling = asyncio.get_running_loop().create_task(self._calling_for(HostName(str(wish.runs_on)), since))
 
@@ -264,7 +263,7 @@ class Moves:
             self._leave_line()
             return
         host, _, port = offer.address.rpartition(":")
-        self._connection = connection = await call(
+        self._connection = connection = await context.system.transfers.call(
             host.strip("[]"), int(port), instance=self._id, key=bytes.fromhex(offer.key), timeout_s=CONNECT_S
         )
         await point("connected to the target")
@@ -276,7 +275,7 @@ class Moves:
         offer = None if now is None else Offer.from_json(now.value)
         if now is None or offer is None or offer.waits is None or offer.waits.host != target:
             raise TransferFailed("its offer is gone")
-        self._ready, self._offer, self._refused = offer.waits, now.mod_revision, False
+        self._ready, self._offer, self._refused, self._trouble = offer.waits, now.mod_revision, False, None
 
     async def _announce(self, wish: Wish | None) -> None:
         assert wish is not None
@@ -423,6 +422,14 @@ class Moves:
         if self._context.moving is not None:
             self._context.moving.leaving.give_back(self._id)
 
+    def ended(self, record: Incarnation) -> None:
+        """Its QEMU has ended: what was on its way from it, or to it, is not any more."""
+        if self._calling is not None:
+            self._calling.cancel()
+        self._hang_up()
+        if record.incoming:
+            self.arrival.ended()
+
     def close(self) -> None:
         """Let go of everything: what is under way fails, and is called off by a successor."""
         self._machine.migration.close()
@@ -445,6 +452,7 @@ class Moves:
         await point("arriving")
         # On record first: a successor takes it for its own by the lock.
         self._record_arrival(lock, paused=lock.paused)
+        await point("arrival on record")
         if not lock.paused:
             try:
                 await machine.migration.go_on()
@@ -475,24 +483,11 @@ class Moves:
             # Its arrival could not be recorded.
             self._record_arrival(lock)
             return
-        await self._see_the_source_off(lock)
-        # What the source has said of both is kept.
-        await self._lock.unvouched(lock.addresses)
+        record = self._machine.record
+        spec = None if record is None else spec_from_object(record.spec)
+        if spec is not None and (left := await see_off(lock, images_of(spec), self._id, self._context)):
+            self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
         await self._lock.write(Change.ARRIVE, arrived(lock), None)
         with contextlib.suppress(EtcdError):
             await self._context.store.txn([], [Delete(self._context.layout.offer_key(self._id))])
         self.arrival.end()
-
-    async def _see_the_source_off(self, lock: Lock) -> None:
-        record, context = self._machine.record, self._context
-        spec = None if record is None else spec_from_object(record.spec)
-        images = () if spec is None else images_of(spec)
-        deadline = context.clock.now() + SETTLE_S
-        with contextlib.suppress(NotFenced):  # its addresses stay on record
-            while images and (left := sorted({*await context.fencing.watchers(images)} & {*lock.fence})):
-                if context.clock.now() >= deadline:
-                    await admit(self._id, context, left)
-                    await context.fencing.fence(left)
-                    self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
-                    return
-                await context.clock.sleep(SETTLE_POLL_S)

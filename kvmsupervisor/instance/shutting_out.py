@@ -6,6 +6,7 @@ entry in the blocklist hits whoever has that address, for a year (docs/security.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -14,11 +15,14 @@ from kvmsupervisor.cluster.fencing import InUse, NotFenced
 from kvmsupervisor.cluster.lock import InstanceLock
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import ANOTHER_HISTORY, Change, Lock
-from kvmsupervisor.domain.spec import Wish
+from kvmsupervisor.domain.spec import RbdDisk, Wish
 from kvmsupervisor.domain.storage import images_of, names_of
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.machine.images import DiskTrouble
+
+SETTLE_S, SETTLE_POLL_S = 2.0, 0.3
+"""How long the source of a live move may take to close its disks, once they are the target's; it takes 40 ms."""
 
 
 async def shut_out(
@@ -158,3 +162,28 @@ async def _admit(addresses: Collection[str], wish: Wish, instance: InstanceId, c
         await context.disks.admit(instance, wish.spec)
     except DiskTrouble as error:
         raise NotFenced(str(error)) from error
+
+
+async def see_off(
+    lock: Lock, images: Collection[RbdDisk], instance: InstanceId, context: InstanceContext
+) -> Collection[str]:
+    """Wait until nobody whom a lock names has the disks open any more; who has for `SETTLE_S` is shut out.
+
+    Args:
+        lock: of the guest that has come, in whose `fence` is the source's QEMU.
+        images: of the guest.
+        instance: whose they are.
+        context: of all instances.
+
+    Returns:
+        Who was shut out; nobody, either, where storage does not say, or not do, it: they stay on record.
+    """
+    deadline = context.clock.now() + SETTLE_S
+    with contextlib.suppress(NotFenced):
+        while images and (left := sorted({*await context.fencing.watchers(images)} & {*lock.fence})):
+            if context.clock.now() >= deadline:
+                await admit(instance, context, left)
+                await context.fencing.fence(left)
+                return left
+            await context.clock.sleep(SETTLE_POLL_S)
+    return ()

@@ -31,11 +31,14 @@ class TakeoverWait:
         self._report = report
         # Whom storage has named as users of its disks while this one waited.
         self.seen: frozenset[str] = frozenset()
-        # By incarnation and history; the incarnation of an absent lock is empty.
-        self._known: tuple[tuple[str, int], Deferral] | None = None
+        # By incarnation, history and this host's own session; the incarnation of an absent lock is empty.
+        self._known: tuple[tuple[str, int, int], Deferral] | None = None
 
     def so_far(self, lock: Lock | None, *, holder_has_session: bool | None) -> Deferral | None:
-        """How long the takeover of `lock` has waited. Forgotten when another has it, or its holder is back."""
+        """How long the takeover of `lock` has waited. Forgotten when another has it, or its holder is back.
+
+        Also when this host has lost its own session: while it heard nothing, the holder may have been back.
+        """
         if self._known is not None and (
             self._known[0] != self._key(lock) or self._was_back(lock, self._known[1], holder_has_session)
         ):
@@ -49,8 +52,8 @@ class TakeoverWait:
         began = known.until - self._context.takeover_wait_s
         return holder_has_session is True or self._context.host_gone_since(lock.host) > began
 
-    def _key(self, lock: Lock | None) -> tuple[str, int]:
-        return "" if lock is None else lock.incarnation, self._context.era().count
+    def _key(self, lock: Lock | None) -> tuple[str, int, int]:
+        return "" if lock is None else lock.incarnation, self._context.era().count, self._context.session.lease
 
     async def ask_watchers(self, lock: Lock | None, spec: Spec) -> None:
         """Ask who has its disks open: the host that holds its lock has no session, or has not spoken (law 11).

@@ -479,8 +479,7 @@ class Worker:
             self._context.guard.release(process.incarnation.incarnation)
         if not (process.asked and process.never_ran):
             self._context.life.ended(process.exit, self._machine.wait_status)
-        if process.incarnation.incoming:
-            self.moves.arrival.ended()
+        self.moves.ended(process.incarnation)
         await self._machine.drop_record()
         self._start.last_ended = process.incarnation.incarnation
         await self._context.provisioner.left(self.id)

@@ -148,3 +148,13 @@ def folder_of(processes: Processes, pid: int, instance: str) -> Path | None:
         return Path(named)
     words = (re.search(rf"(/[^,=]*/{re.escape(instance)})/", word) for word in processes.command_line_of(pid))
     return next((Path(word[1]) for word in words if word), None)
+
+
+def uuid_to_check(record: Incarnation, process: QemuProcess | None) -> str | None:
+    """The uuid of the machine that must answer at the socket of an adopted process (law 8).
+
+    None for our own child: it inherited the socket, which listened before the process existed.
+    """
+    argv = record.argv
+    is_child = process is not None and process.is_child
+    return None if is_child or "-uuid" not in argv else argv[argv.index("-uuid") + 1]

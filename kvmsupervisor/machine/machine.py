@@ -274,7 +274,8 @@ class Machine:
         self._process = found
         if found is not None:
             self._talk.run_state = PAUSED if record.paused else None
-            self._talk.receives = record.incoming
+            # Cut off before its guest went on, it may be on record as one that has come.
+            self._talk.receives = record.incoming or "-incoming" in record.argv
             self._logs.adopt(record.argv, pid=found.pid, pidfd=found.pidfd)
             with contextlib.suppress(OSError):
                 self.note(pid=found.pid, starttime=found.starttime, under=record.under or under)
@@ -290,7 +291,8 @@ class Machine:
 
     async def connect(self) -> None:
         """Connect to QMP and ask for the run state. A failure shows in `view`: `connect_at`, `silent_since`."""
-        if not await self._talk.open(self._uuid_to_check):
+        assert self.record is not None
+        if not await self._talk.open(process_identity.uuid_to_check(self.record, self._process)):
             return
         # QEMU greets before its devices exist: only an answered command means that it is up.
         await self.probe()
@@ -299,28 +301,21 @@ class Machine:
         elif self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
 
-    @property
-    def _uuid_to_check(self) -> str | None:
-        """The uuid of the machine that must answer at the socket of an adopted process (law 8).
-
-        None for our own child: it inherited the socket, which listened before the process existed.
-        """
-        assert self.record is not None
-        argv = self.record.argv
-        is_child = self._process is not None and self._process.is_child
-        return None if is_child or "-uuid" not in argv else argv[argv.index("-uuid") + 1]
-
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
         """Ask for the run state. A successor learns from the record that a person has paused the guest."""
         await self._talk.probe()
-        if self._talk.run_state in {PAUSED, RUNNING}:
-            with contextlib.suppress(OSError):
-                self.note(paused=self._talk.run_state == PAUSED)
+        self._note_paused()
         if self._launch.furnished and self._talk.run_state == RUNNING:
             # Only of a running guest: before that, QEMU has counted nothing.
             self.counts = await count(self._talk.command, self.spec)
+
+    def _note_paused(self) -> None:
+        """Note whether a person has paused the guest, where that is known: on record it goes with a live move."""
+        if self._talk.run_state in {PAUSED, RUNNING} and self.record is not None and not self.record.incoming:
+            with contextlib.suppress(OSError):
+                self.note(paused=self._talk.run_state == PAUSED)
 
     async def resume(self) -> bool:
         """Let the guest run; return True when QEMU confirms it.
@@ -347,11 +342,12 @@ class Machine:
 
     async def press_power_button(self) -> None:
         """Press the ACPI power button. Only the guest's end shows that the guest heeded it."""
-        now = self._clock.now()
-        begun = self._stopping or Stopping(since=now)
-        self._stopping = replace(begun, asked_at=now if begun.asked_at is None else begun.asked_at, pressed_at=now)
+        begun = self._stopping or Stopping(since=self._clock.now())
         self._asked = self._pressed = True
         await self._talk.command("system_powerdown")
+        # The guest's time begins once QEMU has heard of it: a supervisor may be frozen before that.
+        now = self._clock.now()
+        self._stopping = replace(begun, asked_at=now if begun.asked_at is None else begun.asked_at, pressed_at=now)
 
     async def reset(self, request: str | None) -> None:
         """Reset the machine for this `restart_request`, at most once: the record tells a successor that it was done."""
@@ -472,6 +468,8 @@ class Machine:
                 return
             case _ if not self._talk.hears(name, data):
                 return
+            case "RESUME":
+                self._note_paused()
         self._notify()
 
     def _on_end(self) -> None:

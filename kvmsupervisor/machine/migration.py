@@ -14,7 +14,7 @@ from typing import Any
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.qmp import MonitorRefused
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.run_state import POSTMIGRATE, RUNNING
+from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.transfer import Stage
 from kvmsupervisor.machine.monitor import Conversation
 
@@ -74,7 +74,8 @@ class Migration:
         await self._ask("migrate-set-parameters", {"max-bandwidth": bandwidth, "downtime-limit": downtime_ms})
         await self._ask("getfd", {"fdname": NAME}, fd=fd)
         await self._ask("migrate", {"uri": f"fd:{NAME}"})
-        self._talk.stage = Stage.ACTIVE
+        # One whose guest has come and was paused is a source from now on.
+        self._talk.stage, self._talk.receives = Stage.ACTIVE, False
         self.close()
         self._following = asyncio.create_task(self._follow(told))
 
@@ -116,6 +117,7 @@ class Migration:
         while self._talk.stage in {Stage.ACTIVE, Stage.SWITCHOVER} and self._clock.now() < deadline:
             await self._clock.sleep(CANCEL_POLL_S)
             await self.look()
+        self._talk.probe_at = 0.0
 
     async def go_on(self) -> bool:
         """Let the guest go on, at whichever side; whether QEMU has confirmed it.
@@ -126,7 +128,8 @@ class Migration:
         if await self._ask("cont") is None:
             self._talk.probe_at = 0.0
             return False
-        self._talk.run_state, self._talk.stage = RUNNING, Stage.IDLE
+        self._talk.runs()
+        self._talk.stage = Stage.IDLE
         return True
 
     async def look(self) -> None:

@@ -58,7 +58,7 @@ class Conversation:
         probe_at: when to ask for the run state again, CLOCK_BOOTTIME.
         silent_since: since when an answer is missing, CLOCK_BOOTTIME; None while QEMU answers.
         stage: how far a live move has come; asked for when somebody wants to know, then QEMU tells.
-        receives: whether QEMU is at the target of one.
+        receives: whether QEMU waits for a guest, or for the word that lets a guest go on that has come.
         argv: QEMU's command line; a secret in it is hidden in every message that repeats QEMU's words.
     """
 
@@ -169,6 +169,8 @@ class Conversation:
             # A guest that ran, or was paused, just before: a person has paused it, and lets it go on.
             was_paused = told == NEVER_RAN and self.run_state in {RUNNING, PAUSED}
             self.run_state = PAUSED if was_paused else told
+            if told == RUNNING:
+                self.runs()
             self.probe_at = on_a_beat(self._clock.now() + PROBE_EVERY_S)
 
     async def command(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
@@ -215,7 +217,7 @@ class Conversation:
         """Note what an event says about the run state; return False when no decision depends on the event."""
         match event:
             case "RESUME":
-                self.run_state = RUNNING
+                self.runs()
             case "GUEST_PANICKED" if data.get("action") != "run":
                 self.run_state = PANICKED
             case "STOP" if self.run_state == PANICKED:
@@ -223,6 +225,8 @@ class Conversation:
                 return False
             case "MIGRATION":
                 self.note_migration(str(data.get("status")))
+                if self.stage is Stage.IDLE:
+                    self._raise_question()
             case "STOP" | "SUSPEND" | "WAKEUP":
                 self._raise_question()
             case _:
@@ -239,8 +243,10 @@ class Conversation:
         if status == "completed" and self.stage in {Stage.SWITCHOVER, Stage.DEVICE}:
             self.run_state = POSTMIGRATE
         self.stage = Stage.of_source(status, self.run_state)
-        if self.stage is Stage.IDLE:
-            self._raise_question()
+
+    def runs(self) -> None:
+        """Note that the guest runs: what it was to receive has come, and what QEMU tells of that is past."""
+        self.run_state, self.receives = RUNNING, False
 
     def _raise_question(self) -> None:
         """Ask for the run state at once, or a little later when it was asked just now."""

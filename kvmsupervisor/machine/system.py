@@ -1,4 +1,4 @@
-"""The ports to the host: processes, QMP, the guest's agent, bridges, device nodes, TCP ports.
+"""The ports to the host: processes, QMP, the guest's agent, bridges, device nodes, TCP ports, transfers of guests.
 
 Code that starts a program or connects to one takes a `System` as an argument, as it takes the clock and the store.
 `REAL` is the system of this host. Tests use another one (`tests/fakes/qemu.py`).
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, 
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvmsupervisor.adapters import agent, devices, links, network, ports, process
+from kvmsupervisor.adapters import agent, devices, links, network, ports, process, transfer
 from kvmsupervisor.adapters.devices import Device
 from kvmsupervisor.adapters.network import Tap
 from kvmsupervisor.adapters.qmp import Monitor
@@ -154,6 +154,82 @@ class PortTrouble(Protocol):
         """Why a server cannot listen there; None when it can."""
 
 
+class Descriptor(Protocol):
+    """A socket that QEMU is to get."""
+
+    def fileno(self) -> int:
+        """Its number."""
+
+    def close(self) -> None:
+        """Close it here."""
+
+
+class Relay(Protocol):
+    """Carries what a QEMU sends and receives, as `adapters.transfer.Relay` describes it."""
+
+    @property
+    def qemus_end(self) -> Descriptor:
+        """To be given to QEMU, and closed afterwards."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is carried any more."""
+
+    def cut(self) -> None:
+        """Cut the connection, on both sides."""
+
+
+class Connection(Protocol):
+    """A connection to the other side of a live move, as `adapters.transfer.Connection` describes it."""
+
+    instance: str
+
+    async def send(self, message: Mapping[str, Any], *, timeout_s: float) -> None:
+        """Send one message; raises TransferFailed."""
+
+    async def receive(self, *, timeout_s: float) -> dict[str, Any]:
+        """The next message of the other side; raises TransferFailed."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the other side has not hung up, as far as is known."""
+
+    def carry(self, on_end: Callable[[], None]) -> Relay:
+        """Carry what a QEMU sends and receives from now on."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+class Listener(Protocol):
+    """Takes the connections of sources, as `adapters.transfer.Listener` describes it."""
+
+    port: int
+
+    async def run(self) -> None:
+        """Take connections, for ever."""
+
+    def close(self) -> None:
+        """Listen no more."""
+
+
+class Transfers(Protocol):
+    """Connections over which guests are moved, as the functions of `adapters.transfer` make them."""
+
+    async def call(self, host: str, port: int, *, instance: str, key: bytes, timeout_s: float) -> Connection:
+        """Connect to a target that knows `key`; raises TransferFailed."""
+
+    def listen(
+        self,
+        address: str,
+        port: int,
+        *,
+        key_of: Callable[[str], bytes | None],
+        on_call: Callable[[Connection], None],
+    ) -> Listener:
+        """Take connections of sources; raises OSError."""
+
+
 @frozen(kw_only=True)
 class System:
     """The ports to one host.
@@ -166,6 +242,7 @@ class System:
         index_of: returns the index of a network interface; None when there is no interface of that name.
         ensure_device: makes a device node if it is missing, and returns whether it did; raises DeviceTrouble.
         port_trouble: returns why a server cannot listen at an address and a port; None when it can.
+        transfers: connections over which guests are moved.
     """
 
     processes: Processes
@@ -175,6 +252,7 @@ class System:
     index_of: Callable[[str], int | None]
     ensure_device: Callable[[Device], bool]
     port_trouble: PortTrouble
+    transfers: Transfers
 
 
 REAL = System(
@@ -185,5 +263,6 @@ REAL = System(
     index_of=links.index_of,
     ensure_device=devices.ensure,
     port_trouble=ports.trouble_with,
+    transfers=transfer,
 )
 """The host that this program runs on."""

@@ -210,7 +210,7 @@ class Evacuation:
                 ):
                     break
         is_busy = bool(told.moving or found.waits or found.go)
-        if not is_busy and not told.left:
+        if told.drained is not None and not is_busy:
             return math.inf
         return min(found.again_at, now + (LOOK_EVERY_S if is_busy else RETRY_S))
 

@@ -73,6 +73,10 @@ class AllWishes(Protocol):
         ...
 
 
+_Key = tuple[InstanceId, str, int]
+"""An orphan: the instance, the incarnation whose lock it is, the lease of this host's session."""
+
+
 @frozen(kw_only=True)
 class _Orphan:
     """An instance that this host may take."""
@@ -102,11 +106,11 @@ class Failover:
         # all. A large cluster has thousands of others, and they are passed over at each look.
         self._near: set[InstanceId] | None = None
         # When each was first seen to be an orphan, by the incarnation whose lock it is.
-        self._since: dict[tuple[InstanceId, str], float] = {}
+        self._since: dict[_Key, float] = {}
         # When its disks were last seen in use, by the same.
-        self._used: dict[tuple[InstanceId, str], float] = {}
+        self._used: dict[_Key, float] = {}
         # Those of which was said that a person is waited for.
-        self._told: set[tuple[InstanceId, str]] = set()
+        self._told: set[_Key] = set()
 
     def look(self) -> None:
         """Sessions have changed: look again soon."""
@@ -136,7 +140,7 @@ class Failover:
         while True:
             self._changed.clear()
             orphans = list(self._orphans())
-            known = {(orphan.id, orphan.lock.incarnation) for orphan in orphans}
+            known = {self._key(orphan) for orphan in orphans}
             self._since = {key: since for key, since in self._since.items() if key in known}
             self._used = {key: at for key, at in self._used.items() if key in known}
             self._told &= known
@@ -197,7 +201,7 @@ class Failover:
         """
         context = self._context
         now = context.clock.now()
-        key, turn_s = (orphan.id, orphan.lock.incarnation), orphan.place * STEP_S
+        key, turn_s = self._key(orphan), orphan.place * STEP_S
         # While storage was asked, for another one maybe, its host may have been back, and have gone once more.
         since = max(self._since.setdefault(key, now), context.host_gone_since(orphan.lock.host))
         is_closed = context.draining() or context.life.clearing(orphan.id).closed is not None
@@ -231,9 +235,13 @@ class Failover:
                 return
         await self._take(orphan, doubted=doubted)
 
+    def _key(self, orphan: _Orphan) -> _Key:
+        """What is counted from. In a later session of this host anew: the holder may have been back meanwhile."""
+        return orphan.id, orphan.lock.incarnation, self._context.session.lease
+
     def _tell_doubted(self, orphan: _Orphan, watchers: Sequence[str]) -> None:
         """Say once that a person is waited for: no status tells it where the host of the instance is gone."""
-        key = orphan.id, orphan.lock.incarnation
+        key = self._key(orphan)
         if key in self._told:
             return
         self._told.add(key)

@@ -8,8 +8,6 @@ from pathlib import Path
 import structlog
 
 from kvmsupervisor.adapters.cpu import processor
-from kvmsupervisor.adapters.machines import qemu_version
-from kvmsupervisor.adapters.transfer import Connection, Listener
 from kvmsupervisor.cluster.hosts import Neighbours
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.config.values import MigrationKind
@@ -18,6 +16,7 @@ from kvmsupervisor.domain.keys import InstanceId, parse_id
 from kvmsupervisor.domain.offer import PROTOCOL, MoveFacts
 from kvmsupervisor.instance.context import Few, Moving
 from kvmsupervisor.instance.worker import Worker
+from kvmsupervisor.machine.system import Connection, Transfers
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +29,8 @@ class Gate:
         host_side: what it chooses for every QEMU.
         neighbours: the sessions of all hosts.
         instances: those of this host.
+        transfers: listens.
+        version_of: tells the version of a QEMU.
 
     Raises:
         OSError: it cannot be listened there.
@@ -42,14 +43,16 @@ class Gate:
         host_side: HostSide,
         neighbours: Neighbours,
         instances: Mapping[InstanceId, Worker],
+        transfers: Transfers,
+        version_of: Callable[[str], str],
     ) -> None:
         wanted = settings.migration_listen
         assert wanted is not None
         self._instances = instances
-        self._listener = Listener(wanted.host, wanted.port, key_of=self._key_of, on_call=self._on_call)
+        self._listener = transfers.listen(wanted.host, wanted.port, key_of=self._key_of, on_call=self._on_call)
         host = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
         self.moving = Moving(
-            facts=facts(host_side, f"{host}:{self._listener.port}"),
+            facts=facts(host_side, f"{host}:{self._listener.port}", version_of=version_of),
             facts_of=neighbours.moves_of,
             only_cold=settings.migration is MigrationKind.COLD,
             only_live=settings.migration is MigrationKind.LIVE,
@@ -84,13 +87,26 @@ class Gate:
 
 
 def open_gate(
-    settings: Settings, host_side: HostSide, neighbours: Neighbours, instances: Mapping[InstanceId, Worker]
+    settings: Settings,
+    host_side: HostSide,
+    neighbours: Neighbours,
+    instances: Mapping[InstanceId, Worker],
+    *,
+    transfers: Transfers,
+    version_of: Callable[[str], str],
 ) -> Gate | None:
     """The gate of a host; None where `KVM_MIGRATION_LISTEN` is off. An address that cannot be had stops no guest."""
     if settings.migration_listen is None:
         return None
     try:
-        gate = Gate(settings, host_side=host_side, neighbours=neighbours, instances=instances)
+        gate = Gate(
+            settings,
+            host_side=host_side,
+            neighbours=neighbours,
+            instances=instances,
+            transfers=transfers,
+            version_of=version_of,
+        )
     except OSError as error:
         wanted = f"{settings.migration_listen.host}:{settings.migration_listen.port}"
         why = f"KVM_MIGRATION_LISTEN={wanted}: {error.strerror or error}; machines move cold until that is mended"
@@ -100,14 +116,14 @@ def open_gate(
     return None
 
 
-def facts(side: HostSide, address: str, *, version_of: Callable[[str], str] | None = None) -> MoveFacts:
+def facts(side: HostSide, address: str, *, version_of: Callable[[str], str]) -> MoveFacts:
     """What this host's session says for live moves."""
     vendor, flags = processor() if side.accel == "kvm" else ("", ())
     return MoveFacts(
         protocol=PROTOCOL,
         address=address,
         accel=side.accel,
-        qemu=(version_of or qemu_version)(side.qemu),
+        qemu=version_of(side.qemu),
         cpu=vendor,
         flags=flags,
         firmware=() if side.ovmf is None else _sizes(side.ovmf.code, side.ovmf.variables),

@@ -179,7 +179,14 @@ class Host:
         # For the instances.
         self._gate: Gate | None = None
         if mismatch is None:
-            self._gate = open_gate(settings, host_facts.host_side, self._neighbours, self._instances)
+            self._gate = open_gate(
+                settings,
+                host_facts.host_side,
+                self._neighbours,
+                self._instances,
+                transfers=outside.system.transfers,
+                version_of=outside.qemu_version,
+            )
         life = HostsLife()
         namesakes = self._namesakes = Namesakes(self._wishes, me)
         self._context = assemble_context(

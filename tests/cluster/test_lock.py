@@ -11,7 +11,7 @@ from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed, compares
 from kvmsupervisor.domain.history import FIRST_ERA, Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
-from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState, Storage
+from kvmsupervisor.domain.lock import Change, Compared, Lock, LockState, Storage, clients_from_json, clients_to_json
 from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.status import Phase, Status
 from tests.fakes.etcd import FakeEtcd
@@ -282,6 +282,21 @@ async def test_a_lost_reply_to_a_release_is_settled_too(bench: Bench) -> None:
     await bench.lock.release(LAST)
     assert bench.lock.view.data is None
     assert STATUS_KEY in bench.etcd.data
+
+
+async def test_what_was_vouched_for_is_kept(bench: Bench) -> None:
+    """Law 4: a supervisor that has just come hands on what the one before has said of the lock's other addresses.
+
+    Otherwise who takes the lock over waits for a person before it shuts them out (simulation, seed 425).
+    """
+    before, own, strange = "192.0.2.1:0/1", "192.0.2.1:0/2", "192.0.2.9:0/9"
+    bench.etcd.write("/kvmsupervisor/clients/1", clients_to_json({before, own}).decode())
+    held = replace(MINE, state=LockState.RUNNING, pid=7, clients=(own,), fence=(before, strange))
+    bench.etcd.write(LOCK_KEY, held.to_json())
+    await bench.lock.look()
+    bench.lock.vouch([own])
+    await bench.lock.write(Change.RENAME, replace(held, facts="/kvmsupervisor"), bench.ground)
+    assert clients_from_json(bench.etcd.data["/kvmsupervisor/clients/1"]) == {before, own}
 
 
 async def test_an_etcd_that_is_away_changes_nothing(bench: Bench) -> None:

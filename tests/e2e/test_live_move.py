@@ -57,6 +57,36 @@ def test_a_guest_moves_while_it_runs(keys: Keys, hosts: Hosts, tiny: str) -> Non
     ]  # fmt: skip
 
 
+def test_a_guest_that_has_come_moves_on_with_its_memory(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law 13: a QEMU tells of the transfer by which its guest came until it sends that on itself.
+
+    Asked for its run state in between, its supervisor took the guest for one that was sent, and handed over nothing.
+    """
+    alpha, beta = pair(hosts)
+    with watched(alpha, beta):
+        keys.machines("alpha", "1", ram=16, extra_flags=tiny)
+        alpha.wait_running("1")
+        keys.put("1", host="beta")
+        (before,) = beta.wait_running("1").values()
+        alpha.wait_forgotten("1")
+        alpha.freeze()
+        keys.put("1", host="alpha")
+        beta.wait_for("1", lambda s: "alpha" in s.reason)
+        # A person's pause has it asked, while it waits for its target.
+        beta.ask("1", "stop")
+        beta.wait_for("1", lambda s: s.run_state == "paused")
+        beta.ask("1", "cont")
+        beta.wait_for("1", lambda s: s.run_state == "running")
+        alpha.thaw()
+        alpha.wait_running("1")
+        alpha.wait_for("1", lambda s: s.run_state == "running")
+        beta.wait_forgotten("1")
+        assert not before.alive
+    (given,) = beta.events("move.given")
+    assert given["bytes"] > 0
+    assert len(alpha.events("move.arrived")) == 1
+
+
 def test_a_paused_guest_stays_paused(keys: Keys, hosts: Hosts, tiny: str) -> None:
     """Law 13: who paused it lets it go on, wherever it is by then."""
     alpha, beta = pair(hosts)

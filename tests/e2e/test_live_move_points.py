@@ -22,7 +22,7 @@ SOURCE = (
 )
 TARGET = (
     *("before OFFER", "before RECEIVE", "before TELL", "clients of the arrival known", "before ARRIVE", "arriving"),
-    *("before SETTLE",),
+    *("arrival on record", "before SETTLE"),
 )
 STEPS = [*(("alpha", name) for name in SOURCE), *(("beta", name) for name in TARGET)]
 

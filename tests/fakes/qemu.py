@@ -7,7 +7,8 @@ Each spawned process is a `FakeQemu`, whose fields say how it behaves (`deaf`, `
 called with each one before it begins. The run directory, its sockets and records stay real: a fake finds out, as the
 real one does, which sockets its options give it by number.
 
-What it has in common with a real QEMU is held by `tests/machine/test_system.py`, which runs on both.
+What it has in common with a real QEMU is held by `tests/machine/test_system.py` and `test_migration.py`, which run on
+both.
 
 `FakeQemus.ran_off_the_record` is what law 3 forbids: guests that were let run although `on_record` denied it.
 """
@@ -22,7 +23,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,14 @@ from kvmsupervisor.adapters.process import TERM_S, SpawnFailed
 from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
-from kvmsupervisor.domain.run_state import NEVER_RAN, POWERED_OFF, RUNNING
+from kvmsupervisor.domain.run_state import INCOMING, NEVER_RAN, POWERED_OFF, RUNNING
 from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
 from tests.fakes.drive import COMMANDS, FakeDrive
+from tests.fakes.migration import COMMANDS as MOVING
+from tests.fakes.migration import FINISHING, Descriptors, FakeMigration, FakeSocket, Guest
 from tests.fakes.network import FakeNetwork
+from tests.fakes.transfer import FakeNet, FakeTransfers
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
@@ -58,10 +62,12 @@ class Request:
     Attributes:
         done: set once there is an answer, or there will be none.
         answer: its result, or the error.
+        wire: the socket that goes with it.
     """
 
     command: str
     arguments: Any = None
+    wire: FakeSocket | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Any = None
 
@@ -78,7 +84,7 @@ class FakeQemu:
         stubborn: QEMU takes `quit` and lives on.
         refuses: QMP commands that it refuses, with its words.
         words: what it writes on its standard error before it exits with status 1 at once; None: it lives.
-        run_state: QMP's.
+        migration: of its guest.
         blocks: its disks, as `query-block` tells them.
         drive: its CD-ROM drive.
         agent: what its guest's agent says, None when nobody answers there.
@@ -115,7 +121,11 @@ class FakeQemu:
                 self.monitors |= {listening[int(fd)] for fd in re.findall(r'fd = "(\d+)"', Path(value).read_text())}
         self.blocks: list[dict[str, Any]] = []
         self.drive = FakeDrive(argv, self.event)
-        self.run_state = NEVER_RAN
+        self._host = host
+        self._guest = Guest()
+        self._run_state = INCOMING if "-incoming" in argv else NEVER_RAN
+        self._ran_from = 0.0
+        self.migration = FakeMigration(self)
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
         self.refuses: dict[str, str] = {}
@@ -127,7 +137,6 @@ class FakeQemu:
         self.commands: list[str] = []
         self.status: WaitStatus | None = None
         self._frozen = self._mute = self._terminated = self._pressed = False
-        self._host = host
         self._processes: list[FakeProcess] = []
         self._clients: list[FakeMonitor] = []
         self._requests: list[tuple[FakeMonitor, Request]] = []
@@ -145,6 +154,50 @@ class FakeQemu:
     @property
     def ram(self) -> str:
         return self.argv[self.argv.index("-m") + 1]
+
+    @property
+    def run_state(self) -> str:
+        """QMP's."""
+        return self._run_state
+
+    @run_state.setter
+    def run_state(self, state: str) -> None:
+        now = self._host.clock.now()
+        if self._run_state == RUNNING:
+            self._guest = replace(self._guest, counted_s=self._guest.counted_s + now - self._ran_from)
+        self._run_state, self._ran_from = state, now
+
+    @property
+    def host_clock(self) -> FakeClock:
+        """Of the machine that it lives on."""
+        return self._host.clock
+
+    @property
+    def boot(self) -> object:
+        """The same in each QEMU that its guest comes to."""
+        return self._guest.boot
+
+    @property
+    def counted_s(self) -> float:
+        """For how long its guest has run, as it counts in its memory."""
+        runs_s = self._host.clock.now() - self._ran_from if self.alive and self._run_state == RUNNING else 0.0
+        return self._guest.counted_s + runs_s
+
+    @property
+    def leaving(self) -> Guest:
+        """Its guest, as it goes to another one."""
+        return replace(self._guest, pressed=self._pressed, deaf=self.deaf)
+
+    def take_in(self, guest: Guest) -> None:
+        """Another one's guest has come."""
+        self._guest = guest
+        self._pressed, self.deaf = guest.pressed, guest.deaf
+
+    def goes_back(self) -> None:
+        """Its guest was stopped for a migration that came to nothing, and runs again by itself."""
+        self.run_state = RUNNING
+        self.event("RESUME")
+        self._heed_button()
 
     @property
     def frozen(self) -> bool:
@@ -197,7 +250,10 @@ class FakeQemu:
     def end(self, status: WaitStatus) -> None:
         if not self.alive:
             return
+        # What its guest has counted counts.
+        self.run_state = self.run_state
         self.status = status
+        self.migration.end()
         for client in tuple(self._clients):
             client.lose()
         self._call_line()
@@ -238,6 +294,9 @@ class FakeQemu:
     def detach(self, client: FakeMonitor) -> None:
         """It is gone, and so is what it asked and was not done."""
         self._clients.remove(client)
+        for other, request in self._requests:
+            if other is client and request.wire is not None:
+                request.wire.close()
         self._requests = [one for one in self._requests if one[0] is not client]
         self._call_line()
 
@@ -255,12 +314,13 @@ class FakeQemu:
         if self.frozen:
             return
         self._call_line()
+        self.migration.go_on()
         if self._terminated and not self.mute:
             self.shut_down("host-signal")
         while self._requests and not self.mute:
             client, request = self._requests.pop(0)
             try:
-                answer = self._run(request.command, request.arguments)
+                answer = self._run(request.command, request.arguments, request.wire)
             except MonitorRefused as error:
                 answer = error
             if not self.alive:
@@ -280,7 +340,7 @@ class FakeQemu:
         """A person runs a command at the spare socket."""
         return self._run(command, None)
 
-    def _run(self, command: str, arguments: Any) -> Any:
+    def _run(self, command: str, arguments: Any, end: FakeSocket | None = None) -> Any:
         if command in self.refuses:
             raise MonitorRefused(f"QEMU refuses {command}: {self.refuses[command]}")
         answers = {
@@ -288,10 +348,11 @@ class FakeQemu:
             "query-chardev": [{"label": "agent0", "frontend-open": self.agent_open, "filename": "unix"}],
             "query-block": [*self.blocks, *self.drive.block],
             "query-blockstats": [],
-            "query-migrate": {},  # it was never asked to move
             "qom-get": {},
         }
         self.commands.append(command)
+        if command in MOVING:
+            return self.migration.run(command, dict(arguments or {}), end)
         if command in COMMANDS:
             return self.drive.run(command, dict(arguments or {}))
         if command == "block_resize":
@@ -313,6 +374,10 @@ class FakeQemu:
         match command:
             case "cont" if self.run_state == POWERED_OFF:
                 raise MonitorRefused("QEMU refuses cont: Resetting the Virtual Machine is required")
+            case "cont" if self.run_state == FINISHING:
+                raise MonitorRefused("QEMU refuses cont: Migration is not finalized yet")
+            case "cont" if self.run_state == INCOMING:
+                pass
             case "cont":
                 self._cont()
             case "stop" if self.run_state == RUNNING:
@@ -326,7 +391,7 @@ class FakeQemu:
                 self._heed_button()
             case "system_reset":
                 self._pressed = False
-                if self.run_state != RUNNING:
+                if self.run_state not in {RUNNING, INCOMING, FINISHING}:
                     self.run_state = NEVER_RAN
                 self.event("RESET", guest=False, reason="host-qmp-system-reset")
             case "quit" if not self.stubborn:
@@ -414,7 +479,7 @@ class FakeMonitor:
         await asyncio.sleep(0)
         if self._lost.is_set():
             raise MonitorLost(f"no QMP connection for {command}")
-        request = Request(command, arguments)
+        request = Request(command, arguments, None if fd is None else self._host.descriptors.take(fd))
         self._asked.add(request)
         try:
             self._qemu.take(self, request)
@@ -459,10 +524,12 @@ class FakeQemus:
         on_record: whether a QEMU's guest may run; what law 3 asks. True unless a test says otherwise.
         ran_off_the_record: those that were let run all the same.
         network: taps and bridges.
+        descriptors: sockets that QEMUs get.
+        transfers: over which guests are moved.
         system: all of it.
     """
 
-    def __init__(self, clock: FakeClock) -> None:
+    def __init__(self, clock: FakeClock, net: FakeNet | None = None, name: str = "") -> None:
         self.clock = clock
         self.all: list[FakeQemu] = []
         self.prepare: Callable[[FakeQemu], None] = lambda qemu: None
@@ -472,6 +539,8 @@ class FakeQemus:
         self.on_record: Callable[[FakeQemu], bool] = lambda qemu: True
         self.ran_off_the_record: list[FakeQemu] = []
         self.network = FakeNetwork()
+        self.descriptors = Descriptors()
+        self.transfers = FakeTransfers(net or FakeNet(clock), self.descriptors, name)
         self.system = System(
             processes=self,
             connect=self.connect,
@@ -480,6 +549,7 @@ class FakeQemus:
             index_of=self.network.index_of,
             ensure_device=lambda device: False,
             port_trouble=self.network.port_trouble,
+            transfers=self.transfers,
         )
         self._pids = itertools.count(2_000_000_000)
 

@@ -349,6 +349,21 @@ async def test_a_holder_that_was_back_is_waited_for_anew(host: Host) -> None:
     await host.until(lambda: host.lock != theirs(), 10.0)
 
 
+async def test_who_has_heard_nothing_waits_anew(host: Host) -> None:
+    """Law 4: while this host had no session the holder may have been back (simulation, seed 585)."""
+    orphan(host)
+    host.fencing.watching[IMAGE] = {OLD}
+    host.begin()
+    await host.clock.advance(50.0)
+    host.session.turn(held=False)
+    await host.clock.advance(30.0)
+    host.session.lease += 1
+    host.session.turn(held=True)
+    await host.clock.advance(55.0)
+    assert host.lock == theirs()
+    await host.until(lambda: host.lock != theirs(), 10.0)
+
+
 async def test_the_qemu_of_a_later_taker_is_not_fenced(host: Host) -> None:
     """Law 4: frozen while it asks storage, a host shuts out nobody once another one has the lock (seed 582)."""
     orphan(host)

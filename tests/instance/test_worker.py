@@ -364,6 +364,21 @@ async def test_a_stop_is_graceful_and_the_lock_goes_last(host: Host, stop: str) 
     assert host.gone == (stop != "power off")
 
 
+async def test_a_guest_has_its_time_once_qemu_has_heard_of_it(host: Host) -> None:
+    """§4: what comes between pressing the button and QEMU is no time of the guest's (simulation, seed 240)."""
+    host.wish(shutdown_timeout="20")
+    host.begin()
+    qemu = await host.runs()
+    qemu.deaf = qemu.mute = True
+    STOPS["power off"](host)
+    await host.clock.advance(4.0)
+    qemu.mute = False
+    await host.clock.advance(19.0)
+    assert qemu.presses
+    assert "quit" not in qemu.commands
+    await host.until(lambda: not qemu.alive, 10.0)
+
+
 async def test_all_keys_removed_leave_nothing_behind(host: Host) -> None:
     """`etcdctl del --prefix` takes the lock too: it is reasserted, the guest shut down, then lock and status go."""
     host.wish()

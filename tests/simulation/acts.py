@@ -14,7 +14,7 @@ from tests.simulation.loop import WORLD as WORLD_LIFE
 from tests.simulation.loop import context_of
 from tests.simulation.world import World
 
-HOSTS = "abc"
+HOSTS = ("a", "b", "c")
 
 MACHINES = {"r1": 0.8, "r2": 0.8, "r3": 0.8, "d1": 0.7, "f1": 0.8, "s1": 0.15, "n1": 0.1}
 """How likely each is there at the beginning; `create` has what its letter says: `r` has an image, `n` one without an
@@ -25,6 +25,9 @@ QUIET = (
     "qemu-",
     "qmp-",
     "ceph-",
+    "transfer-",
+    "drain",
+    "undrain",
     "move",
     "power",
     "restart",
@@ -139,6 +142,20 @@ def draw_acts(chance: Random, number: int, kinds: Collection[str] = ()) -> list[
             )
         )
     return acts
+
+
+def draw_settings(chance: Random) -> dict[str, str]:
+    """What hosts are set to: mostly so that guests are moved while they run."""
+    settings = {}
+    if chance.random() < 0.8:
+        settings["KVM_MIGRATION_LISTEN"] = "192.0.2.{number}:9747"
+    if chance.random() < 0.3:
+        settings["KVM_MIGRATION_PARALLEL"] = "2"
+    if chance.random() < 0.5:
+        settings["KVM_DRAIN_ANY"] = "1"
+    if chance.random() < 0.1:
+        settings["KVM_RETURN"] = "auto"
+    return settings
 
 
 def draw_cluster(world: World) -> None:

@@ -81,6 +81,14 @@ def give_up_on_nobody(world: World) -> None:
             world.etcd.write(world.layout.history_key, name.to_json())
 
 
+def order_drains_again(world: World) -> None:
+    """Give a drain again that came with another history, as what its host says asks for (`drain`)."""
+    for host, wish in sorted(world.host_wishes.items()):
+        said = world.progress(host)
+        if "drain" in wish and said is not None and "until it is ordered again" in said.notice:
+            world.drain(host, wish["drain"])
+
+
 def restart_the_shut_out(world: World) -> None:
     """Restart whoever Ceph has shut out although its lock is its own (`restart`)."""
     for status in sorted(_statuses(world), key=lambda one: one.id):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tests.fakes.etcd import FakeEtcd
 from tests.simulation.acts import Act, kind, later
-from tests.simulation.points import POINTS, Armed, Way
-from tests.simulation.world import World
+from tests.simulation.points import MOVES, POINTS, WAYS, Armed, Way
+from tests.simulation.world import PASSAGE_S, World
+
+if TYPE_CHECKING:
+    from tests.simulation.host import SimHost
+    from tests.simulation.points import Hit
 
 START_TIMEOUT_S = 60.0
 """`KVM_START_TIMEOUT`."""
@@ -41,8 +46,118 @@ def _(world: World, act: Act) -> None:
 def _(world: World, act: Act) -> None:
     """At a point of the program its supervisor is killed, frozen, or gets an error."""
     place, rest = divmod(act.x * len(POINTS), 1)
-    way = tuple(Way)[int(rest * len(Way))]
+    way = WAYS[int(rest * len(WAYS))]
     world.armed[POINTS[int(place)]] = Armed(act.host, way, act.for_s)
+
+
+@kind("struck-in-a-move", 12)
+def _(world: World, act: Act) -> None:
+    """At a step of a live move something happens at one of its hosts, to a QEMU, or on the way."""
+    place, rest = divmod(act.x * len(MOVES), 1)
+    hit, rest = divmod(rest * len(HITS), 1)
+    world.armed[MOVES[int(place)]] = Armed("", Way.HIT, act.for_s, hit=HITS[int(hit)])
+
+
+def _kill_what_moves(world: World, host: SimHost, for_s: float) -> None:
+    for qemu in [one for one in host.kernel.living if one.migration.status != "none"]:
+        qemu.crash()
+
+
+def _freeze_what_moves(world: World, host: SimHost, for_s: float) -> None:
+    for qemu in [one for one in host.kernel.living if one.migration.status != "none"]:
+        qemu.frozen = True
+        later(world, for_s, partial(setattr, qemu, "frozen", False))
+
+
+def _freeze_host(world: World, host: SimHost, for_s: float) -> None:
+    host.freeze(on=True)
+    later(world, for_s, lambda: host.freeze(on=False), ends=f"frozen {host.true_name}")
+
+
+def _lose_power(world: World, host: SimHost, for_s: float) -> None:
+    host.lose_power()
+    later(world, for_s, host.boot, ends=f"off {host.true_name}")
+
+
+def _kill_supervisor(world: World, host: SimHost, for_s: float) -> None:
+    host.kill()
+    later(world, for_s, host.start, ends=f"down {host.true_name}")
+
+
+def _lose_replies(world: World, host: SimHost, for_s: float) -> None:
+    host.weather.loses_reply = 0.9
+    later(world, min(for_s, 10.0), host.weather.clear)
+
+
+def _cut_from_etcd(world: World, host: SimHost, for_s: float) -> None:
+    host.weather.cut = True
+    host.weather_changed()
+
+    def mend() -> None:
+        host.weather.cut = False
+        host.weather_changed()
+
+    later(world, for_s, mend, ends=f"cut {host.true_name}")
+
+
+def _cut_off(world: World, host: SimHost, for_s: float) -> None:
+    _swallow(world, [(host.true_name, other.true_name) for other in world.hosts], for_s, both=True)
+
+
+def _swallow_what_it_says(world: World, host: SimHost, for_s: float) -> None:
+    _swallow(world, [(host.true_name, other.true_name) for other in world.hosts], for_s, both=False)
+
+
+def _swallow_what_it_is_told(world: World, host: SimHost, for_s: float) -> None:
+    _swallow(world, [(other.true_name, host.true_name) for other in world.hosts], for_s, both=False)
+
+
+def _swallow(world: World, ways: list[tuple[str, str]], for_s: float, *, both: bool) -> None:
+    ways = [*ways, *((there, here) for here, there in ways if both)]
+    world.net.swallowed.update(ways)
+    world.net.changed()
+
+    def mend() -> None:
+        world.net.swallowed.difference_update(ways)
+        world.net.changed()
+
+    later(world, for_s, mend)
+
+
+def _think_better(world: World, host: SimHost, for_s: float) -> None:
+    """Somebody writes `host` back."""
+    for name in sorted(world.wishes):
+        for qemu in world.judge.living(name):
+            if qemu.migration.status != "none" and world.wishes[name].get("host") not in {None, qemu.host}:
+                world.judge.ordered(name, f"moves back to {qemu.host}", to=qemu.host)
+                world.put(name, host=qemu.host)
+                return
+
+
+HITS: tuple[Hit, ...] = (
+    *(_kill_what_moves, _freeze_what_moves, _freeze_host, _lose_power, _kill_supervisor, _lose_replies),
+    *(_cut_from_etcd, _cut_off, _swallow_what_it_says, _swallow_what_it_is_told, _think_better),
+)
+
+
+STUCK_S = 45.0
+"""Longer than the rest of a transfer may be under way (`instance.moves.REST_S`)."""
+
+
+@kind("end-of-a-move", 6)
+def _(world: World, act: Act) -> None:
+    """Somebody has second thoughts when all is sent; or the target takes no more, right before it would have all."""
+    if act.x < 0.5:
+        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=_think_better)
+    else:
+        world.armed["switching"] = Armed("", Way.HIT, STUCK_S + act.for_s, hit=_freeze_targets)
+
+
+def _freeze_targets(world: World, host: SimHost, for_s: float) -> None:
+    for other in world.hosts:
+        for qemu in [one for one in other.kernel.living if one.is_arrival and one.ran_at is None]:
+            qemu.frozen = True
+            later(world, for_s, partial(setattr, qemu, "frozen", False))
 
 
 @kind("frozen-at-the-lock", 6)
@@ -52,7 +167,7 @@ def _(world: World, act: Act) -> None:
     def move() -> None:
         for name, keys in sorted(world.wishes.items()):
             if act.x < 0.5 and keys.get("host") == act.host != act.other and not world.judge.living(name):
-                world.judge.ordered(name, f"moves to {act.other}")
+                world.judge.ordered(name, f"moves to {act.other}", to=act.other)
                 world.put(name, host=act.other)
 
     world.armed["lock to be written"] = Armed(act.host, Way.FREEZE, act.for_s, move)
@@ -120,6 +235,9 @@ def _(world: World, act: Act) -> None:
     world.host(act.host).clock.skew_s = (act.x - 0.5) * 1e6
 
 
+MIGRATE = ("migrate", "migrate-incoming", "migrate-continue", "migrate_cancel", "query-migrate")
+"""QMP commands of a live move."""
+
 # --- QEMUs --------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +290,7 @@ def _(world: World, act: Act) -> None:
 
 @kind("qmp-answer-lost")
 def _(world: World, act: Act) -> None:
-    commands = ("cont", "quit", "system_powerdown", "query-status")
+    commands = ("cont", "quit", "system_powerdown", "query-status", *MIGRATE)
     world.host(act.host).kernel.lose_answer_to = commands[int(act.x * len(commands))]
 
 
@@ -181,7 +299,8 @@ def _(world: World, act: Act) -> None:
     """Somebody stops a guest by a QMP of his own, and lets it go on."""
     if (qemu := _qemu_of(world, act)) is not None:
         qemu.pause()
-        later(world, act.for_s, qemu.resume)
+        guest = qemu.boot
+        later(world, act.for_s, lambda: world.let_go_on(guest))
 
 
 @kind("qemu-fails", 3)
@@ -196,7 +315,7 @@ def _(world: World, act: Act) -> None:
 @kind("qemu-ends-at-command", 4)
 def _(world: World, act: Act) -> None:
     """Before it does what it is told, or after."""
-    commands = ("cont", "quit", "system_powerdown", "query-status", "query-uuid", "query-chardev")
+    commands = ("cont", "quit", "system_powerdown", "query-status", "query-uuid", "query-chardev", *MIGRATE)
     place, rest = divmod(act.x * len(commands), 1)
     world.host(act.host).kernel.dies_at = commands[int(place)], rest < 0.5
 
@@ -285,6 +404,29 @@ def _(world: World, act: Act) -> None:
 def _(world: World, act: Act) -> None:
     """All data is lost."""
     world.etcd.restore(FakeEtcd(world.loop.time))
+
+
+# --- the way between hosts, over which guests are moved -------------------------------------------------------------
+
+
+@kind("transfer-cut", 4)
+def _(world: World, act: Act) -> None:
+    """Nothing passes between two hosts, or one way nothing does."""
+    ways = [(act.host, act.other), (act.other, act.host)][: 1 if act.x < 0.5 else 2]
+    world.net.swallowed.update(ways)
+    world.net.changed()
+
+    def mend() -> None:
+        world.net.swallowed.difference_update(ways)
+        world.net.changed()
+
+    later(world, act.for_s, mend)
+
+
+@kind("transfer-slow", 2)
+def _(world: World, act: Act) -> None:
+    world.net_slow_s = 3.0 * act.x
+    later(world, act.for_s, lambda: setattr(world, "net_slow_s", PASSAGE_S), ends="transfers")
 
 
 # --- Ceph ---------------------------------------------------------------------------------------------------------

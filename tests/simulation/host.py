@@ -31,6 +31,9 @@ from tests.simulation.tries import TriedCeph, TriedEtcd
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
+LASTS_S = 1.0
+"""The longest time that memory is sent once nothing is wrong any more."""
+
 AGAIN_S = 2.0
 """Pause before a supervisor that ended by itself is started again, as its unit does (`RestartSec=`)."""
 
@@ -58,8 +61,16 @@ class SupervisorLife(Life):
 
 
 @lru_cache(maxsize=64)
-def settings_of(name: str, prefix: str, run_dir: str, lock: str | None, endpoint: str = NOWHERE) -> Settings:
-    """What a host is set to: defaults, but for what would touch this machine."""
+def settings_of(
+    name: str,
+    prefix: str,
+    run_dir: str,
+    lock: str | None,
+    endpoint: str = NOWHERE,
+    *,
+    more: tuple[tuple[str, str], ...] = (),
+) -> Settings:
+    """What a host is set to: defaults, but for what would touch this machine, and `more`."""
     environ = {
         "ETCD_ENDPOINTS": endpoint,
         "KVM_HOSTNAME": name,
@@ -70,6 +81,7 @@ def settings_of(name: str, prefix: str, run_dir: str, lock: str | None, endpoint
         "KVM_ACCEL": "tcg",
         "KVM_CGROUP": "none",
         **({} if lock is None else {"LOCK": lock}),
+        **dict(more),
     }
     return load_settings(environ, default_config=Path(run_dir, "none.toml"))
 
@@ -116,6 +128,7 @@ class SimHost:
             self.number + 1,
             clock=self.clock,
             ceph=self.world.ceph,
+            net=self.world.net,
             chance=self.world.chance.of(f"qemu {self.number} {self._boots}"),
             watcher=self.world.judge,
         )
@@ -163,7 +176,9 @@ class SimHost:
     @property
     def settings(self) -> Settings:
         """The present ones."""
-        return settings_of(self.name, self.prefix, str(self.run_dir), self.world.lock_template)
+        more = {name: value.format(number=self.number + 1) for name, value in self.world.settings.items()}
+        known = self.name, self.prefix, str(self.run_dir), self.world.lock_template
+        return settings_of(*known, more=tuple(more.items()))
 
     def start(self) -> None:
         """Start a supervisor, unless one lives."""
@@ -315,6 +330,7 @@ class SimHost:
         if self.life is not None:
             self.life.frozen = on
         self.world.trace.add(self.true_name, "frozen" if on else "thawed")
+        self._is_on_the_net(on=not on)
         self.weather_changed()
         for qemu in self.kernel.living:
             image = qemu.image
@@ -329,6 +345,8 @@ class SimHost:
             return
         self.world.trace.add(self.true_name, "loses power")
         self.frozen = False
+        self._is_on_the_net(on=False)
+        self.world.net.gone(self.kernel.transfers, lambda context: True, silently=True)
         self.kill()
         self.hardware.dead = True
         for qemu in self.kernel.living:
@@ -343,7 +361,13 @@ class SimHost:
         self.world.trace.add(self.true_name, "boots")
         self.powered = True
         self._boot()
+        self._is_on_the_net(on=True)
         self.start()
+
+    def _is_on_the_net(self, *, on: bool) -> None:
+        """Whether its kernel answers other hosts."""
+        (self.world.net.down.discard if on else self.world.net.down.add)(self.true_name)
+        self.world.net.changed()
 
     def weather_changed(self) -> None:
         """Watches break, or link again."""
@@ -363,7 +387,9 @@ class SimHost:
         self.kernel.hangs_until = self.kernel.fails_until = 0.0
         for qemu in self.kernel.living:
             qemu.deaf = qemu.stubborn = qemu.frozen = qemu.mute = False
-            qemu.resume()
+            qemu.migration.lasts_s = min(qemu.migration.lasts_s, LASTS_S)
+            if self.world.is_the_guests(qemu):
+                qemu.resume()
         self.end_the_unrecorded()
         self.boot()
         if not self.is_set_right:

@@ -35,6 +35,9 @@ LOOKED_S = 20.0
 RESTARTS, WITHIN_S = 12, 60.0
 """More starts of one machine in so many seconds are none with a growing pause; by chance, one in a million."""
 
+MOMENT_S = 1e-3
+"""Less than that no guest counts."""
+
 EARLIER_S = 60.0
 """How long before a QEMU was spawned an order may have been given that still ends it: it was on its way."""
 
@@ -65,7 +68,9 @@ class Judge:
         tell: told of each event, for the trace.
         exists: whether etcd has a key.
         belongs: whether an instance is to run on a host, as people want it.
+        wanted: whether it is to run at all.
         at_home: the same, as the keys stand in etcd.
+        leaves: whether a placement has it leave that host: True: also by a stop; False: only while it runs; None: not.
         watched: whether anybody has an image open.
         shut_out: whether storage shuts out a client.
     """
@@ -78,7 +83,9 @@ class Judge:
         tell: Callable[[str, str], None],
         exists: Callable[[str], bool],
         belongs: Callable[[str, str], bool],
+        wanted: Callable[[str], bool],
         at_home: Callable[[str, str], bool],
+        leaves: Callable[[str, str], bool | None],
         watched: Callable[[str], bool],
         shut_out: Callable[[str], bool],
     ) -> None:
@@ -90,11 +97,17 @@ class Judge:
         self._tell = tell
         self._exists = exists
         self._belongs = belongs
+        self._wanted = wanted
         self._at_home = at_home
+        self._leaves = leaves
         self._watched = watched
         self._shut_out = shut_out
-        # When people gave an order that ends a guest, by instance.
+        # When people gave an order that ends a guest, by instance; where to, if that was a move.
         self._orders: dict[str, float] = {}
+        self._moves: dict[str, str | None] = {}
+        # Address → whose it is; incarnations to which a guest was handed over.
+        self._clients: dict[str, SimQemu] = {}
+        self._given: set[str] = set()
         # By instance: what its lock was, what is to be fenced by it, clients of those that may run; its status.
         self._epochs: dict[str, Epochs] = defaultdict(Epochs)
         self._debts: dict[str, Debts] = defaultdict(Debts)
@@ -135,9 +148,17 @@ class Judge:
 
     # --- people -----------------------------------------------------------------------------------------------
 
-    def ordered(self, instance: str, why: str, *, at_once: bool = False) -> None:
-        """A person gave an order that ends this guest, or starts it again; `at_once`: without asking it."""
+    def ordered(self, instance: str, why: str, *, at_once: bool = False, to: str | None = None) -> None:
+        """A person gave an order that ends this guest, or starts it again.
+
+        Args:
+            instance: whose.
+            why: for people.
+            at_once: whether without asking it.
+            to: the host that it is to move to, where it is that.
+        """
         self._orders[instance] = self._time()
+        self._moves[instance] = to
         if at_once:
             self._hasty[instance] = self._time()
         self._tell("people", f"{instance}: {why}")
@@ -173,7 +194,8 @@ class Judge:
         if qemu.incarnation in self._published & self._superseded:
             # Taken over elsewhere, where its host had published it and is not any more (docs/weaknesses.md, 9).
             return
-        if lock is not None and lock.state is LockState.RUNNING and lock.incarnation == qemu.incarnation:
+        holds = {LockState.RUNNING, LockState.MIGRATING, LockState.GIVEN}
+        if lock is not None and lock.state in holds and lock.incarnation == qemu.incarnation:
             self.wrong("law 4", f"{qemu.instance}: {qemu.pid} on {qemu.host} is shut out, and the lock is its own")
 
     # --- QEMUs ------------------------------------------------------------------------------------------------
@@ -181,18 +203,22 @@ class Judge:
     def spawned(self, qemu: SimQemu) -> None:
         self.counts["spawned"] += 1
         self.qemus[qemu.instance].append(qemu)
+        self._clients[qemu.client] = qemu
+        self._tell(qemu.host, f"spawned {qemu.instance} {qemu.pid}{' for a guest that comes' * qemu.is_arrival}")
+        if qemu.is_arrival:
+            return
         since = max(self._time() - WITHIN_S, self._orders.get(qemu.instance, 0.0))
         spawns = [at for at in self._spawns[qemu.instance] if at > since]
         self._spawns[qemu.instance] = [*spawns, self._time()]
         if len(spawns) >= RESTARTS:
             self._spawns[qemu.instance] = []
             self.wrong("restarts pause", f"{qemu.instance}: {len(spawns) + 1} starts in {WITHIN_S:g} s")
-        self._tell(qemu.host, f"spawned {qemu.instance} {qemu.pid}")
 
-    def continued(self, qemu: SimQemu) -> None:
-        """Its guest runs."""
+    def continued(self, qemu: SimQemu, *, again: bool = False) -> None:
+        """Its guest runs; `again`: it ran in this QEMU before."""
         self.counts["ran"] += 1
         self._tell(qemu.host, f"runs {qemu.instance} {qemu.pid}")
+        self._look_at_guest(qemu)
         recorded = self._recorded.get(qemu.incarnation)
         if recorded is None:
             self.wrong("law 3", f"{qemu.instance}: {qemu.pid} runs, and no lock ever said that it may")
@@ -201,13 +227,47 @@ class Judge:
         if not qemu.kernel.ceph.has_exclusive_lock(qemu.image):
             self.wrong("law 5", f"{qemu.instance}: {qemu.pid} runs, and {qemu.image} has no exclusive lock")
         # One that is shut out itself may go on until its supervisor has read that, if that was frozen: nothing lands.
-        owed = self._debts[qemu.instance].before(qemu.incarnation) if qemu.writes else {}
+        owed = self._debts[qemu.instance].before(qemu.incarnation) if qemu.writes and not again else {}
         for address, whose in owed.items():
-            if whose not in self._closed and not self._shut_out(address):
+            if not self._is_done_with(address, whose) and not self._stands_for(qemu, address):
                 self.wrong("law 4", f"{qemu.instance}: {qemu.pid} runs, and {address} of {whose} is not shut out")
         if qemu.disk is not None:
             self.look_at_writers([qemu])
             self.look_at_writers(one for one in self._all() if one.disk == qemu.disk)
+
+    def _is_done_with(self, address: str, whose: str) -> bool:
+        """Whether a client writes no more: it is shut out, or has closed its disks."""
+        qemu = self._clients.get(address)
+        return (
+            self._shut_out(address) or whose in self._closed or (qemu is not None and qemu.incarnation in self._closed)
+        )
+
+    def _is_harmless(self, address: str) -> bool:
+        """Whether a client writes no more, or is that of a QEMU that waited for a guest which never went on in it."""
+        qemu = self._clients.get(address)
+        return self._is_done_with(address, "") or (qemu is not None and qemu.is_arrival and qemu.ran_at is None)
+
+    def _stands_for(self, qemu: SimQemu, address: str) -> bool:
+        """Whether a client is that of a QEMU whose guest came to this one by hand-over, or that never had any."""
+        other = self._clients.get(address)
+        if other is None or qemu.incarnation not in self._given:
+            return False
+        return other.ran_at is None or (other.boot is qemu.boot and other.run_state != "running")
+
+    def _look_at_guest(self, qemu: SimQemu) -> None:
+        """Law 13: a guest runs in one QEMU, and goes on with all that it has counted."""
+        others = [one for one in self.qemus[qemu.instance] if one is not qemu and one.boot is qemu.boot]
+        for one in others:
+            if one.alive and one.run_state == "running" and not self._shut_out(one.client):
+                self.wrong(
+                    "law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} runs, and {one.pid} on {one.host} does"
+                )
+        counted_s = max((one.counted_s for one in others if one.ran_at is not None), default=0.0)
+        if counted_s > qemu.counted_s + MOMENT_S:
+            lacks_s = counted_s - qemu.counted_s
+            self.wrong(
+                "law 13", f"{qemu.instance}: {qemu.pid} on {qemu.host} goes on, and lacks the last {lacks_s:.3f} s"
+            )
 
     def _all(self) -> Iterator[SimQemu]:
         return (qemu for qemus in self.qemus.values() for qemu in qemus)
@@ -238,13 +298,16 @@ class Judge:
                 self.wrong("a guest is asked first", f"{qemu.instance}: {said}")
 
     def _plight(self, qemu: SimQemu) -> Plight:
+        leaves = self._leaves(qemu.instance, qemu.host)
+        belongs = self._belongs(qemu.instance, qemu.host)
         return Plight(
             ran=qemu.ran_at is not None,
             stands=qemu.run_state != "running",
             lost=qemu.incarnation in self._superseded | self._broken or self._is_outranked(qemu),
             shut_out=not qemu.writes,
             ordered=self._orders.get(qemu.instance, -1.0) >= qemu.since - EARLIER_S,
-            elsewhere=not self._belongs(qemu.instance, qemu.host),
+            # One that is placed elsewhere, and goes only while it runs, is not stopped for that.
+            elsewhere=leaves or not (belongs or (leaves is not None and self._wanted(qemu.instance))),
         )
 
     def _is_outranked(self, qemu: SimQemu) -> bool:
@@ -331,7 +394,7 @@ class Judge:
         if before is not None and before.incarnation != lock.incarnation:
             # Published there, and taken over there.
             self._superseded.add(before.incarnation)
-        if lock.state is LockState.RUNNING:
+        if lock.state in {LockState.RUNNING, LockState.GIVEN}:
             self._recorded[lock.incarnation] = frozenset(lock.clients)
 
     def _lock_is(self, instance: str, value: bytes) -> None:
@@ -342,33 +405,62 @@ class Judge:
         self._locks[instance] = lock
         self._ranks[lock.incarnation] = lock.epoch
         epochs, debts = self._epochs[instance], self._debts[instance]
+        if lock.state is LockState.GIVEN and (before is None or before.incarnation != lock.incarnation):
+            self._handed_over(instance, before, lock)
         is_new = lock.incarnation not in epochs.of
         if is_new:
             self._superseded.update(epochs.of, self._former.pop(instance, ()))
             for address, whose in debts.lost_by(lock).items():
-                if whose not in self._closed and not self._shut_out(address):
+                if not self._is_done_with(address, whose):
                     self.wrong("law 4", f"{instance}: the lock of {lock.host} does not tell of {address} of {whose}")
         for what in epochs.saw(lock):
             self.wrong("law 2", f"{instance}: {what}")
         debts.saw(lock)
         if is_new:
-            self.counts["taken"] += 1
-            # One that is written again has its QEMU there, whatever the keys say.
-            is_taken = lock.state is not LockState.RUNNING
-            # Who has it may start it again while the host where it is to run was not there a moment ago.
-            is_new_here = is_taken and (before is None or before.host != lock.host)
-            if is_new_here and not self._at_home(instance, lock.host):
-                self.wrong("law 2", f"{instance}: {lock.host} took its lock, and it is to run elsewhere")
-            if not self._exists(self._layout.session_key(lock.host)):
-                self.wrong("law 2", f"{instance}: {lock.host} took its lock, and has no session")
-            # A host that was renamed takes its own.
-            if is_taken and before is not None and before.host != lock.host and before.boot_id != lock.boot_id:
-                self.counts["taken over"] += 1
-                self._look_at_wait(instance, before)
-                if before.state is not LockState.BROKEN and self._exists(self._layout.session_key(before.host)):
-                    self.wrong("law 4", f"{instance}: {lock.host} took the lock of {before.host}, which has a session")
-        if lock.state is LockState.RUNNING:
+            self._is_new_incarnations(instance, before, lock)
+        if lock.state in {LockState.RUNNING, LockState.GIVEN}:
             self._recorded[lock.incarnation] = frozenset(lock.clients)
+
+    def _is_new_incarnations(self, instance: str, before: Lock | None, lock: Lock) -> None:
+        """The lock names another incarnation than it ever did: it was taken, handed over, or written again."""
+        self.counts["taken"] += 1
+        # One that is written again has its QEMU there, whatever the keys say.
+        is_taken = lock.state is not LockState.RUNNING
+        # Who has it may start it again while the host where it is to run was not there a moment ago.
+        is_new_here = is_taken and (before is None or before.host != lock.host)
+        if is_new_here and not self._at_home(instance, lock.host):
+            self.wrong("law 2", f"{instance}: {lock.host} took its lock, and it is to run elsewhere")
+        if not self._exists(self._layout.session_key(lock.host)):
+            self.wrong("law 2", f"{instance}: {lock.host} took its lock, and has no session")
+        # A host that was renamed takes its own.
+        is_anothers = before is not None and before.host != lock.host and before.boot_id != lock.boot_id
+        if is_taken and is_anothers and lock.state is not LockState.GIVEN:
+            assert before is not None
+            self.counts["taken over"] += 1
+            self._look_at_wait(instance, before)
+            if before.state is not LockState.BROKEN and self._exists(self._layout.session_key(before.host)):
+                self.wrong("law 4", f"{instance}: {lock.host} took the lock of {before.host}, which has a session")
+
+    def _handed_over(self, instance: str, before: Lock | None, lock: Lock) -> None:
+        """Law 13: the source hands over once, to the QEMU that it has on record, which has all of the guest."""
+        self.counts["handed over"] += 1
+        self._given.add(lock.incarnation)
+        if self._moves.get(instance) == lock.host:
+            # That order is carried out: it ends this guest no more.
+            self._orders.pop(instance, None)
+            self._moves.pop(instance, None)
+        announced = None if before is None or before.state is not LockState.MIGRATING else before.to
+        if announced is None or announced.incarnation != lock.incarnation:
+            self.wrong(
+                "law 13", f"{instance}: handed over to {lock.incarnation} on {lock.host}, which was not announced"
+            )
+            return
+        assert before is not None
+        for qemu in self.living(instance):
+            if qemu.incarnation == before.incarnation and qemu.run_state == "running":
+                self.wrong("law 13", f"{instance}: handed over, and {qemu.pid} on {qemu.host} runs its guest")
+            if qemu.incarnation == lock.incarnation and not qemu.migration.has_all:
+                self.wrong("law 13", f"{instance}: handed over, and {qemu.pid} on {qemu.host} has not all of the guest")
 
     def _look_at_wait(self, instance: str, before: Lock) -> None:
         """Law 4: who is gone and has its disks open has probably lost etcd only, and is waited for."""
@@ -395,7 +487,7 @@ class Judge:
         alive = [qemu for qemu in self.qemus[instance] if qemu.alive and qemu.incarnation == lock.incarnation]
         if alive:
             self.wrong("law 9", f"{instance}: its lock was let go of, and {alive[0].pid} on {alive[0].host} lives")
-        if unfenced := [address for address in lock.fence if not self._shut_out(address)]:
+        if unfenced := [address for address in lock.fence if not self._is_harmless(address)]:
             self.wrong("law 4", f"{instance}: its lock was let go of, and {unfenced} are not shut out")
 
     def _unbreak(self, instance: str) -> None:

@@ -135,6 +135,8 @@ class Looks:
                 bound_s = bounds.STATUS_SILENT_S
             elif now - self._stored.get(status.host, now) < bounds.STATUS_STORAGE_S:
                 bound_s = bounds.STATUS_STORAGE_S
+        # What was claimed of it while it was silent, or was not, counts anew.
+        self._claims.see((instance, not is_silent), None, now=now, bound_s=bound_s)
         lasted_s = self._claims.see((instance, is_silent), claim, now=now, bound_s=bound_s)
         if lasted_s is not None:
             said = f"{instance}: its status of {status.host} says {claim!r} for {lasted_s:.1f} s, and that is not so"
@@ -147,5 +149,5 @@ class Looks:
             running=[qemu.pid for qemu in qemus if qemu.run_state == "running" and not qemu.frozen],
             lock=world.judge.lock(name),
             newest=0 if status.held or not world.is_heeded(name, status.host) else world.judge.newest(name),
-            sessions=sessions,
+            sessions={one for one in sessions if not world.drains(one)},
         )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,16 +15,19 @@ from typing import Any
 import pytest
 import structlog
 
-from kvmsupervisor.adapters.etcd import Compare, Get, KeyValue
+from kvmsupervisor.adapters.etcd import Compare, EtcdError, Get, KeyValue
 from kvmsupervisor.adapters.etcd.api import Event
 from kvmsupervisor.cluster import history, informer, session
 from kvmsupervisor.cluster import lock as lock_module
-from kvmsupervisor.cluster.fencing import Admit, CephFencing
+from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.cluster.informer import Informer
+from kvmsupervisor.cluster.lock import SwapFailed
 from kvmsupervisor.cluster.lock import compares as right_compares
 from kvmsupervisor.cluster.owners import LockOwners
 from kvmsupervisor.domain import doubt, lifecycle
 from kvmsupervisor.domain.decision import Decision, Row
+from kvmsupervisor.domain.evacuation import plan
+from kvmsupervisor.domain.handover import announced, given
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
@@ -35,13 +39,16 @@ from kvmsupervisor.domain.removal import MassRemovalHold
 from kvmsupervisor.domain.spec import Spec
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.storage import storage_of
+from kvmsupervisor.domain.transfer import Link, Stage
 from kvmsupervisor.domain.view import Action, View
-from kvmsupervisor.instance import start, worker
+from kvmsupervisor.instance import moves, new_qemu, start, worker
+from kvmsupervisor.instance.moves import Moves
 from kvmsupervisor.instance.sharing import Namesakes, Sharing
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.images import Law5
-from kvmsupervisor.supervisor import failover, identity
+from kvmsupervisor.machine.migration import MoveRefused
+from kvmsupervisor.supervisor import evacuation, failover, identity
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.identity import Standing
 from tests.simulation.etcd import SimEtcd
@@ -171,7 +178,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
     """A guest runs before its storage clients are on record."""
 
     async def clients(
-        self: CephFencing, record: Incarnation, known: Collection[str] = (), *, admit: Admit | None = None
+        self: CephFencing, record: Incarnation, known: Collection[str] = (), **more: object
     ) -> tuple[str, ...]:
         await asyncio.sleep(0)
         return ()
@@ -425,7 +432,7 @@ def files_are_nothing(patch: pytest.MonkeyPatch) -> None:
         found = storage_of(spec)
         return Storage.NONE if found is Storage.UNFENCEABLE else found
 
-    for module in (start, failover):
+    for module in (start, failover, new_qemu):
         patch.setattr(module, "storage_of", storage)
 
 
@@ -459,6 +466,72 @@ def many_removals_are_one(patch: pytest.MonkeyPatch) -> None:
         return set()
 
     patch.setattr(MassRemovalHold, "judge", judge)
+
+
+# --- live moves -------------------------------------------------------------------------------------------------
+
+MOVING = ("move", "move-and-back", "struck-in-a-move")
+
+
+@mutant("law 13", seed=1, kinds=("move",))
+def handed_over_at_the_switchover(patch: pytest.MonkeyPatch) -> None:
+    """The source hands over before the rest is sent: if that fails, it runs again by itself."""
+
+    async def switch(self: Moves, wish: Any) -> None:
+        lock = self._lock.view.lock
+        assert lock is not None
+        now = given(lock, paused=False, mark=self._context.era().mark)
+        await self._lock.write(Change.GIVE, now, wish.ground, offer=self._offer)
+        await self._machine.migration.switch()
+
+    patch.setattr(Moves, "_switch", switch)
+
+
+@mutant("law 13", seed=1, kinds=MOVING)
+def goes_on_because_the_source_fell_silent(patch: pytest.MonkeyPatch) -> None:
+    """The target goes on by inference: it has all of the guest, and the connection is over."""
+
+    def change(view: View, decision: Decision) -> Decision:
+        process = view.process
+        waits = process is not None and process.incarnation.incoming and process.stage is Stage.DONE
+        return replace(decision, action=Action.ARRIVE) if waits and view.course.link is Link.NONE else decision
+
+    _with_decisions(patch, change)
+
+
+@mutant("laws 3 and 13", seed=1, kinds=("move",))
+def the_target_is_on_no_record(patch: pytest.MonkeyPatch) -> None:
+    """The lock does not name the clients of the QEMU that a guest is sent to."""
+    patch.setattr(moves, "announced", lambda lock, to: announced(lock, replace(to, clients=())))
+
+
+@mutant("law 13", seed=1, kinds=(*MOVING, "etcd-flaky"))
+def goes_back_unread(patch: pytest.MonkeyPatch) -> None:
+    """The source lets its guest go on where nothing was heard of the hand-over, without having read whose it is."""
+    right = Moves._give
+
+    async def give(self: Moves, wish: Any) -> None:
+        try:
+            await right(self, wish)
+        except (SwapFailed, EtcdError):
+            with contextlib.suppress(MoveRefused):
+                await self._machine.migration.go_on()
+            raise
+
+    patch.setattr(Moves, "_give", give)
+
+
+@mutant("a drain stops nobody", seed=1, kinds=("drain", "create"))
+def a_live_drain_stops(patch: pytest.MonkeyPatch) -> None:
+    """What goes only while it runs is stopped where it cannot."""
+    patch.setattr(View, "goes_only_live", property(lambda self: False))
+
+
+@mutant("a drain ends", seed=1, kinds=("drain",))
+def a_drain_says_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Why a machine stays is not said."""
+    nothing: dict[str, Any] = {"refused": {}, "evicted": frozenset()}
+    patch.setattr(evacuation, "plan", lambda *told, **more: replace(plan(*told, **more), **nothing))
 
 
 # --- statuses, records, watches, tries --------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import secrets
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -136,6 +137,7 @@ def outside(
         links=QuietLinks,
         logs=lambda clock, settings: QuietLogs(clock=clock),
         machine_types=lambda qemu: KnownTypes(),
+        qemu_version=lambda qemu: "7.2.0",
         event_files=lambda settings: EventFiles(None),
         packet_rule=None,
         disks=lambda access, allow_unfenced: Disks(ceph(), allow_unfenced=allow_unfenced),
@@ -150,6 +152,7 @@ def drawn(chance: Random) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # uuid4 asks the kernel for them.
         patch.setattr(os, "urandom", chance.randbytes)
+        patch.setattr(secrets, "token_bytes", chance.randbytes)
         random.seed(chance.random())
         try:
             yield

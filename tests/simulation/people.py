@@ -8,11 +8,59 @@ from tests.simulation.acts import HOSTS, Act, create, kind, later
 from tests.simulation.world import World
 
 
-@kind("move", 8)
+@kind("move", 14)
 def _(world: World, act: Act) -> None:
     if world.wishes.get(act.machine, {}).get("host") not in (None, act.other):
-        world.judge.ordered(act.machine, f"moves to {act.other}")
+        world.judge.ordered(act.machine, f"moves to {act.other}", to=act.other)
         world.put(act.machine, host=act.other)
+
+
+@kind("move-and-back", 4)
+def _(world: World, act: Act) -> None:
+    """Somebody has second thoughts."""
+    before = world.wishes.get(act.machine, {}).get("host")
+    if before is None or before not in HOSTS or before == act.other:
+        return
+    world.judge.ordered(act.machine, f"moves to {act.other}", to=act.other)
+    world.put(act.machine, host=act.other)
+
+    def back() -> None:
+        if world.wishes.get(act.machine, {}).get("host") == act.other:
+            world.judge.ordered(act.machine, f"moves back to {before}", to=before)
+            world.put(act.machine, host=before)
+
+    later(world, 6.0 * act.x * act.x, back)
+
+
+@kind("moved-from-the-silent", 3)
+def _(world: World, act: Act) -> None:
+    """A host has no session, and a person moves its machines elsewhere by hand."""
+    for name, keys in sorted(world.wishes.items()):
+        host = keys.get("host")
+        if host in HOSTS and host != act.other and not world.has_session(host) and world.has_session(act.other):
+            world.judge.ordered(name, f"moves to {act.other}", to=act.other)
+            world.put(name, host=act.other)
+
+
+@kind("drain", 8)
+def _(world: World, act: Act) -> None:
+    """It ends after a while, mostly; and what has left may be wanted back."""
+    mode = "live" if act.x < 0.6 else "cold" if act.x < 0.8 else "stop"
+    world.drain(act.host, mode)
+    way = int(act.for_s * 1000) % 4
+    if way:
+        back = (None, None, "live", "cold")[way]
+        later(world, act.for_s, lambda: _undrain(world, act.host, mode, back))
+
+
+def _undrain(world: World, host: str, mode: str, back: str | None) -> None:
+    if world.host_wishes.get(host, {}).get("drain") == mode and not world.is_healed:
+        world.undrain(host, back)
+
+
+@kind("undrain", 2)
+def _(world: World, act: Act) -> None:
+    world.undrain(act.host, "live" if act.x < 0.7 else None)
 
 
 @kind("host-as-placed", 3)
@@ -84,7 +132,7 @@ def mend_keys(world: World, machine: str, host: str) -> None:
     if machine == "r2" and world.wishes.get(machine, {}).get("rbd") == "rbd/r1":
         world.put(machine, rbd="rbd/r2")
     if world.wishes.get(machine, {}).get("host", host) not in HOSTS:
-        world.judge.ordered(machine, f"goes to {host}")
+        world.judge.ordered(machine, f"goes to {host}", to=host)
         world.put(machine, host=host)
 
 

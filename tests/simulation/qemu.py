@@ -10,16 +10,20 @@ import contextvars
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 from kvmsupervisor.adapters.process import Hidden, SpawnFailed
-from kvmsupervisor.adapters.qmp import MonitorLost, MonitorSilent
+from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilent
 from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.exits import WaitStatus
+from kvmsupervisor.domain.run_state import POSTMIGRATE
+from tests.fakes.migration import FakeSocket, Guest
 from tests.fakes.qemu import FakeMonitor, FakeProcess, FakeQemu, FakeQemus, OnEvent, listening
+from tests.fakes.transfer import FakeNet
 from tests.simulation.ceph import CephCluster
 from tests.simulation.clock import SimClock
 from tests.simulation.loop import LIFE, Life
@@ -30,6 +34,9 @@ QMP_S = 0.02
 LATE_S = 2.0
 """How often a guest writes whose client one OSD takes for good."""
 
+LASTS_S = (0.1, 0.3, 1.0, 3.0, 8.0, 20.0, 200.0)
+"""How long memory is sent: the last one's guest writes faster than it can be."""
+
 BOOT_S = 0.05
 """The longest time a QEMU takes until it has opened its disks, and greets."""
 
@@ -38,7 +45,7 @@ class Watcher(Protocol):
     """Who is told what is done to QEMUs."""
 
     def spawned(self, qemu: SimQemu) -> None: ...
-    def continued(self, qemu: SimQemu) -> None: ...
+    def continued(self, qemu: SimQemu, *, again: bool) -> None: ...
     def ended_by_us(self, qemu: SimQemu, how: str) -> None: ...
     def ended(self, qemu: SimQemu) -> None: ...
 
@@ -64,6 +71,7 @@ class SimQemu(FakeQemu):
         bears: whose command ended it, as far as a supervisor did.
         asked_at: when its power button was pressed first; None while it was not.
         was_hindered: whether it ever hung.
+        is_arrival: whether it was started for another one's guest.
     """
 
     def __init__(
@@ -87,6 +95,8 @@ class SimQemu(FakeQemu):
         self.bears: list[str] = []
         self.asked_at: float | None = None
         self._held = False
+        self.is_arrival = "-incoming" in argv
+        self.migration.lasts_s = LASTS_S[int(kernel.chance.random() ** 1.5 * len(LASTS_S))]
 
     @property
     def incarnation(self) -> str:
@@ -111,7 +121,9 @@ class SimQemu(FakeQemu):
     def end(self, status: WaitStatus) -> None:
         if not self.alive:
             return
+        self.run_state = self.run_state
         self.status = status
+        self.migration.end()
         if status.code == 0:
             self.kernel.ceph.close(self.client)
         else:
@@ -151,16 +163,35 @@ class SimQemu(FakeQemu):
 
     def resume(self) -> None:
         """And lets it go on, also where it was reset meanwhile; one whose guest never ran is nobody's to resume."""
-        if self.alive and self._held and self.run_state in {"paused", "prelaunch"}:
+        if self.alive and self._held and self.run_state in {"paused", "prelaunch", POSTMIGRATE}:
             self._held = False
-            self.run_state = "running"
-            self.event("RESUME")
-            self._heed_button()
+            self.goes_back()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a person has paused its guest."""
+        return self._held
+
+    @property
+    def leaving(self) -> Guest:
+        return replace(super().leaving, held=self._held)
+
+    def take_in(self, guest: Guest) -> None:
+        super().take_in(guest)
+        self._held = guest.held
+
+    def goes_back(self) -> None:
+        if self.image is not None:
+            self.kernel.ceph.write(self.image, self.client)
+        super().goes_back()
+        self.kernel.watcher.continued(self, again=True)
 
     def vanish(self) -> None:
         """The host's power is gone: no process, and nothing is told."""
         if self.alive:
+            self.run_state = self.run_state
             self.status = WaitStatus(signal=9)
+            self.migration.end()
             self.kernel.ceph.vanish(self.client)
             self._clients.clear()
             self._processes.clear()
@@ -178,13 +209,13 @@ class SimQemu(FakeQemu):
             raise MonitorLost(f"cannot connect to QMP at {path}: the other side hung up")
         return SimMonitor(self, self.kernel, path, on_event, on_lost)
 
-    def _run(self, command: str, arguments: Any) -> Any:
+    def _run(self, command: str, arguments: Any, end: FakeSocket | None = None) -> Any:
         kernel = self.kernel
         if kernel.dies_at is None or kernel.dies_at[0] != command:
-            return super()._run(command, arguments)
+            return super()._run(command, arguments, end)
         (_, before), kernel.dies_at = kernel.dies_at, None
         if not before:
-            super()._run(command, arguments)
+            super()._run(command, arguments, end)
         self.crash()
         return {}
 
@@ -196,14 +227,17 @@ class SimQemu(FakeQemu):
         super()._do(command)
 
     def _cont(self) -> None:
-        before = self.run_state
+        before, again = self.run_state, self.ran_at is not None
+        if self.migration.is_inactive and self.image is not None and self.kernel.ceph.is_shut_out(self.client):
+            raise MonitorRefused("QEMU refuses cont: Failed to invalidate the cache: endpoint shutdown")
         super()._cont()
         if before != self.run_state:
+            self.migration.is_inactive = False
             if self.image is not None:
                 self.kernel.ceph.write(self.image, self.client)
             if self.ran_at is None:
                 self.ran_at = asyncio.get_running_loop().time()
-            self.kernel.watcher.continued(self)
+            self.kernel.watcher.continued(self, again=again)
 
 
 class SimProcess(FakeProcess):
@@ -267,6 +301,7 @@ class SimQemus(FakeQemus):
         ceph: the cluster's.
         chance: for the time that things take.
         watcher: told of what happens.
+        net: over which guests are moved, the cluster's; None for one of its own.
 
     Attributes:
         hidden: processes that may not be looked at.
@@ -277,9 +312,17 @@ class SimQemus(FakeQemus):
     """
 
     def __init__(
-        self, name: str, number: int, *, clock: SimClock, ceph: CephCluster, chance: Random, watcher: Watcher
+        self,
+        name: str,
+        number: int,
+        *,
+        clock: SimClock,
+        ceph: CephCluster,
+        chance: Random,
+        watcher: Watcher,
+        net: FakeNet | None = None,
     ) -> None:
-        super().__init__(clock)  # type: ignore[arg-type]
+        super().__init__(clock, net, name)  # type: ignore[arg-type]
         self.name = name
         self.number = number
         self.ceph = ceph
@@ -301,6 +344,7 @@ class SimQemus(FakeQemus):
                 if isinstance(client, SimMonitor) and client.life is life:
                     qemu.detach(client)
             qemu._processes = [one for one in qemu._processes if isinstance(one, SimProcess) and one.life is not life]
+        self.transfers.net.gone(self.transfers, lambda context: context.get(LIFE) is life, silently=False)
 
     def spawn(
         self,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tests.simulation import advice, faults, people
 from tests.simulation import loop as sim
-from tests.simulation.acts import Act, draw_acts, draw_cluster
+from tests.simulation.acts import Act, draw_acts, draw_cluster, draw_settings
 from tests.simulation.chance import Chance
+from tests.simulation.emptying import Emptying, Returning
 from tests.simulation.judge import Violation
 from tests.simulation.outside import drawn
 from tests.simulation.points import listening
@@ -77,7 +78,8 @@ def play(
     acts = draw_acts(Chance(seed).of("acts"), steps, kinds)
 
     def played() -> Played:
-        world = World(sim.SimLoop(seed), Chance(seed), folder, keep=keep, lock=lock)
+        settings = draw_settings(Chance(seed).of("settings"))
+        world = World(sim.SimLoop(seed), Chance(seed), folder, keep=keep, lock=lock, settings=settings)
         world.to_the_first = to_the_first
         with contextlib.suppress(Enough), tapped(world):
             sim.run_within(world.loop, lambda loop: _play(world, acts, only))
@@ -121,6 +123,7 @@ async def _play(world: World, acts: list[Act], only: Collection[int] | None) -> 
             people.mend_keys(world, name, "a")
         world.heal()
         advice.break_locks_of_nobody(world)
+        await _empty(world)
         await _settle(world)
         gc.collect()
         # What the collector came upon is told in a step.
@@ -131,13 +134,30 @@ async def _play(world: World, acts: list[Act], only: Collection[int] | None) -> 
         await asyncio.sleep(0)
 
 
+async def _empty(world: World) -> None:
+    """Each host that drains becomes empty, or says what keeps it from that; then people end all drains."""
+    hosts = sorted(host for host, wish in world.host_wishes.items() if "drain" in wish)
+    if not hosts:
+        return
+    emptying = Emptying(world, hosts)
+    while not emptying.is_over and not emptying.look():
+        await asyncio.sleep(CONFIRM_S)
+        advice.heed(world)
+        advice.order_drains_again(world)
+    emptying.end()
+    chance = world.chance.of("undrain")
+    for host in hosts:
+        world.undrain(host, chance.choice([None, "live", "live", "cold"]))
+
+
 async def _settle(world: World) -> None:
     """Wait until everything is as people want it, and stays so."""
-    settling = Settling(world)
+    settling, returning = Settling(world), Returning(world)
     is_well = False
-    while not is_well and not settling.is_over:
+    while not is_well and not (settling.is_over and returning.is_over):
         for _ in range(int(CONFIRM_S / LOOK_S)):
             await asyncio.sleep(LOOK_S)
-            is_well = settling.look()
+            is_well = settling.look() and returning.look()
         advice.heed(world)
     settling.end()
+    returning.end()

@@ -100,7 +100,10 @@ class Unwatched:
     def spawned(self, qemu: SimQemu) -> None:
         pass
 
-    continued = ended = spawned
+    ended = spawned
+
+    def continued(self, qemu: SimQemu, *, again: bool) -> None:
+        pass
 
     def ended_by_us(self, qemu: SimQemu, how: str) -> None:
         pass

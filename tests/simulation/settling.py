@@ -73,6 +73,10 @@ class Settling:
             if (what := unexplained(judge.status(name))) is not None:
                 yield f"{name} does not run, and {what}"
 
+    def _pause_s(self, name: str) -> float:
+        """How long its last pause after a live move that failed is, and the next one."""
+        return 2 * self._world.pauses_s.get(name, 0.0)
+
     def _wait_of(self, name: str) -> Wait:
         """What may hold an instance up, as things are now."""
         world, judge = self._world, self._world.judge
@@ -80,6 +84,9 @@ class Settling:
         causes = {"its host": TERMS.host_s, "its start": TERMS.start_s}
         if any(not (qemu.writes and world.belongs(name, qemu.host)) for qemu in living) or len(living) > 1:
             causes["a QEMU that is in its way"] = TERMS.leave_s
+        if world.moves_live and any(not world.belongs(name, qemu.host) or qemu.is_arrival for qemu in living):
+            pause_s = max(self._pause_s(name), TERMS.moved_s)
+            causes["a live move, and one that is tried again"] = 2 * TERMS.moved_s + pause_s
         status = judge.status(name)
         if not living or len(causes) > 2:
             causes["clients that Ceph has to forget"] = TERMS.forgotten_s

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ETCD, CEPH, SESSION, STATUSES, HISTORY = "etcd", "Ceph", "its session", "its statuses", "the history"
+DRAIN = "its drain"
 """Subjects, beside the ids of instances and the calls themselves."""
 
 _SUBJECTS = (
@@ -26,10 +27,11 @@ _SUBJECTS = (
     # Without a key to write it asks whether others have written statuses.
     (re.compile(r"^\w+ (?:\w+:)?/kvmsupervisor/instances/|^txn *$"), STATUSES),
     (re.compile(r"^\w+ (?:\w+:)?/kvmsupervisor/history|^get \S+@\d+"), HISTORY),
+    (re.compile(r"/kvmsupervisor/drains/"), DRAIN),
 )
 _INSTANCE = re.compile(r"/(?:kvm|kvmsupervisor/\w+)/(\w+)")
 
-EVENTS = {"history": HISTORY, "session": SESSION, "publisher": STATUSES, "statuses": STATUSES}
+EVENTS = {"history": HISTORY, "session": SESSION, "publisher": STATUSES, "statuses": STATUSES, "drain": DRAIN}
 """What a line in the log is about, by how its event begins."""
 
 

@@ -15,20 +15,27 @@ import structlog
 
 from kvmsupervisor.adapters.etcd.api import Event
 from kvmsupervisor.domain.ceph import Client
+from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Status
 from tests.fakes.etcd import FakeEtcd
+from tests.fakes.transfer import FakeNet
 from tests.simulation.ceph import CephCluster
 from tests.simulation.chance import Chance
+from tests.simulation.clock import SimClock
 from tests.simulation.host import SimHost
 from tests.simulation.judge import TICK_S, Judge
 from tests.simulation.looks import Looks
-from tests.simulation.loop import LIFE, Life, SimLoop, context_of
+from tests.simulation.loop import LIFE, WORLD, Life, SimLoop, context_of
 from tests.simulation.points import Armed
+from tests.simulation.qemu import SimQemu
 from tests.simulation.trace import Trace
 from tests.simulation.tries import hear
+
+PASSAGE_S = 0.01
+"""The longest time that what one host sends another is under way."""
 
 SHAKEN_S = 60.0
 """How long after its end a fault may still cost a session."""
@@ -62,12 +69,17 @@ class World:
 
     Attributes:
         lock_template: `LOCK`; None for the default.
+        settings: of all hosts, besides; `{number}` stands for the host's.
+        net: over which guests are moved.
+        host_wishes: what people want of hosts: `drain`, `return`.
+        pauses_s: the last pause after a live move that failed, by instance.
         layout: of the keys.
         quorum: set while etcd has one.
         elsewhere: the data of another cluster's etcd.
         over: the history has ended; what is torn down now counts no more.
         until: what is wrong → how long.
         to_the_first: the history ends with the first violation.
+        is_healed: nothing goes wrong any more.
         upgraded: supervisors that were stopped to be replaced.
         on_log: told what a supervisor logs: its name, the event, what goes with it.
     """
@@ -81,8 +93,10 @@ class World:
         names: Sequence[str] = "abc",
         keep: int | None = None,
         lock: str | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.loop = loop
+        self.settings = settings or {}
         self.folder = folder
         self.chance = chance
         self.lock_template = lock
@@ -99,16 +113,22 @@ class World:
             tell=self._told,
             exists=lambda key: key.encode() in self._server.keys,
             belongs=self.belongs,
+            wanted=self.wanted,
             at_home=self.at_home,
+            leaves=self.leaves,
             watched=lambda image: bool(self.ceph.watching(image)),
             shut_out=lambda client: self.ceph.is_shut_out(Client(client)),
         )
         self.ceph = CephCluster(loop.time, self.chance.of("ceph"))
         self.ceph.on_shut_out = self._shut_out
         self.ceph.on_unwatched = self.judge.unwatched
+        net_chance = self.chance.of("transfers")
+        self.net = FakeNet(SimClock(loop, hardware=context_of(WORLD)))  # type: ignore[arg-type]
+        self.net_slow_s = PASSAGE_S
+        self.net.passage_s = lambda: net_chance.random() * self.net_slow_s
         self.quorum = asyncio.Event()
         self.quorum.set()
-        self.over = self.to_the_first = False
+        self.over = self.to_the_first = self.is_healed = False
         self.until: dict[str, float] = {}
         self._shaken_until = 0.0
         self.ended_at = loop.time()
@@ -117,6 +137,8 @@ class World:
         self.armed: dict[str, Armed] = {}
         self.reached: Counter[str] = Counter()
         self.wishes: dict[str, dict[str, str]] = {}
+        self.host_wishes: dict[str, dict[str, str]] = {}
+        self.pauses_s: dict[str, float] = {}
         self.looks = Looks(self)
         self._histories = {False: [self._server.history], True: [self._elsewhere.history]}
         self.hosts = [SimHost(self, number, name) for number, name in enumerate(names)]
@@ -237,6 +259,48 @@ class World:
             self.wishes.get(instance, {}).pop(key.removeprefix(prefix), None)
         self.trace.add("people", f"remove {found}")
 
+    def want(self, host: str, name: str, value: str | None) -> None:
+        """A person writes, or deletes, what is wanted of a host."""
+        key = f"{self.layout.host_wishes_prefix}{host}/{name}"
+        self.judge.wrote(self.etcd.revision + 1)
+        if value is None:
+            self.host_wishes.get(host, {}).pop(name, None)
+            self.etcd.erase(key)
+        else:
+            self.host_wishes.setdefault(host, {})[name] = value
+            self.etcd.write(key, value)
+        self.trace.add("people", f"{host}: {name} {value}")
+
+    def drain(self, host: str, mode: str) -> None:
+        """`drain`. What runs there, or may start there, may be stopped where the mode says so."""
+        if mode != "live":
+            for name, keys in sorted(self.wishes.items()):
+                if host in {keys.get("host"), self.placed(name)} or any(
+                    q.host == host for q in self.judge.living(name)
+                ):
+                    self.judge.ordered(name, f"{host} drains ({mode})")
+        self.want(host, "return", None)
+        self.want(host, "drain", mode)
+
+    def undrain(self, host: str, back: str | None) -> None:
+        """`undrain`, and `--return`."""
+        if back == "cold":
+            for name, keys in sorted(self.wishes.items()):
+                if keys.get("host") == host:
+                    self.judge.ordered(name, f"{host} takes it back")
+        self.want(host, "drain", None)
+        if back is not None:
+            self.want(host, "return", back)
+
+    def drains(self, host: str) -> bool:
+        """Whether etcd has it that a host drains."""
+        return self.layout.drain_key(host).encode() in self._server.keys
+
+    def progress(self, host: str) -> HostProgress | None:
+        """How far a drain, or a return, has come, as its host says."""
+        value = self.etcd.data.get(self.layout.drain_fact_key(host))
+        return None if value is None else HostProgress.from_json(value)
+
     def has_anothers(self, instance: str, image: str | None) -> bool:
         """Whether a QEMU of an instance has this image open, which its keys do not name any more."""
         own = self.wishes.get(instance, {}).get("rbd")
@@ -255,6 +319,12 @@ class World:
             if gone := [name for name in stray if name not in keys and name != "lock"]:
                 self.judge.ordered(instance, "keys of the backup are taken away")
                 self.remove(instance, *gone)
+        for host in sorted(one.true_name for one in self.hosts):
+            for name in ("drain", "return"):
+                wanted = self.host_wishes.get(host, {}).get(name)
+                there = self.etcd.data.get(f"{self.layout.host_wishes_prefix}{host}/{name}")
+                if there != (None if wanted is None else wanted.encode()):
+                    self.want(host, name, wanted)
 
     def locks(self) -> dict[str, bytes]:
         found = {}
@@ -298,11 +368,26 @@ class World:
         A `host` that there is not moves nothing.
         """
         wish = self.wishes.get(instance, {})
-        if wish.get("power", "on") != "on" or "host" not in wish:
+        if not self.wanted(instance):
             return False
         if all(wish["host"] != one.true_name for one in self.hosts):
             return True
         return host in {wish["host"], self.placed(instance)}
+
+    def wanted(self, instance: str) -> bool:
+        """Whether people want it to run."""
+        wish = self.wishes.get(instance, {})
+        return wish.get("power", "on") == "on" and "host" in wish
+
+    def leaves(self, instance: str, host: str) -> bool | None:
+        """Whether a placement has it leave a host where it may be: True where its guest may be stopped for that.
+
+        False: it may not be, so that it goes only while it runs. None: nothing has it leave.
+        """
+        found = self._placement(instance)
+        if found is None or found.host == host:
+            return None
+        return not found.only_live
 
     def at_home(self, instance: str, host: str) -> bool:
         """Whether it is to run there, as the keys are now, or may stay until the host where it is to run is there."""
@@ -322,12 +407,29 @@ class World:
 
     def placed(self, instance: str) -> str | None:
         """Where its placement says, while that stands."""
+        found = self._placement(instance)
+        return None if found is None else found.host
+
+    def _placement(self, instance: str) -> Placement | None:
         keys, name = self._server.keys, InstanceId(instance)
         home = keys.get(self.layout.wish_key(name, "host").encode())
         placed = keys.get(self.layout.placement_key(name).encode())
         placement = None if placed is None else Placement.from_json(placed.value)
         stands = placement is not None and home is not None and 0 < home.mod_revision <= placement.of
-        return placement.host if placement is not None and stands else None
+        return placement if stands else None
+
+    def let_go_on(self, guest: object) -> None:
+        """Whoever has paused a guest lets it go on, wherever it is by then."""
+        for host in self.hosts:
+            for qemu in host.kernel.living:
+                if qemu.boot is guest and self.is_the_guests(qemu):
+                    qemu.resume()
+
+    def is_the_guests(self, qemu: SimQemu) -> bool:
+        """Whether a QEMU is the one whose guest a person lets go on: its lock's, or the only one that has it."""
+        lock, living = self.lock(qemu.instance), self.judge.living(qemu.instance)
+        holds = lock is not None and lock.incarnation == qemu.incarnation
+        return holds or not any(one is not qemu and one.boot is qemu.boot for one in living)
 
     def lock(self, instance: str) -> Lock | None:
         value = self.etcd.data.get(self.layout.lock_key(InstanceId(instance)))
@@ -342,11 +444,15 @@ class World:
     def heal(self) -> None:
         """Nothing is wrong with anything any more."""
         self.trace.add("world", "all is healed")
+        self.is_healed = True
         self.quorum.set()
         self.etcd.allow()
         self.ceph.away = None
         self.ceph.slow_s = 0.3
         self.ceph.late_s = 0.0
+        self.net.swallowed.clear()
+        self.net_slow_s = PASSAGE_S
+        self.net.changed()
         self.etcd.make_space()
         self.armed.clear()
         self.set_right()
@@ -357,6 +463,11 @@ class World:
         """The history is told."""
         self.trace.add("world", "the end")
         self.ended_at, self.over = self.loop.time(), True
+
+    @property
+    def moves_live(self) -> bool:
+        """Whether guests are moved while they run."""
+        return "KVM_MIGRATION_LISTEN" in self.settings
 
     @property
     def has_begun_again(self) -> bool:
@@ -408,6 +519,8 @@ class LogTap:
             world.trace.add(LIFE.get().name, f"{method} {name} {event}")
             hear(world.looks.tries, LIFE.get().name, name, event, wishes=world.wishes)
             world.on_log(LIFE.get().name, name, event)
+            if name == "move.failed":
+                world.pauses_s[event["instance"]] = event["pause_s"]
             if name == "session.lost" and world.loop.time() > world._shaken_until:
                 world.judge.lost_session(LIFE.get().name)
             if name == "instance.error":

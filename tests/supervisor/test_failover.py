@@ -191,6 +191,17 @@ async def test_a_host_that_was_back_is_waited_for_anew(candidates: Callable[...,
     assert (await taken(first, 10.0)).host == "a"
 
 
+async def test_who_has_heard_nothing_waits_anew(candidates: Callable[..., list[Candidate]]) -> None:
+    """Law 4: while this host had no session the holder may have been back (simulation, seed 585)."""
+    first, _ = candidates(hosts="a")
+    first.host.fencing.watching[IMAGE] = {OLD}
+    await first.host.clock.advance(50.0)
+    first.host.session.lease += 1
+    await first.host.clock.advance(55.0)
+    assert first.host.lock == HELD
+    assert (await taken(first, 10.0)).host == "a"
+
+
 async def test_disks_that_the_keys_name_no_more_are_waited_for(candidates: Callable[..., list[Candidate]]) -> None:
     """Law 4: `rbd` was written while the guest ran, and waits for a restart: its disks are those that its lock names.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvmsupervisor.adapters.ceph.client import LONGEST_ANSWER_S, MONITORS_S
 from kvmsupervisor.adapters.etcd import EtcdConfig
+from kvmsupervisor.adapters.transfer import SILENCE_S as CUT_OFF_S
 from kvmsupervisor.cluster.batches import GATHER_S, SPREAD_S
 from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
 from kvmsupervisor.domain.failover import STEP_S
@@ -13,9 +14,11 @@ from kvmsupervisor.domain.hands_off import HOLDOVER_POLL_S
 from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.timing import REMIND_EVERY_S, RESTART_CAP_S, RETRY_CAP_S, Rival
+from kvmsupervisor.instance.moves import LEAST_S, READY_S, REST_S
 from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S
 from kvmsupervisor.machine.machine import KILL_S
 from kvmsupervisor.machine.monitor import ANSWER_S, DRAIN_S, PROBE_GAP_S
+from kvmsupervisor.supervisor.evacuation import PATIENCE_S
 
 WATCH_S = 30.0
 """After which Ceph forgets a client that has gone silent (`osd_client_watch_timeout`)."""
@@ -83,6 +86,16 @@ class Terms:
     def takeover_s(self) -> float:
         """A host that has not spoken in another history, or whose disks are in use, is waited for."""
         return self.takeover_wait_s + ASK_WATCHERS_EVERY_S + STEP_S
+
+    @property
+    def moved_s(self) -> float:
+        """A live move: the target makes ready, memory is sent, then the rest; or it is called off."""
+        return READY_S + LEAST_S + REST_S + CUT_OFF_S + STATUS_S
+
+    @property
+    def placed_s(self) -> float:
+        """A drain, or a return, waits for a machine that does not begin to move; then that moves, or says why not."""
+        return PATIENCE_S + self.moved_s + self.leave_s + self.start_s
 
     @property
     def silent_s(self) -> float:

@@ -62,6 +62,7 @@ class FakeSession:
         etcd.write(self.key, "{}")
         self._revision = etcd.revision
         self.held = True
+        self.lease = 1
         self._listeners: list[Callable[[], None]] = []
 
     def compare(self) -> Compare:

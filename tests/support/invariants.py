@@ -68,6 +68,9 @@ class Debts:
         for address in lock.fence:
             self._owed.setdefault(address, "an earlier one")
         self._owed.update(dict.fromkeys(lock.clients, lock.incarnation))
+        if lock.to is not None:
+            # It may have all of the guest (law 13).
+            self._owed.update(dict.fromkeys(lock.to.clients, lock.to.incarnation))
 
     def before(self, incarnation: str) -> dict[str, str]:
         """Address → whose it is: all that has to be shut out before this one runs."""
@@ -223,7 +226,7 @@ class Fact:
         running: those of them whose guest runs.
         lock: its lock.
         newest: the revision of the newest of its keys; 0 when it is not known, or that host need not heed them.
-        sessions: the hosts that have a session.
+        sessions: the hosts that have a session, and take machines in.
     """
 
     living: Collection[int]
@@ -250,7 +253,7 @@ def untrue(status: Status, fact: Fact) -> str | None:
     if lock is not None and (lock.host, lock.pid) == (status.host, status.pid) and lock.epoch != status.epoch:
         return f"its epoch is {status.epoch}, which is {lock.epoch}"
     if status.awaited_host is not None and status.awaited_host in fact.sessions:
-        return f"{status.awaited_host} has no session"
+        return f"{status.awaited_host} has no session, or takes nobody in"
     if status.revision < fact.newest:
         return f"its keys are those of revision {status.revision}, which are of {fact.newest}"
     return None
