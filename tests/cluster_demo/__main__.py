@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -19,18 +20,21 @@ LOGS = ".cache/cluster-demo"
 PROGRAMS = ("ip", "ping", "nsenter", "unshare", "mount", "ceph-mon", "ceph-osd", "rbd", "etcd", "qemu-system-x86_64")
 
 
-def main(argv: list[str]) -> int:
-    """Run the demo; return the exit status."""
+def main(argv: list[str], *, root: bool) -> int:
+    """Run the demo, which takes root; return the exit status."""
     argparse.ArgumentParser(
         prog="make cluster-demo",
         description="Three hosts on one machine: a guest answers ping, moves live, is drained, and outlives its host.",
         epilog=f"{ONCE}=1 runs it without a person. Exit status: 0 each scene came to what it promises; 1 one did not; "
         "2 this machine cannot; 130 Ctrl-C.",
     ).parse_args(argv)
-    if os.geteuid() != 0:
+    if not root:
         print(
             "cluster-demo: it makes network namespaces and plugs in bridges, which takes root: sudo make cluster-demo"
         )
+        return 2
+    if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
+        print(f"cluster-demo: not installed, or not in PATH: {', '.join(missing)}; `make cluster-demo` sees to that")
         return 2
     try:
         return run_apart(play)
@@ -83,4 +87,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], root=os.geteuid() == 0))

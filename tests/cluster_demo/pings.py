@@ -99,12 +99,12 @@ class Pings:
         if not self._first:
             return Tally(sent=0, lost=0, gap_s=0.0)
         settled = range(max(self._first, since + 1), self._last - GRACE + 1)
-        answered = [seq for seq in range(max(self._first, since + 1), self._last + 1) if seq in self._answered]
-        waiting = self._last - max(self._first, since + 1) + 1 - len(answered)
+        newest = range(max(settled.start, settled.stop), self._last + 1)
         lost = sum(seq not in self._answered for seq in settled)
         # What was answered among the newest counts as sent, too.
-        sent = len(settled) + sum(seq not in settled for seq in answered)
-        return Tally(sent=max(0, sent), lost=lost, gap_s=self._gap(since, now if waiting else None))
+        sent = len(settled) + sum(seq in self._answered for seq in newest)
+        silent = self._last > since and self._last not in self._answered
+        return Tally(sent=sent, lost=lost, gap_s=self._gap(since, now if silent else None))
 
     def _gap(self, since: int, now: float | None) -> float:
         """The longest pause that ends behind that request; one that lasts until `now` counts where there is one."""
