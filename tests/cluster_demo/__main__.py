@@ -60,7 +60,7 @@ def play(folder: Path) -> int:
     problem = ""
     with ExitStack() as stack:
         cluster = Cluster(stack, folder)
-        board = Board(cluster.now, *(() if terminal else (say,)))
+        board = Board(cluster.now, *(() if terminal else (say,)), program=f"{folder}/kvmsupervisor" if person else "")
         try:
             with on_screen(board, cluster, person=person) if terminal else nullcontext() as screen:
                 pause: Callable[[str], None] = (lambda then: None) if screen is None else screen.pause

@@ -60,6 +60,7 @@ class Board:
     Args:
         now: seconds of the stage's clock.
         tell: prints a line; the view has no use for it.
+        program: with which people in another terminal reach the cluster; empty for none.
 
     Attributes:
         number: of the scene, from 1.
@@ -73,7 +74,10 @@ class Board:
         results: of the scenes that are over.
     """
 
-    def __init__(self, now: Callable[[], float], tell: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, now: Callable[[], float], tell: Callable[[str], None] = lambda line: None, *, program: str = ""
+    ) -> None:
+        self.program = program
         self._now = now
         self._tell = tell
         self._clear()

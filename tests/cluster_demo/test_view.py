@@ -39,8 +39,9 @@ class Watched(Board):
 def test_nothing_yet() -> None:
     """Before the first key is written."""
     stage = MadeUp()
-    shown = screen(Board(stage.now), stage)
+    shown = screen(Board(stage.now, program="/tmp/kvs12345678/kvmsupervisor"), stage)
     assert shown.count("no session") == 3
+    assert "try: /tmp/kvs12345678/kvmsupervisor" in shown
     assert "not pinged yet" in shown
 
 

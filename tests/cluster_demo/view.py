@@ -49,7 +49,7 @@ def draw(board: Board, picture: Picture, pings: Pings, says: Said | None, now: f
         now: seconds of the stage's clock.
     """
     whole, upper = Layout(), Layout(size=UPPER_LINES)
-    hosts = Layout(_panel("three hosts, one etcd, one Ceph", _hosts(picture)))
+    hosts = Layout(_panel("three hosts, one etcd, one Ceph", _hosts(picture, board.program)))
     upper.split_row(hosts, Layout(_ping_panel(pings, says, now)))
     whole.split_column(upper, Layout(_scene_panel(board, now)))
     return whole
@@ -64,7 +64,7 @@ def _panel(title: str, *lines: RenderableType, below: str = "") -> Panel:
 # --- hosts ----------------------------------------------------------------------------------------------------
 
 
-def _hosts(picture: Picture) -> Text:
+def _hosts(picture: Picture, program: str) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     for host in picture.hosts.values():
         text.append(f"{host.name:6}", "bold")
@@ -77,6 +77,8 @@ def _hosts(picture: Picture) -> Text:
         for line in [*lines, *[Text("  -" if not lines else "", "dim")] * len(GUESTS)][: len(GUESTS)]:
             text.append(line)
             text.append("\n")
+    if program:
+        text.append(f"try: {program}", "dim")
     return text
 
 
