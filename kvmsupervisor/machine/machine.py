@@ -298,7 +298,11 @@ class Machine:
         await self.probe()
         if not self._talk.answered:
             self._talk.retry()
-        elif self._launch.furnished and not self.never_ran:
+            return
+        # QEMU has opened its logs by now, and its guest does not run yet: a log that was never looked at takes nothing.
+        # An arriving guest is let run by `migration`, not by `resume`.
+        self._logs.look()
+        if self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
 
     # --- commands ---------------------------------------------------------------------------------------------
@@ -326,8 +330,6 @@ class Machine:
         if self._launch.waits:
             return True
         self._talk.run_state = None
-        # QEMU has opened its logs by now.
-        self._logs.look()
         try:
             answer = await self._talk.ask("cont")
         except MonitorRefused as error:

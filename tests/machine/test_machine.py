@@ -190,6 +190,22 @@ async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     assert bench.view.run_state == "running"
 
 
+async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
+    """Whoever lets the guest run, `resume` or a live move: QEMU appends to no log by then, for that would be lost."""
+
+    def build(provision: Provision) -> list[str]:
+        log = ("-add-fd", f"fd={provision.channels.console_log},set=7")
+        return [*tiny(*log, "-chardev", "null,id=c,logfile=/dev/fdset/7,logappend=on")(provision)]
+
+    bench.machine.spawn(record(), SPEC, plain, build, Quarters())
+    await bench.connected()
+    opened = Path(f"/proc/{bench.machine.pid}/fd")
+    logs = [file.name for file in opened.iterdir() if "memfd:console.log" in str(file.readlink())]
+    assert len(logs) > 1, "QEMU has not opened it a second time"
+    flags = [(opened.parent / "fdinfo" / number).read_text().split()[3] for number in logs]
+    assert not any(int(one, 8) & os.O_APPEND for one in flags), flags
+
+
 async def test_its_environment_names_it_and_holds_no_secrets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 8: prefix, id and incarnation; of ours only what QEMU may need."""
     monkeypatch.setenv("ETCD_PASSWORD", "secret")
