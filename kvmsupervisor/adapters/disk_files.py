@@ -44,6 +44,9 @@ UNDER_WAY = ".{}.kvmsupervisor"
 NOTE = "user.kvmsupervisor.made"
 """The extended attribute of a file that was made of an image: for whom, and of which (`images.note_of`)."""
 
+ROLLED_BACK = "user.kvmsupervisor.rollback"
+"""The extended attribute with the last request for which a file was rolled back to a snapshot."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -339,6 +342,44 @@ def note_of(fd: int) -> str | None:
     except OSError:
         # There is none, or the file system keeps none.
         return None
+
+
+def snapshots_of(fd: int) -> tuple[int, tuple[qcow2.Internal, ...]]:
+    """Bytes of a qcow2 image's disk, and the snapshots within it.
+
+    Raises:
+        FileTrouble: it is no image that may be opened.
+        OSError: it cannot be read.
+    """
+    head = os.pread(fd, qcow2.HEADER_BYTES, 0)
+    try:
+        size = qcow2.virtual_size(head)
+    except qcow2.Refused as refused:
+        raise FileTrouble(f"its file {refused}") from None
+    offset, count = qcow2.table_of(head)
+    table = os.pread(fd, count * qcow2.SNAPSHOT_BYTES, offset) if count else b""
+    return size, qcow2.snapshots(table, count)
+
+
+def rolled_back(fd: int) -> str | None:
+    """What `note_rolled_back` kept with a file; None for nothing."""
+    try:
+        return os.getxattr(fd, ROLLED_BACK).decode(errors="replace")
+    except OSError:
+        return None
+
+
+def note_rolled_back(fd: int, request: str) -> None:
+    """Keep with a file the request for which it was rolled back. Where the file system keeps nothing, nothing is kept.
+
+    Raises:
+        OSError: it cannot be, for another reason.
+    """
+    try:
+        os.setxattr(fd, ROLLED_BACK, request.encode())
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -16,7 +16,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.parse_keys import FREE_KEY, FREE_KEY_PREFIX
+from kvmsupervisor.domain.names import FREE_KEY, FREE_KEY_PREFIX
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import files_elsewhere, origins_of, pinning

@@ -16,6 +16,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, size_text
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
+from kvmsupervisor.domain.snapshots import RollbackWish, SnapshotWish
 from kvmsupervisor.domain.user_network import USER, Forward
 
 DEFAULT_MACHINE = "q35"
@@ -319,6 +320,8 @@ class Wish:
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
         priority: of several that wait, the greatest starts first.
+        snapshots: that are to exist, or to be taken away.
+        rollback: that is asked for; None without one.
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
@@ -339,6 +342,8 @@ class Wish:
     restart_request: str | None = None
     shutdown_timeout_s: float | None = None
     priority: int = 0
+    snapshots: tuple[SnapshotWish, ...] = ()
+    rollback: RollbackWish | None = None
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0

@@ -120,6 +120,10 @@ class Report:
             self.status = replace(self.status, files=written.files)
         if not self.status.images and written.images:
             self.status = replace(self.status, images=written.images)
+        if not self.status.snapshots and written.snapshots:
+            self.status = replace(self.status, snapshots=written.snapshots)
+        if self.status.rollback is None and written.rollback is not None:
+            self.status = replace(self.status, rollback=written.rollback)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
 
@@ -161,6 +165,8 @@ class Report:
             files=self._files(wish, running),
             cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
             images=self._images(wish, running),
+            snapshots=before.snapshots,
+            rollback=before.rollback,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

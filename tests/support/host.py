@@ -47,6 +47,7 @@ from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
 from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
 ONE = InstanceId("1")
@@ -164,6 +165,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.snapshots = FakeSnapshots()
         self.room_bytes = 1 << 40
         self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
@@ -329,6 +331,7 @@ class Host:
             disks=self.disks,
             local_disks=self.local_disks,
             contents=contents,
+            snapshots=self.snapshots,
             media=media,
             logs=GuestLogs(clock=self.clock),
             event_files=self.event_files,
