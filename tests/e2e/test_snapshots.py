@@ -1,0 +1,129 @@
+"""Snapshots with real supervisors, QEMU and Ceph: what a guest has written is read from its disks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmsupervisor.domain.spec import RbdDisk
+from kvmsupervisor.domain.status import Phase, Status
+from tests.support.ceph import POOL, Ceph
+from tests.support.cluster import Host, Keys, eventually
+from tests.support.farm import Farm
+from tests.support.rbd_qemu import COUNTER, SECTOR, WRITES_PER_S, count
+
+# As the writer of `rbd_qemu`, but each count goes to the first disk and then to the second: whatever is of one instant
+# has them equal, or the first one ahead by one.
+_CODE = bytes.fromhex(
+    "31c0 8ed8 8ec0 fb f4 ff06007d b80103 b90200 ba8000 bb007c cd13 b80103 b90200 ba8100 bb007c cd13 ebdd"
+)
+TWO_WRITER = _CODE.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+
+
+class Pair:
+    """A machine with a disk in Ceph and a second one, in Ceph or in a file, whose guest counts on both."""
+
+    def __init__(self, farm: Farm, folder: Path, *, second: str) -> None:
+        self.farm, self.keys, self.ceph = farm, farm.keys, farm.ceph
+        self.disks = folder / "disks"
+        self.disks.mkdir(mode=0o700)
+        self.first = farm.image.beside(f"{farm.image.image}-first")
+        boot = folder / "boot.img"
+        boot.write_bytes(TWO_WRITER.ljust(1 << 20, b"\0"))
+        features = [word for name in ("layering", "exclusive-lock") for word in ("--image-feature", name)]
+        self.ceph.rbd("import", "--no-progress", *features, str(boot), self.first.name)
+        self.second: RbdDisk | Path
+        if second == "rbd":
+            self.second = farm.image.beside(f"{farm.image.image}-second")
+            self.ceph.rbd_create(self.second.name, "1M")
+            key = f"{self.second.name} iops={WRITES_PER_S}"
+        else:
+            self.second = self.disks / "second.qcow2"
+            key = f"file:second.qcow2 size=1M iops={WRITES_PER_S}"
+        self.wishes = {"ram": 16, "disk/0": f"{self.first.name} iops={WRITES_PER_S}", "disk/1": key}
+
+    def host(self, name: str) -> Host:
+        return self.farm.host(name, KVM_DISK_DIR=str(self.disks))
+
+    def begin(self, host: Host) -> None:
+        self.keys.machines(host.name, "1", **self.wishes)
+        host.wait_running("1")
+        eventually("writes", lambda: self.counts("", live=True)[0] > 3)
+
+    def counts(self, snap: str, *, live: bool = False) -> tuple[int, int]:
+        """What is on both disks, or in a snapshot of them. Of a file that QEMU has open only snapshots are read."""
+        at = f"@{snap}" if snap else ""
+        first = _count(self.ceph, f"{self.first.name}{at}")
+        if isinstance(self.second, RbdDisk):
+            return first, _count(self.ceph, f"{self.second.name}{at}")
+        return first, -1 if live else _file_count(self.second, snap)
+
+
+def _count(ceph: Ceph, spec: str) -> int:
+    out = Path(str(ceph.folder)) / f"out-{spec.replace('/', '-')}"
+    ceph.rbd("export", "--no-progress", spec, str(out))
+    with out.open("rb") as file:
+        file.seek(SECTOR + COUNTER)
+        found = int.from_bytes(file.read(2), "little")
+    out.unlink()
+    return found
+
+
+def _file_count(path: Path, snap: str) -> int:
+    raw = path.with_suffix(".out")
+    options = ["-l", f"snapshot.name={snap}"] if snap else []
+    subprocess.run(["qemu-img", "convert", "-U", *options, "-f", "qcow2", "-O", "raw", path, raw], check=True)
+    with raw.open("rb") as file:
+        file.seek(SECTOR + COUNTER)
+        return int.from_bytes(file.read(2), "little")
+
+
+def has(*names: str) -> Any:
+    return lambda status: tuple(snap.name for snap in status.snapshots) == names
+
+
+@pytest.mark.parametrize("second", ["rbd", "file"])
+def test_all_disks_at_one_instant(farm: Farm, tmp_path: Path, second: str) -> None:
+    """A snapshot of two disks, on which a guest counts, has both of one instant; taken, rolled back to, taken away."""
+    pair = Pair(farm, tmp_path, second=second)
+    host, keys = pair.host("alpha"), farm.keys
+    pair.begin(host)
+    names = [f"s{number}" for number in range(3)]
+    for number, name in enumerate(names):
+        keys.put("1", **{f"snapshot/{name}": "a note — ünïcode"})
+        status = host.wait_for("1", has(*names[: number + 1]))
+        assert status.phase is Phase.RUNNING
+        one, two = pair.counts(f"kvm-{name}")
+        assert one - two in {0, 1}, (one, two)
+    snap = status.snapshots[-1]
+    assert (snap.how, snap.disks, snap.size) == ("paused", ("disk/0", "disk/1"), 2 << 20)
+    assert "agent" in (snap.why or "")
+    assert host.run_state(host.qemu("1")) == "running"
+
+    keys.put("1", rollback_request="s0:1")
+    told = host.wait_for("1", lambda s: "once it is off" in s.reason)
+    assert told.phase is Phase.RUNNING
+    keys.put("1", power="off")
+    done: Status = host.wait_for("1", lambda s: s.rollback is not None and s.rollback.done)
+    assert done.rollback is not None
+    assert done.rollback.request == "s0:1"
+    eventually("the lock to be released", lambda: keys.lock("1") is None)
+    assert pair.counts("") == pair.counts("kvm-s0")
+
+    keys.put("1", **{"snapshot/s1": "delete", "snapshot/off": "while it is off"})
+    status = host.wait_for("1", has("off", "s0", "s2"))
+    assert status.snapshots[0].how == "off"
+    assert pair.counts("kvm-off") == pair.counts("kvm-s0")
+    before = pair.counts("kvm-off")
+    keys.put("1", power="on")
+    host.wait_running("1")
+    eventually("it to go on from there", lambda: pair.counts("", live=True)[0] != before[0])
+    for name in ("off", "s0", "s2"):
+        keys.put("1", **{f"snapshot/{name}": "delete"})
+    host.wait_for("1", has())
+    assert json.loads(farm.ceph.rbd("snap", "ls", pair.first.name, "--format", "json")) == []
+    assert host.metric("internal_errors_total", instance="1") == 0
