@@ -194,6 +194,9 @@ class Arrival:
         key = secrets.token_bytes(KEY_BYTES)
         await self._write(wish, key, None)
         self._key, self._era = key, self._context.era().count
+        if (status := await self._lock.look()) is not None:
+            # Once the guest is here this host's status takes the place of that one.
+            self._report.inherit(status)
         self._report.tell("move.offered")
 
     async def _write(self, wish: Wish, key: bytes, waits: Destination | None) -> None:

@@ -71,6 +71,9 @@ class Report:
         self._chronicle = Chronicle(instance, context=context, at_first=self.status)
         self._trouble: tuple[str, Sparing] = "", Sparing()
         self._sparing: dict[str, Sparing] = {RESET: Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
+        if (written := context.status_writer.written(instance)) is not None:
+            # Before it is written over: a rollback that an earlier supervisor has begun is finished before a start.
+            self.inherit(written)
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -120,12 +123,18 @@ class Report:
             self.status = replace(self.status, files=written.files)
         if not self.status.images and written.images:
             self.status = replace(self.status, images=written.images)
-        if not self.status.snapshots and written.snapshots:
-            self.status = replace(self.status, snapshots=written.snapshots)
-        if self.status.rollback is None and written.rollback is not None:
-            self.status = replace(self.status, rollback=written.rollback)
+        self.inherit(written)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
+
+    def inherit(self, written: Status) -> None:
+        """Take over what a status says of the machine's snapshots: another host's knows more than this one."""
+        now, is_theirs = self.status, written.host != self._context.me
+        if is_theirs or not now.snapshots:
+            now = replace(now, snapshots=written.snapshots)
+        if is_theirs or now.rollback is None:
+            now = replace(now, rollback=written.rollback)
+        self.status = now
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase, Status
-from tests.support.ceph import POOL, Ceph
+from tests.chaos.armed import FOLDER, KILL, Points
+from tests.support.ceph import Ceph
 from tests.support.cluster import Host, Keys, eventually
 from tests.support.farm import Farm
+from tests.support.lock_history import check_lock_history
 from tests.support.rbd_qemu import COUNTER, SECTOR, WRITES_PER_S, count
 
 # As the writer of `rbd_qemu`, but each count goes to the first disk and then to the second: whatever is of one instant
@@ -127,3 +130,79 @@ def test_all_disks_at_one_instant(farm: Farm, tmp_path: Path, second: str) -> No
     host.wait_for("1", has())
     assert json.loads(farm.ceph.rbd("snap", "ls", pair.first.name, "--format", "json")) == []
     assert host.metric("internal_errors_total", instance="1") == 0
+
+
+def armed(pair: Pair) -> tuple[Host, Points]:
+    """A host whose supervisor has failpoints."""
+    farm = pair.farm
+    settings: dict[str, Any] = {
+        "CEPH_CONF": str(farm.ceph.conf), "CEPH_ID": "vm", "KVM_QEMU_USER": "", "KVM_EXTRA_FLAGS": "any",
+        "KVM_SHUTDOWN_TIMEOUT": "0", "KVM_DISK_DIR": str(pair.disks),
+    }  # fmt: skip
+    host = farm.hosts("alpha", keys=farm.keys, **settings)
+    folder = host.folder / "points"
+    folder.mkdir()
+    host.settings |= {FOLDER: str(folder)}
+    host.entry = "tests.chaos.armed"
+    return host.start(), Points(folder)
+
+
+def killed_at(host: Host, points: Points, name: str) -> None:
+    eventually(f"{name} is come to", lambda: points.was_met)
+    eventually("its end", lambda: not host.running)
+
+
+def held(pair: Pair) -> set[str]:
+    """What the first disk calls its snapshots."""
+    found: list[dict[str, Any]] = json.loads(pair.ceph.rbd("snap", "ls", pair.first.name, "--format", "json"))
+    return {one["name"] for one in found}
+
+
+def test_cut_off(farm: Farm, tmp_path: Path) -> None:
+    """A supervisor that is killed at any step: the guest goes on without it, and the next one finishes what it began.
+
+    A snapshot is of one instant, or is none; a rollback is on all disks before the machine starts.
+    """
+    pair = Pair(farm, tmp_path, second="rbd")
+    keys = farm.keys
+    host, points = armed(pair)
+    pair.begin(host)
+    qemu = host.qemu("1")
+    for name in ("before SNAPSHOT", "standing still", "images snapshot", "snapshot taken"):
+        snap = name.replace(" ", "-")
+        points.arm(name, KILL)
+        keys.put("1", **{f"snapshot/{snap}": "x"})
+        killed_at(host, points, name)
+        eventually("the guest to go on by itself", lambda: host.run_state(qemu) == "running")
+        host.start()
+        status = host.wait_for("1", lambda s, snap=snap: snap in [one.name for one in s.snapshots])  # type: ignore[misc]
+        one, two = pair.counts(f"kvm-{snap}")
+        assert one - two in {0, 1}, (name, one, two)
+        assert [name for name in held(pair) if name.startswith("kvm-.")] == []
+    assert qemu.alive, "none of that ended its QEMU"
+
+    points.arm("taken away from one disk", KILL)
+    keys.put("1", **{"snapshot/standing-still": "delete"})
+    killed_at(host, points, "taken away from one disk")
+    host.start()
+    host.wait_for("1", lambda s: "standing-still" not in [one.name for one in s.snapshots])
+    assert "kvm-standing-still" not in held(pair)
+
+    keys.put("1", power="off")
+    host.wait_for("1", lambda s: s.phase is Phase.STOPPED)
+    for number, name in enumerate(("to be rolled back", "one disk rolled back")):
+        points.arm(name, KILL)
+        keys.put("1", rollback_request=f"images-snapshot:{number}")
+        killed_at(host, points, name)
+        assert keys.lock("1").storage is Storage.UNFENCEABLE  # type: ignore[union-attr]
+        # Whatever people want by now, it does not start with one disk rolled back.
+        keys.put("1", power="on")
+        host.start()
+        status = host.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.rollback is not None and s.rollback.done)
+        assert status.rollback is not None
+        assert status.rollback.request == f"images-snapshot:{number}"
+        keys.put("1", power="off")
+        host.wait_for("1", lambda s: s.phase is Phase.STOPPED)
+        one, two = pair.counts("")
+        assert one - two in {0, 1}
+    check_lock_history(keys, "1")
