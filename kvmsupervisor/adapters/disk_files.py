@@ -207,7 +207,7 @@ def _make(folder: Path, disk: FileDisk) -> None:
 
 def _make_nameless(place: int, folder: Path, disk: FileDisk) -> None:
     with _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
-        _fill(fd, disk)
+        fill(fd, disk)
         with contextlib.suppress(FileExistsError):
             # With a descriptor of the folder, as only then Python follows the link to the file.
             os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
@@ -227,7 +227,7 @@ def _make_aside(place: int, path: Path, disk: FileDisk) -> None:
             # Otherwise another one has named it and removed this name, between our opening and our lock.
             raise FileLocked(f"{path} is being made by another program")
         os.ftruncate(fd, 0)
-        _fill(fd, disk)
+        fill(fd, disk)
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(aside.name, disk.name, src_dir_fd=place, dst_dir_fd=place)
@@ -253,7 +253,8 @@ def _drop_second_name(path: Path, found: os.stat_result) -> os.stat_result:
     return found
 
 
-def _fill(fd: int, disk: FileDisk) -> None:
+def fill(fd: int, disk: FileDisk) -> None:
+    """Make an empty disk of an empty file."""
     assert disk.size is not None
     os.fchmod(fd, FILE_MODE)
     if disk.format is DiskFormat.RAW:

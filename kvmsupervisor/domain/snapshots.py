@@ -210,17 +210,17 @@ class Errand:
                 return self.kind.value
 
 
-def next_errand(
+def errands(
     wishes: Iterable[SnapshotWish],
     rollback: RollbackWish | None,
     *,
-    known: Mapping[str, Snap],
+    known: Collection[str],
     last: Rollback | None,
     stale: bool,
     runs: bool,
     since: int,
-) -> Errand | None:
-    """What is to be done next; None for nothing.
+) -> list[Errand]:
+    """What is to be done, in this order; one that fails does not keep the others from being done.
 
     A deletion or a rollback that came with another history of etcd is no order of now (law 11): it waits until it is
     written again.
@@ -228,23 +228,25 @@ def next_errand(
     Args:
         wishes: the keys of snapshots.
         rollback: the request, None without one.
-        known: the snapshots that exist, as far as known, by name.
+        known: the snapshots that exist, as far as known.
         last: the last rollback.
         stale: whether what is known of a machine that runs may have changed.
         runs: whether its QEMU lives.
         since: the revision with which the present history began; 0 where it is the first.
     """
     if last is not None and not last.done:
-        return None if runs else Errand(kind=Kind.ROLL_BACK, name=last.name, request=last.request, begun=True)
-    for wish in wishes:
-        if wish.delete and wish.name in known and wish.revision > since:
-            return Errand(kind=Kind.DELETE, name=wish.name)
+        # Nothing else, and no start, before all disks are rolled back.
+        return [] if runs else [Errand(kind=Kind.ROLL_BACK, name=last.name, request=last.request, begun=True)]
+    wishes = tuple(wishes)
+    found = [
+        Errand(kind=Kind.DELETE, name=wish.name)
+        for wish in wishes
+        if wish.delete and wish.name in known and wish.revision > since
+    ]
     if not runs and rollback is not None and rollback.revision > since and _is_new(rollback, last):
-        return Errand(kind=Kind.ROLL_BACK, name=rollback.name, request=rollback.request)
-    for wish in wishes:
-        if not wish.delete and wish.name not in known:
-            return Errand(kind=Kind.TAKE, name=wish.name)
-    return Errand(kind=Kind.LOOK) if stale and runs else None
+        found.append(Errand(kind=Kind.ROLL_BACK, name=rollback.name, request=rollback.request))
+    found += [Errand(kind=Kind.TAKE, name=wish.name) for wish in wishes if not wish.delete and wish.name not in known]
+    return [*found, Errand(kind=Kind.LOOK)] if stale and runs else found
 
 
 def _is_new(rollback: RollbackWish, last: Rollback | None) -> bool:

@@ -99,6 +99,7 @@ class RbdDisk:
         size: bytes that the disk has at least; None for those that it has.
         origin: what it begins with, an image of the library or a snapshot POOL/IMAGE@SNAP; None for an empty disk.
         namespace: of the pool; empty for the one without a name.
+        copy: it is made a whole copy of what it begins with, and no clone.
     """
 
     pool: str
@@ -109,11 +110,13 @@ class RbdDisk:
     size: int | None = None
     origin: str | None = None
     namespace: str = ""
+    copy: bool = False
 
     def __str__(self) -> str:
         options = (
             *((f"size={size_text(self.size)}",) if self.size is not None else ()),
             *((f"from={self.origin}",) if self.origin is not None else ()),
+            *(("copy",) if self.copy else ()),
             *(("ro",) if self.ro else ()),
             *(("discard",) if self.discard else ()),
             *((f"iops={self.iops}",) if self.iops is not None else ()),
@@ -426,7 +429,7 @@ def _as_it_stays(disk: Disk) -> Disk:
 
 def _of_restarts(image: RbdDisk) -> RbdDisk:
     """An image without what is no matter of a restart."""
-    return replace(image, size=None, origin=None)
+    return replace(image, size=None, origin=None, copy=False)
 
 
 _KEY_OF_FIELD = {

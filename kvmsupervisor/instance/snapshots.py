@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
+from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.snapshots import Errand, Kind, Rollback, Snap, next_errand, waits
+from kvmsupervisor.domain.snapshots import Errand, Kind, Rollback, Snap, errands, waits
 from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance.context import InstanceContext
@@ -25,11 +26,23 @@ GIVE_UP_S = 600.0
 PUBLISH_S, PUBLISH_EVERY_S = 10.0, 0.05
 """How long it is waited for a status to be in etcd, and how often that is looked at: they are gathered for a while."""
 
-LONGEST_PAUSE_S = 600.0
-"""The longest pause between two attempts at what fails: with the machine off each of them takes its lock and releases
-it. A change of any of its keys has it tried at once."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 1800.0
+"""The pause between two attempts at what fails, the first and the longest: with the machine off each of them takes its
+lock and releases it. A change of any of its keys has it tried at once."""
+
+TOLD = 3
+"""Failures that the reason of a machine names at most."""
 
 TAKEN, DELETED, ROLLED_BACK = "snapshot.taken", "snapshot.deleted", "snapshot.rolled_back"
+
+
+@frozen(kw_only=True)
+class _Failure:
+    """Why an errand failed, when it is worth the next attempt, and how long that is after the last one."""
+
+    said: str
+    at: float
+    pause_s: float
 
 
 class Snapshots:
@@ -52,47 +65,48 @@ class Snapshots:
         self._lock = lock
         self._report = report
         self._stale = False
-        # What was tried last, and when it is worth the next attempt.
-        self._tried: Errand | None = None
-        self._at = 0.0
-        self._fails = 0
-        self._trouble: str | None = None
+        # What has failed, and when each is worth the next attempt.
+        self._failed: dict[Errand, _Failure] = {}
         self._released_since: float | None = None
 
     def look(self, wish: Wish) -> None:
         """People have changed a key: perhaps to have it looked at, and what failed is tried at once."""
-        self._at, self._fails = 0.0, 0
+        self._failed.clear()
         self._stale = bool(wish.snapshots or self._report.status.snapshots)
 
     def errand(self, wish: Wish | None) -> Errand | None:
         """What is to be done next; None for nothing, and while its keys are not known, or not sound."""
+        return min(self._errands(wish), key=lambda one: max(one.at, self._context.clock.now()), default=None)
+
+    def _errands(self, wish: Wish | None) -> list[Errand]:
         record, status = self._machine.record, self._report.status
         if record is not None and record.standing:
-            return Errand(kind=Kind.RELEASE, at=self._at if self._tried is not None else 0.0)
-        if wish is None or wish.spec is None:
-            return None
-        found = next_errand(
-            wish.snapshots,
-            wish.rollback,
-            known={snap.name: snap for snap in status.snapshots},
-            last=status.rollback,
-            stale=self._stale,
-            runs=record is not None,
-            since=self._since,
-        )
-        if found is None or found != self._tried:
-            return found
-        return replace(found, at=self._at)
+            found = [Errand(kind=Kind.RELEASE)]
+        elif (
+            wish is None or wish.spec is None or not (wish.snapshots or wish.rollback or status.rollback or self._stale)
+        ):
+            return []
+        else:
+            found = errands(
+                wish.snapshots,
+                wish.rollback,
+                known={snap.name for snap in status.snapshots},
+                last=status.rollback,
+                stale=self._stale,
+                runs=record is not None,
+                since=self._since,
+            )
+        return [replace(one, at=self._failed[one].at) if one in self._failed else one for one in found]
 
     def trouble(self, wish: Wish | None) -> str | None:
-        """What people should know: why the last errand failed, or that a rollback waits; None for nothing."""
-        if self._trouble is not None and self._tried is not None:
-            now = self.errand(wish)
-            if now is not None and now.kind is self._tried.kind and now.name == self._tried.name:
-                return self._trouble
-        if wish is None or self._machine.record is None:
+        """What people should know: why errands failed, and that a rollback waits; None for nothing."""
+        if not self._failed and (wish is None or wish.rollback is None):
             return None
-        return waits(wish.rollback, self._report.status.rollback, since=self._since)
+        there = {replace(one, at=0.0) for one in self._errands(wish)}
+        said = [failure.said for one, failure in self._failed.items() if one in there]
+        if wish is not None and self._machine.record is not None:
+            said += filter(None, [waits(wish.rollback, self._report.status.rollback, since=self._since)])
+        return "; ".join(said[:TOLD]) or None
 
     @property
     def _since(self) -> int:
@@ -114,25 +128,27 @@ class Snapshots:
         errand = self.errand(wish)
         if errand is None:
             return
-        self._tried = replace(errand, at=0.0)
+        errand = replace(errand, at=0.0)
         try:
             if errand.kind is Kind.RELEASE:
                 await self._release()
-                return
-            assert wish is not None
-            assert wish.spec is not None
-            async with self._disks(wish.spec) as (disks_of, standing):
-                await self._do(errand, disks_of, standing)
+            else:
+                assert wish is not None
+                assert wish.spec is not None
+                async with self._disks(wish.spec) as (disks_of, standing):
+                    await self._do(errand, disks_of, standing)
         except DiskTrouble as error:
-            self._fails += 1
-            pause_s = max(error.retry_s, 1.0) * 2 ** min(self._fails - 1, 10)
-            self._at = self._context.clock.now() + min(pause_s, LONGEST_PAUSE_S)
-            if self._trouble != str(error):
-                self._report.tell("snapshot.failed", level="warning", reason=str(error))
-            self._trouble = str(error)
+            self._fails(errand, error)
         else:
-            self._trouble, self._tried, self._fails = None, None, 0
+            self._failed.pop(errand, None)
             self._stale = self._stale and errand.kind is not Kind.LOOK
+
+    def _fails(self, errand: Errand, error: DiskTrouble) -> None:
+        before, said = self._failed.get(errand), str(error)
+        pause_s = max(error.retry_s, FIRST_PAUSE_S) if before is None else min(2 * before.pause_s, LONGEST_PAUSE_S)
+        self._failed[errand] = _Failure(said=said, at=self._context.clock.now() + pause_s, pause_s=pause_s)
+        if before is None or before.said != said:
+            self._report.tell("snapshot.failed", level="warning", reason=said)
 
     @contextlib.asynccontextmanager
     async def _disks(self, wanted: Spec) -> AsyncIterator[tuple[SnapshotDisks, Standing]]:

@@ -8,9 +8,11 @@ import pytest
 
 from kvmsupervisor.domain.decision import Row
 from kvmsupervisor.domain.history import Era
+from kvmsupervisor.domain.incarnation import InstanceState
 from kvmsupervisor.domain.lifecycle import decide
 from kvmsupervisor.domain.lock import LockState, LockView, Storage
 from kvmsupervisor.domain.snapshots import Errand, Kind
+from kvmsupervisor.domain.spec import RestartPolicy
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
 from tests.domain import test_lifecycle as cases
@@ -24,7 +26,10 @@ OURS = replace(locked(state=LockState.STARTING, pid=None), storage=Storage.RBD)
 ALONE = replace(OURS, storage=Storage.UNFENCEABLE)
 FENCING = replace(OURS, state=LockState.FENCING)
 RENAMED = replace(locked(host=OTHER), storage=Storage.RBD)
-RESTS = {"wish": replace(WISH, restart=cases.RestartPolicy.NEVER), "saved": cases.InstanceState(boot_id=cases.BOOT, ended=cases.ENDED)}
+RESTS = {
+    "wish": replace(WISH, restart=RestartPolicy.NEVER),
+    "saved": InstanceState(boot_id=cases.BOOT, ended=cases.ENDED),
+}
 
 TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
     ("a snapshot is taken while it runs", Row.RUNS_SNAPSHOT, view(process=running(), lock=seen(locked()), errand=TAKE), Phase.RUNNING,

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase, Status
 from tests.chaos.armed import FOLDER, KILL, Points
 from tests.support.ceph import Ceph
-from tests.support.cluster import Host, Keys, eventually
+from tests.support.cluster import Host, eventually
 from tests.support.farm import Farm
 from tests.support.lock_history import check_lock_history
-from tests.support.rbd_qemu import COUNTER, SECTOR, WRITES_PER_S, count
+from tests.support.rbd_qemu import COUNTER, SECTOR, WRITES_PER_S
 
 # As the writer of `rbd_qemu`, but each count goes to the first disk and then to the second: whatever is of one instant
 # has them equal, or the first one ahead by one.
@@ -206,3 +207,44 @@ def test_cut_off(farm: Farm, tmp_path: Path) -> None:
         one, two = pair.counts("")
         assert one - two in {0, 1}
     check_lock_history(keys, "1")
+
+
+def test_clones(farm: Farm, tmp_path: Path) -> None:
+    """`clone`: of a machine that runs, with disks in Ceph and, once it is off, in a file: each goes on from there."""
+    pair = Pair(farm, tmp_path, second="file")
+    host, keys = pair.host("alpha"), farm.keys
+    pair.begin(host)
+    refused = host.cli("clone", "1", "2")
+    assert refused.returncode == 1
+    assert "`stop 1 --wait`" in refused.stderr
+
+    # Only the first disk of one that runs, as a clone and as a copy.
+    for new, more in (("2", ()), ("3", ("--full",))):
+        made = host.cli("clone", "1", new, f"disk/1=file:other-{new}.qcow2 size=1M", *more)
+        assert made.returncode == 0, made.stderr
+    for new in ("2", "3"):
+        host.wait_running(new)
+        image = keys.get(keys.layout.wish_key(InstanceId(new), "disk/0")).split()[0].decode()  # type: ignore[union-attr]
+        info = json.loads(farm.ceph.rbd("info", image, "--format", "json"))
+        assert ("parent" in info) is (new == "2")
+        eventually("it to write", lambda image=image: _count(farm.ceph, image) > 0)  # type: ignore[misc]
+        snap = _count(farm.ceph, f"{pair.first.name}@kvm-clone-{new}")
+        eventually("it to go on from there", lambda image=image, snap=snap: _count(farm.ceph, image) != snap)  # type: ignore[misc]
+    assert host.cli("snapshot", "delete", "1", "clone-3", "--wait").returncode == 0
+    assert host.cli("snapshot", "delete", "1", "clone-2").returncode == 0
+    stays = host.wait_for("1", lambda s: "is a clone of it" in s.reason)
+    assert "clone-2" in [snap.name for snap in stays.snapshots]
+
+    keys.put("1", power="off")
+    host.wait_for("1", lambda s: s.phase is Phase.STOPPED)
+    made = host.cli("clone", "1", "4", "--full", "--wait")
+    assert made.returncode == 0, made.stderr
+    assert "running on alpha" in made.stdout
+    found = keys.get(keys.layout.wish_key(InstanceId("4"), "disk/1"))
+    assert found is not None
+    assert found.startswith(b"file:4-1.qcow2 ")
+    before = pair.counts("")[1]
+    keys.put("4", power="off")
+    host.wait_for("4", lambda s: s.phase is Phase.STOPPED)
+    assert _file_count(pair.disks / "4-1.qcow2", "") != before
+    assert keys.get(keys.layout.wish_key(InstanceId("4"), "power")) == b"off"
