@@ -80,11 +80,11 @@ class Snapshots:
 
     def _errands(self, wish: Wish | None) -> list[Errand]:
         record, status = self._machine.record, self._report.status
+        # Asked at every turn, and most machines have none of it.
+        is_plain = wish is None or not (wish.snapshots or wish.rollback or status.rollback or self._stale)
         if record is not None and record.standing:
             found = [Errand(kind=Kind.RELEASE)]
-        elif (
-            wish is None or wish.spec is None or not (wish.snapshots or wish.rollback or status.rollback or self._stale)
-        ):
+        elif wish is None or wish.spec is None or is_plain:
             return []
         else:
             found = errands(

@@ -257,9 +257,10 @@ class Start:
             if self.claimed_by is not None or self._lock.view.data is not None:
                 # Somebody has it: the next decision is made on what was read.
                 return
-        elif not self._report.knows_machine:
+        elif not self._report.looked:
             before = self._lock.view.data
-            # The machine type that the guest was installed on is in the status, whoever wrote it.
+            # The machine type that the guest was installed on is in the status, whoever wrote it, and whether its disks
+            # are in the midst of a rollback.
             await self.look()
             if self._lock.view.data != before:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.

@@ -66,7 +66,7 @@ class FakeSnapshots(CephSnapshots):
         if name in held:
             raise CephFailed("File exists", is_there=True)
         held[name] = held.pop(snap)
-        self.kept[image.name, name] = self.kept.pop((image.name, snap))
+        self.kept[image.name, name] = self.kept.pop((image.name, snap), "")
 
     async def protect(self, image: RbdDisk, snap: str) -> None:
         self._change("protect", f"{image.name}@{snap}")
@@ -84,7 +84,7 @@ class FakeSnapshots(CephSnapshots):
 
     async def roll_back(self, image: RbdDisk, snap: str, *, size: int) -> None:
         self._change("rollback", f"{image.name}@{snap}")
-        self.contents[image.name] = self.kept[image.name, snap]
+        self.contents[image.name] = self.kept.get((image.name, snap), "")
 
     async def rolled_back(self, image: RbdDisk) -> str | None:
         return self.requests.get(image.name)

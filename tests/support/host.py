@@ -224,12 +224,19 @@ class Host:
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.context.status_writer.run()),
+            asyncio.create_task(self._keep_statuses()),
             asyncio.create_task(self._first_look()),
         ]
 
     async def _run(self) -> None:
         await self.instance.run()
+
+    async def _keep_statuses(self) -> None:
+        """As `supervisor.statuses`: what an earlier supervisor said is learnt before anything is written over it."""
+        found = await self.context.status_writer.learn()
+        if ONE in found:
+            self.instance.report.recall(found[ONE])
+        await self.context.status_writer.run()
 
     async def _first_look(self) -> None:
         await self.wishes.wait_synced()
