@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.spec import RbdDisk
 from kvmsupervisor.domain.status import Phase, Status
 from tests.chaos.armed import FOLDER, KILL, Points
+from tests.e2e.test_live_move import LISTEN
 from tests.support.ceph import Ceph
-from tests.support.cluster import Host, eventually
+from tests.support.cluster import Host, Hosts, Keys, eventually
 from tests.support.farm import Farm
 from tests.support.lock_history import check_lock_history
 from tests.support.rbd_qemu import COUNTER, SECTOR, WRITES_PER_S
@@ -133,14 +136,9 @@ def test_all_disks_at_one_instant(farm: Farm, tmp_path: Path, second: str) -> No
     assert host.metric("internal_errors_total", instance="1") == 0
 
 
-def armed(pair: Pair) -> tuple[Host, Points]:
+def armed(hosts: Hosts, keys: Keys, **settings: str) -> tuple[Host, Points]:
     """A host whose supervisor has failpoints."""
-    farm = pair.farm
-    settings: dict[str, Any] = {
-        "CEPH_CONF": str(farm.ceph.conf), "CEPH_ID": "vm", "KVM_QEMU_USER": "", "KVM_EXTRA_FLAGS": "any",
-        "KVM_SHUTDOWN_TIMEOUT": "0", "KVM_DISK_DIR": str(pair.disks),
-    }  # fmt: skip
-    host = farm.hosts("alpha", keys=farm.keys, **settings)
+    host = hosts("alpha", keys=keys, KVM_QEMU_USER="", KVM_EXTRA_FLAGS="any", **settings)
     folder = host.folder / "points"
     folder.mkdir()
     host.settings |= {FOLDER: str(folder)}
@@ -166,7 +164,8 @@ def test_cut_off(farm: Farm, tmp_path: Path) -> None:
     """
     pair = Pair(farm, tmp_path, second="rbd")
     keys = farm.keys
-    host, points = armed(pair)
+    settings = {"CEPH_CONF": str(farm.ceph.conf), "CEPH_ID": "vm", "KVM_DISK_DIR": str(pair.disks)}
+    host, points = armed(farm.hosts, keys, KVM_SHUTDOWN_TIMEOUT="0", **settings)
     pair.begin(host)
     qemu = host.qemu("1")
     for name in ("before SNAPSHOT", "standing still", "images snapshot", "snapshot taken"):
@@ -248,3 +247,84 @@ def test_clones(farm: Farm, tmp_path: Path) -> None:
     host.wait_for("4", lambda s: s.phase is Phase.STOPPED)
     assert _file_count(pair.disks / "4-1.qcow2", "") != before
     assert keys.get(keys.layout.wish_key(InstanceId("4"), "power")) == b"off"
+
+
+def test_a_guest_with_an_agent(keys: Keys, hosts: Hosts, agent_options: list[str], tmp_path: Path) -> None:
+    """Its file system is clean in the snapshot, and goes on: also where its supervisor is killed while it is frozen."""
+    disks = tmp_path / "disks"
+    disks.mkdir(mode=0o700)
+    raw, disk = tmp_path / "raw", disks / "a.qcow2"
+    subprocess.run(["mkfs.ext4", "-q", raw, "16M"], check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
+    host, points = armed(hosts, keys, KVM_DISK_DIR=str(disks))
+    flags = shlex.join(agent_options)
+    keys.put("1", host=host.name, ram=192, extra_flags=flags, shutdown_timeout=600, **{"disk/0": "file:a.qcow2"})
+    host.wait_for("1", lambda s: s.agent is not None)
+    eventually("its disk is mounted", lambda: "MOUNTED" in host.console("1"))
+
+    points.arm("standing still", KILL)
+    keys.put("1", **{"snapshot/one": "x"})
+    killed_at(host, points, "standing still")
+    eventually("the keeper to thaw it", lambda: asked(host, "guest-fsfreeze-status") == "thawed")
+    host.start()
+    status = host.wait_for("1", has("one"))
+    assert (status.snapshots[0].how, status.snapshots[0].why) == ("frozen", None)
+    assert asked(host, "guest-fsfreeze-status") == "thawed"
+    copy = tmp_path / "copy"
+    subprocess.run(["qemu-img", "convert", "-U", "-l", "snapshot.name=kvm-one", "-O", "raw", disk, copy], check=True)
+    head = subprocess.run(["dumpe2fs", "-h", copy], check=True, capture_output=True, text=True).stdout
+    assert "needs_recovery" not in head, "nothing is left to be done by whoever mounts it"
+    assert subprocess.run(["e2fsck", "-fn", copy], check=False, capture_output=True).returncode == 0
+
+
+def asked(host: Host, command: str) -> object:
+    """What the guest's agent answers; None where somebody else speaks to it just now."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.settimeout(5)
+        line.connect(str(host.run_dir / "1" / "agent.sock"))
+        line.sendall(b"\xff" + json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": 5}}).encode() + b"\n")
+        line.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        heard = b""
+        try:
+            while heard.rpartition(b"\xff")[2].count(b"\n") < 2:
+                heard += line.recv(4096)
+        except TimeoutError:
+            return None
+        return json.loads(heard.rpartition(b"\xff")[2].splitlines()[1]).get("return")
+
+
+def test_a_machine_that_moves_and_grows(farm: Farm) -> None:
+    """Snapshots go with it, live: they are listed, rolled back to and taken away there, whatever size its disk has."""
+    hosts = [farm.host(name, **LISTEN) for name in ("alpha", "beta")]
+    alpha, beta = hosts
+    keys, image = farm.keys, farm.image
+    farm.machine("alpha", rbd=f"{image.name} size=1M iops={WRITES_PER_S}")
+    alpha.wait_running("1")
+    farm.writes()
+    keys.put("1", **{"snapshot/small": "before it grew"})
+    taken = alpha.wait_for("1", has("small")).snapshots
+    keys.delete("1", "snapshot/small")
+    keys.put("1", rbd=f"{image.name} size=4M iops={WRITES_PER_S}")
+
+    def size() -> int:
+        return int(json.loads(farm.ceph.rbd("info", image.name, "--format", "json"))["size"])
+
+    eventually("it to be grown", lambda: size() == 4 << 20)
+    keys.put("1", host="beta")
+    moved = beta.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.move is not None)
+    assert moved.snapshots == taken, "also without its key, which does nothing"
+    keys.put("1", power="off")
+    beta.wait_for("1", lambda s: s.phase is Phase.STOPPED)
+    rolled = beta.cli("snapshot", "rollback", "1", "small", "--yes", "--wait")
+    assert rolled.returncode == 0, rolled.stderr
+    assert size() == 1 << 20
+    assert _count(farm.ceph, image.name) == _count(farm.ceph, f"{image.name}@kvm-small")
+    keys.put("1", power="on")
+    beta.wait_running("1")
+    assert size() == 4 << 20, "the size of its key, again"
+    listed = json.loads(beta.cli("snapshot", "list", "1", "-o", "json").stdout)
+    assert [(one["name"], one["state"], one["wished"]) for one in listed] == [("small", "at once", False)]
+    gone = beta.cli("snapshot", "delete", "1", "small", "--wait")
+    assert gone.returncode == 0, gone.stderr
+    assert keys.names(keys.layout.wish_key(InstanceId("1"), "snapshot/")) == []
+    assert json.loads(farm.ceph.rbd("snap", "ls", image.name, "--format", "json")) == []

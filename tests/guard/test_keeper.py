@@ -1,4 +1,4 @@
-"""The keeper: what it does once its supervisor is gone, or late, and what it leaves alone. The program is the real one."""
+"""The keeper: what it does once its supervisor is gone, or late, and what it leaves alone. It is the real program."""
 
 from __future__ import annotations
 
