@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from kvmsupervisor.adapters.metrics import SnapshotResult
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
@@ -145,6 +146,7 @@ class Snapshots:
 
     def _fails(self, errand: Errand, error: DiskTrouble) -> None:
         before, said = self._failed.get(errand), str(error)
+        self._context.metrics.snapshot(SnapshotResult.FAILED)
         pause_s = max(error.retry_s, FIRST_PAUSE_S) if before is None else min(2 * before.pause_s, LONGEST_PAUSE_S)
         self._failed[errand] = _Failure(said=said, at=self._context.clock.now() + pause_s, pause_s=pause_s)
         if before is None or before.said != said:
@@ -172,11 +174,13 @@ class Snapshots:
                     at = self._context.clock.wall()
                     found[name] = replace(found[name], at=at, how=instant.how.value, why=instant.why)
                     said = f"the snapshot {name} was taken ({instant.how.value})"
+                    self._context.metrics.snapshot(SnapshotResult.TAKEN, standstill_s=self._machine.standstill.lasted_s)
                     self._report.tell(TAKEN, reason=said if instant.why is None else f"{said}: {instant.why}")
                 self._keep(found)
             case Kind.DELETE:
                 await disks_of.delete(name)
                 self._keep((await disks_of.look()).snaps(self._known()))
+                self._context.metrics.snapshot(SnapshotResult.DELETED)
                 self._report.tell(DELETED, reason=f"the snapshot {name} was taken away")
             case Kind.ROLL_BACK:
                 await self._roll_back(errand, disks_of)
@@ -196,6 +200,7 @@ class Snapshots:
         await disks_of.roll_back(errand.name, errand.request)
         self._report.status = replace(self._report.status, rollback=replace(begun, done=True))
         self._keep((await disks_of.look()).snaps(self._known()))
+        self._context.metrics.snapshot(SnapshotResult.ROLLED_BACK)
         self._report.tell(ROLLED_BACK, reason=f"its disks are as in the snapshot {errand.name}")
 
     async def _publish(self, begun: Rollback) -> None:

@@ -79,6 +79,7 @@ class Standstill:
 
     Attributes:
         ask: runs a QMP command.
+        lasted_s: how long the last one lasted; 0 before the first, and where the guest did not stand still.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Standstill:
         note: Callable[..., None],
     ) -> None:
         self.ask: Command = talk.ask
+        self.lasted_s = 0.0
         self._system = system
         self._talk = talk
         self._agent = agent
@@ -111,6 +113,7 @@ class Standstill:
         Raises:
             DiskTrouble: it cannot be brought to a standstill; nothing is frozen or paused then.
         """
+        self.lasted_s = 0.0
         if self._talk.run_state != RUNNING:
             # A person has paused it. Its agent cannot answer, and it is not ours to let go on.
             yield Instant(how=How.PAUSED, why="its guest was paused", check=lambda: None)
@@ -123,7 +126,8 @@ class Standstill:
             keeper = await self._system.keep(monitors=self._monitors, agent=self._agent_socket, limit_s=limit_s)
         except KeeperTrouble as error:
             raise DiskTrouble(f"its guest is not brought to a standstill, which nothing might end: {error}") from error
-        until = self._clock.now() + limit_s - SPARE_S
+        begun = self._clock.now()
+        until = begun + limit_s - SPARE_S
         asked = stopped = is_over = False
         try:
             try:
@@ -146,6 +150,7 @@ class Standstill:
                 raise DiskTrouble(f"its guest is not brought to a standstill: {error}") from error
             finally:
                 is_over = await self._go_on(cont=stopped, thaw=asked)
+                self.lasted_s = self._clock.now() - begun
         finally:
             keeper.dismiss(done=is_over)
             if is_over:
