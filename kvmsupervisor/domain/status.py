@@ -169,7 +169,7 @@ class Status:
             "images": list(self.images),
             "agent": None if self.agent is None else asdict(self.agent),
             "move": None if self.move is None else shallow(self.move),
-            "snapshots": [asdict(snap) for snap in self.snapshots],
+            "snapshots": [shallow(snap) | {"disks": list(snap.disks)} for snap in self.snapshots],
             "rollback": None if self.rollback is None else shallow(self.rollback),
         }
 

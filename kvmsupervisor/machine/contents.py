@@ -209,10 +209,9 @@ class Contents:
                 raise DiskTrouble(explain(error, self._folder / file.name), RETRY_S) from error
 
     async def _duplicate(self, instance: InstanceId, key: str, file: FileDisk, say: Say) -> None:
-        await duplicates.make_file(
-            instance, key, file, say, folder=self._folder, threads=self._threads, library=self._library
-        )
-        self._fresh.setdefault(instance, set()).add(file.title)
+        made = partial(self._fresh.setdefault(instance, set()).add, file.title)
+        where = self._folder, self._threads, self._library
+        await duplicates.make_file(instance, key, file, say, *where, before_it_is_there=made)
 
     async def _copy(self, instance: InstanceId, file: FileDisk, source: Stored, note: str, say: Say) -> None:
         name = f"{file.name} of {instance}"

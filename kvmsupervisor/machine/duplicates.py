@@ -30,8 +30,16 @@ RETRY_S = 5.0
 """Pause before it is looked again for what people have to mend."""
 
 
-async def make_file(
-    instance: InstanceId, key: str, file: FileDisk, say: Say, *, folder: Path, threads: Threads, library: Library
+async def make_file(  # noqa: PLR0917 - what, for whom, where
+    instance: InstanceId,
+    key: str,
+    file: FileDisk,
+    say: Say,
+    folder: Path,
+    threads: Threads,
+    library: Library,
+    *,
+    before_it_is_there: Callable[[], None],
 ) -> None:
     """Make a file of what another one holds now; snapshots within that are left out.
 
@@ -43,6 +51,7 @@ async def make_file(
         folder: of both.
         threads: runs calls that may block.
         library: knows how much room there is to be.
+        before_it_is_there: called before it has its name, by which it may be found at once.
 
     Raises:
         DiskTrouble: it cannot be made, or not yet: the other one is in use.
@@ -76,6 +85,7 @@ async def make_file(
             fds = opened.fd, source.format, new.fd, file.format
             await library.with_room(folder, image_tools.convert(*fds, size=opened.size, become=(), progress=progress))
             await point("file duplicated")
+            before_it_is_there()
             await threads.call(name, new.finish, deadline_s=FLUSH_S)
     except (ToolFailed, FileTrouble) as error:
         raise DiskTrouble(str(error), RETRY_S) from error
