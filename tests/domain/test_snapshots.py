@@ -79,7 +79,8 @@ BACK = RollbackWish("old:1", "old", 9)
 
 def next_of(**more: Any) -> list[tuple[Kind, str]]:
     plain: dict[str, Any] = {
-        "wishes": [TAKE, GONE], "rollback": BACK, "known": {"old"}, "last": None, "stale": False, "runs": False, "since": 0,
+        "wishes": [TAKE, GONE], "rollback": BACK, "known": {"old"}, "last": None, "stale": False,
+        "runs": False, "since": 0,
     }  # fmt: skip
     found = {**plain, **more}
     return [(one.kind, one.name) for one in errands(found.pop("wishes"), found.pop("rollback"), **found)]
