@@ -54,7 +54,8 @@ STATUSES = [
     Status(
         id="1", host="alpha", phase=Phase.RUNNING, reason="so", since="2026-03-01T12:00:00Z", pid=7, epoch=2,
         pending=("ram",), problems=("x",), agent=AGENT, stood={"ram": "1G"}, files={"file:a": "alpha"}, guarded=True,
-        snapshots=(Snap(name="s", at="", size=1, how="off", disks=("rbd",)),), rollback=Rollback(request="s:1", name="s"),
+        snapshots=(Snap(name="s", at="", size=1, how="off", disks=("rbd",)),),
+        rollback=Rollback(request="s:1", name="s"),
         images=("a/b",), unplugged=("x",), cdrom="empty", last_exit="x", machine="pc-q35-7.2", run_state="running",
     ),
 ]  # fmt: skip
