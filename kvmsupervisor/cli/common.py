@@ -29,8 +29,8 @@ from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
+from kvmsupervisor.domain.names import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS
 from kvmsupervisor.domain.spec import OFF_NOW, Display, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.user_network import USER
 from kvmsupervisor.domain.values import show, strange

@@ -13,8 +13,8 @@ from kvmsupervisor.cluster.details import public
 from kvmsupervisor.cluster.overview import Cluster, Instance, shown
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
+from kvmsupervisor.domain.names import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.values import some
 

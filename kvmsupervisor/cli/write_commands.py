@@ -68,7 +68,7 @@ def create(
 
     Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=auto user-data=@web1.yaml --wait
     """
-    values = _unique(assignments)
+    values = unique(assignments)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.create(store, settings.layout, instance, values, force=force)
@@ -103,7 +103,7 @@ def set_command(
 
     Example: kvmsupervisor set web1 ram=4G --unset mac
     """
-    values = _unique(assignments)
+    values = unique(assignments)
     if not values and not unset:
         raise click.UsageError("Nothing to change: give KEY=VALUE or --unset KEY.")
     both = sorted(values.keys() & set(unset))
@@ -309,7 +309,7 @@ async def _wait(
     return failures
 
 
-def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
+def unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The assignments as a mapping; a key must not be given twice."""
     values = dict(assignments)
     if len(values) < len(assignments):

@@ -183,6 +183,8 @@ class Row(Enum):
                              "one of its NICs has lost its bridge")
     RUNS_MEDIUM      = Cells("ran",        "any",                      "run",           "medium",
                              "its CD-ROM drive holds another medium than its key says")
+    RUNS_SNAPSHOT    = Cells("ran",        "mine",                     "run keep",      "snapshot",
+                             "a snapshot is to be taken, or taken away; or one has left its guest standing still")
     RUNS_GROW        = Cells("ran",        "any",                      "run keep",      "grow",
                              "its images were not looked at for a while")
     RUNS_ROOM        = Cells("ran",        "any",                      "run keep",      "room",
@@ -195,6 +197,14 @@ class Row(Enum):
                              "its keys have not been read yet")
     REST_UNKNOWN     = Cells("none",       "unknown",                  "keep stop rest", "wait",
                              "nothing is forgotten before the lock was read")
+    ERRAND_LATER     = Cells("none",       "any",                      "run",           "wait",
+                             "a rollback was begun, and has just failed")
+    ERRAND_FENCE     = Cells("none",       "mine",                     "stop rest run", "fence wait",
+                             "a snapshot is to be taken, or a rollback done, and earlier incarnations are not fenced")
+    ERRAND           = Cells("none",       "mine",                     "stop rest run", "snapshot wait",
+                             "the same; a rollback under a lock that nobody takes over")
+    ERRAND_TAKE      = Cells("none",       "absent ours",              "stop rest run", "take wait",
+                             "the same, and it has no lock that suffices. Run: a rollback was begun")
     REST_FENCE       = Cells("none",       "ours broken",              "keep stop rest", "fence wait",
                              "held by this host, with addresses that may not be fenced yet (law 4)")
     REST_RELEASE     = Cells("none",       "ours broken",              "keep stop rest", "release wait",

@@ -66,6 +66,11 @@ TOLD: Mapping[str, str] = {
     "move.called_off": "",
     "move.went_back": "the guest goes on here after all",
     "disk.grown": "a disk was grown",
+    "snapshot.taken": "",
+    "snapshot.failed": "",
+    "snapshot.deleted": "",
+    "snapshot.rolled_back": "",
+    "snapshot.released": "",
     "instance.medium_changed": "another medium is in its CD-ROM drive",
 }
 """Lines of the log that are events, by their names there; and what they say where a line has no reason of its own."""

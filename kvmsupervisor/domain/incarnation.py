@@ -52,6 +52,7 @@ class Incarnation:
         clients: its Ceph client addresses, as written into the lock.
         medium: what is in its CD-ROM drive, as the key `cdrom` names it; None for nothing.
         paused: whether its guest was paused when it was last asked for its run state.
+        standing: whether its guest stands still for a snapshot, and its supervisor lets it go on.
         uid: the user that it runs as; None for its supervisor's own, and in a record of an older release.
         incoming: whether it waits for the guest of another host (`-incoming`), which is not its own yet. Its epoch is 0
             until then, so that no release takes the lock of that host for an older one.
@@ -84,6 +85,7 @@ class Incarnation:
     clients: tuple[str, ...] = ()
     medium: str | None = None
     paused: bool = False
+    standing: bool = False
     uid: int | None = None
     incoming: bool = False
     under: HostIdentity | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain import move
+from kvmsupervisor.domain import errands, move
 from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.doubt import asked_just_now, is_in_doubt, unless_it_runs
 from kvmsupervisor.domain.goal import Goal, goal, order
@@ -184,16 +184,17 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return Decision(row=Row.RUNS_PROBE, phase=Phase.RUNNING, reason=reason, action=Action.PROBE)
     if tidy and view.session_held and view.now >= view.etcd_at:
         return Decision(row=Row.RUNS_TIDY, phase=Phase.RUNNING, reason=reason, action=Action.TIDY)
-    if view.now >= process.plug_at:
-        return Decision(row=Row.RUNS_PLUG, phase=Phase.RUNNING, reason=reason, action=Action.PLUG)
-    medium_at = process.medium_due(wish if aim is Goal.RUN else None)
-    if view.now >= medium_at:
-        return Decision(row=Row.RUNS_MEDIUM, phase=Phase.RUNNING, reason=reason, action=Action.MEDIUM)
-    if view.now >= process.grow_at:
-        return Decision(row=Row.RUNS_GROW, phase=Phase.RUNNING, reason=reason, action=Action.GROW)
-    if view.now >= process.room_at:
-        return Decision(row=Row.RUNS_ROOM, phase=Phase.RUNNING, reason=reason, action=Action.ROOM)
-    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at, medium_at)
+    chores = (
+        (Row.RUNS_PLUG, Action.PLUG, process.plug_at),
+        (Row.RUNS_MEDIUM, Action.MEDIUM, process.medium_due(wish if aim is Goal.RUN else None)),
+        (Row.RUNS_SNAPSHOT, Action.SNAPSHOT, errands.due_at(view, process, aim)),
+        (Row.RUNS_GROW, Action.GROW, process.grow_at),
+        (Row.RUNS_ROOM, Action.ROOM, process.room_at),
+    )
+    for row, action, at in chores:
+        if view.now >= at:
+            return Decision(row=row, phase=Phase.RUNNING, reason=reason, action=action)
+    next_at = min(process.probe_at, *(at for *_, at in chores))
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(row=Row.RUNS, phase=Phase.RUNNING, reason=reason, wake_at=wake_at)
@@ -268,6 +269,8 @@ def _needs_no_consent(view: View) -> bool:
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
+    if (errand := errands.at_rest(view, aim, why)) is not None:
+        return errand
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
     if (held_up := _closed(view) or _in_time(view) or _share(view)) is not None:
@@ -385,7 +388,7 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     if claim is Claim.ABSENT and not view.looked:
         # Keep what another host wrote there: its last epoch, its machine type.
         return with_etcd(view, Row.REST_LOOK, Action.LOOK, phase, why)
-    return Decision(row=Row.REST, phase=phase, reason=why)
+    return errands.with_trouble(view, Decision(row=Row.REST, phase=phase, reason=why))
 
 
 def _is_placed_by_us(wish: Wish, me: HostName) -> bool:

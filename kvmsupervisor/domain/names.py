@@ -29,9 +29,14 @@ WISH_KEYS = (
     "power",
     "restart",
     "restart_request",
+    "rollback_request",
     "shutdown_timeout",
 )
 """The names of all wishes but the numbered ones, in the order in which they are explained."""
+
+FREE_KEY = "description"
+FREE_KEY_PREFIX = "x-"
+"""Keys for people: their values are never read."""
 
 ANY_HOST = "*"
 """In `hosts`: every host that it does not name otherwise."""

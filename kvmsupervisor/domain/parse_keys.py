@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
-from kvmsupervisor.domain import values
+from kvmsupervisor.domain import snapshots, values
 from kvmsupervisor.domain.cdrom import cdrom
 from kvmsupervisor.domain.disk_values import any_disk, rbd_disk
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import ID_PATTERN, InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.media import NotUserData, media_url, shown_url, user_data
-from kvmsupervisor.domain.names import ANY_HOST, WISH_KEYS
+from kvmsupervisor.domain.names import ANY_HOST, FREE_KEY, FREE_KEY_PREFIX, WISH_KEYS
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
+from kvmsupervisor.domain.snapshots import RollbackWish, SnapshotWish
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     FIRST_DISK,
@@ -37,8 +38,9 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
+from kvmsupervisor.domain.suggestions import suggest_wish
 from kvmsupervisor.domain.user_network import USER, bridge_name, forwards
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
 """Most bytes of a value; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -47,7 +49,7 @@ NICS = 8
 DISKS = 16
 """How many NICs and disks a machine may have, the first included: that many PCI slots are kept for them (`argv.py`)."""
 
-NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
+NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>", "snapshot/<name>")
 """The names of the wishes that a machine may have several of: NICs counting from 1, disks from 0."""
 
 ALL_NUMBERED_KEYS = (
@@ -58,10 +60,6 @@ ALL_NUMBERED_KEYS = (
 
 SECRET_KEYS = frozenset({"spice_password", "user-data"})
 """Keys whose values are shown nowhere."""
-
-FREE_KEY = "description"
-FREE_KEY_PREFIX = "x-"
-"""Keys for people: their values are never read."""
 
 CANDIDATES = 16
 """Most hosts in `hosts`. Arbitrary: the last of them waits for more than a minute."""
@@ -110,6 +108,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     restart_request = reader.read("restart_request", _restart_request, None)
     shutdown_timeout_s = reader.read("shutdown_timeout", _shutdown_timeout_s, None)
     priority = reader.read("priority", _priority, 0)
+    rollback = reader.read(snapshots.ROLLBACK, snapshots.rollback_request, None)
+    wished = reader.snapshots()
     rbd, rbd_key, disks = reader.disks()
     spec = Spec(
         ram_mib=reader.read("ram", values.ram_mib, 0),
@@ -160,6 +160,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         restart_request=restart_request,
         shutdown_timeout_s=shutdown_timeout_s,
         priority=priority,
+        snapshots=wished,
+        rollback=reader.rollback(rollback),
         spec=None if problems else spec,
         problems=problems,
         revision=newest,
@@ -219,6 +221,25 @@ class _Reader:
                 others.append(Disk(number, disk))
         self.one_of(FIRST_DISK, FIRST_IMAGE, "they are the same disk, the first one: delete one of the two keys")
         return first, key, tuple(others)
+
+    def snapshots(self) -> tuple[SnapshotWish, ...]:
+        """The snapshots that are to exist, or to be taken away, by name."""
+        found = []
+        for key in sorted(key for key in self._keys if _SNAPSHOT_KEY.fullmatch(key)):
+            name = key.decode()
+            # Without a note `etcdctl put KEY ''` is enough.
+            delete = self.read(name, snapshots.is_deleted, None) if self._keys[key].value.strip() else False
+            if delete is not None:
+                found.append(SnapshotWish(name.removeprefix(snapshots.KEY), delete, self.revision(name)))
+        if len(found) > snapshots.MOST:
+            said = Problem(snapshots.KEY, f"{len(found)} of them", f"a machine has at most {snapshots.MOST} snapshots")
+            self.problems.setdefault(snapshots.KEY, said)
+        return tuple(found)
+
+    def rollback(self, name: str | None) -> RollbackWish | None:
+        """The rollback that is asked for; `name` is what was read of it."""
+        raw = self._keys.get(snapshots.ROLLBACK.encode())
+        return None if raw is None or name is None else RollbackWish(_text(raw.value), name, raw.mod_revision)
 
     def _numbers(self, pattern: re.Pattern[bytes]) -> list[int]:
         return sorted({int(match[1]) for key in self._keys if (match := pattern.fullmatch(key))})
@@ -281,12 +302,14 @@ class _Reader:
 _NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
 _DISK_KEY = re.compile(rf"disk/([0-9]|1[0-{DISKS - 11}])".encode())
 
+_SNAPSHOT_KEY = re.compile(f"{snapshots.KEY}(?!.*[.][.]){ID_PATTERN.pattern}".encode())
+
 _KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
 
 
 def is_known(key: bytes) -> bool:
     """Whether this is the name of a wish, or of a key for people."""
-    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode())
+    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode()) or bool(_SNAPSHOT_KEY.fullmatch(key))
 
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:
@@ -297,46 +320,6 @@ def _unknown_keys(unknown: list[bytes]) -> Problem:
         f"the keys are {', '.join((*WISH_KEYS, *NUMBERED_KEYS))} (NICs to {NICS - 1}, disks to {DISKS - 1}); "
         f"{FREE_KEY} and {FREE_KEY_PREFIX}… are for people",
     )
-
-
-_SYNONYMS = {
-    "memory": "ram",
-    "mem": "ram",
-    "disk": "disk/0",
-    "drive": "disk/0",
-    "iso": "cdrom",
-    "cd": "cdrom",
-    "dvd": "cdrom",
-    "image": "rbd",
-    "vcpus": "cpus",
-    "smp": "cpus",
-    "flags": "extra_flags",
-    "args": "extra_flags",
-    "spice": "spice_port",
-    "vga": "display",
-    "video": "display",
-    "graphics": "display",
-    "vnc": "display",
-    "node": "host",
-    "nic": "mac",
-    "cloud-init": "user-data",
-    "userdata": "user-data",
-    "network": "bridge",
-    "net": "bridge",
-    "hostfwd": "forward",
-    "port-forward": "forward",
-    "ports": "forward",
-    "publish": "forward",
-    "uefi": "firmware",
-}
-"""Other names of the wishes, in the form of `values.plain`."""
-
-_SUGGESTIONS = {plain(name): name for name in (*WISH_KEYS, FREE_KEY)} | _SYNONYMS
-
-
-def suggest_wish(name: str) -> str | None:
-    """The wish that an unknown name probably means, or None."""
-    return nearest(name, _SUGGESTIONS)
 
 
 def _with_suggestion(key: bytes) -> str:

@@ -37,6 +37,7 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
         *process.disk_trouble,
         *_of_the_drive(view, process),
         *(() if view.shared is None else (view.shared,)),
+        *(() if view.errand_trouble is None else (view.errand_trouble,)),
     ):
         said = [*(said or ["runs"]), *beside]
     if view.stays or view.goes_only_live:

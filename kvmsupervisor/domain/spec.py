@@ -16,6 +16,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, size_text
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
+from kvmsupervisor.domain.snapshots import RollbackWish, SnapshotWish
 from kvmsupervisor.domain.user_network import USER, Forward
 
 DEFAULT_MACHINE = "q35"
@@ -107,6 +108,7 @@ class RbdDisk:
         size: bytes that the disk has at least; None for those that it has.
         origin: what it begins with, an image of the library or a snapshot POOL/IMAGE@SNAP; None for an empty disk.
         namespace: of the pool; empty for the one without a name.
+        copy: it is made a whole copy of what it begins with, and no clone.
     """
 
     pool: str
@@ -117,11 +119,13 @@ class RbdDisk:
     size: int | None = None
     origin: str | None = None
     namespace: str = ""
+    copy: bool = False
 
     def __str__(self) -> str:
         options = (
             *((f"size={size_text(self.size)}",) if self.size is not None else ()),
             *((f"from={self.origin}",) if self.origin is not None else ()),
+            *(("copy",) if self.copy else ()),
             *(("ro",) if self.ro else ()),
             *(("discard",) if self.discard else ()),
             *((f"iops={self.iops}",) if self.iops is not None else ()),
@@ -335,6 +339,8 @@ class Wish:
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
         priority: of several that wait, the greatest starts first.
+        snapshots: that are to exist, or to be taken away.
+        rollback: that is asked for; None without one.
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
@@ -355,6 +361,8 @@ class Wish:
     restart_request: str | None = None
     shutdown_timeout_s: float | None = None
     priority: int = 0
+    snapshots: tuple[SnapshotWish, ...] = ()
+    rollback: RollbackWish | None = None
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0
@@ -437,7 +445,7 @@ def _as_it_stays(disk: Disk) -> Disk:
 
 def _of_restarts(image: RbdDisk) -> RbdDisk:
     """An image without what is no matter of a restart."""
-    return replace(image, size=None, origin=None)
+    return replace(image, size=None, origin=None, copy=False)
 
 
 _KEY_OF_FIELD = {

@@ -12,6 +12,7 @@ from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit, parse, shallow
 from kvmsupervisor.domain.run_state import RUNNING
+from kvmsupervisor.domain.snapshots import Rollback, Snap
 from kvmsupervisor.domain.words import is_name
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -86,6 +87,8 @@ class Status:
         files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
         cdrom: what is in its CD-ROM drive, `empty` for nothing; None without a drive.
         images: its images in Ceph that are made when they are missing, once it has run with them.
+        snapshots: those that exist, as far as this host has seen.
+        rollback: the last one to a snapshot, under way or done.
         move: its live move that is under way, or by which its QEMU came here; None without one.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
@@ -119,6 +122,8 @@ class Status:
     files: Mapping[str, str] | None = None
     cdrom: str | None = None
     images: tuple[str, ...] = ()
+    snapshots: tuple[Snap, ...] = ()
+    rollback: Rollback | None = None
 
     @property
     def up(self) -> bool:
@@ -150,6 +155,8 @@ class Status:
             machine_key=self.machine_key,
             files=self.files,
             images=self.images,
+            snapshots=self.snapshots,
+            rollback=self.rollback,
         )
 
     def to_object(self) -> dict[str, Any]:
@@ -162,6 +169,8 @@ class Status:
             "images": list(self.images),
             "agent": None if self.agent is None else asdict(self.agent),
             "move": None if self.move is None else shallow(self.move),
+            "snapshots": [shallow(snap) | {"disks": list(snap.disks)} for snap in self.snapshots],
+            "rollback": None if self.rollback is None else shallow(self.rollback),
         }
 
     def to_json(self) -> bytes:

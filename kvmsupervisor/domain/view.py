@@ -14,6 +14,7 @@ from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lock import NOT_YET_RUN, Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
+from kvmsupervisor.domain.snapshots import Errand
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
 from kvmsupervisor.domain.transfer import NO_COURSE, Course, Stage
 
@@ -51,6 +52,7 @@ class Action(Enum):
     PLUG = "plug its NICs in again"
     GROW = "look whether its images grew, and tell QEMU"
     MEDIUM = "change the medium in its CD-ROM drive"
+    SNAPSHOT = "take a snapshot of its disks, take one away, or roll them back to one"
     ROOM = "look why a disk's error has stopped its guest, and whether it can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end, whose guest powered itself off"
@@ -305,6 +307,8 @@ class View:
         quiet_at: when the wish has been quiet for long enough to let a new guest run.
         start_timeout_s: time limit for a new QEMU to answer.
         shutdown_timeout_s: time between the power button and force.
+        errand: what is to be done next about its snapshots; None for nothing.
+        errand_trouble: what people should know of that: why it failed, or what it waits for; None for nothing.
         claim: what the lock means to the process's incarnation, or to the planned one. One that was seen in a former
             history means nothing in the present one.
     """
@@ -357,6 +361,8 @@ class View:
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0
+    errand: Errand | None = None
+    errand_trouble: str | None = None
     claim: Claim = field(init=False, compare=False, repr=False)
 
     @property

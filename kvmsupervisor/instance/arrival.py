@@ -202,6 +202,9 @@ class Arrival:
         key, present = secrets.token_bytes(KEY_BYTES), self._present(wish)
         await self._write(wish, key, None)
         self._key, self._said_in = key, present
+        if (status := await self._lock.look()) is not None:
+            # Once the guest is here this host's status takes the place of that one.
+            self._report.inherit(status)
         self._report.tell("move.offered")
 
     async def _write(self, wish: Wish, key: bytes, waits: Destination | None) -> None:

@@ -233,8 +233,12 @@ class Start:
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
 
-    async def take(self, wish: Wanted) -> None:
+    async def take(self, wish: Wanted, *, storage: Storage | None = None) -> None:
         """Take the lock for a new incarnation.
+
+        Args:
+            wish: what is to run, or to be worked on.
+            storage: what that may write to; None for what the machine may.
 
         Raises:
             SwapFailed: somebody was first, or our session or the wish changed.
@@ -246,15 +250,17 @@ class Start:
             if self.sharing.has_to_wait(wish.spec):
                 return
             # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
-            if self._report.status.epoch == 0 and await self._take_if_new(wish):
+            is_new = storage is None and self._report.status.epoch == 0
+            if is_new and await self._take_if_new(wish):
                 return
             floor = await self.look()
             if self.claimed_by is not None or self._lock.view.data is not None:
                 # Somebody has it: the next decision is made on what was read.
                 return
-        elif not self._report.knows_machine:
+        elif not self._report.looked:
             before = self._lock.view.data
-            # The machine type that the guest was installed on is in the status, whoever wrote it.
+            # The machine type that the guest was installed on is in the status, whoever wrote it, and whether its disks
+            # are in the midst of a rollback.
             await self.look()
             if self._lock.view.data != before:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.
@@ -264,7 +270,7 @@ class Start:
         ours = previous is None or previous.host == context.me or previous.incarnation == self.last_ended
         foreign = None if previous is None or ours else previous.host
         change = Change.TAKE if foreign is None else Change.TAKE_OVER
-        await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)
+        await self._lock.write(change, self._plan(wish, floor, storage), wish.ground, holder=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (context.me, context.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
@@ -288,7 +294,7 @@ class Start:
         self._tell_taken(None)
         return True
 
-    def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
+    def _plan(self, wish: Wanted, epoch_floor: int, storage: Storage | None = None) -> Lock:
         """The lock for a new incarnation."""
         context, seen = self._context, self._lock.view
         era, previous = context.era(), seen.lock
@@ -298,7 +304,7 @@ class Start:
             boot_id=context.boot_id,
             facts=context.layout.facts,
             incarnation=str(uuid4()),
-            storage=storage_of(wish.spec),
+            storage=storage_of(wish.spec) if storage is None else storage,
             epoch_floor=max(epoch_floor, era.epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
             doubted=is_doubted(

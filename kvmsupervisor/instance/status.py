@@ -74,6 +74,9 @@ class Report:
         self._chronicle = Chronicle(instance, context=context, at_first=self.status)
         self._trouble: tuple[str, Sparing] = "", Sparing()
         self._sparing: dict[str, Sparing] = {RESET: Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
+        if (written := context.status_writer.written(instance)) is not None:
+            # Before it is written over: a rollback that an earlier supervisor has begun is finished before a start.
+            self.inherit(written[0])
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -146,8 +149,18 @@ class Report:
             self.status = replace(self.status, files=written.files)
         if not self.status.images and written.images:
             self.status = replace(self.status, images=written.images)
+        self.inherit(written)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
+
+    def inherit(self, written: Status) -> None:
+        """Take over what a status says of the machine's snapshots: another host's knows more than this one."""
+        now, is_theirs = self.status, written.host != self._context.me
+        if is_theirs or not now.snapshots:
+            now = replace(now, snapshots=written.snapshots)
+        if is_theirs or now.rollback is None:
+            now = replace(now, rollback=written.rollback)
+        self.status = now
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -188,6 +201,8 @@ class Report:
             files=self._files(wish, running),
             cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
             images=self._images(wish, running),
+            snapshots=before.snapshots,
+            rollback=before.rollback,
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.

@@ -39,6 +39,7 @@ from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.moves import Moves
 from kvmsupervisor.instance.plugs import Plugs
 from kvmsupervisor.instance.saved_state import SavedState
+from kvmsupervisor.instance.snapshots import Snapshots
 from kvmsupervisor.instance.start import Start, wanted
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.target import target_of
@@ -112,6 +113,7 @@ class Worker:
             instance, context=context, machine=self._machine, lock=self._lock, start=self._start, report=self.report,
             wake=self._wake.set,
         )  # fmt: skip
+        self._snapshots = Snapshots(instance, context, self._machine, self._lock, self.report)
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet = Quiet(context.settle_s)
@@ -137,6 +139,7 @@ class Worker:
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
             self._machine.drive.look()
+            self._snapshots.look(wish)
         if fresh:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
@@ -277,17 +280,13 @@ class Worker:
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
-                self._went_well(decision.action)
+                self._etcd_trouble = self._etcd_trouble if decision.action in PREPARATIONS else None
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
         self._context.admission.release(self.id)
         self.moves.close()
         await self._machine.detach()
-
-    def _went_well(self, action: Action | None) -> None:
-        if action not in PREPARATIONS:
-            self._etcd_trouble = None
 
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._context.clock.now() + seconds
@@ -305,8 +304,7 @@ class Worker:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
-        context, saved = self._context, self._saved.state
-        era = context.era()
+        context, saved, era = self._context, self._saved.state, self._context.era()
         keeping.follow_epoch(self._machine, self._lock.view, era)
         process = self._machine.view()
         lock = self._lock.view.lock
@@ -363,6 +361,8 @@ class Worker:
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet.at,
             start_timeout_s=context.start_timeout_s,
+            errand=self._snapshots.errand(self.wish),
+            errand_trouble=self._snapshots.trouble(self.wish),
             shutdown_timeout_s=(
                 context.shutdown_timeout_s if saved.shutdown_timeout_s is None else saved.shutdown_timeout_s
             ),
@@ -410,8 +410,10 @@ class Worker:
                 await start.takeover_wait.ask_watchers(view.lock.lock, wanted(wish).spec)
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
+            case Action.SNAPSHOT:
+                await self._snapshots.act(wish)
             case Action.TAKE:
-                await start.take(wanted(wish))
+                await start.take(wanted(wish), storage=self._snapshots.storage(view.errand))
                 await self.moves.arrival.withdraw()
             case Action.FENCE:
                 assert wish is not None

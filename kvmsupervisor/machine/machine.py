@@ -44,6 +44,7 @@ from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.room import Room
 from kvmsupervisor.machine.spawn import BEHIND, Launch, Quarters, SpawnRequest
+from kvmsupervisor.machine.standstill import Standstill
 from kvmsupervisor.machine.system import QemuProcess, System
 from kvmsupervisor.machine.viewers import Viewers
 
@@ -109,6 +110,7 @@ class Machine:
         )
         self.viewers = Viewers(self._talk.ask, lambda: self.record)
         self._settling: asyncio.Task[None] | None = None
+        self.standstill = Standstill(system, self._talk, self.agent, directory, clock=clock, note=self.note)
         self._clear()
 
     def _clear(self) -> None:
@@ -254,9 +256,8 @@ class Machine:
             self.note(pid=self._process.pid, starttime=self._process.starttime)
 
     def _begin(self, record: Incarnation, spec: Spec | None) -> None:
-        self.record = record
+        self.record, self.spec = record, spec
         self._talk.argv = record.argv
-        self.spec = spec
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
         """Adopt the process that an earlier supervisor started; return False when the process is gone.
@@ -418,8 +419,7 @@ class Machine:
         await self.detach()
         cut("exit recorded, process still on record")
         self.directory.drop_incarnation()
-        self.record = None
-        self.spec = None
+        self.record = self.spec = None
         self._clear()
 
     async def detach(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.cluster.overview import UNKNOWN, Cluster, Instance, Shown, shown
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.parse_keys import FREE_KEY, public_value
+from kvmsupervisor.domain.names import FREE_KEY
+from kvmsupervisor.domain.parse_keys import public_value
 from kvmsupervisor.domain.records import shallow
 from kvmsupervisor.domain.status import Phase
 

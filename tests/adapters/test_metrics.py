@@ -74,6 +74,8 @@ CONTRACT = {
     "takeovers_total": "counter",
     "history_changes_total": "counter",
     "migrations_total": "counter",
+    "snapshots_total": "counter",
+    "snapshot_standstill_seconds_total": "counter",
     "migration_sent_bytes_total": "counter",
     "migration_downtime_seconds_total": "counter",
     "start_seconds": "histogram",

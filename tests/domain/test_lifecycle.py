@@ -823,6 +823,7 @@ class Supervisor:
                 | Action.GROW
                 | Action.ROOM
                 | Action.MEDIUM
+                | Action.SNAPSHOT
                 | Action.PLUG
                 | Action.FINISH
                 | Action.QUEUE

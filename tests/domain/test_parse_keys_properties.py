@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.names import FREE_KEY, FREE_KEY_PREFIX, WISH_KEYS
 from kvmsupervisor.domain.parse_keys import (
     DISKS,
-    FREE_KEY,
-    FREE_KEY_PREFIX,
     NICS,
     SPICE_PASSWORD_LENGTH,
     UNKNOWN_KEYS_NAMED,

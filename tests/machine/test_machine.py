@@ -190,6 +190,13 @@ async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     assert bench.view.run_state == "running"
 
 
+def flags_of(pid: int | None, file: str) -> list[str]:
+    """The flags (octal, proc_pid_fdinfo(5)) of each descriptor that a process has of a file."""
+    folder = Path(f"/proc/{pid}")
+    numbers = [one.name for one in (folder / "fd").iterdir() if file in str(one.readlink())]
+    return [(folder / "fdinfo" / number).read_text().split()[3] for number in numbers]
+
+
 async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
     """Whoever lets the guest run, `resume` or a live move: QEMU appends to no log by then, for that would be lost."""
 
@@ -199,10 +206,8 @@ async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
 
     bench.machine.spawn(record(), SPEC, plain, build, Quarters())
     await bench.connected()
-    opened = Path(f"/proc/{bench.machine.pid}/fd")
-    logs = [file.name for file in opened.iterdir() if "memfd:console.log" in str(file.readlink())]
-    assert len(logs) > 1, "QEMU has not opened it a second time"
-    flags = [(opened.parent / "fdinfo" / number).read_text().split()[3] for number in logs]
+    flags = flags_of(bench.machine.pid, "memfd:console.log")
+    assert len(flags) > 1, "QEMU has not opened it a second time"
     assert not any(int(one, 8) & os.O_APPEND for one in flags), flags
 
 

@@ -65,6 +65,19 @@ ELSEWHERE = {
     "before MEDIUM": "instance/test_failpoints.py::test_medium",
     "before PLUG": "instance/test_failpoints.py::test_plug",
     "before ROOM": "instance/test_failpoints.py::test_room",
+    **dict.fromkeys(
+        (
+            "before SNAPSHOT",
+            "standing still",
+            "images snapshot",
+            "snapshot taken",
+            "taken away from one disk",
+            "to be rolled back",
+            "one disk rolled back",
+        ),
+        "e2e/test_snapshots.py::test_cut_off",
+    ),
+    **dict.fromkeys(("file duplicated", "image duplicated"), "machine/test_duplicates.py::test_cut_off"),
     "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
     **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
 }

@@ -47,6 +47,7 @@ from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
 from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
 ONE = InstanceId("1")
@@ -165,6 +166,7 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.snapshots = FakeSnapshots()
         self.room_bytes = 1 << 40
         self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
@@ -219,7 +221,7 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.end_listening = self.session.listen(self.instance.notify)
-        publishing = asyncio.create_task(self.context.status_writer.run())
+        publishing = asyncio.create_task(self._keep_statuses())
         self.loop = asyncio.create_task(self._run())
         self._tasks = [
             self.loop,
@@ -230,6 +232,14 @@ class Host:
 
     async def _run(self) -> None:
         await self.instance.run()
+
+    async def _keep_statuses(self) -> None:
+        """As `supervisor.statuses`: what an earlier supervisor said is learnt before anything is written over it."""
+        written = (await self.context.status_writer.learn()).get(ONE)
+        if written is not None:
+            self.instance.report.recall(written)
+        self.instance.notify()
+        await self.context.status_writer.run()
 
     async def _first_look(self) -> None:
         await self.wishes.wait_synced()
@@ -331,6 +341,7 @@ class Host:
             disks=self.disks,
             local_disks=self.local_disks,
             contents=contents,
+            snapshots=self.snapshots,
             media=media,
             logs=GuestLogs(clock=self.clock),
             event_files=self.event_files,

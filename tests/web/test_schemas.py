@@ -17,6 +17,7 @@ from kvmsupervisor.domain.events import Event, to_json
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Destination, Lock, LockState
 from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.domain.snapshots import Rollback, Snap
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.web.routes import METHODS
 from tests.web.conftest import Site
@@ -54,6 +55,8 @@ STATUSES = [
     Status(
         id="1", host="alpha", phase=Phase.RUNNING, reason="so", since="2026-03-01T12:00:00Z", pid=7, epoch=2,
         pending=("ram",), problems=("x",), agent=AGENT, stood={"ram": "1G"}, files={"file:a": "alpha"}, guarded=True,
+        snapshots=(Snap(name="s", at="", size=1, how="off", disks=("rbd",)),),
+        rollback=Rollback(request="s:1", name="s"),
         images=("a/b",), unplugged=("x",), cdrom="empty", last_exit="x", machine="pc-q35-7.2", run_state="running",
     ),
 ]  # fmt: skip

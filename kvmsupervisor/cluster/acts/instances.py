@@ -54,7 +54,13 @@ class Written:
 
 
 async def create(
-    store: Store, layout: Layout, instance: InstanceId, values: Mapping[str, str], *, force: bool = False
+    store: Store,
+    layout: Layout,
+    instance: InstanceId,
+    values: Mapping[str, str],
+    *,
+    force: bool = False,
+    also: Sequence[Op] = (),
 ) -> Written:
     """Write the keys of a new instance, all or none.
 
@@ -64,6 +70,7 @@ async def create(
         instance: its id.
         values: key name → value.
         force: write although a value has a problem, or `host` has no session.
+        also: what is written in the same transaction.
 
     Raises:
         Refused: the instance has a key already, a value has a problem, or `host` names a host without a session.
@@ -87,7 +94,7 @@ async def create(
             Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
             for name in dict.fromkeys((*values, *WISH_KEYS))
         ],
-        [Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()],
+        [*(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()), *also],
     )
     if not result.succeeded:
         raise Refused(f"{instance} was not created: another writer has just created it; look with `show {instance}`")
@@ -150,7 +157,7 @@ async def change(
             *(Delete(layout.wish_key(instance, name)) for name in unset),
         ]
 
-    written = await _rewrite(store, layout, instance, plan, [*values, *unset])
+    written = await rewrite(store, layout, instance, plan, [*values, *unset])
     return replace(written, notes=(*chosen, *(f"`{name}` was not there" for name in absent), *written.notes))
 
 
@@ -162,7 +169,7 @@ async def switch(store: Store, layout: Layout, instance: InstanceId, power: str)
     Raises:
         Refused: there is no such instance.
     """
-    return await _rewrite(
+    return await rewrite(
         store,
         layout,
         instance,
@@ -183,7 +190,7 @@ async def restart(store: Store, layout: Layout, instance: InstanceId, request: s
             raise Refused(f"{instance} is switched off (power=off): start it with `start {instance}`")
         return [Put(layout.wish_key(instance, "restart_request"), request.encode())]
 
-    return await _rewrite(store, layout, instance, plan, ["restart_request", "power"])
+    return await rewrite(store, layout, instance, plan, ["restart_request", "power"])
 
 
 def new_request(now: datetime, *, at_once: bool = False, reset: bool = False) -> str:
@@ -256,7 +263,7 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     )
 
 
-async def _rewrite(
+async def rewrite(
     store: Store,
     layout: Layout,
     instance: InstanceId,
