@@ -183,8 +183,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
     QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. Precondition: `host_problems` is empty,
     and everything was made ready, such as one tap for each NIC on a bridge.
     """
-    user = None if host.ceph.user is None else host.ceph.user.replace(LOCK_PLACEHOLDER, identity.instance)
-    ceph = replace(host.ceph, user=user, key=provision.ceph_key)
+    ceph = ceph_of(host, identity.instance, provision.ceph_key)
     return (
         host.qemu,
         *("-nodefaults", "-no-user-config", "-S"),
@@ -195,8 +194,8 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *_machine(spec, host, ceph, provision),
         # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
-        *("-m", f"size={spec.ram_mib}M"),
-        *("-smp", f"cpus={spec.cpus}"),
+        *hardware.memory(spec),
+        *hardware.processors(spec),
         *_monitors(provision),
         *_channels(provision),
         *hardware.common(),
@@ -209,6 +208,12 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *hardware.display(spec, host.spice_addr, provision.spice_password),
         *spec.extra_flags,
     )
+
+
+def ceph_of(host: HostSide, instance: InstanceId, key: int | None) -> Ceph:
+    """How the QEMU of an instance reaches Ceph; `key` as in `Provision`."""
+    user = None if host.ceph.user is None else host.ceph.user.replace(LOCK_PLACEHOLDER, instance)
+    return replace(host.ceph, user=user, key=key)
 
 
 def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> Iterator[str]:

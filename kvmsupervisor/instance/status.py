@@ -11,6 +11,7 @@ from structlog.typing import FilteringBoundLogger
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.live import key_of
 from kvmsupervisor.domain.lock import Claim, Lock
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
@@ -210,6 +211,8 @@ class Report:
         if running is None or wanted is None or view.process is None:
             return ()
         names = pending(running, wanted) if running != wanted else ()
+        # What it is being given it may not have yet.
+        names = tuple(dict.fromkeys((*names, *map(key_of, view.process.incarnation.coming))))
         return (*names, "cdrom") if view.process.holds_another(wanted) and "cdrom" not in names else names
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:

@@ -23,7 +23,7 @@ from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lackin
 from kvmsupervisor.domain.flags import ANY_FLAGS, NONE_AS_ROOT
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import Ceph
-from kvmsupervisor.machine.provisioning import HostFiles
+from kvmsupervisor.machine.handover import HostFiles
 
 log = structlog.get_logger(__name__)
 

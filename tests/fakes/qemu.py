@@ -37,6 +37,8 @@ from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
 from tests.fakes.drive import COMMANDS, FakeDrive
 from tests.fakes.network import FakeNetwork
+from tests.fakes.plugged import COMMANDS as PLUGGED
+from tests.fakes.plugged import FakePlugged
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
@@ -81,6 +83,7 @@ class FakeQemu:
         run_state: QMP's.
         blocks: its disks, as `query-block` tells them.
         drive: its CD-ROM drive.
+        plugged: its devices that come and go.
         agent: what its guest's agent says, None when nobody answers there.
         agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
         presses: when its power button was pressed.
@@ -115,6 +118,7 @@ class FakeQemu:
                 self.monitors |= {listening[int(fd)] for fd in re.findall(r'fd = "(\d+)"', Path(value).read_text())}
         self.blocks: list[dict[str, Any]] = []
         self.drive = FakeDrive(argv, self.event)
+        self.plugged = FakePlugged(argv, self.event)
         self.run_state = NEVER_RAN
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
@@ -292,8 +296,13 @@ class FakeQemu:
             "qom-get": {},
         }
         self.commands.append(command)
+        given = dict(arguments or {})
+        if command == "device_add" and given["driver"] == "virtio-blk-pci" and not self._host.on_record(self):
+            self._host.ran_off_the_record.append(self)
+        if command in PLUGGED or self.plugged.concerns(command, given):
+            return self.plugged.run(command, given)
         if command in COMMANDS:
-            return self.drive.run(command, dict(arguments or {}))
+            return self._with_disks(command, self.drive.run(command, given))
         if command == "block_resize":
             self._resize(arguments)
             return {}
@@ -303,6 +312,13 @@ class FakeQemu:
             return answers[command]
         self._do(command)
         return {}
+
+    def _with_disks(self, command: str, answer: Any) -> Any:
+        if command == "query-fdsets":
+            return [*answer, *({"fdset-id": number} for number in self.plugged.sets)]
+        if command == "query-named-block-nodes":
+            return [*answer, *({"node-name": name} for name in self.plugged.nodes)]
+        return answer
 
     def _resize(self, arguments: Any) -> None:
         for block in self.blocks:

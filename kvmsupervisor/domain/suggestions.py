@@ -1,0 +1,41 @@
+"""Which wish an unknown name of a key probably means. Pure."""
+
+from __future__ import annotations
+
+from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.values import nearest, plain
+
+_SYNONYMS = {
+    "memory": "ram",
+    "mem": "ram",
+    "disk": "disk/0",
+    "drive": "disk/0",
+    "iso": "cdrom",
+    "cd": "cdrom",
+    "dvd": "cdrom",
+    "image": "rbd",
+    "vcpus": "cpus",
+    "smp": "cpus",
+    "flags": "extra_flags",
+    "args": "extra_flags",
+    "spice": "spice_port",
+    "node": "host",
+    "nic": "mac",
+    "cloud-init": "user-data",
+    "userdata": "user-data",
+    "network": "bridge",
+    "net": "bridge",
+    "hostfwd": "forward",
+    "port-forward": "forward",
+    "ports": "forward",
+    "publish": "forward",
+    "uefi": "firmware",
+}
+"""Other names of the wishes, in the form of `values.plain`."""
+
+_SUGGESTIONS = {plain(name): name for name in (*WISH_KEYS, "description")} | _SYNONYMS
+
+
+def suggest_wish(name: str) -> str | None:
+    """The wish that an unknown name probably means, or None."""
+    return nearest(name, _SUGGESTIONS)
