@@ -177,15 +177,15 @@ def _while_it_runs(view: View, process: Process) -> Decision:
     if view.now >= process.plug_at:
         return Decision(row=Row.RUNS_PLUG, phase=Phase.RUNNING, reason=reason, action=Action.PLUG)
     medium_at = process.medium_due(wish if aim is Goal.RUN else None)
-    if view.now >= medium_at:
-        return Decision(row=Row.RUNS_MEDIUM, phase=Phase.RUNNING, reason=reason, action=Action.MEDIUM)
     change_at = changes.due(view, process, aim)
-    if view.now >= change_at:
-        return Decision(row=Row.RUNS_CHANGE, phase=Phase.RUNNING, reason=reason, action=Action.CHANGE)
-    if view.now >= process.grow_at:
-        return Decision(row=Row.RUNS_GROW, phase=Phase.RUNNING, reason=reason, action=Action.GROW)
-    if view.now >= process.room_at:
-        return Decision(row=Row.RUNS_ROOM, phase=Phase.RUNNING, reason=reason, action=Action.ROOM)
+    for at, row, action in (
+        (medium_at, Row.RUNS_MEDIUM, Action.MEDIUM),
+        (change_at, Row.RUNS_CHANGE, Action.CHANGE),
+        (process.grow_at, Row.RUNS_GROW, Action.GROW),
+        (process.room_at, Row.RUNS_ROOM, Action.ROOM),
+    ):
+        if view.now >= at:
+            return Decision(row=row, phase=Phase.RUNNING, reason=reason, action=action)
     next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at, medium_at, change_at)
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
