@@ -202,7 +202,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *hardware.bridge(spec),
         *hardware.nics(spec, provision.taps),
         *hardware.disks(spec, ceph, provision.files),
-        *hardware.media(provision.media),
+        *hardware.media(spec, provision.media),
         *hardware.cdrom(spec, provision.machine or spec.machine, provision.cdrom),
         *_ignition(provision.ignition),
         *hardware.display(spec, host.spice_addr, provision.spice_password),

@@ -203,7 +203,7 @@ def disks(spec: Spec, ceph: Ceph, files: Sequence[int]) -> Iterator[str]:
         if (limit := disk_limit(disk)) is not None:
             yield from ("-object", json_option(limit))
         yield from ("-blockdev", json_option(disk_node(disk, ceph)))
-        yield from ("-device", words(disk_device(disk)))
+        yield from ("-device", words(disk_device(disk, spec)))
 
 
 def disk_set(disk: Disk) -> int:
@@ -243,8 +243,8 @@ def disk_name(disk: Disk) -> str:
     return f"{node_of(disk)}-dev"
 
 
-def disk_device(disk: Disk) -> dict[str, str]:
-    """A disk as the guest sees it."""
+def disk_device(disk: Disk, spec: Spec) -> dict[str, str]:
+    """A disk of a machine as the guest sees it."""
     place = {"bus": MORE, "addr": f"{_MORE_DISKS + disk.number:#x}"} if disk.number else {"addr": f"{_DISK_SLOT:#x}"}
     return {
         "driver": "virtio-blk-pci",
@@ -255,16 +255,26 @@ def disk_device(disk: Disk) -> dict[str, str]:
         "rerror": "stop",
         **({} if disk.number else {"bootindex": str(_FIRST_DISK_BOOTS)}),
         **place,
+        **_queues(spec),
     }
 
 
-def media(files: Sequence[Handed]) -> Iterator[str]:
+def _queues(spec: Spec) -> dict[str, str]:
+    """QEMU gives a disk a queue for each processor. Where these may become more, the number is that of the start.
+
+    Otherwise a disk that is older than a processor would have another number at the target of a live move.
+    """
+    return {} if spec.cpus_max is None else {"num-queues": str(spec.cpus - spec.plugged_cpus)}
+
+
+def media(spec: Spec, files: Sequence[Handed]) -> Iterator[str]:
     """Read-only media, as virtio disks: a guest with a driver for its own disk has one for these."""
     for number, (file, slot) in enumerate(zip(files, _MEDIA_SLOTS, strict=False)):
         yield from _file_set(file.fd, MEDIA_SETS + number, file.path)
         node = _file_node(f"/dev/fdset/{MEDIA_SETS + number}", read_only=True)
         yield from ("-blockdev", json_option({"node-name": f"medium{number}", **node}))
-        yield from ("-device", f"virtio-blk-pci,id=medium{number}-dev,drive=medium{number},addr={slot:#x}")
+        device = {"driver": "virtio-blk-pci", "id": f"medium{number}-dev", "drive": f"medium{number}"}
+        yield from ("-device", words({**device, "addr": f"{slot:#x}", **_queues(spec)}))
 
 
 def cdrom_node(turn: int) -> dict[str, Any]:
@@ -336,9 +346,10 @@ def memory(spec: Spec) -> Iterator[str]:
     yield from ("-m", f"size={first}M,maxmem={first + (size >> 20)}M")
     kind: dict[str, Any] = {"qom-type": "memory-backend-ram"}
     if spec.hugepages is not None:
-        kind = {"qom-type": "memory-backend-memfd", "hugetlb": True, "hugetlbsize": block}
-    # Without `reserve` the host needs no room for what the guest does not have yet.
-    yield from ("-object", json_option({**kind, "id": "ram1", "size": size, "reserve": False}))
+        # Without `reserve` no page is set aside for what the guest does not have yet. Of ordinary memory the kernel sets
+        # nothing aside, and QEMU would look for /proc/sys, which it does not see.
+        kind = {"qom-type": "memory-backend-memfd", "hugetlb": True, "hugetlbsize": block, "reserve": False}
+    yield from ("-object", json_option({**kind, "id": "ram1", "size": size}))
     device = {"driver": "virtio-mem-pci", "id": MEMORY_DEVICE, "memdev": "ram1", "block-size": str(block)}
     if spec.hugepages is not None:
         device["prealloc"] = "on"

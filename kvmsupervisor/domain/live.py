@@ -213,6 +213,11 @@ def with_memory(spec: Spec, ram_mib: int) -> Spec:
     return replace(spec, ram_mib=ram_mib, plugged_mib=spec.plugged_mib + ram_mib - spec.ram_mib)
 
 
+def with_processors(spec: Spec, cpus: int) -> Spec:
+    """The machine with so many processors."""
+    return replace(spec, cpus=cpus, plugged_cpus=spec.plugged_cpus + cpus - spec.cpus)
+
+
 def only_disk(spec: Spec, disk: Disk) -> Spec:
     """A machine with that disk and no other, nor a NIC: what has to be made ready for it alone."""
     return Spec(ram_mib=spec.ram_mib, disks=(disk,))
@@ -264,7 +269,7 @@ def _devices_now(seen: Sequence[str], spec: Spec) -> Iterator[str]:
         word = known.get(hardware.nic_name(nic), "")
         yield word if f",mac={nic.mac}," in word else f"-device {hardware.words(hardware.nic_device(nic))}"
     for disk in spec.all_disks:
-        yield known.get(node_of(disk)) or f"-device {hardware.words(hardware.disk_device(disk))}"
+        yield known.get(node_of(disk)) or f"-device {hardware.words(hardware.disk_device(disk, spec))}"
 
 
 def _sized(word: str, spec: Spec) -> str:

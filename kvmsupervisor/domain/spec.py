@@ -257,6 +257,7 @@ class Spec:
         pluggable: whether it has a bus for disks and NICs also where it starts without any; not so for machines that an
             earlier release started.
         plugged_mib: how much of its memory it has got since it was started.
+        plugged_cpus: likewise.
     """
 
     ram_mib: int
@@ -286,6 +287,7 @@ class Spec:
     cpus_max: int | None = None
     pluggable: bool = field(default=False, compare=False)
     plugged_mib: int = field(default=0, compare=False)
+    plugged_cpus: int = field(default=0, compare=False)
 
     @property
     def all_nics(self) -> tuple[Nic, ...]:

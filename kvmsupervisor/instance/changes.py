@@ -147,7 +147,7 @@ class Changing:
                 now = next(nic for nic in spec.all_nics if nic.number == step.nic.number)
                 became = live.with_nic(spec, replace(now, down=step.nic.down))
             case Kind.PROCESSORS:
-                became = replace(spec, cpus=await changes.give_processors(wanted.cpus))
+                became = live.with_processors(spec, await changes.give_processors(wanted.cpus))
             case Kind.MEMORY:
                 await self._memory(spec, wanted.ram_mib)
                 return
@@ -278,7 +278,7 @@ class Changing:
                 if not disk.ro:
                     await self._record_client(disk, alone, wish)
                 await point("on record, not given")
-                await changes.give_disk(disk)
+                await changes.give_disk(disk, became)
             except (MonitorRefused, NotFenced, NotReady, SwapFailed, EtcdError):
                 # Nothing was given. Where QEMU does not answer, it is asked later what became of it.
                 await self._closed_again(disk, wish)

@@ -19,7 +19,7 @@ from kvmsupervisor.domain import hardware
 from kvmsupervisor.domain.hardware import Ceph, TapFds
 from kvmsupervisor.domain.live import MEMORY, Attempt, key_of
 from kvmsupervisor.domain.qmp_answers import number_in, object_in, objects_in, text_in
-from kvmsupervisor.domain.spec import Disk, Nic
+from kvmsupervisor.domain.spec import Disk, Nic, Spec
 from kvmsupervisor.domain.storage import node_of
 from kvmsupervisor.machine.monitor import Ask
 
@@ -154,9 +154,9 @@ class Changes:
         ):
             await self.do("remove-fd", {"fdset-id": hardware.disk_set(disk)})
 
-    async def give_disk(self, disk: Disk) -> None:
-        """Show a disk that is open to the guest, which may write to it from now on."""
-        await self.do("device_add", hardware.disk_device(disk))
+    async def give_disk(self, disk: Disk, spec: Spec) -> None:
+        """Show a disk of a machine that is open to its guest, which may write to it from now on; see `do`."""
+        await self.do("device_add", hardware.disk_device(disk, spec))
 
     async def give_nic(self, nic: Nic, tap: TapFds) -> None:
         """Give the guest a NIC on an open tap.
