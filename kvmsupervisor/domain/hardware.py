@@ -346,8 +346,8 @@ def memory(spec: Spec) -> Iterator[str]:
     yield from ("-m", f"size={first}M,maxmem={first + (size >> 20)}M")
     kind: dict[str, Any] = {"qom-type": "memory-backend-ram"}
     if spec.hugepages is not None:
-        # Without `reserve` no page is set aside for what the guest does not have yet. Of ordinary memory the kernel sets
-        # nothing aside, and QEMU would look for /proc/sys, which it does not see.
+        # Without `reserve` no page is set aside for what the guest does not have yet. Of ordinary memory none is, and
+        # QEMU would look for /proc/sys, which it does not see.
         kind = {"qom-type": "memory-backend-memfd", "hugetlb": True, "hugetlbsize": block, "reserve": False}
     yield from ("-object", json_option({**kind, "id": "ram1", "size": size}))
     device = {"driver": "virtio-mem-pci", "id": MEMORY_DEVICE, "memdev": "ram1", "block-size": str(block)}

@@ -93,7 +93,9 @@ def _steps(running: Spec, wanted: Spec, argv: Sequence[str], *, takes: bool) -> 
     disks = _by_number(wanted.all_disks)
     for disk in running.all_disks:
         other = disks.get(disk.number)
-        if other is not None and disk != other and _without_limit(disk) == _without_limit(other):
+        if other is None or other.source.iops == disk.source.iops:
+            continue
+        if _without_limit(disk) == _without_limit(other):
             yield Step(kind=Kind.LIMIT, device=node_of(disk), key=other.key, disk=other)
     yield from _of_nics_that_stay(running, wanted)
     if running.cpus < wanted.cpus <= (running.cpus_max or 0):

@@ -31,6 +31,7 @@ from kvmsupervisor.domain.nics import ELSEWHERE
 from kvmsupervisor.domain.spec import Disk, Nic, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, names_of, node_of, storage_of
 from kvmsupervisor.failpoints import point
+from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.new_qemu import must_note
 from kvmsupervisor.instance.shutting_out import admit
@@ -82,11 +83,9 @@ class Changing:
             SwapFailed, EtcdError: etcd did not do it.
             NotReady: our own record of it cannot be kept.
         """
-        record, spec, now = self._machine.record, self._machine.spec, self._context.clock.now()
-        assert record is not None
-        assert spec is not None
+        record, now = self._record, self._context.clock.now()
         wanted = None if wish is None or wish.is_elsewhere(self._context.me) else wish.spec
-        due = () if wanted is None else live.steps(spec, wanted, argv=record.argv, takes=takes)
+        due = () if wanted is None else self._steps(wanted, takes=takes)
         for device in (*record.coming, *record.going):
             if self._at(device) <= now:
                 leaves = any(step.kind is Kind.UNPLUG and step.device == device for step in due)
@@ -96,6 +95,11 @@ class Changing:
         if step is not None:
             assert wanted is not None
             await self._held(step.device, step.key, self._do(step, wish, wanted))
+
+    def _steps(self, wanted: Spec, *, takes: bool = False) -> Sequence[Step]:
+        spec = self._machine.spec
+        assert spec is not None
+        return live.steps(spec, wanted, argv=self._record.argv, takes=takes)
 
     def _at(self, device: str) -> float:
         attempt = self._changes.attempts.get(device)
@@ -154,6 +158,8 @@ class Changing:
         changes.done(step.device)
         self._became(became)
         self._report.tell("instance.changed", key=step.key)
+        if any(again.kind is step.kind and again.device == step.device for again in self._steps(wanted)):
+            changes.wait(step.device, f"{step.key}: QEMU has not done all of it")
 
     # --- memory -----------------------------------------------------------------------------------------------
 
@@ -243,8 +249,8 @@ class Changing:
         became = live.without_disk(spec, disk.number)
         clients = tuple(one for one in record.clients if one not in gone)
         more = {**_no_more(record, node_of(disk)), "clients": clients, "storage": storage_of(became)}
-        if record.storage is Storage.UNFENCEABLE and more["storage"] is not Storage.UNFENCEABLE and self._context.guard:
-            self._context.guard.release(record.incarnation)
+        if record.storage is Storage.UNFENCEABLE and more["storage"] is not Storage.UNFENCEABLE:
+            await self._be_forgotten(record.incarnation)
         self._became(became, **more)
         if not disk.ro:
             await self._write_lock(wish)
@@ -292,6 +298,14 @@ class Changing:
         """Raise NotReady where the guard is to watch a QEMU with such disks, and does not (law 7)."""
         if storage is Storage.UNFENCEABLE and not await self._guarded():
             raise NotReady("no guard watches it yet, which is to do so with such a disk", HOST_RETRY_S)
+
+    async def _be_forgotten(self, incarnation: str) -> None:
+        """Raise NotReady where the guard goes on watching a QEMU that can be fenced by now."""
+        if (guard := self._context.guard) is not None:
+            try:
+                await guard.forget(incarnation)
+            except Unguarded as error:
+                raise NotReady(str(error), HOST_RETRY_S) from error
 
     def _give_way(self, disk: Disk, alone: Spec) -> None:
         """Raise DiskTrouble where another instance with a lock names it and goes first: two must not try for ever."""

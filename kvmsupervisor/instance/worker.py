@@ -144,6 +144,7 @@ class Worker:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
+            self._machine.changes.look()  # a key that is deleted leaves no revision
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
         self.wish = wish

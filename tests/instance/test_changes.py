@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.nics import BRIDGE, TUN, Link
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine.changes import GUEST_S, SILENT_S
+from tests.fakes.guard import FakeGuard
 from tests.fakes.qemu import FakeQemu
+from tests.instance.test_failpoints import Cut, cut_at, go_on
 from tests.support.host import LAYOUT, ONE, Host
+
+__all__ = ["cut_at"]
 
 MAC = "52:54:00:00:00:02"
 
@@ -194,6 +200,39 @@ async def test_a_file_pins_before_the_guest_has_it(host: Host) -> None:
     assert qemu.plugged.sets == set()
 
 
+async def test_the_guard_comes_before_the_guest(host: Host) -> None:
+    """Law 7: where a guard is to watch such a machine, its guest gets no file before it does; later it is let off."""
+    host.local_disks.folder.mkdir()
+    host.guard = guard = FakeGuard()
+    qemu = await with_image(host)
+    host.qemus.on_record = lambda qemu: qemu.environment["KVMSUPERVISOR_INCARNATION"] in guard.charges
+    guard.trouble = "no answer"
+    host.put(**{"disk/1": "file:a.raw size=1M"})
+    await host.until(lambda: "no guard watches it yet" in host.status.reason)
+    assert (qemu.plugged.seen, storage(host)) == ([], Storage.RBD)
+    guard.trouble = None
+    await settled(host, qemu)
+    assert storage(host) is Storage.UNFENCEABLE
+    host.drop("disk/1")
+    await settled(host, qemu)
+    assert guard.charges.keys() == set()
+
+
+async def test_of_two_that_name_one_image_one_goes_first(host: Host) -> None:
+    """Decision 0019: who has the greater id waits while the other one has a lock; nothing is tried for ever."""
+    qemu = await with_image(host)
+    other = InstanceId("0")
+    host.etcd.write(LAYOUT.wish_key(other, "disk/1"), "rbd/data")
+    host.etcd.write(LAYOUT.wish_key(other, "ram"), "64")
+    assert host.lock is not None
+    host.etcd.write(LAYOUT.lock_key(other), host.lock.to_json())
+    host.put(**{"disk/1": "rbd/data"})
+    await host.until(lambda: "named by the keys of 0, too" in host.status.reason)
+    assert "blockdev-add" not in qemu.commands
+    host.etcd.erase(LAYOUT.lock_key(other))
+    await host.until(lambda: "disk1-dev" in qemu.plugged.devices)
+
+
 async def test_a_disk_in_ceph_waits_where_qemu_does_not_reach_it(host: Host) -> None:
     """Law: a QEMU that was started without Ceph sees none of it; the key is pending, and nothing is tried."""
     host.wish()
@@ -311,3 +350,34 @@ async def test_a_bad_key_changes_nothing(host: Host) -> None:
     await host.clock.advance(60.0)
     assert host.status.phase is Phase.RUNNING
     assert "device_del" not in qemu.commands
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "not wanted"])
+@pytest.mark.parametrize(
+    "name", ["before CHANGE", "coming, not open", "open, not on record", "on record, not given", "NIC coming"]
+)
+async def test_cut_off(host: Host, cut_at: Callable[[str], Cut], name: str, wanted: bool) -> None:
+    """Law 8: who comes next brings it to the end that the keys want by then, and nothing is left over."""
+    qemu = await with_image(host)
+    cut = cut_at(name)
+    more = {"disk/1": "rbd/data iops=9", "nic/1/mac": MAC, "nic/1/bridge": "br1"}
+    host.put(**more)
+    await host.until(lambda: cut.reached)
+    if not wanted:
+        host.drop(*more)
+    await go_on(host, cut)
+    await settled(host, qemu)
+    assert ({"disk1-dev", "nic1"} <= qemu.plugged.devices.keys()) is wanted
+    assert images(host) == (("rbd/vm", "rbd/data") if wanted else ("rbd/vm",))
+
+
+@pytest.mark.parametrize("name", ["going, not asked for", "closed, still on record"])
+async def test_cut_off_while_it_goes(host: Host, cut_at: Callable[[str], Cut], name: str) -> None:
+    """Law 8: the same of what leaves."""
+    qemu = await with_image(host, **{"disk/1": "rbd/data iops=9"})
+    cut = cut_at(name)
+    host.drop("disk/1")
+    await go_on(host, cut)
+    await settled(host, qemu)
+    assert "disk1-dev" not in qemu.plugged.devices
+    assert (images(host), qemu.plugged.nodes) == (("rbd/vm",), {"disk0"})

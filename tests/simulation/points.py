@@ -41,7 +41,14 @@ MOVES = (
 )
 """Those of a live move: no history has one yet."""
 
+CHANGES = (
+    *("before CHANGE", "going, not asked for", "closed, still on record", "coming, not open", "open, not on record"),
+    *("on record, not given", "NIC coming"),
+)
+"""Those of a machine that is changed while it runs."""
+
 ELSEWHERE = {
+    **dict.fromkeys(CHANGES, "instance/test_changes.py::test_cut_off"),
     **dict.fromkeys(MOVES, "e2e/test_live_move_points.py::test_cut_off"),
     "before GO_BACK": "e2e/test_live_move_points.py::test_cut_off_where_a_guest_that_was_sent_goes_back",
     "before CUT": "e2e/test_live_move_points.py::test_cut_off_where_a_target_takes_no_more",
@@ -53,8 +60,8 @@ ELSEWHERE = {
     "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
     **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
 }
-"""Points that no history comes to: nobody here drains a host, and nothing has a guard, a NIC, a drive, a disk that is a
-file, or an image that is made. Each with the test that cuts there, in virtual time or on a real Ceph."""
+"""Points that no history comes to: nobody here drains a host, and nothing has a guard, a NIC, a drive, a disk that
+comes or is a file, or an image that is made. Each with the test that cuts there, in virtual time or on a real Ceph."""
 
 HERE = tuple(name for name in POINTS if name not in ELSEWHERE)
 """Those that a hundred histories come to."""
