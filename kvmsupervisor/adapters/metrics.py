@@ -142,6 +142,7 @@ class _InstanceCounts:
     starts: int = 0
     internal_errors: int = 0
     resets: int = 0
+    changes: int = 0
     events: int = 0
     connections: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
@@ -192,6 +193,10 @@ class Metrics:
     def guest_reset(self, instance: InstanceId) -> None:
         """Count a reboot that the guest began."""
         self._counts(instance).resets += 1
+
+    def changed(self, instance: InstanceId) -> None:
+        """Count a change of its machine that came about while its guest ran."""
+        self._counts(instance).changes += 1
 
     def heard_event(self, instance: InstanceId) -> None:
         """Count a QMP event of its QEMU."""
@@ -414,6 +419,7 @@ class Metrics:
         exits = _counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = _counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
         resets = _counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        changes = _counter("instance_changes_total", "Changes of the machine while its guest ran.", "instance")
         events = _counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         connections = _counter("instance_qmp_connections_total", "Connections to its QEMU's QMP.", "instance")
         for instance, counts in self._instances.items():
@@ -422,9 +428,10 @@ class Metrics:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
             resets.add_metric([instance], counts.resets)
+            changes.add_metric([instance], counts.changes)
             events.add_metric([instance], counts.events)
             connections.add_metric([instance], counts.connections)
-        yield from (starts, exits, errors, resets, events, connections)
+        yield from (starts, exits, errors, resets, changes, events, connections)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

@@ -41,6 +41,14 @@ def unsettled(view: View, process: Process) -> float | None:
     return None if at == math.inf else at
 
 
+def underway(view: View, process: Process) -> tuple[str, ...]:
+    """The keys of which something is being done, or will be at once: not what was tried in vain."""
+    if not process.connected or process.run_state != RUNNING:
+        return ()
+    devices = process.changes(None if view.wish is None else view.wish.spec, takes=view.takes)
+    return tuple(sorted(key for device, key in devices.items() if process.attempt(device).at != math.inf))
+
+
 def told(view: View, process: Process) -> list[str]:
     """What keeps the machine from what its keys want, as far as that was tried."""
     wanted = None if view.wish is None else view.wish.spec

@@ -67,6 +67,9 @@ TOLD: Mapping[str, str] = {
     "move.went_back": "the guest goes on here after all",
     "disk.grown": "a disk was grown",
     "instance.medium_changed": "another medium is in its CD-ROM drive",
+    "instance.plugged": "its guest was given a device",
+    "instance.unplugged": "its guest has let go of a device",
+    "instance.changed": "its machine was changed while it runs",
 }
 """Lines of the log that are events, by their names there; and what they say where a line has no reason of its own."""
 
@@ -212,7 +215,15 @@ def said(event: str, details: Mapping[str, Any]) -> str | None:
     return f"{reason} ({', '.join(others)})" if others else reason
 
 
-_DETAILS = {"to": "to", "of": "from", "holder": "held by", "taken_from": "taken from", "medium": "now"}
+_DETAILS = {
+    "to": "to",
+    "of": "from",
+    "holder": "held by",
+    "taken_from": "taken from",
+    "medium": "now",
+    "device": "in QEMU",
+    "key": "by the key",
+}
 """What else of a line is told, and how."""
 
 

@@ -13,7 +13,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.live import Attempt, steps
+from kvmsupervisor.domain.live import Attempt, key_of, steps
 from kvmsupervisor.domain.lock import NOT_YET_RUN, Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
@@ -168,14 +168,17 @@ class Process:
         """When to change the medium in its drive for `wish`; never where that, or None, wants no other one."""
         return self.medium_at if wish is not None and self.holds_another(wish.spec) else math.inf
 
-    def changes(self, wanted: Spec | None, *, takes: bool) -> tuple[str, ...]:
-        """The devices to which something is to be done for `wanted`, those whose last change was cut off first."""
+    def changes(self, wanted: Spec | None, *, takes: bool) -> dict[str, str]:
+        """The devices to which something is to be done for `wanted`, each with its key.
+
+        Those whose last change was cut off come first.
+        """
         known = self.incarnation
-        begun = (*known.coming, *known.going)
-        if self.spec is None or (wanted is None and not begun):
-            return ()
-        due = () if wanted is None else steps(self.spec, wanted, argv=known.argv, takes=takes)
-        return tuple(dict.fromkeys((*begun, *(step.device for step in due))))
+        begun = {device: key_of(device) for device in (*known.coming, *known.going)}
+        if self.spec is None or wanted is None:
+            return begun
+        due = steps(self.spec, wanted, argv=known.argv, takes=takes)
+        return begun | {step.device: step.key for step in due if step.device not in begun}
 
     def change_due(self, devices: Collection[str]) -> float:
         """When the next attempt at one of these devices is due; never without one."""

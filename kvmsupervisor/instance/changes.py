@@ -157,7 +157,7 @@ class Changing:
                 return
         changes.done(step.device)
         self._became(became)
-        self._report.tell("instance.changed", key=step.key)
+        self._tell_done("instance.changed", key=step.key)
         if any(again.kind is step.kind and again.device == step.device for again in self._steps(wanted)):
             changes.wait(step.device, f"{step.key}: QEMU has not done all of it")
 
@@ -182,7 +182,7 @@ class Changing:
         if has == wanted:
             changes.done(live.MEMORY)
             self._became(became)
-            self._report.tell("instance.changed", key=live.MEMORY)
+            self._tell_done("instance.changed", key=live.MEMORY)
         elif is_late:
             changes.wait(live.MEMORY, f"{said}: it has no driver for more, or does not get rid of what it has")
         else:
@@ -213,7 +213,7 @@ class Changing:
                 must_note(self._machine, **_no_more(record, device))
             changes.done(device)
             if device in record.going:
-                self._report.tell("instance.unplugged", device=device)
+                self._tell_done("instance.unplugged", device=device)
             return
         if device in record.coming:
             # It was given, and only the word of it is missing.
@@ -292,7 +292,7 @@ class Changing:
         must_note(machine, **_no_more(self._record, node_of(disk)))
         changes.done(node_of(disk))
         machine.growth.look(machine.spec, 0.0)
-        self._report.tell("instance.plugged", device=node_of(disk), disk=disk.name)
+        self._tell_done("instance.plugged", device=node_of(disk), disk=disk.name)
 
     async def _be_guarded(self, storage: Storage) -> None:
         """Raise NotReady where the guard is to watch a QEMU with such disks, and does not (law 7)."""
@@ -391,7 +391,7 @@ class Changing:
                 raise
         must_note(machine, **_no_more(self._record, hardware.nic_name(nic)))
         self._changes.done(hardware.nic_name(nic))
-        self._report.tell("instance.plugged", device=hardware.nic_name(nic), bridge=bridge)
+        self._tell_done("instance.plugged", device=hardware.nic_name(nic), bridge=bridge)
 
     async def _without(self, nic: Nic) -> None:
         """Its record without a NIC that QEMU does not have."""
@@ -419,7 +419,7 @@ class Changing:
         became = live.with_nic(spec, nic)
         self._changes.done(device)
         self._became(became, **_in_order(became, ports))
-        self._report.tell("instance.changed", key=f"{nic.key}bridge")
+        self._tell_done("instance.changed", key=f"{nic.key}bridge")
 
     def _ports(self) -> dict[int, tuple[str, int, str]]:
         """The taps, by the number of their NIC."""
@@ -444,6 +444,10 @@ class Changing:
         record = self._machine.record
         assert record is not None
         return record
+
+    def _tell_done(self, event: str, **details: Any) -> None:
+        self._context.metrics.changed(self._id)
+        self._report.tell(event, **details)
 
     def _became(self, spec: Spec, **more: Any) -> None:
         """Have the record say what the machine is.

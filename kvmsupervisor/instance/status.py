@@ -8,6 +8,7 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor.domain.changes import underway
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
@@ -162,6 +163,7 @@ class Report:
             files=self._files(wish, running),
             cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
             images=self._images(wish, running),
+            changing=() if view.process is None else underway(view, view.process),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
