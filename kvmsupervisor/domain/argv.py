@@ -70,6 +70,7 @@ class HostSide:
         flags: which options `extra_flags` may hold.
         ovmf: the firmware of `firmware=uefi`, None when the host has none.
         ceph: how QEMU reaches Ceph.
+        memory_mib: of the host, beyond which no guest is made ready to grow; None where that is not known.
     """
 
     qemu: str
@@ -80,6 +81,7 @@ class HostSide:
     flags: AllowedFlags = ANY_FLAGS
     ovmf: Ovmf | None = None
     ceph: Ceph = OWN_DEFAULTS
+    memory_mib: int | None = None
 
 
 @frozen(kw_only=True)
@@ -194,7 +196,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *_machine(spec, host, ceph, provision),
         # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
-        *hardware.memory(spec),
+        *hardware.memory(spec, host.memory_mib),
         *hardware.processors(spec),
         *_monitors(provision),
         *_channels(provision),

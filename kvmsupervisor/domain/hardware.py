@@ -335,10 +335,14 @@ def plugged(spec: Spec) -> int:
     return -(-(spec.plugged_mib << 20) // memory_block(spec)) * memory_block(spec)
 
 
-def memory(spec: Spec) -> Iterator[str]:
-    """The guest's memory, and the device by which it changes, as far as it may (`ram_max`)."""
+def memory(spec: Spec, host_mib: int | None) -> Iterator[str]:
+    """The guest's memory, and the device by which it changes, as far as it may (`ram_max`) and the host has it.
+
+    QEMU does not start with a device that is larger than the host's memory, however little of it the guest is to have.
+    """
     first = spec.ram_mib - spec.plugged_mib
-    if spec.ram_max_mib is None or (more := spec.ram_max_mib - first) <= 0:
+    most = spec.ram_max_mib or 0
+    if (more := min(most, host_mib or most) - first) <= 0:
         yield from ("-m", f"size={spec.ram_mib}M")
         return
     block = memory_block(spec)

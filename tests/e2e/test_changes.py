@@ -175,3 +175,23 @@ def test_a_changed_machine_is_on_record_and_moves(keys: Keys, hosts: Hosts, ceph
     beta.hears("1", "0000:01:0b.0=8192 cpus=0-1")
     settled(beta)
     assert "HELLO" not in beta.console("1")
+
+
+def test_a_guest_that_does_nothing(keys: Keys, hosts: Hosts, tiny: str, tmp_path: Path) -> None:
+    """§5: what needs a guest's part is told and pending; a reset is a guest's word for all that it was asked for."""
+    (tmp_path / "disks").mkdir()
+    host = hosts(KVM_DISK_DIR=str(tmp_path / "disks")).start()
+    keys.machines(host.name, "1", ram=16, ram_max=64, extra_flags=tiny)
+    pid = host.wait_running("1")["1"].pid
+    keys.put("1", **{"disk/1": "file:a.raw size=1M", "disk/2": "file:b.qcow2 size=1M iops=10"})
+    host.wait_for("1", lambda s: s.pending == () and len(s.files or {}) == 2)
+    keys.delete("1", "disk/1")
+    keys.put("1", ram=32)
+    told = host.wait_for("1", lambda s: "let go of disk1" in s.reason and "has 16 of 32 MiB" in s.reason)
+    assert set(told.pending) == set(told.changing) == {"disk/1", "ram"}
+    asked = subprocess.run(["flock", "-n", str(tmp_path / "disks" / "a.raw"), "true"], check=False)
+    assert asked.returncode == 1, "QEMU still has it"
+    keys.put("1", restart_request="reset: let go")
+    host.wait_for("1", lambda s: s.pending == ("ram",) and s.files == {"file:b.qcow2": host.name})
+    subprocess.run(["flock", "-n", str(tmp_path / "disks" / "a.raw"), "true"], check=True)
+    assert host.wait_running("1")["1"].pid == pid
