@@ -48,6 +48,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "power": (*Power, OFF_NOW),
     "restart": tuple(RestartPolicy),
     "firmware": tuple(Firmware),
+    **dict.fromkeys(("link", *(name for name in ALL_NUMBERED_KEYS if name.endswith("/link"))), ("up", "down")),
     "hugepages": tuple(HugePages),
     "display": tuple(Display),
     "mac": (AUTO,),

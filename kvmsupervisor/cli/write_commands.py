@@ -98,7 +98,8 @@ def set_command(
 ) -> None:
     """Change keys of an instance, all of them or none.
 
-    The command checks the result before it writes. A change that needs a restart is shown as pending until the instance
+    The command checks the result before it writes. What QEMU can change while the guest runs is changed at once: disks,
+    NICs, bridges, links, limits, memory up to ram_max, cpus up to cpus_max. The rest is pending until the instance
     restarts.
 
     Example: kvmsupervisor set web1 ram=4G --unset mac

@@ -149,6 +149,8 @@ class Row(Enum):
                              "sent, and called off. No other row lets a guest go on that was sent")
     MOVE_REFUSED     = Cells("ran",        "mine",                     "stop run",      "wait",
                              "to go, and it can only be moved cold, which is not wanted")
+    MOVE_UNSETTLED   = Cells("ran",        "mine",                     "stop run",      "change wait",
+                             "to go, and a change of its machine has begun: both hosts have to know what it is")
     MOVE_LATER       = Cells("ran",        "mine",                     "stop",          "wait",
                              "to go, and the last attempt has failed a moment ago")
     MOVE_ANNOUNCE    = Cells("ran",        "mine",                     "stop run",      "announce wait",
@@ -185,6 +187,8 @@ class Row(Enum):
                              "its CD-ROM drive holds another medium than its key says")
     RUNS_SNAPSHOT    = Cells("ran",        "mine",                     "run keep",      "snapshot",
                              "a snapshot is to be taken, or taken away; or one has left its guest standing still")
+    RUNS_CHANGE      = Cells("ran",        "mine",                     "run",           "change",
+                             "its machine differs from its keys in what QEMU can change; session held")
     RUNS_GROW        = Cells("ran",        "any",                      "run keep",      "grow",
                              "its images were not looked at for a while")
     RUNS_ROOM        = Cells("ran",        "any",                      "run keep",      "room",

@@ -49,11 +49,11 @@ NICS = 8
 DISKS = 16
 """How many NICs and disks a machine may have, the first included: that many PCI slots are kept for them (`argv.py`)."""
 
-NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>", "snapshot/<name>")
+NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "nic/<n>/link", "disk/<n>", "snapshot/<name>")
 """The names of the wishes that a machine may have several of: NICs counting from 1, disks from 0."""
 
 ALL_NUMBERED_KEYS = (
-    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge")),
+    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge", "link")),
     *(f"disk/{number}" for number in range(DISKS)),
 )
 """Every name that those can have."""
@@ -115,6 +115,7 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         ram_mib=reader.read("ram", values.ram_mib, 0),
         mac=reader.read("mac", values.mac_address, None),
         bridge=reader.read("bridge", bridge_name, None),
+        link_down=reader.read("link", _link_down, False),
         forward=reader.read("forward", forwards, ()),
         nics=reader.nics(),
         rbd=rbd,
@@ -135,11 +136,14 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         hugepages=reader.read("hugepages", _hugepages, None),
         cpu_shares=reader.read("cpu_shares", _cpu_shares, None),
         memory_limit_mib=reader.read("memory_limit", values.ram_mib, None),
+        ram_max_mib=reader.read("ram_max", values.ram_mib, None),
+        cpus_max=reader.read("cpus_max", _cpus, None),
+        pluggable=True,
     )
     reader.require("ram", "how much memory the machine has, such as 2048 (MiB) or 2G")
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
     reader.unique(((disk.key, disk.name) for disk in spec.all_disks), "each disk is another image or file")
-    reader.limit(spec)
+    reader.limits(spec)
     reader.one_of("user-data", "cloud-config", "they are both its user data: delete one of the two keys")
     reader.user_network(spec)
     reader.screen(spec)
@@ -202,9 +206,10 @@ class _Reader:
         for number in self._numbers(_NIC_KEY):
             mac = self.read(f"nic/{number}/mac", values.mac_address, None)
             bridge = self.read(f"nic/{number}/bridge", bridge_name, None)
+            down = self.read(f"nic/{number}/link", _link_down, False)
             self.require(f"nic/{number}/mac", "the MAC address of the NIC, such as 52:54:00:12:34:56")
             if mac is not None:
-                nics.append(Nic(number, mac, bridge))
+                nics.append(Nic(number, mac, bridge, down))
         return tuple(nics)
 
     def disks(self) -> tuple[RbdDisk | None, str, tuple[Disk, ...]]:
@@ -278,14 +283,19 @@ class _Reader:
             if other != key:
                 self.problems.setdefault(key, Problem(key, f"{value}, which {other} has, too", wanted))
 
-    def limit(self, spec: Spec) -> None:
-        """Note the problem that the guest's memory alone is above the limit of its process."""
-        if spec.memory_limit_mib is not None and spec.memory_limit_mib < spec.ram_mib and spec.hugepages is None:
-            found, wanted = (
-                f"{spec.memory_limit_mib} MiB",
-                f"it is not below `ram` ({spec.ram_mib} MiB), and better above: QEMU needs some, too",
-            )
-            self.problems.setdefault("memory_limit", Problem("memory_limit", found, wanted))
+    def limits(self, spec: Spec) -> None:
+        """Note the problems of a limit below what the machine is to have."""
+        memory, most = f"{spec.ram_mib} MiB", spec.ram_max_mib or spec.ram_mib
+        self._at_least("ram_max", spec.ram_max_mib, spec.ram_mib, f"it is not below `ram` ({memory})", " MiB")
+        self._at_least("cpus_max", spec.cpus_max, spec.cpus, f"it is not below `cpus` ({spec.cpus})")
+        if spec.hugepages is None:
+            key = "ram" if spec.ram_max_mib is None else "ram_max"
+            wanted = f"it is not below `{key}` ({most} MiB), and better above: QEMU needs some, too"
+            self._at_least("memory_limit", spec.memory_limit_mib, most, wanted, " MiB")
+
+    def _at_least(self, name: str, value: int | None, least: int, wanted: str, unit: str = "") -> None:
+        if value is not None and value < least:
+            self.problems.setdefault(name, Problem(name, f"{value}{unit}", wanted))
 
     def revision(self, name: str) -> int:
         """The `mod_revision` of one key, 0 without it."""
@@ -299,7 +309,7 @@ class _Reader:
         return (*known, _unknown_keys(unknown)) if unknown else known
 
 
-_NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
+_NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge|link)".encode())
 _DISK_KEY = re.compile(rf"disk/([0-9]|1[0-{DISKS - 11}])".encode())
 
 _SNAPSHOT_KEY = re.compile(f"{snapshots.KEY}(?!.*[.][.]){ID_PATTERN.pattern}".encode())
@@ -441,6 +451,12 @@ def _power(text: str) -> tuple[Power, bool]:
     if text not in tuple(Power):
         raise Unfit(f"it is on, off or {OFF_NOW}")
     return Power(text), False
+
+
+def _link_down(text: str) -> bool:
+    if text not in {"up", "down"}:
+        raise Unfit("it is up or down")
+    return text == "down"
 
 
 def _restart_request(text: str) -> str:

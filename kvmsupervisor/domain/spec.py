@@ -216,11 +216,13 @@ class Nic:
         number: which.
         mac: its address.
         bridge: what it is plugged into; None for the host's `BRIDGE_IF`, `USER` for QEMU's own network.
+        down: whether its cable is pulled out, as the guest sees it.
     """
 
     number: int
     mac: str
     bridge: str | None = None
+    down: bool = False
 
     @property
     def key(self) -> str:
@@ -263,11 +265,19 @@ class Spec:
         hugepages: None for ordinary pages.
         cpu_shares: weight of its CPU time among others, 1024 being ordinary.
         memory_limit_mib: most that QEMU may use for itself and its guest.
+        link_down: `Nic.down` of the first NIC.
+        ram_max_mib: up to which its memory may grow while it runs; None where it cannot.
+        cpus_max: up to how many vCPUs it may get while it runs; None where it gets none.
+        pluggable: whether it has a bus for disks and NICs also where it starts without any; not so for machines that an
+            earlier release started.
+        plugged_mib: how much of its memory it has got since it was started.
+        plugged_cpus: likewise.
     """
 
     ram_mib: int
     mac: str | None = None
     bridge: str | None = None
+    link_down: bool = False
     nics: tuple[Nic, ...] = ()
     forward: tuple[Forward, ...] = ()
     rbd: RbdDisk | None = None
@@ -288,16 +298,26 @@ class Spec:
     hugepages: HugePages | None = None
     cpu_shares: int | None = None
     memory_limit_mib: int | None = None
+    ram_max_mib: int | None = None
+    cpus_max: int | None = None
+    pluggable: bool = field(default=False, compare=False)
+    plugged_mib: int = field(default=0, compare=False)
+    plugged_cpus: int = field(default=0, compare=False)
 
     @property
     def all_nics(self) -> tuple[Nic, ...]:
         """Every NIC, by number."""
-        return self.nics if self.mac is None else (Nic(0, self.mac, self.bridge), *self.nics)
+        return self.nics if self.mac is None else (Nic(0, self.mac, self.bridge, self.link_down), *self.nics)
 
     @property
     def bridged_nics(self) -> tuple[Nic, ...]:
         """Those that have a tap on a bridge, by number."""
         return tuple(nic for nic in self.all_nics if nic.bridge != USER)
+
+    @property
+    def has_bus(self) -> bool:
+        """Whether it has the bus on which disks and NICs beyond the first are."""
+        return self.pluggable or bool(self.nics or self.disks)
 
     @property
     def has_user_data(self) -> bool:
@@ -453,6 +473,8 @@ _KEY_OF_FIELD = {
     "cloud_config": "cloud-config",
     "user_data": "user-data",
     "memory_limit_mib": "memory_limit",
+    "ram_max_mib": "ram_max",
+    "link_down": "link",
 }
 
 
@@ -463,6 +485,8 @@ def _differing_nics(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[str
         one, other = old.get(number), new.get(number)
         differing = (n for n in ("mac", "bridge") if getattr(one, n, None) != getattr(other, n, None))
         names += [f"nic/{number}/{name}" for name in differing]
+        if getattr(one, "down", False) != getattr(other, "down", False):
+            names.append(f"nic/{number}/link")
     return names
 
 

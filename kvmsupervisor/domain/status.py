@@ -69,6 +69,7 @@ class Status:
         epoch: of the lock; grows with each incarnation. 0 before the first.
         restarts: QEMU processes started after the first, unasked, since it came to this host.
         pending: names of the keys that take effect at the next restart.
+        changing: those of them of which something is being done while it runs.
         problems: every problem of its keys.
         revision: the etcd revision of the wish that was acted on.
         incarnation: name of the running QEMU process's incarnation, or None.
@@ -124,6 +125,7 @@ class Status:
     images: tuple[str, ...] = ()
     snapshots: tuple[Snap, ...] = ()
     rollback: Rollback | None = None
+    changing: tuple[str, ...] = ()
 
     @property
     def up(self) -> bool:
@@ -164,6 +166,7 @@ class Status:
         return shallow(self) | {
             "phase": self.phase.value,
             "pending": list(self.pending),
+            "changing": list(self.changing),
             "problems": list(self.problems),
             "unplugged": list(self.unplugged),
             "images": list(self.images),

@@ -20,6 +20,7 @@ from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.live import seen_now
 from kvmsupervisor.domain.lock import Destination, Lock
 from kvmsupervisor.domain.move_checks import Guest, differing, refusals, seen_by_guest
 from kvmsupervisor.domain.offer import Offer
@@ -140,13 +141,14 @@ class Arrival:
         folder = self._machine.directory.path
         files = {name: folder / name for name in (*MEDIA, media.IGNITION)} if spec and spec.has_user_data else {}
         lock = self._lock.view.lock
+        seen = seen_by_guest(record.argv, () if spec is None else spec.extra_flags)
         return plain(
             Manifest(
                 protocol=moving.facts.protocol,
                 spec=record.spec,
                 machine=record.machine,
                 accel=record.accelerator,
-                seen=seen_by_guest(record.argv, () if spec is None else spec.extra_flags),
+                seen=seen if spec is None else seen_now(seen, spec),
                 clients=() if lock is None else lock.addresses,
                 restart_request=record.restart_request,
                 revision=record.revision,

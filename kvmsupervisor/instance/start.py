@@ -27,6 +27,7 @@ from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import cdrom, disks
+from kvmsupervisor.instance.changes import Changing, cables_before_it_runs
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.new_qemu import launch, must_note, new_record
 from kvmsupervisor.instance.sharing import Sharing
@@ -119,6 +120,10 @@ class Start:
         self._lock = lock
         self._report = report
         self._wake = wake
+        self._changing = Changing(
+            instance, context=context, machine=machine, lock=lock, report=report, lives=self.lives,
+            guarded=self._guarded,
+        )  # fmt: skip
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
         self._new = New()
@@ -475,9 +480,17 @@ class Start:
         else:
             self.guard_trouble = None
 
-    async def tend(self, action: Action, wish: Wish | None) -> None:
-        """Do what `action` says of the disks of a running machine, or of its CD-ROM drive."""
+    async def _guarded(self) -> bool:
+        if self.is_guarded() is False:
+            await self.guard()
+        return self.is_guarded() is not False
+
+    async def tend(self, action: Action, wish: Wish | None, *, takes: bool) -> None:
+        """Do what `action` says of the devices of a running machine; `takes`: see `View.takes`."""
         context = self._context
+        if action is Action.CHANGE:
+            await self._changing.act(wish, takes=takes)
+            return
         if action is Action.MEDIUM:
             await cdrom.change(self._id, wanted(wish).spec, machine=self._machine, report=self._report, context=context)
             return
@@ -486,6 +499,7 @@ class Start:
     async def go_on(self, wish: Wish | None) -> None:
         """Let the guest run, once its disks have the size that they shall have."""
         await disks.size_before_it_runs(self._machine, wish)
+        await cables_before_it_runs(self._machine)
         if await self._machine.resume():
             now = self._context.clock.now()
             if self._wanted_at is not None:

@@ -8,9 +8,11 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor.domain.changes import underway
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.live import key_of
 from kvmsupervisor.domain.lock import Claim, Lock, Storage
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
@@ -203,6 +205,7 @@ class Report:
             images=self._images(wish, running),
             snapshots=before.snapshots,
             rollback=before.rollback,
+            changing=() if view.process is None else underway(view, view.process),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -252,6 +255,8 @@ class Report:
         if running is None or wanted is None or view.process is None:
             return ()
         names = pending(running, wanted) if running != wanted else ()
+        # What it is being given it may not have yet.
+        names = tuple(dict.fromkeys((*names, *map(key_of, view.process.incarnation.coming))))
         return (*names, "cdrom") if view.process.holds_another(wanted) and "cdrom" not in names else names
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:

@@ -140,10 +140,12 @@ class Worker:
             self._machine.growth.look(self._machine.spec, 0.0)
             self._machine.drive.look()
             self._snapshots.look(wish)
+            self._machine.changes.look()
         if fresh:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
+            self._machine.changes.look()  # a key that is deleted leaves no revision
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
         self.wish = wish
@@ -431,8 +433,8 @@ class Worker:
                 await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
-            case Action.GROW | Action.ROOM | Action.MEDIUM:
-                await start.tend(action, wish)
+            case Action.GROW | Action.ROOM | Action.MEDIUM | Action.CHANGE:
+                await start.tend(action, wish, takes=view.takes)
             case Action.REASSERT | Action.RENAME | Action.VOUCH:
                 await keeping.keep(action, machine, self._lock, self.report, self._context, seen=view.lock)
             case Action.TIDY:

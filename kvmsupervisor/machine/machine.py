@@ -37,6 +37,7 @@ from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.cdrom import Drive
+from kvmsupervisor.machine.changes import Changes
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.migration import Migration
@@ -122,6 +123,7 @@ class Machine:
         self.room = Room(self._clock, self._talk.command)
         self.migration = Migration(self._clock, self._talk)
         self.drive = Drive(self._clock, self._talk.ask)
+        self.changes = Changes(self._clock, self._talk.ask)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
@@ -153,6 +155,7 @@ class Machine:
             full=self.room.said if self._is_to_be_explained else None,
             medium_at=self.drive.at,
             medium_trouble=self.drive.trouble,
+            attempts=self.changes.attempts,
             silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
@@ -186,14 +189,6 @@ class Machine:
         if not self._launch.waits or told not in {NEVER_RAN, INCOMING}:
             return told
         return PAUSED if self._let_run else NEVER_RAN
-
-    @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each NIC by its name (`nic0`), with the name of its tap on this host."""
-        spec, record = self.spec, self.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.bridged_nics, record.taps, strict=False))
 
     @property
     def wait_status(self) -> WaitStatus:
@@ -464,6 +459,8 @@ class Machine:
                     self.agent.turn(is_open=bool(data.get("open")))
                 return
             case "DEVICE_TRAY_MOVED" if self.drive.moved():
+                pass
+            case _ if self.changes.hears(name, data):
                 pass
             case "RESET" if data.get("guest"):
                 self._on_reset()

@@ -20,7 +20,9 @@ LONG = 4000
 KEYS = 200
 """Keys, or problems, on this page. Arbitrary; the JSON has all of them."""
 
-HEADED = frozenset({"id", "host", "phase", "reason", "since", "problems", "agent", "pending", "revision", "unplugged"})
+HEADED = frozenset(
+    {"id", "host", "phase", "reason", "since", "problems", "agent", "pending", "changing", "revision", "unplugged"}
+)
 """Fields of a status that this page shows elsewhere than in the list of fields."""
 
 
@@ -42,7 +44,8 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
             _consoles(instance) if person.may(Role.CONSOLE) else NOTHING,
             _acts(instance) if person.may(Role.OPERATOR) else NOTHING,
             _list("Problems", instance.problems, "problem"),
-            _list("At the next restart these keys take effect", found["pending"], "pending"),
+            _list("Being changed while it runs", found["changing"], "pending"),
+            _list("At the next restart these keys take effect", _for_restart(found), "pending"),
             _list("Not plugged in", found["unplugged"], "problem"),
             tag(
                 "div",
@@ -123,6 +126,10 @@ def _wishes(instance: Instance) -> Html:
     more = tag("p", f"And {len(names) - KEYS} more, which the JSON has.") if len(names) > KEYS else NOTHING
     heads = ("Key", "Value", "Revision", "In effect")
     return join((_table(heads, rows), more))
+
+
+def _for_restart(found: Mapping[str, Any]) -> list[str]:
+    return [key for key in found["pending"] if key not in found["changing"]]
 
 
 def _line(name: str, value: str, revision: int, *, seen: int, is_pending: bool) -> Html:

@@ -64,6 +64,7 @@ CONTRACT = {
     "instance_starts_total": "counter",
     "instance_exits_total": "counter",
     "instance_resets_total": "counter",
+    "instance_changes_total": "counter",
     "instance_events_total": "counter",
     "instance_qmp_connections_total": "counter",
     "instance_threads": "gauge",

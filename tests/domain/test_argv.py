@@ -102,6 +102,26 @@ def test_sizes() -> None:
     assert value_of(words, "-machine") == "pc-q35-7.2,accel=kvm"
 
 
+def test_room_to_grow() -> None:
+    """§2: as far as its keys say and its host has memory; its disks have the queues of its start."""
+    spec = replace(TINY, ram_max_mib=255, cpus=2, cpus_max=8, rbd=RbdDisk("p", "i"))
+    words = argv(spec)
+    assert value_of(words, "-m") == "size=64M,maxmem=256M", "whole blocks of 2 MiB"
+    assert value_of(words, "-smp") == "cpus=2,maxcpus=8"
+    device = "virtio-mem-pci,id=memory0,memdev=ram1,block-size=2097152,requested-size=0,addr=0x19"
+    assert device in values_of(words, "-device")
+    assert '{"qom-type":"memory-backend-ram","id":"ram1","size":201326592}' in values_of(words, "-object")
+    assert values_of(words, "-device")[-1].endswith(",addr=0x11,num-queues=2")
+    assert value_of(argv(spec, replace(HOST, memory_mib=100)), "-m") == "size=64M,maxmem=100M"
+    assert value_of(argv(spec, replace(HOST, memory_mib=60)), "-m") == "size=64M"
+    grown = replace(spec, ram_mib=97, plugged_mib=33, cpus=4, plugged_cpus=2, hugepages=HugePages.M2)
+    words = argv(grown)
+    assert value_of(words, "-m") == "size=64M,maxmem=256M"
+    assert any("requested-size=35651584" in word and "prealloc=on" in word for word in values_of(words, "-device"))
+    assert value_of(words, "-smp") == "cpus=4,maxcpus=8"
+    assert values_of(words, "-device")[-1].endswith(",num-queues=2")
+
+
 def test_nics() -> None:
     """Law: each NIC is a virtio one on a tap that is open already, with vhost-net where the host has it."""
     spec = replace(TINY, mac="52:54:00:12:34:56", nics=(Nic(3, "52:54:00:12:34:57", "br1"),))
@@ -380,7 +400,9 @@ def test_no_value_becomes_an_option(texts: dict[str, str]) -> None:
     found, expected = argv(spec, spice_password=21), argv(usual, spice_password=21)
     for word, usual_word in zip(found, expected, strict=True):
         if usual_word.startswith("{"):
-            assert json.loads(word).keys() == json.loads(usual_word).keys() | ({"discard"} & json.loads(word).keys())
+            assert json.loads(word).keys() == json.loads(usual_word).keys() | (
+                {"discard", "namespace"} & json.loads(word).keys()
+            )
         elif usual_word != "C":
             names, usual_names = ([part.partition("=")[0] for part in parts(w)] for w in (word, usual_word))
             assert len(names) == len(usual_names)

@@ -84,6 +84,9 @@ CHANGES: dict[str, object] = {
     "hugepages": None,
     "cpu_shares": None,
     "memory_limit_mib": None,
+    "ram_max_mib": 8192,
+    "cpus_max": 8,
+    "link_down": True,
 }
 
 

@@ -41,6 +41,8 @@ from tests.fakes.drive import COMMANDS, FakeDrive
 from tests.fakes.migration import COMMANDS as MOVING
 from tests.fakes.migration import FINISHING, Descriptors, FakeMigration, FakeSocket, Guest
 from tests.fakes.network import FakeNetwork
+from tests.fakes.plugged import COMMANDS as PLUGGED
+from tests.fakes.plugged import FakePlugged
 from tests.fakes.transfer import FakeNet, FakeTransfers
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -88,6 +90,7 @@ class FakeQemu:
         migration: of its guest.
         blocks: its disks, as `query-block` tells them.
         drive: its CD-ROM drive.
+        plugged: its devices that come and go.
         agent: what its guest's agent says, None when nobody answers there.
         agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
         file_systems: how many its agent can freeze; None: it does not answer to that.
@@ -130,6 +133,7 @@ class FakeQemu:
         self._run_state = INCOMING if "-incoming" in argv else NEVER_RAN
         self._ran_from = 0.0
         self.migration = FakeMigration(self)
+        self.plugged = FakePlugged(argv, self.event)
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
         self.refuses: dict[str, str] = {}
@@ -358,10 +362,15 @@ class FakeQemu:
             "qom-get": {},
         }
         self.commands.append(command)
+        given = dict(arguments or {})
         if command in MOVING:
-            return self.migration.run(command, dict(arguments or {}), end)
+            return self.migration.run(command, given, end)
+        if command == "device_add" and given["driver"] == "virtio-blk-pci" and not self._host.on_record(self):
+            self._host.ran_off_the_record.append(self)
+        if command in PLUGGED or self.plugged.concerns(command, given):
+            return self.plugged.run(command, given)
         if command in COMMANDS:
-            return self.drive.run(command, dict(arguments or {}))
+            return self._with_disks(command, self.drive.run(command, given))
         if command == "transaction":
             for action in arguments["actions"]:
                 self._snapshots(action["data"]["device"]).append({"name": action["data"]["name"], "date-sec": 1})
@@ -384,6 +393,13 @@ class FakeQemu:
         (image,) = [one["inserted"]["image"] for one in self.blocks if one["inserted"]["node-name"] == node]
         held: list[dict[str, Any]] = image.setdefault("snapshots", [])
         return held
+
+    def _with_disks(self, command: str, answer: Any) -> Any:
+        if command == "query-fdsets":
+            return [*answer, *({"fdset-id": number} for number in self.plugged.sets)]
+        if command == "query-named-block-nodes":
+            return [*answer, *({"node-name": name} for name in self.plugged.nodes)]
+        return answer
 
     def _resize(self, arguments: Any) -> None:
         for block in self.blocks:

@@ -15,9 +15,9 @@ from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.stopping import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from tests.fakes.clock import settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu

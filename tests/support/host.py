@@ -40,7 +40,8 @@ from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
+from kvmsupervisor.machine.handover import HostFiles
+from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
@@ -114,6 +115,9 @@ class FakeLinks(Links):
         assert self.all is not None
         (master,) = [link.index for link in self.all.values() if link.name == bridge]
         self.set(*(replace(link, master=master) if link.index == tap else link for link in self.all.values()))
+
+    async def move(self, tap: int, bridge: str) -> None:
+        await self.plug(tap, bridge)
 
 
 class LockStore(FakeEtcd):

@@ -49,6 +49,7 @@ class _InstanceCounts:
     starts: int = 0
     internal_errors: int = 0
     resets: int = 0
+    changes: int = 0
     events: int = 0
     connections: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
@@ -108,6 +109,10 @@ class Metrics:
     def guest_reset(self, instance: InstanceId) -> None:
         """Count a reboot that the guest began."""
         self._counts(instance).resets += 1
+
+    def changed(self, instance: InstanceId) -> None:
+        """Count a change of its machine that came about while its guest ran."""
+        self._counts(instance).changes += 1
 
     def heard_event(self, instance: InstanceId) -> None:
         """Count a QMP event of its QEMU."""
@@ -295,6 +300,7 @@ class Metrics:
         exits = counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
         resets = counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        changes = counter("instance_changes_total", "Changes of the machine while its guest ran.", "instance")
         events = counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         connections = counter("instance_qmp_connections_total", "Connections to its QEMU's QMP.", "instance")
         ended = gauge("instance_last_exit_timestamp_seconds", "When its QEMU ended last, while this runs.", "instance")
@@ -306,6 +312,7 @@ class Metrics:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
             resets.add_metric([instance], counts.resets)
+            changes.add_metric([instance], counts.changes)
             events.add_metric([instance], counts.events)
             connections.add_metric([instance], counts.connections)
-        yield from (starts, exits, ended, errors, resets, events, connections)
+        yield from (starts, exits, ended, errors, resets, changes, events, connections)

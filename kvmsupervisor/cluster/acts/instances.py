@@ -104,6 +104,10 @@ async def create(
     return Written(instance=instance, revision=result.revision, wish=wish, before=found.status, notes=tuple(notes))
 
 
+STAYS = "ram"
+"""The key that is written as it is where others are only deleted: each machine has it, and nothing compares it."""
+
+
 async def change(
     store: Store,
     layout: Layout,
@@ -152,9 +156,13 @@ async def change(
         if "host" in values and not force:
             refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
             refuse_to_leave_files(f"{instance} was not changed", parse_wish(instance, merged), found)
+        # A deletion leaves no revision that a status could tell of: one key that stays is written as it is.
+        stays = None if values else merged.get(STAYS.encode())
+        again = [] if stays is None or len(stays.value) > VALUE_LIMIT else [stays.value]
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
+            *(Put(layout.wish_key(instance, STAYS), value) for value in again),
         ]
 
     written = await rewrite(store, layout, instance, plan, [*values, *unset])
