@@ -208,6 +208,15 @@ async def test_everything_but_healthz_asks(asking: Site) -> None:
     assert asking.get("/healthz", host="evil.example").status == 421
 
 
+async def test_what_another_site_loads_is_not_answered(asking: Site) -> None:
+    """Attack: a page elsewhere has a person's browser read all of it, or keep all streams. A link may be followed."""
+    as_loaded = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors", "authorization": f"Bearer {OPERATOR}"}
+    for path in ("/", "/api/v1/instances", "/api/v1/stream", "/static/list.js"):
+        assert asking.get(path, **as_loaded).status == 403
+        assert asking.get(path, **{**as_loaded, "sec_fetch_site": "same-origin"}).status == 200
+    assert asking.get("/", **{**as_loaded, "sec_fetch_mode": "navigate"}).status == 200
+
+
 async def test_a_page_says_who_one_is(asking: Site) -> None:
     """And what they may; there is no way to `create` for who may not."""
     for who, most, may in (("o", "operator", "viewer console operator"), ("v", "viewer", "viewer")):
