@@ -164,6 +164,19 @@ def test_a_file_that_turned_bad_changes_nothing(folder: Path) -> None:
     assert "new.pem" in logs[0]["problems"][0]
 
 
+def test_a_link_that_leads_back(folder: Path) -> None:
+    """As Kubernetes changes mounted files: a bad one, and the former again, which was in force all the time."""
+    (folder / "people.yml").rename(folder / "good.yml")
+    (folder / "bad.yml").write_text("operator: [zoe]")
+    (folder / "people.yml").symlink_to("good.yml")
+    watch, found = watching(folder)
+    for name, problems in (("bad.yml", 1), ("good.yml", 0)):
+        (folder / "people.yml").unlink()
+        (folder / "people.yml").symlink_to(name)
+        watch.look()
+        assert (len(watch.problems), found) == (problems, [])
+
+
 def test_a_certificate_and_its_key_are_two_writes(folder: Path, authority: Authority) -> None:
     """A renewal that is looked at between them leaves the old pair, and comes in force with the second one."""
     watch, found = watching(folder)
