@@ -20,7 +20,6 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
-from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
@@ -34,6 +33,7 @@ from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.shutting_out import admit, may_be_shut_out, shut_out
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.takeover_wait import TakeoverWait
+from kvmsupervisor.instance.wanted import Wanted, wanted
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.handover import Prepared
 from kvmsupervisor.machine.machine import Machine
@@ -44,37 +44,12 @@ GUARD_EVERY_S = 1.0
 
 
 @frozen(kw_only=True)
-class Wanted:
-    """The part of a runnable wish that starting needs."""
-
-    spec: Spec
-    ground: Ground | None
-    restart_request: str | None
-    revision: int
-    priority: int
-
-
-@frozen(kw_only=True)
 class New:
     """The images in Ceph that were made for one incarnation, and since when they may be there (CLOCK_BOOTTIME)."""
 
     incarnation: str | None = None
     images: tuple[str, ...] = ()
     since: float = 0.0
-
-
-def wanted(wish: Wish | None) -> Wanted:
-    """That part of `wish`, which can be run."""
-    # Invariant of the decision: it starts nothing without a machine that can be built.
-    assert wish is not None
-    assert wish.spec is not None
-    return Wanted(
-        spec=wish.spec,
-        ground=wish.ground,
-        restart_request=wish.restart_request,
-        revision=wish.revision,
-        priority=wish.priority,
-    )
 
 
 class Start:

@@ -14,9 +14,10 @@ from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.live import key_of
 from kvmsupervisor.domain.lock import Claim, Lock, Storage
+from kvmsupervisor.domain.pending import pending
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
-from kvmsupervisor.domain.spec import Spec, Wish, pending
+from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status, Transfer
 from kvmsupervisor.domain.storage import made, pinning
 from kvmsupervisor.domain.view import Action, Process, View

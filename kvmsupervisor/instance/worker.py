@@ -18,7 +18,6 @@ from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.decision import Decision
-from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
@@ -28,7 +27,7 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.quiet import Quiet
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
-from kvmsupervisor.domain.restart import after, in_another_history
+from kvmsupervisor.domain.restart import in_another_history
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -36,13 +35,15 @@ from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import InstanceContext
+from kvmsupervisor.instance.ending import Ending
 from kvmsupervisor.instance.moves import Moves
 from kvmsupervisor.instance.plugs import Plugs
 from kvmsupervisor.instance.saved_state import SavedState
 from kvmsupervisor.instance.snapshots import Snapshots
-from kvmsupervisor.instance.start import Start, wanted
+from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.target import target_of
+from kvmsupervisor.instance.wanted import wanted
 from kvmsupervisor.machine import actions as ladder
 from kvmsupervisor.machine.adoption import Inheritance
 from kvmsupervisor.machine.machine import Machine
@@ -123,6 +124,10 @@ class Worker:
             processes, directory, boot_id=context.boot_id, clock=context.clock, objection=objection
         )
         self._saved = SavedState(saved, machine=self._machine, report=self.report)
+        self._ending = Ending(
+            instance, context=context, machine=self._machine, start=self._start, moves=self.moves, saved=self._saved,
+            report=self.report,
+        )  # fmt: skip
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -443,50 +448,13 @@ class Worker:
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RECORD_EXIT:
-                await self._record_exit()
+                await self._ending.record(self.wish)
             case Action.RELEASE:
                 await self._release()
             case _ if action in ladder.STEPS:
                 await ladder.step(machine, decision)
             case _:
                 await self.moves.act(action, wish)
-
-    async def _record_exit(self) -> None:
-        process = self._machine.view()
-        assert process is not None
-        assert process.exit is not None
-        # Remembered before the record goes: cut off between the two, the exit is recorded again.
-        self._saved.keep(
-            after(
-                self._saved.state,
-                process.exit,
-                self.wish,
-                asked=process.asked or process.incarnation.incoming,
-                ran=not process.never_ran,
-                spawned_at=process.incarnation.spawned_at,
-                now=self._context.clock.now(),
-                jitter=self._context.jitter(),
-            )
-        )
-        self._context.metrics.exited(self.id, process.exit.kind)
-        self.report.tell(
-            "instance.ended",
-            level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
-            reason=process.exit.text,
-            end=process.exit.kind.value,
-            pause_s=self._saved.state.pause_s,
-        )
-        if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
-            # Its disks were flushed and closed.
-            self._start.closed = process.incarnation.incarnation
-        if self._context.guard is not None:
-            self._context.guard.release(process.incarnation.incarnation)
-        if not (process.asked and process.never_ran):
-            self._context.life.ended(process.exit, self._machine.wait_status)
-        self.moves.ended(process.incarnation)
-        await self._machine.drop_record()
-        self._start.last_ended = process.incarnation.incarnation
-        await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:
         self._context.metrics.guest_reset(self.id)

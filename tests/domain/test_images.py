@@ -24,7 +24,8 @@ from kvmsupervisor.domain.images import (
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import RawValue, RbdDisk, Wish, pending, spec_from_object, spec_to_object
+from kvmsupervisor.domain.pending import pending
+from kvmsupervisor.domain.spec import RawValue, RbdDisk, Wish, spec_from_object, spec_to_object
 from kvmsupervisor.domain.storage import made, origins_of, sized
 from kvmsupervisor.domain.values import Unfit
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvmsupervisor.domain.cdrom import Cdrom
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.pending import pending
 from kvmsupervisor.domain.spec import (
     Disk,
     Display,
@@ -17,7 +18,6 @@ from kvmsupervisor.domain.spec import (
     RbdDisk,
     Secret,
     Spec,
-    pending,
     spec_from_object,
     spec_to_object,
 )
