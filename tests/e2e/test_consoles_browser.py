@@ -150,7 +150,9 @@ def test_a_display(keys: Keys, host: Host, page: Page, chrome: Browser, tmp_path
     chrome.until("the display of the next one", f"{SAID}.startsWith('You see the display.')")
     chrome.until("a picture again", lit)
     assert own(chrome, page)
-    assert [said for said in chrome.complaints() if "resize request" not in said] == []
+    # A warning is of this test's own look at the picture; 409 is an answer while there is no QEMU.
+    said = [one for one in chrome.complaints() if not one.startswith("WARNING:") and "status of 409" not in one]
+    assert said == []
 
 
 def test_who_may_not(keys: Keys, host: Host, page: Page, chrome: Browser, tiny: str) -> None:
