@@ -125,11 +125,17 @@ class Consoles:
         told = log.bind(who=who, address=self._address_of(request), instance=instance, console=str(kind))
 
         async def serve(browser: Any) -> None:
-            with self._counted(purpose, lambda why: browser.close(POLICY, why)):
+            why = "the browser has left"
+
+            def end(reason: str) -> None:
+                nonlocal why
+                why = reason
+                browser.close(POLICY, reason)
+
+            with self._counted(purpose, end):
                 told.info("web.console_opened")
-                why = "the browser has left"
                 try:
-                    why = await run(browser)
+                    why = await run(browser) or why
                 finally:
                     told.info("web.console_closed", reason=why)
 
