@@ -33,6 +33,7 @@ from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
 from kvmsupervisor.adapters.etcd.watch_keys import EtcdKeysWatch
 from kvmsupervisor.aio import all_of
+from kvmsupervisor.domain.durations import Durations
 
 _SHRINK = 8
 """By how much to divide the size of a page that is too large for one reply."""
@@ -68,6 +69,11 @@ class Etcd:
     def up(self) -> bool:
         """Whether etcd answered the last request, of a call or of a watch (false before the first)."""
         return self._caller.up
+
+    @property
+    def durations(self) -> Durations:
+        """How long requests took; watches are none."""
+        return self._caller.durations
 
     @property
     def endpoint(self) -> str:
