@@ -163,8 +163,9 @@ class AccessWatch:
             self.look()
 
     def look(self) -> None:
-        """Read the files again, if one has changed, or is to be mended."""
-        if not self.problems and all(_state(path) == state for path, state in self._mark.items()):
+        """Read the files again, while one is not as it was when it came in force."""
+        if all(_state(path) == state for path, state in self._mark.items()):
+            self.problems = ()
             return
         try:
             access = read_access(self._settings)

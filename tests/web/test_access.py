@@ -164,6 +164,19 @@ def test_a_file_that_turned_bad_changes_nothing(folder: Path) -> None:
     assert "new.pem" in logs[0]["problems"][0]
 
 
+def test_a_link_that_leads_back(folder: Path) -> None:
+    """As Kubernetes changes mounted files: a bad one, and the former again, which was in force all the time."""
+    (folder / "people.yml").rename(folder / "good.yml")
+    (folder / "bad.yml").write_text("operator: [zoe]")
+    (folder / "people.yml").symlink_to("good.yml")
+    watch, found = watching(folder)
+    for name, problems in (("bad.yml", 1), ("good.yml", 0)):
+        (folder / "people.yml").unlink()
+        (folder / "people.yml").symlink_to(name)
+        watch.look()
+        assert (len(watch.problems), found) == (problems, [])
+
+
 def test_a_certificate_and_its_key_are_two_writes(folder: Path, authority: Authority) -> None:
     """A renewal that is looked at between them leaves the old pair, and comes in force with the second one."""
     watch, found = watching(folder)
@@ -206,6 +219,15 @@ async def test_everything_but_healthz_asks(asking: Site) -> None:
     for method in ("POST", "PUT", "OPTIONS"):
         assert asking.get("/healthz", method=method).status == 401
     assert asking.get("/healthz", host="evil.example").status == 421
+
+
+async def test_what_another_site_loads_is_not_answered(asking: Site) -> None:
+    """Attack: a page elsewhere has a person's browser read all of it, or keep all streams. A link may be followed."""
+    as_loaded = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors", "authorization": f"Bearer {OPERATOR}"}
+    for path in ("/", "/api/v1/instances", "/api/v1/stream", "/static/list.js"):
+        assert asking.get(path, **as_loaded).status == 403
+        assert asking.get(path, **{**as_loaded, "sec_fetch_site": "same-origin"}).status == 200
+    assert asking.get("/", **{**as_loaded, "sec_fetch_mode": "navigate"}).status == 200
 
 
 async def test_a_page_says_who_one_is(asking: Site) -> None:

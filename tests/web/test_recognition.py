@@ -277,6 +277,7 @@ async def test_certificates() -> None:
     assert await Bench(by_certificate=True, sans=frozenset({"other"})).status(certificate=CERT) == 403
     # A server that verified nothing, and whatever a client has sent.
     assert await Bench(users=USERS).status(certificate=CERT) == 401
+    assert await Bench(proxies=PROXIES, roles={"cert:ops": Role.OPERATOR}).status(certificate=CERT) == 401
 
 
 async def test_where_exporters_want_both_a_certificate_alone_is_not_enough() -> None:

@@ -131,7 +131,8 @@ function ask({ title, text = [], names = [], fields = [], word = null, button, d
     ...text.map((one) => element("p", {}, one)),
     names.length
       // All of them: who agrees to what is not shown has not agreed.
-      ? element("ul", { class: "names" }, ...names.map((one) => element("li", {}, one)))
+      ? element("div", { class: "names", tabindex: "0", role: "group", "aria-label": "Names" },
+        element("ul", {}, ...names.map((one) => element("li", {}, one))))
       : null,
     ...fields, typed, refusal, forced,
     element("p", { class: "buttons" }, cancel, agree),
@@ -157,6 +158,13 @@ function ask({ title, text = [], names = [], fields = [], word = null, button, d
   ready?.(form);
 }
 
+// What an act will do, as the server foresees it. Scrolled by keys, too.
+const foresight = () => element("div", { class: "names foreseen", role: "status", tabindex: "0" });
+
+function show(foreseen, lines) {
+  foreseen.replaceChildren(element("ul", {}, ...lines.map((line) => element("li", {}, line))));
+}
+
 const plural = (names) => (names.length === 1 ? names[0] : `${names.length} instances`);
 
 async function hostNames() {
@@ -168,15 +176,15 @@ async function move(names, done) {
   const hosts = await hostNames();
   const choice = element("select", { name: "host", required: true }, element("option", { value: "" }, "choose a host"),
     ...hosts.map((one) => element("option", { value: one.host }, `${one.host} (${one.state})`)));
-  const foreseen = element("ul", { class: "names foreseen", role: "status" });
+  const foreseen = foresight();
   choice.addEventListener("change", async () => {
     const asked = choice.value;
     foreseen.replaceChildren();
     if (!asked) return;
     const { results, error } = await send({ act: "move", instances: names, host: asked, dry_run: true });
     if (choice.value !== asked) return;
-    const lines = error ? [error] : results.slice(0, SHOWN).map((one) => `${one.instance}: ${one.message}`);
-    foreseen.replaceChildren(...lines.map((line) => element("li", {}, line)));
+    const lines = error ? [error] : results.map((one) => `${one.instance}: ${one.message}`);
+    show(foreseen, lines);
   });
   ask({
     title: `Move ${plural(names)}`, names: names.length > 1 ? names : [], button: "Move", force: true,
@@ -251,11 +259,11 @@ function drain(host) {
   const modes = [["live", "No guest is stopped: what cannot move while it runs stays, and says why."],
     ["cold", "Guests that cannot move while they run are stopped, and started elsewhere."],
     ["stop", "The same, and what has no other place is shut down."]];
-  const foreseen = element("ul", { class: "names foreseen", role: "status" });
+  const foreseen = foresight();
   const look = async (mode) => {
     const { results, error } = await send({ act: "drain", host, mode, dry_run: true });
     const lines = error ? [error] : [results[0].message, ...results[0].notes].filter((one) => one);
-    foreseen.replaceChildren(...lines.slice(0, SHOWN).map((line) => element("li", {}, line)));
+    show(foreseen, lines);
   };
   const choices = modes.map(([mode, text], index) => element("label", { class: "choice" },
     element("input", { type: "radio", name: "mode", value: mode, checked: index === 0 }), element("strong", {}, ` ${mode}: `), text));
