@@ -24,7 +24,7 @@ def open_files() -> int:
 
 def test_a_request_is_read_as_it_was_meant() -> None:
     """Law: what one side writes, the other reads."""
-    for request in (REQUEST, ConsoleRequest(kind=ConsoleKind.SERIAL, instance=InstanceId("a.b-c"), who="ü", take=True)):
+    for request in (REQUEST, ConsoleRequest(kind=ConsoleKind.SERIAL, instance=InstanceId("a.b-c"), who="ü")):
         assert ConsoleRequest.parse(request.to_json()) == request
 
 
