@@ -181,6 +181,28 @@ class Settings:
         "The key of KVM_WEB_ETCD_CERT (PEM).",
         example="/etc/kvmsupervisor/web-operator-key.pem",
     )
+    web_url: str | None = optional_setting(
+        read.web_url,
+        "Where the page of this host answers the pages of other hosts, for consoles of guests that run here. The "
+        "supervisor publishes it.",
+        unset="only this host's own page has consoles of its guests",
+        example="https://node1.example.org:9747",
+    )
+    web_peer_ca: Path | None = optional_setting(
+        read.absolute,
+        "CA (PEM) of the certificates of other hosts' pages.",
+        example="/etc/kvmsupervisor/web-ca.pem",
+    )
+    web_peer_cert: Path | None = optional_setting(
+        read.absolute,
+        "Certificate (PEM) that this page shows to those of other hosts, which know it as cert:NAME.",
+        example="/etc/kvmsupervisor/web-node1.pem",
+    )
+    web_peer_key: Path | None = optional_setting(
+        read.absolute,
+        "The key of KVM_WEB_PEER_CERT (PEM).",
+        example="/etc/kvmsupervisor/web-node1-key.pem",
+    )
     console_group: str | None = optional_setting(
         read.group,
         "Group whose members may ask the supervisor for consoles of its guests, by name or number: that of the user of "

@@ -35,17 +35,15 @@ class ConsoleRequest:
         kind: which.
         instance: whose.
         who: asks for it, for others to read.
-        take: whether to take the keyboard of a serial console from its holder.
     """
 
     kind: ConsoleKind
     instance: InstanceId
     who: str = ""
-    take: bool = False
 
     def to_json(self) -> bytes:
         """As it is sent: one line."""
-        return encoded({"console": self.kind, "instance": self.instance, "who": self.who, "take": self.take})
+        return encoded({"console": self.kind, "instance": self.instance, "who": self.who})
 
     @classmethod
     def parse(cls, data: bytes) -> ConsoleRequest:
@@ -55,18 +53,18 @@ class ConsoleRequest:
             Unfit: it is none.
         """
         found = decoded(data)
-        unknown = sorted(found.keys() - {"console", "instance", "who", "take"})
+        unknown = sorted(found.keys() - {"console", "instance", "who"})
         if unknown:
-            raise Unfit(f"a request has no {unknown[0][:40]!r}: it has console, instance, who and take")
+            raise Unfit(f"a request has no {unknown[0][:40]!r}: it has console, instance and who")
         kind, instance = found.get("console"), found.get("instance")
         if not isinstance(kind, str) or kind not in tuple(ConsoleKind):
             raise Unfit(f"console is one of {', '.join(ConsoleKind)}")
         if not isinstance(instance, str) or (name := parse_id(instance)) is None:
             raise Unfit(f"instance is {ID_RULE}")
-        who, take = found.get("who", ""), found.get("take", False)
-        if not isinstance(who, str) or not isinstance(take, bool):
-            raise Unfit("who is text, and take is true or false")
-        return cls(kind=ConsoleKind(kind), instance=name, who=plain(who), take=take)
+        who = found.get("who", "")
+        if not isinstance(who, str):
+            raise Unfit("who is text")
+        return cls(kind=ConsoleKind(kind), instance=name, who=plain(who))
 
 
 def plain(who: str) -> str:

@@ -71,7 +71,7 @@ async def _answer(
         clock=clock,
         told=told,
     )
-    await console.run(take=request.take)
+    await console.run()
 
 
 async def _show(carrier: Carrier, guest: Guest) -> None:

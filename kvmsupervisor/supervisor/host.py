@@ -104,6 +104,7 @@ class Host:
                 memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
                 guests_mib=host_facts.memory_mib,
                 drain_any=settings.drain_any,
+                web=settings.web_url or "",
                 notice=mismatch or "",
                 lock=layout.lock,
             ),

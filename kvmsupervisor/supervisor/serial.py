@@ -105,15 +105,11 @@ class SerialConsole:
         self._taking_until = 0.0
         self._holder: str | None = None
 
-    async def run(self, *, take: bool) -> None:
-        """Until the client leaves, or the instance.
-
-        Args:
-            take: whether to take the keyboard from its holder.
-        """
+    async def run(self) -> None:
+        """Until the client leaves, or the instance. The keyboard is theirs where it is free."""
         self._log.info("console.opened")
         try:
-            await self._begin(take)
+            await self._begin()
             await until_one_ends(self._look(), self._hear())
         finally:
             self._hang_up()
@@ -122,14 +118,11 @@ class SerialConsole:
             self._keyboard.release()
             self._log.info("console.closed")
 
-    async def _begin(self, take: bool) -> None:
+    async def _begin(self) -> None:
         older = self._folder.console_log.with_name(f"{self._folder.console_log.name}.1")
         with contextlib.suppress(OSError):
             await self._hand(open_log(older), {"is": "older"})
-        if take:
-            self._begin_taking()
-        else:
-            self._keyboard.take()
+        self._keyboard.take()
 
     async def _look(self) -> None:
         while (guest := self._guest()) is not None:

@@ -19,7 +19,7 @@ ANSWER_S = 10.0
 
 
 class NoConsole(Exception):
-    """There is no console. The message says why, for people."""
+    """There is no console. The message says why, for people, the most important first: browsers get 123 bytes of it."""
 
 
 class Door:
@@ -42,13 +42,13 @@ class Door:
             carrier = Carrier.connect(self._path, limit=MESSAGE_LIMIT)
         except PermissionError as error:
             raise NoConsole(
-                f"the user of this page may not ask the supervisor of its host for consoles ({self._path}): "
-                "the group that KVM_CONSOLE_GROUP names may"
+                "this page's user may not ask for consoles: the supervisor's KVM_CONSOLE_GROUP names the group that "
+                f"may ({self._path})"
             ) from error
         except OSError as error:
             raise NoConsole(
-                f"no supervisor of this page's host gives out consoles at {self._path} ({error.strerror or error}): "
-                "it does not run, has another KVM_RUN_DIR, or is of an earlier release"
+                "this host's supervisor gives out no consoles: it does not run, is older, or has another KVM_RUN_DIR "
+                f"({self._path}: {error.strerror or error})"
             ) from error
         try:
             await carrier.send(request.to_json(), timeout_s=ANSWER_S)

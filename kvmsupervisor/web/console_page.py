@@ -88,7 +88,14 @@ def _console(instance: Instance, kind: ConsoleKind) -> Html:
         tag("p", "This needs scripts.", id="said", role="status"),
         _serial_controls() if serial else _display_controls(),
         tag("p", leave, class_="dim"),
-        tag("div", id="screen", class_="terminal-box" if serial else "display-box", data_instance=instance.id),
+        tag(
+            "div",
+            id="screen",
+            class_="terminal-box" if serial else "display-box",
+            role="region",
+            aria_label=TITLES[kind],
+            data_instance=instance.id,
+        ),
         NOTHING if serial else _text(),
         class_="console",
     )

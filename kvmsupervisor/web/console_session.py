@@ -31,7 +31,7 @@ class Session:
         self._clock = clock
 
     async def run(self, browser: WebSocket) -> str:
-        """Until one side ends; return why, for people."""
+        """Until one side ends; return why, for people; nothing where the browser has left, or was made to."""
         try:
             if self._request.kind is ConsoleKind.DISPLAY:
                 with contextlib.closing(await self._door.display(self._request)) as qemu:
@@ -42,6 +42,6 @@ class Session:
             browser.close(REFUSED, str(no))
             return str(no)
         except Closed:
-            return "the browser has left"
+            return ""
         browser.close(NORMAL, why)
         return why

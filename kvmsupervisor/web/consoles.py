@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -21,10 +21,12 @@ from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.cluster.live_overview import LiveOverview
 from kvmsupervisor.cluster.overview import shown
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.consoles import ConsoleKind, ConsoleRequest, Unfit, decoded
-from kvmsupervisor.domain.keys import InstanceId, parse_id
+from kvmsupervisor.domain.consoles import ConsoleKind, ConsoleRequest, Unfit, decoded, plain
+from kvmsupervisor.domain.keys import HostName, InstanceId, parse_id
 from kvmsupervisor.web.api import error, reply
+from kvmsupervisor.web.other_hosts import FOR, page_of
 from kvmsupervisor.web.people import Person, Refusal, Role, need
+from kvmsupervisor.web.people_file import CERT
 from kvmsupervisor.web.same_origin import need_same_origin
 from kvmsupervisor.web.tickets import Purpose, Tickets, TooMany
 
@@ -37,6 +39,12 @@ MOST, MOST_OF_ONE = 100, 16
 """How many consoles there may be, and of one person. Arbitrary: each costs some 100 KB here."""
 
 TICKETS = "/api/v1/console-tickets"
+
+BY = ", by "
+"""Between the name that another host's page gives, and its own."""
+
+Run = Callable[[Any], Coroutine[Any, Any, str]]
+"""Shows a console to a browser until its end; returns why, for people."""
 
 
 class Consoles:
@@ -78,7 +86,7 @@ class Consoles:
             return error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, str(large))
         except (Unreadable, Unfit) as unfit:
             return error(HTTPStatus.BAD_REQUEST, str(unfit))
-        self._find(instance)
+        self._find(instance, on_behalf=False)
         try:
             ticket = self._tickets.give(Purpose(person.name, kind, instance))
         except TooMany as many:
@@ -97,37 +105,54 @@ class Consoles:
         is_good = self._tickets.use(request.first("ticket"), purpose)
         need(person, Role.CONSOLE)
         need_same_origin(request)
+        who, on_behalf = person.name, request.headers.get(FOR)
+        if on_behalf is not None and instance is not None and person.name.startswith(CERT):
+            # Another host's page. No browser can send that header with a WebSocket, so none is talked into this.
+            who, is_good = f"{plain(on_behalf)}{BY}{person.name}", True
+            purpose = Purpose(who, kind, instance)
         if not is_good or instance is None or purpose is None:
             raise Refusal(
                 HTTPStatus.FORBIDDEN,
                 "a console is opened with a ticket of its own (POST /api/v1/console-tickets): once, within ten "
                 "seconds, by who got it; this is none, or not any more",
             )
-        of_one = sum(other.person == person.name for other, _ in self._open.values())
+        of_one = sum(other.person == who for other, _ in self._open.values())
         if of_one >= MOST_OF_ONE or len(self._open) >= MOST:
-            what = f"{person.name} has {of_one} consoles open" if of_one >= MOST_OF_ONE else f"{MOST} consoles are open"
+            what = f"{who} has {of_one} consoles open" if of_one >= MOST_OF_ONE else f"{MOST} consoles are open"
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, f"{what}, and no room for one more: close one")
-        self._find(instance)
-
-        from kvmsupervisor.web.console_session import Session  # noqa: PLC0415 - no start should wait for wsproto
-
-        session = Session(
-            self._settings.run_dir,
-            ConsoleRequest(kind=kind, instance=instance, who=f"{person.name} (in a browser)"),
-            clock=self._clock,
-        )
-        told = log.bind(who=person.name, address=self._address_of(request), instance=instance, console=str(kind))
+        url = self._find(instance, on_behalf=on_behalf is not None)
+        run = self._here(kind, instance, who) if url is None else self._there(url, kind, instance, who)
+        told = log.bind(who=who, address=self._address_of(request), instance=instance, console=str(kind))
 
         async def serve(browser: Any) -> None:
-            with self._counted(purpose, lambda why: browser.close(POLICY, why)):
+            why = "the browser has left"
+
+            def end(reason: str) -> None:
+                nonlocal why
+                why = reason
+                browser.close(POLICY, reason)
+
+            with self._counted(purpose, end):
                 told.info("web.console_opened")
-                why = "the browser has left"
                 try:
-                    why = await session.run(browser)
+                    why = await run(browser) or why
                 finally:
                     told.info("web.console_closed", reason=why)
 
         return Reply(status=HTTPStatus.SWITCHING_PROTOCOLS, body=b"", content_type="text/plain", socket=serve)
+
+    def _here(self, kind: ConsoleKind, instance: InstanceId, who: str) -> Run:
+        """Shows a console of this host."""
+        from kvmsupervisor.web.console_session import Session  # noqa: PLC0415 - no start should wait for wsproto
+
+        request = ConsoleRequest(kind=kind, instance=instance, who=f"{who} (in a browser)")
+        return Session(self._settings.run_dir, request, clock=self._clock).run
+
+    def _there(self, url: str, kind: ConsoleKind, instance: InstanceId, who: str) -> Run:
+        """Has another host's page show one of that host."""
+        from kvmsupervisor.web import other_hosts  # noqa: PLC0415 - as above
+
+        return lambda browser: other_hosts.session(browser, url, self._settings, kind=kind, instance=instance, who=who)
 
     def end_unless(self, may: Callable[[str], bool]) -> None:
         """End the consoles of those who may have none any more.
@@ -136,7 +161,7 @@ class Consoles:
             may: whether somebody still may, by name.
         """
         for purpose, end in list(self._open.values()):
-            if not may(purpose.person):
+            if not may(purpose.person.rpartition(BY)[2]):
                 end("you may have no console any more")
 
     @contextlib.contextmanager
@@ -149,8 +174,12 @@ class Consoles:
         finally:
             del self._open[mark]
 
-    def _find(self, instance: InstanceId) -> None:
-        """Make sure that its console can be had from here.
+    def _find(self, instance: InstanceId, *, on_behalf: bool) -> str | None:
+        """Where its console is to be had: the URL of another host's page, or None for this host.
+
+        Args:
+            instance: whose.
+            on_behalf: whether another page asks, which is not sent on to a third one.
 
         Raises:
             Refusal: there is no such instance, or it runs elsewhere, or nowhere.
@@ -162,12 +191,11 @@ class Consoles:
         view = shown(found, cluster)
         if view.host is None:
             raise Refusal(HTTPStatus.CONFLICT, f"{instance} does not run: {visible(view.reason)}")
-        if view.host != self._settings.hostname:
-            raise Refusal(
-                HTTPStatus.CONFLICT,
-                f"{instance} is on host {visible(view.host)}, and this page is of {self._settings.hostname}: its "
-                "consoles are on the page of that host",
-            )
+        if view.host == self._settings.hostname:
+            return None
+        if on_behalf:
+            raise Refusal(HTTPStatus.CONFLICT, f"{instance} is on host {visible(view.host)} now; try again")
+        return page_of(cluster, HostName(view.host), self._settings)
 
 
 POLICY = 1008

@@ -7,7 +7,9 @@ connection is read at once and dropped, as the log has it.
 A supervisor may come and go: the log stays open, and the next one is asked again.
 
 The browser gets output as bytes, and as text what the supervisor tells, and `{"is": "supervisor", "lost": true}`. It
-sends bytes to type, and as text `{"take": true}` or `{"release": true}`.
+sends bytes to type, and as text `{"take": true}`, `{"release": true}`, or `{"shown": 4096}`: how many bytes of output
+its terminal has shown. Who says that once gets no more than `WINDOW_BYTES` beyond it: a hidden tab shows little, and
+keeps in memory, or loses, what comes all the same.
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ WAITING_BYTES = 1 << 16
 AGAIN_S, AWAY_S = 1.0, 60.0
 """How often a supervisor that left is asked for again, and for how long. Arbitrary: an upgrade takes a few seconds."""
 
+WINDOW_BYTES = 1 << 20
+"""How much output may be on its way to a terminal. Arbitrary: xterm.js throws away what is beyond 50 MB."""
+
 SEND_S = 5.0
 """How long the supervisor may take to hear. Arbitrary."""
 
@@ -76,6 +81,9 @@ class SerialBridge:
         self._waiting = bytearray()
         self._to_type = asyncio.Event()
         self._why: str | None = None
+        self._sent = 0
+        self._seen: int | None = None
+        self._has_seen = asyncio.Event()
 
     async def run(self) -> str:
         """Until one side ends; return why, for people.
@@ -101,6 +109,10 @@ class SerialBridge:
             if data:
                 looks = BUSY_LOOKS
                 await self._browser.send(data)
+                self._sent += len(data)
+                while self._seen is not None and self._sent - self._seen > WINDOW_BYTES:
+                    self._has_seen.clear()
+                    await self._has_seen.wait()
                 continue
             if self._why is not None:
                 return
@@ -217,6 +229,10 @@ class SerialBridge:
             if isinstance(piece, bytes):
                 self._keep(piece)
                 continue
+            if (seen := _shown(piece)) is not None:
+                self._seen = seen
+                self._has_seen.set()
+                continue
             wish = _wish(piece)
             if wish is not None and self._supervisor is not None:
                 with contextlib.suppress(Lost):
@@ -261,6 +277,15 @@ def _tail(log: int, end: int, most: int) -> bytes:
 
 def _is_same(one: int, other: int) -> bool:
     return os.path.samestat(os.fstat(one), os.fstat(other))
+
+
+def _shown(text: str) -> int | None:
+    """How much a terminal says that it has shown; None for another text."""
+    with contextlib.suppress(ValueError, RecursionError):
+        match json.loads(text):
+            case {"shown": int(number)} if number >= 0:
+                return number
+    return None
 
 
 def _wish(text: str) -> bytes | None:

@@ -16,6 +16,7 @@ import pytest
 
 from kvmsupervisor.domain.names import CONSOLES_FOLDER, CONSOLES_SOCKET
 from kvmsupervisor.domain.status import Phase
+from tests.e2e.test_live_move import pair
 from tests.support.cluster import DEADLINE_S, Host, Hosts, Keys
 
 NOBODY = 65534
@@ -82,6 +83,35 @@ def test_what_has_no_display(keys: Keys, hosts: Hosts, tiny: str) -> None:
     with asked(host, console="display", instance="one") as (_, viewer):
         assert viewer is not None
         assert viewer.recv(12) == b"RFB 003.008\n"
+
+
+def test_a_live_move(keys: Keys, hosts: Hosts, tiny: str) -> None:
+    """Law: it moves with its display; a viewer of the source is let go of, and the target has the display at once."""
+    alpha, beta = pair(hosts)
+    keys.machines("alpha", "one", ram=64, extra_flags=tiny, display="virtio")
+    alpha.wait_running("one")
+    with (
+        asked(alpha, console="display", instance="one") as (_, viewer),
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as serial,
+    ):
+        assert viewer is not None
+        assert viewer.recv(12) == b"RFB 003.008\n"
+        serial.settimeout(DEADLINE_S)
+        serial.connect(str(door_of(alpha)))
+        serial.send(json.dumps({"console": "serial", "instance": "one"}).encode())
+        keys.put("one", host="beta")
+        beta.wait_running("one")
+        assert len(alpha.events("move.given")) == 1
+        assert viewer.recv(12) == b""
+        last = b""
+        while data := serial.recv(4096):
+            last = data
+        assert json.loads(last) == {"is": "gone"}
+    with asked(beta, console="display", instance="one") as (_, viewer):
+        assert viewer is not None
+        assert viewer.recv(12) == b"RFB 003.008\n"
+    with asked(alpha, console="display", instance="one") as (answer, _):
+        assert answer == {"refused": "one is not on this host"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed")

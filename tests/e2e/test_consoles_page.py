@@ -12,7 +12,7 @@ import pytest
 
 from kvmsupervisor.adapters.console import KeyboardLock
 from kvmsupervisor.cli.demo.guest import Guest
-from tests.support.cluster import Host, Hosts, Keys, eventually
+from tests.support.cluster import Host, Hosts, Keys
 from tests.support.page import Page
 from tests.support.people import Person, give_roles, people
 from tests.support.websocket import Client
@@ -22,7 +22,7 @@ from tests.support.websocket import Client
 def page_of(keys: Keys, host: Host, folder: Path, **roles: str) -> Iterator[Page]:
     """The page of a cluster, which knows some people."""
     with Page(keys, host, **people(folder, **roles)) as page:
-        eventually("a page in step", lambda: '"in_step": true' in page._log.read_text())
+        Person(page, "bob").in_step()
         yield page
 
 

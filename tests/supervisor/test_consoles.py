@@ -382,7 +382,9 @@ async def test_browsers_and_terminals_give_way_to_each_other(call: Call, folder:
     terminal.release()
     os.close(await first.keyboard())
 
-    await second.say(console="serial", instance="web1", who="bob", take=True)
+    await second.say(console="serial", instance="web1", who="bob")
+    await second.until(**{"is": "keyboard", "holder": "alice"})
+    await second.say(take=True)
     await first.until(**{"is": "keyboard", "lost": "bob"})
     os.close(await second.keyboard())
     await second.say(release=True)
@@ -395,7 +397,8 @@ async def test_a_holder_that_does_not_let_go(call: Call, folder: Path, qemu: soc
     stuck = KeyboardLock(folder, who="frozen")
     assert stuck.take()
     client = call()
-    await client.say(console="serial", instance="web1", who="alice", take=True)
+    await client.say(console="serial", instance="web1", who="alice")
+    await client.say(take=True)
     await client.until(**{"is": "keyboard", "stuck": "frozen"})
     assert stuck.wanted_by() == ""
     stuck.release()

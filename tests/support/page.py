@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import signal
 import ssl
@@ -13,12 +14,15 @@ from typing import Any, Self
 from tests.support import fork_server
 from tests.support.cluster import DEADLINE_S, ROOT, Host, Keys, eventually
 
+_NUMBERS = itertools.count()
+
 
 class Page:
     """`kvmsupervisor web`, in a process of its own."""
 
     def __init__(self, keys: Keys, host: Host, **settings: str) -> None:
-        self._log = host.folder / f"web{id(self)}.log"
+        # Not `id(self)`, which a later page may have, too.
+        self._log = host.folder / f"web{next(_NUMBERS)}.log"
         environment = host.environment | {"KVM_WEB_LISTEN": "127.0.0.1:0", "ETCD_ENDPOINTS": keys.etcd.endpoints[0]}
         with self._log.open("ab") as log:
             self._process = fork_server.start(("web",), env=environment | settings, cwd=ROOT, output=log.fileno())

@@ -11,7 +11,7 @@ from typing import Any
 
 import bcrypt
 
-from tests.support.cluster import DEADLINE_S
+from tests.support.cluster import DEADLINE_S, eventually
 from tests.support.page import Page
 from tests.support.websocket import Client
 
@@ -55,6 +55,17 @@ class Person:
             connection.request("POST", path, json.dumps(body), headers)
             reply = connection.getresponse()
             return reply.status, json.loads(reply.read())
+
+    def in_step(self) -> None:
+        """Wait until the page shows what etcd has."""
+
+        def answers() -> bool:
+            connection = http.client.HTTPConnection("127.0.0.1", self.page.port, timeout=DEADLINE_S)
+            with contextlib.closing(connection):
+                connection.request("GET", "/readyz", headers=self.headers)
+                return connection.getresponse().status == http.client.OK
+
+        eventually("a page in step", answers)
 
     def console(self, kind: str, instance: str) -> Client:
         """Open a console."""

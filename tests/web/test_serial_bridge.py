@@ -18,7 +18,7 @@ from kvmsupervisor.adapters.web.websocket import WebSocket
 from kvmsupervisor.domain.consoles import ConsoleKind, ConsoleRequest
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.web.console_door import Door, NoConsole
-from kvmsupervisor.web.serial_bridge import BACKLOG_BYTES, WAITING_BYTES, SerialBridge
+from kvmsupervisor.web.serial_bridge import BACKLOG_BYTES, WAITING_BYTES, WINDOW_BYTES, SerialBridge
 from tests.fakes.clock import FakeClock
 
 REQUEST = ConsoleRequest(kind=ConsoleKind.SERIAL, instance=InstanceId("one"), who="alice")
@@ -118,6 +118,23 @@ async def test_a_browser_that_stalls_holds_up_no_guest(bench: Bench) -> None:
     assert len(bench.browser.seen) < 1 << 20
     bench.browser.reads.set()
     await becomes(lambda: len(bench.browser.seen) == 160 * len(piece))
+
+
+async def test_a_terminal_that_falls_behind(bench: Bench) -> None:
+    """Law: once it says how far it is, no more than a window is on its way; a mebibyte is no loss of the rest."""
+    await bench.hand_log()
+    bench.browser.typed.put_nowait('{"shown": 0}')
+    await becomes(lambda: bench.bridge._seen == 0)
+    with bench.log.open("ab") as log:
+        log.write(b"x" * (5 << 20))
+    await becomes(lambda: len(bench.browser.seen) > WINDOW_BYTES)
+    await asyncio.sleep(0.3)
+    assert len(bench.browser.seen) <= WINDOW_BYTES + (1 << 16)
+    for text in ('{"shown": -1}', '{"shown": "all"}', '{"shown": 2097152}'):
+        bench.browser.typed.put_nowait(text)
+    await becomes(lambda: len(bench.browser.seen) > 3 << 20)
+    bench.browser.typed.put_nowait(f'{{"shown": {5 << 20}}}')
+    await becomes(lambda: len(bench.browser.seen) == 5 << 20)
 
 
 async def test_a_guest_that_does_not_read(bench: Bench) -> None:

@@ -35,6 +35,9 @@ NORMAL, GOING_AWAY, TOO_BIG, BROKEN, OURS = 1000, 1001, 1009, 1002, 1011
 """Status codes (RFC 6455, 7.4.1): the end, the end of this server, too much at once, what is no WebSocket, and a bug of
 ours."""
 
+ABNORMAL = 1006
+"""Stands for an end without a goodbye, and is never sent."""
+
 REASON_LIMIT = 123
 """Bytes of the reason for a close (RFC 6455, 5.5)."""
 
@@ -70,12 +73,11 @@ def accept(headers: Sequence[tuple[bytes, bytes]], path: bytes) -> tuple[bytes, 
 
 
 class WebSocket:
-    """One of them. One task receives, and one sends.
+    """One of them, of a server or of a client. One task receives; several may send.
 
     Args:
         protocol: knows the bytes.
         transport: of the connection.
-        address: of the client.
         beat_s: see `BEAT_S`.
     """
 
@@ -88,6 +90,7 @@ class WebSocket:
         self._text: list[str] = []
         self._text_length = 0
         self._ended = False
+        self._end_of_other = (ABNORMAL, "the connection was lost")
         self._paused = False
         self._reading = True
         self._missed = 0
@@ -139,6 +142,11 @@ class WebSocket:
         self.close(GOING_AWAY, "this page's server ends")
 
     @property
+    def end(self) -> tuple[int, str]:
+        """Code and reason of the other side's goodbye; `ABNORMAL` without one."""
+        return self._end_of_other
+
+    @property
     def is_open(self) -> bool:
         """Whether there is anybody."""
         return not self._ended
@@ -158,11 +166,20 @@ class WebSocket:
 
     # --- for the connection -------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Take what came with the handshake."""
+        self._take_all()
+
     def received(self, data: bytes) -> None:
         """Bytes have come; none: the client sends nothing more."""
         self._missed = 0
+        if self._ended:
+            return
+        self._protocol.receive_data(data or None)
+        self._take_all()
+
+    def _take_all(self) -> None:
         try:
-            self._protocol.receive_data(data or None)
             for event in self._protocol.events():
                 self._take(event)
         except RemoteProtocolError as error:
@@ -193,8 +210,10 @@ class WebSocket:
             case Ping():
                 if not self._paused:  # or a client that reads nothing would have us keep its pings
                     self._write(event.response())
-            case CloseConnection():
+            case CloseConnection(code=code, reason=reason):
                 self._ended = True
+                if code != ABNORMAL:
+                    self._end_of_other = (int(code), reason or "")
                 self._write(event.response())
                 self._end()
             case _:

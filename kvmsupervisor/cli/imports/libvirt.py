@@ -241,7 +241,7 @@ def _nic(machine: Machine, nic: Element) -> None:
 def _display(machine: Machine, display: Element) -> None:
     kind, port = display.get("type"), display.get("port", "-1")
     if kind != "spice":
-        machine.leave(f"graphics {kind}", "a display is SPICE's: write spice_port")
+        machine.leave(f"graphics {kind}", "write display=std, virtio or qxl, for browsers; spice_port adds a server")
     elif port.isdigit() and port != "0" and display.get("autoport") != "yes":
         machine.keys["spice_port"] = port
     else:

@@ -4,6 +4,8 @@ const HEADERS = { "Content-Type": "application/json", "X-KVMsupervisor": "consol
 const AGAIN_MS = [1000, 2000, 5000, 10000];
 
 const line = document.getElementById("said");
+// It is not kept up here; the console itself says how it is.
+document.querySelector("#state.good")?.remove();
 export const instance = document.getElementById("screen").dataset.instance;
 
 // Say how things are, in the line above the console.

@@ -78,15 +78,25 @@ function hear(message) {
 keep("serial", (opened) => {
   socket = opened;
   ours = false;
+  let shown = 0;
+  let told = 0;
+  // Nothing more is sent than what the terminal keeps up with: a hidden tab shows little.
+  const seen = (bytes) => {
+    shown += bytes;
+    if (shown - told < 65536 || opened.readyState !== WebSocket.OPEN) return;
+    told = shown;
+    opened.send(JSON.stringify({ shown }));
+  };
   opened.addEventListener("open", () => {
     // What was shown comes again with the log.
     terminal.reset();
     fit.fit();
     show();
+    opened.send('{"shown": 0}');
   });
   opened.addEventListener("message", (event) => {
     if (typeof event.data === "string") hear(JSON.parse(event.data));
-    else terminal.write(new Uint8Array(event.data));
+    else terminal.write(new Uint8Array(event.data), () => seen(event.data.byteLength));
   });
   return () => {
     if (socket === opened) socket = null;
