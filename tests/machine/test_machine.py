@@ -83,6 +83,13 @@ def environment_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
 
 
+def flags_of(pid: int | None, name: str) -> list[int]:
+    """The flags of each of its descriptors of files with that in their name."""
+    process = Path(f"/proc/{pid}")
+    numbers = [file.name for file in (process / "fd").iterdir() if name in str(file.readlink())]
+    return [int((process / "fdinfo" / number).read_text().split()[3], 8) for number in numbers]
+
+
 def await_zombie(pid: int) -> None:
     for _ in range(5000):
         if (stat := stat_of(pid)) is not None and not stat.alive:
@@ -199,11 +206,9 @@ async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
 
     bench.machine.spawn(record(), SPEC, plain, build, Quarters())
     await bench.connected()
-    opened = Path(f"/proc/{bench.machine.pid}/fd")
-    logs = [file.name for file in opened.iterdir() if "memfd:console.log" in str(file.readlink())]
-    assert len(logs) > 1, "QEMU has not opened it a second time"
-    flags = [(opened.parent / "fdinfo" / number).read_text().split()[3] for number in logs]
-    assert not any(int(one, 8) & os.O_APPEND for one in flags), flags
+    flags = flags_of(bench.machine.pid, "memfd:console.log")
+    assert len(flags) > 1, "QEMU has not opened it a second time"
+    assert not any(one & os.O_APPEND for one in flags), flags
 
 
 async def test_its_environment_names_it_and_holds_no_secrets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
