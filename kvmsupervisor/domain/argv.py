@@ -196,7 +196,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *_machine(spec, host, ceph, provision),
         # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
-        *hardware.memory(spec, host.memory_mib),
+        *hardware.memory(spec, host.memory_mib, is_emulated=host.accel == "tcg"),
         *hardware.processors(spec),
         *_monitors(provision),
         *_channels(provision),

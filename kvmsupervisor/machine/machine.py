@@ -292,13 +292,11 @@ class Machine:
             return
         # QEMU greets before its devices exist: only an answered command means that it is up.
         await self.probe()
+        # Its logs are open by then, and take nothing of its guest, whoever lets that run, until they are looked at.
+        self._logs.look()
         if not self._talk.answered:
             self._talk.retry()
-            return
-        # QEMU has opened its logs by now, and its guest does not run yet: a log that was never looked at takes nothing.
-        # An arriving guest is let run by `migration`, not by `resume`.
-        self._logs.look()
-        if self._launch.furnished and not self.never_ran:
+        elif self._launch.furnished and not self.never_ran:
             await self.agent.look(self._talk.command)
 
     # --- commands ---------------------------------------------------------------------------------------------

@@ -70,8 +70,11 @@ def play(folder: Path) -> int:
         except (Broken, CephError, EtcdStartError, GuestError, AssertionError, OSError, TimeoutExpired) as error:
             problem = str(error)
             cluster.keep_logs(ROOT / LOGS)
+        except KeyboardInterrupt:
+            say("Ended before its end; nothing is left.")
+            raise
         finally:
-            for line in ("", *table(board.results), ""):
+            for line in ("", *table(board.results), "") if board.results else ():
                 say(line)
     if problem:
         say(f"cluster-demo: {board.title}: {problem}")

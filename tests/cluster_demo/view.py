@@ -191,7 +191,8 @@ def on_screen(board: Board, stage: Stage, *, person: bool) -> Iterator[Screen]:
     def frame() -> RenderableType:
         picture = stage.look()
         lock = picture.guests[WEB.name].lock
-        says = None if lock is None else stage.says(WEB.name, lock.host)
+        alive = lock is not None and picture.hosts[lock.host].session is not None
+        says = stage.says(WEB.name, lock.host) if lock is not None and alive else None
         return draw(board, picture, stage.pings, says, stage.now())
 
     with (

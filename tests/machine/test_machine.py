@@ -83,6 +83,13 @@ def environment_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
 
 
+def flags_of(pid: int | None, name: str) -> list[int]:
+    """The flags of each of its descriptors of files with that in their name."""
+    process = Path(f"/proc/{pid}")
+    numbers = [file.name for file in (process / "fd").iterdir() if name in str(file.readlink())]
+    return [int((process / "fdinfo" / number).read_text().split()[3], 8) for number in numbers]
+
+
 def await_zombie(pid: int) -> None:
     for _ in range(5000):
         if (stat := stat_of(pid)) is not None and not stat.alive:
@@ -190,13 +197,6 @@ async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     assert bench.view.run_state == "running"
 
 
-def flags_of(pid: int | None, file: str) -> list[str]:
-    """The flags (octal, proc_pid_fdinfo(5)) of each descriptor that a process has of a file."""
-    folder = Path(f"/proc/{pid}")
-    numbers = [one.name for one in (folder / "fd").iterdir() if file in str(one.readlink())]
-    return [(folder / "fdinfo" / number).read_text().split()[3] for number in numbers]
-
-
 async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
     """Whoever lets the guest run, `resume` or a live move: QEMU appends to no log by then, for that would be lost."""
 
@@ -208,7 +208,7 @@ async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
     await bench.connected()
     flags = flags_of(bench.machine.pid, "memfd:console.log")
     assert len(flags) > 1, "QEMU has not opened it a second time"
-    assert not any(int(one, 8) & os.O_APPEND for one in flags), flags
+    assert not any(one & os.O_APPEND for one in flags), flags
 
 
 async def test_its_environment_names_it_and_holds_no_secrets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
