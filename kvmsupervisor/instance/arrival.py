@@ -379,8 +379,14 @@ class Arrival:
         """Take the offer away, as far as etcd is there; it ends with the session otherwise."""
         if self._key is not None:
             self.end()
-            with contextlib.suppress(EtcdError):
-                await self._context.store.txn([], [Delete(self._context.layout.offer_key(self._id))])
+            await self.take_back()
+
+    async def take_back(self) -> None:
+        """Delete this host's offer, as far as etcd is there: the next target may have written its own by now."""
+        key = self._context.layout.offer_key(self._id)
+        own = Compare(key, Target.LEASE, self._context.session.lease)
+        with contextlib.suppress(EtcdError):
+            await self._context.store.txn([own], [Delete(key)])
 
     def _hang_up(self) -> None:
         if self._connection is not None:

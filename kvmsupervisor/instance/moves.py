@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 
-from kvmsupervisor.adapters.etcd import Delete, EtcdError
+from kvmsupervisor.adapters.etcd import EtcdError
 from kvmsupervisor.adapters.metrics import MigrationResult
 from kvmsupervisor.adapters.transfer import TransferFailed
 from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
@@ -488,6 +488,5 @@ class Moves:
         if spec is not None and (left := await see_off(lock, images_of(spec), self._id, self._context)):
             self._report.tell("lock.fenced", addresses=list(left), taken_from=lock.taken_from)
         await self._lock.write(Change.ARRIVE, arrived(lock), None)
-        with contextlib.suppress(EtcdError):
-            await self._context.store.txn([], [Delete(self._context.layout.offer_key(self._id))])
+        await self.arrival.take_back()
         self.arrival.end()

@@ -145,6 +145,8 @@ class Evacuation:
             except EtcdError as error:
                 log.warning("drain.waits", reason=str(error))
                 again_at = clock.now() + RETRY_S
+                # It may have been written all the same: what this host has said is read again.
+                self._era = None
             await clock.wait(self._changed, None if again_at == math.inf else again_at)
             if not self._is_idle:
                 # Not at each of many changes.

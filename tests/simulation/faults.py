@@ -146,9 +146,10 @@ STUCK_S = 45.0
 
 @kind("end-of-a-move", 6)
 def _(world: World, act: Act) -> None:
-    """Somebody has second thoughts when all is sent; or the target takes no more, right before it would have all."""
-    if act.x < 0.5:
-        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=_think_better)
+    """Somebody has second thoughts when all is sent; nobody hears of the hand-over; or the target takes no more."""
+    if act.x < 0.6:
+        hit = _think_better if act.x < 0.3 else _lose_replies
+        world.armed["before GIVE"] = Armed("", Way.HIT, act.for_s, hit=hit)
     else:
         world.armed["switching"] = Armed("", Way.HIT, STUCK_S + act.for_s, hit=_freeze_targets)
 
@@ -211,9 +212,11 @@ def _(world: World, act: Act) -> None:
     """The same with another cluster's etcd, which knows nothing of these machines, or holds a copy of their keys."""
     host = world.host(act.host)
     if act.x < 0.3:
+        world.is_copied = True
         world.elsewhere.restore(world.etcd.backup())
     host.start_with(astray=True)
-    later(world, act.for_s, host.start_with)
+    # In a copy it may be for as long as a takeover waits.
+    later(world, act.for_s + (90.0 if act.x < 0.15 else 0.0), host.start_with)
 
 
 @kind("host-records-lost", 2)
@@ -398,6 +401,24 @@ def _(world: World, act: Act) -> None:
         world.etcd.restore(world.backup)
         if not 0.5 <= act.x < 0.75:
             world.backup = None
+
+
+@kind("etcd-restored-twice", 2)
+def _(world: World, act: Act) -> None:
+    """One backup is restored, and once more a little later: somebody had moved a machine that writes to a file."""
+    backup = world.etcd.backup()
+
+    def restore() -> None:
+        if not world.is_healed:
+            world.etcd.restore(backup)
+
+    def move() -> None:
+        if not world.is_healed and world.wishes.get("f1", {}).get("host") not in {None, act.other}:
+            world.judge.ordered("f1", f"moves to {act.other}", to=act.other)
+            world.put("f1", host=act.other)
+
+    for after_s, what in ((5.0, restore), (15.0, move), (30.0 + 30.0 * act.x, restore)):
+        later(world, after_s, what)
 
 
 @kind("etcd-lost", 1)

@@ -360,6 +360,8 @@ class SimHost:
             return
         self.world.trace.add(self.true_name, "boots")
         self.powered = True
+        # One that has just booted, and is led to a copy, knows nothing that would tell it (decision 0028).
+        self.astray = self.astray and not self.world.is_copied
         self._boot()
         self._is_on_the_net(on=True)
         self.start()

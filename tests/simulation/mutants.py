@@ -29,6 +29,7 @@ from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.evacuation import plan
 from kvmsupervisor.domain.handover import announced, given
 from kvmsupervisor.domain.history import Era
+from kvmsupervisor.domain.host_wish import Mode
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.lifecycle import decide
@@ -48,7 +49,7 @@ from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.images import Law5
 from kvmsupervisor.machine.migration import MoveRefused
-from kvmsupervisor.supervisor import evacuation, failover, identity
+from kvmsupervisor.supervisor import evacuation, failover, host, identity
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.identity import Standing
 from tests.simulation.etcd import SimEtcd
@@ -116,7 +117,7 @@ def lock_without_session(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lock_module, "compares", left)
 
 
-@mutant("law 2", seed=2)
+@mutant("law 2", seed=1)
 def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
     """A new incarnation takes over its predecessor's epoch."""
     right = domain_take
@@ -128,7 +129,7 @@ def epoch_stands_still(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant("law 2", seed=2)
+@mutant("law 2", seed=14)
 def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     """What the status tells of the last epoch is not looked at."""
     right = domain_take
@@ -139,9 +140,13 @@ def epoch_begins_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(start, "take", take)
 
 
-@mutant("law 2", seed=27, kinds=("frozen-at-the-lock", "move"))
+@mutant("law 2", seed=55, kinds=("frozen-at-the-lock", "move"))
 def wherever_it_was_wanted(patch: pytest.MonkeyPatch) -> None:
-    """An instance is started although its keys want it elsewhere by then: neither `host` nor placement is compared."""
+    """An instance is started although its keys want it elsewhere by then: neither `host` nor placement is compared.
+
+    Machines move cold there, so that there are starts enough.
+    """
+    patch.setattr(host, "open_gate", lambda *told, **more: None)
 
     def left(change: Change, **told: Any) -> list[Compare]:
         return right_compares(change, **{**told, "ground": None})
@@ -188,7 +193,7 @@ def no_clients_on_record(patch: pytest.MonkeyPatch) -> None:
 
 @mutant(
     "track record, simulation seed 12",
-    seed=43,
+    seed=69,
     kinds=("supervisor-kill", "host-freeze", "remove", "create", "key-deleted"),
 )
 def shut_out_unnoticed(patch: pytest.MonkeyPatch) -> None:
@@ -301,7 +306,7 @@ def what_is_missing_was_removed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Dispatch, "_judge_orders", judge_orders)
 
 
-@mutant("law 11, seed 1071", seed=95, kinds=("host-astray",))
+@mutant("law 11, seed 1071", seed=17, kinds=("host-astray", "guest-deaf", "qmp-answer-lost"))
 def the_id_of_a_cluster_is_nothing(patch: pytest.MonkeyPatch) -> None:
     """A copy of etcd that has all keys that were seen is the same etcd."""
     patch.setattr(SimEtcd, "cluster", 0)
@@ -324,7 +329,7 @@ def a_name_is_a_history(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(history.History, "_left_for_good", left_for_good)
 
 
-@mutant("law 12, seed 414", seed=8, kinds=("host-renamed", "supervisor-kill"))
+@mutant("law 12, seed 414", seed=43, kinds=("host-renamed", "supervisor-kill"))
 def a_name_is_a_machine(patch: pytest.MonkeyPatch) -> None:
     """A host that is given another one's name takes that one's locks for its own of an earlier boot."""
     patch.setattr(Lock, "is_namesakes", lambda self, host, **told: False)
@@ -416,7 +421,7 @@ def its_keys_tell_its_disks(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CephFencing, "watchers", watchers)
 
 
-@mutant("law 5", seed=5)
+@mutant("law 5", seed=24)
 def any_image_will_do(patch: pytest.MonkeyPatch) -> None:
     """Images without `exclusive-lock` are taken."""
     always = property(lambda self: True, lambda self, value: None)
@@ -424,7 +429,7 @@ def any_image_will_do(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(checks, "_allow_unfenced", always, raising=False)
 
 
-@mutant("law 7", seed=109, kinds=("etcd-cut", "move", "host-freeze"))
+@mutant("law 7", seed=24, kinds=("etcd-cut", "move", "host-freeze"))
 def files_are_nothing(patch: pytest.MonkeyPatch) -> None:
     """What storage cannot fence may be taken over like a machine without a disk."""
 
@@ -470,10 +475,10 @@ def many_removals_are_one(patch: pytest.MonkeyPatch) -> None:
 
 # --- live moves -------------------------------------------------------------------------------------------------
 
-MOVING = ("move", "move-and-back", "struck-in-a-move")
+MOVING = ("move-a-guest", "move-and-back", "struck-in-a-move")
 
 
-@mutant("law 13", seed=1, kinds=("move",))
+@mutant("law 13", seed=2, kinds=("move-a-guest",))
 def handed_over_at_the_switchover(patch: pytest.MonkeyPatch) -> None:
     """The source hands over before the rest is sent: if that fails, it runs again by itself."""
 
@@ -487,7 +492,7 @@ def handed_over_at_the_switchover(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Moves, "_switch", switch)
 
 
-@mutant("law 13", seed=1, kinds=MOVING)
+@mutant("law 13", seed=2, kinds=MOVING)
 def goes_on_because_the_source_fell_silent(patch: pytest.MonkeyPatch) -> None:
     """The target goes on by inference: it has all of the guest, and the connection is over."""
 
@@ -499,13 +504,13 @@ def goes_on_because_the_source_fell_silent(patch: pytest.MonkeyPatch) -> None:
     _with_decisions(patch, change)
 
 
-@mutant("laws 3 and 13", seed=1, kinds=("move",))
+@mutant("laws 3 and 13", seed=2, kinds=("move-a-guest",))
 def the_target_is_on_no_record(patch: pytest.MonkeyPatch) -> None:
     """The lock does not name the clients of the QEMU that a guest is sent to."""
     patch.setattr(moves, "announced", lambda lock, to: announced(lock, replace(to, clients=())))
 
 
-@mutant("law 13", seed=1, kinds=(*MOVING, "etcd-flaky"))
+@mutant("law 13", seed=12, kinds=("move-a-guest", "end-of-a-move"))
 def goes_back_unread(patch: pytest.MonkeyPatch) -> None:
     """The source lets its guest go on where nothing was heard of the hand-over, without having read whose it is."""
     right = Moves._give
@@ -521,10 +526,10 @@ def goes_back_unread(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Moves, "_give", give)
 
 
-@mutant("a drain stops nobody", seed=1, kinds=("drain", "create"))
+@mutant("a drain stops nobody", seed=2, kinds=("drain",))
 def a_live_drain_stops(patch: pytest.MonkeyPatch) -> None:
-    """What goes only while it runs is stopped where it cannot."""
-    patch.setattr(View, "goes_only_live", property(lambda self: False))
+    """A drain with `live` stops what it cannot move while it runs."""
+    patch.setattr(Mode, "stops_guests", property(lambda self: True))
 
 
 @mutant("a drain ends", seed=1, kinds=("drain",))

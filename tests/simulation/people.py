@@ -8,11 +8,23 @@ from tests.simulation.acts import HOSTS, Act, create, kind, later
 from tests.simulation.world import World
 
 
-@kind("move", 14)
+@kind("move", 8)
 def _(world: World, act: Act) -> None:
-    if world.wishes.get(act.machine, {}).get("host") not in (None, act.other):
+    # Who moves a machine sees its key.
+    is_there = f"/kvm/{act.machine}/host" in world.etcd.data
+    if is_there and world.wishes.get(act.machine, {}).get("host") not in (None, act.other):
         world.judge.ordered(act.machine, f"moves to {act.other}", to=act.other)
         world.put(act.machine, host=act.other)
+
+
+@kind("move-a-guest", 8)
+def _(world: World, act: Act) -> None:
+    """One that runs, and may go on elsewhere without a stop."""
+    fit = [name for name in sorted(world.wishes) if name[0] in "rd" and f"/kvm/{name}/host" in world.etcd.data]
+    guests = [name for name in fit if any(qemu.writes for qemu in world.judge.living(name))]
+    if guests and world.wishes[name := guests[int(act.x * len(guests))]].get("host") != act.other:
+        world.judge.ordered(name, f"moves to {act.other}", to=act.other)
+        world.put(name, host=act.other)
 
 
 @kind("move-and-back", 4)

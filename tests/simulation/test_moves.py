@@ -211,6 +211,20 @@ def test_keys_that_are_written_again_need_another_offer(played: Callable[[Told],
     assert played(told) == []
 
 
+def test_who_has_come_leaves_the_next_targets_offer_alone(played: Callable[[Told], list[str]]) -> None:
+    """Sent back as soon as it has come, it waits for nobody: the offers of both ways have one key (seed 821)."""
+
+    async def told(stage: Stage) -> None:
+        stage.make("a")
+        first = await stage.running("a")
+        stage.world.armed["lock written"] = Armed("b", Way.FREEZE, 3.0, lambda: stage.move("a"))
+        stage.move("b")
+        await stage.until(lambda: len(stage.events("move.offered")) == 2)
+        assert (await stage.running("a")).boot is first.boot
+
+    assert played(told) == []
+
+
 def test_who_waits_for_his_target_writes_nothing(played: Callable[[Told], list[str]]) -> None:
     """However often he asks: his status says once what he waits for (seed 453)."""
 

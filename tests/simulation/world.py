@@ -18,7 +18,7 @@ from kvmsupervisor.domain.ceph import Client
 from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
-from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.domain.placement import FAILOVER, Placement
 from kvmsupervisor.domain.status import Status
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.transfer import FakeNet
@@ -80,6 +80,8 @@ class World:
         until: what is wrong → how long.
         to_the_first: the history ends with the first violation.
         is_healed: nothing goes wrong any more.
+        is_copied: the other cluster's etcd is, or was, a copy of this one's.
+        asked: how often people have read in a status that they are to end another QEMU, by instance.
         upgraded: supervisors that were stopped to be replaced.
         on_log: told what a supervisor logs: its name, the event, what goes with it.
     """
@@ -128,7 +130,8 @@ class World:
         self.net.passage_s = lambda: net_chance.random() * self.net_slow_s
         self.quorum = asyncio.Event()
         self.quorum.set()
-        self.over = self.to_the_first = self.is_healed = False
+        self.over = self.to_the_first = self.is_healed = self.is_copied = False
+        self.asked: Counter[str] = Counter()
         self.until: dict[str, float] = {}
         self._shaken_until = 0.0
         self.ended_at = loop.time()
@@ -382,12 +385,13 @@ class World:
     def leaves(self, instance: str, host: str) -> bool | None:
         """Whether a placement has it leave a host where it may be: True where its guest may be stopped for that.
 
-        False: it may not be, so that it goes only while it runs. None: nothing has it leave.
+        False: it may not be, but by a person's order: a drain, or a return, that says so is one (`drain`, `undrain`).
+        None: nothing has it leave.
         """
         found = self._placement(instance)
         if found is None or found.host == host:
             return None
-        return not found.only_live
+        return found.why == FAILOVER
 
     def at_home(self, instance: str, host: str) -> bool:
         """Whether it is to run there, as the keys are now, or may stay until the host where it is to run is there."""
