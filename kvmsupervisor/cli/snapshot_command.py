@@ -139,11 +139,11 @@ def _cells(row: Mapping[str, Any], tools: Tools) -> list[Cell]:
     size = "" if row["size"] is None else _size(row["size"])
     return [
         Cell(row["id"]),
-        Cell(row["name"]),
+        Cell(printable(row["name"])),
         Cell(age(row["at"], tools.now()) if row["at"] else "-"),
         Cell(size or "-"),
-        Cell(row["state"], "green" if row["consistent"] else "yellow"),
-        Cell(", ".join(row["disks"]) or "-"),
+        Cell(printable(row["state"]), "green" if row["consistent"] else "yellow"),
+        Cell(printable(", ".join(row["disks"]) or "-")),
         Cell(printable(row["note"] or "-")),
     ]
 

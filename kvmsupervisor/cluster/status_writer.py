@@ -84,19 +84,17 @@ class StatusWriter:
         self._session = session
         self._gather_s = gather_s
         self._spread_s = spread_s
-        # When the next write is due at the earliest.
-        self._due_at = 0.0
+        self._due_at = 0.0  # when the next write is due at the earliest
         self._rand = rand
         # None: the key is to be deleted, or to become the value in `_last`, where it holds a status of this host.
         self._wanted: dict[InstanceId, bytes | None] = {}
+        self.inherited: dict[InstanceId, Status] = {}  # other hosts', for `Report.begin_turn` to take on
         self._last: dict[InstanceId, bytes] = {}
         self._known: dict[InstanceId, Known] = {}
         # Instances of which another host has reached a later epoch: that epoch, from its status.
         self._later: dict[InstanceId, int] = {}
-        # The callbacks for that.
-        self._overtaken: dict[InstanceId, Callable[[], None]] = {}
-        # Instances that other hosts speak for.
-        self._ceded: dict[InstanceId, None] = {}
+        self._overtaken: dict[InstanceId, Callable[[], None]] = {}  # the callbacks for that
+        self._ceded: dict[InstanceId, None] = {}  # instances that other hosts speak for
         # In the order in which they became dirty. Invariant: holds every id whose key may differ from its wanted
         # value; `_clean` is set exactly while it is empty.
         self._dirty: dict[InstanceId, None] = {}
@@ -431,6 +429,9 @@ class StatusWriter:
                 self._known[instance] = Known(None if found is None else found.value, found_at)
             theirs = None if found is None else Status.from_json(found.value)
             ours = None if wanted is None else Status.from_json(wanted)
+            if theirs is not None and ours is not None and theirs.host != self._host:
+                # It is not written over before this host knows of it, too.
+                self.inherited[instance], self._wanted[instance] = theirs, encoded(ours.inheriting(theirs))
             if theirs is None or ours is None or theirs.epoch <= ours.epoch:
                 self._judge(instance)
                 continue

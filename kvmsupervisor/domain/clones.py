@@ -100,8 +100,11 @@ def _disk(disk: Disk, source: InstanceId, new: InstanceId, *, snapshot: str, ful
         return replace(disk.file, name=name, origin=f"{SCHEME}{disk.file.name}")
     image = disk.rbd
     assert image is not None
-    name = _renamed(image.image, source, new, f"{new}{number}")
-    return replace(image, image=name, origin=f"{image.name}@{stored(snapshot)}", copy=full)
+    namespace = _renamed(image.namespace, source, new, image.namespace)
+    # In a namespace of its own it need not have another name.
+    otherwise = f"{new}{number}" if namespace == image.namespace else image.image
+    name = _renamed(image.image, source, new, otherwise)
+    return replace(image, image=name, namespace=namespace, origin=f"{image.name}@{stored(snapshot)}", copy=full)
 
 
 def _renamed(name: str, source: str, new: str, otherwise: str) -> str:

@@ -143,6 +143,19 @@ class Status:
         living = {Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING}
         return self.pid is not None and self.phase in living
 
+    def inheriting(self, theirs: Status) -> Status:
+        """The same with what goes on from host to host, by another status where this one tells nothing of it."""
+        is_known = self.machine is not None
+        return replace(
+            self,
+            machine=self.machine if is_known else theirs.machine,
+            machine_key=self.machine_key if is_known else theirs.machine_key,
+            files=self.files if self.files is not None else theirs.files,
+            images=self.images or theirs.images,
+            snapshots=self.snapshots or theirs.snapshots,
+            rollback=self.rollback or theirs.rollback,
+        )
+
     def taken_over(self, host: str, *, epoch: int, since: str, reason: str) -> Status:
         """What `host` says in its place when it takes the lock over: what goes on from host to host, and no QEMU."""
         return Status(

@@ -156,13 +156,15 @@ class Snapshots:
     async def _disks(self, wanted: Spec) -> AsyncIterator[tuple[SnapshotDisks, Standing]]:
         """The disks of the machine that runs, or is wanted; and what has its guest stand still."""
         context, machine = self._context, self._machine
+        # With the guest's own rights, where it has a client: its keys reach no other one's images.
+        ceph = context.snapshots.of_guest(self._id)
         if machine.record is None:
-            async with disks.resting(context.snapshots, context.local_disks, self._id, wanted) as found:
+            async with disks.resting(ceph, context.local_disks, self._id, wanted) as found:
                 yield found, disks.off
         elif machine.spec is None:
             raise DiskTrouble("a newer release started its QEMU, whose disks are not known", disks.RETRY_S)
         else:
-            yield disks.live(context.snapshots, machine.spec, machine.standstill.ask), machine.standstill.instant
+            yield disks.live(ceph, machine.spec, machine.standstill.ask), machine.standstill.instant
 
     async def _do(self, errand: Errand, disks_of: SnapshotDisks, standing: Standing) -> None:
         name = errand.name

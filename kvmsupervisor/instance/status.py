@@ -146,24 +146,17 @@ class Report:
 
     def _save(self, written: Status) -> None:
         """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
-        if self.status.machine is None and written.machine is not None:
-            self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
-        if self.status.files is None and written.files is not None:
-            self.status = replace(self.status, files=written.files)
-        if not self.status.images and written.images:
-            self.status = replace(self.status, images=written.images)
+        self.status = self.status.inheriting(written)
         self.inherit(written)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
 
     def inherit(self, written: Status) -> None:
         """Take over what a status says of the machine's snapshots: another host's knows more than this one."""
-        now, is_theirs = self.status, written.host != self._context.me
-        if is_theirs or not now.snapshots:
-            now = replace(now, snapshots=written.snapshots)
-        if is_theirs or now.rollback is None:
-            now = replace(now, rollback=written.rollback)
-        self.status = now
+        if written.host != self._context.me:
+            self.status = replace(self.status, snapshots=written.snapshots, rollback=written.rollback)
+        else:
+            self.status = self.status.inheriting(written)
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -335,7 +328,13 @@ class Report:
         if more is not None:
             self._tell_with("instance.etcd_trouble", untold=more, reason=why)
 
-    def tell_rest(self) -> None:
+    def begin_turn(self) -> None:
+        """Take in what the status writer has found in the key, and tell what is left to be told, before a decision."""
+        if (theirs := self._context.status_writer.inherited.pop(self._instance, None)) is not None:
+            self._save(theirs)
+        self._tell_rest()
+
+    def _tell_rest(self) -> None:
         """Tell how often something has happened that was not told each time, once it is over."""
         for event, kind in self._sparing.items():
             if untold := kind.rest(self._context.clock.now()):

@@ -256,7 +256,7 @@ class Worker:
         while True:
             self._wake.clear()
             self._saved.write_again()
-            self.report.tell_rest()
+            self.report.begin_turn()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)

@@ -393,12 +393,14 @@ async def resting(
     """The disks of a machine that is off, whose lock the caller holds. Its files are open, and locked, so long.
 
     Raises:
-        DiskTrouble: a file cannot be had.
+        DiskTrouble: a file cannot be had, or an image may not be opened.
     """
     fds = await local_disks.open(instance, spec)
     try:
         wanted = qcow2_of(spec)
         ours = {disk.key: fd for (disk, _), fd in zip(spec.files, fds, strict=True) if disk.key in wanted}
+        with _told():
+            await all_of(map(ceph.free, images_of(spec).values()))
         yield SnapshotDisks(ceph, spec, RestingFiles(ours, local_disks.threads, instance))
     finally:
         for fd in fds:

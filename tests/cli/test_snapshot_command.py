@@ -63,6 +63,13 @@ def test_they_are_listed(snapped: World) -> None:
     assert found[0]["why"] == "no agent"
 
 
+def test_show_tells_of_them(snapped: World) -> None:
+    shown = snapped.run("show", "web1").output
+    assert "2h old, frozen, of rbd, disk/1" in shown
+    assert "paused: no agent" in shown
+    assert "\x1b" not in shown
+
+
 def test_one_is_asked_for(snapped: World) -> None:
     done = snapped.run("snapshot", "create", "web1", "new", "--note", "für später")
     assert (done.exit_code, done.output) == (0, "web1 new to be taken\n")

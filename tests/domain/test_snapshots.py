@@ -225,6 +225,16 @@ def test_the_keys_of_a_clone() -> None:
     assert cloned(full=True)["rbd"] == "rbd/web2 size=2G from=rbd/web1@kvm-s copy discard"
 
 
+def test_a_namespace_that_is_its_own() -> None:
+    """Where guests have namespaces, a clone gets the one of its id."""
+    keys = {"ram": "64", "rbd": "rbd/web1/root", "disk/1": "rbd/web1/web1-data"}
+    spec = wish(**keys).spec
+    assert spec is not None
+    found = clone(ONE, TWO, keys=keys, spec=spec, given={}, snapshot="s", full=True, taken=()).keys
+    assert found["rbd"] == "rbd/web2/root from=rbd/web1/root@kvm-s copy"
+    assert found["disk/1"] == "rbd/web2/web2-data from=rbd/web1/web1-data@kvm-s copy"
+
+
 def test_what_people_say_wins() -> None:
     found = cloned(
         given={"disk/0": "rbd/mine", "host": "b", "disk/3": "file:x.qcow2 size=1G", "mac": "02:00:00:00:00:09"}

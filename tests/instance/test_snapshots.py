@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -345,3 +346,35 @@ async def test_a_name_that_leads_elsewhere(host: Host) -> None:
 
 def test_a_keeper_knows_three_words() -> None:
     assert FROZEN + PAUSED + DONE == b"fpd"
+
+
+async def test_law_7_a_host_that_dies_in_the_midst_of_a_rollback(host: Host, other: Host) -> None:
+    """Nobody takes over by himself; once a person has broken the lock, the next host finishes it, then starts."""
+    other.snapshots = host.snapshots
+    host.snapshots.held = {image: {"kvm-one": WHOLE} for image in ("rbd/a", "rbd/b")}
+    host.snapshots.kept = {(image, "kvm-one"): "then" for image in ("rbd/a", "rbd/b")}
+    await off(host)
+
+    def die(words: str) -> None:
+        if words == "rollback rbd/b@kvm-one":
+            raise asyncio.CancelledError
+
+    host.snapshots.before = die
+    host.put(rollback_request="one:1")
+    await host.until(lambda: host.snapshots.contents.get("rbd/a") == "then")
+    await host.until(host.loop.done)
+    lock = host.lock
+    assert lock is not None
+    assert lock.storage is Storage.UNFENCEABLE
+    host.put(host="b", power="on")
+    host.sessions = other.sessions = {"b"}
+    host.etcd.erase(LAYOUT.session_key(host.me))
+    other.begin()
+    await other.until(lambda: "break-lock" in other.status.reason)
+    await other.clock.advance(300.0)
+    assert host.qemus.alive == []
+    host.snapshots.before = lambda words: None
+    host.etcd.write(LAYOUT.lock_key(ONE), lock.broken().to_json())
+    await other.until(lambda: other.running, 60)
+    assert host.snapshots.contents == {"rbd/a": "then", "rbd/b": "then"}
+    assert host.snapshots.done.count("rollback rbd/a@kvm-one") == 1

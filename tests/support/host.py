@@ -171,6 +171,7 @@ class Host:
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
         self.snapshots = FakeSnapshots()
+        self.gather_s = 0.0
         self.room_bytes = 1 << 40
         self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
@@ -325,7 +326,13 @@ class Host:
             store=self.store,
             session=session,
             status_writer=StatusWriter(
-                store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
+                store=self.etcd.peer(),
+                clock=self.clock,
+                layout=LAYOUT,
+                host=self.me,
+                session=session,
+                gather_s=self.gather_s,
+                rand=lambda: 0.5,
             ),
             admission=Admission(4),
             system=self.qemus.system,

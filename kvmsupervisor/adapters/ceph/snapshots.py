@@ -36,10 +36,31 @@ class CephSnapshots:
 
     Args:
         ceph: the cluster.
+        host: the cluster as the supervisor's client sees it, where that is another one.
     """
 
-    def __init__(self, ceph: Ceph) -> None:
+    def __init__(self, ceph: Ceph, *, host: Ceph | None = None) -> None:
         self._ceph = ceph
+        self._host = host
+
+    def of_guest(self, instance: str) -> CephSnapshots:
+        """As the guest of an instance sees them: those of no images that it may not write to."""
+        guest = self._ceph.of_guest(instance)
+        return self if guest is None else CephSnapshots(guest, host=self._ceph)
+
+    async def free(self, image: RbdDisk) -> None:
+        """Shut out for good who has left an image locked and has it open no more: a guest's own client may not.
+
+        Only for an image that the guest may open, and while nobody runs it.
+        """
+        if self._host is None:
+            return
+        await self.of(image)
+        # Owners first: whoever takes the lock after that has the image open.
+        owners = await self._host.lock_owners(image)
+        if dead := owners - await self._host.watchers(image):
+            await self._host.fence(dead)
+            await self._host.break_locks(image, dead)
 
     async def of(self, image: RbdDisk) -> Mapping[str, SnapshotInfo]:
         """Those of an image, by name.
