@@ -63,7 +63,24 @@ def memory(available: str) -> dict[str, str]:
     }
 
 
+def requests(*, slow: str, all_of_them: str) -> dict[str, str]:
+    """Requests to etcd of which some take between 2.5 and 5 s, and all others a millisecond."""
+    bucket = f"kvmsupervisor_etcd_request_seconds_bucket{{{ALPHA},le="
+    fast = all_of_them if slow == "0 1x20" else slow
+    return {
+        f'{bucket}"0.001"}}': fast,
+        f'{bucket}"2.5"}}': fast,
+        f'{bucket}"5.0"}}': all_of_them,
+        f'{bucket}"+Inf"}}': all_of_them,
+    }
+
+
 NIC = f'{ON_ALPHA},nic="nic0"'
+WRITES = f'{ON_ALPHA},disk="disk0",operation="write"'
+FAILED = "instance_disk_failed_operations_total"
+DROPPED, RECEIVED = "instance_network_dropped_packets_total", f'{NIC},direction="received"'
+A_DISK = {"instance": "web1", "host": "alpha", "disk": "disk0"}
+A_NIC = {"instance": "web1", "host": "alpha", "nic": "nic0"}
 CRASHED, SHUTDOWN = f'{ON_ALPHA},reason="crashed"', f'{ON_ALPHA},reason="guest-shutdown"'
 
 CASES = [
@@ -88,6 +105,11 @@ CASES = [
         "nothing changes", "KvmHostBehind",
         {**gauge("watch_revision", ALPHA, "70x15"), **gauge("watch_revision", 'instance="beta:9746"', "70x15")}, 12,
     ),
+    *of_a_host("KvmCephAway", "ceph_up", "1 0x5", "1 0 1x5", 4),
+    *of_a_host("KvmFencePending", "fences_pending", "0 2x5", "0 2 0x5", 4),
+    *of_a_host("KvmSessionsLost", "sessions_lost_total", "0+1x5", "0 0 1x60", 5),
+    Case("slow for long", "KvmEtcdSlow", requests(slow="0+30x20", all_of_them="0+60x20"), 18, [HOST]),
+    Case("one slow request", "KvmEtcdSlow", requests(slow="0 1x20", all_of_them="0+600x20"), 18),
     *of_a_host("KvmHistoryChanged", "history_changes_total", "0 0 1x5", "1x20", 5),
     *of_a_host("KvmRemovalsHeld", "removals_held", "0 3", "0 0", 1),
     Case(
@@ -150,6 +172,34 @@ CASES = [
     Case("its bridge is gone", "KvmNicUnplugged",
          gauge("instance_nic_plugged", NIC, "1 0x5"), 5, [{**WEB1, "nic": "nic0"}]),
     Case("its bridge was made again", "KvmNicUnplugged", gauge("instance_nic_plugged", NIC, "1 0 1x5"), 5),
+    Case("errors", "KvmDiskErrors", gauge(FAILED, WRITES, "0 0 2x9"), 5, [A_DISK]),
+    Case("an error long ago", "KvmDiskErrors", gauge(FAILED, WRITES, "2x30"), 25),
+    Case(
+        "a second for each", "KvmDiskSlow",
+        {
+            **gauge("instance_disk_operation_seconds_total", WRITES, "0+60x40"),
+            **gauge("instance_disk_operations_total", WRITES, "0+60x40"),
+        }, 30, [A_DISK],
+    ),
+    Case(
+        "a millisecond for each", "KvmDiskSlow",
+        {
+            **gauge("instance_disk_operation_seconds_total", WRITES, "0+0.06x40"),
+            **gauge("instance_disk_operations_total", WRITES, "0+60x40"),
+        }, 30,
+    ),
+    Case("many", "KvmNicDrops", gauge(DROPPED, RECEIVED, "0+6000x40"), 30, [A_NIC]),
+    Case("a few", "KvmNicDrops", gauge(DROPPED, RECEIVED, "0+6x40"), 30),
+    Case(
+        "half of its time", "KvmCpuShort",
+        {**gauge("instance_cpu_wait_seconds_total", ON_ALPHA, "0+60x40"), **gauge("instance_vcpus", ON_ALPHA, "2x40")},
+        35, [WEB1],
+    ),
+    Case(
+        "hardly ever", "KvmCpuShort",
+        {**gauge("instance_cpu_wait_seconds_total", ON_ALPHA, "0+6x40"), **gauge("instance_vcpus", ON_ALPHA, "2x40")},
+        35,
+    ),
     *of_an_instance("KvmInstanceInvalid", "instance_invalid", "0 1x9", "0 1 0x9", 8),
     *of_an_instance("KvmHostAbsent", "instance_host_absent", "0 1x9", "0 1 0x9", 8),
     *of_an_instance("KvmInstanceUnguarded", "instance_unguarded", "0 1x5", "0 0x5", 4),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import os
 import re
 import socket
@@ -304,11 +305,15 @@ async def _get(
         wanted = "see whether host and port are right and its server runs"
         raise FetchFailed(f"cannot connect to {at.hostname} port {port} ({_said(error)}); {wanted}") from error
     try:
+        # Now: once its server has closed a TLS connection, asyncio knows the peer no more.
+        peer = writer.get_extra_info("peername")
+        if peer is None:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         connection = h11.Connection(our_role=h11.CLIENT)
         request = _request(at, credentials, rules.have)
         writer.write((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
         await writer.drain()
-        return await _reply(connection, reader, rules, into), writer.get_extra_info("peername")[0]
+        return await _reply(connection, reader, rules, into), peer[0]
     except h11.RemoteProtocolError as error:
         found = f"an answer that breaks off or is no HTTP ({show(str(error))})"
         raise FetchFailed(f"{found}; see whether its server is well") from error

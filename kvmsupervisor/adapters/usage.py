@@ -1,4 +1,4 @@
-"""CPU seconds and memory of a process, read from `/proc`.
+"""What a process uses, and what a host has, read from `/proc`.
 
 Reads one short file per process and walks no memory map, so 100 processes cost a few milliseconds. Source: proc(5),
 `/proc/[pid]/stat` (https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html).
@@ -7,9 +7,10 @@ Reads one short file per process and walks no memory map, so 100 processes cost 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from kvmsupervisor.domain.counters import Traffic
+from kvmsupervisor.domain.counters import Flow, Traffic
 from kvmsupervisor.domain.frozen import frozen
 
 PROC = Path("/proc")
@@ -92,17 +93,64 @@ def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:
     return (values["MemTotal"] - huge_kib) // 1024
 
 
-NET = Path("/sys/class/net")
+def memory_of_host(meminfo: Path = PROC / "meminfo") -> tuple[int, int]:
+    """The host's memory, and what of it could be had for new processes, in bytes (proc_meminfo(5))."""
+    values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    total, available = (int(values[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
+    return total, available
 
 
-def traffic_of(tap: str, net: Path = NET) -> Traffic | None:
-    """The traffic of a tap since it was made; None when the tap does not exist in our network namespace.
+def traffic_by_tap(proc: Path = PROC) -> Mapping[str, Traffic]:
+    """The traffic of every interface of our network namespace, seen by the guest of a tap (proc_pid_net(5), `dev`).
 
-    The bytes that the host has received are those that the guest has sent.
+    What the host has received from a tap its guest has sent. One read for all, however many there are.
     """
-    folder = net / tap / "statistics"
-    try:
-        sent, received = (int((folder / name).read_text()) for name in ("rx_bytes", "tx_bytes"))
-    except (OSError, ValueError):
-        return None
-    return Traffic(received_bytes=received, sent_bytes=sent)
+    found = {}
+    for line in (proc / "net" / "dev").read_text().splitlines()[2:]:
+        name, _, rest = line.partition(":")
+        numbers = [int(word) for word in rest.split()]
+        received, sent = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        found[name.strip()] = Traffic(received=_flow(sent), sent=_flow(received))
+    return found
+
+
+def _flow(numbers: Sequence[int]) -> Flow:
+    return Flow(bytes=numbers[0], packets=numbers[1], errors=numbers[2], dropped=numbers[3])
+
+
+class VcpuWaits:
+    """How long the vCPUs of guests were ready to run and had no processor.
+
+    QEMU names the threads of vCPUs (`debug-threads=on`); which these are is looked up once for each process, and again
+    when the number of vCPUs differs. Source: sched-stats in the kernel's documentation (`/proc/<pid>/schedstat`).
+    """
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self._proc = proc
+        # By pid and start time: paths of the threads' files.
+        self._threads: dict[tuple[int, int | None], tuple[Path, ...]] = {}
+
+    def seconds(self, pid: int, starttime: int | None, vcpus: int) -> float | None:
+        """Seconds of all vCPUs of a process together; None where the kernel does not tell, or it is gone."""
+        threads = self._threads.get((pid, starttime), ())
+        if len(threads) != vcpus:
+            threads = self._threads[pid, starttime] = self._find(pid)
+        try:
+            return sum(int(path.read_bytes().split()[1]) for path in threads) / 1e9 if threads else None
+        except (OSError, ValueError, IndexError):
+            self._threads.pop((pid, starttime), None)
+            return None
+
+    def keep(self, living: Collection[int]) -> None:
+        """Forget all other processes."""
+        for pid, starttime in [one for one in self._threads if one[0] not in living]:
+            del self._threads[pid, starttime]
+
+    def _find(self, pid: int) -> tuple[Path, ...]:
+        try:
+            tasks = list((self._proc / str(pid) / "task").iterdir())
+            return tuple(
+                task / "schedstat" for task in tasks if (task / "comm").read_bytes().startswith((b"CPU ", b"ALL CPUs"))
+            )
+        except OSError:
+            return ()

@@ -219,12 +219,13 @@ class InstanceLock:
         also = () if status is None else (Put(self._status_key, status.to_json()),)
         await self._swap(change, lock, (), also, ground=ground, holder=holder, offer=offer)
 
-    async def take_new(self, lock: Lock, ground: Ground | None) -> Reading | None:
-        """Take the lock if there is no status either: no host has ever had this instance.
+    async def take_new(self, lock: Lock, ground: Ground | None, *, status_at: int) -> Reading | None:
+        """Take the lock if the status is still the one that this host has written, or there is none.
 
         Args:
             lock: what to write.
             ground: as for `write`.
+            status_at: revision of the status, 0 for none. It says that no host has ever had this instance.
 
         Returns:
             The events key, read in the same step; None where the reply was lost.
@@ -232,7 +233,7 @@ class InstanceLock:
         Raises:
             SwapFailed, EtcdError: see `_swap`.
         """
-        never_had = Compare(self._status_key, Target.MOD_REVISION, 0)
+        never_had = Compare(self._status_key, Target.MOD_REVISION, status_at)
         done = await self._swap(Change.TAKE, lock, [never_had], [Get(self._events_key)], ground=ground)
         return None if done is None else Reading([next(iter(done.reads[0]), None)], done.revision)
 

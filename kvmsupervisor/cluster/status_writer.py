@@ -111,8 +111,8 @@ class StatusWriter:
         # Whether the session was lost since the keys were read: meanwhile other hosts may have written them.
         self._was_lost = False
 
-    async def learn(self, only: InstanceId | None = None) -> Mapping[InstanceId, Status]:
-        """Read the status keys, as soon as etcd answers; return the values that this host has written.
+    async def learn(self, only: InstanceId | None = None) -> Mapping[InstanceId, Status | None]:
+        """Read the status keys, as soon as etcd answers; return what this host has written, None for other values.
 
         Args:
             only: the one instance whose key is read; None for all.
@@ -129,20 +129,20 @@ class StatusWriter:
                 log.warning("statuses.unread", reason=str(error))
                 await self._clock.sleep(retry_delay(failures, self._rand()))
 
-    def prime(self, kvs: Iterable[KeyValue]) -> Mapping[InstanceId, Status]:
-        """Take note of the status keys' values; return those that this host has written. Others are passed over."""
-        ours: dict[InstanceId, Status] = {}
+    def prime(self, kvs: Iterable[KeyValue]) -> Mapping[InstanceId, Status | None]:
+        """Take note of the status keys' values that this host has written; return as `learn` does."""
+        found: dict[InstanceId, Status | None] = {}
         mark = json.dumps(self._host, ensure_ascii=False).encode()
-        prefix = self._layout.statuses_prefix.encode()
+        prefix = self._layout.statuses_prefix
         for kv in kvs:
             # A search for the name costs less than reading JSON, and most statuses are other hosts'.
-            status = self._ours(kv.value) if mark in kv.value and kv.key.startswith(prefix) else None
-            instance = None if status is None else parse_id(kv.key[len(prefix) :].decode(errors="replace"))
-            if status is not None and instance is not None:
+            status = self._ours(kv.value) if mark in kv.value else None
+            if (instance := parse_id(kv.key.decode(errors="replace").removeprefix(prefix))) is not None:
+                found[instance] = status
+            if instance is not None and status is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
                 self.events.doubt(instance)
-                ours[instance] = status
-        return ours
+        return found
 
     def begin_anew(self) -> None:
         """Forget what the keys hold, because etcd has another history. Each worker sets its status again.
@@ -164,10 +164,11 @@ class StatusWriter:
         """Whether what this host has said is known (`learn`), and is kept up."""
         return self._begun
 
-    def written(self, instance: InstanceId) -> Status | None:
-        """What this host has said of it, as far as known; also a supervisor before this one."""
+    def written(self, instance: InstanceId) -> tuple[Status, int] | None:
+        """What this host has said of it, as far as known, and at which revision; also a supervisor before this one."""
         known = self._known.get(instance)
-        return None if known is None or known.value is None else self._ours(known.value)
+        status = None if known is None or known.value is None else self._ours(known.value)
+        return None if known is None or status is None else (status, known.revision)
 
     def publishes(self, instance: InstanceId) -> bool:
         """Whether there is a status key for it: a lock of single mode may be no instance's."""
@@ -426,7 +427,7 @@ class StatusWriter:
             differs = True
             self.events.doubt(instance)
             known, wanted = self._known.get(instance), self._wanted.get(instance)
-            if known is None or known.revision == revision:
+            if known is None or known.revision == revision or found_at > known.revision:
                 self._known[instance] = Known(None if found is None else found.value, found_at)
             theirs = None if found is None else Status.from_json(found.value)
             ours = None if wanted is None else Status.from_json(wanted)

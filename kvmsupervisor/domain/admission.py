@@ -72,6 +72,11 @@ class Admission:
         """Whether its memory fits beside what is promised to others."""
         return self._fits(instance, need_mib)
 
+    def room(self) -> tuple[tuple[str, int], ...]:
+        """Bytes by kind: `promised` to guests, and `for_guests`, where there is a limit."""
+        promised = ("promised", sum(self._promised.values()) << 20)
+        return (promised,) if self._memory_mib is None else (promised, ("for_guests", self._memory_mib << 20))
+
     def request(
         self, instance: InstanceId, notify: Callable[[], None], *, need_mib: int = 0, priority: int = 0
     ) -> None:

@@ -63,8 +63,11 @@ def _why_it_stands(process: Process) -> list[str]:
 
 
 def told(view: View, wait: Decision) -> Decision:
-    """`wait`, which may be long. People look into the status key, which has to be read before this host writes it."""
-    if view.looked or view.claim is not Claim.ABSENT or not view.session_held:
+    """`wait`, which may be long. People look into the status key, which has to be read before this host writes it.
+
+    When the supervisor starts it reads all status keys at once, and each instance is told (`statuses_known`).
+    """
+    if view.looked or view.claim is not Claim.ABSENT or not view.session_held or not view.statuses_known:
         return wait
     if view.now < view.etcd_at:
         return replace(wait, wake_at=view.etcd_at if wait.wake_at is None else min(view.etcd_at, wait.wake_at))

@@ -312,6 +312,7 @@ class View:
         holdover: a QEMU of ours that lives without a record in the run directory, or None.
         claimed_by: the host whose status says that it runs this although the lock is absent, or None.
         looked: whether the status key was read, which another host may have written; it is not overwritten before.
+        statuses_known: whether the status keys were read since the supervisor started.
         process: its QEMU, or None.
         saved: the state that outlives a process.
         slot: whether a start slot is held (True), asked for (False), or neither (None).
@@ -364,6 +365,7 @@ class View:
     holdover: Holdover | None = None
     claimed_by: HostName | None = None
     looked: bool = True
+    statuses_known: bool = True
     process: Process | None = None
     saved: InstanceState
     slot: bool | None = None

@@ -383,6 +383,7 @@ class GuardClient:
                 pass_fds=[theirs.fileno()],
                 on_end=self._wake.set,
                 stdin=cgroup.stdin,
+                enter=cgroup.enter,
             )
             on_error.callback(process.signal, signal.SIGKILL)
             await cgroup.settle(process.pid)

@@ -56,11 +56,11 @@ class Changing:
     def __init__(
         self,
         instance: InstanceId,
-        *,
         context: InstanceContext,
         machine: Machine,
         lock: InstanceLock,
         report: Report,
+        *,
         lives: Callable[[Spec, int | None], None],
         guarded: Callable[[], Awaitable[bool]],
     ) -> None:

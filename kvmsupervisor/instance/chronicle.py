@@ -38,7 +38,8 @@ class Chronicle:
         if before is None:
             if not self._context.status_writer.has_begun:
                 return
-            before = self._context.status_writer.written(self._instance) or self._at_first
+            written = self._context.status_writer.written(self._instance)
+            before = self._at_first if written is None else written[0]
         self._seen = now
         for event, reason in changes(before, now):
             untold = self._sparing.note(self._context.clock.now())

@@ -13,7 +13,7 @@ from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.live import key_of
-from kvmsupervisor.domain.lock import Claim, Lock
+from kvmsupervisor.domain.lock import Claim, Lock, Storage
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
 from kvmsupervisor.domain.spec import Spec, Wish, pending
@@ -67,6 +67,9 @@ class Report:
         self._log = log.bind(instance=instance)
         self.notice: str | None = None
         self.looked = False
+        # Of the last turn: the lock where it is this host's, and what was decided.
+        self._lock: Lock | None = None
+        self._decision: Decision | None = None
         self._published: Status | None = None
         self._came: tuple[str, Transfer] | None = None
         # What keeps a step from being made, and how often that is told.
@@ -104,6 +107,29 @@ class Report:
         self._wake()
 
     @property
+    def pinned(self) -> bool:
+        """Whether only this host may start it, because its disks cannot be fenced (law 7)."""
+        return self._lock is not None and self._lock.storage is Storage.UNFENCEABLE
+
+    @property
+    def fences_pending(self) -> int:
+        """How many addresses are to be shut out before it may start."""
+        return len(self._lock.fence) if self._lock is not None and self._lock.is_unfenced else 0
+
+    @property
+    def next_start_in_s(self) -> float | None:
+        """Seconds until it is started again after an end; None when it does not wait for that."""
+        decision = self._decision
+        if decision is None or decision.phase is not Phase.BACKOFF or decision.wake_at is None:
+            return None
+        return decision.wake_at - self._context.clock.now()
+
+    @property
+    def runs_as(self) -> Spec | None:
+        """What lives was started with; None without a process."""
+        return self._machine.spec if self._machine.pid is not None else None
+
+    @property
     def knows_machine(self) -> bool:
         """Whether the machine type that the guest was installed on is known, or certainly nowhere on record."""
         return self.looked or self.status.machine is not None
@@ -131,6 +157,7 @@ class Report:
         record = self._machine.record
         lock = view.lock.lock
         running = view.process.spec if view.process is not None else None
+        self._lock, self._decision = (lock if lock is not None and lock.host == context.me else None), decision
         status = Status(
             id=self._instance,
             host=context.me,
@@ -245,7 +272,7 @@ class Report:
             return False
         if view.process is not None and view.claim is Claim.STRANGER and is_away(view.process):
             return False
-        if view.process is not None and not view.process.incarnation.incoming:
+        if view.process is not None and not view.process.never_ran:
             # The lock may be older than this QEMU: whoever holds it, and lives, speaks until it is written again.
             return view.claim is not Claim.STRANGER or not view.holder_has_session
         match view.claim:

@@ -29,6 +29,7 @@ from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.quiet import Quiet
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
 from kvmsupervisor.domain.restart import after, in_another_history
+from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.view import Action, View
@@ -115,12 +116,9 @@ class Worker:
         self._etcd_trouble: str | None = None
         self._quiet = Quiet(context.settle_s)
         self._adopting = False
+        processes, objection = context.system.processes, context.objection
         self._inheritance = Inheritance(
-            context.system.processes,
-            directory,
-            boot_id=context.boot_id,
-            clock=context.clock,
-            objection=context.objection,
+            processes, directory, boot_id=context.boot_id, clock=context.clock, objection=objection
         )
         self._saved = SavedState(saved, machine=self._machine, report=self.report)
 
@@ -135,7 +133,7 @@ class Worker:
             fresh: somebody has just written them, so that more may follow.
             hold: more of what is held.
         """
-        if self.wish is None or wish.revision != self.wish.revision:
+        if self.wish is None or (wish.revision, wish.spec) != (self.wish.revision, self.wish.spec):
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
             self._machine.drive.look()
@@ -144,7 +142,6 @@ class Worker:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
-            self._machine.changes.look()  # a key that is deleted leaves no revision
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
         self.wish = wish
@@ -190,9 +187,8 @@ class Worker:
 
     def inherit(self, record: Incarnation | None = None) -> None:
         """Take over what an earlier supervisor left, as far as possible: `record`, or what is read where it is None."""
-        self._saved.state = self._inheritance.take(
-            self.adopt, record
-        )  # as its file holds it: that is not written again
+        # As its file holds it: that is not written again.
+        self._saved.state = self._inheritance.take(self.adopt, record)
         if self._inheritance.news is not None:
             self.report.tell("instance.unreadable", level="error", reason=self._inheritance.news)
         if self._inheritance.alone is None and self.wish is not None:
@@ -214,15 +210,19 @@ class Worker:
         if self._machine.pid is None:
             return True
         view = self._observe()
-        return view.claim in {Claim.MINE, Claim.UNREADABLE, Claim.NEWER} or (
-            view.claim is Claim.STRANGER and view.is_strange
-        )
+        is_another_clusters = view.claim is Claim.STRANGER and view.is_strange
+        return view.claim in {Claim.MINE, Claim.UNREADABLE, Claim.NEWER} or is_another_clusters
 
     @property
     def pid(self) -> int | None:
         """Of the living QEMU, ours or left alone."""
         alone = self._inheritance.alone
         return self._machine.pid if alone is None else alone.pid
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether there is a QEMU whose guest may have run, or to which a guest is on its way."""
+        return self.pid is not None and self._machine.run_state != NEVER_RAN
 
     @property
     def starttime(self) -> int | None:
@@ -278,17 +278,13 @@ class Worker:
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
-                self._went_well(decision.action)
+                self._etcd_trouble = self._etcd_trouble if decision.action in PREPARATIONS else None
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
         self._context.admission.release(self.id)
         self.moves.close()
         await self._machine.detach()
-
-    def _went_well(self, action: Action | None) -> None:
-        if action not in PREPARATIONS:
-            self._etcd_trouble = None
 
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._context.clock.now() + seconds
@@ -348,6 +344,7 @@ class Worker:
             holdover=self._start.holdover(lock) if process is None else None,
             claimed_by=self._start.claimed_by,
             looked=self.report.looked,
+            statuses_known=context.status_writer.has_begun,
             process=None if process is None else self.plugs.look(process),
             saved=saved,
             slot=context.admission.state(self.id),

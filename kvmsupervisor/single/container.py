@@ -251,6 +251,7 @@ class Container:
         written = (await self._context.status_writer.learn(name)).get(name)
         if written is not None:
             self.instance.report.recall(written)
+        self.instance.notify()
         await self._context.status_writer.run()
 
     # --- what it is told --------------------------------------------------------------------------------------
@@ -274,8 +275,7 @@ class Container:
         if anew:
             instance.begin_anew(wish)
             self._context.status_writer.begin_anew()
-        runs = instance.pid is not None
-        self._hold = self._desire.hold(wish, former=instance.wish, runs=runs, anew=anew)
+        self._hold = self._desire.hold(wish, former=instance.wish, runs=instance.has_guest, anew=anew)
         lock = self._locks.get(key.encode())
         instance.saw_lock(
             data=None if lock is None else lock.value,

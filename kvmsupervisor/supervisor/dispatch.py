@@ -116,7 +116,7 @@ class Dispatch:
             # Its keys named a host that was not there: no order was being followed.
             stayed = instance.report.status.awaited_host is not None
             instance.begin_anew(wish)
-            if instance.pid is None or not ends_it(wish, self._me):
+            if not (instance.has_guest and ends_it(wish, self._me)):
                 self._release({name})
             elif former is None or stayed or name in self._guard.held or not ends_it(former, self._me):
                 held = self._holds.get(name) or instance.hold
@@ -239,7 +239,7 @@ class Dispatch:
             hold = self._holds.get(name) or (None if instance is None else instance.hold)
             if hold is None or not hold.order or instance is None:
                 continue
-            if instance.pid is None or not ends_it(wish, self._me) or order_of(wish) != hold.order:
+            if not (instance.has_guest and ends_it(wish, self._me)) or order_of(wish) != hold.order:
                 self._release({name})
                 continue
             if name not in self._guard.held:

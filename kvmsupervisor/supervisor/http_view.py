@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 
 from kvmsupervisor import __version__
-from kvmsupervisor.adapters.metrics import InstanceSample, Metrics, Snapshot
-from kvmsupervisor.adapters.usage import traffic_of, usage_of
+from kvmsupervisor.adapters.metrics import HostSample, InstanceSample, Metrics, Snapshot
+from kvmsupervisor.adapters.usage import VcpuWaits, memory_of_host, traffic_by_tap, usage_of
 from kvmsupervisor.cluster.history import History
 from kvmsupervisor.cluster.session import Session
 from kvmsupervisor.cluster.wishes import Wishes
+from kvmsupervisor.domain.counters import Traffic
+from kvmsupervisor.domain.durations import Durations
 from kvmsupervisor.domain.grouping import Flat
 from kvmsupervisor.domain.host import HostSession
 from kvmsupervisor.domain.host_wish import HostProgress
@@ -32,6 +37,9 @@ class HttpView:
         history: that etcd has.
         wishes: the keys.
         progress: tells how far the drain of this host has come; None in service.
+        room: bytes for guests by kind: `for_guests`, where they are limited, and `promised`.
+        durations: of requests to etcd.
+        ceph_up: tells whether Ceph answered the last question; None before the first.
         removals_held: tells how many removals wait for an operator's word.
         qemu_privileged: whether QEMU runs as root.
         walls: what keeps guests apart, and whether it does on this host.
@@ -51,6 +59,9 @@ class HttpView:
         history: History,
         wishes: Wishes,
         progress: Callable[[], HostProgress | None],
+        room: Callable[[], Sequence[tuple[str, int]]],
+        durations: Durations,
+        ceph_up: Callable[[], bool | None],
         removals_held: Callable[[], int],
         qemu_privileged: bool,
         walls: Callable[[], Sequence[tuple[str, bool]]],
@@ -59,6 +70,7 @@ class HttpView:
         mismatch: str | None,
     ) -> None:
         self.counters = Metrics(self.snapshot, host=host, version=__version__)
+        self._host = host
         self._instances = instances
         self._hosts = hosts
         self._alive = alive
@@ -68,6 +80,10 @@ class HttpView:
         self._history = history
         self._wishes = wishes
         self._progress = progress
+        self._room = room
+        self._durations = durations
+        self._ceph_up = ceph_up
+        self._waits = VcpuWaits()
         self._removals_held = removals_held
         self._qemu_privileged = qemu_privileged
         self._walls = walls
@@ -111,6 +127,10 @@ class HttpView:
 
     def snapshot(self) -> Snapshot:
         """All that the gauges show, at this moment."""
+        self._waits.keep({instance.pid for instance in self._instances.values() if instance.pid is not None})
+        total, available = memory_of_host()
+        # One read for all of them, and none where nobody has a tap.
+        taps = traffic_by_tap() if any(any(one.plugs.attachments()) for one in self._instances.values()) else {}
         return Snapshot(
             etcd_up=self._session.held and self._wishes.in_step,
             session_remaining_s=self._session.remaining_s,
@@ -119,13 +139,21 @@ class HttpView:
             walls=self._walls(),
             guests_survive=self._guests_survive,
             drain=() if (told := self._progress()) is None else told.counts,
+            draining=told is not None,
             drained=told is not None and told.drained is not None,
+            host=HostSample(
+                cpus=os.cpu_count() or 0, memory=(("total", total), ("available", available), *self._room())
+            ),
+            sessions_lost=self._session.lost_count,
+            ceph_up=self._ceph_up(),
+            fences_pending=sum(instance.report.fences_pending for instance in self._instances.values()),
+            etcd=self._durations,
             removals_held=self._removals_held(),
             orphans=self._orphans(),
             history_changes=self._history.changes,
             guard_memory_locked=self._guard_unlocked() is None,
             identity_mismatch=self._mismatch is not None,
-            instances=[self._sample(instance) for instance in self._instances.values()],
+            instances=[self._sample(instance, taps) for instance in self._instances.values()],
         )
 
     def _orphans(self) -> int | None:
@@ -139,8 +167,8 @@ class HttpView:
             self._counted = (seen, count_orphans(self._wishes, alive))
         return self._counted[1]
 
-    def _sample(self, instance: Worker) -> InstanceSample:
-        status = instance.report.status
+    def _sample(self, instance: Worker, taps: Mapping[str, Traffic]) -> InstanceSample:
+        status, spec, wait_s = instance.report.status, instance.report.runs_as, instance.report.next_start_in_s
         usage = None if instance.pid is None else usage_of(instance.pid, starttime=instance.starttime)
         return InstanceSample(
             id=instance.id,
@@ -158,10 +186,26 @@ class HttpView:
             files=None if usage is None else usage.files,
             disks=instance.counts.disks,
             guest_memory=instance.counts.memory,
-            nics=[
-                (one.nic, found) for one in instance.plugs.attachments() if (found := traffic_of(one.tap)) is not None
-            ],
+            nics=[(one.nic, taps[one.tap]) for one in instance.plugs.attachments() if one.tap in taps],
             plugged=[(plug.nic, plug.plugged) for plug in instance.plugs.seen] if instance.pid is not None else (),
             accelerator=status.accelerator,
             machine=status.machine,
+            since=_seconds(status.since),
+            next_start=None if wait_s is None else time.time() + wait_s,
+            pinned=instance.report.pinned,
+            vcpus=None if spec is None else spec.cpus,
+            ram_bytes=None if spec is None else spec.ram_mib << 20,
+            waited_s=None if usage is None or spec is None else self._waited(instance, spec.cpus),
+            move=status.move if status.move is not None and status.move.source == self._host else None,
         )
+
+    def _waited(self, instance: Worker, vcpus: int) -> float | None:
+        return None if instance.pid is None else self._waits.seconds(instance.pid, instance.starttime, vcpus)
+
+
+def _seconds(since: str) -> float | None:
+    """The time of a status, seconds since 1970; None for what an earlier release wrote in another way."""
+    try:
+        return datetime.fromisoformat(since).timestamp()
+    except ValueError:
+        return None

@@ -55,14 +55,18 @@ class Statuses:
     async def run(self) -> Never:
         """Learn what our status keys hold, take away those of instances that are gone, then keep them up."""
         found = await self._status_writer.learn()
-        for name, written in found.items():
-            if name in self._instances:
-                self._instances[name].report.recall(written)
-        for name in self._instances.keys() - found.keys():
-            # Of what happened to it meanwhile it could not be told yet whether that is news.
-            self._instances[name].notify()
+        for name, worker in self._instances.items():
+            written = found.get(name)
+            if written is not None:
+                worker.report.recall(written)
         await self._wishes.wait_synced()
         self._drop(found)
+        for name, worker in self._instances.items():
+            if name not in found and not self._unread.is_set():
+                # Whoever writes the key from now on makes the compare of our first write fail.
+                worker.report.key_was_read(None)
+            # What happened to it meanwhile could not be told yet.
+            worker.notify()
         async with asyncio.TaskGroup() as tasks:
             start_part(tasks, self._read_again)
             await self._status_writer.run()
@@ -73,17 +77,19 @@ class Statuses:
             self._unread.clear()
             self._drop(await self._status_writer.learn())
 
-    def _drop(self, found: Mapping[InstanceId, Status]) -> None:
+    def _drop(self, found: Mapping[InstanceId, Status | None]) -> None:
         """Take away those of instances that are gone, and correct what tells of a QEMU that is gone.
 
         Args:
-            found: our statuses, as read.
+            found: the statuses, as read: ours, and None for others.
         """
         for name in sorted(self._status_writer.ids() - self._instances.keys()) if self._drops else ():
             if not self._wishes.keys_of(name):
                 self._status_writer.forget(name)
-            elif name in found and not self._concerns(name) and not self._may_live(found[name]):
-                last = replace(found[name], phase=Phase.STOPPED, reason="no QEMU of it runs here any more", pid=None)
+                continue
+            written = found.get(name)
+            if written is not None and not self._concerns(name) and not self._may_live(written):
+                last = replace(written, phase=Phase.STOPPED, reason="no QEMU of it runs here any more", pid=None)
                 last = replace(last, incarnation=None, run_state=None, held=False, stood=None)
                 self._status_writer.leave(name, last)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.fetch import FetchFailed, fetch
+from kvmsupervisor.adapters.fetch import FetchFailed, download, fetch
 from kvmsupervisor.domain.addresses import is_inward
 from tests.support.certificates import Authority
 from tests.support.web import Answer, Site, drip, ok, raw, redirect, reset, site
@@ -190,6 +190,35 @@ async def test_https_trusts_the_named_authority(authority: Authority) -> None:
     """Law: with its authority in `ca_file` a server is trusted."""
     async with site(authority.issue("server"), a=ok(DATA)) as server:
         assert await fetch(server.url("/a"), file_root=None, ca_file=authority.certificate) == DATA
+
+
+class SlowSink:
+    """Where an image goes that is written to a slow disk: each part takes until the server has gone."""
+
+    def __init__(self, server: Site) -> None:
+        self._server = server
+        self.data = b""
+
+    async def begin(self, at: int, whole: int | None) -> None:
+        assert (at, whole) == (0, len(DATA))
+
+    async def take(self, data: bytes) -> None:
+        await self._server.until(lambda: not self._server.open)
+        # The end of the connection was read, and told to whoever reads from it.
+        await asyncio.sleep(0.05)
+        self.data += data
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_server_may_close_the_connection_while_its_answer_is_written(
+    authority: Authority, *, secure: bool
+) -> None:
+    """Law: who was asked to close the connection may do so before all of the answer has been taken."""
+    async with site(authority.issue("server") if secure else None, a=ok(DATA)) as server:
+        sink = SlowSink(server)
+        url = server.url("/a")
+        await download(url, sink, have=0, limit_bytes=1 << 20, file_root=None, ca_file=authority.certificate)
+        assert sink.data == DATA
 
 
 async def test_https_trusts_the_systems_store(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

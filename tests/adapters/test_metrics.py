@@ -13,16 +13,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvmsupervisor.adapters.metrics import (
     START_BUCKETS_S,
+    HostSample,
     InstanceSample,
     Metrics,
     MigrationResult,
     Snapshot,
 )
-from kvmsupervisor.domain.counters import DiskCounts, Traffic
+from kvmsupervisor.domain.counters import DiskCounts, Flow, Traffic, Work
+from kvmsupervisor.domain.durations import Durations
 from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.run_state import RunState
-from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.status import Phase, Transfer
 
 HERE = HostName("alpha")
 ONE, TWO = InstanceId("1"), InstanceId("web.two-2_x")
@@ -76,6 +78,29 @@ CONTRACT = {
     "migration_sent_bytes_total": "counter",
     "migration_downtime_seconds_total": "counter",
     "start_seconds": "histogram",
+    "draining": "gauge",
+    "fences_pending": "gauge",
+    "ceph_up": "gauge",
+    "host_memory_bytes": "gauge",
+    "host_cpus": "gauge",
+    "sessions_lost_total": "counter",
+    "etcd_requests_failed_total": "counter",
+    "etcd_request_seconds": "histogram",
+    "instance_phase_since_timestamp_seconds": "gauge",
+    "instance_next_start_timestamp_seconds": "gauge",
+    "instance_last_exit_timestamp_seconds": "gauge",
+    "instance_pinned": "gauge",
+    "instance_vcpus": "gauge",
+    "instance_ram_bytes": "gauge",
+    "instance_cpu_wait_seconds_total": "counter",
+    "instance_move_sent_bytes": "gauge",
+    "instance_move_left_bytes": "gauge",
+    "instance_disk_operations_total": "counter",
+    "instance_disk_operation_seconds_total": "counter",
+    "instance_disk_failed_operations_total": "counter",
+    "instance_network_packets_total": "counter",
+    "instance_network_dropped_packets_total": "counter",
+    "instance_network_errors_total": "counter",
 }
 
 
@@ -84,7 +109,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.now = Snapshot(etcd_up=False, session_remaining_s=0.0, watch_revision=0)
-        self.metrics = Metrics(lambda: self.now, host=HERE, version="1.2.3")
+        self.metrics = Metrics(lambda: self.now, host=HERE, version="1.2.3", wall=lambda: 4000.0)
 
     def show(self, *instances: InstanceSample) -> None:
         self.now = Snapshot(
@@ -128,10 +153,24 @@ def busy(supervisor: Supervisor) -> None:
             accelerator="kvm",
             machine="pc-q35-7.2",
             placed_for="beta",
-            disks=[DiskCounts(name="disk0", read_bytes=11, written_bytes=12)],
-            nics=[("nic0", Traffic(received_bytes=21, sent_bytes=22))],
+            disks=[
+                DiskCounts(
+                    name="disk0",
+                    read_bytes=11,
+                    written_bytes=12,
+                    work=(("flush", Work(done=4, seconds=0.5, failed=1)),),
+                )
+            ],
+            nics=[("nic0", Traffic(received=Flow(bytes=21, packets=3, dropped=1), sent=Flow(bytes=22, errors=2)))],
             plugged=[("nic0", True), ("nic1", False)],
             guest_memory=[("available", 31)],
+            since=1_000.0,
+            next_start=2_000.0,
+            pinned=True,
+            vcpus=2,
+            ram_bytes=1 << 30,
+            waited_s=0.25,
+            move=Transfer(source=HERE, target="beta", sent_bytes=41, left_bytes=42),
         ),
         InstanceSample(id=TWO, phase=Phase.INVALID, invalid=True),
     )
@@ -156,6 +195,21 @@ def test_what_a_guest_does_is_counted(supervisor: Supervisor) -> None:
         ("instance_network_received_bytes_total", {"nic": "nic0"}, 21),
         ("instance_network_sent_bytes_total", {"nic": "nic0"}, 22),
         ("instance_guest_memory_bytes", {"kind": "available"}, 31),
+        ("instance_disk_operations_total", {"disk": "disk0", "operation": "flush"}, 4),
+        ("instance_disk_operation_seconds_total", {"disk": "disk0", "operation": "flush"}, 0.5),
+        ("instance_disk_failed_operations_total", {"disk": "disk0", "operation": "flush"}, 1),
+        ("instance_network_packets_total", {"nic": "nic0", "direction": "received"}, 3),
+        ("instance_network_dropped_packets_total", {"nic": "nic0", "direction": "received"}, 1),
+        ("instance_network_errors_total", {"nic": "nic0", "direction": "sent"}, 2),
+        ("instance_phase_since_timestamp_seconds", {}, 1000),
+        ("instance_next_start_timestamp_seconds", {}, 2000),
+        ("instance_last_exit_timestamp_seconds", {}, 4000),
+        ("instance_pinned", {}, 1),
+        ("instance_vcpus", {}, 2),
+        ("instance_ram_bytes", {}, 1 << 30),
+        ("instance_cpu_wait_seconds_total", {}, 0.25),
+        ("instance_move_sent_bytes", {}, 41),
+        ("instance_move_left_bytes", {}, 42),
         ("instance_nic_plugged", {"nic": "nic0"}, 1),
         ("instance_nic_plugged", {"nic": "nic1"}, 0),
         ("instance_info", {"accelerator": "kvm", "machine": "pc-q35-7.2"}, 1),
@@ -229,6 +283,32 @@ def test_gauges_follow_the_snapshot(supervisor: Supervisor) -> None:
     assert supervisor.value("instance_memory_bytes", instance=ONE) == 123_456_789
     supervisor.show(InstanceSample(id=ONE, phase=Phase.STOPPED))
     assert supervisor.value("instance_up", instance=ONE) == 0
+
+
+def test_what_the_host_has_and_asks(supervisor: Supervisor) -> None:
+    """Room for guests, whether etcd and Ceph answer, and how long that takes; nothing of what is not known."""
+    assert supervisor.value("ceph_up") is None
+    assert supervisor.value("host_cpus") is None
+    assert supervisor.value("etcd_request_seconds_count") == 0
+    took = Durations()
+    took.took(0.001)
+    took.took(0.3)
+    took.took(99.0, failed=True)
+    supervisor.now = replace(
+        supervisor.now,
+        host=HostSample(cpus=4, memory=(("total", 64), ("promised", 32))),
+        draining=True,
+        sessions_lost=2,
+        ceph_up=False,
+        fences_pending=3,
+        etcd=took,
+    )
+    assert supervisor.value("host_memory_bytes", kind="promised") == 32
+    told = ("host_cpus", "draining", "sessions_lost_total", "ceph_up", "fences_pending", "etcd_requests_failed_total")
+    assert [supervisor.value(name) for name in told] == [4, 1, 2, 0, 3, 1]
+    bounds = ("0.001", "0.25", "0.5", "5.0", "+Inf")
+    assert [supervisor.value("etcd_request_seconds_bucket", le=bound) for bound in bounds] == [1, 1, 2, 2, 3]
+    assert supervisor.value("etcd_request_seconds_sum") == pytest.approx(99.301)
 
 
 def test_a_session_that_is_over_has_nothing_left(supervisor: Supervisor) -> None:

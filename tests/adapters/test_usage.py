@@ -7,8 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvmsupervisor.adapters.usage import Usage, memory_for_guests_mib, traffic_of, usage_of
-from kvmsupervisor.domain.counters import Traffic
+from kvmsupervisor.adapters.usage import (
+    Usage,
+    VcpuWaits,
+    memory_for_guests_mib,
+    memory_of_host,
+    traffic_by_tap,
+    usage_of,
+)
+from kvmsupervisor.domain.counters import Flow
 
 
 def stat_line(
@@ -98,11 +105,49 @@ def test_this_machines_own_memory() -> None:
     assert 128 < memory_for_guests_mib() < 1 << 24
 
 
+NET_DEV = """\
+Inter-|   Receive                               |  Transmit
+ face |bytes packets errs drop fifo frame c. m. |bytes packets errs drop fifo colls carrier compressed
+    lo:  100       1    0    0    0     0  0  0    100       1    0    0    0     0       0          0
+  tap0:    5       2    3    4    0     0  0  0      7       6    8    9    0     0       0          0
+"""
+
+
 def test_traffic_is_the_guests(tmp_path: Path) -> None:
     """Law: what the host receives by a tap its guest has sent; a tap that is not here counts nothing."""
-    folder = tmp_path / "tap0" / "statistics"
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "dev").write_text(NET_DEV)
+    found = traffic_by_tap(tmp_path)
+    assert found.keys() == {"lo", "tap0"}
+    assert found["tap0"].sent == Flow(bytes=5, packets=2, errors=3, dropped=4)
+    assert found["tap0"].received == Flow(bytes=7, packets=6, errors=8, dropped=9)
+    # The kernel's own file is read the same way.
+    assert "lo" in traffic_by_tap()
+
+
+def test_the_hosts_memory() -> None:
+    """Law: what is there, and what of it could be had."""
+    total, available = memory_of_host()
+    assert 128 << 20 < available < total
+
+
+def a_thread(proc: Path, tid: int, name: str, schedstat: str) -> None:
+    folder = proc / "7" / "task" / str(tid)
     folder.mkdir(parents=True)
-    (folder / "rx_bytes").write_text("5\n")
-    (folder / "tx_bytes").write_text("7\n")
-    assert traffic_of("tap0", tmp_path) == Traffic(received_bytes=7, sent_bytes=5)
-    assert traffic_of("tap1", tmp_path) is None
+    (folder / "comm").write_text(f"{name}\n")
+    (folder / "schedstat").write_text(schedstat)
+
+
+def test_vcpus_wait_for_processors(tmp_path: Path) -> None:
+    """Law: of the threads of vCPUs alone, found once; again when there are more of them, and nothing of a dead one."""
+    a_thread(tmp_path, 7, "qemu-system-x86", "1 900000000000 1\n")
+    a_thread(tmp_path, 8, "CPU 0/KVM", "100 1500000000 3\n")
+    waits = VcpuWaits(tmp_path)
+    assert waits.seconds(7, 1, 1) == 1.5
+    a_thread(tmp_path, 9, "CPU 1/KVM", "100 500000000 3\n")
+    assert waits.seconds(7, 1, 1) == 1.5
+    assert waits.seconds(7, 1, 2) == 2.0
+    (tmp_path / "7" / "task" / "9" / "schedstat").unlink()
+    assert waits.seconds(7, 1, 2) is None
+    waits.keep({8})
+    assert VcpuWaits(tmp_path).seconds(8, 1, 1) is None

@@ -8,7 +8,7 @@ import pytest
 
 from kvmsupervisor.cli.demo.guest import Guest
 from kvmsupervisor.domain.status import Phase
-from tests.support.boxed import Boxed, Boxes, begin
+from tests.support.boxed import REPLACEABLE, Boxed, Boxes, begin
 from tests.support.cluster import Keys, eventually
 from tests.support.docker import Docker
 
@@ -19,13 +19,15 @@ def wait_guarded(box: Boxed) -> None:
     box.wait_for("one", lambda status: status.phase is Phase.RUNNING and status.guarded is True)
 
 
-def test_a_guard_and_its_container(docker: Docker, boxes: Boxes, keys: Keys, guest: Guest) -> None:
+def test_a_guard_and_its_container(docker: Docker, boxes: Boxes, keys: Keys, guest: Guest, tmp_path: Path) -> None:
     """Law 7: removed with force and replaced in time, nothing is killed, and the guard is the next supervisor's.
 
     Not replaced in time, the guard kills what cannot be fenced; the next supervisor says so.
     """
-    box = boxes(KVM_UNFENCED="guard", KVM_SESSION_TTL="120").start()
-    disk = box.folder / "run" / "disk"
+    # Not in the run directory, of which QEMUs see their own part only.
+    options = (*REPLACEABLE, f"--volume={tmp_path}:{tmp_path}")
+    box = boxes(options=options, KVM_UNFENCED="guard", KVM_SESSION_TTL="120").start()
+    disk = tmp_path / "disk"
     disk.write_bytes(bytes(65536))
     disk.chmod(0o666)
     flags = f"{guest.extra_flags(tag='one')} -drive file={disk},format=raw,if=none,id=d9"

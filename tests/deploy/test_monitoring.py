@@ -20,7 +20,10 @@ NAMES = re.compile(r"kvmsupervisor_([a-z_]+)")
 
 def named(text: str) -> set[str]:
     """The metrics that a text names; of a histogram, the histogram."""
-    return {re.sub(r"^(start_seconds)_(bucket|count|sum)$", r"\1", name) for name in NAMES.findall(text)}
+    return {
+        re.sub(r"^(start_seconds|etcd_request_seconds)_(bucket|count|sum)$", r"\1", name)
+        for name in NAMES.findall(text)
+    }
 
 
 @pytest.fixture(params=["cluster", "instance"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmsupervisor.domain.counters import UNKNOWN, DiskCounts, disk_counts, memory_counts
+from kvmsupervisor.domain.counters import UNKNOWN, DiskCounts, Work, disk_counts, memory_counts
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -20,15 +20,32 @@ _json = st.recursive(
 def test_disks() -> None:
     """Law: disks are counted by the name of their node; media, firmware and what has no name are not."""
     answer = [
-        {"node-name": "disk0", "stats": {"rd_bytes": 7, "wr_bytes": 9, "rd_operations": 1}},
+        {"node-name": "disk0", "stats": {"rd_bytes": 7, "wr_bytes": 9}},
         {"node-name": "medium0", "stats": {"rd_bytes": 1, "wr_bytes": 0}},
         {"device": "", "stats": {"rd_bytes": 1, "wr_bytes": 0}},
         {"node-name": "disk3", "stats": {"rd_bytes": 0, "wr_bytes": 0}},
     ]
+    idle = (("read", Work()), ("write", Work()), ("flush", Work()))
     assert disk_counts(answer) == (
-        DiskCounts(name="disk0", read_bytes=7, written_bytes=9),
-        DiskCounts(name="disk3", read_bytes=0, written_bytes=0),
+        DiskCounts(name="disk0", read_bytes=7, written_bytes=9, work=idle),
+        DiskCounts(name="disk3", read_bytes=0, written_bytes=0, work=idle),
     )
+
+
+def test_what_disks_did() -> None:
+    """Law: operations, the time that they took and those that failed, each by its name; what is no number counts 0."""
+    stats = {
+        "rd_bytes": 1,
+        "wr_bytes": 1,
+        "rd_operations": 3,
+        "rd_total_time_ns": 1_500_000_000,
+        "failed_wr_operations": 2,
+        "wr_operations": "many",
+        "flush_total_time_ns": 10**400,
+        "flush_operations": -1,
+    }
+    (disk,) = disk_counts([{"node-name": "disk0", "stats": stats}])
+    assert dict(disk.work) == {"read": Work(done=3, seconds=1.5), "write": Work(failed=2), "flush": Work()}
 
 
 def test_memory() -> None:

@@ -39,6 +39,7 @@ from kvmsupervisor.adapters.etcd.api import (
     TxnResult,
     Unavailable,
 )
+from kvmsupervisor.domain.durations import Durations
 
 
 @dataclass(slots=True)
@@ -223,6 +224,7 @@ class FakeEtcd:
         self._failures: list[tuple[EtcdError, str | None]] = []
         self._up = False
         self.calls: Counter[str] = Counter()
+        self.durations = Durations()
         self.writes: list[Put | Delete] = []
         self.hook: Callable[[str], Awaitable[None]] | None = None
 

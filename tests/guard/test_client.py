@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from kvmsupervisor.adapters import process as kernel
 from kvmsupervisor.adapters.cgroup import Cgroup, CgroupFailed, NoCgroups
+from kvmsupervisor.adapters.cgroup.manager import SameCgroup
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.rundir import RunDir
 from kvmsupervisor.domain.keys import InstanceId
@@ -244,6 +246,34 @@ async def test_another_process_is_not_taken_for_a_guard(bench: Bench) -> None:
     post.renewed(LATE)
     await bench.watch(post, "a")
     assert bench.pid is not None
+
+
+class Entered(SameCgroup):
+    """Notes which thread entered, and whether it was to become the parent of the process."""
+
+    def __init__(self) -> None:
+        self.by: list[int] = []
+
+    def enter(self) -> None:
+        self.by.append(threading.get_ident())
+
+
+class NotingCgroups(NoCgroups):
+    def __init__(self) -> None:
+        super().__init__(survives_container=True)
+        self.made: list[Entered] = []
+
+    async def prepare(self, instance: InstanceId, incarnation: str, limits: Limits) -> Cgroup:
+        self.made.append(Entered())
+        return self.made[-1]
+
+
+async def test_a_guard_is_in_its_own_cgroup(bench: Bench) -> None:
+    """Law 7: it outlives the container, so whatever starts it enters its cgroup before: v1's hierarchies need that."""
+    bench.cgroups = cgroups = NotingCgroups()
+    await bench.watch(bench.supervisor(), "1")
+    assert [len(one.by) for one in cgroups.made] == [1]
+    assert threading.get_ident() not in cgroups.made[0].by
 
 
 class BrokenCgroups(NoCgroups):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.machine import boot_media as media
 from kvmsupervisor.machine.boot_media import Media, MediaTrouble
@@ -457,3 +458,32 @@ async def test_a_stopped_machine_that_moves_keeps_what_is_on_record(host: Host, 
     other.put(power="on")
     qemu = await other.runs()
     assert (machine_of(qemu), other.status.epoch) == ("pc-q35-7.2", 2)
+
+
+async def wait_without_ceph(host: Host) -> int:
+    """Let it wait for Ceph until its status says so; return how often etcd was read by then."""
+    host.disks.trouble = "Ceph does not answer"
+    host.wish(rbd="/rbd/vm")
+    host.begin()
+    await host.until(lambda: host.published)
+    await host.clock.advance(60.0)
+    return host.store.calls["read"]
+
+
+async def test_who_waited_reads_nothing_again(host: Host) -> None:
+    """Cost: the status in etcd is the one that this host has written, so no other host has had the machine."""
+    reads = await wait_without_ceph(host)
+    host.disks.trouble = None
+    await host.runs()
+    assert host.store.calls["read"] == reads
+
+
+async def test_another_hosts_status_is_heeded_that_came_while_it_waited(host: Host) -> None:
+    """Law 2: the epochs go on after those of a host that had the machine meanwhile."""
+    await wait_without_ceph(host)
+    theirs = replace(host.status, host=HostName("b"), phase=Phase.STOPPED, epoch=7)
+    host.etcd.write(LAYOUT.status_key(ONE), theirs.to_json())
+    host.disks.trouble = None
+    await host.runs()
+    assert host.lock is not None
+    assert host.lock.epoch == 8

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from kvmsupervisor.adapters.etcd import Ambiguous, Compare, EtcdError, Get, KeyValue, Op, TxnResult, Unavailable
 from kvmsupervisor.adapters.etcd.api import Batch, Listing, Page, Reading
+from kvmsupervisor.domain.durations import Durations
 from tests.fakes.etcd import FakeEtcd, FakeKeysWatch, FakeWatch
 from tests.simulation.loop import WORLD, context_of
 
@@ -82,6 +83,7 @@ class SimEtcd:
         self._chance = chance
         self._tell = tell
         self._closed = False
+        self.durations = Durations()
         self._up = False
         self._context = context_of(WORLD)
         # Watches are a connection of their own to the data: cut, they fall silent, and link again afterwards.

@@ -32,6 +32,7 @@ from kvmsupervisor.adapters.etcd import (
     Unavailable,
 )
 from kvmsupervisor.adapters.etcd.api import Listing, Page, Reading
+from kvmsupervisor.domain.durations import Durations
 from tests.fakes.etcd import FakeEtcd, _Server
 
 T = TypeVar("T")
@@ -242,6 +243,7 @@ class ScaleEtcd:
         self.watches: set[ScaleWatch] = set()
         self._data = data
         self._server = server
+        self.durations = Durations()
         self._up = False
         self._closed = False
 

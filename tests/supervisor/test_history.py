@@ -27,7 +27,7 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
 from tests.fakes.storage import FakeStorage
-from tests.supervisor.test_supervisor import ME, Bench
+from tests.supervisor.test_supervisor import ME, Bench, lock_of
 
 LAYOUT = Layout()
 CONFIRMATION = LAYOUT.confirmation_key(HostName(ME))
@@ -181,6 +181,34 @@ async def test_orders_that_come_with_a_backup_wait_for_a_person(bench: Bench, or
     bench.etcd.write(CONFIRMATION, json.dumps(["1"]))
     await bench.clock.advance(30.0)
     assert bench.of("1") == {}
+    assert bench.metric("kvmsupervisor_removals_held") == 0.0
+
+
+async def test_a_qemu_whose_guest_never_ran_waits_for_nobody(bench: Bench) -> None:
+    """Law 11 spares guests. A paused QEMU has none: it ends, and its host says nothing in the place of whoever runs it.
+
+    Simulation, seed 1258: etcd was away before the start was on record, and then another one.
+    """
+    await bench.begin()
+    bench.there("b")
+    make(bench.etcd, "1", host="b")
+    theirs = Status(id=InstanceId("1"), host=HostName("b"), phase=Phase.RUNNING, reason="runs", since="", epoch=3)
+    bench.etcd.write(LAYOUT.lock_key(InstanceId("1")), lock_of("b"))
+    bench.etcd.write(LAYOUT.status_key(InstanceId("1")), theirs.to_json())
+    backup = bench.etcd.backup()
+    bench.etcd.erase(LAYOUT.lock_key(InstanceId("1")))
+    bench.etcd.write(LAYOUT.status_key(InstanceId("1")), replace(theirs, phase=Phase.STOPPED, epoch=5).to_json())
+    bench.qemus.prepare = lambda qemu: bench.client.away()
+    bench.etcd.write("/kvm/1/host", ME)
+    await bench.clock.advance(30.0)
+    assert (len(bench.qemus.alive), bench.qemus.running) == (1, [])
+    bench.qemus.prepare = lambda qemu: None
+    bench.etcd.restore(written_past(bench.etcd, backup))
+    bench.client.back()
+    await bench.clock.advance(60.0)
+    assert bench.qemus.alive == []
+    assert bench.phases == {}
+    assert Status.from_json(bench.etcd.data[LAYOUT.status_key(InstanceId("1"))]) == theirs
     assert bench.metric("kvmsupervisor_removals_held") == 0.0
 
 

@@ -222,11 +222,12 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.end_listening = self.session.listen(self.instance.notify)
+        publishing = asyncio.create_task(self.context.status_writer.run())
         self.loop = asyncio.create_task(self._run())
         self._tasks = [
             self.loop,
             asyncio.create_task(self.wishes.run()),
-            asyncio.create_task(self.context.status_writer.run()),
+            publishing,
             asyncio.create_task(self._first_look()),
         ]
 

@@ -356,6 +356,7 @@ class Ceph:
             async with access.slots.one() if program == "rbd" else contextlib.nullcontext():
                 answer = await self._execute(program, *args, *who, limit_s=max(limit_s, self._patience_s), hear=hear)
         except _NoAnswerInTime as silence:
+            access.slots.answered = False
             self._patience_s = min(2 * self._patience_s, max(LONGEST_ANSWER_S, self._answer_s))
             # A client without any capability for OSDs is refused by Ceph 16 and left waiting for ever by Ceph 18.
             if program == "rbd" and await self._monitors_answer(who):
@@ -364,6 +365,10 @@ class Ceph:
                     "see docs/ceph.md"
                 ) from silence
             raise
+        except CephError as error:
+            access.slots.answered = not isinstance(error, CephAway)
+            raise
+        access.slots.answered = True
         self._patience_s = self._answer_s
         return answer
 

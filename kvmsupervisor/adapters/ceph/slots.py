@@ -1,4 +1,4 @@
-"""How many of Ceph's tools work at once on a host.
+"""What Ceph's tools of one host share: how many of them work at once, and whether Ceph answered.
 
 Each takes 40 to 60 ms of processor and 40 MB. Fifty machines that start at once would ask two hundred questions in one
 instant: with two processors the last answer comes after seconds, and on a host that is busy besides after the deadline
@@ -25,11 +25,15 @@ class Slots:
     Args:
         number: of places; None for two for each processor.
         hold_s: how long one is kept at most.
+
+    Attributes:
+        answered: whether Ceph answered the last tool, be it with a refusal; None before the first.
     """
 
     def __init__(self, number: int | None = None, *, hold_s: float = HOLD_S) -> None:
         self._number = max(LEAST, 2 * len(os.sched_getaffinity(0))) if number is None else number
         self._hold_s = hold_s
+        self.answered: bool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._free = asyncio.Semaphore(self._number)
 

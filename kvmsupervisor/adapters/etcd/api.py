@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from kvmsupervisor.domain.durations import Durations
 from kvmsupervisor.domain.frozen import frozen
 
 
@@ -223,6 +224,11 @@ class Store(Protocol):
     @property
     def up(self) -> bool:
         """Whether etcd answered the last request, of a call or of a watch (false before the first)."""
+        ...
+
+    @property
+    def durations(self) -> Durations:
+        """How long requests took; watches are none."""
         ...
 
     async def get(self, key: str, *, timeout_s: float | None = None) -> KeyValue | None:

@@ -13,6 +13,7 @@ from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, ReplyTooLarge, TokenRefused, judge
 from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 from kvmsupervisor.aio import StrayCancellation, no_stray_cancellation
+from kvmsupervisor.domain.durations import Durations
 
 Reply = TypeVar("Reply")
 
@@ -35,6 +36,7 @@ class Caller:
         auth: the token.
         closed: whether `close` was called.
         up: whether the last request of a call or a watch was answered (a refusal is an answer).
+        durations: of calls.
         renewed_every_s: see `EtcdConfig`.
     """
 
@@ -45,6 +47,7 @@ class Caller:
         self.endpoints = Endpoints(config)
         self.auth = Auth(config)
         self.up = False
+        self.durations = Durations()
         # Whether any endpoint has ever answered.
         self._met = False
 
@@ -66,6 +69,17 @@ class Caller:
             EtcdError: any other final answer.
             ReplyTooLarge: the answer is larger than this client accepts.
         """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            reply = await self._call(what, request, timeout_s=timeout_s, repeatable=repeatable)
+        except (EtcdError, ReplyTooLarge) as error:
+            self.durations.took(loop.time() - begun, failed=isinstance(error, Unavailable))
+            raise
+        self.durations.took(loop.time() - begun)
+        return reply
+
+    async def _call(self, what: str, request: Request[Reply], *, timeout_s: float | None, repeatable: bool) -> Reply:
         timeout_s = self._config.call_timeout_s if timeout_s is None else timeout_s
         progress = _Progress(what, asyncio.get_running_loop().time() + timeout_s, _FIRST_PAUSE_S)
         while (left_s := progress.left_s()) > 0 and not self.closed:

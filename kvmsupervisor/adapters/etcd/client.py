@@ -29,10 +29,11 @@ from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import EtcdConfig
 from kvmsupervisor.adapters.etcd.errors import AttemptFailed, LeaseExists, ReplyTooLarge
 from kvmsupervisor.adapters.etcd.messages import compare_message, entries, key_value, op_message, range_of
-from kvmsupervisor.adapters.etcd.protocol import rpc
+from kvmsupervisor.adapters.etcd.protocol import grpc, rpc
 from kvmsupervisor.adapters.etcd.watch import EtcdWatch
 from kvmsupervisor.adapters.etcd.watch_keys import EtcdKeysWatch
 from kvmsupervisor.aio import all_of
+from kvmsupervisor.domain.durations import Durations
 
 _SHRINK = 8
 """By how much to divide the size of a page that is too large for one reply."""
@@ -68,6 +69,11 @@ class Etcd:
     def up(self) -> bool:
         """Whether etcd answered the last request, of a call or of a watch (false before the first)."""
         return self._caller.up
+
+    @property
+    def durations(self) -> Durations:
+        """How long requests took; watches are none."""
+        return self._caller.durations
 
     @property
     def endpoint(self) -> str:
@@ -278,13 +284,18 @@ class Etcd:
         """
 
         async def send(endpoint: Endpoint, metadata: Metadata, timeout_s: float) -> int:
-            # etcd offers a stream only: this one has one request and one reply.
-            requests = iter((rpc.LeaseKeepAliveRequest(ID=lease),))
-            stream = endpoint.lease.LeaseKeepAlive(requests, metadata=metadata, timeout=timeout_s)
-            replies = [reply async for reply in stream]
-            if not replies:
+            # etcd offers a stream only: this one has one request and one reply. It is not closed before the reply is
+            # there: etcd's gRPC proxy answers after half a second, and not at all to whoever has closed the stream.
+            stream = endpoint.lease.LeaseKeepAlive(metadata=metadata, timeout=timeout_s)
+            await stream.write(rpc.LeaseKeepAliveRequest(ID=lease))
+            reply = await stream.read()
+            if reply is grpc.aio.EOF:
                 raise AttemptFailed("the stream ended without a reply", done_maybe=True)
-            return int(replies[0].TTL)
+            with suppress(grpc.aio.AioRpcError):
+                # Left to itself the stream would be cancelled, and etcd counts that. The proxy ends each with an error.
+                await stream.done_writing()
+                await stream.read()
+            return int(reply.TTL)
 
         return await self._caller.call(f"renew lease {lease:x}", send, timeout_s=timeout_s, repeatable=True)
 

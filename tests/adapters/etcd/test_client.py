@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from kvmsupervisor.adapters.etcd.caller import Caller
 from kvmsupervisor.adapters.etcd.channel import Endpoint
 from kvmsupervisor.adapters.etcd.config import split_endpoint
 from tests.adapters.etcd.traffic import SOON_S, client, follow
+from tests.simulation.scale_real import proxied
 from tests.support.etcd import EtcdServer, free_port
 from tests.support.proxy import Proxy
 
@@ -224,6 +226,14 @@ async def test_a_stream_that_grpc_gives_up_is_a_failure(
             await caller.call("renew a lease", send, timeout_s=0.3, repeatable=repeatable)
     finally:
         await caller.close()
+
+
+async def test_a_lease_is_renewed_through_etcds_grpc_proxy(etcd_alone: EtcdServer, tmp_path: Path) -> None:
+    """Law: each renewal is answered. The proxy takes its time, and forgets who has closed the stream before."""
+    with proxied(etcd_alone, tmp_path) as (_, endpoint):
+        async with client([endpoint]) as etcd:
+            lease = await etcd.grant(60)
+            assert [await etcd.keep_alive(lease, timeout_s=10.0) for _ in range(3)] == [60, 60, 60]
 
 
 MANY_KEYS = 80_000
