@@ -131,15 +131,15 @@ class StatusWriter:
         """Take note of the status keys' values that this host has written; return as `learn` does."""
         found: dict[InstanceId, Status | None] = {}
         mark = json.dumps(self._host, ensure_ascii=False).encode()
-        prefix = self._layout.statuses_prefix
         for kv in kvs:
+            instance = parse_id(kv.key.decode(errors="replace").removeprefix(self._layout.statuses_prefix))
+            if instance is None:
+                continue
             # A search for the name costs less than reading JSON, and most statuses are other hosts'.
-            status = self._ours(kv.value) if mark in kv.value else None
-            if (instance := parse_id(kv.key.decode(errors="replace").removeprefix(prefix))) is not None:
-                found[instance] = status
-            if instance is not None and status is not None:
+            if (status := self._ours(kv.value) if mark in kv.value else None) is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
                 self.events.doubt(instance)
+            found[instance] = status
         return found
 
     def begin_anew(self) -> None:

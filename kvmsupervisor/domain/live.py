@@ -78,7 +78,8 @@ def steps(running: Spec, wanted: Spec, *, argv: Sequence[str], takes: bool) -> t
         running: the machine as it is.
         wanted: as its keys want it.
         argv: QEMU's command line: what it cannot reach since its start it cannot be given.
-        takes: whether anything may be taken from the guest (`View.takes`).
+        takes: whether anything may be taken from the guest, or be made another thing (`View.takes`); otherwise it only
+            gets more.
     """
     if running == wanted:
         return ()
@@ -90,6 +91,17 @@ def _steps(running: Spec, wanted: Spec, argv: Sequence[str], *, takes: bool) -> 
         if takes:
             yield from _unplugs(running, wanted)
         yield from _plugs(running, wanted, argv)
+    if takes:
+        yield from _limits(running, wanted)
+        yield from _of_nics_that_stay(running, wanted)
+    if running.cpus < wanted.cpus <= (running.cpus_max or 0):
+        yield Step(kind=Kind.PROCESSORS, device=PROCESSORS, key=PROCESSORS)
+    least = running.ram_mib - running.plugged_mib if takes else running.ram_mib
+    if wanted.ram_mib != running.ram_mib and least <= wanted.ram_mib <= (running.ram_max_mib or 0):
+        yield Step(kind=Kind.MEMORY, device=MEMORY, key=MEMORY)
+
+
+def _limits(running: Spec, wanted: Spec) -> Iterator[Step]:
     disks = _by_number(wanted.all_disks)
     for disk in running.all_disks:
         other = disks.get(disk.number)
@@ -97,12 +109,6 @@ def _steps(running: Spec, wanted: Spec, argv: Sequence[str], *, takes: bool) -> 
             continue
         if _without_limit(disk) == _without_limit(other):
             yield Step(kind=Kind.LIMIT, device=node_of(disk), key=other.key, disk=other)
-    yield from _of_nics_that_stay(running, wanted)
-    if running.cpus < wanted.cpus <= (running.cpus_max or 0):
-        yield Step(kind=Kind.PROCESSORS, device=PROCESSORS, key=PROCESSORS)
-    first = running.ram_mib - running.plugged_mib
-    if wanted.ram_mib != running.ram_mib and first <= wanted.ram_mib <= (running.ram_max_mib or 0):
-        yield Step(kind=Kind.MEMORY, device=MEMORY, key=MEMORY)
 
 
 def _unplugs(running: Spec, wanted: Spec) -> Iterator[Step]:

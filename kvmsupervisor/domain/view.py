@@ -398,9 +398,10 @@ class View:
 
     @property
     def takes(self) -> bool:
-        """Whether a device may be taken from a running guest because its key is gone.
+        """Whether something may be taken from a running guest, or changed under it, because its keys say so.
 
-        Not from one that was started in another history of etcd: a restored backup has no keys that are newer (law 11).
+        Not from one that was started in another history of etcd: what a restored backup lacks, or says otherwise, was
+        maybe written since (law 11).
         """
         return self.process is not None and self.process.incarnation.history == (self.era.mark or None)
 

@@ -78,6 +78,7 @@ class Manifest:
         revision: of the wish that it was started from.
         restarts: unasked ones, so far.
         media: its boot media and Ignition file by name, base64.
+        history: of etcd, in which it was started; None from an earlier release.
     """
 
     protocol: int
@@ -90,6 +91,7 @@ class Manifest:
     revision: int
     restarts: int
     media: Mapping[str, Any]
+    history: str | None = None
 
 
 class Arrival:
@@ -152,6 +154,7 @@ class Arrival:
                 clients=() if lock is None else lock.addresses,
                 restart_request=record.restart_request,
                 revision=record.revision,
+                history=record.history,
                 restarts=self._report.status.restarts,
                 media={n: base64.b64encode(p.read_bytes()).decode() for n, p in files.items() if p.exists()},
             )
@@ -310,7 +313,8 @@ class Arrival:
             )
             build_argv = partial(self._argv, spec, manifest.seen)
             self._start.lives(spec, begun.uid)
-            await launch(self._machine, replace(begun, incoming=True), spec, opened, build_argv)
+            begun = replace(begun, incoming=True, history=manifest.history)
+            await launch(self._machine, begun, spec, opened, build_argv)
         self._report.tell("move.waits", pid=self._machine.pid)
 
     def _argv(self, spec: Spec, seen: Sequence[str], provision: Provision) -> tuple[str, ...]:

@@ -56,11 +56,11 @@ class Changing:
     def __init__(
         self,
         instance: InstanceId,
-        *,
         context: InstanceContext,
         machine: Machine,
         lock: InstanceLock,
         report: Report,
+        *,
         lives: Callable[[Spec, int | None], None],
         guarded: Callable[[], Awaitable[bool]],
     ) -> None:
@@ -96,7 +96,7 @@ class Changing:
             assert wanted is not None
             await self._held(step.device, step.key, self._do(step, wish, wanted))
 
-    def _steps(self, wanted: Spec, *, takes: bool = False) -> Sequence[Step]:
+    def _steps(self, wanted: Spec, *, takes: bool = True) -> Sequence[Step]:
         spec = self._machine.spec
         assert spec is not None
         return live.steps(spec, wanted, argv=self._record.argv, takes=takes)

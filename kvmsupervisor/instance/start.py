@@ -95,10 +95,7 @@ class Start:
         self._lock = lock
         self._report = report
         self._wake = wake
-        self._changing = Changing(
-            instance, context=context, machine=machine, lock=lock, report=report, lives=self.lives,
-            guarded=self._guarded,
-        )  # fmt: skip
+        self._changing = Changing(instance, context, machine, lock, report, lives=self.lives, guarded=self._guarded)
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
         self._new = New()
@@ -462,14 +459,13 @@ class Start:
 
     async def tend(self, action: Action, wish: Wish | None, *, takes: bool) -> None:
         """Do what `action` says of the devices of a running machine; `takes`: see `View.takes`."""
-        context = self._context
+        context, machine, report = self._context, self._machine, self._report
         if action is Action.CHANGE:
             await self._changing.act(wish, takes=takes)
-            return
-        if action is Action.MEDIUM:
-            await cdrom.change(self._id, wanted(wish).spec, machine=self._machine, report=self._report, context=context)
-            return
-        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, context=context)
+        elif action is Action.MEDIUM:
+            await cdrom.change(self._id, wanted(wish).spec, machine=machine, report=report, context=context)
+        else:
+            await disks.tend(action, self._id, wish, machine=machine, report=report, context=context)
 
     async def go_on(self, wish: Wish | None) -> None:
         """Let the guest run, once its disks have the size that they shall have."""

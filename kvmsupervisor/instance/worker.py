@@ -140,7 +140,7 @@ class Worker:
             fresh: somebody has just written them, so that more may follow.
             hold: more of what is held.
         """
-        if self.wish is None or wish.revision != self.wish.revision:
+        if self.wish is None or (wish.revision, wish.spec) != (self.wish.revision, self.wish.spec):
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
             self._machine.drive.look()
@@ -150,7 +150,6 @@ class Worker:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
             self._start.begin_anew()
-            self._machine.changes.look()  # a key that is deleted leaves no revision
         if wish is not self.wish:
             self._problems = self._problems_of(wish)
         self.wish = wish

@@ -73,6 +73,9 @@ def test_what_a_machine_has_no_way_to() -> None:
     assert told(replace(older, disks=(A,)), older) == [("UNPLUG", "disk/1")], "it has the bus by its disk"
     assert told(BASE, replace(BASE, disks=(A, B)), reached=("qemu",)) == [("PLUG", "disk/2")]
     assert told(replace(BASE, disks=(A,)), replace(BASE, disks=(B,)), takes=False) == [("PLUG", "disk/2")]
+    other = replace(GROWS, bridge="br1", link_down=True, rbd=RbdDisk("p", "i", iops=3), cpus=2, ram_mib=512)
+    assert told(GROWS, other, takes=False) == [("PROCESSORS", "cpus"), ("MEMORY", "ram")]
+    assert told(live.with_memory(GROWS, 512), GROWS, takes=False) == []
 
 
 def test_names() -> None:

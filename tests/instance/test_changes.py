@@ -381,3 +381,29 @@ async def test_cut_off_while_it_goes(host: Host, cut_at: Callable[[str], Cut], n
     await settled(host, qemu)
     assert "disk1-dev" not in qemu.plugged.devices
     assert (images(host), qemu.plugged.nodes) == (("rbd/vm",), {"disk0"})
+
+
+@pytest.mark.parametrize("has_bus", [True, False])
+async def test_a_machine_of_an_earlier_release(host: Host, has_bus: bool) -> None:
+    """Law 8: its record does not say all that; it is changed where it has the bus, and otherwise waits for a start."""
+    qemu = await with_image(host, **({"disk/1": "rbd/data"} if has_bus else {}))
+    await host.die()
+    directory = host.run_dir.instance(ONE)
+    record = directory.read_incarnation()
+    assert record is not None
+    unknown = {"pluggable", "plugged_mib", "plugged_cpus", "ram_max_mib", "cpus_max", "link_down"}
+    older = {name: value for name, value in record.spec.items() if name not in unknown}
+    directory.write_incarnation(replace(record, spec=older))
+    host.begin()
+    host.put(**{"disk/2": "rbd/more"})
+    if has_bus:
+        await settled(host, qemu)
+        host.drop("disk/1", "disk/2")
+        await settled(host, qemu)
+        assert qemu.plugged.seen == ["+disk2-dev", "-disk1-dev", "-disk2-dev"]
+        host.put(**{"disk/3": "rbd/third"})
+        await settled(host, qemu)
+    else:
+        await host.until(lambda: host.status.pending == ("disk/2",))
+        await host.clock.advance(60.0)
+        assert (qemu.plugged.seen, host.status.changing) == ([], ())
