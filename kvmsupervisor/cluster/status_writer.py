@@ -104,8 +104,7 @@ class StatusWriter:
         self._hurry = asyncio.Event()
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
-        self._era = 0
-        self._begun = False
+        self._era, self._begun = 0, False
         # Whether the session was lost since the keys were read: meanwhile other hosts may have written them.
         self._was_lost = False
 
