@@ -20,10 +20,11 @@ export PATH := $(CURDIR)/.cache/tools:$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test compiled lint quick soak browser chaos simulate container upgrade bench lowest wheel deb lock ignition settings
-.PHONY: schemas stories format clean
+.PHONY: schemas stories format clean cluster-demo as-root
 
 help:
 	@echo 'make demo    etcd, a supervisor and a guest that boots, on this machine; Ctrl-C ends it'
+	@echo 'make cluster-demo  three hosts on this machine: a guest moves live, a host is drained, one loses its power; root'
 	@echo 'make test    lint, then all tests but the soaks'
 	@echo 'make lint    ruff, mypy, import directions'
 	@echo 'make quick   the tests that boot no guest'
@@ -47,6 +48,12 @@ help:
 
 demo: $(VENV)/.run
 	@$(BIN)/kvmsupervisor demo --cache .cache/guest
+
+cluster-demo: as-root $(VENV)/.dev
+	@$(BIN)/python -m tests.cluster_demo
+
+as-root:
+	@[ "$$(id -u)" = 0 ] || { echo 'make cluster-demo makes network namespaces, which takes root: sudo make cluster-demo'; exit 2; }
 
 test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory -j2 lint compiled

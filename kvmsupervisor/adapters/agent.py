@@ -1,4 +1,4 @@
-"""Asks a guest's agent for facts about the guest, over the socket of its channel: connect, ask, close.
+"""Asks a guest's agent for facts, and to freeze its file systems, over the socket of its channel: connect, ask, close.
 
 Source: the QEMU Guest Agent Protocol Reference (qemu.org, docs/interop/qemu-ga-ref), above all `guest-sync-delimited`:
 the channel outlives its clients, so the first bytes may be answers to an earlier client. QEMU serves one client at a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvmsupervisor.domain.agent import GuestFacts, facts_of
@@ -56,18 +57,49 @@ async def ask(path: Path, *, timeout_s: float = TIMEOUT_S) -> GuestFacts:
     )
 
 
-async def _exchange(path: Path) -> dict[str, object]:
+async def freeze(path: Path, *, timeout_s: float) -> int:
+    """Have the agent freeze the guest's file systems; return how many. `thaw` follows whatever comes of it.
+
+    Raises:
+        AgentSilent: it did not answer in time, and may do it later; or it refuses. The message says which.
+    """
+    return await _count(path, "guest-fsfreeze-freeze", timeout_s)
+
+
+async def thaw(path: Path, *, timeout_s: float = TIMEOUT_S) -> int:
+    """Have the agent thaw them; return how many were frozen. None is no error.
+
+    Raises:
+        AgentSilent: it did not answer in time, and may do it later; or it refuses.
+    """
+    return await _count(path, "guest-fsfreeze-thaw", timeout_s)
+
+
+async def _count(path: Path, command: str, timeout_s: float) -> int:
+    try:
+        async with asyncio.timeout(timeout_s):
+            (answer,) = (await _exchange(path, (command,))).values()
+    except TimeoutError as error:
+        raise AgentSilent(f"the guest's agent did not answer {command} within {timeout_s:g} s") from error
+    except OSError as error:
+        raise AgentSilent(f"the guest's agent cannot be asked on {path}: {error}") from error
+    if type(answer) is not int:
+        raise AgentSilent(f"the guest's agent refuses {command}")
+    return answer
+
+
+async def _exchange(path: Path, commands: Sequence[str] = COMMANDS) -> dict[str, object]:
     """Send all commands at once and read the answers in order: the agent runs one command after the other."""
     reader, writer = await asyncio.open_unix_connection(str(path), limit=LINE_LIMIT)
     try:
         token = secrets.randbits(31)
         sync = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
         # The first byte, which never occurs in JSON, makes the agent drop half a command of an earlier client.
-        writer.write(_SENTINEL + _lines(sync, *({"execute": command} for command in COMMANDS)))
+        writer.write(_SENTINEL + _lines(sync, *({"execute": command} for command in commands)))
         await writer.drain()
         replies = _Replies(reader)
         await replies.skip_to(token)
-        return {command: await replies.next() for command in COMMANDS}
+        return {command: await replies.next() for command in commands}
     finally:
         # Aborted, not closed: a guest that reads nothing would keep us waiting.
         writer.transport.abort()

@@ -17,6 +17,8 @@ import os
 import select
 import socket
 import stat
+import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -132,25 +134,19 @@ def _last_lines(data: bytes, lines: int) -> bytes:
     return b"\n".join(split[-(lines + (not split[-1])) :])
 
 
-class Keyboard:
-    """The right to type on one console, and the connection that it goes through.
+class KeyboardLock:
+    """The right to type on one console.
 
     Args:
         folder: the instance's folder in the run directory.
         who: tells others who holds the keyboard.
-        wake: called, from another thread, when the guest has written something or the connection has ended.
     """
 
-    def __init__(self, folder: Path, *, who: str, wake: Callable[[], None]) -> None:
-        self._socket_path = folder / "console.sock"
+    def __init__(self, folder: Path, *, who: str) -> None:
         self._lock_path = folder / "console.lock"
         self._want_path = folder / "console.want"
         self._who = who.encode()[:WHO_BYTES]
-        self._wake = wake
         self._lock = -1
-        self._socket: socket.socket | None = None
-        self._ended = threading.Event()
-        self._pending = bytearray()
 
     @property
     def ours(self) -> bool:
@@ -186,8 +182,7 @@ class Keyboard:
         return True
 
     def release(self) -> None:
-        """Release the keyboard. Unsent bytes are dropped."""
-        self.disconnect()
+        """Release the keyboard."""
         if self._lock >= 0:
             os.ftruncate(self._lock, 0)
             os.close(self._lock)
@@ -213,7 +208,28 @@ class Keyboard:
         """Withdraw the request."""
         self._want_path.unlink(missing_ok=True)
 
-    # The connection.
+
+class Keyboard(KeyboardLock):
+    """The right to type on one console, and the connection that it goes through.
+
+    Args:
+        folder: the instance's folder in the run directory.
+        who: tells others who holds the keyboard.
+        wake: called, from another thread, when the guest has written something or the connection has ended.
+    """
+
+    def __init__(self, folder: Path, *, who: str, wake: Callable[[], None]) -> None:
+        super().__init__(folder, who=who)
+        self._socket_path = folder / "console.sock"
+        self._wake = wake
+        self._socket: socket.socket | None = None
+        self._ended = threading.Event()
+        self._pending = bytearray()
+
+    def release(self) -> None:
+        """Release the keyboard. Unsent bytes are dropped."""
+        self.disconnect()
+        super().release()
 
     @property
     def connected(self) -> bool:
@@ -225,10 +241,8 @@ class Keyboard:
         self.disconnect()
         ended = threading.Event()
         with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
             try:
-                connection.setblocking(False)
-                connection.connect(str(self._socket_path))
+                connection = undo.enter_context(connect(self._socket_path))
             except OSError:
                 return False
             # A thread, because our own output may block for long (a stopped terminal), and the guest must not wait.
@@ -286,6 +300,38 @@ class Keyboard:
                 self._wake()
         ended.set()
         self._wake()
+
+
+def connect(path: Path) -> socket.socket:
+    """A connection to QEMU's console, which serves one at a time. Does not wait: the kernel accepts it at once.
+
+    Who has it reads what comes, or the guest waits.
+
+    Raises:
+        OSError: no QEMU listens there.
+    """
+    with contextlib.ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        connection.setblocking(False)
+        connection.connect(str(path))
+        undo.pop_all()
+    return connection
+
+
+def unread(connection: socket.socket) -> int:
+    """How many bytes of the guest's output wait in a connection (unix(7), SIOCINQ)."""
+    answer = fcntl.ioctl(connection, termios.FIONREAD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def open_log(path: Path) -> int | None:
+    """A descriptor of a log, for reading; None when it is missing, or no file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    fd = _open(path)
+    return None if fd < 0 else fd
 
 
 def _words(path: Path) -> str:

@@ -44,6 +44,9 @@ UNDER_WAY = ".{}.kvmsupervisor"
 NOTE = "user.kvmsupervisor.made"
 """The extended attribute of a file that was made of an image: for whom, and of which (`images.note_of`)."""
 
+ROLLED_BACK = "user.kvmsupervisor.rollback"
+"""The extended attribute with the last request for which a file was rolled back to a snapshot."""
+
 DEADLINE_S = 10.0
 """How long a file system may take for one disk. Arbitrary: a healthy one takes milliseconds, and this is only so long
 that a disk which has to spin up is waited for."""
@@ -204,7 +207,7 @@ def _make(folder: Path, disk: FileDisk) -> None:
 
 def _make_nameless(place: int, folder: Path, disk: FileDisk) -> None:
     with _opened(folder, os.O_TMPFILE | os.O_RDWR) as fd:
-        _fill(fd, disk)
+        fill(fd, disk)
         with contextlib.suppress(FileExistsError):
             # With a descriptor of the folder, as only then Python follows the link to the file.
             os.link(f"/proc/self/fd/{fd}", disk.name, dst_dir_fd=place, follow_symlinks=True)
@@ -224,7 +227,7 @@ def _make_aside(place: int, path: Path, disk: FileDisk) -> None:
             # Otherwise another one has named it and removed this name, between our opening and our lock.
             raise FileLocked(f"{path} is being made by another program")
         os.ftruncate(fd, 0)
-        _fill(fd, disk)
+        fill(fd, disk)
         try:
             with contextlib.suppress(FileExistsError):
                 os.link(aside.name, disk.name, src_dir_fd=place, dst_dir_fd=place)
@@ -250,7 +253,8 @@ def _drop_second_name(path: Path, found: os.stat_result) -> os.stat_result:
     return found
 
 
-def _fill(fd: int, disk: FileDisk) -> None:
+def fill(fd: int, disk: FileDisk) -> None:
+    """Make an empty disk of an empty file."""
     assert disk.size is not None
     os.fchmod(fd, FILE_MODE)
     if disk.format is DiskFormat.RAW:
@@ -339,6 +343,44 @@ def note_of(fd: int) -> str | None:
     except OSError:
         # There is none, or the file system keeps none.
         return None
+
+
+def snapshots_of(fd: int) -> tuple[int, tuple[qcow2.Internal, ...]]:
+    """Bytes of a qcow2 image's disk, and the snapshots within it.
+
+    Raises:
+        FileTrouble: it is no image that may be opened.
+        OSError: it cannot be read.
+    """
+    head = os.pread(fd, qcow2.HEADER_BYTES, 0)
+    try:
+        size = qcow2.virtual_size(head)
+    except qcow2.Refused as refused:
+        raise FileTrouble(f"its file {refused}") from None
+    offset, count = qcow2.table_of(head)
+    table = os.pread(fd, count * qcow2.SNAPSHOT_BYTES, offset) if count else b""
+    return size, qcow2.snapshots(table, count)
+
+
+def rolled_back(fd: int) -> str | None:
+    """What `note_rolled_back` kept with a file; None for nothing."""
+    try:
+        return os.getxattr(fd, ROLLED_BACK).decode(errors="replace")
+    except OSError:
+        return None
+
+
+def note_rolled_back(fd: int, request: str) -> None:
+    """Keep with a file the request for which it was rolled back. Where the file system keeps nothing, nothing is kept.
+
+    Raises:
+        OSError: it cannot be, for another reason.
+    """
+    try:
+        os.setxattr(fd, ROLLED_BACK, request.encode())
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -2,8 +2,8 @@
 
 Costs nothing while nothing changes, whatever the number of interfaces. Keeps only what `domain.nics` needs.
 
-Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_link.h; bridge ports: the ioctl
-SIOCBRADDIF (include/uapi/linux/sockios.h, net/bridge/br_ioctl.c), which qemu-bridge-helper uses, too.
+Sources: netlink(7), rtnetlink(7); include/uapi/linux/netlink.h, rtnetlink.h, if_link.h; bridge ports: the ioctls
+SIOCBRADDIF and SIOCBRDELIF (include/uapi/linux/sockios.h, net/bridge/br_ioctl.c), which qemu-bridge-helper uses, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEST = 0x3FFF
 """Mask for the type of an attribute, without its flags."""
 
 IFF_UP = 1
-SIOCBRADDIF = 0x89A2
+SIOCBRADDIF, SIOCBRDELIF = 0x89A2, 0x89A3
 
 _HEADER = struct.Struct("=IHHII")
 _LINK = struct.Struct("=BxHiII")
@@ -117,6 +117,21 @@ class Links:
         """
         await asyncio.to_thread(_plug, tap, bridge)
 
+    async def move(self, tap: int, bridge: str) -> None:
+        """Make an interface a port of a bridge, whatever bridge it was in. Cut off in between it is in none.
+
+        Args:
+            tap: the interface's index.
+            bridge: the bridge's name.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        link = (self.all or {}).get(tap)
+        master = None if link is None else (self.all or {}).get(link.master)
+        if master is None or master.name != bridge:
+            await asyncio.to_thread(_move, tap, None if master is None else master.name, bridge)
+
 
 def index_of(name: str) -> int | None:
     """The index of an interface of our network namespace; None when there is no interface of that name."""
@@ -134,6 +149,15 @@ def _plug(tap: int, bridge: str) -> None:
             # It is a port of another bridge already, and stays there.
             if error.errno != errno.EBUSY:
                 raise
+
+
+def _move(tap: int, former: str | None, bridge: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        # Before it leaves the one, so that it stays there where there is no other.
+        socket.if_nametoindex(bridge)
+        if former is not None:
+            fcntl.ioctl(any_socket, SIOCBRDELIF, _IFREQ.pack(former.encode(), tap))
+        fcntl.ioctl(any_socket, SIOCBRADDIF, _IFREQ.pack(bridge.encode(), tap))
 
 
 def _open() -> socket.socket:

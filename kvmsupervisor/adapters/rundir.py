@@ -6,6 +6,7 @@
     <run>/_draining                exists while this host stops all its guests; holds the id of the boot
     <run>/_guard.lock              flock of the one guard of this host; holds its pid and start time
     <run>/_guard.sock, .log        the guard's socket; its log
+    <run>/_consoles/sock           where consoles are asked for, by who is let in (supervisor/consoles.py)
     <run>/_<digest>/               a run directory of its own for a container in single mode (single_stand.py)
     <run>/<id>/incarnation.json    the QEMU process, from before it is spawned until its exit is recorded
     <run>/<id>/memory.json         what outlives a process: restart delay, last exit

@@ -105,6 +105,12 @@ class QemuUsers:
         """Whether QEMUs run as the supervisor itself."""
         return self.uids is None and self.one is None
 
+    def has(self, uid: int) -> bool:
+        """Whether QEMUs, or the tools that read what comes from outside, run as this user."""
+        if self.uids is not None:
+            return self.uids.first <= uid <= self.uids.last
+        return self.one is not None and self.one.uid == uid
+
     @property
     def title(self) -> str | None:
         """For people; None for the supervisor's own user."""

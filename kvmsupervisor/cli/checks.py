@@ -13,10 +13,10 @@ from kvmsupervisor.adapters.etcd.api import Store
 from kvmsupervisor.cli.output import parse_time, printable_bytes
 from kvmsupervisor.cluster.overview import Cluster, Instance, natural, read_cluster
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.images import image_name, parse_image, snapshot_of
+from kvmsupervisor.domain.images import image_name, is_of_library, parse_image
 from kvmsupervisor.domain.keys import ID_RULE, HostName, InstanceId, Layout
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.parse_keys import FREE_KEY, FREE_KEY_PREFIX
+from kvmsupervisor.domain.names import FREE_KEY, FREE_KEY_PREFIX
 from kvmsupervisor.domain.spec import Power, RestartPolicy, Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.domain.storage import files_elsewhere, origins_of, pinning
@@ -371,7 +371,7 @@ def _of_images(cluster: Cluster, layout: Layout) -> Iterator[Finding]:
                 wanted=f"an image that `image list` shows, or `image add {medium}`, or file:NAME.iso",
             )
         for key, name in origins.items():
-            if snapshot_of(name) is None and name not in there:
+            if is_of_library(name) and name not in there:
                 yield Finding(
                     instances=(instance.id,),
                     key=key,

@@ -20,17 +20,18 @@ from kvmsupervisor.adapters.neighbours import heard_of
 from kvmsupervisor.cli.agent_contact import agent_seen, metrics_of
 from kvmsupervisor.cli.checks import SETTLE_S
 from kvmsupervisor.cli.errors import EtcdAway, Refused
-from kvmsupervisor.cli.mac_auto import AUTO
 from kvmsupervisor.cli.output import on_terminal, printable
 from kvmsupervisor.cli.value_files import FROM_FILE, Unreadable, completions, value_of
+from kvmsupervisor.cluster.acts.mac_auto import AUTO
+from kvmsupervisor.cluster.acts.refused import Refused as ActRefused
 from kvmsupervisor.cluster.overview import list_all, natural
 from kvmsupervisor.config.load import SettingsError, load_settings
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
-from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
-from kvmsupervisor.domain.spec import OFF_NOW, Firmware, HugePages, Power, RestartPolicy
+from kvmsupervisor.domain.names import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS
+from kvmsupervisor.domain.spec import OFF_NOW, Display, Firmware, HugePages, Power, RestartPolicy
 from kvmsupervisor.domain.user_network import USER
 from kvmsupervisor.domain.values import show, strange
 
@@ -47,7 +48,9 @@ VALUES: Mapping[str, Sequence[str]] = {
     "power": (*Power, OFF_NOW),
     "restart": tuple(RestartPolicy),
     "firmware": tuple(Firmware),
+    **dict.fromkeys(("link", *(name for name in ALL_NUMBERED_KEYS if name.endswith("/link"))), ("up", "down")),
     "hugepages": tuple(HugePages),
+    "display": tuple(Display),
     "mac": (AUTO,),
     "bridge": (USER,),
 }
@@ -120,7 +123,7 @@ def with_store(tools: Tools, work: Work[T]) -> T:
 
     Raises:
         EtcdAway: no endpoint answers, or the reply to a write was lost.
-        Refused: etcd refuses the request.
+        Refused: etcd refuses the request, or the keys do not allow what was asked for.
     """
     settings = tools.settings()
 
@@ -133,6 +136,8 @@ def with_store(tools: Tools, work: Work[T]) -> T:
 
     try:
         return asyncio.run(connected())
+    except ActRefused as refused:
+        raise Refused(str(refused)) from refused
     except EtcdError as error:
         _translate(error, settings)
 

@@ -38,6 +38,19 @@ def problems_here(settings: Settings, *, network: Path = NETWORK) -> list[Settin
     ]
 
 
+def web_problems(settings: Settings) -> list[str]:
+    """Problems of the files that say who may use `kvmsupervisor web`, as this user can read them."""
+    if settings.web_config is None and settings.web_people is None and settings.web_etcd_username is None:
+        return []
+    from kvmsupervisor.web.access import AccessError, read_access  # noqa: PLC0415 - most hosts have no such files
+
+    try:
+        read_access(settings)
+    except AccessError as error:
+        return error.problems
+    return []
+
+
 def _program(name: str, value: str | Path | None, wanted: str) -> Iterator[SettingProblem]:
     if value is None or shutil.which(value) is not None:
         return

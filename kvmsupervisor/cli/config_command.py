@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import click
 
 from kvmsupervisor.cli.common import Tools, output_option, pass_tools
-from kvmsupervisor.cli.config_checks import problems_here
+from kvmsupervisor.cli.config_checks import problems_here, web_problems
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.output import NOTHING, Cell, Column, OutputFormat, echo_json, echo_table, printable
 from kvmsupervisor.config.declaration import Setting
@@ -31,7 +31,8 @@ def check_config(tools: Tools, output: OutputFormat) -> None:
 
     The environment wins over the TOML file (/etc/kvmsupervisor/kvmsupervisor.toml, or the file in KVM_CONFIG), and the
     file over the default. The command also looks whether this host has the programs, users, folders and bridges that
-    the settings name. It names every problem; then the exit code is 1. `-o wide` explains each setting.
+    the settings name, and reads the files that say who may use `web`. It names every problem; then the exit code is 1.
+    `-o wide` explains each setting.
     """
     settings = tools.settings()
     origin = origins(tools.environ)
@@ -44,7 +45,7 @@ def check_config(tools: Tools, output: OutputFormat) -> None:
         )
     else:
         _echo_settings(settings, origin, wide=output == "wide")
-    problems = problems_here(settings)
+    problems = [*map(str, problems_here(settings)), *web_problems(settings)]
     if problems:
         lines = (f"  {printable(problem)}" for problem in problems)
         raise Refused("\n".join(["the settings name things that this host does not have:", *lines]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import click
@@ -15,10 +14,11 @@ from kvmsupervisor.cli.errors import Refused, TimedOut
 from kvmsupervisor.cli.output import printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.write_commands import confirm, yes_option
+from kvmsupervisor.cluster.acts import hosts
 from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.history import HistoryName
-from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.parse_keys import public_value
 from kvmsupervisor.domain.removal import SHOWN_CHARS
 
@@ -45,7 +45,7 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
         return name, await read_cluster(store, settings.layout)
 
     name, cluster = with_store(tools, look)
-    held = [one for one in cluster.instances.values() if one.status and one.status.host == name and one.status.held]
+    held = hosts.held_by(cluster, name)
     if not held and _is_awaited(cluster, name):
         _give_up_on(tools, name, yes=yes)
         return
@@ -58,7 +58,7 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
     confirm(f"Let host {printable(name)} shut these {len(held)} instances down, as their keys say now?", yes=yes)
 
     async def work(store: Store, settings: Settings) -> bool:
-        revision = await write(store, settings.layout, name, [one.id for one in held])
+        revision = await hosts.confirm(store, settings.layout, name, [one.id for one in held])
         key = settings.layout.confirmation_key(name)
         if not wait:
             return True
@@ -69,14 +69,6 @@ def confirm_removal(tools: Tools, host: str | None, yes: bool, wait: bool, timeo
     if not with_store(tools, work):
         raise TimedOut(f"host {printable(name)} has not taken the confirmation within {timeout_s:g} s")
     click.echo("confirmed" if not wait else "confirmed, and taken by the host")
-
-
-async def write(store: Store, layout: Layout, host: HostName, instances: Sequence[InstanceId]) -> int:
-    """Confirm the held orders of exactly these instances; return the revision of the confirmation.
-
-    The host acts on the key and deletes it.
-    """
-    return await store.put(layout.confirmation_key(host), json.dumps(list(instances)).encode())
 
 
 def _what_differs(held: Instance) -> Iterator[str]:

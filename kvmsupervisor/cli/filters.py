@@ -14,7 +14,7 @@ from kvmsupervisor.cluster.overview import UNKNOWN, Cluster, Instance, list_all,
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import parse_id
-from kvmsupervisor.domain.parse_keys import FREE_KEY_PREFIX
+from kvmsupervisor.domain.names import FREE_KEY_PREFIX
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.values import nearest, plain, show
 

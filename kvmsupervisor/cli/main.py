@@ -59,6 +59,10 @@ COMMANDS: Mapping[str, LazyCommand] = {
     "apply": LazyCommand("wish_files.apply_command", "apply", "Make instances as files say: show, ask, write."),
     "export": LazyCommand("wish_files.export_command", "export", "Print instances as a file that `apply` reads."),
     "import": LazyCommand("imports.command", "import_command", "Print a machine of libvirt or Proxmox as such a file."),
+    "snapshot": LazyCommand(
+        "snapshot_command", "snapshot", "Take, list, delete snapshots of instances, or roll back to one."
+    ),
+    "clone": LazyCommand("clone_command", "clone_command", "Create an instance with copies of another one's disks."),
     "image": LazyCommand("image_command", "image", "Keep the image library: add, list, remove, fetch."),
     "console": LazyCommand("console.command", "console", "Use an instance's serial console, on its host."),
     "spice": LazyCommand("spice_command", "spice", "Write a file that opens an instance's display."),

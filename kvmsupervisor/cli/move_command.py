@@ -9,54 +9,19 @@ import signal
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli import actions, waiting
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli import waiting
 from kvmsupervisor.cli.common import INSTANCE, Tools, pass_tools, wait_options, with_store
 from kvmsupervisor.cli.errors import INTERRUPTED, Refused
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.waiting import Goal, Sighting, Verdict
 from kvmsupervisor.cli.write_commands import act, force_option
-from kvmsupervisor.cluster.overview import Cluster, Instance, read_instance
+from kvmsupervisor.cluster.acts import instances as actions
+from kvmsupervisor.cluster.acts.foresight import Foreseen, look_ahead
+from kvmsupervisor.cluster.acts.instances import Written
+from kvmsupervisor.cluster.overview import read_instance
 from kvmsupervisor.config.settings import Settings
-from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.move_checks import Guest, refusals
 from kvmsupervisor.domain.status import Phase
-
-
-@frozen
-class Foreseen:
-    """What a move will be.
-
-    Attributes:
-        live: whether the guest goes on running.
-        said: the sentence for people.
-    """
-
-    live: bool
-    said: str
-
-
-def foresee(instance: Instance, cluster: Cluster, target: str) -> Foreseen:
-    """Tell by keys, statuses and sessions, as the hosts will judge.
-
-    What only the target sees is not known here: its ports, bridges and free memory.
-    """
-    status, spec = instance.status, instance.wish.spec
-    if status is None or status.pid is None:
-        return Foreseen(live=False, said=f"it does not run: it starts on {target}")
-    if status.host == target:
-        return Foreseen(live=True, said=f"it runs on {target} already")
-    if spec is None:
-        return Foreseen(live=False, said="its keys have problems: it stays as it is until they are mended")
-    sessions = [cluster.sessions.get(host) for host in (status.host, target)]
-    here, there = (None if session is None else session.moves for session in sessions)
-    guest = Guest(spec=spec, machine=status.machine, accel=status.accelerator)
-    found = refusals(guest, target, here, there)
-    if found:
-        why = "; ".join(map(str, found))
-        return Foreseen(live=False, said=f"cold: it is stopped on {status.host} and started on {target}, because {why}")
-    return Foreseen(live=True, said=f"live: it goes on running while it moves from {status.host} to {target}")
 
 
 def until_on(host: str, written: Written) -> Goal:
@@ -95,12 +60,7 @@ def move(
     """
 
     async def look(store: Store, settings: Settings) -> Foreseen:
-        found, cluster = await read_instance(store, settings.layout, instance)
-        if found.wish.keys == 0:
-            raise Refused(f"{instance} has no keys: there is nothing to move")
-        if not cluster.takes(instance, host) and not force:
-            raise Refused(f"{host} has no session{cluster.meant_by(host)}: {instance} would stay where it is")
-        return foresee(found, cluster, host)
+        return await look_ahead(store, settings.layout, instance, host, force=force)
 
     foreseen = with_store(tools, look)
     if dry_run:

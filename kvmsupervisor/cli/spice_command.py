@@ -106,7 +106,10 @@ def display_of(instance: Instance, cluster: Cluster, settings: Settings) -> Disp
     """
     port = _value(instance.keys, b"spice_port")
     if port is None:
-        raise Refused(f"{instance.id} has no display: its key spice_port is missing; `console` is its serial one")
+        here = "`kvmsupervisor web` shows its display in a browser; " if _value(instance.keys, b"display") else ""
+        raise Refused(
+            f"{instance.id} has no SPICE display: its key spice_port is missing; {here}`console` is its serial one"
+        )
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise Refused(f"{instance.id} has no display: spice_port is {printable(port)!r}, not a port from 1 to 65535")
     host = shown(instance, cluster).host

@@ -8,13 +8,14 @@ from datetime import datetime
 from typing import Any
 
 from kvmsupervisor.cli.checks import Finding
-from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable_bytes
+from kvmsupervisor.cli.output import NOTHING, Block, Cell, Column, age, phase_cell, printable, printable_bytes
 from kvmsupervisor.cluster.details import public
 from kvmsupervisor.cluster.overview import Cluster, Instance, shown
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.keys import Layout
-from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY
+from kvmsupervisor.domain.names import FREE_KEY, WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS
+from kvmsupervisor.domain.snapshots import Snap
 from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.domain.values import some
 
@@ -131,13 +132,15 @@ def show_blocks(
     ]
     if status is not None:
         fields = {**status.to_object(), "phase": view.phase}
-        hidden = ("id", "reason", "problems", "agent")
+        hidden = ("id", "reason", "problems", "agent", "snapshots")
         blocks.append(
             (
                 f"Status ({layout.status_key(instance.id)})",
                 [(name, _field(name, value)) for name, value in fields.items() if name not in hidden],
             )
         )
+        if status.snapshots:
+            blocks.append(("Snapshots", [_snapshot_line(snap, now) for snap in status.snapshots]))
         if status.agent is not None:
             blocks.append(("Guest (as its agent tells)", _guest_lines(status.agent, agent_seen, now)))
     blocks.append((f"Lock ({layout.lock_key(instance.id)})", _lock_lines(instance)))
@@ -174,6 +177,12 @@ def finding_row(finding: Finding) -> list[Cell]:
 def _or_nothing(value: object | None, style: str = "") -> Cell:
     """A cell that shows `-` for a missing value."""
     return Cell(NOTHING, "dim") if value is None or value == "" else Cell(str(value), style)
+
+
+def _snapshot_line(snap: Snap, now: datetime) -> tuple[str, Cell]:
+    more = "" if snap.why is None else f": {snap.why}"
+    told = f"{age(snap.at, now)} old, {snap.how}{more}, of {', '.join(snap.disks)}"
+    return printable(snap.name), Cell(printable(told), "" if snap.is_consistent else "yellow")
 
 
 def _field(name: str, value: object) -> Cell:

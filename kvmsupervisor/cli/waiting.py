@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 from kvmsupervisor.adapters.etcd.api import Compacted, Store, Unavailable
 from kvmsupervisor.cli import reach
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cluster.acts.instances import Written
 from kvmsupervisor.cluster.overview import UNKNOWN, list_all
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
@@ -136,7 +136,7 @@ def _until_as_written(written: Written, heard_of: reach.HeardOf, patience_s: flo
 
     def judge(sighting: Sighting) -> Verdict:
         status = sighting.status
-        if status is not None and status.awaited_host is not None:
+        if status is not None and (status.awaited_host is not None or status.changing):
             return None
         verdict = running(sighting)
         if status is None or verdict is None or not verdict[0]:
@@ -156,7 +156,8 @@ def _until_as_written(written: Written, heard_of: reach.HeardOf, patience_s: flo
 def _running(status: Status) -> str:
     """A running machine in one sentence, for people."""
     pending = f"; pending until its next restart: {', '.join(status.pending)}" if status.pending else ""
-    return f"running on {status.host}, pid {status.pid}{pending}"
+    why = f" ({status.reason})" if status.pending and status.reason != "runs" else ""
+    return f"running on {status.host}, pid {status.pid}{pending}{why}"
 
 
 async def wait_for_all(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 
 import click
 
 from kvmsupervisor.adapters.etcd.api import Store
-from kvmsupervisor.cli import actions, reach, waiting
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli import reach, waiting
 from kvmsupervisor.cli.choice import WORD, Word, has_pattern, is_one, question, read_chosen, without_patterns
 from kvmsupervisor.cli.common import (
     ASSIGNMENT,
@@ -25,6 +23,9 @@ from kvmsupervisor.cli.errors import CommandError, Refused, TimedOut
 from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.progress import progress
 from kvmsupervisor.cli.waiting import Goal
+from kvmsupervisor.cluster.acts import instances as actions
+from kvmsupervisor.cluster.acts.instances import Written
+from kvmsupervisor.cluster.acts.refused import Refused as ActRefused
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import OFF_NOW, Power
@@ -67,7 +68,7 @@ def create(
 
     Example: kvmsupervisor create web1 host=alpha ram=2G rbd=rbd/web1 mac=auto user-data=@web1.yaml --wait
     """
-    values = _unique(assignments)
+    values = unique(assignments)
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
         return await actions.create(store, settings.layout, instance, values, force=force)
@@ -97,12 +98,13 @@ def set_command(
 ) -> None:
     """Change keys of an instance, all of them or none.
 
-    The command checks the result before it writes. A change that needs a restart is shown as pending until the instance
+    The command checks the result before it writes. What QEMU can change while the guest runs is changed at once: disks,
+    NICs, bridges, links, limits, memory up to ram_max, cpus up to cpus_max. The rest is pending until the instance
     restarts.
 
     Example: kvmsupervisor set web1 ram=4G --unset mac
     """
-    values = _unique(assignments)
+    values = unique(assignments)
     if not values and not unset:
         raise click.UsageError("Nothing to change: give KEY=VALUE or --unset KEY.")
     both = sorted(values.keys() & set(unset))
@@ -229,7 +231,7 @@ def restart(tools: Tools, *, instances: Sequence[InstanceId], now: bool, wait: b
     """
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        return await actions.restart(store, settings.layout, instance, _request(tools, "now:" if now else ""))
+        return await actions.restart(store, settings.layout, instance, actions.new_request(tools.now(), at_once=now))
 
     act(
         tools,
@@ -250,14 +252,9 @@ def reset(tools: Tools, instances: Sequence[InstanceId], wait: bool, timeout_s: 
     """Press the reset button of instances: QEMU goes on, and the guest boots again without being asked."""
 
     async def action(store: Store, settings: Settings, instance: InstanceId) -> Written:
-        return await actions.restart(store, settings.layout, instance, _request(tools, "reset:"))
+        return await actions.restart(store, settings.layout, instance, actions.new_request(tools.now(), reset=True))
 
     act(tools, instances, action, "to be reset", waiting.until_running, wait=wait, timeout_s=timeout_s)
-
-
-def _request(tools: Tools, kind: str) -> str:
-    """A new `restart_request`, unique also when two people ask in the same second."""
-    return f"{kind}{tools.now():%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
 def act(
@@ -281,8 +278,8 @@ def act(
         for instance in dict.fromkeys(instances):
             try:
                 written = await action(store, settings, instance)
-            except Refused as error:
-                failures.append(error)
+            except ActRefused as refused:
+                failures.append(Refused(str(refused)))
                 continue
             for sentence in written.notes:
                 note(f"{instance}: {sentence}")
@@ -313,7 +310,7 @@ async def _wait(
     return failures
 
 
-def _unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
+def unique(assignments: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The assignments as a mapping; a key must not be given twice."""
     values = dict(assignments)
     if len(values) < len(assignments):

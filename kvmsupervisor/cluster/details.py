@@ -7,6 +7,7 @@ from typing import Any
 
 from kvmsupervisor.cluster.overview import Cluster, Instance, as_object
 from kvmsupervisor.domain.parse_keys import public_value
+from kvmsupervisor.domain.spec import RawValue
 
 
 def details(instance: Instance, cluster: Cluster, agent_seen: str | None = None) -> dict[str, Any]:
@@ -22,11 +23,7 @@ def details(instance: Instance, cluster: Cluster, agent_seen: str | None = None)
     return {
         "id": instance.id,
         "keys": {
-            name.decode("utf-8", "backslashreplace"): {
-                "value": public(name, raw.value).decode("utf-8", "backslashreplace"),
-                "mod_revision": raw.mod_revision,
-            }
-            for name, raw in sorted(instance.keys.items())
+            name.decode("utf-8", "backslashreplace"): _key(name, raw) for name, raw in sorted(instance.keys.items())
         },
         "revision": instance.wish.revision,
         "problems": list(instance.problems),
@@ -36,6 +33,14 @@ def details(instance: Instance, cluster: Cluster, agent_seen: str | None = None)
         "session": session.to_object() if session is not None else None,
         "agent_seen": agent_seen,
     }
+
+
+def _key(name: bytes, raw: RawValue) -> dict[str, Any]:
+    """A key for JSON. `whole` is whether `value` is all that it holds: who writes another one back loses the rest."""
+    shown = public(name, raw.value)
+    text = shown.decode("utf-8", "backslashreplace")
+    whole = shown == raw.value.strip() and text.encode("utf-8", "replace") == shown
+    return {"value": text, "whole": whole, "mod_revision": raw.mod_revision}
 
 
 def public(name: bytes, value: bytes) -> bytes:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd.api import KeyValue, Store
 from kvmsupervisor.aio import start_part
 from kvmsupervisor.cluster.informer import Informer, Proof
-from kvmsupervisor.cluster.overview import Cluster, Instance, LockFact, natural
+from kvmsupervisor.cluster.overview import Cluster, Instance, LockFact, host_wishes, natural
 from kvmsupervisor.domain import events
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.grouping import Entry, Flat, Groups
 from kvmsupervisor.domain.host import HostSession
+from kvmsupervisor.domain.host_wish import HostProgress
 from kvmsupervisor.domain.keys import InstanceId, Layout, parse_id
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.parse_keys import parse_wish
@@ -45,11 +46,13 @@ class Differing:
     Attributes:
         instances: whose keys, status, lock, placement or events differ.
         hosts: whether sessions differ: what is shown of any instance may depend on them.
+        drains: whether what people want of whole hosts differs, or how far these have come.
         anew: whether etcd has another history than before.
     """
 
     instances: frozenset[InstanceId]
     hosts: bool
+    drains: bool
     anew: bool
 
 
@@ -81,7 +84,12 @@ class LiveOverview:
         self._dirty: set[InstanceId] = set()
         self._dirty_hosts = False
         self._by_instance = (layout.statuses_prefix, layout.placements_prefix, layout.events_prefix)
-        self._wishes = Groups(layout)
+        self._dirty_drains = False
+        self._wishes = Groups(
+            layout,
+            kept=(layout.host_wishes_prefix.encode(), layout.images_prefix.encode()),
+            on_apart=self.changed.set,
+        )
         of_wishes = Informer(
             store=store,
             clock=clock,
@@ -159,6 +167,10 @@ class LiveOverview:
         self.changed.clear()
         dirty, self._dirty = self._dirty, set()
         hosts, self._dirty_hosts = self._dirty_hosts, False
+        progress = self._progress() if self._dirty_drains else self.cluster.progress
+        self._dirty_drains = False
+        wishes = host_wishes(self._layout, self._apart(self._layout.host_wishes_prefix))
+        drains = progress != self.cluster.progress or wishes != self.cluster.host_wishes
         instances = dict(self.cluster.instances)
         sessions = self._sessions() if hosts else self.cluster.sessions
         grown = False
@@ -171,10 +183,12 @@ class LiveOverview:
                 instances[name] = one
             if number % SLICE == SLICE - 1:
                 await asyncio.sleep(0)  # what differs anew meanwhile is for the next look
-        differing = Differing(frozenset(dirty), hosts, self._history.era != self._era)
+        differing = Differing(frozenset(dirty), hosts, drains, self._history.era != self._era)
         if grown:
             instances = {name: instances[name] for name in sorted(instances, key=natural)}
-        self.cluster = replace(self.cluster, instances=instances, sessions=sessions)
+        self.cluster = replace(
+            self.cluster, instances=instances, sessions=sessions, host_wishes=wishes, progress=progress
+        )
         self.revision = max(informer.revision for informer in self._all)
         self._era = self._history.era
         return differing
@@ -205,6 +219,23 @@ class LiveOverview:
             if key.startswith(prefix)
         }
 
+    def images(self) -> tuple[KeyValue, ...]:
+        """The entries of the image library, as of now."""
+        return tuple(sorted(self._apart(self._layout.images_prefix)))
+
+    def _apart(self, prefix: str) -> Iterator[KeyValue]:
+        for key, raw in self._wishes.apart(prefix.encode()).items():
+            yield KeyValue(key, raw.value, raw.mod_revision, 0, 0)
+
+    def _progress(self) -> dict[str, HostProgress]:
+        prefix = self._layout.drains_prefix.encode()
+        found = {
+            key[len(prefix) :].decode("utf-8", "replace"): HostProgress.from_json(entry.value)
+            for key, entry in self._facts[0].entries.items()
+            if key.startswith(prefix)
+        }
+        return {host: said for host, said in found.items() if said is not None}
+
     def _fact(self, key: str) -> Entry | None:
         found = (table.get(key.encode()) for table in self._facts)
         return next((entry for entry in found if entry is not None), None)
@@ -218,6 +249,8 @@ class LiveOverview:
             key = raw.decode(errors="replace")
             if key.startswith(self._layout.hosts_prefix):
                 self._dirty_hosts = True
+            elif key.startswith(self._layout.drains_prefix):
+                self._dirty_drains = True
             elif (name := self._about(key)) is not None:
                 self._dirty.add(name)
         self.changed.set()

@@ -280,7 +280,7 @@ def assemble(
     locks: dict[InstanceId, LockFact] = {}
     strays: list[KeyValue] = []
     images: list[KeyValue] = []
-    host_keys: dict[str, dict[str, KeyValue]] = {}
+    of_hosts: list[KeyValue] = []
     for kv in wishes:
         lock_of = layout.id_of_lock(kv.key.decode("utf-8", "replace"))
         if lock_of is not None:
@@ -289,8 +289,8 @@ def assemble(
         if kv.key.startswith(layout.images_prefix.encode()):
             images.append(kv)
             continue
-        if (of_host := _of_host(layout, kv)) is not None:
-            host_keys.setdefault(of_host[0], {})[of_host[1]] = kv
+        if _of_host(layout, kv) is not None:
+            of_hosts.append(kv)
             continue
         named, slash, name = kv.key.removeprefix(layout.wishes_prefix.encode()).partition(b"/")
         instance = parse_id(named.decode("utf-8", "replace")) if slash else None
@@ -330,8 +330,17 @@ def assemble(
         strays=tuple(strays),
         images=tuple(images),
         unreadable=tuple(unreadable),
-        host_wishes={host: HostWish.of(said.get("drain"), said.get("return")) for host, said in host_keys.items()},
+        host_wishes=host_wishes(layout, of_hosts),
     )
+
+
+def host_wishes(layout: Layout, keys: Iterable[KeyValue]) -> dict[str, HostWish]:
+    """What people want of whole hosts, by host."""
+    found: dict[str, dict[str, KeyValue]] = {}
+    for kv in keys:
+        if (of_host := _of_host(layout, kv)) is not None:
+            found.setdefault(of_host[0], {})[of_host[1]] = kv
+    return {host: HostWish.of(said.get("drain"), said.get("return")) for host, said in found.items()}
 
 
 def _of_host(layout: Layout, kv: KeyValue) -> tuple[str, str] | None:

@@ -84,19 +84,17 @@ class StatusWriter:
         self._session = session
         self._gather_s = gather_s
         self._spread_s = spread_s
-        # When the next write is due at the earliest.
-        self._due_at = 0.0
+        self._due_at = 0.0  # when the next write is due at the earliest
         self._rand = rand
         # None: the key is to be deleted, or to become the value in `_last`, where it holds a status of this host.
         self._wanted: dict[InstanceId, bytes | None] = {}
+        self.inherited: dict[InstanceId, Status] = {}  # other hosts', for `Report.begin_turn` to take on
         self._last: dict[InstanceId, bytes] = {}
         self._known: dict[InstanceId, Known] = {}
         # Instances of which another host has reached a later epoch: that epoch, from its status.
         self._later: dict[InstanceId, int] = {}
-        # The callbacks for that.
-        self._overtaken: dict[InstanceId, Callable[[], None]] = {}
-        # Instances that other hosts speak for.
-        self._ceded: dict[InstanceId, None] = {}
+        self._overtaken: dict[InstanceId, Callable[[], None]] = {}  # the callbacks for that
+        self._ceded: dict[InstanceId, None] = {}  # instances that other hosts speak for
         # In the order in which they became dirty. Invariant: holds every id whose key may differ from its wanted
         # value; `_clean` is set exactly while it is empty.
         self._dirty: dict[InstanceId, None] = {}
@@ -106,8 +104,7 @@ class StatusWriter:
         self._hurry = asyncio.Event()
         self._ops_per_txn = OPS_PER_TXN
         self._trouble: type[EtcdError] | None = None
-        self._era = 0
-        self._begun = False
+        self._era, self._begun = 0, False
         # Whether the session was lost since the keys were read: meanwhile other hosts may have written them.
         self._was_lost = False
 
@@ -133,15 +130,15 @@ class StatusWriter:
         """Take note of the status keys' values that this host has written; return as `learn` does."""
         found: dict[InstanceId, Status | None] = {}
         mark = json.dumps(self._host, ensure_ascii=False).encode()
-        prefix = self._layout.statuses_prefix
         for kv in kvs:
+            instance = parse_id(kv.key.decode(errors="replace").removeprefix(self._layout.statuses_prefix))
+            if instance is None:
+                continue
             # A search for the name costs less than reading JSON, and most statuses are other hosts'.
-            status = self._ours(kv.value) if mark in kv.value else None
-            if (instance := parse_id(kv.key.decode(errors="replace").removeprefix(prefix))) is not None:
-                found[instance] = status
-            if instance is not None and status is not None:
+            if (status := self._ours(kv.value) if mark in kv.value else None) is not None:
                 self._learn(instance, kv.value, kv.mod_revision)
                 self.events.doubt(instance)
+            found[instance] = status
         return found
 
     def begin_anew(self) -> None:
@@ -431,6 +428,9 @@ class StatusWriter:
                 self._known[instance] = Known(None if found is None else found.value, found_at)
             theirs = None if found is None else Status.from_json(found.value)
             ours = None if wanted is None else Status.from_json(wanted)
+            if theirs is not None and ours is not None and theirs.host != self._host:
+                # It is not written over before this host knows of it, too.
+                self.inherited[instance], self._wanted[instance] = theirs, encoded(ours.inheriting(theirs))
             if theirs is None or ours is None or theirs.epoch <= ours.epoch:
                 self._judge(instance)
                 continue

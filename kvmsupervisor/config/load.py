@@ -240,7 +240,13 @@ def _default_hostname(name: str, sources: _Sources) -> HostName | None:
         return None
 
 
-_PAIRS = (("etcd_cert", "etcd_key"), ("etcd_username", "etcd_password_file"), ("ovmf_code", "ovmf_vars"))
+_PAIRS = (
+    ("etcd_cert", "etcd_key"),
+    ("etcd_username", "etcd_password_file"),
+    ("ovmf_code", "ovmf_vars"),
+    ("web_etcd_cert", "web_etcd_key"),
+    ("web_etcd_username", "web_etcd_password_file"),
+)
 
 
 def _check_pairs(found: Mapping[str, Any], sources: _Sources) -> None:
@@ -266,7 +272,7 @@ def _check_etcd(found: Mapping[str, Any], sources: _Sources) -> None:
     """Check that certificates come with https endpoints."""
     endpoints = found["etcd_endpoints"]
     if endpoints is not None and not any(url.startswith("https:") for url in endpoints):
-        for name in ("etcd_cacert", "etcd_cert", "etcd_key"):
+        for name in ("etcd_cacert", "etcd_cert", "etcd_key", "web_etcd_cert", "web_etcd_key"):
             if found[name] is not None:
                 sources.blame(name, "with http endpoints it would do nothing: see ETCD_ENDPOINTS")
 

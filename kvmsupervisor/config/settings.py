@@ -137,6 +137,80 @@ class Settings:
         unset="no other",
         example="vms.example.org",
     )
+    web_config: Path | None = optional_setting(
+        read.absolute,
+        "Web configuration file of `kvmsupervisor web`, in the format of Prometheus' exporters: TLS, client "
+        "certificates, users and bcrypt hashes. Read again when it changes.",
+        unset="plain HTTP, and nobody is asked who they are",
+        example="/etc/kvmsupervisor/web.yml",
+    )
+    web_people: Path | None = optional_setting(
+        read.absolute,
+        "File that says who may do more than look on that page (roles), and has the tokens of programs. Read again "
+        "when it changes.",
+        unset="everybody may look, and no more",
+        example="/etc/kvmsupervisor/web-people.yml",
+    )
+    web_trusted_proxy: tuple[str, ...] | None = optional_setting(
+        read.networks,
+        "Addresses or networks, separated by commas, of proxies whose X-Remote-User names the person, and whose "
+        "X-Forwarded-For the client. Whoever reaches the page from there can be anybody.",
+        unset="no proxy's word is taken",
+        example="10.0.0.2",
+    )
+    web_etcd_username: str | None = optional_setting(
+        read.line,
+        "User of etcd as whom that page writes wishes, with the role operator, beside ETCD_USERNAME, as whom it "
+        "reads. Needs KVM_WEB_ETCD_PASSWORD_FILE.",
+        unset="as it reads",
+        example="web-operator",
+    )
+    web_etcd_password_file: Path | None = optional_setting(
+        read.absolute,
+        "File that holds the password of KVM_WEB_ETCD_USERNAME.",
+        example="/etc/kvmsupervisor/web-etcd-password",
+    )
+    web_etcd_cert: Path | None = optional_setting(
+        read.absolute,
+        "Certificate (PEM) as whose owner that page writes wishes, beside ETCD_CERT. Needs KVM_WEB_ETCD_KEY.",
+        unset="as it reads",
+        example="/etc/kvmsupervisor/web-operator.pem",
+    )
+    web_etcd_key: Path | None = optional_setting(
+        read.absolute,
+        "The key of KVM_WEB_ETCD_CERT (PEM).",
+        example="/etc/kvmsupervisor/web-operator-key.pem",
+    )
+    web_url: str | None = optional_setting(
+        read.web_url,
+        "Where the page of this host answers the pages of other hosts, for consoles of guests that run here. The "
+        "supervisor publishes it.",
+        unset="only this host's own page has consoles of its guests",
+        example="https://node1.example.org:9747",
+    )
+    web_peer_ca: Path | None = optional_setting(
+        read.absolute,
+        "CA (PEM) of the certificates of other hosts' pages.",
+        example="/etc/kvmsupervisor/web-ca.pem",
+    )
+    web_peer_cert: Path | None = optional_setting(
+        read.absolute,
+        "Certificate (PEM) that this page shows to those of other hosts, which know it as cert:NAME.",
+        example="/etc/kvmsupervisor/web-node1.pem",
+    )
+    web_peer_key: Path | None = optional_setting(
+        read.absolute,
+        "The key of KVM_WEB_PEER_CERT (PEM).",
+        example="/etc/kvmsupervisor/web-node1-key.pem",
+    )
+    console_group: str | None = optional_setting(
+        read.group,
+        "Group whose members may ask the supervisor for consoles of its guests, by name or number: that of the user of "
+        "`kvmsupervisor web`. Empty: nobody but root may.",
+        unset="kvmsupervisor-consoles, where that exists",
+        example="kvmsupervisor-consoles",
+        may_be_empty=True,
+    )
     accel: Accel = setting(
         values.choice(read.Accel, "it"),
         "Accelerator: kvm, tcg (slow, works anywhere) or auto (kvm where /dev/kvm works).",

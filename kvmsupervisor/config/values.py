@@ -252,6 +252,28 @@ def web_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def networks(text: str) -> tuple[str, ...]:
+    """IP addresses and networks, separated by commas."""
+    try:
+        return tuple(str(ipaddress.ip_network(part.strip())) for part in text.split(","))
+    except ValueError:
+        raise Unfit("they are IP addresses or networks, separated by commas, such as 10.0.0.2,fd00::/64") from None
+
+
+def web_url(text: str) -> str:
+    """Where the page of a host answers the pages of others: with TLS, as both show certificates."""
+    wanted = "it is https://NAME or https://NAME:PORT, without a path, such as https://node1.example.org:9747"
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError as error:
+        raise Unfit(wanted) from error
+    fits = url.scheme == "https" and url.hostname and re.fullmatch(r"[!-~]+", text) and "@" not in url.netloc
+    if not fits or url.path not in {"", "/"} or url.query or url.fragment or port == 0:
+        raise Unfit(wanted)
+    return f"https://{url.netloc}"
+
+
 def migration_listen(text: str) -> Listen | None:
     """The address and port for live moves; None for none. Other hosts connect to it, so it is a certain one."""
     found = listen(text)
@@ -295,6 +317,13 @@ def user(text: str) -> str:
     """The name of a user, or empty text."""
     if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31})?", text):
         raise Unfit("it is the name of a user, such as qemu, or empty")
+    return text
+
+
+def group(text: str) -> str:
+    """The name or number of a group, or empty text."""
+    if not re.fullmatch(r"(?:[A-Za-z_][A-Za-z0-9_.-]{0,31}|[0-9]{1,9})?", text):
+        raise Unfit("it is the name of a group, such as kvmsupervisor-consoles, its number, or empty")
     return text
 
 

@@ -70,6 +70,7 @@ class HostSide:
         flags: which options `extra_flags` may hold.
         ovmf: the firmware of `firmware=uefi`, None when the host has none.
         ceph: how QEMU reaches Ceph.
+        memory_mib: of the host, beyond which no guest is made ready to grow; None where that is not known.
     """
 
     qemu: str
@@ -80,6 +81,7 @@ class HostSide:
     flags: AllowedFlags = ANY_FLAGS
     ovmf: Ovmf | None = None
     ceph: Ceph = OWN_DEFAULTS
+    memory_mib: int | None = None
 
 
 @frozen(kw_only=True)
@@ -183,8 +185,7 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
     QEMU starts paused (`-S`): the guest runs when the supervisor says `cont`. Precondition: `host_problems` is empty,
     and everything was made ready, such as one tap for each NIC on a bridge.
     """
-    user = None if host.ceph.user is None else host.ceph.user.replace(LOCK_PLACEHOLDER, identity.instance)
-    ceph = replace(host.ceph, user=user, key=provision.ceph_key)
+    ceph = ceph_of(host, identity.instance, provision.ceph_key)
     return (
         host.qemu,
         *("-nodefaults", "-no-user-config", "-S"),
@@ -195,20 +196,26 @@ def build_argv(spec: Spec, *, identity: Identity, host: HostSide, provision: Pro
         *_machine(spec, host, ceph, provision),
         # Commas separate the features of a CPU, so they are not doubled.
         *("-cpu", spec.cpu or ("host" if host.accel == "kvm" else "max")),
-        *("-m", f"size={spec.ram_mib}M"),
-        *("-smp", f"cpus={spec.cpus}"),
+        *hardware.memory(spec, host.memory_mib, is_emulated=host.accel == "tcg"),
+        *hardware.processors(spec),
         *_monitors(provision),
         *_channels(provision),
         *hardware.common(),
         *hardware.bridge(spec),
         *hardware.nics(spec, provision.taps),
         *hardware.disks(spec, ceph, provision.files),
-        *hardware.media(provision.media),
+        *hardware.media(spec, provision.media),
         *hardware.cdrom(spec, provision.machine or spec.machine, provision.cdrom),
         *_ignition(provision.ignition),
         *hardware.display(spec, host.spice_addr, provision.spice_password),
         *spec.extra_flags,
     )
+
+
+def ceph_of(host: HostSide, instance: InstanceId, key: int | None) -> Ceph:
+    """How the QEMU of an instance reaches Ceph; `key` as in `Provision`."""
+    user = None if host.ceph.user is None else host.ceph.user.replace(LOCK_PLACEHOLDER, instance)
+    return replace(host.ceph, user=user, key=key)
 
 
 def _machine(spec: Spec, host: HostSide, ceph: Ceph, provision: Provision) -> Iterator[str]:

@@ -136,10 +136,11 @@ def parse_info(data: bytes) -> ImageInfo:
 
 @frozen
 class SnapshotInfo:
-    """A snapshot of an image: its bytes, and whether it is kept from being removed."""
+    """A snapshot of an image: its bytes, whether it is kept from being removed, and when it was made, as Ceph says."""
 
     size: int
     is_protected: bool
+    made: str = ""
 
 
 def parse_id(data: bytes) -> str:
@@ -158,7 +159,7 @@ def parse_snapshots(data: bytes) -> dict[str, SnapshotInfo]:
         name, size, protected = one.get("name"), one.get("size"), one.get("protected")
         if not isinstance(name, str) or type(size) is not int or protected not in {"true", "false"}:
             raise Unfit(f"the entry {show(str(entry))} has no name, no size, or does not say whether it is protected")
-        found[name] = SnapshotInfo(size, protected == "true")
+        found[name] = SnapshotInfo(size, protected == "true", str(one.get("timestamp", "")))
     return found
 
 

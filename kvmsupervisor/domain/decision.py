@@ -149,6 +149,8 @@ class Row(Enum):
                              "sent, and called off. No other row lets a guest go on that was sent")
     MOVE_REFUSED     = Cells("ran",        "mine",                     "stop run",      "wait",
                              "to go, and it can only be moved cold, which is not wanted")
+    MOVE_UNSETTLED   = Cells("ran",        "mine",                     "stop run",      "change wait",
+                             "to go, and a change of its machine has begun: both hosts have to know what it is")
     MOVE_LATER       = Cells("ran",        "mine",                     "stop",          "wait",
                              "to go, and the last attempt has failed a moment ago")
     MOVE_ANNOUNCE    = Cells("ran",        "mine",                     "stop run",      "announce wait",
@@ -183,6 +185,10 @@ class Row(Enum):
                              "one of its NICs has lost its bridge")
     RUNS_MEDIUM      = Cells("ran",        "any",                      "run",           "medium",
                              "its CD-ROM drive holds another medium than its key says")
+    RUNS_SNAPSHOT    = Cells("ran",        "mine",                     "run keep",      "snapshot",
+                             "a snapshot is to be taken, or taken away; or one has left its guest standing still")
+    RUNS_CHANGE      = Cells("ran",        "mine",                     "run",           "change",
+                             "its machine differs from its keys in what QEMU can change; session held")
     RUNS_GROW        = Cells("ran",        "any",                      "run keep",      "grow",
                              "its images were not looked at for a while")
     RUNS_ROOM        = Cells("ran",        "any",                      "run keep",      "room",
@@ -195,6 +201,14 @@ class Row(Enum):
                              "its keys have not been read yet")
     REST_UNKNOWN     = Cells("none",       "unknown",                  "keep stop rest", "wait",
                              "nothing is forgotten before the lock was read")
+    ERRAND_LATER     = Cells("none",       "any",                      "run",           "wait",
+                             "a rollback was begun, and has just failed")
+    ERRAND_FENCE     = Cells("none",       "mine",                     "stop rest run", "fence wait",
+                             "a snapshot is to be taken, or a rollback done, and earlier incarnations are not fenced")
+    ERRAND           = Cells("none",       "mine",                     "stop rest run", "snapshot wait",
+                             "the same; a rollback under a lock that nobody takes over")
+    ERRAND_TAKE      = Cells("none",       "absent ours",              "stop rest run", "take wait",
+                             "the same, and it has no lock that suffices. Run: a rollback was begun")
     REST_FENCE       = Cells("none",       "ours broken",              "keep stop rest", "fence wait",
                              "held by this host, with addresses that may not be fenced yet (law 4)")
     REST_RELEASE     = Cells("none",       "ours broken",              "keep stop rest", "release wait",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 from kvmsupervisor.domain import values
-from kvmsupervisor.domain.images import origin, snapshot_of
+from kvmsupervisor.domain.images import is_of_library, local_file_of, origin, snapshot_of
 from kvmsupervisor.domain.local_disk import SCHEME, FileDisk, disk_size, file_name
 from kvmsupervisor.domain.spec import FIRST_DISK, RbdDisk
 from kvmsupervisor.domain.values import Unfit, show
@@ -29,9 +29,12 @@ def rbd_disk(text: str) -> RbdDisk:
     if match is None or not name.isprintable():
         raise Unfit(
             "it is POOL/IMAGE or POOL/NAMESPACE/IMAGE, a slash before it or none, without a snapshot (@), no name "
-            "beginning with '-'; options follow after white space: size=, from=, ro, discard, iops=N"
+            "beginning with '-'; options follow after white space: size=, from=, copy, ro, discard, iops=N"
         )
-    return RbdDisk(match[1], match[3], namespace=match[2] or "", **_disk_options(options))
+    given, copy = _disk_options(options)
+    if given["origin"] is not None and local_file_of(given["origin"]) is not None:
+        raise Unfit("a disk in Ceph begins with an image of the library, from=NAME, or a snapshot, POOL/IMAGE@SNAP")
+    return RbdDisk(match[1], match[3], namespace=match[2] or "", copy=copy, **given)
 
 
 def any_disk(text: str) -> RbdDisk | FileDisk:
@@ -39,9 +42,16 @@ def any_disk(text: str) -> RbdDisk | FileDisk:
     name, *options = text.split()
     if not name.startswith(SCHEME):
         return rbd_disk(text)
-    file, given = file_name(name.removeprefix(SCHEME)), _disk_options(options)
+    file, (given, copy) = file_name(name.removeprefix(SCHEME)), _disk_options(options)
     if given["origin"] is not None and snapshot_of(given["origin"]) is not None:
-        raise Unfit("a file begins with an image of the library, from=NAME; a snapshot is for disks in Ceph")
+        raise Unfit(
+            "a file begins with an image of the library, from=NAME, or with another file of its host, from=file:NAME; "
+            "a snapshot is for disks in Ceph"
+        )
+    if given["origin"] is not None and local_file_of(given["origin"]) == file:
+        raise Unfit("a disk does not begin with itself: from= names another file")
+    if copy:
+        raise Unfit("a file is always a whole copy of what it begins with: leave copy out")
     return FileDisk(file, **given)
 
 
@@ -53,8 +63,9 @@ class _Options(TypedDict):
     iops: int | None
 
 
-def _disk_options(options: Iterable[str]) -> _Options:
-    """What stands behind a disk's name: the same words for every kind of disk."""
+def _disk_options(options: Iterable[str]) -> tuple[_Options, bool]:
+    """What stands behind a disk's name: the same words for every kind of disk; and whether `copy` does."""
+    copy = False
     found = _Options(size=None, origin=None, ro=False, discard=False, iops=None)
     seen: set[str] = set()
     for option in options:
@@ -67,6 +78,8 @@ def _disk_options(options: Iterable[str]) -> _Options:
                 found["ro"] = True
             case "discard", "":
                 found["discard"] = True
+            case "copy", "":
+                copy = True
             case "iops", "=":
                 found["iops"] = _iops(value)
             case "size", "=":
@@ -75,9 +88,11 @@ def _disk_options(options: Iterable[str]) -> _Options:
                 found["origin"] = origin(value)
             case _:
                 raise Unfit(
-                    "behind the disk stand the options size=20G, from=IMAGE, ro, discard and iops=N, separated by "
-                    f"white space; {show(word)} is none of them"
+                    "behind the disk stand the options size=20G, from=IMAGE, copy, ro, discard and iops=N, separated "
+                    f"by white space; {show(word)} is none of them"
                 )
     if found["ro"] and not (found["size"] is None and found["origin"] is None):
         raise Unfit("a disk that is only read (ro) is neither made nor grown: leave size= and from= out, or ro")
-    return found
+    if copy and (found["origin"] is None or is_of_library(found["origin"])):
+        raise Unfit("copy is for a disk in Ceph that begins with a snapshot, from=POOL/IMAGE@SNAP: it is no clone then")
+    return found, copy

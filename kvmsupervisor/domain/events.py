@@ -66,7 +66,15 @@ TOLD: Mapping[str, str] = {
     "move.called_off": "",
     "move.went_back": "the guest goes on here after all",
     "disk.grown": "a disk was grown",
+    "snapshot.taken": "",
+    "snapshot.failed": "",
+    "snapshot.deleted": "",
+    "snapshot.rolled_back": "",
+    "snapshot.released": "",
     "instance.medium_changed": "another medium is in its CD-ROM drive",
+    "instance.plugged": "its guest was given a device",
+    "instance.unplugged": "its guest has let go of a device",
+    "instance.changed": "its machine was changed while it runs",
 }
 """Lines of the log that are events, by their names there; and what they say where a line has no reason of its own."""
 
@@ -212,7 +220,15 @@ def said(event: str, details: Mapping[str, Any]) -> str | None:
     return f"{reason} ({', '.join(others)})" if others else reason
 
 
-_DETAILS = {"to": "to", "of": "from", "holder": "held by", "taken_from": "taken from", "medium": "now"}
+_DETAILS = {
+    "to": "to",
+    "of": "from",
+    "holder": "held by",
+    "taken_from": "taken from",
+    "medium": "now",
+    "device": "in QEMU",
+    "key": "by the key",
+}
 """What else of a line is told, and how."""
 
 
@@ -227,6 +243,11 @@ def why_taken(previous: Lock | None, *, me: str, boot_id: str) -> str | None:
     return f"the lock of {previous.host}, which has no session, is taken over"
 
 
+def _for_the_next_start(status: Status) -> list[str]:
+    """The keys that are pending, and of which nothing is being done while it runs."""
+    return [key for key in status.pending if key not in status.changing]
+
+
 def changes(before: Status, now: Status) -> Iterable[tuple[str, str]]:
     """The events between two statuses of a host: names, and reasons. Progress within a phase is none."""
     if now.phase is not before.phase or (now.phase is Phase.WAITING and _kind(now.reason) != _kind(before.reason)):
@@ -235,8 +256,9 @@ def changes(before: Status, now: Status) -> Iterable[tuple[str, str]]:
         yield (HELD, now.reason) if now.held else (UNHELD, "the order that was held waits no more")
     if now.halted != before.halted and now.phase is before.phase:
         yield (GOES_ON, TOLD[GOES_ON]) if now.halted is None else (HALTED, now.reason)
-    if now.pending != before.pending and now.pending:
-        yield PENDING, f"these keys take effect at the next start: {', '.join(now.pending)}"
+    waits = _for_the_next_start(now)
+    if waits and waits != _for_the_next_start(before):
+        yield PENDING, f"these keys take effect at the next start: {', '.join(waits)}"
     if now.problems != before.problems and now.problems and now.phase is before.phase:
         yield PROBLEMS, "; ".join(now.problems)
 

@@ -162,15 +162,23 @@ class Groups:
 
     Args:
         layout: of the keys.
+        kept: beginnings of keys that belong to no instance, and whose values are kept all the same, see `apart`.
+        on_apart: called when a key that belongs to no instance has changed: no label tells of it.
 
     Attributes:
         lock_before: the beginning of every lock's key.
         lock_after: its end.
+        kept: see above.
+        on_apart: see above.
         names: the names of keys that are stored once for all instances.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        # Under None: the foreign keys, whole, without values.
+    def __init__(
+        self, layout: Layout, kept: tuple[bytes, ...] = (), on_apart: Callable[[], None] = lambda: None
+    ) -> None:
+        self.kept = kept
+        self.on_apart = on_apart
+        # Under None: the foreign keys, whole, without values but for those that are kept.
         self._groups: dict[InstanceId | None, _Group] = {}
         self._layout = layout
         self._prefix = layout.wishes_prefix.encode()
@@ -213,6 +221,11 @@ class Groups:
     def having(self, key: bytes) -> Set[InstanceId]:
         """The instances that have a wish key of that name. One walk, without a call for each."""
         return {instance for instance, group in self._groups.items() if instance is not None and key in group.keys}
+
+    def apart(self, prefix: bytes) -> Mapping[bytes, RawValue]:
+        """The keys that belong to no instance and begin so, whole, in no order; their values only if they are kept."""
+        group = self._groups.get(None)
+        return {} if group is None else {key: raw for key, raw in group.keys.items() if key.startswith(prefix)}
 
     def foreign(self) -> Mapping[bytes, str]:
         """Keys below the prefix that belong to no instance, no host and not the image library, with the reason."""
@@ -286,7 +299,8 @@ class _GroupStage:
         if (place := self._place(key)) is None:
             return
         instance, name = place
-        value = b"" if instance is None else value[: VALUE_LIMIT + 1]
+        kept = instance is not None or key.startswith(self._table.kept)
+        value = value[: VALUE_LIMIT + 1] if kept else b""
         group = self._staged(instance)
         before = self._old.get(instance)
         if name is None:
@@ -346,6 +360,8 @@ class _GroupStage:
                     self._old[instance] = group
                 else:
                     self._old.pop(instance, None)
+        if None in self._changed:
+            self._table.on_apart()
         return {instance for instance in self._changed if instance is not None}
 
     def _staged(self, instance: InstanceId | None) -> _Group:

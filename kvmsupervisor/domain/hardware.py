@@ -9,13 +9,14 @@ QEMU's QMP reference (https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from kvmsupervisor.domain import cdrom as medium
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
-from kvmsupervisor.domain.spec import Nic, RbdDisk, Spec
+from kvmsupervisor.domain.spec import Disk, Display, Nic, RbdDisk, Spec
 from kvmsupervisor.domain.storage import node_of
 from kvmsupervisor.domain.user_network import Forward
 from kvmsupervisor.domain.words import escaped, json_option
@@ -30,6 +31,7 @@ _BALLOON_SLOT = 0x14
 _USB_SLOT = 0x15
 _BRIDGE_SLOT = 0x16
 _MEDIA_SLOTS = (0x17, 0x18)
+_MEMORY_SLOT = 0x19
 
 _FIRST_DISK_BOOTS = 10
 _CDROM_BOOTS_FIRST, _CDROM_BOOTS = 9, 11
@@ -38,8 +40,8 @@ _CDROM_BOOTS_FIRST, _CDROM_BOOTS = 9, 11
 _BALLOON_STATISTICS = "guest-stats-polling-interval=60"
 """Seconds between two questions to the guest's driver about its memory: as often as QEMU itself is asked."""
 
-# Behind the PCI bridge, which exists only for them: NIC n in slot n, disk n in slot 8 + n.
-_MORE = "more0"
+# Behind the PCI bridge, where ACPI lets devices come and go: NIC n in slot n, disk n in slot 8 + n.
+MORE = "more0"
 _MORE_DISKS = 8
 
 
@@ -106,7 +108,7 @@ _PORTS = 4
 agent. QEMU's default is 31. Each has two queues, for which QEMU's main loop asks the kernel at every turn: with 31 a
 guest's write of 4 KiB to a disk takes half as long again (`python -m bench --only disk`)."""
 
-_CEPH_KEY = "ceph0"
+CEPH_KEY = "ceph0"
 """Name of QEMU's object that holds the key."""
 
 
@@ -126,9 +128,9 @@ def common() -> Iterator[str]:
 
 
 def bridge(spec: Spec) -> Iterator[str]:
-    """Slots for more NICs and disks than the machine's own bus has."""
-    if spec.nics or spec.disks:
-        yield from ("-device", f"pci-bridge,id={_MORE},chassis_nr=1,addr={_BRIDGE_SLOT:#x}")
+    """Slots for more NICs and disks than the machine's own bus has, for those that come while it runs, too."""
+    if spec.has_bus:
+        yield from ("-device", f"pci-bridge,id={MORE},chassis_nr=1,addr={_BRIDGE_SLOT:#x}")
 
 
 def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
@@ -140,9 +142,30 @@ def nics(spec: Spec, taps: Sequence[TapFds]) -> Iterator[str]:
         else:
             vhost = "" if tap.vhost_fd is None else f",vhost=on,vhostfd={tap.vhost_fd}"
             yield from ("-netdev", f"tap,id=net{nic.number},fd={tap.fd}{vhost}")
-        place = f"bus={_MORE},addr={nic.number:#x}" if nic.number else f"addr={_NIC_SLOT:#x}"
-        device = f"virtio-net-pci,id=nic{nic.number},netdev=net{nic.number},mac={nic.mac}"
-        yield from ("-device", f"{device},{place}")
+        yield from ("-device", words(nic_device(nic)))
+
+
+def nic_device(nic: Nic) -> dict[str, str]:
+    """A NIC as the guest sees it."""
+    place = {"bus": MORE, "addr": f"{nic.number:#x}"} if nic.number else {"addr": f"{_NIC_SLOT:#x}"}
+    name = nic_name(nic)
+    return {"driver": "virtio-net-pci", "id": name, "netdev": netdev_name(nic), "mac": nic.mac, **place}
+
+
+def nic_name(nic: Nic) -> str:
+    """The name of a NIC in QEMU."""
+    return f"nic{nic.number}"
+
+
+def netdev_name(nic: Nic) -> str:
+    """The name of the host's end of a NIC in QEMU."""
+    return f"net{nic.number}"
+
+
+def words(device: Mapping[str, str]) -> str:
+    """A device as the argument of `-device`."""
+    driver, *properties = device.items()
+    return ",".join([driver[1], *(f"{name}={value}" for name, value in properties)])
 
 
 def _with_taps(spec: Spec, taps: Sequence[TapFds]) -> Iterator[tuple[Nic, TapFds | None]]:
@@ -157,7 +180,7 @@ def _forwarded(one: Forward) -> str:
 def ceph_key(ceph: Ceph) -> Iterator[str]:
     """The object that reads the key from its file, once, before any disk; the key is not on the command line."""
     if ceph.key is not None:
-        secret = {"qom-type": "secret", "id": _CEPH_KEY, "file": inherited(ceph.key), "format": "base64"}
+        secret = {"qom-type": "secret", "id": CEPH_KEY, "file": inherited(ceph.key), "format": "base64"}
         yield from ("-object", json_option(secret))
 
 
@@ -176,35 +199,83 @@ def disks(spec: Spec, ceph: Ceph, files: Sequence[int]) -> Iterator[str]:
     """
     descriptors = iter(files)
     for disk in spec.all_disks:
-        name, source = node_of(disk), disk.source
-        if isinstance(source, FileDisk):
-            number = DISK_SETS + disk.number
-            yield from _file_set(next(descriptors), number, disk.key)
-            node = _local_node(source, number)
-        else:
-            node = _rbd_node(source, ceph)
-        if source.iops is not None:
-            limits = {"qom-type": "throttle-group", "id": f"{name}-limit", "limits": {"iops-total": source.iops}}
-            yield from ("-object", json_option(limits))
-            node = {"driver": "throttle", "throttle-group": f"{name}-limit", "read-only": source.ro, "file": node}
-            if source.discard:
-                node["discard"] = "unmap"
-        yield from ("-blockdev", json_option({"node-name": name, **node}))
-        place = f"bus={_MORE},addr={_MORE_DISKS + disk.number:#x}" if disk.number else f"addr={_DISK_SLOT:#x}"
-        boot = "" if disk.number else f",bootindex={_FIRST_DISK_BOOTS}"
-        yield from (
-            "-device",
-            f"virtio-blk-pci,id={name}-dev,drive={name},write-cache=on,werror=stop,rerror=stop{boot},{place}",
-        )
+        if isinstance(disk.source, FileDisk):
+            yield from _file_set(next(descriptors), disk_set(disk), disk.key)
+        if (limit := disk_limit(disk)) is not None:
+            yield from ("-object", json_option(limit))
+        yield from ("-blockdev", json_option(disk_node(disk, ceph)))
+        yield from ("-device", words(disk_device(disk, spec)))
 
 
-def media(files: Sequence[Handed]) -> Iterator[str]:
+def disk_set(disk: Disk) -> int:
+    """The number of the set of open files that holds a disk that is a file."""
+    return DISK_SETS + disk.number
+
+
+def limit_name(disk: Disk) -> str:
+    """The name of QEMU's object that limits a disk's requests, where it was there from the disk's start on."""
+    return f"{node_of(disk)}-limit"
+
+
+def limits(iops: int | None) -> dict[str, int]:
+    """What such an object says; without a limit it lets everything pass."""
+    return {"iops-total": iops or 0}
+
+
+def disk_limit(disk: Disk) -> dict[str, Any] | None:
+    """That object; None for a disk without limit."""
+    iops = disk.source.iops
+    return None if iops is None else {"qom-type": "throttle-group", "id": limit_name(disk), "limits": limits(iops)}
+
+
+def disk_node(disk: Disk, ceph: Ceph) -> dict[str, Any]:
+    """The block node of a disk."""
+    source = disk.source
+    node = _local_node(source, disk_set(disk)) if isinstance(source, FileDisk) else _rbd_node(source, ceph)
+    if source.iops is not None:
+        node = {"driver": "throttle", "throttle-group": limit_name(disk), "read-only": source.ro, "file": node}
+        if source.discard:
+            node["discard"] = "unmap"
+    return {"node-name": node_of(disk), **node}
+
+
+def disk_name(disk: Disk) -> str:
+    """The name of a disk's device in QEMU."""
+    return f"{node_of(disk)}-dev"
+
+
+def disk_device(disk: Disk, spec: Spec) -> dict[str, str]:
+    """A disk of a machine as the guest sees it."""
+    place = {"bus": MORE, "addr": f"{_MORE_DISKS + disk.number:#x}"} if disk.number else {"addr": f"{_DISK_SLOT:#x}"}
+    return {
+        "driver": "virtio-blk-pci",
+        "id": disk_name(disk),
+        "drive": node_of(disk),
+        "write-cache": "on",
+        "werror": "stop",
+        "rerror": "stop",
+        **({} if disk.number else {"bootindex": str(_FIRST_DISK_BOOTS)}),
+        **place,
+        **_queues(spec),
+    }
+
+
+def _queues(spec: Spec) -> dict[str, str]:
+    """QEMU gives a disk a queue for each processor. Where these may become more, the number is that of the start.
+
+    Otherwise a disk that is older than a processor would have another number at the target of a live move.
+    """
+    return {} if spec.cpus_max is None else {"num-queues": str(spec.cpus - spec.plugged_cpus)}
+
+
+def media(spec: Spec, files: Sequence[Handed]) -> Iterator[str]:
     """Read-only media, as virtio disks: a guest with a driver for its own disk has one for these."""
     for number, (file, slot) in enumerate(zip(files, _MEDIA_SLOTS, strict=False)):
         yield from _file_set(file.fd, MEDIA_SETS + number, file.path)
         node = _file_node(f"/dev/fdset/{MEDIA_SETS + number}", read_only=True)
         yield from ("-blockdev", json_option({"node-name": f"medium{number}", **node}))
-        yield from ("-device", f"virtio-blk-pci,id=medium{number}-dev,drive=medium{number},addr={slot:#x}")
+        device = {"driver": "virtio-blk-pci", "id": f"medium{number}-dev", "drive": f"medium{number}"}
+        yield from ("-device", words({**device, "addr": f"{slot:#x}", **_queues(spec)}))
 
 
 def cdrom_node(turn: int) -> dict[str, Any]:
@@ -251,12 +322,79 @@ def flash(ovmf: Ovmf, nvram: Nvram, ceph: Ceph) -> Iterator[str]:
     yield from ("-blockdev", json_option({"node-name": "nvram", **node}))
 
 
+MEMORY_DEVICE = "memory0"
+"""The name of the device by which a guest gets more memory, or less, while it runs."""
+
+
+def memory_block(spec: Spec) -> int:
+    """Bytes by which that device's memory grows. Said, so that it is the same on every host of a live move."""
+    return (1 << 30) if spec.hugepages == "1G" else (2 << 20)
+
+
+def plugged(spec: Spec) -> int:
+    """Bytes that the guest is asked to have beside those that it started with: whole blocks."""
+    return -(-(spec.plugged_mib << 20) // memory_block(spec)) * memory_block(spec)
+
+
+ODD_KIB = 128
+"""What an emulated guest has above whole MiB: half of 64 pages. See `_first_kib`."""
+
+
+def _first_kib(spec: Spec, *, is_emulated: bool) -> int:
+    """What the guest starts with; an emulated guest has a little more, so that no live move loses a write.
+
+    Before QEMU 9.0 a source that emulates its guest (TCG) takes the marks of written pages away word by word, 64 pages
+    at a time, and forgets to tell the emulated processor, whose further writes to these pages are marked no more: they
+    do not come to the target. It does that only where the size is a multiple of 64 pages; otherwise it goes page by
+    page, and tells it (QEMU's include/exec/ram_addr.h, cpu_physical_memory_sync_dirty_bitmap; mended by "physmem: Fix
+    migration dirty bitmap coherency with TCG memory access", 2024). With QEMU 7.2 and a whole MiB each of some moves
+    lost writes, with the odd size none.
+    """
+    odd = ODD_KIB if is_emulated and spec.hugepages is None else 0
+    return (spec.ram_mib - spec.plugged_mib << 10) + odd
+
+
+def _size(kib: int) -> str:
+    return f"{kib}K" if kib % 1024 else f"{kib >> 10}M"
+
+
+def memory(spec: Spec, host_mib: int | None, *, is_emulated: bool) -> Iterator[str]:
+    """The guest's memory, and the device by which it changes, as far as it may (`ram_max`) and the host has it.
+
+    QEMU does not start with a device that is larger than the host's memory, however little of it the guest is to have.
+    """
+    first_kib = _first_kib(spec, is_emulated=is_emulated)
+    most = spec.ram_max_mib or 0
+    if (more := min(most, host_mib or most) - (first_kib >> 10)) <= 0:
+        yield from ("-m", f"size={_size(first_kib)}")
+        return
+    block = memory_block(spec)
+    size = -(-(more << 20) // block) * block
+    yield from ("-m", f"size={_size(first_kib)},maxmem={_size(first_kib + (size >> 10))}")
+    kind: dict[str, Any] = {"qom-type": "memory-backend-ram"}
+    if spec.hugepages is not None:
+        # Without `reserve` no page is set aside for what the guest does not have yet. Of ordinary memory none is, and
+        # QEMU would look for /proc/sys, which it does not see.
+        kind = {"qom-type": "memory-backend-memfd", "hugetlb": True, "hugetlbsize": block, "reserve": False}
+    yield from ("-object", json_option({**kind, "id": "ram1", "size": size}))
+    device = {"driver": "virtio-mem-pci", "id": MEMORY_DEVICE, "memdev": "ram1", "block-size": str(block)}
+    if spec.hugepages is not None:
+        device["prealloc"] = "on"
+    yield from ("-device", words({**device, "requested-size": str(plugged(spec)), "addr": f"{_MEMORY_SLOT:#x}"}))
+
+
+def processors(spec: Spec) -> tuple[str, str]:
+    """The guest's vCPUs, and how many there may be (`cpus_max`)."""
+    most = "" if spec.cpus_max is None else f",maxcpus={max(spec.cpus_max, spec.cpus)}"
+    return "-smp", f"cpus={spec.cpus}{most}"
+
+
 def huge_memory(spec: Spec) -> dict[str, Any]:
     """The memory backend of a guest on huge pages: the start takes all of it, or fails."""
     return {
         "qom-type": "memory-backend-memfd",
         "id": "ram0",
-        "size": spec.ram_mib << 20,
+        "size": (spec.ram_mib - spec.plugged_mib) << 20,
         "hugetlb": True,
         "hugetlbsize": (1 << 30) if spec.hugepages == "1G" else (2 << 20),
         "prealloc": True,
@@ -264,19 +402,37 @@ def huge_memory(spec: Spec) -> dict[str, Any]:
 
 
 def display(spec: Spec, default_addr: str, password: int | None) -> Iterator[str]:
-    """A SPICE server with a pointer that follows the viewer's, or no display at all."""
-    if spec.spice_port is None:
+    """A display with a pointer that follows the viewer's, and its servers; or none at all.
+
+    The VNC server listens nowhere. Its viewers come as connections that the supervisor hands to QEMU (`add_client`).
+
+    With `-k` QEMU takes the characters that a VNC viewer types for keys of a US keyboard, and leaves out those that it
+    lacks. Without, it takes the keys themselves, and the guest's own layout makes characters of them. SPICE viewers
+    send keys in any case. So `-k`, which machines without the key `display` always had, is not there with it.
+    """
+    screen = spec.screen
+    if screen is Display.NONE:
         yield from ("-vga", "none", "-display", "none")
         return
     ticket = "disable-ticketing=on"
     if password is not None:
         yield from ("-object", json_option({"qom-type": "secret", "id": "spice0", "file": inherited(password)}))
         ticket = "password-secret=spice0"
-    yield from ("-vga", "qxl")
-    addr = escaped(spec.spice_addr or default_addr)
-    yield from ("-spice", f"port={spec.spice_port},addr={addr},{ticket}")
-    yield from ("-k", "en-us")
+    yield from ("-vga", screen)
+    if spec.spice_port is not None:
+        addr = escaped(spec.spice_addr or default_addr)
+        yield from ("-spice", f"port={spec.spice_port},addr={addr},{ticket}")
+    if not takes_viewers(spec.extra_flags):
+        # QEMU takes viewers for its first VNC server only, and a person's own one is to be that.
+        yield from ("-vnc", "none")
+    if spec.display is None:
+        yield from ("-k", "en-us")
     yield from ("-device", f"qemu-xhci,id=usb0,addr={_USB_SLOT:#x}", "-device", "usb-tablet,bus=usb0.0")
+
+
+def takes_viewers(argv: Sequence[str]) -> bool:
+    """Whether a QEMU with these options has a VNC server: one without answers `add_client` as if it had."""
+    return any(option in {"-vnc", "--vnc"} for option, _ in pairwise(argv))
 
 
 def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:
@@ -296,7 +452,7 @@ def _rbd_node(rbd: RbdDisk, ceph: Ceph) -> dict[str, Any]:
     if ceph.user is not None:
         node["user"] = ceph.user
     if ceph.key is not None:
-        node |= {"key-secret": _CEPH_KEY, "auth-client-required": ["cephx"]}
+        node |= {"key-secret": CEPH_KEY, "auth-client-required": ["cephx"]}
     return node
 
 

@@ -38,6 +38,7 @@ class HostSession:
         lock: where it looks for locks (`LOCK`); empty in single mode, and where an earlier release does not say.
         gaps: the walls between guests that cannot be had on it, each with the reason.
         drain_any: whether any host may run its machines without the key `hosts` when it drains (`KVM_DRAIN_ANY`).
+        web: where the page of this host answers other hosts' pages (`KVM_WEB_URL`); empty where it does not.
         moves: what live moves to it need; None where it takes part in none.
     """
 
@@ -56,6 +57,7 @@ class HostSession:
     lock: str = ""
     gaps: tuple[str, ...] = ()
     drain_any: bool = False
+    web: str = ""
     moves: MoveFacts | None = None
 
     def to_object(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import ID_PATTERN, ID_RULE, InstanceId
-from kvmsupervisor.domain.local_disk import DiskFormat
+from kvmsupervisor.domain.local_disk import SCHEME, DiskFormat, file_name
 from kvmsupervisor.domain.media import media_url
 from kvmsupervisor.domain.values import Unfit, show
 
@@ -139,21 +139,42 @@ def _format(ending: str, said: str | None) -> DiskFormat:
 
 
 def origin(text: str) -> str:
-    """What stands behind `from=`, checked: an image of the library, or a snapshot in Ceph."""
+    """What stands behind `from=`, checked: an image of the library, a snapshot in Ceph, or a file of the host."""
+    if (file := local_file_of(text)) is not None:
+        return f"{SCHEME}{file_name(file)}"
     if "/" not in text and "@" not in text:
         return image_name(text)
     if _SNAPSHOT.fullmatch(text) is None or not text.isprintable():
         raise Unfit(
-            "from= is the name of an image of the library, or a snapshot in Ceph, POOL/IMAGE@SNAP or "
-            "POOL/NAMESPACE/IMAGE@SNAP, no name beginning with '-'"
+            "from= is the name of an image of the library, a snapshot in Ceph, POOL/IMAGE@SNAP or "
+            "POOL/NAMESPACE/IMAGE@SNAP, no name beginning with '-', or another disk of the host, file:NAME"
         )
     return text
+
+
+def local_file_of(text: str) -> str | None:
+    """The name of the disk's file that `from=` names; None for an image of the library, or a snapshot."""
+    return text.removeprefix(SCHEME) if text.startswith(SCHEME) else None
+
+
+def is_of_library(text: str) -> bool:
+    """Whether a checked `from=` names an image of the library."""
+    return local_file_of(text) is None and snapshot_of(text) is None
 
 
 def snapshot_of(text: str) -> Snapshot | None:
     """The snapshot that a checked `from=` names; None for an image of the library."""
     found = _SNAPSHOT.fullmatch(text)
     return None if found is None else Snapshot(found[1], found[3], found[4], namespace=found[2] or "")
+
+
+def missing(snapshot: Snapshot) -> str:
+    """What to say of a snapshot that is not there; one of a machine may be on its way."""
+    name = snapshot.snap.removeprefix("kvm-")
+    made = f"`rbd snap create {snapshot}` makes one"
+    if name != snapshot.snap:
+        made = f"`kvmsupervisor snapshot create ID {name}` has one taken of the machine that has the image"
+    return f"there is no such snapshot, or not yet: {made}"
 
 
 def note_of(instance: InstanceId, text: str, *, mark: str = "") -> str:

@@ -35,8 +35,8 @@ class Incarnation:
         incarnation: its name, also in the lock and in the process's environment.
         epoch: of the lock that it runs under.
         boot_id: of the kernel that runs it.
-        argv: its command line.
-        spec: the machine (`domain.spec.spec_to_object`), to tell what is pending.
+        argv: its command line, which says what it was started with.
+        spec: the machine as it is now (`domain.spec.spec_to_object`), to tell what is pending.
         storage: what it may write to.
         accelerator: `kvm` or `tcg`.
         machine: the versioned machine type, None when it was not known.
@@ -51,7 +51,10 @@ class Incarnation:
         starttime: of the process, clock ticks since boot.
         clients: its Ceph client addresses, as written into the lock.
         medium: what is in its CD-ROM drive, as the key `cdrom` names it; None for nothing.
+        coming: disks and NICs that it is being given, by name: `spec` has them, QEMU maybe not yet.
+        going: those of `spec` that its guest was asked to let go of: QEMU may not have them any more.
         paused: whether its guest was paused when it was last asked for its run state.
+        standing: whether its guest stands still for a snapshot, and its supervisor lets it go on.
         uid: the user that it runs as; None for its supervisor's own, and in a record of an older release.
         incoming: whether it waits for the guest of another host (`-incoming`), which is not its own yet. Its epoch is 0
             until then, so that no release takes the lock of that host for an older one.
@@ -83,7 +86,10 @@ class Incarnation:
     starttime: int | None = None
     clients: tuple[str, ...] = ()
     medium: str | None = None
+    coming: tuple[str, ...] = ()
+    going: tuple[str, ...] = ()
     paused: bool = False
+    standing: bool = False
     uid: int | None = None
     incoming: bool = False
     under: HostIdentity | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from kvmsupervisor.domain import move
+from kvmsupervisor.domain import changes, errands, move
 from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.doubt import asked_just_now, is_in_doubt, unless_it_runs
 from kvmsupervisor.domain.goal import Goal, goal, order
@@ -23,17 +23,12 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S, by_its_lock, for_other_h
 from kvmsupervisor.domain.reasons import told, while_it_runs
 from kvmsupervisor.domain.restart import pauses
 from kvmsupervisor.domain.run_state import POWERED_OFF
-from kvmsupervisor.domain.spec import Power, Request, Wish
+from kvmsupervisor.domain.spec import Request, Wish
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.stopping import power_off, stop
 from kvmsupervisor.domain.storage import images_of
-from kvmsupervisor.domain.view import Action, Haste, Process, Stopping, View
+from kvmsupervisor.domain.view import Action, Process, View
 from kvmsupervisor.domain.waiting import etcd_trouble, when, with_etcd
-
-POWERDOWN_EVERY_S = 5.0
-"""A guest without a loaded driver for its power button loses the press in silence, so the press is repeated."""
-
-QUIT_WAIT_S = 10.0
-"""How long QEMU gets for its own `quit` (flushing disks) before SIGKILL. Arbitrary; ten times what was seen."""
 
 PROBE_EVERY_S = 60.0
 """How often to ask a running QEMU whether it still answers. A frozen one is reported, never killed for it. Each
@@ -158,23 +153,18 @@ def _under_guard(view: View, decision: Decision) -> Decision:
 
 def _while_it_runs(view: View, process: Process) -> Decision:
     """The guest runs, or may have run."""
-    if process.run_state == POWERED_OFF and (over := _power_off(view, process)) is not None:
+    if process.run_state == POWERED_OFF and (over := power_off(view, process)) is not None:
         return over
     aim, why = goal(view)
     wish = view.wish
-    restart = (
-        aim is Goal.RUN
-        and wish is not None
-        and wish.restart_request is not None
-        and wish.restart_request not in {process.incarnation.restart_request, view.saved.restart_seen}
-    )
+    restart = _asks_for_restart(view, process, aim)
     if restart and wish is not None and wish.request is Request.RESET:
         restart = False
         if process.connected:
             reason = "a reset was asked for"
             return Decision(row=Row.RESET, phase=Phase.RUNNING, reason=reason, action=Action.RESET)
     if aim is Goal.STOP or restart:
-        return _stop(view, process, "a restart was asked for" if restart else move.and_why_cold(view, why))
+        return stop(view, process, "a restart was asked for" if restart else move.and_why_cold(view, why))
     if not process.connected:
         reason = "runs, but QEMU does not answer on QMP" if process.silent_since else "runs; QMP is being connected"
         return when(view, Row.RUNS_CONNECT, Action.CONNECT, Phase.RUNNING, reason, at=process.connect_at)
@@ -184,19 +174,28 @@ def _while_it_runs(view: View, process: Process) -> Decision:
         return Decision(row=Row.RUNS_PROBE, phase=Phase.RUNNING, reason=reason, action=Action.PROBE)
     if tidy and view.session_held and view.now >= view.etcd_at:
         return Decision(row=Row.RUNS_TIDY, phase=Phase.RUNNING, reason=reason, action=Action.TIDY)
-    if view.now >= process.plug_at:
-        return Decision(row=Row.RUNS_PLUG, phase=Phase.RUNNING, reason=reason, action=Action.PLUG)
-    medium_at = process.medium_due(wish if aim is Goal.RUN else None)
-    if view.now >= medium_at:
-        return Decision(row=Row.RUNS_MEDIUM, phase=Phase.RUNNING, reason=reason, action=Action.MEDIUM)
-    if view.now >= process.grow_at:
-        return Decision(row=Row.RUNS_GROW, phase=Phase.RUNNING, reason=reason, action=Action.GROW)
-    if view.now >= process.room_at:
-        return Decision(row=Row.RUNS_ROOM, phase=Phase.RUNNING, reason=reason, action=Action.ROOM)
-    next_at = min(process.probe_at, process.grow_at, process.plug_at, process.room_at, medium_at)
+    chores = (
+        (Row.RUNS_PLUG, Action.PLUG, process.plug_at),
+        (Row.RUNS_MEDIUM, Action.MEDIUM, process.medium_due(wish if aim is Goal.RUN else None)),
+        (Row.RUNS_CHANGE, Action.CHANGE, changes.due(view, process, aim)),
+        (Row.RUNS_SNAPSHOT, Action.SNAPSHOT, errands.due_at(view, process, aim)),
+        (Row.RUNS_GROW, Action.GROW, process.grow_at),
+        (Row.RUNS_ROOM, Action.ROOM, process.room_at),
+    )
+    for row, action, at in chores:
+        if view.now >= at:
+            return Decision(row=row, phase=Phase.RUNNING, reason=reason, action=action)
+    next_at = min(process.probe_at, *(at for *_, at in chores))
     again_at = min(next_at, view.etcd_at) if tidy or view.claim is Claim.ABSENT or view.is_outdated else next_at
     wake_at = again_at if again_at > view.now else next_at
     return Decision(row=Row.RUNS, phase=Phase.RUNNING, reason=reason, wake_at=wake_at)
+
+
+def _asks_for_restart(view: View, process: Process, aim: Goal) -> bool:
+    """Whether its keys ask for a restart, or a reset, that it has not had."""
+    if aim is not Goal.RUN or view.wish is None or view.wish.restart_request is None:
+        return False
+    return view.wish.restart_request not in {process.incarnation.restart_request, view.saved.restart_seen}
 
 
 def _has_to_tidy(view: View, aim: Goal) -> bool:
@@ -207,67 +206,11 @@ def _has_to_tidy(view: View, aim: Goal) -> bool:
     return view.claim is Claim.MINE and not view.stays
 
 
-def _power_off(view: View, process: Process) -> Decision | None:
-    """The guest powered itself off, and QEMU lives on (`-no-shutdown`): end QEMU.
-
-    None while QMP does not answer: the last known run state may be out of date.
-    """
-    said = "its guest has powered itself off, but QEMU lives on (`-no-shutdown`)"
-    stopping = process.stopping
-    if stopping is not None and stopping.quit_at is not None:
-        said += ": it was told to end"
-        kill_at = stopping.quit_at + QUIT_WAIT_S
-        return when(view, Row.OFF_TOLD, Action.KILL, Phase.STOPPING, said, at=kill_at)
-    if not process.connected:
-        return None
-    reason = f"{said}: it is told to end"
-    return Decision(row=Row.OFF_FINISH, phase=Phase.STOPPING, reason=reason, action=Action.FINISH)
-
-
-def _stop(view: View, process: Process, why: str) -> Decision:
-    """The stop sequence: power button, repeated; QEMU's own quit; SIGKILL. Each step has its time limit."""
-    stopping = process.stopping or Stopping(since=view.now)
-    at_once = _needs_no_consent(view)
-    force_at = stopping.force_at(0.0 if at_once else view.shutdown_timeout_s)
-    must_ask = process.connected and stopping.pressed_at is None and not at_once
-    phase = Phase.STOPPING
-    if stopping.quit_at is not None:
-        kill_at = stopping.quit_at + (0.0 if view.haste is Haste.KILL else QUIT_WAIT_S)
-        return when(view, Row.STOP_TOLD, Action.KILL, phase, f"{why}: QEMU was told to end", at=kill_at)
-    if view.now >= force_at and not must_ask:
-        reason = (
-            f"{why}, at once: QEMU is told to end"
-            if at_once
-            else f"{why}: its guest did not shut down within {view.shutdown_timeout_s:g} s, QEMU is told to end"
-        )
-        return Decision(row=Row.STOP_FORCE, phase=phase, reason=reason, action=Action.QUIT)
-    left = f"{why}: its guest is asked to shut down, by force {view.shutdown_timeout_s:g} s after the first time"
-    if not process.connected:
-        at = process.connect_at
-        return when(view, Row.STOP_CONNECT, Action.CONNECT, phase, left, at=at, or_at=force_at)
-    press_at = view.now if stopping.pressed_at is None else stopping.pressed_at + POWERDOWN_EVERY_S
-    if process.probe_at <= view.now < press_at:
-        # Under `-no-shutdown` a guest that has heeded the button is told by QEMU's run state only.
-        return Decision(row=Row.STOP_PROBE, phase=phase, reason=left, action=Action.PROBE)
-    next_at = min(force_at, process.probe_at)
-    return when(view, Row.STOP_ASK, Action.POWERDOWN, phase, left, at=press_at, or_at=next_at)
-
-
-def _needs_no_consent(view: View) -> bool:
-    """Whether a person asked for an end at once: by `power`, by `restart_request`, or by insisting (`haste`)."""
-    wish = view.wish
-    if view.haste is not Haste.NONE:
-        return True
-    if wish is None or wish.keys == 0:
-        return False
-    if wish.power is Power.OFF:
-        return wish.power_off_now
-    return goal(view)[0] is Goal.RUN and wish.request is Request.RESTART_NOW
-
-
 def _without_process(view: View) -> Decision:
     aim, why = goal(view)
     claim = view.claim
+    if (errand := errands.at_rest(view, aim, why)) is not None:
+        return errand
     if aim is not Goal.RUN:
         return _at_rest(view, aim, why, claim)
     if (held_up := _closed(view) or _in_time(view) or _share(view)) is not None:
@@ -385,7 +328,7 @@ def _at_rest(view: View, aim: Goal, why: str, claim: Claim) -> Decision:
     if claim is Claim.ABSENT and not view.looked:
         # Keep what another host wrote there: its last epoch, its machine type.
         return with_etcd(view, Row.REST_LOOK, Action.LOOK, phase, why)
-    return Decision(row=Row.REST, phase=phase, reason=why)
+    return errands.with_trouble(view, Decision(row=Row.REST, phase=phase, reason=why))
 
 
 def _is_placed_by_us(wish: Wish, me: HostName) -> bool:

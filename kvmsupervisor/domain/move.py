@@ -30,6 +30,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from kvmsupervisor.domain.changes import unsettled
 from kvmsupervisor.domain.decision import Decision, Row
 from kvmsupervisor.domain.goal import Goal, goal, order, where_else
 from kvmsupervisor.domain.lock import Claim, Destination, Lock, LockState
@@ -200,6 +201,9 @@ def _begin(view: View, process: Process) -> Decision | None:
     if course.cold is not None:
         reason = f"{where}, but it cannot be moved while it runs: {course.cold}; it stays here (KVM_MIGRATION=live)"
         return Decision(row=Row.MOVE_REFUSED, phase=Phase.RUNNING, reason=reason, wake_at=process.probe_at)
+    if view.session_held and (at := unsettled(view, process)) is not None:
+        reason, at = f"{where}, once the change of its machine has come to its end", max(at, view.etcd_at)
+        return when(view, Row.MOVE_UNSETTLED, Action.CHANGE, Phase.RUNNING, reason, at=at)
     if view.now < course.again_at:
         reason = waits or f"{where}; that is tried again in a moment"
         wake_at = min(course.again_at, process.probe_at)

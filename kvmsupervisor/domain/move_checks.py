@@ -77,9 +77,18 @@ def _refusals(guest: Guest, target: str, here: MoveFacts | None, there: MoveFact
         yield Refusal(f"{target} has a release that moves guests in another way", "bring both to the same release")
     yield from _machine(guest, target, there)
     yield from _cpu(guest, target, here, there)
+    if guest.spec.plugged_cpus and any(_DISKS.search(word) for word in guest.spec.extra_flags):
+        yield Refusal(
+            "it has got processors while it runs, and disks by extra_flags, which get a queue for each at a start",
+            "restart it, or say their num-queues",
+        )
     if guest.spec.firmware is Firmware.UEFI and here.firmware != there.firmware:
         sizes = f"{here.firmware or 'none'} here, {there.firmware or 'none'} there"
         yield Refusal(f"the UEFI firmware of {target} has other sizes ({sizes})", "install the same package of OVMF")
+
+
+_DISKS = re.compile(r"(virtio-(blk|scsi)|if=virtio)(?!.*num[-_]queues=)")
+"""Disks whose number of queues QEMU makes that of the processors."""
 
 
 def _disks(spec: Spec) -> Iterator[Refusal]:

@@ -6,11 +6,14 @@ WISH_KEYS = (
     "host",
     "hosts",
     "ram",
+    "ram_max",
     "mac",
     "bridge",
+    "link",
     "forward",
     "rbd",
     "cdrom",
+    "display",
     "spice_port",
     "spice_addr",
     "spice_password",
@@ -18,6 +21,7 @@ WISH_KEYS = (
     "cloud-config",
     "user-data",
     "cpus",
+    "cpus_max",
     "cpu",
     "machine",
     "firmware",
@@ -28,12 +32,21 @@ WISH_KEYS = (
     "power",
     "restart",
     "restart_request",
+    "rollback_request",
     "shutdown_timeout",
 )
 """The names of all wishes but the numbered ones, in the order in which they are explained."""
 
+FREE_KEY = "description"
+FREE_KEY_PREFIX = "x-"
+"""Keys for people: their values are never read."""
+
 ANY_HOST = "*"
 """In `hosts`: every host that it does not name otherwise."""
+
+CONSOLES_FOLDER, CONSOLES_SOCKET = "_consoles", "sock"
+"""Where `kvmsupervisor web` asks a supervisor for consoles, in the run directory. The socket has a folder of its own,
+so that a container can be given that, and nothing else of the run directory."""
 
 QMP_SOCKET = "qmp.sock"
 QMP_SPARE_SOCKET = "qmp-spare.sock"

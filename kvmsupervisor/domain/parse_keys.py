@@ -5,26 +5,27 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TypeVar
 
-from kvmsupervisor.domain import values
+from kvmsupervisor.domain import snapshots, values
 from kvmsupervisor.domain.cdrom import cdrom
 from kvmsupervisor.domain.disk_values import any_disk, rbd_disk
-from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.keys import ID_PATTERN, InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk
 from kvmsupervisor.domain.media import NotUserData, media_url, shown_url, user_data
-from kvmsupervisor.domain.names import ANY_HOST, WISH_KEYS
+from kvmsupervisor.domain.names import ANY_HOST, FREE_KEY, FREE_KEY_PREFIX, WISH_KEYS
 from kvmsupervisor.domain.placement import NOT_PLACED, Placed
 from kvmsupervisor.domain.secrecy import HIDDEN, cleaned, cleaned_flags, names_a_secret
+from kvmsupervisor.domain.snapshots import RollbackWish, SnapshotWish
 from kvmsupervisor.domain.spec import (
     DEFAULT_MACHINE,
     FIRST_DISK,
     FIRST_IMAGE,
     OFF_NOW,
     Disk,
+    Display,
     Firmware,
     HugePages,
     Nic,
@@ -37,8 +38,9 @@ from kvmsupervisor.domain.spec import (
     Spec,
     Wish,
 )
+from kvmsupervisor.domain.suggestions import suggest_wish
 from kvmsupervisor.domain.user_network import USER, bridge_name, forwards
-from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, nearest, plain, show, show_bytes, some, strange
+from kvmsupervisor.domain.values import SHOWN_LENGTH, Unfit, show, show_bytes, some, strange
 
 VALUE_LIMIT = 65_536
 """Most bytes of a value; a longer one is a problem. Arbitrary: no wish needs a tenth of it."""
@@ -47,21 +49,17 @@ NICS = 8
 DISKS = 16
 """How many NICs and disks a machine may have, the first included: that many PCI slots are kept for them (`argv.py`)."""
 
-NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "disk/<n>")
+NUMBERED_KEYS = ("nic/<n>/mac", "nic/<n>/bridge", "nic/<n>/link", "disk/<n>", "snapshot/<name>")
 """The names of the wishes that a machine may have several of: NICs counting from 1, disks from 0."""
 
 ALL_NUMBERED_KEYS = (
-    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge")),
+    *(f"nic/{number}/{part}" for number in range(1, NICS) for part in ("mac", "bridge", "link")),
     *(f"disk/{number}" for number in range(DISKS)),
 )
 """Every name that those can have."""
 
 SECRET_KEYS = frozenset({"spice_password", "user-data"})
 """Keys whose values are shown nowhere."""
-
-FREE_KEY = "description"
-FREE_KEY_PREFIX = "x-"
-"""Keys for people: their values are never read."""
 
 CANDIDATES = 16
 """Most hosts in `hosts`. Arbitrary: the last of them waits for more than a minute."""
@@ -110,19 +108,23 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
     restart_request = reader.read("restart_request", _restart_request, None)
     shutdown_timeout_s = reader.read("shutdown_timeout", _shutdown_timeout_s, None)
     priority = reader.read("priority", _priority, 0)
+    rollback = reader.read(snapshots.ROLLBACK, snapshots.rollback_request, None)
+    wished = reader.snapshots()
     rbd, rbd_key, disks = reader.disks()
     spec = Spec(
         ram_mib=reader.read("ram", values.ram_mib, 0),
         mac=reader.read("mac", values.mac_address, None),
         bridge=reader.read("bridge", bridge_name, None),
+        link_down=reader.read("link", _link_down, False),
         forward=reader.read("forward", forwards, ()),
         nics=reader.nics(),
         rbd=rbd,
         rbd_key=rbd_key,
         disks=disks,
         cdrom=reader.read("cdrom", cdrom, None),
+        display=reader.read("display", _display, None),
         spice_port=reader.read("spice_port", _spice_port, None),
-        spice_addr=reader.read("spice_addr", _ip_address, None),
+        spice_addr=reader.read("spice_addr", values.ip_address, None),
         spice_password=reader.read("spice_password", _spice_password, None),
         extra_flags=reader.read("extra_flags", _extra_flags, ()),
         cloud_config=reader.read("cloud-config", _cloud_config, None),
@@ -134,13 +136,17 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         hugepages=reader.read("hugepages", _hugepages, None),
         cpu_shares=reader.read("cpu_shares", _cpu_shares, None),
         memory_limit_mib=reader.read("memory_limit", values.ram_mib, None),
+        ram_max_mib=reader.read("ram_max", values.ram_mib, None),
+        cpus_max=reader.read("cpus_max", _cpus, None),
+        pluggable=True,
     )
     reader.require("ram", "how much memory the machine has, such as 2048 (MiB) or 2G")
     reader.unique(((nic.key + "mac", nic.mac) for nic in spec.all_nics), "each NIC has a MAC address of its own")
     reader.unique(((disk.key, disk.name) for disk in spec.all_disks), "each disk is another image or file")
-    reader.limit(spec)
+    reader.limits(spec)
     reader.one_of("user-data", "cloud-config", "they are both its user data: delete one of the two keys")
     reader.user_network(spec)
+    reader.screen(spec)
     if placed.is_damaged:
         reader.problems["placement"] = Problem("placement", "what cannot be read, or is not of this etcd", _A_PLACEMENT)
     problems = reader.all_problems()
@@ -158,6 +164,8 @@ def parse_wish(instance: InstanceId, keys: Mapping[bytes, RawValue], placed: Pla
         restart_request=restart_request,
         shutdown_timeout_s=shutdown_timeout_s,
         priority=priority,
+        snapshots=wished,
+        rollback=reader.rollback(rollback),
         spec=None if problems else spec,
         problems=problems,
         revision=newest,
@@ -198,9 +206,10 @@ class _Reader:
         for number in self._numbers(_NIC_KEY):
             mac = self.read(f"nic/{number}/mac", values.mac_address, None)
             bridge = self.read(f"nic/{number}/bridge", bridge_name, None)
+            down = self.read(f"nic/{number}/link", _link_down, False)
             self.require(f"nic/{number}/mac", "the MAC address of the NIC, such as 52:54:00:12:34:56")
             if mac is not None:
-                nics.append(Nic(number, mac, bridge))
+                nics.append(Nic(number, mac, bridge, down))
         return tuple(nics)
 
     def disks(self) -> tuple[RbdDisk | None, str, tuple[Disk, ...]]:
@@ -217,6 +226,25 @@ class _Reader:
                 others.append(Disk(number, disk))
         self.one_of(FIRST_DISK, FIRST_IMAGE, "they are the same disk, the first one: delete one of the two keys")
         return first, key, tuple(others)
+
+    def snapshots(self) -> tuple[SnapshotWish, ...]:
+        """The snapshots that are to exist, or to be taken away, by name."""
+        found = []
+        for key in sorted(key for key in self._keys if _SNAPSHOT_KEY.fullmatch(key)):
+            name = key.decode()
+            # Without a note `etcdctl put KEY ''` is enough.
+            delete = self.read(name, snapshots.is_deleted, None) if self._keys[key].value.strip() else False
+            if delete is not None:
+                found.append(SnapshotWish(name.removeprefix(snapshots.KEY), delete, self.revision(name)))
+        if len(found) > snapshots.MOST:
+            said = Problem(snapshots.KEY, f"{len(found)} of them", f"a machine has at most {snapshots.MOST} snapshots")
+            self.problems.setdefault(snapshots.KEY, said)
+        return tuple(found)
+
+    def rollback(self, name: str | None) -> RollbackWish | None:
+        """The rollback that is asked for; `name` is what was read of it."""
+        raw = self._keys.get(snapshots.ROLLBACK.encode())
+        return None if raw is None or name is None else RollbackWish(_text(raw.value), name, raw.mod_revision)
 
     def _numbers(self, pattern: re.Pattern[bytes]) -> list[int]:
         return sorted({int(match[1]) for key in self._keys if (match := pattern.fullmatch(key))})
@@ -241,6 +269,12 @@ class _Reader:
             wanted = f"it is for bridge={USER}: write that, or delete the key; a guest on a bridge has an address"
             self.problems.setdefault("forward", Problem("forward", found, wanted))
 
+    def screen(self, spec: Spec) -> None:
+        """Note the problem of viewers that would have nothing to look at."""
+        if spec.display is Display.NONE and spec.spice_port is not None:
+            wanted = "that port is of viewers, who look at a display: write another one, or delete spice_port"
+            self.problems.setdefault("display", Problem("display", "'none', and spice_port beside it", wanted))
+
     def unique(self, named: Iterable[tuple[str, Hashable]], wanted: str) -> None:
         """Note the problem that two keys have the same value."""
         users: dict[Hashable, str] = {}
@@ -249,14 +283,19 @@ class _Reader:
             if other != key:
                 self.problems.setdefault(key, Problem(key, f"{value}, which {other} has, too", wanted))
 
-    def limit(self, spec: Spec) -> None:
-        """Note the problem that the guest's memory alone is above the limit of its process."""
-        if spec.memory_limit_mib is not None and spec.memory_limit_mib < spec.ram_mib and spec.hugepages is None:
-            found, wanted = (
-                f"{spec.memory_limit_mib} MiB",
-                f"it is not below `ram` ({spec.ram_mib} MiB), and better above: QEMU needs some, too",
-            )
-            self.problems.setdefault("memory_limit", Problem("memory_limit", found, wanted))
+    def limits(self, spec: Spec) -> None:
+        """Note the problems of a limit below what the machine is to have."""
+        memory, most = f"{spec.ram_mib} MiB", spec.ram_max_mib or spec.ram_mib
+        self._at_least("ram_max", spec.ram_max_mib, spec.ram_mib, f"it is not below `ram` ({memory})", " MiB")
+        self._at_least("cpus_max", spec.cpus_max, spec.cpus, f"it is not below `cpus` ({spec.cpus})")
+        if spec.hugepages is None:
+            key = "ram" if spec.ram_max_mib is None else "ram_max"
+            wanted = f"it is not below `{key}` ({most} MiB), and better above: QEMU needs some, too"
+            self._at_least("memory_limit", spec.memory_limit_mib, most, wanted, " MiB")
+
+    def _at_least(self, name: str, value: int | None, least: int, wanted: str, unit: str = "") -> None:
+        if value is not None and value < least:
+            self.problems.setdefault(name, Problem(name, f"{value}{unit}", wanted))
 
     def revision(self, name: str) -> int:
         """The `mod_revision` of one key, 0 without it."""
@@ -270,15 +309,17 @@ class _Reader:
         return (*known, _unknown_keys(unknown)) if unknown else known
 
 
-_NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge)".encode())
+_NIC_KEY = re.compile(rf"nic/([1-{NICS - 1}])/(?:mac|bridge|link)".encode())
 _DISK_KEY = re.compile(rf"disk/([0-9]|1[0-{DISKS - 11}])".encode())
+
+_SNAPSHOT_KEY = re.compile(f"{snapshots.KEY}(?!.*[.][.]){ID_PATTERN.pattern}".encode())
 
 _KNOWN_KEYS = frozenset(name.encode() for name in (*WISH_KEYS, *ALL_NUMBERED_KEYS, FREE_KEY))
 
 
 def is_known(key: bytes) -> bool:
     """Whether this is the name of a wish, or of a key for people."""
-    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode())
+    return key in _KNOWN_KEYS or key.startswith(FREE_KEY_PREFIX.encode()) or bool(_SNAPSHOT_KEY.fullmatch(key))
 
 
 def _unknown_keys(unknown: list[bytes]) -> Problem:
@@ -289,42 +330,6 @@ def _unknown_keys(unknown: list[bytes]) -> Problem:
         f"the keys are {', '.join((*WISH_KEYS, *NUMBERED_KEYS))} (NICs to {NICS - 1}, disks to {DISKS - 1}); "
         f"{FREE_KEY} and {FREE_KEY_PREFIX}… are for people",
     )
-
-
-_SYNONYMS = {
-    "memory": "ram",
-    "mem": "ram",
-    "disk": "disk/0",
-    "drive": "disk/0",
-    "iso": "cdrom",
-    "cd": "cdrom",
-    "dvd": "cdrom",
-    "image": "rbd",
-    "vcpus": "cpus",
-    "smp": "cpus",
-    "flags": "extra_flags",
-    "args": "extra_flags",
-    "spice": "spice_port",
-    "node": "host",
-    "nic": "mac",
-    "cloud-init": "user-data",
-    "userdata": "user-data",
-    "network": "bridge",
-    "net": "bridge",
-    "hostfwd": "forward",
-    "port-forward": "forward",
-    "ports": "forward",
-    "publish": "forward",
-    "uefi": "firmware",
-}
-"""Other names of the wishes, in the form of `values.plain`."""
-
-_SUGGESTIONS = {plain(name): name for name in (*WISH_KEYS, FREE_KEY)} | _SYNONYMS
-
-
-def suggest_wish(name: str) -> str | None:
-    """The wish that an unknown name probably means, or None."""
-    return nearest(name, _SUGGESTIONS)
 
 
 def _with_suggestion(key: bytes) -> str:
@@ -396,6 +401,7 @@ def _shown(name: str, value: bytes) -> str:
 
 _restart = values.choice(RestartPolicy, "it")
 _firmware = values.choice(Firmware, "it")
+_display = values.choice(Display, "it")
 _any_hugepages = values.choice(HugePages, "it")
 
 
@@ -429,17 +435,6 @@ def _spice_password(text: str) -> Secret:
     return Secret.of(text)
 
 
-_IP_ADDRESS = re.compile(r"[0-9A-Fa-f.:]+(?:%[A-Za-z0-9._-]+)?")
-
-
-def _ip_address(text: str) -> str:
-    try:
-        # Python takes anything behind the % for an interface, a NUL too.
-        return str(ipaddress.ip_address(text if _IP_ADDRESS.fullmatch(text) else ""))
-    except ValueError:
-        raise Unfit("it is an IP address of the host, such as 127.0.0.1, 0.0.0.0 or ::") from None
-
-
 _PRIORITY = re.compile(r"-?[0-9]{1,4}")
 
 
@@ -456,6 +451,12 @@ def _power(text: str) -> tuple[Power, bool]:
     if text not in tuple(Power):
         raise Unfit(f"it is on, off or {OFF_NOW}")
     return Power(text), False
+
+
+def _link_down(text: str) -> bool:
+    if text not in {"up", "down"}:
+        raise Unfit("it is up or down")
+    return text == "down"
 
 
 def _restart_request(text: str) -> str:

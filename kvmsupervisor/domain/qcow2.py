@@ -10,6 +10,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from kvmsupervisor.domain.frozen import frozen
+
 MAGIC = b"QFI\xfb"
 
 HEADER_BYTES = 64 << 10
@@ -31,8 +33,49 @@ _L2_COVERS = _CLUSTER * (_CLUSTER // 8)
 """Bytes of the disk that one table of the second level maps."""
 
 
+_SNAPSHOT = struct.Struct(">QIHHIIQII")
+_SNAPSHOT_SIZES = struct.Struct(">QQ")
+
+SNAPSHOT_BYTES = 256
+"""Bytes that one entry of the table of snapshots takes at most, where QEMU has written it for a name of ours."""
+
+MOST_SNAPSHOTS = 4096
+"""Snapshots of an image that are read. Arbitrary: QEMU itself takes 65536."""
+
+
 class Refused(ValueError):
     """The file is no image that may be opened. The message says why, as a clause whose subject is the file."""
+
+
+@frozen
+class Internal:
+    """A snapshot within an image: its name, seconds since 1970 when it was taken, and bytes of the disk then."""
+
+    name: str
+    at: int
+    size: int
+
+
+def table_of(head: bytes) -> tuple[int, int]:
+    """Where the table of snapshots begins in the file, and how many entries it has; of an image that may be opened."""
+    *_, count, offset = _V2.unpack_from(head)
+    return offset, min(count, MOST_SNAPSHOTS)
+
+
+def snapshots(table: bytes, count: int) -> tuple[Internal, ...]:
+    """The entries of a table of snapshots; those that are not whole in `table` are left out."""
+    found, at = [], 0
+    for _ in range(count):
+        if at + _SNAPSHOT.size > len(table):
+            break
+        _, _, id_length, length, seconds, _, _, _, more = _SNAPSHOT.unpack_from(table, at)
+        sizes, name_at = at + _SNAPSHOT.size, at + _SNAPSHOT.size + more + id_length
+        if name_at + length > len(table):
+            break
+        size = _SNAPSHOT_SIZES.unpack_from(table, sizes)[1] if more >= _SNAPSHOT_SIZES.size else 0
+        found.append(Internal(table[name_at : name_at + length].decode(errors="replace"), seconds, size))
+        at = (name_at + length + 7) & ~7
+    return tuple(found)
 
 
 def virtual_size(head: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvmsupervisor.domain import changes
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.goal import Goal, why_it_stays, why_it_waits
 from kvmsupervisor.domain.lock import Claim
@@ -36,7 +37,9 @@ def while_it_runs(view: View, process: Process, aim: Goal, why: str) -> str:
     if beside := (
         *process.disk_trouble,
         *_of_the_drive(view, process),
+        *changes.told(view, process),
         *(() if view.shared is None else (view.shared,)),
+        *(() if view.errand_trouble is None else (view.errand_trouble,)),
     ):
         said = [*(said or ["runs"]), *beside]
     if view.stays or view.goes_only_live:

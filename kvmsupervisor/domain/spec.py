@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import field, fields, replace
+from dataclasses import field, replace
 from enum import Enum, StrEnum
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, size_text
 from kvmsupervisor.domain.placement import NOT_PLACED, Ground, Placed, Placement
+from kvmsupervisor.domain.snapshots import RollbackWish, SnapshotWish
 from kvmsupervisor.domain.user_network import USER, Forward
 
 DEFAULT_MACHINE = "q35"
@@ -53,6 +54,15 @@ class Firmware(StrEnum):
 
     BIOS = "bios"
     UEFI = "uefi"
+
+
+class Display(StrEnum):
+    """`display`: the graphics device that the guest sees. All but `none` can be looked at in a browser."""
+
+    NONE = "none"
+    STD = "std"
+    VIRTIO = "virtio"
+    QXL = "qxl"
 
 
 class HugePages(StrEnum):
@@ -98,6 +108,7 @@ class RbdDisk:
         size: bytes that the disk has at least; None for those that it has.
         origin: what it begins with, an image of the library or a snapshot POOL/IMAGE@SNAP; None for an empty disk.
         namespace: of the pool; empty for the one without a name.
+        copy: it is made a whole copy of what it begins with, and no clone.
     """
 
     pool: str
@@ -108,11 +119,13 @@ class RbdDisk:
     size: int | None = None
     origin: str | None = None
     namespace: str = ""
+    copy: bool = False
 
     def __str__(self) -> str:
         options = (
             *((f"size={size_text(self.size)}",) if self.size is not None else ()),
             *((f"from={self.origin}",) if self.origin is not None else ()),
+            *(("copy",) if self.copy else ()),
             *(("ro",) if self.ro else ()),
             *(("discard",) if self.discard else ()),
             *((f"iops={self.iops}",) if self.iops is not None else ()),
@@ -203,11 +216,13 @@ class Nic:
         number: which.
         mac: its address.
         bridge: what it is plugged into; None for the host's `BRIDGE_IF`, `USER` for QEMU's own network.
+        down: whether its cable is pulled out, as the guest sees it.
     """
 
     number: int
     mac: str
     bridge: str | None = None
+    down: bool = False
 
     @property
     def key(self) -> str:
@@ -244,22 +259,32 @@ class Spec:
         rbd_key: the key that says so, of the two that can.
         disks: the others, by number; `all_disks` has them all.
         cdrom: its CD-ROM drive, None without one.
+        display: as the key says; None without it, see `screen`.
         cloud_config: URL of the user data.
         user_data: the user data itself, instead.
         hugepages: None for ordinary pages.
         cpu_shares: weight of its CPU time among others, 1024 being ordinary.
         memory_limit_mib: most that QEMU may use for itself and its guest.
+        link_down: `Nic.down` of the first NIC.
+        ram_max_mib: up to which its memory may grow while it runs; None where it cannot.
+        cpus_max: up to how many vCPUs it may get while it runs; None where it gets none.
+        pluggable: whether it has a bus for disks and NICs also where it starts without any; not so for machines that an
+            earlier release started.
+        plugged_mib: how much of its memory it has got since it was started.
+        plugged_cpus: likewise.
     """
 
     ram_mib: int
     mac: str | None = None
     bridge: str | None = None
+    link_down: bool = False
     nics: tuple[Nic, ...] = ()
     forward: tuple[Forward, ...] = ()
     rbd: RbdDisk | None = None
     rbd_key: str = field(default=FIRST_IMAGE, compare=False)
     disks: tuple[Disk, ...] = ()
     cdrom: Cdrom | None = None
+    display: Display | None = None
     spice_port: int | None = None
     spice_addr: str | None = None
     spice_password: Secret | None = None
@@ -273,11 +298,16 @@ class Spec:
     hugepages: HugePages | None = None
     cpu_shares: int | None = None
     memory_limit_mib: int | None = None
+    ram_max_mib: int | None = None
+    cpus_max: int | None = None
+    pluggable: bool = field(default=False, compare=False)
+    plugged_mib: int = field(default=0, compare=False)
+    plugged_cpus: int = field(default=0, compare=False)
 
     @property
     def all_nics(self) -> tuple[Nic, ...]:
         """Every NIC, by number."""
-        return self.nics if self.mac is None else (Nic(0, self.mac, self.bridge), *self.nics)
+        return self.nics if self.mac is None else (Nic(0, self.mac, self.bridge, self.link_down), *self.nics)
 
     @property
     def bridged_nics(self) -> tuple[Nic, ...]:
@@ -285,9 +315,19 @@ class Spec:
         return tuple(nic for nic in self.all_nics if nic.bridge != USER)
 
     @property
+    def has_bus(self) -> bool:
+        """Whether it has the bus on which disks and NICs beyond the first are."""
+        return self.pluggable or bool(self.nics or self.disks)
+
+    @property
     def has_user_data(self) -> bool:
         """Whether its guest gets user data, from a URL or a key."""
         return self.cloud_config is not None or self.user_data is not None
+
+    @property
+    def screen(self) -> Display:
+        """The graphics device that it has."""
+        return self.display or (Display.NONE if self.spice_port is None else Display.QXL)
 
     @property
     def all_disks(self) -> tuple[Disk, ...]:
@@ -319,6 +359,8 @@ class Wish:
         restart_request: the value of that key.
         shutdown_timeout_s: None for the host's default.
         priority: of several that wait, the greatest starts first.
+        snapshots: that are to exist, or to be taken away.
+        rollback: that is asked for; None without one.
         spec: the machine, or None when any key has a problem.
         problems: every problem of every key, in key order.
         revision: the newest `mod_revision` of all its keys: what "acted on" refers to.
@@ -339,6 +381,8 @@ class Wish:
     restart_request: str | None = None
     shutdown_timeout_s: float | None = None
     priority: int = 0
+    snapshots: tuple[SnapshotWish, ...] = ()
+    rollback: RollbackWish | None = None
     spec: Spec | None = None
     problems: tuple[Problem, ...] = ()
     revision: int = 0
@@ -379,67 +423,6 @@ class Wish:
     def ground(self) -> Ground | None:
         """What a write of its lock compares (law 2); None where no key says that it runs here."""
         return Ground(self.host_revision, self.placed.revision) if self.by_keys else None
-
-
-def pending(running: Spec, wanted: Spec) -> tuple[str, ...]:
-    """Names of the wishes in which the running machine differs from the wanted one.
-
-    Neither the size of a disk, which grows while its machine runs, nor what it began with is one of them, nor the
-    medium in its drive.
-    """
-    names: list[str] = []
-    for one in fields(Spec):
-        before, after = getattr(running, one.name), getattr(wanted, one.name)
-        if before == after or not one.compare:
-            continue
-        if one.name == "nics":
-            names += _differing_nics(before, after)
-        elif one.name == "disks":
-            names += sorted({disk.key for disk in {*map(_as_it_stays, before)} ^ {*map(_as_it_stays, after)}})
-        elif one.name == "cdrom":
-            if is_another_drive(before, after):
-                names.append("cdrom")
-        elif one.name == "rbd":
-            if None in {before, after} or _of_restarts(before) != _of_restarts(after):
-                names.append(running.rbd_key if wanted.rbd is None else wanted.rbd_key)
-        else:
-            names.append(_KEY_OF_FIELD.get(one.name, one.name))
-    return tuple(dict.fromkeys(names))
-
-
-def is_another_drive(before: Cdrom | None, after: Cdrom | None) -> bool:
-    """Whether it is another drive: that waits for a restart. One that is wanted no more is just empty."""
-    return after is not None and (before is None or before.boot != after.boot)
-
-
-def _as_it_stays(disk: Disk) -> Disk:
-    if disk.file is not None:
-        return replace(disk, file=replace(disk.file, size=None, origin=None))
-    assert disk.rbd is not None
-    return replace(disk, rbd=_of_restarts(disk.rbd))
-
-
-def _of_restarts(image: RbdDisk) -> RbdDisk:
-    """An image without what is no matter of a restart."""
-    return replace(image, size=None, origin=None)
-
-
-_KEY_OF_FIELD = {
-    "ram_mib": "ram",
-    "cloud_config": "cloud-config",
-    "user_data": "user-data",
-    "memory_limit_mib": "memory_limit",
-}
-
-
-def _differing_nics(before: tuple[Nic, ...], after: tuple[Nic, ...]) -> list[str]:
-    old, new = ({nic.number: nic for nic in nics} for nics in (before, after))
-    names = []
-    for number in sorted(old.keys() | new.keys()):
-        one, other = old.get(number), new.get(number)
-        differing = (n for n in ("mac", "bridge") if getattr(one, n, None) != getattr(other, n, None))
-        names += [f"nic/{number}/{name}" for name in differing]
-    return names
 
 
 def spec_to_object(spec: Spec) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.records import Unfit, parse, shallow
 from kvmsupervisor.domain.run_state import RUNNING
+from kvmsupervisor.domain.snapshots import Rollback, Snap
 from kvmsupervisor.domain.words import is_name
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -68,6 +69,7 @@ class Status:
         epoch: of the lock; grows with each incarnation. 0 before the first.
         restarts: QEMU processes started after the first, unasked, since it came to this host.
         pending: names of the keys that take effect at the next restart.
+        changing: those of them of which something is being done while it runs.
         problems: every problem of its keys.
         revision: the etcd revision of the wish that was acted on.
         incarnation: name of the running QEMU process's incarnation, or None.
@@ -86,6 +88,8 @@ class Status:
         files: the host that has each of its disks that are files, by name (`file:NAME`), once it has run with them.
         cdrom: what is in its CD-ROM drive, `empty` for nothing; None without a drive.
         images: its images in Ceph that are made when they are missing, once it has run with them.
+        snapshots: those that exist, as far as this host has seen.
+        rollback: the last one to a snapshot, under way or done.
         move: its live move that is under way, or by which its QEMU came here; None without one.
         awaited_host: the host where it is to run, while that has no session and it stays here; else None.
     """
@@ -119,6 +123,9 @@ class Status:
     files: Mapping[str, str] | None = None
     cdrom: str | None = None
     images: tuple[str, ...] = ()
+    snapshots: tuple[Snap, ...] = ()
+    rollback: Rollback | None = None
+    changing: tuple[str, ...] = ()
 
     @property
     def up(self) -> bool:
@@ -136,6 +143,19 @@ class Status:
         living = {Phase.STARTING, Phase.RUNNING, Phase.STOPPING, Phase.MIGRATING}
         return self.pid is not None and self.phase in living
 
+    def inheriting(self, theirs: Status) -> Status:
+        """The same with what goes on from host to host, by another status where this one tells nothing of it."""
+        is_known = self.machine is not None
+        return replace(
+            self,
+            machine=self.machine if is_known else theirs.machine,
+            machine_key=self.machine_key if is_known else theirs.machine_key,
+            files=self.files if self.files is not None else theirs.files,
+            images=self.images or theirs.images,
+            snapshots=self.snapshots or theirs.snapshots,
+            rollback=self.rollback or theirs.rollback,
+        )
+
     def taken_over(self, host: str, *, epoch: int, since: str, reason: str) -> Status:
         """What `host` says in its place when it takes the lock over: what goes on from host to host, and no QEMU."""
         return Status(
@@ -150,6 +170,8 @@ class Status:
             machine_key=self.machine_key,
             files=self.files,
             images=self.images,
+            snapshots=self.snapshots,
+            rollback=self.rollback,
         )
 
     def to_object(self) -> dict[str, Any]:
@@ -157,11 +179,14 @@ class Status:
         return shallow(self) | {
             "phase": self.phase.value,
             "pending": list(self.pending),
+            "changing": list(self.changing),
             "problems": list(self.problems),
             "unplugged": list(self.unplugged),
             "images": list(self.images),
             "agent": None if self.agent is None else asdict(self.agent),
             "move": None if self.move is None else shallow(self.move),
+            "snapshots": [shallow(snap) | {"disks": list(snap.disks)} for snap in self.snapshots],
+            "rollback": None if self.rollback is None else shallow(self.rollback),
         }
 
     def to_json(self) -> bytes:

@@ -100,7 +100,7 @@ def origins_of(spec: Spec) -> dict[str, str]:
 
 
 def library_images_of(spec: Spec) -> dict[str, str]:
-    """The images of the library, and snapshots, that its keys name, by key: for its disks, and its CD-ROM drive."""
+    """What its keys name of the library, or in its place, by key: for its disks, and its CD-ROM drive."""
     medium = None if spec.cdrom is None else spec.cdrom.image
     return origins_of(spec) | ({} if medium is None else {"cdrom": medium})
 

@@ -6,6 +6,7 @@ says what would be right. All of them are pure.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -244,3 +245,19 @@ def shell_words(text: str) -> tuple[str, ...]:
         between = False
         words[-1].append(_ESCAPED.sub(r"\1", found) if kind == "double" else found)
     return tuple("".join(word) for word in words)
+
+
+_IP_ADDRESS = re.compile(r"[0-9A-Fa-f.:]+(?:%[A-Za-z0-9._-]+)?")
+
+
+def ip_address(text: str) -> str:
+    """An address of the host.
+
+    Raises:
+        Unfit: it is none.
+    """
+    try:
+        # Python takes anything behind the % for an interface, a NUL too.
+        return str(ipaddress.ip_address(text if _IP_ADDRESS.fullmatch(text) else ""))
+    except ValueError:
+        raise Unfit("it is an IP address of the host, such as 127.0.0.1, 0.0.0.0 or ::") from None

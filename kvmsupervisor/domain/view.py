@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from enum import Enum, IntEnum
 
@@ -12,8 +13,10 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.history import FIRST_ERA, Era, is_older
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.live import Attempt, key_of, steps
 from kvmsupervisor.domain.lock import NOT_YET_RUN, Claim, LockView
 from kvmsupervisor.domain.run_state import NEVER_RAN
+from kvmsupervisor.domain.snapshots import Errand
 from kvmsupervisor.domain.spec import Problem, Spec, Wish
 from kvmsupervisor.domain.transfer import NO_COURSE, Course, Stage
 
@@ -49,8 +52,10 @@ class Action(Enum):
     CONTINUE = "let the guest run"
     PROBE = "ask QEMU for its run state"
     PLUG = "plug its NICs in again"
+    CHANGE = "make one thing of its machine what its keys want"
     GROW = "look whether its images grew, and tell QEMU"
     MEDIUM = "change the medium in its CD-ROM drive"
+    SNAPSHOT = "take a snapshot of its disks, take one away, or roll them back to one"
     ROOM = "look why a disk's error has stopped its guest, and whether it can go on"
     POWERDOWN = "press the power button"
     FINISH = "tell QEMU to end, whose guest powered itself off"
@@ -118,6 +123,7 @@ class Process:
         full: what people should know of that: its file system is full, its client is shut out; None for nothing.
         medium_at: when its CD-ROM drive is worth the next attempt to change its medium; the past: now.
         medium_trouble: why the last one came to nothing, for people; None for no reason.
+        attempts: at devices that come, go or change while it runs, by name.
         unplugged: what people should know of its NICs; empty when all are plugged in.
         plug_at: when to plug a NIC in again; never while all are plugged in.
         silent_since: since when it owes an answer, None when it answers.
@@ -139,6 +145,7 @@ class Process:
     full: str | None = None
     medium_at: float = 0.0
     medium_trouble: str | None = None
+    attempts: Mapping[str, Attempt] = field(default_factory=dict)
     unplugged: tuple[str, ...] = ()
     plug_at: float = math.inf
     silent_since: float | None = None
@@ -162,6 +169,26 @@ class Process:
     def medium_due(self, wish: Wish | None) -> float:
         """When to change the medium in its drive for `wish`; never where that, or None, wants no other one."""
         return self.medium_at if wish is not None and self.holds_another(wish.spec) else math.inf
+
+    def changes(self, wanted: Spec | None, *, takes: bool) -> dict[str, str]:
+        """The devices to which something is to be done for `wanted`, each with its key.
+
+        Those whose last change was cut off come first.
+        """
+        known = self.incarnation
+        begun = {device: key_of(device) for device in (*known.coming, *known.going)}
+        if self.spec is None or wanted is None:
+            return begun
+        due = steps(self.spec, wanted, argv=known.argv, takes=takes)
+        return begun | {step.device: step.key for step in due if step.device not in begun}
+
+    def change_due(self, devices: Collection[str]) -> float:
+        """When the next attempt at one of these devices is due; never without one."""
+        return min((self.attempt(device).at for device in devices), default=math.inf)
+
+    def attempt(self, device: str) -> Attempt:
+        """What is known of the last attempt at a device."""
+        return self.attempts.get(device) or Attempt()
 
 
 @frozen(kw_only=True)
@@ -305,6 +332,8 @@ class View:
         quiet_at: when the wish has been quiet for long enough to let a new guest run.
         start_timeout_s: time limit for a new QEMU to answer.
         shutdown_timeout_s: time between the power button and force.
+        errand: what is to be done next about its snapshots; None for nothing.
+        errand_trouble: what people should know of that: why it failed, or what it waits for; None for nothing.
         claim: what the lock means to the process's incarnation, or to the planned one. One that was seen in a former
             history means nothing in the present one.
     """
@@ -357,6 +386,8 @@ class View:
     quiet_at: float = 0.0
     start_timeout_s: float = 60.0
     shutdown_timeout_s: float = 120.0
+    errand: Errand | None = None
+    errand_trouble: str | None = None
     claim: Claim = field(init=False, compare=False, repr=False)
 
     @property
@@ -364,6 +395,15 @@ class View:
         """Whether the lock belongs to another cluster, so that it says nothing of this process."""
         lock = self.lock.lock
         return lock is not None and lock.host != self.me and self.era.is_strange(lock.host, self.lock.mod_revision)
+
+    @property
+    def takes(self) -> bool:
+        """Whether something may be taken from a running guest, or changed under it, because its keys say so.
+
+        Not from one that was started in another history of etcd: what a restored backup lacks, or says otherwise, was
+        maybe written since (law 11).
+        """
+        return self.process is not None and self.process.incarnation.history == (self.era.mark or None)
 
     @property
     def is_namesakes(self) -> bool:

@@ -126,6 +126,8 @@ class GuardClient:
         self._notify = notify
         self._version = version
         self._charges: dict[str, Charge] = {}
+        # Machines that live, and that the guard is to be told to forget.
+        self._leaving: set[str] = set()
         # Until when the session holds; None before this supervisor has confirmed it once.
         self._until: float | None = None
         self._line: _Line | None = None
@@ -152,6 +154,7 @@ class GuardClient:
         Raises:
             Unguarded: the machine is not under guard yet.
         """
+        self._leaving.discard(incarnation)
         if incarnation not in self._charges:
             try:
                 self._charges[incarnation] = Charge(pidfd=os.dup(pidfd), note=note)
@@ -161,6 +164,18 @@ class GuardClient:
             await self._attempt()
         if not self.holds(incarnation):
             raise Unguarded(self.trouble or "the guard is being started")
+
+    async def forget(self, incarnation: str) -> None:
+        """Have the guard watch a machine no more that lives on: storage can fence all that it may write to by now.
+
+        Raises:
+            Unguarded: the guard may still watch it.
+        """
+        self.release(incarnation)
+        self._leaving.add(incarnation)
+        await self._attempt()
+        if incarnation in self._leaving:
+            raise Unguarded("the guard does not let it go: it is of another release, or does not answer")
 
     def release(self, incarnation: str) -> None:
         """Forget a machine that has ended. The guard sees its end by itself."""
@@ -252,6 +267,8 @@ class GuardClient:
             self._mute = None
         if self._line is None and self._mute is not None:
             await self._connect(self._mute)
+        if self._line is None and self._mute is None:
+            self._leaving.clear()  # nobody watches them
         if self._line is not None:
             try:
                 greeting = await self._tell(self._line)
@@ -276,6 +293,9 @@ class GuardClient:
                 await line.channel.ask(f"watch {name} {charge.note}", charge.pidfd, timeout_s=ANSWER_S)
                 if name in self._charges:
                     line.holds.add(name)
+        for name in tuple(self._leaving):
+            await line.channel.ask(f"forget {name}", timeout_s=ANSWER_S)
+            self._leaving.discard(name)
         until = self._until
         if until is not None and until != line.told:
             await line.channel.ask(f"until {until!r}", timeout_s=ANSWER_S)

@@ -14,6 +14,7 @@ One request is one message of a SOCK_SEQPACKET socket, which arrives whole or no
     hello                      guard 1 VERSION ERRNO INCARNATION…   ERRNO: of locking the memory, 0 for locked
     until SECONDS              ok      the machines may live until then, on CLOCK_BOOTTIME
     watch INCARNATION NOTE     ok      with the machine's pidfd; NOTE: the file to write when it is killed
+    forget INCARNATION         ok      storage can fence all that it may write to from now on
     take                       ok      with the former guard's pidfd, if there is one
     anything else              no WHY
 """
@@ -251,6 +252,10 @@ class Guard:
                 if former is not None:
                     self._poll.unregister(former.pidfd)
                     os.close(former.pidfd)
+            case "forget":
+                gone = self._watch.charges.get(rest)
+                if gone is not None:
+                    self._drop(gone)
             case "take":
                 self._take(descriptors[0] if descriptors else None)
             case _:

@@ -20,6 +20,7 @@ from kvmsupervisor.domain.admission import need_mib
 from kvmsupervisor.domain.argv import Identity, Provision, build_argv, host_problems, instance_uuid
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.keys import HostName, InstanceId
+from kvmsupervisor.domain.live import seen_now
 from kvmsupervisor.domain.lock import Destination, Lock
 from kvmsupervisor.domain.move_checks import Guest, differing, refusals, seen_by_guest
 from kvmsupervisor.domain.offer import Offer
@@ -77,6 +78,7 @@ class Manifest:
         revision: of the wish that it was started from.
         restarts: unasked ones, so far.
         media: its boot media and Ignition file by name, base64.
+        history: of etcd, in which it was started; None from an earlier release.
     """
 
     protocol: int
@@ -89,6 +91,7 @@ class Manifest:
     revision: int
     restarts: int
     media: Mapping[str, Any]
+    history: str | None = None
 
 
 class Arrival:
@@ -140,16 +143,18 @@ class Arrival:
         folder = self._machine.directory.path
         files = {name: folder / name for name in (*MEDIA, media.IGNITION)} if spec and spec.has_user_data else {}
         lock = self._lock.view.lock
+        seen = seen_by_guest(record.argv, () if spec is None else spec.extra_flags)
         return plain(
             Manifest(
                 protocol=moving.facts.protocol,
                 spec=record.spec,
                 machine=record.machine,
                 accel=record.accelerator,
-                seen=seen_by_guest(record.argv, () if spec is None else spec.extra_flags),
+                seen=seen if spec is None else seen_now(seen, spec),
                 clients=() if lock is None else lock.addresses,
                 restart_request=record.restart_request,
                 revision=record.revision,
+                history=record.history,
                 restarts=self._report.status.restarts,
                 media={n: base64.b64encode(p.read_bytes()).decode() for n, p in files.items() if p.exists()},
             )
@@ -207,6 +212,9 @@ class Arrival:
         key, present = secrets.token_bytes(KEY_BYTES), self._present(wish)
         await self._write(wish, key, None)
         self._key, self._said_in = key, present
+        if (status := await self._lock.look()) is not None:
+            # Once the guest is here this host's status takes the place of that one.
+            self._report.inherit(status)
         self._report.tell("move.offered")
 
     async def _write(self, wish: Wish, key: bytes, waits: Destination | None) -> None:
@@ -310,7 +318,8 @@ class Arrival:
             )
             build_argv = partial(self._argv, spec, manifest.seen)
             self._start.lives(spec, begun.uid)
-            await launch(self._machine, replace(begun, incoming=True), spec, opened, build_argv)
+            begun = replace(begun, incoming=True, history=manifest.history)
+            await launch(self._machine, begun, spec, opened, build_argv)
         self._report.tell("move.waits", pid=self._machine.pid)
 
     def _argv(self, spec: Spec, seen: Sequence[str], provision: Provision) -> tuple[str, ...]:

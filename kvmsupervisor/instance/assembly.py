@@ -16,7 +16,7 @@ from typing import Protocol
 
 from kvmsupervisor import __version__
 from kvmsupervisor.adapters import cgroup
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephImages, CephSnapshots
 from kvmsupervisor.adapters.cgroup import CgroupManager
 from kvmsupervisor.adapters.clock import Clock, boot_id, machine_id
 from kvmsupervisor.adapters.etcd import Etcd, EtcdConfig, Store
@@ -327,6 +327,7 @@ def assemble_context(
         disks=disks,
         local_disks=local_disks,
         contents=contents,
+        snapshots=CephSnapshots(Ceph(host_facts.ceph_access)),
         media=media,
         logs=outside.logs(outside.clock, settings),
         event_files=outside.event_files(settings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
+from kvmsupervisor.adapters.ceph import CephSnapshots
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.etcd import Store
 from kvmsupervisor.adapters.event_files import EventFiles
@@ -171,6 +172,7 @@ class InstanceContext:
         disks: images in Ceph.
         local_disks: files of this host.
         contents: what new disks begin with.
+        snapshots: of images in Ceph.
         media: what CD-ROM drives hold.
         logs: of all guests.
         event_files: what happened to the instances, on this host.
@@ -215,6 +217,7 @@ class InstanceContext:
     disks: Disks
     local_disks: LocalDisks
     contents: Contents
+    snapshots: CephSnapshots
     media: Media
     logs: GuestLogs
     event_files: EventFiles

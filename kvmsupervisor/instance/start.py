@@ -20,19 +20,20 @@ from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Change, Lock, Storage, take
-from kvmsupervisor.domain.placement import Ground
 from kvmsupervisor.domain.spec import Spec, Wish, spec_to_object
 from kvmsupervisor.domain.storage import images_of, made, storage_of
 from kvmsupervisor.domain.view import Action, Holdover
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.guard.client import Unguarded
 from kvmsupervisor.instance import cdrom, disks
+from kvmsupervisor.instance.changes import Changing, cables_before_it_runs
 from kvmsupervisor.instance.context import InstanceContext
 from kvmsupervisor.instance.new_qemu import launch, must_note, new_record
 from kvmsupervisor.instance.sharing import Sharing
 from kvmsupervisor.instance.shutting_out import admit, may_be_shut_out, shut_out
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.takeover_wait import TakeoverWait
+from kvmsupervisor.instance.wanted import Wanted, wanted
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.handover import Prepared
 from kvmsupervisor.machine.machine import Machine
@@ -43,37 +44,12 @@ GUARD_EVERY_S = 1.0
 
 
 @frozen(kw_only=True)
-class Wanted:
-    """The part of a runnable wish that starting needs."""
-
-    spec: Spec
-    ground: Ground | None
-    restart_request: str | None
-    revision: int
-    priority: int
-
-
-@frozen(kw_only=True)
 class New:
     """The images in Ceph that were made for one incarnation, and since when they may be there (CLOCK_BOOTTIME)."""
 
     incarnation: str | None = None
     images: tuple[str, ...] = ()
     since: float = 0.0
-
-
-def wanted(wish: Wish | None) -> Wanted:
-    """That part of `wish`, which can be run."""
-    # Invariant of the decision: it starts nothing without a machine that can be built.
-    assert wish is not None
-    assert wish.spec is not None
-    return Wanted(
-        spec=wish.spec,
-        ground=wish.ground,
-        restart_request=wish.restart_request,
-        revision=wish.revision,
-        priority=wish.priority,
-    )
 
 
 class Start:
@@ -119,6 +95,7 @@ class Start:
         self._lock = lock
         self._report = report
         self._wake = wake
+        self._changing = Changing(instance, context, machine, lock, report, lives=self.lives, guarded=self._guarded)
         self._prepared: Prepared | None = None
         self._wanted_at: float | None = None
         self._new = New()
@@ -233,8 +210,12 @@ class Start:
         self._report.key_was_read(status)
         return status.epoch if status is not None else 0
 
-    async def take(self, wish: Wanted) -> None:
+    async def take(self, wish: Wanted, *, storage: Storage | None = None) -> None:
         """Take the lock for a new incarnation.
+
+        Args:
+            wish: what is to run, or to be worked on.
+            storage: what that may write to; None for what the machine may.
 
         Raises:
             SwapFailed: somebody was first, or our session or the wish changed.
@@ -246,15 +227,17 @@ class Start:
             if self.sharing.has_to_wait(wish.spec):
                 return
             # A lock that was deleted by hand must not let two machines run: its holder's status still tells of it.
-            if self._report.status.epoch == 0 and await self._take_if_new(wish):
+            is_new = storage is None and self._report.status.epoch == 0
+            if is_new and await self._take_if_new(wish):
                 return
             floor = await self.look()
             if self.claimed_by is not None or self._lock.view.data is not None:
                 # Somebody has it: the next decision is made on what was read.
                 return
-        elif not self._report.knows_machine:
+        elif not self._report.looked:
             before = self._lock.view.data
-            # The machine type that the guest was installed on is in the status, whoever wrote it.
+            # The machine type that the guest was installed on is in the status, whoever wrote it, and whether its disks
+            # are in the midst of a rollback.
             await self.look()
             if self._lock.view.data != before:
                 # Let go of meanwhile, maybe: then the status alone knows the last epoch.
@@ -264,7 +247,7 @@ class Start:
         ours = previous is None or previous.host == context.me or previous.incarnation == self.last_ended
         foreign = None if previous is None or ours else previous.host
         change = Change.TAKE if foreign is None else Change.TAKE_OVER
-        await self._lock.write(change, self._plan(wish, floor), wish.ground, holder=foreign)
+        await self._lock.write(change, self._plan(wish, floor, storage), wish.ground, holder=foreign)
         if previous is not None and (previous.host, previous.boot_id) == (context.me, context.boot_id):
             # Whoever takes its own lock has seen that no process of it lives.
             self._gone.update(previous.clients)
@@ -288,7 +271,7 @@ class Start:
         self._tell_taken(None)
         return True
 
-    def _plan(self, wish: Wanted, epoch_floor: int) -> Lock:
+    def _plan(self, wish: Wanted, epoch_floor: int, storage: Storage | None = None) -> Lock:
         """The lock for a new incarnation."""
         context, seen = self._context, self._lock.view
         era, previous = context.era(), seen.lock
@@ -298,7 +281,7 @@ class Start:
             boot_id=context.boot_id,
             facts=context.layout.facts,
             incarnation=str(uuid4()),
-            storage=storage_of(wish.spec),
+            storage=storage_of(wish.spec) if storage is None else storage,
             epoch_floor=max(epoch_floor, era.epoch_floor),
             closed=previous is not None and previous.incarnation == self.closed,
             doubted=is_doubted(
@@ -469,17 +452,25 @@ class Start:
         else:
             self.guard_trouble = None
 
-    async def tend(self, action: Action, wish: Wish | None) -> None:
-        """Do what `action` says of the disks of a running machine, or of its CD-ROM drive."""
-        context = self._context
-        if action is Action.MEDIUM:
-            await cdrom.change(self._id, wanted(wish).spec, machine=self._machine, report=self._report, context=context)
-            return
-        await disks.tend(action, self._id, wish, machine=self._machine, report=self._report, context=context)
+    async def _guarded(self) -> bool:
+        if self.is_guarded() is False:
+            await self.guard()
+        return self.is_guarded() is not False
+
+    async def tend(self, action: Action, wish: Wish | None, *, takes: bool) -> None:
+        """Do what `action` says of the devices of a running machine; `takes`: see `View.takes`."""
+        context, machine, report = self._context, self._machine, self._report
+        if action is Action.CHANGE:
+            await self._changing.act(wish, takes=takes)
+        elif action is Action.MEDIUM:
+            await cdrom.change(self._id, wanted(wish).spec, machine=machine, report=report, context=context)
+        else:
+            await disks.tend(action, self._id, wish, machine=machine, report=report, context=context)
 
     async def go_on(self, wish: Wish | None) -> None:
         """Let the guest run, once its disks have the size that they shall have."""
         await disks.size_before_it_runs(self._machine, wish)
+        await cables_before_it_runs(self._machine)
         if await self._machine.resume():
             now = self._context.clock.now()
             if self._wanted_at is not None:

@@ -8,13 +8,16 @@ from typing import Any
 
 from structlog.typing import FilteringBoundLogger
 
+from kvmsupervisor.domain.changes import underway
 from kvmsupervisor.domain.decision import Decision
 from kvmsupervisor.domain.events import RESET, RESET_SAYS, said
 from kvmsupervisor.domain.keys import InstanceId
+from kvmsupervisor.domain.live import key_of
 from kvmsupervisor.domain.lock import Claim, Lock, Storage
+from kvmsupervisor.domain.pending import pending
 from kvmsupervisor.domain.run_state import POSTMIGRATE
 from kvmsupervisor.domain.sparing import Sparing
-from kvmsupervisor.domain.spec import Spec, Wish, pending
+from kvmsupervisor.domain.spec import Spec, Wish
 from kvmsupervisor.domain.status import Phase, Status, Transfer
 from kvmsupervisor.domain.storage import made, pinning
 from kvmsupervisor.domain.view import Action, Process, View
@@ -74,6 +77,9 @@ class Report:
         self._chronicle = Chronicle(instance, context=context, at_first=self.status)
         self._trouble: tuple[str, Sparing] = "", Sparing()
         self._sparing: dict[str, Sparing] = {RESET: Sparing(), CHANGED: Sparing(CHANGES_A_MINUTE)}
+        if (written := context.status_writer.written(instance)) is not None:
+            # Before it is written over: a rollback that an earlier supervisor has begun is finished before a start.
+            self.inherit(written[0])
 
     def recall(self, written: Status) -> None:
         """Take from the status key of an earlier supervisor since when it has been so, and what the guest said."""
@@ -140,14 +146,17 @@ class Report:
 
     def _save(self, written: Status) -> None:
         """Take over what goes on from host to host: the machine that the guest knows, and how many there were."""
-        if self.status.machine is None and written.machine is not None:
-            self.status = replace(self.status, machine=written.machine, machine_key=written.machine_key)
-        if self.status.files is None and written.files is not None:
-            self.status = replace(self.status, files=written.files)
-        if not self.status.images and written.images:
-            self.status = replace(self.status, images=written.images)
+        self.status = self.status.inheriting(written)
+        self.inherit(written)
         if self.status.epoch < written.epoch:
             self.status = replace(self.status, epoch=written.epoch)
+
+    def inherit(self, written: Status) -> None:
+        """Take over what a status says of the machine's snapshots: another host's knows more than this one."""
+        if written.host != self._context.me:
+            self.status = replace(self.status, snapshots=written.snapshots, rollback=written.rollback)
+        else:
+            self.status = self.status.inheriting(written)
 
     def say(self, view: View, decision: Decision) -> None:
         """Take what is decided into the status; publish and log it where it differs from what was said."""
@@ -188,6 +197,9 @@ class Report:
             files=self._files(wish, running),
             cdrom=holds(record.medium) if record and view.process and view.process.has_drive else None,
             images=self._images(wish, running),
+            snapshots=before.snapshots,
+            rollback=before.rollback,
+            changing=() if view.process is None else underway(view, view.process),
         )
         if decision.action is Action.FORGET and (wish is None or wish.keys == 0 or wish.host is not None):
             # Nobody's status any more, or the next host's.
@@ -237,6 +249,8 @@ class Report:
         if running is None or wanted is None or view.process is None:
             return ()
         names = pending(running, wanted) if running != wanted else ()
+        # What it is being given it may not have yet.
+        names = tuple(dict.fromkeys((*names, *map(key_of, view.process.incarnation.coming))))
         return (*names, "cdrom") if view.process.holds_another(wanted) and "cdrom" not in names else names
 
     def _files(self, wish: Wish | None, running: Spec | None) -> Mapping[str, str] | None:
@@ -314,7 +328,13 @@ class Report:
         if more is not None:
             self._tell_with("instance.etcd_trouble", untold=more, reason=why)
 
-    def tell_rest(self) -> None:
+    def begin_turn(self) -> None:
+        """Take in what the status writer has found in the key, and tell what is left to be told, before a decision."""
+        if (theirs := self._context.status_writer.inherited.pop(self._instance, None)) is not None:
+            self._save(theirs)
+        self._tell_rest()
+
+    def _tell_rest(self) -> None:
         """Tell how often something has happened that was not told each time, once it is over."""
         for event, kind in self._sparing.items():
             if untold := kind.rest(self._context.clock.now()):

@@ -18,7 +18,6 @@ from kvmsupervisor.cluster.lock import InstanceLock, SwapFailed
 from kvmsupervisor.domain.argv import host_problems
 from kvmsupervisor.domain.counters import GuestCounts
 from kvmsupervisor.domain.decision import Decision
-from kvmsupervisor.domain.exits import ExitClass
 from kvmsupervisor.domain.identity import HostIdentity
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import InstanceId
@@ -28,7 +27,7 @@ from kvmsupervisor.domain.ownership import LOCK_POLL_S
 from kvmsupervisor.domain.placement import NOT_PLACED
 from kvmsupervisor.domain.quiet import Quiet
 from kvmsupervisor.domain.removal import Hold, hold_of, noting
-from kvmsupervisor.domain.restart import after, in_another_history
+from kvmsupervisor.domain.restart import in_another_history
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Problem, Wish
 from kvmsupervisor.domain.status import Phase
@@ -36,12 +35,15 @@ from kvmsupervisor.domain.view import Action, View
 from kvmsupervisor.failpoints import point
 from kvmsupervisor.instance import upkeep as keeping
 from kvmsupervisor.instance.context import InstanceContext
+from kvmsupervisor.instance.ending import Ending
 from kvmsupervisor.instance.moves import Moves
 from kvmsupervisor.instance.plugs import Plugs
 from kvmsupervisor.instance.saved_state import SavedState
-from kvmsupervisor.instance.start import Start, wanted
+from kvmsupervisor.instance.snapshots import Snapshots
+from kvmsupervisor.instance.start import Start
 from kvmsupervisor.instance.status import Report
 from kvmsupervisor.instance.target import target_of
+from kvmsupervisor.instance.wanted import wanted
 from kvmsupervisor.machine import actions as ladder
 from kvmsupervisor.machine.adoption import Inheritance
 from kvmsupervisor.machine.machine import Machine
@@ -66,7 +68,7 @@ class Worker:
     Attributes:
         id: which.
         report: what is said of it.
-        plugs: its NICs.
+        plugs, viewers: its NICs, and who looks at its display.
         wish: as last told; None before that.
     """
 
@@ -100,7 +102,7 @@ class Worker:
             launch=context.launch,
         )
         self.report = Report(instance, context=context, machine=self._machine, wake=self._wake.set, log=log)
-        self.plugs = Plugs(self._machine, context=context, tell=self.report.tell)
+        self.plugs, self.viewers = Plugs(self._machine, context=context, tell=self.report.tell), self._machine.viewers
         self._lock = InstanceLock(
             store=context.store, layout=context.layout, instance=instance, session=context.session.compare
         )
@@ -112,6 +114,7 @@ class Worker:
             instance, context=context, machine=self._machine, lock=self._lock, start=self._start, report=self.report,
             wake=self._wake.set,
         )  # fmt: skip
+        self._snapshots = Snapshots(instance, context, self._machine, self._lock, self.report)
         self._etcd_at = 0.0
         self._etcd_trouble: str | None = None
         self._quiet = Quiet(context.settle_s)
@@ -121,6 +124,10 @@ class Worker:
             processes, directory, boot_id=context.boot_id, clock=context.clock, objection=objection
         )
         self._saved = SavedState(saved, machine=self._machine, report=self.report)
+        self._ending = Ending(
+            instance, context=context, machine=self._machine, start=self._start, moves=self.moves, saved=self._saved,
+            report=self.report,
+        )  # fmt: skip
 
     # --- what it is told --------------------------------------------------------------------------------------
 
@@ -133,10 +140,12 @@ class Worker:
             fresh: somebody has just written them, so that more may follow.
             hold: more of what is held.
         """
-        if self.wish is None or wish.revision != self.wish.revision:
+        if self.wish is None or (wish.revision, wish.spec) != (self.wish.revision, self.wish.spec):
             # People who have grown an image touch a key to have it seen at once.
             self._machine.growth.look(self._machine.spec, 0.0)
             self._machine.drive.look()
+            self._snapshots.look(wish)
+            self._machine.changes.look()
         if fresh:
             self._quiet.heard(self.wish, wish, self._context.clock.now())
         if self.wish is None or wish.spec != self.wish.spec or wish.priority != self.wish.priority:
@@ -246,7 +255,7 @@ class Worker:
         while True:
             self._wake.clear()
             self._saved.write_again()
-            self.report.tell_rest()
+            self.report.begin_turn()
             view = self._observe()
             decision = decide(view)
             self._note_progress(view, decision)
@@ -277,17 +286,13 @@ class Worker:
             except (EtcdError, NotFenced) as error:
                 self._pause(REFUSED_RETRY_S, str(error))
             else:
-                self._went_well(decision.action)
+                self._etcd_trouble = self._etcd_trouble if decision.action in PREPARATIONS else None
 
     async def detach(self) -> None:
         """Let go of QEMU without touching it: the next supervisor adopts it."""
         self._context.admission.release(self.id)
         self.moves.close()
         await self._machine.detach()
-
-    def _went_well(self, action: Action | None) -> None:
-        if action not in PREPARATIONS:
-            self._etcd_trouble = None
 
     def _pause(self, seconds: float, why: str) -> None:
         self._etcd_at = self._context.clock.now() + seconds
@@ -305,8 +310,7 @@ class Worker:
             admission.take_back(self.id)
 
     def _observe(self) -> View:
-        context, saved = self._context, self._saved.state
-        era = context.era()
+        context, saved, era = self._context, self._saved.state, self._context.era()
         keeping.follow_epoch(self._machine, self._lock.view, era)
         process = self._machine.view()
         lock = self._lock.view.lock
@@ -363,6 +367,8 @@ class Worker:
             guard_trouble=self._start.guard_trouble,
             quiet_at=self._quiet.at,
             start_timeout_s=context.start_timeout_s,
+            errand=self._snapshots.errand(self.wish),
+            errand_trouble=self._snapshots.trouble(self.wish),
             shutdown_timeout_s=(
                 context.shutdown_timeout_s if saved.shutdown_timeout_s is None else saved.shutdown_timeout_s
             ),
@@ -410,8 +416,10 @@ class Worker:
                 await start.takeover_wait.ask_watchers(view.lock.lock, wanted(wish).spec)
             case Action.ASK:
                 await start.sharing.ask(wanted(wish).spec)
+            case Action.SNAPSHOT:
+                await self._snapshots.act(wish)
             case Action.TAKE:
-                await start.take(wanted(wish))
+                await start.take(wanted(wish), storage=self._snapshots.storage(view.errand))
                 await self.moves.arrival.withdraw()
             case Action.FENCE:
                 assert wish is not None
@@ -429,8 +437,8 @@ class Worker:
                 await machine.reset(wanted(wish).restart_request)
             case Action.PLUG:
                 await self.plugs.plug()
-            case Action.GROW | Action.ROOM | Action.MEDIUM:
-                await start.tend(action, wish)
+            case Action.GROW | Action.ROOM | Action.MEDIUM | Action.CHANGE:
+                await start.tend(action, wish, takes=view.takes)
             case Action.REASSERT | Action.RENAME | Action.VOUCH:
                 await keeping.keep(action, machine, self._lock, self.report, self._context, seen=view.lock)
             case Action.TIDY:
@@ -439,50 +447,13 @@ class Worker:
                 if self.wish is wish:
                     self.wish = replace(wish, placed=NOT_PLACED)
             case Action.RECORD_EXIT:
-                await self._record_exit()
+                await self._ending.record(self.wish)
             case Action.RELEASE:
                 await self._release()
             case _ if action in ladder.STEPS:
                 await ladder.step(machine, decision)
             case _:
                 await self.moves.act(action, wish)
-
-    async def _record_exit(self) -> None:
-        process = self._machine.view()
-        assert process is not None
-        assert process.exit is not None
-        # Remembered before the record goes: cut off between the two, the exit is recorded again.
-        self._saved.keep(
-            after(
-                self._saved.state,
-                process.exit,
-                self.wish,
-                asked=process.asked or process.incarnation.incoming,
-                ran=not process.never_ran,
-                spawned_at=process.incarnation.spawned_at,
-                now=self._context.clock.now(),
-                jitter=self._context.jitter(),
-            )
-        )
-        self._context.metrics.exited(self.id, process.exit.kind)
-        self.report.tell(
-            "instance.ended",
-            level="info" if process.asked and process.exit.kind is not ExitClass.GUARD else "warning",
-            reason=process.exit.text,
-            end=process.exit.kind.value,
-            pause_s=self._saved.state.pause_s,
-        )
-        if self._machine.wait_status is not None and self._machine.wait_status.code == 0:
-            # Its disks were flushed and closed.
-            self._start.closed = process.incarnation.incarnation
-        if self._context.guard is not None:
-            self._context.guard.release(process.incarnation.incarnation)
-        if not (process.asked and process.never_ran):
-            self._context.life.ended(process.exit, self._machine.wait_status)
-        self.moves.ended()
-        await self._machine.drop_record()
-        self._start.last_ended = process.incarnation.incarnation
-        await self._context.provisioner.left(self.id)
 
     def _saw_reset(self) -> None:
         self._context.metrics.guest_reset(self.id)

@@ -38,6 +38,7 @@ class AgentWatch:
 
     Attributes:
         facts: the last answer, also of an agent that no longer answers; None when there was none.
+        rests: whether it is not asked, as the guest's file systems are frozen.
         seen: when the agent last answered this supervisor, RFC 3339 in UTC; None when it never did.
     """
 
@@ -60,6 +61,7 @@ class AgentWatch:
         self._told = False
         self.facts: GuestFacts | None = None
         self.seen: str | None = None
+        self.rests = False
 
     @property
     def open(self) -> bool:
@@ -93,6 +95,7 @@ class AgentWatch:
     def reset(self) -> None:
         """Forget everything: there is another QEMU, or none."""
         self.turn(is_open=False)
+        self.rests = False
         self.facts = None
         self.seen = None
 
@@ -113,6 +116,8 @@ class AgentWatch:
 
     async def _ask_once(self) -> bool:
         """Ask; return whether the agent reported an address."""
+        if self.rests:
+            return False
         try:
             facts = await self._ask(self._socket)
         except AgentSilent as error:

@@ -23,17 +23,30 @@ from kvmsupervisor.adapters.resources import explain
 from kvmsupervisor.aio import Remembered, all_of, both
 from kvmsupervisor.domain.ceph import ImageInfo, Trouble
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.images import Image, Snapshot, leftover, note_of, parent_of, refusal, remark, snapshot_of
+from kvmsupervisor.domain.images import (
+    Image,
+    Snapshot,
+    leftover,
+    local_file_of,
+    missing,
+    note_of,
+    parent_of,
+    refusal,
+    remark,
+    snapshot_of,
+)
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk, Sized, size_text, too_small
+from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk, size_text, too_small
 from kvmsupervisor.domain.spec import Disk, RbdDisk, Spec
 from kvmsupervisor.domain.storage import Unmade
 from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.failpoints import point
+from kvmsupervisor.machine import duplicates
+from kvmsupervisor.machine.duplicates import fits, steps
 from kvmsupervisor.machine.images import DiskTrouble, Law5, trouble_of
 from kvmsupervisor.machine.jobs import Jobs, Say, Underway
 from kvmsupervisor.machine.leftovers import SWEEP_AFTER_S, Leftovers
-from kvmsupervisor.machine.library import FLUSH_S, STEP, Library, Stored
+from kvmsupervisor.machine.library import FLUSH_S, Library, Stored
 
 RETRY_S = 5.0
 """Pause before it is looked again for what people have to mend: a key, a file, an image."""
@@ -157,6 +170,9 @@ class Contents:
         """Make a file that is missing; implements `local_disks.Filling`."""
         assert file.origin is not None
         with _told(key, file.origin):
+            if local_file_of(file.origin) is not None:
+                self._jobs.ask(f"disk {file} of {instance}", partial(self._duplicate, instance, key, file))
+                return
             image = await self._entry(file.origin)
             name = f"disk {file} of {instance}: {image.content} {image.url}"
             self._jobs.ask(name, partial(self._fill, instance, key, file, image))
@@ -184,13 +200,18 @@ class Contents:
     async def _fill(self, instance: InstanceId, key: str, file: FileDisk, image: Image, say: Say) -> None:
         assert file.origin is not None
         with contextlib.closing(await self._library.get(image, file.format, say)) as source:
-            _fits(key, file, source.size)
+            fits(key, file, source.size)
             try:
                 await self._copy(instance, file, source, note_of(instance, file.origin), say)
             except (ToolFailed, FileTrouble) as error:
                 raise DiskTrouble(str(error), RETRY_S) from error
             except OSError as error:
                 raise DiskTrouble(explain(error, self._folder / file.name), RETRY_S) from error
+
+    async def _duplicate(self, instance: InstanceId, key: str, file: FileDisk, say: Say) -> None:
+        made = partial(self._fresh.setdefault(instance, set()).add, file.title)
+        where = self._folder, self._threads, self._library
+        await duplicates.make_file(instance, key, file, say, *where, before_it_is_there=made)
 
     async def _copy(self, instance: InstanceId, file: FileDisk, source: Stored, note: str, say: Say) -> None:
         name = f"{file.name} of {instance}"
@@ -236,7 +257,7 @@ class Contents:
             self._jobs.wait_for(self._waiting.get(image.name))
         if self._waiting.pop(image.name, None) is not None and not is_known:
             # Missing a moment ago. Where it no longer is, what is made gets no name, and it is looked at anew.
-            return await self._lacking(disk, image)
+            return await self._lacking(instance, disk, image)
         try:
             # One that the machine never ran with is missing, as a rule.
             info, note = await self._found(image, key, is_likely=is_known)
@@ -249,7 +270,7 @@ class Contents:
                 ) from error
             if image.origin is None and error.lacks_place:
                 raise trouble_of(error, key) from error
-            return await self._lacking(disk, image)
+            return await self._lacking(instance, disk, image)
         except CephError as error:
             raise trouble_of(error, key) from error
         if (said := too_small(key, image, info.size)) is not None:
@@ -264,13 +285,22 @@ class Contents:
         small = Unmade(disk=disk, image=image, has=info.size)
         return Lacking(disks=(small,) if (image.size or 0) > info.size else (), remarks=remarks)
 
-    async def _lacking(self, disk: Disk, image: RbdDisk) -> Lacking:
+    async def _lacking(self, instance: InstanceId, disk: Disk, image: RbdDisk) -> Lacking:
         """What a missing image is to begin with; brought in where it is not there."""
         if image.origin is None:
             return Lacking(disks=(Unmade(disk=disk, image=image),))
         with _told(disk.key, image.origin):
             parent, size = await self._parent(image)
-            _fits(disk.key, image, size)
+            fits(disk.key, image, size)
+            if image.copy:
+                name = f"copy of {parent}: {image.name} of {instance}"
+                try:
+                    self._jobs.ask(name, partial(self._copy_image, instance, image, parent))
+                except Underway:
+                    self._waiting[image.name] = name
+                    raise
+        if image.copy:
+            return await self._look(instance, disk, image, ())
         return Lacking(disks=(Unmade(disk=disk, image=image, parent=parent, parent_size=size),))
 
     async def _found(self, image: RbdDisk, key: str, *, is_likely: bool) -> tuple[ImageInfo, str | None]:
@@ -318,7 +348,7 @@ class Contents:
         except CephError as error:
             raise trouble_of(error) from error
         if found is None:
-            raise DiskTrouble(f"there is no such snapshot: `rbd snap create {snapshot}` makes one", RETRY_S)
+            raise DiskTrouble(missing(snapshot), RETRY_S)
         if not found.is_protected:
             raise DiskTrouble(
                 f"the snapshot may be removed at any time, and its clones with it: `rbd snap protect {snapshot}`",
@@ -361,11 +391,23 @@ class Contents:
                     say(f"imported into the pool {whole.place}, 0 %")
                     # By our descriptor: the file's name may go while it is read, when no key names it any more.
                     file = Path(f"/proc/{os.getpid()}/fd/{source.fd}")
-                    await self._ceph.bring(file, aside, size=source.size, hear=_steps(say, whole.place))
+                    await self._ceph.bring(
+                        file, aside, size=source.size, hear=steps(say, f"imported into the pool {whole.place}")
+                    )
                     await point("imported")
                     await self._ceph.freeze(aside, snapshot.snap)
                     await point("frozen")
                 await self._named(aside, whole)
+
+    async def _copy_image(self, instance: InstanceId, image: RbdDisk, parent: Snapshot, say: Say) -> None:
+        async with self._imports.claim(image.name) as other:
+            if other is not None:
+                raise Elsewhere(f"{other} copies it")
+            with self._leftovers.aside(image) as aside:
+                note = note_of(instance, image.origin or "", mark=aside.image.rpartition("-")[2])
+                await duplicates.make_image(self._ceph, parent, aside, note, say)
+            self._fresh.setdefault(instance, set()).add(image.name)
+            await self._named(aside, image, note)
 
     async def _named(self, aside: RbdDisk, image: RbdDisk, note: str | None = None) -> Mapping[str, str] | None:
         """Give what was made its name. Where there is one already, another one was first: None.
@@ -439,32 +481,6 @@ class Contents:
         if metadata is None:
             raise DiskTrouble(f"{image.name} was made by somebody else meanwhile: it is looked at anew", 0.0)
         return metadata
-
-
-def _steps(say: Say, pool: str) -> Callable[[int], None]:
-    """Tell of some steps only: each is a write of a status key."""
-    said = 0
-
-    def hear(percent: int) -> None:
-        nonlocal said
-        if percent // STEP > said:
-            said = percent // STEP
-            say(f"imported into the pool {pool}, {said * STEP} %")
-
-    return hear
-
-
-def _fits(key: str, disk: Sized, size: int) -> None:
-    """Make sure that a disk is to be as large as what it begins with.
-
-    Raises:
-        DiskTrouble: it is to be smaller.
-    """
-    if disk.size is not None and disk.size < size:
-        right = f"write size={size_text(size)}, or leave size= out" if size % (1 << 20) == 0 else "leave size= out"
-        raise DiskTrouble(
-            f"size={size_text(disk.size)} is less than the {size_text(size)} of the image: {right}", RETRY_S
-        )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,29 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.media import MediumKind, detect
 from kvmsupervisor.domain.spec import Firmware, RbdDisk, Secret, Spec
 from kvmsupervisor.domain.storage import Unmade, nvram_of
+from kvmsupervisor.folders import make_folder
 from kvmsupervisor.machine import boot_media as media
+
+
+@frozen(kw_only=True)
+class HostFiles:
+    """Paths and choices of this host.
+
+    Attributes:
+        state_dir: folder of files that outlive a boot.
+        bridge_helper: QEMU's bridge helper; None to look for it.
+        bridge_owner: the owner in bridge.conf of the lines that allow bridges; no other supervisor has that name.
+        media_root: folder below which `file:` URLs of user data are allowed; None for nowhere.
+        media_cacert: CA certificates, in addition to the system's, for servers of user data.
+        media_inward: whether a redirect of user data may lead to an address of this host.
+    """
+
+    state_dir: Path
+    bridge_owner: str
+    bridge_helper: Path | None = None
+    media_root: Path | None = None
+    media_cacert: Path | None = None
+    media_inward: bool = False
 
 
 @frozen(kw_only=True)
@@ -73,6 +96,21 @@ def foresee(instance: InstanceId, spec: Spec, *, directory: InstanceDir, state_d
 def file_of_variables(state_dir: Path, instance: InstanceId) -> Path:
     """Path of an instance's UEFI variables, where they are a file of this host."""
     return state_dir / instance / "nvram.fd"
+
+
+def copy_variables(template: Path, file: Path) -> None:
+    """Make the file of an instance's UEFI variables; it has its name once it is whole.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    make_folder(file.parent)
+    aside = file.with_name(file.name + ".new")
+    aside.unlink(missing_ok=True)
+    # The mode is set while the file is empty, so that no other user can open it meanwhile.
+    aside.touch(mode=0o600, exist_ok=False)
+    shutil.copyfile(template, aside)
+    aside.replace(file)
 
 
 @frozen(kw_only=True)

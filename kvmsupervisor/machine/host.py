@@ -23,7 +23,7 @@ from kvmsupervisor.domain.capabilities import NET_ADMIN, lacking, what_is_lackin
 from kvmsupervisor.domain.flags import ANY_FLAGS, NONE_AS_ROOT
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.hardware import Ceph
-from kvmsupervisor.machine.provisioning import HostFiles
+from kvmsupervisor.machine.handover import HostFiles
 
 log = structlog.get_logger(__name__)
 
@@ -160,6 +160,7 @@ def host_side(settings: Settings, choice: accelerator.Choice) -> HostSide:
         spice_addr=settings.spice_addr,
         flags=settings.extra_flags or (NONE_AS_ROOT if is_qemu_root(settings) else ANY_FLAGS),
         ovmf=firmware.find(settings.ovmf_code, settings.ovmf_vars),
+        memory_mib=memory_for_guests_mib(),
         ceph=Ceph(conf=None if settings.ceph_conf is None else str(settings.ceph_conf), user=settings.ceph_id),
     )
 

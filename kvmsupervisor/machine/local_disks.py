@@ -61,6 +61,9 @@ class FileAccess:
 class LocalDisks:
     """The files of one host's machines.
 
+    Attributes:
+        threads: runs what may block.
+
     Args:
         folder: where all of them are (`KVM_DISK_DIR`).
         is_own: whether the folder is made when it is missing. One that people named is not: where it is a mount point
@@ -74,7 +77,7 @@ class LocalDisks:
         self._is_own = is_own
         self._as_root = as_root
         self._access = access or FileAccess()
-        self._threads = self._access.threads()
+        self.threads = self._access.threads()
         # Invariant: the files of the machines that live here, or are being started.
         self._users: dict[InstanceId, Spec] = {}
 
@@ -180,7 +183,7 @@ class LocalDisks:
             DiskTrouble: it cannot be had.
         """
         try:
-            return await self._threads.call(instance, partial(self._open, file), undo=lambda late: os.close(late.fd))
+            return await self.threads.call(instance, partial(self._open, file), undo=lambda late: os.close(late.fd))
         except NoFile:
             raise
         except FileTrouble as error:
@@ -210,7 +213,7 @@ class LocalDisks:
             FileTrouble: it cannot be told.
         """
         try:
-            return await self._threads.call(instance, partial(self._access.room, self.folder, self._as_root))
+            return await self.threads.call(instance, partial(self._access.room, self.folder, self._as_root))
         except OSError as error:
             raise FileTrouble(explain(error, self.folder)) from error
 

@@ -37,6 +37,7 @@ from kvmsupervisor.failpoints import cut
 from kvmsupervisor.machine import identity as process_identity
 from kvmsupervisor.machine.agent_watch import AgentWatch
 from kvmsupervisor.machine.cdrom import Drive
+from kvmsupervisor.machine.changes import Changes
 from kvmsupervisor.machine.guest_logs import MachineLogs
 from kvmsupervisor.machine.guest_stats import count
 from kvmsupervisor.machine.migration import Migration
@@ -44,7 +45,9 @@ from kvmsupervisor.machine.monitor import Conversation
 from kvmsupervisor.machine.resize import Growth
 from kvmsupervisor.machine.room import Room
 from kvmsupervisor.machine.spawn import BEHIND, Launch, Quarters, SpawnRequest
+from kvmsupervisor.machine.standstill import Standstill
 from kvmsupervisor.machine.system import QemuProcess, System
+from kvmsupervisor.machine.viewers import Viewers
 
 KILL_S = 5.0
 """How long to wait for a killed process to end before the worker goes on (the process may hang in the kernel)."""
@@ -106,7 +109,9 @@ class Machine:
             notify=notify,
             log=log,
         )
+        self.viewers = Viewers(self._talk.ask, lambda: self.record)
         self._settling: asyncio.Task[None] | None = None
+        self.standstill = Standstill(system, self._talk, self.agent, directory, clock=clock, note=self.note)
         self._clear()
 
     def _clear(self) -> None:
@@ -118,6 +123,7 @@ class Machine:
         self.room = Room(self._clock, self._talk.command)
         self.migration = Migration(self._clock, self._talk)
         self.drive = Drive(self._clock, self._talk.ask)
+        self.changes = Changes(self._clock, self._talk.ask)
         self._stopping: Stopping | None = None
         self._asked = False
         self._pressed = False
@@ -149,6 +155,7 @@ class Machine:
             full=self.room.said if self._is_to_be_explained else None,
             medium_at=self.drive.at,
             medium_trouble=self.drive.trouble,
+            attempts=self.changes.attempts,
             silent_since=self._talk.silent_since,
             stopping=self._stopping,
             asked=self._asked,
@@ -182,14 +189,6 @@ class Machine:
         if not self._launch.waits or told not in {NEVER_RAN, INCOMING}:
             return told
         return PAUSED if self._let_run else NEVER_RAN
-
-    @property
-    def nics(self) -> tuple[tuple[str, str], ...]:
-        """Each NIC by its name (`nic0`), with the name of its tap on this host."""
-        spec, record = self.spec, self.record
-        if spec is None or record is None:
-            return ()
-        return tuple((f"nic{nic.number}", tap) for nic, tap in zip(spec.bridged_nics, record.taps, strict=False))
 
     @property
     def wait_status(self) -> WaitStatus:
@@ -252,9 +251,8 @@ class Machine:
             self.note(pid=self._process.pid, starttime=self._process.starttime)
 
     def _begin(self, record: Incarnation, spec: Spec | None) -> None:
-        self.record = record
+        self.record, self.spec = record, spec
         self._talk.argv = record.argv
-        self.spec = spec
 
     def adopt(self, record: Incarnation, *, boot_id: str, under: HostIdentity | None = None) -> bool:
         """Adopt the process that an earlier supervisor started; return False when the process is gone.
@@ -294,6 +292,8 @@ class Machine:
             return
         # QEMU greets before its devices exist: only an answered command means that it is up.
         await self.probe()
+        # Its logs are open by then, and take nothing of its guest, whoever lets that run, until they are looked at.
+        self._logs.look()
         if not self._talk.answered:
             self._talk.retry()
         elif self._launch.furnished and not self.never_ran:
@@ -324,8 +324,6 @@ class Machine:
         if self._launch.waits:
             return True
         self._talk.run_state = None
-        # QEMU has opened its logs by now.
-        self._logs.look()
         try:
             answer = await self._talk.ask("cont")
         except MonitorRefused as error:
@@ -414,8 +412,7 @@ class Machine:
         await self.detach()
         cut("exit recorded, process still on record")
         self.directory.drop_incarnation()
-        self.record = None
-        self.spec = None
+        self.record = self.spec = None
         self._clear()
 
     async def detach(self) -> None:
@@ -461,6 +458,8 @@ class Machine:
                 return
             case "DEVICE_TRAY_MOVED" if self.drive.moved():
                 pass
+            case _ if self.changes.hears(name, data):
+                pass
             case "RESET" if data.get("guest"):
                 self._on_reset()
                 return
@@ -487,12 +486,10 @@ class Machine:
 
     def _classify(self, status: WaitStatus) -> Exit:
         assert self.record is not None
-        log_tail = self._logs.tail(self.record.log_offset)
-        killed_at = self.directory.guard_killed_at(self.record.incarnation)
         return classify(
             shutdown=self._shutdown,
             status=status,
-            log_tail=log_tail,
-            guard_killed_at=killed_at,
+            log_tail=self._logs.tail(self.record.log_offset),
+            guard_killed_at=self.directory.guard_killed_at(self.record.incarnation),
             secrets=secrets_in(self.record.argv),
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 from uuid import UUID
@@ -33,12 +32,11 @@ from kvmsupervisor.domain.limits import limits_of
 from kvmsupervisor.domain.sight import Sight, sight_of
 from kvmsupervisor.domain.spec import Firmware, RbdDisk, Secret, Spec
 from kvmsupervisor.domain.storage import Unmade, nvram_of
-from kvmsupervisor.folders import make_folder
 from kvmsupervisor.machine import boot_media
 from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.contents import Contents, Lacking
 from kvmsupervisor.machine.guest_users import GuestUsers, NoUser
-from kvmsupervisor.machine.handover import HandedFiles, Prepared, file_of_variables, hand
+from kvmsupervisor.machine.handover import HandedFiles, HostFiles, Prepared, copy_variables, file_of_variables, hand
 from kvmsupervisor.machine.images import Disks, DiskTrouble
 from kvmsupervisor.machine.jobs import Underway
 from kvmsupervisor.machine.listening import Listening, Taken
@@ -71,27 +69,6 @@ class NotReady(Exception):
         super().__init__(reason)
         self.retry_s = retry_s
         self.underway = underway
-
-
-@frozen(kw_only=True)
-class HostFiles:
-    """Paths and choices of this host.
-
-    Attributes:
-        state_dir: folder of files that outlive a boot.
-        bridge_helper: QEMU's bridge helper; None to look for it.
-        bridge_owner: the owner in bridge.conf of the lines that allow bridges; no other supervisor has that name.
-        media_root: folder below which `file:` URLs of user data are allowed; None for nowhere.
-        media_cacert: CA certificates, in addition to the system's, for servers of user data.
-        media_inward: whether a redirect of user data may lead to an address of this host.
-    """
-
-    state_dir: Path
-    bridge_owner: str
-    bridge_helper: Path | None = None
-    media_root: Path | None = None
-    media_cacert: Path | None = None
-    media_inward: bool = False
 
 
 @frozen(kw_only=True)
@@ -225,7 +202,7 @@ class Provisioner:
         except OSError as error:
             raise NotReady(f"its folder cannot be made: {explain(error, directory.path)}", HOST_RETRY_S) from error
         variables = None
-        remarks, lacking, ceph_key = await self._look_at_disks(instance, spec, directory, files, images)
+        remarks, lacking, ceph_key = await self._look_at_disks(instance, spec, files, images)
         try:
             if spec.firmware is Firmware.UEFI:
                 variables = await self._variables(instance, spec)
@@ -304,7 +281,6 @@ class Provisioner:
         self,
         instance: InstanceId,
         spec: Spec,
-        directory: InstanceDir,
         files: Mapping[str, str],
         images: Collection[str],
     ) -> tuple[tuple[str, ...], tuple[Unmade, ...], Secret | None]:
@@ -370,7 +346,7 @@ class Provisioner:
             return None
         file = file_of_variables(self._files.state_dir, instance)
         if not file.exists():
-            await asyncio.to_thread(self._copy_variables, Path(self._host.ovmf.variables), file)
+            await asyncio.to_thread(copy_variables, Path(self._host.ovmf.variables), file)
         return str(file)
 
     async def _furnish_variables(self, instance: InstanceId, image: RbdDisk) -> None:
@@ -382,15 +358,6 @@ class Provisioner:
             await self._disks.furnish_variables(image, template)
         except DiskTrouble as error:
             raise NotReady(f"its UEFI variables cannot be made: {error}", error.retry_s) from error
-
-    def _copy_variables(self, template: Path, file: Path) -> None:
-        make_folder(file.parent)
-        aside = file.with_name(file.name + ".new")
-        aside.unlink(missing_ok=True)
-        # The mode is set while the file is empty, so that no other user can open it meanwhile.
-        aside.touch(mode=0o600, exist_ok=False)
-        shutil.copyfile(template, aside)
-        aside.replace(file)
 
     # --- what a start follows at once -------------------------------------------------------------------------
 
@@ -418,12 +385,8 @@ class Provisioner:
         except Taken as error:
             raise NotReady(str(error), HOST_RETRY_S) from error
         machine = machine or await self._types.versioned(spec.machine)
-        # Not in `prepare`: only the holder of the lock may make an image.
         try:
-            for unmade in ready.lacking:
-                await self._contents.make(instance, unmade)
-            if ready.lacking:
-                await self._disks.admit(instance, spec)
+            await self._make_images(instance, spec, ready.lacking)
         except DiskTrouble as error:
             raise NotReady(str(error), error.retry_s) from error
         if ready.variables_image is not None and spec.firmware is Firmware.UEFI:
@@ -438,7 +401,7 @@ class Provisioner:
                 user, entry = self._users.take(instance), self._walls.entry(self._sight(spec))
                 if entry is not None:
                     stack.callback(entry.close)
-                taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self._taps(spec)]
+                taps = [stack.enter_context(contextlib.closing(tap)) async for tap in self.taps(spec)]
                 cgroup = await self._cgroups.prepare(instance, incarnation, limits_of(spec))
                 stack.callback(cgroup.close)
             except (NetworkTrouble, CgroupFailed, DiskTrouble, NoUser) as error:
@@ -454,18 +417,53 @@ class Provisioner:
                 cdrom=cdrom,
                 handed=handed,
                 tap_names=tuple(self._system.network.tap_name(tap.fd) for tap in taps),
-                bridges=self._bridges(spec),
+                bridges=self.bridges(spec),
                 quarters=Quarters(user=user, entry=entry, cgroup=cgroup),
                 new=tuple(unmade.image.name for unmade in ready.lacking if unmade.has is None),
                 closing=stack.pop_all(),
             )
+
+    async def _make_images(self, instance: InstanceId, spec: Spec, lacking: Collection[Unmade]) -> None:
+        """Make them. Not in `prepare`: only the holder of the lock may.
+
+        Raises:
+            DiskTrouble: one cannot be made.
+        """
+        for unmade in lacking:
+            await self._contents.make(instance, unmade)
+        if lacking:
+            await self._disks.admit(instance, spec)
+
+    # --- what a machine gets while it runs --------------------------------------------------------------------
+
+    async def disk(
+        self, instance: InstanceId, alone: Spec, *, files: Mapping[str, str], images: Collection[str]
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Make a disk ready for a machine that runs, under its lock.
+
+        Args:
+            instance: whose.
+            alone: a machine with that disk alone.
+            files: as for `prepare`.
+            images: likewise.
+
+        Returns:
+            A descriptor where it is a file, to be closed by the caller; and what a person should know.
+
+        Raises:
+            NotReady, DiskTrouble: it cannot be had, or is being made.
+            EtcdError: it is not known what it is to begin with.
+        """
+        remarks, lacking, _ = await self._look_at_disks(instance, alone, files, images)
+        await self._make_images(instance, alone, lacking)
+        return await self._local_disks.open(instance, alone), remarks
 
     def _sight(self, spec: Spec) -> Sight:
         """What its QEMU needs to see."""
         host = self._host
         return sight_of(spec, accel=host.accel, ceph_conf=host.ceph.conf, ovmf=host.ovmf)
 
-    async def _taps(self, spec: Spec) -> AsyncIterator[Tap]:
+    async def taps(self, spec: Spec) -> AsyncIterator[Tap]:
         """A tap for each NIC on a bridge, one after the other: each takes milliseconds."""
         if not spec.bridged_nics:
             return
@@ -473,12 +471,12 @@ class Provisioner:
             with contextlib.suppress(DeviceTrouble):
                 # A missing device makes the helper fail, with a message that names the bridge, too.
                 self._system.ensure_device(device)
-        wanted = self._bridges(spec)
+        wanted = self.bridges(spec)
         self._system.network.allow_bridges(wanted, owner=self._files.bridge_owner)
         for bridge in wanted:
             yield await self._system.network.open_tap(bridge, helper=self._files.bridge_helper)
 
-    def _bridges(self, spec: Spec) -> tuple[str, ...]:
+    def bridges(self, spec: Spec) -> tuple[str, ...]:
         """The bridge of each NIC that is on one."""
         bridges = (nic.bridge or self._host.bridge_if for nic in spec.bridged_nics)
         return tuple(bridge for bridge in bridges if bridge is not None)

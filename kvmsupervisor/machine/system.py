@@ -19,6 +19,8 @@ from kvmsupervisor.adapters.qmp import Monitor
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.frozen import frozen
+from kvmsupervisor.guard import keeper_client
+from kvmsupervisor.guard.keeper_client import Keeper
 
 
 class QemuProcess(Protocol):
@@ -230,6 +232,22 @@ class Transfers(Protocol):
         """Take connections of sources; raises OSError."""
 
 
+class Count(Protocol):
+    """Has the guest's agent do something to its file systems, as `adapters.agent.thaw` does."""
+
+    async def __call__(self, path: Path, *, timeout_s: float) -> int:
+        """To how many; raises AgentSilent."""
+        ...
+
+
+class Keep(Protocol):
+    """Starts a keeper, as `guard.keeper_client.keep` does."""
+
+    async def __call__(self, *, monitors: Sequence[Path], agent: Path, limit_s: float) -> Keeper:
+        """See there; raises KeeperTrouble."""
+        ...
+
+
 @frozen(kw_only=True)
 class System:
     """The ports to one host.
@@ -238,6 +256,9 @@ class System:
         processes: the processes of the host.
         connect: connects to a QMP socket.
         ask_agent: asks the guest's agent at the socket of that path; raises AgentSilent.
+        freeze: has it freeze the guest's file systems; see `adapters.agent.freeze`.
+        thaw: has it thaw them; see there.
+        keep: starts what ends a standstill should this supervisor not come to it; see `guard.keeper_client`.
         network: taps and bridges.
         index_of: returns the index of a network interface; None when there is no interface of that name.
         ensure_device: makes a device node if it is missing, and returns whether it did; raises DeviceTrouble.
@@ -248,6 +269,9 @@ class System:
     processes: Processes
     connect: Connect
     ask_agent: Callable[[Path], Awaitable[GuestFacts]]
+    freeze: Count
+    thaw: Count
+    keep: Keep
     network: Network
     index_of: Callable[[str], int | None]
     ensure_device: Callable[[Device], bool]
@@ -259,6 +283,9 @@ REAL = System(
     processes=process,
     connect=Monitor.connect,
     ask_agent=agent.ask,
+    freeze=agent.freeze,
+    thaw=agent.thaw,
+    keep=keeper_client.keep,
     network=network,
     index_of=links.index_of,
     ensure_device=devices.ensure,

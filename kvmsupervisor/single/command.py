@@ -44,9 +44,9 @@ from kvmsupervisor.domain.view import Action, Process, View
 from kvmsupervisor.instance.alone import see_to_its_end
 from kvmsupervisor.instance.assembly import Outside
 from kvmsupervisor.machine.guest_logs import GuestLogs
+from kvmsupervisor.machine.handover import HostFiles
 from kvmsupervisor.machine.host import HostFacts, ceph_access, look_at_bridge
 from kvmsupervisor.machine.machine import Machine
-from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.spawn import Quarters
 from kvmsupervisor.machine.system import System
 from kvmsupervisor.single.container import Container, Manner

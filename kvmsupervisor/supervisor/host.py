@@ -35,6 +35,7 @@ from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.etcd_wall import etcd_wall
 from kvmsupervisor.machine.host import look_at_files
 from kvmsupervisor.machine.spawn import BEHIND
+from kvmsupervisor.supervisor.consoles import Consoles
 from kvmsupervisor.supervisor.dispatch import Dispatch
 from kvmsupervisor.supervisor.evacuation import Evacuation
 from kvmsupervisor.supervisor.failover import Failover
@@ -66,6 +67,7 @@ class Host:
 
     Attributes:
         http_view: what HTTP and the metrics show of it.
+        consoles: of its instances, for who is let in.
     """
 
     def __init__(self, settings: Settings, outside: Outside, premises: Premises) -> None:
@@ -102,6 +104,7 @@ class Host:
                 memory_mib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
                 guests_mib=host_facts.memory_mib,
                 drain_any=settings.drain_any,
+                web=settings.web_url or "",
                 notice=mismatch or "",
                 lock=layout.lock,
             ),
@@ -145,6 +148,13 @@ class Host:
         self._session.follow(self._post.renewed)
         self._links = outside.links(self._on_links)
         self._etcd_wall = etcd_wall(settings, host_facts.users, outside.packet_rule, clock)
+        self.consoles = Consoles(
+            premises.run_dir,
+            group=settings.console_group,
+            instances=self._instances,
+            is_guests=host_facts.users.has,
+            clock=clock,
+        )
         self._telling = Telling(self._session, clock, premises.drain, self._etcd_wall, host_facts.gaps)
         self.http_view = HttpView(
             host=me,

@@ -108,6 +108,8 @@ class Supervisor:
             stack.callback(host.close)
             stack.callback(self._drain.listen(host.notify_all))
             adopting = await host.take_over(records)
+            stack.push_async_callback(host.consoles.close)
+            host.consoles.open()
             url = await serve(host.http_view, settings, stack)
             host.served_at(url)
             log.info(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -15,8 +15,12 @@ from kvmsupervisor.cluster.host_table import HostFact, facts_of
 from kvmsupervisor.cluster.live_overview import LiveOverview
 from kvmsupervisor.cluster.overview import as_object
 from kvmsupervisor.domain.events import Event, in_order, when
-from kvmsupervisor.domain.keys import ID_RULE, InstanceId, parse_id
+from kvmsupervisor.domain.images import Image, image_name, parse_image
+from kvmsupervisor.domain.keys import ID_RULE, InstanceId, Layout, parse_id
+from kvmsupervisor.domain.media import shown_url
+from kvmsupervisor.domain.values import Unfit
 from kvmsupervisor.web.board import Board
+from kvmsupervisor.web.people import Person, Role
 
 EVENTS = 200
 """Events in a reply, if no number is asked for."""
@@ -34,13 +38,15 @@ class Api:
     Args:
         overview: the cluster.
         board: its instances, ready to be sent.
+        layout: where the keys lie.
     """
 
-    def __init__(self, overview: LiveOverview, board: Board) -> None:
+    def __init__(self, overview: LiveOverview, board: Board, layout: Layout) -> None:
         self._overview = overview
+        self._layout = layout
         self._board = board
 
-    def instances(self, _request: Request) -> Reply:
+    def instances(self, _request: Request, _person: Person) -> Reply:
         """All instances of the cluster."""
         body = b"[" + b",\n".join(entry.full for entry in self._board.entries) + b"]\n"
         return Reply(status=HTTPStatus.OK, body=body, content_type="application/json")
@@ -57,11 +63,41 @@ class Api:
         events = [event.to_object() for event in self._overview.events_of(instance)]
         return reply(as_object(found, cluster) | more | {"wish_revision": whole["revision"], "events": events})
 
-    def hosts(self, _request: Request) -> Reply:
+    def hosts(self, _request: Request, _person: Person) -> Reply:
         """All hosts: what each says of itself, and what the keys say of it."""
         return reply([host_object(fact) for fact in facts_of(self._overview.cluster)])
 
-    def events(self, request: Request) -> Reply:
+    def images(self, _request: Request, _person: Person) -> Reply:
+        """The image library, without what its URLs hide."""
+        found = []
+        for name, image in self._library():
+            url, sha256, form, problem = None, None, None, None
+            if isinstance(image, Unfit):
+                problem = str(image)
+            else:
+                url, sha256, form = shown_url(image.url), image.sha256, image.format.value
+            found.append({"name": name, "url": url, "sha256": sha256, "format": form, "problem": problem})
+        return reply(found)
+
+    def image_names(self) -> list[str]:
+        """Of the images that can be used."""
+        return [name for name, image in self._library() if isinstance(image, Image)]
+
+    def _library(self) -> Iterator[tuple[str, Image | Unfit]]:
+        """Each entry, or what is wrong with it."""
+        prefix = self._layout.images_prefix
+        for kv in self._overview.images():
+            name = kv.key.decode(errors="replace").removeprefix(prefix)
+            try:
+                yield name, parse_image(image_name(name), kv.value.decode(errors="replace"))
+            except Unfit as unfit:
+                yield name, unfit
+
+    def me(self, _request: Request, person: Person) -> Reply:
+        """Who asks, and what they may."""
+        return reply({"name": person.name, "roles": [role.value for role in Role if person.may(role)]})
+
+    def events(self, request: Request, _person: Person) -> Reply:
         """The newest events, of one instance or of all, the newest last."""
         try:
             name, oldest, most = _instance(request), _since(request), _most(request)

@@ -106,7 +106,7 @@ class Board:
             self.run = self._token()
         turn, made = self.turn + 1, await self._made(differing)
         gone = [name for name in self._entries if name not in self._overview.cluster.instances]
-        if self.turn and not (made or gone or differing.hosts or differing.anew):
+        if self.turn and not (made or gone or differing.hosts or differing.drains or differing.anew):
             return False
         for name, entry in made.items():
             entry.turn = turn

@@ -7,6 +7,7 @@ from dataclasses import field
 from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.people import Person, Role
 
 POLICY = "; ".join(
     (
@@ -45,18 +46,31 @@ class State:
         return {"in_step": self.in_step, "problem": visible(self.problem), "as_of": self.as_of}
 
 
-def page(*, title: str, here: str, state: State, main: Html, script: str, mark: str | None = None) -> bytes:
+def page(
+    *,
+    title: str,
+    here: str,
+    state: State,
+    person: Person,
+    main: Html,
+    script: str,
+    mark: str | None = None,
+    style: str | None = None,
+) -> bytes:
     """A whole document.
 
     Args:
         title: for the tab.
         here: the path of the page among the ways to others.
         state: of etcd.
+        person: who asks; scripts find their roles in `data-may`.
         main: what the page is about.
         script: name of its script.
         mark: what the list is as of, for the stream; None where the whole list has to be asked for.
+        style: path of a further style sheet, before our own.
     """
-    ways = (("/", "Instances"), ("/hosts", "Hosts"), ("/api", "API"))
+    create = (("/create", "Create"),) if person.may(Role.OPERATOR) else ()
+    ways = (("/", "Instances"), ("/hosts", "Hosts"), *create, ("/api", "API"))
     document = tag(
         "html",
         tag(
@@ -66,6 +80,7 @@ def page(*, title: str, here: str, state: State, main: Html, script: str, mark: 
             tag("meta", name="color-scheme", content="light dark"),
             tag("title", title),
             tag("link", rel="icon", href="/static/icon.svg", type="image/svg+xml"),
+            NOTHING if style is None else tag("link", rel="stylesheet", href=style),
             tag("link", rel="stylesheet", href="/static/style.css"),
             tag("script", src=f"/static/{script}", type="module"),
         ),
@@ -80,14 +95,24 @@ def page(*, title: str, here: str, state: State, main: Html, script: str, mark: 
                     *(tag("a", text, href=path, aria_current="page" if path == here else None) for path, text in ways),
                     aria_label="Pages",
                 ),
+                _who(person),
             ),
             _state(state),
             tag("main", main, id="main", tabindex="-1"),
         ),
         lang="en",
         data_mark=mark,
+        data_may=" ".join(role for role in Role if person.may(role)),
     )
     return f"<!DOCTYPE html>\n{document}\n".encode(errors="backslashreplace")
+
+
+def _who(person: Person) -> Html:
+    """By which name somebody is known, and the most that they may."""
+    if not person.name:
+        return NOTHING
+    most = next(role for role in reversed(Role) if person.may(role))
+    return tag("span", tag("bdi", visible(person.name, 60)), f" · {most}", class_="who")
 
 
 def _state(state: State) -> Html:
@@ -116,7 +141,8 @@ def instance_link(name: str) -> Html:
     return tag("a", name, href=f"/instances/{name}")
 
 
-def not_found(what: str, state: State) -> bytes:
+def not_found(what: str, state: State, person: Person) -> bytes:
     """A page that is not there."""
     main = join((tag("h1", "Not found"), tag("p", visible(what)), tag("p", tag("a", "All instances", href="/"))))
-    return page(title="Not found – kvmsupervisor", here="", state=state, main=main, script="refresh.js")
+    title = "Not found – kvmsupervisor"
+    return page(title=title, here="", state=state, person=person, main=main, script="refresh.js")

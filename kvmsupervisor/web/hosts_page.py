@@ -5,28 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmsupervisor.adapters.web.words import visible
+from kvmsupervisor.cluster.acts.hosts import held_by
 from kvmsupervisor.cluster.host_table import NO_SESSION, HostFact
+from kvmsupervisor.cluster.overview import Cluster, Instance
+from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.order import is_host
+from kvmsupervisor.web.people import Person, Role
 
 COLUMNS = ("Host", "State", "Since", "Running", "Locks", "Memory promised", "CPUs", "Release", "Notice")
 
 
-def hosts_page(facts: Sequence[HostFact], state: State) -> bytes:
+def hosts_page(facts: Sequence[HostFact], cluster: Cluster, state: State, person: Person) -> bytes:
     """The page."""
+    acts = person.may(Role.OPERATOR)
+    columns = (*COLUMNS, *(("Acts",) if acts else ()))
+    rows = (_row(fact, _acts(fact, held_by(cluster, HostName(fact.host))) if acts else None) for fact in facts)
     table = tag(
         "table",
-        tag("thead", tag("tr", *(tag("th", title, scope="col") for title in COLUMNS))),
-        tag("tbody", *map(_row, facts)),
+        tag("thead", tag("tr", *(tag("th", title, scope="col") for title in columns))),
+        tag("tbody", *rows),
         class_="list",
     )
     empty = tag("p", "No host has a session, and none has left anything.")
     main = join((tag("h1", "Hosts"), table if facts else empty))
-    return page(title="Hosts – kvmsupervisor", here="/hosts", state=state, main=main, script="refresh.js")
+    title = "Hosts – kvmsupervisor"
+    return page(title=title, here="/hosts", state=state, person=person, main=main, script="refresh.js")
 
 
-def _row(fact: HostFact) -> Html:
+def _acts(fact: HostFact, held: Sequence[Instance]) -> Html:
+    """Buttons; `static/acts.js` does what they say."""
+    name = fact.host
+    if not is_host(name):
+        return NOTHING
+    drains = fact.wish.drain is not None
+    buttons = [tag("button", "Drain…", type="button", data_act="drain", data_host=name)]
+    if drains or (fact.progress is not None and fact.progress.moved):
+        title = "Return to service…"
+        buttons.append(tag("button", title, type="button", data_act="undrain", data_host=name))
+    if held:
+        names = " ".join(one.id for one in held)
+        title = f"Confirm {len(held)} held…"
+        buttons.append(tag("button", title, type="button", data_act="confirm-removal", data_host=name, data_held=names))
+    return tag("div", *buttons, class_="acts")
+
+
+def _row(fact: HostFact, acts: Html | None) -> Html:
     session = fact.session
     name = visible(fact.host)
     memory = "" if session is None or not session.memory_mib else f" of {session.memory_mib}"
@@ -41,6 +67,7 @@ def _row(fact: HostFact) -> Html:
         _cell("CPUs", "" if session is None or not session.cpus else str(session.cpus), class_="number"),
         _cell("Release", "" if session is None else visible(session.version)),
         _cell("Notice", tag("bdi", visible(fact.notice)), class_="why"),
+        None if acts is None else _cell("Acts", acts),
     )
 
 

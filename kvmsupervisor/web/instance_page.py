@@ -9,9 +9,10 @@ from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.cluster.details import public
 from kvmsupervisor.cluster.overview import Cluster, Instance, as_object, shown
 from kvmsupervisor.domain.events import Event
-from kvmsupervisor.domain.spec import Disk
+from kvmsupervisor.domain.spec import Disk, Display
 from kvmsupervisor.web.frame import State, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.people import Person, Role
 
 LONG = 4000
 """Characters of a text on this page. Arbitrary: a user's keys are read here, a megabyte is not."""
@@ -19,11 +20,13 @@ LONG = 4000
 KEYS = 200
 """Keys, or problems, on this page. Arbitrary; the JSON has all of them."""
 
-HEADED = frozenset({"id", "host", "phase", "reason", "since", "problems", "agent", "pending", "revision", "unplugged"})
+HEADED = frozenset(
+    {"id", "host", "phase", "reason", "since", "problems", "agent", "pending", "changing", "revision", "unplugged"}
+)
 """Fields of a status that this page shows elsewhere than in the list of fields."""
 
 
-def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event], state: State) -> bytes:
+def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event], state: State, person: Person) -> bytes:
     """The page."""
     view, found = shown(instance, cluster), as_object(instance, cluster)
     phase = f"{view.phase} ({visible(view.halted)})" if view.halted else view.phase
@@ -38,8 +41,11 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
                 class_="lead",
             ),
             tag("p", tag("bdi", _long(view.reason)), class_="lead"),
+            _consoles(instance) if person.may(Role.CONSOLE) else NOTHING,
+            _acts(instance) if person.may(Role.OPERATOR) else NOTHING,
             _list("Problems", instance.problems, "problem"),
-            _list("At the next restart these keys take effect", found["pending"], "pending"),
+            _list("Being changed while it runs", found["changing"], "pending"),
+            _list("At the next restart these keys take effect", _for_restart(found), "pending"),
             _list("Not plugged in", found["unplugged"], "problem"),
             tag(
                 "div",
@@ -56,7 +62,35 @@ def instance_page(instance: Instance, cluster: Cluster, events: Sequence[Event],
         )
     )
     title = f"{instance.id} – kvmsupervisor"
-    return page(title=title, here="", state=state, main=main, script="refresh.js")
+    return page(title=title, here="", state=state, person=person, main=main, script="refresh.js")
+
+
+def _consoles(instance: Instance) -> Html:
+    """The ways to its consoles; to a display only where there is one, as far as that is known."""
+    spec = instance.wish.spec
+    serial = tag("a", "Console", href=f"/instances/{instance.id}/console")
+    if spec is not None and spec.screen is Display.NONE:
+        return tag("p", serial)
+    return tag("p", serial, " · ", tag("a", "Display", href=f"/instances/{instance.id}/display"))
+
+
+ACTS = (
+    ("start", "Start"),
+    ("stop", "Shut down…"),
+    ("restart", "Restart…"),
+    ("move", "Move…"),
+    ("set", "Change keys…"),
+    ("reset", "Reset…"),
+    ("stop now", "Power off now…"),
+    ("restart now", "Restart now…"),
+    ("delete", "Delete…"),
+)
+"""Acts, and their buttons: `static/acts.js` does them."""
+
+
+def _acts(instance: Instance) -> Html:
+    buttons = (tag("button", title, type="button", data_act=act, data_id=instance.id) for act, title in ACTS)
+    return tag("div", *buttons, class_="acts", role="group", aria_label="Acts")
 
 
 def _section(title: str, content: Html) -> Html:
@@ -92,6 +126,10 @@ def _wishes(instance: Instance) -> Html:
     more = tag("p", f"And {len(names) - KEYS} more, which the JSON has.") if len(names) > KEYS else NOTHING
     heads = ("Key", "Value", "Revision", "In effect")
     return join((_table(heads, rows), more))
+
+
+def _for_restart(found: Mapping[str, Any]) -> list[str]:
+    return [key for key in found["pending"] if key not in found["changing"]]
 
 
 def _line(name: str, value: str, revision: int, *, seen: int, is_pending: bool) -> Html:

@@ -11,6 +11,7 @@ from kvmsupervisor.domain.status import Phase
 from kvmsupervisor.web.choice import Choice
 from kvmsupervisor.web.frame import State, instance_link, page, time
 from kvmsupervisor.web.html import NOTHING, Html, join, tag
+from kvmsupervisor.web.people import Person, Role
 from kvmsupervisor.web.rows import Rank, Row
 
 COLUMNS = (
@@ -64,7 +65,14 @@ def row_html(row: Row) -> Html:
 
 
 def list_page(
-    rows: Sequence[Row], html: Iterable[Html], *, total: Sequence[Row], choice: Choice, state: State, mark: str
+    rows: Sequence[Row],
+    html: Iterable[Html],
+    *,
+    total: Sequence[Row],
+    choice: Choice,
+    state: State,
+    person: Person,
+    mark: str,
 ) -> bytes:
     """The page.
 
@@ -74,6 +82,7 @@ def list_page(
         total: all rows.
         choice: what the address says.
         state: of etcd.
+        person: who asks.
         mark: what the rows are as of.
     """
     problems = sum(row.rank == Rank.PROBLEM for row in total)
@@ -83,11 +92,20 @@ def list_page(
             _counts(total, problems, choice),
             _form(total, choice),
             tag("p", _how_many(len(rows), len(total)), id="shown", role="status"),
+            _bulk() if person.may(Role.OPERATOR) else NOTHING,
             _table(html, choice),
         )
     )
     title = f"{f'({problems}) ' if problems else ''}Instances – kvmsupervisor"
-    return page(title=title, here="/", state=state, main=main, script="list.js", mark=mark if choice.is_all else None)
+    return page(
+        title=title,
+        here="/",
+        state=state,
+        person=person,
+        main=main,
+        script="list.js",
+        mark=mark if choice.is_all else None,
+    )
 
 
 def _how_many(shown: int, total: int) -> str:
@@ -143,6 +161,30 @@ def _form(total: Sequence[Row], choice: Choice) -> Html:
         action="/",
         method="get",
         role="search",
+    )
+
+
+MANY = (
+    ("start", "Start"),
+    ("stop", "Shut down…"),
+    ("restart", "Restart…"),
+    ("move", "Move…"),
+    ("stop now", "Power off now…"),
+    ("delete", "Delete…"),
+    ("none", "None"),
+)
+"""Acts on many instances, and their buttons: scripts do them."""
+
+
+def _bulk() -> Html:
+    """The acts on what is chosen; shown where scripts run."""
+    return tag(
+        "div",
+        tag("label", tag("input", type="checkbox"), " all that is shown"),
+        tag("output", "0 chosen"),
+        *(tag("button", title, type="button", data_many=act) for act, title in MANY),
+        id="bulk",
+        class_="acts",
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from kvmsupervisor.adapters.web.words import visible
 from kvmsupervisor.cluster.overview import UNKNOWN, Cluster, Instance, Shown, shown
 from kvmsupervisor.domain.frozen import frozen
-from kvmsupervisor.domain.parse_keys import FREE_KEY, public_value
+from kvmsupervisor.domain.names import FREE_KEY
+from kvmsupervisor.domain.parse_keys import public_value
 from kvmsupervisor.domain.records import shallow
 from kvmsupervisor.domain.status import Phase
 
@@ -51,6 +52,7 @@ class Row:
         ram_mib: its memory, by its keys; None where these are not valid.
         addresses: of the guest, the first of them.
         description: the key for people.
+        acted_on: the newest etcd revision of its wishes that its host has taken into account; 0 for none.
         revision: the newest etcd revision of what is known of it. Only a status or a session makes another row without.
     """
 
@@ -71,6 +73,7 @@ class Row:
     ram_mib: int | None
     addresses: tuple[str, ...]
     description: str
+    acted_on: int
     revision: int
 
     def to_object(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def row_of(instance: Instance, cluster: Cluster, events_revision: int = 0) -> Ro
         ram_mib=None if wish.spec is None else wish.spec.ram_mib,
         addresses=() if agent is None else _some(tuple(dict.fromkeys(one.address for one in agent.addresses))),
         description="" if description is None else _description(description.value),
+        acted_on=0 if status is None else status.revision,
         revision=max(
             wish.revision,
             instance.status_revision,

@@ -77,6 +77,12 @@ class Stream:
             viewer.beat = True
             viewer.wake()
 
+    def end(self) -> None:
+        """End all streams: who may still look comes again, from where it was."""
+        for viewer in list(self._viewers):
+            viewer.over = True
+            viewer.wake()
+
     def add(self, viewer: _Viewer) -> None:
         """One more."""
         self._viewers.add(viewer)
@@ -112,6 +118,7 @@ class _Viewer:
     def __init__(self, stream: Stream, turn: int | None, wake: Callable[[], None]) -> None:
         self.wake = wake
         self.beat = False
+        self.over = False
         self._stream = stream
         self._turn = turn
         self._run = stream.board.run
@@ -120,6 +127,8 @@ class _Viewer:
         stream.add(self)
 
     def take(self) -> bytes:
+        if self.over:
+            return b""
         if piece := next(self._pieces, b""):
             return piece
         board = self._stream.board

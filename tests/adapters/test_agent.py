@@ -203,3 +203,26 @@ async def test_a_guest_that_reads_nothing_does_not_keep_us(folder: Path) -> None
         for _ in range(2):
             with pytest.raises(AgentSilent):
                 await ask(folder / "s", timeout_s=0.1)
+
+
+async def test_file_systems_are_frozen_and_thawed(folder: Path) -> None:
+    """Law: what an agent counts is told; one that refuses, or is late, is named with its command."""
+    said: list[str] = []
+    answers = {"guest-fsfreeze-freeze": answer(2), "guest-fsfreeze-thaw": b'{"error": {"desc": "not now"}}\n'}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"\xff" + answer(await token_of(reader)))
+        while line := await reader.readline():
+            said.append(json.loads(line)["execute"])
+            writer.write(answers[said[-1]])
+
+    async with guest(folder / "a", serve):
+        assert await agent.freeze(folder / "a", timeout_s=30) == 2
+        with pytest.raises(AgentSilent, match="refuses guest-fsfreeze-thaw"):
+            await agent.thaw(folder / "a", timeout_s=30)
+        answers["guest-fsfreeze-thaw"] = b""
+        with pytest.raises(AgentSilent, match="did not answer guest-fsfreeze-thaw within"):
+            await agent.thaw(folder / "a", timeout_s=0.1)
+    assert said == ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-thaw"]
+    with pytest.raises(AgentSilent, match="cannot be asked"):
+        await agent.thaw(folder / "none", timeout_s=30)

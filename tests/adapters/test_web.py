@@ -613,6 +613,7 @@ class FakeReader:
     wake: Callable[[], None]
     due: list[bytes] = field(default_factory=list)
     closed: bool = False
+    over: bool = False
 
     def take(self) -> bytes:
         return self.due.pop(0) if self.due else b""

@@ -366,11 +366,11 @@ static int take_descriptor(const char *pid)
     return error;
 }
 
-static int reach(const char *name, int is_abstract)
+static int reach(const char *name, int is_abstract, int type)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     size_t length = strlen(name);
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), error;
+    int fd = socket(AF_UNIX, type | SOCK_CLOEXEC, 0), error;
     if (fd < 0)
         return errno;
     memcpy(address.sun_path + is_abstract, name, length);
@@ -379,8 +379,9 @@ static int reach(const char *name, int is_abstract)
     return error;
 }
 
-static int reach_socket(const char *path) { return reach(path, 0); }
-static int reach_abstract(const char *name) { return reach(name, 1); }
+static int reach_socket(const char *path) { return reach(path, 0, SOCK_STREAM); }
+static int reach_abstract(const char *name) { return reach(name, 1, SOCK_STREAM); }
+static int reach_packets(const char *path) { return reach(path, 0, SOCK_SEQPACKET); }
 
 static int tcp(const char *port, int (*use)(int, const struct sockaddr *, socklen_t))
 {
@@ -739,6 +740,7 @@ static const struct {
     {"limit_other", limit_other},
     {"reach_socket", reach_socket},
     {"reach_abstract", reach_abstract},
+    {"reach_packets", reach_packets},
     {"reach_tcp", reach_tcp},
     {"listen_tcp", listen_tcp},
     {"share_port", share_port},

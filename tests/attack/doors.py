@@ -134,6 +134,7 @@ TABLE: tuple[tuple[str, str, tuple[Measure, ...]], ...] = (
     # Sockets.
     ("reach_socket", "{qmp}", (O, V)),
     ("reach_socket", "{bus}", (V,)),
+    ("reach_packets", "{consoles}", (U, V)),
     ("reach_abstract", "{abstract}", (V, L)),
     ("reach_tcp", "{etcd}", (V, L)),
     ("reach_udp", "{dns}", (V,)),

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from kvmsupervisor.adapters import handed, process
+from kvmsupervisor.adapters import descriptors, handed, process
 from kvmsupervisor.adapters.apart import HostView, Walls, raise_walls
 from kvmsupervisor.adapters.clock import Clock
 from kvmsupervisor.adapters.log_buffer import LogBuffer
@@ -38,6 +38,7 @@ from tests.machine.test_machine import record
 from tests.support.cluster import eventually
 
 LIMIT_S = 90.0
+NOGROUP = 65534
 OFFLINE = Sight(needs_network=False, listens=(), connects=False)
 
 THREADS, FILES = 300, 400
@@ -72,6 +73,7 @@ class Neighbourhood:
         cgroup: a file by which processes are moved.
         qmp: a socket of the other QEMU's user.
         bus: a socket that everybody may connect to, as D-Bus's is.
+        consoles: where a supervisor hands out consoles to a group.
         abstract: the name of an abstract one.
         etcd: the port of a server on the loopback, as etcd may be.
         dns: the port of a server that answers, likewise.
@@ -96,6 +98,7 @@ class Neighbourhood:
     cgroup: str
     qmp: str
     bus: str
+    consoles: str
     abstract: str
     etcd: int
     dns: int
@@ -167,6 +170,9 @@ class Street:
         qmp, bus = self._listening(str(path / "qmp")), self._listening(str(path / "bus"))
         self._give(qmp, 0o600)
         Path(bus).chmod(0o666)
+        consoles = descriptors.Door(path / "run", "sock", gid=NOGROUP, limit=1, on_call=descriptors.Carrier.close)
+        consoles.open()
+        stack.callback(consoles.close)
         display = stack.enter_context(socket.socket())
         display.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         display.bind(("127.0.0.1", 0))
@@ -197,6 +203,7 @@ class Street:
             ),
             qmp=qmp,
             bus=bus,
+            consoles=str(consoles.path),
             abstract=self._listening(f"\0{name}")[1:],
             etcd=etcd.getsockname()[1],
             dns=self._answering(),

@@ -189,12 +189,17 @@ def test_anothers_image_is_not_to_be_had_by_a_key(etcd_alone: EtcdServer, guests
             f"{POOL}/web2/new size=1G",
             f"{POOL}/web1/copy from={POOL}/web2/disk@s",
         ):
+            before = keys.status(MINE)
+            since = 0 if before is None else before.revision
             keys.put(MINE, host="alpha", ram=16, shutdown_timeout=0, rbd=image, extra_flags=tiny)
-            revision = keys.status(MINE)
-            since = 0 if revision is None else revision.revision
             refused = host.wait_for(MINE, partial(turned_away, since))
             assert refused.pid is None
             assert keys.lock(MINE) is None
+        # Nor are snapshots taken of it, or its content thrown away.
+        keys.put(MINE, power="off", rbd=f"{POOL}/web2/disk", **{"snapshot/mine": "", "rollback_request": "s:1"})
+        host.wait_for(MINE, lambda status: "not permitted" in status.reason)
+        snaps = json.loads(guests.rbd("snap", "ls", f"{POOL}/web2/disk", "--format", "json"))
+        assert [snap["name"] for snap in snaps] == ["s"]
         found = json.loads(guests.rbd("info", f"{POOL}/web2/disk", "--format", "json"))
         assert (found["size"], guests.watchers(f"{POOL}/web2/disk"), guests.blocklist()) == (size, set(), set())
         assert json.loads(guests.rbd("ls", f"{POOL}/web1", "--format", "json")) == []

@@ -8,6 +8,13 @@ from tests.simulation.points import CUTS, MOVES, POINTS
 UNREACHED = {
     **dict.fromkeys(MOVES, "no machine moves while it runs"),
     **dict.fromkeys(("cloned", "copied", "frozen", "imported", "noted"), "no disk is made"),
+    **dict.fromkeys(
+        (
+            *("before SNAPSHOT", "standing still", "images snapshot", "snapshot taken", "taken away from one disk"),
+            *("to be rolled back", "one disk rolled back", "file duplicated", "image duplicated"),
+        ),
+        "nobody takes a snapshot",
+    ),
     "before FINISH": "no guest powers itself off",
     "before GIVE_UP": "no QEMU is silent for all of its start",
     "before GROW": "it is looked for every ten minutes",

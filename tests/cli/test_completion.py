@@ -53,7 +53,7 @@ def test_ids_are_completed_as_people_count_and_not_twice(full: World) -> None:
 
 def test_keys_and_hosts_are_completed(full: World) -> None:
     """Key names with their `=`, hosts with a session behind `host=`, bare names behind --unset."""
-    assert complete(full, "create", "x", "ra") == ["ram="]
+    assert complete(full, "create", "x", "ra") == ["ram=", "ram_max="]
     assert complete(full, "set", "9", "host=") == ["host=alpha", "host=beta"]
     assert complete(full, "set", "9", "--unset", "ma") == ["mac", "machine"]
     assert complete(full, "confirm-removal", "b") == ["beta"]
@@ -62,12 +62,13 @@ def test_keys_and_hosts_are_completed(full: World) -> None:
 
 def test_numbered_keys_and_values_are_completed(full: World) -> None:
     """Keys with a number once their kind is begun, and the values of wishes that have few."""
-    assert complete(full, "set", "9", "di") == ["disk/"]
+    assert complete(full, "set", "9", "di") == ["display=", "disk/"]
     assert complete(full, "set", "9", "disk/1")[:2] == ["disk/1=", "disk/10="]
-    assert complete(full, "set", "9", "nic/2/") == ["nic/2/mac=", "nic/2/bridge="]
+    assert complete(full, "set", "9", "nic/2/") == ["nic/2/mac=", "nic/2/bridge=", "nic/2/link="]
     assert complete(full, "set", "9", "--unset", "nic/7/m") == ["nic/7/mac"]
     assert complete(full, "set", "9", "restart=o") == ["restart=on-failure"]
     assert complete(full, "create", "x", "power=of") == ["power=off", "power=off-now"]
+    assert complete(full, "set", "9", "nic/2/link=") == ["nic/2/link=up", "nic/2/link=down"]
     assert complete(full, "set", "9", "hosts=b") == ["hosts=beta"]
     assert complete(full, "set", "9", "ram=") == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvmsupervisor.config.load import load_settings
 from kvmsupervisor.config.settings import SETTINGS
 from tests.cli.conftest import World
 
@@ -84,3 +85,15 @@ def test_what_this_host_has_is_no_problem(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     world.environ["KVM_QEMU"] = "sh"
     assert world.run("check-config").exit_code == 0
+
+
+def test_files_of_the_page_are_read(world: World, tmp_path: Path) -> None:
+    """Every problem in them, as `web` would name it; a supervisor does not look at them."""
+    (tmp_path / "web.yml").write_text("basic_auth_user: {}\n")
+    world.environ |= {"KVM_CONFIG": "/dev/null", "KVM_WEB_CONFIG": str(tmp_path / "web.yml")}
+    done = world.run("check-config")
+    assert done.exit_code == 1
+    assert "the file has no 'basic_auth_user'; did you mean basic_auth_users?" in done.stderr
+    world.environ["KVM_WEB_CONFIG"] = str(tmp_path / "gone.yml")
+    assert "gone.yml: it cannot be read" in world.run("check-config").stderr
+    assert load_settings(world.environ).web_config == tmp_path / "gone.yml"

@@ -14,8 +14,8 @@ import pytest
 
 from kvmsupervisor.cli import reach
 from kvmsupervisor.cli.common import ASSIGNMENT
-from kvmsupervisor.cli.mac_auto import unused
 from kvmsupervisor.cli.value_files import Unreadable, completions, value_of
+from kvmsupervisor.cluster.acts.mac_auto import unused
 from kvmsupervisor.domain.agent import GuestAddress, GuestFacts
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import VALUE_LIMIT, parse_wish

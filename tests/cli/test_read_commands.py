@@ -401,7 +401,7 @@ def test_argv_has_one_option_on_each_line(world: World) -> None:
     world.keys("1", ram="64M", extra_flags="-append 'a b' -no-reboot")
     lines = world.run("argv", "1").stdout.splitlines()
     assert lines[0] == "qemu-system-x86_64"
-    assert "-m size=64M" in lines
+    assert "-m size=65664K" in lines
     assert lines[-2:] == ["-append 'a b'", "-no-reboot"]
     words = world.json("argv", "1")
     assert words[-3:] == ["-append", "a b", "-no-reboot"]

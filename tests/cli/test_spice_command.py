@@ -132,7 +132,8 @@ def test_a_file_is_its_owner_s_alone(shown: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({}, "web2 has no display"),
+        ({}, "web2 has no SPICE display"),
+        ({"display": "std"}, "shows its display in a browser"),
         ({"spice_port": "0"}, "not a port"),
         ({"spice_port": "٥٩"}, "not a port"),
         ({"spice_port": "5901\x1b[31m"}, "not a port"),

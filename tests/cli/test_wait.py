@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 
 from kvmsupervisor.adapters.etcd.api import Denied
-from kvmsupervisor.cli import actions, waiting
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli import waiting
 from kvmsupervisor.cli.move_command import until_on
 from kvmsupervisor.cli.waiting import Goal, Outcome, Sighting
+from kvmsupervisor.cluster.acts import instances as actions
+from kvmsupervisor.cluster.acts.instances import Written
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.spec import Power, Wish
 from kvmsupervisor.domain.status import Phase, Status, Transfer

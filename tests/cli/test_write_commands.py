@@ -432,6 +432,8 @@ def test_keys_with_a_slash_are_keys(world: World) -> None:
     assert world.run("set", "web1", "--unset", "disk/1", "--unset", "nic/1/mac").exit_code == 0
     assert world.value("web1", "disk/1") is None
     assert world.value("web1", "nic/1/mac") is None
+    assert world.value("web1", "ram") == "1G"
+    assert world.etcd._server.history[-1].kv.key == b"/kvm/web1/ram", "a status can tell of a deletion"
     refused = world.run("set", "web1", "disk/99=rbd/foo")
     assert refused.exit_code == 1
     assert "disk/99" in refused.stderr

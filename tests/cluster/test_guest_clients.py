@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmsupervisor.adapters.ceph import Ceph, CephAccess
+from kvmsupervisor.adapters.ceph import Ceph, CephAccess, CephError, CephSnapshots
 from kvmsupervisor.adapters.handed import sealed
 from kvmsupervisor.cluster.fencing import CephFencing
 from kvmsupervisor.domain import hardware
@@ -173,3 +173,40 @@ async def test_an_image_is_one_image_however_it_is_named(ceph: Cluster, access: 
     async with RbdQemu(ceph, DISK):
         assert len(await tools.watchers(DISK)) == 1
         assert await tools.watchers(RbdDisk(POOL, "disk")) == frozenset()
+
+
+async def test_a_guests_snapshots_are_made_with_its_own_rights(
+    ceph: Cluster, access: CephAccess, writer: RbdDisk
+) -> None:
+    """Law: snapshots and rollbacks reach no images but the guest's own; with its rights alone they go, QEMU or not."""
+    snapshots = CephSnapshots(Ceph(access)).of_guest(WEB1)
+    key = await Disks(Ceph(access)).check(WEB1, Spec(ram_mib=64, rbd=writer))
+    async with RbdQemu(ceph, writer, side=side(ceph, key)) as qemu:
+        await qemu.cont()
+        await until(lambda: count(ceph, writer))
+        await snapshots.create(writer, "kvm-.s")
+        await snapshots.rename(writer, "kvm-.s", "kvm-s")
+        await snapshots.protect(writer, "kvm-s")
+        assert (await snapshots.of(writer))["kvm-s"].is_protected
+        assert await snapshots.users(writer)
+        assert not await snapshots.clones(writer, "kvm-s")
+    # It was killed, and has left its lock behind, which the guest's client may not break.
+    await until(lambda: not ceph.watchers(writer.name))
+    await snapshots.free(writer)
+    await snapshots.roll_back(writer, "kvm-s", size=1 << 20)
+    await snapshots.note_rolled_back(writer, "1")
+    assert await snapshots.rolled_back(writer) == "1"
+    await snapshots.remove(writer, "kvm-s", is_protected=True)
+    ceph.rbd("snap", "create", f"{POOL}/old@kvm-s")
+    for stranger in (RbdDisk(POOL, "disk", namespace="web2"), RbdDisk(POOL, "old")):
+        for attempt in (
+            snapshots.of(stranger),
+            snapshots.free(stranger),
+            snapshots.create(stranger, "kvm-s"),
+            snapshots.roll_back(stranger, "kvm-s", size=1 << 20),
+            snapshots.remove(stranger, "kvm-s", is_protected=False),
+        ):
+            with pytest.raises(CephError):
+                await attempt
+    assert "kvm-s" in ceph.rbd("snap", "ls", f"{POOL}/old")
+    assert not ceph.rbd("snap", "ls", f"{POOL}/web2/disk")

@@ -14,6 +14,7 @@ from kvmsupervisor.cluster.live_overview import LiveOverview
 from kvmsupervisor.cluster.overview import Cluster, as_object, read_cluster
 from kvmsupervisor.cluster.read_history import ReadHistory
 from kvmsupervisor.domain.events import Event, to_json
+from kvmsupervisor.domain.host_wish import HostProgress, Mode
 from kvmsupervisor.domain.keys import HostName, InstanceId, Layout
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase
@@ -58,7 +59,12 @@ def objects(cluster: Cluster) -> object:
     return (
         [(as_object(one, cluster), one.wish, one.status_revision, one.lock) for one in cluster.instances.values()],
         [fact.to_object() for fact in facts_of(cluster)],
+        cluster.host_wishes,
     )
+
+
+def progress(host: str, of: int) -> bytes:
+    return HostProgress(host=host, mode=Mode.LIVE, of=of, since="2026-03-01T12:00:00Z", left=("1",)).to_json()
 
 
 def do_something(world: World, chance: random.Random) -> None:
@@ -76,6 +82,11 @@ def do_something(world: World, chance: random.Random) -> None:
         lambda: etcd.write(layout.session_key(HostName(host)), "no session"),
         lambda: etcd.write(f"{layout.wishes_prefix}.images/one", "http://x"),
         lambda: etcd.write(f"{layout.wishes_prefix}no id/host", "alpha"),
+        lambda: etcd.write(layout.drain_key(host), chance.choice(["live", "cold", "x"])),
+        lambda: etcd.write(layout.return_key(host), "live"),
+        lambda: etcd.write(layout.drain_fact_key(host), progress(host, chance.randint(1, 9))),
+        lambda: etcd.erase(layout.drain_key(host), layout.return_key(host)),
+        lambda: etcd.erase(layout.drain_fact_key(host)),
         lambda: etcd.write(
             layout.placement_key(InstanceId(name)),
             Placement(host=HostName(host), why="failover", since="", of=max(1, etcd.revision - 1)).to_json(),

@@ -103,7 +103,7 @@ def test_an_instance_is_a_container(docker: Docker, boxes: Boxes, keys: Keys, gu
     box = begin(boxes, keys, INSTANCE="1", VM_RAM=str(MINIMUM_RAM_MIB))
     lock = eventually("it to run", lambda: _running(box, keys))
     argv = Path(f"/proc/{lock}/cmdline").read_bytes().decode().split("\0")
-    assert argv[argv.index("-m") + 1] == f"size={MINIMUM_RAM_MIB}M"
+    assert argv[argv.index("-m") + 1] == f"size={MINIMUM_RAM_MIB * 1024 + 128}K"
     (folder,) = box.run_dir.glob("_*/1")
     console = folder / "console.log"
     eventually("the guest", lambda: "HELLO from one" in console.read_text(errors="replace"))

@@ -24,10 +24,10 @@ from kvmsupervisor.domain.argv import (
     logs_into_memory,
 )
 from kvmsupervisor.domain.flags import AllowedFlags
-from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds
+from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds, takes_viewers
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
+from kvmsupervisor.domain.spec import Disk, Display, Firmware, HugePages, Nic, RawValue, RbdDisk, Spec, spec_to_object
 from kvmsupervisor.domain.storage import nvram_of
 from kvmsupervisor.domain.user_network import USER, Forward
 
@@ -100,6 +100,35 @@ def test_sizes() -> None:
     assert value_of(words, "-m") == "size=4096M"
     assert value_of(words, "-smp") == "cpus=8"
     assert value_of(words, "-machine") == "pc-q35-7.2,accel=kvm"
+
+
+def test_room_to_grow() -> None:
+    """§2: as far as its keys say and its host has memory; its disks have the queues of its start."""
+    spec = replace(TINY, ram_max_mib=255, cpus=2, cpus_max=8, rbd=RbdDisk("p", "i"))
+    words = argv(spec)
+    assert value_of(words, "-m") == "size=64M,maxmem=256M", "whole blocks of 2 MiB"
+    assert value_of(words, "-smp") == "cpus=2,maxcpus=8"
+    device = "virtio-mem-pci,id=memory0,memdev=ram1,block-size=2097152,requested-size=0,addr=0x19"
+    assert device in values_of(words, "-device")
+    assert '{"qom-type":"memory-backend-ram","id":"ram1","size":201326592}' in values_of(words, "-object")
+    assert values_of(words, "-device")[-1].endswith(",addr=0x11,num-queues=2")
+    assert value_of(argv(spec, replace(HOST, memory_mib=100)), "-m") == "size=64M,maxmem=100M"
+    assert value_of(argv(spec, replace(HOST, memory_mib=60)), "-m") == "size=64M"
+    grown = replace(spec, ram_mib=97, plugged_mib=33, cpus=4, plugged_cpus=2, hugepages=HugePages.M2)
+    words = argv(grown)
+    assert value_of(words, "-m") == "size=64M,maxmem=256M"
+    assert any("requested-size=35651584" in word and "prealloc=on" in word for word in values_of(words, "-device"))
+    assert value_of(words, "-smp") == "cpus=4,maxcpus=8"
+    assert values_of(words, "-device")[-1].endswith(",num-queues=2")
+
+
+def test_an_emulated_guest_has_no_whole_number_of_64_pages() -> None:
+    """Law 13: otherwise a live move from QEMU before 9.0 loses writes of an emulated guest. Not with KVM."""
+    for ram_mib in (16, 64, 4096):
+        size = value_of(argv(replace(TINY, ram_mib=ram_mib), replace(HOST, accel="tcg")), "-m")
+        assert size == f"size={ram_mib * 1024 + 128}K"
+        assert int(size[5:-1]) % 256 != 0
+        assert value_of(argv(replace(TINY, ram_mib=ram_mib)), "-m") == f"size={ram_mib}M"
 
 
 def test_nics() -> None:
@@ -281,9 +310,35 @@ def test_spice() -> None:
     assert value_of(words, "-k") == "en-us"
     assert {"qemu-xhci,id=usb0,addr=0x15", "usb-tablet,bus=usb0.0"} < set(values_of(words, "-device"))
     assert "-display" not in words
+    assert value_of(words, "-vnc") == "none"
     own = argv(replace(TINY, spice_port=1, spice_addr="::"), spice_password=21)
     assert value_of(own, "-spice") == "port=1,addr=::,password-secret=spice0"
     assert json_of(own, "-object") == [{"qom-type": "secret", "id": "spice0", "file": "/proc/self/fd/21"}]
+
+
+@pytest.mark.parametrize("display", [Display.STD, Display.VIRTIO, Display.QXL])
+def test_a_display_of_its_own(display: Display) -> None:
+    """Law: a VNC server that listens nowhere, keys that the guest makes characters of, a tablet; and no SPICE."""
+    words = argv(replace(TINY, display=display))
+    assert value_of(words, "-vga") == display.value
+    assert value_of(words, "-vnc") == "none"
+    assert {"qemu-xhci,id=usb0,addr=0x15", "usb-tablet,bus=usb0.0"} < set(values_of(words, "-device"))
+    assert not {"-k", "-spice", "-display"} & set(words)
+    beside = argv(replace(TINY, display=display, spice_port=5901))
+    assert value_of(beside, "-spice").startswith("port=5901,")
+    assert "-k" not in beside
+
+
+def test_who_can_be_looked_at_is_told_by_the_command_line() -> None:
+    """Law: a QEMU without a VNC server is known by its record: it would answer that it has taken a viewer."""
+    assert not takes_viewers(argv(TINY))
+    assert argv(replace(TINY, display=Display.NONE)) == argv(TINY)
+    assert takes_viewers(argv(replace(TINY, display=Display.STD)))
+    # That of a person is QEMU's first, which is the one that viewers are handed to.
+    own = argv(replace(TINY, display=Display.STD, extra_flags=("-vnc", ":7,password=on")))
+    assert values_of(own, "-vnc") == [":7,password=on"]
+    assert takes_viewers(own)
+    assert not takes_viewers(("qemu", "-vga", "qxl", "-spice", "port=1"))
 
 
 def test_extra_flags_come_last() -> None:
@@ -354,7 +409,9 @@ def test_no_value_becomes_an_option(texts: dict[str, str]) -> None:
     found, expected = argv(spec, spice_password=21), argv(usual, spice_password=21)
     for word, usual_word in zip(found, expected, strict=True):
         if usual_word.startswith("{"):
-            assert json.loads(word).keys() == json.loads(usual_word).keys() | ({"discard"} & json.loads(word).keys())
+            assert json.loads(word).keys() == json.loads(usual_word).keys() | (
+                {"discard", "namespace"} & json.loads(word).keys()
+            )
         elif usual_word != "C":
             names, usual_names = ([part.partition("=")[0] for part in parts(w)] for w in (word, usual_word))
             assert len(names) == len(usual_names)

@@ -34,7 +34,7 @@ from kvmsupervisor.domain.argv import (
 from kvmsupervisor.domain.hardware import Ceph, Handed, Nvram, Ovmf, TapFds
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.names import AGENT_SOCKET, CONSOLE_LOG, CONSOLE_SOCKET, QMP_SOCKET, QMP_SPARE_SOCKET
-from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
+from kvmsupervisor.domain.spec import Disk, Display, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
 from tests.support.ceph import POOL
 from tests.support.ceph import Ceph as Cluster
 
@@ -73,6 +73,7 @@ class Machine:
         names = (QMP_SOCKET, QMP_SPARE_SOCKET, CONSOLE_SOCKET, AGENT_SOCKET)
         listeners = [stack.enter_context(_listener(run_dir / name)) for name in names]
         self._qmp = _connect(stack, run_dir / QMP_SOCKET)
+        self._qmp_path = run_dir / QMP_SPARE_SOCKET
         first, spare, console, agent = (listener.fileno() for listener in listeners)
         log = _log(stack)
         channels = Channels(qmp=first, spare=spare, console=console, agent=agent, console_log=log)
@@ -93,7 +94,28 @@ class Machine:
     def ask(self, command: str, **arguments: Any) -> Any:
         words = {"execute": command, "arguments": {name.replace("_", "-"): value for name, value in arguments.items()}}
         self._qmp.write(json.dumps(words).encode() + b"\n")
-        return self._read()["return"]
+        while "event" in (answer := self._read()):
+            pass
+        assert "return" in answer, answer
+        return answer["return"]
+
+    def hand(self, name: str, fd: int) -> None:
+        """Give it a descriptor, by `getfd`, and the answer to that."""
+        message = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        with socket.socket(fileno=os.dup(self._qmp.fileno())) as same:
+            socket.send_fds(same, [message], [fd])
+        assert self._read() == {"return": {}}
+
+    def viewer_greets(self, stack: ExitStack) -> bool:
+        """Hand a viewer to it; whether that is greeted, and asked for nothing (RFC 6143, 7.1)."""
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours).settimeout(PATIENCE_S)
+        with theirs:
+            self.hand("viewer", theirs.fileno())
+        assert self.ask("add_client", protocol="vnc", fdname="viewer", skipauth=True) == {}
+        said = ours.recv(12)
+        ours.sendall(b"RFB 003.008\n")
+        return said == b"RFB 003.008\n" and ours.recv(2) == b"\x01\x01"
 
     @property
     def objects(self) -> set[str]:
@@ -211,6 +233,34 @@ def test_machine_with_spice(run_dir: Path, machine_type: str) -> None:
         )
         assert machine.ask("query-status")["status"] == "prelaunch"
         assert len(machine.ask("query-cpus-fast")) == 2
+
+
+@pytest.mark.parametrize("machine_type", ["q35", "pc"])
+@pytest.mark.parametrize("display", [Display.STD, Display.VIRTIO, Display.QXL])
+def test_machine_with_a_display(run_dir: Path, machine_type: str, display: Display) -> None:
+    """Law: QEMU's VNC server listens nowhere, greets a viewer that is handed to it, and asks it for no password."""
+    with ExitStack() as stack:
+        machine = Machine(stack, run_dir, Spec(ram_mib=64, display=display, machine=machine_type))
+        assert machine.ask("query-vnc")["enabled"] is False
+        assert machine.ask("query-vnc-servers")[0]["server"] == []
+        assert machine.viewer_greets(stack)
+
+
+@pytest.mark.parametrize("spice_port", [True, False])
+def test_a_person_s_own_vnc_server(run_dir: Path, spice_port: bool) -> None:
+    """Law: viewers get to the server that `extra_flags` made, which listens where it says, and has a password."""
+    port = free_port()
+    spec = Spec(
+        ram_mib=64,
+        display=Display.STD,
+        spice_port=free_port() if spice_port else None,
+        extra_flags=("-vnc", f"127.0.0.1:{port - 5900},password=on"),
+    )
+    with ExitStack() as stack:
+        machine = Machine(stack, run_dir, spec)
+        (server,) = machine.ask("query-vnc-servers")
+        assert server["server"][0]["service"] == str(port)
+        assert machine.viewer_greets(stack)
 
 
 def test_machine_with_a_disk_on_ceph(run_dir: Path, ceph: Cluster, ceph_image: str) -> None:

@@ -12,7 +12,8 @@ from kvmsupervisor.domain.hardware import CDROM_SETS, Handed
 from kvmsupervisor.domain.images import parse_image
 from kvmsupervisor.domain.local_disk import DiskFormat
 from kvmsupervisor.domain.lock import Storage
-from kvmsupervisor.domain.spec import Spec, pending, spec_from_object, spec_to_object
+from kvmsupervisor.domain.pending import pending
+from kvmsupervisor.domain.spec import Spec, spec_from_object, spec_to_object
 from kvmsupervisor.domain.storage import library_images_of, storage_of
 from kvmsupervisor.domain.values import Unfit
 from tests.domain.test_argv import TINY, argv, parts, values_of

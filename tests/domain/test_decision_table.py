@@ -27,12 +27,13 @@ from kvmsupervisor.domain.lock import Claim, LockState, LockView, Storage
 from kvmsupervisor.domain.spec import RestartPolicy, Spec
 from kvmsupervisor.domain.transfer import Course, Stage
 from kvmsupervisor.domain.view import Action, Holdover, LeftAlone, Process, Stopping, View
+from tests.domain import test_errands as errands
 from tests.domain import test_lifecycle as cases
 from tests.domain import test_move as moves
 
 SOURCES = {path.name: path.read_text() for path in sorted(Path(lifecycle.__file__).parent.glob("*.py"))}
 PROCESSES = {"none", "ended", "paused", "coming", "ran"}
-TABLE = (*cases.TABLE, *moves.TABLE)
+TABLE = (*cases.TABLE, *moves.TABLE, *errands.TABLE)
 OURS = {"mine", "renamed", "leftover"}
 
 # --- views ----------------------------------------------------------------------------------------------------

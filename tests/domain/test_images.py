@@ -24,7 +24,8 @@ from kvmsupervisor.domain.images import (
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import DiskFormat, FileDisk
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import RawValue, RbdDisk, Wish, pending, spec_from_object, spec_to_object
+from kvmsupervisor.domain.pending import pending
+from kvmsupervisor.domain.spec import RawValue, RbdDisk, Wish, spec_from_object, spec_to_object
 from kvmsupervisor.domain.storage import made, origins_of, sized
 from kvmsupervisor.domain.values import Unfit
 
@@ -140,7 +141,14 @@ def test_disks() -> None:
     ("value", "wanted"),
     [
         ("file:a.raw from=../x", "the name of an image"),
-        ("file:a.raw from=p/i@s", "from=NAME; a snapshot is for disks in Ceph"),
+        ("file:a.raw from=p/i@s", "from=file:NAME; a snapshot is for disks in Ceph"),
+        ("file:a.raw from=file:a.raw", "a disk does not begin with itself"),
+        ("file:a.raw from=file:../b.raw", "below the host's KVM_DISK_DIR"),
+        ("file:a.raw from=file:b.iso", "file:NAME.qcow2 or file:NAME.raw"),
+        ("file:a.raw from=file:b.raw copy", "leave copy out"),
+        ("rbd/a from=file:b.raw", "a disk in Ceph begins with"),
+        ("rbd/a from=debian copy", "copy is for a disk in Ceph that begins with a snapshot"),
+        ("rbd/a size=1G copy", "copy is for a disk in Ceph that begins with a snapshot"),
         ("file:a.raw from=", "the name of an image"),
         ("file:a.raw from", "'from' is none of them"),
         ("file:a.raw ro from=debian", "neither made nor grown"),

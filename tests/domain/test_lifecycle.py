@@ -20,13 +20,15 @@ from kvmsupervisor.domain.exits import Exit, ExitClass
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.incarnation import Ended, Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, PROBE_EVERY_S, QUIT_WAIT_S, decide
+from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S, decide
+from kvmsupervisor.domain.live import Attempt
 from kvmsupervisor.domain.lock import Claim, Lock, LockState, LockView, Storage, take
 from kvmsupervisor.domain.placement import Placed, Placement
 from kvmsupervisor.domain.restart import after
 from kvmsupervisor.domain.run_state import NEVER_RAN
 from kvmsupervisor.domain.spec import Power, Problem, RbdDisk, RestartPolicy, Spec, Wish, spec_to_object
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.stopping import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.view import Action, Clearing, Deferral, Holdover, LeftAlone, Process, Stopping, Target, View
 
 ME, OTHER = HostName("a"), HostName("b")
@@ -110,6 +112,8 @@ SPEC_WITH_IMAGE = Spec(ram_mib=64, rbd=RbdDisk("rbd", "vm"))
 WITH_IMAGE = replace(WISH, spec=SPEC_WITH_IMAGE)
 WITH_DRIVE = replace(SPEC, cdrom=Cdrom("empty"))
 MEDIUM_WANTED = replace(WISH, spec=replace(SPEC, cdrom=Cdrom("file:a.iso")))
+GROWING = replace(SPEC, cpus_max=2)
+MORE_CPUS = replace(WISH, spec=replace(GROWING, cpus=2))
 UNWATCHED = replace(WAITED, watchers=())
 
 TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
@@ -505,6 +509,23 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      lock=seen(locked())), Phase.RUNNING, None),
     ("nor what waits for a person", Row.RUNS, view(process=running(spec=WITH_DRIVE), wish=MEDIUM_WANTED, held=True,
      lock=seen(locked())), Phase.RUNNING, None),
+    ("what QEMU can change is changed", Row.RUNS_CHANGE, view(process=running(spec=GROWING), wish=MORE_CPUS, lock=seen(locked())),
+     Phase.RUNNING, Action.CHANGE),
+    ("once the keys are quiet", Row.RUNS, view(process=running(spec=GROWING), wish=MORE_CPUS, lock=seen(locked()), quiet_at=102.0),
+     Phase.RUNNING, None),
+    ("what came to nothing is not tried at once again", Row.RUNS, view(process=running(spec=GROWING, attempts={"cpus": Attempt(at=102.0)}),
+     wish=MORE_CPUS, lock=seen(locked())), Phase.RUNNING, None),
+    ("not what waits for a restart", Row.RUNS, view(process=running(), wish=MORE_CPUS, lock=seen(locked())), Phase.RUNNING, None),
+    ("nor of a guest that stands still", Row.RUNS, view(process=running(spec=GROWING, run_state="paused"), wish=MORE_CPUS,
+     lock=seen(locked())), Phase.RUNNING, None),
+    ("law 3: nor without a session", Row.RUNS, view(process=running(spec=GROWING), wish=MORE_CPUS, lock=seen(locked()), session_held=False),
+     Phase.RUNNING, None),
+    ("law 3: nor under a lock that is not its own", Row.RUNS, view(process=running(spec=GROWING), wish=MORE_CPUS,
+     lock=seen(locked(host=OTHER)), session_held=False), Phase.RUNNING, None),
+    ("law 7: the guard comes first", Row.RUNS, view(process=running(spec=GROWING), wish=MORE_CPUS, lock=seen(locked()), guarded=False,
+     guard_at=102.0), Phase.RUNNING, None),
+    ("what was cut off is brought to an end first", Row.RUNS_CHANGE, view(process=running(incarnation=replace(record(), going=("disk1",))),
+     lock=seen(locked())), Phase.RUNNING, Action.CHANGE),
     ("images are looked at now and then", Row.RUNS_GROW, view(process=running(grow_at=101.0), lock=seen(locked())), Phase.RUNNING,
      Action.GROW),
     ("law 7: nor what cannot be fenced", Row.UNFENCEABLE, view(lock=seen(replace(locked(host=OTHER, name="y"), storage=Storage.UNFENCEABLE)),
@@ -823,6 +844,8 @@ class Supervisor:
                 | Action.GROW
                 | Action.ROOM
                 | Action.MEDIUM
+                | Action.SNAPSHOT
+                | Action.CHANGE
                 | Action.PLUG
                 | Action.FINISH
                 | Action.QUEUE

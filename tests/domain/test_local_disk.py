@@ -16,7 +16,8 @@ from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.local_disk import FileDisk, disk_size, file_name, size_text, too_small
 from kvmsupervisor.domain.lock import Storage
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import Disk, RawValue, RbdDisk, Spec, Wish, pending, spec_from_object, spec_to_object
+from kvmsupervisor.domain.pending import pending
+from kvmsupervisor.domain.spec import Disk, RawValue, RbdDisk, Spec, Wish, spec_from_object, spec_to_object
 from kvmsupervisor.domain.storage import files_elsewhere, images_of, names_of, pinning, sized, storage_of
 from kvmsupervisor.domain.values import Unfit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvmsupervisor.domain.handover import announced, arrived, called_off, given
 from kvmsupervisor.domain.history import Era
 from kvmsupervisor.domain.keys import HostName
 from kvmsupervisor.domain.lifecycle import decide
+from kvmsupervisor.domain.live import Attempt
 from kvmsupervisor.domain.lock import (
     MOVING_VERSION,
     Change,
@@ -85,6 +87,16 @@ TABLE: list[tuple[str, Row, View, Phase, Action | None]] = [
      process=sending(Stage.IDLE, run_state="io-error")), Phase.STOPPING, Action.POWERDOWN),
     ("who failed a moment ago waits", Row.MOVE_LATER, at_source(Stage.IDLE, replace(LIVE, again_at=102.0), lock=seen(HERE)),
      Phase.RUNNING, None),
+    ("nor while it is not known what machine it is", Row.MOVE_UNSETTLED, at_source(Stage.IDLE, LIVE, lock=seen(HERE),
+     process=sending(Stage.IDLE, incarnation=replace(record(), coming=("disk1",)))), Phase.RUNNING, Action.CHANGE),
+    ("nor while its guest has time to let go of a disk", Row.MOVE_UNSETTLED, at_source(Stage.IDLE, LIVE, lock=seen(HERE),
+     process=sending(Stage.IDLE, incarnation=replace(record(), going=("disk1",)), attempts={"disk1": Attempt(at=110.0, asked=True)})),
+     Phase.RUNNING, None),
+    ("whoever wants it moved", Row.MOVE_UNSETTLED, at_source(Stage.IDLE, LIVE, lock=seen(HERE), wish=cases.LIVE_ONLY,
+     process=sending(Stage.IDLE, incarnation=replace(record(), coming=("disk1",)))), Phase.RUNNING, Action.CHANGE),
+    ("but not for ever", Row.MOVE_CALL, at_source(Stage.IDLE, LIVE, lock=seen(HERE),
+     process=sending(Stage.IDLE, incarnation=replace(record(), going=("disk1",)), attempts={"disk1": Attempt(at=inf)})),
+     Phase.MIGRATING, Action.CALL),
     ("QEMU is asked first", Row.MOVE_PROBE, at_source(Stage.UNKNOWN, LIVE, lock=seen(HERE)), Phase.MIGRATING, Action.PROBE),
     ("and connected to", Row.MOVE_CONNECT, at_source(Stage.IDLE, process=sending(Stage.IDLE, connected=False)), Phase.MIGRATING,
      Action.CONNECT),

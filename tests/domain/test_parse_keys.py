@@ -21,6 +21,7 @@ from kvmsupervisor.domain.parse_keys import (
 )
 from kvmsupervisor.domain.spec import (
     Disk,
+    Display,
     HugePages,
     Nic,
     Power,
@@ -88,6 +89,7 @@ def test_every_key_at_once() -> None:
         "rbd": "/rbd/vm1 discard",
         "disk/1": "rbd/vm2 ro",
         "disk/15": "/p/i iops=500\tdiscard",
+        "display": "virtio",
         "spice_port": "5901",
         "spice_addr": "0:0::1",
         "spice_password": " hush hush\n",
@@ -114,15 +116,15 @@ def test_every_key_at_once() -> None:
         host="node1",
         host_revision=10,
         power=Power.OFF,
-        power_revision=33,
+        power_revision=34,
         restart=RestartPolicy.ON_FAILURE,
         restart_request="2024-05-01",
         shutdown_timeout_s=2.5,
         priority=-7,
         spec=FULL,
         problems=(),
-        revision=38,
-        keys=29,
+        revision=39,
+        keys=30,
     )
     assert found.spec is not None
     assert found.spec.spice_password is not None
@@ -224,6 +226,8 @@ def test_ram_is_required() -> None:
         ("machine", "q35,accel=tcg"),
         ("machine", "help"),
         ("firmware", "coreboot"),
+        ("display", "VGA"),
+        ("display", "cirrus"),
         ("hugepages", "2m"),
         ("hugepages", "4K"),
         ("hugepages", "on"),
@@ -257,6 +261,30 @@ def test_bad_values(key: str, value: str) -> None:
     held = strange(value)
     told = "" if held is None else f", which holds {held}"
     assert problem_of(key, value).startswith(f"{key}: found {show(value)}{told}; ")
+
+
+def test_viewers_need_something_to_look_at() -> None:
+    """Law: a port for viewers beside `display=none` is a problem; each alone is not."""
+    assert [str(one) for one in wish(ram="64", display="none", spice_port="5901").problems] == [
+        "display: found 'none', and spice_port beside it; that port is of viewers, who look at a display: write "
+        "another one, or delete spice_port"
+    ]
+    for keys in ({"display": "none"}, {"spice_port": "5901"}, {"display": "std", "spice_port": "5901"}):
+        assert wish(ram="64", **keys).problems == ()
+
+
+def test_the_screen_of_a_machine() -> None:
+    """Law: without the key it is qxl where there is a port for viewers, and none elsewhere."""
+    screens = {
+        (): Display.NONE,
+        (("spice_port", "1"),): Display.QXL,
+        (("display", "std"),): Display.STD,
+        (("display", "virtio"), ("spice_port", "1")): Display.VIRTIO,
+    }
+    for keys, screen in screens.items():
+        spec = wish(ram="64", **dict(keys)).spec
+        assert spec is not None
+        assert spec.screen is screen
 
 
 @pytest.mark.parametrize("key", [*WISH_KEYS, "nic/1/mac", "disk/15"])

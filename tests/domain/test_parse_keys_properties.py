@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmsupervisor.domain.keys import InstanceId
-from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.names import FREE_KEY, FREE_KEY_PREFIX, WISH_KEYS
 from kvmsupervisor.domain.parse_keys import (
     DISKS,
-    FREE_KEY,
-    FREE_KEY_PREFIX,
     NICS,
     SPICE_PASSWORD_LENGTH,
     UNKNOWN_KEYS_NAMED,
@@ -25,6 +23,7 @@ from kvmsupervisor.domain.parse_keys import (
 )
 from kvmsupervisor.domain.spec import (
     Disk,
+    Display,
     Firmware,
     HugePages,
     Nic,
@@ -142,6 +141,7 @@ def _specs(draw: st.DrawFn) -> Spec:
         nics=nics[1:],
         rbd=disks[0][1] if has_first_disk else None,
         disks=tuple(Disk(number, rbd) for number, rbd in disks[1:]),
+        display=draw(st.none() | st.sampled_from([Display.STD, Display.VIRTIO, Display.QXL])),
         spice_port=draw(st.none() | st.integers(1, 65_535)),
         spice_addr=draw(st.none() | st.ip_addresses().map(str)),
         spice_password=draw(st.none() | _passwords.map(Secret.of)),
@@ -181,6 +181,7 @@ def test_sound_values_round_trip(spec: Spec, power: Power, restart: RestartPolic
         **{f"{nic.key}bridge": nic.bridge for nic in spec.nics},
         "rbd": spec.rbd and f"/{spec.rbd}",
         **{disk.key: str(disk.rbd) for disk in spec.disks},
+        "display": spec.display,
         "spice_port": spec.spice_port and f"{spec.spice_port}",
         "spice_addr": spec.spice_addr,
         "spice_password": secret and secret.text,

@@ -9,14 +9,15 @@ import pytest
 
 from kvmsupervisor.domain.cdrom import Cdrom
 from kvmsupervisor.domain.names import WISH_KEYS
+from kvmsupervisor.domain.pending import pending
 from kvmsupervisor.domain.spec import (
     Disk,
+    Display,
     Firmware,
     Nic,
     RbdDisk,
     Secret,
     Spec,
-    pending,
     spec_from_object,
     spec_to_object,
 )
@@ -68,6 +69,7 @@ CHANGES: dict[str, object] = {
     "bridge": "br7",
     "rbd": RbdDisk(pool="rbd", image="vm1"),
     "cdrom": Cdrom("file:a.iso"),
+    "display": Display.STD,
     "spice_port": None,
     "spice_addr": None,
     "spice_password": Secret.of("other"),
@@ -82,6 +84,9 @@ CHANGES: dict[str, object] = {
     "hugepages": None,
     "cpu_shares": None,
     "memory_limit_mib": None,
+    "ram_max_mib": 8192,
+    "cpus_max": 8,
+    "link_down": True,
 }
 
 

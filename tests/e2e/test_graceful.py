@@ -127,7 +127,7 @@ def test_a_change_waits_for_a_restart(keys: Keys, hosts: Hosts, tiny: str) -> No
     keys.put("1", restart_request="now")
     host.wait_for("1", lambda s: s.phase is Phase.RUNNING and s.pid not in {None, before.pid})
     after = host.qemu("1")
-    assert after.argv[after.argv.index("-m") + 1] == "size=24M"
+    assert after.argv[after.argv.index("-m") + 1] == "size=24704K"
     assert host.wait_for("1", lambda s: not s.pending).restarts == 0
 
 

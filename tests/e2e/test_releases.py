@@ -17,7 +17,8 @@ from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Lock
 from kvmsupervisor.domain.parse_keys import parse_wish
-from kvmsupervisor.domain.spec import RawValue, pending, spec_from_object
+from kvmsupervisor.domain.pending import pending
+from kvmsupervisor.domain.spec import RawValue, spec_from_object
 from kvmsupervisor.domain.status import Phase, Status
 from tests.support.cluster import Host, Hosts, Keys, Qemu, eventually
 from tests.support.releases import RELEASES, Release, places, process_fields, recorded, wishes

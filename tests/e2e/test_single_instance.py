@@ -84,7 +84,7 @@ def test_the_environment_wins_over_keys(keys: Keys, containers: Containers, tiny
     keys.delete("1", "mac")
     container.begin()
     qemu = container.wait_running()["1"]
-    assert qemu.argv[qemu.argv.index("-m") + 1] == "size=24M"
+    assert qemu.argv[qemu.argv.index("-m") + 1] == "size=24704K"
     assert qemu.argv[-2:] == ("-name", "of mine")
     assert container.stop() == 0
     wrong = containers.instance("1", VM_RBD="no image", SPICE_PORT="70000", VM_RAM="24", EXTRA_FLAGS=tiny).begin()

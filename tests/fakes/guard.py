@@ -33,6 +33,11 @@ class FakeGuard:
             raise Unguarded(self.trouble)
         self.charges[incarnation] = note
 
+    async def forget(self, incarnation: str) -> None:
+        if self.trouble is not None:
+            raise Unguarded(self.trouble)
+        self.release(incarnation)
+
     def release(self, incarnation: str) -> None:
         self.charges.pop(incarnation, None)
         self.released.append(incarnation)

@@ -34,12 +34,15 @@ from kvmsupervisor.adapters.qmp import MonitorLost, MonitorRefused, MonitorSilen
 from kvmsupervisor.domain.agent import GuestFacts
 from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.run_state import INCOMING, NEVER_RAN, POWERED_OFF, RUNNING
+from kvmsupervisor.guard.keeper_client import FROZEN, PAUSED, KeeperTrouble
 from kvmsupervisor.machine.system import System
 from tests.fakes.clock import FakeClock
 from tests.fakes.drive import COMMANDS, FakeDrive
 from tests.fakes.migration import COMMANDS as MOVING
 from tests.fakes.migration import FINISHING, Descriptors, FakeMigration, FakeSocket, Guest
 from tests.fakes.network import FakeNetwork
+from tests.fakes.plugged import COMMANDS as PLUGGED
+from tests.fakes.plugged import FakePlugged
 from tests.fakes.transfer import FakeNet, FakeTransfers
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -87,8 +90,12 @@ class FakeQemu:
         migration: of its guest.
         blocks: its disks, as `query-block` tells them.
         drive: its CD-ROM drive.
+        plugged: its devices that come and go.
         agent: what its guest's agent says, None when nobody answers there.
         agent_open: whether the guest has the agent's channel open; `open_agent` turns it and tells.
+        file_systems: how many its agent can freeze; None: it does not answer to that.
+        frozen_file_systems: how many are frozen.
+        deaf_to_thaw: its agent does not answer to that.
         presses: when its power button was pressed.
         commands: all QMP commands that it did, in order.
         asked: when its guest's agent was asked.
@@ -126,6 +133,7 @@ class FakeQemu:
         self._run_state = INCOMING if "-incoming" in argv else NEVER_RAN
         self._ran_from = 0.0
         self.migration = FakeMigration(self)
+        self.plugged = FakePlugged(argv, self.event)
         self.deaf = ("-machine", "none") in pairwise(argv)
         self.stubborn = False
         self.refuses: dict[str, str] = {}
@@ -133,6 +141,9 @@ class FakeQemu:
         self.agent: GuestFacts | None = None
         self.agent_open = False
         self.asked: list[float] = []
+        self.file_systems: int | None = 1
+        self.frozen_file_systems = 0
+        self.deaf_to_thaw = False
         self.presses: list[float] = []
         self.commands: list[str] = []
         self.status: WaitStatus | None = None
@@ -351,10 +362,24 @@ class FakeQemu:
             "qom-get": {},
         }
         self.commands.append(command)
-        if command in MOVING:
-            return self.migration.run(command, dict(arguments or {}), end)
+        given = dict(arguments or {})
+        # A descriptor of a tap is no socket of a move.
+        if command in MOVING and not (command == "getfd" and end is None):
+            return self.migration.run(command, given, end)
+        if command == "device_add" and given["driver"] == "virtio-blk-pci" and not self._host.on_record(self):
+            self._host.ran_off_the_record.append(self)
+        if command in PLUGGED or self.plugged.concerns(command, given):
+            return self.plugged.run(command, given)
         if command in COMMANDS:
-            return self.drive.run(command, dict(arguments or {}))
+            return self._with_disks(command, self.drive.run(command, given))
+        if command == "transaction":
+            for action in arguments["actions"]:
+                self._snapshots(action["data"]["device"]).append({"name": action["data"]["name"], "date-sec": 1})
+            return {}
+        if command == "blockdev-snapshot-delete-internal-sync":
+            held = self._snapshots(arguments["device"])
+            held[:] = [one for one in held if one["name"] != arguments["name"]]
+            return {}
         if command == "block_resize":
             self._resize(arguments)
             return {}
@@ -364,6 +389,18 @@ class FakeQemu:
             return answers[command]
         self._do(command)
         return {}
+
+    def _snapshots(self, node: str) -> list[dict[str, Any]]:
+        (image,) = [one["inserted"]["image"] for one in self.blocks if one["inserted"]["node-name"] == node]
+        held: list[dict[str, Any]] = image.setdefault("snapshots", [])
+        return held
+
+    def _with_disks(self, command: str, answer: Any) -> Any:
+        if command == "query-fdsets":
+            return [*answer, *({"fdset-id": number} for number in self.plugged.sets)]
+        if command == "query-named-block-nodes":
+            return [*answer, *({"node-name": name} for name in self.plugged.nodes)]
+        return answer
 
     def _resize(self, arguments: Any) -> None:
         for block in self.blocks:
@@ -414,6 +451,35 @@ class FakeQemu:
             self._pressed = False
             clock = self._host.clock
             clock.call_at(clock.now() + 0.1, self.power_off if "-no-shutdown" in self.argv else self.shut_down)
+
+
+class FakeKeeper:
+    """Stands for `guard.keeper_client.Keeper`.
+
+    Attributes:
+        told: what it was told, in order.
+        done: whether all was over when it was let go of; None before that.
+    """
+
+    def __init__(self, qemu: FakeQemu) -> None:
+        self.told = b""
+        self.done: bool | None = None
+        self._qemu = qemu
+
+    def tell(self, what: bytes) -> None:
+        self.told += what
+
+    def dismiss(self, *, done: bool) -> None:
+        self.done = done
+        if not done:
+            self.act()
+
+    def act(self) -> None:
+        """Its supervisor is gone: it does what that has left."""
+        if PAUSED in self.told and self._qemu.run_state == "paused":
+            self._qemu.by_hand("cont")
+        if FROZEN in self.told and not self._qemu.deaf_to_thaw:
+            self._qemu.frozen_file_systems = 0
 
 
 class FakeProcess:
@@ -523,6 +589,8 @@ class FakeQemus:
         lose_answer_to: the next such QMP command is done, and the connection lost before its answer.
         on_record: whether a QEMU's guest may run; what law 3 asks. True unless a test says otherwise.
         ran_off_the_record: those that were let run all the same.
+        no_keeper: what keeps a keeper from being started.
+        keepers: all that were started, in order.
         network: taps and bridges.
         descriptors: sockets that QEMUs get.
         transfers: over which guests are moved.
@@ -538,6 +606,8 @@ class FakeQemus:
         self.lose_answer_to: str | None = None
         self.on_record: Callable[[FakeQemu], bool] = lambda qemu: True
         self.ran_off_the_record: list[FakeQemu] = []
+        self.no_keeper: str | None = None
+        self.keepers: list[FakeKeeper] = []
         self.network = FakeNetwork()
         self.descriptors = Descriptors()
         self.transfers = FakeTransfers(net or FakeNet(clock), self.descriptors, name)
@@ -545,6 +615,9 @@ class FakeQemus:
             processes=self,
             connect=self.connect,
             ask_agent=self.ask,
+            freeze=self.freeze,
+            thaw=self.thaw,
+            keep=self.keep,
             network=self.network,
             index_of=self.network.index_of,
             ensure_device=lambda device: False,
@@ -658,6 +731,37 @@ class FakeQemus:
             await self.clock.sleep(5.0)
             raise AgentSilent("no answer")
         return qemu.agent
+
+    async def freeze(self, path: Path, *, timeout_s: float) -> int:
+        qemu = self._at_agent(path)
+        if qemu.file_systems is None or qemu.run_state != RUNNING:
+            await self.clock.sleep(timeout_s)
+            raise AgentSilent(f"the guest's agent did not answer guest-fsfreeze-freeze within {timeout_s:g} s")
+        qemu.frozen_file_systems = qemu.file_systems
+        return qemu.file_systems
+
+    async def thaw(self, path: Path, *, timeout_s: float) -> int:
+        qemu = self._at_agent(path)
+        if qemu.deaf_to_thaw or qemu.run_state != RUNNING:
+            await self.clock.sleep(timeout_s)
+            raise AgentSilent("no answer")
+        thawed, qemu.frozen_file_systems = qemu.frozen_file_systems, 0
+        return thawed
+
+    def _at_agent(self, path: Path) -> FakeQemu:
+        (qemu,) = [qemu for qemu in self.alive if qemu.sockets.get("agent0") == path]
+        return qemu
+
+    # What stands for guard.keeper_client.
+
+    async def keep(self, *, monitors: Sequence[Path], agent: Path, limit_s: float) -> FakeKeeper:
+        await asyncio.sleep(0)
+        if self.no_keeper is not None:
+            raise KeeperTrouble(self.no_keeper)
+        (qemu,) = [qemu for qemu in self.alive if qemu.monitors == {*monitors}]
+        keeper = FakeKeeper(qemu)
+        self.keepers.append(keeper)
+        return keeper
 
     # What stands for adapters.qmp.Monitor.
 

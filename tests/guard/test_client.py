@@ -330,6 +330,24 @@ async def test_a_machine_that_has_ended_is_released(bench: Bench) -> None:
     await bench.until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # noqa: PTH208
 
 
+async def test_a_machine_that_needs_no_guard_any_more_is_forgotten(bench: Bench) -> None:
+    """Law 7: it lives on when the deadline passes, and the others do not; a guard that does not answer may watch it."""
+    post = bench.supervisor()
+    post.renewed(LATE)
+    for name in ("stays", "leaves"):
+        await bench.watch(post, name)
+    await post.forget("leaves")
+    assert not post.holds("leaves")
+    post.renewed(Clock().now() - 1.0)
+    await bench.until(lambda: bench.note("stays").exists())
+    assert bench.machines["leaves"].poll() is None
+    assert not bench.note("leaves").exists()
+    # A later one may be watched again.
+    post.renewed(LATE)
+    await bench.watch(post, "leaves")
+    assert post.holds("leaves")
+
+
 async def test_a_candidate_without_a_supervisor_leaves_nothing(bench: Bench) -> None:
     """Cut off while it starts a guard, a supervisor leaves none; or one that does its work."""
     bench.machine("a")

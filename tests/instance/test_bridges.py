@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 
 import pytest
 
 from kvmsupervisor.domain.keys import HostName
+from kvmsupervisor.domain.nics import BRIDGE, TUN, Link
 from kvmsupervisor.instance.bridges import AGAIN_S, GATHER_S, Bridges
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
@@ -87,7 +89,9 @@ async def test_the_file_is_left_alone_while_nobody_wants_less(host: Host, kept: 
 
 
 async def test_a_machine_keeps_the_bridge_that_it_runs_on(host: Host, kept: Bridges, conf: FakeNetwork) -> None:
-    """Law: a changed key takes effect at the next start; until then both are wanted, and after it one."""
+    """Law: where its tap cannot be put into another bridge both are wanted, until the next start."""
+    host.links.set(Link(index=1, name="br0", kind=BRIDGE), Link(index=7, name="tap7", kind=TUN, master=1))
+    host.links.refuses = OSError(errno.ENODEV, "No such device")
     await heeded(host, kept)
     host.put(bridge="br1")
     await heeded(host, kept)

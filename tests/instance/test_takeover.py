@@ -591,3 +591,23 @@ async def test_growth_is_looked_for_rarely(host: Host) -> None:
     host.put(description="grown")
     await host.clock.advance(1.0)
     assert qemu.commands.count("query-block") == 2
+
+
+async def test_what_the_other_host_knew_of_the_machine(host: Host, other: Host) -> None:
+    """Its guest keeps the machine type that it was installed on, although the new host says that it waits meanwhile."""
+    host.wish(rbd="rbd/a")
+    host.begin()
+    qemu = await host.runs()
+    await host.told()
+    assert host.published is not None
+    told = replace(host.published, machine="pc-q35-5.0", images=("rbd/a",), files={"file:b.raw": "a"})
+    host.etcd.write(LAYOUT.status_key(ONE), told.to_json())
+    await host.die()
+    qemu.crash()
+    host.put(host="b")
+    host.sessions = other.sessions = {"b"}
+    host.etcd.erase(LAYOUT.session_key(host.me))
+    other.begin()
+    running = await other.runs(120)
+    assert (other.status.machine, other.status.images) == ("pc-q35-5.0", ("rbd/a",))
+    assert any("pc-q35-5.0" in word for word in running.argv)

@@ -15,9 +15,9 @@ from kvmsupervisor.adapters.etcd import Denied, EtcdError, Put, Unavailable
 from kvmsupervisor.adapters.rundir import InstanceDir
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.stopping import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from tests.fakes.clock import settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.qemu import FakeQemu
@@ -50,7 +50,7 @@ async def test_a_wish_becomes_a_running_guest(host: Host) -> None:
     assert host.lock is not None
     assert (host.lock.host, host.lock.epoch, host.lock.state) == ("a", 1, LockState.RUNNING)
     assert (host.lock.pid, host.lock.starttime) == (qemu.pid, qemu.starttime)
-    assert qemu.ram == "size=64M"
+    assert qemu.ram == "size=65664K"
     await host.told()
     assert host.published == host.status
     assert (host.status.phase, host.status.pid, host.status.epoch) == (Phase.RUNNING, qemu.pid, 1)
@@ -168,8 +168,8 @@ async def test_keys_that_change_before_the_guest_runs_are_what_it_runs_with(host
     await host.until(lambda: host.qemus.alive)
     host.put(ram="128")
     qemu = await host.runs()
-    assert qemu.ram == "size=128M"
-    assert [one.ram for one in host.qemus.all if "cont" in one.commands] == ["size=128M"]
+    assert qemu.ram == "size=131200K"
+    assert [one.ram for one in host.qemus.all if "cont" in one.commands] == ["size=131200K"]
     assert host.status.restarts == 0
     assert host.lock is not None
     assert host.lock.epoch == len(host.qemus.all)
@@ -596,7 +596,7 @@ async def test_a_restart_request_restarts_once_and_gracefully(host: Host) -> Non
     await host.until(lambda: not first.alive)
     assert len(first.presses) == 1
     second = await host.runs()
-    assert second.ram == "size=128M"
+    assert second.ram == "size=131200K"
     await host.clock.advance(HOUR_S)
     assert host.running is second
     assert (host.status.restarts, host.status.pending) == (0, ())

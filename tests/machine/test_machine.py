@@ -83,6 +83,13 @@ def environment_of(pid: int | None) -> list[str]:
     return Path(f"/proc/{pid}/environ").read_text(encoding="utf-8").split("\0")
 
 
+def flags_of(pid: int | None, name: str) -> list[int]:
+    """The flags of each of its descriptors of files with that in their name."""
+    process = Path(f"/proc/{pid}")
+    numbers = [file.name for file in (process / "fd").iterdir() if name in str(file.readlink())]
+    return [int((process / "fdinfo" / number).read_text().split()[3], 8) for number in numbers]
+
+
 def await_zombie(pid: int) -> None:
     for _ in range(5000):
         if (stat := stat_of(pid)) is not None and not stat.alive:
@@ -188,6 +195,20 @@ async def test_it_starts_paused_and_runs_when_told(bench: Bench) -> None:
     assert (bench.view.run_state, bench.machine.never_ran) == ("running", False)
     await bench.machine.probe()
     assert bench.view.run_state == "running"
+
+
+async def test_its_logs_take_all_before_its_guest_runs(bench: Bench) -> None:
+    """Whoever lets the guest run, `resume` or a live move: QEMU appends to no log by then, for that would be lost."""
+
+    def build(provision: Provision) -> list[str]:
+        log = ("-add-fd", f"fd={provision.channels.console_log},set=7")
+        return [*tiny(*log, "-chardev", "null,id=c,logfile=/dev/fdset/7,logappend=on")(provision)]
+
+    bench.machine.spawn(record(), SPEC, plain, build, Quarters())
+    await bench.connected()
+    flags = flags_of(bench.machine.pid, "memfd:console.log")
+    assert len(flags) > 1, "QEMU has not opened it a second time"
+    assert not any(one & os.O_APPEND for one in flags), flags
 
 
 async def test_its_environment_names_it_and_holds_no_secrets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

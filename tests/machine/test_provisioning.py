@@ -30,15 +30,8 @@ from kvmsupervisor.domain.spec import Firmware, Nic, Secret, Spec
 from kvmsupervisor.domain.uids import UidRange
 from kvmsupervisor.domain.user_network import forwards
 from kvmsupervisor.machine.cdrom import Media
-from kvmsupervisor.machine.handover import Prepared
-from kvmsupervisor.machine.provisioning import (
-    HOST_RETRY_S,
-    MEDIA_RETRY_S,
-    HostFiles,
-    NotReady,
-    Opened,
-    Provisioner,
-)
+from kvmsupervisor.machine.handover import HostFiles, Prepared
+from kvmsupervisor.machine.provisioning import HOST_RETRY_S, MEDIA_RETRY_S, NotReady, Opened, Provisioner
 from kvmsupervisor.machine.system import REAL
 from tests.fakes.clock import settle
 from tests.fakes.images import Stock

@@ -31,9 +31,9 @@ from kvmsupervisor.domain.argv import HostSide
 from kvmsupervisor.domain.flags import ANY_FLAGS
 from kvmsupervisor.instance.assembly import REAL, Outside
 from kvmsupervisor.machine.guest_logs import GuestLogs, MachineLogs
+from kvmsupervisor.machine.handover import HostFiles
 from kvmsupervisor.machine.host import HostFacts, ceph_access
 from kvmsupervisor.machine.images import Disks
-from kvmsupervisor.machine.provisioning import HostFiles
 from kvmsupervisor.machine.system import System
 from tests.support.host import KnownTypes
 

@@ -60,16 +60,36 @@ MOVES = (
 WAYS = (Way.KILL, Way.FREEZE, Way.FAIL)
 """What is drawn at any point."""
 
+CHANGES = (
+    *("before CHANGE", "going, not asked for", "closed, still on record", "coming, not open", "open, not on record"),
+    *("on record, not given", "NIC coming"),
+)
+"""Those of a machine that is changed while it runs."""
+
 ELSEWHERE = {
+    **dict.fromkeys(CHANGES, "instance/test_changes.py::test_cut_off"),
     "before GUARD": "instance/test_failpoints.py::test_guard",
     "before MEDIUM": "instance/test_failpoints.py::test_medium",
     "before PLUG": "instance/test_failpoints.py::test_plug",
     "before ROOM": "instance/test_failpoints.py::test_room",
+    **dict.fromkeys(
+        (
+            "before SNAPSHOT",
+            "standing still",
+            "images snapshot",
+            "snapshot taken",
+            "taken away from one disk",
+            "to be rolled back",
+            "one disk rolled back",
+        ),
+        "e2e/test_snapshots.py::test_cut_off",
+    ),
+    **dict.fromkeys(("file duplicated", "image duplicated"), "machine/test_duplicates.py::test_cut_off"),
     "copied": "machine/test_contents.py::test_cut_off_while_it_is_copied",
     **dict.fromkeys(("imported", "frozen", "cloned", "noted"), "machine/test_contents_ceph.py::test_cut_off"),
 }
-"""Points that no history comes to: nothing has a guard, a NIC, a drive, a disk that is a file, or an image that is
-made. Each with the test that cuts there, in virtual time or on a real Ceph."""
+"""Points that no history comes to: nothing has a guard, a NIC, a drive, a disk that comes or is a file, or an image
+that is made. Each with the test that cuts there, in virtual time or on a real Ceph."""
 
 HERE = tuple(name for name in POINTS if name not in ELSEWHERE)
 """Those that a hundred histories come to."""

@@ -11,9 +11,9 @@ from structlog.testing import capture_logs
 
 from kvmsupervisor.adapters.etcd import Unavailable
 from kvmsupervisor.domain.keys import HostName
-from kvmsupervisor.domain.lifecycle import QUIT_WAIT_S
 from kvmsupervisor.domain.lock import Lock, LockState, Storage
 from kvmsupervisor.domain.status import Phase, Status
+from kvmsupervisor.domain.stopping import QUIT_WAIT_S
 from kvmsupervisor.single.identity import LET_GO_S
 from kvmsupervisor.single.life import NotHere
 from tests.fakes.qemu import FakeQemu

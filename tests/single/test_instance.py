@@ -68,7 +68,7 @@ async def test_the_environment_wins_over_keys(bench: Bench) -> None:
     """Law: `VM_RAM` and its like."""
     bench.keys(ram="lots", host="a")
     await bench.instance(ram="96")
-    assert bench.qemu.ram == "size=96M"
+    assert bench.qemu.ram == "size=98432K"
 
 
 async def test_its_lock_may_lie_anywhere(bench: Bench) -> None:

@@ -15,8 +15,8 @@ from kvmsupervisor.adapters.rundir import InstanceDir, RunDir
 from kvmsupervisor.domain.exits import WaitStatus
 from kvmsupervisor.domain.incarnation import Incarnation, InstanceState
 from kvmsupervisor.domain.keys import HostName, InstanceId
-from kvmsupervisor.domain.lifecycle import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.domain.status import Phase
+from kvmsupervisor.domain.stopping import POWERDOWN_EVERY_S, QUIT_WAIT_S
 from kvmsupervisor.supervisor.drain import LOOK_EVERY_S, Drain
 from tests.fakes.clock import settle
 from tests.fakes.qemu import FakeQemu

@@ -11,8 +11,9 @@ from kvmsupervisor.cluster.batches import GATHER_S, SPREAD_S
 from kvmsupervisor.cluster.removal_approval import CONFIRMATION_POLL_S
 from kvmsupervisor.domain.failover import STEP_S
 from kvmsupervisor.domain.hands_off import HOLDOVER_POLL_S
-from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S, QUIT_WAIT_S
+from kvmsupervisor.domain.lifecycle import PROBE_EVERY_S
 from kvmsupervisor.domain.ownership import LOCK_POLL_S
+from kvmsupervisor.domain.stopping import QUIT_WAIT_S
 from kvmsupervisor.domain.timing import REMIND_EVERY_S, RESTART_CAP_S, RETRY_CAP_S, Rival
 from kvmsupervisor.instance.moves import LEAST_S, READY_S, REST_S
 from kvmsupervisor.instance.takeover_wait import ASK_WATCHERS_EVERY_S

@@ -92,14 +92,28 @@ exec /init
 """
 
 
+MOUNT = """
+{
+    until [ -b /dev/vda ]; do sleep 0.2; done
+    mkdir -p /disk
+    mount -t ext4 /dev/vda /disk && echo "MOUNTED" >/dev/ttyS0
+    while echo "$((n += 1))" >/disk/count; do sleep 0.1; done
+} &
+exec /init"""
+"""In place of the last line of `AGENT_INIT`: a disk with a file system is mounted, and written to without end."""
+
+
 @pytest.fixture(scope="session")
 def agent_options(guest: Guest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """QEMU options that boot the guest with QEMU's own agent in it, and a NIC that has the address 192.0.2.7."""
+    """QEMU options that boot the guest with QEMU's own agent in it, and a NIC that has the address 192.0.2.7.
+
+    It mounts its first disk where that has an ext4 file system, and writes there.
+    """
     program = shutil.which("qemu-ga")
     assert program is not None, "qemu-ga is missing: tools/install-system dev"
     needs = subprocess.run(["ldd", program], capture_output=True, text=True, check=True, timeout=60).stdout
     files = {
-        "agent-init": AGENT_INIT.encode(),
+        "agent-init": AGENT_INIT.replace("\nexec /init", MOUNT).encode(),
         "bin/qemu-ga": Path(program).read_bytes(),
         "etc/os-release": b'ID=small\nPRETTY_NAME="Small Linux 1.0"\n',
     }

@@ -40,13 +40,15 @@ from kvmsupervisor.instance.sharing import Namesakes
 from kvmsupervisor.instance.worker import Worker
 from kvmsupervisor.machine.cdrom import Media
 from kvmsupervisor.machine.guest_logs import GuestLogs
-from kvmsupervisor.machine.provisioning import HostFiles, Provisioner
+from kvmsupervisor.machine.handover import HostFiles
+from kvmsupervisor.machine.provisioning import Provisioner
 from kvmsupervisor.machine.spawn import BEHIND
 from tests.fakes.clock import FakeClock, settle
 from tests.fakes.etcd import FakeEtcd
 from tests.fakes.guard import FakeGuard
 from tests.fakes.images import Stock
 from tests.fakes.qemu import FakeQemu, FakeQemus
+from tests.fakes.snapshots import FakeSnapshots
 from tests.fakes.storage import FakeDisks, FakeStorage, local_disks
 
 ONE = InstanceId("1")
@@ -114,6 +116,9 @@ class FakeLinks(Links):
         (master,) = [link.index for link in self.all.values() if link.name == bridge]
         self.set(*(replace(link, master=master) if link.index == tap else link for link in self.all.values()))
 
+    async def move(self, tap: int, bridge: str) -> None:
+        await self.plug(tap, bridge)
+
 
 class LockStore(FakeEtcd):
     """A client whose transactions on locks can be made to fail.
@@ -165,6 +170,8 @@ class Host:
         self.side: dict[str, Any] = {}
         self.fencing = FakeStorage()
         self.disks = FakeDisks()
+        self.snapshots = FakeSnapshots()
+        self.gather_s = 0.0
         self.room_bytes = 1 << 40
         self.local_disks = local_disks(self.path / "_disks", lambda: self.room_bytes)
         self.links = FakeLinks(self._on_links)
@@ -219,7 +226,7 @@ class Host:
         if record is not None:
             self.instance.adopt(record)
         self.end_listening = self.session.listen(self.instance.notify)
-        publishing = asyncio.create_task(self.context.status_writer.run())
+        publishing = asyncio.create_task(self._keep_statuses())
         self.loop = asyncio.create_task(self._run())
         self._tasks = [
             self.loop,
@@ -230,6 +237,14 @@ class Host:
 
     async def _run(self) -> None:
         await self.instance.run()
+
+    async def _keep_statuses(self) -> None:
+        """As `supervisor.statuses`: what an earlier supervisor said is learnt before anything is written over it."""
+        written = (await self.context.status_writer.learn()).get(ONE)
+        if written is not None:
+            self.instance.report.recall(written)
+        self.instance.notify()
+        await self.context.status_writer.run()
 
     async def _first_look(self) -> None:
         await self.wishes.wait_synced()
@@ -311,7 +326,13 @@ class Host:
             store=self.store,
             session=session,
             status_writer=StatusWriter(
-                store=self.etcd.peer(), clock=self.clock, layout=LAYOUT, host=self.me, session=session, rand=lambda: 0.5
+                store=self.etcd.peer(),
+                clock=self.clock,
+                layout=LAYOUT,
+                host=self.me,
+                session=session,
+                gather_s=self.gather_s,
+                rand=lambda: 0.5,
             ),
             admission=Admission(4),
             system=self.qemus.system,
@@ -331,6 +352,7 @@ class Host:
             disks=self.disks,
             local_disks=self.local_disks,
             contents=contents,
+            snapshots=self.snapshots,
             media=media,
             logs=GuestLogs(clock=self.clock),
             event_files=self.event_files,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmsupervisor.domain.spec import Disk, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
+from kvmsupervisor.domain.spec import Disk, Display, Firmware, HugePages, Nic, RbdDisk, Secret, Spec
 
 FULL = Spec(
     ram_mib=2048,
@@ -11,6 +11,7 @@ FULL = Spec(
     nics=(Nic(2, "52:54:00:12:34:57", "br1"), Nic(7, "52:54:00:12:34:58")),
     rbd=RbdDisk(pool="rbd", image="vm1", discard=True),
     disks=(Disk(1, RbdDisk("rbd", "vm2", ro=True)), Disk(15, RbdDisk("p", "i", discard=True, iops=500))),
+    display=Display.VIRTIO,
     spice_port=5901,
     spice_addr="::1",
     spice_password=Secret.of("hush hush"),

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
 import pytest
 
-from kvmsupervisor.adapters.web import Reply, Request, Subscription
+from kvmsupervisor.adapters.web import Peer, Reply, Request, Subscription, TooLarge
 from kvmsupervisor.config.load import load_settings
+from kvmsupervisor.config.settings import Settings
+from kvmsupervisor.web.access import EVERYBODY, Access
+from kvmsupervisor.web.people import Role
+from kvmsupervisor.web.recognition import Known
 from kvmsupervisor.web.service import GATHER_S, Service
 from tests.cli.conftest import World
 from tests.fakes.clock import FakeClock
 from tests.fakes.etcd import FakeEtcd
+
+OPERATOR, CONSOLE, VIEWER = "o" * 40, "c" * 40, "v" * 40
+"""Tokens of somebody of each role."""
+
+ACTS = "/api/v1/acts"
+
+KNOWN = Known(
+    tokens={hashlib.sha256(token.encode()).digest(): f"token:{token[0]}" for token in (OPERATOR, CONSOLE, VIEWER)},
+    roles={"token:o": Role.OPERATOR, "token:c": Role.CONSOLE},
+)
+
+
+class Sent:
+    """A request's body that has come."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def read(self, limit: int) -> bytes:
+        if len(self._data) > limit:
+            raise TooLarge(f"the request has more than {limit} bytes")
+        return self._data
+
+
+def at_once(answer: Coroutine[Any, Any, Reply]) -> Reply:
+    """The reply of an answer that waits for nothing."""
+    try:
+        answer.send(None)
+    except StopIteration as done:
+        found: Reply = done.value
+        return found
+    answer.close()
+    raise AssertionError("the answer waits for something")
 
 
 @dataclass
@@ -28,12 +67,14 @@ class Site:
         etcd: the page's own client.
         clock: of the page.
         service: the page.
+        writer: the page's client that writes.
     """
 
     world: World
     etcd: FakeEtcd
     clock: FakeClock
     service: Service
+    writer: FakeEtcd
 
     async def pass_by(self, seconds: float = 2 * GATHER_S) -> None:
         """Let time pass: by default until a change is shown."""
@@ -45,9 +86,29 @@ class Site:
 
         path, _, query = path.partition("?")
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.service.routes(
-            Request(method=method, path=path, query=parse_qs(query), headers={"host": host, **named})
+        request = Request(method=method, path=path, query=parse_qs(query), headers={"host": host, **named})
+        return at_once(self.service.routes(request))
+
+    async def post(self, body: object, *, token: str = OPERATOR, path: str = ACTS, **headers: str) -> tuple[int, Any]:
+        """Order something as a program does; return the status and what was answered."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        bearer = {"authorization": f"Bearer {token}"} if token else {}
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = Request(
+            method="POST",
+            path=path,
+            headers={"host": "127.0.0.1", "content-type": "application/json", **bearer, **named},
+            peer=Peer(address="192.0.2.7"),
+            body=Sent(raw),
         )
+        reply = await self.service.routes(request)
+        return int(reply.status), json.loads(reply.body)
+
+    async def act(self, act: str, *instances: str, **more: object) -> tuple[int, Any]:
+        """Do something; return the status, and the result of each."""
+        order = {"act": act, **({"instances": instances} if instances else {}), **more}
+        status, found = await self.post({name.rstrip("_"): value for name, value in order.items()})
+        return status, found.get("results", found)
 
     def json(self, path: str) -> Any:
         """The same for JSON."""
@@ -60,6 +121,14 @@ class Site:
         reply = self.get(path)
         assert reply.content_type == "text/html; charset=utf-8"
         return reply.body.decode()
+
+    def view_rows(self, token: str) -> list[Any]:
+        """What somebody is shown of all instances."""
+        reply = self.get("/api/v1/stream", authorization=f"Bearer {token}")
+        viewer = Viewer(reply)
+        viewer.read()
+        viewer.subscription.close()
+        return list(viewer.rows.values())
 
     def view(self, since: str = "") -> Viewer:
         """Open a stream."""
@@ -111,15 +180,31 @@ class Viewer:
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
     """The page of a cluster that is empty yet, in step with it."""
+    async with serving(EVERYBODY) as made:
+        yield made
+
+
+@pytest.fixture
+async def asking() -> AsyncIterator[Site]:
+    """The same, where everybody is asked who they are."""
+    async with serving(replace(EVERYBODY, known=KNOWN)) as made:
+        yield made
+
+
+@asynccontextmanager
+async def serving(access: Access, wanted: Settings | None = None) -> AsyncIterator[Site]:
+    """A page; by default with settings that name no files."""
     clock = FakeClock()
     world = World(FakeEtcd(clock.now))
     etcd = world.etcd.peer()
-    settings = load_settings({"KVM_CONFIG": "/dev/null", "KVM_HOSTNAME": "alpha", "KVM_WEB_LISTEN": "127.0.0.1:0"})
-    service = Service(settings, etcd, clock)
+    plain = load_settings({"KVM_CONFIG": "/dev/null", "KVM_HOSTNAME": "alpha", "KVM_WEB_LISTEN": "127.0.0.1:0"})
+    settings = plain if wanted is None else replace(wanted, web_listen=plain.web_listen, hostname=plain.hostname)
+    writer = world.etcd.peer()
+    service = Service(settings, etcd, clock, lambda: writer, access)
     stop = asyncio.Event()
     running = asyncio.create_task(service.run(stop))
     await clock.advance_until(lambda: service.state().in_step, 10)
-    made = Site(world, etcd, clock, service)
+    made = Site(world, etcd, clock, service, writer)
     yield made
     stop.set()
     await running

@@ -32,6 +32,7 @@ def row(name: str, **fields: Any) -> Row:
         "ram_mib": 1024,
         "addresses": (),
         "description": "",
+        "acted_on": 1,
         "revision": 1,
     }
     return Row(**said | fields)

@@ -9,10 +9,11 @@ import pytest
 
 from kvmsupervisor.domain.agent import GuestAddress, GuestFacts
 from kvmsupervisor.domain.events import Event, to_json
+from kvmsupervisor.domain.host_wish import HostProgress, Mode
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.placement import Placement
 from kvmsupervisor.domain.status import Phase
-from tests.web.conftest import Site
+from tests.web.conftest import CONSOLE, OPERATOR, VIEWER, Site, Viewer
 from tests.web.test_html import Elements
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)>\" onmouseover='alert(1)' \x1b[31m\u202e\x00"
@@ -52,6 +53,12 @@ async def test_everything_is_shown_as_text(site: Site, path: str) -> None:
     hostile(site)
     await site.pass_by()
     page = site.page(path)
+    assert_text(page)
+    assert "alert(1)" in Elements(page).words or path in {"/api", "/instances/nobody", "/?q=%3Cb%3E"}
+
+
+def assert_text(page: str) -> None:
+    """Whether nothing in a page comes from anybody else but as text."""
     elements = Elements(page)
     scripts = [said for name, said in elements.found if name == "script"]
     assert all(str(said["src"]).startswith("/static/") for said in scripts)
@@ -61,7 +68,59 @@ async def test_everything_is_shown_as_text(site: Site, path: str) -> None:
     links = [str(said["href"]) for _, said in elements.found if "href" in said]
     assert all(urlsplit(link).scheme == "" and link[0] in "/#" and not link.startswith("//") for link in links)
     assert page.replace("\n", "").isprintable()
-    assert "alert(1)" in elements.words or path in {"/api", "/instances/nobody", "/?q=%3Cb%3E"}
+
+
+@pytest.mark.parametrize("path", [*PAGES[:5], "/create"])
+async def test_what_operators_see_is_text_too(asking: Site, path: str) -> None:
+    """The same for buttons and forms, whose values are names of hosts and images."""
+    hostile(asking)
+    asking.world.etcd.write(asking.world.layout.image_key(HOSTILE.replace("/", "")), HOSTILE)
+    asking.world.etcd.write(asking.world.layout.drain_fact_key(HOSTILE), HOSTILE)
+    await asking.pass_by()
+    page = asking.get(path, authorization=f"Bearer {OPERATOR}").body.decode()
+    assert_text(page)
+    assert ("data-act" in page) == (path not in {"/", "/create"})
+
+
+async def test_who_may_not_act_has_no_buttons(asking: Site) -> None:
+    """And no form; the server says why."""
+    asking.world.host("alpha")
+    asking.world.running("1")
+    await asking.pass_by()
+    for token in (VIEWER, CONSOLE):
+        for path in ("/", "/hosts", "/instances/1"):
+            page = asking.get(path, authorization=f"Bearer {token}").body.decode()
+            assert not re.search("data-act|data-many|<button type", page), path
+        assert asking.get("/create", authorization=f"Bearer {token}").status == 403
+    assert "data-many" in asking.get("/", authorization=f"Bearer {OPERATOR}").body.decode()
+
+
+async def test_a_drain_is_shown_as_it_goes_on(asking: Site) -> None:
+    """Its order and its progress are news, as `hosts` prints them; held orders have a button that names them."""
+    world, layout = asking.world, asking.world.layout
+    world.host("alpha", "beta")
+    world.running("1")
+    await asking.pass_by()
+
+    def page() -> str:
+        return asking.get("/hosts", authorization=f"Bearer {OPERATOR}").body.decode()
+
+    viewer = Viewer(asking.get("/api/v1/stream", authorization=f"Bearer {OPERATOR}"))
+    viewer.read()
+    assert "Return to service" not in page()
+    assert (await asking.act("drain", host="alpha"))[0] == 200
+    await asking.pass_by()
+    assert "change" in viewer.read()
+    assert "drains (live); its supervisor has not said anything yet" in page()
+    assert "Return to service" in page()
+    said = HostProgress(host="alpha", mode=Mode.LIVE, of=1, since="2026-03-01T12:00:00Z", left=("1",))
+    world.etcd.write(layout.drain_fact_key("alpha"), said.to_json())
+    await asking.pass_by()
+    assert "change" in viewer.read()
+    assert "drains (live): 1 left" in page()
+    world.status("1", "alpha", Phase.RUNNING, pid=4, held=True)
+    await asking.pass_by()
+    assert 'data-act="confirm-removal" data-host="alpha" data-held="1"' in page()
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -150,7 +150,9 @@ async def test_metrics_are_in_the_format(site: Site) -> None:
     assert found["kvmsupervisor_web_hosts", "up"] == 1
     assert found["kvmsupervisor_web_requests_total", "404"] == 1
     told = set(re.findall(r"^\| `(kvmsupervisor_web_\w+)", (ROOT / "docs" / "web.md").read_text(), re.MULTILINE))
-    assert {name for name, *_ in found} == told
+    text = site.get("/metrics").body.decode()
+    assert set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE)) == told
+    assert {name for name, *_ in found} <= told
 
 
 async def test_health_and_readiness(site: Site) -> None:
@@ -159,12 +161,39 @@ async def test_health_and_readiness(site: Site) -> None:
     assert site.get("/readyz").body.startswith(b"in step with revision ")
 
 
+def test_a_page_without_files_imports_nothing_for_them() -> None:
+    """Neither YAML nor bcrypt, each of which would be memory for nothing."""
+    program = (
+        "import sys, kvmsupervisor.web.service, kvmsupervisor.web.access\n"
+        "print([name for name in sys.modules if name in ('yaml', 'bcrypt', 'click')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_supervisor_imports_nothing_of_it() -> None:
     """Requirement: none of this room is in a supervisor's process."""
     program = (
         "import sys, kvmsupervisor.cli.supervise, kvmsupervisor.cli.run, kvmsupervisor.adapters.web.exchange\n"
         "import kvmsupervisor.adapters.web.page, kvmsupervisor.cli.exec_command\n"
-        "print([name for name in sys.modules if name.startswith(('kvmsupervisor.web', 'kvmsupervisor.cluster.live'))])"
+        "print([name for name in sys.modules if name in ('yaml', 'bcrypt')"
+        " or name.startswith(('kvmsupervisor.web', 'kvmsupervisor.cluster.live', 'kvmsupervisor.cluster.acts.inst'))])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_key_says_whether_it_is_shown_whole(site: Site) -> None:
+    """Law: nobody who changes what is shown loses what is not: secrets, and bytes that are no text."""
+    site.world.keys("1", ram="1G", spice_password="x" * 8, extra_flags="-device a")
+    site.world.etcd.write(site.world.layout.wish_key(InstanceId("1"), "cloud-config"), "https://user:secret@host/x")
+    site.world.etcd.write(site.world.layout.wish_key(InstanceId("1"), "description"), b"\xff")
+    await site.pass_by()
+    keys = site.json("/api/v1/instances/1")["keys"]
+    assert {name: key["whole"] for name, key in keys.items()} == {
+        "cloud-config": False,
+        "description": False,
+        "extra_flags": True,
+        "ram": True,
+        "spice_password": False,
+    }

@@ -12,10 +12,12 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from kvmsupervisor.domain.agent import GuestAddress, GuestFacts
+from kvmsupervisor.domain.consoles import ConsoleKind
 from kvmsupervisor.domain.events import Event, to_json
 from kvmsupervisor.domain.keys import HostName, InstanceId
 from kvmsupervisor.domain.lock import Destination, Lock, LockState
 from kvmsupervisor.domain.placement import Placement
+from kvmsupervisor.domain.snapshots import Rollback, Snap
 from kvmsupervisor.domain.status import Phase, Status
 from kvmsupervisor.web.routes import METHODS
 from tests.web.conftest import Site
@@ -53,6 +55,8 @@ STATUSES = [
     Status(
         id="1", host="alpha", phase=Phase.RUNNING, reason="so", since="2026-03-01T12:00:00Z", pid=7, epoch=2,
         pending=("ram",), problems=("x",), agent=AGENT, stood={"ram": "1G"}, files={"file:a": "alpha"}, guarded=True,
+        snapshots=(Snap(name="s", at="", size=1, how="off", disks=("rbd",)),),
+        rollback=Rollback(request="s:1", name="s"),
         images=("a/b",), unplugged=("x",), cdrom="empty", last_exit="x", machine="pc-q35-7.2", run_state="running",
     ),
 ]  # fmt: skip
@@ -107,6 +111,8 @@ async def filled(site: Site) -> None:
     world.keys("4", ram="1G")
     world.etcd.write(world.layout.lock_key(InstanceId("4")), "no lock")
     world.etcd.write(world.layout.session_key(HostName("other")), "no session")
+    world.etcd.write(world.layout.image_key("debian"), f"https://u:p@x/debian.qcow2 sha256={'0' * 64}")
+    world.etcd.write(world.layout.image_key("broken"), "nothing")
     placement = Placement(host=HostName("beta"), why="failover", since="", of=1)
     world.etcd.write(world.layout.placement_key(InstanceId("1")), placement.to_json())
     told = Event(at="2026-03-01T12:00:00Z", host="alpha", event="instance.ended", reason="crashed", times=2, since="x")
@@ -122,6 +128,9 @@ async def test_the_server_serves_what_is_described(site: Site) -> None:
         component("InstanceDetails").validate(site.json(f"/api/v1/instances/{name}"))
     component("Host", many=True).validate(site.json("/api/v1/hosts"))
     assert len(site.json("/api/v1/hosts")) == 3
+    component("Image", many=True).validate(site.json("/api/v1/images"))
+    assert [one["problem"] is None for one in site.json("/api/v1/images")] == [False, True]
+    component("Me").validate(site.json("/api/v1/me"))
     component("ClusterEvent", many=True).validate(site.json("/api/v1/events"))
     assert len(site.json("/api/v1/events")) == 1
     for path in ("/api/v1/instances/nobody", "/api/v1/events?limit=0"):
@@ -136,11 +145,20 @@ async def test_the_server_serves_what_is_described(site: Site) -> None:
 async def test_every_path_is_described_and_every_described_path_is_served(site: Site) -> None:
     """In both directions."""
     await filled(site)
-    served = {path for path in site.service.routes._table if path.startswith("/api/v1/")} | {"/api/v1/instances/{id}"}
-    assert set(OPENAPI["paths"]) == served
+    routes = site.service.routes
+    served = {path for path in routes._table if path.startswith("/api/v1/")} | {"/api/v1/instances/{id}"}
+    sockets = {f"/api/v1/instances/{{id}}/{kind}" for kind in ConsoleKind}
+    assert {path for path, methods in OPENAPI["paths"].items() if "get" in methods} == served | sockets
+    assert {path for path, methods in OPENAPI["paths"].items() if "post" in methods} == set(routes._changing)
     for path, methods in OPENAPI["paths"].items():
-        assert {method.upper() for method in methods} <= set(METHODS)
+        assert {method.upper() for method in methods} <= {*METHODS, "POST"}
+        if "get" not in methods:
+            continue
         reply = site.get(path.replace("{id}", "1"))
+        if path in sockets:
+            # Without a ticket, and of nobody.
+            assert {"101", str(int(reply.status))} <= methods["get"]["responses"].keys()
+            continue
         (kind,) = methods["get"]["responses"]["200"]["content"]
         assert (int(reply.status), reply.content_type) == (200, kind)
 

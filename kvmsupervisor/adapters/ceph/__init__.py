@@ -1,4 +1,4 @@
-"""Ceph through its own tools: `client.py` asks and fences, `images.py` makes images and takes them away."""
+"""Ceph through its own tools: `client.py` asks and fences, `images.py` makes images, `snapshots.py` their snapshots."""
 
 from kvmsupervisor.adapters.ceph.access import CephAccess
 from kvmsupervisor.adapters.ceph.client import FENCE_MIN_S, FENCE_S, Ceph
@@ -11,6 +11,7 @@ from kvmsupervisor.adapters.ceph.errors import (
     _NoAnswerInTime,
 )
 from kvmsupervisor.adapters.ceph.images import CephImages, SnapshotInUse, image_of
+from kvmsupervisor.adapters.ceph.snapshots import CephSnapshots
 
 __all__ = [
     "FENCE_MIN_S",
@@ -22,6 +23,7 @@ __all__ = [
     "CephFailed",
     "CephImages",
     "CephRefused",
+    "CephSnapshots",
     "NoSuchImage",
     "SnapshotInUse",
     "_NoAnswerInTime",

@@ -122,14 +122,9 @@ class CephImages:
         Raises:
             NoSuchImage: there is no such pool.
         """
-
-        def listen(said: bytes) -> None:
-            if found := _PERCENT.findall(said):
-                hear(min(100, int(found[-1])))
-
         limit_s = IMPORT_S + size / SLOWEST
         where = (option("--path", str(file)), *destined(image))
-        await self.ceph.run("rbd", "import", *_FEATURE_WORDS, *where, limit_s=limit_s, hear=listen)
+        await self.ceph.run("rbd", "import", *_FEATURE_WORDS, *where, limit_s=limit_s, hear=_percents(hear))
         if (await self.ceph.image_info(image)).size < size:
             await self.grow(image, size)
 
@@ -149,6 +144,16 @@ class CephImages:
         form = () if image.namespace == snapshot.namespace else ("--rbd-default-clone-format=2",)
         where = (*_at(snapshot), *destined(image))
         await self.ceph.run("rbd", "clone", *form, *_FEATURE_WORDS, *where, limit_s=IMPORT_S)
+
+    async def flatten(self, image: RbdDisk, *, hear: Callable[[int], None]) -> None:
+        """Make a clone an image of its own: what it has of its parent is copied.
+
+        Args:
+            image: which.
+            hear: is told how much is done, percent.
+        """
+        size = (await self.ceph.image_info(image)).size
+        await self.ceph.run("rbd", "flatten", *located(image), limit_s=IMPORT_S + size / SLOWEST, hear=_percents(hear))
 
     async def create(self, image: RbdDisk, size: int) -> None:
         """Make an empty image.
@@ -242,6 +247,16 @@ class CephImages:
 
     async def _id(self, image: RbdDisk) -> str:
         return await self.ceph.ask(parse_id, "rbd", "info", *located(image), "--format", "json")
+
+
+def _percents(hear: Callable[[int], None]) -> Callable[[bytes], None]:
+    """Hears how much is done in what a tool says."""
+
+    def listen(said: bytes) -> None:
+        if found := _PERCENT.findall(said):
+            hear(min(100, int(found[-1])))
+
+    return listen
 
 
 _FEATURE_WORDS = tuple(word for name in FEATURES for word in ("--image-feature", name))

@@ -11,7 +11,15 @@ Sources: https://prometheus.io/docs/practices/naming/ and
 https://prometheus.io/docs/instrumenting/writing_clientlibs/.
 """
 
-from kvmsupervisor.adapters.metrics.registry import START_BUCKETS_S, Metrics, MigrationResult
+from kvmsupervisor.adapters.metrics.registry import START_BUCKETS_S, Metrics, MigrationResult, SnapshotResult
 from kvmsupervisor.adapters.metrics.samples import HostSample, InstanceSample, Snapshot
 
-__all__ = ["START_BUCKETS_S", "HostSample", "InstanceSample", "Metrics", "MigrationResult", "Snapshot"]
+__all__ = [
+    "START_BUCKETS_S",
+    "HostSample",
+    "InstanceSample",
+    "Metrics",
+    "MigrationResult",
+    "Snapshot",
+    "SnapshotResult",
+]

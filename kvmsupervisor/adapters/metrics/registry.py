@@ -33,6 +33,15 @@ class MigrationResult(StrEnum):
     CANCELLED = "cancelled"
 
 
+class SnapshotResult(StrEnum):
+    """What was done about a machine's snapshots; the label `result` of `kvmsupervisor_snapshots_total`."""
+
+    TAKEN = "taken"
+    DELETED = "deleted"
+    ROLLED_BACK = "rolled_back"
+    FAILED = "failed"
+
+
 @dataclass(slots=True)
 class _InstanceCounts:
     """The counters of one instance since the supervisor started."""
@@ -40,6 +49,7 @@ class _InstanceCounts:
     starts: int = 0
     internal_errors: int = 0
     resets: int = 0
+    changes: int = 0
     events: int = 0
     connections: int = 0
     exits: Counter[ExitClass] = field(default_factory=Counter)
@@ -69,6 +79,8 @@ class Metrics:
         self._fences = 0
         self._takeovers = 0
         self._migrations: Counter[MigrationResult] = Counter()
+        self._snapshots: Counter[SnapshotResult] = Counter()
+        self._standstill_s = 0.0
         self._migrated_bytes = 0
         self._downtime_s = 0.0
         self._starts_per_bucket = [0] * (len(START_BUCKETS_S) + 1)
@@ -98,6 +110,10 @@ class Metrics:
         """Count a reboot that the guest began."""
         self._counts(instance).resets += 1
 
+    def changed(self, instance: InstanceId) -> None:
+        """Count a change of its machine that came about while its guest ran."""
+        self._counts(instance).changes += 1
+
     def heard_event(self, instance: InstanceId) -> None:
         """Count a QMP event of its QEMU."""
         self._counts(instance).events += 1
@@ -117,6 +133,16 @@ class Metrics:
     def took_over(self) -> None:
         """Count a lock that was taken from a host without a session."""
         self._takeovers += 1
+
+    def snapshot(self, result: SnapshotResult, *, standstill_s: float = 0.0) -> None:
+        """Count what was done about a snapshot.
+
+        Args:
+            result: what came of it.
+            standstill_s: for how long its guest was frozen or paused for it.
+        """
+        self._snapshots[result] += 1
+        self._standstill_s += standstill_s
 
     def migrated(self, result: MigrationResult, *, sent: int = 0, downtime_s: float = 0.0) -> None:
         """Count a live migration that ended.
@@ -232,6 +258,7 @@ class Metrics:
             ("takeovers_total", "Locks taken from hosts whose session was gone.", self._takeovers),
             ("migration_sent_bytes_total", "Bytes sent for live migrations that ended.", self._migrated_bytes),
             ("migration_downtime_seconds_total", "Seconds that their guests were stopped.", self._downtime_s),
+            ("snapshot_standstill_seconds_total", "Seconds that guests stood still for snapshots.", self._standstill_s),
             ("etcd_requests_failed_total", "Requests that etcd did not answer in time.", now.etcd.failed),
             ("sessions_lost_total", "How often this host's session was lost.", now.sessions_lost),
             ("history_changes_total", "How often etcd had another history than before.", now.history_changes),
@@ -243,6 +270,11 @@ class Metrics:
         for result in MigrationResult:
             migrations.add_metric([result], self._migrations[result])
         yield migrations
+        what = "Snapshots taken, deleted, rolled back to, and attempts that failed."
+        snapshots = counter("snapshots_total", what, "result")
+        for outcome in SnapshotResult:
+            snapshots.add_metric([outcome], self._snapshots[outcome])
+        yield snapshots
         yield histogram(
             "start_seconds", "Seconds from seeing a wish to a running guest.", START_BUCKETS_S, self._starts_per_bucket,
             self._starts_sum_s,
@@ -268,6 +300,7 @@ class Metrics:
         exits = counter("instance_exits_total", "QEMU processes that ended, by why.", "instance", "reason")
         errors = counter("internal_errors_total", "Errors of the supervisor itself, by instance.", "instance")
         resets = counter("instance_resets_total", "Reboots that the guest itself began; QEMU lived on.", "instance")
+        changes = counter("instance_changes_total", "Changes of the machine while its guest ran.", "instance")
         events = counter("instance_events_total", "What QEMU told of the instance unasked, over QMP.", "instance")
         connections = counter("instance_qmp_connections_total", "Connections to its QEMU's QMP.", "instance")
         ended = gauge("instance_last_exit_timestamp_seconds", "When its QEMU ended last, while this runs.", "instance")
@@ -279,6 +312,7 @@ class Metrics:
                 exits.add_metric([instance, reason], counts.exits[reason])
             errors.add_metric([instance], counts.internal_errors)
             resets.add_metric([instance], counts.resets)
+            changes.add_metric([instance], counts.changes)
             events.add_metric([instance], counts.events)
             connections.add_metric([instance], counts.connections)
-        yield from (starts, exits, ended, errors, resets, events, connections)
+        yield from (starts, exits, ended, errors, resets, changes, events, connections)

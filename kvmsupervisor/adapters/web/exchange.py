@@ -1,6 +1,6 @@
 """One request and its reply as bytes of HTTP/1.1, by h11. Knows no sockets.
 
-The size of a request is limited. Its body is ignored, because the server is read-only.
+The size of a request's head is limited. Its body is ignored, unless a reply that is waited for reads it.
 
 Sources: RFC 9110 (what requests and replies mean), RFC 9112 (how HTTP/1.1 writes them),
 <https://h11.readthedocs.io/en/latest/api.html>.
@@ -9,13 +9,29 @@ Sources: RFC 9110 (what requests and replies mean), RFC 9112 (how HTTP/1.1 write
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
 import h11
 
-from kvmsupervisor.adapters.web.messages import SAFETY_HEADERS, Answer, Feed, Reply, Request
+from kvmsupervisor.adapters.web.body import Arriving, Unreadable
+from kvmsupervisor.adapters.web.messages import (
+    SAFETY_HEADERS,
+    UNKNOWN_PEER,
+    Answer,
+    Feed,
+    Later,
+    Peer,
+    Reply,
+    Request,
+)
+
+if TYPE_CHECKING:
+    from wsproto.connection import Connection
 
 SERVER_NAME = "kvmsupervisor"
 
@@ -43,39 +59,109 @@ class Exchange:
 
     Args:
         answer: makes the reply.
+        peer: the other end of the connection.
+        wanted: called when more bytes of the request's body are wanted; until then none are.
 
     Attributes:
         body: of the reply, once there is one; sent as it is, behind the head.
         feed: what comes after that, each piece through `more`; None when the reply is complete.
+        later: the reply, if it is waited for: hand it to `reply`, and go on to `receive` meanwhile.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, peer: Peer = UNKNOWN_PEER, wanted: Callable[[], None] = lambda: None) -> None:
         self.body = b""
         self.feed: Feed | None = None
+        self.later: Later | None = None
         self._answer = answer
+        self._peer = peer
+        self._wanted = wanted
+        self._asked: h11.Request | None = None
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
         self._room = HEAD_LIMIT + 1  # h11 refuses a request that is incomplete even with the last of these bytes
         self._with_body = True
+        self._arriving: Arriving | None = None
 
     def receive(self, data: bytes) -> bytes | None:
-        """Take the next bytes from the client; return the reply's head, or None while the headers are incomplete.
+        """Take the next bytes from the client; return the reply's head, or None while there is none yet.
 
-        A body or another request behind the headers is ignored. Do not call this again after a reply.
+        Another request behind the first one is ignored. Do not call this again after a reply.
         """
+        if self._arriving is not None:
+            if not self._arriving.ended:
+                self._take_body(data)
+            return None
         self._http.receive_data(data[: self._room])
+        rest = data[self._room :]
         self._room -= len(data)
         try:
             request = self._http.next_event()
             if not isinstance(request, h11.Request):
                 return None
+            self._asked = request
             self._with_body = request.method != b"HEAD"
-            return self._written(self._replied(request))
+            reply = self._replied(request)
         except h11.RemoteProtocolError:
             return self._written(_plain(HTTPStatus.BAD_REQUEST, "not a request that this server understands"))
+        if isinstance(reply, Reply):
+            return self._written(reply)
+        self.later = reply
+        self._take_body(rest)
+        return None
+
+    @property
+    def body_is_due(self) -> bool:
+        """Whether more of the request's body will come."""
+        return self._arriving is not None and not self._arriving.ended
+
+    def reply(self, reply: Reply) -> bytes:
+        """The head of the reply that was waited for."""
+        return self._written(reply)
+
+    def upgrade(self) -> tuple[bytes, bytes, Connection]:
+        """Go on with a WebSocket: what to answer, what the client has sent already, and the protocol from now on.
+
+        Raises:
+            NotAsked: the client asks for none; `reply` may still be called.
+        """
+        # Imported by the first one: no server's start should wait for it.
+        from kvmsupervisor.adapters.web.websocket import accept  # noqa: PLC0415
+
+        assert self._asked is not None
+        answer, protocol = accept(list(self._asked.headers), self._asked.target)
+        return answer, self._http.trailing_data[0], protocol
+
+    def go_on(self) -> bytes:
+        """What to send when the body is wanted: some clients ask before they send it (RFC 9110, 10.1.1)."""
+        if not self._http.they_are_waiting_for_100_continue:
+            return b""
+        return self._http.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")) or b""
+
+    def not_upgraded(self, why: str) -> bytes:
+        """The head of a reply to who asks for no WebSocket, and could have nothing else."""
+        headers = {"Upgrade": "websocket", "Connection": "close, upgrade"}
+        return self._written(replace(_plain(HTTPStatus.UPGRADE_REQUIRED, why), headers=headers))
+
+    def left(self) -> None:
+        """The client sends nothing more."""
+        if self._arriving is not None:
+            self._arriving.fail(Unreadable("the request's body ends before its end"))
 
     def failed(self) -> bytes:
         """The bytes to send when `receive` ended with a bug of ours."""
         return self._written(_plain(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of this server; its log says more"))
+
+    def _take_body(self, data: bytes) -> None:
+        assert self._arriving is not None
+        try:
+            if data:
+                self._http.receive_data(data)
+            while isinstance(event := self._http.next_event(), h11.Data | h11.EndOfMessage):
+                if isinstance(event, h11.EndOfMessage):
+                    self._arriving.end()
+                    return
+                self._arriving.more(bytes(event.data))
+        except h11.RemoteProtocolError:
+            self._arriving.fail(Unreadable("the request's body is not one that this server understands"))
 
     def more(self, data: bytes) -> bytes:
         """A piece of the feed as HTTP writes it: in a chunk, or for HTTP/1.0 as it is."""
@@ -90,7 +176,7 @@ class Exchange:
             self.feed = reply.feed
         return head
 
-    def _replied(self, request: h11.Request) -> Reply:
+    def _replied(self, request: h11.Request) -> Reply | Later:
         if not _acceptable(request):
             raise h11.RemoteProtocolError("another HTTP, or too much")
         target = _TARGET.fullmatch(request.target.decode("ascii"))
@@ -99,12 +185,16 @@ class Exchange:
         for raw, value in request.headers:
             name, text = raw.decode("latin-1"), value.decode("latin-1")
             headers[name] = f"{headers[name]}, {text}" if name in headers else text
+        length = headers.get("content-length", "")
+        self._arriving = Arriving(int(length) if length.isdecimal() else None, self._wanted)
         return self._answer(
             Request(
                 method=request.method.decode("ascii"),
                 path=unquote(target["path"]) or "/",  # an empty path means the root (RFC 9110, 4.2.3)
                 query=parse_qs(target["query"]),
                 headers=headers,
+                peer=self._peer,
+                body=self._arriving,
             )
         )
 

@@ -179,7 +179,7 @@ def _instances(content: Content) -> str:
 def _instance_row(status: Status, now: datetime) -> str:
     last_exit = f'<br><span class="dim">last end: {_text(status.last_exit)}</span>' if status.last_exit else ""
     notes = _items(status.problems, "problem") + _items(
-        (f"{key} changes at the next restart" for key in status.pending), "pending"
+        (f"{key} changes {_when(status, key)}" for key in status.pending), "pending"
     )
     phase = f"{status.phase} ({_text(status.halted)})" if status.halted else status.phase
     # An id has no special characters of HTML or of paths (domain.keys), but anybody may write a fact.
@@ -194,6 +194,10 @@ def _instance_row(status: Status, now: datetime) -> str:
         f'<td class="number">{_number(status.pid)}</td>'
         f'<td class="number">{_number(status.epoch)}</td></tr>'
     )
+
+
+def _when(status: Status, key: str) -> str:
+    return "while it runs" if key in status.changing else "at the next restart"
 
 
 def _hosts(content: Content) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from kvmsupervisor.adapters.console import ConsoleLog, Keyboard
 from kvmsupervisor.cli.console.terminal import raw_terminal, signals_as_exceptions, write_all
 from kvmsupervisor.cli.output import printable
+from kvmsupervisor.domain.control_sequences import printed
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.incarnation import Incarnation
 from kvmsupervisor.domain.keys import InstanceId
@@ -43,14 +43,6 @@ NOTED_S = 2.0
 
 WRITTEN_S = 0.1
 """How long the supervisor's thread may take to write the log after that. Arbitrary."""
-
-_CONTROL = re.compile(
-    rb"\x1b\[[0-?]*[ -/]*[@-~]"  # CSI
-    rb"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # OSC, DCS, SOS, PM, APC, with what they hold
-    rb"|\x1b[ -/]*[0-~]?"  # the other escape sequences
-    rb"|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
-)
-"""Control sequences, which make a terminal do more than print (ECMA-48)."""
 
 
 class Lacking(Exception):
@@ -148,8 +140,7 @@ class Session:
         self._say(f"console of {self._instance}, QEMU {self._record.pid}, epoch {self._record.epoch}. {how}")
         shown = self._log.begin(self._mode.lines)
         if os.isatty(self._stdout):
-            # Old questions of a program to its terminal would be answered again, into the guest.
-            shown = _CONTROL.sub(b"", shown)
+            shown = printed(shown)
         self._print(shown)
 
     def _begin_typing(self) -> None:

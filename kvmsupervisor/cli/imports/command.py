@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from kvmsupervisor.cli import mac_auto
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.imports import libvirt, proxmox
 from kvmsupervisor.cli.imports.found import Machine, NotThat
@@ -17,6 +16,7 @@ from kvmsupervisor.cli.output import note, printable
 from kvmsupervisor.cli.value_files import STDIN
 from kvmsupervisor.cli.wish_files.difference import in_order
 from kvmsupervisor.cli.wish_files.reading import written
+from kvmsupervisor.cluster.acts import mac_auto
 from kvmsupervisor.domain.keys import InstanceId
 from kvmsupervisor.domain.parse_keys import parse_wish
 from kvmsupervisor.domain.spec import RawValue

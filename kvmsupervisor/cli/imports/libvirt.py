@@ -37,7 +37,7 @@ _REASONS = {
     "commandline": "options of QEMU; look whether extra_flags should have them",
 }
 _DEVICE_REASONS = {
-    "video": "a display is there with spice_port",
+    "video": "display=std, virtio or qxl is one for browsers; spice_port adds a server",
     "sound": "extra_flags may have one",
     "audio": "extra_flags may have one",
     "hostdev": "devices of a host are not passed through by a key; extra_flags may, and pin the machine",
@@ -241,7 +241,7 @@ def _nic(machine: Machine, nic: Element) -> None:
 def _display(machine: Machine, display: Element) -> None:
     kind, port = display.get("type"), display.get("port", "-1")
     if kind != "spice":
-        machine.leave(f"graphics {kind}", "a display is SPICE's: write spice_port")
+        machine.leave(f"graphics {kind}", "write display=std, virtio or qxl, for browsers; spice_port adds a server")
     elif port.isdigit() and port != "0" and display.get("autoport") != "yes":
         machine.keys["spice_port"] = port
     else:

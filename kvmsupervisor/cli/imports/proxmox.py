@@ -55,7 +55,7 @@ _REASONS = {
     "tpmstate": "there is no TPM: a guest that keeps keys in one has to be prepared",
     "unused": "a disk that the machine does not use",
     "usb": "devices of a host are not passed through by a key; extra_flags may",
-    "vga": "a display is there with spice_port",
+    "vga": "display=std, virtio or qxl is one for browsers; spice_port adds a server",
     "vmgenid": "the guest gets none",
     "watchdog": "extra_flags may have one",
     "audio": "extra_flags may have one",

@@ -12,8 +12,7 @@ from functools import partial
 import click
 
 from kvmsupervisor.adapters.etcd.api import Compare, Put, Store, Target
-from kvmsupervisor.cli import actions, mac_auto, waiting
-from kvmsupervisor.cli.actions import Written
+from kvmsupervisor.cli import waiting
 from kvmsupervisor.cli.common import Tools, pass_tools, wait_options, with_store
 from kvmsupervisor.cli.errors import Refused
 from kvmsupervisor.cli.filters import LABEL, value_of
@@ -23,6 +22,10 @@ from kvmsupervisor.cli.wish_files.difference import Change, differences
 from kvmsupervisor.cli.wish_files.reading import IMAGES, Faulty, Wanted, read_files
 from kvmsupervisor.cli.wish_files.schema import schema
 from kvmsupervisor.cli.write_commands import act, confirm, force_option, need_an_answer, yes_option
+from kvmsupervisor.cluster.acts import instances as actions
+from kvmsupervisor.cluster.acts import mac_auto
+from kvmsupervisor.cluster.acts.instances import Written
+from kvmsupervisor.cluster.acts.refused import Refused as ActRefused
 from kvmsupervisor.cluster.overview import Cluster, Instance, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.frozen import frozen
@@ -245,8 +248,8 @@ def _objections(
                 actions.refuse_absent_host(f"{place}: {plan.id}", plan.wish, cluster)
                 if plan.present:
                     actions.refuse_to_leave_files(f"{place}: {plan.id}", plan.wish, cluster.instances[plan.id])
-            except Refused as refused:
-                yield refused.message
+            except ActRefused as refused:
+                yield str(refused)
 
 
 def _show(entries: Sequence[Entry], plans: Sequence[Plan]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from kvmsupervisor.cli import mac_auto
+from kvmsupervisor.cluster.acts import mac_auto
 from kvmsupervisor.cluster.overview import natural
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.names import WISH_KEYS
 from kvmsupervisor.domain.parse_keys import SECRET_KEYS, public_value
+from kvmsupervisor.domain.snapshots import KEY as SNAPSHOT_KEY
 
-LEFT = frozenset({"host", "power", "restart_request", *SECRET_KEYS})
-"""Keys that stay as they are where a file does not name them. `move`, `stop` and `restart` write the first three: what
-a person has ordered is not undone by a file that says nothing of it. Secrets need not be in a file."""
+LEFT = frozenset({"host", "power", "restart_request", "rollback_request", *SECRET_KEYS})
+"""Keys that stay as they are where a file does not name them, as those of snapshots do. `move`, `stop`, `restart` and
+`snapshot` write them: what a person has ordered is not undone by a file that says nothing of it. Secrets need not be in
+a file."""
 
 _ORDER = {name: number for number, name in enumerate(WISH_KEYS)}
 
@@ -51,7 +53,7 @@ def differences(present: Mapping[str, str], wanted: Mapping[str, str]) -> Iterat
     for key in sorted({*present, *wanted}, key=in_order):
         before, after = present.get(key), wanted.get(key)
         if after is None:
-            if key not in LEFT:
+            if key not in LEFT and not key.startswith(SNAPSHOT_KEY):
                 yield Change(key, before, None)
         elif before is None or (before.strip() != after.strip() and not mac_auto.asks(key, after)):
             yield Change(key, before, after)

@@ -18,9 +18,10 @@ from kvmsupervisor.cluster.overview import Cluster, read_cluster
 from kvmsupervisor.config.settings import Settings
 from kvmsupervisor.domain.keys import Layout
 from kvmsupervisor.domain.parse_keys import SECRET_KEYS
+from kvmsupervisor.domain.snapshots import KEY as SNAPSHOT_KEY
 
-ORDERS = frozenset({"restart_request"})
-"""What was asked for once is no part of what an instance is."""
+ORDERS = frozenset({"restart_request", "rollback_request"})
+"""What was asked for once is no part of what an instance is. Nor are its snapshots: they lie on its disks."""
 
 
 @click.command()
@@ -51,12 +52,16 @@ def export(tools: Tools, words: Sequence[Word], labels: Sequence[tuple[str, str]
     for one in found:
         keys = [(name.decode(errors="replace"), raw.value) for name, raw in one.keys.items()]
         keys.sort(key=lambda pair: in_order(pair[0]))
-        left = [name for name, _ in keys if name in ORDERS or (name in SECRET_KEYS and not secrets)]
+        left = [name for name, _ in keys if _is_order(name) or (name in SECRET_KEYS and not secrets)]
         if hidden := [name for name in left if name in SECRET_KEYS]:
             note(f"{one.id}: {', '.join(hidden)} left out; --secrets writes it")
         click.echo(written(one.id, _texts(one.id, [pair for pair in keys if pair[0] not in left], lost)))
     if lost:
         raise Refused("not all could be written as text: " + ", ".join(lost))
+
+
+def _is_order(name: str) -> bool:
+    return name in ORDERS or name.startswith(SNAPSHOT_KEY)
 
 
 def _texts(part: str, pairs: Sequence[tuple[str, bytes]], lost: list[str]) -> list[tuple[str, str]]:

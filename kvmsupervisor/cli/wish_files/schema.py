@@ -11,10 +11,10 @@ from typing import Any
 from kvmsupervisor.cli.common import VALUES
 from kvmsupervisor.cli.wish_files.reading import IMAGES, TEMPLATE
 from kvmsupervisor.domain.keys import ID_PATTERN
-from kvmsupervisor.domain.names import WISH_KEYS
-from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS, FREE_KEY, FREE_KEY_PREFIX
+from kvmsupervisor.domain.names import FREE_KEY, FREE_KEY_PREFIX, WISH_KEYS
+from kvmsupervisor.domain.parse_keys import ALL_NUMBERED_KEYS
 
-CLOSED = frozenset({"power", "restart", "firmware", "hugepages"})
+CLOSED = frozenset({"power", "restart", "firmware", "hugepages", "display"})
 """Keys that have no other values than those that are completed."""
 
 _ID = f"^{ID_PATTERN.pattern}$"

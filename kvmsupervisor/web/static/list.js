@@ -1,4 +1,6 @@
 // The list: rows as they change, filter and order at once, both in the address.
+import { isOperator, perform, seen } from "./acts.js";
+import { element } from "./dom.js";
 import { follow, showAges } from "./live.js";
 
 const form = document.getElementById("filter");
@@ -8,16 +10,8 @@ const counts = document.getElementById("counts");
 const shown = document.getElementById("shown");
 const PHASES = [...form.elements.phase.options].map((option) => option.value).filter((value) => value);
 const TEXT = new Map();
-
-// Text always goes in as text: no row can bring elements of its own.
-function element(name, properties = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (value !== null) made.setAttribute(key, value);
-  }
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
+const natural = new Intl.Collator("en", { numeric: true });
+const idOf = (row) => row.id.slice(2);
 
 const cell = (label, kind, ...children) => element("td", { class: kind, "data-label": label }, ...children);
 const note = (kind, text) => element("li", { class: kind }, element("bdi", {}, text));
@@ -58,6 +52,7 @@ function rowElement(row) {
     element(
       "th",
       { scope: "row" },
+      isOperator ? chooser(row.id) : null,
       element("a", { href: `/instances/${row.id}` }, row.id),
       row.description ? element("bdi", { class: "description" }, row.description) : null,
     ),
@@ -71,7 +66,56 @@ function rowElement(row) {
   );
 }
 
-const idOf = (row) => row.id.slice(2);
+// --- many at once, for operators ---
+
+const chosen = new Set();
+const bar = document.getElementById("bulk");
+
+function chooser(id) {
+  const box = element("input", { type: "checkbox", class: "chooser", "aria-label": `choose ${id}` });
+  box.checked = chosen.has(id);
+  return box;
+}
+
+function showChosen() {
+  const boxes = [...body.querySelectorAll(".chooser")];
+  for (const box of boxes) box.checked = chosen.has(idOf(box.closest("tr")));
+  const hidden = boxes.filter((box) => box.checked && box.closest("tr").hidden).length;
+  bar.classList.toggle("some", chosen.size > 0);
+  bar.querySelector("output").textContent = `${chosen.size} chosen${hidden ? `, ${hidden} of them not shown` : ""}`;
+  const shownRows = [...body.rows].filter((row) => !row.hidden);
+  const all = bar.querySelector("input");
+  all.checked = shownRows.length > 0 && shownRows.every((row) => chosen.has(idOf(row)));
+}
+
+if (isOperator) {
+  for (const row of body.rows) row.cells[0].prepend(chooser(idOf(row)));
+  body.addEventListener("change", (event) => {
+    if (!event.target.matches(".chooser")) return;
+    const id = idOf(event.target.closest("tr"));
+    if (event.target.checked) chosen.add(id);
+    else chosen.delete(id);
+    showChosen();
+  });
+  bar.addEventListener("change", (event) => {
+    for (const row of body.rows) {
+      if (row.hidden) continue;
+      if (event.target.checked) chosen.add(idOf(row));
+      else chosen.delete(idOf(row));
+    }
+    showChosen();
+  });
+  bar.addEventListener("click", (event) => {
+    const act = event.target.closest("button")?.dataset.many;
+    // What was ordered is chosen no more: the next act is not to meet what has scrolled out of sight.
+    const forget = () => {
+      chosen.clear();
+      showChosen();
+    };
+    if (act === "none") forget();
+    else if (act) perform(act, [...chosen].sort(natural.compare), forget);
+  });
+}
 
 function textOf(row) {
   if (!TEXT.has(row)) {
@@ -97,7 +141,6 @@ function choice() {
   };
 }
 
-const natural = new Intl.Collator("en", { numeric: true });
 const NUMBERS = new Set(["rank", "ram", "restarts"]);
 
 function order({ by, down }) {
@@ -205,6 +248,7 @@ function ask() {
     else head.removeAttribute("aria-sort");
   }
   filter();
+  if (isOperator) showChosen();
   if (by !== asked.by || down !== asked.down) arrange();
   for (const link of counts.querySelectorAll("a[data-chooses]")) {
     const chooses = JSON.parse(link.dataset.chooses);
@@ -220,17 +264,20 @@ function take(news, whole) {
     TEXT.clear();
     body.replaceChildren(...news.rows.map(rowElement));
   } else {
-    for (const id of news.gone) document.getElementById(`i-${id}`)?.remove();
+    for (const id of news.gone) {
+      document.getElementById(`i-${id}`)?.remove();
+      chosen.delete(id);
+    }
     for (const row of news.rows) {
       const made = rowElement(row);
       const old = document.getElementById(made.id);
       if (old === null) {
         body.append(made);
       } else {
-        const focused = old.contains(document.activeElement);
+        const focused = old.contains(document.activeElement) ? document.activeElement.localName : null;
         TEXT.delete(old);
         old.replaceWith(made);
-        if (focused) made.querySelector("a").focus({ preventScroll: true });
+        if (focused) made.querySelector(focused)?.focus({ preventScroll: true });
       }
     }
   }
@@ -238,6 +285,8 @@ function take(news, whole) {
   filter();
   arrange();
   count();
+  seen(news);
+  if (isOperator) showChosen();
 }
 
 form.addEventListener("submit", (event) => {

@@ -31,13 +31,15 @@ export function showAges(part = document) {
 const line = document.getElementById("state");
 let known = { in_step: !line.classList.contains("bad"), problem: "", as_of: null };
 let lost = null;
+let refused = false;
 
 function showState() {
   const revision = mark === null ? "" : mark.split("-")[0];
   let said = `In step with etcd, revision ${revision}, live.`;
   const as_of = lost ?? known.as_of;
   const old = as_of ? ` What you see is as of ${age(as_of)} ago.` : "";
-  if (lost !== null) said = `This page's server does not answer; trying again.${old}`;
+  if (refused) said = `This page's server asks who you are: load the page again.${old}`;
+  else if (lost !== null) said = `This page's server does not answer; trying again.${old}`;
   else if (!known.in_step && known.as_of === null) said = `Nothing has been read from etcd yet: ${known.problem}`;
   else if (!known.in_step) said = `etcd does not answer: ${known.problem}.${old}`;
   const bad = lost !== null || !known.in_step;
@@ -59,6 +61,7 @@ export function follow(onNews) {
     source = new EventSource("/api/v1/stream" + (mark === null ? "" : `?since=${encodeURIComponent(mark)}`));
     source.addEventListener("state", (event) => {
       lost = null;
+      refused = false;
       known = JSON.parse(event.data);
       document.documentElement.classList.add("live");
       showState();
@@ -75,7 +78,12 @@ export function follow(onNews) {
       lost ??= new Date().toISOString();
       showState();
       // A refusal ends it for good; a lost connection is tried again by the browser.
-      if (source.readyState === EventSource.CLOSED) again = setTimeout(open, 5000);
+      if (source.readyState !== EventSource.CLOSED) return;
+      again = setTimeout(open, 5000);
+      fetch("/api/v1/me").then((reply) => {
+        refused = reply.status === 401;
+        showState();
+      }, () => {});
     });
   }
   function look() {

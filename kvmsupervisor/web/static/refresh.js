@@ -1,4 +1,5 @@
 // A page that its server writes: it is fetched again when something has changed, at most once a second.
+import { seen } from "./acts.js";
 import { follow, showAges } from "./live.js";
 
 const path = location.pathname;
@@ -6,6 +7,14 @@ const instance = path.startsWith("/instances/") ? path.slice("/instances/".lengt
 let due = null;
 let running = false;
 let first = true;
+
+// How a link or a button is found again in the new document.
+function where(one) {
+  if (one?.getAttribute("href")) return `[href="${CSS.escape(one.getAttribute("href"))}"]`;
+  if (!one?.dataset?.act) return null;
+  const host = one.dataset.host ? `[data-host="${CSS.escape(one.dataset.host)}"]` : "";
+  return `[data-act="${CSS.escape(one.dataset.act)}"]${host}`;
+}
 
 function refresh() {
   due = null;
@@ -18,13 +27,13 @@ function refresh() {
   request.onload = () => {
     const main = request.response?.getElementById("main");
     if (!main) return;
-    const focused = document.activeElement?.getAttribute("href");
+    const focused = where(document.activeElement);
     const [left, top] = [scrollX, scrollY];
     document.getElementById("main").replaceWith(document.adoptNode(main));
     document.title = request.response.title;
     showAges();
     scrollTo(left, top);
-    if (focused) main.querySelector(`[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+    if (focused) main.querySelector(focused)?.focus({ preventScroll: true });
   };
   request.onloadend = () => {
     running = false;
@@ -34,6 +43,7 @@ function refresh() {
 }
 
 follow((news, whole) => {
+  seen(news);
   // The first whole list is what this page was written of, as a rule; it costs one request to be sure.
   const concerns = instance === null || whole || news.rows.some((row) => row.id === instance)
     || news.gone.includes(instance);

@@ -1,17 +1,18 @@
-"""What the writing commands do in etcd: each is one transaction that compares what it read.
+"""What is done to instances: each act is one transaction that compares what it has read.
 
 They write wishes only, never a lock, a status or a session: those belong to the supervisors.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 
-from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Put, Store, Target
-from kvmsupervisor.cli import leftovers, mac_auto
-from kvmsupervisor.cli.errors import Refused
-from kvmsupervisor.cli.output import printable_bytes
+from kvmsupervisor.adapters.etcd.api import Compare, Delete, Denied, Op, Put, Store, Target
+from kvmsupervisor.cluster.acts import leftovers, mac_auto
+from kvmsupervisor.cluster.acts.refused import Refused
 from kvmsupervisor.cluster.overview import Cluster, Instance, list_all, read_instance
 from kvmsupervisor.domain.frozen import frozen
 from kvmsupervisor.domain.goal import where_else
@@ -53,7 +54,13 @@ class Written:
 
 
 async def create(
-    store: Store, layout: Layout, instance: InstanceId, values: Mapping[str, str], *, force: bool = False
+    store: Store,
+    layout: Layout,
+    instance: InstanceId,
+    values: Mapping[str, str],
+    *,
+    force: bool = False,
+    also: Sequence[Op] = (),
 ) -> Written:
     """Write the keys of a new instance, all or none.
 
@@ -63,6 +70,7 @@ async def create(
         instance: its id.
         values: key name → value.
         force: write although a value has a problem, or `host` has no session.
+        also: what is written in the same transaction.
 
     Raises:
         Refused: the instance has a key already, a value has a problem, or `host` names a host without a session.
@@ -70,7 +78,7 @@ async def create(
     _only_wishes(layout, instance, values)
     found, cluster = await read_instance(store, layout, instance)
     if found.keys:
-        names = some(sorted(found.keys), NAMED, printable_bytes)
+        names = some(sorted(found.keys), NAMED, lambda name: name.decode("utf-8", "backslashreplace"))
         raise Refused(f"{instance} exists already, with the keys {names}: change it with `set`")
     if not force:
         _refuse_huge(f"{instance} was not created", values)
@@ -86,7 +94,7 @@ async def create(
             Compare(layout.wish_key(instance, name), Target.CREATE_REVISION, 0)
             for name in dict.fromkeys((*values, *WISH_KEYS))
         ],
-        [Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()],
+        [*(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()), *also],
     )
     if not result.succeeded:
         raise Refused(f"{instance} was not created: another writer has just created it; look with `show {instance}`")
@@ -94,6 +102,10 @@ async def create(
     if found.lock is not None:
         notes.append(f"a lock from before is still there, {found.held_by}: {instance} starts when it is released")
     return Written(instance=instance, revision=result.revision, wish=wish, before=found.status, notes=tuple(notes))
+
+
+STAYS = "ram"
+"""The key that is written as it is where others are only deleted: each machine has it, and nothing compares it."""
 
 
 async def change(
@@ -144,12 +156,16 @@ async def change(
         if "host" in values and not force:
             refuse_absent_host(f"{instance} was not changed", parse_wish(instance, merged), cluster)
             refuse_to_leave_files(f"{instance} was not changed", parse_wish(instance, merged), found)
+        # A deletion leaves no revision that a status could tell of: one key that stays is written as it is.
+        stays = None if values else merged.get(STAYS.encode())
+        again = [] if stays is None or len(stays.value) > VALUE_LIMIT else [stays.value]
         return [
             *(Put(layout.wish_key(instance, name), value.encode()) for name, value in values.items()),
             *(Delete(layout.wish_key(instance, name)) for name in unset),
+            *(Put(layout.wish_key(instance, STAYS), value) for value in again),
         ]
 
-    written = await _rewrite(store, layout, instance, plan, [*values, *unset])
+    written = await rewrite(store, layout, instance, plan, [*values, *unset])
     return replace(written, notes=(*chosen, *(f"`{name}` was not there" for name in absent), *written.notes))
 
 
@@ -161,7 +177,7 @@ async def switch(store: Store, layout: Layout, instance: InstanceId, power: str)
     Raises:
         Refused: there is no such instance.
     """
-    return await _rewrite(
+    return await rewrite(
         store,
         layout,
         instance,
@@ -182,7 +198,19 @@ async def restart(store: Store, layout: Layout, instance: InstanceId, request: s
             raise Refused(f"{instance} is switched off (power=off): start it with `start {instance}`")
         return [Put(layout.wish_key(instance, "restart_request"), request.encode())]
 
-    return await _rewrite(store, layout, instance, plan, ["restart_request", "power"])
+    return await rewrite(store, layout, instance, plan, ["restart_request", "power"])
+
+
+def new_request(now: datetime, *, at_once: bool = False, reset: bool = False) -> str:
+    """A `restart_request` that is unique also when two people ask in the same second.
+
+    Args:
+        now: the time, in UTC.
+        at_once: end it, like by a power cut, instead of asking the guest.
+        reset: press the reset button.
+    """
+    kind = "reset:" if reset else "now:" if at_once else ""
+    return f"{kind}{now:%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(4)}"
 
 
 async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
@@ -220,7 +248,15 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
         revision = (await store.txn([], ops[start : start + TXN_LIMIT])).revision
     notes: list[str] = []
     holder = found.status.host if found.status is not None else None
-    swept = await leftovers.sweep(store, layout, found, cluster)
+    swept = False
+    try:
+        swept = await leftovers.sweep(store, layout, found, cluster)
+    except Denied:
+        # The wishes are gone, which is what was asked for: people need not be able to write facts.
+        notes.append(
+            f"its status is left, which this user of etcd may not delete: `delete {instance}` by one who may write "
+            f"{layout.status_key(instance)} takes it away"
+        )
     if not swept and holder is not None and not cluster.alive(holder):
         notes.append(
             f"host {holder} has no session ({cluster.who_has_sessions()}): it shuts {instance} down when it is "
@@ -235,7 +271,7 @@ async def delete(store: Store, layout: Layout, instance: InstanceId) -> Written:
     )
 
 
-async def _rewrite(
+async def rewrite(
     store: Store,
     layout: Layout,
     instance: InstanceId,

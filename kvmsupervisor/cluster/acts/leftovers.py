@@ -8,7 +8,7 @@ changed since it was read, and that the host in question still has no session.
 from __future__ import annotations
 
 from kvmsupervisor.adapters.etcd.api import Compare, Delete, Op, Store, Target
-from kvmsupervisor.cli.errors import Refused
+from kvmsupervisor.cluster.acts.refused import Refused
 from kvmsupervisor.cluster.overview import Cluster, Instance
 from kvmsupervisor.domain.keys import HostName, Layout
 from kvmsupervisor.domain.lock import Lock, LockState, Storage

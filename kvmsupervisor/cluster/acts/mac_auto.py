@@ -1,4 +1,4 @@
-"""`mac=auto`: the command line writes an address that no NIC of the cluster has."""
+"""`mac=auto`: whoever writes it puts an address there that no NIC of the cluster has."""
 
 from __future__ import annotations
 
