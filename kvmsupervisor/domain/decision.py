@@ -185,10 +185,10 @@ class Row(Enum):
                              "one of its NICs has lost its bridge")
     RUNS_MEDIUM      = Cells("ran",        "any",                      "run",           "medium",
                              "its CD-ROM drive holds another medium than its key says")
-    RUNS_SNAPSHOT    = Cells("ran",        "mine",                     "run keep",      "snapshot",
-                             "a snapshot is to be taken, or taken away; or one has left its guest standing still")
     RUNS_CHANGE      = Cells("ran",        "mine",                     "run",           "change",
                              "its machine differs from its keys in what QEMU can change; session held")
+    RUNS_SNAPSHOT    = Cells("ran",        "mine",                     "run keep",      "snapshot",
+                             "a snapshot is to be taken, or taken away; or one has left its guest standing still")
     RUNS_GROW        = Cells("ran",        "any",                      "run keep",      "grow",
                              "its images were not looked at for a while")
     RUNS_ROOM        = Cells("ran",        "any",                      "run keep",      "room",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvmsupervisor.domain.counters import DiskCounts, GuestCounts
+from kvmsupervisor.domain.counters import OPERATIONS, DiskCounts, GuestCounts, Work
 from kvmsupervisor.domain.spec import RbdDisk, Spec
 from kvmsupervisor.machine.guest_stats import count
 
@@ -31,8 +31,9 @@ async def test_disks_and_memory() -> None:
     """Law: a machine with a disk is asked for it, and for what its balloon knows."""
     qemu = Qemu(ANSWERS)
     counts = await count(qemu.ask, Spec(ram_mib=64, rbd=RbdDisk("p", "i")))
+    idle = tuple((operation, Work()) for operation in OPERATIONS)
     assert counts == GuestCounts(
-        disks=(DiskCounts(name="disk0", read_bytes=1, written_bytes=2),), memory=(("free", 3),)
+        disks=(DiskCounts(name="disk0", read_bytes=1, written_bytes=2, work=idle),), memory=(("free", 3),)
     )
 
 
