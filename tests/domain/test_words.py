@@ -64,7 +64,7 @@ _SOUND = {
 _INSTEAD = {"bridge": ":user", "forward": "tcp:192.0.2.1:2222:22 udp:2222:22", "user-data": "#!/bin/sh"}
 _SOUND_TOO = {name: text for name, text in _SOUND.items() if name != "cloud-config"} | _INSTEAD
 
-TEXTS = {"snapshot/before", "restart_request", "spice_password", "priority"}
+TEXTS = {"snapshot/before", "rollback_request", "restart_request", "spice_password", "priority"}
 """What may begin with a hyphen: it is no word of any command line."""
 
 _hostile = st.text(st.sampled_from("-,=:@\\/.ab%\"'{}[] é\n\0\x7f+S"), max_size=12) | st.sampled_from(
