@@ -545,7 +545,7 @@ def a_drain_says_nothing(patch: pytest.MonkeyPatch) -> None:
 @mutant("life of an instance, seed 7", seed=2, kinds=("guest-shutdown",))
 def nobody_sees_who_is_down(patch: pytest.MonkeyPatch) -> None:
     """A guest under `-no-shutdown` that has powered itself off counts as one that runs."""
-    patch.setattr(lifecycle, "_power_off", lambda view, process: None)
+    patch.setattr(lifecycle, "power_off", lambda view, process: None)
 
 
 @mutant("a status is so", seed=1, kinds=("qemu-kill",))
