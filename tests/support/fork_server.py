@@ -63,8 +63,10 @@ class Forked:
             subprocess.TimeoutExpired: it lives on.
         """
         if self.returncode is None:
-            ready, _, _ = select.select([self._status], [], [], timeout)
-            if not ready:
+            # Not select(): it takes no descriptor beyond 1023.
+            poll = select.poll()
+            poll.register(self._status, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
                 raise subprocess.TimeoutExpired("kvmsupervisor", timeout or 0)
             # The server ends with its worker, and kills what is left.
             self.returncode = int(os.read(self._status, 16) or -signal.SIGKILL)

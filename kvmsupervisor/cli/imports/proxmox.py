@@ -108,8 +108,9 @@ def read(text: str, *, ceph: Mapping[str, str], vmid: str) -> Machine:
 
 
 def _computer(machine: Machine, options: Mapping[str, str]) -> None:
-    memory = _properties(options.get("memory", "512"), "current")["current"]
-    machine.keys["ram"] = memory
+    said = options.get("memory", "512")
+    # What has no number in it is brought over as it is, and the key's own problem is told.
+    machine.keys["ram"] = _properties(said, "current").get("current", said)
     cpus = options.get("vcpus") or str(_count(options.get("sockets")) * _count(options.get("cores")))
     if cpus != "1":
         machine.keys["cpus"] = cpus
