@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import select
 import signal
 import stat
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from kvmsupervisor.cli.daemon import AlreadyRunningError, PidFile, run_daemon
+from tests.support.readable import readable
 
 DEADLINE_S = 30
 """A test that waits in vain fails by then; nothing is measured."""
@@ -76,8 +76,7 @@ sys.exit(status)
         pidfd = os.pidfd_open(self.pid)
         try:
             signal.pidfd_send_signal(pidfd, number)
-            gone, _, _ = select.select([pidfd], [], [], DEADLINE_S)
-            assert gone, "the daemon did not end"
+            assert readable(pidfd, DEADLINE_S), "the daemon did not end"
         finally:
             os.close(pidfd)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import select
 import signal
 import struct
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 
 from tests.support.etcd import EtcdServer
 from tests.support.processes import stat_of
+from tests.support.readable import readable
 
 DEADLINE_S = 30.0
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]")
@@ -61,8 +61,7 @@ class Terminal:
         return self.process.wait(timeout=DEADLINE_S)
 
     def _read(self) -> bool:
-        ready, _, _ = select.select([self._master], [], [], DEADLINE_S)
-        assert ready, self.seen
+        assert readable(self._master, DEADLINE_S), self.seen
         try:
             data = os.read(self._master, 65536)
         except OSError:

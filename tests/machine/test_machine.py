@@ -36,6 +36,7 @@ from kvmsupervisor.machine.machine import Machine
 from kvmsupervisor.machine.spawn import Quarters
 from kvmsupervisor.machine.system import REAL
 from tests.support.processes import freeze, stat_of
+from tests.support.readable import readable
 
 LIMIT_S = 15.0
 BOOT = "boot-1"
@@ -598,7 +599,7 @@ async def test_an_end_that_is_noticed_while_it_is_let_go_of(bench: Bench) -> Non
     pidfd = bench.machine.pidfd
     assert pidfd is not None
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    select.select([pidfd], [], [], LIMIT_S)
+    readable(pidfd, LIMIT_S)
     # The loop has had no turn: it notices the end in one of those that letting go takes.
     await bench.machine.detach()
     assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

@@ -7,7 +7,6 @@ Here one process does that once, by the same modules (`rados`, `ceph_argparse`),
 from __future__ import annotations
 
 import json
-import select
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 from tests.support.etcd import _reaper
 from tests.support.place import Place
+from tests.support.readable import readable
 
 _SERVER = """
 import json, sys
@@ -71,8 +71,7 @@ class Monitor:
             try:
                 process.stdin.write(json.dumps([list(words), more]).encode() + b"\n")
                 process.stdin.flush()
-                ready, _, _ = select.select([process.stdout], [], [], timeout_s)
-                line = process.stdout.readline() if ready else b""
+                line = process.stdout.readline() if readable(process.stdout.fileno(), timeout_s) else b""
                 status, out, said = json.loads(line)
             except (OSError, ValueError) as error:
                 self._end()

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import os
-import select
 import selectors
 import signal
 import socket
@@ -29,6 +28,7 @@ from typing import Any
 
 from tests.support.checkout import ROOT
 from tests.support.namespaces import set_network
+from tests.support.readable import readable
 
 MAIN = "kvmsupervisor.cli.main"
 ENTRY_POINT = "kvmsupervisor.cli.entrypoint"
@@ -63,10 +63,7 @@ class Forked:
             subprocess.TimeoutExpired: it lives on.
         """
         if self.returncode is None:
-            # Not select(): it takes no descriptor beyond 1023.
-            poll = select.poll()
-            poll.register(self._status, select.POLLIN)
-            if not poll.poll(None if timeout is None else timeout * 1000):
+            if not readable(self._status, timeout):
                 raise subprocess.TimeoutExpired("kvmsupervisor", timeout or 0)
             # The server ends with its worker, and kills what is left.
             self.returncode = int(os.read(self._status, 16) or -signal.SIGKILL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pty
-import select
 import subprocess
 import sys
 import termios
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+from tests.support.readable import readable
 
 DEADLINE_S = 30.0
 """For one look at the screen. Nothing is measured: what goes well is there in a second."""
@@ -59,8 +60,7 @@ class Person:
 
     def looks(self, timeout_s: float = DEADLINE_S) -> bool:
         """Look at the screen once; False when the program has closed its side."""
-        ready, _, _ = select.select([self._master], [], [], timeout_s)
-        if not ready:
+        if not readable(self._master, timeout_s):
             assert timeout_s < DEADLINE_S, self.seen
             return True
         data = os.read(self._master, 65536)
