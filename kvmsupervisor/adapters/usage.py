@@ -85,19 +85,24 @@ def memory_for_guests_mib(meminfo: Path = PROC / "meminfo") -> int:
 
     Huge pages of other sizes than the default one are not listed there; they are few.
     """
-    values = {}
-    for line in meminfo.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0])
+    values = _figures(meminfo)
     huge_kib = values.get("HugePages_Total", 0) * values.get("Hugepagesize", 0)
     return (values["MemTotal"] - huge_kib) // 1024
 
 
 def memory_of_host(meminfo: Path = PROC / "meminfo") -> tuple[int, int]:
     """The host's memory, and what of it could be had for new processes, in bytes (proc_meminfo(5))."""
-    values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    total, available = (int(values[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
-    return total, available
+    values = _figures(meminfo)
+    return values["MemTotal"] << 10, values["MemAvailable"] << 10
+
+
+def _figures(meminfo: Path) -> dict[str, int]:
+    """The figures of that file by their names: KiB, or a number of pages (proc_meminfo(5))."""
+    values = {}
+    for line in meminfo.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0])
+    return values
 
 
 def traffic_by_tap(proc: Path = PROC) -> Mapping[str, Traffic]:
